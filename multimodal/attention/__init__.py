@@ -1,0 +1,19 @@
+"""The seam that users swap most: scores, masks, the kernels that run them, and the cache."""
+
+from multimodal.attention.cache import Cache
+from multimodal.attention.layer import Attention
+from multimodal.attention.plan import BACKENDS, Layout, Plan, Span, plan_attention
+from multimodal.attention.scores import Cosine, ScaledDotProduct, Score
+
+__all__ = [
+    "BACKENDS",
+    "Attention",
+    "Cache",
+    "Cosine",
+    "Layout",
+    "Plan",
+    "ScaledDotProduct",
+    "Score",
+    "Span",
+    "plan_attention",
+]

@@ -1,0 +1,243 @@
+"""How one packed stream is attended: a plan is made once per stream from its mask rule and layout, and used by every layer.
+
+    dense    one boolean matrix over the whole stream; slow, obviously right, the oracle of all others
+    runs     samples of equal shape side by side through PyTorch's fused attention; what CPUs and fp32 use
+    varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule)
+    flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.attention.cache import Cache
+from multimodal.masks import PREFIX_LM, Places, Rule
+from multimodal.shapes import ConfigError, did_you_mean
+
+BACKENDS = ("auto", "dense", "runs", "varlen", "flex")
+
+
+class Span(NamedTuple):
+    """One sample of a pack: its tokens, and how many at its start are read freely (-1: not only at its start)."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who lies where in a stream: spans on the host, places (T,) on the device."""
+
+    spans: tuple[Span, ...]
+    places: Places
+
+
+class Plan(ABC):
+    """One way to attend a stream."""
+
+    @abstractmethod
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        """The read of every query: (T, H, K)."""
+
+
+def plan_attention(
+    rule: Rule, layout: Layout, *, backend: str = "auto", dtype: torch.dtype = torch.float32, cache: Cache | None = None
+) -> Plan:
+    """Choose how to attend this stream.
+
+    With a cache whose samples are empty the stream is a prompt and fills it; otherwise it holds one new token a sample.
+
+    Raises:
+        ConfigError: an unknown backend, or one that cannot run this rule here.
+    """
+    if cache is not None and any(cache.length):
+        return _CachedPlan(rule, layout, cache)
+    device = layout.places.sample.device
+    if backend == "auto":
+        half = dtype in (torch.float16, torch.bfloat16)
+        standard = _is_prefix_lm(rule, layout)
+        backend = "runs" if device.type != "cuda" or not half else "varlen" if standard else "flex"
+    if backend not in _PLANS:
+        raise ConfigError(f"attention backend {backend!r} is unknown; there are {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+    plan = _PLANS[backend](rule, layout)
+    return plan if cache is None else _FillingPlan(plan, layout, cache)
+
+
+def _is_prefix_lm(rule: Rule, layout: Layout) -> bool:
+    return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)
+
+
+def _sdpa(q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+class _DensePlan(Plan):
+    """Softmax over one (T, T) matrix, written out: the oracle."""
+
+    def __init__(self, rule: Rule, layout: Layout) -> None:
+        places = layout.places
+        self.mask_TM = rule.allows(places[:, None], places[None, :])
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        groups = q_THK.shape[1] // k_TGK.shape[1]
+        k_THK, v_THK = k_TGK.repeat_interleave(groups, 1), v_TGK.repeat_interleave(groups, 1)
+        score_HTM = torch.einsum("thk,mhk->htm", q_THK, k_THK).float() * scale
+        posterior_HTM = score_HTM.masked_fill(~self.mask_TM, float("-inf")).softmax(-1)
+        return torch.einsum("htm,mhk->thk", posterior_HTM.to(v_THK.dtype), v_THK)
+
+
+class _RunsPlan(Plan):
+    """Neighbouring samples of equal shape as one batch of the fused kernel; no mask at all where none is needed."""
+
+    def __init__(self, rule: Rule, layout: Layout) -> None:
+        standard = _is_prefix_lm(rule, layout)
+        self.sizes: list[int] = []
+        self.runs: list[tuple[int, bool, Tensor | None]] = []
+        start = 0
+        for span, group in groupby(layout.spans):
+            count = len(list(group))
+            size = count * span.total
+            if standard and span.free == span.total:
+                causal, mask = False, None
+            elif standard and span.free == 0:
+                causal, mask = True, None
+            elif standard:
+                mask = torch.ones(span.total, span.total, dtype=torch.bool, device=layout.places.order.device).tril()
+                mask[: span.free, : span.free] = True
+                causal = False
+            else:
+                here = Places(*(x.view(count, span.total) for x in vars(layout.places[start : start + size]).values()))
+                causal, mask = False, rule.allows(here[:, :, None], here[:, None, :])[:, None]
+            self.sizes.append(size)
+            self.runs.append((count, causal, mask))
+            start += size
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        parts = [x.split(self.sizes) if len(self.sizes) > 1 else (x,) for x in (q_THK, k_TGK, v_TGK)]
+        out = []
+        for (count, causal, mask), q, k, v in zip(self.runs, *parts, strict=True):
+            read = _sdpa(*(x.view(count, -1, *x.shape[1:]) for x in (q, k, v)), scale, mask, causal)
+            out.append(read.reshape(q.shape))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class _VarlenPlan(Plan):
+    """Prefix-LM as two variable-length calls: context over context, then the rest over everything, aligned bottom-right."""
+
+    def __init__(self, rule: Rule, layout: Layout) -> None:
+        if not _is_prefix_lm(rule, layout):
+            raise ConfigError("attention backend 'varlen' runs only the default rule, with what is read freely at the start; use 'flex'")
+        device = layout.places.sample.device
+        free = [span.free for span in layout.spans]
+        rest = [span.total - span.free for span in layout.spans]
+        total = [span.total for span in layout.spans]
+        self.max_free, self.max_rest, self.max_total = max(free), max(rest), max(total)
+        self.bounds_total = _bounds(total, device)
+        self.bounds_free, self.bounds_rest = _bounds(free, device), _bounds(rest, device)
+        is_free = layout.places.free != 0
+        host = [flag for span in layout.spans for flag in (span.free, span.total - span.free)]
+        self.free_rows = self.rest_rows = None
+        if self.max_free and self.max_rest:
+            kind = torch.tensor([1, 0] * len(layout.spans), device=device).repeat_interleave(torch.tensor(host, device=device), output_size=len(is_free))
+            self.free_rows, self.rest_rows = torch.tensor_split(torch.argsort(kind, descending=True, stable=True), [sum(free)])
+            self.back = torch.empty(len(is_free), dtype=torch.long, device=device)
+            self.back[torch.cat([self.free_rows, self.rest_rows])] = torch.arange(len(is_free), device=device)
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        groups = q_THK.shape[1] // k_TGK.shape[1]
+        if groups > 1:  # torch 2.11 has no grouped heads here
+            k_TGK, v_TGK = k_TGK.repeat_interleave(groups, 1), v_TGK.repeat_interleave(groups, 1)
+        if self.free_rows is None or self.rest_rows is None:
+            causal = self.max_free == 0
+            return self._call(q_THK, k_TGK, v_TGK, self.bounds_total, self.bounds_total, self.max_total, self.max_total, scale, causal)
+        k_free, v_free = k_TGK[self.free_rows], v_TGK[self.free_rows]
+        context = self._call(
+            q_THK[self.free_rows], k_free, v_free, self.bounds_free, self.bounds_free, self.max_free, self.max_free, scale, False
+        )
+        target = self._call(
+            q_THK[self.rest_rows], k_TGK, v_TGK, self.bounds_rest, self.bounds_total, self.max_rest, self.max_total, scale, True
+        )
+        return torch.cat([context, target])[self.back]
+
+    @staticmethod
+    def _call(q, k, v, bounds_q, bounds_k, max_q: int, max_k: int, scale: float, causal: bool) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0) if causal else (-1, -1)
+        out = varlen_attn(q, k, v, bounds_q, bounds_k, max_q, max_k, scale=scale, window_size=window)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _bounds(lengths: Sequence[int], device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+class _FlexPlan(Plan):
+    """Any rule as a block mask; compiled where CUDA is, eager (forward only) elsewhere."""
+
+    def __init__(self, rule: Rule, layout: Layout) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        places = layout.places
+        count = len(places.sample)
+        self.mask = create_block_mask(
+            lambda b, h, i, j: rule.allows(places[i], places[j]), None, None, count, count, device=places.sample.device
+        )
+        self.flex = torch.compile(flex_attention, dynamic=True) if places.sample.is_cuda else flex_attention
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
+        out = self.flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
+
+
+class _FillingPlan(Plan):
+    """A prompt: attend it by another plan and keep its keys and values."""
+
+    def __init__(self, inner: Plan, layout: Layout, cache: Cache) -> None:
+        cache.reserve([span.total for span in layout.spans])
+        self.inner, self.cache, self.places = inner, cache, layout.places
+        where = (layout.places.sample.long(), layout.places.order.long())
+        self.where = where
+        cache.free_BM[where] = layout.places.free.to(cache.free_BM.dtype)
+        cache.segment_BM[where] = layout.places.segment.to(cache.segment_BM.dtype)
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        self.cache.write(layer, *self.where, k_TGK, v_TGK)
+        return self.inner.attend(q_THK, k_TGK, v_TGK, scale, layer)
+
+
+class _CachedPlan(Plan):
+    """One new token a sample, against everything that sample has in the cache."""
+
+    def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
+        places = layout.places
+        self.cache = cache
+        self.where = (places.sample.long(), places.order.long())
+        cache.segment_BM[self.where] = places.segment.to(cache.segment_BM.dtype)
+        cache.reserve([1] * len(layout.spans))
+        self.longest = max(cache.length)
+        order_M = torch.arange(self.longest, device=places.order.device)
+        q = places[:, None]
+        k = Places(q.sample, order_M, cache.free_BM[:, : self.longest], cache.segment_BM[:, : self.longest])
+        self.mask = (rule.allows(q, k) & (order_M <= q.order))[:, None, None]
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        self.cache.write(layer, *self.where, k_TGK, v_TGK)
+        k_BMGK = self.cache.k_LBMGK[layer, :, : self.longest]
+        v_BMGK = self.cache.v_LBMGK[layer, :, : self.longest]
+        return _sdpa(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, scale, self.mask)[:, 0]
+
+
+_PLANS: dict[str, type[Plan]] = {"dense": _DensePlan, "runs": _RunsPlan, "varlen": _VarlenPlan, "flex": _FlexPlan}

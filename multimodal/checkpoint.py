@@ -1,0 +1,160 @@
+"""A model as one folder: config.json, weights.safetensors, and the tokenizers' own files. No pickle, no code."""
+
+import json
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from multimodal.core import Core
+from multimodal.declare import declaration, rebuild
+from multimodal.shapes import CheckpointError, did_you_mean
+from multimodal.stream import Task
+
+if TYPE_CHECKING:
+    from multimodal.model import Model
+
+FORMAT = 1
+CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
+
+
+def save(model: "Model", folder: Path) -> Path:
+    """Write the folder aside, then put it in place, so that what was there survives a failed write."""
+    aside = folder.with_name(folder.name + ".writing")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    files = {name: tokenizer.files() for name, tokenizer in model.packer.tokenizers.items()}
+    config = {
+        "format": FORMAT,
+        "made_by": f"multimodal-stream {package_version()}",
+        "tokenizers": {
+            name: {**declaration(tokenizer), "files": sorted(files[name])}
+            for name, tokenizer in model.packer.tokenizers.items()
+        },
+        "core": declaration(model.core.core),
+        "tasks": [
+            {"pattern": pattern, "head": declaration(model.packer.head(pattern)), "weight": task.weight}
+            for pattern, task in model.tasks.items()
+        ],
+        "seed": model.seed,
+    }
+    (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, mine in files.items():
+        for file, data in mine.items():
+            path = aside / FILES / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, aside / WEIGHTS)
+    replace_folder(aside, folder)
+    return folder
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put `new` where `folder` is; at every moment one of the two versions is whole on disk."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def load(cls: type["Model"], folder: Path) -> Any:
+    """Rebuild declarations, then the model, then its weights."""
+    config = read_config(folder)
+    tokenizers = {}
+    for name, entry in config["tokenizers"].items():
+        files = {}
+        for file in entry.pop("files", []):
+            path = folder / FILES / name / file
+            if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+                raise CheckpointError(f"{folder}: the file {FILES}/{name}/{file} of tokenizer {name!r} is missing")
+            files[file] = path.read_bytes()
+        try:
+            tokenizers[name] = rebuild(entry, files)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: tokenizer {name!r}: {error}") from None
+    core = rebuild(config["core"])
+    if not isinstance(core, Core):
+        raise CheckpointError(f"{folder}: its core is a {type(core).__name__}, not a Core")
+    tasks = [Task(t["pattern"], rebuild(t["head"]), t["weight"]) for t in config["tasks"]]
+    model = cls(tokenizers, core, tasks, seed=config["seed"])
+    put_weights(model, read_tensors(folder / WEIGHTS), folder)
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, checked as far as loading needs it.
+
+    Raises:
+        CheckpointError: no such folder or file, damaged JSON, a format from the future, missing parts.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG} here; a checkpoint is a folder that Model.save wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from error
+    if config.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}; update multimodal-stream")
+    for part in ("tokenizers", "core", "tasks", "seed"):
+        if part not in config:
+            raise CheckpointError(f"{path}: the part {part!r} is missing")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text entries of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def put_weights(model: "Model", weights: dict[str, Tensor], where: Path) -> None:
+    """Load weights that must match the model one for one.
+
+    Raises:
+        CheckpointError: lists missing tensors, foreign ones, and those of another shape.
+    """
+    wanted = model.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in weights]
+    problems += [f"foreign {name}{did_you_mean(name, wanted)}" for name in weights if name not in wanted]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, wanted {tuple(t.shape)}"
+        for name, t in wanted.items()
+        if name in weights and weights[name].shape != t.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise CheckpointError(f"{where}: the weights do not fit the config: {shown}")
+    model.load_state_dict(weights)
+
+
+def package_version() -> str:
+    """The installed version, or 'unknown' when run from a bare source tree."""
+    try:
+        return version("multimodal-stream")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,107 @@
+"""What a user writes down (core, tokenizer, head, mask rule) is a declaration: a frozen dataclass that goes through JSON and holds no weights."""
+
+import dataclasses
+import importlib.metadata
+from typing import Any, ClassVar, Self
+
+from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
+
+_defined: dict[str, type["Declared"]] = {}
+
+
+class Declared:
+    """Base of everything that a checkpoint names and rebuilds. Subclasses are frozen dataclasses of JSON values and other declarations."""
+
+    entry_points: ClassVar[str] = "multimodal.parts"
+    """The packaging entry-point group through which an installed package offers such declarations."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _defined[type_name(cls)] = cls
+
+    def config(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: _to_json(getattr(self, name)) for name in _fields(type(self))}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], files: dict[str, bytes] | None = None) -> Self:
+        """Rebuild from what `config` gave after a trip through JSON; `files` are those a tokenizer saved beside it.
+
+        Raises:
+            CheckpointError: a setting that this class does not have.
+        """
+        known = _fields(cls)
+        for key in config:
+            if key not in known:
+                raise CheckpointError(
+                    f"{cls.__name__} has no setting {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}"
+                )
+        return cls(**{key: _from_json(value) for key, value in config.items()})
+
+
+def declaration(part: Declared) -> dict[str, Any]:
+    """{"type": "module:Class", "config": {...}}."""
+    return {"type": type_name(type(part)), "config": part.config()}
+
+
+def rebuild(data: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
+    """The declaration behind what `declaration` gave."""
+    return find(data["type"]).from_config(data["config"], files)
+
+
+def type_name(cls: type) -> str:
+    """'module:Class', as packaging entry points write it."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def find(name: str) -> type[Declared]:
+    """The class behind 'module:Class': one already defined in this process, or an installed entry point. Runs no other code.
+
+    Raises:
+        CheckpointError: no such class; lists what is installed.
+    """
+    if name in _defined:
+        return _defined[name]
+    groups = sorted({cls.entry_points for cls in _defined.values()} | {Declared.entry_points})
+    installed = {point.value: point for group in groups for point in importlib.metadata.entry_points(group=group)}
+    if name in installed:
+        return installed[name].load()
+    raise CheckpointError(
+        f"{name!r} is not installed{did_you_mean(name, installed) or ';'} installed are: {', '.join(sorted(installed)) or 'none'}. "
+        "Install the package that offers it as an entry point, or import the module that defines it first."
+    )
+
+
+def override(part: Any, **changes: Any) -> Any:
+    """A copy of a frozen dataclass with some fields changed.
+
+    Raises:
+        ConfigError: a field that does not exist, with the fields that do.
+    """
+    known = [f.name for f in dataclasses.fields(part)]
+    for name in changes:
+        if name not in known:
+            raise ConfigError(
+                f"{type(part).__name__} has no setting {name!r}; it has {', '.join(known)}{did_you_mean(name, known)}"
+            )
+    return dataclasses.replace(part, **changes)
+
+
+def _fields(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Declared):
+        return declaration(value)
+    if isinstance(value, (list, tuple)):
+        return [_to_json(v) for v in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"type", "config"}:
+        return rebuild(value)
+    if isinstance(value, list):
+        return tuple(_from_json(v) for v in value)
+    return value

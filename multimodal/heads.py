@@ -1,0 +1,211 @@
+"""Heads read the answer off the stream's states: two verbs, `logits` and `loss`, and `answer` for people."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.declare import Declared
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer, how sure the head is of it, and every class's probability where there are classes."""
+
+    value: Any
+    confidence: float
+    probability: dict[str, float] = field(default_factory=dict, repr=False)
+    complete: bool = True  # False: writing was ended by max_tokens before the head chose to stop
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Readout(nn.Module):
+    """The learnable half of a head: a linear layer onto the vocabulary, and the learned tokens that open a written segment."""
+
+    def __init__(self, width: int, vocab: int, queries: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, vocab)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+        self.query = nn.Parameter(torch.randn(queries, width) * 0.02) if queries else None
+
+
+class Head(Declared, ABC):
+    """How one kind of answer is written. Subclass as a frozen dataclass.
+
+    queries: learned tokens that stand at the start of the written segment; with none, the head reads the context's states.
+    writes: whether the target's tokens follow them in the stream, each seeing those before (teacher forcing).
+    """
+
+    entry_points: ClassVar[str] = "multimodal.heads"
+    queries: ClassVar[int] = 0
+    writes: ClassVar[bool] = False
+
+    @abstractmethod
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        """V, the width of the logits.
+
+        Raises:
+            ConfigError: this head cannot write that kind.
+        """
+
+    @abstractmethod
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits (rows, V) of the rows this head reads; `lengths` are the rows of each sample."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        """Sum of the losses of all real targets, in nats."""
+
+    @abstractmethod
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        """One answer a sample."""
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        """What the loss compares with, one entry a real target; made in the data workers. `rows` are those it has to be learned from.
+
+        Raises:
+            StreamError: this target cannot be learned from so few rows.
+        """
+        return tokens.content
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
+        """Make the learnable half for a core of this width."""
+        return Readout(width, self.vocab(tokenizer), self.queries)
+
+
+@dataclass(frozen=True)
+class Classify(Head):
+    """One class, or several at once where the tokenizer declares a multi-hot feature for each class.
+
+    The answer is read from a learned token that looks at the whole context.
+    """
+
+    label_smoothing: float = 0.0
+    queries: ClassVar[int] = 1
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        classes = tokenizer.vocab_size or tokenizer.feature_size
+        if not classes:
+            raise ConfigError(f"Classify: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from")
+        return classes
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        return readout.linear(state_ND)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        if target.is_floating_point():  # multi-hot: mean over classes, so that its size is that of a single decision
+            return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1).sum()
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        several = tokenizer.vocab_size is None
+        probability = logits.float().sigmoid() if several else logits.float().softmax(-1)
+        names = [tokenizer.decode(one_class(c, tokenizer)) for c in range(logits.shape[-1])]
+        if several:
+            names = [name[0] for name in names]
+        answers = []
+        for row in probability.tolist():
+            by_name = dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1]))
+            if several:
+                chosen = [name for name, p in by_name.items() if p >= 0.5]
+                sure = min(max(p, 1 - p) for p in row)
+                answers.append(Prediction(chosen, sure, by_name))
+            else:
+                best = next(iter(by_name))
+                answers.append(Prediction(best, by_name[best], by_name))
+        return answers
+
+
+def one_class(c: int, tokenizer: Tokenizer) -> Tokens:
+    """The tokens that stand for class c alone."""
+    if tokenizer.vocab_size is not None:
+        return Tokens(torch.tensor([c]), torch.zeros(1, 3))
+    assert tokenizer.feature_size is not None
+    return Tokens(F.one_hot(torch.tensor([c]), tokenizer.feature_size).float(), torch.zeros(1, 3))
+
+
+@dataclass(frozen=True)
+class NextToken(Head):
+    """Writes token after token, from a learned start to a learned stop: class V of the V + 1 that it chooses among."""
+
+    label_smoothing: float = 0.0
+    queries: ClassVar[int] = 1
+    writes: ClassVar[bool] = True
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        if tokenizer.vocab_size is None:
+            raise ConfigError(f"NextToken: {type(tokenizer).__name__} has no vocabulary; it writes discrete kinds only")
+        return tokenizer.vocab_size + 1
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        return readout.linear(state_ND)
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        return F.pad(tokens.content, (0, 1), value=self.vocab(tokenizer) - 1)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        raise ConfigError("NextToken: an answer is written step by step; use Model.generate")
+
+
+@dataclass(frozen=True)
+class CTC(Head):
+    """Connectionist temporal classification (Graves et al. 2006): a symbol or a blank (class V) for every row of the context."""
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        if tokenizer.vocab_size is None:
+            raise ConfigError(f"CTC: {type(tokenizer).__name__} has no vocabulary; it writes discrete kinds only")
+        return tokenizer.vocab_size + 1
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        ids = tokens.content
+        needed = len(ids) + int((ids[1:] == ids[:-1]).sum())
+        if needed > rows:
+            raise StreamError(
+                f"CTC: {len(ids)} symbols need at least {needed} rows (one each, one more between equal neighbours), but the "
+                f"context has {rows}; use shorter hops or stack fewer frames, or a tokenizer with longer symbols"
+            )
+        return ids
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        return readout.linear(state_ND)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        # PyTorch's CTC wants (time, batch, class): the one place where rows of unequal samples are laid side by side
+        rows = nn.utils.rnn.pad_sequence(list(logits.float().log_softmax(-1).split(list(lengths))))
+        return F.ctc_loss(
+            rows, target, torch.tensor(lengths), torch.tensor(target_lengths), blank=logits.shape[-1] - 1, reduction="sum"
+        )
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        blank = logits.shape[-1] - 1
+        answers = []
+        for rows in logits.float().log_softmax(-1).split(list(lengths)):
+            best, path = rows.max(-1)
+            ids = torch.unique_consecutive(path)
+            ids = ids[ids != blank].cpu()
+            value = tokenizer.decode(Tokens(ids, tokenizer.places(len(ids))))
+            answers.append(Prediction(value, float(best.sum().exp())))
+        return answers
+
+
+def default_head(tokenizer: Tokenizer) -> Head:
+    """What a kind is written with unless its task says otherwise: classes by `Classify`, other discrete kinds by `NextToken`."""
+    if tokenizer.classes:
+        return Classify()
+    if tokenizer.vocab_size is not None:
+        return NextToken()
+    raise ConfigError(
+        f"{type(tokenizer).__name__} is continuous and declares no classes, so no head writes it by default; give its task one"
+    )

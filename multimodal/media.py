@@ -1,0 +1,214 @@
+"""Pictures and sound from files, arrays and tensors, with units and with errors that say what is wrong."""
+
+import io
+import logging
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.shapes import MediaError
+from multimodal.tokenizer import describe
+
+log = logging.getLogger("multimodal")
+
+
+@cache
+def say_once(text: str) -> None:
+    """Tell the user something, the first time only (in each process)."""
+    log.warning(text)
+
+
+def is_file_like(value: Any) -> bool:
+    """Whether a value names or holds a file: a path, bytes, or an open binary file."""
+    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
+
+
+def _opened(value: Any, who: str) -> tuple[Any, str]:
+    """Something that a decoder can read, and its name for errors."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return io.BytesIO(value), f"{len(value)} bytes"
+    if hasattr(value, "read"):
+        return value, getattr(value, "name", "an open file")
+    path = Path(value)
+    if not path.is_file():
+        raise MediaError(f"{who}: there is no file {str(path)!r}" + (" (it is a folder)" if path.is_dir() else ""))
+    return path, repr(str(path))
+
+
+def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tensor:
+    """A picture as (C, Y, X) float32 in 0..1.
+
+    value: a path, bytes, an open file; a PIL image; an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), of uint8,
+    uint16, or floats in 0..1. Grey, RGB and RGBA are turned into `channels` (1, 3 or 4); see-through pixels lie on white.
+    EXIF rotation is applied. The size is checked before anything is decoded.
+
+    Raises:
+        MediaError: `who`, what came, and what to do.
+    """
+    from PIL import Image
+
+    if isinstance(value, Image.Image) or is_file_like(value):
+        image_CYX = _decode_image(value, max_pixels, who)
+    elif isinstance(value, (np.ndarray, Tensor)):
+        image_CYX = _image_from_array(value, max_pixels, who)
+    else:
+        raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
+    if not torch.isfinite(image_CYX).all():
+        raise MediaError(f"{who}: the picture has pixels that are not finite (NaN or infinity)")
+    return _to_channels(image_CYX, channels)
+
+
+def _check_pixels(width: int, height: int, max_pixels: int, who: str, name: str) -> None:
+    if width * height > max_pixels:
+        raise MediaError(
+            f"{who}: {name} is {height}x{width} pixels ({width * height / 1e6:.0f} million), more than max_pixels={max_pixels}; "
+            "shrink it first or raise max_pixels"
+        )
+
+
+def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    name = "the image"
+    try:
+        if isinstance(value, Image.Image):
+            image = value
+        else:
+            source, name = _opened(value, who)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+                image = Image.open(source)
+        _check_pixels(*image.size, max_pixels, who, name)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            array = np.asarray(image).astype(np.float32) / 65535
+        elif image.mode in ("I", "F"):
+            array = np.asarray(image).astype(np.float32)
+            array = array / 65535 if image.mode == "I" else array
+        else:
+            if image.mode not in ("L", "RGB", "RGBA"):
+                see_through = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBa")
+                image = image.convert("RGBA" if see_through else "L" if image.mode == "1" else "RGB")
+            array = np.asarray(image).astype(np.float32) / 255
+    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise MediaError(f"{who}: cannot read {name} as a picture: {error}") from error
+    finally:
+        if not isinstance(value, Image.Image) and "image" in locals():
+            image.close()
+    array = array[:, :, None] if array.ndim == 2 else array
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> Tensor:
+    came = describe(value)
+    tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
+    if tensor.dim() == 2:
+        tensor = tensor[None]
+    elif tensor.dim() == 3 and isinstance(value, np.ndarray):
+        tensor = tensor.permute(2, 0, 1)
+    if tensor.dim() != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
+        raise MediaError(f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), with C of 1, 3 or 4")
+    _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, came)
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255
+    if tensor.dtype == torch.uint16:
+        return tensor.float() / 65535
+    if tensor.dtype == torch.bool:
+        return tensor.float()
+    if not tensor.is_floating_point():
+        raise MediaError(f"{who}: {came} has no known range; give uint8 (0..255), uint16 (0..65535) or floats in 0..1")
+    tensor = tensor.float()
+    low, high = float(tensor.min()), float(tensor.max())
+    if low < -0.01 or high > 1.01:
+        raise MediaError(f"{who}: {came} runs from {low:g} to {high:g}; floats are wanted in 0..1, so divide by the largest value")
+    return tensor
+
+
+def _to_channels(image_CYX: Tensor, channels: int) -> Tensor:
+    have = image_CYX.shape[0]
+    if have == channels:
+        return image_CYX
+    if have == 4:
+        colour, alpha = image_CYX[:3], image_CYX[3:]
+        image_CYX = colour * alpha + (1 - alpha)
+    elif channels == 4:
+        colour = image_CYX.expand(3, -1, -1)
+        return torch.cat([colour, torch.ones_like(colour[:1])])
+    if channels == 1 and image_CYX.shape[0] == 3:
+        return (image_CYX * image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)  # ITU-R BT.601
+    return image_CYX.expand(channels, -1, -1) if image_CYX.shape[0] == 1 else image_CYX
+
+
+def read_sound(value: Any, *, rate_hz: int, who: str) -> Tensor:
+    """A sound as one channel (S,) of float32 at `rate_hz`; channels are averaged, other rates are resampled and that is said once.
+
+    value: a path, bytes or an open file; a pair (wave, rate in Hz); or a mapping with "array" and "sampling_rate". The wave
+    is an array or tensor (S,) or (channels, S), of floats in -1..1 or of integers of any width.
+
+    Raises:
+        MediaError: `who`, what came, and what to do.
+    """
+    if is_file_like(value):
+        wave_CS, rate = _decode_sound(value, who)
+    else:
+        if isinstance(value, dict) and {"array", "sampling_rate"} <= set(value):
+            wave, rate = value["array"], value["sampling_rate"]
+        elif isinstance(value, (tuple, list)) and len(value) == 2:
+            wave, rate = value
+        else:
+            raise MediaError(
+                f"{who}: wanted a file or a pair (wave, rate_hz), not {describe(value)}; an array alone does not say its rate"
+            )
+        wave_CS = _wave_from_array(wave, who)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)) or not 1 <= rate <= 10_000_000 or rate != int(rate):
+        raise MediaError(f"{who}: the rate {rate!r} is not a whole number of samples a second (Hz), such as 16000")
+    if wave_CS.shape[1] == 0:
+        raise MediaError(f"{who}: the sound has no samples")
+    if not torch.isfinite(wave_CS).all():
+        raise MediaError(f"{who}: the sound has samples that are not finite (NaN or infinity)")
+    wave_S = wave_CS.mean(0)
+    if int(rate) != rate_hz:
+        from torchaudio.functional import resample
+
+        say_once(f"{who}: resampling {int(rate)} Hz to {rate_hz} Hz")
+        wave_S = resample(wave_S, int(rate), rate_hz)
+        if len(wave_S) == 0:
+            raise MediaError(f"{who}: the sound is too short to resample from {int(rate)} Hz to {rate_hz} Hz")
+    return wave_S
+
+
+def _decode_sound(value: Any, who: str) -> tuple[Tensor, int]:
+    import soundfile
+
+    source, name = _opened(value, who)
+    try:
+        with soundfile.SoundFile(source) as file:
+            promised, rate = file.frames, file.samplerate
+            wave = file.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        raise MediaError(f"{who}: cannot read {name} as sound: {error}") from error
+    if 0 < len(wave) < promised:  # libsndfile is silent about files that were cut short
+        raise MediaError(f"{who}: {name} holds {len(wave)} samples of the {promised} that its header promises; it was cut short")
+    return torch.from_numpy(np.ascontiguousarray(wave.T)), rate
+
+
+def _wave_from_array(wave: Any, who: str) -> Tensor:
+    came = describe(wave)
+    if not isinstance(wave, (np.ndarray, Tensor)):
+        raise MediaError(f"{who}: the wave is {came}; wanted an array or a tensor, (S,) or (channels, S)")
+    tensor = torch.from_numpy(np.ascontiguousarray(wave)) if isinstance(wave, np.ndarray) else wave.detach().cpu()
+    if tensor.dim() == 1:
+        tensor = tensor[None]
+    if tensor.dim() != 2 or (tensor.shape[0] > 16 and tensor.shape[1] > 0):
+        raise MediaError(f"{who}: the wave is {came}; wanted (S,) or (channels, S) with at most 16 channels")
+    if tensor.dtype == torch.uint8:
+        return (tensor.float() - 128) / 128
+    if not tensor.is_floating_point():
+        return tensor.float() / -torch.iinfo(tensor.dtype).min
+    return tensor.float()

@@ -1,0 +1,65 @@
+"""Places (time, row, column) as rotary angles, as added sine-cosines, and as learned grids."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.shapes import ConfigError
+
+def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Which place axis turns each pair of a head, and how far a step: two vectors of K/2.
+
+    Pairs are shared out among time, row and column in the ratio `split`; within an axis of n pairs, pair i turns by
+    base ** (-i / n) radians a step (Su et al. 2021, section 3.2.2; one base an axis).
+    """
+    pairs = head_width // 2
+    shares = [pairs * s // sum(split) for s in split]
+    shares[0] += pairs - sum(shares)
+    axis_K = torch.cat([torch.full((n,), axis) for axis, n in enumerate(shares)])
+    frequency = [float(b) ** (-torch.arange(n) / max(n, 1)) for n, b in zip(shares, base, strict=True)]
+    return axis_K, torch.cat(frequency)
+
+
+def rotary_angles(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, 1, K/2) of every token's angles."""
+    angle_TK = position_TA.float()[:, axis_K] * frequency_K
+    return angle_TK.cos()[:, None], angle_TK.sin()[:, None]
+
+
+def rotate(x_THK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + K/2) of every head by the token's angles."""
+    cos, sin = angles
+    left, right = x_THK.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
+    """Fixed encoding (N, width): an equal share of sines and cosines for each of the place's axes (after Vaswani et al. 2017).
+
+    Raises:
+        ConfigError: width does not divide into pairs for every axis.
+    """
+    axes = place_NA.shape[1]
+    if width % (2 * axes):
+        raise ConfigError(f"sine_cosine: width={width} is not a multiple of {2 * axes}; use one that is, or another position scheme")
+    pairs = width // (2 * axes)
+    frequency_K = base ** (-torch.arange(pairs, device=place_NA.device) / pairs)
+    angle = place_NA[:, :, None] * frequency_K
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+class LearnedGrid(nn.Module):
+    """A learned picture of `size` x `size` places, stretched over whatever grid comes (as ViTs resize theirs).
+
+    Input: (N, 2) places as fractions of height and width, in 0..1. Output: (N, width), bilinear between grid points.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.grid_DYX = nn.Parameter(torch.randn(width, size, size) * 0.02)
+
+    def forward(self, fraction_NA: Tensor) -> Tensor:
+        yx = fraction_NA.flip(-1) * 2 - 1  # grid_sample wants (x, y) in -1..1
+        grid = self.grid_DYX[None]
+        sampled = F.grid_sample(grid, yx[None, None].to(grid.dtype), align_corners=False, padding_mode="border")
+        return sampled[0, :, 0].T

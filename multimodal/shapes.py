@@ -1,0 +1,77 @@
+"""The one legend of axis letters, the check that reads it off argument names, and the error classes."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+LEGEND = {
+    "B": "batch: samples side by side, only in decoding and in heads",
+    "T": "tokens of a stream",
+    "M": "memory: the keys and values that queries look at",
+    "D": "width of the core",
+    "H": "query heads",
+    "G": "key-value heads (grouped queries)",
+    "K": "width of one head",
+    "V": "vocabulary or classes",
+    "A": "place axes: time, row, column",
+    "N": "tokens of one value, or of all values of one kind",
+    "F": "features of a token",
+    "L": "layers",
+    "C": "channels",
+    "Y": "pixel rows",
+    "X": "pixel columns",
+    "S": "sound samples",
+}
+
+
+class ShapeError(ValueError):
+    """A tensor's shape disagrees with the axes in its name."""
+
+
+class ConfigError(ValueError):
+    """A declaration (core, tokenizer, head, task, recipe) cannot be built as written."""
+
+
+class TaskError(ConfigError):
+    """A task pattern cannot be read, or names fields and kinds that do not exist."""
+
+
+class MediaError(ValueError):
+    """A value (file, picture, sound, text) cannot be turned into tokens."""
+
+
+class StreamError(ValueError):
+    """A sample does not fit its task, or a stream does not fit its model."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is damaged, foreign, or needs something that is not installed."""
+
+
+def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensors: Tensor) -> dict[str, int]:
+    """Check tensors against the axes their names end in, and return the size of every axis met.
+
+    `check_shapes("Core", {"D": 64}, stream_TD=x, position_TA=p)` wants x to be (T, 64) and p to be (T, A) with the same T.
+
+    Raises:
+        ShapeError: names the caller, the tensor, the shape that came and the one that was wanted.
+    """
+    known = dict(sizes or {})
+    for name, tensor in tensors.items():
+        axes = name.rsplit("_", 1)[-1]
+        if tensor.dim() != len(axes):
+            raise ShapeError(f"{where}: {name} has {tensor.dim()} axes {tuple(tensor.shape)}, but its name promises {len(axes)} ({axes})")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if known.setdefault(axis, size) != size:
+                raise ShapeError(
+                    f"{where}: {name} is {tuple(tensor.shape)}, so {axis}={size}, but {axis}={known[axis]} was wanted "
+                    f"({axis}: {LEGEND.get(axis, 'not in the legend')})"
+                )
+    return known
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """'; did you mean 'label'?' when something close exists, otherwise nothing."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,286 @@
+"""Many samples laid end to end as one packed stream: no padding, no placeholders; made in the data workers.
+
+    sample {"image": .., "text": ..}                    task "image -> text"
+        | tokenizers                                        | which fields, in which order, and the head
+        v                                                   v
+    Tokens of every field  ------------------------->  segments of a sample  --end to end-->  Stream
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import Layout, Span
+from multimodal.heads import Head, default_head
+from multimodal.masks import Places
+from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
+from multimodal.task import Pattern
+from multimodal.tokenizer import Tokenizer, Tokens, at_times
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pattern, the head that writes its right side, and its weight in the loss of several tasks."""
+
+    pattern: str
+    head: Head | None = None  # None: what the written kind's tokenizer suggests
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one task's head reads of a stream.
+
+    row_N: rows of the stream, sample after sample; lengths: rows of each sample; samples: which sample of the batch each is;
+    target and target_lengths: what should have been answered (None when nobody knows yet).
+    """
+
+    row_N: Tensor
+    lengths: tuple[int, ...]
+    samples: tuple[int, ...]
+    target: Tensor | None
+    target_lengths: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Real targets."""
+        return sum(self.target_lengths)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One packed stream, ready for the device.
+
+    content: everything of a kind, in one piece, so that it is embedded by one call; `order_T` then puts the rows of all
+    kinds, one after the other, into the stream's order (None: they already are).
+    position_TA: places in steps, time running on from field to field of a sample.
+    """
+
+    content: dict[str, Tensor]
+    order_T: Tensor | None
+    position_TA: Tensor
+    layout: Layout
+    readings: dict[str, Reading]
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self.position_TA.shape[0]
+
+    @property
+    def samples(self) -> int:
+        return len(self.layout.spans)
+
+    def to(self, device) -> "Stream":
+        """The same stream on a device; copies do not wait where memory is pinned."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return Stream(
+            content={kind: move(x) for kind, x in self.content.items()},
+            order_T=None if self.order_T is None else move(self.order_T),
+            position_TA=move(self.position_TA),
+            layout=Layout(self.layout.spans, self.layout.places.to(device)),
+            readings={
+                pattern: dataclasses.replace(
+                    r, row_N=move(r.row_N), target=None if r.target is None else move(r.target)
+                )
+                for pattern, r in self.readings.items()
+            },
+        )
+
+
+@dataclass
+class _Segment:
+    kind: str
+    tokens: Tokens
+    step: tuple[float, float, float]
+    free: bool
+
+
+@dataclass
+class _Sample:
+    index: int
+    pattern: str
+    segments: list[_Segment]
+    context: int  # tokens read
+    target: Tensor | None
+
+    @property
+    def total(self) -> int:
+        return sum(len(s.tokens) for s in self.segments)
+
+    @property
+    def span(self) -> Span:
+        free = 0
+        while free < len(self.segments) and self.segments[free].free:
+            free += 1
+        at_start = sum(len(s.tokens) for s in self.segments[:free])
+        return Span(-1 if any(s.free for s in self.segments[free:]) else at_start, self.total)
+
+
+class Packer:
+    """Turns (task, sample) pairs into a Stream. Holds declarations only, so it is cheap to send to data workers."""
+
+    def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
+        self.tokenizers = dict(tokenizers)
+        for name, tokenizer in self.tokenizers.items():
+            if not isinstance(tokenizer, Tokenizer):
+                raise ConfigError(f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor")
+        self.tasks: dict[str, Task] = {}
+        self.patterns: dict[str, Pattern] = {}
+        for task in tasks:
+            task = Task(task) if isinstance(task, str) else task
+            pattern = Pattern.parse(task.pattern)
+            pattern.check_kinds(self.tokenizers)
+            if task.pattern in self.tasks:
+                raise TaskError(f"task {task.pattern!r} is given twice")
+            head = task.head or default_head(self.tokenizers[pattern.writes.kind])
+            head.vocab(self.tokenizers[pattern.writes.kind])
+            if not pattern.reads and not head.queries:
+                raise TaskError(f"task {task.pattern!r} reads nothing, and {type(head).__name__} answers only from what was read")
+            self.tasks[task.pattern] = dataclasses.replace(task, head=head)
+            self.patterns[task.pattern] = pattern
+
+    def head(self, pattern: str) -> Head:
+        head = self.tasks[pattern].head
+        assert head is not None
+        return head
+
+    def head_key(self, pattern: str) -> str:
+        """Tasks that write the same kind by the same head share its weights: they have the same key."""
+        return f"{self.patterns[pattern].writes.kind}_{type(self.head(pattern)).__name__}"
+
+    def check_task(self, pattern: str) -> None:
+        """Raises a TaskError unless this is one of the tasks."""
+        if pattern not in self.tasks:
+            raise TaskError(
+                f"there is no task {pattern!r}; there are {', '.join(map(repr, self.tasks))}{did_you_mean(pattern, self.tasks)}"
+            )
+
+    def __call__(self, batch: Sequence[tuple[str, Mapping[str, Any]]], *, answers: bool = True) -> Stream:
+        """Pack a batch; with answers=False nothing is written yet (prediction, the prompt of generation).
+
+        Raises:
+            TaskError: an unknown task or a missing field.
+            StreamError: a sample with nothing to read, a target that cannot be learned.
+            MediaError: from the tokenizer of a field; says which sample of the batch.
+        """
+        if not batch:
+            raise StreamError("Packer: the batch is empty")
+        samples = [self._sample(i, pattern, sample, answers) for i, (pattern, sample) in enumerate(batch)]
+        samples.sort(key=lambda s: s.span)  # equal shapes side by side: they run as one batch of the fused kernel
+        return self._lay(samples, answers)
+
+    def _sample(self, index: int, pattern_text: str, values: Mapping[str, Any], answers: bool) -> _Sample:
+        self.check_task(pattern_text)
+        pattern, head = self.patterns[pattern_text], self.head(pattern_text)
+        pattern.check_sample(values, answers)
+        segments = []
+        for field in pattern.reads:
+            if values[field.name] is not None:
+                tokenizer = self.tokenizers[field.kind]
+                tokens = self._encode(tokenizer, values[field.name], index, pattern_text, field.name)
+                segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+        context = sum(len(s.tokens) for s in segments)
+        if head.queries:
+            query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
+            segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
+        elif not context:
+            raise StreamError(f"sample {index} of task {pattern_text!r}: every field that is read is None; give at least one")
+        target = None
+        if answers:
+            tokenizer = self.tokenizers[pattern.writes.kind]
+            tokens = self._encode(tokenizer, values[pattern.answer], index, pattern_text, pattern.answer)
+            try:
+                target = head.target(tokens, context, tokenizer)
+            except StreamError as error:
+                raise StreamError(f"sample {index} of task {pattern_text!r}: {error}") from None
+            if head.writes:
+                segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
+        return _Sample(index, pattern_text, segments, context, target)
+
+    @staticmethod
+    def _encode(tokenizer: Tokenizer, value: Any, index: int, pattern: str, name: str) -> Tokens:
+        try:
+            return tokenizer(value)
+        except ValueError as error:
+            raise MediaError(f"sample {index} of task {pattern!r}, field {name!r}: {error}") from error
+
+    def _lay(self, samples: list[_Sample], answers: bool) -> Stream:
+        segments = [segment for sample in samples for segment in sample.segments]
+        sizes = torch.tensor([len(s.tokens) for s in segments])
+        starts = sizes.cumsum(0) - sizes
+        spans = tuple(sample.span for sample in samples)
+        totals = torch.tensor([span.total for span in spans])
+        stream_size = int(totals.sum())
+
+        by_kind: dict[str, list[int]] = {}
+        for i, segment in enumerate(segments):
+            by_kind.setdefault(segment.kind, []).append(i)
+        order_T = None
+        content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
+        if len(by_kind) > 1:
+            row_T = torch.cat([_ranges(starts[which], sizes[which]) for which in by_kind.values()])
+            order_T = torch.empty_like(row_T)
+            order_T[row_T] = torch.arange(stream_size)
+
+        sample_of = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.segments) for s in samples]))
+        places = Places(
+            sample=torch.arange(len(samples), dtype=torch.int32).repeat_interleave(totals),
+            order=torch.arange(stream_size, dtype=torch.int32) - (totals.cumsum(0) - totals).int().repeat_interleave(totals),
+            free=torch.tensor([s.free for s in segments], dtype=torch.int32).repeat_interleave(sizes),
+            segment=(torch.arange(len(segments)) - torch.searchsorted(sample_of, sample_of)).int().repeat_interleave(sizes),
+        )
+        return Stream(
+            content=content,
+            order_T=order_T,
+            position_TA=self._positions(samples, segments, sizes),
+            layout=Layout(spans, places),
+            readings=self._readings(samples, (totals.cumsum(0) - totals).tolist(), answers),
+        )
+
+    @staticmethod
+    def _positions(samples: list[_Sample], segments: list[_Segment], sizes: Tensor) -> Tensor:
+        """Places in steps; each field starts one step after the last token of the field before it."""
+        step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
+        position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
+        last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
+        offsets, at = [], 0
+        for sample in samples:
+            offset = 0.0
+            for _ in sample.segments:
+                offsets.append(offset)
+                offset += float(int(last[at])) + 1.0
+                at += 1
+        position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
+        return position_TA
+
+    def _readings(self, samples: list[_Sample], starts: list[int], answers: bool) -> dict[str, Reading]:
+        readings = {}
+        for pattern in self.tasks:
+            mine = [(sample, start) for sample, start in zip(samples, starts, strict=True) if sample.pattern == pattern]
+            if not mine:
+                continue
+            skip = [s.context if self.head(pattern).queries else 0 for s, _ in mine]
+            lengths = [(s.total if self.head(pattern).queries else s.context) - n for (s, _), n in zip(mine, skip, strict=True)]
+            first = torch.tensor([start + n for (_, start), n in zip(mine, skip, strict=True)])
+            targets = [s.target for s, _ in mine if s.target is not None]
+            readings[pattern] = Reading(
+                row_N=_ranges(first, torch.tensor(lengths)),
+                lengths=tuple(lengths),
+                samples=tuple(s.index for s, _ in mine),
+                target=torch.cat(targets) if answers else None,
+                target_lengths=tuple(len(t) for t in targets),
+            )
+        return readings
+
+
+def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """[start, start + 1, .., start + size - 1] of each, end to end."""
+    within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return starts.repeat_interleave(sizes) + within

@@ -1,0 +1,123 @@
+"""What is read and what is written: "image text -> text", parsed with errors that point at the place."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from multimodal.shapes import TaskError, did_you_mean
+
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a sample: its name and the tokenizer that reads or writes it ("photo:image"; "image" is both)."""
+
+    name: str
+    kind: str
+    column: int  # where it stands in the pattern, for errors
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed task: fields read, in stream order, and the one field written."""
+
+    text: str
+    reads: tuple[Field, ...]
+    writes: Field
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Parse "photo:image question:text -> answer:text". The left side may be empty: "-> text" writes from nothing.
+
+        Raises:
+            TaskError: shows the pattern, marks the place, and says what was wanted.
+        """
+        if not isinstance(text, str):
+            raise TaskError(f"a task is a text such as 'image -> label', not {type(text).__name__} {text!r}")
+        arrow = text.find("->")
+        if arrow < 0:
+            raise _error(text, len(text), "has no '->'; write the fields that are read, '->', and the field that is written")
+        if (second := text.find("->", arrow + 2)) >= 0:
+            raise _error(text, second, "has a second '->'; a task has one")
+        reads = _fields(text, 0, arrow)
+        writes = _fields(text, arrow + 2, len(text))
+        if not writes:
+            raise _error(text, len(text), "writes nothing; name one field after '->'")
+        if len(writes) > 1:
+            raise _error(text, writes[1].column, "writes more than one field; write a task for each")
+        seen: set[str] = set()
+        for field in reads:
+            if field.name in seen:
+                raise _error(text, field.column, f"reads {field.name!r} twice; name them apart, as in 'left:{field.kind} right:{field.kind}'")
+            seen.add(field.name)
+        return cls(text=text, reads=reads, writes=writes[0])
+
+    @property
+    def answer(self) -> str:
+        """The name under which a sample carries what is written ("text -> text" reads 'text' and wants 'answer')."""
+        return "answer" if any(f.name == self.writes.name for f in self.reads) else self.writes.name
+
+    def check_kinds(self, tokenizers: Mapping[str, Any]) -> None:
+        """Check that every field's kind has a tokenizer.
+
+        Raises:
+            TaskError: shows the pattern, marks the field, lists the tokenizers that exist.
+        """
+        for field in (*self.reads, self.writes):
+            if field.kind not in tokenizers:
+                raise _error(
+                    self.text,
+                    field.column,
+                    f"names {field.kind!r}, which no tokenizer reads or writes; there are {', '.join(map(repr, sorted(tokenizers)))}"
+                    f"{did_you_mean(field.kind, tokenizers)}",
+                )
+
+    def check_sample(self, sample: Mapping[str, Any], answer: bool) -> None:
+        """Check that a sample has every field this task reads (and writes, if `answer`); None means left out on purpose.
+
+        Raises:
+            TaskError: names the missing field and the fields that came.
+        """
+        if not isinstance(sample, Mapping):
+            raise TaskError(f"task {self.text!r}: a sample is a mapping of fields, not {type(sample).__name__}")
+        wanted = [f.name for f in self.reads] + ([self.answer] if answer else [])
+        for name in wanted:
+            if name not in sample:
+                close = did_you_mean(name, sample)
+                raise TaskError(
+                    f"task {self.text!r}: the sample has no field {name!r}; it has {', '.join(map(repr, sample)) or 'none'}{close}"
+                    + ("" if close else "; give None for a field that this sample lacks")
+                )
+
+
+def _fields(text: str, start: int, stop: int) -> tuple[Field, ...]:
+    fields, at = [], start
+    while True:
+        while at < stop and text[at].isspace():
+            at += 1
+        if at >= stop:
+            return tuple(fields)
+        name = _word(text, at, stop)
+        end = at + len(name)
+        kind = name
+        if end < stop and text[end] == ":":
+            kind = _word(text, end + 1, stop)
+            end += 1 + len(kind)
+        if end < stop and not text[end].isspace():
+            raise _error(text, end, f"has {text[end]!r} here; fields are words, or name:kind, with blanks between")
+        fields.append(Field(name, kind, at))
+        at = end
+
+
+def _word(text: str, at: int, stop: int) -> str:
+    match = _WORD.match(text, at, stop)
+    if match is None:
+        came = repr(text[at]) if at < stop else "nothing"
+        raise _error(text, at, f"has {came} where a field's name was wanted (letters, digits, underscore)")
+    return match.group()
+
+
+def _error(text: str, column: int, problem: str) -> TaskError:
+    return TaskError(f"task {text!r} {problem}\n    {text}\n    {' ' * column}^")

@@ -1,0 +1,133 @@
+"""The contract that every kind of data meets: a value goes in, tokens with places come out.
+
+    value --encode--> Tokens(content, position) --embed--> rows of the stream
+
+`encode` is pure and runs in data workers; `embed` makes the learnable half, which runs on the device once for all values of a kind.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.declare import Declared
+from multimodal.shapes import ConfigError, MediaError
+
+@dataclass(frozen=True)
+class Tokens:
+    """One value as tokens.
+
+    content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
+    position_NA: (N, 3) float32, the place of each token: time, row, column, in the tokenizer's own units.
+    """
+
+    content: Tensor
+    position_NA: Tensor
+
+    def __len__(self) -> int:
+        return self.content.shape[0]
+
+
+def at_times(time_N: Tensor) -> Tensor:
+    """Places (N, 3) of tokens that lie along time only."""
+    position_NA = torch.zeros(len(time_N), 3)
+    position_NA[:, 0] = time_N
+    return position_NA
+
+
+class Tokenizer(Declared, ABC):
+    """A kind of data. Subclass as a frozen dataclass; its fields are its whole configuration and must be JSON values.
+
+    Declare `vocab_size` (discrete: content is ids) or `feature_size` (continuous: content is features), and write `encode`.
+    Everything else has a default: a look-up table or a linear layer embeds, and nothing can be decoded.
+    """
+
+    vocab_size: int | None = None
+    feature_size: int | None = None
+    causal: bool = False
+    """Whether a token that is read sees only what came before it (written tokens always do)."""
+    classes: bool = False
+    """Whether a value is one of a fixed set of classes, or several of them at once: one token says it all."""
+    step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """How much of (time, row, column) counts as one step for the core, in the units of `position_NA`."""
+    max_tokens: ClassVar[int] = 65536
+    """A longer value is refused by name; it is never cut."""
+
+    @abstractmethod
+    def encode(self, value: Any) -> Tokens:
+        """Turn one value into tokens: pure, on the CPU, the same for the same value. Bad values raise a ValueError."""
+
+    def decode(self, tokens: Tokens) -> Any:
+        """Turn tokens back into a value, if this kind can be written."""
+        raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
+
+    def embed(self, width: int) -> nn.Module:
+        """Make the learnable half: a module from content to (N, width)."""
+        if self.vocab_size is not None:
+            table = nn.Embedding(self.vocab_size, width)
+            nn.init.normal_(table.weight, std=0.02)
+            return table
+        if self.feature_size is None:
+            raise ConfigError(f"{type(self).__name__} declares neither vocab_size nor feature_size; it needs one of them")
+        return nn.Linear(self.feature_size, width)
+
+    def __call__(self, value: Any) -> Tokens:
+        """Encode with the checks that make every later error impossible; names this class in what it raises.
+
+        Raises:
+            MediaError: no tokens, too many, not finite, or of another shape or type than declared.
+        """
+        name = type(self).__name__
+        try:
+            tokens = self.encode(value)
+        except ValueError:
+            raise
+        except Exception as error:  # a stranger's encode may fail in any way; say where and on what
+            raise MediaError(f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {error}") from error
+        content, position_NA = tokens.content, tokens.position_NA
+        if len(tokens) == 0:
+            raise MediaError(f"{name}.encode: {describe(value)} gave no tokens; to leave a field out of a sample, give None")
+        if len(tokens) > self.max_tokens:
+            raise MediaError(
+                f"{name}.encode: {describe(value)} gave {len(tokens)} tokens, more than max_tokens={self.max_tokens}; "
+                "shorten or shrink it first"
+            )
+        if position_NA.shape != (len(tokens), 3):
+            raise MediaError(f"{name}.encode: position is {tuple(position_NA.shape)}, wanted ({len(tokens)}, 3): time, row, column")
+        if self.vocab_size is not None:
+            if content.dim() != 1 or content.dtype != torch.int64:
+                raise MediaError(f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted ids: int64 (N,)")
+            low, high = int(content.min()), int(content.max())
+            if low < 0 or high >= self.vocab_size:
+                raise MediaError(f"{name}.encode: ids run from {low} to {high}, outside 0..{self.vocab_size - 1}")
+        else:
+            if content.dim() != 2 or content.shape[1] != self.feature_size or content.dtype != torch.float32:
+                raise MediaError(
+                    f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted features: float32 (N, {self.feature_size})"
+                )
+            if not torch.isfinite(content).all():
+                raise MediaError(f"{name}.encode: {describe(value)} gave features that are not finite (NaN or infinity)")
+        if not torch.isfinite(position_NA).all():
+            raise MediaError(f"{name}.encode: {describe(value)} gave places that are not finite")
+        return tokens
+
+    def files(self) -> dict[str, bytes]:
+        """Files that are saved beside the weights and given back to `from_config`; for what is too large for `config`."""
+        return {}
+
+    def places(self, count: int) -> Tensor:
+        """Places (count, 3) of the first tokens of a value that is being written; must agree with `encode`."""
+        return at_times(torch.arange(count, dtype=torch.float32))
+
+
+def describe(value: Any) -> str:
+    """A short name for a value in an error: 'array (30, 48) uint8', 'str 'cat.png''."""
+    if isinstance(value, (tuple, list)) and len(value) <= 3:
+        return type(value).__name__ + " (" + ", ".join(describe(v) for v in value) + ")"
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"{type(value).__name__} {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

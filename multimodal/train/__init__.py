@@ -1,0 +1,6 @@
+"""Training: a plain loop, its recipe, its state on disk, its picture."""
+
+from multimodal.train.fit import Run, evaluate, fit
+from multimodal.train.recipe import Recipe
+
+__all__ = ["Recipe", "Run", "evaluate", "fit"]

@@ -1,0 +1,236 @@
+"""`fit`: the training loop, from top to bottom.
+
+    data sets --Batches (workers)--> packed streams --model.loss--> backward --> AdamW --> averaged weights --> run folder
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multimodal.data import Batches, Samples
+from multimodal.declare import override
+from multimodal.model import Model
+from multimodal.shapes import ConfigError
+from multimodal.stream import Stream
+from multimodal.train.recipe import Recipe, choose_device, choose_precision
+from multimodal.train.report import bar, draw_curves
+from multimodal.train.state import load_state, save_state
+
+MODEL, STATE, LOG, CURVES, RECIPE = "model", "state", "log.jsonl", "curves.png", "recipe.json"
+
+
+@dataclass
+class Run:
+    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end."""
+
+    folder: Path | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+    def last(self, key: str) -> Any:
+        """The newest value of a column, such as 'loss' or 'image -> label exact'."""
+        return next(row[key] for row in reversed(self.history) if key in row)
+
+
+def fit(
+    model: Model,
+    data: Mapping[str, Samples],
+    recipe: Recipe | None = None,
+    *,
+    evaluation: Mapping[str, Samples] | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train `model` in place on data sets by task: {"image -> label": samples}.
+
+    recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task.
+    folder: keeps the model, a state to resume from, the log and a picture of the curves. resume: go on from that state if
+    there is one. Ctrl-C ends after the current step, with everything saved.
+
+    Raises:
+        ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
+    """
+    from timm.optim import param_groups_weight_decay
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import ModelEmaV3
+
+    recipe = override(recipe or Recipe(), **settings)
+    run = Run(Path(folder) if folder is not None else None)
+    device = choose_device(recipe.device)
+    dtype, why = choose_precision(recipe.precision, device, model.core.core.width)
+    batches = Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, seed=recipe.seed)
+    for pattern in evaluation or {}:
+        model.packer.check_task(pattern)
+
+    model.to(device).train()
+    groups = param_groups_weight_decay(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.steps,
+        lr_min=recipe.lr * recipe.final_lr,
+        warmup_t=round(recipe.steps * recipe.warmup),
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+    ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+    averaged = ema.module if ema else None
+    torch.manual_seed(recipe.seed)
+
+    facts = {"recipe": json.loads(json.dumps(recipe.config())), "data": {p: len(s) for p, s in data.items()}}
+    start = 0
+    if run.folder is not None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if resume and (run.folder / STATE).is_dir():
+            start = load_state(run.folder / STATE, model=model, optimizer=optimizer, ema=averaged, facts=facts)
+            run.history = [row for row in _read_log(run.folder / LOG) if row["step"] <= start]
+        (run.folder / RECIPE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        _write_log(run.folder / LOG, run.history)
+    if not quiet:
+        parameters = sum(p.numel() for p in model.parameters())
+        print(
+            f"fit: {parameters:,} parameters, {recipe.steps} steps of {recipe.batch} samples on {device.type} "
+            f"({torch.get_num_threads()} threads) in {str(dtype).removeprefix('torch.')} ({why})"
+            + (f", resuming at step {start}" if start else "")
+        )
+
+    def keep(step: int) -> None:
+        if run.folder is not None:
+            save_state(run.folder / STATE, step=step, model=model, optimizer=optimizer, ema=averaged, facts=facts)
+            (averaged or model).save(run.folder / MODEL)
+
+    step = start
+    loader = batches.loader(start, recipe.steps, recipe.workers)
+    with _asked_to_stop() as asked, bar(recipe.steps, start, quiet) as show:
+        clock, tokens = time.perf_counter(), 0
+        for streams in loader:
+            schedule.step_update(step)
+            row = _step(model, streams, optimizer, recipe, dtype, device, step)
+            step += 1
+            if ema:
+                ema.update(model, step=step)
+            tokens += sum(len(stream) for stream in streams)
+            due = recipe.evaluate_every and step % recipe.evaluate_every == 0
+            seconds = time.perf_counter() - clock
+            row = {"step": step, **row, "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": round(tokens / seconds)}
+            if due and evaluation and step < recipe.steps:
+                row |= _evaluate_all(averaged or model, evaluation)
+            _note(run, row)
+            show(row)
+            if asked.is_set() or step == recipe.steps:
+                break
+            if recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
+                keep(step)
+    run.finished = step == recipe.steps
+    keep(step)  # the raw weights, to resume from, before the averaged ones become the model
+    if averaged is not None:
+        model.load_state_dict(averaged.state_dict())
+    model.eval()
+    if evaluation and run.finished:
+        _note(run, {"step": step, **_evaluate_all(model, evaluation)})
+    if run.folder is not None and run.history:
+        draw_curves(run.history, run.folder / CURVES)
+    if not run.finished and not quiet:
+        where = f"; resume with fit(..., folder={str(run.folder)!r}, resume=True)" if run.folder else ""
+        print(f"fit: stopped after step {step} of {recipe.steps}{where}")
+    return run
+
+
+def _step(
+    model: Model, streams: list[Stream], optimizer: torch.optim.Optimizer, recipe: Recipe, dtype: torch.dtype, device: torch.device, step: int
+) -> dict[str, Any]:
+    """One optimiser step over its micro-batches; every real target of a task weighs the same, wherever it was packed."""
+    counts: dict[str, int] = {}
+    for stream in streams:
+        for pattern, reading in stream.readings.items():
+            counts[pattern] = counts.get(pattern, 0) + reading.count
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for stream in streams:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model.loss(stream.to(device), counts=counts)
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
+    loss_value = float(total)
+    if not math.isfinite(loss_value):
+        raise FloatingPointError(
+            f"fit: the loss is {loss_value} at step {step}; lower lr={recipe.lr}, or look at that batch: "
+            f"Batches(...)[{step}] makes it again"
+        )
+    optimizer.step()
+    return {"loss": loss_value, "grad_norm": float(norm)}
+
+
+def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
+    """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`)."""
+    if len(samples) == 0:
+        raise ConfigError(f"evaluate: the data of task {task!r} are empty")
+    pattern = model.packer.patterns[task]
+    written = model.packer.tokenizers[pattern.writes.kind]
+    total, count, right = 0.0, 0, 0
+    for start in range(0, len(samples), batch):
+        part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
+        stream = model.pack(task, part)
+        with model._resting():
+            total += float(model.losses(stream)[task])
+        count += stream.readings[task].count
+        for sample, answer in zip(part, model.predict(task, part), strict=True):
+            right += answer.value == written.decode(written(sample[pattern.answer]))
+    return {"loss": total / count, "exact": right / len(samples)}
+
+
+def _evaluate_all(model: Model, evaluation: Mapping[str, Samples]) -> dict[str, float]:
+    return {
+        f"{pattern} {key}": value
+        for pattern, samples in evaluation.items()
+        for key, value in evaluate(model, pattern, samples).items()
+    }
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that a step is never cut in two; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _note(run: Run, row: dict[str, Any]) -> None:
+    run.history.append(row)
+    if run.folder is not None:
+        with (run.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The state of a training run in one folder: weights, optimiser, averaged weights, generators, step. No pickle."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from multimodal.checkpoint import put_weights, read_tensors, replace_folder
+from multimodal.model import Model
+from multimodal.shapes import CheckpointError
+
+TENSORS, FACTS = "state.safetensors", "state.json"
+
+
+def save_state(folder: Path, *, step: int, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]) -> None:
+    """Write the state whole or not at all; `facts` are JSON values that must agree when it is read again."""
+    aside = folder.with_name(folder.name + ".writing")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema/{name}": t for name, t in ema.state_dict().items()}
+    for (name, _), entry in zip(_trained(model, optimizer), _entries(optimizer), strict=True):
+        tensors |= {f"optimizer/{key}/{name}": torch.as_tensor(value) for key, value in entry.items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, aside / TENSORS)
+    (aside / FACTS).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n", encoding="utf-8")
+    replace_folder(aside, folder)
+
+
+def load_state(folder: Path, *, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]) -> int:
+    """Put a saved state back into model, optimiser, averaged weights and generators, and return its step.
+
+    Raises:
+        CheckpointError: damaged, of another model, or made with other facts (named).
+    """
+    try:
+        saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot read {FACTS}: {error}") from error
+    for key, value in facts.items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{folder}: this run was made with {key}={saved.get(key)!r}, but now {key}={value!r}; "
+                "resume with the same settings or choose another folder"
+            )
+    tensors = read_tensors(folder / TENSORS)
+    put_weights(model, _below(tensors, "model/"), folder)
+    if ema is not None:
+        put_weights(ema, _below(tensors, "ema/"), folder)
+    for name, parameter in _trained(model, optimizer):
+        entry = {key: _below(tensors, f"optimizer/{key}/").get(name) for key in ("step", "exp_avg", "exp_avg_sq")}
+        if any(value is None for value in entry.values()):
+            if all(value is None for value in entry.values()):
+                continue  # had no gradient yet
+            raise CheckpointError(f"{folder}: the optimiser's state of {name} is missing")
+        optimizer.state[parameter] = {
+            key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+            for key, value in entry.items()
+            if value is not None
+        }
+    torch.set_rng_state(tensors["random/cpu"])
+    if torch.cuda.is_available() and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    return int(saved["step"])
+
+
+def _trained(model: Model, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,128 @@
+"""Pictures as square patches that keep their rows and columns; any height and width, no resize to one shape."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from multimodal.media import read_image
+from multimodal.positions import LearnedGrid, sine_cosine
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class ImagePatches(Tokenizer):
+    """Patches of `patch` x `patch` pixels, row by row (Dosovitskiy et al. 2021), at native size (Dehghani et al. 2023).
+
+    The core's rotary places always see each patch's row and column. `position` says what is added to its embedding besides:
+    "sincos" (fixed, unbounded), "learned" (a grid that stretches over any picture), or "rotary" (nothing).
+    A picture whose sides are no multiples of `patch` is continued at its right and lower edge with `edge="repeat"`, or
+    refused with `edge="error"`. With `max_side` larger pictures are shrunk to it, aspect kept. All of this is saved.
+    """
+
+    patch: int = 16  # pixels
+    channels: int = 3  # C: 1 grey, 3 RGB, 4 RGBA
+    mean: float | tuple[float, ...] = 0.5  # subtracted from 0..1 pixels, one for all channels or one each
+    std: float | tuple[float, ...] = 0.5
+    position: Literal["sincos", "learned", "rotary"] = "sincos"
+    grid: int = 16  # points a side of the learned grid
+    edge: Literal["repeat", "error"] = "repeat"
+    max_side: int | None = None  # pixels
+    max_pixels: int = 2**24
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.channels not in (1, 3, 4):
+            raise ConfigError(f"ImagePatches: patch={self.patch} must be at least 1 and channels={self.channels} 1, 3 or 4")
+        if self.position not in ("sincos", "learned", "rotary") or self.edge not in ("repeat", "error"):
+            raise ConfigError(
+                f"ImagePatches: position={self.position!r} must be 'sincos', 'learned' or 'rotary', and edge={self.edge!r} "
+                "'repeat' or 'error'"
+            )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, list)) and len(value) != self.channels:
+                raise ConfigError(f"ImagePatches: {name} has {len(value)} numbers for channels={self.channels}")
+        if self.max_side is not None and self.max_side < self.patch:
+            raise ConfigError(f"ImagePatches: max_side={self.max_side} is smaller than patch={self.patch}")
+
+    @property
+    def pixel_features(self) -> int:
+        """F of the pixels alone: channels x rows x columns of one patch."""
+        return self.channels * self.patch**2
+
+    @property
+    def feature_size(self) -> int:
+        """Pixels, and for the added position schemes the patch's row and column behind them."""
+        return self.pixel_features + (0 if self.position == "rotary" else 2)
+
+    def encode(self, value: Any) -> Tokens:
+        image_CYX = self.preprocess(value)
+        patches_NF = rearrange(image_CYX, "c (y p) (x q) -> (y x) (c p q)", p=self.patch, q=self.patch)
+        rows, columns = image_CYX.shape[1] // self.patch, image_CYX.shape[2] // self.patch
+        position_NA = torch.zeros(rows, columns, 3)
+        position_NA[..., 1] = torch.arange(rows)[:, None]
+        position_NA[..., 2] = torch.arange(columns)
+        position_NA = position_NA.view(-1, 3)
+        if self.position == "sincos":
+            patches_NF = torch.cat([patches_NF, position_NA[:, 1:]], 1)
+        elif self.position == "learned":
+            patches_NF = torch.cat([patches_NF, (position_NA[:, 1:] + 0.5) / torch.tensor([rows, columns])], 1)
+        return Tokens(patches_NF, position_NA)
+
+    def preprocess(self, value: Any) -> Tensor:
+        """Any picture as normalised (C, Y, X) whose sides are multiples of `patch`."""
+        image_CYX = read_image(value, channels=self.channels, max_pixels=self.max_pixels, who="ImagePatches.encode")
+        height, width = image_CYX.shape[1:]
+        if self.max_side and max(height, width) > self.max_side:
+            scale = self.max_side / max(height, width)
+            height, width = (max(round(side * scale), self.patch) for side in (height, width))
+            image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
+        if min(height, width) < self.patch:
+            raise MediaError(
+                f"ImagePatches.encode: image is {height}x{width} pixels, smaller than one patch={self.patch}; enlarge it first"
+            )
+        below, beside = -height % self.patch, -width % self.patch
+        if below or beside:
+            if self.edge == "error":
+                raise MediaError(
+                    f"ImagePatches.encode: image is {height}x{width} pixels, which patch={self.patch} does not divide; "
+                    "resize or pad it first, or use edge='repeat'"
+                )
+            image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
+        return (image_CYX - self._per_channel(self.mean)) / self._per_channel(self.std)
+
+    def decode(self, tokens: Tokens) -> Tensor:
+        """The picture (C, Y, X) in 0..1 that these patches tile."""
+        rows = int(tokens.position_NA[:, 1].max()) + 1
+        pixels_NF = tokens.content[:, : self.pixel_features]
+        image_CYX = rearrange(pixels_NF, "(y x) (c p q) -> c (y p) (x q)", y=rows, p=self.patch, q=self.patch)
+        return image_CYX * self._per_channel(self.std) + self._per_channel(self.mean)
+
+    def embed(self, width: int) -> nn.Module:
+        return _PatchEmbed(self, width)
+
+    def _per_channel(self, value: float | tuple[float, ...]) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+
+
+class _PatchEmbed(nn.Module):
+    """Pixels by a linear layer, plus the position scheme's encoding of (row, column)."""
+
+    def __init__(self, tokenizer: ImagePatches, width: int) -> None:
+        super().__init__()
+        self.pixels, self.position = tokenizer.pixel_features, tokenizer.position
+        self.linear = nn.Linear(self.pixels, width)
+        self.learned = LearnedGrid(width, tokenizer.grid) if self.position == "learned" else None
+        if self.position == "sincos":
+            sine_cosine(torch.zeros(1, 2), width)  # complain about the width now, not at the first picture
+
+    def forward(self, content_NF: Tensor) -> Tensor:
+        embedded_ND = self.linear(content_NF[:, : self.pixels])
+        place_NA = content_NF[:, self.pixels :]
+        if self.learned is not None:
+            return embedded_ND + self.learned(place_NA)
+        return embedded_ND + sine_cosine(place_NA, embedded_ND.shape[1]) if self.position == "sincos" else embedded_ND

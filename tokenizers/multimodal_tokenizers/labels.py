@@ -1,0 +1,62 @@
+"""Labels: one class of a fixed set, or several of them at once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Labels(Tokenizer):
+    """Class names; a value is a name, or with several=True a list of names (which may be empty).
+
+    One class is one id. Several are one token of 0s and 1s, a feature for each class.
+    """
+
+    names: tuple[str, ...]
+    several: bool = False
+    classes = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
+            raise ConfigError(f"Labels: names={self.names!r} is not a list of names")
+        object.__setattr__(self, "names", tuple(str(name) for name in self.names))
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice or not self.names:
+            raise ConfigError(f"Labels: {'names occur twice: ' + ', '.join(twice) if twice else 'no names were given'}")
+
+    @property
+    def vocab_size(self) -> int | None:
+        return None if self.several else len(self.names)
+
+    @property
+    def feature_size(self) -> int | None:
+        return len(self.names) if self.several else None
+
+    def encode(self, value: Any) -> Tokens:
+        if not self.several:
+            return Tokens(torch.tensor([self._id(value)]), torch.zeros(1, 3))
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise MediaError(f"Labels.encode: several=True wants a list of names, not {value!r}")
+        hot = torch.zeros(1, len(self.names))
+        for name in value:
+            hot[0, self._id(name)] = 1
+        return Tokens(hot, torch.zeros(1, 3))
+
+    def decode(self, tokens: Tokens) -> Any:
+        if self.several:
+            return [name for name, hot in zip(self.names, tokens.content[0].tolist(), strict=True) if hot > 0.5]
+        return self.names[int(tokens.content[0])]
+
+    def _id(self, name: Any) -> int:
+        try:
+            return self.names.index(str(name))
+        except ValueError:
+            shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            raise MediaError(
+                f"Labels.encode: {name!r} is not one of the {len(self.names)} classes: {shown}{did_you_mean(str(name), self.names)}"
+            ) from None
