@@ -105,7 +105,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if config.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}; update multimodal-stream")
+        raise CheckpointError(
+            f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}; update multimodal-stream"
+        )
     for part in ("tokenizers", "core", "tasks", "seed"):
         if part not in config:
             raise CheckpointError(f"{path}: the part {part!r} is missing")

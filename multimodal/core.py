@@ -11,7 +11,7 @@ from multimodal.attention import Attention, Cache, Layout, Plan, ScaledDotProduc
 from multimodal.declare import Declared, override
 from multimodal.masks import PREFIX_LM, Rule
 from multimodal.norm import RMSNorm
-from multimodal.positions import rotary_angles, rotary_frequencies
+from multimodal.positions import rotary_frequencies, rotary_turns
 from multimodal.shapes import ConfigError, check_shapes
 
 
@@ -26,7 +26,9 @@ class Core(Declared):
     mlp_width: int | None = None  # hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16
     qk_norm: bool = True  # RMSNorm on queries and keys: keeps attention logits bounded (Dehghani et al. 2023)
     dropout: float = 0.0  # share of each block's output that is dropped in training
-    drop_path: float = 0.0  # share of samples whose block is skipped in training, rising linearly to this at the last block
+    drop_path: float = (
+        0.0  # share of samples whose block is skipped in training, rising linearly to this at the last block
+    )
     rotary_split: tuple[int, ...] = (2, 1, 1)  # ratio in which a head's pairs are turned by time, row and column
     rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)  # slowest turn of each axis, steps / radian
     mask: Rule = PREFIX_LM
@@ -139,17 +141,18 @@ class Block(nn.Module):
         self.down = nn.Linear(core.hidden, core.width, bias=False)
         self.dropout, self.drop_path = core.dropout, drop_path
 
-    def forward(self, stream_TD: Tensor, angles: tuple[Tensor, Tensor], plan: Plan, layer: int, sample_T: Tensor) -> Tensor:
-        stream_TD = stream_TD + self._drop(self.attention(self.norm_attention(stream_TD), angles, plan, layer), sample_T)
+    def forward(self, stream_TD: Tensor, turns: Tensor, plan: Plan, layer: int, sample_T: Tensor) -> Tensor:
+        stream_TD = stream_TD + self._drop(self.attention(self.norm_attention(stream_TD), turns, plan, layer), sample_T)
         gate, up = self.gate_up(self.norm_mlp(stream_TD)).chunk(2, dim=-1)
         return stream_TD + self._drop(self.down(F.silu(gate) * up), sample_T)
 
     def _drop(self, update_TD: Tensor, sample_T: Tensor) -> Tensor:
-        if not self.training:
-            return update_TD
-        update_TD = F.dropout(update_TD, self.dropout)
-        if self.drop_path:
-            keep = torch.rand(int(sample_T[-1]) + 1, 1, device=update_TD.device, dtype=update_TD.dtype) >= self.drop_path
+        if self.training and self.dropout:
+            update_TD = F.dropout(update_TD, self.dropout)
+        if self.training and self.drop_path:
+            keep = (
+                torch.rand(int(sample_T[-1]) + 1, 1, device=update_TD.device, dtype=update_TD.dtype) >= self.drop_path
+            )
             update_TD = update_TD * (keep / (1 - self.drop_path))[sample_T]
         return update_TD
 
@@ -176,7 +179,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * core.depth) ** 0.5 if last else 0.02)
 
     def forward(
-        self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, *, cache: Cache | None = None, backend: str = "auto"
+        self,
+        stream_TD: Tensor,
+        position_TA: Tensor,
+        layout: Layout,
+        *,
+        cache: Cache | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """States (T, D) of a packed stream; places (T, 3) in steps.
 
@@ -184,10 +193,16 @@ class Transformer(nn.Module):
             ShapeError: stream, places and layout disagree.
         """
         sample_T = layout.places.sample
-        check_shapes("Core", {"D": self.core.width, "A": 3}, stream_TD=stream_TD, position_TA=position_TA, sample_T=sample_T)
-        dtype = torch.get_autocast_dtype(stream_TD.device.type) if torch.is_autocast_enabled(stream_TD.device.type) else stream_TD.dtype
+        check_shapes(
+            "Core", {"D": self.core.width, "A": 3}, stream_TD=stream_TD, position_TA=position_TA, sample_T=sample_T
+        )
+        dtype = (
+            torch.get_autocast_dtype(stream_TD.device.type)
+            if torch.is_autocast_enabled(stream_TD.device.type)
+            else stream_TD.dtype
+        )
         plan = plan_attention(self.core.mask, layout, backend=backend, dtype=dtype, cache=cache)
-        angles = rotary_angles(position_TA, self.axis_K, self.frequency_K)
+        turns = rotary_turns(position_TA, self.axis_K, self.frequency_K)
         for layer, block in enumerate(self.blocks):
-            stream_TD = block(stream_TD, angles, plan, layer, sample_T)
+            stream_TD = block(stream_TD, turns, plan, layer, sample_T)
         return self.norm(stream_TD)

@@ -25,22 +25,23 @@ class Samples(Protocol):
 
 
 @contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Run with the global generators of random, numpy and torch's CPU set from `key`, and put them back after.
-
-    This is how augmentations of any library become a function of (seed, step, slot) in any worker.
-    """
-    seed = crc32("/".join(map(str, key)).encode())
+def kept_generators() -> Iterator[None]:
+    """Put the global generators of random, numpy and torch's CPU back afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def seed_generators(*key: int | str) -> None:
+    """Set them from `key`: augmentations of any library become a function of (seed, step, slot), in any worker."""
+    seed = crc32("/".join(map(str, key)).encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
 
 
 class Batches(Dataset):
@@ -75,19 +76,20 @@ class Batches(Dataset):
         return 2**40  # as many steps as anyone asks for
 
     def __getitem__(self, step: int) -> list[Stream]:
-        batch = [
-            (pattern, self._sample(pattern, step * count + slot))
-            for pattern, count in self.share.items()
-            for slot in range(count)
-        ]
+        with kept_generators():
+            batch = [
+                (pattern, self._sample(pattern, step * count + slot))
+                for pattern, count in self.share.items()
+                for slot in range(count)
+            ]
         return [self.packer(batch[part :: self.accumulate]) for part in range(self.accumulate)]
 
     def _sample(self, pattern: str, position: int) -> Mapping[str, Any]:
         samples = self.data[pattern]
         time_round, place = divmod(position, len(samples))
         index = int(_shuffled(len(samples), self.seed, pattern, time_round)[place])
-        with seeded(self.seed, pattern, position):
-            return samples[index]
+        seed_generators(self.seed, pattern, position)
+        return samples[index]
 
     def loader(self, start: int, stop: int, workers: int) -> DataLoader:
         """Steps start .. stop - 1, made in `workers` processes (0: in this one)."""

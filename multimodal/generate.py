@@ -25,7 +25,9 @@ def write(
         ConfigError: max_tokens below 1 or a negative temperature.
     """
     if max_tokens < 1 or temperature < 0:
-        raise ConfigError(f"generate: max_tokens={max_tokens} must be at least 1 and temperature={temperature} at least 0")
+        raise ConfigError(
+            f"generate: max_tokens={max_tokens} must be at least 1 and temperature={temperature} at least 0"
+        )
     tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
     kind, head, readout = model.packer.patterns[task].writes.kind, model.packer.head(task), model.readout(task)
     stream = model.pack(task, samples, answers=False)

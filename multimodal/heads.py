@@ -95,7 +95,9 @@ class Classify(Head):
     def vocab(self, tokenizer: Tokenizer) -> int:
         classes = tokenizer.vocab_size or tokenizer.feature_size
         if not classes:
-            raise ConfigError(f"Classify: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from")
+            raise ConfigError(
+                f"Classify: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from"
+            )
         return classes
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -185,7 +187,12 @@ class CTC(Head):
         # PyTorch's CTC wants (time, batch, class): the one place where rows of unequal samples are laid side by side
         rows = nn.utils.rnn.pad_sequence(list(logits.float().log_softmax(-1).split(list(lengths))))
         return F.ctc_loss(
-            rows, target, torch.tensor(lengths), torch.tensor(target_lengths), blank=logits.shape[-1] - 1, reduction="sum"
+            rows,
+            target,
+            torch.tensor(lengths),
+            torch.tensor(target_lengths),
+            blank=logits.shape[-1] - 1,
+            reduction="sum",
         )
 
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:

@@ -59,8 +59,6 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
         image_CYX = _image_from_array(value, max_pixels, who)
     else:
         raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
-    if not torch.isfinite(image_CYX).all():
-        raise MediaError(f"{who}: the picture has pixels that are not finite (NaN or infinity)")
     return _to_channels(image_CYX, channels)
 
 
@@ -85,12 +83,14 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
                 image = Image.open(source)
         _check_pixels(*image.size, max_pixels, who, name)
-        image = ImageOps.exif_transpose(image)
+        if "exif" in image.info or image.format == "TIFF":
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             array = np.asarray(image).astype(np.float32) / 65535
         elif image.mode in ("I", "F"):
             array = np.asarray(image).astype(np.float32)
             array = array / 65535 if image.mode == "I" else array
+            return _image_from_array(array, max_pixels, who)
         else:
             if image.mode not in ("L", "RGB", "RGBA"):
                 see_through = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBa")
@@ -113,7 +113,9 @@ def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> 
     elif tensor.dim() == 3 and isinstance(value, np.ndarray):
         tensor = tensor.permute(2, 0, 1)
     if tensor.dim() != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
-        raise MediaError(f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), with C of 1, 3 or 4")
+        raise MediaError(
+            f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), with C of 1, 3 or 4"
+        )
     _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, came)
     if tensor.dtype == torch.uint8:
         return tensor.float() / 255
@@ -124,9 +126,13 @@ def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> 
     if not tensor.is_floating_point():
         raise MediaError(f"{who}: {came} has no known range; give uint8 (0..255), uint16 (0..65535) or floats in 0..1")
     tensor = tensor.float()
-    low, high = float(tensor.min()), float(tensor.max())
-    if low < -0.01 or high > 1.01:
-        raise MediaError(f"{who}: {came} runs from {low:g} to {high:g}; floats are wanted in 0..1, so divide by the largest value")
+    low, high = (float(x) for x in tensor.aminmax())
+    if not -0.01 <= low <= high <= 1.01:
+        if not torch.isfinite(tensor).all():
+            raise MediaError(f"{who}: {came} has pixels that are not finite (NaN or infinity)")
+        raise MediaError(
+            f"{who}: {came} runs from {low:g} to {high:g}; floats are wanted in 0..1, so divide by the largest value"
+        )
     return tensor
 
 
@@ -141,7 +147,9 @@ def _to_channels(image_CYX: Tensor, channels: int) -> Tensor:
         colour = image_CYX.expand(3, -1, -1)
         return torch.cat([colour, torch.ones_like(colour[:1])])
     if channels == 1 and image_CYX.shape[0] == 3:
-        return (image_CYX * image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)  # ITU-R BT.601
+        return (image_CYX * image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
+            0, keepdim=True
+        )  # ITU-R BT.601
     return image_CYX.expand(channels, -1, -1) if image_CYX.shape[0] == 1 else image_CYX
 
 
@@ -166,7 +174,12 @@ def read_sound(value: Any, *, rate_hz: int, who: str) -> Tensor:
                 f"{who}: wanted a file or a pair (wave, rate_hz), not {describe(value)}; an array alone does not say its rate"
             )
         wave_CS = _wave_from_array(wave, who)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)) or not 1 <= rate <= 10_000_000 or rate != int(rate):
+    if (
+        isinstance(rate, bool)
+        or not isinstance(rate, (int, float, np.integer, np.floating))
+        or not 1 <= rate <= 10_000_000
+        or rate != int(rate)
+    ):
         raise MediaError(f"{who}: the rate {rate!r} is not a whole number of samples a second (Hz), such as 16000")
     if wave_CS.shape[1] == 0:
         raise MediaError(f"{who}: the sound has no samples")
@@ -194,7 +207,9 @@ def _decode_sound(value: Any, who: str) -> tuple[Tensor, int]:
     except (soundfile.LibsndfileError, TypeError) as error:
         raise MediaError(f"{who}: cannot read {name} as sound: {error}") from error
     if 0 < len(wave) < promised:  # libsndfile is silent about files that were cut short
-        raise MediaError(f"{who}: {name} holds {len(wave)} samples of the {promised} that its header promises; it was cut short")
+        raise MediaError(
+            f"{who}: {name} holds {len(wave)} samples of the {promised} that its header promises; it was cut short"
+        )
     return torch.from_numpy(np.ascontiguousarray(wave.T)), rate
 
 

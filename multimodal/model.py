@@ -107,7 +107,9 @@ class Model(nn.Module):
         for pattern, logits in self.logits(stream, backend=backend).items():
             r = stream.readings[pattern]
             if r.target is None:
-                raise StreamError(f"task {pattern!r}: this stream was packed without answers; pack it with answers=True")
+                raise StreamError(
+                    f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
+                )
             sums[pattern] = self.packer.head(pattern).loss(logits, r.lengths, r.target, r.target_lengths)
         return sums
 
@@ -175,9 +177,7 @@ class Model(nn.Module):
         finally:
             self.train(was_training)
 
-    def extended(
-        self, tokenizers: Mapping[str, Tokenizer] | None = None, tasks: Sequence[str | Task] = ()
-    ) -> "Model":
+    def extended(self, tokenizers: Mapping[str, Tokenizer] | None = None, tasks: Sequence[str | Task] = ()) -> "Model":
         """A model with more kinds and tasks; every weight this one has is there, bit for bit.
 
         Raises:
@@ -187,7 +187,10 @@ class Model(nn.Module):
             if name in self.packer.tokenizers:
                 raise ConfigError(f"Model.extended: there is already a tokenizer named {name!r}; choose another name")
         more = Model(
-            {**self.packer.tokenizers, **(tokenizers or {})}, self.core.core, [*self.tasks.values(), *tasks], seed=self.seed
+            {**self.packer.tokenizers, **(tokenizers or {})},
+            self.core.core,
+            [*self.tasks.values(), *tasks],
+            seed=self.seed,
         )
         more.load_state_dict(self.state_dict(), strict=False)
         return more.to(self.device)

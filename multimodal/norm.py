@@ -14,4 +14,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        fast = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.requires_grad
+        if fast and not torch.compiler.is_compiling():
+            return _RMSNormCPU.apply(x, self.weight, self.eps)  # type: ignore[return-value]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _RMSNormCPU(torch.autograd.Function):
+    """The same, with a backward three to four times as fast: PyTorch has no fused one on CPUs, but it has layer norm's.
+
+    Layer norm's backward with mean 0 gives inv * (gw - mean(gw) - y * mean(gw * y)), with y = x * inv; adding inv * mean(gw)
+    leaves the gradient of RMSNorm. Checked against F.rms_norm in the tests.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inv = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inv)
+        return (x * inv).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inv = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [x.shape[-1]], torch.zeros_like(inv), inv, weight, None, [True, True, False]
+        )
+        shift = (grad @ weight).unsqueeze(-1).mul_(inv).div_(x.shape[-1])
+        return grad_x.add_(shift), grad_weight, None

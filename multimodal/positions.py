@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from multimodal.shapes import ConfigError
 
+
 def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Which place axis turns each pair of a head, and how far a step: two vectors of K/2.
 
@@ -20,17 +21,16 @@ def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[floa
     return axis_K, torch.cat(frequency)
 
 
-def rotary_angles(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, K/2) of every token's angles."""
+def rotary_turns(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Tensor:
+    """Every token's turns (T, 1, K/2): complex numbers of length 1."""
     angle_TK = position_TA.float()[:, axis_K] * frequency_K
-    return angle_TK.cos()[:, None], angle_TK.sin()[:, None]
+    return torch.polar(torch.ones_like(angle_TK), angle_TK)[:, None]
 
 
-def rotate(x_THK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + K/2) of every head by the token's angles."""
-    cos, sin = angles
-    left, right = x_THK.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six."""
+    pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
@@ -41,7 +41,9 @@ def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
     """
     axes = place_NA.shape[1]
     if width % (2 * axes):
-        raise ConfigError(f"sine_cosine: width={width} is not a multiple of {2 * axes}; use one that is, or another position scheme")
+        raise ConfigError(
+            f"sine_cosine: width={width} is not a multiple of {2 * axes}; use one that is, or another position scheme"
+        )
     pairs = width // (2 * axes)
     frequency_K = base ** (-torch.arange(pairs, device=place_NA.device) / pairs)
     angle = place_NA[:, :, None] * frequency_K

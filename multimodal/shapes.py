@@ -61,7 +61,9 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
     for name, tensor in tensors.items():
         axes = name.rsplit("_", 1)[-1]
         if tensor.dim() != len(axes):
-            raise ShapeError(f"{where}: {name} has {tensor.dim()} axes {tuple(tensor.shape)}, but its name promises {len(axes)} ({axes})")
+            raise ShapeError(
+                f"{where}: {name} has {tensor.dim()} axes {tuple(tensor.shape)}, but its name promises {len(axes)} ({axes})"
+            )
         for axis, size in zip(axes, tensor.shape, strict=True):
             if known.setdefault(axis, size) != size:
                 raise ShapeError(

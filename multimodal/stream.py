@@ -1,9 +1,9 @@
 """Many samples laid end to end as one packed stream: no padding, no placeholders; made in the data workers.
 
-    sample {"image": .., "text": ..}                    task "image -> text"
-        | tokenizers                                        | which fields, in which order, and the head
-        v                                                   v
-    Tokens of every field  ------------------------->  segments of a sample  --end to end-->  Stream
+sample {"image": .., "text": ..}                    task "image -> text"
+    | tokenizers                                        | which fields, in which order, and the head
+    v                                                   v
+Tokens of every field  ------------------------->  segments of a sample  --end to end-->  Stream
 """
 
 import dataclasses
@@ -109,18 +109,15 @@ class _Sample:
     segments: list[_Segment]
     context: int  # tokens read
     target: Tensor | None
+    span: Span
 
-    @property
-    def total(self) -> int:
-        return sum(len(s.tokens) for s in self.segments)
 
-    @property
-    def span(self) -> Span:
-        free = 0
-        while free < len(self.segments) and self.segments[free].free:
-            free += 1
-        at_start = sum(len(s.tokens) for s in self.segments[:free])
-        return Span(-1 if any(s.free for s in self.segments[free:]) else at_start, self.total)
+def _span(segments: list[_Segment]) -> Span:
+    total = sum(len(s.tokens) for s in segments)
+    free = next((i for i, s in enumerate(segments) if not s.free), len(segments))
+    if any(s.free for s in segments[free:]):
+        return Span(-1, total)
+    return Span(sum(len(s.tokens) for s in segments[:free]), total)
 
 
 class Packer:
@@ -130,7 +127,9 @@ class Packer:
         self.tokenizers = dict(tokenizers)
         for name, tokenizer in self.tokenizers.items():
             if not isinstance(tokenizer, Tokenizer):
-                raise ConfigError(f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor")
+                raise ConfigError(
+                    f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
+                )
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         for task in tasks:
@@ -142,7 +141,9 @@ class Packer:
             head = task.head or default_head(self.tokenizers[pattern.writes.kind])
             head.vocab(self.tokenizers[pattern.writes.kind])
             if not pattern.reads and not head.queries:
-                raise TaskError(f"task {task.pattern!r} reads nothing, and {type(head).__name__} answers only from what was read")
+                raise TaskError(
+                    f"task {task.pattern!r} reads nothing, and {type(head).__name__} answers only from what was read"
+                )
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern] = pattern
 
@@ -191,7 +192,9 @@ class Packer:
             query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
             segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
         elif not context:
-            raise StreamError(f"sample {index} of task {pattern_text!r}: every field that is read is None; give at least one")
+            raise StreamError(
+                f"sample {index} of task {pattern_text!r}: every field that is read is None; give at least one"
+            )
         target = None
         if answers:
             tokenizer = self.tokenizers[pattern.writes.kind]
@@ -202,7 +205,7 @@ class Packer:
                 raise StreamError(f"sample {index} of task {pattern_text!r}: {error}") from None
             if head.writes:
                 segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        return _Sample(index, pattern_text, segments, context, target)
+        return _Sample(index, pattern_text, segments, context, target, _span(segments))
 
     @staticmethod
     def _encode(tokenizer: Tokenizer, value: Any, index: int, pattern: str, name: str) -> Tokens:
@@ -232,9 +235,12 @@ class Packer:
         sample_of = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.segments) for s in samples]))
         places = Places(
             sample=torch.arange(len(samples), dtype=torch.int32).repeat_interleave(totals),
-            order=torch.arange(stream_size, dtype=torch.int32) - (totals.cumsum(0) - totals).int().repeat_interleave(totals),
+            order=torch.arange(stream_size, dtype=torch.int32)
+            - (totals.cumsum(0) - totals).int().repeat_interleave(totals),
             free=torch.tensor([s.free for s in segments], dtype=torch.int32).repeat_interleave(sizes),
-            segment=(torch.arange(len(segments)) - torch.searchsorted(sample_of, sample_of)).int().repeat_interleave(sizes),
+            segment=(torch.arange(len(segments)) - torch.searchsorted(sample_of, sample_of))
+            .int()
+            .repeat_interleave(sizes),
         )
         return Stream(
             content=content,
@@ -267,7 +273,10 @@ class Packer:
             if not mine:
                 continue
             skip = [s.context if self.head(pattern).queries else 0 for s, _ in mine]
-            lengths = [(s.total if self.head(pattern).queries else s.context) - n for (s, _), n in zip(mine, skip, strict=True)]
+            lengths = [
+                (s.span.total if self.head(pattern).queries else s.context) - n
+                for (s, _), n in zip(mine, skip, strict=True)
+            ]
             first = torch.tensor([start + n for (_, start), n in zip(mine, skip, strict=True)])
             targets = [s.target for s, _ in mine if s.target is not None]
             readings[pattern] = Reading(

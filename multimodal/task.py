@@ -38,7 +38,9 @@ class Pattern:
             raise TaskError(f"a task is a text such as 'image -> label', not {type(text).__name__} {text!r}")
         arrow = text.find("->")
         if arrow < 0:
-            raise _error(text, len(text), "has no '->'; write the fields that are read, '->', and the field that is written")
+            raise _error(
+                text, len(text), "has no '->'; write the fields that are read, '->', and the field that is written"
+            )
         if (second := text.find("->", arrow + 2)) >= 0:
             raise _error(text, second, "has a second '->'; a task has one")
         reads = _fields(text, 0, arrow)
@@ -50,7 +52,11 @@ class Pattern:
         seen: set[str] = set()
         for field in reads:
             if field.name in seen:
-                raise _error(text, field.column, f"reads {field.name!r} twice; name them apart, as in 'left:{field.kind} right:{field.kind}'")
+                raise _error(
+                    text,
+                    field.column,
+                    f"reads {field.name!r} twice; name them apart, as in 'left:{field.kind} right:{field.kind}'",
+                )
             seen.add(field.name)
         return cls(text=text, reads=reads, writes=writes[0])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError, MediaError
 
+
 @dataclass(frozen=True)
 class Tokens:
     """One value as tokens.
@@ -70,7 +71,9 @@ class Tokenizer(Declared, ABC):
             nn.init.normal_(table.weight, std=0.02)
             return table
         if self.feature_size is None:
-            raise ConfigError(f"{type(self).__name__} declares neither vocab_size nor feature_size; it needs one of them")
+            raise ConfigError(
+                f"{type(self).__name__} declares neither vocab_size nor feature_size; it needs one of them"
+            )
         return nn.Linear(self.feature_size, width)
 
     def __call__(self, value: Any) -> Tokens:
@@ -85,20 +88,28 @@ class Tokenizer(Declared, ABC):
         except ValueError:
             raise
         except Exception as error:  # a stranger's encode may fail in any way; say where and on what
-            raise MediaError(f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {error}") from error
+            raise MediaError(
+                f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {error}"
+            ) from error
         content, position_NA = tokens.content, tokens.position_NA
         if len(tokens) == 0:
-            raise MediaError(f"{name}.encode: {describe(value)} gave no tokens; to leave a field out of a sample, give None")
+            raise MediaError(
+                f"{name}.encode: {describe(value)} gave no tokens; to leave a field out of a sample, give None"
+            )
         if len(tokens) > self.max_tokens:
             raise MediaError(
                 f"{name}.encode: {describe(value)} gave {len(tokens)} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
         if position_NA.shape != (len(tokens), 3):
-            raise MediaError(f"{name}.encode: position is {tuple(position_NA.shape)}, wanted ({len(tokens)}, 3): time, row, column")
+            raise MediaError(
+                f"{name}.encode: position is {tuple(position_NA.shape)}, wanted ({len(tokens)}, 3): time, row, column"
+            )
         if self.vocab_size is not None:
             if content.dim() != 1 or content.dtype != torch.int64:
-                raise MediaError(f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted ids: int64 (N,)")
+                raise MediaError(
+                    f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted ids: int64 (N,)"
+                )
             low, high = int(content.min()), int(content.max())
             if low < 0 or high >= self.vocab_size:
                 raise MediaError(f"{name}.encode: ids run from {low} to {high}, outside 0..{self.vocab_size - 1}")
@@ -108,7 +119,9 @@ class Tokenizer(Declared, ABC):
                     f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted features: float32 (N, {self.feature_size})"
                 )
             if not torch.isfinite(content).all():
-                raise MediaError(f"{name}.encode: {describe(value)} gave features that are not finite (NaN or infinity)")
+                raise MediaError(
+                    f"{name}.encode: {describe(value)} gave features that are not finite (NaN or infinity)"
+                )
         if not torch.isfinite(position_NA).all():
             raise MediaError(f"{name}.encode: {describe(value)} gave places that are not finite")
         return tokens

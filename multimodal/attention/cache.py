@@ -13,7 +13,15 @@ class Cache:
     """
 
     def __init__(
-        self, *, layers: int, batch: int, capacity: int, kv_heads: int, head_width: int, device=None, dtype=torch.float32
+        self,
+        *,
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_width: int,
+        device=None,
+        dtype=torch.float32,
     ) -> None:
         shape = (layers, batch, capacity, kv_heads, head_width)
         self.k_LBMGK = torch.zeros(shape, device=device, dtype=dtype)

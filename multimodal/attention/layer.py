@@ -21,11 +21,11 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(self.head_width) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.head_width) if qk_norm else nn.Identity()
 
-    def forward(self, stream_TD: Tensor, angles: tuple[Tensor, Tensor], plan: Plan, layer: int) -> Tensor:
+    def forward(self, stream_TD: Tensor, turns: Tensor, plan: Plan, layer: int) -> Tensor:
         qkv = self.qkv(stream_TD).unflatten(-1, (-1, self.head_width))
         q_THK, k_TGK, v_TGK = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q_THK = rotate(self.norm_q(q_THK), angles).to(v_TGK.dtype)
-        k_TGK = rotate(self.norm_k(k_TGK), angles).to(v_TGK.dtype)
+        q_THK = rotate(self.norm_q(q_THK), turns).to(v_TGK.dtype)
+        k_TGK = rotate(self.norm_k(k_TGK), turns).to(v_TGK.dtype)
         q_THK, k_TGK, scale = self.score.features(q_THK, k_TGK)
         read_THK = plan.attend(q_THK, k_TGK, v_TGK, scale, layer)
         return self.out(torch.flatten(read_THK, 1).to(stream_TD.dtype))

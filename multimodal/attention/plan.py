@@ -1,9 +1,9 @@
 """How one packed stream is attended: a plan is made once per stream from its mask rule and layout, and used by every layer.
 
-    dense    one boolean matrix over the whole stream; slow, obviously right, the oracle of all others
-    runs     samples of equal shape side by side through PyTorch's fused attention; what CPUs and fp32 use
-    varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule)
-    flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
+dense    one boolean matrix over the whole stream; slow, obviously right, the oracle of all others
+runs     samples of equal shape side by side through PyTorch's fused attention; what CPUs and fp32 use
+varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule)
+flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
 """
 
 from abc import ABC, abstractmethod
@@ -64,7 +64,9 @@ def plan_attention(
         standard = _is_prefix_lm(rule, layout)
         backend = "runs" if device.type != "cuda" or not half else "varlen" if standard else "flex"
     if backend not in _PLANS:
-        raise ConfigError(f"attention backend {backend!r} is unknown; there are {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+        raise ConfigError(
+            f"attention backend {backend!r} is unknown; there are {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
+        )
     plan = _PLANS[backend](rule, layout)
     return plan if cache is None else _FillingPlan(plan, layout, cache)
 
@@ -73,7 +75,9 @@ def _is_prefix_lm(rule: Rule, layout: Layout) -> bool:
     return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)
 
 
-def _sdpa(q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def _sdpa(
+    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -136,7 +140,9 @@ class _VarlenPlan(Plan):
 
     def __init__(self, rule: Rule, layout: Layout) -> None:
         if not _is_prefix_lm(rule, layout):
-            raise ConfigError("attention backend 'varlen' runs only the default rule, with what is read freely at the start; use 'flex'")
+            raise ConfigError(
+                "attention backend 'varlen' runs only the default rule, with what is read freely at the start; use 'flex'"
+            )
         device = layout.places.sample.device
         free = [span.free for span in layout.spans]
         rest = [span.total - span.free for span in layout.spans]
@@ -148,8 +154,12 @@ class _VarlenPlan(Plan):
         host = [flag for span in layout.spans for flag in (span.free, span.total - span.free)]
         self.free_rows = self.rest_rows = None
         if self.max_free and self.max_rest:
-            kind = torch.tensor([1, 0] * len(layout.spans), device=device).repeat_interleave(torch.tensor(host, device=device), output_size=len(is_free))
-            self.free_rows, self.rest_rows = torch.tensor_split(torch.argsort(kind, descending=True, stable=True), [sum(free)])
+            kind = torch.tensor([1, 0] * len(layout.spans), device=device).repeat_interleave(
+                torch.tensor(host, device=device), output_size=len(is_free)
+            )
+            self.free_rows, self.rest_rows = torch.tensor_split(
+                torch.argsort(kind, descending=True, stable=True), [sum(free)]
+            )
             self.back = torch.empty(len(is_free), dtype=torch.long, device=device)
             self.back[torch.cat([self.free_rows, self.rest_rows])] = torch.arange(len(is_free), device=device)
 
@@ -159,13 +169,31 @@ class _VarlenPlan(Plan):
             k_TGK, v_TGK = k_TGK.repeat_interleave(groups, 1), v_TGK.repeat_interleave(groups, 1)
         if self.free_rows is None or self.rest_rows is None:
             causal = self.max_free == 0
-            return self._call(q_THK, k_TGK, v_TGK, self.bounds_total, self.bounds_total, self.max_total, self.max_total, scale, causal)
+            return self._call(
+                q_THK, k_TGK, v_TGK, self.bounds_total, self.bounds_total, self.max_total, self.max_total, scale, causal
+            )
         k_free, v_free = k_TGK[self.free_rows], v_TGK[self.free_rows]
         context = self._call(
-            q_THK[self.free_rows], k_free, v_free, self.bounds_free, self.bounds_free, self.max_free, self.max_free, scale, False
+            q_THK[self.free_rows],
+            k_free,
+            v_free,
+            self.bounds_free,
+            self.bounds_free,
+            self.max_free,
+            self.max_free,
+            scale,
+            False,
         )
         target = self._call(
-            q_THK[self.rest_rows], k_TGK, v_TGK, self.bounds_rest, self.bounds_total, self.max_rest, self.max_total, scale, True
+            q_THK[self.rest_rows],
+            k_TGK,
+            v_TGK,
+            self.bounds_rest,
+            self.bounds_total,
+            self.max_rest,
+            self.max_total,
+            scale,
+            True,
         )
         return torch.cat([context, target])[self.back]
 

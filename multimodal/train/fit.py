@@ -1,6 +1,6 @@
 """`fit`: the training loop, from top to bottom.
 
-    data sets --Batches (workers)--> packed streams --model.loss--> backward --> AdamW --> averaged weights --> run folder
+data sets --Batches (workers)--> packed streams --model.loss--> backward --> AdamW --> averaged weights --> run folder
 """
 
 import json
@@ -21,6 +21,7 @@ from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
+from multimodal.train.memory import keep_freed_memory
 from multimodal.train.recipe import Recipe, choose_device, choose_precision
 from multimodal.train.report import bar, draw_curves
 from multimodal.train.state import load_state, save_state
@@ -68,6 +69,8 @@ def fit(
     recipe = override(recipe or Recipe(), **settings)
     run = Run(Path(folder) if folder is not None else None)
     device = choose_device(recipe.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype, why = choose_precision(recipe.precision, device, model.core.core.width)
     batches = Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, seed=recipe.seed)
     for pattern in evaluation or {}:
@@ -148,7 +151,13 @@ def fit(
 
 
 def _step(
-    model: Model, streams: list[Stream], optimizer: torch.optim.Optimizer, recipe: Recipe, dtype: torch.dtype, device: torch.device, step: int
+    model: Model,
+    streams: list[Stream],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    step: int,
 ) -> dict[str, Any]:
     """One optimiser step over its micro-batches; every real target of a task weighs the same, wherever it was packed."""
     counts: dict[str, int] = {}

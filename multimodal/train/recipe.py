@@ -40,7 +40,9 @@ class Recipe(Declared):
         if self.batch % self.accumulate:
             raise ConfigError(f"Recipe: batch={self.batch} is not a multiple of accumulate={self.accumulate}")
         if self.lr <= 0 or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
-            raise ConfigError(f"Recipe: lr={self.lr} must be positive, ema={self.ema} and warmup={self.warmup} from 0 to 1")
+            raise ConfigError(
+                f"Recipe: lr={self.lr} must be positive, ema={self.ema} and warmup={self.warmup} from 0 to 1"
+            )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"Recipe: precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
 
@@ -64,7 +66,9 @@ def choose_precision(wanted: str, device: torch.device, width: int) -> tuple[tor
     if wanted != "auto":
         return getattr(torch, wanted), "as asked"
     if device.type == "cuda":
-        return (torch.bfloat16, "native") if torch.cuda.is_bf16_supported(False) else (torch.float32, "no native bfloat16")
+        return (
+            (torch.bfloat16, "native") if torch.cuda.is_bf16_supported(False) else (torch.float32, "no native bfloat16")
+        )
     if device.type != "cpu":
         return torch.float32, "the safe choice here"
     gain = _matmul_ms(torch.float32, width) / _matmul_ms(torch.bfloat16, width)

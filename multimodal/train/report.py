@@ -10,7 +10,14 @@ from typing import Any
 def bar(steps: int, start: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A progress bar with loss, tokens a second and time left; lines of text where there is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console()
     if quiet or not console.is_terminal:
@@ -18,7 +25,10 @@ def bar(steps: int, start: int, quiet: bool) -> Iterator[Callable[[dict[str, Any
 
         def say(row: dict[str, Any]) -> None:
             if not quiet and (row["step"] % every == 0 or _exact(row)):
-                print(f"  step {row['step']}/{steps}  loss {row['loss']:.4f}  {row['tokens_per_s']:,} tokens/s{_exact(row)}", flush=True)
+                print(
+                    f"  step {row['step']}/{steps}  loss {row['loss']:.4f}  {row['tokens_per_s']:,} tokens/s{_exact(row)}",
+                    flush=True,
+                )
 
         yield say
         return

@@ -16,7 +16,9 @@ from multimodal.shapes import CheckpointError
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
-def save_state(folder: Path, *, step: int, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]) -> None:
+def save_state(
+    folder: Path, *, step: int, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]
+) -> None:
     """Write the state whole or not at all; `facts` are JSON values that must agree when it is read again."""
     aside = folder.with_name(folder.name + ".writing")
     if aside.exists():
@@ -35,7 +37,9 @@ def save_state(folder: Path, *, step: int, model: Model, optimizer: torch.optim.
     replace_folder(aside, folder)
 
 
-def load_state(folder: Path, *, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]) -> int:
+def load_state(
+    folder: Path, *, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]
+) -> int:
     """Put a saved state back into model, optimiser, averaged weights and generators, and return its step.
 
     Raises:

@@ -35,7 +35,9 @@ class AudioFrames(Tokenizer):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"AudioFrames: {name}={getattr(self, name)} must be more than 0")
         if self.hop_samples < 1 or self.window_ms < self.hop_ms:
-            raise ConfigError(f"AudioFrames: hop_ms={self.hop_ms} must be a sample or more and window_ms={self.window_ms} no less")
+            raise ConfigError(
+                f"AudioFrames: hop_ms={self.hop_ms} must be a sample or more and window_ms={self.window_ms} no less"
+            )
         if self.normalise not in ("clip", "fixed"):
             raise ConfigError(f"AudioFrames: normalise={self.normalise!r} must be 'clip' or 'fixed'")
 
@@ -77,5 +79,12 @@ def _mel(rate_hz: int, window: int, hop: int, mels: int):
 
     n_fft = 2 ** math.ceil(math.log2(window))
     return MelSpectrogram(
-        rate_hz, n_fft=n_fft, win_length=window, hop_length=hop, n_mels=mels, center=False, norm="slaney", mel_scale="slaney"
+        rate_hz,
+        n_fft=n_fft,
+        win_length=window,
+        hop_length=hop,
+        n_mels=mels,
+        center=False,
+        norm="slaney",
+        mel_scale="slaney",
     )

@@ -1,6 +1,7 @@
 """Pictures as square patches that keep their rows and columns; any height and width, no resize to one shape."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -36,7 +37,9 @@ class ImagePatches(Tokenizer):
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.channels not in (1, 3, 4):
-            raise ConfigError(f"ImagePatches: patch={self.patch} must be at least 1 and channels={self.channels} 1, 3 or 4")
+            raise ConfigError(
+                f"ImagePatches: patch={self.patch} must be at least 1 and channels={self.channels} 1, 3 or 4"
+            )
         if self.position not in ("sincos", "learned", "rotary") or self.edge not in ("repeat", "error"):
             raise ConfigError(
                 f"ImagePatches: position={self.position!r} must be 'sincos', 'learned' or 'rotary', and edge={self.edge!r} "
@@ -63,10 +66,7 @@ class ImagePatches(Tokenizer):
         image_CYX = self.preprocess(value)
         patches_NF = rearrange(image_CYX, "c (y p) (x q) -> (y x) (c p q)", p=self.patch, q=self.patch)
         rows, columns = image_CYX.shape[1] // self.patch, image_CYX.shape[2] // self.patch
-        position_NA = torch.zeros(rows, columns, 3)
-        position_NA[..., 1] = torch.arange(rows)[:, None]
-        position_NA[..., 2] = torch.arange(columns)
-        position_NA = position_NA.view(-1, 3)
+        position_NA = _grid(rows, columns)
         if self.position == "sincos":
             patches_NF = torch.cat([patches_NF, position_NA[:, 1:]], 1)
         elif self.position == "learned":
@@ -93,20 +93,28 @@ class ImagePatches(Tokenizer):
                     "resize or pad it first, or use edge='repeat'"
                 )
             image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
-        return (image_CYX - self._per_channel(self.mean)) / self._per_channel(self.std)
+        return (image_CYX - _per_channel(self.mean)) / _per_channel(self.std)
 
     def decode(self, tokens: Tokens) -> Tensor:
         """The picture (C, Y, X) in 0..1 that these patches tile."""
         rows = int(tokens.position_NA[:, 1].max()) + 1
         pixels_NF = tokens.content[:, : self.pixel_features]
         image_CYX = rearrange(pixels_NF, "(y x) (c p q) -> c (y p) (x q)", y=rows, p=self.patch, q=self.patch)
-        return image_CYX * self._per_channel(self.std) + self._per_channel(self.mean)
+        return image_CYX * _per_channel(self.std) + _per_channel(self.mean)
 
     def embed(self, width: int) -> nn.Module:
         return _PatchEmbed(self, width)
 
-    def _per_channel(self, value: float | tuple[float, ...]) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+
+@lru_cache(maxsize=64)
+def _per_channel(value: float | tuple[float, ...]) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+
+
+@lru_cache(maxsize=256)
+def _grid(rows: int, columns: int) -> Tensor:
+    """Places (N, 3) of rows x columns patches."""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
 class _PatchEmbed(nn.Module):
