@@ -1,6 +1,7 @@
 """Tokens of every kind in one packed stream, read by one transformer."""
 
 from multimodal.core import Core
+from multimodal.declare import override
 from multimodal.heads import CTC, Classify, Head, NextToken, Prediction
 from multimodal.masks import Causal, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.model import Model
@@ -39,4 +40,5 @@ __all__ = [
     "at_times",
     "evaluate",
     "fit",
+    "override",
 ]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Cache, Layout, Plan, ScaledDotProduct, Score, plan_attention
+from multimodal.attention import Attention, Backend, Cache, Layout, Plan, ScaledDotProduct, Score, plan_attention
 from multimodal.declare import Declared, override
 from multimodal.masks import PREFIX_LM, Rule
 from multimodal.norm import RMSNorm
@@ -44,7 +44,7 @@ class Core(Declared):
                 f"Core: width={self.width} does not give heads={self.heads} an even width each; "
                 f"try width={-(-self.width // step) * step}"
             )
-        if self.heads % self.groups:
+        if self.groups < 1 or self.heads % self.groups:
             raise ConfigError(f"Core: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; try kv_heads=1")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         layout: Layout,
         *,
         cache: Cache | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> Tensor:
         """States (T, D) of a packed stream; places (T, 3) in steps.
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib.metadata
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 
+_Part = TypeVar("_Part")
 _defined: dict[str, type["Declared"]] = {}
 
 
@@ -72,19 +73,19 @@ def find(name: str) -> type[Declared]:
     )
 
 
-def override(part: Any, **changes: Any) -> Any:
+def override(part: _Part, **changes: Any) -> _Part:
     """A copy of a frozen dataclass with some fields changed.
 
     Raises:
         ConfigError: a field that does not exist, with the fields that do.
     """
-    known = [f.name for f in dataclasses.fields(part)]
+    known = [f.name for f in dataclasses.fields(part)]  # type: ignore[arg-type]
     for name in changes:
         if name not in known:
             raise ConfigError(
                 f"{type(part).__name__} has no setting {name!r}; it has {', '.join(known)}{did_you_mean(name, known)}"
             )
-    return dataclasses.replace(part, **changes)
+    return dataclasses.replace(part, **changes)  # type: ignore[type-var]
 
 
 def _fields(cls: type) -> list[str]:

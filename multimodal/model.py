@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal import checkpoint
-from multimodal.attention import Cache
+from multimodal.attention import Backend, Cache
 from multimodal.core import Core
 from multimodal.generate import write
 from multimodal.heads import Prediction, Readout
@@ -83,7 +83,7 @@ class Model(nn.Module):
             return query[content]
         return self.embeds[kind](content)
 
-    def forward(self, stream: Stream, *, cache: Cache | None = None, backend: str = "auto") -> Tensor:
+    def forward(self, stream: Stream, *, cache: Cache | None = None, backend: Backend = "auto") -> Tensor:
         """States (T, D) of a packed stream."""
         rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
         if rows.shape[0] != len(stream):
@@ -93,7 +93,7 @@ class Model(nn.Module):
         stream_TD = rows if stream.order_T is None else rows[stream.order_T]
         return self.core(stream_TD, stream.position_TA, stream.layout, cache=cache, backend=backend)
 
-    def logits(self, stream: Stream, *, backend: str = "auto") -> dict[str, Tensor]:
+    def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Logits (rows, V) by task, in the order of `stream.readings`."""
         state_TD = self(stream, backend=backend)
         return {
@@ -101,7 +101,7 @@ class Model(nn.Module):
             for pattern, r in stream.readings.items()
         }
 
-    def losses(self, stream: Stream, *, backend: str = "auto") -> dict[str, Tensor]:
+    def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Sum of the losses over all real targets, by task; their number is `stream.readings[task].count`."""
         sums = {}
         for pattern, logits in self.logits(stream, backend=backend).items():
@@ -134,7 +134,7 @@ class Model(nn.Module):
         if self.packer.head(task).writes:
             return self.generate(task, samples, batch=batch)
         answers: list[Prediction | None] = [None] * len(samples)
-        with self._resting():
+        with self.resting():
             for start in range(0, len(samples), batch):
                 stream = self.pack(task, samples[start : start + batch], answers=False)
                 r = stream.readings[task]
@@ -161,14 +161,15 @@ class Model(nn.Module):
         if not self.packer.head(task).writes:
             return self.predict(task, samples, batch=batch)
         answers: list[Prediction] = []
-        with self._resting():
+        with self.resting():
             for start in range(0, len(samples), batch):
                 part = samples[start : start + batch]
                 answers += write(self, task, part, max_tokens=max_tokens, temperature=temperature, seed=seed + start)
         return answers
 
     @contextmanager
-    def _resting(self) -> Iterator[None]:
+    def resting(self) -> Iterator[None]:
+        """Evaluation mode without gradients, and back."""
         was_training = self.training
         self.eval()
         try:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -14,7 +15,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        fast = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.requires_grad
+        x = x.to(self.weight.dtype)  # under autocast the two differ, which no fused kernel takes
+        fast = x.device.type == "cpu" and x.requires_grad
         if fast and not torch.compiler.is_compiling():
             return _RMSNormCPU.apply(x, self.weight, self.eps)  # type: ignore[return-value]
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -34,7 +36,8 @@ class _RMSNormCPU(torch.autograd.Function):
         return (x * inv).mul_(weight)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable  # without it a second derivative would be wrong in silence: inv counts as a constant
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, inv = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(

@@ -58,7 +58,14 @@ class Pattern:
                     f"reads {field.name!r} twice; name them apart, as in 'left:{field.kind} right:{field.kind}'",
                 )
             seen.add(field.name)
-        return cls(text=text, reads=reads, writes=writes[0])
+        if {writes[0].name, "answer"} <= seen:
+            raise _error(
+                text,
+                writes[0].column,
+                f"writes {writes[0].name!r}, but 'answer', where a sample would carry it, is read as well; "
+                f"name it apart, as in 'target:{writes[0].kind}'",
+            )
+        return cls(text=text, reads=tuple(reads), writes=writes[0])
 
     @property
     def answer(self) -> str:
@@ -91,20 +98,21 @@ class Pattern:
         wanted = [f.name for f in self.reads] + ([self.answer] if answer else [])
         for name in wanted:
             if name not in sample:
-                close = did_you_mean(name, sample)
+                close = did_you_mean(name, map(str, sample))
                 raise TaskError(
                     f"task {self.text!r}: the sample has no field {name!r}; it has {', '.join(map(repr, sample)) or 'none'}{close}"
                     + ("" if close else "; give None for a field that this sample lacks")
                 )
 
 
-def _fields(text: str, start: int, stop: int) -> tuple[Field, ...]:
-    fields, at = [], start
+def _fields(text: str, start: int, stop: int) -> list[Field]:
+    fields: list[Field] = []
+    at = start
     while True:
         while at < stop and text[at].isspace():
             at += 1
         if at >= stop:
-            return tuple(fields)
+            return fields
         name = _word(text, at, stop)
         end = at + len(name)
         kind = name

@@ -2,14 +2,16 @@
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.layer import Attention
-from multimodal.attention.plan import BACKENDS, Layout, Plan, Span, plan_attention
+from multimodal.attention.plan import BACKENDS, Backend, DensePlan, Layout, Plan, Span, plan_attention
 from multimodal.attention.scores import Cosine, ScaledDotProduct, Score
 
 __all__ = [
     "BACKENDS",
     "Attention",
+    "Backend",
     "Cache",
     "Cosine",
+    "DensePlan",
     "Layout",
     "Plan",
     "ScaledDotProduct",

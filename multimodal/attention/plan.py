@@ -7,7 +7,7 @@ flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -46,8 +46,17 @@ class Plan(ABC):
         """The read of every query: (T, H, K)."""
 
 
+Backend = str | Callable[[Rule, Layout], Plan]
+"""A name in BACKENDS, or a plan of one's own."""
+
+
 def plan_attention(
-    rule: Rule, layout: Layout, *, backend: str = "auto", dtype: torch.dtype = torch.float32, cache: Cache | None = None
+    rule: Rule,
+    layout: Layout,
+    *,
+    backend: Backend = "auto",
+    dtype: torch.dtype = torch.float32,
+    cache: Cache | None = None,
 ) -> Plan:
     """Choose how to attend this stream.
 
@@ -63,11 +72,11 @@ def plan_attention(
         half = dtype in (torch.float16, torch.bfloat16)
         standard = _is_prefix_lm(rule, layout)
         backend = "runs" if device.type != "cuda" or not half else "varlen" if standard else "flex"
-    if backend not in _PLANS:
+    if isinstance(backend, str) and backend not in _PLANS:
         raise ConfigError(
             f"attention backend {backend!r} is unknown; there are {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
         )
-    plan = _PLANS[backend](rule, layout)
+    plan = (_PLANS[backend] if isinstance(backend, str) else backend)(rule, layout)
     return plan if cache is None else _FillingPlan(plan, layout, cache)
 
 
@@ -85,18 +94,21 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
-class _DensePlan(Plan):
-    """Softmax over one (T, T) matrix, written out: the oracle."""
+class DensePlan(Plan):
+    """Softmax over one (T, T) matrix, written out: the oracle. A list given as `kept` gets each layer's responsibilities (H, T, M)."""
 
-    def __init__(self, rule: Rule, layout: Layout) -> None:
+    def __init__(self, rule: Rule, layout: Layout, kept: list[Tensor] | None = None) -> None:
         places = layout.places
         self.mask_TM = rule.allows(places[:, None], places[None, :])
+        self.kept = kept
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
         groups = q_THK.shape[1] // k_TGK.shape[1]
         k_THK, v_THK = k_TGK.repeat_interleave(groups, 1), v_TGK.repeat_interleave(groups, 1)
         score_HTM = torch.einsum("thk,mhk->htm", q_THK, k_THK).float() * scale
         posterior_HTM = score_HTM.masked_fill(~self.mask_TM, float("-inf")).softmax(-1)
+        if self.kept is not None:
+            self.kept.append(posterior_HTM)
         return torch.einsum("htm,mhk->thk", posterior_HTM.to(v_THK.dtype), v_THK)
 
 
@@ -120,7 +132,9 @@ class _RunsPlan(Plan):
                 mask[: span.free, : span.free] = True
                 causal = False
             else:
-                here = Places(*(x.view(count, span.total) for x in vars(layout.places[start : start + size]).values()))
+                here = Places(
+                    **{name: x.view(count, span.total) for name, x in vars(layout.places[start : start + size]).items()}
+                )
                 causal, mask = False, rule.allows(here[:, :, None], here[:, None, :])[:, None]
             self.sizes.append(size)
             self.runs.append((count, causal, mask))
@@ -130,7 +144,8 @@ class _RunsPlan(Plan):
         parts = [x.split(self.sizes) if len(self.sizes) > 1 else (x,) for x in (q_THK, k_TGK, v_TGK)]
         out = []
         for (count, causal, mask), q, k, v in zip(self.runs, *parts, strict=True):
-            read = _sdpa(*(x.view(count, -1, *x.shape[1:]) for x in (q, k, v)), scale, mask, causal)
+            q_BTHK, k_BMGK, v_BMGK = (x.view(count, -1, *x.shape[1:]) for x in (q, k, v))
+            read = _sdpa(q_BTHK, k_BMGK, v_BMGK, scale, mask, causal)
             out.append(read.reshape(q.shape))
         return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -268,4 +283,9 @@ class _CachedPlan(Plan):
         return _sdpa(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, scale, self.mask)[:, 0]
 
 
-_PLANS: dict[str, type[Plan]] = {"dense": _DensePlan, "runs": _RunsPlan, "varlen": _VarlenPlan, "flex": _FlexPlan}
+_PLANS: dict[str, Callable[[Rule, Layout], Plan]] = {
+    "dense": DensePlan,
+    "runs": _RunsPlan,
+    "varlen": _VarlenPlan,
+    "flex": _FlexPlan,
+}

@@ -1,4 +1,4 @@
-"""Scores: the log-likelihood of a query under a key, up to a function of the query alone (Bahdanau 2014, Luong 2015, Vaswani 2017)."""
+"""Scores: the log-likelihood of a query under a key, up to a function of the query alone."""
 
 import math
 from abc import ABC, abstractmethod

@@ -192,7 +192,7 @@ def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> d
     for start in range(0, len(samples), batch):
         part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
         stream = model.pack(task, part)
-        with model._resting():
+        with model.resting():
             total += float(model.losses(stream)[task])
         count += stream.readings[task].count
         for sample, answer in zip(part, model.predict(task, part), strict=True):

@@ -1,0 +1,140 @@
+"""The picture sets of train_image_classifier.py: each gives training and test samples, class names and an augmentation."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision import datasets, transforms
+
+from multimodal import ConfigError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Samples {"image", "label"}; opened and augmented when asked for."""
+
+    images: Sequence[Any]
+    labels: Sequence[str]
+    augment: Callable[[Image.Image], Image.Image] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images[index]
+        if self.augment is not None:
+            image = self.augment(image if isinstance(image, Image.Image) else Image.open(image).convert("RGB"))
+        return {"image": image, "label": self.labels[index]}
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Training and test samples, and the names of the classes."""
+
+    train: Pictures
+    test: Pictures
+    names: tuple[str, ...]
+
+
+def digits(seed: int) -> PictureSet:
+    """1,797 scans of 8x8 pixels from 43 writers, bundled with scikit-learn; a stratified fifth is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = [Image.fromarray(np.uint8(image * 255 / 16)) for image in bunch.images]
+    labels = [str(label) for label in bunch.target]
+    train, test, train_labels, test_labels = train_test_split(
+        images, labels, test_size=0.2, stratify=labels, random_state=seed
+    )
+    augment = transforms.RandomAffine(
+        15, (0.12, 0.12), (0.85, 1.15), 10, interpolation=transforms.InterpolationMode.BILINEAR
+    )
+    return PictureSet(Pictures(train, train_labels, augment), Pictures(test, test_labels), tuple("0123456789"))
+
+
+def cifar10(root: Path) -> PictureSet:
+    """60,000 photographs of 32x32 pixels: torchvision's (downloaded to `root`), or `root`/cifar10_train.npz if it is there."""
+    augment = transforms.Compose(
+        [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4, padding_mode="reflect")]
+    )
+    if (root / "cifar10_train.npz").is_file():  # 50,000 JPEGs end to end; 5,000 of them are for validation
+        with np.load(root / "cifar10_train.npz") as file:
+            jpeg, offset, names, held = (file[key] for key in ("jpeg", "offset", "classes", "val_index"))
+            labels = [str(names[label]) for label in file["label"]]
+        images = [_decoded(jpeg[start:stop]) for start, stop in pairwise(offset)]
+        is_held = np.isin(np.arange(len(labels)), held)
+        parts = [
+            ([images[i] for i in np.flatnonzero(which)], [labels[i] for i in np.flatnonzero(which)])
+            for which in (~is_held, is_held)
+        ]
+        return PictureSet(Pictures(*parts[0], augment), Pictures(*parts[1]), tuple(map(str, names)))
+    return _from_torchvision(datasets.CIFAR10, root, augment)
+
+
+def fashion_mnist(root: Path) -> PictureSet:
+    """70,000 pictures of clothes, 28x28 grey: torchvision's, downloaded to `root`."""
+    augment = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.RandomCrop(28, 2)])
+    return _from_torchvision(datasets.FashionMNIST, root, augment)
+
+
+def folder(path: Path, seed: int) -> PictureSet:
+    """One sub-folder a class, pictures of any size. If `path` has train/ and test/ (or val/), those; else a fifth is held out."""
+    augment = transforms.Compose(
+        [transforms.RandomHorizontalFlip(), _crop_keeping_aspect, transforms.ColorJitter(0.3, 0.3, 0.3)]
+    )
+    held = next((path / name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
+    if held is not None and (path / "train").is_dir():
+        train, test = _files(path / "train"), _files(held)
+    else:
+        files = _files(path)
+        order = np.random.default_rng(seed).permutation(len(files))
+        test = [files[i] for i in order[: len(files) // 5]]
+        train = [files[i] for i in order[len(files) // 5 :]]
+    names = tuple(sorted({name for _, name in train}))
+    return PictureSet(
+        Pictures([f for f, _ in train], [n for _, n in train], augment),
+        Pictures([f for f, _ in test], [n for _, n in test]),
+        names,
+    )
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    if not path.is_dir():
+        raise ConfigError(f"--data folder: there is no folder {str(path)!r}")
+    files = [(f, f.parent.name) for f in sorted(path.glob("*/*")) if f.suffix.lower() in PICTURES]
+    if len({name for _, name in files}) < 2:
+        raise ConfigError(
+            f"--data folder: {str(path)!r} must hold a sub-folder of pictures for each of two or more classes"
+        )
+    return files
+
+
+def _crop_keeping_aspect(image: Image.Image) -> Image.Image:
+    """A random part of 70 to 100 % of each side, at its own size."""
+    scale = np.random.uniform(0.7, 1.0)
+    size = [max(16, round(side * scale)) for side in (image.height, image.width)]
+    return transforms.RandomCrop(size, pad_if_needed=True)(image)
+
+
+def _decoded(jpeg: np.ndarray) -> Image.Image:
+    image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
+    image.load()
+    return image
+
+
+def _from_torchvision(dataset: Any, root: Path, augment: Callable) -> PictureSet:
+    try:
+        parts = [dataset(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{dataset.__name__} is not in {str(root)!r} and cannot be downloaded: {error}") from error
+    names = tuple(parts[0].classes)
+    samples = [([Image.fromarray(np.asarray(x)) for x in p.data], [names[int(i)] for i in p.targets]) for p in parts]
+    return PictureSet(Pictures(*samples[0], augment), Pictures(*samples[1]), names)
