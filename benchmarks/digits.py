@@ -7,11 +7,9 @@ the table in benchmarks/results/digits.md.
 """
 
 import argparse
-import platform
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 import image_sets  # noqa: E402
+import report  # noqa: E402
 import train_image_classifier  # noqa: E402
 
 STEPS, BATCH = 1500, 64
@@ -106,11 +105,7 @@ def main() -> None:
         )
     print(table)
     if args.write:
-        facts = (
-            f"{date.today()}, {platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
-        text = f"# Digits\n\n`uv run benchmarks/digits.py --write`, {facts}\n\n{table}"
-        (HERE / "results" / "digits.md").write_text(text, encoding="utf-8")
+        report.keep("digits", "Digits", "uv run benchmarks/digits.py --write", table)
 
 
 if __name__ == "__main__":

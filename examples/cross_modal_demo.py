@@ -21,6 +21,7 @@ import sound_sets
 from sound_sets import DIGITS, RATE_HZ, Clip
 
 import multimodal as mm
+from multimodal.look import draw_answers
 from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
 
 SEE, HEAR, ADD = "image -> text", "audio -> text", "image audio -> text"
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         )
     for name, share in right.items():
         print(f"{name:<40} {share:7.1%} right")
-    draw(model, sums[:6], args.folder / "answers.png")
+    draw_answers(model, ADD, sums[:6], args.folder / "answers.png")
     print(
         f"model {args.folder / 'model'}, picture {args.folder / 'answers.png'}, {time.perf_counter() - start:.0f} s in all"
     )
@@ -125,23 +126,6 @@ def share_right(model: mm.Model, task: str, samples: Any) -> float:
     return float(
         np.mean([a.value.split()[-1:] == s["text"].split()[-1:] for a, s in zip(answers, samples, strict=True)])
     )
-
-
-def draw(model: mm.Model, samples: list[dict[str, Any]], path: Path) -> None:
-    """Picture, spectrogram and answer of each sample."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.4 * len(samples), 4.2), layout="constrained")
-    axes = figure.subplots(2, len(samples), squeeze=False)
-    for column, (sample, answer) in enumerate(zip(samples, model.predict(ADD, samples), strict=True)):
-        frames = model.packer.tokenizers["audio"].spectrogram(sample["audio"][0])
-        axes[0, column].imshow(np.asarray(sample["image"]), cmap="gray_r")
-        axes[1, column].imshow(frames.T, origin="lower", aspect="auto", cmap="magma")
-        right = answer.value == sample["text"]
-        axes[0, column].set_title(answer.value, fontsize=9, color="black" if right else "tab:red")
-        axes[0, column].axis("off")
-        axes[1, column].set(xlabel="10 ms frames", ylabel="mel band" if column == 0 else "")
-    figure.savefig(path, dpi=110)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

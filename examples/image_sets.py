@@ -33,6 +33,10 @@ class Pictures:
             image = self.augment(image if isinstance(image, Image.Image) else Image.open(image).convert("RGB"))
         return {"image": image, "label": self.labels[index]}
 
+    def first(self, count: int) -> "Pictures":
+        """The first `count` samples."""
+        return Pictures(self.images[:count], self.labels[:count], self.augment)
+
 
 @dataclass(frozen=True)
 class PictureSet:
@@ -63,7 +67,7 @@ def digits(seed: int) -> PictureSet:
 def cifar10(root: Path) -> PictureSet:
     """60,000 photographs of 32x32 pixels: torchvision's (downloaded to `root`), or `root`/cifar10_train.npz if it is there."""
     augment = transforms.Compose(
-        [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4, padding_mode="reflect")]
+        [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4, padding_mode="reflect"), _any_size]
     )
     if (root / "cifar10_train.npz").is_file():  # 50,000 JPEGs end to end; 5,000 of them are for validation
         with np.load(root / "cifar10_train.npz") as file:
@@ -115,6 +119,12 @@ def _files(path: Path) -> list[tuple[Path, str]]:
             f"--data folder: {str(path)!r} must hold a sub-folder of pictures for each of two or more classes"
         )
     return files
+
+
+def _any_size(image: Image.Image) -> Image.Image:
+    """16 to 32 pixels a side: smaller pictures are fewer tokens, so that more of them are seen in the same time."""
+    side = 4 * int(np.random.randint(4, 9))
+    return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _crop_keeping_aspect(image: Image.Image) -> Image.Image:

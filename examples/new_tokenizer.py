@@ -1,11 +1,10 @@
 """A kind of data the framework has never seen, in one class: time series of any length and number of channels.
 
-    python examples/new_tokenizer.py                        # JapaneseVowels: who of 9 speakers said it
-    python examples/new_tokenizer.py --data BasicMotions    # also ArrowHead, GunPoint, ItalyPowerDemand, UnitTest
+    uv run examples/new_tokenizer.py                       45 seconds on 2 cores, 97 % of 370 spoken vowels: which of 9 people
+    uv run examples/new_tokenizer.py --data BasicMotions   also ArrowHead, GunPoint, ItalyPowerDemand, UnitTest
 
-About 1 minute on 2 cores. Expected: 97 % of 370 test cases right; always saying the commonest class gives 24 %.
-The data come from timeseries.npz in the folder $MULTIMODAL_DATA (../shared/data); without it, tones that rise, fall, stay
-or beat are made up here ("tones").
+Always naming the commonest speaker gets 24 %. The data come from timeseries.npz in the folder $MULTIMODAL_DATA (../shared/data);
+without it, tones that rise, fall, stay or beat are made up here (--data tones, 100 %).
 """
 
 import argparse
@@ -52,7 +51,7 @@ class Series(mm.Tokenizer):
 
 
 class Cases:
-    """Samples of one set; in training each comes with a little noise, which 270 cases need."""
+    """Samples of one set; in training each comes with a little noise, which so few cases need."""
 
     def __init__(self, series: list[np.ndarray], labels: list[str], noise: float = 0.0) -> None:
         self.series, self.labels, self.noise = series, labels, noise
@@ -87,34 +86,39 @@ def make_tones(count: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
 
 def main(argv: list[str] | None = None) -> float:
     archive = Path(os.environ.get("MULTIMODAL_DATA", ROOT / "../shared/data")) / "timeseries.npz"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="JapaneseVowels" if archive.is_file() else "tones")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--stack", type=int, default=1)
     parser.add_argument("--folder", default="runs/new_tokenizer")
     args = parser.parse_args(argv)
 
+    # data
     if args.data == "tones":
         train, test = make_tones(400, seed=0), make_tones(200, seed=1)
     else:
         train, test = (read_archive(archive, args.data, split) for split in ("train", "test"))
     train_set, test_set = Cases(*train, noise=0.3), Cases(*test)
 
+    # tokenizers
     everything = np.concatenate(train[0], axis=1)
     mean, std = (tuple(x.tolist()) for x in (everything.mean(axis=1), everything.std(axis=1)))
     tokenizers = {"series": Series(mean, std, args.stack), "label": Labels(sorted(set(train[1])))}
 
+    # model
     core = mm.Core(width=64, depth=3, heads=4, dropout=0.1)
     model = mm.Model(tokenizers, core, ["series -> label"])
 
+    # fit
     mm.fit(model, {"series -> label": train_set}, steps=args.steps, batch=32, lr=2e-3, weight_decay=0.1)
 
+    # show
     exact = mm.evaluate(model, "series -> label", test_set)["exact"]
     commonest = Counter(test[1]).most_common(1)[0][1] / len(test_set)
     print(f"{args.data}: {exact:.1%} of {len(test_set)} test cases right; the commonest class alone: {commonest:.1%}")
-    loaded = mm.Model.load(model.save(args.folder))
-    case = test_set[0]
-    print(f"loaded from {args.folder}: {loaded.predict('series -> label', series=case['series'])}, truly {case['label']}")
+    loaded, case = mm.Model.load(model.save(args.folder)), test_set[0]
+    said = loaded.predict("series -> label", series=case["series"])
+    print(f"loaded from {args.folder}: {said}, truly {case['label']}")
     print(check_tokenizer(tokenizers["series"], train[0][:4]))
     return exact
 

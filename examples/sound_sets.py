@@ -1,4 +1,4 @@
-"""The recordings of cross_modal_demo.py: our own synthetic voices, or real people's digits from the Free Spoken Digit Dataset."""
+"""The recordings of cross_modal_demo.py: our own synthetic voices, or the Free Spoken Digit Dataset."""
 
 import io
 import json

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> float:
         case "cifar10":
             pictures = image_sets.cifar10(args.root)
             patches, core = ImagePatches(patch=4, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26)), mm.Core.small()
-            recipe = mm.Recipe(steps=2600, batch=128, lr=2e-3, ema=0.998, weight_decay=0.1)
+            recipe = mm.Recipe(steps=3000, batch=128, optimizer="muon", lr=3e-3, ema=0.998, weight_decay=0.1, workers=1)
         case "fashion-mnist":
             pictures = image_sets.fashion_mnist(args.root)
             patches, core = ImagePatches(patch=4, channels=1, mean=0.29, std=0.35), mm.Core.small()
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> float:
             patches, core = ImagePatches(patch=16, max_side=256), mm.Core.small()
             recipe = mm.Recipe(steps=2000, batch=64, lr=1e-3, ema=0.998, weight_decay=0.1)
     changes = {"steps": args.steps, "workers": args.workers, "seed": args.seed}
+    test = pictures.test.first(args.check) if args.check else pictures.test
     recipe = mm.override(recipe, **{name: value for name, value in changes.items() if value is not None})
 
     # tokenizers and model
@@ -60,19 +61,17 @@ def main(arguments: list[str] | None = None) -> float:
     )
 
     # fit
-    run = mm.fit(
-        model, {TASK: pictures.train}, recipe, evaluation={TASK: pictures.test}, folder=args.folder, resume=args.resume
-    )
+    run = mm.fit(model, {TASK: pictures.train}, recipe, evaluation={TASK: test}, folder=args.folder, resume=args.resume)
 
     # show
     if not run.finished:
         return float("nan")
     accuracy = run.last(f"{TASK} exact")
-    shown = [pictures.test[i] for i in range(min(24, len(pictures.test)))]
+    shown = [test[i] for i in range(min(24, len(test)))]
     draw_answers(model, TASK, shown, args.folder / "answers.png")
     mine = args.folder / "one_test_picture.png"
     (shown[0]["image"] if hasattr(shown[0]["image"], "save") else image_sets.Image.open(shown[0]["image"])).save(mine)
-    print(f"test accuracy {accuracy:.2%} on {len(pictures.test)} pictures, {time.perf_counter() - start:.0f} s")
+    print(f"test accuracy {accuracy:.2%} on {len(test)} pictures, {time.perf_counter() - start:.0f} s")
     print(
         f"model    {args.folder / 'model'}\ncurves   {args.folder / 'curves.png'}\nanswers  {args.folder / 'answers.png'}"
     )
@@ -92,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="split, first weights and order")
     parser.add_argument("--workers", type=int, help="data processes")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--check", type=int, help="test on this many pictures only")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     args = parser.parse_args(arguments)
     known = {"digits": 1, "cifar10": 1, "fashion-mnist": 1, "folder": 2}

@@ -1,14 +1,31 @@
 """Tokens of every kind in one packed stream, read by one transformer."""
 
-from multimodal.core import Core
-from multimodal.declare import override
-from multimodal.heads import CTC, Classify, Head, NextToken, Prediction
-from multimodal.masks import Causal, Prefix, Rule, SameSample, SameSegment, Window
-from multimodal.model import Model
-from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError, TaskError
-from multimodal.stream import Packer, Stream, Task
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
-from multimodal.train import Recipe, Run, evaluate, fit
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multimodal.core import Core
+    from multimodal.declare import override
+    from multimodal.heads import CTC, Classify, Head, NextToken, Prediction
+    from multimodal.masks import Causal, Prefix, Rule, SameSample, SameSegment, Window
+    from multimodal.model import Model
+    from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError, TaskError
+    from multimodal.stream import Packer, Stream, Task
+    from multimodal.tokenizer import Tokenizer, Tokens, at_times
+    from multimodal.train import Recipe, Run, TrainingJob, evaluate, fit
+
+_NAMES = {
+    "core": ("Core",),
+    "declare": ("override",),
+    "heads": ("CTC", "Classify", "Head", "NextToken", "Prediction"),
+    "masks": ("Causal", "Prefix", "Rule", "SameSample", "SameSegment", "Window"),
+    "model": ("Model",),
+    "shapes": ("CheckpointError", "ConfigError", "MediaError", "ShapeError", "StreamError", "TaskError"),
+    "stream": ("Packer", "Stream", "Task"),
+    "tokenizer": ("Tokenizer", "Tokens", "at_times"),
+    "train": ("Recipe", "Run", "TrainingJob", "evaluate", "fit"),
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CTC",
@@ -36,9 +53,21 @@ __all__ = [
     "TaskError",
     "Tokenizer",
     "Tokens",
+    "TrainingJob",
     "Window",
     "at_times",
     "evaluate",
     "fit",
     "override",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `multimodal --help` does not wait for torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'multimodal' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"multimodal.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

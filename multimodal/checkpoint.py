@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multimodal.core import Core
 from multimodal.declare import declaration, rebuild
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task
@@ -24,7 +23,15 @@ CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
 
 
 def save(model: "Model", folder: Path) -> Path:
-    """Write the folder aside, then put it in place, so that what was there survives a failed write."""
+    """Write the folder aside, then put it in place, so that what was there survives a failed write.
+
+    Raises:
+        CheckpointError: the folder is there and holds other things than a checkpoint.
+    """
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}: this is no checkpoint, and saving here would replace it; choose another folder"
+        )
     aside = folder.with_name(folder.name + ".writing")
     if aside.exists():
         shutil.rmtree(aside)
@@ -57,38 +64,59 @@ def save(model: "Model", folder: Path) -> Path:
 
 def replace_folder(new: Path, folder: Path) -> None:
     """Put `new` where `folder` is; at every moment one of the two versions is whole on disk."""
+    recover(folder)
     old = folder.with_name(folder.name + ".old")
     if old.exists():
         shutil.rmtree(old)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(new, folder)
+    try:
+        os.replace(new, folder)
+    finally:
+        recover(folder)
     if old.exists():
         shutil.rmtree(old)
 
 
+def recover(folder: Path) -> None:
+    """Put back what `replace_folder` had moved aside when it was stopped half-way."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
 def load(cls: type["Model"], folder: Path) -> Any:
     """Rebuild declarations, then the model, then its weights."""
+    recover(folder)
     config = read_config(folder)
-    tokenizers = {}
-    for name, entry in config["tokenizers"].items():
-        files = {}
-        for file in entry.pop("files", []):
-            path = folder / FILES / name / file
-            if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-                raise CheckpointError(f"{folder}: the file {FILES}/{name}/{file} of tokenizer {name!r} is missing")
-            files[file] = path.read_bytes()
-        try:
-            tokenizers[name] = rebuild(entry, files)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: tokenizer {name!r}: {error}") from None
-    core = rebuild(config["core"])
-    if not isinstance(core, Core):
-        raise CheckpointError(f"{folder}: its core is a {type(core).__name__}, not a Core")
-    tasks = [Task(t["pattern"], rebuild(t["head"]), t["weight"]) for t in config["tasks"]]
-    model = cls(tokenizers, core, tasks, seed=config["seed"])
+    try:
+        tokenizers = {name: _tokenizer(folder, name, entry) for name, entry in config["tokenizers"].items()}
+        core = rebuild(config["core"])
+        tasks = [Task(t["pattern"], rebuild(t["head"]), t["weight"]) for t in config["tasks"]]
+        model = cls(tokenizers, core, tasks, seed=config["seed"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    except Exception as error:  # a config that was edited by hand can be wrong in any way
+        raise CheckpointError(
+            f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {error}"
+        ) from error
     put_weights(model, read_tensors(folder / WEIGHTS), folder)
     return model
+
+
+def _tokenizer(folder: Path, name: str, entry: dict[str, Any]) -> Any:
+    files = {}
+    for file in entry.get("files", []):
+        inside = Path(name, file)
+        if inside.anchor or ".." in inside.parts:
+            raise CheckpointError(f"tokenizer {name!r}: its file {file!r} would lie outside the checkpoint; refused")
+        if not (folder / FILES / inside).is_file():
+            raise CheckpointError(f"tokenizer {name!r}: its file {FILES}/{name}/{file} is missing")
+        files[file] = (folder / FILES / inside).read_bytes()
+    try:
+        return rebuild(entry, files)
+    except CheckpointError as error:
+        raise CheckpointError(f"tokenizer {name!r}: {error}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,6 +132,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: damaged: holds a {type(config).__name__}, wanted an object")
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}; update multimodal-stream"
@@ -124,7 +154,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.parent}: {path.name} is missing")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """The one transformer: a declaration (`Core`) with presets, and the module it makes (`Transformer`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -32,7 +32,7 @@ class Core(Declared):
     rotary_split: tuple[int, ...] = (2, 1, 1)  # ratio in which a head's pairs are turned by time, row and column
     rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)  # slowest turn of each axis, steps / radian
     mask: Rule = PREFIX_LM
-    score: Score = ScaledDotProduct()
+    score: Score = field(default_factory=ScaledDotProduct)
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):

@@ -1,4 +1,4 @@
-"""From data sets to batches: which sample comes at which step is a function of (seed, step) alone, so resuming needs one integer."""
+"""From data sets to batches: which sample comes at which step is a function of (seed, step) alone."""
 
 import random
 import signal
@@ -60,11 +60,13 @@ class Batches(Dataset):
         seed: int = 0,
         mix: Mapping[str, float] | None = None,
     ) -> None:
+        if not data:
+            raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
         for pattern, samples in data.items():
             packer.check_task(pattern)
             if len(samples) == 0:
                 raise ConfigError(f"fit: the data of task {pattern!r} are empty")
-        if not data or batch < len(data) * accumulate:
+        if batch < len(data) * accumulate:
             raise ConfigError(
                 f"fit: batch={batch} must hold at least one sample of each of the {len(data)} tasks in each of "
                 f"{accumulate} micro-batches"

@@ -1,4 +1,4 @@
-"""What a user writes down (core, tokenizer, head, mask rule) is a declaration: a frozen dataclass that goes through JSON and holds no weights."""
+"""Declarations: what a user writes down (core, tokenizer, head, mask rule), through JSON and back, without weights."""
 
 import dataclasses
 import importlib.metadata
@@ -11,7 +11,7 @@ _defined: dict[str, type["Declared"]] = {}
 
 
 class Declared:
-    """Base of everything that a checkpoint names and rebuilds. Subclasses are frozen dataclasses of JSON values and other declarations."""
+    """What a checkpoint names and rebuilds. Subclasses are frozen dataclasses of JSON values and other declarations."""
 
     entry_points: ClassVar[str] = "multimodal.parts"
     """The packaging entry-point group through which an installed package offers such declarations."""
@@ -68,9 +68,14 @@ def find(name: str) -> type[Declared]:
     if name in installed:
         return installed[name].load()
     raise CheckpointError(
-        f"{name!r} is not installed{did_you_mean(name, installed) or ';'} installed are: {', '.join(sorted(installed)) or 'none'}. "
+        f"{name!r} is not installed; installed are: {', '.join(sorted(installed)) or 'none'}. "
         "Install the package that offers it as an entry point, or import the module that defines it first."
     )
+
+
+def alias(name: str, cls: type[Declared]) -> None:
+    """Let `find` take this class for another name too: a script's classes were saved under '__main__:Name'."""
+    _defined.setdefault(name, cls)
 
 
 def override(part: _Part, **changes: Any) -> _Part:

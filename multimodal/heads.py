@@ -70,7 +70,7 @@ class Head(Declared, ABC):
         """One answer a sample."""
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
-        """What the loss compares with, one entry a real target; made in the data workers. `rows` are those it has to be learned from.
+        """What the loss compares with, one entry a real target, made in the data workers; `rows` are those it is learned from.
 
         Raises:
             StreamError: this target cannot be learned from so few rows.
@@ -118,7 +118,7 @@ class Classify(Head):
         for row in probability.tolist():
             by_name = dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1]))
             if several:
-                chosen = [name for name, p in by_name.items() if p >= 0.5]
+                chosen = [name for name, p in zip(names, row, strict=True) if p >= 0.5]  # in the order of decode
                 sure = min(max(p, 1 - p) for p in row)
                 answers.append(Prediction(chosen, sure, by_name))
             else:

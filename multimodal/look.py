@@ -11,15 +11,15 @@ from torch import Tensor
 from multimodal.attention import DensePlan
 from multimodal.heads import Prediction
 from multimodal.model import Model
+from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
-from multimodal.tokenizer import Tokens
 
 
 def looked_at(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, Tensor]:
     """For each field read, how much of the answer's attention each of its tokens got: (N,), all fields together sum to 1.
 
-    Attention rollout (Abnar & Zuidema 2020): the product over layers of (responsibilities, mean over heads, + identity) / 2, from the
-    answer's first row, or averaged over the context's rows where a head has none of its own.
+    Attention rollout (Abnar & Zuidema 2020): the product over layers of (responsibilities, mean of the heads, + identity) / 2, from
+    the answer's first row, or averaged over the context's rows where a head has none of its own.
     """
     kept: list[Tensor] = []
     with model.resting():
@@ -46,37 +46,52 @@ def _tokens_in(stream: Stream, segment: int) -> int:
 def draw_answers(
     model: Model, task: str, samples: Sequence[Mapping[str, Any]], path: str | Path, *, columns: int = 8
 ) -> list[Prediction]:
-    """Each sample's picture with where the model looked laid over it, the right answer and the one given (red if wrong).
+    """Each sample's fields as people see them, under each the same with where the model looked, and its answer (red if wrong).
 
-    The task reads a field whose tokenizer can decode pictures with places in rows and columns.
+    Shows the fields whose tokenizers have a `picture`: photographs, spectrograms.
+
+    Raises:
+        ConfigError: the task reads no such field.
     """
     from matplotlib.figure import Figure
 
-    field = next(f for f in model.packer.patterns[task].reads if hasattr(model.packer.tokenizers[f.kind], "patch"))
-    tokenizer = model.packer.tokenizers[field.kind]
+    pattern = model.packer.patterns[task]
     answers = model.predict(task, samples)
+    shown = [_pictures(model, task, sample) for sample in samples]
+    fields = [f.name for f in pattern.reads if any(f.name in pictures for pictures in shown)]
+    if not fields:
+        raise ConfigError(f"draw_answers: task {task!r} reads no field that can be shown as a picture")
+    columns, high = min(columns, len(samples)), 2 * len(fields)
     rows = math.ceil(len(samples) / columns)
-    figure = Figure(figsize=(1.5 * columns, 3.3 * rows), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    figure = Figure(figsize=(1.6 * columns, 1.65 * high * rows), layout="constrained")
+    axes = figure.subplots(high * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for i, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-        tokens = tokenizer(sample[field.name])
-        picture = tokenizer.decode(tokens).permute(1, 2, 0).clamp(0, 1).numpy()
-        heat = _heat(tokens, looked_at(model, task, sample)[field.name], picture.shape)
-        above, below = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
-        for ax in (above, below):
-            ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        below.imshow(heat, cmap="inferno", alpha=0.55, interpolation="bilinear")
-        right = str(sample.get(model.packer.patterns[task].answer, ""))
+    for i, (sample, pictures, answer) in enumerate(zip(samples, shown, answers, strict=True)):
+        row, column = high * (i // columns), i % columns
+        for name, (picture_YXC, heat_YX) in pictures.items():
+            extent = (0, picture_YXC.shape[1], picture_YXC.shape[0], 0)
+            below = row + 2 * fields.index(name)
+            aspect = "equal" if len(heat_YX) > 1 else "auto"  # a spectrogram has no natural shape
+            for ax in axes[below : below + 2, column]:
+                ax.imshow(picture_YXC, cmap="gray", vmin=0, vmax=1, aspect=aspect, extent=extent)
+            axes[below + 1, column].imshow(heat_YX, cmap="inferno", alpha=0.55, aspect=aspect, extent=extent)
+        right = str(sample.get(pattern.answer, ""))
         wrong = right not in ("", str(answer.value))
         title = f"{answer.value} {answer.confidence:.0%}" + (f"\nis {right}" if wrong else "")
-        above.set_title(title, fontsize=8, color="tab:red" if wrong else "black")
+        axes[row, column].set_title(title, fontsize=8, color="tab:red" if wrong else "black", wrap=True)
     figure.savefig(path, dpi=110)
     return answers
 
 
-def _heat(tokens: Tokens, share_N: Tensor, shape: tuple[int, ...]) -> Tensor:
-    rows, columns = (int(tokens.position_NA[:, axis].max()) + 1 for axis in (1, 2))
-    grid_YX = share_N.view(rows, columns)
-    return grid_YX.repeat_interleave(shape[0] // rows, 0).repeat_interleave(shape[1] // columns, 1)
+def _pictures(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Field -> what people see (Y, X, C) and the attention on each of its tokens as a small picture."""
+    pictures = {}
+    for name, share_N in looked_at(model, task, sample).items():
+        tokenizer = model.packer.tokenizers[next(f.kind for f in model.packer.patterns[task].reads if f.name == name)]
+        tokens = tokenizer(sample[name])
+        picture_YXC = tokenizer.picture(tokens)
+        if picture_YXC is not None:
+            rows = int(tokens.position_NA[:, 1].max()) + 1
+            pictures[name] = picture_YXC, share_N.view(rows, -1)
+    return pictures

@@ -2,7 +2,9 @@
 
 import io
 import logging
+import math
 import os
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,10 @@ from multimodal.shapes import MediaError
 from multimodal.tokenizer import describe
 
 log = logging.getLogger("multimodal")
+
+_CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = 0x7FFF0000  # writers to a pipe put this many bytes or more in the header, because they do not know yet
+_LARGEST_FILTER = 2**24  # numbers; the filter grows with both rates over their common divisor
 
 
 @cache
@@ -34,6 +40,8 @@ def _opened(value: Any, who: str) -> tuple[Any, str]:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return io.BytesIO(value), f"{len(value)} bytes"
     if hasattr(value, "read"):
+        if hasattr(value, "seek"):
+            value.seek(0)  # the same file gives the same tokens the second time
         return value, getattr(value, "name", "an open file")
     path = Path(value)
     if not path.is_file():
@@ -71,9 +79,9 @@ def _check_pixels(width: int, height: int, max_pixels: int, who: str, name: str)
 
 
 def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    name = "the image"
+    name, opened = "the image", None
     try:
         if isinstance(value, Image.Image):
             image = value
@@ -82,39 +90,41 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
                 image = Image.open(source)
+            opened = image if isinstance(source, Path) else None  # files that came open stay open
+        kind = image.format
         _check_pixels(*image.size, max_pixels, who, name)
-        if "exif" in image.info or image.format == "TIFF":
+        if "exif" in image.info or kind == "TIFF":
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # Pillow stretches PPM to 16 bits
             array = np.asarray(image).astype(np.float32) / 65535
         elif image.mode in ("I", "F"):
-            array = np.asarray(image).astype(np.float32)
-            array = array / 65535 if image.mode == "I" else array
-            return _image_from_array(array, max_pixels, who)
+            return _image_from_array(np.asarray(image), max_pixels, who)
         else:
-            if image.mode not in ("L", "RGB", "RGBA"):
-                see_through = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBa")
+            see_through = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBa")
+            if see_through or image.mode not in ("L", "RGB", "RGBA"):
                 image = image.convert("RGBA" if see_through else "L" if image.mode == "1" else "RGB")
             array = np.asarray(image).astype(np.float32) / 255
-    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError) as error:
+    except MediaError:
+        raise
+    except Exception as error:  # decoders fail in many ways on damaged files
         raise MediaError(f"{who}: cannot read {name} as a picture: {error}") from error
     finally:
-        if not isinstance(value, Image.Image) and "image" in locals():
-            image.close()
+        if opened is not None:
+            opened.close()
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
 def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> Tensor:
-    came = describe(value)
-    tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
+    came, tensor = describe(value), _as_tensor(value, who)
     if tensor.dim() == 2:
         tensor = tensor[None]
     elif tensor.dim() == 3 and isinstance(value, np.ndarray):
         tensor = tensor.permute(2, 0, 1)
     if tensor.dim() != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
         raise MediaError(
-            f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), with C of 1, 3 or 4"
+            f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), "
+            "with C of 1, 3 or 4"
         )
     _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, came)
     if tensor.dtype == torch.uint8:
@@ -134,6 +144,15 @@ def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> 
             f"{who}: {came} runs from {low:g} to {high:g}; floats are wanted in 0..1, so divide by the largest value"
         )
     return tensor
+
+
+def _as_tensor(value: np.ndarray | Tensor, who: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:  # PyTorch takes neither read-only arrays nor those of another byte order
+        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError as error:
+        raise MediaError(f"{who}: {describe(value)} does not hold numbers") from error
 
 
 def _to_channels(image_CYX: Tensor, channels: int) -> Tensor:
@@ -157,7 +176,7 @@ def read_sound(value: Any, *, rate_hz: int, who: str) -> Tensor:
     """A sound as one channel (S,) of float32 at `rate_hz`; channels are averaged, other rates are resampled and that is said once.
 
     value: a path, bytes or an open file; a pair (wave, rate in Hz); or a mapping with "array" and "sampling_rate". The wave
-    is an array or tensor (S,) or (channels, S), of floats in -1..1 or of integers of any width.
+    is an array or tensor (S,) or (channels, S), of floats in -1..1 or of int8, uint8, int16 or int32.
 
     Raises:
         MediaError: `who`, what came, and what to do.
@@ -181,34 +200,46 @@ def read_sound(value: Any, *, rate_hz: int, who: str) -> Tensor:
         or rate != int(rate)
     ):
         raise MediaError(f"{who}: the rate {rate!r} is not a whole number of samples a second (Hz), such as 16000")
-    if wave_CS.shape[1] == 0:
+    if wave_CS.numel() == 0:
         raise MediaError(f"{who}: the sound has no samples")
     if not torch.isfinite(wave_CS).all():
         raise MediaError(f"{who}: the sound has samples that are not finite (NaN or infinity)")
     wave_S = wave_CS.mean(0)
-    if int(rate) != rate_hz:
-        from torchaudio.functional import resample
+    return wave_S if rate == rate_hz else _resampled(wave_S, int(rate), rate_hz, who)
 
-        say_once(f"{who}: resampling {int(rate)} Hz to {rate_hz} Hz")
-        wave_S = resample(wave_S, int(rate), rate_hz)
-        if len(wave_S) == 0:
-            raise MediaError(f"{who}: the sound is too short to resample from {int(rate)} Hz to {rate_hz} Hz")
-    return wave_S
+
+def _resampled(wave_S: Tensor, rate: int, rate_hz: int, who: str) -> Tensor:
+    from torchaudio.functional import resample
+
+    common = math.gcd(rate, rate_hz)
+    if (rate // common) * (rate_hz // common) > _LARGEST_FILTER:
+        raise MediaError(
+            f"{who}: {rate} Hz and {rate_hz} Hz have only {common} as a common divisor, which takes too large a filter; "
+            "resample it first to a usual rate such as 16000, 22050, 44100 or 48000 Hz"
+        )
+    say_once(f"{who}: resampling {rate} Hz to {rate_hz} Hz")
+    return resample(wave_S, rate, rate_hz)
 
 
 def _decode_sound(value: Any, who: str) -> tuple[Tensor, int]:
     import soundfile
 
-    source, name = _opened(value, who)
+    name = "the sound"
     try:
+        source, name = _opened(value, who)
         with soundfile.SoundFile(source) as file:
             promised, rate = file.frames, file.samplerate
+            cut = _CUT_SHORT.search(file.extra_info)
             wave = file.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as error:
+    except MediaError:
+        raise
+    except Exception as error:  # decoders fail in many ways on damaged files
         raise MediaError(f"{who}: cannot read {name} as sound: {error}") from error
-    if 0 < len(wave) < promised:  # libsndfile is silent about files that were cut short
+    # libsndfile does not complain about files that were cut short: it lowers `frames` and notes that in its log, or reads less
+    unit, promised, came = ("bytes", int(cut[1]), int(cut[2])) if cut else ("samples", promised, len(wave))
+    if came < promised and not (cut and promised >= _STREAMED):
         raise MediaError(
-            f"{who}: {name} holds {len(wave)} samples of the {promised} that its header promises; it was cut short"
+            f"{who}: {name} holds {came} {unit} of the {promised} that its header promises; it was cut short"
         )
     return torch.from_numpy(np.ascontiguousarray(wave.T)), rate
 
@@ -217,13 +248,15 @@ def _wave_from_array(wave: Any, who: str) -> Tensor:
     came = describe(wave)
     if not isinstance(wave, (np.ndarray, Tensor)):
         raise MediaError(f"{who}: the wave is {came}; wanted an array or a tensor, (S,) or (channels, S)")
-    tensor = torch.from_numpy(np.ascontiguousarray(wave)) if isinstance(wave, np.ndarray) else wave.detach().cpu()
+    tensor = _as_tensor(wave, who)
     if tensor.dim() == 1:
         tensor = tensor[None]
     if tensor.dim() != 2 or (tensor.shape[0] > 16 and tensor.shape[1] > 0):
         raise MediaError(f"{who}: the wave is {came}; wanted (S,) or (channels, S) with at most 16 channels")
     if tensor.dtype == torch.uint8:
         return (tensor.float() - 128) / 128
-    if not tensor.is_floating_point():
+    if tensor.dtype in (torch.int8, torch.int16, torch.int32):
         return tensor.float() / -torch.iinfo(tensor.dtype).min
+    if not tensor.is_floating_point():
+        raise MediaError(f"{who}: the wave is {came}, which has no known range; give int16, int32 or floats in -1..1")
     return tensor.float()

@@ -14,6 +14,7 @@ from multimodal.attention import Backend, Cache
 from multimodal.core import Core
 from multimodal.generate import write
 from multimodal.heads import Prediction, Readout
+from multimodal.masks import Places, Rule
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Packer, Stream, Task
 from multimodal.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ class Model(nn.Module):
                 self.embeds[name] = tokenizer.embed(core.width)
         with _drawn_from(seed, "core"):
             self.core = core.build()
+        if any(self.packer.head(pattern).writes for pattern in self.packer.tasks):
+            _check_written_in_order(core.mask)
         self.readouts = nn.ModuleDict()
         for pattern in self.packer.tasks:
             key, head = self.packer.head_key(pattern), self.packer.head(pattern)
@@ -130,7 +133,7 @@ class Model(nn.Module):
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples."""
         if samples is None:
             return self.predict(task, [fields])[0]
-        self.packer.check_task(task)
+        self._check_call(task, fields, batch)
         if self.packer.head(task).writes:
             return self.generate(task, samples, batch=batch)
         answers: list[Prediction | None] = [None] * len(samples)
@@ -157,7 +160,7 @@ class Model(nn.Module):
         """Write an answer token by token; temperature 0 takes the likeliest each time. One answer, or a list for a list."""
         if samples is None:
             return self.generate(task, [fields], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
-        self.packer.check_task(task)
+        self._check_call(task, fields, batch)
         if not self.packer.head(task).writes:
             return self.predict(task, samples, batch=batch)
         answers: list[Prediction] = []
@@ -166,6 +169,13 @@ class Model(nn.Module):
                 part = samples[start : start + batch]
                 answers += write(self, task, part, max_tokens=max_tokens, temperature=temperature, seed=seed + start)
         return answers
+
+    def _check_call(self, task: str, fields: Mapping[str, Any], batch: int) -> None:
+        self.packer.check_task(task)
+        if fields:
+            raise ConfigError(f"task {task!r}: give either samples or the fields {', '.join(fields)}, not both")
+        if batch < 1:
+            raise ConfigError(f"task {task!r}: batch={batch} must be at least 1")
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -216,6 +226,16 @@ class Model(nn.Module):
             CheckpointError: missing or foreign files, tensors or tokenizers, each by name.
         """
         return checkpoint.load(cls, Path(folder)).to(device)
+
+
+def _check_written_in_order(rule: Rule) -> None:
+    """Refuse a mask rule under which a written token sees the one after it: training would show it its own answer."""
+    one, zero = torch.ones((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+    first = Places(sample=zero, order=zero, free=zero, segment=zero)
+    if rule.allows(first, Places(sample=zero, order=one, free=zero, segment=zero)):
+        raise ConfigError(
+            f"Model: under the mask {rule} a token that is written sees the one after it; add `& (Causal() | Prefix())` to the rule"
+        )
 
 
 @contextmanager

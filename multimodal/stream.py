@@ -188,13 +188,13 @@ class Packer:
                 tokens = self._encode(tokenizer, values[field.name], index, pattern_text, field.name)
                 segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
         context = sum(len(s.tokens) for s in segments)
-        if head.queries:
-            query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
-            segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
-        elif not context:
+        if pattern.reads and not context:
             raise StreamError(
                 f"sample {index} of task {pattern_text!r}: every field that is read is None; give at least one"
             )
+        if head.queries:
+            query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
+            segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
         target = None
         if answers:
             tokenizer = self.tokenizers[pattern.writes.kind]
@@ -252,7 +252,7 @@ class Packer:
 
     @staticmethod
     def _positions(samples: list[_Sample], segments: list[_Segment], sizes: Tensor) -> Tensor:
-        """Places in steps; each field starts one step after the last token of the field before it."""
+        """Places in steps; the time 0 of each field is one step after the last token of the field before it."""
         step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
         position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
         last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
@@ -261,7 +261,7 @@ class Packer:
             offset = 0.0
             for _ in sample.segments:
                 offsets.append(offset)
-                offset += float(int(last[at])) + 1.0
+                offset += round(last[at], 3) + 1.0  # 14.999999 is 15: seconds divided by a step are seldom whole
                 at += 1
         position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
         return position_TA

@@ -83,8 +83,8 @@ class Pattern:
                 raise _error(
                     self.text,
                     field.column,
-                    f"names {field.kind!r}, which no tokenizer reads or writes; there are {', '.join(map(repr, sorted(tokenizers)))}"
-                    f"{did_you_mean(field.kind, tokenizers)}",
+                    f"names {field.kind!r}, which no tokenizer reads or writes; "
+                    f"there are {', '.join(map(repr, sorted(tokenizers)))}{did_you_mean(field.kind, tokenizers)}",
                 )
 
     def check_sample(self, sample: Mapping[str, Any], answer: bool) -> None:

@@ -53,6 +53,7 @@ class Tokenizer(Declared, ABC):
     """Whether a value is one of a fixed set of classes, or several of them at once: one token says it all."""
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """How much of (time, row, column) counts as one step for the core, in the units of `position_NA`."""
+    entry_points: ClassVar[str] = "multimodal.tokenizers"
     max_tokens: ClassVar[int] = 65536
     """A longer value is refused by name; it is never cut."""
 
@@ -63,6 +64,10 @@ class Tokenizer(Declared, ABC):
     def decode(self, tokens: Tokens) -> Any:
         """Turn tokens back into a value, if this kind can be written."""
         raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
+
+    def picture(self, tokens: Tokens) -> Tensor | None:
+        """What people look at: (Y, X, C) in 0..1 that the tokens tile, by rows and columns or along time; None: nothing to see."""
+        return None
 
     def embed(self, width: int) -> nn.Module:
         """Make the learnable half: a module from content to (N, width)."""
@@ -85,13 +90,20 @@ class Tokenizer(Declared, ABC):
         name = type(self).__name__
         try:
             tokens = self.encode(value)
-        except ValueError:
+        except (MediaError, ConfigError):
             raise
         except Exception as error:  # a stranger's encode may fail in any way; say where and on what
             raise MediaError(
                 f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {error}"
             ) from error
+        if not isinstance(tokens, Tokens):
+            raise MediaError(f"{name}.encode: gave {describe(tokens)}, wanted Tokens(content, position)")
         content, position_NA = tokens.content, tokens.position_NA
+        for part, tensor in (("content", content), ("position", position_NA)):
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+                raise MediaError(
+                    f"{name}.encode: {part} is {describe(tensor)}, wanted a tensor with a row for each token"
+                )
         if len(tokens) == 0:
             raise MediaError(
                 f"{name}.encode: {describe(value)} gave no tokens; to leave a field out of a sample, give None"
@@ -101,9 +113,10 @@ class Tokenizer(Declared, ABC):
                 f"{name}.encode: {describe(value)} gave {len(tokens)} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
-        if position_NA.shape != (len(tokens), 3):
+        if position_NA.shape != (len(tokens), 3) or position_NA.dtype != torch.float32:
             raise MediaError(
-                f"{name}.encode: position is {tuple(position_NA.shape)}, wanted ({len(tokens)}, 3): time, row, column"
+                f"{name}.encode: position is {position_NA.dtype} {tuple(position_NA.shape)}, "
+                f"wanted float32 ({len(tokens)}, 3): time, row, column"
             )
         if self.vocab_size is not None:
             if content.dim() != 1 or content.dtype != torch.int64:
@@ -116,7 +129,8 @@ class Tokenizer(Declared, ABC):
         else:
             if content.dim() != 2 or content.shape[1] != self.feature_size or content.dtype != torch.float32:
                 raise MediaError(
-                    f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted features: float32 (N, {self.feature_size})"
+                    f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, "
+                    f"wanted features: float32 (N, {self.feature_size})"
                 )
             if not torch.isfinite(content).all():
                 raise MediaError(

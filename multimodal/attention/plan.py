@@ -95,7 +95,7 @@ def _sdpa(
 
 
 class DensePlan(Plan):
-    """Softmax over one (T, T) matrix, written out: the oracle. A list given as `kept` gets each layer's responsibilities (H, T, M)."""
+    """Softmax over one (T, T) matrix, written out: the oracle; a list `kept` gets each layer's responsibilities (H, T, M)."""
 
     def __init__(self, rule: Rule, layout: Layout, kept: list[Tensor] | None = None) -> None:
         places = layout.places
@@ -235,7 +235,13 @@ class _FlexPlan(Plan):
         places = layout.places
         count = len(places.sample)
         self.mask = create_block_mask(
-            lambda b, h, i, j: rule.allows(places[i], places[j]), None, None, count, count, device=places.sample.device
+            lambda b, h, i, j: rule.allows(places[i], places[j]),
+            None,
+            None,
+            count,
+            count,
+            device=places.sample.device,
+            _compile=places.sample.is_cuda,  # uncompiled, it writes out the whole (T, T) mask first
         )
         self.flex = torch.compile(flex_attention, dynamic=True) if places.sample.is_cuda else flex_attention
 

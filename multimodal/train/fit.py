@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from multimodal.checkpoint import recover
 from multimodal.data import Batches, Samples
 from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
 from multimodal.train.memory import keep_freed_memory
-from multimodal.train.recipe import Recipe, choose_device, choose_precision
+from multimodal.train.recipe import Recipe, choose_device, choose_precision, make_optimizer
 from multimodal.train.report import bar, draw_curves
 from multimodal.train.state import load_state, save_state
 
@@ -48,6 +49,7 @@ def fit(
     recipe: Recipe | None = None,
     *,
     evaluation: Mapping[str, Samples] | None = None,
+    mix: Mapping[str, float] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -55,14 +57,14 @@ def fit(
 ) -> Run:
     """Train `model` in place on data sets by task: {"image -> label": samples}.
 
-    recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task.
+    recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: the
+    tasks' shares of each batch, equal unless given.
     folder: keeps the model, a state to resume from, the log and a picture of the curves. resume: go on from that state if
     there is one. Ctrl-C ends after the current step, with everything saved.
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
     """
-    from timm.optim import param_groups_weight_decay
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
 
@@ -72,13 +74,12 @@ def fit(
     if device.type == "cpu":
         keep_freed_memory()
     dtype, why = choose_precision(recipe.precision, device, model.core.core.width)
-    batches = Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, seed=recipe.seed)
+    batches = Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, seed=recipe.seed, mix=mix)
     for pattern in evaluation or {}:
         model.packer.check_task(pattern)
 
     model.to(device).train()
-    groups = param_groups_weight_decay(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
+    optimizer = make_optimizer(model, recipe, device)
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=recipe.steps,
@@ -91,12 +92,18 @@ def fit(
     averaged = ema.module if ema else None
     torch.manual_seed(recipe.seed)
 
-    facts = {"recipe": json.loads(json.dumps(recipe.config())), "data": {p: len(s) for p, s in data.items()}}
+    facts = {
+        "recipe": json.loads(json.dumps(recipe.config())),
+        "data": {p: len(s) for p, s in data.items()},
+        "mix": dict(mix or {}),
+    }
     start = 0
     if run.folder is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
+        recover(run.folder / STATE)
         if resume and (run.folder / STATE).is_dir():
-            start = load_state(run.folder / STATE, model=model, optimizer=optimizer, ema=averaged, facts=facts)
+            start, saved = load_state(run.folder / STATE, model=model, optimizer=optimizer, ema=averaged, facts=facts)
+            dtype, why = getattr(torch, saved["computed_in"]), "as before"
             run.history = [row for row in _read_log(run.folder / LOG) if row["step"] <= start]
         (run.folder / RECIPE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         _write_log(run.folder / LOG, run.history)
@@ -110,7 +117,8 @@ def fit(
 
     def keep(step: int) -> None:
         if run.folder is not None:
-            save_state(run.folder / STATE, step=step, model=model, optimizer=optimizer, ema=averaged, facts=facts)
+            kept = {**facts, "computed_in": str(dtype).removeprefix("torch.")}
+            save_state(run.folder / STATE, step=step, model=model, optimizer=optimizer, ema=averaged, facts=kept)
             (averaged or model).save(run.folder / MODEL)
 
     step = start
@@ -173,9 +181,9 @@ def _step(
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
     loss_value = float(total)
-    if not math.isfinite(loss_value):
+    if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
         raise FloatingPointError(
-            f"fit: the loss is {loss_value} at step {step}; lower lr={recipe.lr}, or look at that batch: "
+            f"fit: the loss is {loss_value} and its gradient's norm {float(norm)} at step {step}; lower lr={recipe.lr}, or look at that batch: "
             f"Batches(...)[{step}] makes it again"
         )
     optimizer.step()
@@ -186,6 +194,7 @@ def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> d
     """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`)."""
     if len(samples) == 0:
         raise ConfigError(f"evaluate: the data of task {task!r} are empty")
+    model.packer.check_task(task)
     pattern = model.packer.patterns[task]
     written = model.packer.tokenizers[pattern.writes.kind]
     total, count, right = 0.0, 0, 0
@@ -238,7 +247,13 @@ def _note(run: Run, row: dict[str, Any]) -> None:
 def _read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a run that was killed while it wrote
+            break
+    return rows
 
 
 def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:

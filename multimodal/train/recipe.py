@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class Recipe(Declared):
     lr: float = 1e-3  # peak
     warmup: float = 0.05  # share of the steps that rise linearly to lr
     final_lr: float = 0.01  # share of lr that the cosine ends at
-    weight_decay: float = 0.05  # AdamW, on matrices only
+    optimizer: str = "adamw"  # or "muon": orthogonalised momentum for the core's matrices, AdamW for the rest
+    weight_decay: float = 0.05  # on matrices only
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # largest gradient norm; 0: none
     ema: float = 0.0  # decay of averaged weights, which then become the model; 0: none
@@ -45,6 +48,29 @@ class Recipe(Declared):
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"Recipe: precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"Recipe: optimizer={self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for all that is no matrix of the core.
+
+    Vectors (norms, biases) are never decayed.
+    """
+    from timm.optim import Muon, param_groups_weight_decay
+
+    if recipe.optimizer == "adamw":
+        groups = param_groups_weight_decay(model, recipe.weight_decay)
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.dim() == 2 and name.startswith("core.")]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0, "use_fallback": True},
+    ]
+    return Muon(groups, lr=recipe.lr, momentum=0.95, betas=recipe.betas)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -39,8 +39,8 @@ def save_state(
 
 def load_state(
     folder: Path, *, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]
-) -> int:
-    """Put a saved state back into model, optimiser, averaged weights and generators, and return its step.
+) -> tuple[int, dict[str, Any]]:
+    """Put a saved state back into model, optimiser, averaged weights and generators; returns its step and all facts that were saved.
 
     Raises:
         CheckpointError: damaged, of another model, or made with other facts (named).
@@ -59,21 +59,16 @@ def load_state(
     put_weights(model, _below(tensors, "model/"), folder)
     if ema is not None:
         put_weights(ema, _below(tensors, "ema/"), folder)
-    for name, parameter in _trained(model, optimizer):
-        entry = {key: _below(tensors, f"optimizer/{key}/").get(name) for key in ("step", "exp_avg", "exp_avg_sq")}
-        if any(value is None for value in entry.values()):
-            if all(value is None for value in entry.values()):
-                continue  # had no gradient yet
-            raise CheckpointError(f"{folder}: the optimiser's state of {name} is missing")
-        optimizer.state[parameter] = {
-            key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-            for key, value in entry.items()
-            if value is not None
-        }
+    entries: dict[str, dict[str, Any]] = {}
+    for key, value in _below(tensors, "optimizer/").items():
+        kind, name = key.split("/", 1)
+        entries.setdefault(name, {})[kind] = value.item() if value.dtype == torch.bool else value
+    state = {i: entries[name] for i, (name, _) in enumerate(_trained(model, optimizer)) if name in entries}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random/cpu"])
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    return int(saved["step"])
+    return int(saved["step"]), saved
 
 
 def _trained(model: Model, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
@@ -81,7 +76,7 @@ def _trained(model: Model, optimizer: torch.optim.Optimizer) -> list[tuple[str, 
     return [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
 
 
-def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
 
 

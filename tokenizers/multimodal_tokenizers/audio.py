@@ -52,7 +52,7 @@ class AudioFrames(Tokenizer):
     @property
     def step(self) -> tuple[float, float, float]:
         """One token's time in seconds."""
-        return (self.stack * self.hop_ms / 1000, 1.0, 1.0)
+        return (self.stack * self.hop_samples / self.rate_hz, 1.0, 1.0)
 
     def encode(self, value: Any) -> Tokens:
         wave_S = read_sound(value, rate_hz=self.rate_hz, who="AudioFrames.encode")
@@ -60,6 +60,12 @@ class AudioFrames(Tokenizer):
         frames_NF = F.pad(frames_NF[None], (0, 0, 0, -len(frames_NF) % self.stack), mode="replicate")[0]
         stacked_NF = rearrange(frames_NF, "(n s) f -> n (s f)", s=self.stack)
         return Tokens(stacked_NF, at_times(torch.arange(len(stacked_NF)) * self.step[0]))
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """The spectrogram, low tones at the bottom."""
+        frames_NF = rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack)
+        level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
+        return level.T.flip(0)[:, :, None]
 
     def spectrogram(self, wave_S: Tensor) -> Tensor:
         """Normalised log-mel frames (N, mels), one for each hop that begins within the sound."""

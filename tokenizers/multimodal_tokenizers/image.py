@@ -47,8 +47,12 @@ class ImagePatches(Tokenizer):
             )
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if isinstance(value, (tuple, list)) and len(value) != self.channels:
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            if isinstance(value, tuple) and len(value) != self.channels:
                 raise ConfigError(f"ImagePatches: {name} has {len(value)} numbers for channels={self.channels}")
+        if min(self.std if isinstance(self.std, tuple) else (self.std,)) <= 0:
+            raise ConfigError(f"ImagePatches: std={self.std} must be more than 0")
         if self.max_side is not None and self.max_side < self.patch:
             raise ConfigError(f"ImagePatches: max_side={self.max_side} is smaller than patch={self.patch}")
 
@@ -101,6 +105,9 @@ class ImagePatches(Tokenizer):
         pixels_NF = tokens.content[:, : self.pixel_features]
         image_CYX = rearrange(pixels_NF, "(y x) (c p q) -> c (y p) (x q)", y=rows, p=self.patch, q=self.patch)
         return image_CYX * _per_channel(self.std) + _per_channel(self.mean)
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        return self.decode(tokens).permute(1, 2, 0).clamp(0, 1)
 
     def embed(self, width: int) -> nn.Module:
         return _PatchEmbed(self, width)

@@ -1,5 +1,6 @@
 """Labels: one class of a fixed set, or several of them at once."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Labels(Tokenizer):
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise ConfigError(f"Labels: names={self.names!r} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice or not self.names:
             raise ConfigError(f"Labels: {'names occur twice: ' + ', '.join(twice) if twice else 'no names were given'}")
 

@@ -19,6 +19,12 @@ def _checked(value: Any, who: str) -> str:
         raise MediaError(f"{who}.encode: wanted text (str), not {describe(value)}")
     if not value:
         raise MediaError(f"{who}.encode: the text is empty; to leave a field out of a sample, give None")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MediaError(
+            f"{who}.encode: {describe(value)} is not valid Unicode: a lone surrogate at {error.start}"
+        ) from error
     return value
 
 
@@ -51,19 +57,24 @@ class TextBPE(Tokenizer):
     spec: str = field(repr=False)  # the whole text of tokenizer.json
     causal: bool = False
 
+    def __post_init__(self) -> None:
+        _hf_from(self.spec)  # complain now, not at the first text
+
     @property
     def vocab_size(self) -> int:
-        return self._hf.get_vocab_size()
+        return _hf_from(self.spec)[1]
 
     @property
     def _hf(self) -> HFTokenizer:
-        return _hf_from(self.spec)
+        return _hf_from(self.spec)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, causal: bool = False) -> Self:
         """Learn merges from texts; the same texts give the same pieces."""
         if vocab_size < 256:
             raise ConfigError(f"TextBPE.train: vocab_size={vocab_size} is less than the 256 bytes it starts from")
+        if isinstance(texts, str):
+            raise ConfigError("TextBPE.train: texts is one text; give a list of texts")
         hf = HFTokenizer(models.BPE())
         hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         hf.decoder = decoders.ByteLevel()
@@ -79,18 +90,17 @@ class TextBPE(Tokenizer):
         path = Path(path)
         if not path.is_file():
             raise MediaError(f"TextBPE.open: there is no file {str(path)!r}")
-        return cls(path.read_text(encoding="utf-8"), causal)
+        try:
+            return cls(path.read_text(encoding="utf-8"), causal)
+        except ValueError as error:
+            raise ConfigError(f"TextBPE.open: cannot read {str(path)!r}: {error}") from error
 
     def write(self, path: str | Path) -> None:
         """Write tokenizer.json."""
         Path(path).write_text(self.spec, encoding="utf-8")
 
     def encode(self, value: Any) -> Tokens:
-        text = _checked(value, "TextBPE")
-        try:
-            return _tokens(self._hf.encode(text, add_special_tokens=False).ids)
-        except TypeError as error:
-            raise MediaError(f"TextBPE.encode: {describe(value)} is not valid Unicode (a lone surrogate?)") from error
+        return _tokens(self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids)
 
     def decode(self, tokens: Tokens) -> str:
         return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
@@ -110,10 +120,13 @@ class TextBPE(Tokenizer):
 
 
 @lru_cache(maxsize=16)
-def _hf_from(spec: str) -> HFTokenizer:
+def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
+    """The library's tokenizer, and how many ids it needs (files of other makers may skip some)."""
     try:
         hf = HFTokenizer.from_str(spec)
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"TextBPE: this is no tokenizer.json: {error}") from error
     hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file does not keep this setting
-    return hf
+    hf.no_truncation()  # a text is never cut in silence
+    hf.no_padding()
+    return hf, max(hf.get_vocab().values(), default=-1) + 1

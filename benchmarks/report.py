@@ -1,0 +1,37 @@
+"""Where measured figures go: a file in results/, and from there into README.md, never by hand."""
+
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def keep(name: str, title: str, command: str, body: str) -> Path:
+    """Write results/NAME.md with date, machine and command, and refresh what README.md shows of it."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    facts = f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}"
+    path = ROOT / "benchmarks" / "results" / f"{name}.md"
+    path.write_text(f"# {title}\n\n`{command}`\n{facts}\n\n{body.strip()}\n", encoding="utf-8")
+    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return path
+
+
+def with_results(text: str) -> str:
+    """The text with everything between `<!-- benchmarks/results/X.md -->` and `<!-- / -->` taken anew from that file."""
+    pieces = text.split("<!-- benchmarks/results/")
+    for i, piece in enumerate(pieces[1:], 1):
+        name, rest = piece.split(" -->", 1)
+        _, after = rest.split("<!-- / -->", 1)
+        path = ROOT / "benchmarks" / "results" / name
+        body = path.read_text(encoding="utf-8").split("\n\n", 2)[2] if path.is_file() else "not measured yet\n"
+        pieces[i] = f"{name} -->\n\n{body}\n<!-- / -->{after}"
+    return "<!-- benchmarks/results/".join(pieces)
+
+
+if __name__ == "__main__":
+    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")

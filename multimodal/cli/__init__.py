@@ -1,0 +1,5 @@
+"""The command line: `multimodal train | predict | generate | check | verify`."""
+
+from multimodal.cli.commands import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,301 @@
+"""The commands. Everything heavy is imported inside of them, so that help comes at once."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from multimodal.cli.find import import_file, load, make_tokenizer
+from multimodal.cli.typed import changed, choose_task, sample_from, samples_with, value_from
+
+if TYPE_CHECKING:
+    from multimodal.heads import Prediction
+
+
+def _version() -> str:
+    from multimodal.checkpoint import package_version
+
+    return package_version()
+
+
+app = App(
+    name="multimodal",
+    version=_version,
+    suppress_keyboard_interrupt=False,
+    help="Models that read and write many kinds of data.\n\n"
+    "Every command explains itself: multimodal train --help. With --debug, an error shows where in the code it came from.",
+)
+
+Plugins = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--plugin",
+        negative="",
+        help="A Python file that defines a tokenizer or head of the checkpoint. It is imported, not run as a script. "
+        "Repeat it for more files.",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
+Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
+Fields = Annotated[
+    str,
+    Parameter(
+        help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
+        "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'."
+    ),
+]
+
+
+@app.command
+def train(
+    recipe: Path,
+    /,
+    *,
+    setting: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
+    folder: Path | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Train what a Python file describes, and save it.
+
+    The file defines a function recipe() that returns multimodal.train.job.TrainingJob(model=..., data=..., evaluation=...,
+    recipe=Recipe(...)), or a mapping with these names.
+
+    Example: multimodal train digits.py --set steps=200 --set lr=1e-4 --folder runs/digits
+
+    Parameters
+    ----------
+    recipe
+        The Python file.
+    setting
+        Change a setting of the file's Recipe: name=value. Repeat it for more.
+    folder
+        Where the run is kept; runs/NAME for NAME.py unless given.
+    resume
+        Go on where the run in this folder was stopped.
+    """
+    from multimodal.shapes import ConfigError, did_you_mean
+    from multimodal.train.fit import CURVES, MODEL
+    from multimodal.train.job import TrainingJob
+
+    module = import_file(recipe)
+    make = getattr(module, "recipe", None)
+    if not callable(make):
+        raise ConfigError(f"{recipe} defines no function recipe(){did_you_mean('recipe', vars(module))}")
+    job = TrainingJob.of(make(), f"recipe() of {recipe}")
+    settings = changed(job.recipe, setting or [])
+    job = TrainingJob(model=job.model, data=job.data, evaluation=job.evaluation, recipe=settings)
+    folder = folder or Path("runs", recipe.stem)
+    run = job.run(folder, resume=resume)
+    if not run.finished:
+        print(f"stopped; go on with: multimodal train {recipe} --folder {folder} --resume")
+        return 130
+    print(f"model   {folder / MODEL}\ncurves  {folder / CURVES}\nloss    {run.last('loss'):.4f}")
+    for name, value in run.history[-1].items():
+        if name.endswith(" exact"):
+            print(f"{100 * value:.1f} % exactly right on held-out data: {name.removesuffix(' exact')}")
+    return 0
+
+
+@app.command
+def predict(
+    checkpoint: Path,
+    /,
+    *,
+    task: str | None = None,
+    as_json: Json = False,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    **fields: Fields,
+) -> int:
+    """Answer one sample.
+
+    Example: multimodal predict runs/digits --image seven.png
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    task
+        Which task, such as "image -> label"; needed only where several read the same fields.
+    """
+    model = load(checkpoint, plugin, device)
+    chosen = choose_task(model, task, fields)
+    show(chosen, model.predict(chosen, [sample_from(model, chosen, fields)])[0], as_json)
+    return 0
+
+
+@app.command
+def generate(
+    checkpoint: Path,
+    /,
+    *,
+    task: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    as_json: Json = False,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    **fields: Fields,
+) -> int:
+    """Write an answer token by token.
+
+    Example: multimodal generate runs/captions --image cat.png --max-tokens 64 --temperature 0.8 --seed 0
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    task
+        Which task, such as "image -> text"; needed only where several write from the same fields.
+    max_tokens
+        Stop after so many tokens.
+    temperature
+        0 takes the likeliest token each time; 1 draws from the model's distribution.
+    seed
+        Of what is drawn: the same seed writes the same answer.
+    """
+    model = load(checkpoint, plugin, device)
+    chosen = choose_task(model, task, fields, writing=True)
+    sample = sample_from(model, chosen, fields)
+    answer = model.generate(chosen, [sample], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
+    show(chosen, answer, as_json)
+    if not answer.complete:
+        print(f"(stopped at --max-tokens {max_tokens}, before its end)", file=sys.stderr)
+    return 0
+
+
+@app.command
+def check(
+    tokenizer: str,
+    /,
+    *,
+    config: str = "{}",
+    value: Annotated[list[str] | None, Parameter(negative="")] = None,
+) -> int:
+    """Check by name that a tokenizer keeps every promise of the contract. Exit code 1: it does not.
+
+    Example: multimodal check my_package:MyTokenizer
+
+    Example: multimodal check sensor.py:Sensor --config '{"rate_hz": 100}' --value walk.npy --value run.npy
+
+    Parameters
+    ----------
+    tokenizer
+        module:Class or path/to/file.py:Class.
+    config
+        The tokenizer's settings, as JSON.
+    value
+        A value it can encode: a file, a text, or JSON; give two or more. Without any, the class's examples() or plausible
+        pictures, sounds, texts and numbers are tried.
+    """
+    from multimodal.conformance import check_tokenizer
+    from multimodal.shapes import ConfigError
+    from multimodal.verify import plausible_values
+
+    made = make_tokenizer(tokenizer, config)
+    values = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
+    if len(values) < 2:
+        raise ConfigError(
+            f"{type(made).__name__} accepted {len(values)} of the pictures, sounds, texts and numbers that were tried, and two are "
+            "needed. Give values (--value a.npy --value b.npy), or write `examples()`, a classmethod that returns a few"
+        )
+    report = check_tokenizer(made, values, raises=False)
+    print(report)
+    return 1 if report.failed else 0
+
+
+@app.command
+def verify(
+    checkpoint: Path,
+    /,
+    *,
+    as_json: Json = False,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    **fields: Fields,
+) -> int:
+    """Show that single = batch = packed = cached holds for this model. Exit code 1: it does not.
+
+    Fields that are not given are invented, and that is said.
+
+    Example: multimodal verify runs/digits --image seven.png
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    """
+    from multimodal.verify import verify as verify_model
+
+    model = load(checkpoint, plugin, device)
+    result = verify_model(model, samples_with(model, fields))
+    if as_json:
+        rows = [{**vars(row), "passed": row.passed} for row in result.rows]
+        print(json.dumps({"passed": result.passed, "rows": rows, "notes": result.notes}, indent=2))
+    else:
+        print(result)
+    return 0 if result.passed else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 2 for anything the user can put right, with one message on stderr."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    try:
+        return app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        elif not _is_users(error):
+            raise
+        else:
+            print(f"multimodal: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message says all there is to say; everything else is a bug, and its traceback is wanted."""
+    if isinstance(error, (CycloptsError, FloatingPointError, FileNotFoundError, IsADirectoryError, PermissionError)):
+        return True
+    from multimodal import conformance, shapes
+
+    kinds = (
+        shapes.ShapeError,
+        shapes.ConfigError,
+        shapes.MediaError,
+        shapes.StreamError,
+        shapes.CheckpointError,
+        conformance.ConformanceError,
+    )
+    return isinstance(error, kinds)
+
+
+def show(task: str, answer: "Prediction", as_json: bool, most: int = 5) -> None:
+    """Print an answer; where there are classes, the likeliest with their probabilities as bars."""
+    value = answer.value
+    if as_json:
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        classes = {str(name): p for name, p in answer.probability.items()}
+        facts = {"task": task, "answer": plain, "confidence": answer.confidence, "complete": answer.complete}
+        print(json.dumps({**facts, "probability": classes}, ensure_ascii=False, default=str))
+        return
+    if hasattr(value, "shape"):
+        from multimodal.tokenizer import describe
+
+        value = describe(value)
+    print(", ".join(map(str, value)) or "(none)" if isinstance(value, list) else value)
+    top = list(answer.probability.items())[:most]
+    width = max((len(str(name)) for name, _ in top), default=0)
+    for name, p in top:
+        print(f"  {name!s:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
+    if rest := len(answer.probability) - len(top):
+        print(f"  and {rest} more")

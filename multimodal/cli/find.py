@@ -1,0 +1,158 @@
+"""Files, checkpoints and tokenizers behind the names that were typed."""
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from multimodal.model import Model
+    from multimodal.tokenizer import Tokenizer
+
+
+def import_file(path: Path) -> "ModuleType":
+    """Import a Python file under its own name, with its folder on the path, as `python file.py` would have it.
+
+    Raises:
+        ConfigError: no such file, a name that another module has, or an error inside it (with its line).
+    """
+    import importlib.util
+
+    from multimodal.shapes import ConfigError
+
+    file, name = path.resolve(), path.stem
+    if not file.is_file() or file.suffix != ".py":
+        raise ConfigError(f"{path} is no Python file" if file.exists() else f"there is no file {path}")
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name) if name.isidentifier() and name not in sys.modules else None
+    if not name.isidentifier() or name in sys.modules or (spec and spec.origin != str(file)):
+        raise ConfigError(
+            f"{path}: a module cannot be imported under the name {name!r}, or another has it; rename the file"
+        )
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def model_folder(checkpoint: Path) -> Path:
+    """The model's folder, for that folder or for the run folder around it.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    from multimodal.checkpoint import CONFIG
+    from multimodal.shapes import CheckpointError, did_you_mean
+    from multimodal.train.fit import MODEL
+
+    for folder in (checkpoint, checkpoint / MODEL):
+        if (folder / CONFIG).is_file():
+            return folder
+    if checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there")
+    near = [entry.name for entry in checkpoint.parent.iterdir()] if checkpoint.parent.is_dir() else []
+    raise CheckpointError(f"there is no folder {checkpoint}{did_you_mean(checkpoint.name, near)}")
+
+
+def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str) -> "Model":
+    """The model of a checkpoint, once the files that define parts of it are imported.
+
+    A part that a script defined was saved as `__main__:Name`, since that was the script's name then; a plugin that defines a
+    Name is taken to be that script.
+
+    Raises:
+        CheckpointError: cannot be loaded; says so where --plugin would help.
+    """
+    folder = model_folder(checkpoint)
+    from multimodal import declare
+    from multimodal.checkpoint import read_config
+    from multimodal.model import Model
+    from multimodal.shapes import CheckpointError
+    from multimodal.train.recipe import choose_device
+
+    for path in plugins or []:
+        module = import_file(path)
+        for name, part in vars(module).items():
+            if isinstance(part, type) and issubclass(part, declare.Declared) and part.__module__ == module.__name__:
+                declare.alias(f"__main__:{name}", part)
+    for name in sorted(_part_types(read_config(folder))):
+        try:
+            declare.find(name)
+        except CheckpointError as error:
+            script = " (a script that was run; it is the file to give)" if name.startswith("__main__:") else ""
+            raise CheckpointError(
+                f"{folder}: {error} Here: --plugin FILE.py, the file that defines it{script}."
+            ) from None
+    return Model.load(folder, device=choose_device(device))
+
+
+def _part_types(config: Any) -> set[str]:
+    """Every "type" that a checkpoint's config names."""
+    if isinstance(config, Mapping):
+        own = {config["type"]} if isinstance(config.get("type"), str) and "config" in config else set()
+        return own.union(*(_part_types(value) for value in config.values()))
+    return set().union(*(_part_types(value) for value in config)) if isinstance(config, list) else set()
+
+
+def make_tokenizer(name: str, config: str) -> "Tokenizer":
+    """The tokenizer behind module:Class or file.py:Class, with its settings from JSON.
+
+    Raises:
+        ConfigError: no such module or class, or settings that do not fit.
+    """
+    import importlib
+
+    from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
+    from multimodal.tokenizer import Tokenizer
+
+    module_name, colon, class_name = name.rpartition(":")
+    if not colon or not module_name or not class_name:
+        raise ConfigError(f"{name!r} is not module:Class or path/to/file.py:Class")
+    if module_name.endswith(".py"):
+        module = import_file(Path(module_name))
+    else:
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # the current folder, as `python -m` has it
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ConfigError(
+                f"cannot import {module_name!r}: {error}; a file is given as path/to/file.py:Class"
+            ) from error
+    found = getattr(module, class_name, None)
+    if isinstance(found, Tokenizer):
+        return found
+    if not isinstance(found, type) or not issubclass(found, Tokenizer):
+        there = [
+            n
+            for n, x in vars(module).items()
+            if isinstance(x, type) and issubclass(x, Tokenizer) and x.__module__.startswith(module.__name__)
+        ]
+        raise ConfigError(
+            f"{module_name} has no tokenizer {class_name!r}; it has {', '.join(there) or 'none'}{did_you_mean(class_name, there)}"
+        )
+    try:
+        settings = json.loads(config)
+        if not isinstance(settings, dict):
+            raise ConfigError(f"--config {config}: wanted a JSON object, such as '{{\"patch\": 4}}'")
+        return found.from_config(settings)
+    except (CheckpointError, TypeError) as error:
+        raise ConfigError(f"{class_name} cannot be made from --config {config}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config {config}: this is no JSON: {error}") from error

@@ -1,0 +1,385 @@
+"""single = batch = packed = cached, measured on the user's own model; and no gradient between packed samples."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.attention import Backend
+from multimodal.heads import one_class
+from multimodal.model import Model, Sample
+from multimodal.stream import Packer
+from multimodal.task import Pattern
+from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.verify.values import plausible_values, random_tokens
+
+TOLERANCE = 1e-5  # between fp32 logits; times the largest logit where that is above 1, as rounding grows with it
+MOST_SAMPLES = 8  # of each task
+FEWEST_SAMPLES = 4  # fewer are filled up with invented ones, so that there is something to pack with
+WRITTEN = 16  # tokens of a greedy answer
+
+CHECKS = {
+    "batch": "alone, and four times side by side",
+    "packed": "alone, and packed with all others of its task in shuffled order",
+    "mixed": "alone, and packed with all samples of all tasks",
+    "dense": "packed: the attention in use, and the dense oracle",
+    "cached": "written step by step with the cache, and read in one pass without it",
+    "answers": "answers alone that are not those in a batch of unequal prompts",
+    "gradient": "of one sample with respect to the rows of another in the same pack, in training mode",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check of one subject: the largest difference that was found, and the largest that is allowed."""
+
+    subject: str
+    check: str
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.allowed  # not a number: failed
+
+    def __str__(self) -> str:
+        return f"{self.subject}, {self.check} ({CHECKS[self.check]}): {self.difference:.3g}, allowed {self.allowed:.3g}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All rows, how many samples each subject had, and what had to be invented or was left out."""
+
+    rows: tuple[Row, ...]
+    samples: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.passed)
+
+    def cells(self) -> list[list[str]]:
+        """The table as text: a header, then a line for each subject."""
+        checks = [check for check in CHECKS if any(row.check == check for row in self.rows)]
+        lines = [["", "read -> written", "samples", *checks]]
+        for subject, count in self.samples.items():
+            found = {row.check: row for row in self.rows if row.subject == subject}
+            verdict = "ok" if all(row.passed for row in found.values()) else "FAIL"
+            lines.append(
+                [verdict, subject, str(count), *(_cell(found[c]) if c in found else "-" for c in checks)],
+            )
+        return lines
+
+    def remarks(self) -> list[str]:
+        """What the table means, what was invented, what failed."""
+        lines = [
+            f"Largest difference of fp32 logits; allowed is {TOLERANCE:g}, times the largest logit where that is above 1. "
+            "The gradient between samples must be 0."
+        ]
+        lines += [f"Note: {note}" for note in self.notes]
+        lines += [f"FAIL: {row}" for row in self.failures]
+        return [*lines, "passed" if self.passed else "FAILED"]
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return "\n".join([*table, *self.remarks()])
+
+
+def _cell(row: Row) -> str:
+    text = f"{row.difference:.1e}" if row.difference else "0"
+    if row.check == "answers":
+        text = f"{row.difference:.0f} differ" if row.difference else "same"
+    return text if row.passed else text + " !"
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A line of the table: samples of one task, or with only one of its fields read; already as tokens."""
+
+    name: str
+    task: str
+    samples: tuple[dict[str, Tokens | None], ...]
+
+    @property
+    def batch(self) -> list[tuple[str, Sample]]:
+        return [(self.task, sample) for sample in self.samples]
+
+
+def verify(
+    model: Model,
+    samples: Mapping[str, Sequence[Sample]] | None = None,
+    *,
+    backend: Backend = "auto",
+    seed: int = 0,
+) -> Verification:
+    """Run every check of `CHECKS` on every task, and on every kind a task of several fields reads by itself.
+
+    samples: by task, the first eight are used; what is missing (tasks, answers, company for a single sample) is invented,
+    and said so. The model is measured in fp32 and left as it was found.
+
+    Raises:
+        TaskError, MediaError: the samples given do not fit their task.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    subjects, notes = _subjects(model.packer, samples or {}, seed)
+    twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
+    twin.packer = Packer(
+        {name: _Ready(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
+    )
+    mixed = [pair for subject in subjects for pair in subject.batch]
+    rows: list[Row] = []
+    with _left_as_found(model, seed):
+        twin.eval()
+        with torch.inference_mode():
+            in_mixed = iter(_logits(twin, mixed, backend, seed))
+            for subject in subjects:
+                here = [next(in_mixed) for _ in subject.samples]
+                rows += _compare(twin, subject, here if len(subjects) > 1 else None, backend, seed)
+        twin.train()
+        for subject, gradient in zip(subjects, _cross_gradients(twin, subjects, backend), strict=True):
+            rows.append(Row(subject.name, "gradient", gradient, 0.0))
+    return Verification(tuple(rows), {s.name: len(s.samples) for s in subjects}, tuple(notes))
+
+
+def _compare(
+    model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backend: Backend, seed: int
+) -> Iterator[Row]:
+    """Everything that needs no gradient."""
+    batch = subject.batch
+    alone = [_logits(model, [pair], backend)[0] for pair in batch]
+    four = [_logits(model, [pair] * 4, backend) for pair in batch]
+    packed = _logits(model, batch, backend, seed)
+    yield _row(subject, "batch", [x for many in four for x in many], [x for x in alone for _ in range(4)])
+    yield _row(subject, "packed", packed, alone)
+    if in_mixed is not None:
+        yield _row(subject, "mixed", in_mixed, alone)
+    yield _row(subject, "dense", packed, _logits(model, batch, "dense", seed))
+    if model.packer.head(subject.task).writes:
+        one_by_one = [_written(model, subject.task, [sample]) for sample in subject.samples]
+        together = _written(model, subject.task, subject.samples)
+        cached = [pair for part in one_by_one for pair in part] + together
+        uncached = [
+            _read_again(model, subject.task, sample, ids, backend)
+            for sample, (ids, _) in zip(subject.samples * 2, cached, strict=True)
+        ]
+        yield _row(subject, "cached", [logits for _, logits in cached], uncached)
+        answers = [part[0][0] for part in one_by_one], [ids for ids, _ in together]
+    else:
+        single = [model.predict(subject.task, [sample])[0].value for sample in subject.samples]
+        answers = single, [answer.value for answer in model.predict(subject.task, subject.samples)]
+    yield Row(subject.name, "answers", sum(not _same(a, b) for a, b in zip(*answers, strict=True)), 0)
+
+
+def _logits(
+    model: Model, batch: Sequence[tuple[str, Sample]], backend: Backend, shuffle: int | None = None
+) -> list[Tensor]:
+    """Logits of every sample of a pack, in the order of `batch`; with `shuffle` they are packed in another order."""
+    order = list(range(len(batch)))
+    if shuffle is not None:
+        np.random.default_rng(shuffle).shuffle(order)
+    stream = model.packer([batch[i] for i in order]).to(model.device)
+    found: dict[int, Tensor] = {}
+    for task, logits in model.logits(stream, backend=backend).items():
+        reading = stream.readings[task]
+        for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
+            found[order[sample]] = part
+    return [found[i] for i in range(len(batch))]
+
+
+def _row(subject: _Subject, check: str, ours: list[Tensor], wanted: list[Tensor]) -> Row:
+    fits = all(a.shape == b.shape for a, b in zip(ours, wanted, strict=True))
+    gap = torch.stack([(a - b).abs().max() for a, b in zip(ours, wanted, strict=True)]).max() if fits else torch.inf
+    largest = max(float(x.abs().max()) for x in wanted)
+    return Row(subject.name, check, float(gap), TOLERANCE * max(1.0, largest))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(np.all(a == b))
+
+
+def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """The ids that `generate` writes for each sample, and the logits it chose them and the end by: (ids + 1, V)."""
+    steps: list[Tensor] = []
+    watch = model.readout(task).linear.register_forward_hook(lambda module, inputs, out: steps.append(out.float()))
+    try:
+        answers = model.generate(task, samples, max_tokens=WRITTEN)
+    finally:
+        watch.remove()
+    rows = model.pack(task, samples, answers=False).readings[task].samples
+    logits = torch.stack(steps)
+    return [
+        (answer.value, logits[: len(answer.value) + 1, rows.index(sample)]) for sample, answer in enumerate(answers)
+    ]
+
+
+def _read_again(model: Model, task: str, sample: Sample, ids: tuple[int, ...], backend: Backend) -> Tensor:
+    """Logits (ids + 1, V) of a written answer in one pass without a cache."""
+    pattern = model.packer.patterns[task]
+    tokenizer = model.packer.tokenizers[pattern.writes.kind]
+    answer = Tokens(torch.tensor(ids, dtype=torch.long), tokenizer.places(len(ids)))
+    stream = model.pack(task, [{**sample, pattern.answer: answer}], answers=bool(ids))
+    return model.logits(stream, backend=backend)[task].float()
+
+
+def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backend) -> list[float]:
+    """Per subject, the largest gradient of one of its samples with respect to anything of another sample of the mixed pack.
+
+    Looked at are the embedded rows, and the features before they are embedded where there are any: an embedding that
+    mixes values shows only there.
+    """
+    batch = [pair for subject in subjects for pair in subject.batch]
+    stream = model.packer(batch).to(model.device)
+    content = {kind: x.detach().requires_grad_() if x.is_floating_point() else x for kind, x in stream.content.items()}
+    stream = dataclasses.replace(stream, content=content)
+    sample_T = stream.layout.places.sample
+    sample_N = torch.empty_like(sample_T)  # of the rows as they lie in `content`, kind after kind
+    sample_N[slice(None) if stream.order_T is None else stream.order_T] = sample_T
+    sample_of = dict(zip(content, sample_N.split([len(x) for x in content.values()]), strict=True))
+
+    rows: list[Tensor] = []
+    watch = model.core.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    try:
+        logits = model.logits(stream, backend=backend)
+    finally:
+        watch.remove()
+    inputs = [rows[0], *(x for x in content.values() if x.is_floating_point())]
+    owners = [sample_T, *(sample_of[kind] for kind, x in content.items() if x.is_floating_point())]
+    largest = [0.0] * len(batch)
+    for task, reading in stream.readings.items():
+        starts = list(accumulate(reading.lengths, initial=0))
+        for i, sample in enumerate(reading.samples):
+            part = logits[task][starts[i] : starts[i + 1]].float()
+            total = (part * torch.randn(part.shape).to(part.device)).sum()
+            gradients = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            mine = sample_T[reading.row_N[starts[i]]]
+            others = [
+                g[owner != mine].abs().flatten() for g, owner in zip(gradients, owners, strict=True) if g is not None
+            ]
+            others = torch.cat(others) if others else torch.zeros(0)
+            largest[sample] = float(others.max()) if others.numel() else 0.0
+    bounds = accumulate((len(s.samples) for s in subjects), initial=0)
+    return [max(largest[start:stop]) for start, stop in pairwise(bounds)]
+
+
+@contextmanager
+def _left_as_found(model: Model, seed: int) -> Iterator[None]:
+    """Put modes, buffers (a batch norm in an embedding changes them) and global generators back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+@dataclass(frozen=True)
+class _Ready(Tokenizer):
+    """A tokenizer for values that are tokens already; it answers with ids, so that answers can be compared exactly."""
+
+    inner: Tokenizer
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.inner.vocab_size
+
+    @property
+    def feature_size(self) -> int | None:
+        return self.inner.feature_size
+
+    @property
+    def causal(self) -> bool:
+        return self.inner.causal
+
+    @property
+    def classes(self) -> bool:
+        return self.inner.classes
+
+    @property
+    def step(self) -> tuple[float, float, float]:
+        return self.inner.step
+
+    def encode(self, value: Any) -> Tokens:
+        return value
+
+    def __call__(self, value: Any) -> Tokens:
+        return value
+
+    def decode(self, tokens: Tokens) -> Any:
+        return self.inner.decode(tokens) if self.vocab_size is None else tuple(tokens.content.tolist())
+
+    def places(self, count: int) -> Tensor:
+        return self.inner.places(count)
+
+
+def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) -> tuple[list[_Subject], list[str]]:
+    """The lines of the table, and notes on what was invented or left out."""
+    for task in given:
+        packer.check_task(task)
+    subjects, notes = [], []
+    invented: dict[str, str] = {}
+    for task, pattern in packer.patterns.items():
+        mine = list(given.get(task, ()))
+        if len(mine) > MOST_SAMPLES:
+            notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
+        ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
+        ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
+        for name in [field.name for field in pattern.reads] + [pattern.answer]:
+            lacking = [i for i, sample in enumerate(ready) if name not in sample]
+            filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
+            for place, i in enumerate(lacking):
+                ready[i][name] = filling[place % len(filling)]
+            if lacking and how:
+                invented[name] = how + (", beside what was given" if len(lacking) < len(ready) else "")
+        subjects.append(_Subject(task, task, tuple(ready)))
+        for field in pattern.reads if len(pattern.reads) > 1 else ():
+            others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
+            only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
+            if only:
+                subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
+    if invented:
+        notes.append("invented: " + ", ".join(f"{name} ({how})" for name, how in invented.items()))
+    return subjects, notes
+
+
+def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | None]:
+    """Encode what a given sample has of its task's fields; an answer matters only where it is read back (`writes`)."""
+    pattern = packer.patterns[task]
+    pattern.check_sample(sample, answer=False)
+    fields = {field.name: field.kind for field in pattern.reads}
+    if packer.head(task).writes and pattern.answer in sample:
+        fields[pattern.answer] = pattern.writes.kind
+    return {
+        name: None if sample[name] is None else packer.tokenizers[kind](sample[name]) for name, kind in fields.items()
+    }
+
+
+def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) -> tuple[list[Tokens], str]:
+    """Tokens for a field that was not given, and in a few words where they come from ('': they change nothing)."""
+    kinds = {field.name: field.kind for field in pattern.reads} | {pattern.answer: pattern.writes.kind}
+    tokenizer = packer.tokenizers[kinds[name]]
+    if name == pattern.answer and not packer.head(task).writes:
+        return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
+    seed += sum(map(ord, name))  # two fields of one kind get different values
+    if values := plausible_values(tokenizer, seed=seed):
+        return [tokenizer(value) for value in values], f"{type(values[0]).__name__} values"
+    return random_tokens(tokenizer, seed), "random tokens, as no candidate value was accepted"

@@ -1,0 +1,99 @@
+"""The time-series example: its tokenizer fits in 40 lines, passes every check, and learns in a reduced run."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from multimodal.conformance import tokenizer_checks
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "examples" / "new_tokenizer.py"
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
+
+
+def _run(folder: Path, *arguments: str, data: Path | None = None) -> str:
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "MULTIMODAL_DATA": str(data or folder)}
+    command = [sys.executable, "-W", "error::UserWarning", str(SOURCE), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _accuracy(out: str, name: str) -> tuple[float, float]:
+    line = next(line for line in out.splitlines() if line.startswith(f"{name}: "))
+    right, commonest = (
+        float(part.split("%")[0].split()[-1]) for part in line.split(" of ", 1)[0:1] + line.split("alone:")[1:]
+    )
+    return right, commonest
+
+
+def test_the_tokenizer_is_one_class_of_at_most_40_lines():
+    tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
+    series = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Series")
+    assert series.end_lineno - series.decorator_list[0].lineno + 1 <= 40
+    elsewhere = [
+        name
+        for name in ("multimodal", "tokenizers")
+        for p in (ROOT / name).rglob("*.py")
+        if "Series(" in p.read_text("utf-8")
+    ]
+    assert not elsewhere
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The program as a module that workers and pickle find by name."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("new_tokenizer_example", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_the_tokenizer_passes_every_check(example, stack):
+    series = [np.random.default_rng(i).standard_normal((2, 7 + i)).astype(np.float32) for i in range(3)]
+    for check in tokenizer_checks(example.Series((0.1, 0.2), (1.0, 2.0), stack), series):
+        assert check.result().status in ("ok", "skipped"), check.result()
+
+
+def test_stacked_moments_stay_in_order_and_places_count_moments(example):
+    tokens = example.Series((0.0, 10.0), (1.0, 2.0), stack=2)(np.array([[1, 2, 3], [10, 12, 14]]))
+    assert tokens.content.tolist() == [[1, 0, 2, 1], [3, 2, 3, 2]]  # moment by moment, the last one repeated
+    assert tokens.position_NA[:, 0].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("value", [np.zeros((3, 5)), np.zeros(5), np.zeros((2, 0)), [[1.0], [2.0]]])
+def test_bad_series_are_refused_by_name(example, value):
+    with pytest.raises(ValueError, match=r"Series\.encode: .* wanted an array \(2 channels, time\)"):
+        example.Series((0.0, 0.0), (1.0, 1.0))(value)
+
+
+def test_without_the_archive_it_learns_made_up_tones(tmp_path):
+    out = _run(tmp_path, "--steps", "60")
+    right, commonest = _accuracy(out, "tones")
+    assert commonest == 25.0
+    assert right > 40, out
+    assert "31 checks: 28 ok, 3 skipped" in out
+    assert (tmp_path / "runs" / "new_tokenizer" / "config.json").is_file()
+
+
+def test_it_learns_the_official_split_of_the_archive(tmp_path):
+    data = Path(os.environ.get("MULTIMODAL_DATA", ROOT.parent / "shared" / "data"))
+    if not (data / "timeseries.npz").is_file():
+        pytest.skip("no timeseries.npz in the folder of MULTIMODAL_DATA")
+    out = _run(tmp_path, "--steps", "60", data=data)
+    right, commonest = _accuracy(out, "JapaneseVowels")
+    assert commonest == 23.8
+    assert right > 80, out
+    assert "of 370 test cases" in out

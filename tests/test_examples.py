@@ -1,0 +1,117 @@
+"""The examples in a reduced form, run as users run them; what they promise at full length is measured in benchmarks/."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("MULTIMODAL_DATA", ROOT.parent / "shared" / "data"))
+
+
+def run(tmp_path: Path, *command: str) -> str:
+    """A program of examples/ in a process of its own, in an empty folder."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    program = [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / command[0]), *command[1:]]
+    done = subprocess.run(
+        program, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def needs(name: str) -> Path:
+    if not (DATA / name).is_file():
+        pytest.skip(f"no {name} in the folder of MULTIMODAL_DATA")
+    return DATA / name
+
+
+def test_digits_learn_and_leave_pictures(tmp_path):
+    out = run(tmp_path, "train_image_classifier.py", "--steps", "150")
+    accuracy = float(out.split("test accuracy ")[1].split("%")[0])
+    assert accuracy > 60, out  # chance is 10
+    assert "multimodal predict" in out
+    folder = tmp_path / "runs" / "digits"
+    for name in ("curves.png", "answers.png", "one_test_picture.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size[0] >= 8
+    assert {p.name for p in (folder / "model").iterdir()} >= {"config.json", "weights.safetensors"}
+
+
+def test_a_folder_of_photographs_of_many_shapes(tmp_path):
+    random = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 200)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            shape = (*random.integers(20, 70, 2), 3)
+            pixels = np.clip(random.normal(level, 30, shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    out = run(tmp_path, "train_image_classifier.py", "--data", "folder", "photos", "--steps", "12", "--folder", "run")
+    assert "on 4 pictures" in out
+
+
+def test_a_folder_without_classes_is_refused_by_name(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(AssertionError, match=r"error: --data folder: .*photos.* must hold a sub-folder"):
+        run(tmp_path, "train_image_classifier.py", "--data", "folder", "photos")
+
+
+@pytest.mark.slow
+def test_clothing_photographs_train_at_their_own_size(tmp_path):
+    sizes = set()
+    with zipfile.ZipFile(needs("clothing.zip")) as archive:
+        rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf8").split("\n") if line]
+        for row in [r for r in rows if r["split"] == "train"][:60] + [r for r in rows if r["split"] != "train"][:12]:
+            part = tmp_path / "photos" / ("train" if row["split"] == "train" else "val") / row["label"]
+            part.mkdir(parents=True, exist_ok=True)
+            data = archive.read(row["file"])
+            sizes.add(Image.open(io.BytesIO(data)).size)
+            (part / Path(row["file"]).name).write_bytes(data)
+    assert len(sizes) > 5
+    out = run(tmp_path, "train_image_classifier.py", "--data", "folder", "photos", "--steps", "4", "--folder", "run")
+    assert "on 12 pictures" in out
+
+
+def test_the_cifar_reader_takes_the_validation_list(tmp_path):
+    needs("cifar10_train.npz")
+    out = run(
+        tmp_path, "train_image_classifier.py", "--data", "cifar10", "--root", str(DATA), "--steps", "1", "--check", "40"
+    )
+    assert "on 40 pictures" in out
+
+
+def test_cross_modal_demo_runs_to_its_table(tmp_path):
+    out = run(tmp_path, "cross_modal_demo.py", "--steps", "4", "--workers", "0")
+    for row in ("unseen pictures", "unseen synthetic voices", "sums", "picture left out", "sound left out"):
+        assert row in out
+    assert (tmp_path / "runs" / "cross_modal" / "answers.png").is_file()
+
+
+@pytest.mark.slow
+def test_cross_modal_demo_on_real_voices_with_a_speaker_held_out(tmp_path):
+    path = needs("fsdd.zip")
+    out = run(
+        tmp_path,
+        "cross_modal_demo.py",
+        "--audio",
+        "fsdd",
+        str(path),
+        "--hold-out",
+        "theo",
+        "--steps",
+        "2",
+        "--workers",
+        "0",
+    )
+    assert "all clips of theo, never heard" in out

@@ -1,0 +1,216 @@
+"""Writing token by token: the cached loop against the whole pass made anew for every token."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import multimodal as mm
+from multimodal.generate import _choose
+from multimodal.masks import PREFIX_LM
+from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Tokens, at_times
+from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
+
+STOP = 6
+
+
+@dataclass(frozen=True)
+class Digits(mm.Tokenizer):
+    """Numbers from 0 to 5, two steps of time apart: so few that an untrained model stops now and then."""
+
+    causal: bool = False
+    vocab_size = STOP
+
+    def encode(self, value: Sequence[int]) -> Tokens:
+        return Tokens(torch.tensor(value), self.places(len(value)))
+
+    def decode(self, tokens: Tokens) -> list[int]:
+        return tokens.content.tolist()
+
+    def places(self, count: int) -> torch.Tensor:
+        return at_times(torch.arange(count) * 2.0)
+
+
+TASKS = ["digits -> digits", "image sound digits -> digits", "story digits image -> digits", "-> digits"]
+
+
+def make(core: mm.Core, lively, seed: int = 0) -> mm.Model:
+    tokenizers = {
+        "digits": Digits(),
+        "story": TextBytes(causal=True),
+        "image": ImagePatches(patch=4, channels=1),
+        "sound": AudioFrames(rate_hz=8000, mels=8, stack=2),
+    }
+    return lively(mm.Model(tokenizers, core, TASKS, seed=seed))
+
+
+@pytest.fixture
+def prompts(values):
+    def of(count: int) -> list[dict]:
+        made = [{**values(i), "digits": [(i * k) % 6 for k in range(1, 2 + i % 5)]} for i in range(count)]
+        made[1]["image"] = None
+        return made
+
+    return of
+
+
+def without_cache(model: mm.Model, task: str, sample: dict, max_tokens: int) -> tuple[list[int], float, bool]:
+    """Greedy, by packing and reading the whole sample again for every token."""
+    answer = model.packer.patterns[task].answer
+    written: list[int] = []
+    log_p = 0.0
+    while True:
+        stream = model.packer([(task, {**sample, answer: written})], answers=bool(written))
+        with torch.no_grad():
+            row = model.logits(stream, backend="dense")[task][-1].double().log_softmax(-1)
+        token = int(row.argmax())
+        if token != STOP and len(written) == max_tokens:
+            return written, log_p, False
+        log_p += float(row[token])
+        if token == STOP:
+            return written, log_p, True
+        written.append(token)
+
+
+CORES = {
+    "plain": mm.Core(width=32, depth=2, heads=4, kv_heads=2),
+    "window": mm.Core(width=32, depth=2, heads=2, mask=PREFIX_LM & mm.Window(4)),
+    "fields apart": mm.Core(
+        width=32, depth=2, heads=2, mask=mm.SameSample() & mm.Causal() & (mm.SameSegment() | mm.Window(3))
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("core", CORES)
+def test_cached_greedy_is_the_whole_pass_made_anew(lively, prompts, core, task):
+    model = make(CORES[core], lively)
+    samples = prompts(6)
+    expected = [without_cache(model, task, s, 8) for s in samples]
+    batch = model.generate(task, samples, max_tokens=8)
+    for sample, answer, (written, log_p, complete) in zip(samples, batch, expected, strict=True):
+        assert answer.value == written
+        assert answer.complete == complete
+        assert answer.confidence == pytest.approx(torch.tensor(log_p).exp().item(), rel=1e-3)
+        alone = model.generate(task, [sample], max_tokens=8)[0]
+        assert (alone.value, alone.complete) == (written, complete)
+        assert alone.confidence == pytest.approx(answer.confidence, rel=1e-4)
+
+
+def test_the_cases_above_contain_what_they_are_meant_to(lively, prompts):
+    """Answers of several lengths, some that stop and some that are cut, in prompts of several lengths."""
+    model = make(CORES["plain"], lively)
+    answers = [a for task in TASKS[:3] for a in model.generate(task, prompts(6), max_tokens=8)]
+    assert len({len(a.value) for a in answers}) >= 3
+    assert {a.complete for a in answers} == {True, False}
+    stream = model.pack(TASKS[1], prompts(6), answers=False)
+    assert len({span.total for span in stream.layout.spans}) >= 3
+    assert stream.readings[TASKS[1]].samples != tuple(range(6))  # the packer sorted them
+
+
+def test_a_batch_is_cut_into_parts_and_keeps_its_order(lively, prompts):
+    model = make(CORES["plain"], lively)
+    samples = prompts(7)
+    whole = model.generate(TASKS[0], samples, max_tokens=5)
+    parts = model.generate(TASKS[0], samples, max_tokens=5, batch=3)
+    assert [a.value for a in parts] == [a.value for a in whole]
+    assert model.generate(TASKS[0], [], max_tokens=5) == []
+
+
+def test_max_tokens_leaves_the_answer_incomplete(lively):
+    model = make(CORES["plain"], lively)
+    readout = model.readout(TASKS[0])
+    with torch.no_grad():
+        readout.linear.weight.zero_()
+        readout.linear.bias.copy_(torch.tensor([0, 0, 9.0, 0, 0, 0, 0]))  # always 2
+    answer = model.generate(TASKS[0], digits=[1, 2], max_tokens=4)
+    assert (answer.value, answer.complete) == ([2, 2, 2, 2], False)
+    with torch.no_grad():
+        readout.linear.bias[STOP] = 20.0  # always stop
+    answer = model.generate(TASKS[0], digits=[1, 2], max_tokens=4)
+    assert (answer.value, answer.complete) == ([], True)
+    assert answer.confidence == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"max_tokens": 0}, "max_tokens=0 must be at least 1"), ({"temperature": -1.0}, r"temperature=-1\.0 at least 0")],
+    ids=str,
+)
+def test_bad_settings_are_named(lively, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make(CORES["plain"], lively).generate(TASKS[0], digits=[1], **settings)
+
+
+def test_sampling_follows_its_seed_and_leaves_the_global_generator_alone(lively, prompts):
+    model = make(CORES["plain"], lively)
+
+    def draw(seed: int, temperature: float = 1.0) -> list[list[int]]:
+        return [a.value for a in model.generate(TASKS[0], prompts(6), max_tokens=6, seed=seed, temperature=temperature)]
+
+    before = torch.get_rng_state()
+    first = draw(5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert draw(5) == first
+    assert draw(6) != first
+    greedy = [a.value for a in model.generate(TASKS[0], prompts(6), max_tokens=6)]
+    assert draw(5, temperature=1e-4) == greedy
+    assert first != greedy
+
+
+def test_samples_are_drawn_with_the_model_probabilities():
+    logits_V = torch.tensor([2.0, 0.0, 1.0])
+    for temperature in (0.5, 1.0, 2.0):
+        chosen, log_p = _choose(logits_V.expand(20000, 3), temperature, torch.Generator().manual_seed(0))
+        share = Counter(chosen.tolist())
+        expected = (logits_V / temperature).softmax(0)
+        for c in range(3):
+            assert share[c] / 20000 == pytest.approx(float(expected[c]), abs=0.015)
+        torch.testing.assert_close(log_p, logits_V.log_softmax(0)[chosen])  # of the model, not of the temperature
+
+
+def test_generation_changes_neither_mode_nor_weights(lively, prompts):
+    model = make(CORES["plain"].replace(dropout=0.5), lively).train()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    once = [a.value for a in model.generate(TASKS[0], prompts(3), max_tokens=4)]
+    assert [a.value for a in model.generate(TASKS[0], prompts(3), max_tokens=4)] == once  # no dropout while writing
+    assert model.training
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_three_texts_learned_by_heart_are_written_exactly(tokenizers):
+    texts = {"one": "a first tale", "two": "Zwei, für die Katz", "three": "3"}
+    samples = [
+        {"text": name, "image": torch.full((4, 4 * (i + 1)), i / 3), "story": s}
+        for i, (name, s) in enumerate(texts.items())
+    ]
+    core = mm.Core(width=48, depth=2, heads=4)
+    model = mm.Model({k: tokenizers[k] for k in ("text", "image", "story")}, core, ["text image -> story"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model.loss(model.pack("text image -> story", samples))
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.05
+    answers = model.generate("text image -> story", samples)
+    assert [a.value for a in answers] == list(texts.values())
+    assert all(a.complete and a.confidence > 0.2 for a in answers)
+    cut = model.generate("text image -> story", samples, max_tokens=5)
+    assert [a.value for a in cut] == ["a fir", "Zwei,", "3"]
+    assert [a.complete for a in cut] == [False, False, True]
+
+
+def test_an_answer_of_exactly_max_tokens_may_still_stop(tokenizers):
+    model = mm.Model({"text": tokenizers["text"]}, mm.Core(width=32, depth=1, heads=2), ["text -> text"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(model.pack("text -> text", [{"text": "q", "answer": "yes"}])).backward()
+        optimizer.step()
+    answer = model.generate("text -> text", text="q", max_tokens=3)
+    assert (answer.value, answer.complete) == ("yes", True)

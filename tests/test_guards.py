@@ -1,0 +1,362 @@
+"""Rules that no single module can keep: who imports whom, axis letters, an import that does nothing, one version."""
+
+import ast
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from multimodal.shapes import LEGEND
+from multimodal.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+LARGEST_FILE = 2_000_000  # bytes
+LONGEST_MODULE = 450  # lines
+
+LAYERS = (
+    {"shapes", "declare"},
+    {"tokenizer", "masks", "positions", "norm", "media"},
+    {"attention"},
+    {"core", "heads", "task"},
+    {"stream"},
+    {"checkpoint", "generate", "model", "data"},
+    {"train", "look", "pretrained", "serve"},
+    {"verify", "conformance"},
+    {""},  # multimodal/__init__.py, which gathers the public names
+    {"cli", "__main__"},
+)
+"""Parts of `multimodal`, lowest first. A part imports from its own layer and from lower ones, never in a circle."""
+LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
+OPEN_TO_TOKENIZERS = 1
+"""The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
+OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
+LAZY = ("matplotlib", "timm", "torchvision", "soundfile", "rich", "cyclopts", "torchaudio", "PIL")
+MAY_PRINT = ("cli", "__main__", "verify", "train")
+
+
+def python_files(folder: str) -> Iterator[tuple[str, str]]:
+    """(dotted module, source) of everything below a folder of the repository; a package is named without `__init__`."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        parts = path.relative_to((ROOT / folder).parent).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path.read_text(encoding="utf-8")
+
+
+FRAMEWORK = dict(python_files("multimodal"))
+KINDS = dict(python_files("tokenizers/multimodal_tokenizers"))
+
+
+def imports(module: str, source: str, modules: set[str]) -> Iterator[tuple[int, str, str]]:
+    """(line, module imported, name taken from it or '') of every import that runs; `if TYPE_CHECKING:` does not."""
+    tree = ast.parse(source)
+    unreal = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in unreal:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = (
+                    module if any(name.startswith(module + ".") for name in modules) else module.rpartition(".")[0]
+                )
+                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*up, *filter(None, [base])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield (node.lineno, whole, "") if whole in modules else (node.lineno, base, alias.name)
+
+
+def part_of(module: str) -> str:
+    """'multimodal.attention.plan' -> 'attention'."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def framework_violations(sources: dict[str, str]) -> list[str]:
+    """Imports of `multimodal` that go up, out, or round in a circle."""
+    found, edges = [], {}
+    modules = set(sources)
+    for module, source in sources.items():
+        if part_of(module) not in LEVEL:
+            found.append(f"{module}: give this part a layer in LAYERS of tests/test_guards.py")
+            continue
+        edges[module] = set()
+        for line, target, _ in imports(module, source, modules):
+            top = target.split(".")[0]
+            if top in OUTSIDE:
+                found.append(f"{module}:{line} imports {target}, which lies outside the framework")
+            if top != "multimodal" or part_of(target) not in LEVEL:
+                continue
+            if LEVEL[part_of(target)] > LEVEL[part_of(module)]:
+                found.append(f"{module}:{line} imports {target}, which is higher")
+            if not module.startswith(target + "."):  # a package's own parts run after its first line
+                edges[module].add(target)
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        found.append("a circle: " + " <- ".join(error.args[1]))
+    return found
+
+
+def tokenizer_violations(sources: dict[str, str]) -> list[str]:
+    """Imports of `multimodal_tokenizers` that a stranger's package should not need."""
+    found = []
+    modules = set(sources) | set(FRAMEWORK)
+    for module, source in sources.items():
+        for line, target, name in imports(module, source, modules):
+            top = target.split(".")[0]
+            if top in OUTSIDE - {"multimodal_tokenizers"}:
+                found.append(f"{module}:{line} imports {target}")
+            if top == "multimodal" and LEVEL.get(part_of(target), len(LAYERS)) > OPEN_TO_TOKENIZERS:
+                found.append(f"{module}:{line} imports {target}, which is above the tokenizer's contract")
+            if top == "multimodal" and name.startswith("_"):
+                found.append(f"{module}:{line} imports the private name {name} of {target}")
+    return found
+
+
+def names(source: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of every argument and of everything assigned to, attributes too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+
+
+def foreign_axes(source: str) -> list[str]:
+    """Names such as `x_TQ` whose suffix has letters outside the legend; CONSTANTS_IN_CAPITALS have no suffix."""
+    found = []
+    for line, name in names(source):
+        match = re.fullmatch(r"_*[a-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*_([A-Z]+)", name)
+        if match and (foreign := sorted(set(match[1]) - set(LEGEND))):
+            found.append(f"line {line}: {name} has {', '.join(foreign)}")
+    return found
+
+
+def prints(source: str) -> list[int]:
+    """Lines that call `print`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+
+
+def in_new_python(code: str) -> str:
+    """What `code` writes to stdout in a fresh interpreter, from the repository's root; nothing may go to stderr."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_the_framework_imports_downwards():
+    assert len(FRAMEWORK) > 20
+    assert framework_violations(FRAMEWORK) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "problem"),
+    [
+        ("multimodal.masks", "from multimodal.core import Core", "higher"),
+        ("multimodal.masks", "from multimodal import core", "higher"),
+        ("multimodal.masks", "from . import core", "higher"),
+        ("multimodal.masks", "def later():\n    import multimodal.model", "higher"),
+        ("multimodal.masks", "import multimodal as mm", "higher"),
+        ("multimodal.attention.scores", "from ..train.fit import fit", "higher"),
+        ("multimodal.cli", "import multimodal_tokenizers.text", "outside"),
+        ("multimodal.positions", "from multimodal.media import log", "circle"),
+        ("multimodal.new_part", "import math", "give this part a layer"),
+    ],
+)
+def test_a_planted_import_is_found(module: str, line: str, problem: str):
+    planted = dict(FRAMEWORK)
+    planted["multimodal.media"] += "\nfrom multimodal.positions import rotate\n"
+    assert framework_violations(planted) == []
+    planted[module] = planted.get(module, "") + "\n" + line + "\n"
+    found = framework_violations(planted)
+    assert found
+    assert all(problem in text or "circle" in text for text in found)  # an import upwards mostly closes a circle too
+
+
+def test_imports_for_type_checkers_are_free():
+    planted = FRAMEWORK | {"multimodal.masks": "if TYPE_CHECKING:\n    from multimodal.model import Model\n"}
+    assert framework_violations(planted) == []
+
+
+def test_tokenizers_import_only_the_contract():
+    assert len(KINDS) >= 5
+    assert tokenizer_violations(KINDS) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from multimodal.stream import Packer",
+        "import multimodal",
+        "from multimodal import model",
+        "from multimodal.media import _opened",
+        "import tests.helpers",
+    ],
+)
+def test_a_planted_import_of_a_tokenizer_is_found(line: str):
+    assert len(tokenizer_violations({"multimodal_tokenizers.mine": line})) == 1
+
+
+@pytest.mark.parametrize("module", [*FRAMEWORK, *KINDS])
+def test_axis_letters_are_in_the_legend(module: str):
+    assert foreign_axes((FRAMEWORK | KINDS)[module]) == []
+
+
+def test_suffixes_are_met_and_planted_letters_found():
+    met = [name for source in FRAMEWORK.values() for _, name in names(source) if re.search("_[A-Z]+$", name)]
+    assert {"stream_TD", "k_LBMGK", "position_NA"} <= set(met)
+    assert foreign_axes("def f(x_TQ, /): ...") == ["line 1: x_TQ has Q"]
+    assert foreign_axes("for y_NZW in []:\n    self.cache_BE = 1") == [
+        "line 1: y_NZW has W, Z",
+        "line 2: cache_BE has E",
+    ]
+    assert foreign_axes("TOKENIZER_CHECKS = _LONG_NAME = PREFIX_LM = lr = plain_name = x_TD = 1") == []
+
+
+def test_the_folder_tokenizers_stays_a_bare_source_root():
+    assert [path.name for path in (ROOT / "tokenizers").iterdir() if path.suffix in (".py", ".pyi")] == []
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import tokenizers; print(tokenizers.__file__); print(tokenizers.Tokenizer.__module__)"
+    )
+    file, module = in_new_python(code).split()
+    assert not Path(file).is_relative_to(ROOT / "tokenizers")
+    assert module == "tokenizers"
+
+
+ENTRY_POINTS = PYPROJECT["project"]["entry-points"]["multimodal.tokenizers"]
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_entry_points_are_tokenizers(name: str):
+    module, _, attribute = ENTRY_POINTS[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    assert issubclass(found, Tokenizer)
+    assert found.__name__ == name
+
+
+def test_every_tokenizer_we_ship_is_an_entry_point():
+    shipped = importlib.import_module("multimodal_tokenizers")
+    assert sorted(ENTRY_POINTS) == sorted(shipped.__all__)
+
+
+def test_a_checkpoint_finds_entry_points_that_nobody_imported():
+    installed = {point.name: point.value for point in importlib.metadata.entry_points(group="multimodal.tokenizers")}
+    for name, value in ENTRY_POINTS.items():
+        assert installed.get(name) == value, (
+            "the installed metadata are old; run `uv sync --reinstall-package multimodal-stream`"
+        )
+    code = (
+        "import sys\nfrom multimodal.declare import find\n"
+        "assert 'multimodal_tokenizers' not in sys.modules\n"
+        f"print(*(find(value).__name__ for value in {list(ENTRY_POINTS.values())!r}))"
+    )
+    assert in_new_python(code).split() == list(ENTRY_POINTS)
+
+
+def test_importing_does_nothing():
+    code = f"""
+import os, random, sys
+import numpy, torch
+def state():
+    return [
+        dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_num_interop_threads(),
+        torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist(),
+        torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+        torch.cuda.is_initialized(),
+    ]
+before = state()
+import multimodal, multimodal_tokenizers
+after = state()
+import json
+print(json.dumps({{
+    "changed": [i for i, (x, y) in enumerate(zip(before, after)) if x != y],
+    "cuda": torch.cuda.is_initialized(),
+    "loaded": [name for name in {LAZY!r} if name in sys.modules],
+}}))
+"""
+    assert json.loads(in_new_python(code)) == {"changed": [], "cuda": False, "loaded": []}
+
+
+def test_the_version_has_one_owner_and_a_changelog():
+    headings = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == PYPROJECT["project"]["version"]
+    assert len(set(headings)) == len(headings)
+
+
+def test_metadata_promise_the_tested_versions():
+    bounds = {r.name: r.specifier for r in map(Requirement, PYPROJECT["project"]["dependencies"])}
+    assert bounds["torch"] == SpecifierSet(">=2.11,<2.14")
+    assert bounds["torchvision"] == SpecifierSet(">=0.26,<0.29")
+    assert bounds["torchaudio"] == SpecifierSet(">=2.11,<2.12")
+    assert SpecifierSet(PYPROJECT["project"]["requires-python"]) == SpecifierSet(">=3.11")
+    assert "tokenizers" in bounds
+
+
+def test_the_licence_is_whole():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert PYPROJECT["project"]["license"] == "Apache-2.0"
+    for part in (
+        "Version 2.0, January 2004",
+        "9. Accepting Warranty",
+        "APPENDIX: How to apply",
+        "limitations under the License.",
+    ):
+        assert part in text
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode or not done.stdout:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_tracked_files_are_small_and_have_no_lock():
+    files = tracked_files()
+    assert ROOT / "pyproject.toml" in files
+    assert [str(path) for path in files if path.stat().st_size > LARGEST_FILE] == []
+    assert ROOT / "uv.lock" not in files
+
+
+def test_modules_are_short():
+    long = {module: source.count("\n") for module, source in (FRAMEWORK | KINDS).items()}
+    assert {module: lines for module, lines in long.items() if lines > LONGEST_MODULE} == {}
+
+
+def test_only_the_command_line_and_training_print():
+    quiet = {module: source for module, source in FRAMEWORK.items() if part_of(module) not in MAY_PRINT} | KINDS
+    assert {module: lines for module, source in quiet.items() if (lines := prints(source))} == {}
+    assert prints("x = 1\nif x:\n    print(x)") == [3]
