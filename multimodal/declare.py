@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 
 _Part = TypeVar("_Part")
+GROUPS = "multimodal."  # of entry points: multimodal.tokenizers, multimodal.heads, multimodal.parts
 _defined: dict[str, type["Declared"]] = {}
 
 
@@ -63,10 +64,20 @@ def find(name: str) -> type[Declared]:
     """
     if name in _defined:
         return _defined[name]
-    groups = sorted({cls.entry_points for cls in _defined.values()} | {Declared.entry_points})
-    installed = {point.value: point for group in groups for point in importlib.metadata.entry_points(group=group)}
+    points = importlib.metadata.entry_points()
+    installed = {
+        point.value: point
+        for group in points.groups
+        if group.startswith(GROUPS)
+        for point in points.select(group=group)
+    }
     if name in installed:
-        return installed[name].load()
+        found = installed[name].load()
+        if not isinstance(found, type) or not issubclass(found, Declared):
+            raise CheckpointError(
+                f"{name!r} is no declaration; an entry point in a group {GROUPS}* must be a subclass of Declared"
+            )
+        return found
     raise CheckpointError(
         f"{name!r} is not installed; installed are: {', '.join(sorted(installed)) or 'none'}. "
         "Install the package that offers it as an entry point, or import the module that defines it first."

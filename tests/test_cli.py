@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_is_one_message(refused, tmp_path) -> None:
     text = RECIPE.replace("    data = [", "    next(model.parameters()).data.fill_(float('inf'))\n    data = [")
     (tmp_path / "diverges.py").write_text(text)
     err = refused("train", str(tmp_path / "diverges.py"), "--folder", str(tmp_path / "run"))
-    assert "fit: the loss is nan at step 0; lower lr" in err
+    assert "fit: the loss is nan (gradient norm nan) at step 0; lower lr" in err
 
 
 def test_predict_shows_classes_as_bars(say, home) -> None:

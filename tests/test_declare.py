@@ -112,24 +112,24 @@ def test_names_that_nobody_offers_are_not_imported(name: str) -> None:
 
 
 def test_each_group_of_entry_points_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an installed package offers is found by its group: tokenizers, heads, and groups of declarations like `Outer`."""
-    asked = []
-
-    def entry_points(*, group: str) -> list[importlib.metadata.EntryPoint]:
-        asked.append(group)
-        if group == "multimodal.heads":
-            return [importlib.metadata.EntryPoint("Offered", "fractions:Fraction", group)]
-        return []
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    from fractions import Fraction
-
-    assert find("fractions:Fraction") is Fraction
-    assert {"multimodal.tokenizers", "multimodal.heads", "multimodal.parts", "multimodal.test_parts"} <= set(asked)
+    """What an installed package offers is found in any group that starts with 'multimodal.', and nowhere else."""
+    points = importlib.metadata.EntryPoints(
+        importlib.metadata.EntryPoint(name, value, group)
+        for name, value, group in (
+            ("Offered", "multimodal.core:Core", "multimodal.heads"),
+            ("Wrong", "fractions:Fraction", "multimodal.parts"),
+            ("Other", "decimal:Decimal", "console_scripts"),
+        )
+    )
+    monkeypatch.setattr(declare, "_defined", {})
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda: points)
+    assert find("multimodal.core:Core") is mm.Core
     with pytest.raises(
-        CheckpointError, match="'fractions:Decimal' is not installed; installed are: fractions:Fraction"
+        CheckpointError, match="'decimal:Decimal' is not installed; installed are: fractions:Fraction, multi"
     ):
-        find("fractions:Decimal")
+        find("decimal:Decimal")
+    with pytest.raises(CheckpointError, match="'fractions:Fraction' is no declaration"):
+        find("fractions:Fraction")
 
 
 def test_alias(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,7 +271,8 @@ def test_a_loss_that_is_not_finite_names_its_step():
             model.core.norm.weight.fill_(float("nan"))
 
     with pytest.raises(
-        FloatingPointError, match=r"the loss is nan at step 3; lower lr=0\.003, .*Batches\(\.\.\.\)\[3\]"
+        FloatingPointError,
+        match=r"the loss is nan \(gradient norm nan\) at step 3; lower lr=0\.003, .*Batches\(\.\.\.\)\[3\]",
     ):
         mm.fit(model, {TASK: Stopping(DATA, in_step(4), poison)}, **PLAIN)
 

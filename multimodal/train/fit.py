@@ -183,8 +183,8 @@ def _step(
     loss_value = float(total)
     if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
         raise FloatingPointError(
-            f"fit: the loss is {loss_value} and its gradient's norm {float(norm)} at step {step}; lower lr={recipe.lr}, or look at that batch: "
-            f"Batches(...)[{step}] makes it again"
+            f"fit: the loss is {loss_value} (gradient norm {float(norm)}) at step {step}; lower lr={recipe.lr}, "
+            f"or look at that batch: Batches(...)[{step}] makes it again"
         )
     optimizer.step()
     return {"loss": loss_value, "grad_norm": float(norm)}

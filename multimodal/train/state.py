@@ -40,7 +40,7 @@ def save_state(
 def load_state(
     folder: Path, *, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
-    """Put a saved state back into model, optimiser, averaged weights and generators; returns its step and all facts that were saved.
+    """Put a saved state back into model, optimiser, averages and generators; returns its step and the facts saved with it.
 
     Raises:
         CheckpointError: damaged, of another model, or made with other facts (named).

@@ -83,7 +83,7 @@ class ImagePatches(Tokenizer):
         height, width = image_CYX.shape[1:]
         if self.max_side and max(height, width) > self.max_side:
             scale = self.max_side / max(height, width)
-            height, width = (max(round(side * scale), self.patch) for side in (height, width))
+            height, width = (max(round(side * scale), 1) for side in (height, width))
             image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
         if min(height, width) < self.patch:
             raise MediaError(
