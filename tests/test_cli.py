@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from PIL import Image
 
 import multimodal as mm
 from multimodal import declare
 from multimodal.attention import DensePlan
-from multimodal.cli import main
-from multimodal.cli.typed import changed, value_from
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
+
+soundfile = pytest.importorskip("soundfile")  # GPU machines may lack these, and run the tests marked cuda alone
+pytest.importorskip("cyclopts")
+
+from multimodal.cli import main  # noqa: E402
+from multimodal.cli.typed import changed, value_from  # noqa: E402
 
 RECIPE = '''
 from dataclasses import dataclass
