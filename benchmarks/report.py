@@ -16,6 +16,7 @@ def keep(name: str, title: str, command: str, body: str) -> Path:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     facts = f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}"
     path = ROOT / "benchmarks" / "results" / f"{name}.md"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(f"# {title}\n\n`{command}`\n{facts}\n\n{body.strip()}\n", encoding="utf-8")
     README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
     return path

@@ -136,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--hold-out", metavar="SPEAKER", help="with fsdd: train without this speaker and test on them too"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs") / "cross_modal", help="run folder")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--workers", type=int, default=1, help="data processes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

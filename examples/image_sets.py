@@ -99,9 +99,14 @@ def folder(path: Path, seed: int) -> PictureSet:
         train, test = _files(path / "train"), _files(held)
     else:
         files = _files(path)
-        order = np.random.default_rng(seed).permutation(len(files))
-        test = [files[i] for i in order[: len(files) // 5]]
-        train = [files[i] for i in order[len(files) // 5 :]]
+        np.random.default_rng(seed).shuffle(files)
+        by_class = {name: [f for f in files if f[1] == name] for name in sorted({name for _, name in files})}
+        test = [f for mine in by_class.values() for f in mine[: max(1, len(mine) // 5)]]
+        train = [f for mine in by_class.values() for f in mine[max(1, len(mine) // 5) :]]
+        if lacking := [name for name, mine in by_class.items() if len(mine) < 2]:
+            raise ConfigError(
+                f"--data folder: {', '.join(lacking)} must have two pictures or more, one of them to test on"
+            )
     names = tuple(sorted({name for _, name in train}))
     return PictureSet(
         Pictures([f for f, _ in train], [n for _, n in train], augment),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
+RUN = "model"  # the folder of the model in a run folder
+
+
+def declarations(model: "Model") -> dict[str, Any]:
+    """Everything about a model but its weights and its tokenizers' files, as JSON values."""
+    tokenizers = model.packer.tokenizers.items()
+    return {
+        "tokenizers": {name: {**declaration(t), "files": sorted(t.files())} for name, t in tokenizers},
+        "core": declaration(model.core.core),
+        "tasks": [
+            {"pattern": pattern, "head": declaration(model.packer.head(pattern)), "weight": task.weight}
+            for pattern, task in model.tasks.items()
+        ],
+        "seed": model.seed,
+    }
 
 
 def save(model: "Model", folder: Path) -> Path:
@@ -28,38 +44,32 @@ def save(model: "Model", folder: Path) -> Path:
     Raises:
         CheckpointError: the folder is there and holds other things than a checkpoint.
     """
+    folder = folder.resolve()
+    check_room(folder)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.{time.monotonic_ns()}.writing")
+    aside.mkdir(parents=True)
+    try:
+        config = {"format": FORMAT, "made_by": f"multimodal-stream {package_version()}", **declarations(model)}
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, tokenizer in model.packer.tokenizers.items():
+            for file, data in tokenizer.files().items():
+                path = aside / FILES / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        # clones, because safetensors refuses tensors that share memory
+        save_file({name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}, aside / WEIGHTS)
+        replace_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def check_room(folder: Path) -> None:
+    """Refuse to replace a folder (or a file) that is no checkpoint."""
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(
             f"{folder}: this is no checkpoint, and saving here would replace it; choose another folder"
         )
-    aside = folder.with_name(folder.name + ".writing")
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    files = {name: tokenizer.files() for name, tokenizer in model.packer.tokenizers.items()}
-    config = {
-        "format": FORMAT,
-        "made_by": f"multimodal-stream {package_version()}",
-        "tokenizers": {
-            name: {**declaration(tokenizer), "files": sorted(files[name])}
-            for name, tokenizer in model.packer.tokenizers.items()
-        },
-        "core": declaration(model.core.core),
-        "tasks": [
-            {"pattern": pattern, "head": declaration(model.packer.head(pattern)), "weight": task.weight}
-            for pattern, task in model.tasks.items()
-        ],
-        "seed": model.seed,
-    }
-    (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, mine in files.items():
-        for file, data in mine.items():
-            path = aside / FILES / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, aside / WEIGHTS)
-    replace_folder(aside, folder)
-    return folder
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -87,7 +97,11 @@ def recover(folder: Path) -> None:
 
 def load(cls: type["Model"], folder: Path) -> Any:
     """Rebuild declarations, then the model, then its weights."""
-    recover(folder)
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and (old / CONFIG).is_file():
+        folder = old  # a save was stopped between its two moves; only the next save puts things right
+    elif not (folder / CONFIG).is_file() and (folder / RUN / CONFIG).is_file():
+        folder = folder / RUN
     config = read_config(folder)
     try:
         tokenizers = {name: _tokenizer(folder, name, entry) for name, entry in config["tokenizers"].items()}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from multimodal.shapes import ConfigError
+from multimodal.shapes import ConfigError, MediaError
 from multimodal.stream import Packer, Stream
 
 
@@ -44,6 +44,16 @@ def seed_generators(*key: int | str) -> None:
     torch.random.default_generator.manual_seed(seed)
 
 
+def check_samples(who: str, pattern: str, samples: Any) -> None:
+    """Refuse what has no length or no samples with a ConfigError."""
+    if isinstance(samples, Mapping) or not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
+        raise ConfigError(
+            f"{who}: the data of task {pattern!r} are {type(samples).__name__}; wanted a list, or what has a length and [index]"
+        )
+    if len(samples) == 0:
+        raise ConfigError(f"{who}: the data of task {pattern!r} are empty")
+
+
 class Batches(Dataset):
     """Item `step` is that step's micro-batches, packed: a list of `accumulate` streams of batch / accumulate samples.
 
@@ -64,13 +74,17 @@ class Batches(Dataset):
             raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
         for pattern, samples in data.items():
             packer.check_task(pattern)
-            if len(samples) == 0:
-                raise ConfigError(f"fit: the data of task {pattern!r} are empty")
+            check_samples("fit", pattern, samples)
         if batch < len(data) * accumulate:
             raise ConfigError(
                 f"fit: batch={batch} must hold at least one sample of each of the {len(data)} tasks in each of "
                 f"{accumulate} micro-batches"
             )
+        for pattern, weight in (mix or {}).items():
+            if pattern not in data or not weight > 0:
+                raise ConfigError(
+                    f"fit: mix gives {weight!r} to {pattern!r}; it wants a number above 0 for tasks of the data"
+                )
         self.packer, self.data, self.accumulate, self.seed = packer, dict(data), accumulate, seed
         self.share = _shares(batch, {pattern: (mix or {}).get(pattern, 1.0) for pattern in data})
 
@@ -80,18 +94,28 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> list[Stream]:
         with kept_generators():
             batch = [
-                (pattern, self._sample(pattern, step * count + slot))
+                self._sample(pattern, step, step * count + slot)
                 for pattern, count in self.share.items()
                 for slot in range(count)
             ]
-        return [self.packer(batch[part :: self.accumulate]) for part in range(self.accumulate)]
+        parts = [batch[part :: self.accumulate] for part in range(self.accumulate)]
+        return [
+            self.packer([(pattern, sample) for pattern, sample, _ in part], names=[name for _, _, name in part])
+            for part in parts
+        ]
 
-    def _sample(self, pattern: str, position: int) -> Mapping[str, Any]:
+    def _sample(self, pattern: str, step: int, position: int) -> tuple[str, Mapping[str, Any], str]:
         samples = self.data[pattern]
         time_round, place = divmod(position, len(samples))
         index = int(_shuffled(len(samples), self.seed, pattern, time_round)[place])
+        name = f"sample {index} of the data (step {step})"
         seed_generators(self.seed, pattern, position)
-        return samples[index]
+        try:
+            return pattern, samples[index], name
+        except Exception as error:
+            raise MediaError(
+                f"{name} of task {pattern!r} cannot be fetched: {type(error).__name__}: {error}"
+            ) from error
 
     def loader(self, start: int, stop: int, workers: int) -> DataLoader:
         """Steps start .. stop - 1, made in `workers` processes (0: in this one)."""

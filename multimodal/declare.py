@@ -36,7 +36,7 @@ class Declared:
         for key in config:
             if key not in known:
                 raise CheckpointError(
-                    f"{cls.__name__} has no setting {key!r}; it has {', '.join(known)}{did_you_mean(key, known)}"
+                    f"{cls.__name__} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
                 )
         return cls(**{key: _from_json(value) for key, value in config.items()})
 

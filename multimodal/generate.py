@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 
 def write(
-    model: "Model", task: str, samples: Sequence[Mapping[str, Any]], *, max_tokens: int, temperature: float, seed: int
+    model: "Model",
+    task: str,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    first: int = 0,
 ) -> list[Prediction]:
     """Answers in the order of the samples; call in inference mode. Prompts may differ in length and kinds.
 
@@ -30,7 +37,7 @@ def write(
         )
     tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
     kind, head, readout = model.packer.patterns[task].writes.kind, model.packer.head(task), model.readout(task)
-    stream = model.pack(task, samples, answers=False)
+    stream = model.pack(task, samples, answers=False, first=first)
     reading = stream.readings[task]
     totals = [span.total for span in stream.layout.spans]
     core = model.core.core

@@ -92,6 +92,16 @@ class Classify(Head):
     label_smoothing: float = 0.0
     queries: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        _check_smoothing(self)
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        if len(tokens) != 1:
+            raise StreamError(
+                f"Classify: the answer has {len(tokens)} tokens, but a class is one; NextToken writes more than one"
+            )
+        return tokens.content
+
     def vocab(self, tokenizer: Tokenizer) -> int:
         classes = tokenizer.vocab_size or tokenizer.feature_size
         if not classes:
@@ -111,9 +121,10 @@ class Classify(Head):
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         several = tokenizer.vocab_size is None
         probability = logits.float().sigmoid() if several else logits.float().softmax(-1)
-        names = [tokenizer.decode(one_class(c, tokenizer)) for c in range(logits.shape[-1])]
         if several:
-            names = [name[0] for name in names]
+            names = tokenizer.decode(Tokens(torch.ones(1, logits.shape[-1]), torch.zeros(1, 3)))
+        else:
+            names = [tokenizer.decode(one_class(c, tokenizer)) for c in range(logits.shape[-1])]
         answers = []
         for row in probability.tolist():
             by_name = dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1]))
@@ -143,10 +154,11 @@ class NextToken(Head):
     queries: ClassVar[int] = 1
     writes: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_smoothing(self)
+
     def vocab(self, tokenizer: Tokenizer) -> int:
-        if tokenizer.vocab_size is None:
-            raise ConfigError(f"NextToken: {type(tokenizer).__name__} has no vocabulary; it writes discrete kinds only")
-        return tokenizer.vocab_size + 1
+        return _symbols(self, tokenizer) + 1
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
         return readout.linear(state_ND)
@@ -166,9 +178,7 @@ class CTC(Head):
     """Connectionist temporal classification (Graves et al. 2006): a symbol or a blank (class V) for every row of the context."""
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        if tokenizer.vocab_size is None:
-            raise ConfigError(f"CTC: {type(tokenizer).__name__} has no vocabulary; it writes discrete kinds only")
-        return tokenizer.vocab_size + 1
+        return _symbols(self, tokenizer) + 1
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         ids = tokens.content
@@ -205,6 +215,21 @@ class CTC(Head):
             value = tokenizer.decode(Tokens(ids, tokenizer.places(len(ids))))
             answers.append(Prediction(value, float(best.sum().exp())))
         return answers
+
+
+def _symbols(head: Head, tokenizer: Tokenizer) -> int:
+    """How many symbols a head that writes one after the other can choose among."""
+    if tokenizer.vocab_size is None or tokenizer.classes:
+        what = "its values are classes; use Classify" if tokenizer.classes else "it has no vocabulary"
+        raise ConfigError(
+            f"{type(head).__name__} writes symbol after symbol, which {type(tokenizer).__name__} is not: {what}"
+        )
+    return tokenizer.vocab_size
+
+
+def _check_smoothing(head: Any) -> None:
+    if not 0 <= head.label_smoothing < 1:
+        raise ConfigError(f"{type(head).__name__}: label_smoothing={head.label_smoothing} is not in 0 to 1")
 
 
 def default_head(tokenizer: Tokenizer) -> Head:

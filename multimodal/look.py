@@ -1,6 +1,7 @@
 """Where a model looked, and pictures of its answers."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def draw_answers(
             axes[below + 1, column].imshow(heat_YX, cmap="inferno", alpha=0.55, aspect=aspect, extent=extent)
         right = str(sample.get(pattern.answer, ""))
         wrong = right not in ("", str(answer.value))
-        title = f"{answer.value} {answer.confidence:.0%}" + (f"\nis {right}" if wrong else "")
-        axes[row, column].set_title(title, fontsize=8, color="tab:red" if wrong else "black", wrap=True)
+        said = [f"{answer.value} {answer.confidence:.0%}"] + ([f"is {right}"] if wrong else [])
+        title = "\n".join(textwrap.fill(textwrap.shorten(line, 60, placeholder=" ..."), 20) for line in said)
+        axes[row, column].set_title(title, fontsize=8, color="tab:red" if wrong else "black")
+    figure.supxlabel("below each: the same with where the model looked (bright: more)", fontsize=8)
     figure.savefig(path, dpi=110)
     return answers
 

@@ -109,6 +109,14 @@ class Prefix(Rule):
 
 
 @dataclass(frozen=True)
+class InTurn(Rule):
+    """Look at nothing before its turn, but for what is read freely."""
+
+    def allows(self, q: Places, k: Places) -> Tensor:
+        return (k.order <= q.order) | (k.free != 0)
+
+
+@dataclass(frozen=True)
 class Window(Rule):
     """Look at most `size` - 1 tokens away, in either direction."""
 
@@ -125,3 +133,6 @@ class Window(Rule):
 
 PREFIX_LM: Rule = SameSample() & (Causal() | Prefix())
 """The default: what is read freely sees all that is read freely, everything else sees its past, nobody sees another sample."""
+
+LAW: Rule = SameSample() & InTurn()
+"""Holds under every rule: nobody sees another sample, and nobody sees a token that is not read freely before its turn."""

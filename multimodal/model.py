@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal import checkpoint
 from multimodal.attention import Backend, Cache
 from multimodal.core import Core
 from multimodal.generate import write
-from multimodal.heads import Prediction, Readout
-from multimodal.masks import Places, Rule
+from multimodal.heads import Head, Prediction, Readout
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Packer, Stream, Task
 from multimodal.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Model(nn.Module):
         if not isinstance(core, Core):
             raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
         for name in tokenizers:
-            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            if not name.isidentifier() or not name.isascii() or hasattr(nn.ModuleDict(), name):
                 raise ConfigError(f"Model: a tokenizer cannot be named {name!r}; use a plain word such as 'image'")
         self.packer = Packer(tokenizers, tasks)
         self.seed = seed
@@ -51,11 +51,18 @@ class Model(nn.Module):
                 self.embeds[name] = tokenizer.embed(core.width)
         with _drawn_from(seed, "core"):
             self.core = core.build()
-        if any(self.packer.head(pattern).writes for pattern in self.packer.tasks):
-            _check_written_in_order(core.mask)
         self.readouts = nn.ModuleDict()
+        heads: dict[str, Head] = {}
         for pattern in self.packer.tasks:
             key, head = self.packer.head_key(pattern), self.packer.head(pattern)
+            made_for = heads.setdefault(key, head)
+            if type(made_for) is not type(head) or made_for.vocab(self._written(pattern)) != head.vocab(
+                self._written(pattern)
+            ):
+                raise ConfigError(
+                    f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
+                    "tasks that write one kind by one class of head share its weights, so give the class another name"
+                )
             if key not in self.readouts:
                 with _drawn_from(seed, "head", key):
                     self.readouts[key] = head.readout(core.width, self._written(pattern))
@@ -83,7 +90,7 @@ class Model(nn.Module):
         if kind.startswith("head:"):
             query = self.readouts[kind.removeprefix("head:")].query
             assert isinstance(query, Tensor)
-            return query[content]
+            return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
         return self.embeds[kind](content)
 
     def forward(self, stream: Stream, *, cache: Cache | None = None, backend: Backend = "auto") -> Tensor:
@@ -125,21 +132,22 @@ class Model(nn.Module):
         parts = [self.tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
         return torch.stack(parts).sum()
 
-    def pack(self, task: str, samples: Sequence[Sample], *, answers: bool = True) -> Stream:
-        """Pack samples of one task, on this model's device."""
-        return self.packer([(task, sample) for sample in samples], answers=answers).to(self.device)
+    def pack(self, task: str, samples: Sequence[Sample], *, answers: bool = True, first: int = 0) -> Stream:
+        """Pack samples of one task, on this model's device; errors count them from `first`."""
+        names = [f"sample {first + i}" for i in range(len(samples))]
+        return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
     def predict(self, task: str, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples."""
         if samples is None:
             return self.predict(task, [fields])[0]
-        self._check_call(task, fields, batch)
+        samples = self._check_call(task, samples, fields, batch)
         if self.packer.head(task).writes:
             return self.generate(task, samples, batch=batch)
         answers: list[Prediction | None] = [None] * len(samples)
         with self.resting():
             for start in range(0, len(samples), batch):
-                stream = self.pack(task, samples[start : start + batch], answers=False)
+                stream = self.pack(task, samples[start : start + batch], answers=False, first=start)
                 r = stream.readings[task]
                 found = self.packer.head(task).answer(self.logits(stream)[task], r.lengths, self._written(task))
                 for index, answer in zip(r.samples, found, strict=True):
@@ -160,33 +168,42 @@ class Model(nn.Module):
         """Write an answer token by token; temperature 0 takes the likeliest each time. One answer, or a list for a list."""
         if samples is None:
             return self.generate(task, [fields], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
-        self._check_call(task, fields, batch)
+        samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
             return self.predict(task, samples, batch=batch)
         answers: list[Prediction] = []
         with self.resting():
             for start in range(0, len(samples), batch):
                 part = samples[start : start + batch]
-                answers += write(self, task, part, max_tokens=max_tokens, temperature=temperature, seed=seed + start)
+                answers += write(
+                    self, task, part, max_tokens=max_tokens, temperature=temperature, seed=seed + start, first=start
+                )
         return answers
 
-    def _check_call(self, task: str, fields: Mapping[str, Any], batch: int) -> None:
+    def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Sequence[Sample]:
         self.packer.check_task(task)
         if fields:
             raise ConfigError(f"task {task!r}: give either samples or the fields {', '.join(fields)}, not both")
         if batch < 1:
             raise ConfigError(f"task {task!r}: batch={batch} must be at least 1")
+        if isinstance(samples, Mapping):
+            raise ConfigError(f"task {task!r}: samples is one mapping; give a list of samples, or its fields by name")
+        if isinstance(samples, (list, tuple)):
+            return samples
+        return [samples[i] for i in range(len(samples))] if hasattr(samples, "__len__") else list(samples)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Evaluation mode without gradients, and back."""
-        was_training = self.training
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             with torch.inference_mode():
                 yield
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
 
     def extended(self, tokenizers: Mapping[str, Tokenizer] | None = None, tasks: Sequence[str | Task] = ()) -> "Model":
         """A model with more kinds and tasks; every weight this one has is there, bit for bit.
@@ -203,8 +220,8 @@ class Model(nn.Module):
             [*self.tasks.values(), *tasks],
             seed=self.seed,
         )
-        more.load_state_dict(self.state_dict(), strict=False)
-        return more.to(self.device)
+        more.to(self.device, self.core.norm.weight.dtype).load_state_dict(self.state_dict(), strict=False)
+        return more.train(self.training)
 
     def report(self) -> str:
         """Parameters by part, in lines."""
@@ -225,17 +242,7 @@ class Model(nn.Module):
         Raises:
             CheckpointError: missing or foreign files, tensors or tokenizers, each by name.
         """
-        return checkpoint.load(cls, Path(folder)).to(device)
-
-
-def _check_written_in_order(rule: Rule) -> None:
-    """Refuse a mask rule under which a written token sees the one after it: training would show it its own answer."""
-    one, zero = torch.ones((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
-    first = Places(sample=zero, order=zero, free=zero, segment=zero)
-    if rule.allows(first, Places(sample=zero, order=one, free=zero, segment=zero)):
-        raise ConfigError(
-            f"Model: under the mask {rule} a token that is written sees the one after it; add `& (Causal() | Prefix())` to the rule"
-        )
+        return checkpoint.load(cls, Path(folder)).to(device).eval()
 
 
 @contextmanager

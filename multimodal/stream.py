@@ -163,8 +163,16 @@ class Packer:
                 f"there is no task {pattern!r}; there are {', '.join(map(repr, self.tasks))}{did_you_mean(pattern, self.tasks)}"
             )
 
-    def __call__(self, batch: Sequence[tuple[str, Mapping[str, Any]]], *, answers: bool = True) -> Stream:
+    def __call__(
+        self,
+        batch: Sequence[tuple[str, Mapping[str, Any]]],
+        *,
+        answers: bool = True,
+        names: Sequence[str] | None = None,
+    ) -> Stream:
         """Pack a batch; with answers=False nothing is written yet (prediction, the prompt of generation).
+
+        names: what errors call each sample; "sample 0", "sample 1", .. unless given.
 
         Raises:
             TaskError: an unknown task or a missing field.
@@ -173,11 +181,12 @@ class Packer:
         """
         if not batch:
             raise StreamError("Packer: the batch is empty")
-        samples = [self._sample(i, pattern, sample, answers) for i, (pattern, sample) in enumerate(batch)]
+        names = names or [f"sample {i}" for i in range(len(batch))]
+        samples = [self._sample(i, names[i], pattern, sample, answers) for i, (pattern, sample) in enumerate(batch)]
         samples.sort(key=lambda s: s.span)  # equal shapes side by side: they run as one batch of the fused kernel
         return self._lay(samples, answers)
 
-    def _sample(self, index: int, pattern_text: str, values: Mapping[str, Any], answers: bool) -> _Sample:
+    def _sample(self, index: int, name: str, pattern_text: str, values: Mapping[str, Any], answers: bool) -> _Sample:
         self.check_task(pattern_text)
         pattern, head = self.patterns[pattern_text], self.head(pattern_text)
         pattern.check_sample(values, answers)
@@ -185,34 +194,32 @@ class Packer:
         for field in pattern.reads:
             if values[field.name] is not None:
                 tokenizer = self.tokenizers[field.kind]
-                tokens = self._encode(tokenizer, values[field.name], index, pattern_text, field.name)
+                tokens = self._encode(tokenizer, values[field.name], name, pattern_text, field.name)
                 segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
         context = sum(len(s.tokens) for s in segments)
         if pattern.reads and not context:
-            raise StreamError(
-                f"sample {index} of task {pattern_text!r}: every field that is read is None; give at least one"
-            )
+            raise StreamError(f"{name} of task {pattern_text!r}: every field that is read is None; give at least one")
         if head.queries:
             query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
             segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
         target = None
         if answers:
             tokenizer = self.tokenizers[pattern.writes.kind]
-            tokens = self._encode(tokenizer, values[pattern.answer], index, pattern_text, pattern.answer)
+            tokens = self._encode(tokenizer, values[pattern.answer], name, pattern_text, pattern.answer)
             try:
                 target = head.target(tokens, context, tokenizer)
             except StreamError as error:
-                raise StreamError(f"sample {index} of task {pattern_text!r}: {error}") from None
+                raise StreamError(f"{name} of task {pattern_text!r}: {error}") from None
             if head.writes:
                 segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
         return _Sample(index, pattern_text, segments, context, target, _span(segments))
 
     @staticmethod
-    def _encode(tokenizer: Tokenizer, value: Any, index: int, pattern: str, name: str) -> Tokens:
+    def _encode(tokenizer: Tokenizer, value: Any, sample: str, pattern: str, name: str) -> Tokens:
         try:
             return tokenizer(value)
         except ValueError as error:
-            raise MediaError(f"sample {index} of task {pattern!r}, field {name!r}: {error}") from error
+            raise MediaError(f"{sample} of task {pattern!r}, field {name!r}: {error}") from error
 
     def _lay(self, samples: list[_Sample], answers: bool) -> Stream:
         segments = [segment for sample in samples for segment in sample.segments]

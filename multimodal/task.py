@@ -98,7 +98,9 @@ class Pattern:
         wanted = [f.name for f in self.reads] + ([self.answer] if answer else [])
         for name in wanted:
             if name not in sample:
-                close = did_you_mean(name, map(str, sample))
+                close = (
+                    did_you_mean(name, map(str, sample)).replace("did you mean", "rename").replace("?", f" to {name!r}")
+                )
                 raise TaskError(
                     f"task {self.text!r}: the sample has no field {name!r}; it has {', '.join(map(repr, sample)) or 'none'}{close}"
                     + ("" if close else "; give None for a field that this sample lacks")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Attention, Cache, Cosine, Layout, ScaledDotProduct, plan_attention
 from multimodal.attention.plan import _VarlenPlan
-from multimodal.masks import PREFIX_LM, Causal, Places, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import LAW, PREFIX_LM, Causal, Places, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.norm import RMSNorm, _RMSNormCPU
 from multimodal.positions import rotary_frequencies, rotary_turns
 from multimodal.shapes import ConfigError, StreamError
@@ -47,7 +47,7 @@ def by_loop(rule: Rule, places: Places, q_THK: Tensor, k_TGK: Tensor, v_TGK: Ten
     share = q.shape[1] // k.shape[1]  # query heads that read the same keys
     rows = []
     for t in range(len(q)):
-        seen = [m for m in range(len(k)) if bool(rule.allows(places[t], places[m]))]
+        seen = [m for m in range(len(k)) if bool((LAW & rule).allows(places[t], places[m]))]
         heads = []
         for h in range(q.shape[1]):
             score = torch.stack([(q[t, h] * k[m, h // share]).sum() * scale for m in seen])
@@ -305,7 +305,7 @@ def cuda_against_the_oracle(rule: Rule, layout: Layout, backend: str, heads: int
     push = torch.randn(size(layout), heads, 64, device="cuda").bfloat16()
     mine = plan_attention(rule, layout, backend=backend, dtype=torch.bfloat16).attend(*ours, 0.125, 0)
     places = layout.places
-    mask = rule.allows(places[:, None], places[None, :])
+    mask = (LAW & rule).allows(places[:, None], places[None, :])
     q, k, v = theirs[0], *(x.repeat_interleave(heads // kv_heads, 1) for x in theirs[1:])
     score = torch.einsum("thk,mhk->htm", q, k) * 0.125
     other = torch.einsum("htm,mhk->thk", score.masked_fill(~mask, -math.inf).softmax(-1), v)

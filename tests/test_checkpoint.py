@@ -416,8 +416,7 @@ def test_killed_between_the_two_moves(model: mm.Model, folder: Path) -> None:
     old = folder.with_name("model.old")
     folder.rename(old)
     assert_same(model, mm.Model.load(folder))
-    assert not old.exists()
-    folder.rename(old)
+    assert old.exists()  # a reader moves nothing: the writer may be between its two moves
     other = build(seed=3)
     other.save(folder)
     assert_same(other, mm.Model.load(folder))

@@ -184,7 +184,7 @@ def test_train_resumes_only_when_told(say, refused, tmp_path) -> None:
         ("steps=2.5", "--set steps=2.5: '2.5' is no int"),
         ("lr=fast", "--set lr=fast: 'fast' is no float"),
         ("steps", "--set steps: wanted name=value, such as --set steps=200"),
-        ("batch=0", "Recipe: batch=0 must be at least 1"),
+        ("batch=0", "Recipe: batch=0 must be a whole number, 1 or more"),
     ],
 )
 def test_train_refuses_settings(refused, setting, message) -> None:

@@ -80,7 +80,7 @@ def test_bad_series_are_refused_by_name(example, value):
 
 
 def test_without_the_archive_it_learns_made_up_tones(tmp_path):
-    out = _run(tmp_path, "--steps", "60")
+    out = _run(tmp_path, "--steps", "150")
     right, commonest = _accuracy(out, "tones")
     assert commonest == 25.0
     assert right > 40, out

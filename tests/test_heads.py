@@ -145,7 +145,10 @@ def test_default_heads():
 
 @pytest.mark.parametrize("head", [mm.NextToken(), mm.CTC()])
 def test_writing_heads_refuse_what_has_no_vocabulary(head: Head):
-    with pytest.raises(ConfigError, match=rf"{type(head).__name__}: ImagePatches has no vocabulary"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{type(head).__name__} writes symbol after symbol, which ImagePatches is not: it has no vocabulary",
+    ):
         head.vocab(ImagePatches())
 
 

@@ -371,7 +371,12 @@ def test_an_empty_batch_is_refused():
         (TaskError, SMALL, ["words -> label"], "names 'words', which no tokenizer reads or writes"),
         (TaskError, SMALL, [mm.Task("-> text", mm.CTC())], "reads nothing, and CTC answers only from what was read"),
         (ConfigError, SMALL, ["text -> image"], "ImagePatches is continuous and declares no classes"),
-        (ConfigError, SMALL, [mm.Task("text -> image", mm.NextToken())], "NextToken: ImagePatches has no vocabulary"),
+        (
+            ConfigError,
+            SMALL,
+            [mm.Task("text -> image", mm.NextToken())],
+            "NextToken writes symbol after symbol, which ImagePatches is not: it has no vocabulary",
+        ),
     ],
     ids=["class", "twice", "unknown kind", "CTC from nothing", "no head", "wrong head"],
 )

@@ -185,7 +185,7 @@ LACKING = [
         "image -> label",
         {"image": 1, "labels": 2},
         True,
-        "no field 'label'; it has 'image', 'labels'; did you mean 'labels'?",
+        "no field 'label'; it has 'image', 'labels'; rename 'labels' to 'label'",
     ),
     (
         "text -> text",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
-from multimodal.masks import PREFIX_LM, Places, Rule
+from multimodal.masks import LAW, PREFIX_LM, Places, Rule
 from multimodal.shapes import ConfigError, did_you_mean
 
 BACKENDS = ("auto", "dense", "runs", "varlen", "flex")
@@ -65,6 +65,8 @@ def plan_attention(
     Raises:
         ConfigError: an unknown backend, or one that cannot run this rule here.
     """
+    if rule != PREFIX_LM:
+        rule = LAW & rule  # packing and the order of writing are not for a rule to give away
     if cache is not None and any(cache.length):
         return _CachedPlan(rule, layout, cache)
     device = layout.places.sample.device

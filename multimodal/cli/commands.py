@@ -91,7 +91,8 @@ def train(
     folder = folder or Path("runs", recipe.stem)
     run = job.run(folder, resume=resume)
     if not run.finished:
-        print(f"stopped; go on with: multimodal train {recipe} --folder {folder} --resume")
+        changes = "".join(f" --set {change}" for change in setting or [])
+        print(f"go on with: multimodal train {recipe}{changes} --folder {folder} --resume")
         return 130
     print(f"model   {folder / MODEL}\ncurves  {folder / CURVES}\nloss    {run.last('loss'):.4f}")
     for name, value in run.history[-1].items():

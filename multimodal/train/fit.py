@@ -3,8 +3,10 @@
 data sets --Batches (workers)--> packed streams --model.loss--> backward --> AdamW --> averaged weights --> run folder
 """
 
+import itertools
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -16,8 +18,8 @@ from typing import Any
 
 import torch
 
-from multimodal.checkpoint import recover
-from multimodal.data import Batches, Samples
+from multimodal.checkpoint import RUN, check_room, declarations, recover
+from multimodal.data import Batches, Samples, check_samples, kept_generators
 from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
@@ -27,7 +29,8 @@ from multimodal.train.recipe import Recipe, choose_device, choose_precision, mak
 from multimodal.train.report import bar, draw_curves
 from multimodal.train.state import load_state, save_state
 
-MODEL, STATE, LOG, CURVES, RECIPE = "model", "state", "log.jsonl", "curves.png", "recipe.json"
+MODEL = RUN
+STATE, LOG, CURVES, RECIPE = "state", "log.jsonl", "curves.png", "recipe.json"
 
 
 @dataclass
@@ -68,15 +71,20 @@ def fit(
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
 
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"fit: data is {type(data).__name__}; give data by task, as in {{'image -> label': samples}}")
     recipe = override(recipe or Recipe(), **settings)
     run = Run(Path(folder) if folder is not None else None)
     device = choose_device(recipe.device)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype, why = choose_precision(recipe.precision, device, model.core.core.width)
+    dtype, why = choose_precision(recipe.precision, device)
     batches = Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, seed=recipe.seed, mix=mix)
-    for pattern in evaluation or {}:
+    for pattern, samples in (evaluation or {}).items():
         model.packer.check_task(pattern)
+        check_samples("evaluation", pattern, samples)
+        with kept_generators():
+            model.packer([(pattern, samples[0])], names=["held-out sample 0"])
 
     model.to(device).train()
     optimizer = make_optimizer(model, recipe, device)
@@ -93,18 +101,24 @@ def fit(
     torch.manual_seed(recipe.seed)
 
     facts = {
-        "recipe": json.loads(json.dumps(recipe.config())),
-        "data": {p: len(s) for p, s in data.items()},
+        **{
+            part: _plain(value) for part, value in declarations(model).items() if part != "seed"
+        },  # weights are in the state
+        "recipe": _plain(recipe.config()),
+        "data": {pattern: len(samples) for pattern, samples in data.items()},
         "mix": dict(mix or {}),
     }
     start = 0
     if run.folder is not None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         recover(run.folder / STATE)
+        check_room(run.folder / MODEL)
+        if not resume:
+            _make_room(run.folder, quiet)
         if resume and (run.folder / STATE).is_dir():
             start, saved = load_state(run.folder / STATE, model=model, optimizer=optimizer, ema=averaged, facts=facts)
             dtype, why = getattr(torch, saved["computed_in"]), "as before"
             run.history = [row for row in _read_log(run.folder / LOG) if row["step"] <= start]
+        run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / RECIPE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         _write_log(run.folder / LOG, run.history)
     if not quiet:
@@ -148,12 +162,12 @@ def fit(
     if averaged is not None:
         model.load_state_dict(averaged.state_dict())
     model.eval()
-    if evaluation and run.finished:
+    if evaluation and run.finished and not (start == recipe.steps and "loss" not in run.history[-1]):
         _note(run, {"step": step, **_evaluate_all(model, evaluation)})
     if run.folder is not None and run.history:
         draw_curves(run.history, run.folder / CURVES)
     if not run.finished and not quiet:
-        where = f"; resume with fit(..., folder={str(run.folder)!r}, resume=True)" if run.folder else ""
+        where = f"; everything is kept in {run.folder}, and resume=True goes on from there" if run.folder else ""
         print(f"fit: stopped after step {step} of {recipe.steps}{where}")
     return run
 
@@ -192,19 +206,19 @@ def _step(
 
 def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
     """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`)."""
-    if len(samples) == 0:
-        raise ConfigError(f"evaluate: the data of task {task!r} are empty")
     model.packer.check_task(task)
+    check_samples("evaluate", task, samples)
     pattern = model.packer.patterns[task]
     written = model.packer.tokenizers[pattern.writes.kind]
     total, count, right = 0.0, 0, 0
     for start in range(0, len(samples), batch):
         part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
-        stream = model.pack(task, part)
+        stream = model.pack(task, part, first=start)
         with model.resting():
             total += float(model.losses(stream)[task])
         count += stream.readings[task].count
-        for sample, answer in zip(part, model.predict(task, part), strict=True):
+        longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
+        for sample, answer in zip(part, model.generate(task, part, max_tokens=longest), strict=True):
             right += answer.value == written.decode(written(sample[pattern.answer]))
     return {"loss": total / count, "exact": right / len(samples)}
 
@@ -237,6 +251,11 @@ def _asked_to_stop() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def _plain(value: Any) -> Any:
+    """The value after a trip through JSON."""
+    return json.loads(json.dumps(value))
+
+
 def _note(run: Run, row: dict[str, Any]) -> None:
     run.history.append(row)
     if run.folder is not None:
@@ -257,4 +276,16 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    aside = path.with_name(path.name + ".writing")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _make_room(folder: Path, quiet: bool) -> None:
+    """Move a run that is already in the folder to the first free name beside it; nothing is written over."""
+    if not any((folder / name).exists() for name in (STATE, MODEL, LOG)):
+        return
+    free = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+    os.replace(folder, free)
+    if not quiet:
+        print(f"fit: the run that was in {folder} is now in {free}")

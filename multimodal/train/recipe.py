@@ -1,16 +1,16 @@
 """Everything about a training run that is not the model and not the data, and what is chosen for it on this machine."""
 
-import time
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+LEAST = {"steps": 1, "batch": 1, "accumulate": 1, "workers": 0, "evaluate_every": 0, "checkpoint_every": 0}
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -29,7 +29,7 @@ class Recipe(Declared):
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # largest gradient norm; 0: none
     ema: float = 0.0  # decay of averaged weights, which then become the model; 0: none
-    precision: str = "auto"  # float32, bfloat16 (autocast), or auto: measured
+    precision: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it
     device: str = "auto"
     workers: int = 0  # data processes; 0: in the main one
     evaluate_every: int = 0  # steps; 0: at the end only
@@ -37,12 +37,16 @@ class Recipe(Declared):
     seed: int = 0  # order of data, augmentation, dropout
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be at least 1")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"Recipe: {name}={value!r} must be a whole number, {least} or more")
+        for name in ("weight_decay", "clip", "final_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be 0 or more")
         if self.batch % self.accumulate:
             raise ConfigError(f"Recipe: batch={self.batch} is not a multiple of accumulate={self.accumulate}")
-        if self.lr <= 0 or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
+        if not 0 < self.lr < math.inf or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
             raise ConfigError(
                 f"Recipe: lr={self.lr} must be positive, ema={self.ema} and warmup={self.warmup} from 0 to 1"
             )
@@ -84,10 +88,12 @@ def choose_device(wanted: str) -> torch.device:
     try:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"Recipe: device={wanted!r} is not there: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"device {wanted!r} is not there; use auto, cpu, or what torch calls yours (cuda, cuda:1, mps)"
+        ) from error
 
 
-def choose_precision(wanted: str, device: torch.device, width: int) -> tuple[torch.dtype, str]:
+def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The type to compute in, and why in a few words."""
     if wanted != "auto":
         return getattr(torch, wanted), "as asked"
@@ -97,17 +103,6 @@ def choose_precision(wanted: str, device: torch.device, width: int) -> tuple[tor
         )
     if device.type != "cpu":
         return torch.float32, "the safe choice here"
-    gain = _matmul_ms(torch.float32, width) / _matmul_ms(torch.bfloat16, width)
-    chosen = torch.bfloat16 if gain > 1.5 else torch.float32  # below that, casts and other work eat the gain
-    return chosen, f"a bfloat16 matmul is {gain:.1f}x as fast here"
-
-
-def _matmul_ms(dtype: torch.dtype, width: int) -> float:
-    x, w = torch.ones(2048, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
-    F.linear(x, w)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        F.linear(x, w)
-        times.append(time.perf_counter() - start)
-    return 1000 * sorted(times)[2]
+    if torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has bfloat16 tiles (AMX)"
+    return torch.float32, "no bfloat16 tiles (AMX) on this CPU"

@@ -60,22 +60,25 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     """Loss (raw and smoothed) and learning rate over steps, evaluation beside them, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    measured = sorted({key for row in history for key in row if key.endswith((" loss", " exact"))})
     rows = [row for row in history if "loss" in row]
     steps, loss = [row["step"] for row in rows], [row["loss"] for row in rows]
+    figure = Figure(figsize=(10 if measured else 5.5, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    left, right = panels[0], panels[-1]
     left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
-    left.plot(steps, _smooth(loss), color="tab:blue", label="training loss, smoothed")
-    right.set_ylim(0, 1.02)
-    for key in sorted({key for row in history for key in row if key.endswith((" loss", " exact"))}):
+    left.plot(steps, _smooth(loss), color="tab:blue", label="training (weighted sum of tasks), smoothed")
+    for key in measured:
         points = [(row["step"], row[key]) for row in history if key in row]
         axes = left if key.endswith(" loss") else right
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held out: {key}")
     left.set(xlabel="step", ylabel="nats a target", title="loss")
-    right.set(xlabel="step", ylabel="share exactly right", title="held-out answers")
-    for axes in (left, right):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+    if measured:
+        right.set(
+            xlabel="step", ylabel="share exactly right", title="held-out answers", ylim=(0, 1.02), xlim=left.get_xlim()
+        )
+    for axes in panels:
+        axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

@@ -49,12 +49,10 @@ def load_state(
         saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: cannot read {FACTS}: {error}") from error
-    for key, value in facts.items():
-        if saved.get(key) != value:
-            raise CheckpointError(
-                f"{folder}: this run was made with {key}={saved.get(key)!r}, but now {key}={value!r}; "
-                "resume with the same settings or choose another folder"
-            )
+    if other := _differences(saved, facts):
+        raise CheckpointError(
+            f"{folder}: this run was made with other settings: {'; '.join(other)}. Resume with the same, or choose another folder"
+        )
     tensors = read_tensors(folder / TENSORS)
     put_weights(model, _below(tensors, "model/"), folder)
     if ema is not None:
@@ -69,6 +67,14 @@ def load_state(
     if torch.cuda.is_available() and "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return int(saved["step"]), saved
+
+
+def _differences(saved: Any, now: Any, name: str = "") -> list[str]:
+    """'recipe.steps was 120 and is 400', for everything of `now` that is not so in `saved`."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        keys = now if not name else {**saved, **now}
+        return [d for k in keys for d in _differences(saved.get(k), now.get(k), f"{name}.{k}" if name else str(k))]
+    return [] if saved == now else [f"{name} was {saved!r} and is {now!r}"]
 
 
 def _trained(model: Model, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
