@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 import image_sets  # noqa: E402
 import report  # noqa: E402
 
-STEPS, BATCH = 1600, 64
+STEPS, BATCH = 2000, 64
 
 
 def neighbours(pictures: image_sets.PictureSet, k: int) -> float:

@@ -115,3 +115,12 @@ def test_cross_modal_demo_on_real_voices_with_a_speaker_held_out(tmp_path):
         "0",
     )
     assert "all clips of theo, never heard" in out
+
+
+def test_the_recipe_trains_and_answers_on_the_command_line(tmp_path, monkeypatch, capsys):
+    from multimodal.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(ROOT / "examples" / "recipe.py"), "--set", "steps=3", "--set", "batch=10"]) == 0
+    assert main(["generate", "runs/recipe", "--text", "three plus four", "--max-tokens", "4"]) == 0
+    assert "model " in capsys.readouterr().out

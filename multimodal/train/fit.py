@@ -121,11 +121,12 @@ def fit(
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / RECIPE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         _write_log(run.folder / LOG, run.history)
+    threads = _threads_beside(recipe.workers) if device.type == "cpu" else torch.get_num_threads()
     if not quiet:
         parameters = sum(p.numel() for p in model.parameters())
         print(
             f"fit: {parameters:,} parameters, {recipe.steps} steps of {recipe.batch} samples on {device.type} "
-            f"({torch.get_num_threads()} threads) in {str(dtype).removeprefix('torch.')} ({why})"
+            f"({threads} {'thread' if threads == 1 else 'threads'}) in {str(dtype).removeprefix('torch.')} ({why})"
             + (f", resuming at step {start}" if start else "")
         )
 
@@ -137,7 +138,7 @@ def fit(
 
     step = start
     loader = batches.loader(start, recipe.steps, recipe.workers)
-    with _asked_to_stop() as asked, bar(recipe.steps, start, quiet) as show:
+    with _asked_to_stop() as asked, bar(recipe.steps, start, quiet) as show, _cores_shared(threads):
         clock, tokens = time.perf_counter(), 0
         for streams in loader:
             schedule.step_update(step)
@@ -229,6 +230,21 @@ def _evaluate_all(model: Model, evaluation: Mapping[str, Samples]) -> dict[str, 
         for pattern, samples in evaluation.items()
         for key, value in evaluate(model, pattern, samples).items()
     }
+
+
+def _threads_beside(workers: int) -> int:
+    """Threads to compute with while workers prepare data: more threads than free cores wait for each other at every product."""
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers))
+
+
+@contextmanager
+def _cores_shared(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
