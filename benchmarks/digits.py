@@ -1,6 +1,6 @@
 """The handwritten digits: our example beside nearest neighbours and a plain timm ViT, on the same splits, in the same run.
 
-    uv run benchmarks/digits.py [--seeds 0 1 2] [--write]         about 12 minutes on 2 cores
+    uv run benchmarks/digits.py [--seeds 0 1 2] [--write]         about 7 minutes on 2 cores
 
 The timm ViT has the same width, depth, heads, patch, number of steps and batch, AdamW and cosine, but no augmentation and no
 averaged weights (with our augmentation and these steps it comes to less, see DECISIONS.md). --write keeps
