@@ -1,6 +1,6 @@
 """A kind of data the framework has never seen, in one class: time series of any length and number of channels.
 
-    uv run examples/new_tokenizer.py                       45 seconds on 2 cores, 97 % of 370 spoken vowels: which of 9 people
+    uv run examples/new_tokenizer.py                       20 seconds on 2 cores, 97 % of 370 spoken vowels: which of 9 people
     uv run examples/new_tokenizer.py --data BasicMotions   also ArrowHead, GunPoint, ItalyPowerDemand, UnitTest
 
 Always naming the commonest speaker gets 24 %. The data come from timeseries.npz in the folder $MULTIMODAL_DATA (../shared/data);
