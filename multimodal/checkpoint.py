@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -170,12 +170,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The text entries of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 def put_weights(model: "Model", weights: dict[str, Tensor], where: Path) -> None:

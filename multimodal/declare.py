@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 
@@ -13,9 +13,6 @@ _defined: dict[str, type["Declared"]] = {}
 
 class Declared:
     """What a checkpoint names and rebuilds. Subclasses are frozen dataclasses of JSON values and other declarations."""
-
-    entry_points: ClassVar[str] = "multimodal.parts"
-    """The packaging entry-point group through which an installed package offers such declarations."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -45,7 +45,6 @@ class Head(Declared, ABC):
     writes: whether the target's tokens follow them in the stream, each seeing those before (teacher forcing).
     """
 
-    entry_points: ClassVar[str] = "multimodal.heads"
     queries: ClassVar[int] = 0
     writes: ClassVar[bool] = False
 

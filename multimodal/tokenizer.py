@@ -53,7 +53,6 @@ class Tokenizer(Declared, ABC):
     """Whether a value is one of a fixed set of classes, or several of them at once: one token says it all."""
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """How much of (time, row, column) counts as one step for the core, in the units of `position_NA`."""
-    entry_points: ClassVar[str] = "multimodal.tokenizers"
     max_tokens: ClassVar[int] = 65536
     """A longer value is refused by name; it is never cut."""
 

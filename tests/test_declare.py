@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import pytest
 
@@ -24,7 +23,6 @@ class Inner(Declared):
 
 @dataclass(frozen=True)
 class Outer(Declared):
-    entry_points: ClassVar[str] = "multimodal.test_parts"
     name: str
     parts: tuple[Inner, ...] = ()
     nested: tuple[tuple[int, ...], ...] = ()
