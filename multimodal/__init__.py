@@ -6,6 +6,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from multimodal.core import Core
     from multimodal.declare import override
+    from multimodal.encoder_decoder import EncoderDecoder
+    from multimodal.generate import (
+        AtLeast,
+        Engine,
+        Greedy,
+        MinP,
+        NoRepeat,
+        OneOf,
+        Only,
+        Piece,
+        Repetition,
+        Sampler,
+        Temperature,
+        TopK,
+        TopP,
+    )
     from multimodal.heads import CTC, Classify, Head, NextToken, Prediction
     from multimodal.masks import Causal, Prefix, Rule, SameSample, SameSegment, Window
     from multimodal.model import Model
@@ -17,6 +33,11 @@ if TYPE_CHECKING:
 _NAMES = {
     "core": ("Core",),
     "declare": ("override",),
+    "encoder_decoder": ("EncoderDecoder",),
+    "generate": (
+        *("AtLeast", "Engine", "Greedy", "MinP", "NoRepeat", "OneOf", "Only", "Piece", "Repetition", "Sampler"),
+        *("Temperature", "TopK", "TopP"),
+    ),
     "heads": ("CTC", "Classify", "Head", "NextToken", "Prediction"),
     "masks": ("Causal", "Prefix", "Rule", "SameSample", "SameSegment", "Window"),
     "model": ("Model",),
@@ -29,30 +50,44 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CTC",
+    "AtLeast",
     "Causal",
     "CheckpointError",
     "Classify",
     "ConfigError",
     "Core",
+    "EncoderDecoder",
+    "Engine",
+    "Greedy",
     "Head",
     "MediaError",
+    "MinP",
     "Model",
     "NextToken",
+    "NoRepeat",
+    "OneOf",
+    "Only",
     "Packer",
+    "Piece",
     "Prediction",
     "Prefix",
     "Recipe",
+    "Repetition",
     "Rule",
     "Run",
     "SameSample",
     "SameSegment",
+    "Sampler",
     "ShapeError",
     "Stream",
     "StreamError",
     "Task",
     "TaskError",
+    "Temperature",
     "Tokenizer",
     "Tokens",
+    "TopK",
+    "TopP",
     "TrainingJob",
     "Window",
     "at_times",

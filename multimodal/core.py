@@ -1,7 +1,7 @@
 """The one transformer: a declaration (`Core`) with presets, and the module it makes (`Transformer`)."""
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,18 @@ class Core(Declared):
         """Make the module, with fresh weights."""
         return Transformer(self)
 
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
+        """Room for decoding `rows` samples of up to `capacity` tokens."""
+        return Cache(
+            layers=self.depth,
+            batch=rows,
+            capacity=capacity,
+            kv_heads=self.groups,
+            head_width=self.head_width,
+            device=device,
+            dtype=dtype,
+        )
+
     def replace(self, **changes) -> Self:
         """A copy with some settings changed."""
         return override(self, **changes)
@@ -130,19 +142,33 @@ class Core(Declared):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), in a core that writes from another's states x + attention(norm(x), states), then x + mlp(norm(x))."""
 
-    def __init__(self, core: Core, drop_path: float) -> None:
+    def __init__(self, core: Core, drop_path: float, *, crosses: bool = False) -> None:
         super().__init__()
         self.norm_attention = RMSNorm(core.width)
         self.attention = Attention(core.width, core.heads, core.groups, core.score, core.qk_norm)
+        if crosses:
+            self.norm_cross = RMSNorm(core.width)
+            self.cross = Attention(core.width, core.heads, core.groups, core.score, core.qk_norm)
         self.norm_mlp = RMSNorm(core.width)
         self.gate_up = nn.Linear(core.width, 2 * core.hidden, bias=False)
         self.down = nn.Linear(core.hidden, core.width, bias=False)
         self.dropout, self.drop_path = core.dropout, drop_path
 
-    def forward(self, stream_TD: Tensor, turns: Tensor, plan: Plan, layer: int, sample_T: Tensor) -> Tensor:
+    def forward(
+        self,
+        stream_TD: Tensor,
+        turns: Tensor,
+        plan: Plan,
+        layer: int,
+        sample_T: Tensor,
+        crossing: "Crossing | None" = None,
+    ) -> Tensor:
         stream_TD = stream_TD + self._drop(self.attention(self.norm_attention(stream_TD), turns, plan, layer), sample_T)
+        if crossing is not None:
+            read_TD = self.cross(self.norm_cross(stream_TD), turns, crossing.plan, layer, crossing.memory)
+            stream_TD = stream_TD + self._drop(read_TD, sample_T)
         gate, up = self.gate_up(self.norm_mlp(stream_TD)).chunk(2, dim=-1)
         return stream_TD + self._drop(self.down(F.silu(gate) * up), sample_T)
 
@@ -157,17 +183,24 @@ class Block(nn.Module):
         return update_TD
 
 
+class Crossing(NamedTuple):
+    """What a core that writes looks at: states (M, D) with their turns, and how."""
+
+    memory: tuple[Tensor, Tensor]
+    plan: Plan
+
+
 class Transformer(nn.Module):
     """The core's weights: reads a stream (T, D) and gives its states (T, D)."""
 
     axis_K: Tensor
     frequency_K: Tensor
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, *, crosses: bool = False) -> None:
         super().__init__()
         self.core = core
         self.blocks = nn.ModuleList(
-            Block(core, core.drop_path * layer / max(core.depth - 1, 1)) for layer in range(core.depth)
+            Block(core, core.drop_path * layer / max(core.depth - 1, 1), crosses=crosses) for layer in range(core.depth)
         )
         self.norm = RMSNorm(core.width)
         axis_K, frequency_K = rotary_frequencies(core.head_width, core.rotary_split, core.rotary_base)
@@ -175,7 +208,7 @@ class Transformer(nn.Module):
         self.register_buffer("frequency_K", frequency_K, persistent=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                last = name.endswith(("attention.out.weight", "down.weight"))
+                last = name.endswith(("attention.out.weight", "cross.out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * core.depth) ** 0.5 if last else 0.02)
 
     def forward(
@@ -186,6 +219,7 @@ class Transformer(nn.Module):
         *,
         cache: Cache | None = None,
         backend: Backend = "auto",
+        crossing: Crossing | None = None,
     ) -> Tensor:
         """States (T, D) of a packed stream; places (T, 3) in steps.
 
@@ -202,7 +236,11 @@ class Transformer(nn.Module):
             else stream_TD.dtype
         )
         plan = plan_attention(self.core.mask, layout, backend=backend, dtype=dtype, cache=cache)
-        turns = rotary_turns(position_TA, self.axis_K, self.frequency_K)
+        turns = self.turns(position_TA)
         for layer, block in enumerate(self.blocks):
-            stream_TD = block(stream_TD, turns, plan, layer, sample_T)
+            stream_TD = block(stream_TD, turns, plan, layer, sample_T, crossing)
         return self.norm(stream_TD)
+
+    def turns(self, position_TA: Tensor) -> Tensor:
+        """How far every pair of a head is turned at these places."""
+        return rotary_turns(position_TA, self.axis_K, self.frequency_K)

@@ -21,7 +21,14 @@ class Prediction:
     value: Any
     confidence: float
     probability: dict[str, float] = field(default_factory=dict, repr=False)
-    complete: bool = True  # False: writing was ended by max_tokens before the head chose to stop
+    ended: str = "stop"  # what ended the writing: stop, stop string, length (this kind has a fixed one), max_tokens
+    tokens: Tokens | None = field(default=None, repr=False, compare=False)  # what was written
+    others: "tuple[Prediction, ...]" = field(default=(), repr=False)  # from the second best on, of a beam search
+
+    @property
+    def complete(self) -> bool:
+        """False: writing was ended by max_tokens before the head chose to stop."""
+        return self.ended != "max_tokens"
 
     def __str__(self) -> str:
         return str(self.value)
@@ -43,10 +50,12 @@ class Head(Declared, ABC):
 
     queries: learned tokens that stand at the start of the written segment; with none, the head reads the context's states.
     writes: whether the target's tokens follow them in the stream, each seeing those before (teacher forcing).
+    continuous: whether what it writes are features, drawn by `draw`, and not ids chosen by their logits.
     """
 
     queries: ClassVar[int] = 0
     writes: ClassVar[bool] = False
+    continuous: ClassVar[bool] = False
 
     @abstractmethod
     def vocab(self, tokenizer: Tokenizer) -> int:
@@ -63,6 +72,28 @@ class Head(Declared, ABC):
     @abstractmethod
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         """Sum of the losses of all real targets, in nats."""
+
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        """The loss from the states; a head whose loss needs more than logits overrides this."""
+        return self.loss(self.logits(readout, state_ND, lengths), lengths, target, target_lengths)
+
+    def draw(
+        self,
+        readout: Readout,
+        state_ND: Tensor,
+        noise_NF: Tensor,
+        *,
+        guide_ND: Tensor | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The next features (N, F) of a continuous head and the logit (N,) of stopping instead; a function of the noise.
+
+        With guide_ND, the states of the same samples without what they read, what is drawn is pushed away from theirs.
+        """
+        raise ConfigError(f"{type(self).__name__} writes no features")
 
     @abstractmethod
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:

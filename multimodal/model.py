@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from multimodal import checkpoint
 from multimodal.attention import Backend, Cache
 from multimodal.core import Core
-from multimodal.generate import write
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
 from multimodal.heads import Head, Prediction, Readout
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Packer, Stream, Task
@@ -33,12 +34,17 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self, tokenizers: Mapping[str, Tokenizer], core: Core, tasks: Sequence[str | Task], *, seed: int = 0
+        self,
+        tokenizers: Mapping[str, Tokenizer],
+        core: Core | EncoderDecoder,
+        tasks: Sequence[str | Task],
+        *,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if isinstance(tasks, (str, Task)):
             tasks = [tasks]
-        if not isinstance(core, Core):
+        if not isinstance(core, (Core, EncoderDecoder)):
             raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
         for name in tokenizers:
             if not name.isidentifier() or not name.isascii() or hasattr(nn.ModuleDict(), name):
@@ -56,8 +62,8 @@ class Model(nn.Module):
         for pattern in self.packer.tasks:
             key, head = self.packer.head_key(pattern), self.packer.head(pattern)
             made_for = heads.setdefault(key, head)
-            if type(made_for) is not type(head) or made_for.vocab(self._written(pattern)) != head.vocab(
-                self._written(pattern)
+            if type(made_for) is not type(head) or made_for.vocab(self._kind_written(pattern)) != head.vocab(
+                self._kind_written(pattern)
             ):
                 raise ConfigError(
                     f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
@@ -65,7 +71,7 @@ class Model(nn.Module):
                 )
             if key not in self.readouts:
                 with _drawn_from(seed, "head", key):
-                    self.readouts[key] = head.readout(core.width, self._written(pattern))
+                    self.readouts[key] = head.readout(core.width, self._kind_written(pattern))
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +82,7 @@ class Model(nn.Module):
         """Tasks by pattern."""
         return self.packer.tasks
 
-    def _written(self, pattern: str) -> Tokenizer:
+    def _kind_written(self, pattern: str) -> Tokenizer:
         return self.packer.tokenizers[self.packer.patterns[pattern].writes.kind]
 
     def readout(self, pattern: str) -> Readout:
@@ -93,15 +99,18 @@ class Model(nn.Module):
             return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
         return self.embeds[kind](content)
 
-    def forward(self, stream: Stream, *, cache: Cache | None = None, backend: Backend = "auto") -> Tensor:
-        """States (T, D) of a packed stream."""
+    def rows(self, stream: Stream) -> Tensor:
+        """The embedded tokens (T, D) of a packed stream: what the core reads."""
         rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
         if rows.shape[0] != len(stream):
             raise StreamError(
                 f"Model: the tokenizers embedded {rows.shape[0]} tokens of {len(stream)}; an embed must give one row a token"
             )
-        stream_TD = rows if stream.order_T is None else rows[stream.order_T]
-        return self.core(stream_TD, stream.position_TA, stream.layout, cache=cache, backend=backend)
+        return rows if stream.order_T is None else rows[stream.order_T]
+
+    def forward(self, stream: Stream, *, cache: Cache | None = None, backend: Backend = "auto") -> Tensor:
+        """States (T, D) of a packed stream."""
+        return self.core(self.rows(stream), stream.position_TA, stream.layout, cache=cache, backend=backend)
 
     def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Logits (rows, V) by task, in the order of `stream.readings`."""
@@ -114,13 +123,14 @@ class Model(nn.Module):
     def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Sum of the losses over all real targets, by task; their number is `stream.readings[task].count`."""
         sums = {}
-        for pattern, logits in self.logits(stream, backend=backend).items():
-            r = stream.readings[pattern]
+        state_TD = self(stream, backend=backend)
+        for pattern, r in stream.readings.items():
             if r.target is None:
                 raise StreamError(
                     f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
                 )
-            sums[pattern] = self.packer.head(pattern).loss(logits, r.lengths, r.target, r.target_lengths)
+            head, readout = self.packer.head(pattern), self.readout(pattern)
+            sums[pattern] = head.state_loss(readout, state_TD[r.row_N], r.lengths, r.target, r.target_lengths)
         return sums
 
     def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
@@ -149,7 +159,7 @@ class Model(nn.Module):
             for start in range(0, len(samples), batch):
                 stream = self.pack(task, samples[start : start + batch], answers=False, first=start)
                 r = stream.readings[task]
-                found = self.packer.head(task).answer(self.logits(stream)[task], r.lengths, self._written(task))
+                found = self.packer.head(task).answer(self.logits(stream)[task], r.lengths, self._kind_written(task))
                 for index, answer in zip(r.samples, found, strict=True):
                     answers[start + index] = answer
         return answers
@@ -160,25 +170,90 @@ class Model(nn.Module):
         samples: Sequence[Sample] | None = None,
         *,
         max_tokens: int = 256,
-        temperature: float = 0.0,
+        sampler: Sampler | None = None,
+        temperature: float | None = None,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        guidance: float = 1.0,
+        stop: str | Sequence[str] = (),
+        begin: Any = None,
         seed: int = 0,
+        prefix: Prefix | None = None,
         batch: int = 64,
         **fields: Any,
     ) -> Any:
-        """Write an answer token by token; temperature 0 takes the likeliest each time. One answer, or a list for a list."""
+        """Write an answer token by token. One answer, or a list for a list of samples, each as if it were alone.
+
+        The likeliest token is taken each time, unless a sampler or a temperature above 0 says otherwise (for kinds that are
+        features temperature scales the noise they are drawn from, 1 unless given).
+        beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
+        others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
+        2022). stop: texts that end a text, and are not part of it. begin: a value that the answer begins with.
+        seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
+
+        Raises:
+            ConfigError: options that do not fit the task. StreamError: a sampler that leaves no candidate.
+        """
+        options = {
+            k: v for k, v in locals().items() if k not in ("self", "task", "samples", "prefix", "batch", "fields")
+        }
         if samples is None:
-            return self.generate(task, [fields], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
+            return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
             return self.predict(task, samples, batch=batch)
-        answers: list[Prediction] = []
-        with self.resting():
-            for start in range(0, len(samples), batch):
-                part = samples[start : start + batch]
-                answers += write(
-                    self, task, part, max_tokens=max_tokens, temperature=temperature, seed=seed + start, first=start
-                )
-        return answers
+        found: dict[int, Prediction] = {}
+        for piece in self._written(task, samples, prefix, batch, options):
+            if piece.prediction is not None:
+                found[piece.ticket] = piece.prediction
+        return [found[i] for i in range(len(samples))]
+
+    def stream(
+        self,
+        task: str,
+        samples: Sequence[Sample] | None = None,
+        *,
+        prefix: Prefix | None = None,
+        batch: int = 64,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Write like `generate`, telling each piece as soon as it is sure; options are those of `generate`, or the sample's fields.
+
+        A piece says by its `ticket` which sample it is of; the texts of a sample's pieces together are its answer, and its last
+        piece carries the whole `prediction`.
+        """
+        self.packer.check_task(task)
+        names = {field.name for field in self.packer.patterns[task].reads}
+        fields = {name: options.pop(name) for name in names & set(options)}
+        samples = [fields] if samples is None else self._check_call(task, samples, fields, batch)
+        return self._written(task, samples, prefix, batch, options)
+
+    def read(self, task: str, **fields: Any) -> Prefix:
+        """Read the first fields of a task once, to be given to `generate` or `stream` as `prefix` with many different others.
+
+        Raises:
+            ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
+        """
+        return read_prefix(self, task, fields)
+
+    def _written(
+        self, task: str, samples: Sequence[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
+    ) -> Iterator[Piece]:
+        seed = options.get("seed", 0)
+        answers = [
+            request(self.packer, task, sample, f"sample {i}", prefix, {**options, "seed": seed + i})
+            for i, sample in enumerate(samples)
+        ]
+        if not answers:
+            return
+        rows = min(max(batch, max(a.width for a in answers)), sum(a.width for a in answers))
+        engine = Engine(self, rows=rows, capacity=max(a.prompt + a.limit for a in answers) + 1)
+        for answer in answers:
+            engine.enter(answer)
+        for piece in engine.run():
+            if piece.error is not None:
+                raise piece.error
+            yield piece
 
     def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Sequence[Sample]:
         self.packer.check_task(task)

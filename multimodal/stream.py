@@ -112,12 +112,12 @@ class _Sample:
     span: Span
 
 
-def _span(segments: list[_Segment]) -> Span:
+def _span(segments: list[_Segment], read: int) -> Span:
     total = sum(len(s.tokens) for s in segments)
     free = next((i for i, s in enumerate(segments) if not s.free), len(segments))
     if any(s.free for s in segments[free:]):
-        return Span(-1, total)
-    return Span(sum(len(s.tokens) for s in segments[:free]), total)
+        return Span(-1, total, read)
+    return Span(sum(len(s.tokens) for s in segments[:free]), total, read)
 
 
 class Packer:
@@ -169,10 +169,13 @@ class Packer:
         *,
         answers: bool = True,
         names: Sequence[str] | None = None,
+        begun: Sequence[Any] | None = None,
     ) -> Stream:
         """Pack a batch; with answers=False nothing is written yet (prediction, the prompt of generation).
 
-        names: what errors call each sample; "sample 0", "sample 1", .. unless given.
+        A field may also be given as the Tokens that its tokenizer made of it. names: what errors call each sample; "sample 0",
+        "sample 1", .. unless given. begun: for each sample the beginning of its answer, if that much is written already (None:
+        nothing is), which the reading's last row of the sample then continues.
 
         Raises:
             TaskError: an unknown task or a missing field.
@@ -182,44 +185,87 @@ class Packer:
         if not batch:
             raise StreamError("Packer: the batch is empty")
         names = names or [f"sample {i}" for i in range(len(batch))]
-        samples = [self._sample(i, names[i], pattern, sample, answers) for i, (pattern, sample) in enumerate(batch)]
+        started = begun or [None] * len(batch)
+        samples = [
+            self._sample(i, names[i], pattern, sample, answers, started[i]) for i, (pattern, sample) in enumerate(batch)
+        ]
         samples.sort(key=lambda s: s.span)  # equal shapes side by side: they run as one batch of the fused kernel
         return self._lay(samples, answers)
 
-    def _sample(self, index: int, name: str, pattern_text: str, values: Mapping[str, Any], answers: bool) -> _Sample:
+    def _sample(
+        self, index: int, name: str, pattern_text: str, values: Mapping[str, Any], answers: bool, begun: Any = None
+    ) -> _Sample:
         self.check_task(pattern_text)
         pattern, head = self.patterns[pattern_text], self.head(pattern_text)
         pattern.check_sample(values, answers)
-        segments = []
-        for field in pattern.reads:
-            if values[field.name] is not None:
-                tokenizer = self.tokenizers[field.kind]
-                tokens = self._encode(tokenizer, values[field.name], name, pattern_text, field.name)
-                segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+        segments = self._read(pattern, self.encoded(pattern_text, values, name))
         context = sum(len(s.tokens) for s in segments)
-        if pattern.reads and not context:
-            raise StreamError(f"{name} of task {pattern_text!r}: every field that is read is None; give at least one")
+        if pattern.reads and not context and not head.writes:
+            raise StreamError(
+                f"{name} of task {pattern_text!r}: every field that is read is None; give at least one, "
+                f"as {type(head).__name__} answers only from what was read"
+            )
         if head.queries:
             query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
             segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
         target = None
         if answers:
-            tokenizer = self.tokenizers[pattern.writes.kind]
-            tokens = self._encode(tokenizer, values[pattern.answer], name, pattern_text, pattern.answer)
+            kind, where = pattern.writes.kind, f"{name} of task {pattern_text!r}"
+            tokenizer = self.tokenizers[kind]
+            tokens = self.encode(kind, values[pattern.answer], where, pattern.answer)
             try:
                 target = head.target(tokens, context, tokenizer)
             except StreamError as error:
-                raise StreamError(f"{name} of task {pattern_text!r}: {error}") from None
+                raise StreamError(f"{where}: {error}") from None
             if head.writes:
                 segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        return _Sample(index, pattern_text, segments, context, target, _span(segments))
+        elif begun is not None:
+            if not head.writes:
+                raise TaskError(
+                    f"task {pattern_text!r}: {type(head).__name__} answers at once; nothing can be begun for it"
+                )
+            tokenizer = self.tokenizers[pattern.writes.kind]
+            tokens = self.encode(
+                pattern.writes.kind, begun, f"{name} of task {pattern_text!r}", f"begin ({pattern.answer})"
+            )
+            segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
+        return _Sample(index, pattern_text, segments, context, target, _span(segments, context))
 
-    @staticmethod
-    def _encode(tokenizer: Tokenizer, value: Any, sample: str, pattern: str, name: str) -> Tokens:
+    def _read(self, pattern: Pattern, encoded: Mapping[str, Tokens | None]) -> list[_Segment]:
+        """The segments of what is read; fields that are None, or are not given, are left out."""
+        segments = []
+        for field in pattern.reads:
+            tokens, tokenizer = encoded.get(field.name), self.tokenizers[field.kind]
+            if tokens is not None:
+                segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+        return segments
+
+    def encoded(self, pattern_text: str, values: Mapping[str, Any], name: str) -> dict[str, Tokens | None]:
+        """The tokens of every field that a task reads."""
+        where = f"{name} of task {pattern_text!r}"
+        return {
+            field.name: None
+            if values[field.name] is None
+            else self.encode(field.kind, values[field.name], where, field.name)
+            for field in self.patterns[pattern_text].reads
+        }
+
+    def encode(self, kind: str, value: Any, where: str, name: str) -> Tokens:
+        """The tokens of one value of one field; a MediaError says where it stands."""
+        if isinstance(value, Tokens):
+            return value
         try:
-            return tokenizer(value)
+            return self.tokenizers[kind](value)
         except ValueError as error:
-            raise MediaError(f"{sample} of task {pattern!r}, field {name!r}: {error}") from error
+            raise MediaError(f"{where}, field {name!r}: {error}") from error
+
+    def prompt(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Stream:
+        """A stream of one sample that holds some fields of a task and nothing to be written."""
+        segments = self._read(self.patterns[pattern_text], encoded)
+        context = sum(len(s.tokens) for s in segments)
+        if not context:
+            raise StreamError(f"task {pattern_text!r}: there is nothing to read, as every field is None")
+        return self._lay([_Sample(0, "", segments, context, None, _span(segments, context))], False)
 
     def _lay(self, samples: list[_Sample], answers: bool) -> Stream:
         segments = [segment for sample in samples for segment in sample.segments]

@@ -51,6 +51,10 @@ class Tokenizer(Declared, ABC):
     """Whether a token that is read sees only what came before it (written tokens always do)."""
     classes: bool = False
     """Whether a value is one of a fixed set of classes, or several of them at once: one token says it all."""
+    text: bool = False
+    """Whether values are text (str), so that they can be told piece by piece while they are written."""
+    length: int | None = None
+    """How many tokens every value that is written has; None: as many as the head writes before it stops."""
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """How much of (time, row, column) counts as one step for the core, in the units of `position_NA`."""
     max_tokens: ClassVar[int] = 65536
@@ -63,6 +67,15 @@ class Tokenizer(Declared, ABC):
     def decode(self, tokens: Tokens) -> Any:
         """Turn tokens back into a value, if this kind can be written."""
         raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
+
+    @property
+    def written_features(self) -> int | None:
+        """How many of the features are written, the first so many; the others follow from the place (see `fed_back`)."""
+        return self.feature_size
+
+    def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
+        """Content (N, F) of tokens whose written features have just been drawn, as `encode` would give it; places as there."""
+        return features_NF
 
     def picture(self, tokens: Tokens) -> Tensor | None:
         """What people look at: (Y, X, C) in 0..1 that the tokens tile, by rows and columns or along time; None: nothing to see."""

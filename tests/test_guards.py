@@ -29,10 +29,11 @@ LAYERS = (
     {"shapes", "declare"},
     {"tokenizer", "masks", "positions", "norm", "media"},
     {"attention"},
-    {"core", "heads", "task"},
+    {"core", "encoder_decoder", "heads", "task"},
+    {"flow"},
     {"stream"},
     {"checkpoint", "generate", "model", "data"},
-    {"train", "look", "pretrained", "serve"},
+    {"train", "look", "transcribe", "pretrained", "serve"},
     {"verify", "conformance"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},

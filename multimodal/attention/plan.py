@@ -6,44 +6,19 @@ varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the defau
 flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
+from multimodal.attention.kept import AppendPlan, FillingPlan, StepPlan
+from multimodal.attention.layout import Layout, Plan, sdpa
 from multimodal.masks import LAW, PREFIX_LM, Places, Rule
 from multimodal.shapes import ConfigError, did_you_mean
 
 BACKENDS = ("auto", "dense", "runs", "varlen", "flex")
-
-
-class Span(NamedTuple):
-    """One sample of a pack: its tokens, and how many at its start are read freely (-1: not only at its start)."""
-
-    free: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Who lies where in a stream: spans on the host, places (T,) on the device."""
-
-    spans: tuple[Span, ...]
-    places: Places
-
-
-class Plan(ABC):
-    """One way to attend a stream."""
-
-    @abstractmethod
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
-        """The read of every query: (T, H, K)."""
 
 
 Backend = str | Callable[[Rule, Layout], Plan]
@@ -60,15 +35,19 @@ def plan_attention(
 ) -> Plan:
     """Choose how to attend this stream.
 
-    With a cache whose samples are empty the stream is a prompt and fills it; otherwise it holds one new token a sample.
+    With a cache whose rows are empty the stream is a prompt and fills them; otherwise it holds new tokens, any number a sample.
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run this rule here.
+        StreamError: new tokens that those in the cache would have had to see.
     """
     if rule != PREFIX_LM:
         rule = LAW & rule  # packing and the order of writing are not for a rule to give away
-    if cache is not None and any(cache.length):
-        return _CachedPlan(rule, layout, cache)
+    if cache is not None:
+        rows = list(cache.rows[: len(layout.spans)])
+        if any(cache.length[row] for row in rows):
+            single = all(span.total == 1 for span in layout.spans) and rows == list(range(rows[0], rows[0] + len(rows)))
+            return (StepPlan if single else AppendPlan)(rule, layout, cache)
     device = layout.places.sample.device
     if backend == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
@@ -79,21 +58,11 @@ def plan_attention(
             f"attention backend {backend!r} is unknown; there are {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
         )
     plan = (_PLANS[backend] if isinstance(backend, str) else backend)(rule, layout)
-    return plan if cache is None else _FillingPlan(plan, layout, cache)
+    return plan if cache is None else FillingPlan(plan, layout, cache)
 
 
 def _is_prefix_lm(rule: Rule, layout: Layout) -> bool:
     return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)
-
-
-def _sdpa(
-    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
 
 
 class DensePlan(Plan):
@@ -147,7 +116,7 @@ class _RunsPlan(Plan):
         out = []
         for (count, causal, mask), q, k, v in zip(self.runs, *parts, strict=True):
             q_BTHK, k_BMGK, v_BMGK = (x.view(count, -1, *x.shape[1:]) for x in (q, k, v))
-            read = _sdpa(q_BTHK, k_BMGK, v_BMGK, scale, mask, causal)
+            read = sdpa(q_BTHK, k_BMGK, v_BMGK, scale, mask, causal)
             out.append(read.reshape(q.shape))
         return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -251,44 +220,6 @@ class _FlexPlan(Plan):
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
         out = self.flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1)
-
-
-class _FillingPlan(Plan):
-    """A prompt: attend it by another plan and keep its keys and values."""
-
-    def __init__(self, inner: Plan, layout: Layout, cache: Cache) -> None:
-        cache.reserve([span.total for span in layout.spans])
-        self.inner, self.cache, self.places = inner, cache, layout.places
-        where = (layout.places.sample.long(), layout.places.order.long())
-        self.where = where
-        cache.free_BM[where] = layout.places.free.to(cache.free_BM.dtype)
-        cache.segment_BM[where] = layout.places.segment.to(cache.segment_BM.dtype)
-
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
-        self.cache.write(layer, *self.where, k_TGK, v_TGK)
-        return self.inner.attend(q_THK, k_TGK, v_TGK, scale, layer)
-
-
-class _CachedPlan(Plan):
-    """One new token a sample, against everything that sample has in the cache."""
-
-    def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
-        places = layout.places
-        self.cache = cache
-        self.where = (places.sample.long(), places.order.long())
-        cache.segment_BM[self.where] = places.segment.to(cache.segment_BM.dtype)
-        cache.reserve([1] * len(layout.spans))
-        self.longest = max(cache.length)
-        order_M = torch.arange(self.longest, device=places.order.device)
-        q = places[:, None]
-        k = Places(q.sample, order_M, cache.free_BM[:, : self.longest], cache.segment_BM[:, : self.longest])
-        self.mask = (rule.allows(q, k) & (order_M <= q.order))[:, None, None]
-
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
-        self.cache.write(layer, *self.where, k_TGK, v_TGK)
-        k_BMGK = self.cache.k_LBMGK[layer, :, : self.longest]
-        v_BMGK = self.cache.v_LBMGK[layer, :, : self.longest]
-        return _sdpa(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, scale, self.mask)[:, 0]
 
 
 _PLANS: dict[str, Callable[[Rule, Layout], Plan]] = {

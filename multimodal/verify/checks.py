@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Backend
+from multimodal.generate import Engine, Greedy, Sampler, request
+from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample
 from multimodal.stream import Packer
@@ -202,8 +204,9 @@ def _logits(
 
 def _row(subject: _Subject, check: str, ours: list[Tensor], wanted: list[Tensor]) -> Row:
     fits = all(a.shape == b.shape for a, b in zip(ours, wanted, strict=True))
-    gap = torch.stack([(a - b).abs().max() for a, b in zip(ours, wanted, strict=True)]).max() if fits else torch.inf
-    largest = max(float(x.abs().max()) for x in wanted)
+    known = [(a[~torch.isneginf(b)], b[~torch.isneginf(b)]) for a, b in zip(ours, wanted, strict=True)] if fits else []
+    gap = torch.stack([(a - b).abs().max() for a, b in known]).max() if fits else torch.inf
+    largest = max(float(x.nan_to_num(neginf=0.0).abs().max()) for x in wanted)
     return Row(subject.name, check, float(gap), TOLERANCE * max(1.0, largest))
 
 
@@ -211,28 +214,44 @@ def _same(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(np.all(a == b))
 
 
+class _Watched(Sampler):
+    """Greedy, keeping the log-probabilities it chose by."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        self.seen.append(logits_BV[0].clone())
+        return Greedy()(logits_BV, written)
+
+
 def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[tuple[tuple[int, ...], Tensor]]:
-    """The ids that `generate` writes for each sample, and the logits it chose them and the end by: (ids + 1, V)."""
-    steps: list[Tensor] = []
-    watch = model.readout(task).linear.register_forward_hook(lambda module, inputs, out: steps.append(out.float()))
-    try:
-        answers = model.generate(task, samples, max_tokens=WRITTEN)
-    finally:
-        watch.remove()
-    rows = model.pack(task, samples, answers=False).readings[task].samples
-    logits = torch.stack(steps)
-    return [
-        (answer.value, logits[: len(answer.value) + 1, rows.index(sample)]) for sample, answer in enumerate(answers)
+    """The ids written for each sample, all at once, and the log-probabilities (ids + 1, V) they and the end were chosen by."""
+    asked = [
+        request(model.packer, task, sample, f"sample {i}", None, {"max_tokens": WRITTEN, "sampler": _Watched()})
+        for i, sample in enumerate(samples)
     ]
+    engine = Engine(model, rows=len(asked), capacity=max(a.prompt + a.limit for a in asked) + 1)
+    for answer in asked:
+        engine.enter(answer)
+    for piece in engine.run():
+        if piece.error is not None:
+            raise piece.error
+    watched = [answer.options.sampler for answer in asked]
+    return [(tuple(a.ids), torch.stack(w.seen)) for a, w in zip(asked, watched, strict=True) if isinstance(w, _Watched)]
 
 
 def _read_again(model: Model, task: str, sample: Sample, ids: tuple[int, ...], backend: Backend) -> Tensor:
-    """Logits (ids + 1, V) of a written answer in one pass without a cache."""
+    """Log-probabilities (ids + 1, V) of a written answer in one pass without a cache."""
     pattern = model.packer.patterns[task]
     tokenizer = model.packer.tokenizers[pattern.writes.kind]
-    answer = Tokens(torch.tensor(ids, dtype=torch.long), tokenizer.places(len(ids)))
-    stream = model.pack(task, [{**sample, pattern.answer: answer}], answers=bool(ids))
-    return model.logits(stream, backend=backend)[task].float()
+    begun = Tokens(torch.tensor(ids), tokenizer.places(len(ids))) if ids else None
+    stream = model.packer([(task, sample)], answers=False, begun=[begun]).to(model.device)
+    log_p_NV = model.logits(stream, backend=backend)[task].float().log_softmax(-1)
+    if tokenizer.length is not None:  # a kind of a fixed length neither stops before it nor chooses at its end
+        log_p_NV = log_p_NV[: len(ids)].clone()
+        log_p_NV[:, -1] = float("-inf")
+    return log_p_NV.cpu()
 
 
 def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backend) -> list[float]:

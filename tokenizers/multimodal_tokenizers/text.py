@@ -38,6 +38,7 @@ class TextBytes(Tokenizer):
 
     causal: bool = False
     vocab_size = 256
+    text = True
 
     def encode(self, value: Any) -> Tokens:
         return _tokens(list(_checked(value, "TextBytes").encode("utf-8")))
@@ -56,6 +57,7 @@ class TextBPE(Tokenizer):
 
     spec: str = field(repr=False)  # the whole text of tokenizer.json
     causal: bool = False
+    text = True
 
     def __post_init__(self) -> None:
         _hf_from(self.spec)  # complain now, not at the first text

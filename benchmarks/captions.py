@@ -1,0 +1,212 @@
+"""Captions of Flickr8k photos, from scratch: one model reads photos and learns to write from more captions without photos.
+
+    uv run benchmarks/captions.py --folder RUN           about 23 CPU-minutes on one thread
+
+The data are flickr8k.zip (5,000 photos to train on, 242 to score, five captions each) and captions_en.txt.gz in the folder
+MULTIMODAL_DATA (default ../shared/data). The 145,000 captions are those of Multi30k's training photos; the scored photos are
+Multi30k *validation* photos, and none of them looks like a training photo, so nothing that is scored was seen.
+--score FOLDER scores a kept run; --picture FILE draws some photos with what was written.
+"""
+
+import argparse
+import gzip
+import io
+import json
+import os
+import re
+import textwrap
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from captions_score import Cider, scores
+from PIL import Image
+
+from multimodal import Core, Model, NextToken, Recipe, Task, fit
+from multimodal_tokenizers import ImagePatches, TextBPE
+
+DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
+TASK, BLIND = "image -> text", "-> text"
+SIDE = 96  # pixels a photo is read at, of the 128 it is kept at
+LEAST = 0.75  # of the side of a photo that a random crop shows
+MORE = 0.5  # captions without a photo for each one with
+MIRRORED = {"left": "right", "right": "left"}
+
+
+def plain(caption: str) -> str:
+    """Lower case, letters and digits only, as usual on this set."""
+    return " ".join(re.sub("[^a-z0-9]+", " ", caption.lower()).split())
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photos (128, 128, 3) uint8 with their captions; as training samples, each caption with a random crop, mirrored or not."""
+
+    images: Sequence[np.ndarray]
+    captions: Sequence[Sequence[str]]
+
+    @classmethod
+    def read(cls, split: str) -> "Photos":
+        """The photos of "train" or "val"."""
+        with zipfile.ZipFile(DATA / "flickr8k.zip") as archive:
+            rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf-8").split("\n") if line]
+            rows = [row for row in rows if row["split"] == split]
+            images = [np.asarray(Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGB")) for row in rows]
+        return cls(images, [[plain(caption) for caption in row["en"]] for row in rows])
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, str]]:
+        """Every caption with its photo's number."""
+        return [(i, caption) for i, captions in enumerate(self.captions) for caption in captions]
+
+    @property
+    def sentences(self) -> list[str]:
+        return [caption for _, caption in self.pairs]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        photo, text = self.pairs[index]
+        image = Image.fromarray(self.images[photo])
+        width, height = np.random.uniform(LEAST, 1, 2) * image.size
+        x, y = np.random.uniform(0, 1, 2) * (image.width - width, image.height - height)
+        image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (x, y, x + width, y + height))
+        if np.random.rand() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            text = " ".join(MIRRORED.get(word, word) for word in text.split())
+        return {"image": image, "text": text}
+
+    def whole(self) -> list[dict[str, Any]]:
+        """Samples without captions: every photo once, uncut."""
+        return [{"image": Image.fromarray(i).resize((SIDE, SIDE), Image.Resampling.BILINEAR)} for i in self.images]
+
+
+def other_captions() -> list[str]:
+    """145,000 captions of Multi30k's training photos."""
+    with gzip.open(DATA / "captions_en.txt.gz", "rt", encoding="utf-8") as file:
+        return [text for line in file if (text := plain(line))]
+
+
+def train(photos: Photos, folder: Path, recipe: Recipe) -> None:
+    """Two models with the same core: one reads the photos; the blind one gets half as many steps, having less to learn."""
+    text = TextBPE.train(photos.sentences, vocab_size=3000)
+    tokenizers = {"image": ImagePatches(patch=16, mean=0.45, std=0.27), "text": text}
+    core = Core(width=192, depth=4, heads=4, dropout=0.15)
+    head = NextToken(label_smoothing=0.1)
+    others = other_captions()
+    alone = [{"text": caption} for caption in others]
+    model = Model(tokenizers, core, [Task(TASK, head), Task(BLIND, head, weight=MORE)], seed=recipe.seed)
+    start, mix = time.process_time(), {TASK: 1, BLIND: MORE}
+    fit(model, {TASK: photos, BLIND: alone}, recipe, mix=mix, folder=folder / "photos", resume=True)
+    print(f"{model.report()}\nwith photos: {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    start, steps = time.process_time(), recipe.steps // 2
+    times = round(len(others) / len(photos) / MORE)  # so that blind captions come in the same mix
+    alone += [{"text": caption} for caption in photos.sentences] * times
+    model = Model({"text": text}, core, [Task(BLIND, head)], seed=recipe.seed)
+    fit(model, {BLIND: alone}, recipe, folder=folder / "blind", resume=True, steps=steps)
+    print(f"blind: {(time.process_time() - start) / 60:.1f} CPU-minutes")
+
+
+def written(model: Model, photos: Photos) -> list[str]:
+    """The model's captions."""
+    return [str(answer) for answer in model.generate(TASK, photos.whole(), max_tokens=40)]
+
+
+def thumbnails(photos: Photos) -> np.ndarray:
+    """8 x 8 mean colours."""
+    return np.stack([image.reshape(8, 16, 8, 16, 3).mean((1, 3)).ravel() for image in photos.images])
+
+
+def histograms(photos: Photos) -> np.ndarray:
+    """Roots of the shares of 8 x 8 x 8 colours: their distance is Hellinger's."""
+    colours = [(image // 32 @ np.array([64, 8, 1])).ravel() for image in photos.images]
+    return np.sqrt([np.bincount(colour, minlength=512) / colour.size for colour in colours])
+
+
+def neighbours(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """The nearest training row of every test row."""
+    return ((train**2).sum(1) - 2 * test @ train.T).argmin(1)
+
+
+def answers(folder: Path, train: Photos, test: Photos) -> dict[str, list[str]]:
+    """What everybody writes under the test photos, ours first."""
+    model = Model.load(folder / "photos" / "model")
+    ours = written(model, test)
+    blind, unseen = (
+        str(m.generate(BLIND, [{}], max_tokens=40)[0]) for m in (Model.load(folder / "blind" / "model"), model)
+    )
+    cider = Cider(train.captions)
+    consensual = cider.consensual(dict.fromkeys(train.sentences), train.sentences)
+    print(f"blind: {blind}\nours, without a photo: {unseen}\nmost consensual training caption: {consensual}")
+    found = {
+        "ours, greedy": ours,
+        "ours, of the next photo": ours[1:] + ours[:1],
+        "ours, without a photo": [unseen] * len(ours),
+        "blind, greedy": [blind] * len(ours),
+        "most consensual caption": [consensual] * len(ours),
+    }
+    best = [cider.consensual(captions, captions) for captions in train.captions]
+    for name, features in (("thumbnail", thumbnails), ("histogram", histograms)):
+        found[f"nearest {name}"] = [best[i] for i in neighbours(features(train), features(test))]
+    return found
+
+
+def draw(photos: Photos, captions: Sequence[str], path: Path) -> None:
+    """Photos with captions, two rows."""
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+
+    figure: Figure = pyplot.figure(figsize=(14, 8))
+    for place, (image, caption) in enumerate(zip(photos.images, captions, strict=False), start=1):
+        axes = figure.add_subplot(2, 4, place)
+        axes.imshow(image)
+        axes.set_axis_off()
+        axes.set_title(textwrap.fill(caption, 40), fontsize=11)
+        if place == 8:
+            break
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("captions_run"))
+    parser.add_argument("--score", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    photos, test = Photos.read("train"), Photos.read("val")
+    if not args.score:
+        recipe = Recipe(
+            steps=args.steps,
+            batch=96,
+            lr=3e-3,
+            optimizer="muon",
+            ema=0.995,
+            warmup=0.1,
+            checkpoint_every=100,
+            seed=args.seed,
+        )
+        train(photos, args.folder, recipe)
+    found = answers(args.score or args.folder, photos, test)
+    for name, captions in found.items():
+        print(f"{name:<26}", "  ".join(f"{key} {value:.2f}" for key, value in scores(captions, test.captions).items()))
+    ours = next(iter(found.values()))
+    every = len(ours) // 8
+    for captions, caption in list(zip(test.captions, ours, strict=True))[::every][:8]:
+        print(f"  {caption}\n  ~ {captions[0]}")
+    if args.picture:
+        draw(Photos(test.images[::every], []), ours[::every], args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Attending with a cache: a prompt that fills it, one new token a sample, and any number of new tokens a sample."""
+
+import torch
+from torch import Tensor
+
+from multimodal.attention.cache import Cache
+from multimodal.attention.layout import Layout, Plan, sdpa
+from multimodal.masks import Places, Rule
+from multimodal.shapes import StreamError
+
+
+class FillingPlan(Plan):
+    """A prompt: attend it by another plan and keep its keys and values."""
+
+    def __init__(self, inner: Plan, layout: Layout, cache: Cache) -> None:
+        self.inner, self.cache = inner, cache
+        self.where = reserved(layout, cache)
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        self.cache.write(layer, *self.where, k_TGK, v_TGK)
+        return self.inner.attend(q_THK, k_TGK, v_TGK, scale, layer)
+
+
+def reserved(layout: Layout, cache: Cache) -> tuple[Tensor, Tensor]:
+    """Make room for a stream's tokens and note what rules ask of them: their (row, order) in the cache."""
+    cache.reserve([span.total for span in layout.spans])
+    where = (cache.row_index(layout.places.sample), layout.places.order.long())
+    cache.free_BM[where] = layout.places.free.to(cache.free_BM.dtype)
+    cache.segment_BM[where] = layout.places.segment.to(cache.segment_BM.dtype)
+    return where
+
+
+class StepPlan(Plan):
+    """One new token a sample, in neighbouring rows, against everything that each row holds: one call, no copy of the cache."""
+
+    def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
+        places = layout.places
+        self.cache = cache
+        self.where = reserved(layout, cache)
+        first = cache.rows[0]
+        rows = slice(first, first + len(layout.spans))
+        self.window = (rows, slice(0, max(cache.length[rows])))
+        order_M = torch.arange(self.window[1].stop, device=places.order.device)
+        q = places[:, None]
+        k = Places(q.sample, order_M, cache.free_BM[self.window], cache.segment_BM[self.window])
+        self.mask = (rule.allows(q, k) & (order_M <= q.order))[:, None, None]
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        self.cache.write(layer, *self.where, k_TGK, v_TGK)
+        k_BMGK, v_BMGK = self.cache.k_LBMGK[layer][self.window], self.cache.v_LBMGK[layer][self.window]
+        return sdpa(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, scale, self.mask)[:, 0]
+
+
+class AppendPlan(Plan):
+    """Any number of new tokens a sample, against what its row holds and each other; sample after sample."""
+
+    def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
+        self.cache = cache
+        held = [cache.length[row] for row in cache.rows[: len(layout.spans)]]
+        self.where = reserved(layout, cache)
+        self.sizes = [span.total for span in layout.spans]
+        self.parts: list[tuple[int, int, Tensor]] = []
+        start = 0
+        for row, before, size in zip(cache.rows, held, self.sizes, strict=False):
+            new = layout.places[start : start + size]
+            total = before + size
+            order_M = torch.arange(total, dtype=new.order.dtype, device=new.order.device)
+            every = Places(new.sample[:1], order_M, cache.free_BM[row, :total], cache.segment_BM[row, :total])
+            if before and rule.allows(every[:before][:, None], new[None]).any():
+                raise StreamError(
+                    f"sample {row} has {before} tokens in the cache that would have had to see the {size} new ones; what is read "
+                    "piece by piece must not be looked ahead at: let its kind be causal, or use a rule such as Chunked"
+                )
+            self.parts.append((row, total, rule.allows(new[:, None], every[None])))
+            start += size
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+        self.cache.write(layer, *self.where, k_TGK, v_TGK)
+        out = []
+        for (row, total, mask_TM), q in zip(self.parts, q_THK.split(self.sizes), strict=True):
+            k_MGK, v_MGK = self.cache.k_LBMGK[layer, row, :total], self.cache.v_LBMGK[layer, row, :total]
+            out.append(sdpa(q[None].to(k_MGK.dtype), k_MGK[None], v_MGK[None], scale, mask_TM)[0])
+        return torch.cat(out)

@@ -1,0 +1,158 @@
+"""Two cores in the place of one: the first reads, the second writes and looks at what the first read.
+
+    stream = [ read | written ]  --reader-->  states of what is read
+                     \\------------writer (cross-attention)-->  states of what is written
+
+The blocks, the stream, the tasks and the heads are those of the single core; only the core's declaration differs.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.attention import Backend, Cache, Layout, Span, plan_cross_attention
+from multimodal.core import Core, Crossing, Transformer
+from multimodal.declare import Declared, override
+from multimodal.masks import Places
+from multimodal.norm import RMSNorm
+from multimodal.shapes import ConfigError, StreamError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoder(Declared):
+    """Reads with one core and writes with another (Vaswani et al. 2017), in the place of a `Core`.
+
+    What a task reads goes through `reader`, what it writes (from the head's learned start on) through `writer`, which looks at
+    all that its sample read. The writer counts places from its own start.
+    """
+
+    reader: Core
+    writer: Core
+
+    def __post_init__(self) -> None:
+        if self.reader.width != self.writer.width:
+            raise ConfigError(
+                f"EncoderDecoder: reader has width={self.reader.width} and writer width={self.writer.width}; "
+                "the tokenizers feed both, so make them equal"
+            )
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.writer.width
+
+    @property
+    def depth(self) -> int:
+        """L of the core that writes, whose caches decoding keeps."""
+        return self.writer.depth
+
+    @property
+    def mask(self):
+        """The rule under which reading happens."""
+        return self.reader.mask
+
+    @property
+    def parameters(self) -> int:
+        """Exact number of parameters of both cores."""
+        w = self.writer
+        cross = w.width * w.head_width * (2 * w.heads + 2 * w.groups) + w.width + (2 * w.head_width if w.qk_norm else 0)
+        return self.reader.parameters + w.parameters + w.depth * cross
+
+    def build(self) -> "TwoCores":
+        """Make the module, with fresh weights."""
+        return TwoCores(self)
+
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
+        """Room for decoding: what is written and, as its memory, what was read; up to `capacity` tokens each."""
+        kept = self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype)
+        kept.memory = self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype)
+        return kept
+
+    def replace(self, **changes) -> Self:
+        """A copy with some settings changed."""
+        return override(self, **changes)
+
+
+class TwoCores(nn.Module):
+    """The weights of an `EncoderDecoder`."""
+
+    def __init__(self, core: EncoderDecoder) -> None:
+        super().__init__()
+        self.core = core
+        self.reader = Transformer(core.reader)
+        self.writer = Transformer(core.writer, crosses=True)
+
+    @property
+    def norm(self) -> RMSNorm:
+        """The last norm."""
+        return self.writer.norm
+
+    def forward(
+        self,
+        stream_TD: Tensor,
+        position_TA: Tensor,
+        layout: Layout,
+        *,
+        cache: Cache | None = None,
+        backend: Backend = "auto",
+    ) -> Tensor:
+        """States (T, D) of a packed stream, read and written rows in their places; with a cache that holds a prompt, of one
+        newly written token a sample.
+
+        Raises:
+            StreamError: more to read after the prompt; a reader reads all at once.
+        """
+        if cache is not None and any(cache.length[row] for row in cache.rows[: len(layout.spans)]):
+            return self._step(stream_TD, position_TA, layout, cache)
+        reads = torch.tensor([span.read for span in layout.spans], device=stream_TD.device)
+        is_read_T = layout.places.order < reads[layout.places.sample.long()]
+        read_rows, written_rows = is_read_T.nonzero()[:, 0], (~is_read_T).nonzero()[:, 0]
+        read = Layout(tuple(Span(s.free, s.read, s.read) for s in layout.spans), layout.places[read_rows])
+        state_TD = torch.empty_like(stream_TD)
+        memory_MD = stream_TD[:0]
+        if len(read_rows):
+            there = _without_empty(read)
+            memory_MD = self.reader(stream_TD[read_rows], position_TA[read_rows], there, backend=backend)
+        if not len(written_rows):
+            return memory_MD
+        places = layout.places[written_rows]
+        order_T = places.order - reads[places.sample.long()].to(places.order.dtype)
+        written = Layout(
+            tuple(Span(0, s.total - s.read) for s in layout.spans),
+            Places(places.sample, order_T, torch.zeros_like(places.free), places.segment),
+        )
+        origin_BA = _origins(position_TA[written_rows], written)
+        if cache is not None:
+            cache.origin_BA[torch.tensor(list(cache.rows[: len(layout.spans)]))] = origin_BA
+        place_TA = position_TA[written_rows] - origin_BA[places.sample.long()]
+        crossing = Crossing(
+            (memory_MD, self.writer.turns(position_TA[read_rows])),
+            plan_cross_attention(written, read, backend=backend, cache=cache),
+        )
+        states = self.writer(
+            stream_TD[written_rows], place_TA, _without_empty(written), cache=cache, backend=backend, crossing=crossing
+        )
+        return state_TD.index_copy(0, read_rows, memory_MD).index_copy(0, written_rows, states)
+
+    def _step(self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, cache: Cache) -> Tensor:
+        if any(span.total != 1 or span.free for span in layout.spans):
+            raise StreamError(
+                "EncoderDecoder: more to read came after the prompt; the reader sees all of it at once, so read it together"
+            )
+        place_TA = position_TA - cache.origin_BA[cache.row_index(layout.places.sample)]
+        nothing = (stream_TD[:0], self.writer.turns(position_TA[:0]))
+        crossing = Crossing(nothing, plan_cross_attention(layout, None, backend="auto", cache=cache))
+        return self.writer(stream_TD, place_TA, layout, cache=cache, crossing=crossing)
+
+
+def _without_empty(layout: Layout) -> Layout:
+    """Samples that lack this half are no samples of it: kernels see only shapes with tokens."""
+    return Layout(tuple(span for span in layout.spans if span.total), layout.places)
+
+
+def _origins(position_TA: Tensor, written: Layout) -> Tensor:
+    """The place of each sample's first written token: only its time counts from there."""
+    starts = torch.tensor([0, *(s.total for s in written.spans)]).cumsum(0)[:-1].clamp(max=len(position_TA) - 1)
+    return position_TA[starts.to(position_TA.device)] * position_TA.new_tensor([1.0, 0.0, 0.0])

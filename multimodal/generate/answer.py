@@ -1,0 +1,340 @@
+"""One answer while it is being written: what it has so far, how its next token is chosen, and what became of it."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.generate.beams import Beams
+from multimodal.generate.samplers import NEVER, Greedy, Sampler, Temperature, Written
+from multimodal.generate.telling import Telling
+from multimodal.heads import Head, Prediction, Readout
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.stream import Packer
+from multimodal.tokenizer import Tokens
+
+if TYPE_CHECKING:
+    from multimodal.generate.engine import Prefix
+
+Copies = list[tuple[int, int, int]]  # (source, target, from which token on) among an answer's rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an answer is written; `Model.generate` documents each."""
+
+    max_tokens: int = 256
+    sampler: Sampler | None = None
+    temperature: float | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    guidance: float = 1.0
+    stop: Sequence[str] = ()
+    begin: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.max_tokens < 1 or self.beams < 1:
+            raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"generate: temperature={self.temperature} must be at least 0")
+        if self.sampler is not None and not isinstance(self.sampler, Sampler):
+            raise ConfigError(f"generate: sampler={self.sampler!r} is no Sampler; give for instance TopP(0.9)")
+        if self.sampler is not None and self.temperature is not None:
+            raise ConfigError(
+                f"generate: give temperature={self.temperature} or a sampler, not both; TopP and MinP take one"
+            )
+        if any(not text for text in self.stop):
+            raise ConfigError("generate: a stop string is empty")
+        if self.beams > 1 and self.guidance != 1.0:
+            raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
+        if self.beams > 1 and self.temperature:
+            raise ConfigError(
+                f"generate: beams={self.beams} look for the likeliest answer; temperature has no meaning there"
+            )
+
+    @property
+    def rule(self) -> Sampler:
+        """The sampler in force."""
+        if self.sampler is not None:
+            return self.sampler
+        if self.beams > 1:
+            return Temperature(1.0)  # leaves everything as it is
+        return Temperature(self.temperature) if self.temperature else Greedy()
+
+
+class Answer:
+    """The state of one request; the engine gives it rows and states, it gives back what to feed next."""
+
+    def __init__(
+        self,
+        task: str,
+        encoded: Mapping[str, Tokens | None],
+        name: str,
+        options: Options,
+        packer: Packer,
+        prefix: "Prefix | None",
+    ) -> None:
+        self.ticket = -1  # until it is entered
+        self.task, self.name, self.options, self.prefix = task, name, options, prefix
+        self.head: Head = packer.head(task)
+        self.pattern = packer.patterns[task]
+        self.kind = self.pattern.writes.kind
+        self.tokenizer = packer.tokenizers[self.kind]
+        self.encoded = encoded
+        self.begin: Tokens | None = None
+        if options.begin is not None:
+            self.begin = packer.encode(self.kind, options.begin, f"{name} of task {task!r}", "begin")
+        begun = 0 if self.begin is None else len(self.begin)
+        self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - begun
+        self.prompt = sum(len(t) for t in encoded.values() if t is not None) + self.head.queries + begun
+        self.width = options.beams * (1 if options.guidance == 1.0 else 2)
+        self._check(begun)
+        self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
+        self.stop = -1 if self.head.continuous else self.head.vocab(self.tokenizer) - 1
+        self.ids: list[int] = []
+        self.features: list[Tensor] = []
+        self.log_p = 0.0
+        self.ended = ""
+        self.error: StreamError | None = None
+        self.random = torch.Generator().manual_seed(options.seed)
+        self.beams = Beams(options.beams, options.length_penalty, self.limit) if options.beams > 1 else None
+        self.hypotheses: list[list[int]] = [
+            [] for _ in range(options.beams)
+        ]  # what the rows of the cache hold of the answer
+        self.seats = [0]  # the row of each live hypothesis
+        self.telling = Telling(self.tokenizer, options.stop) if self.tokenizer.text and self.beams is None else None
+        self.unsaid = ""
+        if self.telling is not None and self.begin is not None:
+            self.unsaid = self.telling.push(self.begin.content.tolist())
+        self.rows: list[int] = []
+        self.cached = 0  # tokens of the prompt in the cache
+        self.place_NA, self.step_A = self.tokenizer.places(begun + self.limit), torch.tensor(self.tokenizer.step)
+        self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
+        self.segments: list[int] = []
+
+    def _check(self, begun: int) -> None:
+        options, where = self.options, f"{self.name} of task {self.task!r}"
+        if self.head.continuous and (options.beams > 1 or options.sampler is not None):
+            raise ConfigError(
+                f"{where}: {type(self.head).__name__} writes features; beams and samplers choose among tokens"
+            )
+        if options.guidance != 1.0 and self.prefix is not None:
+            raise ConfigError(
+                f"{where}: guidance needs the task's fields themselves, not a prefix that was read before"
+            )
+        if options.stop and not self.tokenizer.text:
+            raise ConfigError(f"{where}: stop strings need a kind that is text, and {self.kind!r} is not")
+        if self.limit < 1:
+            raise StreamError(
+                f"{where}: begin has {begun} tokens, but a value of {self.kind!r} has {self.tokenizer.length}; begin with fewer"
+            )
+
+    @property
+    def count(self) -> int:
+        """Tokens written, without those it began with."""
+        if self.beams is not None:
+            return len(self.beams.live[0])
+        return len(self.features) if self.head.continuous else len(self.ids)
+
+    def prompts(self) -> list[Mapping[str, Tokens | None]]:
+        """The samples to read: one, and with guidance one more of which nothing is read."""
+        blank = [dict.fromkeys(self.encoded)] if self.options.guidance != 1.0 else []
+        return [self.encoded, *blank]
+
+    def start(self, query_A: Tensor, segment: int) -> None:
+        """Told after the prefill, prompt by prompt: the place of the learned start, and the number of the written segment."""
+        step = query_A.new_tensor([1.0, 0.0, 0.0])
+        self.after.append(query_A * step + step)
+        self.segments.append(segment)
+
+    def written(self, rows: int) -> list[Written]:
+        """What samplers may know of each row."""
+        begin = [] if self.begin is None else self.begin.content.tolist()
+        ids = self.hypotheses[:rows] if self.beams is not None else [self.ids]
+        return [Written(begin + part, self.tokenizer, self.stop) for part in ids]
+
+    def places(self) -> Tensor:
+        """The places (rows, 3) of the newest tokens, in steps."""
+        begun = 0 if self.begin is None else len(self.begin)
+        place_A = (self.place_NA[begun + self.count - 1] / self.step_A).to(self.after[0].device)
+        return torch.stack([self.after[i if i < len(self.after) else 0] + place_A for i in range(self.width)])
+
+    def newest(self) -> Tensor:
+        """Content of the newest tokens, one a row."""
+        if self.head.continuous:
+            return self.features[-1].expand(self.width, -1)
+        if self.beams is not None:
+            return torch.tensor([ids[-1] for ids in self.hypotheses])
+        return torch.tensor(self.ids[-1:]).expand(self.width)
+
+    def news(self) -> str:
+        """Text that has become sure since the last time."""
+        if self.telling is None or self.error:
+            return ""
+        text, self.unsaid = self.unsaid, ""
+        return text + (self.telling.finish() if self.ended else "")
+
+    def prediction(self) -> Prediction | None:
+        """The whole answer, once it has ended."""
+        if not self.ended:
+            return None
+        if self.beams is not None:
+            cut = "max_tokens" if self.fixed is None else "length"
+            found = [self._prediction(ids, log_p, "stop" if own else cut) for ids, log_p, own in self.beams.found()]
+            return dataclasses.replace(found[0], others=tuple(found[1:]))
+        return self._prediction(self.ids, self.log_p, self.ended)
+
+    def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
+        begun = 0 if self.begin is None else len(self.begin)
+        content = (
+            torch.cat(self.features) if self.head.continuous and self.features else torch.tensor(ids, dtype=torch.long)
+        )
+        if self.head.continuous and not self.features:
+            content = torch.zeros(0, self.tokenizer.feature_size or 0)
+        if self.begin is not None:
+            content = torch.cat([self.begin.content, content])
+        tokens = Tokens(content, self.place_NA[: begun + (len(self.features) if self.head.continuous else len(ids))])
+        value = self.telling.told if ended == "stop string" and self.telling else self.tokenizer.decode(tokens)
+        return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
+
+
+def advance(
+    answers: Sequence[Answer], states: Mapping[Answer, Tensor], head: Head, readout: Readout
+) -> Iterator[tuple[Answer, Copies]]:
+    """Choose the next token of each of these answers of one task, from the states (rows, D) of each.
+
+    Yields each with what its rows of the cache must take over from each other.
+    """
+    if head.continuous:
+        for answer in answers:
+            _draw_features(answer, states[answer], head, readout)
+            yield answer, []
+        return
+    sizes = [len(states[answer]) for answer in answers]
+    state_ND = torch.cat([states[answer] for answer in answers])
+    logits = head.logits(readout, state_ND, [1] * len(state_ND)).float().cpu().split(sizes)
+    by_rule: dict[Sampler, list[tuple[Answer, Tensor]]] = {}
+    for answer, logits_BV in zip(answers, logits, strict=True):
+        if answer.options.guidance != 1.0:
+            read, blank = logits_BV.log_softmax(-1)
+            logits_BV = (blank + answer.options.guidance * (read - blank))[None]
+        by_rule.setdefault(answer.options.rule, []).append((answer, logits_BV))
+    for rule, group in by_rule.items():
+        log_p = torch.cat([logits_BV for _, logits_BV in group]).log_softmax(-1)
+        chances = rule(_within_length(log_p, group), [w for answer, x in group for w in answer.written(len(x))])
+        at = 0
+        for answer, logits_BV in group:
+            rows = slice(at, at + len(logits_BV))
+            at += len(logits_BV)
+            if bool(torch.isneginf(chances[rows]).all(-1).any()):
+                answer.error = StreamError(
+                    f"{answer.name} of task {answer.task!r}: {rule} leaves no candidate after {answer.count} tokens; "
+                    "give it a wider choice"
+                )
+                yield answer, []
+            elif answer.beams is not None:
+                yield answer, _extend_beams(answer, answer.beams, log_p[rows], chances[rows])
+            else:
+                _draw_token(answer, log_p[at - 1], chances[at - 1])
+                yield answer, []
+
+
+def _within_length(logits_BV: Tensor, group: Sequence[tuple[Answer, Tensor]]) -> Tensor:
+    """Kinds of a fixed length do not stop before it."""
+    if all(answer.tokenizer.length is None for answer, _ in group):
+        return logits_BV
+    logits_BV = logits_BV.clone()
+    at = 0
+    for answer, rows in group:
+        if answer.tokenizer.length is not None:
+            logits_BV[at : at + len(rows), answer.stop] = NEVER
+        at += len(rows)
+    return logits_BV
+
+
+def _draw_token(answer: Answer, log_p_V: Tensor, chances_V: Tensor) -> None:
+    """A token in proportion to the chances, by the answer's own random numbers, whoever else is in the batch."""
+    if isinstance(answer.options.rule, Greedy):
+        token = int(chances_V.argmax())
+    else:
+        up_to_V = chances_V.double().softmax(-1).cumsum(-1)
+        point = torch.rand((), generator=answer.random, dtype=torch.float64) * up_to_V[-1]
+        token = min(int(torch.searchsorted(up_to_V, point, right=True)), len(up_to_V) - 1)
+    if token == answer.stop:
+        answer.log_p += float(log_p_V[token])
+        answer.ended = "stop"
+        return
+    if len(answer.ids) == answer.limit:
+        answer.ended = "max_tokens"
+        return
+    answer.log_p += float(log_p_V[token])
+    answer.ids.append(token)
+    if answer.telling is not None:
+        answer.unsaid += answer.telling.push([token])
+        if answer.telling.stopped:
+            answer.ended = "stop string"
+    if len(answer.ids) == answer.fixed:
+        answer.ended = "length"
+
+
+def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Tensor) -> Copies:
+    """Carry the likeliest beginnings on; a row whose hypothesis dies takes over a living one's from where they part."""
+    log_p_BV = log_p_BV.masked_fill(torch.isneginf(chances_BV), NEVER)
+    parents = beams.advance(log_p_BV[answer.seats], answer.stop)
+    if beams.done or not parents or len(beams.live[0]) == answer.fixed:
+        answer.ended = "stop"
+        return []
+    held, seats = answer.hypotheses, answer.seats
+    taken = {seats[parent] for parent in parents}  # the first child of a hypothesis stays in its row
+    spare = [row for row in range(answer.width) if row not in taken]
+    placed: list[int] = []
+    copies: Copies = []
+    for parent in parents:
+        row = seats[parent]
+        if row in placed:
+            source, row = row, spare.pop(0)
+            alike = (i for i, (a, b) in enumerate(zip(held[row], held[source], strict=True)) if a != b)
+            copies.append((source, row, answer.cached + next(alike, len(held[row]))))
+        placed.append(row)
+    new = dict(zip(placed, beams.live, strict=True))
+    answer.hypotheses = [
+        new.get(row, [*held[row], 0]) for row in range(answer.width)
+    ]  # rows without one idle on any token
+    answer.seats = placed
+    return copies
+
+
+def _draw_features(answer: Answer, state_BD: Tensor, head: Head, readout: Readout) -> None:
+    """The next token's features, from the answer's own noise."""
+    noise_NF = torch.randn(1, answer.tokenizer.written_features or 0, generator=answer.random)
+    temperature = answer.options.temperature
+    features_NF, stop_N = head.draw(
+        readout,
+        state_BD[:1],
+        noise_NF.to(state_BD.device),
+        guide_ND=state_BD[1:] if len(state_BD) > 1 else None,
+        guidance=answer.options.guidance,
+        temperature=1.0 if temperature is None else temperature,
+    )
+    if answer.fixed is None and answer.count:
+        stops = bool(stop_N[0] > 0)
+        answer.log_p += float(F.logsigmoid(stop_N[0] if stops else -stop_N[0]))
+        if stops:
+            answer.ended = "stop"
+            return
+    if answer.count == answer.limit:
+        answer.ended = "max_tokens"
+        return
+    begun = 0 if answer.begin is None else len(answer.begin)
+    at = begun + answer.count
+    answer.features.append(answer.tokenizer.fed_back(features_NF.float().cpu(), answer.place_NA[at : at + 1]))
+    if answer.count == answer.fixed:
+        answer.ended = "length"

@@ -1,0 +1,310 @@
+"""Decoding: requests share one cache and one pass of the core a token; they join when rows are free and leave when they end.
+
+submit --> waiting --packed prefill--> rows of the cache --one pass a token for all rows--> Piece, Piece, .. Prediction
+
+A request has one row, two with guidance (one of them reads nothing), or one a beam. Rows in use are always the first ones, so
+that a pass reads the cache where it lies.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import Cache, Layout, Span
+from multimodal.generate.answer import Answer, Options, advance
+from multimodal.heads import Prediction
+from multimodal.masks import Places
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.stream import Packer
+from multimodal.tokenizer import Tokens
+
+if TYPE_CHECKING:
+    from multimodal.model import Model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one request: text that has become sure (none for kinds that are no text),
+    at the end the whole prediction or the error."""
+
+    ticket: int
+    text: str = ""
+    prediction: Prediction | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first fields of a task, read once: their tokens, and the core's keys and values of them (see `Model.read`)."""
+
+    task: str
+    fields: Mapping[str, Tokens | None]
+    cache: Cache
+    count: int  # tokens
+
+
+class Engine:
+    """Writes the answers of many requests at once, of any tasks of one model that write; each as if it were alone.
+
+    rows: how many answers (beams, guided twins) are written at the same time; others wait. capacity: tokens a row has room for,
+    prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps.
+    """
+
+    def __init__(self, model: "Model", *, rows: int = 16, capacity: int = 1024) -> None:
+        if rows < 1 or capacity < 2:
+            raise ConfigError(f"Engine: rows={rows} must be at least 1 and capacity={capacity} at least 2")
+        self.model = model
+        self.rows, self.capacity = rows, capacity
+        dtype = next(model.core.parameters()).dtype
+        self.cache = model.core.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
+        self._waiting: deque[Answer] = deque()
+        self._running: list[Answer] = []
+        self._owner: list[Answer] = []  # of each row in use
+        self._tickets = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is waiting or being written."""
+        return bool(self._waiting or self._running)
+
+    def submit(
+        self,
+        task: str,
+        sample: Mapping[str, Any],
+        *,
+        prefix: Prefix | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> int:
+        """Ask for an answer; returns the ticket that its pieces carry. name: what errors call the sample.
+
+        Options are those of `Model.generate`.
+
+        Raises:
+            ConfigError, TaskError, MediaError: from the sample or the options.
+            StreamError: prompt and answer need more than the capacity.
+        """
+        answer = request(self.model.packer, task, sample, name or f"request {self._tickets}", prefix, options)
+        return self.enter(answer)
+
+    def enter(self, answer: Answer) -> int:
+        """`submit` for what `request` made."""
+        needed = answer.prompt + answer.limit
+        if needed > self.capacity:
+            raise StreamError(
+                f"{answer.name} of task {answer.task!r}: a prompt of {answer.prompt} tokens and an answer of up to "
+                f"{answer.limit} need {needed} places, more than capacity={self.capacity}; shorten the prompt, lower max_tokens, "
+                "or raise capacity"
+            )
+        if answer.width > self.rows:
+            raise ConfigError(f"{answer.name}: needs {answer.width} rows at once, but the engine has rows={self.rows}")
+        answer.ticket = self._tickets
+        self._tickets += 1
+        self._waiting.append(answer)
+        return answer.ticket
+
+    def cancel(self, ticket: int) -> bool:
+        """Drop a request; False if it has already ended (or never was)."""
+        for answer in (*self._waiting, *self._running):
+            if answer.ticket == ticket:
+                if answer in self._running:
+                    self._leave(answer)
+                else:
+                    self._waiting.remove(answer)
+                return True
+        return False
+
+    def step(self) -> list[Piece]:
+        """One token further for every request that has rows, after letting in those for whom rows are free."""
+        with self.model.resting():
+            pieces = self._admit()
+            if self._running:
+                pieces += self._choose(self._running, self._pass())
+        return pieces
+
+    def run(self) -> Iterator[Piece]:
+        """Steps until nothing is left."""
+        while self.busy:
+            yield from self.step()
+
+    def _admit(self) -> list[Piece]:
+        joining: list[Answer] = []
+        free = self.rows - len(self._owner)
+        while self._waiting and self._waiting[0].width <= free:
+            answer = self._waiting.popleft()
+            free -= answer.width
+            first = len(self._owner)
+            answer.rows = list(range(first, first + answer.width))
+            self._owner += [answer] * answer.width
+            for row in answer.rows:
+                self.cache.clear(row)
+            joining.append(answer)
+        pieces: list[Piece] = []
+        for group in ([a for a in joining if a.prefix is None], [a for a in joining if a.prefix is not None]):
+            if group:
+                self._running += group
+                pieces += self._choose(group, self._read(group))
+        return pieces
+
+    def _read(self, answers: Sequence[Answer]) -> dict[Answer, Tensor]:
+        """Prefill: the states (rows, D) that each answer starts from."""
+        batch = [(answer.task, sample, answer) for answer in answers for sample in answer.prompts()]
+        names = [answer.name for *_, answer in batch]
+        begun = [answer.begin for *_, answer in batch]
+        stream = self.model.packer(
+            [(task, sample) for task, sample, _ in batch], answers=False, names=names, begun=begun
+        ).to(self.model.device)
+        where: dict[
+            int, tuple[int, int, int]
+        ] = {}  # sample -> its place in the stream, its query's row, its newest row
+        for reading in stream.readings.values():
+            ends = torch.tensor(reading.lengths).cumsum(0)
+            rows = reading.row_N.tolist()
+            for sample, end, length in zip(reading.samples, ends.tolist(), reading.lengths, strict=True):
+                newest = rows[end - 1]
+                where[sample] = (int(stream.layout.places.sample[newest]), rows[end - length], newest)
+        rows = [0] * len(batch)
+        seen: dict[int, int] = {}
+        for sample, (_, _, answer) in enumerate(batch):
+            rows[where[sample][0]] = answer.rows[seen.setdefault(answer.ticket, 0)]
+            seen[answer.ticket] += 1
+        states_TD = self._prefill(stream, answers, batch, rows, where)
+        found: dict[Answer, list[Tensor]] = {}
+        for sample, (_, _, answer) in enumerate(batch):
+            _, query, newest = where[sample]
+            answer.start(stream.position_TA[query], int(stream.layout.places.segment[query]) + 1)
+            found.setdefault(answer, []).append(states_TD[newest])
+        for answer in answers:
+            answer.cached = self.cache.length[answer.rows[0]]
+            for row in answer.rows[len(found[answer]) :]:
+                self.cache.copy(answer.rows[0], row)
+        return {answer: torch.stack(states) for answer, states in found.items()}
+
+    def _prefill(self, stream, answers, batch, rows, where) -> Tensor:
+        prefix = answers[0].prefix
+        if prefix is None:
+            return self.model(stream, cache=self.cache.at(rows))
+        counts = [0] * len(batch)
+        for sample, (_, _, answer) in enumerate(batch):
+            counts[where[sample][0]] = answer.prefix.count
+            self.cache.copy(0, rows[where[sample][0]], of=answer.prefix.cache)
+        places = stream.layout.places
+        counts_T = torch.tensor(counts, device=self.model.device)[places.sample.long()]
+        new = (places.order >= counts_T).nonzero()[:, 0]
+        spans = tuple(Span(0, s.total - c) for s, c in zip(stream.layout.spans, counts, strict=True))
+        states_TD = self.model.core(
+            self.model.rows(stream)[new], stream.position_TA[new], Layout(spans, places[new]), cache=self.cache.at(rows)
+        )
+        return torch.zeros(len(stream), states_TD.shape[1], dtype=states_TD.dtype, device=states_TD.device).index_copy(
+            0, new, states_TD
+        )
+
+    def _pass(self) -> dict[Answer, Tensor]:
+        """One pass of the core: the states (rows, D) of every running answer."""
+        device, count = self.model.device, len(self._owner)
+        by_kind: dict[str, list[Answer]] = {}
+        for answer in self._running:
+            by_kind.setdefault(answer.kind, []).append(answer)
+        inputs = [
+            self.model.embed(kind, torch.cat([answer.newest() for answer in group]).to(device))
+            for kind, group in by_kind.items()
+        ]
+        in_order = [answer for group in by_kind.values() for answer in group]
+        row_N = torch.empty(count, dtype=torch.long)
+        row_N[torch.tensor([row for answer in in_order for row in answer.rows])] = torch.arange(count)
+        row_N = row_N.to(device)
+        position_NA = torch.cat([answer.places() for answer in in_order])[row_N]
+        segments = [answer.segments[i % len(answer.segments)] for answer in in_order for i in range(answer.width)]
+        places = Places(
+            sample=torch.arange(count, dtype=torch.int32, device=device),
+            order=torch.tensor(self.cache.length[:count], dtype=torch.int32, device=device),
+            free=torch.zeros(count, dtype=torch.int32, device=device),
+            segment=torch.tensor(segments, dtype=torch.int32, device=device)[row_N],
+        )
+        layout = Layout(tuple(Span(0, 1) for _ in range(count)), places)
+        states_ND = self.model.core(torch.cat(inputs)[row_N], position_NA, layout, cache=self.cache.at(range(count)))
+        return {answer: states_ND[torch.tensor(answer.rows, device=device)] for answer in self._running}
+
+    def _choose(self, answers: Sequence[Answer], states: Mapping[Answer, Tensor]) -> list[Piece]:
+        """Let every answer choose its next token; those that end leave."""
+        pieces: list[Piece] = []
+        by_task: dict[str, list[Answer]] = {}
+        for answer in answers:
+            by_task.setdefault(answer.task, []).append(answer)
+        for task, group in by_task.items():
+            head, readout = self.model.packer.head(task), self.model.readout(task)
+            for answer, copies in advance(group, states, head, readout):
+                for source, target, start in copies:
+                    self.cache.copy(answer.rows[source], answer.rows[target], start=start)
+                text = answer.news()
+                if text or answer.ended or answer.error:
+                    pieces.append(Piece(answer.ticket, text, answer.prediction(), answer.error))
+        for answer in [a for a in answers if a.ended or a.error]:
+            self._leave(answer)
+        return pieces
+
+    def _leave(self, answer: Answer) -> None:
+        """Free an answer's rows; the last rows in use move into the gap."""
+        self._running.remove(answer)
+        for row in sorted(answer.rows, reverse=True):
+            last = len(self._owner) - 1
+            owner = self._owner.pop()
+            if row != last:
+                self.cache.copy(last, row)
+                self._owner[row] = owner
+                owner.rows[owner.rows.index(last)] = row
+            self.cache.clear(last)
+
+
+def request(
+    packer: Packer, task: str, sample: Mapping[str, Any], name: str, prefix: Prefix | None, options: Mapping[str, Any]
+) -> Answer:
+    """Check and encode what is asked for."""
+    packer.check_task(task)
+    if not packer.head(task).writes:
+        raise ConfigError(f"task {task!r}: {type(packer.head(task)).__name__} answers at once; use Model.predict")
+    if prefix is not None:
+        if prefix.task != task:
+            raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")
+        sample = {**sample, **prefix.fields}
+    packer.patterns[task].check_sample(sample, False)
+    return Answer(task, packer.encoded(task, sample, name), name, Options(**options), packer, prefix)
+
+
+def read_prefix(model: "Model", task: str, fields: Mapping[str, Any]) -> Prefix:
+    """Read the first fields of a task once, for many answers that differ in the others.
+
+    Raises:
+        ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
+    """
+    packer = model.packer
+    packer.check_task(task)
+    pattern = packer.patterns[task]
+    names = [field.name for field in pattern.reads]
+    if not fields or names[: len(fields)] != [name for name in names if name in fields] or set(fields) - set(names):
+        raise ConfigError(
+            f"task {task!r}: a prefix is one or more of its first fields, of {', '.join(names)}; not {', '.join(fields) or 'none'}"
+        )
+    for field in pattern.reads[len(fields) :]:
+        if not packer.tokenizers[field.kind].causal:
+            raise ConfigError(
+                f"task {task!r}: what comes before {field.name!r} cannot be read once for all, because tokenizer "
+                f"{field.kind!r} is read freely, so what comes before looks at it; make that tokenizer with causal=True"
+            )
+    encoded = {
+        name: None
+        if fields[name] is None
+        else packer.encode(pattern.reads[i].kind, fields[name], f"task {task!r}", name)
+        for i, name in enumerate(names[: len(fields)])
+    }
+    with model.resting():
+        stream = packer.prompt(task, encoded).to(model.device)
+        cache = model.core.core.cache(
+            rows=1, capacity=len(stream), device=model.device, dtype=next(model.core.parameters()).dtype
+        )
+        model(stream, cache=cache)
+    return Prefix(task, encoded, cache, len(stream))

@@ -1,0 +1,269 @@
+"""How the next token is chosen: small rules that each reshape the logits, and combine with |.
+
+    Temperature(0.8) | TopP(0.9)          first the temperature, then the smallest set that holds 90 %
+    NoRepeat(3) | Greedy()                the likeliest token that repeats no three tokens
+
+A token is then drawn from what is left; `Greedy` leaves one.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from multimodal.declare import Declared
+from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Tokenizer
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Written:
+    """One answer so far: its ids (with those it began with), the tokenizer of its kind, and the id that ends it."""
+
+    ids: Sequence[int]
+    tokenizer: Tokenizer
+    stop: int
+
+
+class Sampler(Declared, ABC):
+    """A rule of choice. Subclass as a frozen dataclass and write `__call__`."""
+
+    @abstractmethod
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        """New logits (B, V), of a row for each answer; -inf rules a token out."""
+
+    def __or__(self, then: "Sampler") -> "Sampler":
+        return Then(self, then)
+
+
+@dataclass(frozen=True)
+class Then(Sampler):
+    """One rule after the other."""
+
+    first: Sampler
+    second: Sampler
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        return self.second(self.first(logits_BV, written), written)
+
+
+@dataclass(frozen=True)
+class Greedy(Sampler):
+    """Only the likeliest token; the first of equals."""
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        best_B1 = logits_BV.argmax(-1, keepdim=True)
+        return torch.full_like(logits_BV, NEVER).scatter(1, best_B1, logits_BV.gather(1, best_B1))
+
+
+@dataclass(frozen=True)
+class Temperature(Sampler):
+    """p ~ exp(logit / temperature): below 1 surer, above 1 bolder, 0 greedy."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"Temperature: temperature={self.temperature} must be 0 or more")
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        return Greedy()(logits_BV, written) if self.temperature == 0 else logits_BV / self.temperature
+
+
+@dataclass(frozen=True)
+class TopK(Sampler):
+    """The k likeliest tokens (Fan et al. 2018); of equals the first."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"TopK: k={self.k} leaves no candidate; use 1 or more")
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        order_BV = logits_BV.argsort(dim=-1, descending=True, stable=True)
+        return logits_BV.scatter(1, order_BV[:, self.k :], NEVER)
+
+
+@dataclass(frozen=True)
+class TopP(Sampler):
+    """The smallest set of likeliest tokens that together hold probability p (nucleus: Holtzman et al. 2020)."""
+
+    p: float
+    temperature: float = 1.0  # applied first
+
+    def __post_init__(self) -> None:
+        Temperature(self.temperature)
+        if not 0 < self.p <= 1:
+            raise ConfigError(f"TopP: p={self.p} must be above 0 and at most 1")
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        logits_BV = Temperature(self.temperature)(logits_BV, written)
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+        p_BV = sorted_BV.double().softmax(-1)
+        beyond_BV = p_BV.cumsum(-1) - p_BV >= self.p  # what comes before already holds p; the first is always in
+        beyond_BV[:, 0] = False
+        return logits_BV.scatter(1, order_BV, sorted_BV.masked_fill(beyond_BV, NEVER))
+
+
+@dataclass(frozen=True)
+class MinP(Sampler):
+    """Tokens at least `p` times as probable as the likeliest (Nguyen et al. 2024)."""
+
+    p: float
+    temperature: float = 1.0  # applied afterwards, as in the paper's code
+
+    def __post_init__(self) -> None:
+        Temperature(self.temperature)
+        if not 0 <= self.p <= 1:
+            raise ConfigError(f"MinP: p={self.p} must be from 0 to 1")
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        log_p_BV = logits_BV.log_softmax(-1)
+        least_B1 = log_p_BV.amax(-1, keepdim=True) + torch.tensor(self.p).log()
+        return Temperature(self.temperature)(logits_BV.masked_fill(log_p_BV < least_B1, NEVER), written)
+
+
+@dataclass(frozen=True)
+class Repetition(Sampler):
+    """Tokens written before lose `penalty` nats, and `each` nats more for every time they were written.
+
+    Additive, so that it means the same wherever the logits' zero lies (the "presence" and "frequency" penalties of other
+    tools). `last` tokens are looked back at; 0: all.
+    """
+
+    penalty: float = 1.0
+    each: float = 0.0
+    last: int = 64
+
+    def __post_init__(self) -> None:
+        if self.last < 0:
+            raise ConfigError(f"Repetition: last={self.last} must be 0 (all) or more")
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        logits_BV = logits_BV.clone()
+        for row_V, so_far in zip(logits_BV, written, strict=True):
+            count = Counter(so_far.ids[-self.last :] if self.last else so_far.ids)
+            if count:
+                times = torch.tensor(list(count.values()), dtype=row_V.dtype, device=row_V.device)
+                row_V[list(count)] -= self.penalty + self.each * times
+        return logits_BV
+
+
+@dataclass(frozen=True)
+class NoRepeat(Sampler):
+    """No run of `size` tokens is written twice (Paulus et al. 2018)."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"NoRepeat: size={self.size} must be at least 1")
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        logits_BV = logits_BV.clone()
+        for row_V, so_far in zip(logits_BV, written, strict=True):
+            ids = list(so_far.ids)
+            end = ids[len(ids) - self.size + 1 :]
+            runs = range(len(ids) - self.size + 1) if len(ids) >= self.size else ()
+            seen = {ids[i + self.size - 1] for i in runs if ids[i : i + self.size - 1] == end}
+            row_V[list(seen)] = NEVER
+        return logits_BV
+
+
+@dataclass(frozen=True)
+class AtLeast(Sampler):
+    """No stop before `tokens` tokens."""
+
+    tokens: int
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        logits_BV = logits_BV.clone()
+        for row_V, so_far in zip(logits_BV, written, strict=True):
+            if len(so_far.ids) < self.tokens:
+                row_V[so_far.stop] = NEVER
+        return logits_BV
+
+
+@dataclass(frozen=True)
+class OneOf(Sampler):
+    """The answer is one of these values ("yes", "no"), encoded by the kind's own tokenizer; anything else is ruled out."""
+
+    values: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, str) or not self.values:
+            raise ConfigError(f"OneOf: values={self.values!r} must be one value or more, in a tuple")
+        object.__setattr__(self, "values", tuple(self.values))
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        out_BV = torch.full_like(logits_BV, NEVER)
+        for row_V, new_V, so_far in zip(logits_BV, out_BV, written, strict=True):
+            after = _continuations(self.values, so_far.tokenizer).get(tuple(so_far.ids), ())
+            ids = [so_far.stop if i is None else i for i in after]
+            new_V[ids] = row_V[ids]
+        return out_BV
+
+
+@lru_cache(maxsize=64)
+def _continuations(values: tuple[str, ...], tokenizer: Tokenizer) -> dict[tuple[int, ...], set[int | None]]:
+    """For each beginning of one of the values, what may follow; None stands for the end."""
+    after: dict[tuple[int, ...], set[int | None]] = {}
+    for value in values:
+        ids = tokenizer(value).content.tolist()
+        for i in range(len(ids) + 1):
+            after.setdefault(tuple(ids[:i]), set()).add(ids[i] if i < len(ids) else None)
+    return after
+
+
+@dataclass(frozen=True)
+class Only(Sampler):
+    """Only words of a list may be written, any number of them, with single blanks between."""
+
+    words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.words, str) or not self.words or any(not w or " " in w for w in self.words):
+            raise ConfigError(f"Only: words={self.words!r} must be one word or more, without blanks, in a tuple")
+        object.__setattr__(self, "words", tuple(self.words))
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        out_BV = torch.full_like(logits_BV, NEVER)
+        for row_V, new_V, so_far in zip(logits_BV, out_BV, written, strict=True):
+            ids = _next_ids(self.words, so_far)
+            new_V[ids] = row_V[ids]
+        return out_BV
+
+
+def _next_ids(words: tuple[str, ...], so_far: Written) -> list[int]:
+    """Ids that keep the answer a beginning of words of the list, by the two ways a word is encoded: first, and after a blank."""
+    first, later = _word_tries(words, so_far.tokenizer)
+    states: list[tuple[bool, tuple[int, ...]]] = [(True, ())]  # (is it the first word, ids of the unfinished word)
+    for token in so_far.ids:
+        moved = []
+        for is_first, part in states:
+            trie = first if is_first else later
+            if token in trie.get(part, ()):
+                moved.append((is_first, (*part, token)))
+            if None in trie.get(part, ()) and token in later[()]:
+                moved.append((False, (token,)))
+        states = moved
+    found: set[int] = set()
+    for is_first, part in states:
+        trie = first if is_first else later
+        after = trie.get(part, set())
+        found |= {i for i in after if i is not None}
+        if None in after:
+            found |= {so_far.stop} | {i for i in later[()] if i is not None}
+    return sorted(found)
+
+
+@lru_cache(maxsize=64)
+def _word_tries(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[dict, dict]:
+    return _continuations(words, tokenizer), _continuations(tuple(" " + word for word in words), tokenizer)

@@ -1,0 +1,66 @@
+"""Text that is being written, told piece by piece: whole characters only, and nothing that may yet turn out to be a stop string."""
+
+from collections.abc import Sequence
+
+import torch
+
+from multimodal.tokenizer import Tokenizer, Tokens
+
+UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+LOOK_BACK = 4  # tokens decoded again before new ones, for tokenizers whose pieces join
+
+
+class Telling:
+    """The text of one growing answer; each token is decoded a bounded number of times."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.ids: list[int] = []
+        self.whole = 0  # tokens whose text is settled
+        self.kept = ""  # settled text that is held back
+        self.told = ""
+        self.stopped = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Text that has become sure by these further tokens; afterwards `stopped` says whether a stop string came."""
+        if self.stopped:
+            return ""
+        self.ids += ids
+        start = max(0, self.whole - LOOK_BACK)
+        before, now = self._decode(start, self.whole), self._decode(start, len(self.ids))
+        if now.endswith(UNFINISHED) and len(self.ids) - self.whole < LOOK_BACK:
+            return ""
+        self.whole = len(self.ids)
+        self.kept += now[len(before) :]
+        found = [at for stop in self.stops if (at := self.kept.find(stop)) >= 0]
+        if found:
+            self.stopped, self.kept = True, self.kept[: min(found)]
+            return self._tell(len(self.kept))
+        return self._tell(len(self.kept) - self._risky())
+
+    def finish(self) -> str:
+        """The rest, once nothing more will be written."""
+        if self.whole < len(self.ids) and not self.stopped:
+            start = max(0, self.whole - LOOK_BACK)
+            self.kept += self._decode(start, len(self.ids))[len(self._decode(start, self.whole)) :]
+            self.whole = len(self.ids)
+        return self._tell(len(self.kept))
+
+    def _tell(self, count: int) -> str:
+        new, self.kept = self.kept[:count], self.kept[count:]
+        self.told += new
+        return new
+
+    def _risky(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        for count in range(min(longest, len(self.kept)), 0, -1):
+            if any(stop.startswith(self.kept[-count:]) for stop in self.stops):
+                return count
+        return 0
+
+    def _decode(self, start: int, stop: int) -> str:
+        if start == stop:
+            return ""
+        ids = torch.tensor(self.ids[start:stop], dtype=torch.long)
+        return self.tokenizer.decode(Tokens(ids, self.tokenizer.places(len(ids))))

@@ -1,0 +1,114 @@
+"""Ready-made features, such as the cepstra or sensor readings of every hundredth of a second, with their time in seconds."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+
+
+@dataclass(frozen=True)
+class Features(Tokenizer):
+    """An array (frames, features) of numbers, `stack` neighbouring frames a token.
+
+    With `context` each token sees so many further frames on either side, so that neighbours overlap; the first and last frame
+    are repeated beyond the ends. `deltas` appends first (and second) differences along time. `normalise="value"` takes off
+    each column's own mean and spread within the value; a column that never changes becomes 0.
+    """
+
+    features: int  # columns
+    step_s: float = 0.01  # seconds from frame to frame
+    stack: int = 1  # frames a token
+    context: int = 0  # frames
+    deltas: Literal[0, 1, 2] = 0
+    normalise: Literal["value", "none"] = "value"
+    hidden: int | None = None  # width of the hidden layer of a two-layer embedding; None: a linear one
+
+    def __post_init__(self) -> None:
+        for name, least in (("features", 1), ("stack", 1), ("context", 0), ("hidden", 1)):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ConfigError(f"Features: {name}={number} must be at least {least}")
+        if not 0 < self.step_s < float("inf"):
+            raise ConfigError(f"Features: step_s={self.step_s} must be more than 0 seconds")
+        if self.deltas not in (0, 1, 2):
+            raise ConfigError(f"Features: deltas={self.deltas} must be 0, 1 or 2")
+        if self.normalise not in ("value", "none"):
+            raise ConfigError(f"Features: normalise={self.normalise!r} must be 'value' or 'none'")
+
+    @property
+    def columns(self) -> int:
+        """Features of a frame with its differences."""
+        return self.features * (1 + self.deltas)
+
+    @property
+    def feature_size(self) -> int:
+        return self.columns * (self.stack + 2 * self.context)
+
+    @property
+    def step(self) -> tuple[float, float, float]:
+        """One token's time in seconds."""
+        return (self.stack * self.step_s, 1.0, 1.0)
+
+    def encode(self, value: Any) -> Tokens:
+        frames_NF = self.frames(value)
+        before, after = self.context, self.context + -len(frames_NF) % self.stack
+        frames_NF = torch.cat([frames_NF[:1].expand(before, -1), frames_NF, frames_NF[-1:].expand(after, -1)])
+        windows = frames_NF.unfold(0, self.stack + 2 * self.context, self.stack)
+        stacked_NF = rearrange(windows, "n f w -> n (w f)").contiguous()
+        return Tokens(stacked_NF, at_times(torch.arange(len(stacked_NF)) * self.step[0]))
+
+    def frames(self, value: Any) -> Tensor:
+        """Normalised frames (N, columns) with their differences, before they are stacked."""
+        frames_NF = self._read(value)
+        parts = [frames_NF]
+        for _ in range(self.deltas):
+            padded_NF = torch.cat([parts[-1][:1], parts[-1], parts[-1][-1:]])
+            parts.append((padded_NF[2:] - padded_NF[:-2]) / 2)
+        frames_NF = torch.cat(parts, 1)
+        if self.normalise == "none":
+            return frames_NF
+        if len(frames_NF) == 1:
+            raise MediaError(
+                "Features.encode: normalise='value' leaves nothing of a single frame; give more, or use normalise='none'"
+            )
+        spread_F, mean_F = torch.std_mean(frames_NF.double(), 0, correction=0)
+        moves_F = spread_F > 1e-6 * frames_NF.abs().amax(0)  # else it is rounding
+        return ((frames_NF - mean_F) / torch.where(moves_F, spread_F, torch.inf)).float()
+
+    def _read(self, value: Any) -> Tensor:
+        wanted = f"wanted an array or tensor (frames, {self.features}) of numbers"
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = value.float().numpy() if value.is_floating_point() else value.numpy()
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+            raise MediaError(f"Features.encode: {wanted}, not {describe(value)}")
+        if value.ndim != 2 or value.shape[1] != self.features:
+            turned = "; turn it round" if value.ndim == 2 and value.shape[0] == self.features else ""
+            raise MediaError(f"Features.encode: {wanted}, not {describe(value)}{turned}")
+        if not len(value):
+            raise MediaError(f"Features.encode: {describe(value)} has no frames; to leave a field out, give None")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+            return torch.from_numpy(np.array(value, dtype=np.float32))
+
+    def embed(self, width: int) -> nn.Module:
+        if self.hidden is None:
+            return nn.Linear(self.feature_size, width)
+        return nn.Sequential(nn.Linear(self.feature_size, self.hidden), nn.GELU(), nn.Linear(self.hidden, width))
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """Each token's own frames, the first column at the bottom."""
+        windows = rearrange(tokens.content, "n (w f) -> n w f", f=self.columns)
+        frames_NF = rearrange(windows[:, self.context : self.context + self.stack], "n w f -> (n w) f")
+        level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
+        return level.T.flip(0)[:, :, None]
+
+    def examples(self) -> list[np.ndarray]:
+        """Values to try this kind with, when nobody gives any."""
+        random = np.random.default_rng(0)
+        return [random.standard_normal((n * self.stack, self.features)).astype(np.float32) for n in (6, 9, 9, 14)]
