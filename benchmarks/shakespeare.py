@@ -44,7 +44,8 @@ class Windows:
 
 def parts() -> tuple[str, str]:
     """The first nine tenths to train on, the last to score."""
-    text = gzip.open(DATA / "tinyshakespeare.txt.gz", "rt", encoding="utf-8", newline="").read()
+    with gzip.open(DATA / "tinyshakespeare.txt.gz", "rt", encoding="utf-8", newline="") as file:
+        text = file.read()
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
 

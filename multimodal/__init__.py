@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multimodal.core import Core
+    from multimodal.data import Blanked
     from multimodal.declare import override
     from multimodal.encoder_decoder import EncoderDecoder
+    from multimodal.flow import FlowMatching
     from multimodal.generate import (
         AtLeast,
         Engine,
@@ -23,43 +25,51 @@ if TYPE_CHECKING:
         TopP,
     )
     from multimodal.heads import CTC, Classify, Head, NextToken, Prediction
-    from multimodal.masks import Causal, Prefix, Rule, SameSample, SameSegment, Window
+    from multimodal.masks import Causal, Chunked, Prefix, Rule, SameSample, SameSegment, Window
     from multimodal.model import Model
     from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError, TaskError
     from multimodal.stream import Packer, Stream, Task
     from multimodal.tokenizer import Tokenizer, Tokens, at_times
     from multimodal.train import Recipe, Run, TrainingJob, evaluate, fit
+    from multimodal.transcription import Listener, Transcript, transcribe
 
 _NAMES = {
     "core": ("Core",),
+    "data": ("Blanked",),
     "declare": ("override",),
     "encoder_decoder": ("EncoderDecoder",),
+    "flow": ("FlowMatching",),
     "generate": (
         *("AtLeast", "Engine", "Greedy", "MinP", "NoRepeat", "OneOf", "Only", "Piece", "Repetition", "Sampler"),
         *("Temperature", "TopK", "TopP"),
     ),
     "heads": ("CTC", "Classify", "Head", "NextToken", "Prediction"),
-    "masks": ("Causal", "Prefix", "Rule", "SameSample", "SameSegment", "Window"),
+    "masks": ("Causal", "Chunked", "Prefix", "Rule", "SameSample", "SameSegment", "Window"),
     "model": ("Model",),
     "shapes": ("CheckpointError", "ConfigError", "MediaError", "ShapeError", "StreamError", "TaskError"),
     "stream": ("Packer", "Stream", "Task"),
     "tokenizer": ("Tokenizer", "Tokens", "at_times"),
     "train": ("Recipe", "Run", "TrainingJob", "evaluate", "fit"),
+    "transcription": ("Listener", "Transcript", "transcribe"),
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CTC",
     "AtLeast",
+    "Blanked",
     "Causal",
     "CheckpointError",
+    "Chunked",
     "Classify",
     "ConfigError",
     "Core",
     "EncoderDecoder",
     "Engine",
+    "FlowMatching",
     "Greedy",
     "Head",
+    "Listener",
     "MediaError",
     "MinP",
     "Model",
@@ -89,11 +99,13 @@ __all__ = [
     "TopK",
     "TopP",
     "TrainingJob",
+    "Transcript",
     "Window",
     "at_times",
     "evaluate",
     "fit",
     "override",
+    "transcribe",
 ]
 
 

@@ -4,6 +4,7 @@ import random
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 from zlib import crc32
@@ -22,6 +23,25 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Blanked:
+    """The same samples, but in a share of the times one is asked for, some of its fields are None.
+
+    A model that is to write with guidance learns by this what it would write if it had read nothing (Ho & Salimans 2022).
+    """
+
+    samples: Samples
+    fields: tuple[str, ...]
+    share: float = 0.1
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        sample = self.samples[index]
+        return {**sample, **dict.fromkeys(self.fields)} if np.random.random() < self.share else sample
 
 
 @contextmanager

@@ -194,6 +194,11 @@ class NextToken(Head):
         return readout.linear(state_ND)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        if tokenizer.length not in (None, len(tokens)):
+            raise StreamError(
+                f"NextToken: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
+                f"{tokenizer.length}; bring it to that size first"
+            )
         return F.pad(tokens.content, (0, 1), value=self.vocab(tokenizer) - 1)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:

@@ -131,6 +131,20 @@ class Window(Rule):
         return (distance < self.size) & (distance > -self.size)
 
 
+@dataclass(frozen=True)
+class Chunked(Rule):
+    """Look at one's own chunk of `size` tokens and at all before it: sound can be read while it comes in."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"Chunked: size={self.size} makes no chunks; use 1 or more")
+
+    def allows(self, q: Places, k: Places) -> Tensor:
+        return k.order // self.size <= q.order // self.size
+
+
 PREFIX_LM: Rule = SameSample() & (Causal() | Prefix())
 """The default: what is read freely sees all that is read freely, everything else sees its past, nobody sees another sample."""
 

@@ -19,8 +19,8 @@ from multimodal.tokenizer import describe
 
 log = logging.getLogger("multimodal")
 
-_CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_STREAMED = 0x7FFF0000  # writers to a pipe put this many bytes or more in the header, because they do not know yet
+CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+STREAMED = 0x7FFF0000  # writers to a pipe put this many bytes or more in the header, because they do not know yet
 _LARGEST_FILTER = 2**24  # numbers; the filter grows with both rates over their common divisor
 
 
@@ -35,7 +35,7 @@ def is_file_like(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
 
 
-def _opened(value: Any, who: str) -> tuple[Any, str]:
+def file_source(value: Any, who: str) -> tuple[Any, str]:
     """Something that a decoder can read, and its name for errors."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return io.BytesIO(value), f"{len(value)} bytes"
@@ -86,7 +86,7 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
         if isinstance(value, Image.Image):
             image = value
         else:
-            source, name = _opened(value, who)
+            source, name = file_source(value, who)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
                 image = Image.open(source)
@@ -205,10 +205,10 @@ def read_sound(value: Any, *, rate_hz: int, who: str) -> Tensor:
     if not torch.isfinite(wave_CS).all():
         raise MediaError(f"{who}: the sound has samples that are not finite (NaN or infinity)")
     wave_S = wave_CS.mean(0)
-    return wave_S if rate == rate_hz else _resampled(wave_S, int(rate), rate_hz, who)
+    return wave_S if rate == rate_hz else resampled(wave_S, int(rate), rate_hz, who)
 
 
-def _resampled(wave_S: Tensor, rate: int, rate_hz: int, who: str) -> Tensor:
+def resampled(wave_S: Tensor, rate: int, rate_hz: int, who: str) -> Tensor:
     from torchaudio.functional import resample
 
     common = math.gcd(rate, rate_hz)
@@ -226,10 +226,10 @@ def _decode_sound(value: Any, who: str) -> tuple[Tensor, int]:
 
     name = "the sound"
     try:
-        source, name = _opened(value, who)
+        source, name = file_source(value, who)
         with soundfile.SoundFile(source) as file:
             promised, rate = file.frames, file.samplerate
-            cut = _CUT_SHORT.search(file.extra_info)
+            cut = CUT_SHORT.search(file.extra_info)
             wave = file.read(dtype="float32", always_2d=True)
     except MediaError:
         raise
@@ -237,7 +237,7 @@ def _decode_sound(value: Any, who: str) -> tuple[Tensor, int]:
         raise MediaError(f"{who}: cannot read {name} as sound: {error}") from error
     # libsndfile does not complain about files that were cut short: it lowers `frames` and notes that in its log, or reads less
     unit, promised, came = ("bytes", int(cut[1]), int(cut[2])) if cut else ("samples", promised, len(wave))
-    if came < promised and not (cut and promised >= _STREAMED):
+    if came < promised and not (cut and promised >= STREAMED):
         raise MediaError(
             f"{who}: {name} holds {came} {unit} of the {promised} that its header promises; it was cut short"
         )

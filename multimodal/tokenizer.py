@@ -53,6 +53,8 @@ class Tokenizer(Declared, ABC):
     """Whether a value is one of a fixed set of classes, or several of them at once: one token says it all."""
     text: bool = False
     """Whether values are text (str), so that they can be told piece by piece while they are written."""
+    lossy: bool = False
+    """Whether decoding and encoding again may give other tokens: a sound's phases, say, are not kept."""
     length: int | None = None
     """How many tokens every value that is written has; None: as many as the head writes before it stops."""
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)

@@ -60,7 +60,7 @@ def recipe():
     )
 '''
 
-COMMANDS = ["train", "predict", "generate", "check", "verify"]
+COMMANDS = ["train", "predict", "generate", "transcribe", "check", "verify"]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ LAYERS = (
     {"flow"},
     {"stream"},
     {"checkpoint", "generate", "model", "data"},
-    {"train", "look", "transcribe", "pretrained", "serve"},
+    {"train", "look", "transcription", "pretrained", "serve"},
     {"verify", "conformance"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
@@ -43,7 +43,7 @@ LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
-LAZY = ("matplotlib", "timm", "torchvision", "soundfile", "rich", "cyclopts", "torchaudio", "PIL")
+LAZY = ("matplotlib", "timm", "torchvision", "soundfile", "rich", "cyclopts", "torchaudio", "PIL", "jiwer")
 MAY_PRINT = ("cli", "__main__", "verify", "train")
 
 

@@ -12,7 +12,7 @@ import multimodal as mm
 from multimodal.attention import Cache, DensePlan, plan
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 from multimodal.verify import CHECKS, plausible_values, verify
-from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBPE, TextBytes
+from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBPE, TextBytes
 
 TASKS = ["image -> label", "image -> text"]
 
@@ -254,3 +254,20 @@ def test_plausible_values_fit_differ_and_repeat(tokenizer, kind) -> None:
 def test_plausible_values_come_from_examples_first() -> None:
     assert plausible_values(OddWithExamples()) == [("odd", 3)]
     assert plausible_values(Odd()) == []
+
+
+def test_written_pictures_pass_by_codes_and_by_features(lively) -> None:
+    """Kinds of a fixed length, and a head that draws features: written step by step = read in one pass."""
+    pictures = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    patches = ImagePatches(patch=4, channels=1, size=(8, 8))
+    tokenizers = {
+        "label": Labels(("a", "b")),
+        "codes": Codes.train(ImagePatches(patch=4, channels=1), pictures, size=8, quiet=True),
+        "picture": patches,
+    }
+    tasks = ["label -> codes", mm.Task("label -> picture", mm.FlowMatching(width=16, depth=1, steps=4))]
+    model = lively(mm.Model(tokenizers, mm.Core(width=32, depth=2, heads=2), tasks))
+    samples = [{"label": "ab"[i % 2], "codes": p, "picture": p} for i, p in enumerate(pictures)]
+    result = verify(model, {"label -> codes": samples, "label -> picture": samples})
+    assert result.passed, str(result)
+    assert {(row.subject, row.check) for row in result.rows} >= {(t, "cached") for t in model.tasks}

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -168,6 +168,91 @@ def generate(
     if not answer.complete:
         print(f"(stopped at --max-tokens {max_tokens}, before its end)", file=sys.stderr)
     return 0
+
+
+@app.command
+def transcribe(
+    checkpoint: Path,
+    /,
+    *files: Path,
+    task: str | None = None,
+    form: Annotated[Literal["text", "srt", "vtt", "json"], Parameter(name="--format")] = "text",
+    out: Path | None = None,
+    beam: int = 0,
+    prior: float = 0.0,
+    words: Path | None = None,
+    window_s: float = 30.0,
+    overlap_s: float | None = None,
+    batch: int = 8,
+    max_tokens: int = 256,
+    plugin: Plugins = None,
+    device: Device = "auto",
+) -> int:
+    """Write down what is said in sound files of any length. Exit code 1: some file could not be read; the others are there.
+
+    Example: multimodal transcribe runs/words talk.flac
+
+    Example: multimodal transcribe runs/words monday.wav tuesday.wav --format srt --out subtitles --beam 16
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    files
+        Sound files.
+    task
+        Which task, such as "audio -> text"; needed only where several transcribe.
+    form
+        Plain text, subtitles (SubRip or WebVTT), or JSON with the time of every word.
+    out
+        A folder for one file each; without it, all is printed.
+    beam
+        Keep so many texts in mind while reading (CTC); 0 takes the likeliest symbol of every moment.
+    prior
+        Weight of the model's own text task, such as "-> text", in choosing between texts (CTC).
+    words
+        A text file with the only words that may be written (CTC).
+    window_s
+        Seconds that the model reads at once; as long as what it was trained on, or a little more.
+    overlap_s
+        Seconds that neighbouring windows share (CTC); 4, or a quarter of a short window, unless given.
+    batch
+        Windows at once.
+    max_tokens
+        The longest text of one window, where it is written token by token.
+    """
+    from multimodal.cli.transcripts import bar, choose_hearing_task, make_beam, places_for, put
+    from multimodal.shapes import ConfigError, MediaError
+    from multimodal.transcription import FORMATS, transcripts
+
+    if not files:
+        raise ConfigError("transcribe: give one sound file or more behind the checkpoint")
+    model = load(checkpoint, plugin, device)
+    chosen = choose_hearing_task(model, task)
+    decoder = make_beam(model, chosen, beam, prior, words)
+    places = places_for(files, out, FORMATS[form])
+    failed = 0
+    with bar(files) as progress:
+        done = transcripts(
+            model,
+            chosen,
+            list(files),
+            decoder=decoder,
+            window_s=window_s,
+            overlap_s=overlap_s,
+            batch=batch,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+        for index, transcript in done:
+            if isinstance(transcript, MediaError):
+                failed += 1
+                print(f"multimodal: {files[index]}: {transcript}", file=sys.stderr)
+            else:
+                put(files[index], transcript, form, places[index], len(files) > 1)
+    if failed and len(files) > 1:
+        print(f"{failed} of {len(files)} files could not be read", file=sys.stderr)
+    return 1 if failed else 0
 
 
 @app.command

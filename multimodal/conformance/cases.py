@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from multimodal.conformance.report import want
 from multimodal.core import Core
-from multimodal.heads import Head
+from multimodal.heads import Head, Prediction
 from multimodal.model import Model
 from multimodal.stream import Stream, Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
@@ -166,6 +166,14 @@ def logits_by_sample(model: Model, stream: Stream) -> list[Tensor]:
         reading = stream.readings[pattern]
         found |= dict(zip(reading.samples, logits.split(list(reading.lengths)), strict=True))
     return [found[i] for i in sorted(found)]
+
+
+def same_answer(a: Prediction, b: Prediction) -> bool:
+    """Whether two answers are one: the same tokens where they were written as such, features within 1e-3, else the same value."""
+    if a.tokens is None or b.tokens is None:
+        return bool(a.value == b.value)
+    x, y = a.tokens.content, b.tokens.content
+    return x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-3, atol=1e-3)
 
 
 def check_close(got: Tensor, wanted: Tensor, what: str) -> None:

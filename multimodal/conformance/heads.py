@@ -2,7 +2,15 @@
 
 import torch
 
-from multimodal.conformance.cases import Answer, HeadCase, Nothing, Signal, check_close, check_gradients
+from multimodal.conformance.cases import (
+    Answer,
+    HeadCase,
+    Nothing,
+    Signal,
+    check_close,
+    check_gradients,
+    same_answer,
+)
 from multimodal.conformance.report import Check, promise, want
 from multimodal.heads import Head
 from multimodal.shapes import ConfigError
@@ -44,12 +52,15 @@ def readout_learns(case: HeadCase) -> None:
 def one_answer_a_sample(case: HeadCase) -> None:
     """Every sample gets one answer with a confidence in 0 to 1, the same alone and beside others."""
     model = case.model()
-    answers = model.generate(case.task, case.samples, max_tokens=4)
+    answers = model.generate(case.task, case.samples, max_tokens=4, temperature=0.0)
     want(len(answers) == len(case.samples), f"{len(answers)} answers to {len(case.samples)} samples")
     for answer, sample in zip(answers, case.samples, strict=True):
         want(-1e-6 <= answer.confidence <= 1 + 1e-6, f"confidence is {answer.confidence}, wanted 0 to 1")
-        alone = model.generate(case.task, [sample], max_tokens=4)[0]
-        want(alone.value == answer.value, f"beside others the answer is {answer.value!r}, alone {alone.value!r}")
+        alone = model.generate(case.task, [sample], max_tokens=4, temperature=0.0)[0]
+        want(
+            same_answer(alone, answer),
+            f"beside others the answer is {answer.value!r}, alone {alone.value!r}",
+        )
 
 
 @promise(CHECKS)

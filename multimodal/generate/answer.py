@@ -55,6 +55,8 @@ class Options:
             raise ConfigError("generate: a stop string is empty")
         if self.beams > 1 and self.guidance != 1.0:
             raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
+        if self.beams > 1 and self.stop:
+            raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
         if self.beams > 1 and self.temperature:
             raise ConfigError(
                 f"generate: beams={self.beams} look for the likeliest answer; temperature has no meaning there"
@@ -114,6 +116,8 @@ class Answer:
         self.unsaid = ""
         if self.telling is not None and self.begin is not None:
             self.unsaid = self.telling.push(self.begin.content.tolist())
+            if self.telling.stopped:
+                raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
         self.cached = 0  # tokens of the prompt in the cache
         self.place_NA, self.step_A = self.tokenizer.places(begun + self.limit), torch.tensor(self.tokenizer.step)
@@ -177,6 +181,9 @@ class Answer:
 
     def news(self) -> str:
         """Text that has become sure since the last time."""
+        if self.beams is not None and self.tokenizer.text and self.ended:
+            best = self.prediction()
+            return "" if best is None else best.value
         if self.telling is None or self.error:
             return ""
         text, self.unsaid = self.unsaid, ""
@@ -214,9 +221,8 @@ def advance(
     Yields each with what its rows of the cache must take over from each other.
     """
     if head.continuous:
-        for answer in answers:
-            _draw_features(answer, states[answer], head, readout)
-            yield answer, []
+        _draw_features(answers, states, head, readout)
+        yield from ((answer, []) for answer in answers)
         return
     sizes = [len(states[answer]) for answer in answers]
     state_ND = torch.cat([states[answer] for answer in answers])
@@ -234,7 +240,8 @@ def advance(
         for answer, logits_BV in group:
             rows = slice(at, at + len(logits_BV))
             at += len(logits_BV)
-            if bool(torch.isneginf(chances[rows]).all(-1).any()):
+            stuck = torch.isneginf(chances[rows]).all(-1)[answer.seats]  # rows without a hypothesis may be anything
+            if bool(stuck.all()) and not (answer.beams and answer.beams.ended):
                 answer.error = StreamError(
                     f"{answer.name} of task {answer.task!r}: {rule} leaves no candidate after {answer.count} tokens; "
                     "give it a wider choice"
@@ -281,7 +288,7 @@ def _draw_token(answer: Answer, log_p_V: Tensor, chances_V: Tensor) -> None:
         answer.unsaid += answer.telling.push([token])
         if answer.telling.stopped:
             answer.ended = "stop string"
-    if len(answer.ids) == answer.fixed:
+    if not answer.ended and len(answer.ids) == answer.fixed:
         answer.ended = "length"
 
 
@@ -312,29 +319,37 @@ def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Te
     return copies
 
 
-def _draw_features(answer: Answer, state_BD: Tensor, head: Head, readout: Readout) -> None:
-    """The next token's features, from the answer's own noise."""
-    noise_NF = torch.randn(1, answer.tokenizer.written_features or 0, generator=answer.random)
-    temperature = answer.options.temperature
-    features_NF, stop_N = head.draw(
-        readout,
-        state_BD[:1],
-        noise_NF.to(state_BD.device),
-        guide_ND=state_BD[1:] if len(state_BD) > 1 else None,
-        guidance=answer.options.guidance,
-        temperature=1.0 if temperature is None else temperature,
-    )
+def _draw_features(answers: Sequence[Answer], states: Mapping[Answer, Tensor], head: Head, readout: Readout) -> None:
+    """The next token's features of each answer, from its own noise; answers that are drawn alike in one call."""
+    alike: dict[tuple[float, float | None], list[Answer]] = {}
+    for answer in answers:
+        alike.setdefault((answer.options.guidance, answer.options.temperature), []).append(answer)
+    for (guidance, temperature), group in alike.items():
+        state_BD = torch.stack([states[answer][0] for answer in group])
+        noise = [torch.randn(1, a.tokenizer.written_features or 0, generator=a.random) for a in group]
+        features_BF, stop_B = head.draw(
+            readout,
+            state_BD,
+            torch.cat(noise).to(state_BD.device),
+            guide_ND=None if guidance == 1.0 else torch.stack([states[answer][1] for answer in group]),
+            guidance=guidance,
+            temperature=1.0 if temperature is None else temperature,
+        )
+        for answer, features_NF, stop in zip(group, features_BF.float().cpu().split(1), stop_B.tolist(), strict=True):
+            _take_features(answer, features_NF, stop)
+
+
+def _take_features(answer: Answer, features_NF: Tensor, stop: float) -> None:
+    """Add what was drawn, unless the answer ends here."""
     if answer.fixed is None and answer.count:
-        stops = bool(stop_N[0] > 0)
-        answer.log_p += float(F.logsigmoid(stop_N[0] if stops else -stop_N[0]))
-        if stops:
+        answer.log_p += float(F.logsigmoid(torch.tensor(abs(stop))))
+        if stop > 0:
             answer.ended = "stop"
             return
     if answer.count == answer.limit:
         answer.ended = "max_tokens"
         return
-    begun = 0 if answer.begin is None else len(answer.begin)
-    at = begun + answer.count
-    answer.features.append(answer.tokenizer.fed_back(features_NF.float().cpu(), answer.place_NA[at : at + 1]))
+    at = (0 if answer.begin is None else len(answer.begin)) + answer.count
+    answer.features.append(answer.tokenizer.fed_back(features_NF, answer.place_NA[at : at + 1]))
     if answer.count == answer.fixed:
         answer.ended = "length"

@@ -306,5 +306,10 @@ def read_prefix(model: "Model", task: str, fields: Mapping[str, Any]) -> Prefix:
         cache = model.core.core.cache(
             rows=1, capacity=len(stream), device=model.device, dtype=next(model.core.parameters()).dtype
         )
+        if cache.memory is not None:
+            raise ConfigError(
+                f"task {task!r}: an EncoderDecoder reads all of a sample at once, so no prefix of it can be read before; "
+                "give generate the whole sample"
+            )
         model(stream, cache=cache)
     return Prefix(task, encoded, cache, len(stream))

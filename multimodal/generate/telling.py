@@ -7,7 +7,7 @@ import torch
 from multimodal.tokenizer import Tokenizer, Tokens
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
-LOOK_BACK = 4  # tokens decoded again before new ones, for tokenizers whose pieces join
+LOOK_BACK = 4  # tokens decoded again before new ones: more than an incomplete character has, and for pieces that join
 
 
 class Telling:
@@ -16,7 +16,8 @@ class Telling:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.ids: list[int] = []
-        self.whole = 0  # tokens whose text is settled
+        self.start = 0  # the first token that is decoded again
+        self.settled = 0  # characters of what is decoded from there that nothing can change
         self.kept = ""  # settled text that is held back
         self.told = ""
         self.stopped = False
@@ -26,12 +27,13 @@ class Telling:
         if self.stopped:
             return ""
         self.ids += ids
-        start = max(0, self.whole - LOOK_BACK)
-        before, now = self._decode(start, self.whole), self._decode(start, len(self.ids))
-        if now.endswith(UNFINISHED) and len(self.ids) - self.whole < LOOK_BACK:
-            return ""
-        self.whole = len(self.ids)
-        self.kept += now[len(before) :]
+        now = self._decode()
+        sure = now.removesuffix(UNFINISHED)  # however many bytes an incomplete character has, it decodes to one of them
+        self.kept += sure[self.settled :]
+        self.settled = max(self.settled, len(sure))
+        if len(self.ids) - self.start >= 2 * LOOK_BACK:
+            self.start = len(self.ids) - LOOK_BACK
+            self.settled = max(0, len(self._decode()) - (len(now) - len(sure)))
         found = [at for stop in self.stops if (at := self.kept.find(stop)) >= 0]
         if found:
             self.stopped, self.kept = True, self.kept[: min(found)]
@@ -40,10 +42,10 @@ class Telling:
 
     def finish(self) -> str:
         """The rest, once nothing more will be written."""
-        if self.whole < len(self.ids) and not self.stopped:
-            start = max(0, self.whole - LOOK_BACK)
-            self.kept += self._decode(start, len(self.ids))[len(self._decode(start, self.whole)) :]
-            self.whole = len(self.ids)
+        if not self.stopped:
+            now = self._decode()
+            self.kept += now[self.settled :]
+            self.settled = len(now)
         return self._tell(len(self.kept))
 
     def _tell(self, count: int) -> str:
@@ -59,8 +61,6 @@ class Telling:
                 return count
         return 0
 
-    def _decode(self, start: int, stop: int) -> str:
-        if start == stop:
-            return ""
-        ids = torch.tensor(self.ids[start:stop], dtype=torch.long)
-        return self.tokenizer.decode(Tokens(ids, self.tokenizer.places(len(ids))))
+    def _decode(self) -> str:
+        ids = torch.tensor(self.ids[self.start :], dtype=torch.long)
+        return self.tokenizer.decode(Tokens(ids, self.tokenizer.places(len(ids)))) if len(ids) else ""

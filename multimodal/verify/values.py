@@ -88,7 +88,7 @@ def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
     """Tokens that no value stands behind, of the declared size."""
     random = torch.Generator().manual_seed(seed)
     tokens = []
-    for count in (3, 5, 5, 8):
+    for count in (3, 5, 5, 8) if tokenizer.length is None else [tokenizer.length] * 4:
         if tokenizer.vocab_size is not None:
             ids = torch.randint(tokenizer.vocab_size, (count,), generator=random)
             tokens.append(Tokens(ids, tokenizer.places(count)))

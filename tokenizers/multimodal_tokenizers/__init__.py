@@ -1,9 +1,10 @@
 """The kinds that come with the framework, on the same terms as a stranger's."""
 
 from multimodal_tokenizers.audio import AudioFrames
+from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
 from multimodal_tokenizers.text import TextBPE, TextBytes
 
-__all__ = ["AudioFrames", "Features", "ImagePatches", "Labels", "TextBPE", "TextBytes"]
+__all__ = ["AudioFrames", "Codes", "Features", "ImagePatches", "Labels", "TextBPE", "TextBytes"]

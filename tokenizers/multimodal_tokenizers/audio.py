@@ -1,6 +1,7 @@
 """Sound as log-mel frames with their time in seconds; any duration, no fixed window."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -14,6 +15,10 @@ from multimodal.media import read_sound
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
+LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats; what "fixed" takes off
+FLOOR = 1e-6  # power added before the logarithm
+POWER_ROUNDS, PHASE_ROUNDS = 10, 32  # of the two iterations of `decode`; more change nothing that is measured
+
 
 @dataclass(frozen=True)
 class AudioFrames(Tokenizer):
@@ -21,6 +26,9 @@ class AudioFrames(Tokenizer):
 
     Places are seconds, so that the same sound recorded at another rate lies on the same places. `normalise="clip"` takes off
     each clip's own mean and spread (loudness does not matter); "fixed" uses one mean and spread for all.
+
+    What is written is heard through `decode`: phases are not kept, so a sound does not come back sample by sample, and a clip
+    of "clip" gets the mean and spread of "fixed", because its own are gone.
     """
 
     rate_hz: int = 16000
@@ -29,6 +37,8 @@ class AudioFrames(Tokenizer):
     window_ms: float = 25.0
     stack: int = 4  # frames a token
     normalise: Literal["clip", "fixed"] = "clip"
+    causal: bool = False  # whether a token sees only what came before it
+    lossy = True
 
     def __post_init__(self) -> None:
         for name in ("rate_hz", "mels", "hop_ms", "window_ms", "stack"):
@@ -59,7 +69,56 @@ class AudioFrames(Tokenizer):
         frames_NF = self.spectrogram(wave_S)
         frames_NF = F.pad(frames_NF[None], (0, 0, 0, -len(frames_NF) % self.stack), mode="replicate")[0]
         stacked_NF = rearrange(frames_NF, "(n s) f -> n (s f)", s=self.stack)
-        return Tokens(stacked_NF, at_times(torch.arange(len(stacked_NF)) * self.step[0]))
+        return Tokens(stacked_NF, self.places(len(stacked_NF)))
+
+    def places(self, count: int) -> Tensor:
+        return at_times(torch.arange(count) * self.step[0])
+
+    def decode(self, tokens: Tokens, *, vocoder: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, int]:
+        """The sound (wave_S, rate_hz) of these frames: float32, at most 1 loud, a hop for each frame.
+
+        vocoder: makes the wave instead, from `log_mel(tokens)`.
+        """
+        log_NF = self.log_mel(tokens)
+        if vocoder is not None:
+            return vocoder(log_NF), self.rate_hz
+        wave_S = self._sounded(log_NF) if len(log_NF) else torch.zeros(0)
+        return wave_S / max(1.0, float(wave_S.abs().max()) if len(wave_S) else 0.0), self.rate_hz
+
+    def log_mel(self, tokens: Tokens) -> Tensor:
+        """The natural logarithm (N, mels) of the power in each band of each frame, as vocoders want it."""
+        frames_NF = rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack)
+        return frames_NF.float().cpu() * SPREAD + LEVEL
+
+    def _sounded(self, log_NF: Tensor) -> Tensor:
+        """Powers that the bands could have come from, then phases that fit them (Griffin & Lim 1984; Perraudin et al. 2013).
+
+        Both iterations start from the same every time, so that the same frames give the same sound.
+        """
+        from torchaudio.functional import griffinlim
+
+        mel, hop = self._mel, self.hop_samples
+        log_NF = log_NF.clamp(max=30.0)  # a wild model's frames are loud, not infinite
+        wanted = (log_NF.exp() - FLOOR).clamp(min=0).T
+        bands = mel.mel_scale.get_buffer("fb")  # (frequencies, mels)
+        total = bands.sum(1, keepdim=True) + 1e-8
+        power = bands @ (wanted / bands.sum(0)[:, None].clamp(min=1e-8)) / total
+        for _ in range(POWER_ROUNDS):  # multiplicative updates stay above 0 (Lee & Seung 2000)
+            power = power * (bands @ (wanted / (bands.T @ power + 1e-9))) / total
+        # griffinlim centres frames on multiples of a hop, `spectrogram` begins them there: half a frame lies between
+        lead = math.ceil(mel.n_fft / 2 / hop)
+        power = torch.cat([power[:, :1].expand(-1, lead), power, power[:, -1:]], 1)
+        window = mel.spectrogram.get_buffer("window")
+        wave_S = griffinlim(
+            power, window, mel.n_fft, hop, len(window), power=2.0, n_iter=PHASE_ROUNDS, momentum=0.99, length=None,
+            rand_init=False,
+        )  # fmt: skip
+        wave_S = wave_S[lead * hop - mel.n_fft // 2 :][: len(log_NF) * hop]
+        return F.pad(wave_S, (0, len(log_NF) * hop - len(wave_S)))
+
+    @property
+    def _mel(self):
+        return _mel(self.rate_hz, round(self.rate_hz * self.window_ms / 1000), self.hop_samples, self.mels)
 
     def picture(self, tokens: Tokens) -> Tensor:
         """The spectrogram, low tones at the bottom."""
@@ -69,13 +128,12 @@ class AudioFrames(Tokenizer):
 
     def spectrogram(self, wave_S: Tensor) -> Tensor:
         """Normalised log-mel frames (N, mels), one for each hop that begins within the sound."""
-        window = round(self.rate_hz * self.window_ms / 1000)
-        mel = _mel(self.rate_hz, window, self.hop_samples, self.mels)
+        mel = self._mel
         count = math.ceil(len(wave_S) / self.hop_samples)
         wave_S = F.pad(wave_S, (0, max(0, (count - 1) * self.hop_samples + mel.n_fft - len(wave_S))))
-        log_NF = (mel(wave_S).T[:count] + 1e-6).log()
+        log_NF = (mel(wave_S).T[:count] + FLOOR).log()
         if self.normalise == "fixed":
-            return (log_NF + 6) / 4
+            return (log_NF - LEVEL) / SPREAD
         return (log_NF - log_NF.mean()) / (log_NF.std(correction=0) + 1e-3)
 
 

@@ -23,6 +23,8 @@ class ImagePatches(Tokenizer):
     "sincos" (fixed, unbounded), "learned" (a grid that stretches over any picture), or "rotary" (nothing).
     A picture whose sides are no multiples of `patch` is continued at its right and lower edge with `edge="repeat"`, or
     refused with `edge="error"`. With `max_side` larger pictures are shrunk to it, aspect kept. All of this is saved.
+
+    Pictures can be written where `size` says how many rows and columns of pixels each has; others are still read.
     """
 
     patch: int = 16  # pixels
@@ -34,6 +36,7 @@ class ImagePatches(Tokenizer):
     edge: Literal["repeat", "error"] = "repeat"
     max_side: int | None = None  # pixels
     max_pixels: int = 2**24
+    size: tuple[int, int] | None = None  # rows and columns of pixels of every written picture
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.channels not in (1, 3, 4):
@@ -55,6 +58,14 @@ class ImagePatches(Tokenizer):
             raise ConfigError(f"ImagePatches: std={self.std} must be more than 0")
         if self.max_side is not None and self.max_side < self.patch:
             raise ConfigError(f"ImagePatches: max_side={self.max_side} is smaller than patch={self.patch}")
+        if self.size is not None:
+            object.__setattr__(self, "size", size := tuple(self.size))
+            if len(size) != 2 or min(size) < 1 or any(side % self.patch for side in size):
+                raise ConfigError(
+                    f"ImagePatches: size={size} is not two multiples, rows and columns, of patch={self.patch}"
+                )
+            if self.max_side is not None and max(size) > self.max_side:
+                raise ConfigError(f"ImagePatches: size={size} is larger than max_side={self.max_side}")
 
     @property
     def pixel_features(self) -> int:
@@ -66,16 +77,49 @@ class ImagePatches(Tokenizer):
         """Pixels, and for the added position schemes the patch's row and column behind them."""
         return self.pixel_features + (0 if self.position == "rotary" else 2)
 
+    @property
+    def written_features(self) -> int:
+        """Only pixels are written; row and column are known."""
+        return self.pixel_features
+
+    @property
+    def length(self) -> int | None:
+        """Patches of a written picture."""
+        return None if self.size is None else self.size[0] * self.size[1] // self.patch**2
+
+    def places(self, count: int) -> Tensor:
+        rows, columns = self._written_grid
+        if count > rows * columns:
+            raise ConfigError(f"ImagePatches: places({count}), but a picture of size={self.size} has {rows * columns}")
+        return _grid(rows, columns)[:count].clone()
+
+    def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
+        return self._with_places(features_NF, position_NA, self._written_grid)
+
+    @property
+    def _written_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        if self.size is None:
+            raise ConfigError(
+                "ImagePatches: to write pictures, give it size=(rows, columns) in pixels, which all of them have"
+            )
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
     def encode(self, value: Any) -> Tokens:
         image_CYX = self.preprocess(value)
         patches_NF = rearrange(image_CYX, "c (y p) (x q) -> (y x) (c p q)", p=self.patch, q=self.patch)
         rows, columns = image_CYX.shape[1] // self.patch, image_CYX.shape[2] // self.patch
         position_NA = _grid(rows, columns)
-        if self.position == "sincos":
-            patches_NF = torch.cat([patches_NF, position_NA[:, 1:]], 1)
-        elif self.position == "learned":
-            patches_NF = torch.cat([patches_NF, (position_NA[:, 1:] + 0.5) / torch.tensor([rows, columns])], 1)
-        return Tokens(patches_NF, position_NA)
+        return Tokens(self._with_places(patches_NF, position_NA, (rows, columns)), position_NA)
+
+    def _with_places(self, pixels_NF: Tensor, position_NA: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Content: pixels and what the position scheme puts behind them, for a picture of `grid` rows and columns of patches."""
+        if self.position == "rotary":
+            return pixels_NF
+        place_NA = position_NA[:, 1:].to(pixels_NF)
+        if self.position == "learned":
+            place_NA = (place_NA + 0.5) / torch.tensor(grid).to(pixels_NF)
+        return torch.cat([pixels_NF, place_NA], 1)
 
     def preprocess(self, value: Any) -> Tensor:
         """Any picture as normalised (C, Y, X) whose sides are multiples of `patch`."""
@@ -100,14 +144,18 @@ class ImagePatches(Tokenizer):
         return (image_CYX - _per_channel(self.mean)) / _per_channel(self.std)
 
     def decode(self, tokens: Tokens) -> Tensor:
-        """The picture (C, Y, X) in 0..1 that these patches tile."""
-        rows = int(tokens.position_NA[:, 1].max()) + 1
-        pixels_NF = tokens.content[:, : self.pixel_features]
-        image_CYX = rearrange(pixels_NF, "(y x) (c p q) -> c (y p) (x q)", y=rows, p=self.patch, q=self.patch)
-        return image_CYX * _per_channel(self.std) + _per_channel(self.mean)
+        """The picture (C, Y, X) in 0..1 that these patches tile; what is missing up to the last row and column is `mean`."""
+        row_N, column_N = tokens.position_NA[:, 1:].long().cpu().unbind(1)
+        rows, columns = (int(x.max()) + 1 if len(x) else 0 for x in (row_N, column_N))
+        pixels_NF = torch.zeros(rows * columns, self.pixel_features)
+        pixels_NF[row_N * columns + column_N] = tokens.content[:, : self.pixel_features].float().cpu()
+        image_CYX = rearrange(
+            pixels_NF, "(y x) (c p q) -> c (y p) (x q)", y=rows, x=columns, p=self.patch, q=self.patch
+        )
+        return (image_CYX * _per_channel(self.std) + _per_channel(self.mean)).clamp(0, 1)
 
     def picture(self, tokens: Tokens) -> Tensor:
-        return self.decode(tokens).permute(1, 2, 0).clamp(0, 1)
+        return self.decode(tokens).permute(1, 2, 0)
 
     def embed(self, width: int) -> nn.Module:
         return _PatchEmbed(self, width)

@@ -1,0 +1,262 @@
+"""Digits written from their label, and spoken from text, read by judges that never saw anything written.
+
+    uv run benchmarks/writing.py pictures            about 10 CPU-minutes
+    uv run benchmarks/writing.py sounds              about 12 CPU-minutes
+
+pictures: mnist_t10k (8,000 to learn from, 2,000 real ones to compare with); sounds: fsdd.zip; both in the folder MULTIMODAL_DATA
+(default ../shared/data). --score FOLDER judges a kept model. Leaves digits.png, or a folder of WAV files, in --folder.
+"""
+
+import argparse
+import gzip
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchaudio.transforms import MelSpectrogram
+
+import multimodal as mm
+from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBytes
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import sound_sets
+
+DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
+DRAW, SAY = "label -> drawing", "text speaker -> sound"
+RATE_HZ = sound_sets.RATE_HZ
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """10,000 pictures (N, 28, 28) uint8 and their digits, shuffled."""
+
+    def idx(name: str) -> np.ndarray:
+        with gzip.open(DATA / "mnist_t10k" / name) as file:
+            raw = file.read()
+        shape = np.frombuffer(raw, ">i4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+    order = np.random.default_rng(0).permutation(10000)
+    return idx("t10k-images-idx3-ubyte.gz")[order], idx("t10k-labels-idx1-ubyte.gz")[order]
+
+
+def judge(
+    pictures: Sequence[Tensor], digits: Sequence[int], disturbed: Callable[[Tensor], Tensor], steps: int, seed: int
+) -> nn.Module:
+    """A small convolutional network that reads single-channel pictures (Y, X) of one size; plain PyTorch, trained on real ones."""
+    torch.manual_seed(seed)
+    widths = (1, 24, 48, 96)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(384, 10))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    target = torch.tensor(digits)
+    for _ in range(steps):
+        which = torch.randint(len(pictures), (64,))
+        batch = torch.stack([disturbed(pictures[i]) for i in which])[:, None]
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch), target[which], label_smoothing=0.05).backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def share_read(network: nn.Module, pictures: Sequence[Tensor], digits: Sequence[int]) -> float:
+    """The share of pictures that the judge reads as these digits."""
+    read = torch.cat([network(torch.stack(list(pictures[i : i + 200]))[:, None]) for i in range(0, len(pictures), 200)])
+    return float((read.argmax(-1) == torch.tensor(digits)).float().mean())
+
+
+def shifted(picture_YX: Tensor) -> Tensor:
+    """Moved by up to two pixels."""
+    down, right = torch.randint(-2, 3, (2,)).tolist()
+    return picture_YX.roll((down, right), (0, 1))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of samples."""
+
+    rows: Sequence[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def nearest(pictures: Tensor, known: Tensor, *, same: bool = False) -> float:
+    """Median over pictures of the Euclidean distance to the nearest known one."""
+    distance = torch.cdist(pictures.flatten(1), known.flatten(1))
+    if same:
+        distance.fill_diagonal_(float("inf"))
+    return float(distance.amin(1).median())
+
+
+def write_pictures(args: argparse.Namespace) -> None:
+    images, digits = mnist()
+    train, test = slice(0, 8000), slice(8000, 10000)
+    start = time.process_time()
+    if args.score:
+        model = mm.Model.load(args.score)
+    else:
+        patches = ImagePatches(patch=4, channels=1, position="rotary")
+        tokenizers = {
+            "label": Labels(tuple("0123456789")),
+            "drawing": Codes.train(patches, list(images[train]), size=512, quiet=True),
+        }
+        core = mm.Core(width=128, depth=4, heads=4, dropout=0.1)
+        model = mm.Model(tokenizers, core, [DRAW], seed=args.seed)
+        rows = [{"label": str(d), "drawing": x} for x, d in zip(images[train], digits[train], strict=True)]
+        recipe = mm.Recipe(
+            steps=args.steps or 1000, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
+        )
+        data = {DRAW: mm.Blanked(Samples(rows), ("label",))}
+        mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
+    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+
+    real = [torch.from_numpy(x.copy()).float() / 255 for x in images]
+    reader = judge(real[train], digits[train].tolist(), shifted, 900, seed=1)
+    print(f"the judge reads {share_read(reader, real[test], digits[test].tolist()):.2%} of 2,000 real held-out digits")
+    coded = model.packer.tokenizers["drawing"]
+    coded_back = [coded.decode(coded(x))[0].clamp(0, 1) for x in images[test][:1000]]
+    print(f"and {share_read(reader, coded_back, digits[test][:1000].tolist()):.2%} of 1,000 of them after coding")
+    asked = [i % 10 for i in range(args.count)]
+    start = time.process_time()
+    for guidance, temperature in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.8), (3.0, 1.0)):
+        answers = model.generate(
+            DRAW,
+            [{"label": str(d)} for d in asked],
+            temperature=temperature,
+            guidance=guidance,
+            seed=args.seed,
+            batch=256,
+        )
+        drawn = [a.value[0].clamp(0, 1) for a in answers]
+        pile, known, held = torch.stack(drawn), torch.stack(real[train]), torch.stack(real[test][: len(drawn)])
+        print(
+            f"guidance {guidance}, temperature {temperature}: {share_read(reader, drawn, asked):.2%} of {len(asked)} read as "
+            f"asked; nearest training picture {nearest(pile, known):.2f} (real held-out {nearest(held, known):.2f}), "
+            f"nearest other drawing {nearest(pile, pile, same=True):.2f} (real {nearest(held, held, same=True):.2f})"
+        )
+        save_grid(drawn[:100], args.folder / f"digits_guidance_{guidance}_temperature_{temperature}.png")
+    print(f"written in {time.process_time() - start:.0f} CPU-s")
+
+
+def save_grid(pictures: Sequence[Tensor], path: Path) -> None:
+    """Ten a row."""
+    from torchvision.utils import save_image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.stack(list(pictures))[:, None], path, nrow=10)
+
+
+def heard(wave_S: Tensor) -> Tensor:
+    """What the judge of sound sees: log-mel (32, 48) of the sound cut or filled up to 0.77 s, loudness taken off."""
+    mel = MelSpectrogram(RATE_HZ, n_fft=256, hop_length=128, n_mels=32)
+    wave_S = F.pad(wave_S[:6016], (0, max(0, 6016 - len(wave_S))))
+    log = (mel(wave_S) + 1e-4 * wave_S.square().mean().clamp(min=1e-8)).log()
+    return (log - log.mean()) / (log.std() + 1e-3)
+
+
+def moved(picture_YX: Tensor) -> Tensor:
+    """A little later, higher, and with bands and times left out."""
+    later, higher = int(torch.randint(0, 12, ())), int(torch.randint(-1, 2, ()))
+    picture_YX = picture_YX.roll((higher, later), (0, 1)).clone()
+    top, left = int(torch.randint(0, 28, ())), int(torch.randint(0, 42, ()))
+    picture_YX[top : top + 4] = 0
+    picture_YX[:, left : left + 6] = 0
+    return picture_YX + 0.2 * torch.randn(())
+
+
+def write_sounds(args: argparse.Namespace) -> None:
+    sounds = sound_sets.fsdd(DATA / "fsdd.zip", None)
+    words = {word: i for i, word in enumerate(sound_sets.DIGITS)}
+    speakers = tuple(sorted({clip.speaker for clip in sounds.train}))
+    start = time.process_time()
+    if args.score:
+        model = mm.Model.load(args.score)
+    else:
+        frames = AudioFrames(rate_hz=RATE_HZ, mels=48, hop_ms=16, window_ms=32, stack=1, normalise="fixed")
+        tokenizers = {
+            "text": TextBytes(),
+            "speaker": Labels(speakers),
+            "sound": Codes.train(frames, [(clip.wave_S, RATE_HZ) for clip in sounds.train], size=512, quiet=True),
+        }
+        core = mm.Core(width=128, depth=4, heads=4, dropout=0.1)
+        model = mm.Model(tokenizers, core, [SAY], seed=args.seed)
+        rows = [{"text": c.word, "speaker": c.speaker, "sound": (c.wave_S, RATE_HZ)} for c in sounds.train]
+        recipe = mm.Recipe(
+            steps=args.steps or 1500, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
+        )
+        data = {SAY: mm.Blanked(Samples(rows), ("text", "speaker"))}
+        mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
+    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+
+    reader = judge([heard(c.wave_S) for c in sounds.train], [words[c.word] for c in sounds.train], moved, 900, seed=1)
+    test, right = list(sounds.test), [words[c.word] for c in sounds.test]
+    print(
+        f"the judge reads {share_read(reader, [heard(c.wave_S) for c in test], right):.2%} of {len(test)} real held-out clips"
+    )
+    coded = model.packer.tokenizers["sound"]
+    back = [coded.decode(coded((c.wave_S, RATE_HZ)))[0] for c in test]
+    print(f"and {share_read(reader, [heard(x) for x in back], right):.2%} of them after coding and Griffin-Lim")
+    real_s = sum(len(c.wave_S) for c in test) / len(test) / RATE_HZ
+    asked = [(word, speakers[i % len(speakers)]) for i in range(args.count // 10) for word in words]
+    start = time.process_time()
+    for guidance, temperature in ((1.0, 0.7), (1.0, 1.0), (2.0, 0.8), (2.0, 1.0)):
+        answers = model.generate(
+            SAY,
+            [{"text": word, "speaker": speaker} for word, speaker in asked],
+            temperature=temperature,
+            guidance=guidance,
+            max_tokens=120,
+            seed=args.seed,
+            batch=128,
+        )
+        waves = [a.value[0] for a in answers]
+        length_s = sum(len(x) for x in waves) / len(waves) / RATE_HZ
+        share = share_read(reader, [heard(x) for x in waves], [words[word] for word, _ in asked])
+        print(
+            f"guidance {guidance}, temperature {temperature}: {share:.2%} of {len(asked)} read as asked; "
+            f"{length_s:.3f} s long on average (real ones {real_s:.3f}, {length_s / real_s - 1:+.0%})"
+        )
+        folder = args.folder / f"guidance_{guidance}_temperature_{temperature}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, ((word, speaker), wave_S) in enumerate(list(zip(asked, waves, strict=True))[:40]):
+            soundfile.write(folder / f"{word}_{speaker}_{i}.wav", wave_S.numpy(), RATE_HZ)
+    print(f"written in {time.process_time() - start:.0f} CPU-s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pictures", "sounds"))
+    parser.add_argument("--folder", type=Path, default=Path("writing_run"))
+    parser.add_argument("--score", type=Path)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--count", type=int, help="how many are written")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.count = args.count or (1000 if args.what == "pictures" else 300)
+    torch.set_num_threads(1)
+    write_pictures(args) if args.what == "pictures" else write_sounds(args)
+
+
+if __name__ == "__main__":
+    main()

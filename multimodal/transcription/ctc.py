@@ -1,0 +1,254 @@
+"""From rows of CTC logits to symbols: greedily, or by prefix beam search with a text prior and a list of words.
+
+A `Decoder` is a setting; its `search()` is one reading that goes on: rows are pushed in any number of pieces, and as long as
+nothing is committed the pieces give what one call over all of them gives.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+
+import torch
+from torch import Tensor
+
+from multimodal.shapes import ConfigError, check_shapes
+from multimodal.transcription.lexicon import Lexicon, State
+from multimodal.transcription.prior import Prior
+
+_NEVER = float("-inf")
+
+
+class Search(ABC):
+    """One reading of rows; the blank is the last class."""
+
+    @abstractmethod
+    def push(self, log_p_NV: Tensor) -> None:
+        """Read more rows of log-probabilities, in nats."""
+
+    @abstractmethod
+    def ids(self) -> list[int]:
+        """The best symbols since the last commit."""
+
+    @abstractmethod
+    def settled(self) -> int:
+        """How many of the first `ids` no later row can change."""
+
+    @abstractmethod
+    def commit(self, last: bool = False) -> list[int]:
+        """Take the best symbols so far for good and count anew; last: nothing will follow."""
+
+
+class Decoder(ABC):
+    """A way to read rows of CTC logits."""
+
+    @abstractmethod
+    def search(self) -> Search:
+        """Begin a reading."""
+
+    def __call__(self, logits_NV: Tensor) -> list[int]:
+        """The symbols of one value's logits (N, V), the blank being the last class."""
+        search = self.search()
+        search.push(logits_NV.detach().float().log_softmax(-1))
+        return search.commit(last=True)
+
+
+@dataclass(frozen=True)
+class Greedy(Decoder):
+    """The likeliest class of every row, repeats and blanks taken out."""
+
+    def search(self) -> Search:
+        return _GreedySearch()
+
+
+class _GreedySearch(Search):
+    def __init__(self) -> None:
+        self.before = -1
+        self.found: list[int] = []
+
+    def push(self, log_p_NV: Tensor) -> None:
+        check_shapes("Greedy", log_p_NV=log_p_NV)
+        blank = log_p_NV.shape[-1] - 1
+        for symbol in log_p_NV.argmax(-1).tolist():
+            if symbol not in (blank, self.before):
+                self.found.append(symbol)
+            self.before = symbol
+
+    def ids(self) -> list[int]:
+        return list(self.found)
+
+    def settled(self) -> int:
+        return len(self.found)
+
+    def commit(self, last: bool = False) -> list[int]:
+        found, self.found = self.found, []
+        return found
+
+
+@dataclass(frozen=True)
+class Beam(Decoder):
+    """Prefix beam search (Hannun et al. 2014, algorithm 1): alignments that write the same symbols count together.
+
+    A text y is ranked by log p(y | rows) + weight * log prior(y) + bonus * symbols (shallow fusion). The prior's end, where it
+    has one, counts when the last row is read.
+    """
+
+    width: int = 16  # prefixes kept after every row
+    prior: Prior | None = None
+    weight: float = 0.5
+    bonus: float = 0.0  # nats a symbol; makes up for what the prior takes off longer texts
+    lexicon: Lexicon | None = None
+    cutoff: float = 12.0  # classes this many nats below a row's best are not tried; inf tries all
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ConfigError(f"Beam: width={self.width} keeps nothing; use 1 or more")
+        if not self.cutoff > 0:
+            raise ConfigError(f"Beam: cutoff={self.cutoff} nats tries no class; use 5 or more, or inf")
+
+    def search(self) -> "BeamSearch":
+        return BeamSearch(self)
+
+
+class _Node:
+    """A prefix: its last symbol, its parent, and what its text alone is worth."""
+
+    __slots__ = ("ahead", "children", "extra", "parent", "state", "symbol")
+
+    def __init__(self, parent: "_Node | None", symbol: int, extra: float, state: State | None) -> None:
+        self.parent, self.symbol, self.extra, self.state = parent, symbol, extra, state
+        self.children: dict[int, _Node | None] = {}
+        self.ahead: list[float] | None = None  # the prior of every next symbol
+
+    def path(self, above: "_Node | None") -> list[int]:
+        """Symbols from `above` (not counted) down to here."""
+        symbols, node = [], self
+        while node is not above and node.parent is not None:
+            symbols.append(node.symbol)
+            node = node.parent
+        return symbols[::-1]
+
+
+class BeamSearch(Search):
+    """The prefixes that are alive, each with the log-probability that it ended in a blank and that it did not."""
+
+    def __init__(self, beam: Beam) -> None:
+        self.beam = beam
+        self.root = _Node(None, -1, 0.0, beam.lexicon.start if beam.lexicon else None)
+        self.live: dict[_Node, tuple[float, float]] = {self.root: (0.0, _NEVER)}
+
+    def push(self, log_p_NV: Tensor) -> None:
+        check_shapes("Beam", log_p_NV=log_p_NV)
+        log_p_NV = log_p_NV.detach().cpu()
+        blank = log_p_NV.shape[-1] - 1
+        tried_NV = log_p_NV >= log_p_NV.amax(-1, keepdim=True) - self.beam.cutoff
+        tried_NV[:, blank] = False
+        for row, tried in zip(log_p_NV, tried_NV, strict=True):
+            classes = tried.nonzero()[:, 0]
+            needed = {node.symbol for node in self.live if node.symbol >= 0}
+            stay = dict(zip(needed, row[list(needed)].tolist(), strict=True)) if needed else {}
+            self._row(float(row[blank]), stay, list(zip(classes.tolist(), row[classes].tolist(), strict=True)))
+
+    def _row(self, blank: float, stay: Mapping[int, float], classes: Sequence[tuple[int, float]]) -> None:
+        mass: dict[_Node, list[float]] = {}
+        for node, (ended, open_) in self.live.items():
+            both = _plus(ended, open_)
+            here = mass.setdefault(node, [_NEVER, _NEVER])
+            here[0] = _plus(here[0], both + blank)
+            if node.symbol in stay:
+                here[1] = _plus(here[1], open_ + stay[node.symbol])
+            for symbol, nats in classes:
+                came = ended if symbol == node.symbol else both  # a repeat needs a blank between
+                if came + nats == _NEVER:
+                    continue
+                child = self._child(node, symbol)
+                if child is not None:
+                    there = mass.setdefault(child, [_NEVER, _NEVER])
+                    there[1] = _plus(there[1], came + nats)
+        kept = nlargest(self.beam.width, mass.items(), key=lambda item: _plus(*item[1]) + item[0].extra)
+        self.live = {node: (ended, open_) for node, (ended, open_) in kept}
+
+    def _child(self, node: _Node, symbol: int) -> _Node | None:
+        if symbol not in node.children:
+            lexicon = self.beam.lexicon
+            state = lexicon.step(node.state, symbol) if lexicon and node.state is not None else None
+            if lexicon and state is None:
+                node.children[symbol] = None
+            else:
+                extra = node.extra + self.beam.bonus
+                if self.beam.prior is not None:
+                    extra += self.beam.weight * self._ahead(node)[symbol]
+                node.children[symbol] = _Node(node, symbol, extra, state)
+        return node.children[symbol]
+
+    def _ahead(self, node: _Node) -> list[float]:
+        if node.ahead is None:
+            assert self.beam.prior is not None
+            node.ahead = self.beam.prior.log_p(node.path(None)).tolist()
+        return node.ahead
+
+    def _score(self, node: _Node, last: bool, symbols: int | None = None) -> float:
+        score = _plus(*self.live[node]) + node.extra
+        prior = self.beam.prior
+        if last and prior is not None and prior.ends:
+            score += self.beam.weight * self._ahead(node)[-1]
+        return score
+
+    def ranked(self, last: bool = True) -> list[tuple[list[int], float]]:
+        """(symbols since the last commit, score in nats) of every live prefix, best first; last: only whole texts."""
+        lexicon = self.beam.lexicon
+        whole = [n for n in self.live if not (last and lexicon) or (n.state is not None and lexicon.complete(n.state))]
+        scored = sorted(((self._score(node, last), node) for node in whole), key=lambda item: -item[0])
+        return [(node.path(self.root), score) for score, node in scored]
+
+    def _best(self) -> _Node:
+        return max(self.live, key=lambda node: self._score(node, False))
+
+    def ids(self) -> list[int]:
+        return self._best().path(self.root)
+
+    def settled(self) -> int:
+        paths = [node.path(self.root) for node in self.live]
+        together = 0
+        for symbols in zip(*paths, strict=False):
+            if len(set(symbols)) > 1:
+                break
+            together += 1
+        return together
+
+    def commit(self, last: bool = False) -> list[int]:
+        best = self._best()
+        ids = best.path(self.root)
+        if last:
+            ranked = self.ranked()
+            ids = ranked[0][0] if ranked else self._cut_back(best)
+        node = best
+        while node is not self.root and node.parent is not None:  # the branches not taken are forgotten
+            node = node.parent
+            node.children = {}
+        best.children = {}
+        self.live = {best: self.live[best]}
+        self.root = best
+        return ids
+
+    def _cut_back(self, node: _Node) -> list[int]:
+        """No live prefix ends with a whole word: what the best one wrote up to its last whole word."""
+        lexicon = self.beam.lexicon
+        while lexicon and node is not self.root and node.parent is not None:
+            if node.state is not None and lexicon.complete(node.state):
+                break
+            node = node.parent
+        return node.path(self.root)
+
+
+def _plus(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    if a < b:
+        a, b = b, a
+    return a if b == _NEVER else a + math.log1p(math.exp(b - a))
+
+
+def log_p_of(logits_NV: Tensor) -> Tensor:
+    """Log-probabilities (N, V) in float32 on the CPU."""
+    return torch.log_softmax(logits_NV.detach().float(), -1).cpu()
