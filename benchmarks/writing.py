@@ -114,13 +114,15 @@ def write_pictures(args: argparse.Namespace) -> None:
     if args.score:
         model = mm.Model.load(args.score)
     else:
-        patches = ImagePatches(patch=4, channels=1, position="rotary")
-        tokenizers = {
-            "label": Labels(tuple("0123456789")),
-            "drawing": Codes.train(patches, list(images[train]), size=512, quiet=True),
-        }
+        patches = ImagePatches(patch=4, channels=1, position="rotary", size=(28, 28))
+        label = Labels(tuple("0123456789"))
         core = mm.Core(width=128, depth=4, heads=4, dropout=0.1)
-        model = mm.Model(tokenizers, core, [DRAW], seed=args.seed)
+        if args.features:
+            tasks = [mm.Task(DRAW, mm.FlowMatching(width=128, depth=2))]
+            model = mm.Model({"label": label, "drawing": patches}, core, tasks, seed=args.seed)
+        else:
+            codes = Codes.train(patches, list(images[train]), size=512, quiet=True)
+            model = mm.Model({"label": label, "drawing": codes}, core, [DRAW], seed=args.seed)
         rows = [{"label": str(d), "drawing": x} for x, d in zip(images[train], digits[train], strict=True)]
         recipe = mm.Recipe(
             steps=args.steps or 1000, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
@@ -249,6 +251,7 @@ def main() -> None:
     parser.add_argument("what", choices=("pictures", "sounds"))
     parser.add_argument("--folder", type=Path, default=Path("writing_run"))
     parser.add_argument("--score", type=Path)
+    parser.add_argument("--features", action="store_true", help="write pictures as features (flow matching), not codes")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--count", type=int, help="how many are written")
     parser.add_argument("--seed", type=int, default=0)

@@ -55,7 +55,7 @@ def test_what_a_document_shows_runs(document: Path, tmp_path: Path, monkeypatch:
 
 
 def test_the_documents_we_owe_are_there():
-    assert {"CONTRIBUTING.md", "seams.md"} <= {path.name for path in DOCUMENTS}
+    assert {"CONTRIBUTING.md", "seams.md", "writing.md"} <= {path.name for path in DOCUMENTS}
 
 
 def test_blocks_share_a_namespace_and_skip_what_is_marked():
