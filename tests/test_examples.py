@@ -124,3 +124,15 @@ def test_the_recipe_trains_and_answers_on_the_command_line(tmp_path, monkeypatch
     assert main(["train", str(ROOT / "examples" / "recipe.py"), "--set", "steps=3", "--set", "batch=10"]) == 0
     assert main(["generate", "runs/recipe", "--text", "three plus four", "--max-tokens", "4"]) == 0
     assert "model " in capsys.readouterr().out
+
+
+def test_one_model_does_four_jobs(tmp_path):
+    out = run(tmp_path, "one_model_four_jobs.py", "--steps", "60", "--count", "20", "--share", "6", "--workers", "0")
+    for name in ("image -> label", "audio -> heard:text", "audio -> text", "photo -> caption:text", "nearest picture"):
+        assert f"{name}" in out
+    label = float(out.split("image -> label")[1].split("%")[0])
+    assert label > 15, out  # chance is 10; what it promises at full length is measured in benchmarks/
+    folder = tmp_path / "runs" / "four_jobs"
+    with Image.open(folder / "drawings.png") as picture:
+        assert picture.size[0] >= 80
+    assert (folder / "seven.wav").stat().st_size > 1000
