@@ -1,7 +1,8 @@
 """Tokenizers + core + heads = a model: loss, predict, generate, save, load."""
 
+import inspect
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
 from multimodal.heads import Head, Prediction, Readout
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Packer, Stream, Task
 from multimodal.tokenizer import Tokenizer
 
@@ -150,6 +151,7 @@ class Model(nn.Module):
     def predict(self, task: str, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples."""
         if samples is None:
+            self._check_fields(task, fields)
             return self.predict(task, [fields])[0]
         samples = self._check_call(task, samples, fields, batch)
         if self.packer.head(task).writes:
@@ -198,6 +200,7 @@ class Model(nn.Module):
             k: v for k, v in locals().items() if k not in ("self", "task", "samples", "prefix", "batch", "fields")
         }
         if samples is None:
+            self._check_fields(task, fields, prefix.fields if prefix else ())
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
@@ -254,6 +257,19 @@ class Model(nn.Module):
             if piece.error is not None:
                 raise piece.error
             yield piece
+
+    def _check_fields(self, task: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
+        """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
+        self.packer.check_task(task)
+        pattern = self.packer.patterns[task]
+        known = [*(field.name for field in pattern.reads), pattern.answer]
+        for name in fields:
+            if name not in known and set(fields) | set(read) >= set(known[:-1]):  # else the missing field is the better clue
+                options = inspect.signature(self.generate).parameters
+                raise TaskError(
+                    f"task {task!r} has no field {name!r}; it reads {', '.join(known[:-1]) or 'nothing'}"
+                    + did_you_mean(name, [*known, *options])
+                )
 
     def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Sequence[Sample]:
         self.packer.check_task(task)

@@ -6,6 +6,7 @@ A request has one row, two with guidance (one of them reads nothing), or one a b
 that a pass reads the cache where it lies.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from multimodal.attention import Cache, Layout, Span
 from multimodal.generate.answer import Answer, Options, advance
 from multimodal.heads import Prediction
 from multimodal.masks import Places
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.shapes import ConfigError, StreamError, did_you_mean
 from multimodal.stream import Packer
 from multimodal.tokenizer import Tokens
 
@@ -272,6 +273,13 @@ def request(
             raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")
         sample = {**sample, **prefix.fields}
     packer.patterns[task].check_sample(sample, False)
+    known = [field.name for field in dataclasses.fields(Options)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"{name} of task {task!r}: {option!r} is neither a field that it reads nor an option of writing"
+                + did_you_mean(option, [*known, *sample])
+            )
     return Answer(task, packer.encoded(task, sample, name), name, Options(**options), packer, prefix)
 
 

@@ -49,6 +49,9 @@ class Then(Sampler):
     first: Sampler
     second: Sampler
 
+    def __str__(self) -> str:
+        return f"{self.first} | {self.second}"
+
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         return self.second(self.first(logits_BV, written), written)
 
