@@ -215,7 +215,7 @@ def test_what_is_neither_field_nor_option_is_not_lost(lively):
     model = make(CORES["plain"], lively)
     with pytest.raises(mm.TaskError, match=r"has no field 'max_token'; it reads digits; did you mean 'max_tokens'\?"):
         model.generate(TASKS[0], digits=[1], max_token=3)
-    with pytest.raises(mm.TaskError, match=r"has no field 'digit'; it reads digits; did you mean 'digits'\?"):
+    with pytest.raises(mm.TaskError, match="rename 'digit' to 'digits'"):
         model.predict(TASKS[0], digit=[1])
     with pytest.raises(ConfigError, match=r"'tempature' is neither a field .* did you mean 'temperature'\?"):
         list(model.stream(TASKS[0], digits=[1], tempature=3))
