@@ -1,7 +1,12 @@
-"""Where measured figures go: a file in results/, and from there into README.md, never by hand."""
+"""Where measured figures go: a file in results/, and from there into README.md, never by hand.
+
+uv run benchmarks/report.py                                     show in README.md what results/ holds
+PROGRAM | uv run benchmarks/report.py NAME TITLE "PROGRAM"      keep what a program prints as results/NAME.md
+"""
 
 import os
 import platform
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -34,5 +39,13 @@ def with_results(text: str) -> str:
     return "<!-- benchmarks/results/".join(pieces)
 
 
+def keep_output(name: str, title: str, command: str) -> None:
+    """Keep what comes from standard input, without the lines of progress."""
+    lines = [line.rstrip() for line in sys.stdin if not line.startswith("  step ")]
+    keep(name, title, command, "```text\n" + "\n".join(lines).strip() + "\n```")
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        keep_output(*sys.argv[1:])
     README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")

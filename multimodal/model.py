@@ -264,7 +264,9 @@ class Model(nn.Module):
         pattern = self.packer.patterns[task]
         known = [*(field.name for field in pattern.reads), pattern.answer]
         for name in fields:
-            if name not in known and set(fields) | set(read) >= set(known[:-1]):  # else the missing field is the better clue
+            if name not in known and set(fields) | set(read) >= set(
+                known[:-1]
+            ):  # else the missing field is the better clue
                 options = inspect.signature(self.generate).parameters
                 raise TaskError(
                     f"task {task!r} has no field {name!r}; it reads {', '.join(known[:-1]) or 'nothing'}"

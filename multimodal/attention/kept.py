@@ -1,5 +1,7 @@
 """Attending with a cache: a prompt that fills it, one new token a sample, and any number of new tokens a sample."""
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,12 @@ def reserved(layout: Layout, cache: Cache) -> tuple[Tensor, Tensor]:
     return where
 
 
+def _held(cache: Cache, row: int, count: int, places: Places) -> Places:
+    """What rules may ask about the first `count` tokens of a row, for the sample of these places."""
+    order_M = torch.arange(count, dtype=places.order.dtype, device=places.order.device)
+    return Places(places.sample[:1].expand(count), order_M, cache.free_BM[row, :count], cache.segment_BM[row, :count])
+
+
 class StepPlan(Plan):
     """One new token a sample, in neighbouring rows, against everything that each row holds: one call, no copy of the cache."""
 
@@ -56,23 +64,22 @@ class AppendPlan(Plan):
 
     def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
         self.cache = cache
-        held = [cache.length[row] for row in cache.rows[: len(layout.spans)]]
-        self.where = reserved(layout, cache)
-        self.sizes = [span.total for span in layout.spans]
-        self.parts: list[tuple[int, int, Tensor]] = []
-        start = 0
-        for row, before, size in zip(cache.rows, held, self.sizes, strict=False):
-            new = layout.places[start : start + size]
-            total = before + size
-            order_M = torch.arange(total, dtype=new.order.dtype, device=new.order.device)
-            every = Places(new.sample[:1], order_M, cache.free_BM[row, :total], cache.segment_BM[row, :total])
-            if before and rule.allows(every[:before][:, None], new[None]).any():
+        sizes = [span.total for span in layout.spans]
+        self.sizes = [size for size in sizes if size]  # a sample may have nothing new
+        rows = [row for row, size in zip(cache.rows, sizes, strict=False) if size]
+        new = [layout.places[stop - size : stop] for stop, size in zip(accumulate(self.sizes), self.sizes, strict=True)]
+        for row, places in zip(rows, new, strict=True):
+            before, size = cache.length[row], len(places.order)
+            if before and rule.allows(_held(cache, row, before, places)[:, None], places[None]).any():
                 raise StreamError(
                     f"sample {row} has {before} tokens in the cache that would have had to see the {size} new ones; what is read "
                     "piece by piece must not be looked ahead at: let its kind be causal, or use a rule such as Chunked"
                 )
-            self.parts.append((row, total, rule.allows(new[:, None], every[None])))
-            start += size
+        self.where = reserved(layout, cache)  # only now: a refusal leaves the cache as it was
+        self.parts: list[tuple[int, int, Tensor]] = []
+        for row, places in zip(rows, new, strict=True):
+            total = cache.length[row]
+            self.parts.append((row, total, rule.allows(places[:, None], _held(cache, row, total, places)[None])))
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)

@@ -235,7 +235,15 @@ def advance(
         by_rule.setdefault(answer.options.rule, []).append((answer, logits_BV))
     for rule, group in by_rule.items():
         log_p = torch.cat([logits_BV for _, logits_BV in group]).log_softmax(-1)
-        chances = rule(_within_length(log_p, group), [w for answer, x in group for w in answer.written(len(x))])
+        try:
+            chances = rule(_within_length(log_p, group), [w for answer, x in group for w in answer.written(len(x))])
+        except Exception as error:  # a stranger's rule may fail in any way; the other answers go on
+            for answer, _ in group:
+                answer.error = StreamError(
+                    f"{answer.name} of task {answer.task!r}: the sampler {rule} failed: {type(error).__name__}: {error}"
+                )
+                yield answer, []
+            continue
         at = 0
         for answer, logits_BV in group:
             rows = slice(at, at + len(logits_BV))

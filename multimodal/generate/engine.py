@@ -42,6 +42,7 @@ class Piece:
 class Prefix:
     """The first fields of a task, read once: their tokens, and the core's keys and values of them (see `Model.read`)."""
 
+    model: "Model"
     task: str
     fields: Mapping[str, Tokens | None]
     cache: Cache
@@ -271,6 +272,12 @@ def request(
     if prefix is not None:
         if prefix.task != task:
             raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")
+        if twice := [field for field in prefix.fields if field in sample]:
+            raise ConfigError(
+                f"{name} of task {task!r}: {', '.join(twice)} came with the sample and with the prefix; give it once"
+            )
+        if prefix.model.packer is not packer:
+            raise ConfigError(f"{name} of task {task!r}: the prefix was read by another model")
         sample = {**sample, **prefix.fields}
     packer.patterns[task].check_sample(sample, False)
     known = [field.name for field in dataclasses.fields(Options)]
@@ -320,4 +327,4 @@ def read_prefix(model: "Model", task: str, fields: Mapping[str, Any]) -> Prefix:
                 "give generate the whole sample"
             )
         model(stream, cache=cache)
-    return Prefix(task, encoded, cache, len(stream))
+    return Prefix(model, task, encoded, cache, len(stream))

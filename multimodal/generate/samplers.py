@@ -76,7 +76,12 @@ class Temperature(Sampler):
             raise ConfigError(f"Temperature: temperature={self.temperature} must be 0 or more")
 
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
-        return Greedy()(logits_BV, written) if self.temperature == 0 else logits_BV / self.temperature
+        if self.temperature == 0:
+            return Greedy()(logits_BV, written)
+        if self.temperature == 1:
+            return logits_BV
+        below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that the likeliest stays finite, however cold
+        return below_BV / self.temperature
 
 
 @dataclass(frozen=True)
