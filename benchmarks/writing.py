@@ -8,15 +8,12 @@ pictures: mnist_t10k (8,000 to learn from, 2,000 real ones to compare with); sou
 """
 
 import argparse
-import gzip
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -30,6 +27,7 @@ from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, Text
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import job_sets
 import sound_sets
 
 DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
@@ -40,14 +38,9 @@ RATE_HZ = sound_sets.RATE_HZ
 def mnist() -> tuple[np.ndarray, np.ndarray]:
     """10,000 pictures (N, 28, 28) uint8 and their digits, shuffled."""
 
-    def idx(name: str) -> np.ndarray:
-        with gzip.open(DATA / "mnist_t10k" / name) as file:
-            raw = file.read()
-        shape = np.frombuffer(raw, ">i4", raw[3], 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-
     order = np.random.default_rng(0).permutation(10000)
-    return idx("t10k-images-idx3-ubyte.gz")[order], idx("t10k-labels-idx1-ubyte.gz")[order]
+    images, digits = (job_sets.idx(DATA / "mnist_t10k" / f"t10k-{n}-ubyte.gz") for n in ("images-idx3", "labels-idx1"))
+    return images[order], digits[order]
 
 
 def judge(
@@ -86,19 +79,6 @@ def shifted(picture_YX: Tensor) -> Tensor:
     return picture_YX.roll((down, right), (0, 1))
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Rows of samples."""
-
-    rows: Sequence[dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
 def nearest(pictures: Tensor, known: Tensor, *, same: bool = False) -> float:
     """Median over pictures of the Euclidean distance to the nearest known one."""
     distance = torch.cdist(pictures.flatten(1), known.flatten(1))
@@ -127,7 +107,7 @@ def write_pictures(args: argparse.Namespace) -> None:
         recipe = mm.Recipe(
             steps=args.steps or 1000, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
         )
-        data = {DRAW: mm.Blanked(Samples(rows), ("label",))}
+        data = {DRAW: mm.Blanked(rows, ("label",))}
         mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
     print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
@@ -206,7 +186,7 @@ def write_sounds(args: argparse.Namespace) -> None:
         recipe = mm.Recipe(
             steps=args.steps or 1500, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
         )
-        data = {SAY: mm.Blanked(Samples(rows), ("text", "speaker"))}
+        data = {SAY: mm.Blanked(rows, ("text", "speaker"))}
         mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
     print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")

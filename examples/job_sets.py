@@ -69,7 +69,7 @@ def real(folder: Path) -> JobSet:
     """MNIST's test part (8,000 to learn from, 2,000 to test on), the Free Spoken Digits, and Flickr8k's captions, from a folder."""
     if missing := [f for f in ("mnist_t10k", "fsdd.zip", "flickr8k.zip") if not (folder / f).exists()]:
         raise mm.ConfigError(f"--real {folder}: there is no {', '.join(missing)}")
-    images, labels = (_idx(folder / "mnist_t10k" / f"t10k-{n}-ubyte.gz") for n in ("images-idx3", "labels-idx1"))
+    images, labels = (idx(folder / "mnist_t10k" / f"t10k-{n}-ubyte.gz") for n in ("images-idx3", "labels-idx1"))
     order = np.random.default_rng(0).permutation(len(images))
     pictures = [(images[i], str(labels[i])) for i in order]
     with zipfile.ZipFile(folder / "flickr8k.zip") as archive:
@@ -170,7 +170,8 @@ def sounds_like(wave_S: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(heard.T[None], size=24, mode="linear")[0].flatten()
 
 
-def _idx(path: Path) -> np.ndarray:
+def idx(path: Path) -> np.ndarray:
+    """What an MNIST file holds."""
     with gzip.open(path) as file:
         raw = file.read()
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(np.frombuffer(raw, ">i4", raw[3], 4))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import multimodal.flow  # noqa: F401  a head that a checkpoint may name
 from multimodal.declare import declaration, rebuild
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task

@@ -1,23 +1,27 @@
 """Every command from start to end, in this process, on a model that a recipe file trains for three steps."""
 
 import json
+import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import multimodal as mm
 from multimodal import declare
 from multimodal.attention import DensePlan
-from multimodal_tokenizers import ImagePatches, Labels, TextBytes
+from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBPE, TextBytes
 
 soundfile = pytest.importorskip("soundfile")  # GPU machines may lack these, and run the tests marked cuda alone
 pytest.importorskip("cyclopts")
 
 from multimodal.cli import main  # noqa: E402
+from multimodal.cli.showing import harmless, show  # noqa: E402
 from multimodal.cli.typed import changed, value_from  # noqa: E402
 
 RECIPE = '''
@@ -331,6 +335,350 @@ def test_generate_says_when_it_was_cut(say) -> None:
 def test_generate_needs_a_task_that_writes(refused) -> None:
     err = refused("generate", "plain", "--image", "light.png")
     assert "no task of this model writes token by token; use predict. There are 'image -> label'" in err
+
+
+@pytest.fixture(scope="module")
+def artist(home) -> mm.Model:
+    """A model with random weights that writes texts, pictures (from codes and from features) and sounds; saved as `artist`."""
+    draw = torch.Generator().manual_seed(0)
+    pictures = [torch.rand(3, 4, 6, generator=draw) for _ in range(8)]
+    sounds = [(0.3 * torch.randn(1600, generator=draw), 8000) for _ in range(4)]
+    kinds = {
+        "label": Labels(("a", "b")),
+        "text": TextBPE.train(["the red cat sat on a mat and the dog ran to the red door"], vocab_size=290),
+        "drawing": Codes.train(ImagePatches(patch=2), pictures, size=8, quiet=True),
+        "painting": ImagePatches(patch=2, channels=1, size=(4, 6)),
+        "sound": Codes.train(AudioFrames(rate_hz=8000, mels=8, stack=2), sounds, size=8, quiet=True),
+    }
+    painting = mm.Task("label -> painting", mm.FlowMatching(width=16, depth=1, steps=4))
+    tasks = ["label -> text", "label -> drawing", "label -> speech:sound", painting, "text -> label"]
+    model, weights = (
+        mm.Model(kinds, mm.Core(width=32, depth=2, heads=2), tasks).eval(),
+        torch.Generator().manual_seed(1),
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() >= 2:
+                weight.normal_(std=0.2, generator=weights)  # fresh weights hardly care what they read
+    model.save(home / "artist")
+    return model
+
+
+def asked(answer: str, command: str = "generate") -> tuple[str, ...]:
+    return (command, "artist", "--task", f"label -> {answer}", "--label", "a", "--device", "cpu")
+
+
+def split(typed: str) -> list[str]:
+    """Words as a shell would give them, ~ for a blank inside of one."""
+    return [word.replace("~", " ") for word in typed.split()]
+
+
+def text(*options: str) -> tuple[str, ...]:
+    """The command that writes a text, of 24 tokens unless the options say otherwise."""
+    return (*asked("text"), *(() if "--max-tokens" in options else ("--max-tokens", "24")), *options)
+
+
+@pytest.mark.parametrize(
+    ("typed", "options"),
+    [
+        ("--max-tokens 5", {"max_tokens": 5}),
+        ("--begin the", {"begin": "the"}),
+        ("--stop on", {"stop": "on"}),
+        ("--stop on --stop K", {"stop": ("on", "K")}),
+        ("--only the,cat --only dog", {"sampler": mm.Only(("the", "cat", "dog"))}),
+        ("--one-of cat,~dog,the", {"sampler": mm.OneOf(("cat", "dog", "the"))}),
+        ("--no-repeat 1", {"sampler": mm.NoRepeat(1)}),
+        ("--repetition 2", {"sampler": mm.Repetition(2.0)}),
+        ("--temperature 0.8 --seed 3", {"temperature": 0.8, "seed": 3}),
+        ("--top-k 3 --seed 2", {"sampler": mm.TopK(3), "seed": 2}),
+        ("--top-p 0.5 --seed 2", {"sampler": mm.TopP(0.5), "seed": 2}),
+        ("--min-p 0.3 --seed 2", {"sampler": mm.MinP(0.3), "seed": 2}),
+        ("--beams 4", {"beams": 4}),
+        (
+            "--beams 6 --length-penalty 4 --one-of d,the~red~cat",
+            {"beams": 6, "length_penalty": 4.0, "sampler": mm.OneOf(("d", "the red cat"))},
+        ),
+        ("--beams 3 --no-repeat 1", {"beams": 3, "sampler": mm.NoRepeat(1)}),
+        ("--guidance 3", {"guidance": 3.0}),
+        (
+            "--min-p 0.02 --top-p 0.9 --top-k 20 --temperature 1.5 --no-repeat 2 --repetition 2",
+            {
+                "sampler": mm.Repetition(2.0)
+                | mm.NoRepeat(2)
+                | mm.Temperature(1.5)
+                | mm.TopK(20)
+                | mm.TopP(0.9)
+                | mm.MinP(0.02)
+            },
+        ),
+    ],
+)
+def test_every_option_reaches_the_model(say, artist, typed, options) -> None:
+    def wanted(**options) -> dict:
+        answer = artist.generate("label -> text", label="a", **{"max_tokens": 24, **options})
+        answers = [
+            {"answer": x.value, "confidence": x.confidence, "complete": x.complete, "ended": x.ended}
+            | {"tokens": len(x.tokens), "probability": {}}
+            for x in (answer, *answer.others)
+        ]
+        others = {"others": answers[1:]} if answer.others else {}
+        return {"task": "label -> text", "seed": options.get("seed", 0), **answers[0], **others}
+
+    if "sampler" in options and "seed" not in options and "beams" not in options and "top" not in typed:
+        options = {**options, "sampler": options["sampler"] | mm.Greedy()}
+    code, out, err = say(*text(*split(typed)), "--json")
+    assert code == 0, err
+    assert json.loads(out) == wanted(**options)
+    without = [wanted(**{k: v for k, v in options.items() if k != key}) for key in options]
+    assert json.loads(out) not in [*without, wanted()]  # each option makes a difference here
+
+
+def test_temperature_comes_before_the_choice_of_candidates(say, artist) -> None:
+    ask = {"label": "a", "max_tokens": 24, "seed": 1}
+    first, last = (
+        artist.generate("label -> text", sampler=sampler, **ask).value
+        for sampler in (mm.Temperature(2.0) | mm.TopP(0.6), mm.TopP(0.6) | mm.Temperature(2.0))
+    )
+    typed = text("--seed", "1", "--top-p", "0.6", "--temperature", "2", "--json")
+    assert json.loads(say(*typed)[1])["answer"] == first != last
+
+
+def test_how_an_answer_ended_is_told(say, artist) -> None:
+    told = {}
+    for typed in ("--max-tokens 3", "--stop on", "--one-of cat"):
+        facts = json.loads(say(*text(*typed.split()), "--json")[1])
+        told[facts["ended"]] = (facts["complete"], facts["tokens"])
+    cat = len(artist.packer.tokenizers["text"]("cat"))
+    assert told == {"max_tokens": (False, 3), "stop string": (True, told["stop string"][1]), "stop": (True, cat)}
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--beams", "3"), ("--stop", "sh"), ("--temperature", "1.5", "--begin", "the")]
+)
+def test_a_terminal_sees_the_text_while_it_is_written(say, artist, monkeypatch, options) -> None:
+    whole = say(*text(*options))[1]
+    parts, write = [], sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (parts.append(text), write(text))[1])
+    _, seen, err = say(*text(*options))
+    assert seen == harmless(whole)
+    assert len([part for part in parts if part]) > (2 if "--beams" in options else 5) - ("--beams" in options)
+    assert ("before its end" in err) == ("--stop" not in options)
+    parts.clear()
+    say(*text(*options), "--json")
+    assert len([part for part in parts if part.strip()]) == 1
+
+
+def test_what_would_steer_a_terminal_is_shown(say, artist, monkeypatch) -> None:
+    assert harmless("a\tb\n\x1b[31m\x07\x7f\x9b ä") == "a\tb\n␛[31m␇␡\ufffd ä"
+    evil = "\x1b]0;owned\x07"
+    typed = text("--begin", evil, "--max-tokens", "1")
+    assert evil in say(*typed)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert "␛]0;owned␇" in say(*typed)[1]
+
+
+def test_an_error_in_the_middle_of_a_text_has_its_own_line(say, artist, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    code, out, err = say(*text("--only", "XYX", "--no-repeat", "1"))
+    assert code == 2
+    assert out == "XY\n"
+    assert "leaves no candidate" in err
+    assert err.count("\n") == 1
+
+
+def test_nobody_reading_is_no_traceback(home, artist, monkeypatch, capsys) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(text()) == 141
+        monkeypatch.undo()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_several_answers_have_seeds_in_a_row(say, artist) -> None:
+    ask = text("--top-k", "5")
+    rows = [json.loads(line) for line in say(*ask, "--seed", "7", "--count", "3", "--json")[1].splitlines()]
+    alone = [json.loads(say(*ask, "--seed", str(seed), "--json")[1]) for seed in (7, 8, 9)]
+    assert [{**row, "confidence": 0} for row in rows] == [{**row, "confidence": 0} for row in alone]
+    assert [row["confidence"] for row in rows] == pytest.approx([row["confidence"] for row in alone])
+    assert len({row["answer"] for row in rows}) == 3
+    _, out, err = say(*ask, "--seed", "7", "--count", "3")
+    assert out == "".join(f"== seed {row['seed']}\n{row['answer']}\n" for row in rows)
+    cut = [row["seed"] for row in rows if not row["complete"]]
+    assert cut
+    assert err.splitlines() == [f"(seed {seed}: stopped at --max-tokens 24, before its end)" for seed in cut]
+
+
+def pixels(image_CYX: torch.Tensor) -> np.ndarray:
+    return (image_CYX * 255).round().byte().permute(1, 2, 0).squeeze(2).numpy()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("drawing", "RGB"), ("painting", "L")])
+@pytest.mark.parametrize("command", ["generate", "predict"])
+def test_pictures_are_files(say, artist, tmp_path, kind, mode, command) -> None:
+    code, out, err = say(*asked(kind, command), "--out", str(tmp_path / "new" / "folder"))
+    assert code == 0, err
+    path = tmp_path / "new" / "folder" / f"{kind}.png"
+    assert out == f"{path}\n"
+    with Image.open(path) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", mode, (6, 4))
+        assert np.array_equal(np.asarray(image), pixels(artist.generate(f"label -> {kind}", label="a").value))
+
+
+@pytest.mark.parametrize("command", ["generate", "predict"])
+def test_sounds_are_files_named_by_their_field(say, artist, tmp_path, command) -> None:
+    facts = json.loads(say(*asked("speech:sound", command), "--out", str(tmp_path), "--json")[1])
+    wanted, rate_hz = artist.generate("label -> speech:sound", label="a").value
+    assert facts["file"] == str(tmp_path / "speech.wav")
+    assert "answer" not in facts
+    assert facts["tokens"] > 3
+    wave, rate = soundfile.read(facts["file"], dtype="float32")
+    assert rate == rate_hz == 8000
+    assert np.allclose(wave, wanted.numpy(), atol=2**-15)
+    assert np.abs(wave).max() > 100 * 2**-15
+
+
+def test_no_file_is_overwritten(say, artist, home, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask = ("generate", str(home / "artist"), *asked("drawing")[2:])
+    assert say(*ask)[1] == "drawing.png\n"
+    before = Path("drawing.png").read_bytes()
+    Path("drawing-3.png").write_text("mine")
+    rows = say(*ask, "--temperature", "1", "--count", "3", "--json")[1].splitlines()
+    assert [json.loads(row)["file"] for row in rows] == ["drawing-2.png", "drawing-4.png", "drawing-5.png"]
+    assert Path("drawing.png").read_bytes() == before
+    assert Path("drawing-3.png").read_text() == "mine"
+    for seed, row in enumerate(rows):
+        wanted = artist.generate("label -> drawing", label="a", temperature=1.0, seed=seed).value
+        with Image.open(json.loads(row)["file"]) as image:
+            assert np.array_equal(np.asarray(image), pixels(wanted))
+    facts = json.loads(say(*ask, "--beams", "2", "--json")[1])
+    assert [facts["file"], facts["others"][0]["file"]] == ["drawing-6.png", "drawing-7.png"]
+    assert (facts["ended"], facts["tokens"]) == ("length", 6)
+    assert 0 < facts["others"][0]["confidence"] <= facts["confidence"]
+
+
+def test_features_are_drawn_by_their_seed(say, artist, tmp_path) -> None:
+    out = (*asked("painting"), "--out", str(tmp_path))
+    assert len(say(*out, "--count", "2", "--temperature", "0.9")[1].splitlines()) == 2
+    for seed, name in enumerate(("painting", "painting-2")):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            wanted = artist.generate("label -> painting", label="a", temperature=0.9, seed=seed).value
+            assert np.array_equal(np.asarray(image), pixels(wanted))
+
+
+def test_a_new_process_finds_the_head_that_writes_features(artist, home, tmp_path) -> None:
+    code = (
+        f"import sys; from multimodal.cli import main; sys.exit(main({[*asked('painting'), '--out', str(tmp_path)]!r}))"
+    )
+    root = Path(mm.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tokenizers")])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'painting.png'}\n", "")
+
+
+def test_with_a_folder_texts_are_files_too(say, artist, tmp_path) -> None:
+    whole = say(*text())[1]
+    assert say(*text(), "--out", str(tmp_path))[1] == f"{tmp_path / 'text.txt'}\n"
+    assert (tmp_path / "text.txt").read_bytes().decode() + "\n" == whole
+    facts = json.loads(say(*text(), "--out", str(tmp_path), "--json")[1])
+    assert (facts["answer"] + "\n", facts["file"]) == (whole, str(tmp_path / "text-2.txt"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6.0).reshape(2, 3),
+        torch.tensor([[[0.5, float("nan")]]]),
+        torch.full((1, 2, 2), 1.5),
+        torch.full((1, 2, 2), -0.5),
+        np.float32(3),
+    ],
+)
+def test_other_arrays_are_npy_files_or_json(value, tmp_path, capsys) -> None:
+    show("a -> b", mm.Prediction(value, 0.5), False, name="b", out=tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path / 'b.npy'}\n"
+    assert np.array_equal(np.load(tmp_path / "b.npy"), np.asarray(value), equal_nan=True)
+    show("a -> b", mm.Prediction(value, 0.5), True, name="b", out=None)
+    assert json.loads(capsys.readouterr().out)["answer"] == pytest.approx(np.asarray(value), nan_ok=True)
+
+
+def test_predict_says_when_a_text_was_cut(say, artist, monkeypatch) -> None:
+    answer = artist.generate("label -> text", label="a", max_tokens=3)
+    monkeypatch.setattr(mm.Model, "predict", lambda *_: [answer])
+    _, out, err = say(*asked("text", "predict"))
+    assert out == f"{answer.value}\n"
+    assert "(cut before its end; generate --max-tokens writes more)" in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--max-tokens 0", "generate: max_tokens=0 and beams=1 must be at least 1"),
+        ("--temperature -1", "generate: temperature=-1.0 must be at least 0"),
+        ("--top-k 0", "TopK: k=0 leaves no candidate"),
+        ("--top-p 1.5", "TopP: p=1.5 must be above 0 and at most 1"),
+        ("--min-p 2", "MinP: p=2.0 must be from 0 to 1"),
+        ("--no-repeat 0", "NoRepeat: size=0 must be at least 1"),
+        ("--temperature 0 --top-p 0.5", "--temperature 0 draws nothing, so --top-p must be left out, or it raised"),
+        ("--beams 0", "generate: max_tokens=256 and beams=0 must be at least 1"),
+        (
+            "--beams 2 --temperature 1",
+            "--beams 2 looks for the likeliest answer; leave out --temperature",
+        ),
+        (
+            "--beams 2 --temperature 1 --no-repeat 2",
+            "--beams 2 looks for the likeliest answer; leave out --temperature",
+        ),
+        ("--beams 2 --top-k 3 --min-p 0.1", "--beams 2 looks for the likeliest answer; leave out --top-k and --min-p"),
+        ("--beams 2 --guidance 2", "generate: beams=2 with guidance=2.0; use one of them"),
+        ("--beams 2 --stop x", "generate: beams=2 with stop=('x',); use one of them"),
+        ("--beams 2 --repetition 1", "which --repetition does not change; use --no-repeat"),
+        ("--length-penalty 2", "--length-penalty 2 ranks beams; give --beams too, such as 4"),
+        ("--guidance nan", "--guidance nan is not finite"),
+        ("--only a --one-of b", "--only lists words and --one-of whole answers; use one of them"),
+        ("--only a~b", "Only: words=('a b',) must be one word or more, without blanks"),
+        ("--one-of a,,b", "--one-of '': "),
+        ("--count 0", "--count 0 must be at least 1"),
+        ("--count 2", "--count 2: nothing is drawn, so all would be the same; give --temperature"),
+        (f"--seed {2**64}", f"--seed {2**64} has more than 64 bits"),
+        ("--stop=", "generate: a stop string is empty"),
+        ("--begin the --stop h", "begin already holds one of stop=('h',)"),
+        ("--out beep.wav", "--out beep.wav: beep.wav is a file, not a folder"),
+        ("--out beep.wav/in", "--out beep.wav/in: beep.wav is a file, not a folder"),
+        ("--task text->label --text the", "task 'text -> label': Classify answers at once; use predict"),
+        ("--task label->drawing --stop x", "stop strings need a kind that is text, and 'drawing' is not"),
+        ("--task label->drawing --only a", "--only 'a': Codes.encode: "),
+        (
+            "--task label->drawing --begin no.png",
+            "--begin: Codes.encode: ImagePatches.encode: there is no file 'no.png'",
+        ),
+        ("--task label->painting --top-k 2", "FlowMatching writes features; beams and samplers choose among tokens"),
+        ("--task label->painting --count 2 --temperature 0", "--count 2: nothing is drawn"),
+    ],
+)
+def test_generate_refuses(refused, artist, typed, message) -> None:
+    words = [word.replace("~", " ") for word in typed.split()]
+    err = refused(
+        "generate", "artist", "--label", "a", *(() if "--task" in typed else ("--task", "label -> text")), *words
+    )
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_help_of_generate_is_in_groups_of_one_line_each(say, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = say("generate", "--help")[1]
+    assert (
+        out.index("─ Parameters") < out.index("─ What is written") < out.index("─ Drawing") < out.index("─ Searching")
+    )
+    lines = out[out.index("─ What is written") :].splitlines()
+    inside = [line for line in lines if line.startswith("│")]
+    assert len(inside) == 16
+    assert all(line.startswith("│ --") for line in inside)
 
 
 def test_verify_passes(say) -> None:

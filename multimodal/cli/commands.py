@@ -1,19 +1,19 @@
 """The commands. Everything heavy is imported inside of them, so that help comes at once."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from multimodal.cli.find import import_file, load, make_tokenizer
+from multimodal.cli.showing import check_folder, show
 from multimodal.cli.typed import changed, choose_task, sample_from, samples_with, value_from
-
-if TYPE_CHECKING:
-    from multimodal.heads import Prediction
+from multimodal.cli.writing import Writing, written_live
 
 
 def _version() -> str:
@@ -41,6 +41,13 @@ Plugins = Annotated[
 ]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
 Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
+Out = Annotated[
+    Path | None,
+    Parameter(
+        help="The folder for pictures and sounds that are written; the current one unless given. With it texts are files too. "
+        "No file is overwritten: the next gets a number."
+    ),
+]
 Fields = Annotated[
     str,
     Parameter(
@@ -48,6 +55,7 @@ Fields = Annotated[
         "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'."
     ),
 ]
+AS_IT_IS = Writing()
 
 
 @app.command
@@ -108,11 +116,12 @@ def predict(
     *,
     task: str | None = None,
     as_json: Json = False,
+    out: Out = None,
     plugin: Plugins = None,
     device: Device = "auto",
     **fields: Fields,
 ) -> int:
-    """Answer one sample.
+    """Answer one sample. An answer that is a picture or a sound is written to a file.
 
     Example: multimodal predict runs/digits --image seven.png
 
@@ -123,9 +132,13 @@ def predict(
     task
         Which task, such as "image -> label"; needed only where several read the same fields.
     """
+    check_folder(out)
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, fields)
-    show(chosen, model.predict(chosen, [sample_from(model, chosen, fields)])[0], as_json)
+    answer = model.predict(chosen, [sample_from(model, chosen, fields)])[0]
+    show(chosen, answer, as_json, name=model.packer.patterns[chosen].answer, out=out)
+    if not answer.complete:
+        print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
 
 
@@ -135,17 +148,18 @@ def generate(
     /,
     *,
     task: str | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
+    writing: Writing = AS_IT_IS,
     as_json: Json = False,
+    out: Out = None,
     plugin: Plugins = None,
     device: Device = "auto",
     **fields: Fields,
 ) -> int:
-    """Write an answer token by token.
+    """Write an answer token by token: a text while it is written, a picture or a sound to a file.
 
-    Example: multimodal generate runs/captions --image cat.png --max-tokens 64 --temperature 0.8 --seed 0
+    Example: multimodal generate runs/captions --image cat.png --temperature 0.8 --top-p 0.95 --seed 1
+
+    Example: multimodal generate runs/drawings --text "a red circle" --count 4 --top-k 40 --out drawings
 
     Parameters
     ----------
@@ -153,20 +167,26 @@ def generate(
         A run folder, or the model folder in it.
     task
         Which task, such as "image -> text"; needed only where several write from the same fields.
-    max_tokens
-        Stop after so many tokens.
-    temperature
-        0 takes the likeliest token each time; 1 draws from the model's distribution.
-    seed
-        Of what is drawn: the same seed writes the same answer.
     """
+    check_folder(out)
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, fields, writing=True)
+    options = writing.options(model, chosen)
     sample = sample_from(model, chosen, fields)
-    answer = model.generate(chosen, [sample], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
-    show(chosen, answer, as_json)
-    if not answer.complete:
-        print(f"(stopped at --max-tokens {max_tokens}, before its end)", file=sys.stderr)
+    name, kind = model.packer.patterns[chosen].answer, model.packer.patterns[chosen].writes.kind
+    several = writing.count > 1
+    live = sys.stdout.isatty() and model.packer.tokenizers[kind].text and not (as_json or out or several)
+    if live:
+        answers = [written_live(model, chosen, sample, options)]
+    else:
+        answers = model.generate(chosen, [sample] * writing.count, **options)
+    for seed, answer in enumerate(answers, writing.seed):
+        if not live:
+            heading = f"== seed {seed}" if several else ""
+            show(chosen, answer, as_json, name=name, out=out, heading=heading, seed=seed)
+        if not answer.complete:
+            which = f"seed {seed}: " if several else ""
+            print(f"({which}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)
     return 0
 
 
@@ -334,7 +354,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
-        return app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever was reading has gone, as `head` does
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at its end
+        os.close(nowhere)
+        return 141  # 128 + SIGPIPE, as shells count it
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -363,25 +390,3 @@ def _is_users(error: Exception) -> bool:
         conformance.ConformanceError,
     )
     return isinstance(error, kinds)
-
-
-def show(task: str, answer: "Prediction", as_json: bool, most: int = 5) -> None:
-    """Print an answer; where there are classes, the likeliest with their probabilities as bars."""
-    value = answer.value
-    if as_json:
-        plain = value.tolist() if hasattr(value, "tolist") else value
-        classes = {str(name): p for name, p in answer.probability.items()}
-        facts = {"task": task, "answer": plain, "confidence": answer.confidence, "complete": answer.complete}
-        print(json.dumps({**facts, "probability": classes}, ensure_ascii=False, default=str))
-        return
-    if hasattr(value, "shape"):
-        from multimodal.tokenizer import describe
-
-        value = describe(value)
-    print(", ".join(map(str, value)) or "(none)" if isinstance(value, list) else value)
-    top = list(answer.probability.items())[:most]
-    width = max((len(str(name)) for name, _ in top), default=0)
-    for name, p in top:
-        print(f"  {name!s:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
-    if rest := len(answer.probability) - len(top):
-        print(f"  and {rest} more")

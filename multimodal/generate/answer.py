@@ -45,6 +45,10 @@ class Options:
             raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"generate: temperature={self.temperature} must be at least 0")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.length_penalty)):
+            raise ConfigError(
+                f"generate: guidance={self.guidance} and length_penalty={self.length_penalty} must be finite numbers"
+            )
         if self.sampler is not None and not isinstance(self.sampler, Sampler):
             raise ConfigError(f"generate: sampler={self.sampler!r} is no Sampler; give for instance TopP(0.9)")
         if self.sampler is not None and self.temperature is not None:

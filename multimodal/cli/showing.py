@@ -1,0 +1,129 @@
+"""An answer as it is shown: printed, as JSON, or as a file that other programs open."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multimodal.heads import Prediction
+
+_CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
+_CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+def show(
+    task: str, answer: "Prediction", as_json: bool, *, name: str, out: Path | None, heading: str = "", **facts: Any
+) -> None:
+    """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
+    a text only where a folder `out` is given. heading: a line above what is printed; facts: more for the JSON.
+    """
+    folder = Path() if out is None else out
+    if as_json:
+        found = {"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)}
+        print(json.dumps(found, ensure_ascii=False, default=str))
+    elif (file := _as_file(answer.value, texts=out is not None, arrays=True)) is not None:
+        print(_saved(*file, name, folder))
+    else:
+        if heading:
+            print(heading)
+        _print(answer)
+
+
+def _facts(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
+    value = answer.value
+    file = _as_file(value, texts=texts, arrays=False)
+    facts: dict[str, Any] = {}
+    if isinstance(value, str):
+        facts["answer"] = value
+    elif file is None:
+        facts["answer"] = value.tolist() if hasattr(value, "tolist") else value
+    if file is not None:
+        facts["file"] = str(_saved(*file, name, folder))
+    facts |= {"confidence": answer.confidence, "complete": answer.complete}
+    if answer.tokens is not None:
+        facts |= {"ended": answer.ended, "tokens": len(answer.tokens)}
+    if answer.others:
+        facts["others"] = [_facts(other, name, folder, texts=texts) for other in answer.others]
+    return facts | {"probability": {str(c): p for c, p in answer.probability.items()}}
+
+
+def _print(answer: "Prediction", most: int = 5) -> None:
+    """The answer; where there are classes, the likeliest with their probabilities as bars."""
+    value = answer.value
+    text = ", ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+    print(harmless(text) if sys.stdout.isatty() else text)
+    top = list(answer.probability.items())[:most]
+    width = max((len(str(name)) for name, _ in top), default=0)
+    for name, p in top:
+        print(f"  {name!s:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
+    if rest := len(answer.probability) - len(top):
+        print(f"  and {rest} more")
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: what would steer it (colours, cursor, window title) is seen instead of obeyed."""
+    return text.translate(_CONTROLS)
+
+
+def check_folder(out: Path | None) -> None:
+    """Complain before an answer is written, not after.
+
+    Raises:
+        ConfigError: this is not a folder, and cannot become one.
+    """
+    from multimodal.shapes import ConfigError
+
+    for path in () if out is None else (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--out {out}: {path} is a file, not a folder")
+
+
+def _as_file(value: Any, *, texts: bool, arrays: bool) -> tuple[str, bytes] | None:
+    """(ending, bytes) of a value that belongs into a file, as tokenizers decode it: a sound (wave_S, rate_hz), a picture (C, Y, X)
+    in 0..1, any other array, a text."""
+    import numpy as np
+
+    if isinstance(value, str):
+        return (".txt", value.encode()) if texts else None
+    data = io.BytesIO()
+    if isinstance(value, tuple) and len(value) == 2 and getattr(value[0], "ndim", None) == 1:
+        import soundfile
+
+        wave_S = np.clip(np.asarray(value[0], dtype=np.float32), -1, 1)
+        soundfile.write(data, wave_S, int(value[1]), format="WAV")
+        return ".wav", data.getvalue()
+    if not hasattr(value, "shape"):
+        return None
+    array = np.asarray(value)
+    if _is_picture(array):
+        from PIL import Image
+
+        image_YXC = np.rint(array * 255).astype(np.uint8).transpose(1, 2, 0)
+        Image.fromarray(image_YXC[:, :, 0] if len(array) == 1 else image_YXC).save(data, format="PNG")
+        return ".png", data.getvalue()
+    if not arrays:
+        return None
+    np.save(data, array, allow_pickle=False)
+    return ".npy", data.getvalue()
+
+
+def _is_picture(array: Any) -> bool:
+    """Whether this is (C, Y, X) in 0..1; what is not finite is none."""
+    shaped = array.ndim == 3 and len(array) in (1, 3, 4) and array.size and array.dtype.kind == "f"
+    return bool(shaped and array.min() >= 0 and array.max() <= 1)
+
+
+def _saved(ending: str, data: bytes, name: str, folder: Path) -> Path:
+    """Where it was written: NAME.png, or the first free one of NAME-2.png, NAME-3.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = folder / (f"{name}{ending}" if number == 1 else f"{name}-{number}{ending}")
+        try:
+            with path.open("xb") as file:  # fails where there is one, even one that was made just now
+                file.write(data)
+            return path
+        except FileExistsError:
+            number += 1
