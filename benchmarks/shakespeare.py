@@ -1,7 +1,7 @@
 """Characters of Shakespeare: nanoGPT's CPU recipe, counting, and a larger model, in nats per character of the last tenth.
 
     uv run benchmarks/shakespeare.py recipe              about 3 minutes; nanoGPT's README says 1.88
-    uv run benchmarks/shakespeare.py larger              about 80 CPU-minutes on one thread
+    uv run benchmarks/shakespeare.py larger              about 25 CPU-minutes on one thread
 
 The text is tinyshakespeare.txt.gz in the folder MULTIMODAL_DATA (default ../shared/data). --score FOLDER scores a kept model.
 """
@@ -97,7 +97,7 @@ RUNS = {
     "larger": (
         Core(width=256, depth=4, heads=4, dropout=0.1),
         256,
-        Recipe(steps=3600, batch=16, lr=3e-3, optimizer="muon", weight_decay=0.05, ema=0.998, checkpoint_every=300),
+        Recipe(steps=1050, batch=16, lr=3e-3, optimizer="muon", weight_decay=0.05, ema=0.998, checkpoint_every=300),
     ),
 }
 
@@ -121,8 +121,8 @@ def main() -> None:
     else:
         model = Model({"text": TextBytes()}, core, [TASK], seed=args.seed)
         fit(model, {TASK: Windows(train, size)}, recipe, folder=args.folder, resume=True, seed=args.seed, **changes)
+        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
     print(f"{args.run}: {sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
     print(f"windows of {size}, side by side: {score(model, test, size, size):.4f} nats per character")
     print(f"at least {size // 2} characters of context: {score(model, test, size, size // 2):.4f}")
     for order in (4, 5, 6):

@@ -130,7 +130,8 @@ def main() -> None:
         data, mix = {BY_CTC: train, BY_TOKEN: train}, {BY_CTC: setting.mix, BY_TOKEN: 1.0}
         fit(model, data, recipe, mix=mix, folder=args.folder, resume=True)
     print(f"{args.run}: {sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    if not args.score:
+        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
     print(f"{len(test)} held-out items, {sum(len(sample['text']) for sample in test):,} characters")
     start = time.process_time()
     score(model, test, setting.longest)

@@ -56,7 +56,8 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.process_time()
     model = Model.load(args.score) if args.score else train(args.folder, args.seed, args.apart)
-    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    if not args.score:
+        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
     test = pairs("val")
     start = time.process_time()
     found: list[str] = []

@@ -110,7 +110,8 @@ def write_pictures(args: argparse.Namespace) -> None:
         data = {DRAW: mm.Blanked(rows, ("label",))}
         mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    if not args.score:
+        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
 
     real = [torch.from_numpy(x.copy()).float() / 255 for x in images]
     reader = judge(real[train], digits[train].tolist(), shifted, 900, seed=1)
@@ -189,7 +190,8 @@ def write_sounds(args: argparse.Namespace) -> None:
         data = {SAY: mm.Blanked(rows, ("text", "speaker"))}
         mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    if not args.score:
+        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
 
     reader = judge([heard(c.wave_S) for c in sounds.train], [words[c.word] for c in sounds.train], moved, 900, seed=1)
     test, right = list(sounds.test), [words[c.word] for c in sounds.test]
