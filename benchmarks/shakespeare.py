@@ -97,7 +97,7 @@ RUNS = {
     "larger": (
         Core(width=256, depth=4, heads=4, dropout=0.1),
         256,
-        Recipe(steps=1050, batch=16, lr=3e-3, optimizer="muon", weight_decay=0.05, ema=0.998, checkpoint_every=300),
+        Recipe(steps=1050, batch=16, lr=3e-3, optimizer="muon", weight_decay=0.05, ema=0.99, checkpoint_every=300),
     ),
 }
 
