@@ -40,8 +40,8 @@ def with_results(text: str) -> str:
 
 
 def keep_output(name: str, title: str, command: str) -> None:
-    """Keep what comes from standard input, without the lines of progress."""
-    lines = [line.rstrip() for line in sys.stdin if not line.startswith("  step ")]
+    """Keep what comes from standard input, but for indented lines: progress, and examples of data that is not ours."""
+    lines = [line.rstrip() for line in sys.stdin if not line.startswith("  ")]
     keep(name, title, command, "```text\n" + "\n".join(lines).strip() + "\n```")
 
 
