@@ -114,9 +114,9 @@ def train(photos: Photos, folder: Path, recipe: Recipe) -> None:
     print(f"blind: {(time.process_time() - start) / 60:.1f} CPU-minutes")
 
 
-def written(model: Model, photos: Photos) -> list[str]:
+def written(model: Model, photos: Photos, **options: Any) -> list[str]:
     """The model's captions."""
-    return [str(answer) for answer in model.generate(TASK, photos.whole(), max_tokens=40)]
+    return [str(answer) for answer in model.generate(TASK, photos.whole(), max_tokens=40, **options)]
 
 
 def thumbnails(photos: Photos) -> np.ndarray:
@@ -139,14 +139,15 @@ def answers(folder: Path, train: Photos, test: Photos) -> dict[str, list[str]]:
     """What everybody writes under the test photos, ours first."""
     model = Model.load(folder / "photos" / "model")
     ours = written(model, test)
-    blind, unseen = (
-        str(m.generate(BLIND, [{}], max_tokens=40)[0]) for m in (Model.load(folder / "blind" / "model"), model)
-    )
+    blind_model = Model.load(folder / "blind" / "model")
+    blind, unseen = (str(m.generate(BLIND, [{}], max_tokens=40)[0]) for m in (blind_model, model))
     cider = Cider(train.captions)
     consensual = cider.consensual(dict.fromkeys(train.sentences), train.sentences)
-    print(f"blind: {blind}\nours, without a photo: {unseen}\nmost consensual training caption: {consensual}")
+    print(f"  blind: {blind}\n  ours, without a photo: {unseen}\n  most consensual training caption: {consensual}")
     found = {
         "ours, greedy": ours,
+        "ours, 4 beams": written(model, test, beams=4, length_penalty=1.0),
+        "blind, 4 beams": [str(blind_model.generate(BLIND, [{}], max_tokens=40, beams=4)[0])] * len(ours),
         "ours, of the next photo": ours[1:] + ours[:1],
         "ours, without a photo": [unseen] * len(ours),
         "blind, greedy": [blind] * len(ours),
