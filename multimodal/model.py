@@ -190,7 +190,8 @@ class Model(nn.Module):
         features temperature scales the noise they are drawn from, 1 unless given).
         beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
         others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
-        2022). stop: texts that end a text, and are not part of it. begin: a value that the answer begins with.
+        2022). stop: texts that end a text, and are not part of it. begin: a value that the answer begins with, or a list of texts,
+        one for each sample; max_tokens does not count it.
         seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
 
         Raises:
@@ -243,8 +244,14 @@ class Model(nn.Module):
         self, task: str, samples: Sequence[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
     ) -> Iterator[Piece]:
         seed = options.get("seed", 0)
+        begin = options.get("begin")
+        begins = begin if isinstance(begin, list) and self._kind_written(task).text else [begin] * len(samples)
+        if len(begins) != len(samples):
+            raise ConfigError(
+                f"task {task!r}: begin has {len(begins)} texts for {len(samples)} samples; give one for each, or one"
+            )
         answers = [
-            request(self.packer, task, sample, f"sample {i}", prefix, {**options, "seed": seed + i})
+            request(self.packer, task, sample, f"sample {i}", prefix, {**options, "seed": seed + i, "begin": begins[i]})
             for i, sample in enumerate(samples)
         ]
         if not answers:
@@ -262,16 +269,21 @@ class Model(nn.Module):
         """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
         self.packer.check_task(task)
         pattern = self.packer.patterns[task]
-        known = [*(field.name for field in pattern.reads), pattern.answer]
+        known = [field.name for field in pattern.reads]
+        if not set(fields) | set(read) >= set(known):
+            return  # a field is missing, which is the better clue, and is said where samples are checked
+        options = [
+            n for n in inspect.signature(self.generate).parameters if n not in ("self", "task", "samples", "fields")
+        ]
         for name in fields:
-            if name not in known and set(fields) | set(read) >= set(
-                known[:-1]
-            ):  # else the missing field is the better clue
-                options = inspect.signature(self.generate).parameters
-                raise TaskError(
-                    f"task {task!r} has no field {name!r}; it reads {', '.join(known[:-1]) or 'nothing'}"
-                    + did_you_mean(name, [*known, *options])
-                )
+            if name in known:
+                continue
+            clue = did_you_mean(name, [*known, *options])
+            if name == pattern.answer:
+                clue = ", and writes this; what an answer begins with is given as begin="
+            elif name in options:
+                clue = "; that is an option of generate"
+            raise TaskError(f"task {task!r} has no field {name!r}; it reads {', '.join(known) or 'nothing'}{clue}")
 
     def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Sequence[Sample]:
         self.packer.check_task(task)

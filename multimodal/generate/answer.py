@@ -16,7 +16,7 @@ from multimodal.generate.telling import Telling
 from multimodal.heads import Head, Prediction, Readout
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Packer
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokens, describe
 
 if TYPE_CHECKING:
     from multimodal.generate.engine import Prefix
@@ -39,6 +39,8 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.begin, str) and not self.begin:
+            object.__setattr__(self, "begin", None)  # nothing is there to begin with
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if self.max_tokens < 1 or self.beams < 1:
@@ -61,9 +63,10 @@ class Options:
             raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
         if self.beams > 1 and self.stop:
             raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
-        if self.beams > 1 and self.temperature:
+        if self.beams > 1 and (self.temperature or (self.sampler is not None and self.sampler.draws)):
+            what = "a temperature" if self.sampler is None else str(self.sampler)
             raise ConfigError(
-                f"generate: beams={self.beams} look for the likeliest answer; temperature has no meaning there"
+                f"generate: beams={self.beams} look for the likeliest answer; {what} has no meaning there"
             )
 
     @property
@@ -241,6 +244,10 @@ def advance(
         log_p = torch.cat([logits_BV for _, logits_BV in group]).log_softmax(-1)
         try:
             chances = rule(_within_length(log_p, group), [w for answer, x in group for w in answer.written(len(x))])
+            if not isinstance(chances, Tensor) or chances.shape != log_p.shape:
+                raise StreamError(f"it gave {describe(chances)}, wanted logits {tuple(log_p.shape)}")
+            if chances.isnan().any():
+                raise StreamError("it gave NaN")
         except Exception as error:  # a stranger's rule may fail in any way; the other answers go on
             for answer, _ in group:
                 answer.error = StreamError(
@@ -281,7 +288,7 @@ def _within_length(logits_BV: Tensor, group: Sequence[tuple[Answer, Tensor]]) ->
 
 def _draw_token(answer: Answer, log_p_V: Tensor, chances_V: Tensor) -> None:
     """A token in proportion to the chances, by the answer's own random numbers, whoever else is in the batch."""
-    if isinstance(answer.options.rule, Greedy):
+    if not answer.options.rule.draws:
         token = int(chances_V.argmax())
     else:
         up_to_V = chances_V.double().softmax(-1).cumsum(-1)

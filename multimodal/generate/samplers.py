@@ -1,9 +1,10 @@
 """How the next token is chosen: small rules that each reshape the logits, and combine with |.
 
     Temperature(0.8) | TopP(0.9)          first the temperature, then the smallest set that holds 90 %
-    NoRepeat(3) | Greedy()                the likeliest token that repeats no three tokens
+    NoRepeat(3)                           the likeliest token that repeats no three tokens
+    NoRepeat(3) | Temperature(0.8)        any token that repeats no three, the likelier the more often
 
-A token is then drawn from what is left; `Greedy` leaves one.
+The likeliest of what is left is taken, unless one of the rules draws (`Temperature`, `TopK`, `TopP`, `MinP`).
 """
 
 from abc import ABC, abstractmethod
@@ -32,7 +33,12 @@ class Written:
 
 
 class Sampler(Declared, ABC):
-    """A rule of choice. Subclass as a frozen dataclass and write `__call__`."""
+    """A rule of choice. Subclass as a frozen dataclass and write `__call__`.
+
+    draws: whether a token is drawn from what the rule leaves; otherwise the likeliest is taken.
+    """
+
+    draws: bool = False
 
     @abstractmethod
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
@@ -48,6 +54,10 @@ class Then(Sampler):
 
     first: Sampler
     second: Sampler
+
+    @property
+    def draws(self) -> bool:
+        return self.first.draws or self.second.draws
 
     def __str__(self) -> str:
         return f"{self.first} | {self.second}"
@@ -70,6 +80,7 @@ class Temperature(Sampler):
     """p ~ exp(logit / temperature): below 1 surer, above 1 bolder, 0 greedy."""
 
     temperature: float = 1.0
+    draws = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -89,6 +100,7 @@ class TopK(Sampler):
     """The k likeliest tokens (Fan et al. 2018); of equals the first."""
 
     k: int
+    draws = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -105,6 +117,7 @@ class TopP(Sampler):
 
     p: float
     temperature: float = 1.0  # applied first
+    draws = True
 
     def __post_init__(self) -> None:
         Temperature(self.temperature)
@@ -126,6 +139,7 @@ class MinP(Sampler):
 
     p: float
     temperature: float = 1.0  # applied afterwards, as in the paper's code
+    draws = True
 
     def __post_init__(self) -> None:
         Temperature(self.temperature)

@@ -25,8 +25,19 @@ Progress = Callable[[int, float, float], None]
 """Called with: which sound, seconds of it that are read, seconds it has."""
 
 
-def transcribe(model: Model, task: str, sounds: Sequence[Any], **settings: Any) -> list[Transcript]:
-    """One transcript a sound; the settings are those of `transcripts`.
+def transcribe(
+    model: Model,
+    task: str,
+    sounds: Sequence[Any],
+    *,
+    decoder: Decoder | None = None,
+    window_s: float = 30.0,
+    overlap_s: float | None = None,
+    batch: int = 8,
+    max_tokens: int = 256,
+    progress: Progress | None = None,
+) -> list[Transcript]:
+    """One transcript a sound; the settings are those of `transcripts`, which says what each does.
 
     sounds: files of any length, or other values that `media.read_sound` takes, such as pairs (wave, rate in Hz).
 
@@ -38,7 +49,18 @@ def transcribe(model: Model, task: str, sounds: Sequence[Any], **settings: Any) 
     ):
         raise ConfigError(f"transcribe: give a list of sounds, not {type(sounds).__name__}; one sound is a list of one")
     found: dict[int, Transcript] = {}
-    for index, transcript in transcripts(model, task, sounds, **settings):
+    every = transcripts(
+        model,
+        task,
+        sounds,
+        decoder=decoder,
+        window_s=window_s,
+        overlap_s=overlap_s,
+        batch=batch,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    for index, transcript in every:
         if isinstance(transcript, MediaError):
             raise transcript
         found[index] = transcript

@@ -108,7 +108,7 @@ def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
         yield cue
 
 
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, float]:
+def error_rates(references: Sequence[str], hypotheses: "Sequence[str | Transcript]") -> dict[str, float]:
     """Word and character error rates over all texts together: {"wer": .., "cer": ..}; 0 is perfect, and 1 can be passed.
 
     Raises:
@@ -120,12 +120,13 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict[st
         raise ConfigError(
             f"error_rates: {len(references)} references and {len(hypotheses)} hypotheses; give as many of both, and some"
         )
+    read = [hypothesis.text if isinstance(hypothesis, Transcript) else hypothesis for hypothesis in hypotheses]
     for i, text in enumerate(references):
         if not text.strip():
             raise ConfigError(f"error_rates: reference {i} is empty, and no rate is defined against it; leave it out")
     import jiwer
 
     return {
-        "wer": float(jiwer.wer(list(references), list(hypotheses))),
-        "cer": float(jiwer.cer(list(references), list(hypotheses))),
+        "wer": float(jiwer.wer(list(references), read)),
+        "cer": float(jiwer.cer(list(references), read)),
     }

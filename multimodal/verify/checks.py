@@ -436,5 +436,8 @@ def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) 
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
     seed += sum(map(ord, name))  # two fields of one kind get different values
     if values := plausible_values(tokenizer, seed=seed):
-        return [tokenizer(value) for value in values], f"{type(values[0]).__name__} values"
+        tokens = [tokenizer(value) for value in values]
+        written = name == pattern.answer and tokenizer.length is not None  # only values of that length are written
+        if not written or all(len(t) == tokenizer.length for t in tokens):
+            return tokens, f"{type(values[0]).__name__} values"
     return random_tokens(tokenizer, seed), "random tokens, as no candidate value was accepted"
