@@ -617,3 +617,81 @@ def test_a_prefix_is_of_one_model_and_its_fields_come_once(make):
         model.generate(STORY, image=picture(1), story="a", prefix=prefix)
     with pytest.raises(ConfigError, match="the prefix was read by another model"):
         make().generate(STORY, story="a", prefix=prefix)
+
+
+@dataclass(frozen=True)
+class Odd(mm.Sampler):
+    """Gives what a sampler must not give, or fails for answers that begin with 1."""
+
+    how: str
+
+    def __call__(self, logits_BV, written):
+        if self.how == "picky":
+            if any(1 in w.ids for w in written):
+                raise ValueError("I do not like 1")
+            return logits_BV
+        return {"none": None, "row": logits_BV[0], "short": logits_BV[:, :3], "nan": logits_BV * float("nan")}[self.how]
+
+
+@pytest.mark.parametrize("how", ["none", "row", "short", "nan"])
+def test_what_no_sampler_may_give_is_said_and_harms_nobody_else(make, how):
+    model = make()
+    engine = mm.Engine(model, rows=4, capacity=40)
+    bad = engine.submit(DIGITS, {"digits": [1, 2]}, sampler=Odd(how), max_tokens=5)
+    good = engine.submit(DIGITS, {"digits": [1, 2]}, max_tokens=5)
+    ended = {piece.ticket: piece for piece in engine.run() if piece.prediction or piece.error}
+    assert "the sampler Odd(" in str(ended[bad].error)
+    assert ended[good].prediction.value == model.generate(DIGITS, digits=[1, 2], max_tokens=5).value
+
+
+def test_a_sampler_fails_only_for_those_it_fails_for(make):
+    model = make()
+    engine = mm.Engine(model, rows=4, capacity=40)
+    asked = [engine.submit(DIGITS, {"digits": [2]}, begin=[i], sampler=Odd("picky"), max_tokens=3) for i in (1, 2)]
+    ended = {piece.ticket: piece for piece in engine.run() if piece.prediction or piece.error}
+    assert "I do not like 1" in str(ended[asked[0]].error)
+    fine = ended[asked[1]]
+    assert fine.error is None or "I do not like 1" in str(fine.error)  # it may come to write a 1 itself
+    plain = model.generate(DIGITS, digits=[2], begin=[2], max_tokens=3).value
+    assert fine.error is not None or fine.prediction.value == plain
+
+
+@dataclass(frozen=True)
+class Fragile(Digits):
+    """Cannot say what it wrote."""
+
+    def decode(self, tokens):
+        raise OSError("decode boom")
+
+
+def test_a_decode_or_an_embedding_that_fails_harms_nobody_else(make, monkeypatch):
+    model = make(digits=Fragile())
+    engine = mm.Engine(model, rows=4, capacity=60)
+    bad = engine.submit(DIGITS, {"digits": [1, 2]}, max_tokens=3)
+    good = engine.submit(STORY, {"image": picture(1), "story": "ab"}, max_tokens=5)
+    ended = {piece.ticket: piece for piece in engine.run() if piece.prediction or piece.error}
+    assert "Fragile.decode failed: OSError: decode boom" in str(ended[bad].error)
+    assert ended[good].prediction.value == model.generate(STORY, image=picture(1), story="ab", max_tokens=5).value
+    good = engine.submit(STORY, {"image": picture(1), "story": "ab"}, max_tokens=5)
+    engine.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(model.embeds["digits"], "forward", lambda x: 1 / 0)
+        bad = engine.submit(DIGITS, {"digits": [1, 2]}, max_tokens=3)
+        news = engine.step()
+    assert [type(piece.error) for piece in news if piece.ticket == bad] == [ZeroDivisionError]
+    assert [p.prediction.value for p in engine.run() if p.prediction] == [
+        model.generate(STORY, image=picture(1), story="ab", max_tokens=5).value
+    ]
+
+
+def test_weights_that_are_no_numbers_are_said(make):
+    model = make()
+    with torch.no_grad():
+        model.readout(DIGITS).linear.weight[0, 0] = float("nan")
+    with pytest.raises(StreamError, match="the model's logits are not numbers after 0 tokens"):
+        model.generate(DIGITS, digits=[1], max_tokens=3)
+
+
+def test_what_is_written_are_plain_tensors(make):
+    answer = make().generate(DIGITS, digits=[1], max_tokens=3)
+    assert not answer.tokens.content.is_inference()

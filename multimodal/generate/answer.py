@@ -102,6 +102,13 @@ class Answer:
         if options.begin is not None:
             self.begin = packer.encode(self.kind, options.begin, f"{name} of task {task!r}", "begin")
         begun = 0 if self.begin is None else len(self.begin)
+        if self.begin is not None and not torch.allclose(
+            self.begin.position_NA, self.tokenizer.places(begun), atol=1e-4
+        ):
+            raise ConfigError(
+                f"{name} of task {task!r}: begin lies at other places than the first {begun} tokens of what is written; "
+                "give its first part in full width"
+            )
         self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - begun
         self.prompt = sum(len(t) for t in encoded.values() if t is not None) + self.head.queries + begun
         self.width = options.beams * (1 if options.guidance == 1.0 else 2)
@@ -112,7 +119,7 @@ class Answer:
         self.features: list[Tensor] = []
         self.log_p = 0.0
         self.ended = ""
-        self.error: StreamError | None = None
+        self.error: Exception | None = None
         self.random = torch.Generator().manual_seed(options.seed)
         self.beams = Beams(options.beams, options.length_penalty, self.limit) if options.beams > 1 else None
         self.hypotheses: list[list[int]] = [
@@ -127,7 +134,7 @@ class Answer:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
         self.cached = 0  # tokens of the prompt in the cache
-        self.place_NA, self.step_A = self.tokenizer.places(begun + self.limit), torch.tensor(self.tokenizer.step)
+        self.place_NA, self.step_A = self.tokenizer.places(begun), torch.tensor(self.tokenizer.step)
         self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
         self.segments: list[int] = []
 
@@ -175,8 +182,15 @@ class Answer:
     def places(self) -> Tensor:
         """The places (rows, 3) of the newest tokens, in steps."""
         begun = 0 if self.begin is None else len(self.begin)
-        place_A = (self.place_NA[begun + self.count - 1] / self.step_A).to(self.after[0].device)
+        place_A = (self.placed(begun + self.count)[-1] / self.step_A).to(self.after[0].device)
         return torch.stack([self.after[i if i < len(self.after) else 0] + place_A for i in range(self.width)])
+
+    def placed(self, count: int) -> Tensor:
+        """Places (count, 3) of the first tokens, those it began with counted; made in growing parts, as max_tokens may be vast."""
+        if count > len(self.place_NA):
+            begun = 0 if self.begin is None else len(self.begin)
+            self.place_NA = self.tokenizer.places(min(begun + self.limit, max(64, 2 * count)))
+        return self.place_NA[:count]
 
     def newest(self) -> Tensor:
         """Content of the newest tokens, one a row."""
@@ -197,9 +211,13 @@ class Answer:
         return text + (self.telling.finish() if self.ended else "")
 
     def prediction(self) -> Prediction | None:
-        """The whole answer, once it has ended."""
-        if not self.ended:
+        """The whole answer, once it has ended; plain tensors, whatever mode the model runs in."""
+        if not self.ended or self.error:
             return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._whole()
+
+    def _whole(self) -> Prediction:
         if self.beams is not None:
             cut = "max_tokens" if self.fixed is None else "length"
             found = [self._prediction(ids, log_p, "stop" if own else cut) for ids, log_p, own in self.beams.found()]
@@ -207,7 +225,6 @@ class Answer:
         return self._prediction(self.ids, self.log_p, self.ended)
 
     def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
-        begun = 0 if self.begin is None else len(self.begin)
         content = (
             torch.cat(self.features) if self.head.continuous and self.features else torch.tensor(ids, dtype=torch.long)
         )
@@ -215,8 +232,8 @@ class Answer:
             content = torch.zeros(0, self.tokenizer.feature_size or 0)
         if self.begin is not None:
             content = torch.cat([self.begin.content, content])
-        tokens = Tokens(content, self.place_NA[: begun + (len(self.features) if self.head.continuous else len(ids))])
-        value = self.telling.told if ended == "stop string" and self.telling else self.tokenizer.decode(tokens)
+        tokens = Tokens(content, self.placed(len(content)))
+        value = self.tokenizer.decode(tokens) if self.telling is None or self.beams is not None else self.telling.told
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
 
 
@@ -234,43 +251,66 @@ def advance(
     sizes = [len(states[answer]) for answer in answers]
     state_ND = torch.cat([states[answer] for answer in answers])
     logits = head.logits(readout, state_ND, [1] * len(state_ND)).float().cpu().split(sizes)
-    by_rule: dict[Sampler, list[tuple[Answer, Tensor]]] = {}
+    by_rule: dict[Any, tuple[Sampler, list[tuple[Answer, Tensor]]]] = {}
     for answer, logits_BV in zip(answers, logits, strict=True):
         if answer.options.guidance != 1.0:
             read, blank = logits_BV.log_softmax(-1)
             logits_BV = (blank + answer.options.guidance * (read - blank))[None]
-        by_rule.setdefault(answer.options.rule, []).append((answer, logits_BV))
-    for rule, group in by_rule.items():
-        log_p = torch.cat([logits_BV for _, logits_BV in group]).log_softmax(-1)
-        try:
-            chances = rule(_within_length(log_p, group), [w for answer, x in group for w in answer.written(len(x))])
-            if not isinstance(chances, Tensor) or chances.shape != log_p.shape:
-                raise StreamError(f"it gave {describe(chances)}, wanted logits {tuple(log_p.shape)}")
-            if chances.isnan().any():
-                raise StreamError("it gave NaN")
-        except Exception as error:  # a stranger's rule may fail in any way; the other answers go on
-            for answer, _ in group:
-                answer.error = StreamError(
-                    f"{answer.name} of task {answer.task!r}: the sampler {rule} failed: {type(error).__name__}: {error}"
+        log_p_BV, rule = logits_BV.log_softmax(-1), answer.options.rule
+        if log_p_BV.isnan().any():
+            answer.error = StreamError(
+                f"{answer.name} of task {answer.task!r}: the model's logits are not numbers after {answer.count} tokens; look at "
+                "its weights, or use a smaller guidance"
+            )
+            yield answer, []
+        else:
+            by_rule.setdefault(_alike(rule), (rule, []))[1].append((answer, log_p_BV))
+    for rule, group in by_rule.values():
+        for (answer, log_p_BV), chances in zip(group, _chances(rule, group), strict=True):
+            try:
+                if isinstance(chances, Exception):
+                    raise chances
+                yield answer, _choose(answer, rule, log_p_BV, chances)
+            except Exception as error:  # a stranger's rule or decode may fail in any way; the other answers go on
+                failed = (
+                    f"the sampler {rule} failed: {type(error).__name__}: {error}" if chances is error else str(error)
                 )
+                answer.error = StreamError(f"{answer.name} of task {answer.task!r}: {failed}")
                 yield answer, []
-            continue
-        at = 0
-        for answer, logits_BV in group:
-            rows = slice(at, at + len(logits_BV))
-            at += len(logits_BV)
-            stuck = torch.isneginf(chances[rows]).all(-1)[answer.seats]  # rows without a hypothesis may be anything
-            if bool(stuck.all()) and not (answer.beams and answer.beams.ended):
-                answer.error = StreamError(
-                    f"{answer.name} of task {answer.task!r}: {rule} leaves no candidate after {answer.count} tokens; "
-                    "give it a wider choice"
-                )
-                yield answer, []
-            elif answer.beams is not None:
-                yield answer, _extend_beams(answer, answer.beams, log_p[rows], chances[rows])
-            else:
-                _draw_token(answer, log_p[at - 1], chances[at - 1])
-                yield answer, []
+
+
+def _alike(rule: Sampler) -> Any:
+    """What equal rules have in common, so that they are asked once."""
+    try:
+        hash(rule)
+    except TypeError:
+        return id(rule)
+    return rule
+
+
+def _chances(rule: Sampler, group: Sequence[tuple[Answer, Tensor]]) -> list[Any]:
+    """What the rule makes of each answer's log-probabilities, or why it fails for that one."""
+    log_p_BV = _within_length(torch.cat([x for _, x in group]), group)
+    try:
+        chances_BV = rule(log_p_BV, [w for answer, x in group for w in answer.written(len(x))])
+        if not isinstance(chances_BV, Tensor) or chances_BV.shape != log_p_BV.shape:
+            raise TypeError(f"it gave {describe(chances_BV)}, wanted logits {tuple(log_p_BV.shape)}")
+        if chances_BV.isnan().any():
+            raise ValueError("it gave NaN")
+    except Exception as error:
+        return [error] if len(group) == 1 else [part for one in group for part in _chances(rule, [one])]
+    return list(chances_BV.split([len(x) for _, x in group]))
+
+
+def _choose(answer: Answer, rule: Sampler, log_p_BV: Tensor, chances_BV: Tensor) -> Copies:
+    """Take the next token, or extend the beams."""
+    stuck = torch.isneginf(chances_BV).all(-1)[answer.seats]  # rows without a hypothesis may be anything
+    if bool(stuck.all()) and not (answer.beams and answer.beams.ended):
+        raise StreamError(f"{rule} leaves no candidate after {answer.count} tokens; give it a wider choice")
+    if answer.beams is not None:
+        return _extend_beams(answer, answer.beams, log_p_BV, chances_BV)
+    _draw_token(answer, log_p_BV[0], chances_BV[0])
+    return []
 
 
 def _within_length(logits_BV: Tensor, group: Sequence[tuple[Answer, Tensor]]) -> Tensor:
@@ -354,6 +394,9 @@ def _draw_features(answers: Sequence[Answer], states: Mapping[Answer, Tensor], h
             guidance=guidance,
             temperature=1.0 if temperature is None else temperature,
         )
+        for answer in group:
+            if features_BF.isnan().any():
+                answer.error = StreamError(f"{answer.name} of task {answer.task!r}: the features drawn are not numbers")
         for answer, features_NF, stop in zip(group, features_BF.float().cpu().split(1), stop_B.tolist(), strict=True):
             _take_features(answer, features_NF, stop)
 
@@ -369,6 +412,6 @@ def _take_features(answer: Answer, features_NF: Tensor, stop: float) -> None:
         answer.ended = "max_tokens"
         return
     at = (0 if answer.begin is None else len(answer.begin)) + answer.count
-    answer.features.append(answer.tokenizer.fed_back(features_NF, answer.place_NA[at : at + 1]))
+    answer.features.append(answer.tokenizer.fed_back(features_NF, answer.placed(at + 1)[at:]))
     if answer.count == answer.fixed:
         answer.ended = "length"

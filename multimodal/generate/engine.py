@@ -62,7 +62,13 @@ class Engine:
         self.model = model
         self.rows, self.capacity = rows, capacity
         dtype = next(model.core.parameters()).dtype
-        self.cache = model.core.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
+        try:
+            self.cache = model.core.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"Engine: there is no memory for rows={rows} of capacity={capacity} tokens; lower max_tokens, the capacity or "
+                f"the rows ({error})"
+            ) from error
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
         self._owner: list[Answer] = []  # of each row in use
@@ -149,7 +155,15 @@ class Engine:
         for group in ([a for a in joining if a.prefix is None], [a for a in joining if a.prefix is not None]):
             if group:
                 self._running += group
-                pieces += self._choose(group, self._read(group))
+                try:
+                    states = self._read(group)
+                except Exception as error:  # a stranger's embedding may fail; those who wrote before are not to suffer
+                    for answer in group:
+                        answer.error = error
+                        self._leave(answer)
+                    pieces += [Piece(answer.ticket, error=error) for answer in group]
+                else:
+                    pieces += self._choose(group, states)
         return pieces
 
     def _read(self, answers: Sequence[Answer]) -> dict[Answer, Tensor]:
@@ -242,9 +256,16 @@ class Engine:
             for answer, copies in advance(group, states, head, readout):
                 for source, target, start in copies:
                     self.cache.copy(answer.rows[source], answer.rows[target], start=start)
-                text = answer.news()
+                try:
+                    text, prediction = answer.news(), answer.prediction()
+                except Exception as error:  # a stranger's decode may fail in any way; the other answers go on
+                    text, prediction = "", None
+                    answer.error = StreamError(
+                        f"{answer.name} of task {answer.task!r}: {type(answer.tokenizer).__name__}.decode failed: "
+                        f"{type(error).__name__}: {error}"
+                    )
                 if text or answer.ended or answer.error:
-                    pieces.append(Piece(answer.ticket, text, answer.prediction(), answer.error))
+                    pieces.append(Piece(answer.ticket, text, prediction, answer.error))
         for answer in [a for a in answers if a.ended or a.error]:
             self._leave(answer)
         return pieces

@@ -7,7 +7,8 @@ import torch
 from multimodal.tokenizer import Tokenizer, Tokens
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
-LOOK_BACK = 4  # tokens decoded again before new ones: more than an incomplete character has, and for pieces that join
+LONGEST_CHARACTER = 4  # bytes
+LOOK_BACK = 8  # tokens decoded again before new ones: more than an incomplete character has, and for pieces that join
 
 
 class Telling:
@@ -17,7 +18,7 @@ class Telling:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.ids: list[int] = []
         self.start = 0  # the first token that is decoded again
-        self.settled = 0  # characters of what is decoded from there that nothing can change
+        self.settled = ""  # of what is decoded from there, the text that has gone into `kept`
         self.kept = ""  # settled text that is held back
         self.told = ""
         self.stopped = False
@@ -28,24 +29,41 @@ class Telling:
             return ""
         self.ids += ids
         now = self._decode()
-        sure = now.removesuffix(UNFINISHED)  # however many bytes an incomplete character has, it decodes to one of them
-        self.kept += sure[self.settled :]
-        self.settled = max(self.settled, len(sure))
-        if len(self.ids) - self.start >= 2 * LOOK_BACK:
-            self.start = len(self.ids) - LOOK_BACK
-            self.settled = max(0, len(self._decode()) - (len(now) - len(sure)))
+        if not now.startswith(self.settled):  # some decoders give up a whole run of bytes until its last character is there
+            return ""
+        broken = len(now) - len(now.rstrip(UNFINISHED))  # bytes that may yet become one character, or stay broken
+        sure = now[: len(now) - min(broken, LONGEST_CHARACTER)]
+        self.kept += sure[len(self.settled) :]
+        self.settled = max(self.settled, sure, key=len)
+        self._move_on(now)
         found = [at for stop in self.stops if (at := self.kept.find(stop)) >= 0]
         if found:
             self.stopped, self.kept = True, self.kept[: min(found)]
             return self._tell(len(self.kept))
         return self._tell(len(self.kept) - self._risky())
 
+    def _move_on(self, now: str) -> None:
+        """Leave settled tokens behind, from a place on where the text without them is the end of the text with them."""
+        held = len(self.ids) - self.start
+        if held < 4 * LOOK_BACK:
+            return
+        before = self.start
+        for start in range(len(self.ids) - LOOK_BACK, len(self.ids) - 2 * LOOK_BACK, -1):
+            self.start = start
+            later = self._decode()
+            left = len(now) - len(later)
+            whole = not later.startswith(UNFINISHED) or held > 8 * LOOK_BACK  # so long a run is broken for good
+            if whole and now.endswith(later) and left <= len(self.settled):
+                self.settled = self.settled[left:]
+                return
+        self.start = before
+
     def finish(self) -> str:
         """The rest, once nothing more will be written."""
         if not self.stopped:
             now = self._decode()
-            self.kept += now[self.settled :]
-            self.settled = len(now)
+            self.kept += now[len(self.settled) :] if now.startswith(self.settled) else UNFINISHED
+            self.settled = now
         return self._tell(len(self.kept))
 
     def _tell(self, count: int) -> str:
