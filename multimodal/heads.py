@@ -188,7 +188,12 @@ class NextToken(Head):
         _check_smoothing(self)
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        return _symbols(self, tokenizer) + 1
+        symbols = _symbols(self, tokenizer)
+        try:
+            tokenizer.places(1)
+        except ConfigError as error:
+            raise ConfigError(f"NextToken cannot write {type(tokenizer).__name__}: {error}") from error
+        return symbols + 1
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
         return readout.linear(state_ND)

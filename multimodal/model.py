@@ -98,6 +98,8 @@ class Model(nn.Module):
             query = self.readouts[kind.removeprefix("head:")].query
             assert isinstance(query, Tensor)
             return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
+        if content.is_floating_point():
+            content = content.to(self.core.norm.weight.dtype)
         return self.embeds[kind](content)
 
     def rows(self, stream: Stream) -> Tensor:
@@ -205,6 +207,14 @@ class Model(nn.Module):
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
+            given = [
+                name for name in ("beams", "begin", "guidance", "sampler", "stop") if options[name] not in (1, None, ())
+            ]
+            if given or prefix is not None:
+                raise ConfigError(
+                    f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "
+                    "has no meaning there"
+                )
             return self.predict(task, samples, batch=batch)
         found: dict[int, Prediction] = {}
         for piece in self._written(task, samples, prefix, batch, options):

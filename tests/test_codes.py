@@ -487,3 +487,11 @@ def test_a_planted_fault_of_writing_is_named(name: str, faulty: Tokenizer, value
     check = next(check for check in tokenizer_checks(faulty, values) if str(check) == name)
     with pytest.raises(ConformanceError, match=f"{name}: .*{problem}"):
         check()
+
+
+def test_codes_far_from_zero_are_told_apart():
+    """Squares of large numbers must not swallow the differences."""
+    rows_NF = 101325.0 + torch.arange(16.0)[:, None].repeat(1, 2)
+    ids, distance = nearest(rows_NF, rows_NF)
+    assert ids.tolist() == list(range(16))
+    assert float(distance.max()) == 0.0

@@ -332,11 +332,15 @@ def test_bad_sounds_are_named_and_lose_no_others(ear: mm.Model, tmp_path: Path):
     broken = wave_S.copy()
     broken[-1000] = np.nan
     soundfile.write(tmp_path / "nan.wav", broken, RATE, subtype="FLOAT")
-    names = ["good", "noise", "missing", "empty", "cut", "nan", "good"]
+    soundfile.write(
+        tmp_path / "far.wav", wave_S + np.float32(1e25), RATE, subtype="FLOAT"
+    )  # finite, its features are not
+    names = ["good", "noise", "missing", "empty", "cut", "nan", "good", "far"]
     files = [tmp_path / f"{name}.wav" for name in names]
     found = dict(transcripts(ear, TASK, files, window_s=1, overlap_s=0.4, batch=3))
-    assert sorted(found) == list(range(7))
-    assert [getattr(found[i], "text", None) for i in range(7)] == [text, None, None, None, None, None, text]
+    assert sorted(found) == list(range(8))
+    assert [getattr(found[i], "text", None) for i in range(8)] == [text, None, None, None, None, None, text, None]
+    assert "features that are not finite" in str(found[7])
     problems = ["cannot read", "there is no file", "no samples", "was cut short", "not finite"]
     for error, problem, file in zip([found[i] for i in range(1, 6)], problems, files[1:6], strict=True):
         assert isinstance(error, MediaError)
@@ -630,6 +634,9 @@ def test_the_command_prints(saved: Path, recordings: dict[str, Path], capsys: py
     assert capsys.readouterr().out == f"== {file}\n{first}\n== {other}\n{second}\n"
     assert main(["transcribe", str(saved), str(file), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == first
+    assert main(["transcribe", str(saved), str(file), str(other), "--format", "json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["file"], line["text"]) for line in lines] == [(str(file), first), (str(other), second)]
 
 
 def test_the_command_writes_files(saved: Path, recordings: dict[str, Path], tmp_path: Path, capsys):
@@ -639,6 +646,11 @@ def test_the_command_writes_files(saved: Path, recordings: dict[str, Path], tmp_
         lines = re.findall(r"-->.*\n(.*)\n\n", (tmp_path / "new" / f"talk{i}.srt").read_text() + "\n")
         assert " ".join(lines) == text
     assert str(tmp_path / "new" / "talk1.srt") in capsys.readouterr().out
+    (tmp_path / "talk0.txt").write_text("my notes")
+    assert main(["transcribe", str(saved), files[0], "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "talk0.txt").read_text() == "my notes"
+    assert (tmp_path / "talk0-2.txt").read_text().strip() == next(iter(recordings))
+    assert main(["transcribe", str(saved), files[0], "--out", str(tmp_path / "talk0.txt")]) == 2
     assert main(["transcribe", str(saved), files[0], files[0], "--out", str(tmp_path)]) == 2
     assert "would both be written to" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ def show(
         found = {"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)}
         print(json.dumps(found, ensure_ascii=False, default=str))
     elif (file := _as_file(answer.value, texts=out is not None, arrays=True)) is not None:
-        print(_saved(*file, name, folder))
+        print(saved(*file, name, folder))
     else:
         if heading:
             print(heading)
@@ -40,7 +40,7 @@ def _facts(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dic
     elif file is None:
         facts["answer"] = value.tolist() if hasattr(value, "tolist") else value
     if file is not None:
-        facts["file"] = str(_saved(*file, name, folder))
+        facts["file"] = str(saved(*file, name, folder))
     facts |= {"confidence": answer.confidence, "complete": answer.complete}
     if answer.tokens is not None:
         facts |= {"ended": answer.ended, "tokens": len(answer.tokens)}
@@ -115,7 +115,7 @@ def _is_picture(array: Any) -> bool:
     return bool(shaped and array.min() >= 0 and array.max() <= 1)
 
 
-def _saved(ending: str, data: bytes, name: str, folder: Path) -> Path:
+def saved(ending: str, data: bytes, name: str, folder: Path) -> Path:
     """Where it was written: NAME.png, or the first free one of NAME-2.png, NAME-3.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 1

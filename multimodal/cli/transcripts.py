@@ -1,5 +1,6 @@
 """What `multimodal transcribe` needs: which task, how its rows are read, where its files go, and a bar while it reads."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,10 +77,12 @@ def places_for(files: Sequence[Path], folder: Path | None, ending: str) -> list[
     Raises:
         ConfigError: two files would get the same one.
     """
+    from multimodal.cli.showing import check_folder
     from multimodal.shapes import ConfigError
 
     if folder is None:
         return [None] * len(files)
+    check_folder(folder)
     places = [folder / f"{file.stem}.{ending}" for file in files]
     for i, place in enumerate(places):
         if place in places[:i]:
@@ -93,12 +96,14 @@ def places_for(files: Sequence[Path], folder: Path | None, ending: str) -> list[
 
 def put(file: Path, transcript: "Transcript", form: str, place: Path | None, several: bool) -> None:
     """Write or print one transcript."""
+    from multimodal.cli.showing import saved
     from multimodal.transcription import written
 
     text = written(transcript, form)
     if place is not None:
-        place.write_text(text, encoding="utf-8")
-        print(place)
+        print(saved(place.suffix, text.encode("utf-8"), place.stem, place.parent))
+    elif several and form == "json":
+        print(json.dumps({"file": str(file), **json.loads(text)}, ensure_ascii=False))  # an object a line
     else:
         print(f"== {file}\n{text}" if several else text, end="")
     if not transcript.complete:

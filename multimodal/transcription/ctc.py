@@ -104,6 +104,8 @@ class Beam(Decoder):
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"Beam: width={self.width} keeps nothing; use 1 or more")
+        if not (math.isfinite(self.weight) and math.isfinite(self.bonus)):
+            raise ConfigError(f"Beam: weight={self.weight} and bonus={self.bonus} must be finite numbers")
         if not self.cutoff > 0:
             raise ConfigError(f"Beam: cutoff={self.cutoff} nats tries no class; use 5 or more, or inf")
 
@@ -137,11 +139,12 @@ class BeamSearch(Search):
         self.beam = beam
         self.root = _Node(None, -1, 0.0, beam.lexicon.start if beam.lexicon else None)
         self.live: dict[_Node, tuple[float, float]] = {self.root: (0.0, _NEVER)}
+        self.symbols = 0  # that there are, the blank not counted
 
     def push(self, log_p_NV: Tensor) -> None:
         check_shapes("Beam", log_p_NV=log_p_NV)
         log_p_NV = log_p_NV.detach().cpu()
-        blank = log_p_NV.shape[-1] - 1
+        blank = self.symbols = log_p_NV.shape[-1] - 1
         tried_NV = log_p_NV >= log_p_NV.amax(-1, keepdim=True) - self.beam.cutoff
         tried_NV[:, blank] = False
         for row, tried in zip(log_p_NV, tried_NV, strict=True):
@@ -177,7 +180,7 @@ class BeamSearch(Search):
                 node.children[symbol] = None
             else:
                 extra = node.extra + self.beam.bonus
-                if self.beam.prior is not None:
+                if self.beam.prior is not None and self.beam.weight:
                     extra += self.beam.weight * self._ahead(node)[symbol]
                 node.children[symbol] = _Node(node, symbol, extra, state)
         return node.children[symbol]
@@ -186,12 +189,17 @@ class BeamSearch(Search):
         if node.ahead is None:
             assert self.beam.prior is not None
             node.ahead = self.beam.prior.log_p(node.path(None)).tolist()
+            if len(node.ahead) < self.symbols:
+                raise ConfigError(
+                    f"Beam: the prior knows {len(node.ahead)} symbols and the task writes {self.symbols}; make it with the "
+                    "vocabulary of the kind that is written"
+                )
         return node.ahead
 
     def _score(self, node: _Node, last: bool, symbols: int | None = None) -> float:
         score = _plus(*self.live[node]) + node.extra
         prior = self.beam.prior
-        if last and prior is not None and prior.ends:
+        if last and prior is not None and prior.ends and self.beam.weight:
             score += self.beam.weight * self._ahead(node)[-1]
         return score
 

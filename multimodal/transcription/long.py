@@ -5,6 +5,7 @@ sound --blocks--> pieces of all sounds --batches--> rows of logits (CTC) or text
 Memory: a few blocks, one batch of pieces, and the rows of one passage (see `Reader`), however long the sounds are.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +109,7 @@ def transcripts(
                 else:
                     cut = at_quiet_places(blocks, window=window, search=max(window // 4, 1), unit=reading.unit)
                 for piece in cut:
+                    reading.tokenizer((piece.wave_S, reading.rate_hz))  # complains here, so that the other sounds go on
                     yield index, piece
             except MediaError as error:
                 yield index, error
@@ -201,7 +203,7 @@ def hearing_tasks(model: Model) -> list[str]:
 
 def _tokens(reading: Hearing, window_s: float, overlap_s: float) -> tuple[int, int]:
     """Window and overlap in tokens."""
-    if not 0 < overlap_s < window_s:
+    if not 0 < overlap_s < window_s < math.inf:
         raise ConfigError(f"transcribe: overlap_s={overlap_s} must lie between 0 and window_s={window_s}")
     window, overlap = int(window_s / reading.step_s + 1e-6), int(overlap_s / reading.step_s + 1e-6)
     if window < 4 or overlap < 2:
@@ -305,10 +307,10 @@ class _Texts:
         assert self.reading.twin is not None
         assert self.speller is not None
         log_p_NV, time_N = rows
-        ids = self.reading.twin.writes(" ".join(text.split())).content.tolist()
         try:
+            ids = self.reading.twin.writes(" ".join(text.split())).content.tolist()
             spoken = align(log_p_NV, ids, time_N + start_s, self.reading.step_s)
-        except StreamError:
+        except (StreamError, MediaError):  # too long for the rows, or letters that the other task does not have
             return None
         words = self.speller.gather(spoken, last=True)[0]
         return words if [word.text for word in words] == text.split() else None

@@ -145,6 +145,8 @@ class Codes(Tokenizer):
 
 def nearest(rows_NF: Tensor, codes_VF: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest code (N,) of each row, and its squared distance (N,)."""
+    middle_F = codes_VF.mean(0)  # around 0 the squares of large numbers do not swallow what tells codes apart
+    rows_NF, codes_VF = rows_NF - middle_F, codes_VF - middle_F
     half_V = codes_VF.square().sum(1) / 2
     ids, errors = [], []
     for part_NF in rows_NF.split(max(CHUNK // len(codes_VF), 1)):
