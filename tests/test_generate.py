@@ -219,3 +219,40 @@ def test_what_is_neither_field_nor_option_is_not_lost(lively):
         model.predict(TASKS[0], digit=[1])
     with pytest.raises(ConfigError, match=r"'tempature' is neither a field .* did you mean 'temperature'\?"):
         list(model.stream(TASKS[0], digits=[1], tempature=3))
+
+
+@pytest.mark.parametrize(
+    "core",
+    [
+        mm.Core(width=32, depth=2, heads=2),
+        mm.EncoderDecoder(reader=mm.Core(width=32, depth=1, heads=2), writer=mm.Core(width=32, depth=2, heads=2)),
+    ],
+    ids=["one core", "two cores"],
+)
+def test_a_picture_helps_to_translate(lively, core):
+    """Captioning and translation are tasks like any other, together or with either left out."""
+    task = "image en:text -> de:text"
+    kinds = {"image": ImagePatches(patch=4, channels=1), "text": TextBytes()}
+    model = lively(mm.Model(kinds, core, [task, "image -> text", "en:text -> de:text"]))
+    image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = {"image": image, "en": "a dog"}
+    samples = [whole, {**whole, "image": None}, {**whole, "en": None}]
+    answers = model.generate(task, samples, max_tokens=6)
+    assert len({tuple(a.tokens.content.tolist()) for a in answers}) == 3  # each field tells
+    for answer, sample in zip(answers, samples, strict=True):
+        assert model.generate(task, **sample, max_tokens=6).value == answer.value
+    assert model.generate("image -> text", image=image, max_tokens=6).tokens is not None
+
+
+def test_blanked_samples_lack_their_fields_in_a_share_of_the_times():
+    from multimodal.data import seed_generators
+
+    rows = [{"label": "a", "picture": i} for i in range(4000)]
+    blanked = mm.Blanked(rows, ("label",), share=0.25)
+    seed_generators(7)
+    first = [blanked[i] for i in range(len(blanked))]
+    assert sum(s["label"] is None for s in first) / 4000 == pytest.approx(0.25, abs=0.02)
+    assert [s["picture"] for s in first] == list(range(4000))
+    seed_generators(7)
+    assert [blanked[i] for i in range(len(blanked))] == first
+    assert rows[0] == {"label": "a", "picture": 0}

@@ -28,6 +28,8 @@ class Listener:
             print(*(word.text for word in listener.push(wave_S)))
         print(listener.finish(), listener.text)
 
+    What was heard stays in its cache, which grows with the recording: about 2 * depth * width numbers a token.
+
     patience_s: how long a `Beam` may change its mind; then its best text is taken for good at the next sure blank.
 
     Raises:
