@@ -1,7 +1,7 @@
 """Digits written from their label, and spoken from text, read by judges that never saw anything written.
 
-    uv run benchmarks/writing.py pictures            about 10 CPU-minutes
-    uv run benchmarks/writing.py sounds              about 12 CPU-minutes
+    uv run benchmarks/writing.py pictures            about 8 CPU-minutes
+    uv run benchmarks/writing.py sounds              about 10 CPU-minutes
 
 pictures: mnist_t10k (8,000 to learn from, 2,000 real ones to compare with); sounds: fsdd.zip; both in the folder MULTIMODAL_DATA
 (default ../shared/data). --score FOLDER judges a kept model. Leaves digits.png, or a folder of WAV files, in --folder.
