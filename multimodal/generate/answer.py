@@ -122,9 +122,8 @@ class Answer:
         self.error: Exception | None = None
         self.random = torch.Generator().manual_seed(options.seed)
         self.beams = Beams(options.beams, options.length_penalty, self.limit) if options.beams > 1 else None
-        self.hypotheses: list[list[int]] = [
-            [] for _ in range(options.beams)
-        ]  # what the rows of the cache hold of the answer
+        # what each row of the cache holds of the answer
+        self.hypotheses: list[list[int]] = [[] for _ in range(options.beams)]
         self.seats = [0]  # the row of each live hypothesis
         self.telling = Telling(self.tokenizer, options.stop) if self.tokenizer.text and self.beams is None else None
         self.unsaid = ""
@@ -233,7 +232,7 @@ class Answer:
         if self.begin is not None:
             content = torch.cat([self.begin.content, content])
         tokens = Tokens(content, self.placed(len(content)))
-        value = self.tokenizer.decode(tokens) if self.telling is None or self.beams is not None else self.telling.told
+        value = self.tokenizer.decode(tokens) if self.telling is None else self.telling.told  # beams tell nothing
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
 
 

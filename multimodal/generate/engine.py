@@ -174,9 +174,8 @@ class Engine:
         stream = self.model.packer(
             [(task, sample) for task, sample, _ in batch], answers=False, names=names, begun=begun
         ).to(self.model.device)
-        where: dict[
-            int, tuple[int, int, int]
-        ] = {}  # sample -> its place in the stream, its query's row, its newest row
+        # sample -> its place in the stream, its query's row, its newest row
+        where: dict[int, tuple[int, int, int]] = {}
         for reading in stream.readings.values():
             ends = torch.tensor(reading.lengths).cumsum(0)
             rows = reading.row_N.tolist()
