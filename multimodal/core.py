@@ -1,15 +1,30 @@
 """The one transformer: a declaration (`Core`) with presets, and the module it makes (`Transformer`)."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Backend, Cache, Layout, Plan, ScaledDotProduct, Score, plan_attention
+from multimodal.attention import (
+    Attention,
+    Backend,
+    Cache,
+    Layout,
+    Mechanism,
+    Plan,
+    Read,
+    ScaledDotProduct,
+    Score,
+    Soft,
+    Trace,
+    plan_attention,
+)
 from multimodal.declare import Declared, override
-from multimodal.masks import PREFIX_LM, Rule
+from multimodal.layers import MLP, Context, CrossAttention, Layer, SelfAttention, Sublayer
+from multimodal.masks import PREFIX_LM, Prior, Rule
 from multimodal.norm import RMSNorm
 from multimodal.positions import rotary_frequencies, rotary_turns
 from multimodal.shapes import ConfigError, check_shapes
@@ -17,7 +32,10 @@ from multimodal.shapes import ConfigError, check_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Core(Declared):
-    """A pre-norm transformer with grouped-query heads, RMSNorm, a gated MLP and rotary places."""
+    """A pre-norm transformer with grouped-query heads, RMSNorm, a gated MLP and rotary places, unless `block` says otherwise.
+
+    mask, score, prior and read are those of every attention layer that declares none of its own; the mask holds for all.
+    """
 
     width: int  # D
     depth: int  # L, blocks
@@ -29,10 +47,17 @@ class Core(Declared):
     drop_path: float = (
         0.0  # share of samples whose block is skipped in training, rising linearly to this at the last block
     )
-    rotary_split: tuple[int, ...] = (2, 1, 1)  # ratio in which a head's pairs are turned by time, row and column
+    rotary_split: tuple[int, ...] = (
+        2,
+        1,
+        1,
+    )  # ratio in which a head's pairs are turned by time, row, column; all 0: not
     rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)  # slowest turn of each axis, steps / radian
     mask: Rule = PREFIX_LM
     score: Score = field(default_factory=ScaledDotProduct)
+    prior: Prior | None = None
+    read: Read = field(default_factory=Soft)
+    block: tuple[Layer, ...] = (SelfAttention(), MLP())  # layers of one block, which is repeated `depth` times
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
@@ -49,8 +74,12 @@ class Core(Declared):
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Core: {name}={getattr(self, name)} is not in 0 to 1")
-        if len(self.rotary_split) != 3 or len(self.rotary_base) != 3 or sum(self.rotary_split) == 0:
+        if len(self.rotary_split) != 3 or len(self.rotary_base) != 3 or min(self.rotary_split) < 0:
             raise ConfigError("Core: rotary_split and rotary_base give one number each for time, row and column")
+        if not isinstance(self.block, tuple) or not self.block or not all(isinstance(x, Layer) for x in self.block):
+            raise ConfigError(
+                f"Core: block={self.block!r} must be a tuple of layers, such as (SelfAttention(), MLP()), one at least"
+            )
 
     @property
     def head_width(self) -> int:
@@ -70,36 +99,61 @@ class Core(Declared):
     @property
     def parameters(self) -> int:
         """Exact number of parameters of the core, without tokenizers and heads."""
-        attention = self.width * self.head_width * (2 * self.heads + 2 * self.groups)
-        norms = 2 * self.width + (2 * self.head_width if self.qk_norm else 0)
-        return self.depth * (attention + 3 * self.width * self.hidden + norms) + self.width
+        return sum(p.numel() for p in self.outline().parameters())
 
     def flops(self, tokens: int, context: float) -> float:
         """Multiply-adds counted as 2, of one forward pass over `tokens` that see `context` tokens each on average.
 
-        Matrix products only, as in Kaplan et al. 2020 (2 a weight and token) plus 4 T M D a layer for attention
-        (Chowdhery et al. 2022, appendix B). A training step costs three times this.
+        Matrix products only, as in Kaplan et al. 2020 (2 a weight and token) plus 2 T M a layer of attention for each number of its
+        keys and values (Chowdhery et al. 2022, appendix B). A training step costs three times this.
         """
-        weights = self.depth * (
-            self.width * self.head_width * (2 * self.heads + 2 * self.groups) + 3 * self.width * self.hidden
-        )
-        return 2.0 * tokens * weights + 4.0 * tokens * context * self.width * self.depth
+        outline = self.outline()
+        weights = sum(p.numel() for p in outline.parameters() if p.dim() >= 2)
+        read = sum(m.heads * (m.key_width + m.value_width) for m in outline.modules() if isinstance(m, Attention))
+        return 2.0 * tokens * weights + 2.0 * tokens * context * read
+
+    def layers(self, *, crosses: bool = False) -> tuple[Layer, ...]:
+        """One block's layers; in a core that writes with a cross-attention after each attention, unless it declares its own.
+
+        Raises:
+            ConfigError: a cross-attention in a core that has nothing to look at, or no place for one.
+        """
+        own = any(layer.crosses for layer in self.block)
+        if own and not crosses:
+            raise ConfigError(
+                "Core: CrossAttention needs another core to look at; it belongs in the writer of an EncoderDecoder"
+            )
+        if own or not crosses:
+            return self.block
+        out: list[Layer] = []
+        for layer in self.block:
+            out += [layer, CrossAttention()] if isinstance(layer, SelfAttention) else [layer]
+        if len(out) == len(self.block):
+            raise ConfigError(
+                "EncoderDecoder: the writer's block has no attention; put a CrossAttention() where it is to look"
+            )
+        return tuple(out)
+
+    def outline(self, crosses: bool = False) -> "Transformer":
+        """The module without memory for its weights: to count and to measure."""
+        return _outline(self, crosses)
 
     def build(self) -> "Transformer":
         """Make the module, with fresh weights."""
         return Transformer(self)
 
-    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
-        """Room for decoding `rows` samples of up to `capacity` tokens."""
-        return Cache(
-            layers=self.depth,
-            batch=rows,
-            capacity=capacity,
-            kv_heads=self.groups,
-            head_width=self.head_width,
-            device=device,
-            dtype=dtype,
-        )
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32, crossed: int | None = None) -> Cache:
+        """Room for decoding `rows` samples of up to `capacity` tokens; if the core crosses, with a memory of `crossed` tokens."""
+        kept, seen, states = [], [], []
+        for layer in self.outline(crossed is not None).sublayers():
+            keys, state = layer.layer.keys(self), layer.layer.state(self, layer.norm.weight.shape[0])
+            if keys is not None:
+                (seen if layer.layer.crosses else kept).append(tuple(keys))
+            if state is not None:
+                states.append(state)
+        place = {"batch": rows, "device": device, "dtype": dtype}
+        memory = None if crossed is None else Cache(keys=seen, capacity=crossed, **place)
+        return Cache(keys=kept, capacity=capacity, states=states, memory=memory, **place)
 
     def replace(self, **changes) -> Self:
         """A copy with some settings changed."""
@@ -142,74 +196,83 @@ class Core(Declared):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), in a core that writes from another's states x + attention(norm(x), states), then x + mlp(norm(x))."""
+    """The layers of one block, one after the other."""
 
-    def __init__(self, core: Core, drop_path: float, *, crosses: bool = False) -> None:
+    def __init__(self, core: Core, layers: tuple[Layer, ...], width: int, drop_path: float) -> None:
         super().__init__()
-        self.norm_attention = RMSNorm(core.width)
-        self.attention = Attention(core.width, core.heads, core.groups, core.score, core.qk_norm)
-        if crosses:
-            self.norm_cross = RMSNorm(core.width)
-            self.cross = Attention(core.width, core.heads, core.groups, core.score, core.qk_norm)
-        self.norm_mlp = RMSNorm(core.width)
-        self.gate_up = nn.Linear(core.width, 2 * core.hidden, bias=False)
-        self.down = nn.Linear(core.hidden, core.width, bias=False)
-        self.dropout, self.drop_path = core.dropout, drop_path
+        self.layers = nn.ModuleList()
+        for layer in layers:
+            self.layers.append(Sublayer(layer, core, width, core.dropout, drop_path))
+            width = self.layers[-1].width  # type: ignore[assignment]
+        self.width = width
 
-    def forward(
-        self,
-        stream_TD: Tensor,
-        turns: Tensor,
-        plan: Plan,
-        layer: int,
-        sample_T: Tensor,
-        crossing: "Crossing | None" = None,
-    ) -> Tensor:
-        stream_TD = stream_TD + self._drop(self.attention(self.norm_attention(stream_TD), turns, plan, layer), sample_T)
-        if crossing is not None:
-            read_TD = self.cross(self.norm_cross(stream_TD), turns, crossing.plan, layer, crossing.memory)
-            stream_TD = stream_TD + self._drop(read_TD, sample_T)
-        gate, up = self.gate_up(self.norm_mlp(stream_TD)).chunk(2, dim=-1)
-        return stream_TD + self._drop(self.down(F.silu(gate) * up), sample_T)
-
-    def _drop(self, update_TD: Tensor, sample_T: Tensor) -> Tensor:
-        if self.training and self.dropout:
-            update_TD = F.dropout(update_TD, self.dropout)
-        if self.training and self.drop_path:
-            keep = (
-                torch.rand(int(sample_T[-1]) + 1, 1, device=update_TD.device, dtype=update_TD.dtype) >= self.drop_path
-            )
-            update_TD = update_TD * (keep / (1 - self.drop_path))[sample_T]
-        return update_TD
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        for layer in self.layers:
+            stream_TD = layer(stream_TD, context)
+        return stream_TD
 
 
 class Crossing(NamedTuple):
     """What a core that writes looks at: states (M, D) with their turns, and how."""
 
-    memory: tuple[Tensor, Tensor]
+    memory_MD: Tensor
+    turns: Callable[[int], Tensor | None]
     plan: Plan
 
 
 class Transformer(nn.Module):
     """The core's weights: reads a stream (T, D) and gives its states (T, D)."""
 
-    axis_K: Tensor
-    frequency_K: Tensor
-
     def __init__(self, core: Core, *, crosses: bool = False) -> None:
         super().__init__()
         self.core = core
-        self.blocks = nn.ModuleList(
-            Block(core, core.drop_path * layer / max(core.depth - 1, 1), crosses=crosses) for layer in range(core.depth)
-        )
+        self.blocks = nn.ModuleList()
+        width, layers = core.width, core.layers(crosses=crosses)
+        for depth in range(core.depth):
+            block = Block(core, layers, width, core.drop_path * depth / max(core.depth - 1, 1))
+            self.blocks.append(block)
+            width = block.width
+        self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = RMSNorm(core.width)
-        axis_K, frequency_K = rotary_frequencies(core.head_width, core.rotary_split, core.rotary_base)
-        self.register_buffer("axis_K", axis_K, persistent=False)
-        self.register_buffer("frequency_K", frequency_K, persistent=False)
+        self._count()
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                last = name.endswith(("attention.out.weight", "cross.out.weight", "down.weight"))
+            if (
+                weight.dim() == 2 and name.endswith(_DRAWN) and not weight.is_meta
+            ):  # an outline is not drawn, which is slow
+                last = name.endswith(_LAST)
                 nn.init.normal_(weight, std=0.02 / (2 * core.depth) ** 0.5 if last else 0.02)
+        self._turning: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def sublayers(self) -> Iterator[Sublayer]:
+        """All layers, in order."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for layer in block.layers:
+                assert isinstance(layer, Sublayer)
+                yield layer
+
+    def _count(self) -> None:
+        """Number the layers that keep something in a cache, and name the mechanisms for the trace."""
+        counts = {"keys": 0, "memory": 0, "state": 0}
+        width = self.core.width
+        for depth, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            for sublayer in block.layers:
+                assert isinstance(sublayer, Sublayer)
+                layer = sublayer.layer
+                for module in sublayer.body.modules():
+                    if isinstance(module, Mechanism):
+                        module.name = f"block {depth} {module.name}"
+                for what, has in (
+                    ("memory", layer.crosses and layer.keys(self.core) is not None),
+                    ("keys", not layer.crosses and layer.keys(self.core) is not None),
+                    ("state", layer.state(self.core, width) is not None),
+                ):
+                    if has:
+                        sublayer.body.index = counts[what]
+                        counts[what] += 1
+                width = sublayer.width
+        self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism))
 
     def forward(
         self,
@@ -220,8 +283,9 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         backend: Backend = "auto",
         crossing: Crossing | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
-        """States (T, D) of a packed stream; places (T, 3) in steps.
+        """States (T, D) of a packed stream; places (T, 3) in steps. A trace collects what every attention layer does.
 
         Raises:
             ShapeError: stream, places and layout disagree.
@@ -235,12 +299,38 @@ class Transformer(nn.Module):
             if torch.is_autocast_enabled(stream_TD.device.type)
             else stream_TD.dtype
         )
-        plan = plan_attention(self.core.mask, layout, backend=backend, dtype=dtype, cache=cache)
-        turns = self.turns(position_TA)
-        for layer, block in enumerate(self.blocks):
-            stream_TD = block(stream_TD, turns, plan, layer, sample_T, crossing)
-        return self.norm(stream_TD)
+        fresh = cache is None or not any(cache.length[row] for row in cache.rows[: len(layout.spans)])
+        plan = plan_attention(
+            self.core.mask, layout, backend=backend, dtype=dtype, cache=cache, bare=self.bare, trace=trace
+        )
+        context = Context(layout, plan, self.turns(position_TA), cache=cache, trace=trace, fresh=fresh)
+        if crossing is not None:
+            context.memory_MD, context.memory_turns, context.crossing = crossing
+        for block in self.blocks:
+            stream_TD = block(stream_TD, context)
+        return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
-    def turns(self, position_TA: Tensor) -> Tensor:
-        """How far every pair of a head is turned at these places."""
-        return rotary_turns(position_TA, self.axis_K, self.frequency_K)
+    def turns(self, position_TA: Tensor) -> Callable[[int], Tensor | None]:
+        """How far every pair of a head is turned at these places, for a width of heads."""
+
+        @lru_cache(None)
+        def turns(head_width: int) -> Tensor | None:
+            if not any(self.core.rotary_split):
+                return None
+            if head_width not in self._turning:
+                axis_K, frequency_K = rotary_frequencies(head_width, self.core.rotary_split, self.core.rotary_base)
+                self._turning[head_width] = axis_K.to(position_TA.device), frequency_K.to(position_TA.device)
+            axis_K, frequency_K = (x.to(position_TA.device) for x in self._turning[head_width])
+            return rotary_turns(position_TA, axis_K, frequency_K)
+
+        return turns
+
+
+_DRAWN = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight", "query.weight")
+_LAST = ("out.weight", "down.weight")
+
+
+@lru_cache(64)
+def _outline(core: Core, crosses: bool) -> "Transformer":
+    with torch.device("meta"):
+        return Transformer(core, crosses=crosses)

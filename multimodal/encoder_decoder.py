@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from multimodal.attention import Backend, Cache, Layout, Span, plan_cross_attention
+from multimodal.attention import Backend, Cache, Layout, Span, Trace, plan_cross_attention
 from multimodal.core import Core, Crossing, Transformer
 from multimodal.declare import Declared, override
 from multimodal.masks import Places
@@ -26,10 +26,12 @@ class EncoderDecoder(Declared):
 
     What a task reads goes through `reader`, what it writes (from the head's learned start on) through `writer`, which looks at
     all that its sample read. The writer counts places from its own start.
+    last: of what was read only so many last states are looked at; 1 is a fixed vector, as before attention (Sutskever et al. 2014).
     """
 
     reader: Core
     writer: Core
+    last: int | None = None
 
     def __post_init__(self) -> None:
         if self.reader.width != self.writer.width:
@@ -37,6 +39,12 @@ class EncoderDecoder(Declared):
                 f"EncoderDecoder: reader has width={self.reader.width} and writer width={self.writer.width}; "
                 "the tokenizers feed both, so make them equal"
             )
+        if self.last is not None and self.last < 1:
+            raise ConfigError(
+                f"EncoderDecoder: last={self.last} leaves nothing to look at; use 1 or more, or None for all"
+            )
+        self.reader.layers()
+        self.writer.layers(crosses=True)
 
     @property
     def width(self) -> int:
@@ -56,9 +64,9 @@ class EncoderDecoder(Declared):
     @property
     def parameters(self) -> int:
         """Exact number of parameters of both cores."""
-        w = self.writer
-        cross = w.width * w.head_width * (2 * w.heads + 2 * w.groups) + w.width + (2 * w.head_width if w.qk_norm else 0)
-        return self.reader.parameters + w.parameters + w.depth * cross
+        return sum(
+            p.numel() for core in (self.reader, self.writer) for p in core.outline(core is self.writer).parameters()
+        )
 
     def build(self) -> "TwoCores":
         """Make the module, with fresh weights."""
@@ -66,9 +74,7 @@ class EncoderDecoder(Declared):
 
     def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
         """Room for decoding: what is written and, as its memory, what was read; up to `capacity` tokens each."""
-        kept = self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype)
-        kept.memory = self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype)
-        return kept
+        return self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=capacity)
 
     def replace(self, **changes) -> Self:
         """A copy with some settings changed."""
@@ -97,6 +103,7 @@ class TwoCores(nn.Module):
         *,
         cache: Cache | None = None,
         backend: Backend = "auto",
+        trace: Trace | None = None,
     ) -> Tensor:
         """States (T, D) of a packed stream, read and written rows in their places; with a cache that holds a prompt, of one
         newly written token a sample.
@@ -105,7 +112,7 @@ class TwoCores(nn.Module):
             StreamError: more to read after the prompt; a reader reads all at once.
         """
         if cache is not None and any(cache.length[row] for row in cache.rows[: len(layout.spans)]):
-            return self._step(stream_TD, position_TA, layout, cache)
+            return self._step(stream_TD, position_TA, layout, cache, trace)
         reads = torch.tensor([span.read for span in layout.spans], device=stream_TD.device)
         is_read_T = layout.places.order < reads[layout.places.sample.long()]
         read_rows, written_rows = is_read_T.nonzero()[:, 0], (~is_read_T).nonzero()[:, 0]
@@ -114,7 +121,7 @@ class TwoCores(nn.Module):
         memory_MD = stream_TD[:0]
         if len(read_rows):
             there = _without_empty(read)
-            memory_MD = self.reader(stream_TD[read_rows], position_TA[read_rows], there, backend=backend)
+            memory_MD = self.reader(stream_TD[read_rows], position_TA[read_rows], there, backend=backend, trace=trace)
         if not len(written_rows):
             return memory_MD
         places = layout.places[written_rows]
@@ -127,24 +134,41 @@ class TwoCores(nn.Module):
         if cache is not None:
             cache.origin_BA[torch.tensor(list(cache.rows[: len(layout.spans)]))] = origin_BA
         place_TA = position_TA[written_rows] - origin_BA[places.sample.long()]
+        seen_MD, seen_rows = memory_MD, read_rows
+        if self.core.last is not None:
+            (late,) = (read.places.order >= (reads - self.core.last)[read.places.sample.long()]).nonzero(as_tuple=True)
+            seen_MD, seen_rows = memory_MD[late], read_rows[late]
+            spans = tuple(Span(0, min(s.total, self.core.last)) for s in read.spans)
+            places = read.places[late]
+            first = (reads - self.core.last).clamp(min=0)[places.sample.long()].to(places.order.dtype)
+            read = Layout(spans, Places(places.sample, places.order - first, places.free, places.segment))
         crossing = Crossing(
-            (memory_MD, self.writer.turns(position_TA[read_rows])),
-            plan_cross_attention(written, read, backend=backend, cache=cache),
+            seen_MD,
+            self.writer.turns(position_TA[seen_rows]),
+            plan_cross_attention(written, read, backend=backend, cache=cache, trace=trace),
         )
         states = self.writer(
-            stream_TD[written_rows], place_TA, _without_empty(written), cache=cache, backend=backend, crossing=crossing
+            stream_TD[written_rows],
+            place_TA,
+            _without_empty(written),
+            cache=cache,
+            backend=backend,
+            crossing=crossing,
+            trace=trace,
         )
         return state_TD.index_copy(0, read_rows, memory_MD).index_copy(0, written_rows, states)
 
-    def _step(self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, cache: Cache) -> Tensor:
+    def _step(
+        self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, cache: Cache, trace: Trace | None
+    ) -> Tensor:
         if any(span.total != 1 or span.free for span in layout.spans):
             raise StreamError(
                 "EncoderDecoder: more to read came after the prompt; the reader sees all of it at once, so read it together"
             )
         place_TA = position_TA - cache.origin_BA[cache.row_index(layout.places.sample)]
-        nothing = (stream_TD[:0], self.writer.turns(position_TA[:0]))
-        crossing = Crossing(nothing, plan_cross_attention(layout, None, backend="auto", cache=cache))
-        return self.writer(stream_TD, place_TA, layout, cache=cache, crossing=crossing)
+        plan = plan_cross_attention(layout, None, backend="auto", cache=cache, trace=trace)
+        crossing = Crossing(stream_TD[:0], self.writer.turns(position_TA[:0]), plan)
+        return self.writer(stream_TD, place_TA, layout, cache=cache, crossing=crossing, trace=trace)
 
 
 def _without_empty(layout: Layout) -> Layout:

@@ -34,6 +34,20 @@ class Prediction:
         return str(self.value)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a head that points looks at, sample after sample.
+
+    state_MD: states of what was read of the kind it writes; pointed_N: which of them each written token was. The last row of a
+    sample comes after all that was pointed at in it, the row before it after all but one, and so on.
+    """
+
+    state_MD: Tensor
+    lengths: tuple[int, ...]
+    pointed_N: Tensor
+    pointed_lengths: tuple[int, ...]
+
+
 class Readout(nn.Module):
     """The learnable half of a head: a linear layer onto the vocabulary, and the learned tokens that open a written segment."""
 
@@ -51,11 +65,13 @@ class Head(Declared, ABC):
     queries: learned tokens that stand at the start of the written segment; with none, the head reads the context's states.
     writes: whether the target's tokens follow them in the stream, each seeing those before (teacher forcing).
     continuous: whether what it writes are features, drawn by `draw`, and not ids chosen by their logits.
+    points: whether it writes tokens that were read, chosen by their number; its `logits` and `state_loss` also get a `memory`.
     """
 
     queries: ClassVar[int] = 0
     writes: ClassVar[bool] = False
     continuous: ClassVar[bool] = False
+    points: ClassVar[bool] = False
 
     @abstractmethod
     def vocab(self, tokenizer: Tokenizer) -> int:
@@ -78,6 +94,13 @@ class Head(Declared, ABC):
     ) -> Tensor:
         """The loss from the states; a head whose loss needs more than logits overrides this."""
         return self.loss(self.logits(readout, state_ND, lengths), lengths, target, target_lengths)
+
+    def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of each row (rows,), in nats, of a head whose targets are one a row: what choices in attention learn from."""
+        raise ConfigError(
+            f"{type(self).__name__}: a Hard read is learned from the loss of each row, which this head does not tell; use Soft "
+            "or Gumbel, or a head such as Classify or NextToken"
+        )
 
     def draw(
         self,
@@ -106,6 +129,14 @@ class Head(Declared, ABC):
             StreamError: this target cannot be learned from so few rows.
         """
         return tokens.content
+
+    def pointed(self, tokens: Tokens, read: Tokens) -> Tensor:
+        """Which of the tokens that were read (of the written kind) each of these is: (N,), for a head that points.
+
+        Raises:
+            StreamError: one that was not read.
+        """
+        raise ConfigError(f"{type(self).__name__} points at nothing")
 
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the learnable half for a core of this width."""
@@ -147,6 +178,11 @@ class Classify(Head):
         if target.is_floating_point():  # multi-hot: mean over classes, so that its size is that of a single decision
             return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1).sum()
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1)
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")
 
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         several = tokenizer.vocab_size is None
@@ -208,6 +244,9 @@ class NextToken(Head):
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")
 
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         raise ConfigError("NextToken: an answer is written step by step; use Model.generate")

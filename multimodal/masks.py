@@ -1,4 +1,4 @@
-"""Who may look at whom: rules that combine with & | ~, written once and read by every attention backend.
+"""Where queries look before anything is compared: priors that add, and the rules among them that combine with & | ~.
 
 A rule sees the places of queries and of keys and answers yes or no, elementwise. The dense oracle asks it for a whole
 matrix, the block-sparse backend for single index pairs, the cached decoder for new queries against old keys.
@@ -6,8 +6,10 @@ matrix, the block-sparse backend for single index pairs, the cached decoder for 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError
@@ -33,12 +35,96 @@ class Places:
         return Places(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
-class Rule(Declared, ABC):
+@dataclass(frozen=True)
+class Pairs:
+    """The queries (B, T, 1) and keys (B, 1, M) that meet: their places, and who may look at whom.
+
+    allowed: (B, T, M), or what broadcasts to it; None: everyone. causal: everyone at what is not after it, and `allowed` is None.
+    """
+
+    q: Places
+    k: Places
+    allowed: Tensor | None = None
+    causal: bool = False
+
+    @property
+    def distance(self) -> Tensor:
+        """How far each key lies after each query, in tokens: (B, 1, T, M), negative before it."""
+        return (self.k.order - self.q.order)[:, None]
+
+    @property
+    def count(self) -> Tensor:
+        """How many keys each query may look at: broadcasts to (B, T, 1)."""
+        if self.causal:
+            return self.q.order + 1
+        if self.allowed is None:
+            return self.k.order.new_full((1, 1, 1), self.k.order.shape[-1])
+        return self.allowed.sum(-1, keepdim=True)
+
+    @property
+    def closed(self) -> Tensor | None:
+        """Where nobody looks, (B, T, M); None: nowhere."""
+        if self.causal:
+            return self.k.order > self.q.order
+        return None if self.allowed is None else ~self.allowed
+
+
+class Prior(Declared, ABC):
+    """What a query expects of a key before it compares them: a log-probability, up to a constant of the query. Priors add.
+
+    Subclass as a frozen dataclass and write `log_prior`. A prior that is 0 or minus infinity is a mask: a `Rule`.
+    """
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the responsibilities sum to 1 again after it; if not, its factor is multiplied onto them."""
+        return True
+
+    def weights(self, heads: int, width: int) -> nn.Module | None:
+        """What is learned, for so many query heads of this width; it comes back as the last argument of `log_prior`."""
+        return None
+
+    @abstractmethod
+    def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
+        """(B, H, T, M), or what broadcasts to it."""
+
+    def __add__(self, other: "Prior") -> "Prior":
+        return Sum(self, other)
+
+    def parts(self) -> "tuple[Prior, ...]":
+        """The priors that this one is the sum of."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Sum(Prior):
+    """Both: log-priors add."""
+
+    left: Prior
+    right: Prior
+
+    def parts(self) -> tuple[Prior, ...]:
+        return (*self.left.parts(), *self.right.parts())
+
+    def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
+        raise NotImplementedError("a sum is asked by its parts")
+
+
+class Rule(Prior):
     """A mask rule. Subclass as a frozen dataclass and write `allows`."""
 
     @abstractmethod
     def allows(self, q: Places, k: Places) -> Tensor:
         """True where query q may look at key k; elementwise, with no branch on values."""
+
+    @property
+    def reach(self) -> int | None:
+        """No query looks further than so many tokens away; None: no such bound is known."""
+        return None
+
+    def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
+        allowed = self.allows(pairs.q, pairs.k)[:, None]
+        return torch.zeros(allowed.shape, device=q_BTHK.device).masked_fill(~allowed, float("-inf"))
 
     def __and__(self, other: "Rule") -> "Rule":
         return And(self, other)
@@ -55,6 +141,11 @@ class And(Rule):
     left: Rule
     right: Rule
 
+    @property
+    def reach(self) -> int | None:
+        bounds = [r for r in (self.left.reach, self.right.reach) if r is not None]
+        return min(bounds, default=None)
+
     def allows(self, q: Places, k: Places) -> Tensor:
         return self.left.allows(q, k) & self.right.allows(q, k)
 
@@ -63,6 +154,11 @@ class And(Rule):
 class Or(Rule):
     left: Rule
     right: Rule
+
+    @property
+    def reach(self) -> int | None:
+        left, right = self.left.reach, self.right.reach
+        return None if left is None or right is None else max(left, right)
 
     def allows(self, q: Places, k: Places) -> Tensor:
         return self.left.allows(q, k) | self.right.allows(q, k)
@@ -125,6 +221,10 @@ class Window(Rule):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"Window: size={self.size} sees nothing, not even itself; use 1 or more")
+
+    @property
+    def reach(self) -> int:
+        return self.size - 1
 
     def allows(self, q: Places, k: Places) -> Tensor:
         distance = q.order - k.order

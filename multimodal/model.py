@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal import checkpoint
-from multimodal.attention import Backend, Cache
+from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
 from multimodal.heads import Head, Prediction, Readout
+from multimodal.reinforce import choice_loss
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Packer, Stream, Task
 from multimodal.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class Model(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self._rests = False
         if isinstance(tasks, (str, Task)):
             tasks = [tasks]
         if not isinstance(core, (Core, EncoderDecoder)):
@@ -63,16 +65,20 @@ class Model(nn.Module):
         for pattern in self.packer.tasks:
             key, head = self.packer.head_key(pattern), self.packer.head(pattern)
             made_for = heads.setdefault(key, head)
-            if type(made_for) is not type(head) or made_for.vocab(self._kind_written(pattern)) != head.vocab(
-                self._kind_written(pattern)
-            ):
+            with _drawn_from(seed, "head", key):
+                made = head.readout(core.width, self._kind_written(pattern))
+            if key not in self.readouts:
+                self.readouts[key] = made
+            if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
                 raise ConfigError(
                     f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
                     "tasks that write one kind by one class of head share its weights, so give the class another name"
                 )
-            if key not in self.readouts:
-                with _drawn_from(seed, "head", key):
-                    self.readouts[key] = head.readout(core.width, self._kind_written(pattern))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether an attention layer reads by choosing, which is learned from rewards."""
+        return any(isinstance(m, Mechanism) and isinstance(m.read, Hard) for m in self.core.modules())
 
     @property
     def device(self) -> torch.device:
@@ -111,29 +117,49 @@ class Model(nn.Module):
             )
         return rows if stream.order_T is None else rows[stream.order_T]
 
-    def forward(self, stream: Stream, *, cache: Cache | None = None, backend: Backend = "auto") -> Tensor:
-        """States (T, D) of a packed stream."""
-        return self.core(self.rows(stream), stream.position_TA, stream.layout, cache=cache, backend=backend)
+    def forward(
+        self,
+        stream: Stream,
+        *,
+        cache: Cache | None = None,
+        backend: Backend = "auto",
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """States (T, D) of a packed stream; a trace collects what every attention layer does."""
+        return self.core(
+            self.rows(stream), stream.position_TA, stream.layout, cache=cache, backend=backend, trace=trace
+        )
 
     def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Logits (rows, V) by task, in the order of `stream.readings`."""
         state_TD = self(stream, backend=backend)
         return {
-            pattern: self.packer.head(pattern).logits(self.readout(pattern), state_TD[r.row_N], r.lengths)
+            pattern: self.packer.head(pattern).logits(
+                self.readout(pattern), state_TD[r.row_N], r.lengths, **r.memory(state_TD)
+            )
             for pattern, r in stream.readings.items()
         }
 
     def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Sum of the losses over all real targets, by task; their number is `stream.readings[task].count`."""
         sums = {}
-        state_TD = self(stream, backend=backend)
+        trace = Trace() if self.training and self.chooses else None
+        state_TD = self(stream, backend=backend, trace=trace)
         for pattern, r in stream.readings.items():
             if r.target is None:
                 raise StreamError(
                     f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
                 )
             head, readout = self.packer.head(pattern), self.readout(pattern)
-            sums[pattern] = head.state_loss(readout, state_TD[r.row_N], r.lengths, r.target, r.target_lengths)
+            sums[pattern] = head.state_loss(
+                readout, state_TD[r.row_N], r.lengths, r.target, r.target_lengths, **r.memory(state_TD)
+            )
+            if trace is not None:
+                logits = head.logits(readout, state_TD[r.row_N], r.lengths, **r.memory(state_TD))
+                nll_T = torch.zeros(len(stream), device=self.device)
+                nll_T[r.row_N] = head.row_losses(logits, r.target).detach()
+                extra = choice_loss(trace, stream, nll_T)
+                sums[pattern] = sums[pattern] + extra - extra.detach()  # a gradient, and no part of the figure
         return sums
 
     def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
@@ -217,9 +243,10 @@ class Model(nn.Module):
                 )
             return self.predict(task, samples, batch=batch)
         found: dict[int, Prediction] = {}
-        for piece in self._written(task, samples, prefix, batch, options):
-            if piece.prediction is not None:
-                found[piece.ticket] = piece.prediction
+        with self.resting():
+            for piece in self._written(task, samples, prefix, batch, options):
+                if piece.prediction is not None:
+                    found[piece.ticket] = piece.prediction
         return [found[i] for i in range(len(samples))]
 
     def stream(
@@ -309,14 +336,19 @@ class Model(nn.Module):
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and back."""
+        """Evaluation mode without gradients, and back; within another one nothing is left to do."""
+        if self._rests and torch.is_inference_mode_enabled():
+            yield
+            return
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
+        self._rests = True
         try:
             with torch.inference_mode():
                 yield
         finally:
+            self._rests = False
             for module in training:
                 module.training = True
 
@@ -358,6 +390,10 @@ class Model(nn.Module):
             CheckpointError: missing or foreign files, tensors or tokenizers, each by name.
         """
         return checkpoint.load(cls, Path(folder)).to(device).eval()
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in module.named_parameters()}
 
 
 @contextmanager

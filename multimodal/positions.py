@@ -29,7 +29,8 @@ def rotary_turns(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Te
 
 def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six."""
-    pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
+    x_THK = x_THK if x_THK.dtype == torch.float64 else x_THK.float()
+    pairs = torch.view_as_complex(x_THK.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 

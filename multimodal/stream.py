@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Layout, Span
-from multimodal.heads import Head, default_head
+from multimodal.heads import Head, Memory, default_head
 from multimodal.masks import Places
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
 from multimodal.task import Pattern
@@ -37,6 +37,7 @@ class Reading:
 
     row_N: rows of the stream, sample after sample; lengths: rows of each sample; samples: which sample of the batch each is;
     target and target_lengths: what should have been answered (None when nobody knows yet).
+    key_N: of a head that points, the rows it may point at, and pointed_N: which of these each written row is; both with lengths.
     """
 
     row_N: Tensor
@@ -44,6 +45,16 @@ class Reading:
     samples: tuple[int, ...]
     target: Tensor | None
     target_lengths: tuple[int, ...]
+    key_N: Tensor | None = None
+    key_lengths: tuple[int, ...] = ()
+    pointed_N: Tensor | None = None
+    pointed_lengths: tuple[int, ...] = ()
+
+    def memory(self, state_TD: Tensor) -> dict[str, Any]:
+        """What a head that points gets beside its rows, by name: its memory; other heads get nothing."""
+        if self.key_N is None or self.pointed_N is None:
+            return {}
+        return {"memory": Memory(state_TD[self.key_N], self.key_lengths, self.pointed_N, self.pointed_lengths)}
 
     @property
     def count(self) -> int:
@@ -87,7 +98,7 @@ class Stream:
             layout=Layout(self.layout.spans, self.layout.places.to(device)),
             readings={
                 pattern: dataclasses.replace(
-                    r, row_N=move(r.row_N), target=None if r.target is None else move(r.target)
+                    r, **{name: move(x) for name, x in vars(r).items() if isinstance(x, Tensor)}
                 )
                 for pattern, r in self.readings.items()
             },
@@ -110,6 +121,8 @@ class _Sample:
     context: int  # tokens read
     target: Tensor | None
     span: Span
+    key_N: Tensor | None = None  # of a head that points: what it may point at, counted in the sample
+    pointed_N: Tensor | None = None
 
 
 def _span(segments: list[_Segment], read: int) -> Span:
@@ -140,6 +153,11 @@ class Packer:
                 raise TaskError(f"task {task.pattern!r} is given twice")
             head = task.head or default_head(self.tokenizers[pattern.writes.kind])
             head.vocab(self.tokenizers[pattern.writes.kind])
+            if head.points and pattern.writes.kind not in [field.kind for field in pattern.reads]:
+                raise TaskError(
+                    f"task {task.pattern!r} reads nothing of kind {pattern.writes.kind!r}, but {type(head).__name__} writes "
+                    f"tokens that were read; read some, as in 'seen:{pattern.writes.kind} -> {task.pattern.split('->')[1].strip()}'"
+                )
             if not pattern.reads and not head.queries:
                 raise TaskError(
                     f"task {task.pattern!r} reads nothing, and {type(head).__name__} answers only from what was read"
@@ -205,6 +223,10 @@ class Packer:
                 f"{name} of task {pattern_text!r}: every field that is read is None; give at least one, "
                 f"as {type(head).__name__} answers only from what was read"
             )
+        read, key_N, pointed_N = Tokens(torch.empty(0), torch.empty(0, 3)), None, None
+        if head.points:
+            read, key_N = _of_kind(segments, pattern.writes.kind)
+            pointed_N = key_N[:0]
         if head.queries:
             query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
             segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
@@ -214,7 +236,12 @@ class Packer:
             tokenizer = self.tokenizers[kind]
             tokens = self.encode(kind, values[pattern.answer], where, pattern.answer)
             try:
-                target = head.target(tokens, context, tokenizer)
+                if pointed_N is None:
+                    target = head.target(tokens, context, tokenizer)
+                else:
+                    pointed_N = head.pointed(tokens, read)
+                    target = head.target(Tokens(pointed_N, tokens.position_NA), len(read), tokenizer)
+                    tokens = Tokens(tokens.content, read.position_NA[pointed_N])
             except StreamError as error:
                 raise StreamError(f"{where}: {error}") from None
             if head.writes:
@@ -228,8 +255,11 @@ class Packer:
             tokens = self.encode(
                 pattern.writes.kind, begun, f"{name} of task {pattern_text!r}", f"begin ({pattern.answer})"
             )
+            if pointed_N is not None:
+                pointed_N = head.pointed(tokens, read)
+                tokens = Tokens(tokens.content, read.position_NA[pointed_N])
             segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        return _Sample(index, pattern_text, segments, context, target, _span(segments, context))
+        return _Sample(index, pattern_text, segments, context, target, _span(segments, context), key_N, pointed_N)
 
     def _read(self, pattern: Pattern, encoded: Mapping[str, Tokens | None]) -> list[_Segment]:
         """The segments of what is read; fields that are None, or are not given, are left out."""
@@ -239,6 +269,11 @@ class Packer:
             if tokens is not None:
                 segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
         return segments
+
+    def pointable(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Tokens:
+        """What a head that points may point at: everything that is read of the kind that is written."""
+        pattern = self.patterns[pattern_text]
+        return _of_kind(self._read(pattern, encoded), pattern.writes.kind)[0]
 
     def encoded(self, pattern_text: str, values: Mapping[str, Any], name: str) -> dict[str, Tokens | None]:
         """The tokens of every field that a task reads."""
@@ -332,14 +367,36 @@ class Packer:
             ]
             first = torch.tensor([start + n for (_, start), n in zip(mine, skip, strict=True)])
             targets = [s.target for s, _ in mine if s.target is not None]
+            keys = [s.key_N + start for s, start in mine if s.key_N is not None]
+            pointed = [s.pointed_N for s, _ in mine if s.pointed_N is not None]
             readings[pattern] = Reading(
                 row_N=_ranges(first, torch.tensor(lengths)),
                 lengths=tuple(lengths),
                 samples=tuple(s.index for s, _ in mine),
                 target=torch.cat(targets) if answers else None,
                 target_lengths=tuple(len(t) for t in targets),
+                key_N=torch.cat(keys) if keys else None,
+                key_lengths=tuple(map(len, keys)),
+                pointed_N=torch.cat(pointed) if pointed else None,
+                pointed_lengths=tuple(map(len, pointed)),
             )
         return readings
+
+
+def _of_kind(segments: list[_Segment], kind: str) -> tuple[Tokens, Tensor]:
+    """All tokens of a kind among those read, and where in the sample they lie."""
+    found, rows, start = [], [], 0
+    for segment in segments:
+        stop = start + len(segment.tokens)
+        if segment.kind == kind:
+            found.append(segment.tokens)
+            rows.append(torch.arange(start, stop))
+        start = stop
+    if len(found) == 1:
+        return found[0], rows[0]
+    if not found:
+        return Tokens(torch.empty(0), torch.empty(0, 3)), torch.empty(0, dtype=torch.long)
+    return Tokens(torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])), torch.cat(rows)
 
 
 def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:

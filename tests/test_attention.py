@@ -1,13 +1,24 @@
 """Every way to attend a stream against a softmax written as a loop in float64, and the layer against PyTorch's own."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Cache, Cosine, Layout, ScaledDotProduct, plan_attention
+from multimodal.attention import (
+    Attention,
+    Cache,
+    Cosine,
+    Factored,
+    Layout,
+    Mechanism,
+    ScaledDotProduct,
+    Soft,
+    plan_attention,
+)
 from multimodal.attention.plan import _VarlenPlan
 from multimodal.masks import LAW, PREFIX_LM, Causal, Places, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.norm import RMSNorm, _RMSNormCPU
@@ -41,6 +52,20 @@ HERE = pytest.mark.parametrize("backend", ["dense", "runs", "flex"])
 quiet_flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 
+@dataclass(frozen=True)
+class ScaledBy(Factored):
+    """A product with a scale of our own."""
+
+    scale: float
+
+    def features(self, q_BTHK, k_BMGK, weights):
+        return q_BTHK, k_BMGK, self.scale
+
+
+def scaled(scale: float) -> Mechanism:
+    return Mechanism(ScaledBy(scale), None, Soft(), 4, 8)
+
+
 def by_loop(rule: Rule, places: Places, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float) -> Tensor:
     """Softmax attention of each head and query alone, in float64."""
     q, k, v = (x.double() for x in (q_THK, k_TGK, v_TGK))
@@ -72,7 +97,7 @@ def size(layout: Layout) -> int:
 def test_every_plan_is_the_loop(lay, case, rule, backend):
     layout = lay(LAYOUTS[case])
     q, k, v = qkv(size(layout), 4, 2)
-    read = plan_attention(RULES[rule], layout, backend=backend).attend(q, k, v, 0.4, 0)
+    read = plan_attention(RULES[rule], layout, backend=backend).attend(q, k, v, scaled(0.4), 0)
     expected = by_loop(RULES[rule], layout.places, q, k, v, 0.4)
     torch.testing.assert_close(read.double(), expected, atol=2e-6, rtol=1e-5)
 
@@ -86,7 +111,7 @@ def test_gradients_are_those_of_the_loop(lay, case, rule, heads, kv_heads, backe
     ours = [x.requires_grad_() for x in qkv(size(layout), heads, kv_heads)]
     theirs = [x.detach().clone().requires_grad_() for x in ours]
     push = torch.randn(size(layout), heads, 8)
-    plan_attention(RULES[rule], layout, backend=backend).attend(*ours, 0.4, 0).backward(push)
+    plan_attention(RULES[rule], layout, backend=backend).attend(*ours, scaled(0.4), 0).backward(push)
     by_loop(RULES[rule], layout.places, *theirs, 0.4).backward(push.double())
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.grad is not None
@@ -98,7 +123,7 @@ def test_gradients_are_those_of_the_loop(lay, case, rule, heads, kv_heads, backe
 def test_no_gradient_crosses_from_sample_to_sample(lay, case, backend):
     layout = lay(LAYOUTS[case])
     inputs = [x.requires_grad_() for x in qkv(size(layout), 4, 2)]
-    read = plan_attention(PREFIX_LM, layout, backend=backend).attend(*inputs, 0.4, 0)
+    read = plan_attention(PREFIX_LM, layout, backend=backend).attend(*inputs, scaled(0.4), 0)
     sample_T = layout.places.sample
     for sample in range(len(layout.spans)):
         grads = torch.autograd.grad(read[sample_T == sample].square().sum(), inputs, retain_graph=True)
@@ -133,7 +158,7 @@ def test_the_variable_length_plan_keeps_its_books(lay, monkeypatch, case, heads,
     layout = lay(PREFIX_FIRST[case])
     q, k, v = qkv(size(layout), heads, kv_heads)
     monkeypatch.setattr(_VarlenPlan, "_call", staticmethod(call))
-    read = plan_attention(PREFIX_LM, layout, backend="varlen").attend(q, k, v, 0.4, 0)
+    read = plan_attention(PREFIX_LM, layout, backend="varlen").attend(q, k, v, scaled(0.4), 0)
     torch.testing.assert_close(read.double(), by_loop(PREFIX_LM, layout.places, q, k, v, 0.4), atol=2e-6, rtol=1e-5)
 
 
@@ -161,11 +186,11 @@ def test_one_cached_token_at_a_time_is_the_whole_pass(lay, backend, rule):
     lengths = [sum(n for n, _ in fields) for fields in prompts]
     starts = [0, lengths[0] + 3, lengths[0] + lengths[1] + 6]
 
-    cache = Cache(layers=1, batch=3, capacity=9, kv_heads=2, head_width=8)
+    cache = Cache(keys=[(2, 8, 8)], batch=3, capacity=9)
     rows = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
     plan = plan_attention(RULES[rule], lay(prompts), backend=backend, cache=cache)
     torch.testing.assert_close(
-        plan.attend(q[rows], k[rows], v[rows], 0.4, 0).double(), expected[rows], atol=2e-6, rtol=1e-5
+        plan.attend(q[rows], k[rows], v[rows], scaled(0.4), 0).double(), expected[rows], atol=2e-6, rtol=1e-5
     )
     assert cache.length == lengths
     for step in range(3):
@@ -175,12 +200,12 @@ def test_one_cached_token_at_a_time_is_the_whole_pass(lay, backend, rule):
             layout.spans, Places(torch.arange(3), *(getattr(layout.places, n) for n in ("order", "free", "segment")))
         )
         plan = plan_attention(RULES[rule], layout, backend=backend, cache=cache)
-        read = plan.attend(q[rows], k[rows], v[rows], 0.4, 0)
+        read = plan.attend(q[rows], k[rows], v[rows], scaled(0.4), 0)
         torch.testing.assert_close(read.double(), expected[rows], atol=2e-6, rtol=1e-5)
 
 
 def test_a_full_cache_says_so():
-    cache = Cache(layers=1, batch=2, capacity=3, kv_heads=1, head_width=2)
+    cache = Cache(keys=[(1, 2, 2)], batch=2, capacity=3)
     cache.reserve([3, 1])
     with pytest.raises(StreamError, match=r"sample 0 needs 4 places, but capacity=3"):
         cache.reserve([1, 1])
@@ -209,7 +234,7 @@ def test_cosine_score_is_the_cosine_of_each_pair():
 
 def layer_and_mha(rule: Rule, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
     width, heads = 24, 4
-    ours = Attention(width, heads, heads, ScaledDotProduct(), qk_norm=False)
+    ours = Attention(width, heads, heads, Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads), qk_norm=False)
     theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)
@@ -303,7 +328,7 @@ def cuda_against_the_oracle(rule: Rule, layout: Layout, backend: str, heads: int
     ours = [x.bfloat16().requires_grad_() for x in qkv(size(layout), heads, kv_heads, 64, device="cuda")]
     theirs = [x.detach().double().requires_grad_() for x in ours]
     push = torch.randn(size(layout), heads, 64, device="cuda").bfloat16()
-    mine = plan_attention(rule, layout, backend=backend, dtype=torch.bfloat16).attend(*ours, 0.125, 0)
+    mine = plan_attention(rule, layout, backend=backend, dtype=torch.bfloat16).attend(*ours, scaled(0.125), 0)
     places = layout.places
     mask = (LAW & rule).allows(places[:, None], places[None, :])
     q, k, v = theirs[0], *(x.repeat_interleave(heads // kv_heads, 1) for x in theirs[1:])
@@ -352,7 +377,7 @@ def test_block_sparse_kernel_on_cuda(lay, rule, fields, heads, kv_heads):
 def test_no_gradient_crosses_samples_in_the_variable_length_kernel(lay):
     layout = lay(ODD, device="cuda")
     inputs = [x.bfloat16().requires_grad_() for x in qkv(size(layout), 4, 4, 64, device="cuda")]
-    read = plan_attention(PREFIX_LM, layout, backend="varlen", dtype=torch.bfloat16).attend(*inputs, 0.125, 0)
+    read = plan_attention(PREFIX_LM, layout, backend="varlen", dtype=torch.bfloat16).attend(*inputs, scaled(0.125), 0)
     sample_T = layout.places.sample
     for sample in range(len(layout.spans)):
         for grad in torch.autograd.grad(read[sample_T == sample].float().square().sum(), inputs, retain_graph=True):

@@ -76,7 +76,8 @@ def test_flops_are_those_that_pytorch_counts(lay, changes):
         ({"dropout": 1.0}, "dropout=1.0 is not in 0 to 1"),
         ({"drop_path": -0.1}, "drop_path=-0.1 is not in 0 to 1"),
         ({"rotary_split": (1, 1)}, "rotary_split and rotary_base give one number each for time, row and column"),
-        ({"rotary_split": (0, 0, 0)}, "rotary_split"),
+        ({"rotary_split": (0, 0, -1)}, "rotary_split"),
+        ({"block": ()}, "block=() must be a tuple of layers"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -90,6 +91,11 @@ def test_the_width_that_an_error_suggests_works(width, heads):
     with pytest.raises(ConfigError, match="try width=") as caught:
         mm.Core(width=width, depth=1, heads=heads)
     mm.Core(width=int(re.search(r"try width=(\d+)", str(caught.value))[1]), depth=1, heads=heads)  # type: ignore[index]
+
+
+def test_cross_attention_in_a_core_that_stands_alone_is_refused():
+    with pytest.raises(ConfigError, match="CrossAttention needs another core to look at"):
+        mm.Core(width=32, depth=2, heads=4, block=(mm.CrossAttention(),)).build()
 
 
 def test_a_misspelt_setting_is_corrected():
@@ -128,17 +134,19 @@ def turned(x_HTK: Tensor, position_TA: Tensor, core: mm.Core) -> Tensor:
 def plain_block(w: dict[str, Tensor], x: Tensor, position_TA: Tensor, hidden: Tensor, core: mm.Core) -> Tensor:
     """Llama's block (Touvron et al. 2023) with norms on queries and keys, for one sample, from the weights alone."""
     H, G, K = core.heads, core.groups, core.head_width
-    q, k, v = (rms(x, w["norm_attention.weight"]) @ w["attention.qkv.weight"].T).split([H * K, G * K, G * K], -1)
-    q = rms(q.view(-1, H, K), w["attention.norm_q.weight"]).transpose(0, 1)
-    k = rms(k.view(-1, G, K), w["attention.norm_k.weight"]).transpose(0, 1)
+    q, k, v = (rms(x, w["layers.0.norm.weight"]) @ w["layers.0.body.attention.qkv.weight"].T).split(
+        [H * K, G * K, G * K], -1
+    )
+    q = rms(q.view(-1, H, K), w["layers.0.body.attention.norm_q.weight"]).transpose(0, 1)
+    k = rms(k.view(-1, G, K), w["layers.0.body.attention.norm_k.weight"]).transpose(0, 1)
     v = v.view(-1, G, K).transpose(0, 1)
     q, k = turned(q, position_TA, core), turned(k, position_TA, core)
     k, v = (torch.cat([y[h // (H // G)][None] for h in range(H)]) for y in (k, v))
     score = (q @ k.mT / K**0.5).masked_fill(hidden, float("-inf"))
     read = (score.softmax(-1) @ v).transpose(0, 1).flatten(1)
-    x = x + read @ w["attention.out.weight"].T
-    gate, up = (rms(x, w["norm_mlp.weight"]) @ w["gate_up.weight"].T).chunk(2, -1)
-    return x + (gate * gate.sigmoid() * up) @ w["down.weight"].T
+    x = x + read @ w["layers.0.body.attention.out.weight"].T
+    gate, up = (rms(x, w["layers.1.norm.weight"]) @ w["layers.1.body.gate_up.weight"].T).chunk(2, -1)
+    return x + (gate * gate.sigmoid() * up) @ w["layers.1.body.down.weight"].T
 
 
 def enlarged(transformer: Transformer) -> Transformer:
@@ -185,16 +193,18 @@ def test_first_weights_follow_the_seed_and_nothing_else(core, tokenizers):
     again, other = weights(3), weights(4)
     assert first.keys() == again.keys()
     assert all(torch.equal(first[n], again[n]) for n in first)
-    assert not torch.equal(first["core.blocks.0.down.weight"], other["core.blocks.0.down.weight"])
+    assert not torch.equal(
+        first["core.blocks.0.layers.1.body.down.weight"], other["core.blocks.0.layers.1.body.down.weight"]
+    )
 
 
 def test_first_weights_have_the_spread_that_is_documented():
     core = mm.Core(width=128, depth=8, heads=4)
     blocks = core.build().blocks
     for block in blocks:
-        assert float(block.gate_up.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
-        assert float(block.attention.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
-        for last in (block.down.weight, block.attention.out.weight):
+        assert float(block.layers[1].body.gate_up.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+        assert float(block.layers[0].body.attention.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+        for last in (block.layers[1].body.down.weight, block.layers[0].body.attention.out.weight):
             assert float(last.detach().std()) == pytest.approx(0.02 / 16**0.5, rel=0.05)
 
 
@@ -214,7 +224,7 @@ def test_drop_path_skips_a_block_for_whole_samples_and_keeps_the_mean(lay):
     counts = [3, 1, 4, 2] * 50
     layout = lay([[(n, True)] for n in counts])
     sample_T = layout.places.sample
-    block = mm.Core(width=8, depth=2, heads=1, drop_path=0.25).build().blocks[-1].train()
+    block = mm.Core(width=8, depth=2, heads=1, drop_path=0.25).build().blocks[-1].layers[0].train()
     assert block.drop_path == 0.25
     kept = torch.zeros(len(counts))
     for _ in range(20):
@@ -231,11 +241,11 @@ def test_drop_path_skips_a_block_for_whole_samples_and_keeps_the_mean(lay):
 
 def test_drop_path_rises_linearly_to_the_last_block():
     blocks = mm.Core(width=8, depth=5, heads=1, drop_path=0.4).build().blocks
-    assert [block.drop_path for block in blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert [block.layers[1].drop_path for block in blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_dropout_keeps_the_mean():
-    block = mm.Core(width=8, depth=1, heads=1, dropout=0.3).build().blocks[0].train()
+    block = mm.Core(width=8, depth=1, heads=1, dropout=0.3).build().blocks[0].layers[1].train()
     out = block._drop(torch.ones(2000, 8), torch.zeros(2000, dtype=torch.int32))
     assert float((out == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
     torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / 0.7))

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import multimodal as mm
-from multimodal.attention import Attention, Cosine, Layout, ScaledDotProduct, Span, plan_cross_attention
+from multimodal.attention import (
+    Attention,
+    Cosine,
+    Layout,
+    Mechanism,
+    ScaledDotProduct,
+    Soft,
+    Span,
+    plan_cross_attention,
+)
 from multimodal.core import Block
 from multimodal.encoder_decoder import TwoCores
 from multimodal.masks import PREFIX_LM, Places
@@ -203,7 +212,8 @@ def halves(case: Sequence[tuple[int, int]]) -> tuple[Layout, Layout]:
 def test_cross_attention_is_pytorch_multihead_attention(case, backend):
     width, heads = 24, 4
     written, read = halves(CASES[case])
-    ours = Attention(width, heads, heads, ScaledDotProduct(), qk_norm=False)
+    mechanism = Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads)
+    ours = Attention(width, heads, heads, mechanism, qk_norm=False)
     theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)
@@ -288,12 +298,13 @@ def writer_by_hand(
     written_at = written_at - written_at[0] * torch.tensor([1.0, 0.0, 0.0])
     for block in two.writer.blocks:
         assert isinstance(block, Block)
-        h = rms(x, block.norm_attention.weight.double())
-        x = x + attended(block.attention, core, h, h, written_at, written_at, window)
-        h = rms(x, block.norm_cross.weight.double())
-        x = x + attended(block.cross, core, h, memory, written_at, read_at, None)
-        gate, up = (rms(x, block.norm_mlp.weight.double()) @ block.gate_up.weight.double().T).chunk(2, -1)
-        x = x + (gate * gate.sigmoid() * up) @ block.down.weight.double().T
+        itself, across, mlp = block.layers
+        h = rms(x, itself.norm.weight.double())
+        x = x + attended(itself.body.attention, core, h, h, written_at, written_at, window)
+        h = rms(x, across.norm.weight.double())
+        x = x + attended(across.body.attention, core, h, memory, written_at, read_at, None)
+        gate, up = (rms(x, mlp.norm.weight.double()) @ mlp.body.gate_up.weight.double().T).chunk(2, -1)
+        x = x + (gate * gate.sigmoid() * up) @ mlp.body.down.weight.double().T
     return rms(x, two.writer.norm.weight.double())
 
 

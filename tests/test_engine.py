@@ -300,7 +300,7 @@ def copies_of(monkeypatch) -> list[tuple[int, int]]:
 def test_the_cache_is_copied_only_when_a_request_leaves(make, monkeypatch, options):
     engine = mm.Engine(make(), rows=16, capacity=64)
     copies = copies_of(monkeypatch)
-    where = engine.cache.k_LBMGK.data_ptr()
+    where = [k.data_ptr() for k in engine.cache.k]
     for i in range(8):
         engine.submit(DIGITS, sample(DIGITS, i), max_tokens=4 + 5 * (i % 3), seed=i, **options)
     quiet = moved = 0
@@ -314,7 +314,7 @@ def test_the_cache_is_copied_only_when_a_request_leaves(make, monkeypatch, optio
         moved += len(copies) - before
     assert quiet > 5
     assert moved > 2
-    assert engine.cache.k_LBMGK.data_ptr() == where
+    assert [k.data_ptr() for k in engine.cache.k] == where
 
 
 def heard(model: mm.Model, task: str) -> list[Tensor]:
@@ -575,19 +575,24 @@ def test_new_tokens_that_the_cached_ones_should_have_seen_are_refused(lay):
 
 
 def test_copying_a_row_makes_it_the_same_from_where_it_differs():
-    cache = Cache(layers=2, batch=3, capacity=6, kv_heads=1, head_width=2)
-    for x in (cache.k_LBMGK, cache.v_LBMGK, cache.origin_BA):
+    cache = Cache(keys=[(1, 2, 2), (2, 4, 3)], states=[5], batch=3, capacity=6)
+    for x in (*cache.k, *cache.v, *cache.state, cache.origin_BA):
         x.normal_()
     cache.free_BM.random_(0, 2)
     cache.length = [5, 3, 2]
-    k = cache.k_LBMGK.clone()
+    before = [x.clone() for x in (*cache.k, *cache.v)]
+    state_BF = cache.state[0].clone()
     cache.copy(0, 2, start=3)
     assert cache.length == [5, 3, 5]
-    assert torch.equal(cache.k_LBMGK[:, 2, 3:5], k[:, 0, 3:5])
-    assert torch.equal(cache.k_LBMGK[:, 2, :3], k[:, 2, :3])
-    assert torch.equal(cache.k_LBMGK[:, :2], k[:, :2])
+    for now, then in zip((*cache.k, *cache.v), before, strict=True):
+        assert torch.equal(now[2, 3:5], then[0, 3:5])
+        assert torch.equal(now[2, :3], then[2, :3])
+        assert torch.equal(now[:2], then[:2])
+    assert torch.equal(cache.state[0], state_BF[[0, 1, 0]])
     assert torch.equal(cache.origin_BA[2], cache.origin_BA[0])
-    small = Cache(layers=2, batch=1, capacity=4, kv_heads=1, head_width=2)
+    cache.clear(2)
+    assert torch.equal(cache.state[0][2], torch.zeros(5))
+    small = Cache(keys=[(1, 2, 2), (2, 4, 3)], states=[5], batch=1, capacity=4)
     with pytest.raises(StreamError, match="a row of 5 tokens does not fit capacity=4"):
         small.copy(0, 0, of=cache)
 

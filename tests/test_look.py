@@ -16,9 +16,9 @@ class Spy(DensePlan):
 
     seen: tuple[torch.Tensor, torch.Tensor, float]
 
-    def attend(self, q_THK, k_TGK, v_TGK, scale, layer):
-        Spy.seen = q_THK, k_TGK, scale
-        return super().attend(q_THK, k_TGK, v_TGK, scale, layer)
+    def attend(self, q_THK, k_TGK, v_TGK, mechanism, layer):
+        Spy.seen = mechanism.features(q_THK, k_TGK)
+        return super().attend(q_THK, k_TGK, v_TGK, mechanism, layer)
 
 
 def make(depth: int) -> mm.Model:
@@ -26,7 +26,7 @@ def make(depth: int) -> mm.Model:
     model = mm.Model(tokenizers, mm.Core(width=32, depth=depth, heads=2), [TASK]).eval()
     with torch.no_grad():  # fresh attention is nearly even everywhere, which would hide a mix-up
         for block in model.core.blocks:
-            block.attention.norm_q.weight.fill_(4.0)
+            block.layers[0].body.attention.norm_q.weight.fill_(4.0)
     return model
 
 

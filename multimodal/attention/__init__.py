@@ -1,24 +1,62 @@
-"""The seam that users swap most: scores, masks, the kernels that run them, and the cache."""
+"""The seam that users swap most: scores, priors, reads, the kernels that run them, and the cache."""
 
 from multimodal.attention.cache import Cache
-from multimodal.attention.cross import plan_cross_attention
+from multimodal.attention.cross import everyone, plan_cross_attention
 from multimodal.attention.layer import Attention
 from multimodal.attention.layout import Layout, Plan, Span
+from multimodal.attention.mechanism import Mechanism, Seen, Trace, sdpa
 from multimodal.attention.plan import BACKENDS, Backend, DensePlan, plan_attention
-from multimodal.attention.scores import Cosine, ScaledDotProduct, Score
+from multimodal.attention.priors import ALiBi, MixingWeights, PredictedWindow, RelativeBias
+from multimodal.attention.reads import Choice, Gumbel, Hard, Read, Soft, reweighted
+from multimodal.attention.scores import (
+    Additive,
+    Bernoulli,
+    Cosine,
+    DotProduct,
+    Factored,
+    Gaussian,
+    General,
+    LocationBased,
+    ScaledDotProduct,
+    Score,
+    with_column,
+)
 
 __all__ = [
     "BACKENDS",
+    "ALiBi",
+    "Additive",
     "Attention",
     "Backend",
+    "Bernoulli",
     "Cache",
+    "Choice",
     "Cosine",
     "DensePlan",
+    "DotProduct",
+    "Factored",
+    "Gaussian",
+    "General",
+    "Gumbel",
+    "Hard",
     "Layout",
+    "LocationBased",
+    "Mechanism",
+    "MixingWeights",
     "Plan",
+    "PredictedWindow",
+    "Read",
+    "RelativeBias",
     "ScaledDotProduct",
     "Score",
+    "Seen",
+    "Soft",
     "Span",
+    "Trace",
+    "everyone",
     "plan_attention",
     "plan_cross_attention",
+    "reweighted",
+    "sdpa",
+    "with_column",
 ]

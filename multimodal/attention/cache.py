@@ -15,24 +15,31 @@ class Cache:
 
     length: tokens held per row (on the host); free_BM and segment_BM say of them what rules ask. rows: which row the first,
     second, .. sample of a stream stands for (`at` chooses). memory: the keys and values of what a separate core has read, for
-    a core that writes by cross-attention; origin_BA: where such a core counts its places from.
+    a core that writes by cross-attention; origin_BA: where such a core counts its places from. state: what layers that carry a
+    state (recurrent ones, convolutions, tapes) remember of each row.
+
+    keys: for each layer that keeps keys and values, (key-value heads, width of a key, width of a value); states: for each that
+    carries a state, how many numbers.
     """
 
     def __init__(
         self,
         *,
-        layers: int,
+        keys: Sequence[tuple[int, int, int]],
         batch: int,
         capacity: int,
-        kv_heads: int,
-        head_width: int,
+        states: Sequence[int] = (),
         device=None,
         dtype=torch.float32,
         memory: "Cache | None" = None,
     ) -> None:
-        shape = (layers, batch, capacity, kv_heads, head_width)
-        self.k_LBMGK = torch.zeros(shape, device=device, dtype=dtype)
-        self.v_LBMGK = torch.zeros(shape, device=device, dtype=dtype)
+        place = {"device": device, "dtype": dtype}
+        self.k = [
+            torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys
+        ]  # of each layer (B, M, G, K)
+        self.v = [torch.zeros(batch, capacity, heads, width, **place) for heads, _, width in keys]
+        self.state = [torch.zeros(batch, size, **place) for size in states]
+        self._capacity = capacity
         self.free_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.segment_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.origin_BA = torch.zeros(batch, 3, device=device)
@@ -42,7 +49,8 @@ class Cache:
 
     @property
     def capacity(self) -> int:
-        return self.k_LBMGK.shape[2]
+        """Tokens that a row has room for."""
+        return self._capacity
 
     def at(self, rows: Sequence[int]) -> Self:
         """The same storage for a stream whose samples are these rows."""
@@ -73,12 +81,14 @@ class Cache:
 
     def write(self, layer: int, row_T: Tensor, order_T: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> None:
         """Keep keys and values at (row, order)."""
-        self.k_LBMGK[layer, row_T, order_T] = k_TGK.to(self.k_LBMGK.dtype)
-        self.v_LBMGK[layer, row_T, order_T] = v_TGK.to(self.v_LBMGK.dtype)
+        self.k[layer][row_T, order_T] = k_TGK.to(self.k[layer].dtype)
+        self.v[layer][row_T, order_T] = v_TGK.to(self.v[layer].dtype)
 
     def clear(self, row: int) -> None:
         """Make a row empty."""
         self.length[row] = 0
+        for state in self.state:
+            state[row] = 0
         if self.memory is not None:
             self.memory.clear(row)
 
@@ -92,8 +102,10 @@ class Cache:
         stop = of.length[source]
         if stop > self.capacity:
             raise StreamError(f"Cache: a row of {stop} tokens does not fit capacity={self.capacity}; make it larger")
-        for ours, theirs in ((self.k_LBMGK, of.k_LBMGK), (self.v_LBMGK, of.v_LBMGK)):
-            ours[:, target, start:stop] = theirs[:, source, start:stop].to(ours.dtype)
+        for ours, theirs in zip((*self.k, *self.v), (*of.k, *of.v), strict=True):
+            ours[target, start:stop] = theirs[source, start:stop].to(ours.dtype)
+        for ours, theirs in zip(self.state, of.state, strict=True):
+            ours[target] = theirs[source].to(ours.dtype)
         for ours, theirs in ((self.free_BM, of.free_BM), (self.segment_BM, of.segment_BM)):
             ours[target, start:stop] = theirs[source, start:stop]
         self.origin_BA[target] = of.origin_BA[source]

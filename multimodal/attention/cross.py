@@ -1,6 +1,5 @@
 """Cross-attention: what a stream writes looks at what it has read, where the two halves have cores of their own."""
 
-from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -8,75 +7,104 @@ from torch import Tensor
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.kept import reserved
-from multimodal.attention.layout import Layout, Plan, sdpa
+from multimodal.attention.layout import Layout, Plan
+from multimodal.attention.mechanism import Mechanism, Trace
+from multimodal.masks import Pairs, Places
 
 
 class _CrossPlan(Plan):
     """Written tokens of each sample against all that the same sample read; neighbours of equal shape as one batch."""
 
-    def __init__(self, written: Sequence[int], read: Sequence[int]) -> None:
-        groups = [(shape, len(list(group))) for shape, group in groupby(zip(written, read, strict=True))]
-        self.counts = [count for _, count in groups]
-        self.q_sizes = [count * q for (q, _), count in groups]
-        self.k_sizes = [count * k for (_, k), count in groups]
+    def __init__(self, written: Layout, read: Layout) -> None:
+        shapes = zip((s.total for s in written.spans), (s.total for s in read.spans), strict=True)
+        self.runs: list[tuple[int, int, int, Pairs | None]] = []
+        q_start = k_start = 0
+        for (q_size, k_size), group in groupby(shapes):
+            count = len(list(group))
+            pairs = None
+            if q_size and k_size:
+                q = _side_by_side(written.places[q_start : q_start + count * q_size], count)
+                k = _side_by_side(read.places[k_start : k_start + count * k_size], count)
+                pairs = Pairs(q[:, :, None], k[:, None])
+            self.runs.append((count, count * q_size, count * k_size, pairs))
+            q_start, k_start = q_start + count * q_size, k_start + count * k_size
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         out = []
+        k_sizes = [size for _, _, size, _ in self.runs]
         split = zip(
-            self.counts, q_THK.split(self.q_sizes), k_TGK.split(self.k_sizes), v_TGK.split(self.k_sizes), strict=True
+            self.runs,
+            q_THK.split([size for _, size, _, _ in self.runs]),
+            k_TGK.split(k_sizes),
+            v_TGK.split(k_sizes),
+            strict=True,
         )
-        for count, q, k, v in split:
-            if not len(q) or not len(k):
-                out.append(torch.zeros_like(q))
+        for (count, _, _, pairs), *qkv in split:
+            if pairs is None:
+                out.append(qkv[0].new_zeros(*qkv[0].shape[:2], v_TGK.shape[-1]))
                 continue
-            q_BTHK, k_BMGK, v_BMGK = (x.view(count, -1, *x.shape[1:]) for x in (q, k, v))
-            out.append(sdpa(q_BTHK, k_BMGK, v_BMGK, scale).reshape(q.shape))
+            q_BTHK, k_BMGK, v_BMGK = (x.view(count, -1, *x.shape[1:]) for x in qkv)
+            out.append(mechanism(q_BTHK, k_BMGK, v_BMGK, pairs, self.trace).flatten(0, 1))
         return torch.cat(out)
 
 
+def _side_by_side(places: Places, count: int) -> Places:
+    return Places(**{name: x.reshape(count, -1) for name, x in vars(places).items()})
+
+
 class _DenseCrossPlan(Plan):
-    """The same by one (T, M) matrix: the oracle."""
+    """The same, everybody against everybody, written out: the oracle."""
 
-    def __init__(self, sample_T: Tensor, sample_M: Tensor) -> None:
-        self.mask_TM = sample_T[:, None] == sample_M[None]
+    def __init__(self, written: Layout, read: Layout) -> None:
+        q, k = written.places[None, :, None], read.places[None, None]
+        self.pairs = Pairs(q, k, q.sample == k.sample)
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
-        groups = q_THK.shape[1] // k_TGK.shape[1]
-        k_THK, v_THK = k_TGK.repeat_interleave(groups, 1), v_TGK.repeat_interleave(groups, 1)
-        score_HTM = torch.einsum("thk,mhk->htm", q_THK, k_THK).float() * scale
-        posterior_HTM = score_HTM.masked_fill(~self.mask_TM, float("-inf")).softmax(-1).nan_to_num()
-        return torch.einsum("htm,mhk->thk", posterior_HTM.to(v_THK.dtype), v_THK)
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
+        if not len(k_TGK):
+            return q_THK.new_zeros(*q_THK.shape[:2], v_TGK.shape[-1])
+        trace = Trace() if self.trace is None else self.trace
+        return mechanism(q_THK[None], k_TGK[None], v_TGK[None], self.pairs, trace)[0]
 
 
 class _KeptCrossPlan(Plan):
     """Cross-attention to a memory that is kept: a prompt's `inner` plan fills it, later tokens find it there."""
 
-    def __init__(self, layout: Layout, memory: Cache, inner: Plan | None, read: Layout | None) -> None:
+    def __init__(self, written: Layout, memory: Cache, inner: Plan | None, read: Layout | None) -> None:
         self.memory, self.inner = memory, inner
         if inner is not None and read is not None:
             self.where = reserved(read, memory)
-        else:
-            row_T = memory.row_index(layout.places.sample)
-            length_T = torch.tensor([memory.length[row] for row in row_T.tolist()], device=row_T.device)
-            self.longest = max(1, int(length_T.max()))
-            rows = row_T.tolist()
-            step = rows == list(range(rows[0], rows[0] + len(rows)))
-            self.rows = slice(rows[0], rows[0] + len(rows)) if step else row_T
-            self.empty_T = length_T == 0
-            mask_TM = torch.arange(self.longest, device=row_T.device) < length_T[:, None]
-            self.mask = (mask_TM | self.empty_T[:, None])[:, None, None]
+            return
+        q = written.places[:, None, None]
+        row_T = memory.row_index(written.places.sample)
+        rows = row_T.tolist()
+        length_T = torch.tensor([memory.length[row] for row in rows], device=row_T.device)
+        self.longest = max(1, int(length_T.max()))
+        step = rows == list(range(rows[0], rows[0] + len(rows)))
+        self.rows = slice(rows[0], rows[0] + len(rows)) if step else row_T
+        self.empty_T = length_T == 0
+        order_M = torch.arange(self.longest, device=row_T.device)
+        k = Places(
+            q.sample[:, :, 0].expand(-1, self.longest),
+            order_M.expand(len(rows), -1),
+            memory.free_BM[self.rows, : self.longest],
+            memory.segment_BM[self.rows, : self.longest],
+        )[:, None]
+        there = order_M < length_T[:, None, None]
+        self.pairs = Pairs(q, k, there | self.empty_T[:, None, None])
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         if self.inner is not None:
             self.memory.write(layer, *self.where, k_TGK, v_TGK)
-            return self.inner.attend(q_THK, k_TGK, v_TGK, scale, layer)
-        k_BMGK = self.memory.k_LBMGK[layer, self.rows, : self.longest]
-        v_BMGK = self.memory.v_LBMGK[layer, self.rows, : self.longest]
-        out = sdpa(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, scale, self.mask)[:, 0]
+            return self.inner.attend(q_THK, k_TGK, v_TGK, mechanism, layer)
+        k_BMGK = self.memory.k[layer][self.rows, : self.longest]
+        v_BMGK = self.memory.v[layer][self.rows, : self.longest]
+        out = mechanism(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, self.pairs, self.trace)[:, 0]
         return out.masked_fill(self.empty_T[:, None, None], 0.0)
 
 
-def plan_cross_attention(written: Layout, read: Layout | None, *, backend: object, cache: Cache | None) -> Plan:
+def plan_cross_attention(
+    written: Layout, read: Layout | None, *, backend: object, cache: Cache | None, trace: Trace | None = None
+) -> Plan:
     """How what a stream writes looks at what it has read: all of its own sample's, no other's.
 
     written, read: the two halves of one stream, sample by sample (spans of 0 tokens where a sample lacks one); read is None for
@@ -84,11 +112,23 @@ def plan_cross_attention(written: Layout, read: Layout | None, *, backend: objec
     """
     inner = None
     if read is not None:
-        if backend == "dense":
-            inner = _DenseCrossPlan(written.places.sample, read.places.sample)
-        else:
-            inner = _CrossPlan([s.total for s in written.spans], [s.total for s in read.spans])
+        inner = (_DenseCrossPlan if backend == "dense" else _CrossPlan)(written, read)
+        inner.trace = trace
     if cache is None or cache.memory is None:
         assert inner is not None
         return inner
-    return _KeptCrossPlan(written, cache.memory, inner, read)
+    plan = _KeptCrossPlan(written, cache.memory, inner, read)
+    plan.trace = trace
+    return plan
+
+
+def everyone(count: int, keys: int, device: torch.device) -> Pairs:
+    """So many queries of one sample, each of which sees every one of so many keys."""
+
+    def places(order: Tensor) -> Places:
+        nothing = torch.zeros_like(order)
+        return Places(nothing, order, nothing, nothing)
+
+    q = places(torch.arange(count, device=device)[None, :, None])
+    k = places(torch.arange(keys, device=device)[None, None])
+    return Pairs(q, k)

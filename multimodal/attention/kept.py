@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
-from multimodal.attention.layout import Layout, Plan, sdpa
-from multimodal.masks import Places, Rule
+from multimodal.attention.layout import Layout, Plan
+from multimodal.attention.mechanism import Mechanism
+from multimodal.masks import Pairs, Places, Rule
 from multimodal.shapes import StreamError
 
 
@@ -18,9 +19,9 @@ class FillingPlan(Plan):
         self.inner, self.cache = inner, cache
         self.where = reserved(layout, cache)
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)
-        return self.inner.attend(q_THK, k_TGK, v_TGK, scale, layer)
+        return self.inner.attend(q_THK, k_TGK, v_TGK, mechanism, layer)
 
 
 def reserved(layout: Layout, cache: Cache) -> tuple[Tensor, Tensor]:
@@ -50,13 +51,19 @@ class StepPlan(Plan):
         self.window = (rows, slice(0, max(cache.length[rows])))
         order_M = torch.arange(self.window[1].stop, device=places.order.device)
         q = places[:, None]
-        k = Places(q.sample, order_M, cache.free_BM[self.window], cache.segment_BM[self.window])
-        self.mask = (rule.allows(q, k) & (order_M <= q.order))[:, None, None]
+        k = Places(
+            q.sample.expand(-1, len(order_M)),
+            order_M.expand(len(layout.spans), -1),
+            cache.free_BM[self.window],
+            cache.segment_BM[self.window],
+        )
+        q, k = q[:, :, None], k[:, None]
+        self.pairs = Pairs(q, k, rule.allows(q, k) & (k.order <= q.order))
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)
-        k_BMGK, v_BMGK = self.cache.k_LBMGK[layer][self.window], self.cache.v_LBMGK[layer][self.window]
-        return sdpa(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, scale, self.mask)[:, 0]
+        k_BMGK, v_BMGK = self.cache.k[layer][self.window], self.cache.v[layer][self.window]
+        return mechanism(q_THK[:, None].to(k_BMGK.dtype), k_BMGK, v_BMGK, self.pairs, self.trace)[:, 0]
 
 
 class AppendPlan(Plan):
@@ -76,15 +83,16 @@ class AppendPlan(Plan):
                     "piece by piece must not be looked ahead at: let its kind be causal, or use a rule such as Chunked"
                 )
         self.where = reserved(layout, cache)  # only now: a refusal leaves the cache as it was
-        self.parts: list[tuple[int, int, Tensor]] = []
+        self.parts: list[tuple[int, int, Pairs]] = []
         for row, places in zip(rows, new, strict=True):
             total = cache.length[row]
-            self.parts.append((row, total, rule.allows(places[:, None], _held(cache, row, total, places)[None])))
+            q, k = places[None, :, None], _held(cache, row, total, places)[None, None]
+            self.parts.append((row, total, Pairs(q, k, rule.allows(q, k))))
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)
         out = []
-        for (row, total, mask_TM), q in zip(self.parts, q_THK.split(self.sizes), strict=True):
-            k_MGK, v_MGK = self.cache.k_LBMGK[layer, row, :total], self.cache.v_LBMGK[layer, row, :total]
-            out.append(sdpa(q[None].to(k_MGK.dtype), k_MGK[None], v_MGK[None], scale, mask_TM)[0])
+        for (row, total, pairs), q in zip(self.parts, q_THK.split(self.sizes), strict=True):
+            k_MGK, v_MGK = self.cache.k[layer][row, :total], self.cache.v[layer][row, :total]
+            out.append(mechanism(q[None].to(k_MGK.dtype), k_MGK[None], v_MGK[None], pairs, self.trace)[0])
         return torch.cat(out)

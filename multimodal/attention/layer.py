@@ -1,42 +1,68 @@
-"""The attention layer: projections, places, score, and whatever plan the stream has."""
+"""The attention layer: projections, places, a mechanism, and whatever plan the stream has."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.attention.layout import Plan
-from multimodal.attention.scores import Score
+from multimodal.attention.mechanism import Mechanism
 from multimodal.norm import RMSNorm
 from multimodal.positions import rotate
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a packed stream (Vaswani et al. 2017; Ainslie et al. 2023 for the groups)."""
+    """Grouped-query attention over a packed stream (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
 
-    def __init__(self, width: int, heads: int, kv_heads: int, score: Score, qk_norm: bool) -> None:
+    width: of what comes in, out: of what goes out; key_width and value_width: of one head.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        mechanism: Mechanism,
+        qk_norm: bool,
+        *,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        out: int | None = None,
+        turned: bool = True,
+    ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
-        self.score = score
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.norm_q = RMSNorm(self.head_width) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(self.head_width) if qk_norm else nn.Identity()
+        self.heads, self.kv_heads, self.turned = heads, kv_heads, turned
+        self.key_width = key_width or width // heads
+        self.value_width = value_width or self.key_width
+        self.mechanism = mechanism
+        rows = (heads + kv_heads) * self.key_width + kv_heads * self.value_width
+        self.qkv = nn.Linear(width, rows, bias=False)
+        self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias=False)
+        self.norm_q = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
 
     def forward(
-        self, stream_TD: Tensor, turns: Tensor, plan: Plan, layer: int, memory: tuple[Tensor, Tensor] | None = None
+        self,
+        stream_TD: Tensor,
+        turns: Tensor | None,
+        plan: Plan,
+        layer: int,
+        memory: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """What every token reads: from the stream itself, or from a `memory` (M, D) with its own turns."""
+        sizes = [self.heads * self.key_width, self.kv_heads * self.key_width, self.kv_heads * self.value_width]
         if memory is None:
-            qkv = self.qkv(stream_TD).unflatten(-1, (-1, self.head_width))
-            q_THK, k_TGK, v_TGK = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            q, k, v = self.qkv(stream_TD).split(sizes, -1)
             k_turns = turns
         else:
-            q_rows, kv_rows = self.qkv.weight.tensor_split([self.heads * self.head_width])
-            q_THK = F.linear(stream_TD, q_rows).unflatten(-1, (-1, self.head_width))
-            k_TGK, v_TGK = F.linear(memory[0], kv_rows).unflatten(-1, (-1, self.head_width)).chunk(2, dim=1)
+            q_rows, k_rows, v_rows = self.qkv.weight.split(sizes)
+            q = F.linear(stream_TD, q_rows)
+            k, v = F.linear(memory[0], torch.cat([k_rows, v_rows])).split(sizes[1:], -1)
             k_turns = memory[1]
-        q_THK = rotate(self.norm_q(q_THK), turns).to(v_TGK.dtype)
-        k_TGK = rotate(self.norm_k(k_TGK), k_turns).to(v_TGK.dtype)
-        q_THK, k_TGK, scale = self.score.features(q_THK, k_TGK)
-        read_THK = plan.attend(q_THK, k_TGK, v_TGK, scale, layer)
+        q_THK, k_TGK = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1))
+        v_TGK = v.unflatten(-1, (self.kv_heads, -1))
+        q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
+        if self.turned and turns is not None and k_turns is not None:
+            q_THK, k_TGK = rotate(q_THK, turns), rotate(k_TGK, k_turns)
+        q_THK, k_TGK = q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
+        read_THK = plan.attend(q_THK, k_TGK, v_TGK, self.mechanism, layer)
         return self.out(torch.flatten(read_THK, 1).to(stream_TD.dtype))

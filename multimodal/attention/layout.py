@@ -1,12 +1,12 @@
-"""What every way of attending a stream shares: who lies where in it, the verb, and PyTorch's fused kernel with our axes."""
+"""What every way of attending a stream shares: who lies where in it, and the verb."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.attention.mechanism import Mechanism, Trace
 from multimodal.masks import Places
 
 
@@ -28,18 +28,10 @@ class Layout:
 
 
 class Plan(ABC):
-    """One way to attend a stream."""
+    """One way to attend a stream. A `trace`, if there is one, collects what every layer does."""
+
+    trace: Trace | None = None
 
     @abstractmethod
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float, layer: int) -> Tensor:
-        """The read of every query: (T, H, K)."""
-
-
-def sdpa(
-    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
+        """What every query reads: (T, H, K). `layer` counts the layers that keep keys and values."""

@@ -1,36 +1,209 @@
-"""Scores: the log-likelihood of a query under a key, up to a function of the query alone."""
+"""Scores: the log-likelihood of a query under a key, up to a function of the query alone.
+
+A score that factors into a product of features runs on every fused kernel; any other is computed pair by pair, a block of
+queries at a time. A score with weights of its own makes them in `weights`, and gets them back as the last argument.
+"""
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.declare import Declared
+from multimodal.shapes import ConfigError, StreamError
 
 
 class Score(Declared, ABC):
-    """A score that factors into a product of features, so that every fused kernel can run it."""
+    """A score. Subclass as a frozen dataclass and write `log_likelihood`, or derive from `Factored` and write `features`.
+
+    turned: whether queries and keys are first turned by their places (rotary).
+    """
+
+    turned: ClassVar[bool] = True
+
+    def weights(self, heads: int, width: int) -> nn.Module | None:
+        """What is learned, for so many query heads of this width; it comes back as the last argument of the methods below."""
+        return None
+
+    def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
+        """What a key is compared by: what it holds, unless a score says: where it lies."""
+        return k_BMGK
 
     @abstractmethod
-    def features(self, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(q', k', scale) with score = scale * q' . k'."""
+    def log_likelihood(self, q_BTHK: Tensor, k_BMHK: Tensor, weights: Any = None) -> Tensor:
+        """(B, H, T, M), for queries and keys of as many heads."""
+
+
+class Factored(Score):
+    """A score that is a product: scale * q' . k'."""
+
+    @abstractmethod
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        """(q', k', scale). Keys may have fewer heads than queries."""
+
+    def log_likelihood(self, q_BTHK: Tensor, k_BMHK: Tensor, weights: Any = None) -> Tensor:
+        q, k, scale = self.features(q_BTHK, k_BMHK, weights)
+        return torch.einsum("bthk,bmhk->bhtm", q, k) * scale
+
+
+def with_column(q_BTHK: Tensor, k_BMGK: Tensor, bias_BMG: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
+    """The same features with one more column, which adds `bias_BMG` to the score of each key.
+
+    So Gaussian likelihoods and the weights of a mixture run on kernels that know products only.
+    """
+    one = q_BTHK.new_full((*q_BTHK.shape[:-1], 1), 1 / scale)
+    return torch.cat([q_BTHK, one], -1), torch.cat([k_BMGK, bias_BMG[..., None].to(k_BMGK.dtype)], -1), scale
 
 
 @dataclass(frozen=True)
-class ScaledDotProduct(Score):
+class ScaledDotProduct(Factored):
     """q . k / sqrt(K): Vaswani et al. 2017, equation 1."""
 
-    def features(self, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
-        return q_THK, k_TGK, 1 / math.sqrt(q_THK.shape[-1])
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        return q_BTHK, k_BMGK, 1 / math.sqrt(q_BTHK.shape[-1])
 
 
 @dataclass(frozen=True)
-class Cosine(Score):
-    """sharpness * cos(q, k): the content-based score of Graves et al. 2014, equation 6."""
+class DotProduct(Factored):
+    """q . k: Luong et al. 2015, section 3.1."""
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        return q_BTHK, k_BMGK, 1.0
+
+
+@dataclass(frozen=True)
+class General(Factored):
+    """q W k with a matrix for each head: Luong et al. 2015, section 3.1. The matrix is folded into the query."""
+
+    def weights(self, heads: int, width: int) -> nn.Module:
+        return _Matrix(heads, width, width)
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        return torch.einsum("bthk,hkj->bthj", q_BTHK, weights.matrix.to(q_BTHK.dtype)), k_BMGK, 1.0
+
+
+@dataclass(frozen=True)
+class Cosine(Factored):
+    """sharpness * cos(q, k): the content-based score of Graves et al. 2014, equation 6; with `learned`, one sharpness a head."""
 
     sharpness: float = 10.0
+    learned: bool = False
 
-    def features(self, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
-        return F.normalize(q_THK, dim=-1), F.normalize(k_TGK, dim=-1), self.sharpness
+    def __post_init__(self) -> None:
+        _check_positive(self, "sharpness")
+
+    def weights(self, heads: int, width: int) -> nn.Module | None:
+        return _LogScale(heads, self.sharpness) if self.learned else None
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        q, k = F.normalize(q_BTHK, dim=-1), F.normalize(k_BMGK, dim=-1)
+        if weights is not None:
+            return q * weights.log_scale.exp()[:, None].to(q.dtype), k, 1.0
+        return q, k, self.sharpness
+
+
+@dataclass(frozen=True)
+class Gaussian(Factored):
+    """-|q - k|^2 / (2 variance): a Gaussian around every key, all of one width; None: sqrt(K).
+
+    With variance sqrt(K) it is the scaled dot product under the prior exp(-|k|^2 / (2 sqrt(K))).
+    """
+
+    variance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.variance is not None:
+            _check_positive(self, "variance")
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        scale = 1 / (math.sqrt(q_BTHK.shape[-1]) if self.variance is None else self.variance)
+        return with_column(q_BTHK, k_BMGK, k_BMGK.square().sum(-1) * (-scale / 2), scale)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Factored):
+    """log p(q | k) of binary queries under independent bits with logits k: Bishop 2006, equation 9.48."""
+
+    turned: ClassVar[bool] = False
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        return with_column(q_BTHK, k_BMGK, -F.softplus(k_BMGK).sum(-1), 1.0)
+
+
+@dataclass(frozen=True)
+class LocationBased(Factored):
+    """softmax(W q) over places: Luong et al. 2015, equation 8. It looks at the query alone, so it can point but not search.
+
+    places: keys are numbered from 0 in their sample; it knows so many.
+    """
+
+    places: int
+    turned: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "places")
+
+    def weights(self, heads: int, width: int) -> nn.Module:
+        return _Matrix(heads, width, self.places)
+
+    def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
+        order_BM = order_BM.expand(k_BMGK.shape[:2]).long()
+        count = int(order_BM.max()) + 1
+        if count > self.places:
+            raise StreamError(
+                f"LocationBased: there are {count} keys to point at, but places={self.places}; declare more places"
+            )
+        return F.one_hot(order_BM, self.places)[:, :, None].expand(-1, -1, k_BMGK.shape[2], -1).to(k_BMGK.dtype)
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
+        return torch.einsum("bthk,hkp->bthp", q_BTHK, weights.matrix.to(q_BTHK.dtype)), k_BMGK, 1.0
+
+
+@dataclass(frozen=True)
+class Additive(Score):
+    """v . tanh(W q + U k): Bahdanau et al. 2015, section A.1.2 (Luong's "concat"). It does not factor.
+
+    hidden: width of v; None: that of a head.
+    """
+
+    hidden: int | None = None
+    turned: ClassVar[bool] = False
+
+    def weights(self, heads: int, width: int) -> nn.Module:
+        return _Additive(heads, width, self.hidden or width)
+
+    def log_likelihood(self, q_BTHK: Tensor, k_BMHK: Tensor, weights: Any = None) -> Tensor:
+        q = torch.einsum("bthk,hkj->bhtj", q_BTHK, weights.query.to(q_BTHK.dtype))
+        k = torch.einsum("bmhk,hkj->bhmj", k_BMHK, weights.key.to(q_BTHK.dtype))
+        return torch.einsum(
+            "bhtmj,hj->bhtm", (q[:, :, :, None] + k[:, :, None]).tanh(), weights.vector.to(q_BTHK.dtype)
+        )
+
+
+class _Matrix(nn.Module):
+    def __init__(self, heads: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(heads, rows, columns) * rows**-0.5)
+
+
+class _LogScale(nn.Module):
+    def __init__(self, heads: int, start: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(start)))
+
+
+class _Additive(nn.Module):
+    def __init__(self, heads: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(heads, width, hidden) * width**-0.5)
+        self.key = nn.Parameter(torch.randn(heads, width, hidden) * width**-0.5)
+        self.vector = nn.Parameter(torch.randn(heads, hidden) * hidden**-0.5)
+
+
+def _check_positive(part: Any, name: str) -> None:
+    if not getattr(part, name) > 0:
+        raise ConfigError(f"{type(part).__name__}: {name}={getattr(part, name)} must be above 0")

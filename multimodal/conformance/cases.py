@@ -109,12 +109,12 @@ class TokenizerCase:
 
 @dataclass
 class HeadCase:
-    """A head under test: every value is written from a signal that is long enough to learn it from."""
+    """A head under test: every value is written from a signal that is long enough to learn it from; by a head that points
+    from the value itself."""
 
     head: Head
     tokenizer: Tokenizer
     values: list[Any]
-    task = "signal -> value"
     chance = math.inf
 
     @property
@@ -122,7 +122,13 @@ class HeadCase:
         return self.head
 
     @property
+    def task(self) -> str:
+        return "seen:value -> value" if self.head.points else "signal -> value"
+
+    @property
     def samples(self) -> list[dict[str, Any]]:
+        if self.head.points:
+            return [{"seen": value, "value": value} for value in self.values[:4]]
         lengths = [2 * len(self.tokenizer(value)) + 2 + i for i, value in enumerate(self.values[:4])]
         return [{"signal": (i, n), "value": v} for i, (n, v) in enumerate(zip(lengths, self.values, strict=False))]
 
@@ -160,11 +166,18 @@ def equal_tokens(a: Tokens, b: Tokens) -> bool:
 
 
 def logits_by_sample(model: Model, stream: Stream) -> list[Tensor]:
-    """Logits of each sample, in the order of the batch."""
+    """Logits of each sample, in the order of the batch.
+
+    Of a head that points, those of what its sample has read and of the stop, with 0 for what it may not point at.
+    """
     found: dict[int, Tensor] = {}
     for pattern, logits in model.logits(stream).items():
         reading = stream.readings[pattern]
-        found |= dict(zip(reading.samples, logits.split(list(reading.lengths)), strict=True))
+        parts = list(logits.split(list(reading.lengths)))
+        if reading.key_N is not None:
+            parts = [part[:, : keys + 1] for part, keys in zip(parts, reading.key_lengths, strict=True)]
+            parts = [part.masked_fill(part == -math.inf, 0.0) for part in parts]
+        found |= dict(zip(reading.samples, parts, strict=True))
     return [found[i] for i in sorted(found)]
 
 

@@ -20,12 +20,18 @@ CHECKS: list[Check] = []
 
 @promise(CHECKS)
 def logits_shape(case: HeadCase) -> None:
-    """Logits are (rows, V), finite, with V as the head says; every sample has a target to learn."""
+    """Logits are (rows, V), with V as the head says; targets are finite, and so is all else unless the head points at what it may.
+
+    Every sample has a target to learn.
+    """
     model = case.model()
     stream = model.pack(case.task, case.samples)
     logits, reading = model.logits(stream)[case.task], stream.readings[case.task]
-    wanted = (sum(reading.lengths), case.head.vocab(case.tokenizer))
+    wanted = (sum(reading.lengths), case.head.vocab(case.tokenizer) + max(reading.key_lengths, default=0))
     want(tuple(logits.shape) == wanted, f"logits are {tuple(logits.shape)}, wanted {wanted}")
+    if case.head.points and reading.target is not None:
+        want(not logits.isnan().any(), "logits are not numbers")
+        logits = logits.gather(1, reading.target[:, None])
     want(logits.isfinite().all(), "logits are not finite")
     want(min(reading.target_lengths) > 0, "a sample has nothing to learn")
 

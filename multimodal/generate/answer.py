@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.generate.beams import Beams
+from multimodal.generate.features import draw_features
 from multimodal.generate.samplers import NEVER, Greedy, Sampler, Temperature, Written
 from multimodal.generate.telling import Telling
-from multimodal.heads import Head, Prediction, Readout
+from multimodal.heads import Head, Memory, Prediction, Readout
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Packer
 from multimodal.tokenizer import Tokens, describe
@@ -98,12 +98,20 @@ class Answer:
         self.kind = self.pattern.writes.kind
         self.tokenizer = packer.tokenizers[self.kind]
         self.encoded = encoded
+        # a head that points writes numbers of these; any other head the ids of its kind
+        self.read: Tokens | None = packer.pointable(task, encoded) if self.head.points else None
+        self.state_MD = torch.empty(0)  # what such a head looks at, after the prefill
         self.begin: Tokens | None = None
         if options.begin is not None:
             self.begin = packer.encode(self.kind, options.begin, f"{name} of task {task!r}", "begin")
         begun = 0 if self.begin is None else len(self.begin)
-        if self.begin is not None and not torch.allclose(
-            self.begin.position_NA, self.tokenizer.places(begun), atol=1e-4
+        self.begun: list[int] = []
+        if self.begin is not None:
+            self.begun = self._numbers(self.begin)
+        if (
+            self.begin is not None
+            and self.read is None
+            and not torch.allclose(self.begin.position_NA, self.tokenizer.places(begun), atol=1e-4)
         ):
             raise ConfigError(
                 f"{name} of task {task!r}: begin lies at other places than the first {begun} tokens of what is written; "
@@ -115,6 +123,8 @@ class Answer:
         self._check(begun)
         self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
         self.stop = -1 if self.head.continuous else self.head.vocab(self.tokenizer) - 1
+        if self.read is not None:
+            self.stop += len(self.read)
         self.ids: list[int] = []
         self.features: list[Tensor] = []
         self.log_p = 0.0
@@ -133,7 +143,8 @@ class Answer:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
         self.cached = 0  # tokens of the prompt in the cache
-        self.place_NA, self.step_A = self.tokenizer.places(begun), torch.tensor(self.tokenizer.step)
+        self.place_NA = torch.empty(0, 3) if self.read is not None else self.tokenizer.places(begun)
+        self.step_A = torch.tensor(self.tokenizer.step)
         self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
         self.segments: list[int] = []
 
@@ -142,6 +153,12 @@ class Answer:
         if self.head.continuous and (options.beams > 1 or options.sampler is not None):
             raise ConfigError(
                 f"{where}: {type(self.head).__name__} writes features; beams and samplers choose among tokens"
+            )
+        if self.head.points and (options.guidance != 1.0 or self.prefix is not None):
+            what = "a prefix" if self.prefix is not None else f"guidance={options.guidance}"
+            raise ConfigError(
+                f"{where}: {type(self.head).__name__} points at what is read with the answer, so {what} has no meaning there; "
+                "give the whole sample, without guidance"
             )
         if options.guidance != 1.0 and self.prefix is not None:
             raise ConfigError(
@@ -174,12 +191,32 @@ class Answer:
 
     def written(self, rows: int) -> list[Written]:
         """What samplers may know of each row."""
-        begin = [] if self.begin is None else self.begin.content.tolist()
+        return [Written(ids, self.tokenizer, self.stop) for ids in self.so_far(rows)]
+
+    def so_far(self, rows: int) -> list[list[int]]:
+        """Of each row the ids that are written, those it began with counted."""
         ids = self.hypotheses[:rows] if self.beams is not None else [self.ids]
-        return [Written(begin + part, self.tokenizer, self.stop) for part in ids]
+        return [self.begun + part for part in ids]
+
+    def _numbers(self, tokens: Tokens) -> list[int]:
+        """Tokens as they are chosen: by their ids, or by which of those read they are."""
+        if self.read is None:
+            return [] if self.head.continuous else tokens.content.tolist()
+        try:
+            return self.head.pointed(tokens, self.read).tolist()
+        except StreamError as error:
+            raise StreamError(f"{self.name} of task {self.task!r}, begin: {error}") from None
+
+    def content(self, ids: Sequence[int]) -> Tensor:
+        """Content of the tokens that were chosen."""
+        chosen = torch.tensor(ids, dtype=torch.long)
+        return chosen if self.read is None else self.read.content[chosen]
 
     def places(self) -> Tensor:
         """The places (rows, 3) of the newest tokens, in steps."""
+        if self.read is not None:
+            place_BA = (self.read.position_NA[self._newest_ids()] / self.step_A).to(self.after[0].device)
+            return self.after[0] + place_BA
         begun = 0 if self.begin is None else len(self.begin)
         place_A = (self.placed(begun + self.count)[-1] / self.step_A).to(self.after[0].device)
         return torch.stack([self.after[i if i < len(self.after) else 0] + place_A for i in range(self.width)])
@@ -195,9 +232,12 @@ class Answer:
         """Content of the newest tokens, one a row."""
         if self.head.continuous:
             return self.features[-1].expand(self.width, -1)
+        return self.content(self._newest_ids())
+
+    def _newest_ids(self) -> list[int]:
         if self.beams is not None:
-            return torch.tensor([ids[-1] for ids in self.hypotheses])
-        return torch.tensor(self.ids[-1:]).expand(self.width)
+            return [ids[-1] for ids in self.hypotheses]
+        return self.ids[-1:] * self.width
 
     def news(self) -> str:
         """Text that has become sure since the last time."""
@@ -224,14 +264,13 @@ class Answer:
         return self._prediction(self.ids, self.log_p, self.ended)
 
     def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
-        content = (
-            torch.cat(self.features) if self.head.continuous and self.features else torch.tensor(ids, dtype=torch.long)
-        )
+        content = torch.cat(self.features) if self.head.continuous and self.features else self.content(ids)
         if self.head.continuous and not self.features:
             content = torch.zeros(0, self.tokenizer.feature_size or 0)
         if self.begin is not None:
             content = torch.cat([self.begin.content, content])
-        tokens = Tokens(content, self.placed(len(content)))
+        place_NA = self.placed(len(content)) if self.read is None else self.read.position_NA[self.begun + ids]
+        tokens = Tokens(content, place_NA)
         value = self.tokenizer.decode(tokens) if self.telling is None else self.telling.told  # beams tell nothing
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
 
@@ -244,14 +283,17 @@ def advance(
     Yields each with what its rows of the cache must take over from each other.
     """
     if head.continuous:
-        _draw_features(answers, states, head, readout)
+        draw_features(answers, states, head, readout)
         yield from ((answer, []) for answer in answers)
         return
     sizes = [len(states[answer]) for answer in answers]
     state_ND = torch.cat([states[answer] for answer in answers])
-    logits = head.logits(readout, state_ND, [1] * len(state_ND)).float().cpu().split(sizes)
+    logits = (
+        head.logits(readout, state_ND, [1] * len(state_ND), **_memory(answers, sizes, head)).float().cpu().split(sizes)
+    )
     by_rule: dict[Any, tuple[Sampler, list[tuple[Answer, Tensor]]]] = {}
     for answer, logits_BV in zip(answers, logits, strict=True):
+        logits_BV = logits_BV[:, : answer.stop + 1]  # a head that points has as many as this answer has read
         if answer.options.guidance != 1.0:
             read, blank = logits_BV.log_softmax(-1)
             logits_BV = (blank + answer.options.guidance * (read - blank))[None]
@@ -263,7 +305,7 @@ def advance(
             )
             yield answer, []
         else:
-            by_rule.setdefault(_alike(rule), (rule, []))[1].append((answer, log_p_BV))
+            by_rule.setdefault((_alike(rule), answer.stop), (rule, []))[1].append((answer, log_p_BV))
     for rule, group in by_rule.values():
         for (answer, log_p_BV), chances in zip(group, _chances(rule, group), strict=True):
             try:
@@ -276,6 +318,18 @@ def advance(
                 )
                 answer.error = StreamError(f"{answer.name} of task {answer.task!r}: {failed}")
                 yield answer, []
+
+
+def _memory(answers: Sequence[Answer], sizes: Sequence[int], head: Head) -> dict[str, Any]:
+    """What a head that points gets beside the states: of each row what it may point at, and what it has pointed at."""
+    if not head.points:
+        return {}
+    rows = [(answer, ids) for answer, size in zip(answers, sizes, strict=True) for ids in answer.so_far(size)]
+    pointed = [ids for _, ids in rows]
+    state_MD = torch.cat([answer.state_MD for answer, _ in rows])
+    pointed_N = torch.tensor([i for ids in pointed for i in ids], dtype=torch.long, device=state_MD.device)
+    lengths = tuple(len(answer.state_MD) for answer, _ in rows)
+    return {"memory": Memory(state_MD, lengths, pointed_N, tuple(map(len, pointed)))}
 
 
 def _alike(rule: Sampler) -> Any:
@@ -343,7 +397,7 @@ def _draw_token(answer: Answer, log_p_V: Tensor, chances_V: Tensor) -> None:
     answer.log_p += float(log_p_V[token])
     answer.ids.append(token)
     if answer.telling is not None:
-        answer.unsaid += answer.telling.push([token])
+        answer.unsaid += answer.telling.push(answer.content([token]).tolist())
         if answer.telling.stopped:
             answer.ended = "stop string"
     if not answer.ended and len(answer.ids) == answer.fixed:
@@ -375,42 +429,3 @@ def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Te
     ]  # rows without one idle on any token
     answer.seats = placed
     return copies
-
-
-def _draw_features(answers: Sequence[Answer], states: Mapping[Answer, Tensor], head: Head, readout: Readout) -> None:
-    """The next token's features of each answer, from its own noise; answers that are drawn alike in one call."""
-    alike: dict[tuple[float, float | None], list[Answer]] = {}
-    for answer in answers:
-        alike.setdefault((answer.options.guidance, answer.options.temperature), []).append(answer)
-    for (guidance, temperature), group in alike.items():
-        state_BD = torch.stack([states[answer][0] for answer in group])
-        noise = [torch.randn(1, a.tokenizer.written_features or 0, generator=a.random) for a in group]
-        features_BF, stop_B = head.draw(
-            readout,
-            state_BD,
-            torch.cat(noise).to(state_BD.device),
-            guide_ND=None if guidance == 1.0 else torch.stack([states[answer][1] for answer in group]),
-            guidance=guidance,
-            temperature=1.0 if temperature is None else temperature,
-        )
-        for answer in group:
-            if features_BF.isnan().any():
-                answer.error = StreamError(f"{answer.name} of task {answer.task!r}: the features drawn are not numbers")
-        for answer, features_NF, stop in zip(group, features_BF.float().cpu().split(1), stop_B.tolist(), strict=True):
-            _take_features(answer, features_NF, stop)
-
-
-def _take_features(answer: Answer, features_NF: Tensor, stop: float) -> None:
-    """Add what was drawn, unless the answer ends here."""
-    if answer.fixed is None and answer.count:
-        answer.log_p += float(F.logsigmoid(torch.tensor(abs(stop))))
-        if stop > 0:
-            answer.ended = "stop"
-            return
-    if answer.count == answer.limit:
-        answer.ended = "max_tokens"
-        return
-    at = (0 if answer.begin is None else len(answer.begin)) + answer.count
-    answer.features.append(answer.tokenizer.fed_back(features_NF, answer.placed(at + 1)[at:]))
-    if answer.count == answer.fixed:
-        answer.ended = "length"

@@ -193,6 +193,10 @@ class Engine:
             _, query, newest = where[sample]
             answer.start(stream.position_TA[query], int(stream.layout.places.segment[query]) + 1)
             found.setdefault(answer, []).append(states_TD[newest])
+        for reading in stream.readings.values():
+            for memory in reading.memory(states_TD).values():
+                for sample, state_MD in zip(reading.samples, memory.state_MD.split(memory.lengths), strict=True):
+                    batch[sample][2].state_MD = state_MD
         for answer in answers:
             answer.cached = self.cache.length[answer.rows[0]]
             for row in answer.rows[len(found[answer]) :]:

@@ -198,7 +198,7 @@ def _logits(
     for task, logits in model.logits(stream, backend=backend).items():
         reading = stream.readings[task]
         for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
-            found[order[sample]] = part
+            found[order[sample]] = part[:, ~torch.isneginf(part).all(0)]  # a pointer's own, not what its neighbours read
     return [found[i] for i in range(len(batch))]
 
 
@@ -400,13 +400,17 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
         for name in [field.name for field in pattern.reads] + [pattern.answer]:
             lacking = [i for i, sample in enumerate(ready) if name not in sample]
+            if name == pattern.answer and packer.head(task).points:  # its answers are made of what is read
+                for i in lacking:
+                    ready[i][name] = packer.pointable(task, ready[i])
+                continue
             filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
             for place, i in enumerate(lacking):
                 ready[i][name] = filling[place % len(filling)]
             if lacking and how:
                 invented[name] = how + (", beside what was given" if len(lacking) < len(ready) else "")
         subjects.append(_Subject(task, task, tuple(ready)))
-        for field in pattern.reads if len(pattern.reads) > 1 else ():
+        for field in pattern.reads if len(pattern.reads) > 1 and not packer.head(task).points else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
             only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
             if only:

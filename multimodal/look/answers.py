@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.attention import DensePlan
+from multimodal.attention import Trace
 from multimodal.heads import Prediction
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
@@ -22,13 +22,15 @@ def looked_at(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, T
     Attention rollout (Abnar & Zuidema 2020): the product over layers of (responsibilities, mean of the heads, + identity) / 2, from
     the answer's first row, or averaged over the context's rows where a head has none of its own.
     """
-    kept: list[Tensor] = []
+    trace = Trace()
     with model.resting():
         stream = model.pack(task, [sample], answers=False)
-        model(stream, backend=lambda rule, layout: DensePlan(rule, layout, kept))
+        model(stream, backend="dense", trace=trace)
     rollout_TM = torch.eye(len(stream), device=model.device)
-    for posterior_HTM in kept:
-        rollout_TM = (posterior_HTM.mean(0) + torch.eye(len(stream), device=model.device)) / 2 @ rollout_TM
+    for seen in trace.seen:
+        if seen.weight_BHTM.shape[-2:] != rollout_TM.shape:
+            continue  # a memory of parameters is no part of the stream
+        rollout_TM = (seen.weight_BHTM[0].mean(0) + torch.eye(len(stream), device=model.device)) / 2 @ rollout_TM
     share_M = rollout_TM[stream.readings[task].row_N].mean(0).cpu()
     parts, start = {}, 0
     for field in model.packer.patterns[task].reads:
@@ -75,8 +77,8 @@ def draw_answers(
             below = row + 2 * fields.index(name)
             aspect = "equal" if len(heat_YX) > 1 else "auto"  # a spectrogram has no natural shape
             for ax in axes[below : below + 2, column]:
-                ax.imshow(picture_YXC, cmap="gray", vmin=0, vmax=1, aspect=aspect, extent=extent)
-            axes[below + 1, column].imshow(heat_YX, cmap="inferno", alpha=0.55, aspect=aspect, extent=extent)
+                ax.imshow(picture_YXC.numpy(), cmap="gray", vmin=0, vmax=1, aspect=aspect, extent=extent)
+            axes[below + 1, column].imshow(heat_YX.numpy(), cmap="inferno", alpha=0.55, aspect=aspect, extent=extent)
         right = str(sample.get(pattern.answer, ""))
         wrong = right not in ("", str(answer.value))
         said = [f"{answer.value} {answer.confidence:.0%}"] + ([f"is {right}"] if wrong else [])

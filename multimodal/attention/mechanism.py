@@ -1,0 +1,181 @@
+"""One attention mechanism: prior + score -> posterior -> read. Fused where a kernel can run it, written out where not.
+
+q, k --score--> log likelihood --+
+places --prior--> log prior -----+--> posterior --read--> what is read of v
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from multimodal.attention.reads import Choice, Read, Soft, mean_of
+from multimodal.attention.scores import Factored, Score
+from multimodal.masks import Pairs, Prior
+from multimodal.shapes import ConfigError
+
+BLOCK = 2**24  # numbers that a block of queries may hold at once, where pairs are written out
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one attention layer did with one batch of queries; log_prior is minus infinity where nobody may look.
+
+    weight_BHTM: what the values were weighed by, log_weight's exponent for a soft read; value_BMHK: those values.
+    """
+
+    name: str
+    pairs: Pairs
+    score_BHTM: Tensor
+    log_prior_BHTM: Tensor
+    weight_BHTM: Tensor
+    value_BMHK: Tensor
+    read_BTHK: Tensor
+    choice: Choice | None = None
+    mechanism: "Mechanism | None" = None
+
+    @property
+    def log_joint_BHTM(self) -> Tensor:
+        """log prior + log likelihood."""
+        return self.score_BHTM + self.log_prior_BHTM
+
+
+@dataclass
+class Trace:
+    """Collects what every attention layer does, in order; give it to a model's forward."""
+
+    seen: list[Seen] = field(default_factory=list)
+
+
+class Mechanism(nn.Module):
+    """A score, a prior and a read with what they learn, for `heads` query heads of this width."""
+
+    def __init__(
+        self, score: Score, prior: Prior | None, read: Read, heads: int, width: int, *, name: str = ""
+    ) -> None:
+        super().__init__()
+        self.score, self.prior, self.read, self.name = score, prior, read, name
+        self.score_weights = score.weights(heads, width)
+        parts = prior.parts() if prior else ()
+        self.priors = [p for p in parts if p.normalised]
+        self.factors = [p for p in parts if not p.normalised]
+        self.prior_weights = nn.ModuleList(
+            p.weights(heads, width) or nn.Identity() for p in (*self.priors, *self.factors)
+        )
+        self.read_weights = read.weights()
+        if self.factors and not isinstance(read, Soft):
+            raise ConfigError(
+                f"{type(self.factors[0]).__name__}: it does not renormalise, so it is a factor on the mean; "
+                f"{type(read).__name__} needs a prior"
+            )
+
+    @property
+    def fused(self) -> bool:
+        """Whether a fused kernel can run it."""
+        return isinstance(self.score, Factored) and isinstance(self.read, Soft) and not self.factors
+
+    @property
+    def bare(self) -> bool:
+        """Whether the kernel needs nothing but features: no prior, no places."""
+        return self.fused and self.prior is None and type(self.score).keys is Score.keys
+
+    def features(self, q_BTHK: Tensor, k_BMGK: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(q', k', scale) of a score that factors."""
+        assert isinstance(self.score, Factored)
+        return self.score.features(q_BTHK, k_BMGK, self.score_weights)
+
+    def forward(
+        self, q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, pairs: Pairs, trace: Trace | None = None
+    ) -> Tensor:
+        """What every query reads: (B, T, H, K)."""
+        k_BMGK = self.score.keys(k_BMGK, pairs.k.order[:, 0])
+        if self.fused and trace is None:
+            q, k, scale = self.features(q_BTHK, k_BMGK)
+            if self.prior is None:
+                mask = None if pairs.allowed is None else pairs.allowed[:, None]
+                return sdpa(q, k, v_BMGK, scale, mask, pairs.causal)
+            bias, empty = self._log_prior(pairs, q_BTHK)
+            read = sdpa(q, k, v_BMGK, scale, bias.to(q.dtype))
+            return read.masked_fill(empty.transpose(1, 2), 0.0)
+        groups = q_BTHK.shape[2] // k_BMGK.shape[2]
+        k_BMHK, v_BMHK = k_BMGK.repeat_interleave(groups, 2), v_BMGK.repeat_interleave(groups, 2)
+        size = max(1, BLOCK // (k_BMHK.numel() if not isinstance(self.score, Factored) else k_BMHK[..., 0].numel()))
+        if trace is not None or q_BTHK.shape[1] <= size:
+            return self._written_out(q_BTHK, k_BMHK, v_BMHK, pairs, trace)
+        out = []
+        for start in range(0, q_BTHK.shape[1], size):
+            rows = slice(start, start + size)
+            some = _rows_of(pairs, rows)
+            out.append(
+                checkpoint(
+                    lambda q, k, v, some=some: self._written_out(q, k, v, some, None),
+                    q_BTHK[:, rows],
+                    k_BMHK,
+                    v_BMHK,
+                    use_reentrant=False,
+                )
+            )
+        return torch.cat(out, 1)
+
+    def _written_out(self, q_BTHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, pairs: Pairs, trace: Trace | None) -> Tensor:
+        score = self.score.log_likelihood(q_BTHK, k_BMHK, self.score_weights)
+        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        log_prior, empty = self._log_prior(pairs, q_BTHK)
+        log_joint = score + log_prior
+        read, weight, choice = self.read.read(log_joint, v_BMHK, self.training)
+        if self.factors:
+            weight = (
+                weight
+                * torch.stack(
+                    [
+                        p.log_prior(pairs, q_BTHK, w).expand_as(weight)
+                        for p, w in zip(self.factors, self.prior_weights[len(self.priors) :], strict=True)
+                    ]
+                )
+                .sum(0)
+                .exp()
+            )
+            read = mean_of(v_BMHK, weight)
+        read = read.masked_fill(empty.transpose(1, 2), 0.0)
+        if trace is not None:
+            kept = log_prior.expand_as(score).masked_fill(empty, -math.inf)
+            trace.seen.append(
+                Seen(self.name, pairs, score, kept, weight.masked_fill(empty, 0.0), v_BMHK, read, choice, self)
+            )
+        return read
+
+    def _log_prior(self, pairs: Pairs, q_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T, M) or what broadcasts to it, and (B, H, T, 1): where a query sees nothing; there it is 0, so nothing is NaN."""
+        shape = torch.broadcast_shapes(pairs.q.order.shape, pairs.k.order.shape)
+        total = q_BTHK.new_zeros((shape[0], 1, *shape[1:]), dtype=torch.float32)
+        for prior, weights in zip(self.priors, self.prior_weights, strict=False):
+            total = total + prior.log_prior(pairs, q_BTHK, weights)
+        closed = pairs.closed
+        if closed is not None:
+            total = total.masked_fill(closed[:, None], -math.inf)
+        empty = (total == -math.inf).all(-1, keepdim=True)
+        return total.masked_fill(empty, 0.0), empty
+
+
+def _rows_of(pairs: Pairs, rows: slice) -> Pairs:
+    """The same for some of the queries."""
+
+    def some(x: Tensor) -> Tensor:
+        return x[:, rows] if x.shape[1] > 1 else x
+
+    allowed = None if pairs.allowed is None else some(pairs.allowed)
+    return Pairs(pairs.q[:, rows], pairs.k, allowed, pairs.causal)
+
+
+def sdpa(
+    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """PyTorch's fused attention with our axes."""
+    q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,144 @@
+"""Attention as a layer of a block: over the stream itself, over what another core has read, over learned components."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.attention import Attention, Mechanism, Read, Score, everyone
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge
+from multimodal.masks import Pairs, Prior
+from multimodal.shapes import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attend(Layer):
+    """What is None is the core's. key_width, value_width: of one head; out: width of the update, None: that of the stream."""
+
+    score: Score | None = None
+    prior: Prior | None = None
+    read: Read | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    key_width: int | None = None
+    value_width: int | None = None
+    out: int | None = None
+    merge: Merge = field(default_factory=Add)
+
+    def keys(self, core: CoreSettings) -> Keys | None:
+        heads = self._groups(core)
+        key = self.key_width or core.head_width
+        return Keys(heads, key, self.value_width or key)
+
+    def _groups(self, core: CoreSettings) -> int:
+        heads = self.heads or core.heads
+        groups = self.kv_heads or (core.groups if self.heads is None else heads)
+        if heads % groups:
+            raise ConfigError(f"{type(self).__name__}: heads={heads} is not a multiple of kv_heads={groups}")
+        return groups
+
+    def _attention(self, core: CoreSettings, width: int, *, prior: Prior | None, name: str) -> Attention:
+        keys = self.keys(core)
+        assert keys is not None
+        heads = self.heads or core.heads
+        score, read = self.score or core.score, self.read or core.read
+        return Attention(
+            width,
+            heads,
+            keys.heads,
+            Mechanism(score, prior, read, heads, keys.key_width, name=name),
+            core.qk_norm,
+            key_width=keys.key_width,
+            value_width=keys.value_width,
+            out=self.out or width,
+            turned=score.turned,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttention(_Attend):
+    """Every token looks at those of its own stream that the core's mask lets it see."""
+
+    def build(self, core: CoreSettings, width: int) -> Body:
+        prior = self.prior if self.prior is not None else core.prior
+        return _Self(self._attention(core, width, prior=prior, name="self"), self.out or width)
+
+
+class _Self(Body):
+    def __init__(self, attention: Attention, out: int) -> None:
+        super().__init__(out)
+        self.attention = attention
+
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        turns = context.turns(self.attention.key_width)
+        return self.attention(stream_TD, turns, context.plan, self.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttention(_Attend):
+    """What is written looks at what the other core of an `EncoderDecoder` has read."""
+
+    crosses: ClassVar[bool] = True
+
+    def build(self, core: CoreSettings, width: int) -> Body:
+        if width != core.width:
+            raise ConfigError(
+                f"CrossAttention: the stream is {width} wide here and what was read {core.width}; merge by Add"
+            )
+        return _Cross(self._attention(core, width, prior=self.prior, name="cross"), self.out or width)
+
+
+class _Cross(Body):
+    def __init__(self, attention: Attention, out: int) -> None:
+        super().__init__(out)
+        self.attention = attention
+
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        if context.crossing is None or context.memory_MD is None or context.memory_turns is None:
+            raise ConfigError(
+                "CrossAttention: there is no other core to look at; it belongs in the writer of an EncoderDecoder"
+            )
+        width = self.attention.key_width
+        memory = (context.memory_MD, context.memory_turns(width))
+        return self.attention(stream_TD, context.turns(width), context.crossing, self.index, memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersistentMemory(_Attend):
+    """Every token looks at `slots` learned components: keys and values that are parameters (Sukhbaatar et al. 2019).
+
+    With prior=MixingWeights(slots) it is a mixture model with learned weights.
+    """
+
+    slots: int
+
+    def keys(self, core: CoreSettings) -> Keys | None:
+        return None
+
+    def build(self, core: CoreSettings, width: int) -> Body:
+        return _Persistent(self, core, width)
+
+
+class _Persistent(Body):
+    def __init__(self, layer: PersistentMemory, core: CoreSettings, width: int) -> None:
+        super().__init__(layer.out or width)
+        if layer.slots < 1:
+            raise ConfigError(f"PersistentMemory: slots={layer.slots} hold nothing; use 1 or more")
+        self.heads, self.groups = layer.heads or core.heads, layer._groups(core)
+        key = layer.key_width or core.head_width
+        value = layer.value_width or key
+        score, read = layer.score or core.score, layer.read or core.read
+        self.mechanism = Mechanism(score, layer.prior, read, self.heads, key, name="memory")
+        self.query = nn.Linear(width, self.heads * key, bias=False)
+        self.key_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, key))
+        self.value_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, value) * key**-0.5)
+        self.out = nn.Linear(self.heads * value, self.out_width, bias=False)
+
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))
+        k_MGK, v_MGK = (x.to(q_THK.dtype) for x in (self.key_MGK, self.value_MGK))
+        slots = everyone(1, len(k_MGK), q_THK.device).k
+        pairs = Pairs(context.layout.places[None, :, None], slots)
+        read = self.mechanism(q_THK[None], k_MGK[None], v_MGK[None], pairs, context.trace)
+        return self.out(read[0].flatten(1))

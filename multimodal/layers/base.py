@@ -1,0 +1,254 @@
+"""What a block is made of: layers, each declared with the merge that brings what it computes back into the stream.
+
+stream --norm--> layer --> update
+   |                          |
+   +---------- merge ---------+--> stream
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.attention import Cache, Layout, Plan, Read, Score, Trace
+from multimodal.declare import Declared
+from multimodal.masks import Prior
+from multimodal.norm import RMSNorm
+from multimodal.shapes import ConfigError
+
+
+class Merge(Declared, ABC):
+    """How an update (T, D') joins the stream (T, D)."""
+
+    def weights(self) -> nn.Module | None:
+        """What is learned; it comes back as the last argument of `merge`."""
+        return None
+
+    def width(self, stream: int, update: int) -> int:
+        """D of the result.
+
+        Raises:
+            ConfigError: these widths cannot be merged.
+        """
+        if stream != update:
+            raise ConfigError(
+                f"{type(self).__name__}: a stream of width {stream} and an update of {update} do not add up"
+            )
+        return stream
+
+    @abstractmethod
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        """The stream after the layer."""
+
+
+@dataclass(frozen=True)
+class Add(Merge):
+    """x + f(x): He et al. 2016."""
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return stream_TD + update_TD
+
+
+@dataclass(frozen=True)
+class Replace(Merge):
+    """f(x) alone."""
+
+    def width(self, stream: int, update: int) -> int:
+        return update
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return update_TD
+
+
+@dataclass(frozen=True)
+class Concat(Merge):
+    """x and f(x) side by side, so that the stream grows: Mishra et al. 2018, figure 1."""
+
+    def width(self, stream: int, update: int) -> int:
+        return stream + update
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return torch.cat([stream_TD, update_TD], -1)
+
+
+@dataclass(frozen=True)
+class Gated(Merge):
+    """x + gamma f(x) with one learned gamma that starts at 0: Zhang et al. 2019, equation 3."""
+
+    def weights(self) -> nn.Module:
+        return _Gamma()
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return stream_TD + weights.gamma * update_TD
+
+
+class _Gamma(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+
+class CoreSettings(Protocol):
+    """What a layer may ask the core it is part of."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def head_width(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def score(self) -> Score: ...
+    @property
+    def prior(self) -> Prior | None: ...
+    @property
+    def read(self) -> Read: ...
+
+
+class Keys(NamedTuple):
+    """What a layer keeps of every token it has read: key-value heads, width of a key, width of a value."""
+
+    heads: int
+    key_width: int
+    value_width: int
+
+
+class Layer(Declared, ABC):
+    """One layer of a block. Subclass as a frozen dataclass with a field `merge` and write `build`.
+
+    crosses: whether it looks at what another core has read (and keeps its keys in the cache's memory).
+    """
+
+    crosses: ClassVar[bool] = False
+    merge: Merge
+
+    @abstractmethod
+    def build(self, core: CoreSettings, width: int) -> "Body":
+        """The module, for a stream of this width."""
+
+    def keys(self, core: CoreSettings) -> Keys | None:
+        """What is kept of each token while decoding; None: nothing."""
+        return None
+
+    def state(self, core: CoreSettings, width: int) -> int | None:
+        """How many numbers it carries from token to token of a sample; None: it carries none."""
+        return None
+
+
+class Body(nn.Module):
+    """A layer's module: (normed stream (T, D), context) -> update (T, `out_width`).
+
+    index: its number among the layers that keep the same thing in a cache.
+    """
+
+    out_width: int
+    index: int = 0
+
+    def __init__(self, out_width: int) -> None:
+        super().__init__()
+        self.out_width = out_width
+
+
+@dataclass
+class Context:
+    """What a stream's layers share.
+
+    turns: how far each pair of a head of this width is turned at each place; None: not at all. memory: states (M, D) that another
+    core has read, and their turns, and `crossing`: how to look at them.
+    """
+
+    layout: Layout
+    plan: Plan
+    turns: Callable[[int], Tensor | None]
+    cache: Cache | None = None
+    trace: Trace | None = None
+    memory_MD: Tensor | None = None
+    memory_turns: Callable[[int], Tensor | None] | None = None
+    crossing: Plan | None = None
+    fresh: bool = True  # nothing of these samples was read before; else the cache holds what was
+    _sequences: "Sequences | None" = field(default=None, repr=False)
+
+    @property
+    def sample_T(self) -> Tensor:
+        return self.layout.places.sample
+
+    @cached_property
+    def sequences(self) -> "Sequences":
+        """The stream's samples step by step."""
+        return Sequences([span.total for span in self.layout.spans], self.sample_T.device)
+
+    def state(self, index: int, size: int, like: Tensor) -> Tensor:
+        """(B, size): the state that each sample of the stream starts from; zeros where nothing was read."""
+        if self.cache is None or self.fresh:
+            return like.new_zeros(len(self.layout.spans), size)
+        rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=like.device)
+        return self.cache.state[index][rows].to(like.dtype)
+
+    def keep(self, index: int, state_BF: Tensor) -> None:
+        """Remember the state after each sample's last token, if there is a cache."""
+        if self.cache is not None:
+            rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=state_BF.device)
+            self.cache.state[index][rows] = state_BF.to(self.cache.state[index].dtype)
+
+
+class Sequences:
+    """Samples of unequal length step by step and without padding: step t holds token t of all samples that are as long.
+
+    sample_B: samples, the longest first; sizes: how many of them there are at each step; order_T: which row of the stream each
+    row is, step after step; back_T: its inverse.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        length_B = torch.tensor(lengths)
+        self.sample_B = torch.argsort(length_B, descending=True, stable=True)
+        start_B = length_B.cumsum(0) - length_B
+        sorted_B = length_B[self.sample_B]
+        steps = torch.arange(int(length_B.max()) if lengths else 0)
+        self.sizes = (sorted_B[None] > steps[:, None]).sum(1)
+        there = sorted_B[None] > steps[:, None]
+        self.order_T = (start_B[self.sample_B][None] + steps[:, None])[there].to(device)
+        self.back_T = torch.empty_like(self.order_T)
+        self.back_T[self.order_T] = torch.arange(len(self.order_T), device=device)
+        self.sample_B = self.sample_B.to(device)
+
+    def packed(self, stream_TD: Tensor) -> nn.utils.rnn.PackedSequence:
+        """As torch.nn's recurrent layers take it; initial states go in the order of `sample_B`."""
+        return nn.utils.rnn.PackedSequence(stream_TD[self.order_T], self.sizes)
+
+
+class Sublayer(nn.Module):
+    """A layer with its norm before it and its merge after it."""
+
+    def __init__(self, layer: Layer, core: CoreSettings, width: int, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm = RMSNorm(width)
+        self.body = layer.build(core, width)
+        self.merge_weights = layer.merge.weights()
+        self.width = layer.merge.width(width, self.body.out_width)
+        self.dropout, self.drop_path = dropout, drop_path
+
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        update_TD = self._drop(self.body(self.norm(stream_TD), context), context.sample_T)
+        return self.layer.merge.merge(stream_TD, update_TD, self.merge_weights)
+
+    def _drop(self, update_TD: Tensor, sample_T: Tensor) -> Tensor:
+        if self.training and self.dropout:
+            update_TD = F.dropout(update_TD, self.dropout)
+        if self.training and self.drop_path:
+            keep = (
+                torch.rand(int(sample_T[-1]) + 1, 1, device=update_TD.device, dtype=update_TD.dtype) >= self.drop_path
+            )
+            update_TD = update_TD * (keep / (1 - self.drop_path))[sample_T]
+        return update_TD

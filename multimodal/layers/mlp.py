@@ -1,0 +1,34 @@
+"""The gated MLP: what every token does by itself."""
+
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(Layer):
+    """down(silu(gate) * up): Shazeer 2020 (SwiGLU).
+
+    hidden: None, the core's. out: width of the update; None: that of the stream.
+    """
+
+    hidden: int | None = None
+    out: int | None = None
+    merge: Merge = field(default_factory=Add)
+
+    def build(self, core: CoreSettings, width: int) -> Body:
+        return _MLP(width, self.hidden or core.hidden, self.out or width)
+
+
+class _MLP(Body):
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__(out)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, out, bias=False)
+
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        gate, up = self.gate_up(stream_TD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

@@ -1,0 +1,93 @@
+"""Recurrent layers of torch.nn over packed streams: every sample starts anew, and a cache carries the state on."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, Sequences
+from multimodal.shapes import ConfigError, StreamError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrent(Layer):
+    """A GRU (Cho et al. 2014) or an LSTM (Hochreiter & Schmidhuber 1997) from token to token of each sample.
+
+    hidden: width of the state; None: that of the stream, shared between the directions if there are two. both_ways: what is read
+    freely is also read from its end; what is written is not, and gets zeros there.
+    """
+
+    cell: Literal["gru", "lstm"] = "gru"
+    hidden: int | None = None
+    both_ways: bool = False
+    merge: Merge = field(default_factory=Add)
+
+    def __post_init__(self) -> None:
+        if self.cell not in ("gru", "lstm"):
+            raise ConfigError(f"Recurrent: cell={self.cell!r} is unknown; there are 'gru' and 'lstm'")
+
+    def _hidden(self, width: int) -> int:
+        return self.hidden or (width // 2 if self.both_ways else width)
+
+    def build(self, core: CoreSettings, width: int) -> Body:
+        return _Recurrent(self.cell, width, self._hidden(width), self.both_ways)
+
+    def state(self, core: CoreSettings, width: int) -> int | None:
+        return self._hidden(width) * (2 if self.cell == "lstm" else 1)
+
+
+class _Recurrent(Body):
+    def __init__(self, cell: str, width: int, hidden: int, both_ways: bool) -> None:
+        super().__init__(hidden * (2 if both_ways else 1))
+        kind = nn.GRU if cell == "gru" else nn.LSTM
+        self.size = hidden * (2 if cell == "lstm" else 1)
+        self.forwards = kind(width, hidden)
+        self.backwards = kind(width, hidden) if both_ways else None
+
+    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        state_BF = context.state(self.index, self.size, stream_TD)
+        out_TD, state_BF = _run(self.forwards, stream_TD, context.sequences, state_BF)
+        context.keep(self.index, state_BF)
+        if self.backwards is None:
+            return out_TD
+        return torch.cat([out_TD, self._from_the_end(self.backwards, stream_TD, context)], -1)
+
+    def _from_the_end(self, cell: nn.RNNBase, stream_TD: Tensor, context: Context) -> Tensor:
+        spans = context.layout.spans
+        if any(span.free < 0 for span in spans):
+            raise StreamError(
+                "Recurrent(both_ways=True): something that is read freely comes after something that is read in order; "
+                "name the free fields first in the task"
+            )
+        free = [span.free for span in spans]
+        out_TD = stream_TD.new_zeros(len(stream_TD), cell.hidden_size)
+        if not any(free):
+            return out_TD
+        if not context.fresh:
+            raise StreamError(
+                "Recurrent(both_ways=True) reads from the end, so all must be read together, not piece by piece"
+            )
+        places = context.layout.places
+        free_T = torch.tensor(free, device=stream_TD.device).repeat_interleave(
+            torch.tensor([span.total for span in spans], device=stream_TD.device)
+        )
+        (row_T,) = (places.order < free_T).nonzero(as_tuple=True)
+        mirror_T = row_T - places.order[row_T] + free_T[row_T] - 1 - places.order[row_T]
+        some = Sequences(free, stream_TD.device)
+        start = stream_TD.new_zeros(len(free), self.size)
+        read, _ = _run(cell, stream_TD[mirror_T], some, start)
+        return out_TD.index_copy(0, mirror_T, read.to(out_TD.dtype))
+
+
+def _run(cell: nn.RNNBase, stream_TD: Tensor, sequences: Sequences, state_BF: Tensor) -> tuple[Tensor, Tensor]:
+    """(states of every token, state after each sample's last), from the state each sample starts with."""
+    alive = int(sequences.sizes[0]) if len(sequences.sizes) else 0
+    if not alive:
+        return stream_TD.new_zeros(len(stream_TD), cell.hidden_size), state_BF
+    rows = sequences.sample_B[:alive]
+    start = tuple(part[None].contiguous() for part in state_BF[rows].split(cell.hidden_size, -1))
+    lstm = isinstance(cell, nn.LSTM)
+    packed, end = cell(sequences.packed(stream_TD), start if lstm else start[0])
+    end_BS = torch.cat([part[0] for part in end], -1) if lstm else end[0]
+    return packed.data[sequences.back_T], state_BF.index_copy(0, rows, end_BS.to(state_BF.dtype))
