@@ -1,0 +1,203 @@
+"""A mixture model as a memory: keys are its components, the prior its weights, and a read is the posterior mean of the values.
+
+For an exponential family log p(x | j) = T(x) . eta_j - A(eta_j): the query is T(x), the key eta_j, and log pi_j - A(eta_j) is one
+more key column. So Bayes' rule is one call of scaled dot-product attention, without approximation (Bishop 2006, equations 9.13
+and 9.56).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.attention.scores import Bernoulli, with_column
+from multimodal.shapes import ConfigError, check_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(ABC):
+    """M components: their parameters (fields of the subclass), mixing weights, and what each answers."""
+
+    log_prior_M: Tensor  # log of the mixing weights
+    values_MF: Tensor  # the answer of each component: p(label | component), pixels, anything
+
+    @abstractmethod
+    def factors(self, x_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(query_BF, key_MF, bias_M) with log p(x | component) = query . key + bias, which may be in float64."""
+
+    @abstractmethod
+    def maximise(self, x_BK: Tensor, posterior_BM: Tensor) -> Self:
+        """The M-step: parameters and weights of highest expected log-likelihood."""
+
+    @abstractmethod
+    def free(self) -> dict[str, Tensor]:
+        """The same parameters without constraints, for gradient descent."""
+
+    @abstractmethod
+    def bind(self, free: dict[str, Tensor]) -> Self:
+        """The mixture of such parameters."""
+
+    def __len__(self) -> int:
+        return len(self.log_prior_M)
+
+    def log_joint(self, x_BK: Tensor) -> Tensor:
+        """log p(x, component): (B, M)."""
+        query_BF, key_MF, bias_M = self.factors(x_BK)
+        return torch.addmm((bias_M + self.log_prior_M).to(x_BK.dtype), query_BF, key_MF.T)
+
+    def responsibilities(self, x_BK: Tensor) -> Tensor:
+        """p(component | x): (B, M)."""
+        return self.log_joint(x_BK).softmax(-1)
+
+    def log_likelihood(self, x_BK: Tensor) -> Tensor:
+        """The evidence log p(x), the log-normaliser of the attention: (B,)."""
+        return self.log_joint(x_BK).logsumexp(-1)
+
+    def usage(self, x_BK: Tensor) -> Tensor:
+        """How many samples each component answers for, N_k of Bishop 2006, equation 9.27: (M,)."""
+        return self.responsibilities(x_BK).sum(0)
+
+    def read(self, x_BK: Tensor) -> Tensor:
+        """E[value | x] = sum of responsibility * value, by one fused attention: (B, F)."""
+        query_BF, key_MF, bias_M = self.factors(x_BK)
+        column_M = bias_M + self.log_prior_M
+        column_M = column_M - column_M.mean()  # what all share does not matter, and float32 has digits for the rest
+        q, k, scale = with_column(query_BF[None, :, None], key_MF[None, :, None], column_M[None, :, None], 1.0)
+        v = self.values_MF.to(q.dtype)[None, None]
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v, scale=scale)[0, 0]
+
+    def answering(self, x_BK: Tensor, answer_BF: Tensor) -> Self:
+        """The same components; each answers with the mean of the answers that it is responsible for."""
+        posterior_BM = self.responsibilities(x_BK)
+        used_M = posterior_BM.sum(0).clamp_min(torch.finfo(x_BK.dtype).tiny)
+        return replace(self, values_MF=posterior_BM.T @ answer_BF.to(x_BK.dtype) / used_M[:, None])
+
+    def prune(self, keep_M: Tensor) -> Self:
+        """Only the components where `keep_M` is true (or those it numbers); their weights are normalised again.
+
+        Raises:
+            ConfigError: nothing would be left.
+        """
+        kept = {field.name: getattr(self, field.name)[keep_M] for field in fields(self)}
+        if not len(kept["log_prior_M"]):
+            raise ConfigError(f"prune: none of {len(self)} components would be left; lower the threshold of usage")
+        return replace(self, **kept | {"log_prior_M": kept["log_prior_M"].log_softmax(-1)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BernoulliMixture(Mixture):
+    """Independent bits in each component: Bishop 2006, section 9.3.3. Keys are the logits of the bits' means."""
+
+    keys_MK: Tensor
+    RAREST = 0.002  # means stay this far from 0 and 1, so that no picture is impossible; EM still never falls
+
+    @classmethod
+    def around(cls, x_BK: Tensor, components: int, generator: torch.Generator) -> Self:
+        """A start: each component half way between the mean of all samples and one of them, all of equal weight."""
+        chosen = _chosen(x_BK, components, generator)
+        mean_MK = (0.5 * chosen + 0.5 * x_BK.mean(0)).clamp(cls.RAREST, 1 - cls.RAREST)
+        log_prior_M = x_BK.new_full((components,), -math.log(components))
+        return cls(log_prior_M=log_prior_M, values_MF=mean_MK, keys_MK=mean_MK.logit())
+
+    @property
+    def means_MK(self) -> Tensor:
+        """p(bit = 1 | component)."""
+        return self.keys_MK.sigmoid()
+
+    def factors(self, x_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check_shapes("BernoulliMixture", {"K": self.keys_MK.shape[1]}, x_BK=x_BK)
+        nothing = torch.zeros_like(
+            self.keys_MK[None, :1, None]
+        )  # what a query of zeros scores is the column of the score
+        bias_M = Bernoulli().log_likelihood(nothing, self.keys_MK[None, :, None], None)[0, 0, 0]
+        return x_BK, self.keys_MK, bias_M
+
+    def seeing(self, which_K: Tensor) -> Self:
+        """The mixture of those bits alone: hidden ones are summed out."""
+        return replace(self, keys_MK=self.keys_MK[:, which_K])
+
+    def maximise(self, x_BK: Tensor, posterior_BM: Tensor) -> Self:
+        used_M = posterior_BM.sum(0).clamp_min(torch.finfo(x_BK.dtype).tiny)
+        mean_MK = (posterior_BM.T @ x_BK / used_M[:, None]).clamp(self.RAREST, 1 - self.RAREST)
+        return replace(self, log_prior_M=(used_M / used_M.sum()).log(), keys_MK=mean_MK.logit())
+
+    def free(self) -> dict[str, Tensor]:
+        return {"keys_MK": self.keys_MK, "log_prior_M": self.log_prior_M}
+
+    def bind(self, free: dict[str, Tensor]) -> Self:
+        return replace(self, keys_MK=free["keys_MK"], log_prior_M=free["log_prior_M"].log_softmax(-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianMixture(Mixture):
+    """A Gaussian of full covariance in each component: Bishop 2006, section 9.2. Wants float64 where variances are far apart."""
+
+    means_MK: Tensor
+    precision_MKK: Tensor  # inverse covariance
+    LEAST_VARIANCE = 1e-6  # added to every variance, as scikit-learn does
+
+    @classmethod
+    def around(cls, x_BK: Tensor, components: int, generator: torch.Generator) -> Self:
+        """A start: components at samples, all of equal weight and with a tenth of the variance of all samples."""
+        means_MK = _chosen(x_BK, components, generator)
+        precision_MKK = torch.diag(10 / x_BK.var(0)).expand(components, -1, -1).clone()
+        log_prior_M = x_BK.new_full((components,), -math.log(components))
+        return cls(log_prior_M=log_prior_M, values_MF=means_MK, means_MK=means_MK, precision_MKK=precision_MKK)
+
+    def factors(self, x_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = check_shapes("GaussianMixture", {"K": self.means_MK.shape[1]}, x_BK=x_BK)["K"]
+        query_BF = torch.cat([x_BK, torch.einsum("bk,bj->bkj", x_BK, x_BK).flatten(1)], -1)
+        turned_MK = torch.einsum("mkj,mj->mk", self.precision_MKK, self.means_MK)
+        key_MF = torch.cat([turned_MK, self.precision_MKK.flatten(1) * -0.5], -1)
+        volume_M = torch.linalg.slogdet(self.precision_MKK).logabsdet - width * math.log(2 * math.pi)
+        return query_BF, key_MF, (volume_M - (self.means_MK * turned_MK).sum(-1)) / 2
+
+    def maximise(self, x_BK: Tensor, posterior_BM: Tensor) -> Self:
+        used_M = posterior_BM.sum(0).clamp_min(10 * torch.finfo(x_BK.dtype).eps)
+        means_MK = posterior_BM.T @ x_BK / used_M[:, None]
+        cov_MKK = scatter(x_BK, posterior_BM, means_MK) / used_M[:, None, None]
+        least_KK = self.LEAST_VARIANCE * torch.eye(x_BK.shape[1], dtype=x_BK.dtype)
+        prior = (used_M / used_M.sum()).log()
+        return replace(self, log_prior_M=prior, means_MK=means_MK, precision_MKK=torch.linalg.inv(cov_MKK + least_KK))
+
+    def free(self) -> dict[str, Tensor]:
+        root = torch.linalg.cholesky(self.precision_MKK)
+        root_MKK = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=1, dim2=2).log())
+        return {"means_MK": self.means_MK, "root_MKK": root_MKK, "log_prior_M": self.log_prior_M}
+
+    def bind(self, free: dict[str, Tensor]) -> Self:
+        root_MKK = free["root_MKK"].tril(-1) + torch.diag_embed(free["root_MKK"].diagonal(dim1=1, dim2=2).exp())
+        return replace(
+            self,
+            means_MK=free["means_MK"],
+            precision_MKK=root_MKK @ root_MKK.mT,
+            log_prior_M=free["log_prior_M"].log_softmax(-1),
+        )
+
+
+def split(log_joint_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p(x) (B,), p(component | x) (B, M)) from log p(x, component).
+
+    Responsibilities below exp(-60) become 0: among them are subnormal numbers, which make the product of the M-step 16 times
+    slower.
+    """
+    best_BF = log_joint_BM.detach().amax(-1, keepdim=True)
+    joint_BM = F.threshold(log_joint_BM - best_BF, -60, -math.inf).exp()
+    total_BF = joint_BM.sum(-1, keepdim=True)
+    return (best_BF + total_BF.log())[:, 0], joint_BM.detach() / total_BF.detach()
+
+
+def scatter(x_BK: Tensor, posterior_BM: Tensor, center_MK: Tensor) -> Tensor:
+    """Sum over samples of responsibility * (x - center)(x - center)': (M, K, K)."""
+    apart_BMK = x_BK[:, None] - center_MK
+    return torch.einsum("bm,bmk,bmj->mkj", posterior_BM, apart_BMK, apart_BMK)
+
+
+def _chosen(x_BK: Tensor, components: int, generator: torch.Generator) -> Tensor:
+    if not 1 <= components <= len(x_BK):
+        raise ConfigError(f"around: components={components} starts at samples, of which there are {len(x_BK)}")
+    return x_BK[torch.randperm(len(x_BK), generator=generator)[:components]]
