@@ -483,6 +483,20 @@ def test_ids_with_holes_still_fit(bpe: TextBPE) -> None:
     assert max(int(holes(text).content.max()) for text in TEXTS) <= top + 50
 
 
+def test_words_that_end_at_white_space_only_may_hold_punctuation():
+    texts = ["end, end, end, end,"]
+    plain = TextBPE.train(texts, vocab_size=262)
+    whole = TextBPE.train(texts, vocab_size=262, words=r"\s?\S+|\s")
+    pieces = {whole.decode(Tokens(torch.tensor([i]), whole.places(1))) for i in range(256, 262)}
+    assert any(piece.endswith(",") and len(piece) > 1 for piece in pieces)
+    assert not any(
+        "d," in plain.decode(Tokens(torch.tensor([i]), plain.places(1))) for i in range(256, plain.vocab_size)
+    )
+    assert whole.decode(whole("end,\n\tthen, 🙂")) == "end,\n\tthen, 🙂"
+    with pytest.raises(ConfigError, match=r"TextBPE.train: words='\(' is no regular expression"):
+        TextBPE.train(texts, vocab_size=262, words="(")
+
+
 def test_what_cannot_be_trained_or_opened(bpe: TextBPE, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^TextBPE.train: vocab_size=255 is less than the 256 bytes it starts from$"):
         TextBPE.train(TEXTS, vocab_size=255)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
@@ -71,14 +71,22 @@ class TextBPE(Tokenizer):
         return _hf_from(self.spec)[0]
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, causal: bool = False) -> Self:
-        """Learn merges from texts; the same texts give the same pieces."""
+    def train(cls, texts: Iterable[str], *, vocab_size: int, words: str | None = None, causal: bool = False) -> Self:
+        r"""Learn merges from texts; the same texts give the same pieces.
+
+        words: a regular expression whose matches are the words that no piece reaches beyond; None: GPT-2's, where letters, digits
+        and punctuation never share a piece. r"\s?\S+|\s" ends words at white space only.
+        """
         if vocab_size < 256:
             raise ConfigError(f"TextBPE.train: vocab_size={vocab_size} is less than the 256 bytes it starts from")
         if isinstance(texts, str):
             raise ConfigError("TextBPE.train: texts is one text; give a list of texts")
         hf = HFTokenizer(models.BPE())
-        hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+        if words is not None:
+            split = pre_tokenizers.Split(_regex(words), "isolated")
+            in_bytes = pre_tokenizers.Sequence([split, in_bytes])
+        hf.pre_tokenizer = in_bytes
         hf.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         hf.train_from_iterator(
@@ -119,6 +127,13 @@ class TextBPE(Tokenizer):
             raise CheckpointError("TextBPE: its file tokenizer.json is missing")
         assert files is not None
         return cls(files["tokenizer.json"].decode("utf-8"), **config)
+
+
+def _regex(pattern: str) -> Regex:
+    try:
+        return Regex(pattern)
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"TextBPE.train: words={pattern!r} is no regular expression: {error}") from error
 
 
 @lru_cache(maxsize=16)
