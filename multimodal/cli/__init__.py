@@ -1,4 +1,4 @@
-"""The command line: `multimodal train | predict | generate | transcribe | check | verify`."""
+"""The command line: `multimodal train | predict | generate | transcribe | look | check | verify`."""
 
 from multimodal.cli.commands import app, main
 

@@ -348,6 +348,40 @@ def verify(
     return 0 if result.passed else 1
 
 
+@app.command
+def look(
+    checkpoint: Path,
+    /,
+    *,
+    task: str | None = None,
+    answer: str | None = None,
+    as_json: Json = False,
+    out: Out = None,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    **fields: Fields,
+) -> int:
+    """Show what every attention head does while the model answers one sample: a picture, a page for a browser, a table.
+
+    Example: multimodal look runs/digits --image seven.png --out looks
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    task
+        Which task, such as "image -> label"; needed only where several read the same fields.
+    answer
+        Of a task that writes: look while this is written, instead of the model's own answer.
+    """
+    from multimodal.cli.looking import look_at
+
+    check_folder(out)
+    model = load(checkpoint, plugin, device)
+    look_at(model, choose_task(model, task, fields), fields, answer, as_json, out)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 2 for anything the user can put right, with one message on stderr."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)

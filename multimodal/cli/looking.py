@@ -1,0 +1,39 @@
+"""What `look` shows: the X-ray's picture and page as files, and its table of heads."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multimodal.cli.showing import harmless, saved
+from multimodal.cli.typed import sample_from, value_from
+
+if TYPE_CHECKING:
+    from multimodal.model import Model
+
+
+def look_at(
+    model: "Model", task: str, fields: Mapping[str, str], answer: str | None, as_json: bool, out: Path | None
+) -> None:
+    """Write xray.png and xray.html into a folder, and print the answer, the table of heads and where the files are."""
+    from multimodal.look import xray
+    from multimodal.look.drawing import answer_line, draw
+    from multimodal.look.page import page
+
+    sample = sample_from(model, task, fields)
+    kind = model.packer.patterns[task].writes.kind
+    writes = model.packer.head(task).writes
+    given = value_from(model.packer.tokenizers[kind], answer, "--answer") if answer is not None and writes else answer
+    ray = xray(model, task, sample, answer=given)
+    picture = io.BytesIO()
+    draw(ray, picture)
+    folder = Path() if out is None else out
+    files = [
+        saved(".png", picture.getvalue(), "xray", folder),
+        saved(".html", page(ray).encode("utf-8"), "xray", folder),
+    ]
+    if as_json:
+        print(json.dumps({"task": task, "heads": ray.table(), "files": list(map(str, files))}, ensure_ascii=False))
+        return
+    print(f"{task}  {harmless(answer_line(ray))}\n\n{ray}\n\npicture  {files[0]}\npage     {files[1]}")

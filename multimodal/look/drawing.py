@@ -1,0 +1,421 @@
+"""The X-ray as one picture: heat over photographs, under spectrograms, along words; alignments; a table of heads."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.look.posterior import LayerXRay
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from multimodal.look.xray import Field, XRay
+
+WIDTH = 11.0  # inches
+DPI = 110
+SHADE = (0.85, 0.37, 0.01)
+"""The colour that attention has on white."""
+LINE = 96  # characters of a line of shaded words
+TILE = 84  # pixels that the longer side of a small picture has at least
+MOST_TOKENS = 480  # words of a text that a picture shows; the page shows all
+READOUTS = {
+    "effective": "effective number of keys",
+    "evidence": "evidence, nats",
+    "prior": "variance of the prior",
+    "score": "variance of the score",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of the picture: its title, its height in inches without it, and what draws it into (left, bottom, width, height)."""
+
+    title: str
+    height: float
+    draw: "Callable[[Figure, tuple[float, float, float, float]], None]"
+
+
+def draw(ray: "XRay", path: "str | Path | io.BytesIO") -> None:
+    """Write the whole picture as a PNG."""
+    _put_together(ray, panels(ray), path)
+
+
+def panels(ray: "XRay") -> list[Panel]:
+    """All parts, from top to bottom."""
+    found = [panel for field in ray.reads for panel in _field_panels(ray, field)]
+    found += [panel for field in ray.reads for panel in _written_panels(ray, field)]
+    memories = [layer for layer in ray.layers if layer.key_M is None]
+    return [*found, *(_slots(layer) for layer in memories), _readouts(ray)]
+
+
+def panel_image(panel: Panel) -> bytes:
+    """One part alone, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, panel.height + 0.1), facecolor="white")
+    panel.draw(figure, (0.0, 0.05, WIDTH - 0.1, panel.height))
+    data = io.BytesIO()
+    figure.savefig(data, dpi=DPI, format="png")
+    return data.getvalue()
+
+
+def _put_together(ray: "XRay", parts: list[Panel], path: Any) -> None:
+    from matplotlib.figure import Figure
+
+    top, gap, heading = 0.5, 0.22, 0.32
+    height = top + sum(p.height + heading + gap for p in parts)
+    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    at = height - 0.3
+    figure.text(0.35 / WIDTH, at / height, plain(ray.task), fontsize=14, weight="bold", va="center")
+    figure.text(1 - 0.35 / WIDTH, at / height, plain(answer_line(ray)), fontsize=11, va="center", ha="right")
+    at -= top - 0.3
+    for part in parts:
+        at -= heading
+        figure.text(0.35 / WIDTH, (at + 0.1) / height, plain(part.title), fontsize=10, color="0.25")
+        at -= part.height
+        part.draw(figure, (0.35, at, WIDTH - 0.7, part.height))
+        at -= gap
+    figure.savefig(path, dpi=DPI)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib takes for text: no formula, and line ends seen."""
+    return visible(text).replace("$", r"\$")
+
+
+def visible(text: str) -> str:
+    """What would break a line is seen instead."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "⏎")
+
+
+def shown(label: str) -> str:
+    """The name of a token that stands alone, where a space is seen too."""
+    return visible(label).replace(" ", "␣") if not label.strip() or label != label.strip() else visible(label)
+
+
+def answer_line(ray: "XRay", most: int = 60) -> str:
+    """What was answered, shortened, and how sure the head is."""
+    text = ", ".join(ray.prediction.value) if isinstance(ray.prediction.value, list) else str(ray.prediction.value)
+    if not isinstance(ray.prediction.value, (str, list)):
+        text = f"a {ray.task.rpartition('->')[2].strip()}"
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    sure = ray.prediction.confidence
+    return f"→ {text}" + (f"  {sure:.0%}" if ray.prediction.probability and sure == sure else "")
+
+
+def overlay(picture_YXC: Tensor, heat_N: Tensor, grid: tuple[int, int], *, longer: int = TILE) -> np.ndarray:
+    """A picture (Y, X, 3) in bytes with heat over it, brightest where the heat is largest; enlarged to `longer` pixels or more."""
+    from matplotlib import colormaps
+
+    picture = _enlarged(picture_YXC, longer)
+    heat = np.asarray(heat_N.reshape(grid), dtype=np.float32)
+    heat = heat / max(float(heat.max()), 1e-12)
+    high, wide = picture.shape[:2]
+    rows = np.arange(high) * grid[0] // high
+    columns = np.arange(wide) * grid[1] // wide
+    heat = heat[rows][:, columns]
+    colour = colormaps["inferno"](heat)[:, :, :3]
+    grey = picture.mean(2, keepdims=True).repeat(3, 2)
+    alpha = 0.35 + 0.35 * heat[:, :, None]
+    return np.rint(255 * ((1 - alpha) * grey + alpha * colour)).astype(np.uint8)
+
+
+def shown_picture(picture_YXC: Tensor, *, longer: int = TILE) -> np.ndarray:
+    """The picture (Y, X, 3) in bytes as it is, enlarged like `overlay`."""
+    return np.rint(255 * _enlarged(picture_YXC, longer)).astype(np.uint8)
+
+
+def _enlarged(picture_YXC: Tensor, longer: int) -> np.ndarray:
+    """The picture in three colours, with `longer` pixels on its longer side, or up to twice as many."""
+    shrink = max(1, max(picture_YXC.shape[:2]) // longer)
+    small_CYX = F.avg_pool2d(picture_YXC.cpu().float().permute(2, 0, 1), shrink, ceil_mode=True)
+    picture = small_CYX.permute(1, 2, 0).numpy()
+    times = max(1, -(-longer // max(picture.shape[:2])))
+    picture = picture.repeat(times, 0).repeat(times, 1)
+    return picture.repeat(3, 2) if picture.shape[2] == 1 else picture[:, :, :3]
+
+
+def _axes(figure: "Figure", box: tuple[float, float, float, float]) -> "Axes":
+    """Axes at (left, bottom, width, height) in inches."""
+    wide, high = figure.get_size_inches()
+    left, bottom, width, height = box
+    axes = figure.add_axes((left / wide, bottom / high, width / wide, height / high))
+    axes.tick_params(labelsize=7, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return axes
+
+
+def _field_panels(ray: "XRay", field: "Field") -> list[Panel]:
+    """Where the answer looked in one field, for every layer and head."""
+    looks = list(ray.looking_at(field.name))
+    if not looks:
+        return []
+    if field.flat:
+        return [_tiles(field, looks)]
+    each = strips(field, looks)
+    return [_words(field, looks), each] if field.text else [each]
+
+
+def _tiles(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+    """The picture, and for every layer a row of it with the heat of the mean of heads and of each head."""
+    assert field.picture_YXC is not None
+    heads = max(layer.heads for layer, _ in looks)
+    high, wide = field.picture_YXC.shape[:2]
+    label, gap = 1.5, 0.06
+    size = min(1.25, (WIDTH - 0.7 - label) / (heads + 2) - gap)
+    tall = size * min(high / wide, 2.0)
+
+    def picture(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        left, bottom, _, height = box
+        for i, (layer, heat_HN) in enumerate(looks):
+            under = bottom + height - (i + 1) * (tall + 0.2)
+            _beside(figure, left + label - 0.1, under + tall / 2, layer.name)
+            shares = heat_HN.sum(-1)
+            tiles = [("mean of heads", heat_HN.mean(0))]
+            tiles += [(f"head {h}  {float(shares[h]):.0%}", heat_HN[h]) for h in range(layer.heads)]
+            pictures = [(title, overlay(field.picture_YXC, heat_N, field.grid)) for title, heat_N in tiles]  # type: ignore[arg-type]
+            if i == 0:
+                pictures.insert(0, (field.name, shown_picture(field.picture_YXC)))  # type: ignore[arg-type]
+            else:
+                pictures.insert(0, ("", None))  # type: ignore[arg-type]
+            for j, (title, pixels) in enumerate(pictures):
+                if pixels is None:
+                    continue
+                axes = _axes(figure, (left + label + j * (size + gap), under, size, tall))
+                axes.imshow(pixels, aspect="auto", interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.set_title(plain(title), fontsize=6.5, pad=2, color="0.3")
+
+    title = f"{field.name}: where the answer looked; the share of each head's attention that fell on it"
+    return Panel(title, len(looks) * (tall + 0.2), picture)
+
+
+def _beside(figure: "Figure", right: float, middle: float, text: str) -> None:
+    wide, high = figure.get_size_inches()
+    figure.text(right / wide, middle / high, plain(text), fontsize=8, ha="right", va="center")
+
+
+def _words(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+    """For every layer the text, each token on the shade of the mean of the heads."""
+    labels = [visible(label) for label in field.labels[:MOST_TOKENS]]
+    places, line, column = [], 0, 0
+    for label in labels:
+        if column and column + len(label) > LINE:
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += len(label)
+    lines, step = line + 1, 0.22
+    label_width = 1.5
+
+    def words(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        from matplotlib.patches import Rectangle
+
+        left, bottom, width, height = box
+        for i, (layer, heat_HN) in enumerate(looks):
+            under = bottom + height - (i + 1) * lines * step - i * 0.08
+            axes = _axes(figure, (left + label_width, under, width - label_width, lines * step))
+            _beside(figure, left + label_width - 0.1, under + lines * step - step / 2, layer.name)
+            axes.set(xlim=(0, LINE), ylim=(lines, 0), xticks=[], yticks=[])
+            mean_N = heat_HN.mean(0)
+            strength = (mean_N / mean_N.max().clamp(min=1e-12)).tolist()
+            for label, (row, begin), s in zip(labels, places, strength, strict=False):
+                axes.add_patch(Rectangle((begin, row + 0.06), len(label), 0.88, color=(*SHADE, 0.75 * s), linewidth=0))
+                axes.text(begin, row + 0.52, plain(label), fontsize=10, family="monospace", va="center")
+
+    more = len(field) - len(labels)
+    title = f"{field.name}: where the answer looked, mean of the heads" + (f"; {more} more tokens" if more else "")
+    return Panel(title, len(looks) * (lines * step + 0.08), words)
+
+
+def strips(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+    """A row for each head, a column for each token; under the picture where there is one, such as a spectrogram."""
+    heat_HN = torch.cat([heat / heat.amax(-1, keepdim=True).clamp(min=1e-12) for _, heat in looks])
+    rows, tokens = heat_HN.shape
+    row, label, above = 0.16, 1.5, 0.0 if field.picture_YXC is None else 1.6
+    below = 0.0
+    if tokens <= 60:
+        below = min(0.9, 0.12 + 0.07 * max(map(len, field.labels)))
+
+    upright = max(map(len, field.labels)) <= 2
+
+    def rows_of_heads(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        left, bottom, width, height = box
+        width = min(width, label + max(0.3 * tokens, 4.0)) if field.picture_YXC is None else width
+        if field.picture_YXC is not None:
+            axes = _axes(figure, (left + label, bottom + height - above, width - label, above - 0.05))
+            axes.imshow(field.picture_YXC.numpy(), aspect="auto", cmap="magma", interpolation="nearest", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        axes = _axes(figure, (left + label, bottom + below, width - label, rows * row))
+        axes.imshow(heat_HN.numpy(), aspect="auto", cmap=_shades(), interpolation="nearest", vmin=0, vmax=1)
+        axes.set(yticks=[], xticks=[])
+        at = 0
+        for layer, heat in looks:
+            middle = bottom + below + rows * row - (at + len(heat) / 2) * row
+            _beside(figure, left + label - 0.1, middle, layer.name)
+            at += len(heat)
+            if at < rows:
+                axes.axhline(at - 0.5, color="0.6", linewidth=0.6)
+        if below:
+            axes.set_xticks(
+                range(tokens),
+                [plain(shown(x)) for x in field.labels],
+                rotation=0 if upright else 90,
+                fontsize=6.5,
+                family="monospace",
+            )
+        for side in axes.spines.values():
+            side.set(visible=True, color="0.8")
+
+    title = f"{field.name}: the same for each head (a row each; darkest: its largest)"
+    if not field.text:
+        title = f"{field.name}: where the answer looked, a row for each head (darkest: its largest)"
+    return Panel(title, above + rows * row + below, rows_of_heads)
+
+
+def _shades() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("attention", [(1, 1, 1), (1, 0.85, 0.65), SHADE, (0.35, 0.12, 0)])
+
+
+def _written_panels(ray: "XRay", field: "Field") -> list[Panel]:
+    """What was written against one field that was read."""
+    if ray.written is None:
+        return []
+    looks = []
+    for layer in ray.layers:
+        part = ray.onto(layer, field.name)
+        if part is not None and bool(torch.isin(layer.query_T, ray.asked_N).any()):
+            looks.append((layer, part))
+    if not looks:
+        return []
+    return [_word_by_word(ray, field, *looks[-1])] if field.flat else [_alignment(ray, field, looks)]
+
+
+def _word_by_word(ray: "XRay", field: "Field", layer: LayerXRay, part_HTN: Tensor, most: int = 14) -> Panel:
+    """The picture once for each token that was written: Xu et al. 2015, figure 3."""
+    assert field.picture_YXC is not None
+    labels, across = ray.written_labels[:most], 7
+    size, gap = (WIDTH - 0.7) / across - 0.08, 0.08
+    high, wide = field.picture_YXC.shape[:2]
+    tall = size * min(high / wide, 1.5)
+    lines = -(-len(labels) // across)
+
+    def pictures(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        left, bottom, _, height = box
+        for i, label in enumerate(labels):
+            place = (left + i % across * (size + gap), bottom + height - (i // across + 1) * (tall + 0.25), size, tall)
+            axes = _axes(figure, place)
+            pixels = overlay(field.picture_YXC, part_HTN[:, i].mean(0), field.grid)  # type: ignore[arg-type]
+            axes.imshow(pixels, aspect="auto", interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(plain(shown(label)), fontsize=8, pad=2)
+
+    more = len(ray.written_labels) - len(labels)
+    title = f"{field.name}: where {layer.name} looked for each token that was written, mean of the heads"
+    return Panel(title + (f"; {more} more" if more else ""), lines * (tall + 0.25), pictures)
+
+
+def _alignment(ray: "XRay", field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+    """Rows: tokens written, columns: tokens read. Large the mean over the heads of the last layer, small every head."""
+    written, read = ray.written_labels, field.labels
+    names = len(read) <= 80 and len(written) <= 80
+    label = 1.5
+    large = (WIDTH - 0.7 - label) * min(1.0, max(0.35, len(read) / 45))
+    cell = large / len(read)
+    tall = min(6.0, max(0.8, len(written) * (min(cell, 0.22) if names else cell)))
+    below = min(1.1, 0.12 + 0.065 * max(map(len, read))) if names else 0.15
+    heads = max(layer.heads for layer, _ in looks)
+    across = max(4, min(heads, 8))
+    small = (WIDTH - 0.7 - label) / across - 0.1
+    small_tall = min(small * max(len(written) / len(read), 0.2), 1.6)
+    tiles = [(i, h) for i, (layer, _) in enumerate(looks) for h in range(layer.heads)]
+    lines = sum(-(-layer.heads // across) for layer, _ in looks)
+
+    def alignment(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        left, bottom, _, height = box
+        axes = _axes(figure, (left + label, bottom + height - tall, large, tall))
+        axes.imshow(looks[-1][1].mean(0).numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
+        for side in axes.spines.values():
+            side.set(visible=True, color="0.8")
+        axes.set(xticks=[], yticks=[])
+        if names:
+            axes.set_xticks(
+                range(len(read)), [plain(shown(x)) for x in read], rotation=90, fontsize=6.5, family="monospace"
+            )
+            axes.set_yticks(range(len(written)), [plain(shown(x)) for x in written], fontsize=6.5, family="monospace")
+        under, column, before = bottom + height - tall - below - 0.2, across, None
+        for i, h in tiles:
+            layer, part_HTN = looks[i]
+            if column == across or i != before:
+                column, under = 0, under - (small_tall + 0.2)
+                if i != before:
+                    _beside(figure, left + label - 0.1, under + small_tall / 2, layer.name)
+            axes = _axes(figure, (left + label + column * (small + 0.1), under, small, small_tall))
+            axes.imshow(part_HTN[h].numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(f"head {h}", fontsize=6.5, pad=2, color="0.3")
+            for side in axes.spines.values():
+                side.set(visible=True, color="0.8")
+            column, before = column + 1, i
+
+    title = f"what is written (rows) against {field.name} (columns): {looks[-1][0].name}, mean of the heads; below, every head"
+    return Panel(title, tall + below + 0.2 + lines * (small_tall + 0.2), alignment)
+
+
+def _slots(layer: LayerXRay) -> Panel:
+    """How much each slot of a memory was read, by head."""
+    usage_HM = layer.usage_HM
+    heads, label = layer.heads, 1.5
+
+    def slots(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        left, bottom, width, height = box
+        axes = _axes(figure, (left + label, bottom + 0.2, width - label, height - 0.2))
+        axes.imshow(usage_HM.numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
+        axes.set(yticks=range(heads), yticklabels=[f"head {h}" for h in range(heads)])
+        for side in axes.spines.values():
+            side.set(visible=True, color="0.8")
+
+    return Panel(f"{layer.name}, slots: how many queries' worth of reading each got", 0.25 + 0.18 * heads, slots)
+
+
+def _readouts(ray: "XRay") -> Panel:
+    """The table of heads as small tables of numbers: layers down, heads across, one for each read-out."""
+    summaries = [layer.summary() for layer in ray.layers]
+    heads, layers = max(map(len, summaries)), len(summaries)
+    row, label = 0.2, 1.5
+    columns = 4 if heads <= 5 else 2 if heads <= 10 else 1
+    width = (WIDTH - 0.7 - label) / columns - 0.12
+    lines = -(-len(READOUTS) // columns)
+
+    def tables(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+        left, bottom, _, height = box
+        for i, (name, title) in enumerate(READOUTS.items()):
+            under = bottom + height - (i // columns + 1) * (layers * row + 0.35) + 0.15
+            numbers = np.full((layers, heads), np.nan)
+            for j, summary in enumerate(summaries):
+                numbers[j, : len(summary)] = [head[name] for head in summary]
+            axes = _axes(figure, (left + label + i % columns * (width + 0.12), under, width, layers * row))
+            low, top = np.nanmin(numbers), np.nanmax(numbers)
+            scale = (numbers - min(low, 0.0)) / max(top - min(low, 0.0), 1e-12)
+            axes.imshow(0.6 * scale, aspect="auto", cmap=_shades(), vmin=0, vmax=1)
+            for (y, x), number in np.ndenumerate(numbers):
+                if not np.isnan(number):
+                    axes.text(x, y, f"{number:.3g}", ha="center", va="center", fontsize=7)
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(title, fontsize=8, pad=3)
+            if i % columns == 0:
+                for j, layer in enumerate(ray.layers):
+                    _beside(figure, left + label - 0.1, under + (layers - j - 0.5) * row, layer.name)
+
+    title = "the heads (across) of each layer: means over all its queries"
+    return Panel(title, lines * (layers * row + 0.35), tables)

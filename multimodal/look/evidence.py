@@ -1,0 +1,158 @@
+"""Attention over many samples: what evidence is usual, so that the unusual is noticed, and which slots nobody reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.look.posterior import LayerXRay
+from multimodal.look.xray import XRay, xray
+from multimodal.model import Model
+from multimodal.shapes import ConfigError, StreamError
+
+Sample = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """How unusual one input is to the heads, by their evidence.
+
+    z: by layer the z-score (H,) of each head's evidence; below 0: less than usual, the memory knows no such query.
+    percentile: by layer (H,), the share of known samples with less. distance: root mean square of all z. p: the share of known
+    samples that were kept apart and are at least as far, this one counted too; under `alpha` it is `strange`.
+    """
+
+    z: dict[str, Tensor]
+    percentile: dict[str, Tensor]
+    distance: float
+    p: float
+    alpha: float
+
+    @property
+    def strange(self) -> bool:
+        return self.p <= self.alpha
+
+    def __str__(self) -> str:
+        verdict = "strange" if self.strange else "as usual"
+        return f"evidence {verdict}: {self.distance:.2f} standard deviations from known samples (p = {self.p:.3f})"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What evidence known samples of a task give each head, to tell whether a new input is like them.
+
+    Of each sample and head: the mean over queries of LSE_j(log prior + score) - log(keys seen), so that length alone changes
+    nothing. One half of the samples gives each head's mean and standard deviation; the distance of an input is the root mean
+    square of its z-scores over all heads (both directions count: keys that are too long raise evidence); the other half says how
+    far known samples lie from the first, which makes p exact whatever the distribution (split conformal, Vovk et al. 2005):
+    of inputs that are like the known ones a share of at most alpha is called strange.
+    """
+
+    task: str
+    layers: tuple[str, ...]
+    heads: tuple[int, ...]
+    mean_N: Tensor  # of all heads of all layers, end to end
+    deviation_N: Tensor
+    known_BN: Tensor  # the first half, sorted by head
+    distance_B: Tensor  # of the second half, sorted
+
+    @classmethod
+    def fit(cls, model: Model, task: str, samples: Sequence[Sample], *, quiet: bool = False) -> "Evidence":
+        """Look at known samples, 20 or more; for p to reach 0.01 there must be 198.
+
+        Raises:
+            StreamError: too few samples.
+        """
+        if len(samples) < 20:
+            raise StreamError(f"Evidence.fit: {len(samples)} samples say too little of what is usual; give 20 or more")
+        numbers, names, heads = [], (), ()
+        for sample in _shown(samples, quiet):
+            ray = xray(model, task, sample)
+            numbers.append(_numbers(ray))
+            names, heads = tuple(layer.name for layer in ray.layers), tuple(layer.heads for layer in ray.layers)
+        all_BN = torch.stack(numbers)
+        first_BN, second_BN = all_BN[::2], all_BN[1::2]
+        mean_N, deviation_N = first_BN.mean(0), first_BN.std(0).clamp(min=1e-6)
+        distance_B = ((second_BN - mean_N) / deviation_N).square().mean(1).sqrt()
+        return cls(task, names, heads, mean_N, deviation_N, first_BN.sort(0).values, distance_B.sort().values)
+
+    def judge(self, ray: XRay, *, alpha: float = 0.05) -> Novelty:
+        """Compare one input with the known samples.
+
+        Raises:
+            ConfigError: the X-ray of another task or model.
+        """
+        if ray.task != self.task or tuple(layer.name for layer in ray.layers) != self.layers:
+            raise ConfigError(
+                f"Evidence.judge: fitted on task {self.task!r} with layers {', '.join(self.layers)}, but this is an X-ray of "
+                f"task {ray.task!r} with {', '.join(layer.name for layer in ray.layers)}"
+            )
+        new_N = _numbers(ray)
+        z_N = (new_N - self.mean_N) / self.deviation_N
+        below_N = (self.known_BN < new_N).double().mean(0)
+        distance = float(z_N.square().mean().sqrt())
+        at_least = int((self.distance_B >= distance).sum())
+        return Novelty(
+            dict(zip(self.layers, z_N.split(list(self.heads)), strict=True)),
+            dict(zip(self.layers, below_N.split(list(self.heads)), strict=True)),
+            distance,
+            (at_least + 1) / (len(self.distance_B) + 1),
+            alpha,
+        )
+
+
+def _numbers(ray: XRay) -> Tensor:
+    """One number for every head of every layer, end to end."""
+    return torch.cat([_typical(layer) for layer in ray.layers])
+
+
+def _typical(layer: LayerXRay) -> Tensor:
+    count_HT = layer.seen_HTM.sum(-1)
+    sees_HT = count_HT > 0
+    each_HT = torch.where(sees_HT, layer.evidence_HT - count_HT.clamp(min=1).log(), 0.0)
+    return each_HT.sum(-1) / sees_HT.sum(-1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """N_k of a persistent memory over many samples: how many queries' worth of reading each slot of each head got."""
+
+    usage_HM: Tensor
+    queries: int
+
+    def dead(self, share: float = 0.01) -> Tensor:
+        """Slots (M,) that no head gives `share` of an even share; `PersistentMemory.prune` takes those that are not."""
+        even = self.usage_HM.sum(-1, keepdim=True) / self.usage_HM.shape[-1]
+        return (self.usage_HM < share * even).all(0)
+
+
+def usage(model: Model, task: str, samples: Sequence[Sample], *, quiet: bool = False) -> dict[str, Usage]:
+    """`Usage` of every persistent memory of a model, by layer.
+
+    Raises:
+        ConfigError: it has none. StreamError: there are no samples.
+    """
+    if not samples:
+        raise StreamError("usage: there are no samples")
+    sums: dict[str, Usage] = {}
+    for sample in _shown(samples, quiet):
+        memories = [layer for layer in xray(model, task, sample).layers if layer.key_M is None]
+        if not memories:
+            raise ConfigError(
+                "usage: this model has no PersistentMemory; of other layers every sample brings its own keys"
+            )
+        for layer in memories:
+            before = sums.get(layer.name, Usage(torch.zeros_like(layer.usage_HM), 0))
+            sums[layer.name] = Usage(before.usage_HM + layer.usage_HM, before.queries + len(layer.query_T))
+    return sums
+
+
+def _shown(samples: Sequence[Sample], quiet: bool) -> Any:
+    """The samples, with a progress bar where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    return track(samples, "looking", console=console, disable=quiet or not console.is_terminal, transient=True)

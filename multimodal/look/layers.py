@@ -1,0 +1,203 @@
+"""The states of every layer of a trained model, with the rows that belong to each sample and field."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.core import Block, Transformer
+from multimodal.model import Model
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.stream import Stream
+
+START = "start"
+"""The name of the learned token that opens a written segment, where others have the name of their field."""
+
+
+@dataclass(frozen=True)
+class States:
+    """States by layer of many samples of one task, packed end to end.
+
+    layers: (T, D) each, the first what the core reads and then each block's output; a core that reads and writes apart has the
+    layers of its reader first, and rows of the other half are NaN. names: of the layers. sample_T: which sample a row is of, in
+    the order given; field_T: which of `fields`. reading_N: the rows that the task's head reads.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[Tensor, ...]
+    fields: tuple[str, ...]
+    sample_T: Tensor
+    field_T: Tensor
+    reading_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def rows(self, field: str | None = None, sample: int | None = None) -> Tensor:
+        """Numbers of the rows of one field, of one sample, or of both; in the order of the stream.
+
+        Raises:
+            ConfigError: there is no such field.
+        """
+        keep_T = torch.ones_like(self.sample_T, dtype=torch.bool)
+        if field is not None:
+            if field not in self.fields:
+                raise ConfigError(f"States: there is no field {field!r}; there are {', '.join(self.fields)}")
+            keep_T &= self.field_T == self.fields.index(field)
+        if sample is not None:
+            keep_T &= self.sample_T == sample
+        return keep_T.nonzero()[:, 0]
+
+    def of(self, layer: int, field: str, *, pool: str = "last") -> Tensor:
+        """One state (N, D) a sample, in the order given: the first, the last or the mean of the field's rows.
+
+        Raises:
+            StreamError: a sample that lacks the field. ConfigError: another word for `pool`.
+        """
+        if pool not in ("first", "last", "mean"):
+            raise ConfigError(f"States: pool={pool!r} is none of first, last, mean")
+        row_T = self.rows(field)
+        sample_T = self.sample_T[row_T]
+        samples = int(self.sample_T.max()) + 1
+        count_N = torch.bincount(sample_T, minlength=samples)
+        if not bool(count_N.all()):
+            lacking = int((count_N == 0).nonzero()[0, 0])
+            raise StreamError(f"States: sample {lacking} has no rows of field {field!r}; leave it out, or pool another")
+        by_sample_T = sample_T.argsort(stable=True)
+        row_T, end_N = row_T[by_sample_T], count_N.cumsum(0)
+        state_TD = self.layers[layer]
+        if pool == "mean":
+            sums_ND = torch.zeros(samples, state_TD.shape[1]).index_add(0, sample_T[by_sample_T], state_TD[row_T])
+            return sums_ND / count_N[:, None]
+        return state_TD[row_T[end_N - 1 if pool == "last" else end_N - count_N]]
+
+
+def states(
+    model: Model, task: str, samples: Sequence[Mapping[str, Any]], *, answers: bool = False, batch: int = 64
+) -> States:
+    """The states of every layer, for samples of one task; with `answers`, of what is written too (teacher forcing)."""
+    packer = model.packer
+    packer.check_task(task)
+    if not samples:
+        raise StreamError("states: there are no samples")
+    pattern, head = packer.patterns[task], packer.head(task)
+    reads = tuple(field.name for field in pattern.reads)
+    fields = reads + (START,) * bool(head.queries) + (pattern.answer,) * (answers and head.writes)
+    kept: list[list[Tensor]] = []
+    sample_of, field_of, reading, offset = [], [], [], 0
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        with model.resting(), recorded(model) as layers:
+            stream = model.pack(task, part, answers=answers, first=start)
+            model(stream)
+        kept.append(whole_layers(model, layers, stream))
+        r, places = stream.readings[task], stream.layout.places
+        index_N = torch.tensor(r.samples) + start
+        sample_of.append(index_N[places.sample.long().cpu()])
+        numbers = torch.tensor([_segments(reads, sample, fields) for sample in part])
+        field_of.append(numbers[sample_of[-1] - start, places.segment.long().cpu()])
+        reading.append(r.row_N.cpu() + offset)
+        offset += len(stream)
+    return States(
+        layer_names(model),
+        tuple(torch.cat(parts) for parts in zip(*kept, strict=True)),
+        fields,
+        torch.cat(sample_of),
+        torch.cat(field_of),
+        torch.cat(reading),
+    )
+
+
+def _segments(reads: Sequence[str], sample: Mapping[str, Any], fields: Sequence[str]) -> list[int]:
+    """The number of the field of each segment of a sample, filled up with -1: fields that are None have no segment."""
+    read = [i for i, name in enumerate(reads) if sample[name] is not None]
+    numbers = [*read, *range(len(reads), len(fields))]
+    return numbers + [-1] * (len(fields) - len(numbers))
+
+
+def transformers(model: Model) -> dict[str, Transformer]:
+    """The model's cores by name: "" of a single one, otherwise "reader" and "writer"."""
+    core = model.core
+    if isinstance(core, Transformer):
+        return {"": core}
+    return {"reader": core.reader, "writer": core.writer}
+
+
+def layer_names(model: Model) -> tuple[str, ...]:
+    """ "embedding", "block 1", ..; with two cores "reader embedding", .. before "writer embedding", .."""
+    return tuple(
+        f"{name} {layer}".strip()
+        for name, core in transformers(model).items()
+        for layer in ["embedding", *(f"block {i + 1}" for i in range(len(core.blocks)))]
+    )
+
+
+def layer_number(model: Model, layer: int | str) -> int:
+    """The number of a layer from its name or number; negative numbers count from the last.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    names = layer_names(model)
+    if isinstance(layer, str) and layer in names:
+        return names.index(layer)
+    if isinstance(layer, int) and -len(names) <= layer < len(names):
+        return layer % len(names)
+    raise ConfigError(f"there is no layer {layer!r}; there are 0 to {len(names) - 1}: {', '.join(names)}")
+
+
+@contextmanager
+def recorded(model: Model) -> Iterator[list[Tensor]]:
+    """A list that gets, while the context lasts, what enters the first block and what leaves each: (T, D) of each core in turn."""
+    found: list[Tensor] = []
+
+    def keep_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.append(inputs[0].detach())
+
+    def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        found.append(output.detach())
+
+    hooks = []
+    try:
+        for core in transformers(model).values():
+            hooks.append(core.blocks[0].register_forward_pre_hook(keep_input))
+            hooks += [block.register_forward_hook(keep_output) for block in core.blocks]
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_layers(model: Model, layers: Sequence[Tensor], stream: Stream) -> list[Tensor]:
+    """Each layer's states as float32 on the CPU, with a row for every row of the stream; NaN for the other core's.
+
+    A core that found nothing to do was not called: all its rows are NaN.
+    """
+    cores = transformers(model)
+    if len(cores) == 1:
+        return [state_TD.float().cpu().clone() for state_TD in layers]
+    places = stream.layout.places
+    reads = torch.tensor([span.read for span in stream.layout.spans], device=places.order.device)
+    is_read_T = (places.order < reads[places.sample.long()]).cpu()
+    whole, at = [], 0
+    for name, core in cores.items():
+        here_T = is_read_T if name == "reader" else ~is_read_T
+        for width in layer_widths(core):
+            state_TD = torch.full((len(stream), width), float("nan"))
+            if bool(here_T.any()):
+                state_TD[here_T] = layers[at].float().cpu()
+                at += 1
+            whole.append(state_TD)
+    return whole
+
+
+def layer_widths(core: Transformer) -> list[int]:
+    """D of what the first block reads and of what each block gives: blocks whose layers merge by Concat widen the stream."""
+    widths = [core.core.width]
+    for block in core.blocks:
+        assert isinstance(block, Block)
+        widths.append(block.width)
+    return widths

@@ -1,0 +1,108 @@
+"""The logit lens (nostalgebraist 2020): what the head would say if the core ended after each layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.heads import one_class
+from multimodal.look.layers import layer_names, recorded, transformers, whole_layers
+from multimodal.model import Model
+from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What the head says after each layer.
+
+    layers: their names; probability_LNV: of each class, by layer and row that the head reads; classes: their names.
+    """
+
+    layers: tuple[str, ...]
+    probability_LNV: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def entropy_LN(self) -> Tensor:
+        """Nats: how unsure the head is after each layer."""
+        return torch.special.entr(self.probability_LNV).sum(-1)
+
+    def best(self) -> list[list[str]]:
+        """The likeliest class by layer and row."""
+        return [[self.classes[i] for i in row] for row in self.probability_LNV.argmax(-1).tolist()]
+
+    def draw(self, path: str | Path) -> None:
+        """A picture: layers upwards, rows to the right, the likeliest class in each cell, brighter where it is surer."""
+        from matplotlib.figure import Figure
+
+        p_LN = self.probability_LNV.amax(-1)
+        layers, rows = p_LN.shape
+        figure = Figure(figsize=(1.6 + 0.55 * rows, 0.9 + 0.4 * layers), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(p_LN.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        for i, names in enumerate(self.best()):
+            for j, name in enumerate(names):
+                shown = name if len(name) <= 8 else name[:7] + "…"
+                color = "black" if float(p_LN[i, j]) > 0.6 else "white"
+                axes.text(j, i, shown.replace("$", r"\$"), ha="center", va="center", fontsize=7, color=color)
+        axes.set_yticks(range(layers), self.layers)
+        axes.set(xlabel="row that the head reads", title="what the head would say after each layer")
+        figure.colorbar(image, label="probability")
+        figure.savefig(path, dpi=110)
+
+
+def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
+    """Apply the last norm and the head to every layer's states, at the rows that the head reads.
+
+    With the answer among the sample's fields a head that writes is read at each of its tokens, otherwise at the first only.
+    Where the classes are several at once, probabilities are each class's own. Layers whose states are not as wide as what the
+    core's end takes (its blocks widen the stream) are left out.
+
+    Raises:
+        ConfigError: a head that writes features has no classes to look at.
+    """
+    packer = model.packer
+    packer.check_task(task)
+    pattern, head = packer.patterns[task], packer.head(task)
+    if head.continuous:
+        raise ConfigError(f"lens: task {task!r} writes features by {type(head).__name__}, which has no classes")
+    tokenizer = packer.tokenizers[pattern.writes.kind]
+    several = tokenizer.classes and tokenizer.vocab_size is None
+    probabilities, names = [], []
+    with model.resting(), recorded(model) as layers:
+        stream = model.pack(task, [sample], answers=head.writes and sample.get(pattern.answer) is not None)
+        model(stream)
+        reading = stream.readings[task]
+        whole = whole_layers(model, layers, stream)
+        ends = [core for core in transformers(model).values() for _ in range(len(core.blocks) + 1)]
+        for name, state_TD, core in zip(layer_names(model), whole, ends, strict=True):
+            state_ND = state_TD.to(model.device, core.norm.weight.dtype)[reading.row_N]
+            if bool(state_ND.isnan().all()):  # the head reads rows of the other core
+                continue
+            if core.narrow is not None:
+                if state_ND.shape[1] != core.narrow.in_features:
+                    continue
+                state_ND = core.narrow(state_ND)
+            logits = head.logits(model.readout(task), core.norm(state_ND), reading.lengths).float()
+            probabilities.append(logits.sigmoid() if several else logits.softmax(-1))
+            names.append(name)
+    probability_LNV = torch.stack(probabilities).cpu().clone()
+    return Lens(tuple(names), probability_LNV, _classes(tokenizer, probability_LNV.shape[-1]))
+
+
+def _classes(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:
+    """The name of each class; those that stand for no value of the kind (the stop, the blank) have their number in brackets."""
+    found = []
+    for c in range(count):
+        try:
+            tokens = one_class(c, tokenizer) if tokenizer.classes else Tokens(torch.tensor([c]), tokenizer.places(1))
+            value = tokenizer.decode(tokens) if c < (tokenizer.vocab_size or count) else None
+        except ValueError:
+            value = None
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        found.append(value if isinstance(value, str) else f"[{c}]")
+    return tuple(found)

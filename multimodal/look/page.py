@@ -1,0 +1,425 @@
+"""The X-ray as one HTML file: pictures inside as base64, hints as titles, no script, nothing from elsewhere."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from multimodal.look.drawing import Panel, answer_line, overlay, panel_image, shown, shown_picture, visible
+from multimodal.look.drawing import strips as strips_panel
+from multimodal.look.lens import lens
+from multimodal.look.posterior import LayerXRay
+from multimodal.look.roles import roles
+from multimodal.look.words import neighbours
+from multimodal.shapes import ConfigError
+
+if TYPE_CHECKING:
+    from multimodal.look.xray import Field, XRay
+
+MOST_CELLS = 6000  # of a table; what is larger is a picture
+MOST_ROWS = 120  # of a list; the rest is counted
+SMALLEST_TABLE = 300  # entries of an embedding whose neighbours say anything: bytes are no words
+
+STYLE = """
+:root { color-scheme: light }
+body { margin: 0 auto; max-width: 1080px; padding: 28px 24px 80px; background: #fff; color: #222;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+h1 { font-size: 24px; margin: 0 0 2px }
+h2 { font-size: 17px; margin: 44px 0 8px; padding-top: 14px; border-top: 1px solid #e4e4e4 }
+h3 { font-size: 14px; margin: 18px 0 4px; font-weight: 600 }
+p { margin: 4px 0 10px; max-width: 78ch }
+.note { color: #666; font-size: 13px }
+.answer { font-size: 19px; margin: 6px 0 12px; white-space: pre-wrap }
+.bars td { padding: 1px 10px 1px 0 }
+.bar { display: inline-block; height: 11px; background: #d95f02; vertical-align: middle; border-radius: 2px }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th { text-align: right; font-weight: 600; padding: 4px 9px; border-bottom: 1px solid #ccc }
+td { text-align: right; padding: 2px 9px }
+th:first-child, td:first-child { text-align: left }
+td.left { text-align: left }
+td.left i { font-style: normal; margin-right: 14px; display: inline-block }
+td:first-child { white-space: nowrap }
+.matrix td:first-child { white-space: normal }
+tr.first td { border-top: 1px solid #e4e4e4 }
+.row { display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-end; margin: 4px 0 12px }
+figure { margin: 0 }
+img { display: block; image-rendering: pixelated; border-radius: 3px }
+img.wide { max-width: 100%; image-rendering: auto }
+figcaption { font-size: 12px; color: #666 }
+.grid { position: relative; width: max-content }
+.grid div { position: absolute; inset: 0; display: grid }
+.text { display: flex; margin: 2px 0 8px; font: 14px/1.9 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace }
+.text p { margin: 0; max-width: none; white-space: pre-wrap; overflow-wrap: anywhere }
+.text p span { border-radius: 3px; padding: 2px 0 }
+.text b { flex: 0 0 170px; font: 12.5px/26px system-ui, sans-serif; color: #666 }
+.scroll { overflow-x: auto; margin: 4px 0 }
+.matrix { font: 11px/1.2 ui-monospace, Menlo, Consolas, monospace }
+.matrix td { min-width: 16px; height: 18px; padding: 0; border: 1px solid #f1f1f1 }
+.matrix th, .matrix th:first-child { padding: 2px 5px; border: 0; font-weight: 400; text-align: right; white-space: pre }
+.matrix thead th { vertical-align: bottom; padding: 2px 0 }
+.matrix thead span { display: inline-block; writing-mode: vertical-rl; transform: rotate(180deg); text-align: left }
+details { margin: 6px 0 }
+summary { cursor: pointer; color: #a54700; font-size: 13.5px }
+dt { font-weight: 600; margin-top: 8px }
+dd { margin: 0; color: #444; max-width: 82ch }
+"""
+
+HINTS = {
+    "effective": (
+        "effective",
+        "effective number of keys, exp of the posterior's entropy: how many places a query really reads. 1 is hard.",
+    ),
+    "evidence": (
+        "evidence",
+        "log of the sum over keys of prior times likelihood, in nats: low where the memory knows no such query.",
+    ),
+    "prior": ("Var prior", "variance over the keys of the log-prior: large where place decides."),
+    "score": (
+        "Var score",
+        "variance over the keys of the score: large where content decides. Rotary places are part of the score.",
+    ),
+    "price": (
+        "price of hard",
+        "evidence less the best key's share of it, in nats: what is lost when only the likeliest key is read.",
+    ),
+    "spread": ("spread", "variance of the values under the posterior: 0 where all that is read says the same."),
+    "mass": ("mass", "sum of the weights: 1, or less where a factor is multiplied on after the softmax."),
+}
+
+
+def page(ray: "XRay") -> str:
+    """The whole file."""
+    title = escape(ray.task)
+    parts = [
+        f"<h1>{title}</h1>",
+        _answer(ray),
+        *(_field(ray, field) for field in ray.reads),
+        *(_written(ray, field) for field in ray.reads),
+        _heads(ray),
+        _mattered(ray),
+        _memories(ray),
+        _lens(ray),
+        _neighbours(ray),
+        _roles(ray),
+        _glossary(),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>X-ray: {title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _answer(ray: "XRay") -> str:
+    said = f'<div class="answer">{escape(answer_line(ray, 400))}</div>'
+    top = list(ray.prediction.probability.items())[:5]
+    rows = "".join(
+        f'<tr><td>{escape(str(name))}</td><td class="left"><span class="bar" style="width:{max(1, round(220 * p))}px">'
+        f"</span></td><td>{p:.1%}</td></tr>"
+        for name, p in top
+    )
+    counted = ", ".join(f"{len(f)} tokens of {escape(f.name)}" for f in ray.fields.values() if f.name in _names(ray))
+    facts = f"{counted}; {len(ray.layers)} attention layers, {sum(layer.heads for layer in ray.layers)} heads."
+    return said + (f'<table class="bars">{rows}</table>' if rows else "") + f'<p class="note">{facts}</p>'
+
+
+def _names(ray: "XRay") -> list[str]:
+    return [f.name for f in (*ray.reads, ray.written) if f is not None]
+
+
+def _field(ray: "XRay", field: "Field") -> str:
+    """Where the answer looked in one field."""
+    looks = list(ray.looking_at(field.name))
+    if not looks:
+        return ""
+    out = [f"<h2>{escape(field.name)}: where the answer looked</h2>"]
+    if field.flat:
+        out.append(
+            '<p class="note">Bright where a head looked most; the percentage is the share of its attention that fell here. '
+            "Point at a patch of the mean for its share.</p>"
+        )
+        for i, (layer, heat_HN) in enumerate(looks):
+            out.append(f"<h3>{escape(layer.name)}</h3>")
+            out.append(f'<div class="row">{"".join(_tiles(field, layer, heat_HN, first=i == 0))}</div>')
+    elif field.text:
+        out.append('<p class="note">Darker: read more, mean of the heads. Point at a token for its share.</p>')
+        for layer, heat_HN in looks:
+            out.append(_shaded(field, heat_HN.mean(0), layer.name))
+        heads = [
+            _shaded(field, heat_N, f"{layer.name}, head {h}")
+            for layer, heat_HN in looks
+            for h, heat_N in enumerate(heat_HN)
+        ]
+        out.append(f"<details><summary>each of the {len(heads)} heads</summary>{''.join(heads)}</details>")
+    else:
+        out.append(_panel(strips_panel(field, looks), "a row for each head; darkest: its largest"))
+    return "\n".join(out)
+
+
+def _tiles(field: "Field", layer: LayerXRay, heat_HN: Tensor, *, first: bool) -> Iterator[str]:
+    assert field.picture_YXC is not None
+    if first:
+        yield f"<figure>{_image(shown_picture(field.picture_YXC, longer=168), 168)}<figcaption>as it is</figcaption></figure>"
+    mean_N = heat_HN.mean(0)
+    cells = "".join(
+        f'<span title="{escape(label)}: {share:.1%}"></span>'
+        for label, share in zip(field.labels, mean_N.tolist(), strict=True)
+    )
+    rows, columns = field.grid
+    yield (
+        f'<figure><div class="grid">{_image(overlay(field.picture_YXC, mean_N, field.grid, longer=168), 168)}'
+        f'<div style="grid-template:repeat({rows},1fr)/repeat({columns},1fr)">{cells}</div></div>'
+        f"<figcaption>mean of heads {float(mean_N.sum()):.0%}</figcaption></figure>"
+    )
+    numbers = layer.summary()
+    for h, heat_N in enumerate(heat_HN):
+        pixels = overlay(field.picture_YXC, heat_N, field.grid, longer=84)
+        hint = f"{layer.name}, head {h}: reads {numbers[h]['effective']:.1f} keys, evidence {numbers[h]['evidence']:.2f} nats"
+        yield (
+            f'<figure title="{escape(hint)}">{_image(pixels, 112)}'
+            f"<figcaption>head {h} {float(heat_N.sum()):.0%}</figcaption></figure>"
+        )
+
+
+def _shaded(field: "Field", share_N: Tensor, name: str) -> str:
+    strength_N = share_N / share_N.max().clamp(min=1e-12)
+    spans = "".join(
+        f'<span style="background:{_colour(strength)}" title="{label}: {share:.1%}">{label}</span>'
+        for label, share, strength in zip(
+            (escape(visible(label)) for label in field.labels), share_N.tolist(), strength_N.tolist(), strict=True
+        )
+    )
+    return f'<div class="text"><b>{escape(name)}</b><p>{spans}</p></div>'
+
+
+def _colour(strength: float) -> str:
+    return f"rgba(217,95,2,{0.75 * strength:.2f})"
+
+
+def _written(ray: "XRay", field: "Field") -> str:
+    """What is written against one field that was read."""
+    if ray.written is None:
+        return ""
+    looks = []
+    for layer in ray.layers:
+        part = ray.onto(layer, field.name)
+        if part is not None and bool(torch.isin(layer.query_T, ray.asked_N).any()):
+            looks.append((layer, part))
+    if not looks:
+        return ""
+    out = [f"<h2>{escape(ray.written.name)}, token by token, against {escape(field.name)}</h2>"]
+    if field.flat:
+        assert field.picture_YXC is not None
+        layer, part_HTN = looks[-1]
+        out.append(
+            f'<p class="note">{escape(layer.name)}, mean of the heads, when each token was about to be written.</p>'
+        )
+        labels = ray.written_labels[:MOST_ROWS]
+        figures = [
+            f"<figure>{_image(overlay(field.picture_YXC, part_HTN[:, i].mean(0), field.grid, longer=112), 112)}"
+            f"<figcaption>{escape(shown(label))}</figcaption></figure>"
+            for i, label in enumerate(labels)
+        ]
+        out.append(f'<div class="row">{"".join(figures)}</div>' + _more(len(ray.written_labels) - len(labels)))
+        return "\n".join(out)
+    out.append(
+        '<p class="note">Rows: what is written; columns: what is read. Darker: looked at more when the row was about to '
+        "be written. Point at a cell for its share.</p>"
+    )
+    for i, (layer, part_HTN) in enumerate(reversed(looks)):
+        tables = [_matrix(ray, field, part_HTN.mean(0), f"{layer.name}, mean of heads")]
+        tables += [_matrix(ray, field, part_TN, f"{layer.name}, head {h}") for h, part_TN in enumerate(part_HTN)]
+        if i == 0:
+            out.append(f"<h3>{escape(layer.name)}, mean of the heads</h3>{tables[0]}")
+            tables = tables[1:]
+        out.append(f"<details><summary>{escape(layer.name)}, by head</summary>{''.join(tables)}</details>")
+    return "\n".join(out)
+
+
+def _matrix(ray: "XRay", field: "Field", part_TN: Tensor, name: str) -> str:
+    """A table where it is small enough to be read, otherwise a picture."""
+    rows, columns = ([shown(label) for label in labels] for labels in (ray.written_labels, field.labels))
+    if part_TN.numel() > MOST_CELLS:
+        shade = (1 - part_TN / part_TN.max().clamp(min=1e-12)).numpy()
+        pixels = np.rint(255 * np.stack([shade**0.3, shade**0.8, shade], 2)).astype(np.uint8)
+        return f"<h3>{escape(name)}</h3>{_image(pixels, min(1000, 4 * pixels.shape[1]))}"
+    top = max(float(part_TN.max()), 1e-12)
+    head = "".join(f"<th><span>{escape(label)}</span></th>" for label in columns)
+    lines = []
+    for label, line in zip(rows, part_TN.tolist(), strict=True):
+        cells = "".join(
+            f'<td style="background:{_colour(share / top)}" title="{escape(label)} ← {escape(read)}: {share:.1%}"></td>'
+            for read, share in zip(columns, line, strict=True)
+        )
+        lines.append(f"<tr><th>{escape(label)}</th>{cells}</tr>")
+    table = f'<table class="matrix"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'<div class="scroll" title="{escape(name)}">{table}</div>' + (
+        "" if name.endswith("mean of heads") else _caption(name)
+    )
+
+
+def _caption(name: str) -> str:
+    return f'<p class="note">{escape(name)}</p>'
+
+
+def _heads(ray: "XRay") -> str:
+    rows = ray.table()
+    names = [name for name in HINTS if name != "mass" or any(abs(row["mass"] - 1) > 1e-6 for row in rows)]
+    low = {name: min(0.0, min(row[name] for row in rows)) for name in names}
+    top = {name: max(max(row[name] for row in rows), 1e-12) for name in names}
+    head = "".join(f'<th title="{escape(HINTS[name][1])}">{HINTS[name][0]}</th>' for name in names)
+    lines, last = [], None
+    for row in rows:
+        cells = "".join(
+            f'<td style="background:{_colour(0.6 * (row[name] - low[name]) / (top[name] - low[name]))}">{row[name]:.3g}</td>'
+            for name in names
+        )
+        first = ' class="first"' if row["layer"] != last else ""
+        lines.append(f"<tr{first}><td>{escape(row['layer'])}</td><td>{row['head']}</td>{cells}</tr>")
+        last = row["layer"]
+    return (
+        '<h2>The heads</h2><p class="note">Means over all queries of the layer. Point at a heading for what it says; '
+        "each column is shaded by itself.</p>"
+        f"<table><thead><tr><th>layer</th><th>head</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _mattered(ray: "XRay") -> str:
+    lines = []
+    for layer in ray.layers:
+        best = ray.mattered(layer)
+        if best:
+            said = "".join(_numbered(name, f"{change:.3g}") for name, change in best)
+            lines.append(f'<tr><td>{escape(layer.name)}</td><td class="left">{said}</td></tr>')
+    return (
+        '<h2>What if a token were absent</h2><p class="note">The keys without which the heads of a layer would have read '
+        "most differently, and by how much: |o<sub>-j</sub> - o| over all heads, mean of the rows that the answer is read "
+        "from. Exact for the layer alone: later layers are not run again.</p>"
+        f"<table>{''.join(lines)}</table>"
+        if lines
+        else ""
+    )
+
+
+def _memories(ray: "XRay") -> str:
+    out = []
+    for layer in ray.layers:
+        if layer.key_M is None:
+            usage_M = layer.usage_HM.sum(0)
+            idle = int((usage_M < 0.01 * usage_M.mean()).sum())
+            part_HM = layer.usage_HM / layer.usage_HM.max().clamp(min=1e-12)
+            rows = "".join(
+                f"<tr><th>head {h}</th>"
+                + "".join(
+                    f'<td style="background:{_colour(s)}" title="slot {j}: {n:.2f} queries"></td>'
+                    for j, (s, n) in enumerate(zip(part_HM[h].tolist(), layer.usage_HM[h].tolist(), strict=True))
+                )
+                + "</tr>"
+                for h in range(layer.heads)
+            )
+            out.append(
+                f"<h3>{escape(layer.name)}: {len(usage_M)} slots, {idle} of which this input hardly reads</h3>"
+                f'<div class="scroll"><table class="matrix">{rows}</table></div>'
+            )
+    return "<h2>Slots of the memory</h2>" + "".join(out) if out else ""
+
+
+def _lens(ray: "XRay") -> str:
+    """What the head would say after each layer."""
+    try:
+        seen = lens(ray.model, ray.task, ray.sample)
+    except ConfigError:  # features have no classes
+        return ""
+    best, p_LN = seen.best(), seen.probability_LNV.amax(-1)
+    stop = f"[{len(seen.classes) - 1}]" if ray.model.packer.head(ray.task).writes else ""
+    count = min(p_LN.shape[1], 40)
+    labels = ray.written_labels if len(ray.written_labels) == p_LN.shape[1] else [str(i) for i in range(p_LN.shape[1])]
+    head = "".join(f"<th>{escape(shown(label))}</th>" for label in labels[:count])
+    lines = []
+    for name, words, chances in reversed(list(zip(seen.layers, best, p_LN.tolist(), strict=True))):
+        cells = "".join(
+            f'<td style="background:{_colour(0.7 * p)}" title="{p:.1%}">{escape(ray.STOP if word == stop else shown(word))}</td>'
+            for word, p in list(zip(words, chances, strict=True))[:count]
+        )
+        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    return (
+        '<h2>Logit lens</h2><p class="note">What the head would say if the core ended after each layer; darker: surer '
+        f"(the last layer is at the top).</p><div class='scroll'><table><thead><tr><th>after</th>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{_more(p_LN.shape[1] - count)}"
+    )
+
+
+def _neighbours(ray: "XRay") -> str:
+    """What lies near the tokens of a text in its table of embeddings."""
+    out = []
+    for field in ray.reads:
+        embed = ray.model.embeds[field.kind]
+        if not field.text or not isinstance(embed, nn.Embedding) or embed.num_embeddings < SMALLEST_TABLE:
+            continue
+        tokenizer = ray.model.packer.tokenizers[field.kind]
+        tokens = ray.model.packer.encode(field.kind, ray.sample[field.name], "xray", field.name)
+        ids = list(dict.fromkeys(tokens.content.tolist()))[:12]
+        table_VD = embed.weight.detach().cpu()
+        found_NK, cosine_NK = neighbours(table_VD, ids, 5)
+        names = _pieces(tokenizer, [*ids, *found_NK.flatten().tolist()])
+        for i, (near, cosines) in enumerate(zip(found_NK.tolist(), cosine_NK.tolist(), strict=True)):
+            said = "".join(_numbered(names[j], f"{c:.2f}") for j, c in zip(near, cosines, strict=True))
+            out.append(f'<tr><td>{escape(names[ids[i]])}</td><td class="left">{said}</td></tr>')
+    return (
+        '<h2>Neighbours in the embedding</h2><p class="note">The tokens whose embeddings point most nearly the same way, with the '
+        f"cosine.</p><table>{''.join(out)}</table>"
+        if out
+        else ""
+    )
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
+    from multimodal.tokenizer import Tokens
+
+    return {i: visible(tokenizer.decode(Tokens(torch.tensor([i]), tokenizer.places(1)))) for i in ids}
+
+
+def _roles(ray: "XRay") -> str:
+    counted = roles(ray.model)
+    rows = "".join(
+        f'<tr><td>{escape(role)}</td><td>{count:,}</td><td>{count / max(counted.total, 1):.1%}</td><td class="left">'
+        f'<span class="bar" style="width:{round(220 * count / max(counted.total, 1))}px"></span></td></tr>'
+        for role, count in counted.counts.items()
+        if count
+    )
+    return f"<h2>Where the parameters are</h2><table>{rows}<tr class='first'><td>all</td><td>{counted.total:,}</td></tr></table>"
+
+
+def _glossary() -> str:
+    entries = "".join(f"<dt>{name}</dt><dd>{escape(hint)}</dd>" for name, hint in HINTS.values())
+    return (
+        "<h2>How to read this</h2><p>A head compares a query with keys. A key's share is the posterior of a mixture: its "
+        "prior (what its place says; a mask is a prior of 0) times its likelihood (the score), over the sum of these, the "
+        f"evidence. What is read is the mean of the keys' values under it.</p><dl>{entries}</dl>"
+    )
+
+
+def _numbered(name: str, number: str) -> str:
+    return f"<i>{escape(visible(name))} <span class='note'>{number}</span></i> "
+
+
+def _more(count: int) -> str:
+    return f'<p class="note">and {count} more</p>' if count > 0 else ""
+
+
+def _image(pixels: np.ndarray, width: int) -> str:
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format="PNG")
+    return f'<img width="{width}" alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _panel(panel: Panel, title: str) -> str:
+    data = base64.b64encode(panel_image(panel)).decode()
+    return f'<img class="wide" title="{escape(title)}" alt="" src="data:image/png;base64,{data}">'

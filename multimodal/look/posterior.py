@@ -1,0 +1,195 @@
+"""What the heads of one attention layer did, read off their posterior; every number is an identity, not a heuristic."""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import Read, Soft
+
+LEAST = math.log(torch.finfo(torch.float32).tiny)
+BLOCK = 2**22  # numbers that what is left without each key may hold at once
+
+
+@dataclass(frozen=True)
+class LayerXRay:
+    """What the heads of one attention layer did with the queries of one sample, in float64 on the CPU.
+
+    query_T: the row of the sample that each query is; key_M: that of each key, None where keys are slots of a memory.
+    log_prior_HTM is minus infinity where nobody may look. weight_HTM: what the values were weighed by; read_THK: what the layer
+    itself read. how: the layer's read; chosen_HT: the key that a hard read chose. factored: a factor that does not renormalise
+    was multiplied onto the posterior, as Luong et al. 2015, equation 10.
+    """
+
+    name: str
+    query_T: Tensor
+    key_M: Tensor | None
+    score_HTM: Tensor
+    log_prior_HTM: Tensor
+    weight_HTM: Tensor
+    value_MHK: Tensor
+    read_THK: Tensor
+    how: Read = field(default_factory=Soft)
+    chosen_HT: Tensor | None = None
+    factored: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.score_HTM.shape[0]
+
+    @property
+    def seen_HTM(self) -> Tensor:
+        """Which keys each query may look at."""
+        return self.log_prior_HTM > -math.inf
+
+    @cached_property
+    def log_joint_HTM(self) -> Tensor:
+        """log prior + log likelihood."""
+        return self.score_HTM + self.log_prior_HTM
+
+    @cached_property
+    def posterior_HTM(self) -> Tensor:
+        """softmax of the log joint; 0 for a query that sees nothing."""
+        return self.log_joint_HTM.softmax(-1).nan_to_num(0.0)
+
+    @cached_property
+    def factor_HTM(self) -> Tensor | None:
+        """What was multiplied onto the posterior without renormalising it; None: nothing."""
+        if not self.factored:
+            return None
+        posterior = self.log_joint_HTM.float().softmax(-1).nan_to_num(0.0).double()  # as the layer had it
+        return torch.where(posterior > 0, self.weight_HTM / posterior, 0.0)
+
+    @cached_property
+    def responsibility_HTM(self) -> Tensor:
+        """The posterior, times the factor where there is one; then the sum is `mass_HT` and not 1."""
+        return self.posterior_HTM if self.factor_HTM is None else self.posterior_HTM * self.factor_HTM
+
+    @property
+    def mass_HT(self) -> Tensor:
+        """Sum of the responsibilities: 1, less under a factor, 0 for a query that sees nothing."""
+        return self.responsibility_HTM.sum(-1)
+
+    @cached_property
+    def share_HTM(self) -> Tensor:
+        """Responsibilities brought to sum to 1."""
+        mass_HT1 = self.mass_HT[..., None]
+        return torch.where(mass_HT1 > 0, self.responsibility_HTM / mass_HT1, 0.0)
+
+    @cached_property
+    def effective_HT(self) -> Tensor:
+        """exp H(r): how many keys a query really reads; 1 is hard, the number of keys is averaging, 0 sees nothing."""
+        entropy_HT = torch.special.entr(self.share_HTM).sum(-1)
+        return torch.where(self.mass_HT > 0, entropy_HT.exp(), 0.0)
+
+    @cached_property
+    def evidence_HT(self) -> Tensor:
+        """LSE_j(log prior + score), in nats: log of what the memory expected this query to be, up to a constant of the layer."""
+        return self.log_joint_HTM.logsumexp(-1)
+
+    @property
+    def price_HT(self) -> Tensor:
+        """LSE - max >= 0, in nats: the gap of the bound when the likeliest key alone is read instead of the mean."""
+        return self.evidence_HT - self.log_joint_HTM.amax(-1)
+
+    @cached_property
+    def prior_variance_HT(self) -> Tensor:
+        """Var_j of the log-prior (and of a factor's logarithm) over the keys that may be seen: large where place decides."""
+        log_prior = self.log_prior_HTM
+        if self.factor_HTM is not None:
+            log_prior = log_prior + self.factor_HTM.log().clamp(min=LEAST)
+        return self._variance(log_prior)
+
+    @cached_property
+    def score_variance_HT(self) -> Tensor:
+        """Var_j of the score over the keys that may be seen: large where content decides (or a rotary place)."""
+        return self._variance(self.score_HTM)
+
+    def _variance(self, x_HTM: Tensor) -> Tensor:
+        seen, count = self.seen_HTM, self.seen_HTM.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(seen, x_HTM, 0.0).sum(-1, keepdim=True) / count
+        return (torch.where(seen, x_HTM - mean, 0.0).square() / count).sum(-1)
+
+    @property
+    def usage_HM(self) -> Tensor:
+        """N_k = sum_i r_ik: how many queries' worth of reading each key got (the sufficient statistic of EM)."""
+        return self.responsibility_HTM.sum(1)
+
+    @property
+    def answer_HTK(self) -> Tensor:
+        """What each query reads, in float64."""
+        weight = self.responsibility_HTM if isinstance(self.how, Soft) else self.weight_HTM
+        return weight @ self._value_HMK
+
+    @property
+    def _value_HMK(self) -> Tensor:
+        return self.value_MHK.transpose(0, 1)
+
+    @cached_property
+    def spread_HT(self) -> Tensor:
+        """sum_j r_j |v_j - o|^2, o the mean under r (brought to sum to 1): law of total variance; 0 where the values agree."""
+        value = self._value_HMK
+        mean_HTK = self.share_HTM @ value
+        # differences written out: products would lose digits where values agree
+        away_HTM = torch.cdist(mean_HTK, value, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return (self.share_HTM * away_HTM).sum(-1)
+
+    def without(self, head: int) -> Tensor:
+        """What each query of a head would read were one key absent, for each key: (T, M, K); NaN: it sees no other.
+
+        A soft read: o_-j = (o - r_j v_j) / (1 - r_j), no second pass (under a factor w_j v_j in the place of r_j v_j). That loses
+        digits as r_j nears 1, so for each query's largest, and for reads that are not soft, the rest is weighed anew.
+        """
+        joint_TM, value_MK = self.log_joint_HTM[head], self._value_HMK[head]
+        answer_TK = self.answer_HTK[head]
+        if isinstance(self.how, Soft):
+            r_TM, w_TM = self.posterior_HTM[head, ..., None], self.responsibility_HTM[head, ..., None]
+            out = (answer_TK[:, None] - w_TM * value_MK) / (1 - r_TM)
+            top_T = joint_TM.argmax(-1)
+            weight_TM = joint_TM.scatter(1, top_T[:, None], -math.inf).softmax(-1)
+            if self.factor_HTM is not None:
+                weight_TM = weight_TM * self.factor_HTM[head]
+            out[torch.arange(len(out)), top_T] = weight_TM @ value_MK
+        else:
+            out = answer_TK[:, None].repeat(1, len(value_MK), 1)
+            for j in range(len(value_MK)):
+                gone_TM = joint_TM.index_fill(1, torch.tensor([j]), -math.inf)
+                out[:, j] = self.how.weigh(gone_TM[None, None], False)[0, 0].to(value_MK.dtype) @ value_MK
+        seen_TM = self.seen_HTM[head]
+        others_TM = seen_TM.sum(-1, keepdim=True) - seen_TM.int()
+        return out.masked_fill((others_TM == 0)[..., None], math.nan)
+
+    @cached_property
+    def change_HTM(self) -> Tensor:
+        """|o_-j - o|: how far each query's read would move were key j absent; NaN: undefined, as it sees no other."""
+        keys, _, width = self.value_MHK.shape
+        parts = []
+        for rows in torch.arange(len(self.query_T)).split(max(1, BLOCK // (keys * width))):
+            part = self.only(rows)
+            moved = [part.without(h) - part.answer_HTK[h][:, None] for h in range(self.heads)]
+            parts.append(torch.stack([m.norm(dim=-1) for m in moved]))
+        return torch.cat(parts, 1)
+
+    def only(self, index_N: Tensor) -> "LayerXRay":
+        """The same for some of the queries."""
+        some = {name: getattr(self, name)[:, index_N] for name in ("score_HTM", "log_prior_HTM", "weight_HTM")}
+        chosen_HT = None if self.chosen_HT is None else self.chosen_HT[:, index_N]
+        rows = {"query_T": self.query_T[index_N], "read_THK": self.read_THK[index_N], "chosen_HT": chosen_HT}
+        return replace(self, **some, **rows)
+
+    def summary(self) -> list[dict[str, float]]:
+        """For each head the mean of its read-outs over the queries that see anything."""
+        sees_T = self.seen_HTM.any(-1).any(0)
+        numbers = {
+            "effective": self.effective_HT,
+            "evidence": self.evidence_HT,
+            "prior": self.prior_variance_HT,
+            "score": self.score_variance_HT,
+            "price": self.price_HT,
+            "spread": self.spread_HT,
+            "mass": self.mass_HT,
+        }
+        means = {name: x_HT[:, sees_T].mean(-1).tolist() for name, x_HT in numbers.items()}
+        return [{name: values[h] for name, values in means.items()} for h in range(self.heads)]

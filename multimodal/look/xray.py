@@ -1,0 +1,318 @@
+"""The X-ray: what every attention head did with one input, read off its posterior. Each number is an identity, not a heuristic.
+
+sample --one pass--> Trace --> LayerXRay of every attention layer --> pictures (drawing.py), a page (page.py)
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import Seen, Trace
+from multimodal.heads import Prediction
+from multimodal.look.layers import START, transformers
+from multimodal.look.posterior import LayerXRay
+from multimodal.model import Model
+from multimodal.shapes import ConfigError, did_you_mean
+from multimodal.stream import Stream
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the sample as tokens: the rows they are, a name for each, and what people see of it."""
+
+    name: str
+    kind: str
+    row_N: Tensor
+    labels: tuple[str, ...]
+    text: bool = False
+    written: bool = False
+    picture_YXC: Tensor | None = None
+    grid: tuple[int, int] = (1, 1)  # rows and columns of the tokens in the picture
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def flat(self) -> bool:
+        """Whether its tokens tile a picture in both directions."""
+        return self.picture_YXC is not None and self.grid[0] > 1
+
+
+@dataclass(frozen=True)
+class XRay:
+    """All attention layers of one pass over one sample.
+
+    fields: what was read, then the start of what is written, then what is written; asked_N: the rows that the task's head reads.
+    """
+
+    STOP: ClassVar[str] = "[stop]"
+
+    task: str
+    fields: dict[str, Field]
+    asked_N: Tensor
+    layers: tuple[LayerXRay, ...]
+    prediction: Prediction
+    model: Model = field(repr=False)
+    sample: Mapping[str, Any] = field(repr=False)
+
+    def __getitem__(self, name: str) -> LayerXRay:
+        """The layer of this name.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        names = [layer.name for layer in self.layers]
+        raise ConfigError(f"XRay: there is no layer {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}")
+
+    @property
+    def reads(self) -> list[Field]:
+        """The fields that were read."""
+        return [f for f in self.fields.values() if not f.written and f.name != START]
+
+    @property
+    def written(self) -> Field | None:
+        """What is written, if anything was."""
+        return next((f for f in self.fields.values() if f.written), None)
+
+    @property
+    def written_labels(self) -> list[str]:
+        """What each row that the head reads says: the tokens written, then the stop; "answer" of a head that answers at once."""
+        if self.written is None:
+            return ["answer"] if len(self.asked_N) == 1 else [str(i) for i in range(len(self.asked_N))]
+        return [*self.written.labels, self.STOP][: len(self.asked_N)]
+
+    def asked(self, layer: LayerXRay) -> Tensor:
+        """Which queries of a layer are rows that the task's head reads; all where none is: those of a core that only reads."""
+        (index_N,) = torch.isin(layer.query_T, self.asked_N).nonzero(as_tuple=True)
+        return index_N if len(index_N) else torch.arange(len(layer.query_T))
+
+    def onto(self, layer: LayerXRay, name: str) -> Tensor | None:
+        """Responsibilities (H, T, N) of the asked queries for the tokens of a field; None: this layer cannot look at it."""
+        if layer.key_M is None:
+            return None
+        row_N = self.fields[name].row_N
+        where_NM = row_N[:, None] == layer.key_M
+        if not bool(where_NM.any()):
+            return None
+        part = layer.responsibility_HTM[:, self.asked(layer)]
+        return part @ where_NM.double().T
+
+    def heat(self, layer: LayerXRay, name: str) -> Tensor | None:
+        """How much of each head's attention each token of a field got (H, N), averaged over the asked queries."""
+        part = self.onto(layer, name)
+        return None if part is None else part.mean(1)
+
+    def looking_at(self, name: str) -> Iterator[tuple[LayerXRay, Tensor]]:
+        """The layers that look at a field, with `heat`."""
+        for layer in self.layers:
+            if (heat_HN := self.heat(layer, name)) is not None:
+                yield layer, heat_HN
+
+    def key_label(self, layer: LayerXRay, key: int) -> str:
+        """The name of one key: 'text "cat"', 'image row 2, column 0', 'slot 7'."""
+        if layer.key_M is None:
+            return f"slot {key}"
+        row = int(layer.key_M[key])
+        for f in self.fields.values():
+            (index,) = (f.row_N == row).nonzero(as_tuple=True)
+            if len(index):
+                label = f.labels[int(index[0])]
+                return START if f.name == START else f"{f.name} {label!r}" if f.text else f"{f.name} {label}"
+        return f"row {row}"
+
+    def mattered(self, layer: LayerXRay, most: int = 5) -> list[tuple[str, float]]:
+        """The keys without which a layer would have read most differently: |o_-j - o| over all heads, mean of the asked queries.
+
+        A query that sees no other key has no such number, and is left out.
+        """
+        change_TM = layer.only(self.asked(layer)).change_HTM.square().sum(0).sqrt()
+        mean_M = change_TM.nanmean(0).nan_to_num(0.0)
+        best = mean_M.topk(min(most, len(mean_M)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(self.key_label(layer, j), change) for j, change in pairs if change > 0]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a head: layer, head, and the means of its read-outs over all queries of the layer."""
+        return [
+            {"layer": layer.name, "head": h, **numbers}
+            for layer in self.layers
+            for h, numbers in enumerate(layer.summary())
+        ]
+
+    def __str__(self) -> str:
+        """The table of heads in lines."""
+        rows = self.table()
+        width = max(len(row["layer"]) for row in rows)
+        lines = [f"{'layer':<{width}}  head  effective  evidence  prior var.  score var."]
+        for row in rows:
+            lines.append(
+                f"{row['layer']:<{width}}  {row['head']:>4}  {row['effective']:>9.2f}  {row['evidence']:>8.2f}"
+                f"  {row['prior']:>10.2f}  {row['score']:>10.2f}"
+            )
+        return "\n".join(lines)
+
+    def draw(self, path: str | Path) -> None:
+        """One picture (PNG) of all heads."""
+        from multimodal.look.drawing import draw
+
+        draw(self, path)
+
+    def page(self, path: str | Path) -> None:
+        """One HTML file that holds everything, for any browser, without a network."""
+        from multimodal.look.page import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+
+def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = None) -> XRay:
+    """Look through every attention layer while the model answers one sample.
+
+    answer: of a task that writes, what is written: a value of that kind; the model's own answer unless given.
+
+    Raises:
+        TaskError: there is no such task, or a field is missing. ConfigError: a model without attention; an answer for a task that
+        answers at once.
+    """
+    packer = model.packer
+    packer.check_task(task)
+    pattern, head = packer.patterns[task], packer.head(task)
+    if answer is not None and not head.writes:
+        raise ConfigError(
+            f"xray: task {task!r} is answered at once by {type(head).__name__}, which never sees an answer; leave answer= out"
+        )
+    sample = {f.name: sample[f.name] for f in pattern.reads if f.name in sample}
+    said = None
+    if answer is not None:
+        tokens = packer.encode(pattern.writes.kind, answer, "xray", pattern.answer)
+        said = Prediction(answer, math.nan, tokens=tokens)
+    elif head.writes:
+        said = model.predict(task, [sample])[0]
+    if said is not None and said.tokens is not None and len(said.tokens):
+        sample[pattern.answer] = said.tokens
+    trace = Trace()
+    with model.resting():
+        stream = model.pack(task, [sample], answers=pattern.answer in sample)
+        state_TD = model(stream, backend="dense", trace=trace)
+        if said is None:
+            r, tokenizer = stream.readings[task], packer.tokenizers[pattern.writes.kind]
+            logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths)
+            said = head.answer(logits, r.lengths, tokenizer)[0]
+    if not trace.seen:
+        raise ConfigError(
+            "xray: no layer of this model attends, so there is no posterior to look at; a core's block needs SelfAttention, "
+            "CrossAttention or PersistentMemory"
+        )
+    fields = _fields(model, task, sample, stream)
+    layers = _layers(model, trace, stream)
+    return XRay(task, fields, stream.readings[task].row_N.cpu(), layers, said, model, sample)
+
+
+def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]:
+    """One for every record of the trace, with the rows that its queries and keys are."""
+    core_of = {
+        id(module): name for name, core in transformers(model).items() for module in core.modules()
+    }  # reader and writer name their layers alike
+    total, read = stream.layout.spans[0].total, stream.layout.spans[0].read
+    ranges = {"": range(total), "reader": range(read), "writer": range(read, total)}
+    found: list[LayerXRay] = []
+    for seen in trace.seen:
+        core = core_of[id(seen.mechanism)]
+        queries = torch.tensor(ranges[core])
+        count = seen.value_BMHK.shape[1]
+        kind = seen.name.rsplit(" ", 1)[-1]
+        keys = {"memory": None, "cross": torch.arange(read - count, read)}.get(kind, queries)
+        title = f"{core} {seen.name}".strip()
+        again = sum(layer.name == title or layer.name.startswith(f"{title} (") for layer in found)
+        found.append(_layer(seen, f"{title} ({again + 1})" if again else title, queries, keys))
+    return tuple(found)
+
+
+def _layer(seen: Seen, name: str, query_T: Tensor, key_M: Tensor | None) -> LayerXRay:
+    def alone(x: Tensor) -> Tensor:
+        return x[0].detach().double().cpu()
+
+    assert seen.mechanism is not None
+    return LayerXRay(
+        name,
+        query_T,
+        key_M,
+        alone(seen.score_BHTM),
+        alone(seen.log_prior_BHTM),
+        alone(seen.weight_BHTM),
+        alone(seen.value_BMHK),
+        alone(seen.read_BTHK),
+        seen.mechanism.read,
+        None if seen.choice is None else seen.choice.key_BHT[0].cpu(),
+        bool(seen.mechanism.factors),
+    )
+
+
+def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) -> dict[str, Field]:
+    """The sample's fields in the order of its rows."""
+    packer = model.packer
+    pattern, head = packer.patterns[task], packer.head(task)
+    fields: dict[str, Field] = {}
+    start = 0
+    for f in pattern.reads:
+        if sample[f.name] is not None:
+            tokens = packer.encode(f.kind, sample[f.name], "xray", f.name)
+            fields[f.name] = _field(f.name, f.kind, packer.tokenizers[f.kind], tokens, start, written=False)
+            start += len(tokens)
+    if head.queries:
+        rows = torch.arange(start, start + head.queries)
+        fields[START] = Field(START, START, rows, (START,) * head.queries)
+        start += head.queries
+    if pattern.answer in sample and head.writes:
+        kind, tokens = pattern.writes.kind, sample[pattern.answer]
+        fields[pattern.answer] = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)
+        start += len(tokens)
+    assert start == len(stream)
+    return fields
+
+
+def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> Field:
+    tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
+    picture_YXC = tokenizer.picture(tokens)
+    rows = len(tokens.position_NA[:, 1].unique())
+    whole = len(tokens) % rows == 0  # a written picture may stop in the middle of a row
+    return Field(
+        name,
+        kind,
+        torch.arange(start, start + len(tokens)),
+        tuple(_labels(tokenizer, tokens)),
+        tokenizer.text,
+        written,
+        picture_YXC.detach().float().clamp(0, 1) if picture_YXC is not None and whole else None,
+        (rows, len(tokens) // rows),
+    )
+
+
+def _labels(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
+    """A short name for each token: its piece of text, its row and column, its time, its class."""
+    position = tokens.position_NA
+    if tokenizer.text:
+        return [_piece(tokenizer, tokens, i) for i in range(len(tokens))]
+    if bool(position[:, 1:].any()):
+        return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
+    if tokenizer.classes and tokenizer.vocab_size is not None:
+        return [
+            str(tokenizer.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
+        ]
+    if tokenizer.vocab_size is not None:
+        return [str(i) for i in tokens.content.tolist()]
+    return [f"at {time:.4g}" for time, _, _ in position.tolist()]
+
+
+def _piece(tokenizer: Tokenizer, tokens: Tokens, i: int) -> str:
+    """The text of one token; a part of a character that has no text of its own is a dot."""
+    text = tokenizer.decode(Tokens(tokens.content[i : i + 1], tokens.position_NA[i : i + 1]))
+    return text.replace("\ufffd", "·") or "·"

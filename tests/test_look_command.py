@@ -1,0 +1,95 @@
+"""`multimodal look`: files, a table of heads, and errors that say what to do."""
+
+import json
+
+import numpy as np
+import pytest
+
+import multimodal as mm
+from multimodal.cli import main
+from multimodal.layers import MLP, Recurrent
+from multimodal_tokenizers import ImagePatches, Labels, TextBytes
+
+CORE = mm.Core(width=16, depth=2, heads=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("look")
+    tokenizers = {"image": ImagePatches(patch=2, channels=1), "label": Labels(("a", "b")), "text": TextBytes()}
+    mm.Model(tokenizers, CORE, ["image -> label", "image -> text"]).save(folder / "model")
+    np.save(folder / "seven.npy", np.random.default_rng(0).random((4, 6), dtype=np.float32))
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["look", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_it_writes_a_picture_and_a_page_and_prints_the_heads(checkpoint, tmp_path, capsys):
+    arguments = (
+        checkpoint,
+        "--image",
+        checkpoint / "seven.npy",
+        "--task",
+        "image -> label",
+        "--out",
+        tmp_path / "looks",
+    )
+    code, out, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("image -> label  → ")
+    assert lines[2].split() == ["layer", "head", "effective", "evidence", "prior", "var.", "score", "var."]
+    rows = [line.split() for line in lines[3:7]]
+    assert [row[:4] for row in rows] == [["block", str(b), "self", str(h)] for b in (1, 2) for h in range(2)]
+    assert all(1 <= float(row[4]) <= 7 for row in rows)  # of six patches and the start
+    assert lines[8:] == [f"picture  {tmp_path / 'looks' / 'xray.png'}", f"page     {tmp_path / 'looks' / 'xray.html'}"]
+    assert (tmp_path / "looks" / "xray.png").read_bytes().startswith(b"\x89PNG")
+    assert "</html>" in (tmp_path / "looks" / "xray.html").read_text(encoding="utf-8")
+    run(capsys, *arguments)  # nothing is overwritten
+    assert (tmp_path / "looks" / "xray-2.png").is_file()
+    assert (tmp_path / "looks" / "xray-2.html").is_file()
+
+
+def test_a_given_answer_is_looked_at_as_json(checkpoint, tmp_path, capsys):
+    code, out, _ = run(
+        capsys,
+        *(checkpoint, "--image", checkpoint / "seven.npy", "--task", "image->text"),
+        *("--answer", "xyz", "--json", "--out", tmp_path),
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert found["task"] == "image -> text"
+    assert len(found["heads"]) == 4
+    assert found["files"] == [str(tmp_path / "xray.png"), str(tmp_path / "xray.html")]
+    assert "xyz" in (tmp_path / "xray.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "IT"], "several tasks read image; choose one with --task"),
+        (["--img", "IT"], "no task reads just img; did you mean 'image'?"),
+        (["--image", "IT", "--task", "image -> labels"], "there is no task 'image -> labels'"),
+        (["--task", "image -> label"], "also reads --image; give it too"),
+        (["--image", "IT", "--words", "w", "--task", "image -> label"], "--words: task 'image -> label' reads --image"),
+        (["--image", "IT", "--task", "image -> label", "--answer", "a"], "answered at once by Classify"),
+        (["--image", "nowhere.png", "--task", "image -> label"], "--image: "),
+    ],
+)
+def test_errors(checkpoint, tmp_path, capsys, arguments, message):
+    arguments = [str(checkpoint / "seven.npy") if a == "IT" else a for a in arguments]
+    code, _, err = run(capsys, checkpoint, *arguments, "--out", tmp_path)
+    assert code == 2
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_attention(tmp_path, capsys):
+    core = CORE.replace(block=(Recurrent(), MLP()))
+    mm.Model({"text": TextBytes(), "label": Labels(("a", "b"))}, core, ["text -> label"]).save(tmp_path / "model")
+    code, _, err = run(capsys, tmp_path, "--text", "some", "--out", tmp_path / "o")
+    assert code == 2
+    assert "no layer of this model attends" in err
