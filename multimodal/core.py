@@ -255,7 +255,7 @@ class Transformer(nn.Module):
         """Number the layers that keep something in a cache, and name the mechanisms for the trace."""
         counts = {"keys": 0, "memory": 0, "state": 0}
         width = self.core.width
-        for depth, block in enumerate(self.blocks):
+        for depth, block in enumerate(self.blocks, 1):
             assert isinstance(block, Block)
             for sublayer in block.layers:
                 assert isinstance(sublayer, Sublayer)

@@ -1,54 +1,42 @@
 """Learned components that nothing uses are taken out of a trained model: what `PersistentMemory` holds and usage says is empty."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from multimodal.attention import MixingWeights, Trace
+from multimodal.attention import MixingWeights
 from multimodal.core import Core
 from multimodal.declare import override
 from multimodal.layers import PersistentMemory
 from multimodal.layers.attend import _Persistent
+from multimodal.look import Usage
 from multimodal.masks import Prior, Sum
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 
 
-def usage(model: Model, data: Mapping[str, Sequence[Any]]) -> list[Tensor]:
-    """N_k of each memory layer: how many tokens of these samples, by task, each component answers for, on average of the heads."""
-    counts: list[Tensor] = []
-    with model.resting():
-        for task, samples in data.items():
-            for sample in samples:
-                trace = Trace()
-                model(model.pack(task, [sample], answers=False), trace=trace)
-                seen = [
-                    s.log_joint_BHTM.softmax(-1).mean(1).sum((0, 1)) for s in trace.seen if s.name.endswith("memory")
-                ]
-                counts = [a + b for a, b in zip(counts, seen, strict=True)] if counts else seen
-    if not counts:
-        raise ConfigError("usage: this model has no PersistentMemory, or there are no samples")
-    return counts
+def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Model:
+    """A model without the components that answer for fewer than `below` tokens; every other weight is the same.
 
-
-def pruned(model: Model, data: Mapping[str, Sequence[Any]], *, below: float = 1.0) -> Model:
-    """A model without the components that answer for fewer than `below` tokens of these samples; every other weight is the same.
-
-    The layers of one declaration stay equally large: each keeps its most used ones, as many as the fullest of them needs.
+    used: what `multimodal.look.usage` counted. The layers of one declaration stay equally large: each keeps its most used
+    components, as many as the fullest of them needs.
 
     Raises:
-        ConfigError: a core that is not a single `Core` with a `PersistentMemory`.
+        ConfigError: a core that is not a single `Core`, or counts of another model.
     """
     core = model.core.core
     if not isinstance(core, Core):
         raise ConfigError(f"pruned: the core is {type(core).__name__}; only a single Core can be pruned")
-    counts = usage(model, data)
+    counts = [layer.usage_HM.mean(0) for layer in used.values()]
     places = [i for i, layer in enumerate(core.block) if isinstance(layer, PersistentMemory)]
+    if len(counts) != len(places) * core.depth or not counts:
+        raise ConfigError(
+            f"pruned: this model has {len(places) * core.depth} memories, and there are counts of {len(counts)}; give what "
+            "multimodal.look.usage says of this model"
+        )
     sizes = {}
-    for n, place in enumerate(places):  # the trace goes block after block
+    for n, place in enumerate(places):  # block after block
         sizes[place] = max(1, *(int((N_k >= below).sum()) for N_k in counts[n :: len(places)]))
     block = tuple(
         dataclasses.replace(layer, slots=sizes[i], prior=_resized(layer.prior, sizes[i]))
@@ -60,20 +48,16 @@ def pruned(model: Model, data: Mapping[str, Sequence[Any]], *, below: float = 1.
         model.packer.tokenizers, override(core, block=block), list(model.tasks.values()), seed=model.seed
     ).to(model.device)
     state = model.state_dict()
-    bodies = [
-        (name, body, body.key_MGK.shape[0]) for name, body in smaller.named_modules() if isinstance(body, _Persistent)
-    ]
-    for (name, _, size), N_k in zip(bodies, counts, strict=True):
-        keep = torch.argsort(N_k, descending=True)[:size].sort().values
-        for key, value in state.items():
-            if key in (f"{name}.key_MGK", f"{name}.value_MGK"):
-                state[key] = value[keep]
-            elif (
-                key.startswith(f"{name}.mechanism.prior_weights.")
-                and key.endswith(".table")
-                and value.shape[1] == len(N_k)
-            ):
-                state[key] = value[:, keep]
+    bodies = [(name, body) for name, body in model.named_modules() if isinstance(body, _Persistent)]
+    for (name, body), N_k, layer in zip(bodies, counts, [block[i] for i in places] * core.depth, strict=True):
+        assert isinstance(layer, PersistentMemory)
+        keep = torch.argsort(N_k, descending=True)[: layer.slots].sort().values
+        for key in (f"{name}.key_MGK", f"{name}.value_MGK"):
+            state[key] = state[key][keep]
+        for n, prior in enumerate(body.mechanism.priors):
+            if isinstance(prior, MixingWeights):
+                key = f"{name}.mechanism.prior_weights.{n}.table"
+                state[key] = state[key][:, keep]
     smaller.load_state_dict(state)
     return smaller.train(model.training)
 

@@ -58,15 +58,21 @@ class Hard(Read):
 
     Learned with the score-function gradient: reward is the log-likelihood of what is written from there on, less a moving average
     of it (their equation 12). expected: the share of samples that read the mean instead, which makes it learn; entropy: the bonus
-    on the posterior's entropy, in nats.
+    on the posterior's entropy, in nats; weight: of the reward (their lambda_r; below 1 the noise weighs less beside the loss).
+    ahead: how many tokens from its own on reward a choice; 1 is exact where a choice reaches its own token only, and has far less
+    noise; None: all that come.
     """
 
     expected: float = 0.5
     entropy: float = 0.01
+    weight: float = 1.0
+    ahead: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.expected <= 1:
             raise ConfigError(f"Hard: expected={self.expected} is not in 0 to 1")
+        if self.ahead is not None and self.ahead < 1:
+            raise ConfigError(f"Hard: ahead={self.ahead} rewards nothing; use 1 or more, or None for all that comes")
 
     def weights(self) -> nn.Module:
         return _Baseline()

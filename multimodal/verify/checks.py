@@ -198,7 +198,9 @@ def _logits(
     for task, logits in model.logits(stream, backend=backend).items():
         reading = stream.readings[task]
         for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
-            found[order[sample]] = part[:, ~torch.isneginf(part).all(0)]  # a pointer's own, not what its neighbours read
+            found[order[sample]] = part[
+                :, ~torch.isneginf(part).all(0)
+            ]  # a pointer's own, not what its neighbours read
     return [found[i] for i in range(len(batch))]
 
 
