@@ -234,7 +234,9 @@ def test_cosine_score_is_the_cosine_of_each_pair():
 
 def layer_and_mha(rule: Rule, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
     width, heads = 24, 4
-    ours = Attention(width, heads, heads, Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads), qk_norm=False)
+    ours = Attention(
+        width, heads, heads, Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads), qk_norm=False
+    )
     theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)

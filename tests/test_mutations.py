@@ -64,7 +64,7 @@ def test_a_name_stands_for_all_its_parameters_and_no_other_test():
     assert not mutations.among("a.py::test_x", {"a.py::test_xy", "a.py::test_y[1]"})
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_mutation_is_caught_on_a_copy_and_the_tree_is_left_alone():
     before = (ROOT / "multimodal" / "layers" / "base.py").read_text(encoding="utf-8")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
