@@ -388,8 +388,8 @@ SCORES = (
         "Luong global (location) 19.3",
         Bar("n=8 align forward", ">=", 0.95),
         Bar("n=8 align backward", "<=", 0.5),
-        notes="that it fails backwards is the point: it does not look at the keys, and is not told the length (told by the reader's "
-        "last state, it aligned backwards as well, 1.00)",
+        notes="that it fails backwards is the point: it does not look at the keys, and is not told the length (told by the "
+        "reader's last state, it aligned backwards as well, 1.00)",
     ),
     _strip("general", "general attention", "6.4", "Score", "local-p (general) 20.9"),
     _strip("dot", "dot-product attention", "6.5", "Score", "global (dot) 20.5"),
@@ -432,8 +432,8 @@ SCORES = (
         Bar("n=8 align forward", ">=", 0.95),
         Bar("n=12 string forward", ">=", 0.4),
         Bar("n=8 align backward", "<=", 0.25),
-        notes="right forwards and wrong backwards: both halves are the row. Its reader sees each cell alone, with rotary places: states "
-        "of a GRU tell of their neighbours, and one of those was read instead (strings .79, alignment .125)",
+        notes="right forwards and wrong backwards: both halves are the row. Its reader sees each cell alone, with rotary "
+        "places: states of a GRU tell of their neighbours, and one of those was read instead (strings .79, alignment .125)",
     ),
     _strip(
         "local-p",

@@ -58,8 +58,8 @@ class Attention(nn.Module):
             q = F.linear(stream_TD, q_rows)
             k, v = F.linear(memory[0], torch.cat([k_rows, v_rows])).split(sizes[1:], -1)
             k_turns = memory[1]
-        q_THK, k_TGK = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1))
-        v_TGK = v.unflatten(-1, (self.kv_heads, -1))
+        q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
+        v_TGK = v.view(len(v), self.kv_heads, self.value_width)
         q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
         if self.turned and turns is not None and k_turns is not None:
             q_THK, k_TGK = rotate(q_THK, turns), rotate(k_TGK, k_turns)

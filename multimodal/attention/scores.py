@@ -77,10 +77,10 @@ class DotProduct(Factored):
 
 @dataclass(frozen=True)
 class General(Factored):
-    """q W k with a matrix for each head: Luong et al. 2015, section 3.1. The matrix is folded into the query."""
+    """q W k with a matrix for each head: Luong et al. 2015, section 3.1. The matrix is folded into the query, and starts as 1."""
 
     def weights(self, heads: int, width: int) -> nn.Module:
-        return _Matrix(heads, width, width)
+        return _Matrix(torch.eye(width).repeat(heads, 1, 1))
 
     def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
         return torch.einsum("bthk,hkj->bthj", q_BTHK, weights.matrix.to(q_BTHK.dtype)), k_BMGK, 1.0
@@ -148,7 +148,7 @@ class LocationBased(Factored):
         _check_positive(self, "places")
 
     def weights(self, heads: int, width: int) -> nn.Module:
-        return _Matrix(heads, width, self.places)
+        return _Matrix(torch.randn(heads, width, self.places) * width**-0.5)
 
     def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
         order_BM = order_BM.expand(k_BMGK.shape[:2]).long()
@@ -185,9 +185,9 @@ class Additive(Score):
 
 
 class _Matrix(nn.Module):
-    def __init__(self, heads: int, rows: int, columns: int) -> None:
+    def __init__(self, start: Tensor) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(torch.randn(heads, rows, columns) * rows**-0.5)
+        self.matrix = nn.Parameter(start)
 
 
 class _LogScale(nn.Module):
