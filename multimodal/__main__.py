@@ -1,6 +1,8 @@
 """`python -m multimodal` is the command line."""
 
+import sys
+
 from multimodal.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,8 +22,9 @@ from multimodal.attention import (
     Trace,
     plan_attention,
 )
-from multimodal.declare import Declared, override
+from multimodal.declare import Declared, check_part, override
 from multimodal.layers import MLP, Context, CrossAttention, Layer, SelfAttention, Sublayer
+from multimodal.layers.attend import check_parts
 from multimodal.masks import PREFIX_LM, Prior, Rule
 from multimodal.norm import RMSNorm
 from multimodal.positions import rotary_frequencies, rotary_turns
@@ -76,10 +77,14 @@ class Core(Declared):
                 raise ConfigError(f"Core: {name}={getattr(self, name)} is not in 0 to 1")
         if len(self.rotary_split) != 3 or len(self.rotary_base) != 3 or min(self.rotary_split) < 0:
             raise ConfigError("Core: rotary_split and rotary_base give one number each for time, row and column")
-        if not isinstance(self.block, tuple) or not self.block or not all(isinstance(x, Layer) for x in self.block):
+        if not isinstance(self.block, tuple) or not self.block:
             raise ConfigError(
                 f"Core: block={self.block!r} must be a tuple of layers, such as (SelfAttention(), MLP()), one at least"
             )
+        for layer in self.block:
+            check_part("Core: block", layer, Layer, "SelfAttention()")
+        check_part("Core: mask", self.mask, Rule, "Window(64)")
+        check_parts("Core", self.score, self.prior, self.read)
 
     @property
     def head_width(self) -> int:

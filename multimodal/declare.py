@@ -76,14 +76,27 @@ def find(name: str) -> type[Declared]:
             )
         return found
     raise CheckpointError(
-        f"{name!r} is not installed; installed are: {', '.join(sorted(installed)) or 'none'}. "
-        "Install the package that offers it as an entry point, or import the module that defines it first."
+        f"{name!r} is not installed: install the package that offers it as an entry point, or import the module that defines it "
+        f"first (on the command line: --plugin). Installed are: {', '.join(sorted(installed)) or 'none'}"
     )
 
 
 def alias(name: str, cls: type[Declared]) -> None:
     """Let `find` take this class for another name too: a script's classes were saved under '__main__:Name'."""
     _defined.setdefault(name, cls)
+
+
+def check_part(where: str, part: Any, kind: type[Declared], example: str) -> None:
+    """Raises a ConfigError unless `part` is a declaration of this kind, made by its constructor and frozen; `where` names it."""
+    if not isinstance(part, kind):
+        shown = part.__name__ if isinstance(part, type) else repr(part)
+        call = "; call it" if isinstance(part, type) and issubclass(part, kind) else ""
+        raise ConfigError(f"{where}={shown} is no {kind.__name__}{call}; give one such as {example}")
+    settings = type(part).__dict__.get("__dataclass_params__")
+    if settings is None or not settings.frozen:
+        raise ConfigError(
+            f"{where}: {type(part).__name__} is no frozen dataclass and could not be saved; write @dataclass(frozen=True) above it"
+        )
 
 
 def override(part: _Part, **changes: Any) -> _Part:

@@ -631,7 +631,7 @@ def test_places_turn_what_is_compared_by_direction_and_nothing_else(score):
             ConfigError,
             r"Gated: a stream of width 16 and an update of 7 do not add up",
         ),
-        (lambda: core_of(mm.MLP(), "attention"), ConfigError, r"must be a tuple of layers"),  # type: ignore[arg-type]
+        (lambda: core_of(mm.MLP(), "attention"), ConfigError, r"is no Layer"),  # type: ignore[arg-type]
         (lambda: replace(BAHDANAU, last=0), ConfigError, r"last=0 leaves nothing to look at"),
         (
             lambda: mm.EncoderDecoder(reader=core_of(), writer=core_of(mm.Recurrent())),

@@ -186,3 +186,69 @@ def test_they_are_what_they_say():
     weights = ours.weights(2, 4)
     torch.testing.assert_close(ours.log_likelihood(q, k, weights), theirs.log_likelihood(q, k), atol=1e-5, rtol=0)
     assert v.shape == k.shape
+
+
+@dataclass(frozen=True)
+class Sideways(mm.Score):
+    """A beginner's slip: the axes of queries and heads are mixed up."""
+
+    def log_likelihood(self, q_BTHK, k_BMHK, weights):
+        return torch.einsum("bthk,bmhk->bthm", q_BTHK, k_BMHK)
+
+
+@dataclass(frozen=True)
+class Narrow(mm.Read):
+    def weigh(self, log_joint_BHTM, training):
+        return log_joint_BHTM.softmax(-1)[..., 0]
+
+
+@dataclass
+class Thawed(mm.Factored):
+    def features(self, q_BTHK, k_BMGK, weights):
+        return q_BTHK, k_BMGK, 1.0
+
+
+class Undeclared(mm.Factored):
+    def features(self, q_BTHK, k_BMGK, weights):
+        return q_BTHK, k_BMGK, 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": mm.Cosine}, r"Core: score=Cosine is no Score; call it; give one such as Cosine\(\)"),
+        ({"score": "cosine"}, r"Core: score='cosine' is no Score; give one such as Cosine\(\)"),
+        ({"score": mm.ALiBi()}, r"Core: score=ALiBi\(\) is no Score"),
+        ({"prior": mm.Cosine()}, r"Core: prior=Cosine\(.*\) is no Prior; give one such as ALiBi\(\)"),
+        ({"read": mm.Soft}, r"Core: read=Soft is no Read; call it"),
+        ({"mask": mm.ALiBi()}, r"Core: mask=ALiBi\(\) is no Rule; give one such as Window\(64\)"),
+        ({"block": (mm.MLP,)}, r"Core: block=MLP is no Layer; call it"),
+        ({"score": Thawed()}, r"Core: score: Thawed is no frozen dataclass.* write @dataclass\(frozen=True\) above it"),
+        ({"score": Undeclared()}, r"Core: score: Undeclared is no frozen dataclass"),
+    ],
+)
+def test_what_is_no_such_part_is_refused_when_it_is_declared(settings, message):
+    with pytest.raises(mm.ConfigError, match=message):
+        mm.Core(width=16, depth=1, heads=2, **settings)
+
+
+def test_layers_refuse_them_too():
+    with pytest.raises(mm.ConfigError, match="SelfAttention: score=Cosine is no Score; call it"):
+        mm.SelfAttention(score=mm.Cosine)  # type: ignore[arg-type]
+    with pytest.raises(mm.ConfigError, match="CrossAttention: merge=Add is no Merge; call it"):
+        mm.CrossAttention(merge=mm.Add)  # type: ignore[arg-type]
+    with pytest.raises(mm.ConfigError, match="SelfAttention: heads=0 must be at least 1"):
+        mm.SelfAttention(heads=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": Sideways()}, r"Sideways.log_likelihood gave \(1, 4, 2, 4\); wanted is .* = \(1, 2, 4, 4\)"),
+        ({"read": Narrow()}, r"Narrow.weigh gave \(1, 2, 4\); wanted is .* = \(1, 2, 4, 4\)"),
+    ],
+)
+def test_a_part_with_its_axes_mixed_up_says_which_were_wanted(settings, message):
+    model = mm.Model({"text": TextBytes()}, mm.Core(width=16, depth=1, heads=2, **settings), ["-> text"])
+    with pytest.raises(mm.ShapeError, match=message):
+        model.loss(model.pack("-> text", [{"text": "abc"}]))

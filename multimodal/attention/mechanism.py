@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from multimodal.attention.reads import Choice, Read, Soft, mean_of
 from multimodal.attention.scores import Factored, Score
 from multimodal.masks import Pairs, Prior
-from multimodal.shapes import ConfigError
+from multimodal.shapes import ConfigError, ShapeError
 
 BLOCK = 2**24  # numbers that a block of queries may hold at once, where pairs are written out
 
@@ -122,9 +122,12 @@ class Mechanism(nn.Module):
 
     def _written_out(self, q_BTHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, pairs: Pairs, trace: Trace | None) -> Tensor:
         score = self.score.log_likelihood(q_BTHK, k_BMHK, self.score_weights)
+        wanted = (len(q_BTHK), q_BTHK.shape[2], q_BTHK.shape[1], k_BMHK.shape[1])
+        _check(self.score, "log_likelihood", score, wanted)
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         log_prior, empty = self._log_prior(pairs, q_BTHK)
         log_joint = score + log_prior
+        _check(self.prior, "log_prior", log_joint, wanted)
         read, weight, choice = self.read.read(log_joint, v_BMHK, self.training)
         if self.factors:
             weight = (
@@ -158,6 +161,13 @@ class Mechanism(nn.Module):
             total = total.masked_fill(closed[:, None], -math.inf)
         empty = (total == -math.inf).all(-1, keepdim=True)
         return total.masked_fill(empty, 0.0), empty
+
+
+def _check(part: object, method: str, found: Tensor, wanted: tuple[int, ...]) -> None:
+    if found.shape != wanted:
+        raise ShapeError(
+            f"{type(part).__name__}.{method} gave {tuple(found.shape)}; wanted is (samples, heads, queries, keys) = {wanted}"
+        )
 
 
 def _rows_of(pairs: Pairs, rows: slice) -> Pairs:

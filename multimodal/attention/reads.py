@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError
+from multimodal.shapes import ConfigError, ShapeError
 
 
 class Choice(NamedTuple):
@@ -36,6 +36,11 @@ class Read(Declared, ABC):
     def read(self, log_joint_BHTM: Tensor, v_BMHK: Tensor, training: bool) -> tuple[Tensor, Tensor, Choice | None]:
         """(what is read (B, T, H, K), the weights, what was chosen)."""
         weight_BHTM = self.weigh(log_joint_BHTM, training)
+        if weight_BHTM.shape != log_joint_BHTM.shape:
+            raise ShapeError(
+                f"{type(self).__name__}.weigh gave {tuple(weight_BHTM.shape)}; wanted is (samples, heads, queries, keys) = "
+                f"{tuple(log_joint_BHTM.shape)}"
+            )
         return mean_of(v_BMHK, weight_BHTM), weight_BHTM, None
 
 

@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import Attention, Mechanism, Read, Score, everyone
+from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge
 from multimodal.masks import Pairs, Prior
 from multimodal.shapes import ConfigError
+
+
+def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read | None) -> None:
+    """Raises a ConfigError unless each is what it should be, or None."""
+    if score is not None:
+        check_part(f"{where}: score", score, Score, "Cosine()")
+    if prior is not None:
+        check_part(f"{where}: prior", prior, Prior, "ALiBi()")
+    if read is not None:
+        check_part(f"{where}: read", read, Read, "Soft()")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +36,14 @@ class _Attend(Layer):
     value_width: int | None = None
     out: int | None = None
     merge: Merge = field(default_factory=Add)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_parts(name, self.score, self.prior, self.read)
+        check_part(f"{name}: merge", self.merge, Merge, "Add()")
+        for size in ("heads", "kv_heads", "key_width", "value_width", "out"):
+            if (given := getattr(self, size)) is not None and given < 1:
+                raise ConfigError(f"{name}: {size}={given} must be at least 1, or None for the core's")
 
     def keys(self, core: CoreSettings) -> Keys | None:
         heads = self._groups(core)

@@ -90,7 +90,7 @@ def fit(
     optimizer = make_optimizer(model, recipe, device)
     schedule = CosineLRScheduler(
         optimizer,
-        t_initial=recipe.steps,
+        t_initial=max(recipe.steps, 2),  # of a single step it would warn that there is nothing to anneal
         lr_min=recipe.lr * recipe.final_lr,
         warmup_t=round(recipe.steps * recipe.warmup),
         warmup_prefix=False,
