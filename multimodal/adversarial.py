@@ -50,14 +50,17 @@ class Players:
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.discriminator_optimizer.step()
-        self.discriminator.requires_grad_(False)
+        learning = [p for p in self.discriminator.parameters() if p.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
         try:
             against = generator_loss(self.discriminator(self.generator(noise(len(real)))).flatten())
             self.generator_optimizer.zero_grad(set_to_none=True)
             against.backward()
             self.generator_optimizer.step()
         finally:
-            self.discriminator.requires_grad_(True)
+            for parameter in learning:
+                parameter.requires_grad_(True)
         return float(loss.detach()), float(against.detach())
 
 

@@ -84,7 +84,9 @@ class Core(Declared):
         for layer in self.block:
             check_part("Core: block", layer, Layer, "SelfAttention()")
         check_part("Core: mask", self.mask, Rule, "Window(64)")
-        check_parts("Core", self.score, self.prior, self.read)
+        check_part("Core: score", self.score, Score, "Cosine()")
+        check_part("Core: read", self.read, Read, "Soft()")
+        check_parts("Core", None, self.prior, None)
 
     @property
     def head_width(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Backend, Cache, Layout, Span, Trace, plan_cross_attention
 from multimodal.core import Core, Crossing, Transformer
-from multimodal.declare import Declared, override
+from multimodal.declare import Declared, check_part, override
 from multimodal.masks import Places
 from multimodal.norm import RMSNorm
 from multimodal.shapes import ConfigError, StreamError
@@ -34,6 +34,8 @@ class EncoderDecoder(Declared):
     last: int | None = None
 
     def __post_init__(self) -> None:
+        check_part("EncoderDecoder: reader", self.reader, Core, "Core.small()")
+        check_part("EncoderDecoder: writer", self.writer, Core, "Core.small()")
         if self.reader.width != self.writer.width:
             raise ConfigError(
                 f"EncoderDecoder: reader has width={self.reader.width} and writer width={self.writer.width}; "

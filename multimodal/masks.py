@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multimodal.declare import Declared
+from multimodal.declare import Declared, check_part
 from multimodal.shapes import ConfigError
 
 
@@ -76,6 +76,11 @@ class Prior(Declared, ABC):
     """
 
     @property
+    def most(self) -> int | None:
+        """How many keys there may be; None: any number."""
+        return None
+
+    @property
     def normalised(self) -> bool:
         """Whether the responsibilities sum to 1 again after it; if not, its factor is multiplied onto them."""
         return True
@@ -89,6 +94,7 @@ class Prior(Declared, ABC):
         """(B, H, T, M), or what broadcasts to it."""
 
     def __add__(self, other: "Prior") -> "Prior":
+        check_part(f"{type(self).__name__} + other: other", other, Prior, "Window(64)")
         return Sum(self, other)
 
     def parts(self) -> "tuple[Prior, ...]":
@@ -127,9 +133,11 @@ class Rule(Prior):
         return torch.zeros(allowed.shape, device=q_BTHK.device).masked_fill(~allowed, float("-inf"))
 
     def __and__(self, other: "Rule") -> "Rule":
+        check_part(f"{type(self).__name__} & other: other", other, Rule, "Window(64)")
         return And(self, other)
 
     def __or__(self, other: "Rule") -> "Rule":
+        check_part(f"{type(self).__name__} | other: other", other, Rule, "Window(64)")
         return Or(self, other)
 
     def __invert__(self) -> "Rule":

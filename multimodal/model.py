@@ -76,6 +76,19 @@ class Model(nn.Module):
                 )
 
     @property
+    def most_tokens(self) -> int | None:
+        """How long a sample may be, read and written, where a score or prior knows so many places only; None: no such bound."""
+        if isinstance(self.core.core, EncoderDecoder):
+            return None
+        parts = [
+            part
+            for m in self.core.modules()
+            if isinstance(m, Mechanism) and m.name.endswith("self")
+            for part in (m.score, *m.priors, *m.factors)
+        ]
+        return min((part.most for part in parts if part.most is not None), default=None)
+
+    @property
     def chooses(self) -> bool:
         """Whether an attention layer reads by choosing, which is learned from rewards."""
         return any(isinstance(m, Mechanism) and isinstance(m.read, Hard) for m in self.core.modules())

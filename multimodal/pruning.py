@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from multimodal.attention import MixingWeights
+from multimodal.attention import MixingWeights, Score
 from multimodal.core import Core
 from multimodal.declare import override
 from multimodal.layers import PersistentMemory
@@ -35,6 +35,19 @@ def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Mo
             f"pruned: this model has {len(places) * core.depth} memories, and there are counts of {len(counts)}; give what "
             "multimodal.look.usage says of this model"
         )
+    for place in places:
+        layer = core.block[place]
+        assert isinstance(layer, PersistentMemory)
+        numbered = [p for p in (layer.prior.parts() if layer.prior else ()) if not isinstance(p, MixingWeights)]
+        if numbered or type(layer.score or core.score).keys is not Score.keys:
+            raise ConfigError(
+                f"pruned: {layer} looks at its components by their number, and pruning would number them anew; only components "
+                "without a prior, or with MixingWeights, can be taken out"
+            )
+        if any(len(N_k) != layer.slots for N_k in counts[places.index(place) :: len(places)]):
+            raise ConfigError(
+                "pruned: the counts are of memories of another size; give what multimodal.look.usage says of this model"
+            )
     sizes = {}
     for n, place in enumerate(places):  # block after block
         sizes[place] = max(1, *(int((N_k >= below).sum()) for N_k in counts[n :: len(places)]))
@@ -46,7 +59,7 @@ def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Mo
     )
     smaller = Model(
         model.packer.tokenizers, override(core, block=block), list(model.tasks.values()), seed=model.seed
-    ).to(model.device)
+    ).to(model.device, model.core.norm.weight.dtype)
     state = model.state_dict()
     bodies = [(name, body) for name, body in model.named_modules() if isinstance(body, _Persistent)]
     for (name, body), N_k, layer in zip(bodies, counts, [block[i] for i in places] * core.depth, strict=True):

@@ -525,17 +525,17 @@ def test_long_samples_in_blocks_are_the_dense_oracle(window, prior, score):
 def test_dropout_thins_each_update_and_drop_path_leaves_out_samples():
     layout = layout_of([(0, 7)] * 400)
     x_TD = torch.randn(2800, 16)
-    layer = Sublayer(mm.MLP(merge=Replace()), core_of(), 16, 0.0, 0.25)
+    layer = Sublayer(mm.MLP(), core_of(), 16, 0.0, 0.25)
     nn.init.normal_(layer.body.down.weight)  # type: ignore[union-attr, arg-type]
     context = context_of(layout)
     with torch.no_grad():
-        rest = layer.eval()(x_TD, context)
-        kept = (layer.train()(x_TD, context) / rest).view(400, -1)
+        rest = layer.eval()(x_TD, context) - x_TD
+        kept = ((layer.train()(x_TD, context) - x_TD) / rest).view(400, -1)
         assert sorted(set((kept[:, 0] * 75).round().tolist())) == [0.0, 100.0]
         assert (kept - kept[:, :1]).abs().max() < 1e-2  # a sample's rows share one fate
         assert 60 < int((kept[:, 0] == 0).sum()) < 140
         layer.dropout, layer.drop_path = 0.25, 0.0
-        thinned = layer(x_TD, context) / rest
+        thinned = (layer(x_TD, context) - x_TD) / rest
     assert sorted(set((thinned.flatten() * 75).round().tolist())) == [0.0, 100.0]
     assert 0.23 < float((thinned == 0).float().mean()) < 0.27
 
@@ -613,9 +613,17 @@ def test_places_turn_what_is_compared_by_direction_and_nothing_else(score):
             ConfigError,
             r"Recurrent: cell='rnn' is unknown; there are 'gru' and 'lstm'",
         ),  # type: ignore[arg-type]
-        (lambda: mm.TemporalConv(filters=0), ConfigError, r"filters=0 and dilation=1 must be at least 1"),
-        (lambda: mm.TemporalConv(filters=2, dilation=0), ConfigError, r"dilation=0 must be at least 1"),
-        (lambda: core_of(mm.PersistentMemory(slots=0)).build(), ConfigError, r"slots=0 hold nothing; use 1 or more"),
+        (lambda: mm.TemporalConv(filters=0), ConfigError, r"filters=0 must be a whole number of at least 1"),
+        (
+            lambda: mm.TemporalConv(filters=2, dilation=0),
+            ConfigError,
+            r"dilation=0 must be a whole number of at least 1",
+        ),
+        (
+            lambda: core_of(mm.PersistentMemory(slots=0)).build(),
+            ConfigError,
+            r"slots=0 must be a whole number of at least 1",
+        ),
         (
             lambda: core_of(mm.SelfAttention(heads=3, kv_heads=2)).build(),
             ConfigError,
@@ -698,3 +706,85 @@ def test_the_cores_here_are_made_of_every_layer_and_merge_there_is():
 
 def _parts(core: mm.Core | mm.EncoderDecoder) -> tuple[mm.Core, ...]:
     return (core,) if isinstance(core, mm.Core) else (core.reader, core.writer)
+
+
+def test_an_engine_goes_on_when_one_request_outgrows_what_a_layer_knows():
+    core = mm.Core(width=16, depth=1, heads=2, score=mm.LocationBased(10))
+    model = lively(mm.Model(TOKENIZERS, core, [WRITE]))
+    engine = mm.Engine(model, rows=3, capacity=40)
+    with pytest.raises(
+        StreamError, match=r"more than the 10 places that this model's attention knows; shorten the prompt"
+    ):
+        engine.submit(WRITE, {"text": "abcdefgh"}, max_tokens=20)
+    short = engine.submit(WRITE, {"text": "abc"}, max_tokens=2)
+    pieces = list(engine.run())
+    assert [piece.ticket for piece in pieces if piece.prediction is not None] == [short]
+
+
+def test_a_pass_that_fails_ends_those_who_run_and_not_the_engine(monkeypatch):
+    model = lively(mm.Model(TOKENIZERS, mm.Core(width=16, depth=1, heads=2), [WRITE]))
+    engine = mm.Engine(model, rows=1, capacity=40)
+    tickets = [engine.submit(WRITE, {"text": "abc"}, max_tokens=3) for _ in range(2)]
+    right, calls = engine._pass, []
+
+    def once():
+        calls.append(1)
+        if len(calls) == 1:
+            raise StreamError("no")
+        return right()
+
+    monkeypatch.setattr(engine, "_pass", once)
+    pieces = list(engine.run())
+    assert [piece.ticket for piece in pieces if piece.error] == tickets[:1]
+    assert [piece.ticket for piece in pieces if piece.prediction] == tickets[1:]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        mm.PersistentMemory(slots=4, prior=mm.ALiBi()),
+        mm.PersistentMemory(slots=4, prior=mm.MixingWeights(4) + mm.Window(2)),
+        mm.PersistentMemory(slots=4, score=mm.LocationBased(4)),
+    ],
+)
+def test_components_that_are_known_by_their_number_are_not_pruned(layer):
+    model = mm.Model(TOKENIZERS, mm.Core(width=16, depth=1, heads=2, block=(layer,)), [WRITE])
+    with pytest.raises(ConfigError, match="looks at its components by their number"):
+        pruned(model, usage(model, WRITE, SAMPLES, quiet=True))
+
+
+def test_counts_of_another_memory_are_refused_and_precision_is_kept():
+    def of(slots):
+        block = (mm.PersistentMemory(slots=slots),)
+        return mm.Model(TOKENIZERS, mm.Core(width=16, depth=1, heads=2, block=block), [WRITE])
+
+    used = usage(of(4), WRITE, SAMPLES, quiet=True)
+    with pytest.raises(ConfigError, match="counts are of memories of another size"):
+        pruned(of(5), used)
+    assert pruned(of(4).double(), used).core.norm.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mm.MLP(hidden=0), "MLP: hidden=0 must be a whole number of at least 1"),
+        (lambda: mm.Recurrent(hidden=2.0), "Recurrent: hidden=2.0 must be a whole number"),
+        (lambda: mm.TuringMachine(slots=3.5, slot_width=4), "TuringMachine: slots=3.5 must be a whole number"),
+        (lambda: mm.PersistentMemory(slots="3"), "PersistentMemory: slots='3' must be a whole number"),
+        (lambda: mm.PersistentMemory(slots=5, prior=mm.MixingWeights(3)), "slots=5, but .* knows 3 only"),
+        (lambda: mm.Additive(0), "Additive: hidden=0 must be above 0"),
+        (lambda: mm.Gumbel(temperature=float("inf")), "must be above 0 and finite"),
+        (lambda: mm.Hard(weight=-1.0), "Hard: weight=-1.0 must not be negative"),
+        (lambda: mm.Window(3) & mm.ALiBi(), "Window & other: other=.* is no Rule"),
+        (lambda: mm.ALiBi() + mm.Window, r"ALiBi \+ other: other=Window is no Prior; call it"),
+        (lambda: mm.Core(width=16, depth=1, heads=2, score=None), "Core: score=None is no Score"),
+        (lambda: mm.EncoderDecoder(reader=None, writer=mm.Core.tiny()), "EncoderDecoder: reader=None is no Core"),
+        (
+            lambda: mm.Core(width=16, depth=2, heads=2, drop_path=0.5, block=(mm.MLP(merge=Replace()),)).build(),
+            "with Replace in MLP nothing of the stream would be left",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_when_they_are_written(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -188,7 +188,7 @@ def test_pieces_through_a_cache_give_the_states_of_one_pass():
     [
         ({"shifts": 2}, "TuringMachine: shifts=2 has no middle; use 1, 3, 5, .."),
         ({"slots": 2}, "TuringMachine: slots=2 are fewer than shifts=3; use more slots"),
-        ({"hidden": 0}, "TuringMachine: hidden=0 must be at least 1"),
+        ({"hidden": 0}, "TuringMachine: hidden=0 must be a whole number of at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str):

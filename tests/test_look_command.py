@@ -41,7 +41,7 @@ def test_it_writes_a_picture_and_a_page_and_prints_the_heads(checkpoint, tmp_pat
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("image -> label  → ")
-    assert lines[2].split() == ["layer", "head", "effective", "evidence", "prior", "var.", "score", "var."]
+    assert lines[2].split() == ["layer", "head", "effective", "evidence", "prior", "variance", "score", "variance"]
     rows = [line.split() for line in lines[3:7]]
     assert [row[:4] for row in rows] == [["block", str(b), "self", str(h)] for b in (1, 2) for h in range(2)]
     assert all(1 <= float(row[4]) <= 7 for row in rows)  # of six patches and the start
@@ -93,3 +93,14 @@ def test_a_model_without_attention(tmp_path, capsys):
     code, _, err = run(capsys, tmp_path, "--text", "some", "--out", tmp_path / "o")
     assert code == 2
     assert "no layer of this model attends" in err
+
+
+def test_a_long_table_is_cut_and_says_so(tmp_path, capsys):
+    core = mm.Core(width=16, depth=7, heads=4)
+    mm.Model({"text": TextBytes(), "label": Labels(("a", "b"))}, core, ["text -> label"]).save(tmp_path / "model")
+    code, out, _ = run(capsys, tmp_path / "model", "--text", "some", "--out", tmp_path / "o")
+    assert code == 0
+    lines = out.splitlines()
+    assert sum(line.startswith("block") for line in lines) == 24
+    assert sum(line.startswith("block 7") for line in lines) == 4
+    assert "4 more heads are on the page" in lines

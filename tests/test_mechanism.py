@@ -640,7 +640,7 @@ def test_the_place_a_location_based_score_points_at_does_not_depend_on_what_is_t
         (lambda: PredictedWindow(0.0), "PredictedWindow: sigma=0.0 must be above 0"),
         (lambda: MixingWeights(0), "MixingWeights: size=0 has no components"),
         (lambda: Hard(expected=1.5), "Hard: expected=1.5 is not in 0 to 1"),
-        (lambda: Gumbel(temperature=0.0), "Gumbel: temperature=0.0 must be above 0; Hard reads one value"),
+        (lambda: Gumbel(temperature=0.0), "Gumbel: temperature=0.0 must be above 0 and finite; Hard reads one value"),
     ],
 )
 def test_what_cannot_be_declared_says_why(make, message):

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_every_objective_climbs_and_only_the_objective_changes(make):
     for found in (em, adam):  # what is reported belongs to what is returned
         assert found.memory.log_likelihood(x_BK).mean().item() == pytest.approx(found.bounds[-1], abs=1e-12)
     assert em.reached(em.bounds[5])[0] <= 5
-    assert em.reached(0.0 if make is bernoulli else 1e9) == (41, math.inf)
+    assert em.reached(0.0 if make is bernoulli else 1e9) == (math.inf, math.inf)
 
 
 @KINDS
@@ -417,3 +418,76 @@ def test_errors_say_what_to_do():
         GaussWishart(torch.zeros(2), 1.0, 1, torch.eye(2))
     with pytest.raises(ConfigError, match="not a number after 0 steps; look for nan in the samples"):
         fit(memory, x_BK * float("nan"), EM())
+
+
+def test_parts_that_do_not_go_together_are_refused():
+    bits, x_BK = bernoulli()
+    normal, real_BK = gaussian()
+    few = torch.Generator().manual_seed(0)
+    range_said = (
+        r"samples of a BernoulliMixture are bits or shares with 0 <= x <= 1, but these go from -\d.*take GaussianM"
+    )
+    with pytest.raises(ConfigError, match="BernoulliMixture.around: " + range_said):
+        BernoulliMixture.around(real_BK, 2, few)
+    with pytest.raises(ConfigError, match="fit: " + range_said):
+        fit(bits, 3 * x_BK - 1, EM())
+    with pytest.raises(
+        ConfigError,
+        match=r"Beta is a prior of BernoulliMixture, not of GaussianMixture; use GaussWishart\.scaled_to\(x\)",
+    ):
+        fit(normal, real_BK, MeanField(Beta()))
+    with pytest.raises(ConfigError, match=r"GaussWishart is a prior of GaussianMixture, not of Bern.*; use Beta\(\)"):
+        fit(bits, x_BK, MeanField(GaussWishart.scaled_to(x_BK)))
+    with pytest.raises(ShapeError, match=r"GaussWishart: x_BK is .* K=3, but K=2 was wanted"):
+        fit(normal, real_BK, MeanField(GaussWishart.scaled_to(real_BK[:, :2])))
+    with pytest.raises(ConfigError, match=r"center_K is torch\.float32, samples are torch\.float64; use GaussWishart"):
+        fit(normal, real_BK, MeanField(GaussWishart.scaled_to(real_BK.float())))
+
+
+def test_slips_of_the_hand_are_named():
+    memory, x_BK = bernoulli()
+    given: dict[str, Any] = {"class": EM, "no objective": "em", "numpy": x_BK.numpy(), "seed": 0, "prior": Beta}
+    with pytest.raises(ConfigError, match=r"objective is the class EM; make one: EM\(\.\.\)"):
+        fit(memory, x_BK, given["class"])
+    with pytest.raises(ConfigError, match=r"objective='em' is no Objective; try EM\(\)"):
+        fit(memory, x_BK, given["no objective"])
+    with pytest.raises(ConfigError, match=r"memory=0 is no mixture; start with BernoulliMixture\.around"):
+        fit(given["seed"], x_BK, EM())
+    with pytest.raises(ConfigError, match=r"is no prior; try Beta\(\) or GaussWishart\.scaled_to\(x\)"):
+        MeanField(given["prior"])
+    for kind in (BernoulliMixture, GaussianMixture):
+        with pytest.raises(
+            ConfigError, match=r"generator=0 is no torch\.Generator; try torch\.Generator\(\)\.manual_seed"
+        ):
+            kind.around(x_BK, 2, given["seed"])
+        with pytest.raises(ConfigError, match=r"around: samples are of type ndarray; make a tensor: torch\.as_tensor"):
+            kind.around(given["numpy"], 2, torch.Generator())
+        with pytest.raises(
+            ConfigError, match=r"samples are torch\.bool, not floating point; convert them: x\.float\(\)"
+        ):
+            kind.around(x_BK > 0, 2, torch.Generator())
+        with pytest.raises(
+            ConfigError, match=r"samples are \(40, 3, 3\), not \(samples, features\); try x\.flatten\(1\)"
+        ):
+            kind.around(x_BK.view(40, 3, 3), 2, torch.Generator())
+    with pytest.raises(ConfigError, match="fit: samples are of type ndarray; make a tensor"):
+        fit(memory, given["numpy"], EM())
+
+
+@KINDS
+def test_precisions_are_not_mixed(make):
+    memory, x_BK = make()
+    for use in (lambda x: fit(memory, x, EM()), memory.read, memory.log_likelihood):
+        with pytest.raises(
+            ConfigError, match=r"samples are torch\.float32, the mixture is torch\.float64; convert the"
+        ):
+            use(x_BK.float())
+
+
+def test_a_mixture_and_a_fit_are_shown_in_one_line():
+    memory, x_BK = bernoulli()
+    line = "BernoulliMixture(5 components of 9 features, 3 answers each, torch.float64)"
+    assert repr(memory) == line
+    assert repr(gaussian()[0]) == "GaussianMixture(5 components of 3 features, 3 answers each, torch.float64)"
+    found = replace(fit(memory, x_BK, EM(), steps=0), bounds=[-3.0, -2.5], cpu_s=[0.0, 0.25])
+    assert repr(found) == f"Fit({line}, 1 steps, -2.5 nats a sample, 0.25 CPU-s)"

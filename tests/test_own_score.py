@@ -237,7 +237,7 @@ def test_layers_refuse_them_too():
         mm.SelfAttention(score=mm.Cosine)  # type: ignore[arg-type]
     with pytest.raises(mm.ConfigError, match="CrossAttention: merge=Add is no Merge; call it"):
         mm.CrossAttention(merge=mm.Add)  # type: ignore[arg-type]
-    with pytest.raises(mm.ConfigError, match="SelfAttention: heads=0 must be at least 1"):
+    with pytest.raises(mm.ConfigError, match="SelfAttention: heads=0 must be a whole number of at least 1"):
         mm.SelfAttention(heads=0)
 
 

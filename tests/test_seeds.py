@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -177,8 +178,63 @@ def test_runs_are_merged_by_row_and_seed(made, tmp_path):
 def test_quick_forms_are_shown_and_never_kept(made, tmp_path, capsys):
     kept_at = tmp_path / "seeds.json"
     assert seeds.run_all([made["fine"]], [0], True, kept_at, tmp_path / "logs")
-    assert "share >= 0.6: 0.5, missed by 0.1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("too short for the bars") == 1
+    assert "fine, seed 0: ran, 0." in out
+    assert "share: 0.5\n" in out
+    assert "chance: 0.1  (baseline)" in out
+    assert "MISSED" not in out
+    assert ">=" not in out
     assert not kept_at.exists()
+    assert not seeds.run_all([made["crashes"]], [0], True, kept_at, tmp_path / "logs")
+    assert "crashes, seed 0: FAILED" in capsys.readouterr().out
+
+
+def test_a_program_shows_its_bars_and_what_was_not_reached_and_no_bars_when_quick(tmp_path, monkeypatch, capsys):
+    import command  # pyright: ignore[reportMissingImports]  # examples/attention
+
+    given: list = []
+
+    def measure(seed: int, quick: bool, out: Path, variant: list[str]) -> dict[str, float]:
+        given.append((seed, quick, out, variant))
+        return {"share": 0.125, "steps": math.inf}
+
+    def printed(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["made.py", *arguments])
+        command.run(measure, "made", "What it is.", {"share": "bar >= 0.5"}, variant=("one", "two"))
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split() for line in printed().splitlines()]
+    assert lines[0] == ["share", "0.125", "bar", ">=", "0.5"]
+    assert lines[1] == ["steps", "not", "reached"]
+    assert lines[2][:2] == ["picture:", "runs/made/made.png;"]
+    quick = printed("--quick", "--seed", "3", "--out", "there", "--variant", "two").splitlines()
+    assert quick[0] == "quick form: too short for the bars"
+    assert [line.split() for line in quick[1:3]] == [["share", "0.125"], ["steps", "not", "reached"]]
+    assert given == [(0, False, Path("runs/made"), ["one", "two"]), (3, True, Path("there"), ["two"])]
+    assert (tmp_path / "there").is_dir()
+    with pytest.raises(SystemExit):
+        printed("--help")
+
+
+def test_gradients_that_never_reach_the_target_are_not_the_best(monkeypatch):
+    program = sys.modules[seeds.measure_of(seeds.BY_NAME["em-or-gradient"]).__module__]
+    bits = (torch.rand(60, 784, generator=torch.Generator().manual_seed(0)) < 0.5).float().numpy()
+    monkeypatch.setattr(program, "binarised_mnist", lambda: (bits, None, bits, None))
+    climbs = {"EM()": [-9.0, -1.0], "0.3": [-9.0, -2.0], "0.1": [-9.0, -5.0, -1.2], "0.03": [-9.0, -8.0]}
+
+    def made(start, x, objective, steps):
+        name = str(getattr(objective, "rate", "EM()"))
+        bounds = climbs[name]
+        return program.Fit(start, x.new_ones(50), bounds, [float(i) for i in range(len(bounds))])
+
+    monkeypatch.setattr(program, "fit", made)
+    values = program.measure()
+    assert values["best gradient CPU-s to target"] == values["Adam 0.1 CPU-s to target"] == 2
+    assert values["Adam 0.3 steps to target"] == values["Adam 0.03 CPU-s to target"] == math.inf
+    climbs["0.1"] = [-9.0, -8.0, -7.0]
+    assert program.measure()["best gradient CPU-s to target"] == 1  # a bound from below
 
 
 def test_the_table_shows_means_ranges_misses_and_what_is_not_run(made):

@@ -22,9 +22,20 @@ from multimodal.attention import (
     Trace,
 )
 from multimodal.attention.mechanism import Mechanism
+from multimodal.heads import Prediction
 from multimodal.layers import MLP, CrossAttention, PersistentMemory, Recurrent, SelfAttention
 from multimodal.look import Evidence, looked_at, usage, xray
+from multimodal.look.answers import answer_line
+from multimodal.look.drawing import READOUTS, left_out, panels
+from multimodal.look.facts import edit_fact, second_moment
+from multimodal.look.layers import states
+from multimodal.look.lens import lens
+from multimodal.look.page import page
+from multimodal.look.posterior import counted, percent
+from multimodal.look.xray import token_labels
 from multimodal.masks import Pairs
+from multimodal.pointer import Pointer
+from multimodal.tokenizer import Tokens, at_times
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
 CLASSIFY, WRITE = "image text -> label", "text -> answer:text"
@@ -251,7 +262,7 @@ def test_one_layers_heat_is_what_the_answer_looked_at():
     assert [len(f) for f in ray.reads] == [6, 3]
     assert ray.fields["text"].labels == ("w", "h", "y")
     assert ray.fields["image"].labels[4] == "row 1, column 1"
-    assert ray.key_label(ray.layers[0], 7) == "text 'h'"
+    assert ray.key_label(ray.layers[0], 7) == "text 'h' (token 1)"
 
 
 def test_keys_of_cross_attention_are_the_last_states():
@@ -421,8 +432,6 @@ def test_the_page_is_whole_and_holds_all(case, tmp_path):
 def test_a_text_that_looks_like_a_page_is_only_text():
     model = model_of(SMALL, WRITE)
     ray = xray(model, WRITE, {"text": "<b>&\n$x$"}, answer="<i>")
-    from multimodal.look.page import page
-
     whole = Page(page(ray))
     assert any(title.startswith("<: ") for title in whole.titles)
     assert any(title.startswith("⏎: ") for title in whole.titles)
@@ -469,3 +478,211 @@ def test_sound_and_pictures_that_are_written_token_by_token(tmp_path):
     ray.draw(tmp_path / "x.png")
     ray.page(tmp_path / "x.html")
     Page((tmp_path / "x.html").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Points(mm.Tokenizer):
+    """Points of the plane, one token each."""
+
+    feature_size = 2
+
+    def encode(self, value):
+        return Tokens(torch.tensor(value), at_times(torch.arange(len(value))))
+
+    def decode(self, tokens):
+        return tokens.content.tolist()
+
+
+POINTS, HULL = [[0.125, 0.5], [0.75, 1 / 3], [0.5, 0.875], [0.25, 0.25]], "points -> hull:points"
+POINTING = {
+    "one core": SMALL,
+    "two cores": mm.EncoderDecoder(reader=SMALL, writer=WRITER),
+}
+
+
+def pointing(core) -> mm.Model:
+    model = mm.Model({"points": Points()}, core, [mm.Task(HULL, Pointer())]).eval()
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=draw)
+    return model
+
+
+@pytest.mark.parametrize("core", POINTING)
+def test_a_model_that_points_is_seen_with_its_own_and_a_given_answer(core, tmp_path):
+    model = pointing(POINTING[core])
+    own = xray(model, HULL, {"points": POINTS})
+    said = model.predict(HULL, [{"points": POINTS}])[0]
+    assert own.prediction.value == said.value
+    given = xray(model, HULL, {"points": POINTS}, answer=[POINTS[2], POINTS[1]])
+    assert given.written_labels == ["at 2", "at 1", "[stop]"]  # what was pointed at, by its name
+    for ray in (own, given):
+        ray.draw(tmp_path / "x.png")
+        ray.page(tmp_path / "x.html")
+        Page((tmp_path / "x.html").read_text(encoding="utf-8"))
+    assert "→ (0.5, 0.875), (0.75, 0.3333)" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("core", POINTING)
+def test_the_lens_of_a_model_that_points_ends_at_its_logits(core):
+    model = pointing(POINTING[core])
+    sample = {"points": POINTS, "hull": [POINTS[2], POINTS[1]]}
+    found = lens(model, HULL, sample)
+    assert found.classes == ("at 0", "at 1", "at 2", "at 3", "[4]")
+    with torch.no_grad():
+        stream = model.pack(HULL, [sample])
+        torch.testing.assert_close(found.probability_LNV[-1], model.logits(stream)[HULL].softmax(-1))
+        r, layers = stream.readings[HULL], states(model, HULL, [sample], answers=True).layers
+        state_TD = model.core.norm(layers[0]) if core == "one core" else model(stream)
+        if core == "two cores":  # what was read is read to the end before anything is written
+            state_TD[r.row_N] = model.core.get_submodule("writer.norm")(layers[-2][r.row_N])
+        logits = model.packer.head(HULL).logits(model.readout(HULL), state_TD[r.row_N], r.lengths, **r.memory(state_TD))
+    torch.testing.assert_close(found.probability_LNV[0 if core == "one core" else -2], logits.softmax(-1))
+
+
+def test_a_fact_of_a_model_that_points_can_be_edited():
+    model = pointing(SMALL)
+    sample = {"points": POINTS, "hull": [POINTS[1]]}
+    moment_FF = second_moment(model, HULL, [sample])
+    edit = edit_fact(model, HULL, sample, moment_FF=moment_FF, steps=1)
+    assert float(edit.left_D.norm()) > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([0.5, 1 / 3], "0.5, 0.3333"),
+        (["a", "b"], "a, b"),
+        ([], "(none)"),
+        (1 / 3, "0.3333"),
+        (np.array([[0.5, 0.25]], dtype=np.float32), "(0.5, 0.25)"),
+        (torch.tensor([2, 3]), "2, 3"),
+        (np.zeros((3, 4, 4)), "a label"),
+    ],
+)
+def test_what_was_answered_is_said_in_a_line(value, said):
+    ray = xray_of("plain")[1]
+    assert answer_line(replace(ray, prediction=Prediction(value, math.nan))) == f"→ {said}"
+
+
+def test_a_wrong_sample_is_refused_like_predict_refuses_it():
+    model = model_of(SMALL, WRITE)
+    with pytest.raises(mm.TaskError, match="has no field 'text'; it has 'b'"):
+        xray(model, WRITE, {"b": "x"})
+    with pytest.raises(mm.ConfigError, match="xray: give one sample, not a list of them"):
+        xray(model, WRITE, [{"text": "x"}])  # pyright: ignore[reportArgumentType]
+    given = xray(
+        model, WRITE, {"text": "x", "answer": "other", "number": 3}, answer="y"
+    )  # as samples of a data set are
+    assert given.written_labels == ["y", "[stop]"]
+
+
+def test_pictures_say_how_strong_their_strongest_is():
+    ray = xray_of("plain")[1]
+    heat_HN = ray.heat(ray.layers[0], "image")
+    assert heat_HN is not None
+    assert ray.even(ray.layers[0]) == pytest.approx(1 / 10)  # six patches, three letters and the start
+    said = f"up to {100 * float(heat_HN.max()):.0f} %, even would be 10 %"
+    titles = [panel.title for panel in panels(ray)]
+    assert titles[0].endswith(said)
+    text = page(ray)
+    assert said in text
+    assert f"head 1 {100 * float(heat_HN[1].sum()):.0f} %, up to {100 * float(heat_HN[1].max()):.0f} %" in text
+    heat_HN = ray.heat(ray.layers[0], "text")
+    assert heat_HN is not None
+    assert titles[1].endswith(f"up to {100 * float(heat_HN.mean(0).max()):.0f} %, even would be 10 %")
+    assert [percent(x) for x in (0, 0.0042, 0.06, 0.1, 1)] == ["0 %", "0.42 %", "6 %", "10 %", "100 %"]
+    causal = xray_of("causal writer")[1]
+    rows = range(5, 11)  # four letters are read; the start sees five keys, the last of five letters ten
+    assert causal.even(causal.layers[0]) == pytest.approx(sum(1 / n for n in rows) / 6)
+
+
+def test_pictures_of_each_written_token_carry_the_share_that_fell_on_the_field():
+    task = "image -> answer:text"
+    ray = xray(model_of(SMALL, task), task, {"image": SAMPLE["image"]}, answer="ab")
+    part_HTN = ray.onto(ray.layers[0], "image")
+    assert part_HTN is not None
+    share_T = part_HTN.mean(0).sum(-1).tolist()
+    for label, share in zip(("a", "b", "[stop]"), share_T, strict=True):
+        assert f"<figcaption>{label} {100 * share:.0f} %, up to" in page(ray)
+
+
+def test_one_head_is_shown_once():
+    ray = xray(model_of(mm.Core(width=16, depth=1, heads=1), WRITE), WRITE, {"text": "some"}, answer="other")
+    text = page(ray)
+    assert text.count('class="matrix"') == 1
+    assert "<details>" not in text
+    assert "mean of the heads" not in text.split("token by token")[1]
+    assert "1 attention layer, 1 head." in text
+    (alignment,) = [panel.title for panel in panels(ray) if panel.title.startswith("what is written")]
+    assert "its one head" in alignment
+    assert "below" not in alignment
+    several = page(xray_of("two cores")[1])
+    assert several.count('class="matrix"') == 2 * 1 + 1  # the mean and each of two heads
+    assert [counted(1, "query"), counted(2, "query"), counted(1, "key")] == ["1 query", "2 queries", "1 key"]
+
+
+def test_of_many_heads_the_picture_shows_the_last_block_and_the_sharpest(tmp_path):
+    ray = xray(model_of(mm.Core(width=16, depth=6, heads=4)), CLASSIFY, SAMPLE)
+    chosen = ray.chosen_heads()
+    assert chosen["block 6 self"] == (0, 1, 2, 3)
+    others = {(name, h) for name, heads in chosen.items() for h in heads if name != "block 6 self"}
+    effective = {
+        (layer.name, h): float(layer.effective_HT[h, ray.asked(layer)].mean())
+        for layer in ray.layers[:-1]
+        for h in range(4)
+    }
+    assert others == set(sorted(effective, key=lambda head: effective[head])[:16])
+    assert left_out(ray) == "20 of 24 heads: the last block and the sharpest; the page has all"
+    ray.draw(tmp_path / "x.png")
+    assert page(ray).count("<figcaption>head ") == 24
+    few = xray(model_of(mm.Core(width=16, depth=4, heads=4)), CLASSIFY, SAMPLE)
+    assert set(few.chosen_heads().values()) == {(0, 1, 2, 3)}
+    assert left_out(few) == ""
+
+
+def test_columns_have_one_name_everywhere():
+    ray = xray_of("plain")[1]
+    for name in ("prior variance", "score variance"):
+        assert name in str(ray).splitlines()[0]
+        assert name in READOUTS.values()
+        assert f">{name}</th>" in page(ray)
+
+
+def test_the_page_explains_itself():
+    text = page(xray_of("two cores")[1])
+    assert 'alt=""' not in page(xray_of("plain")[1])
+    assert text.index("How to read this") < text.index("<h2>")
+    assert "a mask is a prior probability of 0" in text
+    assert '<div class="scroll"><table><thead><tr><th>layer' in text
+    caption = text.index("<h3>writer block 1 cross, mean of the heads: up to ")
+    assert caption < text.index('class="matrix"')
+    assert "(token 1)" in text.split("What if a token")[1]
+
+
+def test_labels_are_numbers_and_seconds():
+    class Number(Points):
+        feature_size = 1
+
+    assert token_labels(Number(), Number()([[0.5], [1 / 3]])) == ["0.5", "0.3333"]
+    assert token_labels(Points(), Points()(POINTS[:2])) == ["at 0", "at 1"]
+    sound = AudioFrames(rate_hz=8000, mels=16)
+    tokens = sound((np.zeros(4000, dtype=np.float32), 8000))
+    assert token_labels(sound, tokens)[1] == f"at {sound.step[0]:.4g} s"
+
+
+def test_a_layer_is_shown_in_a_line():
+    assert repr(xray_of("plain")[1].layers[0]) == "LayerXRay('block 1 self', 2 heads, 10 queries, 10 keys)"
+
+
+def test_places_that_cannot_be_written_to_are_refused(tmp_path):
+    ray = xray_of("plain")[1]
+    with pytest.raises(mm.ConfigError, match=r"XRay.draw: 'x.foo' does not end in .png or .* name it x.png"):
+        ray.draw(tmp_path / "x.foo")
+    with pytest.raises(mm.ConfigError, match=r"XRay.page: 'x.png' does not end in .html"):
+        ray.page(tmp_path / "x.png")
+    for write in (ray.draw, ray.page):
+        ending = "png" if write == ray.draw else "html"
+        with pytest.raises(mm.ConfigError, match=r"there is no folder '.*looks' to write x.*make it first"):
+            write(tmp_path / "looks" / f"x.{ending}")

@@ -1,6 +1,7 @@
 """A memory that finds its number of components: free-form variational inference with a sparse prior on the weights.
 
-    uv run examples/attention/bayesian_mixture.py         about 0.5 CPU-minutes on one thread
+    uv run examples/attention/bayesian_mixture.py          about 0.5 CPU-minutes on one thread
+    uv run examples/attention/bayesian_mixture.py --quick  a reduced form, seconds
 
 Expected: 3 of 12 components in 10 of 10 restarts on three clusters, 3 of 10 on iris (ARI 0.90), 226 of 400 on binary digits, of
 which the half with the highest usage reads 0.87 of digits, a random half 0.83. The number found depends on the prior on the
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sets import binarised_mnist, run
+from command import run
+from drawing import dying
+from sets import binarised_mnist
 from sklearn.datasets import load_iris
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import BayesianGaussianMixture
@@ -99,24 +102,11 @@ def measure_dynamic(seed: int = 0, quick: bool = False, out: Path | None = None)
 
 
 def draw(x: Tensor, seed: int, path: Path) -> None:
-    """Twelve components on three clusters while they die: two standard deviations, as opaque as they are used."""
-    from matplotlib.figure import Figure
-
+    """Twelve components on three clusters while they die."""
     seen = []
     start = GaussianMixture.around(x, 12, torch.Generator().manual_seed(RESTARTS * seed))
     fit(start, x, scaled(x), steps=80, watch=lambda step, latest: seen.append(latest))
-    panels = (figure := Figure(figsize=(14, 3.4), layout="constrained")).subplots(1, 5)
-    turn = torch.linspace(0, 2 * np.pi, 60, dtype=x.dtype)
-    for axes, step in zip(panels, (0, 5, 20, 80), strict=False):
-        axes.plot(*x.T.numpy(), ".", markersize=2, color="grey")
-        for j in (seen[step].usage_M > 0.5).nonzero()[:, 0].tolist():
-            root = torch.linalg.cholesky(torch.linalg.inv(seen[step].memory.precision_MKK[j]))
-            ring = seen[step].memory.means_MK[j, :, None] + 2 * root @ torch.stack([turn.cos(), turn.sin()])
-            axes.fill(*ring, alpha=min(0.6, 0.1 + float(seen[step].usage_M[j]) / 200), color=f"C{j % 10}")
-        axes.set_title(f"step {step}: {int((seen[step].usage_M > 1).sum())} alive")
-    panels[-1].plot(torch.stack([latest.usage_M for latest in seen]).numpy())
-    panels[-1].set(title="usage of each component", xlabel="step", ylabel="samples", xscale="symlog")
-    figure.savefig(path, dpi=120)
+    dying(x, seen, (0, 5, 20, 80), path)
 
 
 if __name__ == "__main__":

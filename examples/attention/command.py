@@ -1,22 +1,44 @@
-"""What every program of this folder does when it is called: `--seed --quick --out`, a table of numbers, where the picture is."""
+"""How every program of this folder is called: `--seed --quick --out`, a table of numbers beside their bars."""
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 
+def run(
+    measure: Callable[..., dict[str, float]],
+    name: str,
+    doc: str | None,
+    bars: Mapping[str, str],
+    **choices: Sequence[str],
+) -> None:
+    """Measure on one thread, then print each number and what is wanted of it.
 
-def run(measure: Callable[[int, bool, Path], dict[str, float]], doc: str | None, name: str, bars: str) -> None:
-    """Measure on one thread and print what came of it beside the bars."""
+    bars: by the name of a number. A quick form is too short for them, so it leaves them out.
+    choices: further options such as --variant; `measure` is handed those that were chosen, all where none was.
+    """
+    import torch
+
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs") / name)
-    options = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of data, start and order of the samples (default: 0)")
+    parser.add_argument(
+        "--quick", action="store_true", help="only a few seconds, to see it run; too short for the bars"
+    )
+    folder = Path("runs") / name
+    parser.add_argument("--out", type=Path, default=folder, help=f"folder of the picture (default: {folder})")
+    for option, names in choices.items():
+        parser.add_argument(
+            f"--{option}", choices=names, nargs="+", default=list(names), help="only these (default: all)"
+        )
+    chosen = vars(parser.parse_args())
+    seed, quick, out = (chosen.pop(option) for option in ("seed", "quick", "out"))
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for key, number in measure(options.seed, options.quick, options.out).items():
-        print(f"{key:<44}{number:>12.4f}")
-    print(f"bars: {bars}")
-    print(f"picture: {options.out / name}.png; {time.process_time():.0f} CPU-s")
+    if quick:
+        print("quick form: too short for the bars")
+    for key, number in measure(seed, quick, out, **chosen).items():
+        text = "not reached" if math.isinf(number) else f"{number:.5g}"
+        print(f"{key:<52}{text:>12}   {'' if quick else bars.get(key, '')}".rstrip())
+    print(f"picture: {out / name}.png; {time.process_time():.0f} CPU-s")

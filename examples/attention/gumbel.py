@@ -1,6 +1,7 @@
 """Gumbel-softmax against its alternatives: a network learns to choose one of 50 components by four estimators of the same bound.
 
     uv run examples/attention/gumbel.py                   about 1 CPU-minute on one thread
+    uv run examples/attention/gumbel.py --quick           a reduced form, seconds
 
 q(component | picture) is an MLP of 784-128-50, log p(picture | component) a Bernoulli mixture; both learn together. The mixture's
 exact log p is a sum over 50, so every bound can be checked. Expected after 12 CPU-s each: Gumbel -148 and 45 of 50 components in
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sets import binarised_mnist, run
+from command import run
+from drawing import blank, save
+from sets import binarised_mnist
 from torch import Tensor, nn
 
 from multimodal.attention.reads import Gumbel
@@ -98,14 +101,12 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
 
 def draw(memories: dict[str, BernoulliMixture], path: Path, shown: int = 20) -> None:
     """The components of each estimator, most used first."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(shown * 0.5, len(memories) * 0.9), layout="constrained")
+    figure = blank(shown * 0.5, len(memories) * 0.9)
     for axes, (title, memory) in zip(figure.subplots(len(memories), 1), memories.items(), strict=True):
         axes.imshow(torch.cat([*memory.means_MK[:shown].view(-1, 28, 28)], 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(title, fontsize=8)
         axes.axis("off")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Convex hulls by a pointer network: an LSTM reads points, another writes which of them lie on the hull, by pointing at them.
 
     uv run examples/attention/pointer_hull.py            about 6 CPU-minutes on one thread
+    uv run examples/attention/pointer_hull.py --quick    a reduced form, seconds
 
 Trained on 5 to 10 points; a hull runs counter-clockwise from its lowest index (Vinyals et al. 2015, section 4.1). Exactly right:
 0.852 of n=5, 0.740 of n=10, 0.406 of n=20; area 0.991, 0.997, 0.995. All points by their angle: 0.382, 0, 0.
 """
 
-import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from command import run
+from drawing import blank, save
 
 import multimodal as mm
 from multimodal.attention import Additive
@@ -22,6 +23,13 @@ from multimodal.pointer import Pointer
 from multimodal.tokenizer import Tokens, at_times
 
 TASK, TRAINED, TESTED = "points -> hull:points", range(5, 11), (5, 10, 20)
+BARS = {
+    "n=5 exact": "bar >= 0.85",
+    "n=10 exact": "bar >= 0.70",
+    "n=20 exact": "bar >= 0.25, a length never seen",
+    **{f"n={n} area": "bar >= 0.99" for n in TESTED},
+    **{f"n={n} exact {way}": "baseline" for n in TESTED for way in ("by angle", "random order")},
+}
 
 
 def turn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -93,27 +101,16 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
 
 
 def draw(shown: list[tuple[dict[str, np.ndarray], np.ndarray]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    figure = blank(7.5, 7.5)
     for axes, (sample, answer) in zip(figure.subplots(3, 3).flat, shown, strict=True):
         right = "right" if np.array_equal(answer, sample["hull"]) else "wrong"
         axes.fill(*sample["hull"].T, color="0.9")
         axes.plot(*np.concatenate([answer, answer[:1]]).T, marker="o", color="C3")
         axes.scatter(*sample["points"].T, color="k", s=12, zorder=3)
         axes.set(title=f"{len(sample['points'])} points: {right}", aspect="equal", xticks=[], yticks=[])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.suptitle("grey: the true hull; red: the answer; black: all points")
+    save(figure, path)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/pointer_hull"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for key, number in measure(options.seed, options.quick, options.out).items():
-        print(f"{key:<28}{number:>8.3f}")
-    print("bars: exact n=5 >= 0.85, n=10 >= 0.70, n=20 (never seen) >= 0.25, area >= 0.99; the others are baselines")
-    print(f"picture: {options.out / 'pointer_hull.png'}; {time.process_time():.0f} CPU-s")
+    run(measure, "pointer_hull", __doc__, BARS)

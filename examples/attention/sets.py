@@ -1,16 +1,13 @@
-"""What the examples in this folder share: their data, and how they are run from the command line.
+"""The data of the examples in this folder.
 
 Data are read from the folder MULTIMODAL_DATA (default: shared/data beside the project). Every function gives arrays or lists in a
 fixed order; where its files are absent it ends the program with a clear message.
 """
 
-import argparse
 import gzip
 import io
 import os
-import time
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -56,25 +53,6 @@ def multi30k(languages: tuple[str, ...] = ("en", "de")) -> tuple[list[tuple[str,
     with zipfile.ZipFile(file("multi30k_train_val.zip")) as z:
         train, val = (_table(z.read(f"{split}.tsv").decode("utf8"), languages) for split in ("train", "val"))
     return train, val
-
-
-def run(measure: Callable[..., dict[str, float]], name: str, doc: str | None, bars: Mapping[str, str]) -> None:
-    """The command line of an example: --seed, --quick, --out; measures, and prints each number with its bar, if it has one."""
-    import torch
-
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="a reduced form of a few seconds, which need not reach the bars"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of the picture")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    numbers = measure(options.seed, options.quick, options.out)
-    for key, number in numbers.items():
-        print(f"{key:<52}{number:>12.5g}   {bars.get(key, '')}")
-    print(f"picture: {options.out / (name + '.png')}; {time.process_time():.0f} CPU-s")
 
 
 def _idx(path: Path) -> np.ndarray:

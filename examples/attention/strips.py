@@ -1,7 +1,7 @@
 """Every alignment score on one task whose alignment is known: write the digits of a strip, forwards or backwards.
 
     uv run examples/attention/strips.py                        all variants, about 1.5 CPU-minutes each on one thread
-    uv run examples/attention/strips.py --variant additive     one of them
+    uv run examples/attention/strips.py --variant additive     one of them; --quick for a reduced form, seconds each
 
 Strips of 3 to 8 MNIST digits (test digits unseen), a GRU that reads both ways, a GRU that writes, and one cross-attention with the
 variant's score, prior or read. Each direction has a learned start of its own: all else that the writer knows of the strip is what
@@ -9,7 +9,6 @@ it looks at ("none": the last state read). "align" is the share of written digit
 1/8). Expected: string .8, align 1; but location, which is not told the length, and local_m do not align backwards.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import run
+from drawing import alignments
+from kinds import Cells
 from seq2seq import START, recurrent
 from sets import mnist, shrunk, strips
-from torch import Tensor, nn
+from torch import Tensor
 
 import multimodal as mm
 from multimodal_tokenizers import TextBytes
@@ -34,6 +36,7 @@ TASKS = {
     "forward": mm.Task("strip -> forward:text", mm.NextToken()),
     "backward": mm.Task("strip -> backward:text", Backwards()),
 }
+TESTED = ((8, "forward"), (8, "backward"), (12, "forward"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
     "additive": {"score": mm.Additive()},
@@ -47,30 +50,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hard": {"score": mm.General(), "read": mm.Hard(expected=0.5, weight=0.1, ahead=1)},
     "hard_bare": {"score": mm.General(), "read": mm.Hard(expected=0.0, weight=0.1, ahead=1)},
 }
-
-
-@dataclass(frozen=True)
-class Cells(mm.Tokenizer):
-    """Pictures (N, 14, 14) in 0..1, one token each, through a small convolutional net; an empty one marks the end, for the stop."""
-
-    feature_size = 14 * 14
-
-    def encode(self, value: np.ndarray) -> mm.Tokens:
-        cells = nn.functional.pad(torch.from_numpy(value).flatten(1), (0, 0, 0, 1))
-        return mm.Tokens(cells, mm.at_times(torch.arange(len(cells)) * 1.0))
-
-    def embed(self, width: int) -> nn.Module:
-        convs = (nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
-        return nn.Sequential(nn.Unflatten(1, (1, 14, 14)), *convs, nn.Flatten(), nn.Linear(32 * 4 * 4, width))
+GLOBAL = ("additive", "dot", "scaled", "general", "content")
+BARS = {f"{name} n=8 string forward": "bar >= 0.65" for name in GLOBAL} | {
+    **{f"{name} n=8 align forward": "bar >= 0.9" for name in (*GLOBAL, "hard")},
+    **{f"{name} n=8 align forward": "bar >= 0.95" for name in ("location", "local_m", "local_p")},
+    **{f"none n={n} string {way}": "baseline" for n, way in TESTED},
+    "location n=8 align backward": "bar <= 0.5",
+    "local_m n=8 align backward": "bar <= 0.25",
+    "local_m n=12 string forward": "bar >= 0.4",
+    "local_p n=8 align backward": "bar >= 0.95",
+}
 
 
 def core(variant: str) -> mm.EncoderDecoder:
     if variant == "none":
         return recurrent(128, (START, mm.Recurrent()), last=1)
     look = mm.CrossAttention(**VARIANTS[variant])
-    if (
-        variant == "local_m"
-    ):  # a state read both ways tells of its neighbours, which a window reads in its place: cells alone, placed
+    if variant == "local_m":
+        # a state read both ways tells of its neighbours, which a window reads in its place: cells alone, placed
         return recurrent(128, (mm.Recurrent(), look), read_by=(mm.MLP(),), places=(1, 0, 0))
     return recurrent(128, (mm.Recurrent(), look))
 
@@ -87,7 +84,7 @@ def learn(variant: str, seed: int = 0, quick: bool = False) -> tuple[dict[str, f
     start = time.process_time()
     mm.fit(model, {task.pattern: ready for task in TASKS.values()}, recipe, quiet=quick)
     numbers, maps = {"train CPU-s": time.process_time() - start}, []
-    for n, way in ((8, "forward"), (8, "backward"), (12, "forward")):
+    for n, way in TESTED:
         task, samples = TASKS[way].pattern, strips(shrunk(test, 2), test_labels, 8 if quick else 500, seed, n)
         said = model.generate(task, samples, max_tokens=n + 2, batch=len(samples))
         numbers[f"n={n} string {way}"] = float(np.mean([s[way] == a.value for s, a in zip(samples, said, strict=True)]))
@@ -113,36 +110,16 @@ def learn(variant: str, seed: int = 0, quick: bool = False) -> tuple[dict[str, f
 def measure(seed: int = 0, quick: bool = False, out: Path | None = None, variant: str = "additive") -> dict[str, float]:
     numbers, maps = learn(variant, seed, quick)
     if out is not None:
-        draw({variant: maps}, out / "strips.png")
+        alignments({variant: maps}, list(TASKS), out / "strips.png")
     return numbers
 
 
-def draw(maps: dict[str, list[Tensor]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.6 * len(maps) + 1, 3.6), layout="constrained")
-    for column, (variant, both) in zip(figure.subplots(2, len(maps), squeeze=False).T, maps.items(), strict=True):
-        for axes, way, weight in zip(column, TASKS, both, strict=False):
-            axes.imshow(weight.numpy(), cmap="gray_r", vmin=0, vmax=1)
-            axes.set(title=f"{variant}\n{way}", xlabel="cell", ylabel="written")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+def everything(seed: int, quick: bool, out: Path, variant: list[str]) -> dict[str, float]:
+    """All of these variants, in one picture."""
+    learnt = {name: learn(name, seed, quick) for name in variant}
+    alignments({name: maps for name, (_, maps) in learnt.items()}, list(TASKS), out / "strips.png")
+    return {f"{name} {key}": value for name, (numbers, _) in learnt.items() for key, value in numbers.items()}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=VARIANTS, nargs="*", default=list(VARIANTS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/strips"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    seen: dict[str, list[Tensor]] = {}
-    for name in options.variant:
-        values, seen[name] = learn(name, options.seed, options.quick)
-        print(f"{name:<12}" + "  ".join(f"{key} {value:.3f}" for key, value in values.items()), flush=True)
-    draw(seen, options.out / "strips.png")
-    print(
-        "bars at n=8: string .65, align .9; location backward align < .5; local_m n=12 string .4, backward align <= .25"
-    )
-    print(f"baseline: none; picture: {options.out / 'strips.png'}; {time.process_time():.0f} CPU-s")
+    run(everything, "strips", __doc__, BARS, variant=list(VARIANTS))

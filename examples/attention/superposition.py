@@ -1,23 +1,33 @@
 """Superposition: five sparse features share two dimensions as a pentagon, where dense ones keep the two that matter most.
 
     uv run examples/attention/superposition.py            about 0.7 CPU-minutes on one thread
+    uv run examples/attention/superposition.py --quick    a reduced form, seconds
 
 x' = relu(W^T W x + b), five features of importance 0.9^i, each absent with chance S, 16 runs a setting (Elhage et al. 2022, "Toy
 Models of Superposition"). Features with |W_i| > 0.5: 2 at S = 0, 5 at S = 0.97 and 0.99, 72 degrees apart; 2 without the relu.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import torch
+from command import run
+from drawing import blank, save
 from torch import Tensor
 
 from multimodal.train.report import bar
 
 RUNS, FEATURES, WIDTH = 16, 5, 2
 SETTINGS = {"S=0": (0.0, True), "S=0.97": (0.97, True), "S=0.99": (0.99, True), "S=0.97 linear": (0.97, False)}
+BARS = {
+    "S=0 features": "bar == 2",
+    "S=0.97 features": "bar == 5",
+    "S=0.99 features": "bar == 5",
+    "S=0.97 linear features": "baseline, 2",
+    "S=0.97 largest gap off 72 degrees": "bar <= 5",
+    "S=0.99 largest gap off 72 degrees": "bar <= 5",
+}
 
 
 def batch_of(count: int, features: int, absent: float, generator: torch.Generator, runs: int = RUNS) -> Tensor:
@@ -85,28 +95,16 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
 
 
 def draw(best: dict[str, Tensor], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(best), 3.2), layout="constrained")
+    figure = blank(3 * len(best), 4)
     for axes, (name, weight) in zip(figure.subplots(1, len(best)), best.items(), strict=True):
         for i, (x, y) in enumerate(weight.tolist()):
             axes.plot([0, x], [0, y], marker="o", color=f"C{i}", label=f"feature {i}")
         axes.set(title=name, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
-    axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=FEATURES, fontsize=8)
+    figure.suptitle("directions of the features in the two dimensions; S: how often a feature is absent")
+    save(figure, path)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/superposition"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for key, number in measure(options.seed, options.quick, options.out).items():
-        print(f"{key:<44}{number:>10.4f}")
-    print(
-        "bars: 2 / 5 / 5 / 2 features, gaps of the pentagons within 5 degrees of 72; baseline: the linear toy keeps 2"
-    )
-    print(f"picture: {options.out / 'superposition.png'}; {time.process_time():.0f} CPU-s")
+    run(measure, "superposition", __doc__, BARS)

@@ -81,6 +81,10 @@ class MixingWeights(Prior):
         if self.size < 1:
             raise ConfigError(f"MixingWeights: size={self.size} has no components; use 1 or more")
 
+    @property
+    def most(self) -> int:
+        return self.size
+
     def weights(self, heads: int, width: int) -> nn.Module:
         return _Table(heads, self.size)
 

@@ -76,6 +76,9 @@ class Hard(Read):
     def __post_init__(self) -> None:
         if not 0 <= self.expected <= 1:
             raise ConfigError(f"Hard: expected={self.expected} is not in 0 to 1")
+        for name in ("entropy", "weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"Hard: {name}={getattr(self, name)} must not be negative")
         if self.ahead is not None and self.ahead < 1:
             raise ConfigError(f"Hard: ahead={self.ahead} rewards nothing; use 1 or more, or None for all that comes")
 
@@ -124,8 +127,10 @@ class Gumbel(Read):
     straight_through: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"Gumbel: temperature={self.temperature} must be above 0; Hard reads one value")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(
+                f"Gumbel: temperature={self.temperature} must be above 0 and finite; Hard reads one value"
+            )
 
     def weigh(self, log_joint_BHTM: Tensor, training: bool) -> Tensor:
         if training:
@@ -147,7 +152,7 @@ class _Baseline(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
 
     def update(self, reward: Tensor) -> None:
-        self.mean.lerp_(reward.detach(), 0.1)
+        self.mean.lerp_(reward.detach().to(self.mean.dtype), 0.1)
 
 
 def reweighted(content_BM: Tensor, before_BM: Tensor, gate_B: Tensor, shift_BK: Tensor, sharpness_B: Tensor) -> Tensor:

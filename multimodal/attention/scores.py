@@ -25,6 +25,11 @@ class Score(Declared, ABC):
 
     turned: ClassVar[bool] = True
 
+    @property
+    def most(self) -> int | None:
+        """How many keys there may be; None: any number."""
+        return None
+
     def weights(self, heads: int, width: int) -> nn.Module | None:
         """What is learned, for so many query heads of this width; it comes back as the last argument of the methods below."""
         return None
@@ -147,6 +152,10 @@ class LocationBased(Factored):
     def __post_init__(self) -> None:
         _check_positive(self, "places")
 
+    @property
+    def most(self) -> int:
+        return self.places
+
     def weights(self, heads: int, width: int) -> nn.Module:
         return _Matrix(torch.randn(heads, width, self.places) * width**-0.5)
 
@@ -173,6 +182,10 @@ class Additive(Score):
     hidden: int | None = None
     turned: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.hidden is not None:
+            _check_positive(self, "hidden")
+
     def weights(self, heads: int, width: int) -> nn.Module:
         return _Additive(heads, width, self.hidden or width)
 
@@ -185,9 +198,16 @@ class Additive(Score):
 
 
 class _Matrix(nn.Module):
+    """A matrix for each head, kept one below the other, so that optimisers of matrices take it for one."""
+
     def __init__(self, start: Tensor) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(start)
+        self.heads = len(start)
+        self.weight = nn.Parameter(start.flatten(0, 1))
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.unflatten(0, (self.heads, -1))
 
 
 class _LogScale(nn.Module):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from multimodal.cli.showing import harmless, saved
 from multimodal.cli.typed import sample_from, value_from
 
+MOST_ROWS = 24  # of the table of heads
+
 if TYPE_CHECKING:
     from multimodal.model import Model
 
@@ -18,7 +20,8 @@ def look_at(
 ) -> None:
     """Write xray.png and xray.html into a folder, and print the answer, the table of heads and where the files are."""
     from multimodal.look import xray
-    from multimodal.look.drawing import answer_line, draw
+    from multimodal.look.answers import answer_line
+    from multimodal.look.drawing import draw
     from multimodal.look.page import page
 
     sample = sample_from(model, task, fields)
@@ -36,4 +39,11 @@ def look_at(
     if as_json:
         print(json.dumps({"task": task, "heads": ray.table(), "files": list(map(str, files))}, ensure_ascii=False))
         return
-    print(f"{task}  {harmless(answer_line(ray))}\n\n{ray}\n\npicture  {files[0]}\npage     {files[1]}")
+    rows = ray.table()
+    if len(rows) > MOST_ROWS:
+        heads = ray.chosen_heads(MOST_ROWS)
+        rows = [row for row in rows if row["head"] in heads[row["layer"]]][-MOST_ROWS:]
+    heads_table = ray.lines(rows)
+    if more := len(ray.table()) - len(rows):
+        heads_table += f"\n{more} more heads are on the page"
+    print(f"{task}  {harmless(answer_line(ray))}\n\n{heads_table}\n\npicture  {files[0]}\npage     {files[1]}")

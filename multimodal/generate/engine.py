@@ -108,6 +108,12 @@ class Engine:
                 f"{answer.limit} need {needed} places, more than capacity={self.capacity}; shorten the prompt, lower max_tokens, "
                 "or raise capacity"
             )
+        most = self.model.most_tokens
+        if most is not None and needed > most:
+            raise StreamError(
+                f"{answer.name} of task {answer.task!r}: a prompt of {answer.prompt} tokens and an answer of up to {answer.limit} "
+                f"are more than the {most} places that this model's attention knows; shorten the prompt or lower max_tokens"
+            )
         if answer.width > self.rows:
             raise ConfigError(f"{answer.name}: needs {answer.width} rows at once, but the engine has rows={self.rows}")
         answer.ticket = self._tickets
@@ -131,7 +137,15 @@ class Engine:
         with self.model.resting():
             pieces = self._admit()
             if self._running:
-                pieces += self._choose(self._running, self._pass())
+                try:
+                    states = self._pass()
+                except Exception as error:  # one that outgrows what a layer knows stops the pass; those that wait go on
+                    pieces += [Piece(answer.ticket, error=error) for answer in self._running]
+                    for answer in list(self._running):
+                        answer.error = error
+                        self._leave(answer)
+                else:
+                    pieces += self._choose(self._running, states)
         return pieces
 
     def run(self) -> Iterator[Piece]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Attention, Mechanism, Read, Score, everyone
 from multimodal.declare import check_part
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes
 from multimodal.masks import Pairs, Prior
 from multimodal.shapes import ConfigError
 
@@ -41,9 +41,7 @@ class _Attend(Layer):
         name = type(self).__name__
         check_parts(name, self.score, self.prior, self.read)
         check_part(f"{name}: merge", self.merge, Merge, "Add()")
-        for size in ("heads", "kv_heads", "key_width", "value_width", "out"):
-            if (given := getattr(self, size)) is not None and given < 1:
-                raise ConfigError(f"{name}: {size}={given} must be at least 1, or None for the core's")
+        check_sizes(self, "heads", "kv_heads", "key_width", "value_width", "out")
 
     def keys(self, core: CoreSettings) -> Keys | None:
         heads = self._groups(core)
@@ -132,6 +130,15 @@ class PersistentMemory(_Attend):
 
     slots: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "slots")
+        for part in (self.score, *(self.prior.parts() if self.prior else ())):
+            if part is not None and part.most is not None and part.most < self.slots:
+                raise ConfigError(
+                    f"PersistentMemory: slots={self.slots}, but {part} knows {part.most} only; make them as many"
+                )
+
     def keys(self, core: CoreSettings) -> Keys | None:
         return None
 
@@ -142,8 +149,6 @@ class PersistentMemory(_Attend):
 class _Persistent(Body):
     def __init__(self, layer: PersistentMemory, core: CoreSettings, width: int) -> None:
         super().__init__(layer.out or width)
-        if layer.slots < 1:
-            raise ConfigError(f"PersistentMemory: slots={layer.slots} hold nothing; use 1 or more")
         self.heads, self.groups = layer.heads or core.heads, layer._groups(core)
         key = layer.key_width or core.head_width
         value = layer.value_width or key

@@ -23,7 +23,9 @@ from multimodal.shapes import ConfigError
 
 
 class Merge(Declared, ABC):
-    """How an update (T, D') joins the stream (T, D)."""
+    """How an update (T, D') joins the stream (T, D). keeps: whether the stream goes on where there is no update."""
+
+    keeps: ClassVar[bool] = True
 
     def weights(self) -> nn.Module | None:
         """What is learned; it comes back as the last argument of `merge`."""
@@ -57,6 +59,8 @@ class Add(Merge):
 @dataclass(frozen=True)
 class Replace(Merge):
     """f(x) alone."""
+
+    keeps: ClassVar[bool] = False
 
     def width(self, stream: int, update: int) -> int:
         return update
@@ -144,6 +148,14 @@ class Layer(Declared, ABC):
     def state(self, core: CoreSettings, width: int) -> int | None:
         """How many numbers it carries from token to token of a sample; None: it carries none."""
         return None
+
+
+def check_sizes(layer: Layer, *names: str) -> None:
+    """Raises a ConfigError unless each of these settings is a whole number of at least 1, or None for the usual one."""
+    for name in names:
+        given = getattr(layer, name)
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+            raise ConfigError(f"{type(layer).__name__}: {name}={given!r} must be a whole number of at least 1")
 
 
 class Body(nn.Module):
@@ -238,6 +250,11 @@ class Sublayer(nn.Module):
         self.merge_weights = layer.merge.weights()
         self.width = layer.merge.width(width, self.body.out_width)
         self.dropout, self.drop_path = dropout, drop_path
+        if drop_path and not layer.merge.keeps:
+            raise ConfigError(
+                f"Core: drop_path skips layers, but with {type(layer.merge).__name__} in {type(layer).__name__} nothing of the "
+                "stream would be left; use Add, Gated or Concat, or drop_path=0"
+            )
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         update_TD = self._drop(self.body(self.norm(stream_TD), context), context.sample_T)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,9 @@ class MLP(Layer):
     hidden: int | None = None
     out: int | None = None
     merge: Merge = field(default_factory=Add)
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "hidden", "out")
 
     def build(self, core: CoreSettings, width: int) -> Body:
         return _MLP(width, self.hidden or core.hidden, self.out or width)

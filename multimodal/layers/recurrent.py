@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, Sequences
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, Sequences, check_sizes
 from multimodal.shapes import ConfigError, StreamError
 
 
@@ -26,6 +26,7 @@ class Recurrent(Layer):
     def __post_init__(self) -> None:
         if self.cell not in ("gru", "lstm"):
             raise ConfigError(f"Recurrent: cell={self.cell!r} is unknown; there are 'gru' and 'lstm'")
+        check_sizes(self, "hidden")
 
     def _hidden(self, width: int) -> int:
         return self.hidden or (width // 2 if self.both_ways else width)

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from multimodal.layers.base import Body, Concat, Context, CoreSettings, Layer, Merge
-from multimodal.shapes import ConfigError
+from multimodal.layers.base import Body, Concat, Context, CoreSettings, Layer, Merge, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +20,7 @@ class TemporalConv(Layer):
     merge: Merge = field(default_factory=Concat)
 
     def __post_init__(self) -> None:
-        if self.filters < 1 or self.dilation < 1:
-            raise ConfigError(f"TemporalConv: filters={self.filters} and dilation={self.dilation} must be at least 1")
+        check_sizes(self, "filters", "dilation")
 
     def build(self, core: CoreSettings, width: int) -> Body:
         return _TemporalConv(width, self.filters, self.dilation)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Cosine, reweighted
 from multimodal.attention.reads import mean_of
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes
 from multimodal.shapes import ConfigError
 
 CONTENT = Cosine(sharpness=1.0)  # the head's own sharpness beta multiplies it
@@ -32,9 +32,7 @@ class TuringMachine(Layer):
     merge: Merge = field(default_factory=Add)
 
     def __post_init__(self) -> None:
-        for name in ("slot_width", "hidden"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"TuringMachine: {name}={getattr(self, name)} must be at least 1")
+        check_sizes(self, "slots", "slot_width", "hidden", "shifts", "out")
         if self.shifts < 1 or self.shifts % 2 == 0:
             raise ConfigError(f"TuringMachine: shifts={self.shifts} has no middle; use 1, 3, 5, ..")
         if self.slots < self.shifts:

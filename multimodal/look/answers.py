@@ -4,8 +4,9 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,11 @@ from multimodal.heads import Prediction
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
+
+if TYPE_CHECKING:
+    from multimodal.look.xray import XRay
+
+MOST_NUMBERS = 100  # of an array that is shown as numbers
 
 
 def looked_at(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -81,8 +87,8 @@ def draw_answers(
             axes[below + 1, column].imshow(heat_YX.numpy(), cmap="inferno", alpha=0.55, aspect=aspect, extent=extent)
         right = str(sample.get(pattern.answer, ""))
         wrong = right not in ("", str(answer.value))
-        said = [f"{answer.value} {answer.confidence:.0%}"] + ([f"is {right}"] if wrong else [])
-        title = "\n".join(textwrap.fill(textwrap.shorten(line, 60, placeholder=" ..."), 20) for line in said)
+        lines = [f"{answer.value} {answer.confidence:.0%}"] + ([f"is {right}"] if wrong else [])
+        title = "\n".join(textwrap.fill(textwrap.shorten(line, 60, placeholder=" ..."), 20) for line in lines)
         axes[row, column].set_title(title, fontsize=8, color="tab:red" if wrong else "black")
     figure.supxlabel("below each: the same with where the model looked (bright: more)", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -100,3 +106,26 @@ def _pictures(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, t
             rows = int(tokens.position_NA[:, 1].max()) + 1
             pictures[name] = picture_YXC, share_N.view(rows, -1)
     return pictures
+
+
+def answer_line(ray: "XRay", most: int = 60) -> str:
+    """What was answered, shortened, and how sure the head is."""
+    value = ray.prediction.value
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim <= 2 and math.prod(value.shape) <= MOST_NUMBERS:
+        value = value.tolist()
+    if isinstance(value, (str, int, float)):
+        text = said(value)
+    elif isinstance(value, list):
+        text = ", ".join(map(said, value)) or "(none)"
+    else:
+        text = f"a {ray.task.rpartition('->')[2].strip()}"
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    sure = ray.prediction.confidence
+    return f"→ {text}" + (f"  {sure:.0%}" if ray.prediction.probability and sure == sure else "")
+
+
+def said(value: Any) -> str:
+    """One part of an answer: numbers short, points in brackets."""
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(said, value))})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
 """The X-ray as one picture: heat over photographs, under spectrograms, along words; alignments; a table of heads."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.look.posterior import LayerXRay
+from multimodal.look.answers import answer_line
+from multimodal.look.posterior import NAMES, LayerXRay, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,9 +30,13 @@ MOST_TOKENS = 480  # words of a text that a picture shows; the page shows all
 READOUTS = {
     "effective": "effective number of keys",
     "evidence": "evidence, nats",
-    "prior": "variance of the prior",
-    "score": "variance of the score",
+    "prior": NAMES["prior"],
+    "score": NAMES["score"],
 }
+Looks = list[tuple[LayerXRay, Tensor]]
+"""Layers with how much of each head's attention each token got: heat (H, N), or (H, T, N) of every query."""
+Heads = Mapping[str, Sequence[int]]
+"""Which heads of each layer are drawn."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,24 @@ def draw(ray: "XRay", path: "str | Path | io.BytesIO") -> None:
 
 def panels(ray: "XRay") -> list[Panel]:
     """All parts, from top to bottom."""
-    found = [panel for field in ray.reads for panel in _field_panels(ray, field)]
-    found += [panel for field in ray.reads for panel in _written_panels(ray, field)]
-    memories = [layer for layer in ray.layers if layer.key_M is None]
-    return [*found, *(_slots(layer) for layer in memories), _readouts(ray)]
+    heads = ray.chosen_heads()
+    found = [panel for field in ray.reads for panel in _field_panels(ray, field, heads)]
+    found += [panel for field in ray.reads for panel in _written_panels(ray, field, heads)]
+    memories = [layer for layer in ray.layers if layer.key_M is None and heads[layer.name]]
+    return [*found, *(_slots(layer, heads[layer.name]) for layer in memories), _readouts(ray, heads)]
+
+
+def left_out(ray: "XRay") -> str:
+    """What a picture says where it does not show every head."""
+    every, drawn = sum(layer.heads for layer in ray.layers), sum(map(len, ray.chosen_heads().values()))
+    return f"{drawn} of {every} heads: the last block and the sharpest; the page has all" if drawn < every else ""
+
+
+def scale(ray: "XRay", looks: Looks, *, mean: bool = False) -> str:
+    """How strong the strongest heat is, of the heads or of their mean, beside that of attention which spreads evenly."""
+    most = [float((heat.mean(0) if mean else heat).max()) for _, heat in looks]
+    strongest = max(range(len(most)), key=most.__getitem__)
+    return f"up to {percent(most[strongest])}, even would be {percent(ray.even(looks[strongest][0]))}"
 
 
 def panel_image(panel: Panel) -> bytes:
@@ -76,6 +95,8 @@ def _put_together(ray: "XRay", parts: list[Panel], path: Any) -> None:
     at = height - 0.3
     figure.text(0.35 / WIDTH, at / height, plain(ray.task), fontsize=14, weight="bold", va="center")
     figure.text(1 - 0.35 / WIDTH, at / height, plain(answer_line(ray)), fontsize=11, va="center", ha="right")
+    if note := left_out(ray):
+        figure.text(0.35 / WIDTH, (at - 0.24) / height, note, fontsize=8, color="0.4", va="center")
     at -= top - 0.3
     for part in parts:
         at -= heading
@@ -99,16 +120,6 @@ def visible(text: str) -> str:
 def shown(label: str) -> str:
     """The name of a token that stands alone, where a space is seen too."""
     return visible(label).replace(" ", "␣") if not label.strip() or label != label.strip() else visible(label)
-
-
-def answer_line(ray: "XRay", most: int = 60) -> str:
-    """What was answered, shortened, and how sure the head is."""
-    text = ", ".join(ray.prediction.value) if isinstance(ray.prediction.value, list) else str(ray.prediction.value)
-    if not isinstance(ray.prediction.value, (str, list)):
-        text = f"a {ray.task.rpartition('->')[2].strip()}"
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    sure = ray.prediction.confidence
-    return f"→ {text}" + (f"  {sure:.0%}" if ray.prediction.probability and sure == sure else "")
 
 
 def overlay(picture_YXC: Tensor, heat_N: Tensor, grid: tuple[int, int], *, longer: int = TILE) -> np.ndarray:
@@ -154,34 +165,34 @@ def _axes(figure: "Figure", box: tuple[float, float, float, float]) -> "Axes":
     return axes
 
 
-def _field_panels(ray: "XRay", field: "Field") -> list[Panel]:
-    """Where the answer looked in one field, for every layer and head."""
-    looks = list(ray.looking_at(field.name))
+def _field_panels(ray: "XRay", field: "Field", heads: Heads) -> list[Panel]:
+    """Where the answer looked in one field, for every layer and head that is drawn."""
+    looks = [(layer, heat) for layer, heat in ray.looking_at(field.name) if heads[layer.name]]
     if not looks:
         return []
     if field.flat:
-        return [_tiles(field, looks)]
-    each = strips(field, looks)
-    return [_words(field, looks), each] if field.text else [each]
+        return [_tiles(ray, field, looks, heads)]
+    each = strips(ray, field, looks, heads)
+    return [_words(ray, field, looks), each] if field.text else [each]
 
 
-def _tiles(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+def _tiles(ray: "XRay", field: "Field", looks: Looks, heads: Heads) -> Panel:
     """The picture, and for every layer a row of it with the heat of the mean of heads and of each head."""
     assert field.picture_YXC is not None
-    heads = max(layer.heads for layer, _ in looks)
+    most = max(len(heads[layer.name]) for layer, _ in looks)
     high, wide = field.picture_YXC.shape[:2]
     label, gap = 1.5, 0.06
-    size = min(1.25, (WIDTH - 0.7 - label) / (heads + 2) - gap)
-    tall = size * min(high / wide, 2.0)
+    size = min(1.25, (WIDTH - 0.7 - label) / (most + 2) - gap)
+    tall, above = size * min(high / wide, 2.0), 0.34
 
     def picture(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
         for i, (layer, heat_HN) in enumerate(looks):
-            under = bottom + height - (i + 1) * (tall + 0.2)
+            under = bottom + height - (i + 1) * (tall + above)
             _beside(figure, left + label - 0.1, under + tall / 2, layer.name)
-            shares = heat_HN.sum(-1)
-            tiles = [("mean of heads", heat_HN.mean(0))]
-            tiles += [(f"head {h}  {float(shares[h]):.0%}", heat_HN[h]) for h in range(layer.heads)]
+            tiles = [("mean", heat_HN.mean(0))] if layer.heads > 1 else []
+            tiles += [(f"head {h}", heat_HN[h]) for h in heads[layer.name]]
+            tiles = [(f"{name} {percent(float(x.sum()))}\nup to {percent(float(x.max()))}", x) for name, x in tiles]
             pictures = [(title, overlay(field.picture_YXC, heat_N, field.grid)) for title, heat_N in tiles]  # type: ignore[arg-type]
             if i == 0:
                 pictures.insert(0, (field.name, shown_picture(field.picture_YXC)))  # type: ignore[arg-type]
@@ -193,10 +204,11 @@ def _tiles(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
                 axes = _axes(figure, (left + label + j * (size + gap), under, size, tall))
                 axes.imshow(pixels, aspect="auto", interpolation="nearest")
                 axes.set(xticks=[], yticks=[])
-                axes.set_title(plain(title), fontsize=6.5, pad=2, color="0.3")
+                lines = "\n".join(map(plain, title.split("\n")))
+                axes.set_title(lines, fontsize=6.5 if size > 0.7 else 4.5, pad=2, color="0.3")
 
-    title = f"{field.name}: where the answer looked; the share of each head's attention that fell on it"
-    return Panel(title, len(looks) * (tall + 0.2), picture)
+    title = f"{field.name}: where the answer looked, and the share of the head that fell on it; one patch {scale(ray, looks)}"
+    return Panel(title, len(looks) * (tall + above), picture)
 
 
 def _beside(figure: "Figure", right: float, middle: float, text: str) -> None:
@@ -204,7 +216,7 @@ def _beside(figure: "Figure", right: float, middle: float, text: str) -> None:
     figure.text(right / wide, middle / high, plain(text), fontsize=8, ha="right", va="center")
 
 
-def _words(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+def _words(ray: "XRay", field: "Field", looks: Looks) -> Panel:
     """For every layer the text, each token on the shade of the mean of the heads."""
     labels = [visible(label) for label in field.labels[:MOST_TOKENS]]
     places, line, column = [], 0, 0
@@ -232,12 +244,15 @@ def _words(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
                 axes.text(begin, row + 0.52, plain(label), fontsize=10, family="monospace", va="center")
 
     more = len(field) - len(labels)
-    title = f"{field.name}: where the answer looked, mean of the heads" + (f"; {more} more tokens" if more else "")
+    title = f"{field.name}: where the answer looked, mean of the heads; a token {scale(ray, looks, mean=True)}"
+    title += f"; {more} more tokens" if more else ""
     return Panel(title, len(looks) * (lines * step + 0.08), words)
 
 
-def strips(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+def strips(ray: "XRay", field: "Field", looks: Looks, heads: Heads | None = None) -> Panel:
     """A row for each head, a column for each token; under the picture where there is one, such as a spectrogram."""
+    if heads is not None:
+        looks = [(layer, heat[list(heads[layer.name])]) for layer, heat in looks]
     heat_HN = torch.cat([heat / heat.amax(-1, keepdim=True).clamp(min=1e-12) for _, heat in looks])
     rows, tokens = heat_HN.shape
     row, label, above = 0.16, 1.5, 0.0 if field.picture_YXC is None else 1.6
@@ -275,9 +290,8 @@ def strips(field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
         for side in axes.spines.values():
             side.set(visible=True, color="0.8")
 
-    title = f"{field.name}: the same for each head (a row each; darkest: its largest)"
-    if not field.text:
-        title = f"{field.name}: where the answer looked, a row for each head (darkest: its largest)"
+    title = "the same for each head (a row each" if field.text else "where the answer looked, a row for each head ("
+    title = f"{field.name}: {title}{'; ' if field.text else ''}darkest: its largest); a token {scale(ray, looks)}"
     return Panel(title, above + rows * row + below, rows_of_heads)
 
 
@@ -287,18 +301,22 @@ def _shades() -> Any:
     return LinearSegmentedColormap.from_list("attention", [(1, 1, 1), (1, 0.85, 0.65), SHADE, (0.35, 0.12, 0)])
 
 
-def _written_panels(ray: "XRay", field: "Field") -> list[Panel]:
-    """What was written against one field that was read."""
-    if ray.written is None:
-        return []
+def written_looks(ray: "XRay", field: "Field") -> Looks:
+    """The layers whose queries wrote, with what each looked at in a field that was read: (H, T, N)."""
     looks = []
-    for layer in ray.layers:
+    for layer in ray.layers if ray.written is not None else ():
         part = ray.onto(layer, field.name)
         if part is not None and bool(torch.isin(layer.query_T, ray.asked_N).any()):
             looks.append((layer, part))
+    return looks
+
+
+def _written_panels(ray: "XRay", field: "Field", heads: Heads) -> list[Panel]:
+    """What was written against one field that was read."""
+    looks = [(layer, part) for layer, part in written_looks(ray, field) if heads[layer.name]]
     if not looks:
         return []
-    return [_word_by_word(ray, field, *looks[-1])] if field.flat else [_alignment(ray, field, looks)]
+    return [_word_by_word(ray, field, *looks[-1])] if field.flat else [_alignment(ray, field, looks, heads)]
 
 
 def _word_by_word(ray: "XRay", field: "Field", layer: LayerXRay, part_HTN: Tensor, most: int = 14) -> Panel:
@@ -318,14 +336,18 @@ def _word_by_word(ray: "XRay", field: "Field", layer: LayerXRay, part_HTN: Tenso
             pixels = overlay(field.picture_YXC, part_HTN[:, i].mean(0), field.grid)  # type: ignore[arg-type]
             axes.imshow(pixels, aspect="auto", interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            axes.set_title(plain(shown(label)), fontsize=8, pad=2)
+            axes.set_title(f"{plain(shown(label))}  {percent(float(part_HTN[:, i].mean(0).sum()))}", fontsize=8, pad=2)
 
     more = len(ray.written_labels) - len(labels)
-    title = f"{field.name}: where {layer.name} looked for each token that was written, mean of the heads"
-    return Panel(title + (f"; {more} more" if more else ""), lines * (tall + 0.25), pictures)
+    title = f"{field.name}: where {layer.name} looked for each token written, and the share that fell on it; one patch "
+    return Panel(
+        title + scale(ray, [(layer, part_HTN)], mean=True) + (f"; {more} more" if more else ""),
+        lines * (tall + 0.25),
+        pictures,
+    )
 
 
-def _alignment(ray: "XRay", field: "Field", looks: list[tuple[LayerXRay, Tensor]]) -> Panel:
+def _alignment(ray: "XRay", field: "Field", looks: Looks, chosen: Heads) -> Panel:
     """Rows: tokens written, columns: tokens read. Large the mean over the heads of the last layer, small every head."""
     written, read = ray.written_labels, field.labels
     names = len(read) <= 80 and len(written) <= 80
@@ -334,12 +356,14 @@ def _alignment(ray: "XRay", field: "Field", looks: list[tuple[LayerXRay, Tensor]
     cell = large / len(read)
     tall = min(6.0, max(0.8, len(written) * (min(cell, 0.22) if names else cell)))
     below = min(1.1, 0.12 + 0.065 * max(map(len, read))) if names else 0.15
-    heads = max(layer.heads for layer, _ in looks)
-    across = max(4, min(heads, 8))
+    tiles = [(i, h) for i, (layer, _) in enumerate(looks) for h in chosen[layer.name]]
+    if looks[-1][0].heads == 1:  # the mean of one head is that head
+        tiles = tiles[:-1]
+    counts = [sum(i == j for j, _ in tiles) for i in range(len(looks))]
+    across = max(4, min(max(counts), 8))
     small = (WIDTH - 0.7 - label) / across - 0.1
     small_tall = min(small * max(len(written) / len(read), 0.2), 1.6)
-    tiles = [(i, h) for i, (layer, _) in enumerate(looks) for h in range(layer.heads)]
-    lines = sum(-(-layer.heads // across) for layer, _ in looks)
+    lines = sum(-(-count // across) for count in counts)
 
     def alignment(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
@@ -363,34 +387,38 @@ def _alignment(ray: "XRay", field: "Field", looks: list[tuple[LayerXRay, Tensor]
             axes = _axes(figure, (left + label + column * (small + 0.1), under, small, small_tall))
             axes.imshow(part_HTN[h].numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            axes.set_title(f"head {h}", fontsize=6.5, pad=2, color="0.3")
+            axes.set_title(f"head {h}, up to {percent(float(part_HTN[h].max()))}", fontsize=6.5, pad=2, color="0.3")
             for side in axes.spines.values():
                 side.set(visible=True, color="0.8")
             column, before = column + 1, i
 
-    title = f"what is written (rows) against {field.name} (columns): {looks[-1][0].name}, mean of the heads; below, every head"
-    return Panel(title, tall + below + 0.2 + lines * (small_tall + 0.2), alignment)
+    which = "its one head" if looks[-1][0].heads == 1 else "mean of the heads"
+    title = f"what is written (rows) against {field.name} (columns): {looks[-1][0].name}, {which}, "
+    title += scale(ray, looks[-1:], mean=True) + ("; below, each head" if tiles else "")
+    return Panel(title, tall + below + (0.2 + lines * (small_tall + 0.2) if tiles else 0), alignment)
 
 
-def _slots(layer: LayerXRay) -> Panel:
+def _slots(layer: LayerXRay, heads: Sequence[int]) -> Panel:
     """How much each slot of a memory was read, by head."""
-    usage_HM = layer.usage_HM
-    heads, label = layer.heads, 1.5
+    usage_HM, label = layer.usage_HM[list(heads)], 1.5
 
     def slots(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, width, height = box
         axes = _axes(figure, (left + label, bottom + 0.2, width - label, height - 0.2))
         axes.imshow(usage_HM.numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
-        axes.set(yticks=range(heads), yticklabels=[f"head {h}" for h in range(heads)])
+        axes.set(yticks=range(len(heads)), yticklabels=[f"head {h}" for h in heads])
         for side in axes.spines.values():
             side.set(visible=True, color="0.8")
 
-    return Panel(f"{layer.name}, slots: how many queries' worth of reading each got", 0.25 + 0.18 * heads, slots)
+    even = usage_HM.sum(-1).mean() / usage_HM.shape[-1]
+    title = f"{layer.name}, slots: how many queries' worth of reading each got; up to {float(usage_HM.max()):.3g}, even would be "
+    return Panel(f"{title}{float(even):.3g}", 0.25 + 0.18 * len(heads), slots)
 
 
-def _readouts(ray: "XRay") -> Panel:
+def _readouts(ray: "XRay", chosen: Heads) -> Panel:
     """The table of heads as small tables of numbers: layers down, heads across, one for each read-out."""
-    summaries = [layer.summary() for layer in ray.layers]
+    drawn = [layer for layer in ray.layers if chosen[layer.name]]
+    summaries = [layer.summary() for layer in drawn]
     heads, layers = max(map(len, summaries)), len(summaries)
     row, label = 0.2, 1.5
     columns = 4 if heads <= 5 else 2 if heads <= 10 else 1
@@ -403,7 +431,8 @@ def _readouts(ray: "XRay") -> Panel:
             under = bottom + height - (i // columns + 1) * (layers * row + 0.35) + 0.15
             numbers = np.full((layers, heads), np.nan)
             for j, summary in enumerate(summaries):
-                numbers[j, : len(summary)] = [head[name] for head in summary]
+                for h in chosen[drawn[j].name]:
+                    numbers[j, h] = summary[h][name]
             axes = _axes(figure, (left + label + i % columns * (width + 0.12), under, width, layers * row))
             low, top = np.nanmin(numbers), np.nanmax(numbers)
             scale = (numbers - min(low, 0.0)) / max(top - min(low, 0.0), 1e-12)
@@ -414,7 +443,7 @@ def _readouts(ray: "XRay") -> Panel:
             axes.set(xticks=[], yticks=[])
             axes.set_title(title, fontsize=8, pad=3)
             if i % columns == 0:
-                for j, layer in enumerate(ray.layers):
+                for j, layer in enumerate(drawn):
                     _beside(figure, left + label - 0.1, under + (layers - j - 0.5) * row, layer.name)
 
     title = "the heads (across) of each layer: means over all its queries"

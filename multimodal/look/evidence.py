@@ -123,7 +123,7 @@ class Usage:
     queries: int
 
     def dead(self, share: float = 0.01) -> Tensor:
-        """Slots (M,) that no head gives `share` of an even share; `PersistentMemory.prune` takes those that are not."""
+        """Slots (M,) that no head gives `share` of an even share; `multimodal.pruned` takes them out."""
         even = self.usage_HM.sum(-1, keepdim=True) / self.usage_HM.shape[-1]
         return (self.usage_HM < share * even).all(0)
 

@@ -184,7 +184,7 @@ def _value_change(
     """v - W k: what must be added to the matrix's output at one row for the answer to be likely."""
     delta_D = torch.zeros(matrix.out_features, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta_D], lr=lr * float(matrix.weight.detach().norm(dim=1).mean()))
-    reading = stream.readings[task]
+    reading, head = stream.readings[task], model.packer.head(task)
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         at_T1 = torch.zeros(len(output), 1, device=output.device, dtype=output.dtype).index_fill_(
@@ -201,8 +201,9 @@ def _value_change(
             parameter.requires_grad_(False)
         with torch.enable_grad():
             for _ in range(steps):
-                state_ND = model(stream)[reading.row_N]
-                logits = model.packer.head(task).logits(model.readout(task), state_ND, reading.lengths).float()
+                state_TD = model(stream)
+                state_ND, memory = state_TD[reading.row_N], reading.memory(state_TD)
+                logits = head.logits(model.readout(task), state_ND, reading.lengths, **memory).float()
                 nats = nn.functional.cross_entropy(logits, target_N)
                 if float(nats.detach()) < -math.log(confident):
                     break

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multimodal.heads import one_class
-from multimodal.look.layers import layer_names, recorded, transformers, whole_layers
+from multimodal.look.layers import layer_names, recorded, token_labels, transformers, whole_layers
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens
@@ -60,7 +60,8 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
 
     With the answer among the sample's fields a head that writes is read at each of its tokens, otherwise at the first only.
     Where the classes are several at once, probabilities are each class's own. Layers whose states are not as wide as what the
-    core's end takes (its blocks widen the stream) are left out.
+    core's end takes (its blocks widen the stream) are left out. A head that points chooses among the states of the same layer,
+    or, where it writes in a core of its own, among those that the other core ends with; its classes are what was read.
 
     Raises:
         ConfigError: a head that writes features has no classes to look at.
@@ -75,23 +76,30 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     probabilities, names = [], []
     with model.resting(), recorded(model) as layers:
         stream = model.pack(task, [sample], answers=head.writes and sample.get(pattern.answer) is not None)
-        model(stream)
+        end_TD = model(stream)
         reading = stream.readings[task]
         whole = whole_layers(model, layers, stream)
         ends = [core for core in transformers(model).values() for _ in range(len(core.blocks) + 1)]
         for name, state_TD, core in zip(layer_names(model), whole, ends, strict=True):
-            state_ND = state_TD.to(model.device, core.norm.weight.dtype)[reading.row_N]
-            if bool(state_ND.isnan().all()):  # the head reads rows of the other core
+            state_TD = state_TD.to(model.device, core.norm.weight.dtype)
+            if bool(state_TD[reading.row_N].isnan().all()):  # the head reads rows of the other core
                 continue
+            other_T = state_TD.isnan().all(-1)
             if core.narrow is not None:
-                if state_ND.shape[1] != core.narrow.in_features:
+                if state_TD.shape[1] != core.narrow.in_features:
                     continue
-                state_ND = core.narrow(state_ND)
-            logits = head.logits(model.readout(task), core.norm(state_ND), reading.lengths).float()
+                state_TD = core.narrow(state_TD)
+            state_TD = torch.where(other_T[:, None], end_TD, core.norm(state_TD))
+            memory = reading.memory(state_TD)
+            logits = head.logits(model.readout(task), state_TD[reading.row_N], reading.lengths, **memory).float()
             probabilities.append(logits.sigmoid() if several else logits.softmax(-1))
             names.append(name)
     probability_LNV = torch.stack(probabilities).cpu().clone()
-    return Lens(tuple(names), probability_LNV, _classes(tokenizer, probability_LNV.shape[-1]))
+    count = probability_LNV.shape[-1]
+    if head.points:
+        read = packer.pointable(task, packer.encoded(task, sample, "lens"))
+        return Lens(tuple(names), probability_LNV, (*token_labels(tokenizer, read), f"[{count - 1}]"))
+    return Lens(tuple(names), probability_LNV, _classes(tokenizer, count))
 
 
 def _classes(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:

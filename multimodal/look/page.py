@@ -10,10 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.look.drawing import Panel, answer_line, overlay, panel_image, shown, shown_picture, visible
+from multimodal.look.answers import answer_line
+from multimodal.look.drawing import (
+    Panel,
+    overlay,
+    panel_image,
+    scale,
+    shown,
+    shown_picture,
+    visible,
+    written_looks,
+)
 from multimodal.look.drawing import strips as strips_panel
 from multimodal.look.lens import lens
-from multimodal.look.posterior import LayerXRay
+from multimodal.look.posterior import NAMES, LayerXRay, counted, percent
 from multimodal.look.roles import roles
 from multimodal.look.words import neighbours
 from multimodal.shapes import ConfigError
@@ -71,25 +81,32 @@ dd { margin: 0; color: #444; max-width: 82ch }
 
 HINTS = {
     "effective": (
-        "effective",
+        NAMES["effective"],
         "effective number of keys, exp of the posterior's entropy: how many places a query really reads. 1 is hard.",
     ),
     "evidence": (
-        "evidence",
+        NAMES["evidence"],
         "log of the sum over keys of prior times likelihood, in nats: low where the memory knows no such query.",
     ),
-    "prior": ("Var prior", "variance over the keys of the log-prior: large where place decides."),
+    "prior": (NAMES["prior"], "variance over the keys of the log-prior: large where place decides."),
     "score": (
-        "Var score",
+        NAMES["score"],
         "variance over the keys of the score: large where content decides. Rotary places are part of the score.",
     ),
     "price": (
-        "price of hard",
+        NAMES["price"],
         "evidence less the best key's share of it, in nats: what is lost when only the likeliest key is read.",
     ),
-    "spread": ("spread", "variance of the values under the posterior: 0 where all that is read says the same."),
-    "mass": ("mass", "sum of the weights: 1, or less where a factor is multiplied on after the softmax."),
+    "spread": (NAMES["spread"], "variance of the values under the posterior: 0 where all that is read says the same."),
+    "mass": (NAMES["mass"], "sum of the weights: 1, or less where a factor is multiplied on after the softmax."),
 }
+
+
+GUIDE = (
+    "How to read this: a head gives each token a share of its attention; darker or brighter means more, and each picture is "
+    "shaded up to its own largest share, which stands beside it.<br>Compare that with the even share, which every token would "
+    "get if the head did not choose: near it, the head looks nowhere in particular. More at the end of the page."
+)
 
 
 def page(ray: "XRay") -> str:
@@ -123,13 +140,13 @@ def _answer(ray: "XRay") -> str:
         f"</span></td><td>{p:.1%}</td></tr>"
         for name, p in top
     )
-    counted = ", ".join(f"{len(f)} tokens of {escape(f.name)}" for f in ray.fields.values() if f.name in _names(ray))
-    facts = f"{counted}; {len(ray.layers)} attention layers, {sum(layer.heads for layer in ray.layers)} heads."
-    return said + (f'<table class="bars">{rows}</table>' if rows else "") + f'<p class="note">{facts}</p>'
-
-
-def _names(ray: "XRay") -> list[str]:
-    return [f.name for f in (*ray.reads, ray.written) if f is not None]
+    tokens = ", ".join(
+        f"{counted(len(f), 'token')} of {escape(f.name)}" for f in (*ray.reads, ray.written) if f is not None
+    )
+    heads = counted(sum(layer.heads for layer in ray.layers), "head")
+    facts = f"{tokens}; {counted(len(ray.layers), 'attention layer')}, {heads}."
+    top_table = f'<table class="bars">{rows}</table>' if rows else ""
+    return f'{said}{top_table}<p class="note">{facts}</p><p class="note">{GUIDE}</p>'
 
 
 def _field(ray: "XRay", field: "Field") -> str:
@@ -141,13 +158,14 @@ def _field(ray: "XRay", field: "Field") -> str:
     if field.flat:
         out.append(
             '<p class="note">Bright where a head looked most; the percentage is the share of its attention that fell here. '
-            "Point at a patch of the mean for its share.</p>"
+            f"Point at a patch for its share: {scale(ray, looks)}.</p>"
         )
         for i, (layer, heat_HN) in enumerate(looks):
             out.append(f"<h3>{escape(layer.name)}</h3>")
             out.append(f'<div class="row">{"".join(_tiles(field, layer, heat_HN, first=i == 0))}</div>')
     elif field.text:
-        out.append('<p class="note">Darker: read more, mean of the heads. Point at a token for its share.</p>')
+        most = scale(ray, looks, mean=True)
+        out.append(f'<p class="note">Darker: read more, mean of the heads. Point at a token for its share: {most}.</p>')
         for layer, heat_HN in looks:
             out.append(_shaded(field, heat_HN.mean(0), layer.name))
         heads = [
@@ -155,16 +173,19 @@ def _field(ray: "XRay", field: "Field") -> str:
             for layer, heat_HN in looks
             for h, heat_N in enumerate(heat_HN)
         ]
-        out.append(f"<details><summary>each of the {len(heads)} heads</summary>{''.join(heads)}</details>")
+        if len(heads) > len(looks):
+            out.append(f"<details><summary>each of the {len(heads)} heads</summary>{''.join(heads)}</details>")
     else:
-        out.append(_panel(strips_panel(field, looks), "a row for each head; darkest: its largest"))
+        panel = strips_panel(ray, field, looks)
+        out.append(f'<p class="note">{escape(panel.title)}</p>{_panel(panel)}')
     return "\n".join(out)
 
 
 def _tiles(field: "Field", layer: LayerXRay, heat_HN: Tensor, *, first: bool) -> Iterator[str]:
     assert field.picture_YXC is not None
     if first:
-        yield f"<figure>{_image(shown_picture(field.picture_YXC, longer=168), 168)}<figcaption>as it is</figcaption></figure>"
+        image = _image(shown_picture(field.picture_YXC, longer=168), 168, field.name)
+        yield f"<figure>{image}<figcaption>as it is</figcaption></figure>"
     mean_N = heat_HN.mean(0)
     cells = "".join(
         f'<span title="{escape(label)}: {share:.1%}"></span>'
@@ -172,18 +193,25 @@ def _tiles(field: "Field", layer: LayerXRay, heat_HN: Tensor, *, first: bool) ->
     )
     rows, columns = field.grid
     yield (
-        f'<figure><div class="grid">{_image(overlay(field.picture_YXC, mean_N, field.grid, longer=168), 168)}'
+        f'<figure><div class="grid">'
+        f"{_image(overlay(field.picture_YXC, mean_N, field.grid, longer=168), 168, f'{layer.name} on {field.name}')}"
         f'<div style="grid-template:repeat({rows},1fr)/repeat({columns},1fr)">{cells}</div></div>'
-        f"<figcaption>mean of heads {float(mean_N.sum()):.0%}</figcaption></figure>"
+        f"<figcaption>{'mean of heads' if layer.heads > 1 else 'head 0'} {_shares(mean_N)}</figcaption></figure>"
     )
+    if layer.heads == 1:
+        return
     numbers = layer.summary()
     for h, heat_N in enumerate(heat_HN):
         pixels = overlay(field.picture_YXC, heat_N, field.grid, longer=84)
         hint = f"{layer.name}, head {h}: reads {numbers[h]['effective']:.1f} keys, evidence {numbers[h]['evidence']:.2f} nats"
         yield (
-            f'<figure title="{escape(hint)}">{_image(pixels, 112)}'
-            f"<figcaption>head {h} {float(heat_N.sum()):.0%}</figcaption></figure>"
+            f'<figure title="{escape(hint)}">{_image(pixels, 112, f"{layer.name}, head {h} on {field.name}")}'
+            f"<figcaption>head {h} {_shares(heat_N)}</figcaption></figure>"
         )
+
+
+def _shares(heat_N: Tensor) -> str:
+    return f"{percent(float(heat_N.sum()))}, up to {percent(float(heat_N.max()))}"
 
 
 def _shaded(field: "Field", share_N: Tensor, name: str) -> str:
@@ -203,26 +231,21 @@ def _colour(strength: float) -> str:
 
 def _written(ray: "XRay", field: "Field") -> str:
     """What is written against one field that was read."""
-    if ray.written is None:
-        return ""
-    looks = []
-    for layer in ray.layers:
-        part = ray.onto(layer, field.name)
-        if part is not None and bool(torch.isin(layer.query_T, ray.asked_N).any()):
-            looks.append((layer, part))
-    if not looks:
+    looks = written_looks(ray, field)
+    if ray.written is None or not looks:
         return ""
     out = [f"<h2>{escape(ray.written.name)}, token by token, against {escape(field.name)}</h2>"]
     if field.flat:
         assert field.picture_YXC is not None
         layer, part_HTN = looks[-1]
         out.append(
-            f'<p class="note">{escape(layer.name)}, mean of the heads, when each token was about to be written.</p>'
+            f'<p class="note">{escape(layer.name)}, mean of the heads, when each token was about to be written, and the share '
+            f"that fell on {escape(field.name)}; one patch {scale(ray, looks[-1:], mean=True)}.</p>"
         )
         labels = ray.written_labels[:MOST_ROWS]
         figures = [
-            f"<figure>{_image(overlay(field.picture_YXC, part_HTN[:, i].mean(0), field.grid, longer=112), 112)}"
-            f"<figcaption>{escape(shown(label))}</figcaption></figure>"
+            f"<figure>{_image(overlay(field.picture_YXC, part_HTN[:, i].mean(0), field.grid, longer=112), 112, shown(label))}"
+            f"<figcaption>{escape(shown(label))} {_shares(part_HTN[:, i].mean(0))}</figcaption></figure>"
             for i, label in enumerate(labels)
         ]
         out.append(f'<div class="row">{"".join(figures)}</div>' + _more(len(ray.written_labels) - len(labels)))
@@ -232,22 +255,24 @@ def _written(ray: "XRay", field: "Field") -> str:
         "be written. Point at a cell for its share.</p>"
     )
     for i, (layer, part_HTN) in enumerate(reversed(looks)):
-        tables = [_matrix(ray, field, part_HTN.mean(0), f"{layer.name}, mean of heads")]
-        tables += [_matrix(ray, field, part_TN, f"{layer.name}, head {h}") for h, part_TN in enumerate(part_HTN)]
+        tables = [_matrix(ray, field, part_TN, f"{layer.name}, head {h}", layer) for h, part_TN in enumerate(part_HTN)]
+        if len(part_HTN) > 1:
+            tables.insert(0, _matrix(ray, field, part_HTN.mean(0), f"{layer.name}, mean of the heads", layer))
         if i == 0:
-            out.append(f"<h3>{escape(layer.name)}, mean of the heads</h3>{tables[0]}")
-            tables = tables[1:]
-        out.append(f"<details><summary>{escape(layer.name)}, by head</summary>{''.join(tables)}</details>")
+            out.append(tables.pop(0))
+        if tables:
+            out.append(f"<details><summary>{escape(layer.name)}, by head</summary>{''.join(tables)}</details>")
     return "\n".join(out)
 
 
-def _matrix(ray: "XRay", field: "Field", part_TN: Tensor, name: str) -> str:
-    """A table where it is small enough to be read, otherwise a picture."""
+def _matrix(ray: "XRay", field: "Field", part_TN: Tensor, name: str, layer: LayerXRay) -> str:
+    """A table where it is small enough to be read, otherwise a picture; above it what it is and how strong its strongest is."""
+    caption = f"<h3>{escape(name)}: {scale(ray, [(layer, part_TN[None])])}</h3>"
     rows, columns = ([shown(label) for label in labels] for labels in (ray.written_labels, field.labels))
     if part_TN.numel() > MOST_CELLS:
         shade = (1 - part_TN / part_TN.max().clamp(min=1e-12)).numpy()
         pixels = np.rint(255 * np.stack([shade**0.3, shade**0.8, shade], 2)).astype(np.uint8)
-        return f"<h3>{escape(name)}</h3>{_image(pixels, min(1000, 4 * pixels.shape[1]))}"
+        return caption + _image(pixels, min(1000, 4 * pixels.shape[1]), name)
     top = max(float(part_TN.max()), 1e-12)
     head = "".join(f"<th><span>{escape(label)}</span></th>" for label in columns)
     lines = []
@@ -258,13 +283,7 @@ def _matrix(ray: "XRay", field: "Field", part_TN: Tensor, name: str) -> str:
         )
         lines.append(f"<tr><th>{escape(label)}</th>{cells}</tr>")
     table = f'<table class="matrix"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return f'<div class="scroll" title="{escape(name)}">{table}</div>' + (
-        "" if name.endswith("mean of heads") else _caption(name)
-    )
-
-
-def _caption(name: str) -> str:
-    return f'<p class="note">{escape(name)}</p>'
+    return f'{caption}<div class="scroll" title="{escape(name)}">{table}</div>'
 
 
 def _heads(ray: "XRay") -> str:
@@ -285,7 +304,8 @@ def _heads(ray: "XRay") -> str:
     return (
         '<h2>The heads</h2><p class="note">Means over all queries of the layer. Point at a heading for what it says; '
         "each column is shaded by itself.</p>"
-        f"<table><thead><tr><th>layer</th><th>head</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        f'<div class="scroll"><table><thead><tr><th>layer</th><th>head</th>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -299,7 +319,7 @@ def _mattered(ray: "XRay") -> str:
     return (
         '<h2>What if a token were absent</h2><p class="note">The keys without which the heads of a layer would have read '
         "most differently, and by how much: |o<sub>-j</sub> - o| over all heads, mean of the rows that the answer is read "
-        "from. Exact for the layer alone: later layers are not run again.</p>"
+        "from. Places are counted from 0. Exact for the layer alone: later layers are not run again.</p>"
         f"<table>{''.join(lines)}</table>"
         if lines
         else ""
@@ -323,7 +343,9 @@ def _memories(ray: "XRay") -> str:
                 for h in range(layer.heads)
             )
             out.append(
-                f"<h3>{escape(layer.name)}: {len(usage_M)} slots, {idle} of which this input hardly reads</h3>"
+                f"<h3>{escape(layer.name)}: {counted(len(usage_M), 'slot')}, {idle} of which this input hardly reads; "
+                f"up to {float(layer.usage_HM.max()):.3g} queries, even would be "
+                f"{float(layer.usage_HM.sum(-1).mean()) / len(usage_M):.3g}</h3>"
                 f'<div class="scroll"><table class="matrix">{rows}</table></div>'
             )
     return "<h2>Slots of the memory</h2>" + "".join(out) if out else ""
@@ -399,8 +421,8 @@ def _glossary() -> str:
     entries = "".join(f"<dt>{name}</dt><dd>{escape(hint)}</dd>" for name, hint in HINTS.values())
     return (
         "<h2>How to read this</h2><p>A head compares a query with keys. A key's share is the posterior of a mixture: its "
-        "prior (what its place says; a mask is a prior of 0) times its likelihood (the score), over the sum of these, the "
-        f"evidence. What is read is the mean of the keys' values under it.</p><dl>{entries}</dl>"
+        "prior (what its place says; a mask is a prior probability of 0) times its likelihood (the score), over the sum of these, "
+        f"the evidence. What is read is the mean of the keys' values under it.</p><dl>{entries}</dl>"
     )
 
 
@@ -412,14 +434,15 @@ def _more(count: int) -> str:
     return f'<p class="note">and {count} more</p>' if count > 0 else ""
 
 
-def _image(pixels: np.ndarray, width: int) -> str:
+def _image(pixels: np.ndarray, width: int, alt: str) -> str:
     from PIL import Image
 
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, format="PNG")
-    return f'<img width="{width}" alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img width="{width}" alt="{escape(alt)}" src="data:image/png;base64,{encoded}">'
 
 
-def _panel(panel: Panel, title: str) -> str:
+def _panel(panel: Panel) -> str:
     data = base64.b64encode(panel_image(panel)).decode()
-    return f'<img class="wide" title="{escape(title)}" alt="" src="data:image/png;base64,{data}">'
+    return f'<img class="wide" title="{escape(panel.title)}" alt="{escape(panel.title)}" src="data:image/png;base64,{data}">'

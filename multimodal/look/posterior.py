@@ -13,7 +13,19 @@ LEAST = math.log(torch.finfo(torch.float32).tiny)
 BLOCK = 2**22  # numbers that what is left without each key may hold at once
 
 
-@dataclass(frozen=True)
+NAMES = {
+    "effective": "effective",
+    "evidence": "evidence",
+    "prior": "prior variance",
+    "score": "score variance",
+    "price": "price of hard",
+    "spread": "spread",
+    "mass": "mass",
+}
+"""What the columns of `summary` are called wherever people read them."""
+
+
+@dataclass(frozen=True, repr=False)
 class LayerXRay:
     """What the heads of one attention layer did with the queries of one sample, in float64 on the CPU.
 
@@ -34,6 +46,12 @@ class LayerXRay:
     how: Read = field(default_factory=Soft)
     chosen_HT: Tensor | None = None
     factored: bool = False
+
+    def __repr__(self) -> str:
+        heads, queries, keys = self.score_HTM.shape
+        return (
+            f"LayerXRay({self.name!r}, {counted(heads, 'head')}, {counted(queries, 'query')}, {counted(keys, 'key')})"
+        )
 
     @property
     def heads(self) -> int:
@@ -193,3 +211,15 @@ class LayerXRay:
         }
         means = {name: x_HT[:, sees_T].mean(-1).tolist() for name, x_HT in numbers.items()}
         return [{name: values[h] for name, values in means.items()} for h in range(self.heads)]
+
+
+def counted(count: int, noun: str) -> str:
+    """1 layer, 2 layers, 3 queries."""
+    if count != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{count} {noun}"
+
+
+def percent(share: float) -> str:
+    """16 %, 0.4 %."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.2g} %"

@@ -5,7 +5,7 @@ sample --one pass--> Trace --> LayerXRay of every attention layer --> pictures (
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from multimodal.attention import Seen, Trace
 from multimodal.heads import Prediction
-from multimodal.look.layers import START, transformers
-from multimodal.look.posterior import LayerXRay
+from multimodal.look.layers import START, token_labels, transformers
+from multimodal.look.posterior import NAMES, LayerXRay
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.stream import Stream
+from multimodal.task import Pattern
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -117,16 +118,36 @@ class XRay:
             if (heat_HN := self.heat(layer, name)) is not None:
                 yield layer, heat_HN
 
+    def even(self, layer: LayerXRay) -> float:
+        """The share that each key would have got of an asked query that spreads its attention evenly over all it may see."""
+        count_HN = layer.seen_HTM[:, self.asked(layer)].sum(-1)
+        return float(torch.where(count_HN > 0, 1 / count_HN.clamp(min=1), 0.0).mean())
+
+    def chosen_heads(self, most: int = 16) -> dict[str, tuple[int, ...]]:
+        """The heads of each layer that a small picture shows: all where there are at most `most`, otherwise those of the last
+        block and so many others, the sharpest: those whose asked queries read the fewest keys."""
+        every = [(layer, h) for layer in self.layers for h in range(layer.heads)]
+        if len(every) > most:
+            last = _block(self.layers[-1])
+            effective = {layer.name: layer.effective_HT[:, self.asked(layer)].mean(1).tolist() for layer in self.layers}
+            others = [(layer, h) for layer, h in every if _block(layer) != last]
+            others.sort(key=lambda head: effective[head[0].name][head[1]])
+            kept = {(layer.name, h) for layer, h in others[:most]}
+            every = [(layer, h) for layer, h in every if _block(layer) == last or (layer.name, h) in kept]
+        return {layer.name: tuple(h for other, h in every if other is layer) for layer in self.layers}
+
     def key_label(self, layer: LayerXRay, key: int) -> str:
-        """The name of one key: 'text "cat"', 'image row 2, column 0', 'slot 7'."""
+        """The name of one key: "text 'cat' (token 3)", counted from 0, 'image row 2, column 0', 'slot 7'."""
         if layer.key_M is None:
             return f"slot {key}"
         row = int(layer.key_M[key])
         for f in self.fields.values():
             (index,) = (f.row_N == row).nonzero(as_tuple=True)
             if len(index):
-                label = f.labels[int(index[0])]
-                return START if f.name == START else f"{f.name} {label!r}" if f.text else f"{f.name} {label}"
+                label, at = f.labels[int(index[0])], int(index[0])
+                return (
+                    START if f.name == START else f"{f.name} {label!r} (token {at})" if f.text else f"{f.name} {label}"
+                )
         return f"row {row}"
 
     def mattered(self, layer: LayerXRay, most: int = 5) -> list[tuple[str, float]]:
@@ -150,37 +171,50 @@ class XRay:
 
     def __str__(self) -> str:
         """The table of heads in lines."""
-        rows = self.table()
+        return self.lines(self.table())
+
+    def lines(self, rows: list[dict[str, Any]]) -> str:
+        """Some rows of `table` as text, under a heading."""
         width = max(len(row["layer"]) for row in rows)
-        lines = [f"{'layer':<{width}}  head  effective  evidence  prior var.  score var."]
+        columns = ("effective", "evidence", "prior", "score")
+        lines = [f"{'layer':<{width}}  head  " + "  ".join(NAMES[name] for name in columns)]
         for row in rows:
-            lines.append(
-                f"{row['layer']:<{width}}  {row['head']:>4}  {row['effective']:>9.2f}  {row['evidence']:>8.2f}"
-                f"  {row['prior']:>10.2f}  {row['score']:>10.2f}"
-            )
+            numbers = "  ".join(f"{row[name]:>{len(NAMES[name])}.2f}" for name in columns)
+            lines.append(f"{row['layer']:<{width}}  {row['head']:>4}  {numbers}")
         return "\n".join(lines)
 
     def draw(self, path: str | Path) -> None:
-        """One picture (PNG) of all heads."""
+        """One picture of the heads (of more than 16 those of `chosen_heads`): .png, .jpg, .pdf or .svg.
+
+        Raises:
+            ConfigError: another ending, or a folder that is not there.
+        """
         from multimodal.look.drawing import draw
 
+        _check_place("XRay.draw", path, (".png", ".jpg", ".pdf", ".svg"))
         draw(self, path)
 
     def page(self, path: str | Path) -> None:
-        """One HTML file that holds everything, for any browser, without a network."""
+        """One HTML file that holds everything, for any browser, without a network.
+
+        Raises:
+            ConfigError: another ending than .html or .htm, or a folder that is not there.
+        """
         from multimodal.look.page import page
 
+        _check_place("XRay.page", path, (".html", ".htm"))
         Path(path).write_text(page(self), encoding="utf-8")
 
 
 def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = None) -> XRay:
     """Look through every attention layer while the model answers one sample.
 
+    sample: the fields that the task reads; the one that it writes, which samples of a data set have too, is not looked at.
     answer: of a task that writes, what is written: a value of that kind; the model's own answer unless given.
 
     Raises:
-        TaskError: there is no such task, or a field is missing. ConfigError: a model without attention; an answer for a task that
-        answers at once.
+        TaskError: there is no such task, a field is missing, or the task has no such field. ConfigError: several samples; a model
+        without attention; an answer for a task that answers at once.
     """
     packer = model.packer
     packer.check_task(task)
@@ -189,7 +223,8 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         raise ConfigError(
             f"xray: task {task!r} is answered at once by {type(head).__name__}, which never sees an answer; leave answer= out"
         )
-    sample = {f.name: sample[f.name] for f in pattern.reads if f.name in sample}
+    _check_sample(pattern, sample)
+    sample = {f.name: sample[f.name] for f in pattern.reads}
     said = None
     if answer is not None:
         tokens = packer.encode(pattern.writes.kind, answer, "xray", pattern.answer)
@@ -204,7 +239,7 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         state_TD = model(stream, backend="dense", trace=trace)
         if said is None:
             r, tokenizer = stream.readings[task], packer.tokenizers[pattern.writes.kind]
-            logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths)
+            logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths, **r.memory(state_TD))
             said = head.answer(logits, r.lengths, tokenizer)[0]
     if not trace.seen:
         raise ConfigError(
@@ -214,6 +249,28 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
     fields = _fields(model, task, sample, stream)
     layers = _layers(model, trace, stream)
     return XRay(task, fields, stream.readings[task].row_N.cpu(), layers, said, model, sample)
+
+
+def _check_sample(pattern: Pattern, sample: Mapping[str, Any]) -> None:
+    if isinstance(sample, (list, tuple)):
+        raise ConfigError("xray: give one sample, not a list of them")
+    pattern.check_sample(sample, answer=False)
+
+
+def _check_place(who: str, path: str | Path, endings: tuple[str, ...]) -> None:
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise ConfigError(
+            f"{who}: {path.name!r} does not end in {' or '.join(endings)}; name it {path.stem}{endings[0]}"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"{who}: there is no folder {str(path.parent)!r} to write {path.name} into; make it first")
+
+
+def _block(layer: LayerXRay) -> str:
+    """The block that a layer is of: 'writer block 2' of 'writer block 2 cross'."""
+    core, _, rest = layer.name.partition("block ")
+    return f"{core}block {rest.split()[0]}"
 
 
 def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]:
@@ -273,10 +330,20 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
         start += head.queries
     if pattern.answer in sample and head.writes:
         kind, tokens = pattern.writes.kind, sample[pattern.answer]
-        fields[pattern.answer] = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)
+        written = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)
+        reading = stream.readings[task]
+        if reading.key_N is not None and reading.pointed_N is not None and not written.text:
+            written = replace(written, labels=_pointed(fields, reading.key_N[reading.pointed_N].tolist()))
+        fields[pattern.answer] = written
         start += len(tokens)
     assert start == len(stream)
     return fields
+
+
+def _pointed(fields: Mapping[str, Field], rows: list[int]) -> tuple[str, ...]:
+    """What was pointed at, by the names that it has where it was read."""
+    names = {row: label for f in fields.values() for row, label in zip(f.row_N.tolist(), f.labels, strict=True)}
+    return tuple(names[row] for row in rows)
 
 
 def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> Field:
@@ -288,31 +355,9 @@ def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: in
         name,
         kind,
         torch.arange(start, start + len(tokens)),
-        tuple(_labels(tokenizer, tokens)),
+        tuple(token_labels(tokenizer, tokens)),
         tokenizer.text,
         written,
         picture_YXC.detach().float().clamp(0, 1) if picture_YXC is not None and whole else None,
         (rows, len(tokens) // rows),
     )
-
-
-def _labels(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
-    """A short name for each token: its piece of text, its row and column, its time, its class."""
-    position = tokens.position_NA
-    if tokenizer.text:
-        return [_piece(tokenizer, tokens, i) for i in range(len(tokens))]
-    if bool(position[:, 1:].any()):
-        return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
-    if tokenizer.classes and tokenizer.vocab_size is not None:
-        return [
-            str(tokenizer.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
-        ]
-    if tokenizer.vocab_size is not None:
-        return [str(i) for i in tokens.content.tolist()]
-    return [f"at {time:.4g}" for time, _, _ in position.tolist()]
-
-
-def _piece(tokenizer: Tokenizer, tokens: Tokens, i: int) -> str:
-    """The text of one token; a part of a character that has no text of its own is a dot."""
-    text = tokenizer.decode(Tokens(tokens.content[i : i + 1], tokens.position_NA[i : i + 1]))
-    return text.replace("\ufffd", "·") or "·"

@@ -1,5 +1,6 @@
 """Learning a mixture: `fit(memory, data, EM())`, and the objective is the only thing that changes."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -28,6 +29,9 @@ class Objective(ABC):
     @abstractmethod
     def rounds(self, memory: Mixture, x_BK: Tensor) -> Iterator[Round]:
         """Evaluate, yield, update, and so on without end."""
+
+    def check(self, memory: Mixture) -> None:  # noqa: B027  most objectives take any mixture
+        """Raise ConfigError where this cannot be climbed with such a mixture."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Adam(Objective):
             optimiser.step()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """What came of a fit: `bounds[i]` and `cpu_s[i]` belong to the memory after i steps."""
 
@@ -67,6 +71,10 @@ class Fit:
     usage_M: Tensor  # samples that each component answers for
     bounds: list[float] = field(default_factory=list)  # nats a sample
     cpu_s: list[float] = field(default_factory=list)  # process CPU-seconds since the start
+
+    def __repr__(self) -> str:
+        steps, bound, cpu_s = len(self.bounds) - 1, self.bounds[-1], self.cpu_s[-1]
+        return f"Fit({self.memory}, {steps} steps, {bound:.6g} nats a sample, {cpu_s:.2f} CPU-s)"
 
     def alive(self, least: float = 1.0) -> Mixture:
         """The memory without the components that answer for `least` samples or fewer."""
@@ -77,12 +85,12 @@ class Fit:
         """By how much the bound fell in the worst step; 0 if it never did."""
         return max([0.0, *(before - after for before, after in pairwise(self.bounds))])
 
-    def reached(self, target: float) -> tuple[int, float]:
-        """(steps, CPU-seconds) until the bound first was `target`; infinite where it never was."""
+    def reached(self, target: float) -> tuple[float, float]:
+        """(steps, CPU-seconds) until the bound first was `target`; both infinite where it never was."""
         for step, bound in enumerate(self.bounds):
             if bound >= target:
                 return step, self.cpu_s[step]
-        return len(self.bounds), float("inf")
+        return math.inf, math.inf
 
 
 def fit(
@@ -99,8 +107,9 @@ def fit(
     watch: is called with each step and what came of it, for a progress bar or a picture.
 
     Raises:
-        ConfigError: the bound is not a number, because samples or start are not.
+        ConfigError: memory, samples and objective do not go together, or the bound is not a number.
     """
+    _check_parts(memory, x_BK, objective)
     started, bounds, cpu_s = time.process_time(), [], []
     latest = None
     for step, latest in zip(range(steps + 1), objective.rounds(memory, x_BK), strict=False):
@@ -114,3 +123,14 @@ def fit(
             break
     assert latest is not None
     return Fit(latest.memory, latest.usage_M, bounds, cpu_s)
+
+
+def _check_parts(memory: Mixture, x_BK: Tensor, objective: Objective) -> None:
+    if not isinstance(memory, Mixture):
+        raise ConfigError(f"fit: memory={memory!r} is no mixture; start with BernoulliMixture.around(x, 50, generator)")
+    if isinstance(objective, type):
+        raise ConfigError(f"fit: objective is the class {objective.__name__}; make one: {objective.__name__}(..)")
+    if not isinstance(objective, Objective):
+        raise ConfigError(f"fit: objective={objective!r} is no Objective; try EM()")
+    objective.check(memory)
+    memory.check_samples("fit", x_BK)

@@ -8,14 +8,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from multimodal.mixture.fit import Objective, Round
 from multimodal.mixture.memory import BernoulliMixture, GaussianMixture, Mixture, scatter, split
-from multimodal.shapes import ConfigError
+from multimodal.shapes import ConfigError, check_shapes
 
 
 class Posterior(ABC):
@@ -37,6 +37,9 @@ class Posterior(ABC):
 class Conjugate(ABC):
     """A prior over the parameters of each component, of the family that its posterior has too."""
 
+    mixture: ClassVar[type[Mixture]]  # whose components have such parameters
+    usual: ClassVar[str]  # how it is usually made, for error messages
+
     @abstractmethod
     def absorb(self, x_BK: Tensor, posterior_BM: Tensor) -> Posterior:
         """The posterior over parameters, given the responsibilities."""
@@ -50,9 +53,22 @@ class MeanField(Objective):
     concentration: float = 1e-3  # of the Dirichlet prior on the weights; below 1 it prefers few components
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parameters, Conjugate):
+            raise ConfigError(
+                f"MeanField: parameters={self.parameters!r} is no prior; try "
+                + " or ".join(kind.usual for kind in Conjugate.__subclasses__())
+            )
         if self.concentration <= 0:
             raise ConfigError(
                 f"MeanField: concentration={self.concentration} is not positive; 0.001 prefers few components"
+            )
+
+    def check(self, memory: Mixture) -> None:
+        if not isinstance(memory, self.parameters.mixture):
+            right = [kind.usual for kind in Conjugate.__subclasses__() if isinstance(memory, kind.mixture)]
+            raise ConfigError(
+                f"MeanField: {type(self.parameters).__name__} is a prior of {self.parameters.mixture.__name__}, not of "
+                f"{type(memory).__name__}; use {right[0] if right else 'another objective'}"
             )
 
     def rounds(self, memory: Mixture, x_BK: Tensor) -> Iterator[Round]:
@@ -77,6 +93,7 @@ class MeanField(Objective):
 class Beta(Conjugate):
     """A prior on every bit of every component, as if so many ones and zeros had been seen; 1/2 is Jeffreys'."""
 
+    mixture, usual = BernoulliMixture, "Beta()"
     ones: float = 0.5
     zeros: float = 0.5
 
@@ -118,6 +135,7 @@ class BetaPosterior(Posterior):
 class GaussWishart(Conjugate):
     """A prior on mean and precision of every component: Bishop 2006, equation 10.40. Float64."""
 
+    mixture, usual = GaussianMixture, "GaussWishart.scaled_to(x)"
     center_K: Tensor
     strength: float  # how many samples the center counts for
     degrees: float  # of freedom of the Wishart; more than K - 1
@@ -135,10 +153,16 @@ class GaussWishart(Conjugate):
         cls, x_BK: Tensor, *, strength: float = 1.0, degrees: float | None = None, share: float = 1.0
     ) -> Self:
         """Centered on the samples; a component's expected precision is that of all samples with `share` of their variance."""
+        GaussianMixture.check_samples("GaussWishart.scaled_to", x_BK)
         degrees = float(x_BK.shape[1]) if degrees is None else degrees
         return cls(x_BK.mean(0), strength, degrees, torch.diag(x_BK.var(0) * share * degrees))
 
     def absorb(self, x_BK: Tensor, posterior_BM: Tensor) -> "GaussWishartPosterior":
+        check_shapes("GaussWishart", {"K": len(self.center_K)}, x_BK=x_BK)
+        if self.center_K.dtype != x_BK.dtype:
+            raise ConfigError(
+                f"GaussWishart: center_K is {self.center_K.dtype}, samples are {x_BK.dtype}; use GaussWishart.scaled_to(x)"
+            )
         used_M = posterior_BM.sum(0)
         strength_M = self.strength + used_M
         center_MK = (self.strength * self.center_K + posterior_BM.T @ x_BK) / strength_M[:, None]

@@ -18,12 +18,17 @@ from multimodal.attention.scores import Bernoulli, with_column
 from multimodal.shapes import ConfigError, check_shapes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Mixture(ABC):
     """M components: their parameters (fields of the subclass), mixing weights, and what each answers."""
 
     log_prior_M: Tensor  # log of the mixing weights
     values_MF: Tensor  # the answer of each component: p(label | component), pixels, anything
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """K, the features of a sample."""
 
     @abstractmethod
     def factors(self, x_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +48,30 @@ class Mixture(ABC):
 
     def __len__(self) -> int:
         return len(self.log_prior_M)
+
+    def __repr__(self) -> str:
+        answers, dtype = self.values_MF.shape[1], self.log_prior_M.dtype
+        return (
+            f"{type(self).__name__}({len(self)} components of {self.width} features, {answers} answers each, {dtype})"
+        )
+
+    @classmethod
+    def check_samples(cls, where: str, x_BK: Tensor) -> None:
+        """Raise ConfigError where these are no samples of such a mixture; nan is left to who meets it."""
+        if not isinstance(x_BK, Tensor):
+            raise ConfigError(f"{where}: samples are of type {type(x_BK).__name__}; make a tensor: torch.as_tensor(x)")
+        if not x_BK.is_floating_point():
+            raise ConfigError(f"{where}: samples are {x_BK.dtype}, not floating point; convert them: x.float()")
+        if x_BK.dim() != 2:
+            raise ConfigError(f"{where}: samples are {tuple(x_BK.shape)}, not (samples, features); try x.flatten(1)")
+
+    def check_precision(self, x_BK: Tensor) -> None:
+        """Raise ConfigError where samples and parameters are of different precision."""
+        if x_BK.dtype != self.log_prior_M.dtype:
+            raise ConfigError(
+                f"{type(self).__name__}: samples are {x_BK.dtype}, the mixture is {self.log_prior_M.dtype}; convert the "
+                "samples: x.to(mixture.log_prior_M.dtype)"
+            )
 
     def log_joint(self, x_BK: Tensor) -> Tensor:
         """log p(x, component): (B, M)."""
@@ -88,7 +117,7 @@ class Mixture(ABC):
         return replace(self, **kept | {"log_prior_M": kept["log_prior_M"].log_softmax(-1)})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class BernoulliMixture(Mixture):
     """Independent bits in each component: Bishop 2006, section 9.3.3. Keys are the logits of the bits' means."""
 
@@ -98,10 +127,24 @@ class BernoulliMixture(Mixture):
     @classmethod
     def around(cls, x_BK: Tensor, components: int, generator: torch.Generator) -> Self:
         """A start: each component half way between the mean of all samples and one of them, all of equal weight."""
+        cls.check_samples(f"{cls.__name__}.around", x_BK)
         chosen = _chosen(x_BK, components, generator)
         mean_MK = (0.5 * chosen + 0.5 * x_BK.mean(0)).clamp(cls.RAREST, 1 - cls.RAREST)
         log_prior_M = x_BK.new_full((components,), -math.log(components))
         return cls(log_prior_M=log_prior_M, values_MF=mean_MK, keys_MK=mean_MK.logit())
+
+    @classmethod
+    def check_samples(cls, where: str, x_BK: Tensor) -> None:
+        super().check_samples(where, x_BK)
+        if ((x_BK < 0) | (x_BK > 1)).any():
+            raise ConfigError(
+                f"{where}: samples of a BernoulliMixture are bits or shares with 0 <= x <= 1, but these go from "
+                f"{x_BK.min():.4g} to {x_BK.max():.4g}; threshold or scale them, or take GaussianMixture"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.keys_MK.shape[1]
 
     @property
     def means_MK(self) -> Tensor:
@@ -109,10 +152,10 @@ class BernoulliMixture(Mixture):
         return self.keys_MK.sigmoid()
 
     def factors(self, x_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_shapes("BernoulliMixture", {"K": self.keys_MK.shape[1]}, x_BK=x_BK)
-        nothing = torch.zeros_like(
-            self.keys_MK[None, :1, None]
-        )  # what a query of zeros scores is the column of the score
+        self.check_precision(x_BK)
+        check_shapes("BernoulliMixture", {"K": self.width}, x_BK=x_BK)
+        # what a query of zeros scores is the column of the score
+        nothing = torch.zeros_like(self.keys_MK[None, :1, None])
         bias_M = Bernoulli().log_likelihood(nothing, self.keys_MK[None, :, None], None)[0, 0, 0]
         return x_BK, self.keys_MK, bias_M
 
@@ -132,7 +175,7 @@ class BernoulliMixture(Mixture):
         return replace(self, keys_MK=free["keys_MK"], log_prior_M=free["log_prior_M"].log_softmax(-1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GaussianMixture(Mixture):
     """A Gaussian of full covariance in each component: Bishop 2006, section 9.2. Wants float64 where variances are far apart."""
 
@@ -143,13 +186,19 @@ class GaussianMixture(Mixture):
     @classmethod
     def around(cls, x_BK: Tensor, components: int, generator: torch.Generator) -> Self:
         """A start: components at samples, all of equal weight and with a tenth of the variance of all samples."""
+        cls.check_samples(f"{cls.__name__}.around", x_BK)
         means_MK = _chosen(x_BK, components, generator)
         precision_MKK = torch.diag(10 / x_BK.var(0)).expand(components, -1, -1).clone()
         log_prior_M = x_BK.new_full((components,), -math.log(components))
         return cls(log_prior_M=log_prior_M, values_MF=means_MK, means_MK=means_MK, precision_MKK=precision_MKK)
 
+    @property
+    def width(self) -> int:
+        return self.means_MK.shape[1]
+
     def factors(self, x_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        width = check_shapes("GaussianMixture", {"K": self.means_MK.shape[1]}, x_BK=x_BK)["K"]
+        self.check_precision(x_BK)
+        width = check_shapes("GaussianMixture", {"K": self.width}, x_BK=x_BK)["K"]
         query_BF = torch.cat([x_BK, torch.einsum("bk,bj->bkj", x_BK, x_BK).flatten(1)], -1)
         turned_MK = torch.einsum("mkj,mj->mk", self.precision_MKK, self.means_MK)
         key_MF = torch.cat([turned_MK, self.precision_MKK.flatten(1) * -0.5], -1)
@@ -198,6 +247,10 @@ def scatter(x_BK: Tensor, posterior_BM: Tensor, center_MK: Tensor) -> Tensor:
 
 
 def _chosen(x_BK: Tensor, components: int, generator: torch.Generator) -> Tensor:
+    if not isinstance(generator, torch.Generator):
+        raise ConfigError(
+            f"around: generator={generator!r} is no torch.Generator; try torch.Generator().manual_seed(0)"
+        )
     if not 1 <= components <= len(x_BK):
         raise ConfigError(f"around: components={components} starts at samples, of which there are {len(x_BK)}")
     return x_BK[torch.randperm(len(x_BK), generator=generator)[:components]]
