@@ -392,8 +392,8 @@ _READS = (
     ),
     (
         "baseline follows the last reward",
-        "self.mean.lerp_(reward.detach(), 0.1)",
-        "self.mean.lerp_(reward.detach(), 0.9)",
+        "self.mean.lerp_(reward.detach().to(self.mean.dtype), 0.1)",
+        "self.mean.lerp_(reward.detach().to(self.mean.dtype), 0.9)",
         (REINFORCE + "the_baseline_is_a_moving_average_of_the_reward_of_one_row",),
     ),
 )

@@ -280,9 +280,9 @@ LANGUAGE = (
             Bar("memory exponent, fused", "<=", 1.2),
             Bar("memory exponent, dense", ">=", 1.8),
         ),
-        beats=("memory exponent, local", "ms at 16384 tokens, global", "ms at 16384 tokens, local"),
+        beats=("memory exponent, local", "ms at 32768 tokens, global", "ms at 32768 tokens, local"),
         headline="O(n^2 d)",
-        notes="a whole layer of width 64, its linear parts included; 2,048 to 16,384 tokens",
+        notes="a whole layer of width 64, its linear parts included; 4,096 to 32,768 tokens",
         tried=(
             "lengths of 2,048 to 16,384 gave 1.65: the linear parts of a layer still weigh there; they are 4,096 "
             "to 32,768 now"
