@@ -209,8 +209,9 @@ class Block(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         for layer in layers:
-            self.layers.append(Sublayer(layer, core, width, core.dropout, drop_path))
-            width = self.layers[-1].width  # type: ignore[assignment]
+            sublayer = Sublayer(layer, core, width, core.dropout, drop_path)
+            self.layers.append(sublayer)
+            width = sublayer.width
         self.width = width
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
@@ -243,9 +244,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(core.width)
         self._count()
         for name, weight in self.named_parameters():
-            if (
-                weight.dim() == 2 and name.endswith(_DRAWN) and not weight.is_meta
-            ):  # an outline is not drawn, which is slow
+            # an outline is not drawn, which is slow
+            if weight.dim() == 2 and name.endswith(_DRAWN) and not weight.is_meta:
                 last = name.endswith(_LAST)
                 nn.init.normal_(weight, std=0.02 / (2 * core.depth) ** 0.5 if last else 0.02)
         self._turning: dict[int, tuple[Tensor, Tensor]] = {}
@@ -270,16 +270,16 @@ class Transformer(nn.Module):
                 for module in sublayer.body.modules():
                     if isinstance(module, Mechanism):
                         module.name = f"block {depth} {module.name}"
-                for what, has in (
-                    ("memory", layer.crosses and layer.keys(self.core) is not None),
-                    ("keys", not layer.crosses and layer.keys(self.core) is not None),
-                    ("state", layer.state(self.core, width) is not None),
+                for what, kept in (
+                    ("memory" if layer.crosses else "keys", layer.keys(self.core)),
+                    ("state", layer.state(self.core, width)),
                 ):
-                    if has:
+                    if kept is not None:
                         sublayer.body.index = counts[what]
                         counts[what] += 1
                 width = sublayer.width
-        self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism))
+        # what looks elsewhere than at its own stream does not go through the stream's plan
+        self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism) and m.name.endswith("self"))
 
     def forward(
         self,

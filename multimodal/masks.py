@@ -69,6 +69,18 @@ class Pairs:
         return None if self.allowed is None else ~self.allowed
 
 
+def everyone(count: int, keys: int, device: torch.device) -> Pairs:
+    """So many queries of one sample, each of which sees every one of so many keys."""
+
+    def places(order: Tensor) -> Places:
+        nothing = torch.zeros_like(order)
+        return Places(nothing, order, nothing, nothing)
+
+    q = places(torch.arange(count, device=device)[None, :, None])
+    k = places(torch.arange(keys, device=device)[None, None])
+    return Pairs(q, k)
+
+
 class Prior(Declared, ABC):
     """What a query expects of a key before it compares them: a log-probability, up to a constant of the query. Priors add.
 

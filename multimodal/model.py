@@ -164,15 +164,14 @@ class Model(nn.Module):
                     f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
                 )
             head, readout = self.packer.head(pattern), self.readout(pattern)
-            sums[pattern] = head.state_loss(
-                readout, state_TD[r.row_N], r.lengths, r.target, r.target_lengths, **r.memory(state_TD)
-            )
-            if trace is not None:
-                logits = head.logits(readout, state_TD[r.row_N], r.lengths, **r.memory(state_TD))
-                nll_T = torch.zeros(len(stream), device=self.device)
-                nll_T[r.row_N] = head.row_losses(logits, r.target).detach()
-                extra = choice_loss(trace, stream, nll_T)
-                sums[pattern] = sums[pattern] + extra - extra.detach()  # a gradient, and no part of the figure
+            if trace is None:
+                sums[pattern] = head.state_loss(
+                    readout, state_TD[r.row_N], r.lengths, r.target, r.target_lengths, **r.memory(state_TD)
+                )
+                continue
+            nll_N = head.row_losses(head.logits(readout, state_TD[r.row_N], r.lengths, **r.memory(state_TD)), r.target)
+            extra = choice_loss(trace, stream, nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach()))
+            sums[pattern] = nll_N.sum() + extra - extra.detach()  # a gradient, and no part of the figure
         return sums
 
     def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import Additive, Score
+from multimodal.attention.mechanism import BLOCK
 from multimodal.heads import Head, Memory, Prediction, Readout
 from multimodal.shapes import ConfigError, StreamError, check_shapes
 from multimodal.tokenizer import Tokenizer, Tokens
-
-BLOCK = 2**24  # numbers that the pairs of a block of queries may hold at once
 
 
 @dataclass(frozen=True)

@@ -788,3 +788,18 @@ def test_counts_of_another_memory_are_refused_and_precision_is_kept():
 def test_settings_that_mean_nothing_are_refused_when_they_are_written(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize(
+    "score",
+    [mm.DotProduct(), mm.General(), mm.Cosine(learned=True), mm.Gaussian(), mm.Bernoulli()],
+    ids=lambda score: type(score).__name__,
+)
+def test_every_score_that_factors_runs_on_the_block_sparse_kernel(score):
+    """And beside a memory with a prior of its own, which no plan of the stream runs."""
+    block = (mm.SelfAttention(score=score), mm.PersistentMemory(slots=3, prior=mm.MixingWeights(3)))
+    model = lively(mm.Model(TOKENIZERS, core_of(*block), [WRITE])).eval()
+    stream = model.pack(WRITE, SAMPLES)
+    with torch.no_grad():
+        torch.testing.assert_close(model(stream, backend="flex"), model(stream, backend="dense"), atol=1e-5, rtol=1e-4)

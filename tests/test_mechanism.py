@@ -33,13 +33,12 @@ from multimodal.attention import (
     Score,
     Soft,
     Trace,
-    everyone,
     mechanism,
     reweighted,
     sdpa,
     with_column,
 )
-from multimodal.masks import Pairs, Places, Prior, Window
+from multimodal.masks import Pairs, Places, Prior, Window, everyone
 from multimodal.shapes import ConfigError, StreamError
 
 H, G, K, WIDE = 4, 2, 6, 5  # query heads, key-value heads, width of a key, width of a value

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from multimodal.attention import DotProduct, Mechanism, Soft, Trace, everyone
+from multimodal.attention import DotProduct, Mechanism, Soft, Trace
 from multimodal.layers import Gated
+from multimodal.masks import everyone
 
 
 class MapAttention(nn.Module):

@@ -1,7 +1,7 @@
 """The seam that users swap most: scores, priors, reads, the kernels that run them, and the cache."""
 
 from multimodal.attention.cache import Cache
-from multimodal.attention.cross import everyone, plan_cross_attention
+from multimodal.attention.cross import plan_cross_attention
 from multimodal.attention.layer import Attention
 from multimodal.attention.layout import Layout, Plan, Span
 from multimodal.attention.mechanism import Mechanism, Seen, Trace, sdpa
@@ -53,7 +53,6 @@ __all__ = [
     "Soft",
     "Span",
     "Trace",
-    "everyone",
     "plan_attention",
     "plan_cross_attention",
     "reweighted",

@@ -120,15 +120,3 @@ def plan_cross_attention(
     plan = _KeptCrossPlan(written, cache.memory, inner, read)
     plan.trace = trace
     return plan
-
-
-def everyone(count: int, keys: int, device: torch.device) -> Pairs:
-    """So many queries of one sample, each of which sees every one of so many keys."""
-
-    def places(order: Tensor) -> Places:
-        nothing = torch.zeros_like(order)
-        return Places(nothing, order, nothing, nothing)
-
-    q = places(torch.arange(count, device=device)[None, :, None])
-    k = places(torch.arange(keys, device=device)[None, None])
-    return Pairs(q, k)

@@ -24,7 +24,7 @@ BLOCK = 2**24  # numbers that a block of queries may hold at once, where pairs a
 class Seen:
     """What one attention layer did with one batch of queries; log_prior is minus infinity where nobody may look.
 
-    weight_BHTM: what the values were weighed by, log_weight's exponent for a soft read; value_BMHK: those values.
+    weight_BHTM: what the values were weighed by; value_BMHK: those values.
     """
 
     name: str
@@ -130,17 +130,8 @@ class Mechanism(nn.Module):
         _check(self.prior, "log_prior", log_joint, wanted)
         read, weight, choice = self.read.read(log_joint, v_BMHK, self.training)
         if self.factors:
-            weight = (
-                weight
-                * torch.stack(
-                    [
-                        p.log_prior(pairs, q_BTHK, w).expand_as(weight)
-                        for p, w in zip(self.factors, self.prior_weights[len(self.priors) :], strict=True)
-                    ]
-                )
-                .sum(0)
-                .exp()
-            )
+            for factor, weights in zip(self.factors, self.prior_weights[len(self.priors) :], strict=True):
+                weight = weight * factor.log_prior(pairs, q_BTHK, weights).exp()
             read = mean_of(v_BMHK, weight)
         read = read.masked_fill(empty.transpose(1, 2), 0.0)
         if trace is not None:

@@ -207,7 +207,7 @@ class _VarlenPlan(Plan):
             self.back[torch.cat([self.free_rows, self.rest_rows])] = torch.arange(len(is_free), device=device)
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        q_THK, k_TGK, scale = mechanism.features(q_THK, k_TGK)
+        q_THK, k_TGK, scale = _features(mechanism, q_THK, k_TGK)
         width = v_TGK.shape[-1]
         widest = -(-max(width, k_TGK.shape[-1]) // 8) * 8  # the kernel wants one width for all, in eights
         q_THK, k_TGK, v_TGK = (F.pad(x, (0, widest - x.shape[-1])) for x in (q_THK, k_TGK, v_TGK))
@@ -257,6 +257,12 @@ class _VarlenPlan(Plan):
         return out
 
 
+def _features(mechanism: Mechanism, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
+    """What a bare mechanism multiplies, of a stream as it lies: scores are written for samples side by side."""
+    q_BTHK, k_BMGK, scale = mechanism.features(q_THK[None], k_TGK[None])
+    return q_BTHK[0], k_BMGK[0], scale
+
+
 def _bounds(lengths: Sequence[int], device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
@@ -281,7 +287,7 @@ class _FlexPlan(Plan):
         self.flex = torch.compile(flex_attention, dynamic=True) if places.sample.is_cuda else flex_attention
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        q_THK, k_TGK, scale = mechanism.features(q_THK, k_TGK)
+        q_THK, k_TGK, scale = _features(mechanism, q_THK, k_TGK)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
         out = self.flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.attention.scores import HeadMatrix
 from multimodal.masks import Pairs, Prior
 from multimodal.shapes import ConfigError
 
@@ -103,8 +104,7 @@ class _Table(nn.Module):
         self.table = nn.Parameter(torch.zeros(heads, size))
 
 
-class _Pointing(nn.Module):
+class _Pointing(HeadMatrix):
     def __init__(self, heads: int, width: int) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(heads, width, width) / math.sqrt(width))
+        super().__init__(torch.randn(heads, width, width) / math.sqrt(width))
         self.vector = nn.Parameter(torch.randn(heads, width) / math.sqrt(width))

@@ -26,7 +26,7 @@ class Read(Declared, ABC):
     """A read. Subclass as a frozen dataclass and write `weigh`."""
 
     def weights(self) -> nn.Module | None:
-        """What is learned or kept; it comes back as the last argument of `read`."""
+        """What a layer keeps for this read beside its own weights; none of it reaches `weigh`."""
         return None
 
     @abstractmethod

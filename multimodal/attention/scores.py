@@ -85,7 +85,7 @@ class General(Factored):
     """q W k with a matrix for each head: Luong et al. 2015, section 3.1. The matrix is folded into the query, and starts as 1."""
 
     def weights(self, heads: int, width: int) -> nn.Module:
-        return _Matrix(torch.eye(width).repeat(heads, 1, 1))
+        return HeadMatrix(torch.eye(width).repeat(heads, 1, 1))
 
     def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
         return torch.einsum("bthk,hkj->bthj", q_BTHK, weights.matrix.to(q_BTHK.dtype)), k_BMGK, 1.0
@@ -157,7 +157,7 @@ class LocationBased(Factored):
         return self.places
 
     def weights(self, heads: int, width: int) -> nn.Module:
-        return _Matrix(torch.randn(heads, width, self.places) * width**-0.5)
+        return HeadMatrix(torch.randn(heads, width, self.places) * width**-0.5)
 
     def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
         order_BM = order_BM.expand(k_BMGK.shape[:2]).long()
@@ -197,7 +197,7 @@ class Additive(Score):
         )
 
 
-class _Matrix(nn.Module):
+class HeadMatrix(nn.Module):
     """A matrix for each head, kept one below the other, so that optimisers of matrices take it for one."""
 
     def __init__(self, start: Tensor) -> None:

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Mechanism, Read, Score, everyone
+from multimodal.attention import Attention, Mechanism, Read, Score
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes
-from multimodal.masks import Pairs, Prior
+from multimodal.masks import Pairs, Prior, everyone
 from multimodal.shapes import ConfigError
 
 

@@ -7,7 +7,7 @@ stream --norm--> layer --> update
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -189,7 +189,6 @@ class Context:
     memory_turns: Callable[[int], Tensor | None] | None = None
     crossing: Plan | None = None
     fresh: bool = True  # nothing of these samples was read before; else the cache holds what was
-    _sequences: "Sequences | None" = field(default=None, repr=False)
 
     @property
     def sample_T(self) -> Tensor:
