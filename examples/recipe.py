@@ -2,6 +2,8 @@
 
 uv run multimodal train examples/recipe.py                                    1 minute on 2 cores
 uv run multimodal generate runs/recipe --text "three plus four"               seven
+uv run multimodal train examples/recipe.py --set core.depth=1 --folder runs/shallow
+uv run multimodal report runs                                                 both in one picture
 """
 
 import multimodal as mm

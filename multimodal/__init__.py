@@ -25,8 +25,9 @@ if TYPE_CHECKING:
         Soft,
         Trace,
     )
+    from multimodal.contrast import Contrast
     from multimodal.core import Core
-    from multimodal.data import Blanked
+    from multimodal.data import Blanked, Fields, Mixed, Shards, write_shards
     from multimodal.declare import override
     from multimodal.encoder_decoder import EncoderDecoder
     from multimodal.flow import FlowMatching
@@ -61,13 +62,15 @@ if TYPE_CHECKING:
         TemporalConv,
         TuringMachine,
     )
+    from multimodal.masked import Masked
     from multimodal.masks import Causal, Chunked, Prefix, Prior, Rule, SameSample, SameSegment, Window
     from multimodal.model import Model
+    from multimodal.packer import Packer
     from multimodal.pointer import Pointer
     from multimodal.pruning import pruned
     from multimodal.rows import EachRow
     from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError, TaskError
-    from multimodal.stream import Packer, Stream, Task
+    from multimodal.stream import Stream, Task
     from multimodal.tokenizer import Tokenizer, Tokens, at_times
     from multimodal.train import Recipe, Run, TrainingJob, evaluate, fit
     from multimodal.transcription import Listener, Transcript, transcribe
@@ -89,8 +92,9 @@ _NAMES = {
         *("LocationBased", "MixingWeights", "PredictedWindow", "Read", "RelativeBias", "ScaledDotProduct", "Score"),
         *("Soft", "Trace"),
     ),
+    "contrast": ("Contrast",),
     "core": ("Core",),
-    "data": ("Blanked",),
+    "data": ("Blanked", "Fields", "Mixed", "Shards", "write_shards"),
     "declare": ("override",),
     "encoder_decoder": ("EncoderDecoder",),
     "flow": ("FlowMatching",),
@@ -103,13 +107,15 @@ _NAMES = {
         *("MLP", "Add", "Concat", "CrossAttention", "Gated", "Layer", "Merge", "PersistentMemory", "Recurrent"),
         *("Replace", "SelfAttention", "TemporalConv", "TuringMachine"),
     ),
+    "masked": ("Masked",),
     "masks": ("Causal", "Chunked", "Prefix", "Prior", "Rule", "SameSample", "SameSegment", "Window"),
     "model": ("Model",),
     "pointer": ("Pointer",),
     "pruning": ("pruned",),
     "rows": ("EachRow",),
     "shapes": ("CheckpointError", "ConfigError", "MediaError", "ShapeError", "StreamError", "TaskError"),
-    "stream": ("Packer", "Stream", "Task"),
+    "packer": ("Packer",),
+    "stream": ("Stream", "Task"),
     "tokenizer": ("Tokenizer", "Tokens", "at_times"),
     "train": ("Recipe", "Run", "TrainingJob", "evaluate", "fit"),
     "transcription": ("Listener", "Transcript", "transcribe"),
@@ -131,6 +137,7 @@ __all__ = [
     "Classify",
     "Concat",
     "ConfigError",
+    "Contrast",
     "Core",
     "Cosine",
     "CrossAttention",
@@ -139,6 +146,7 @@ __all__ = [
     "EncoderDecoder",
     "Engine",
     "Factored",
+    "Fields",
     "FlowMatching",
     "Gated",
     "Gaussian",
@@ -150,9 +158,11 @@ __all__ = [
     "Layer",
     "Listener",
     "LocationBased",
+    "Masked",
     "MediaError",
     "Merge",
     "MinP",
+    "Mixed",
     "MixingWeights",
     "Model",
     "NextToken",
@@ -182,6 +192,7 @@ __all__ = [
     "Score",
     "SelfAttention",
     "ShapeError",
+    "Shards",
     "Soft",
     "Stream",
     "StreamError",
@@ -204,6 +215,7 @@ __all__ = [
     "override",
     "pruned",
     "transcribe",
+    "write_shards",
 ]
 
 

@@ -1,9 +1,11 @@
 """A model as one folder: config.json, weights.safetensors, and the tokenizers' own files. No pickle, no code."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import multimodal.flow  # noqa: F401  a head that a checkpoint may name
+import multimodal.flow
+import multimodal.masked
+import multimodal.pointer
+import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.declare import declaration, rebuild
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task
@@ -39,8 +44,10 @@ def declarations(model: "Model") -> dict[str, Any]:
     }
 
 
-def save(model: "Model", folder: Path) -> Path:
+def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write the folder aside, then put it in place, so that what was there survives a failed write.
+
+    weights: saved instead of the model's own, with the same names.
 
     Raises:
         CheckpointError: the folder is there and holds other things than a checkpoint.
@@ -50,24 +57,47 @@ def save(model: "Model", folder: Path) -> Path:
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.{time.monotonic_ns()}.writing")
     aside.mkdir(parents=True)
     try:
-        config = {"format": FORMAT, "made_by": f"multimodal-stream {package_version()}", **declarations(model)}
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name, tokenizer in model.packer.tokenizers.items():
             for file, data in tokenizer.files().items():
                 path = aside / FILES / name / file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
         # clones, because safetensors refuses tensors that share memory
-        save_file({name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}, aside / WEIGHTS)
+        tensors = model.state_dict() if weights is None else weights
+        write_tensors({name: t.detach().clone().contiguous() for name, t in tensors.items()}, aside / WEIGHTS)
+        files = {p.relative_to(aside).as_posix(): file_hash(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        config = {"format": FORMAT, "made_by": f"multimodal-stream {package_version()}", **declarations(model)}
+        config["sha256"] = files
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in (*aside.rglob("*"), aside):
+            flush(path)
         replace_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or which files a folder has, survives a power cut."""
+    if os.name == "nt":
+        return  # folders cannot be opened there, and files are flushed when they are closed
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def check_room(folder: Path) -> None:
     """Refuse to replace a folder (or a file) that is no checkpoint."""
-    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    is_checkpoint = (folder / CONFIG).is_file() and not (folder / RUN).is_dir()
+    if folder.exists() and not is_checkpoint and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(
             f"{folder}: this is no checkpoint, and saving here would replace it; choose another folder"
         )
@@ -101,7 +131,7 @@ def load(cls: type["Model"], folder: Path) -> Any:
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and (old / CONFIG).is_file():
         folder = old  # a save was stopped between its two moves; only the next save puts things right
-    elif not (folder / CONFIG).is_file() and (folder / RUN / CONFIG).is_file():
+    elif (folder / RUN / CONFIG).is_file():  # a run folder, which has a config.json of its own
         folder = folder / RUN
     config = read_config(folder)
     try:
@@ -116,6 +146,10 @@ def load(cls: type["Model"], folder: Path) -> Any:
             f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {error}"
         ) from error
     put_weights(model, read_tensors(folder / WEIGHTS), folder)
+    # last, as whatever else was wrong says more; checkpoints of version 0.1 have no checksums
+    for name, sha256 in config.get("sha256", {}).items():
+        if (folder / name).is_file() and file_hash(folder / name) != sha256:
+            raise CheckpointError(f"{folder / name}: damaged: its checksum is not the one it was saved with")
     return model
 
 
@@ -171,6 +205,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file.
+
+    Raises:
+        OSError: a disk that is full, or the like.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def put_weights(model: "Model", weights: dict[str, Tensor], where: Path) -> None:

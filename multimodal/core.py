@@ -1,12 +1,15 @@
 """The one transformer: a declaration (`Core`) with presets, and the module it makes (`Transformer`)."""
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import (
     Attention,
@@ -203,7 +206,13 @@ class Core(Declared):
 
 
 class Block(nn.Module):
-    """The layers of one block, one after the other."""
+    """The layers of one block, one after the other.
+
+    recompute: in training keep only what comes in, and compute the rest again for the gradient (Chen et al. 2016); changes memory,
+    not results, so no declaration has it.
+    """
+
+    recompute: bool = False
 
     def __init__(self, core: Core, layers: tuple[Layer, ...], width: int, drop_path: float) -> None:
         super().__init__()
@@ -215,9 +224,65 @@ class Block(nn.Module):
         self.width = width
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+        if not self.recompute or not self.training or not torch.is_grad_enabled() or context.cache is not None:
+            return self._run(stream_TD, context)
+        out = checkpoint(
+            self._run,
+            stream_TD,
+            context,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _untold(context.trace)),
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def _run(self, stream_TD: Tensor, context: Context) -> Tensor:
         for layer in self.layers:
             stream_TD = layer(stream_TD, context)
         return stream_TD
+
+
+@contextmanager
+def _untold(trace: Trace | None) -> Iterator[None]:
+    """What layers do again for the gradient, a trace has been told already."""
+    told = len(trace.seen) if trace else 0
+    try:
+        yield
+    finally:
+        if trace:
+            del trace.seen[told:]
+
+
+def recompute(model: nn.Module, on: bool = True) -> None:
+    """Activation checkpointing of every block of a model, in place: see `Block`."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = on
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile what every token does by itself, in place; parameters keep their names, and one graph serves packs of any layout.
+
+    Not whole blocks: how a pack is attended goes by its lists of spans, so that each new layout would be compiled again.
+
+    Raises:
+        ConfigError: there is no C++ compiler, which torch.compile needs.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # torch's compiler, when it is imported, warns of torch itself
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"compile: torch.compile needs a C++ compiler; install g++, or do not compile ({error})"
+            ) from error
+        for module in model.modules():
+            if isinstance(module, Sublayer) and type(module.layer) is MLP:
+                module.body.compile(dynamic=True)
 
 
 class Crossing(NamedTuple):

@@ -66,12 +66,18 @@ class Head(Declared, ABC):
     writes: whether the target's tokens follow them in the stream, each seeing those before (teacher forcing).
     continuous: whether what it writes are features, drawn by `draw`, and not ids chosen by their logits.
     points: whether it writes tokens that were read, chosen by their number; its `logits` and `state_loss` also get a `memory`.
+    hides: whether it writes what `hidden` hides of a field that is read: its one query stands for each hidden token; its `answer`
+    also gets what is `hidden`.
+    pairs: whether it answers nothing, but tells which two sides of a task "a <-> b" belong together; those also get `left`, how
+    many of the rows are of left sides.
     """
 
     queries: ClassVar[int] = 0
     writes: ClassVar[bool] = False
     continuous: ClassVar[bool] = False
     points: ClassVar[bool] = False
+    hides: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
 
     @abstractmethod
     def vocab(self, tokenizer: Tokenizer) -> int:
@@ -137,6 +143,16 @@ class Head(Declared, ABC):
             StreamError: one that was not read.
         """
         raise ConfigError(f"{type(self).__name__} points at nothing")
+
+    def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, drawn: bool) -> Tensor:
+        """Which tokens (N,) of a value are hidden, of a head that hides; some are and some are not.
+
+        drawn: anew, from torch's global CPU generator; else the same ones for the same value.
+
+        Raises:
+            StreamError: a value of which no part can be hidden.
+        """
+        raise ConfigError(f"{type(self).__name__} hides nothing")
 
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the learnable half for a core of this width."""

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,18 @@ def say_once(text: str) -> None:
 
 
 def is_file_like(value: Any) -> bool:
-    """Whether a value names or holds a file: a path, bytes, or an open binary file."""
-    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
+    """Whether a value names or holds a file: a path, bytes, an open binary file, or what Hugging Face datasets have for one."""
+    return (
+        isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview))
+        or hasattr(value, "read")
+        or (isinstance(value, Mapping) and set(value) == {"bytes", "path"})
+    )
 
 
 def file_source(value: Any, who: str) -> tuple[Any, str]:
     """Something that a decoder can read, and its name for errors."""
+    if isinstance(value, Mapping):
+        value = value["path"] if value["bytes"] is None else value["bytes"]
     if isinstance(value, (bytes, bytearray, memoryview)):
         return io.BytesIO(value), f"{len(value)} bytes"
     if hasattr(value, "read"):

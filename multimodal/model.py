@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from multimodal import checkpoint
 from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
+from multimodal.contrast import matches, side_vectors
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
 from multimodal.heads import Head, Prediction, Readout
+from multimodal.packer import Packer
 from multimodal.reinforce import choice_loss
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
-from multimodal.stream import Packer, Stream, Task
+from multimodal.stream import Stream, Task
 from multimodal.tokenizer import Tokenizer
 
 Sample = Mapping[str, Any]
@@ -64,9 +66,15 @@ class Model(nn.Module):
         heads: dict[str, Head] = {}
         for pattern in self.packer.tasks:
             key, head = self.packer.head_key(pattern), self.packer.head(pattern)
+            if head.hides and (isinstance(core, EncoderDecoder) or not any(core.rotary_split)):
+                raise ConfigError(
+                    f"Model: task {pattern!r}: hidden tokens know their places by rotary turns in the core that reads the others; "
+                    "give one Core, whose rotary_split is not all 0"
+                )
             made_for = heads.setdefault(key, head)
             with _drawn_from(seed, "head", key):
-                made = head.readout(core.width, self._kind_written(pattern))
+                kind = self.packer.patterns[pattern].fields[-1].kind  # of a pair either would do
+                made = head.readout(core.width, self.packer.tokenizers[kind])
             if key not in self.readouts:
                 self.readouts[key] = made
             if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
@@ -190,6 +198,7 @@ class Model(nn.Module):
 
     def predict(self, task: str, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples."""
+        self.packer.check_task(task, answers=True)
         if samples is None:
             self._check_fields(task, fields)
             return self.predict(task, [fields])[0]
@@ -201,10 +210,28 @@ class Model(nn.Module):
             for start in range(0, len(samples), batch):
                 stream = self.pack(task, samples[start : start + batch], answers=False, first=start)
                 r = stream.readings[task]
-                found = self.packer.head(task).answer(self.logits(stream)[task], r.lengths, self._kind_written(task))
+                hidden = {"hidden": r.hidden} if r.hidden else {}
+                found = self.packer.head(task).answer(
+                    self.logits(stream)[task], r.lengths, self._kind_written(task), **hidden
+                )
                 for index, answer in zip(r.samples, found, strict=True):
                     answers[start + index] = answer
         return answers
+
+    def vectors(self, task: str, samples: Sequence[Sample], *, side: str | None = None, batch: int = 64) -> Tensor:
+        """Unit vectors (N, F) of one side of a pair such as "image <-> text", the one that the samples have.
+
+        side: "left" or "right", if they have both.
+        """
+        return side_vectors(self, task, self._check_call(task, samples, {}, batch), side, batch)
+
+    def matches(self, task: str, left: Sequence[Sample], right: Sequence[Sample], *, batch: int = 64) -> Tensor:
+        """(N, M): how probably each left side of a pair goes with each right one.
+
+        A softmax `Contrast` shares 1 among all the rights of a left; a sigmoid one judges each two by themselves.
+        """
+        sides = ("left", left), ("right", right)
+        return matches(self, task, *(self.vectors(task, samples, side=side, batch=batch) for side, samples in sides))
 
     def generate(
         self,
@@ -240,6 +267,7 @@ class Model(nn.Module):
         options = {
             k: v for k, v in locals().items() if k not in ("self", "task", "samples", "prefix", "batch", "fields")
         }
+        self.packer.check_task(task, answers=True)
         if samples is None:
             self._check_fields(task, fields, prefix.fields if prefix else ())
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
@@ -275,7 +303,7 @@ class Model(nn.Module):
         A piece says by its `ticket` which sample it is of; the texts of a sample's pieces together are its answer, and its last
         piece carries the whole `prediction`.
         """
-        self.packer.check_task(task)
+        self.packer.check_task(task, answers=True)
         names = {field.name for field in self.packer.patterns[task].reads}
         fields = {name: options.pop(name) for name in names & set(options)}
         samples = [fields] if samples is None else self._check_call(task, samples, fields, batch)

@@ -1,25 +1,14 @@
-"""Many samples laid end to end as one packed stream: no padding, no placeholders; made in the data workers.
-
-sample {"image": .., "text": ..}                    task "image -> text"
-    | tokenizers                                        | which fields, in which order, and the head
-    v                                                   v
-Tokens of every field  ------------------------->  segments of a sample  --end to end-->  Stream
-"""
+"""A packed stream: the tokens of many samples end to end, and what the head of each task reads of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from multimodal.attention import Layout, Span
-from multimodal.heads import Head, Memory, default_head
-from multimodal.masks import Places
-from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
-from multimodal.task import Pattern
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
+from multimodal.attention import Layout
+from multimodal.heads import Head, Memory
+from multimodal.tokenizer import Tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +27,8 @@ class Reading:
     row_N: rows of the stream, sample after sample; lengths: rows of each sample; samples: which sample of the batch each is;
     target and target_lengths: what should have been answered (None when nobody knows yet).
     key_N: of a head that points, the rows it may point at, and pointed_N: which of these each written row is; both with lengths.
+    left: of a pair, how many rows are of left sides; they come first, and the right ones follow in the same order of samples.
+    hidden: of a head that hides, each sample's tokens and which of them (N,) are hidden; on the host, and without answers only.
     """
 
     row_N: Tensor
@@ -49,9 +40,13 @@ class Reading:
     key_lengths: tuple[int, ...] = ()
     pointed_N: Tensor | None = None
     pointed_lengths: tuple[int, ...] = ()
+    left: int | None = None
+    hidden: tuple[tuple[Tokens, Tensor], ...] = ()
 
     def memory(self, state_TD: Tensor) -> dict[str, Any]:
-        """What a head that points gets beside its rows, by name: its memory; other heads get nothing."""
+        """What a head that points (its memory) or a pair (left) gets beside its rows, by name; other heads get nothing."""
+        if self.left is not None:
+            return {"left": self.left}
         if self.key_N is None or self.pointed_N is None:
             return {}
         return {"memory": Memory(state_TD[self.key_N], self.key_lengths, self.pointed_N, self.pointed_lengths)}
@@ -103,303 +98,3 @@ class Stream:
                 for pattern, r in self.readings.items()
             },
         )
-
-
-@dataclass
-class _Segment:
-    kind: str
-    tokens: Tokens
-    step: tuple[float, float, float]
-    free: bool
-
-
-@dataclass
-class _Sample:
-    index: int
-    pattern: str
-    segments: list[_Segment]
-    context: int  # tokens read
-    target: Tensor | None
-    span: Span
-    key_N: Tensor | None = None  # of a head that points: what it may point at, counted in the sample
-    pointed_N: Tensor | None = None
-
-
-def _span(segments: list[_Segment], read: int) -> Span:
-    total = sum(len(s.tokens) for s in segments)
-    free = next((i for i, s in enumerate(segments) if not s.free), len(segments))
-    if any(s.free for s in segments[free:]):
-        return Span(-1, total, read)
-    return Span(sum(len(s.tokens) for s in segments[:free]), total, read)
-
-
-class Packer:
-    """Turns (task, sample) pairs into a Stream. Holds declarations only, so it is cheap to send to data workers."""
-
-    def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
-        self.tokenizers = dict(tokenizers)
-        for name, tokenizer in self.tokenizers.items():
-            if not isinstance(tokenizer, Tokenizer):
-                raise ConfigError(
-                    f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
-                )
-        self.tasks: dict[str, Task] = {}
-        self.patterns: dict[str, Pattern] = {}
-        for task in tasks:
-            task = Task(task) if isinstance(task, str) else task
-            pattern = Pattern.parse(task.pattern)
-            pattern.check_kinds(self.tokenizers)
-            if task.pattern in self.tasks:
-                raise TaskError(f"task {task.pattern!r} is given twice")
-            head = task.head or default_head(self.tokenizers[pattern.writes.kind])
-            head.vocab(self.tokenizers[pattern.writes.kind])
-            if head.points and pattern.writes.kind not in [field.kind for field in pattern.reads]:
-                raise TaskError(
-                    f"task {task.pattern!r} reads nothing of kind {pattern.writes.kind!r}, but {type(head).__name__} writes "
-                    f"tokens that were read; read some, as in 'seen:{pattern.writes.kind} -> {task.pattern.split('->')[1].strip()}'"
-                )
-            if not pattern.reads and not head.queries:
-                raise TaskError(
-                    f"task {task.pattern!r} reads nothing, and {type(head).__name__} answers only from what was read"
-                )
-            self.tasks[task.pattern] = dataclasses.replace(task, head=head)
-            self.patterns[task.pattern] = pattern
-
-    def head(self, pattern: str) -> Head:
-        head = self.tasks[pattern].head
-        assert head is not None
-        return head
-
-    def head_key(self, pattern: str) -> str:
-        """Tasks that write the same kind by the same head share its weights: they have the same key."""
-        return f"{self.patterns[pattern].writes.kind}_{type(self.head(pattern)).__name__}"
-
-    def check_task(self, pattern: str) -> None:
-        """Raises a TaskError unless this is one of the tasks."""
-        if pattern not in self.tasks:
-            raise TaskError(
-                f"there is no task {pattern!r}; there are {', '.join(map(repr, self.tasks))}{did_you_mean(pattern, self.tasks)}"
-            )
-
-    def __call__(
-        self,
-        batch: Sequence[tuple[str, Mapping[str, Any]]],
-        *,
-        answers: bool = True,
-        names: Sequence[str] | None = None,
-        begun: Sequence[Any] | None = None,
-    ) -> Stream:
-        """Pack a batch; with answers=False nothing is written yet (prediction, the prompt of generation).
-
-        A field may also be given as the Tokens that its tokenizer made of it. names: what errors call each sample; "sample 0",
-        "sample 1", .. unless given. begun: for each sample the beginning of its answer, if that much is written already (None:
-        nothing is), which the reading's last row of the sample then continues.
-
-        Raises:
-            TaskError: an unknown task or a missing field.
-            StreamError: a sample with nothing to read, a target that cannot be learned.
-            MediaError: from the tokenizer of a field; says which sample of the batch.
-        """
-        if not batch:
-            raise StreamError("Packer: the batch is empty")
-        names = names or [f"sample {i}" for i in range(len(batch))]
-        started = begun or [None] * len(batch)
-        samples = [
-            self._sample(i, names[i], pattern, sample, answers, started[i]) for i, (pattern, sample) in enumerate(batch)
-        ]
-        samples.sort(key=lambda s: s.span)  # equal shapes side by side: they run as one batch of the fused kernel
-        return self._lay(samples, answers)
-
-    def _sample(
-        self, index: int, name: str, pattern_text: str, values: Mapping[str, Any], answers: bool, begun: Any = None
-    ) -> _Sample:
-        self.check_task(pattern_text)
-        pattern, head = self.patterns[pattern_text], self.head(pattern_text)
-        pattern.check_sample(values, answers)
-        segments = self._read(pattern, self.encoded(pattern_text, values, name))
-        context = sum(len(s.tokens) for s in segments)
-        if pattern.reads and not context and not head.writes:
-            raise StreamError(
-                f"{name} of task {pattern_text!r}: every field that is read is None; give at least one, "
-                f"as {type(head).__name__} answers only from what was read"
-            )
-        read, key_N, pointed_N = Tokens(torch.empty(0), torch.empty(0, 3)), None, None
-        if head.points:
-            read, key_N = _of_kind(segments, pattern.writes.kind)
-            pointed_N = key_N[:0]
-        if head.queries:
-            query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
-            segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
-        target = None
-        if answers:
-            kind, where = pattern.writes.kind, f"{name} of task {pattern_text!r}"
-            tokenizer = self.tokenizers[kind]
-            tokens = self.encode(kind, values[pattern.answer], where, pattern.answer)
-            try:
-                if pointed_N is None:
-                    target = head.target(tokens, context, tokenizer)
-                else:
-                    pointed_N = head.pointed(tokens, read)
-                    target = head.target(Tokens(pointed_N, tokens.position_NA), len(read), tokenizer)
-                    tokens = Tokens(tokens.content, read.position_NA[pointed_N])
-            except StreamError as error:
-                raise StreamError(f"{where}: {error}") from None
-            if head.writes:
-                segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        elif begun is not None:
-            if not head.writes:
-                raise TaskError(
-                    f"task {pattern_text!r}: {type(head).__name__} answers at once; nothing can be begun for it"
-                )
-            tokenizer = self.tokenizers[pattern.writes.kind]
-            tokens = self.encode(
-                pattern.writes.kind, begun, f"{name} of task {pattern_text!r}", f"begin ({pattern.answer})"
-            )
-            if pointed_N is not None:
-                pointed_N = head.pointed(tokens, read)
-                tokens = Tokens(tokens.content, read.position_NA[pointed_N])
-            segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        return _Sample(index, pattern_text, segments, context, target, _span(segments, context), key_N, pointed_N)
-
-    def _read(self, pattern: Pattern, encoded: Mapping[str, Tokens | None]) -> list[_Segment]:
-        """The segments of what is read; fields that are None, or are not given, are left out."""
-        segments = []
-        for field in pattern.reads:
-            tokens, tokenizer = encoded.get(field.name), self.tokenizers[field.kind]
-            if tokens is not None:
-                segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
-        return segments
-
-    def pointable(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Tokens:
-        """What a head that points may point at: everything that is read of the kind that is written."""
-        pattern = self.patterns[pattern_text]
-        return _of_kind(self._read(pattern, encoded), pattern.writes.kind)[0]
-
-    def encoded(self, pattern_text: str, values: Mapping[str, Any], name: str) -> dict[str, Tokens | None]:
-        """The tokens of every field that a task reads."""
-        where = f"{name} of task {pattern_text!r}"
-        return {
-            field.name: None
-            if values[field.name] is None
-            else self.encode(field.kind, values[field.name], where, field.name)
-            for field in self.patterns[pattern_text].reads
-        }
-
-    def encode(self, kind: str, value: Any, where: str, name: str) -> Tokens:
-        """The tokens of one value of one field; a MediaError says where it stands."""
-        if isinstance(value, Tokens):
-            return value
-        try:
-            return self.tokenizers[kind](value)
-        except ValueError as error:
-            raise MediaError(f"{where}, field {name!r}: {error}") from error
-
-    def prompt(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Stream:
-        """A stream of one sample that holds some fields of a task and nothing to be written."""
-        segments = self._read(self.patterns[pattern_text], encoded)
-        context = sum(len(s.tokens) for s in segments)
-        if not context:
-            raise StreamError(f"task {pattern_text!r}: there is nothing to read, as every field is None")
-        return self._lay([_Sample(0, "", segments, context, None, _span(segments, context))], False)
-
-    def _lay(self, samples: list[_Sample], answers: bool) -> Stream:
-        segments = [segment for sample in samples for segment in sample.segments]
-        sizes = torch.tensor([len(s.tokens) for s in segments])
-        starts = sizes.cumsum(0) - sizes
-        spans = tuple(sample.span for sample in samples)
-        totals = torch.tensor([span.total for span in spans])
-        stream_size = int(totals.sum())
-
-        by_kind: dict[str, list[int]] = {}
-        for i, segment in enumerate(segments):
-            by_kind.setdefault(segment.kind, []).append(i)
-        order_T = None
-        content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
-        if len(by_kind) > 1:
-            row_T = torch.cat([_ranges(starts[which], sizes[which]) for which in by_kind.values()])
-            order_T = torch.empty_like(row_T)
-            order_T[row_T] = torch.arange(stream_size)
-
-        sample_of = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.segments) for s in samples]))
-        places = Places(
-            sample=torch.arange(len(samples), dtype=torch.int32).repeat_interleave(totals),
-            order=torch.arange(stream_size, dtype=torch.int32)
-            - (totals.cumsum(0) - totals).int().repeat_interleave(totals),
-            free=torch.tensor([s.free for s in segments], dtype=torch.int32).repeat_interleave(sizes),
-            segment=(torch.arange(len(segments)) - torch.searchsorted(sample_of, sample_of))
-            .int()
-            .repeat_interleave(sizes),
-        )
-        return Stream(
-            content=content,
-            order_T=order_T,
-            position_TA=self._positions(samples, segments, sizes),
-            layout=Layout(spans, places),
-            readings=self._readings(samples, (totals.cumsum(0) - totals).tolist(), answers),
-        )
-
-    @staticmethod
-    def _positions(samples: list[_Sample], segments: list[_Segment], sizes: Tensor) -> Tensor:
-        """Places in steps; the time 0 of each field is one step after the last token of the field before it."""
-        step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
-        position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
-        last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
-        offsets, at = [], 0
-        for sample in samples:
-            offset = 0.0
-            for _ in sample.segments:
-                offsets.append(offset)
-                offset += round(last[at], 3) + 1.0  # 14.999999 is 15: seconds divided by a step are seldom whole
-                at += 1
-        position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
-        return position_TA
-
-    def _readings(self, samples: list[_Sample], starts: list[int], answers: bool) -> dict[str, Reading]:
-        readings = {}
-        for pattern in self.tasks:
-            mine = [(sample, start) for sample, start in zip(samples, starts, strict=True) if sample.pattern == pattern]
-            if not mine:
-                continue
-            skip = [s.context if self.head(pattern).queries else 0 for s, _ in mine]
-            lengths = [
-                (s.span.total if self.head(pattern).queries else s.context) - n
-                for (s, _), n in zip(mine, skip, strict=True)
-            ]
-            first = torch.tensor([start + n for (_, start), n in zip(mine, skip, strict=True)])
-            targets = [s.target for s, _ in mine if s.target is not None]
-            keys = [s.key_N + start for s, start in mine if s.key_N is not None]
-            pointed = [s.pointed_N for s, _ in mine if s.pointed_N is not None]
-            readings[pattern] = Reading(
-                row_N=_ranges(first, torch.tensor(lengths)),
-                lengths=tuple(lengths),
-                samples=tuple(s.index for s, _ in mine),
-                target=torch.cat(targets) if answers else None,
-                target_lengths=tuple(len(t) for t in targets),
-                key_N=torch.cat(keys) if keys else None,
-                key_lengths=tuple(map(len, keys)),
-                pointed_N=torch.cat(pointed) if pointed else None,
-                pointed_lengths=tuple(map(len, pointed)),
-            )
-        return readings
-
-
-def _of_kind(segments: list[_Segment], kind: str) -> tuple[Tokens, Tensor]:
-    """All tokens of a kind among those read, and where in the sample they lie."""
-    found, rows, start = [], [], 0
-    for segment in segments:
-        stop = start + len(segment.tokens)
-        if segment.kind == kind:
-            found.append(segment.tokens)
-            rows.append(torch.arange(start, stop))
-        start = stop
-    if len(found) == 1:
-        return found[0], rows[0]
-    if not found:
-        return Tokens(torch.empty(0), torch.empty(0, 3)), torch.empty(0, dtype=torch.long)
-    return Tokens(torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])), torch.cat(rows)
-
-
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """[start, start + 1, .., start + size - 1] of each, end to end."""
-    within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return starts.repeat_interleave(sizes) + within

@@ -1,4 +1,4 @@
-"""What is read and what is written: "image text -> text", parsed with errors that point at the place."""
+"""What is read and what is written, "image text -> text", or which two belong together, "image <-> text"; errors mark the place."""
 
 import re
 from collections.abc import Mapping
@@ -21,15 +21,19 @@ class Field:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed task: fields read, in stream order, and the one field written."""
+    """A parsed task: fields read, in stream order, and the one field written; or the fields of two sides that belong together."""
 
     text: str
-    reads: tuple[Field, ...]
-    writes: Field
+    reads: tuple[Field, ...]  # of a pair, those of both sides
+    written: Field | None  # None: a pair, for which nothing is written
+    right: tuple[Field, ...] = ()  # of a pair, the last of `reads`
+    hides: bool = False  # whether what is written is part of what is read, so that a sample carries it once
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
         """Parse "photo:image question:text -> answer:text". The left side may be empty: "-> text" writes from nothing.
+
+        "photo:image <-> caption:text" is a pair: each side is one field or more, and a model learns which belong together.
 
         Raises:
             TaskError: shows the pattern, marks the place, and says what was wanted.
@@ -43,11 +47,17 @@ class Pattern:
             )
         if (second := text.find("->", arrow + 2)) >= 0:
             raise _error(text, second, "has a second '->'; a task has one")
-        reads = _fields(text, 0, arrow)
+        pair = text[:arrow].endswith("<")
+        reads = _fields(text, 0, arrow - pair)
         writes = _fields(text, arrow + 2, len(text))
-        if not writes:
+        if pair:
+            for side, column in ((reads, arrow - 1), (writes, len(text))):
+                if not side:
+                    raise _error(text, column, "has an empty side; name one field or more on each side of '<->'")
+            reads += writes
+        elif not writes:
             raise _error(text, len(text), "writes nothing; name one field after '->'")
-        if len(writes) > 1:
+        elif len(writes) > 1:
             raise _error(text, writes[1].column, "writes more than one field; write a task for each")
         seen: set[str] = set()
         for field in reads:
@@ -58,6 +68,8 @@ class Pattern:
                     f"reads {field.name!r} twice; name them apart, as in 'left:{field.kind} right:{field.kind}'",
                 )
             seen.add(field.name)
+        if pair:
+            return cls(text=text, reads=tuple(reads), written=None, right=tuple(writes))
         if {writes[0].name, "answer"} <= seen:
             raise _error(
                 text,
@@ -65,12 +77,52 @@ class Pattern:
                 f"writes {writes[0].name!r}, but 'answer', where a sample would carry it, is read as well; "
                 f"name it apart, as in 'target:{writes[0].kind}'",
             )
-        return cls(text=text, reads=tuple(reads), writes=writes[0])
+        return cls(text=text, reads=tuple(reads), written=writes[0])
+
+    @property
+    def pair(self) -> bool:
+        """Whether this task says which two belong together, and writes nothing."""
+        return self.written is None
+
+    @property
+    def sides(self) -> dict[str, tuple[Field, ...]]:
+        """The fields of a pair's sides, "left" and "right".
+
+        Raises:
+            TaskError: this is no pair.
+        """
+        if not self.pair:
+            raise TaskError(f"task {self.text!r} has no sides; a pair has two, as in 'image <-> text'")
+        return {"left": self.reads[: len(self.reads) - len(self.right)], "right": self.right}
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """All of them, from left to right."""
+        return self.reads if self.written is None else (*self.reads, self.written)
+
+    @property
+    def writes(self) -> Field:
+        """The field that is written.
+
+        Raises:
+            TaskError: a pair, for which nothing is written.
+        """
+        self.check_answers()
+        assert self.written is not None
+        return self.written
+
+    def check_answers(self) -> None:
+        """Raises a TaskError where this is a pair."""
+        if self.pair:
+            raise TaskError(
+                f"task {self.text!r} writes nothing, as it tells which two belong together; use Model.vectors for what it "
+                "makes of one side, and Model.matches for how well two sides fit"
+            )
 
     @property
     def answer(self) -> str:
         """The name under which a sample carries what is written ("text -> text" reads 'text' and wants 'answer')."""
-        return "answer" if any(f.name == self.writes.name for f in self.reads) else self.writes.name
+        return "answer" if not self.hides and any(f.name == self.writes.name for f in self.reads) else self.writes.name
 
     def check_kinds(self, tokenizers: Mapping[str, Any]) -> None:
         """Check that every field's kind has a tokenizer.
@@ -78,7 +130,7 @@ class Pattern:
         Raises:
             TaskError: shows the pattern, marks the field, lists the tokenizers that exist.
         """
-        for field in (*self.reads, self.writes):
+        for field in self.fields:
             if field.kind not in tokenizers:
                 raise _error(
                     self.text,
@@ -95,7 +147,7 @@ class Pattern:
         """
         if not isinstance(sample, Mapping):
             raise TaskError(f"task {self.text!r}: a sample is a mapping of fields, not {type(sample).__name__}")
-        wanted = [f.name for f in self.reads] + ([self.answer] if answer else [])
+        wanted = [f.name for f in self.reads] + ([self.answer] if answer and not self.pair else [])
         for name in wanted:
             if name not in sample:
                 close = (

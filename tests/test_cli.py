@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +24,7 @@ pytest.importorskip("cyclopts")
 
 from multimodal.cli import main  # noqa: E402
 from multimodal.cli.showing import harmless, show  # noqa: E402
-from multimodal.cli.typed import changed, value_from  # noqa: E402
+from multimodal.cli.typed import value_from  # noqa: E402
 
 RECIPE = '''
 from dataclasses import dataclass
@@ -64,7 +66,19 @@ def recipe():
     )
 '''
 
-COMMANDS = ["train", "predict", "generate", "transcribe", "check", "verify"]
+COMMANDS = [
+    "train",
+    "report",
+    "predict",
+    "generate",
+    "transcribe",
+    "look",
+    "check",
+    "verify",
+    "shards",
+    "plan",
+    "replay",
+]
 
 
 @contextmanager
@@ -160,45 +174,157 @@ def test_version(say) -> None:
 
 def test_train_saves_and_says_where(say, tmp_path) -> None:
     folder = tmp_path / "other"
-    code, out, _ = say("train", "drawn.py", "--set", "steps=2", "--set", "betas=0.8,0.9", "--folder", str(folder))
-    assert code == 0
-    assert f"model   {folder / 'model'}" in out
-    assert "exactly right on held-out data: image -> label" in out
-    facts = json.loads((folder / "recipe.json").read_text())["recipe"]
-    assert (facts["steps"], facts["batch"], facts["betas"]) == (2, 4, [0.8, 0.9])
-
-
-def test_train_resumes_only_when_told(say, refused, tmp_path) -> None:
-    folder = str(tmp_path / "twice")
-    assert say("train", "drawn.py", "--set", "steps=2", "--folder", folder)[0] == 0
-    assert "already holds a training run; go on with it (--resume)" in refused(
-        "train", "drawn.py", "--set", "steps=2", "--folder", folder
+    settings = (
+        "--set",
+        "steps=2",
+        "--set",
+        "betas=0.8,0.9",
+        "--set",
+        "core.depth=2",
+        "--set",
+        "tasks.image->label.weight=2",
     )
-    code, out, _ = say("train", "drawn.py", "--set", "steps=2", "--folder", folder, "--resume")
+    code, out, _ = say("train", "drawn.py", *settings, "--folder", str(folder))
+    assert code == 0
+    for line in (f"model   {folder / 'model'}", f"curves  {folder / 'curves.png'}", f"log     {folder / 'log.jsonl'}"):
+        assert line in out
+    assert "exactly right on held-out data: image -> label" in out
+    facts = json.loads((folder / "config.json").read_text())
+    assert (facts["recipe"]["steps"], facts["recipe"]["batch"], facts["recipe"]["betas"]) == (2, 4, [0.8, 0.9])
+    model = json.loads((folder / "model" / "config.json").read_text())
+    assert facts["core"]["config"]["depth"] == model["core"]["config"]["depth"] == 2
+    assert [task["weight"] for task in model["tasks"]] == [2.0, 1.0, 1.0]
+
+
+def test_a_run_that_ended_is_not_trained_over(say, refused, tmp_path) -> None:
+    ask = ("train", "drawn.py", "--set", "steps=2", "--folder", str(tmp_path / "twice"))
+    assert say(*ask)[0] == 0
+    weights = (tmp_path / "twice" / "model" / "weights.safetensors").read_bytes()
+    assert "twice holds a training run that went to its end; choose another folder (--folder)" in refused(*ask)
+    code, out, _ = say(*ask, "--resume")
     assert code == 0
     assert "resuming at step 2" in out
+    assert (tmp_path / "twice" / "model" / "weights.safetensors").read_bytes() == weights
+    assert [path.name for path in tmp_path.iterdir()] == ["twice"]
+
+
+def test_the_same_command_goes_on_with_a_run_that_was_stopped(say, refused, tmp_path, monkeypatch) -> None:
+    from multimodal.train import job
+
+    ask = ("train", "drawn.py", "--set", "steps=6", "--folder", str(tmp_path / "run"))
+    fit = job.fit
+
+    def interrupted(*arguments, **options):
+        """A fit that is asked to stop after its third step, as by Ctrl-C."""
+        stop = [lambda row: row["step"] == 3 and os.kill(os.getpid(), signal.SIGINT)]
+        return fit(*arguments, **{**options, "trackers": stop})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "fit", interrupted)
+        code, out, _ = say(*ask)
+    assert code == 130
+    assert "fit: stopped after step 3 of 6" in out
+    assert f"go on with the same command: multimodal train drawn.py --set=steps=6 --folder {tmp_path / 'run'}" in out
+    assert "recipe.lr was 0.001 and is 0.1" in refused(*ask, "--set", "lr=0.1")
+    code, out, _ = say(*ask)
+    assert code == 0
+    assert "resuming at step 3" in out
+    assert say(*ask[:-1], str(tmp_path / "whole"))[0] == 0
+    for path in ("model/weights.safetensors", "curves.png"):
+        assert (tmp_path / "run" / path).is_file()
+    one, other = ((tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in ("run", "whole"))
+    assert one == other
+
+
+def test_parameters_of_the_recipe_function_are_settings(say, refused, tmp_path) -> None:
+    text = RECIPE.replace("def recipe():", "def recipe(count: int = 8):").replace("in range(8)", "in range(count)")
+    (tmp_path / "sized.py").write_text(text)
+    ask = ("train", str(tmp_path / "sized.py"), "--folder", str(tmp_path / "run"), "--set", "steps=1")
+    assert say(*ask, "--set", "count=6")[0] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["image -> label"] == 6
+    assert "recipe() takes count; did you mean 'count'?" in refused(*ask, "--set", "coumt=6")
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("stpes=3", "Recipe has no setting 'stpes'; it has steps, batch"),
-        ("stpes=3", "did you mean 'steps'?"),
         ("steps=few", "--set steps=few: 'few' is no int"),
-        ("steps=2.5", "--set steps=2.5: '2.5' is no int"),
-        ("lr=fast", "--set lr=fast: 'fast' is no float"),
-        ("steps", "--set steps: wanted name=value, such as --set steps=200"),
+        ("core.dept=3", "--set core.dept=3: Core has no setting 'dept'; it has width, depth"),
         ("batch=0", "Recipe: batch=0 must be a whole number, 1 or more"),
     ],
 )
 def test_train_refuses_settings(refused, setting, message) -> None:
+    """Every mistake is in tests/test_job.py; here is what comes of it on the command line."""
     assert message in refused("train", "drawn.py", "--set", setting)
 
 
-def test_settings_are_converted() -> None:
-    recipe = changed(mm.Recipe(), ["steps=1e4", "lr=1e-4", "betas=(0.8, 0.9)", "device=cpu", "evaluate-every=5"])
-    assert recipe == mm.Recipe(steps=10000, lr=1e-4, betas=(0.8, 0.9), device="cpu", evaluate_every=5)
-    assert type(recipe.steps) is int
+def test_train_for_tensorboard(say, tmp_path) -> None:
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    folder = tmp_path / "run"
+    code, out, _ = say("train", "drawn.py", "--set", "steps=1", "--folder", str(folder), "--tensorboard")
+    assert code == 0
+    assert f"board   tensorboard --logdir {folder / 'tensorboard'}" in out
+    assert len(list((folder / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
+def test_runs_are_compared(say, refused, home, tmp_path) -> None:
+    out_file = tmp_path / "pictures" / "both.png"
+    assert say("train", "drawn.py", "--set", "steps=2", "--set", "lr=0.5", "--folder", str(tmp_path / "other"))[0] == 0
+    code, out, _ = say("report", "run", str(tmp_path / "other"), "--out", str(out_file))
+    assert code == 0
+    assert f"picture  {out_file}" in out
+    assert "3 of 3" in out
+    assert any(line.split() == ["recipe.lr", "0.001", "0.5"] for line in out.splitlines())
+    with Image.open(out_file) as picture:
+        assert picture.size[0] > 800
+    facts = json.loads(say("report", "run", str(tmp_path / "other"), "--out", str(out_file), "--json")[1])
+    assert [run["steps"] for run in facts["runs"]] == [3, 2]
+    assert facts["differences"] == {"recipe.steps": [3, 2], "recipe.lr": [0.001, 0.5]}
+    assert "plain holds no log.jsonl" in refused("report", "plain")
+    assert "wanted the name of a picture that ends in .png" in refused("report", "run", "--out", "both.jpg")
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_and_go_on_after_a_kill(tmp_path, home) -> None:
+    """The launcher and with it both processes are killed; the same command ends with the bits of a run that was left alone."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    settings = [f"--set={setting}" for setting in ("steps=12", "batch=8", "checkpoint_every=2", "lr=1e-2")]
+
+    def start(name: str, *options: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "multimodal", "train", "drawn.py", *settings, "--folder", str(tmp_path / name)]
+        return subprocess.Popen(
+            [*command, *options], cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def losses(name: str) -> list[float]:
+        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        return [row["loss"] for row in rows if "loss" in row]
+
+    whole = start("whole", "--processes", "2")
+    out, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, out
+    assert "2 processes" in out
+    assert out.count("loss    ") == 1  # only one of them speaks
+    cut = start("cut", "--processes", "2")
+    until = time.monotonic() + 300
+    while not list((tmp_path / "cut" / "checkpoints").glob("step-*[0-9]")):
+        assert time.monotonic() < until
+        assert cut.poll() is None, cut.communicate()
+        time.sleep(0.02)
+    cut.kill()
+    cut.communicate(timeout=100)  # ends when the last process has closed its end
+    again = start("cut", "--processes", "2")
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert "resuming at step" in out
+    assert losses("cut") == losses("whole")
+    one, other = ((tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in ("cut", "whole"))
+    assert one == other
+    alone = start("alone")
+    out, _ = alone.communicate(timeout=300)
+    assert alone.returncode == 0, out
+    assert losses("alone") == pytest.approx(losses("whole"), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +358,8 @@ def test_a_loss_that_is_not_finite_is_one_message(refused, tmp_path) -> None:
     text = RECIPE.replace("    data = [", "    next(model.parameters()).data.fill_(float('inf'))\n    data = [")
     (tmp_path / "diverges.py").write_text(text)
     err = refused("train", str(tmp_path / "diverges.py"), "--folder", str(tmp_path / "run"))
-    assert "fit: the loss is nan (gradient norm nan) at step 0; lower lr" in err
+    assert "fit: step 0: the loss is nan, the gradient norm nan; multimodal replay " in err
+    assert "step-0000000 shows its samples; lower lr=0.001 if no sample is to blame" in err
 
 
 def test_predict_shows_classes_as_bars(say, home) -> None:
@@ -297,7 +424,9 @@ def test_predict_refuses_tasks(refused) -> None:
 
 def test_missing_checkpoints(refused) -> None:
     assert "there is no folder runn; did you mean 'run'?" in refused("predict", "runn", "--image", "light.png")
-    assert "run/state holds no model: neither config.json nor model/config.json" in refused("verify", "run/state")
+    assert "run/checkpoints holds no model: neither config.json nor model/config.json" in refused(
+        "verify", "run/checkpoints"
+    )
 
 
 def test_a_class_of_ones_own_needs_its_file(refused) -> None:

@@ -128,7 +128,7 @@ def test_held_out_data_are_looked_at_before_training(tmp_path):
     for held_out, problem in (
         ([], "are empty"),
         ([{"text": "x"}], "no field 'label'"),
-        (iter(data()), "wanted a list"),
+        (iter(data()), "are an iterator, which ends"),
     ):
         with pytest.raises(ValueError, match=problem):
             mm.fit(make(), {TASK: Broken(data())}, evaluation={TASK: held_out}, steps=1, batch=4, quiet=True)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import multimodal as mm
-from multimodal.heads import Head, Prediction, Readout
 from multimodal.positions import sine_cosine
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBytes
 
@@ -82,41 +81,6 @@ def measure_language_model(seed: int = 0, quick: bool = False, out: Path | None 
 
 
 @dataclass(frozen=True)
-class Rebuild(Head):
-    """The features of every token as they were before some were blanked: masked reconstruction (He et al. 2022)."""
-
-    def vocab(self, tokenizer: mm.Tokenizer) -> int:
-        return tokenizer.written_features or 0
-
-    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        return readout.linear(state_ND)
-
-    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        return (logits - target[:, : logits.shape[1]]).square().mean(-1).sum()
-
-    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: mm.Tokenizer) -> list[Prediction]:
-        raise mm.ConfigError("Rebuild: only for learning")
-
-
-@dataclass(frozen=True)
-class Torn:
-    """Pictures of which `share` of the patches are blanked, moved by up to two pixels; a new draw each time."""
-
-    rows: Rows
-    patches: ImagePatches
-    share: float = 0.6
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        whole = self.patches(moved(self.rows[index]["image"]))
-        keep_N1 = torch.from_numpy(np.random.random((len(whole), 1)) >= self.share)
-        keep_N1[np.random.randint(len(whole))] = True
-        return {"image": mm.Tokens(torch.where(keep_N1, whole.content, 0.0), whole.position_NA), "whole": whole}
-
-
-@dataclass(frozen=True)
 class Moved:
     """Samples whose pictures are moved by up to two pixels each time."""
 
@@ -134,60 +98,48 @@ def moved(image_YX: np.ndarray) -> np.ndarray:
     return np.roll(image_YX, tuple(np.random.randint(-2, 3, 2)), (0, 1))
 
 
+@dataclass(frozen=True)
+class Rolled(Sequence[mm.Tokens]):
+    """A picture as tokens: as it is, and moved by up to two pixels; made when asked for."""
+
+    image: np.ndarray
+    patches: ImagePatches
+
+    def __len__(self) -> int:
+        return 25
+
+    def __getitem__(self, index: Any) -> Any:
+        down, right = divmod((index + 12) % 25, 5)  # number 0 stays where it is
+        return self.patches(np.roll(self.image, (down - 2, right - 2), (0, 1)))
+
+
 def measure_pretraining(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
-    """MNIST with 10 labels a class: a model that first rebuilt blanked patches of 8,000 pictures, and one that did not.
+    """MNIST with 10 labels a class: a model that first rebuilt hidden patches of 8,000 pictures, and one that did not.
 
     Both are fitted alike, over five draws of the labels; controls: a linear probe of either's mean state, trained or fresh.
     """
-    from sklearn.linear_model import LogisticRegression
+    import pretraining
 
-    rebuild, draws, each = "image -> whole:image", 1 if quick else 5, 2 if quick else 10
-    train, test = mnist(quick)
     patches = ImagePatches(patch=7, channels=1, position="rotary")
-
-    def fresh(number: int) -> mm.Model:
-        core = mm.Core(width=64, depth=4, heads=4)
-        tasks = [READ, mm.Task(rebuild, Rebuild())]
-        return mm.Model({"image": patches, "label": Labels(DIGITS)}, core, tasks, seed=number)
-
-    pretrained = fresh(seed)
-    recipe = mm.Recipe(steps=2 if quick else 3000, batch=64, lr=3e-3, optimizer="muon", seed=seed)
-    mm.fit(pretrained, {rebuild: Torn(train, patches)}, recipe, quiet=True)
-    found: dict[str, list[float]] = {}
-    for draw in range(draws):
-        random = np.random.default_rng([seed, draw])
-        few = [train[i] for digit in DIGITS for i in _some(train, digit, each, random)]
-        for name, start in (("pretrained", pretrained), ("scratch", fresh(seed + draw))):
-            states = [_states(start, rows) for rows in (few, test)]
-            probe = LogisticRegression(max_iter=1000).fit(states[0], [row["label"] for row in few])
-            score = float(probe.score(states[1], [row["label"] for row in test]))
-            found.setdefault(f"probe, {name}", []).append(score)
-            model = fresh(seed + draw)
-            model.load_state_dict(start.state_dict())
-            tune = mm.Recipe(steps=2 if quick else 300, batch=50, lr=1e-3, seed=seed + draw)
-            mm.fit(model, {READ: Moved(few)}, tune, quiet=True)
-            found.setdefault(name, []).append(share_right(model, READ, test))
-        found.setdefault("1 nearest neighbour", []).append(nearest_neighbour(few, test))
+    pool, test = (
+        [pretraining.Item(Rolled(row["image"], patches), row["label"], row["image"]) for row in rows]
+        for rows in mnist(quick)
+    )
+    study = pretraining.Study(
+        field="image",
+        tokenizer=patches,
+        head=mm.Masked(0.6),
+        core=mm.Core(width=64, depth=4, heads=4),
+        recipe=mm.Recipe(steps=2 if quick else 3000, batch=64, lr=3e-3, optimizer="muon"),
+        pool=pool,
+        test=test,
+        each=2 if quick else 10,
+    )
+    alike: dict[str, tuple[int, float]] = dict.fromkeys(("pretrained", "scratch"), (2 if quick else 300, 1e-3))
+    found = pretraining.compared(study, study.pretrained(seed), alike, seed, draws=1 if quick else 5)
     gain = np.array(found["pretrained"]) - np.array(found["scratch"])
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return means | {"gain": float(gain.mean()), "least gain of a draw": float(gain.min())}
-
-
-def _some(rows: Rows, label: str, count: int, random: np.random.Generator) -> list[int]:
-    return random.choice([i for i, row in enumerate(rows) if row["label"] == label], count, replace=False).tolist()
-
-
-def _states(model: mm.Model, rows: Rows) -> np.ndarray:
-    """The mean state of each picture's tokens."""
-    found = []
-    with model.resting():
-        for i in range(0, len(rows), 200):
-            stream = model.pack("image -> whole:image", rows[i : i + 200], answers=False)
-            sample = stream.layout.places.sample.long()
-            sums = torch.zeros(stream.samples, model.core.core.width).index_add_(0, sample, model(stream))
-            means = sums / torch.bincount(sample)[:, None]
-            found.append(means[torch.tensor(stream.readings["image -> whole:image"].samples).argsort()].numpy())
-    return np.concatenate(found)
 
 
 @dataclass(frozen=True)

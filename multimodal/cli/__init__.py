@@ -1,4 +1,4 @@
-"""The command line: `multimodal train | predict | generate | transcribe | look | check | verify`."""
+"""The command line: `multimodal train | predict | generate | ..`; `multimodal --help` lists them."""
 
 from multimodal.cli.commands import app, main
 

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from multimodal.cli.find import import_file, load, make_tokenizer
+from multimodal.cli import planning, replaying, sharding, training
+from multimodal.cli.find import load, make_tokenizer
+from multimodal.cli.options import Device, Fields, Json, Out, Plugins
 from multimodal.cli.showing import check_folder, show
-from multimodal.cli.typed import changed, choose_task, sample_from, samples_with, value_from
+from multimodal.cli.typed import choose_task, sample_from, samples_with, value_from
 from multimodal.cli.writing import Writing, written_live
 
 
@@ -30,83 +32,14 @@ app = App(
     "Every command explains itself: multimodal train --help. With --debug, an error shows where in the code it came from.",
 )
 
-Plugins = Annotated[
-    list[Path] | None,
-    Parameter(
-        name="--plugin",
-        negative="",
-        help="A Python file that defines a tokenizer or head of the checkpoint. It is imported, not run as a script. "
-        "Repeat it for more files.",
-    ),
-]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
-Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
-Out = Annotated[
-    Path | None,
-    Parameter(
-        help="The folder for pictures and sounds that are written; the current one unless given. With it texts are files too. "
-        "No file is overwritten: the next gets a number."
-    ),
-]
-Fields = Annotated[
-    str,
-    Parameter(
-        help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
-        "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'."
-    ),
-]
 AS_IT_IS = Writing()
 
 
-@app.command
-def train(
-    recipe: Path,
-    /,
-    *,
-    setting: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
-    folder: Path | None = None,
-    resume: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Train what a Python file describes, and save it.
-
-    The file defines a function recipe() that returns multimodal.train.job.TrainingJob(model=..., data=..., evaluation=...,
-    recipe=Recipe(...)), or a mapping with these names.
-
-    Example: multimodal train digits.py --set steps=200 --set lr=1e-4 --folder runs/digits
-
-    Parameters
-    ----------
-    recipe
-        The Python file.
-    setting
-        Change a setting of the file's Recipe: name=value. Repeat it for more.
-    folder
-        Where the run is kept; runs/NAME for NAME.py unless given.
-    resume
-        Go on where the run in this folder was stopped.
-    """
-    from multimodal.shapes import ConfigError, did_you_mean
-    from multimodal.train.fit import CURVES, MODEL
-    from multimodal.train.job import TrainingJob
-
-    module = import_file(recipe)
-    make = getattr(module, "recipe", None)
-    if not callable(make):
-        raise ConfigError(f"{recipe} defines no function recipe(){did_you_mean('recipe', vars(module))}")
-    job = TrainingJob.of(make(), f"recipe() of {recipe}")
-    settings = changed(job.recipe, setting or [])
-    job = TrainingJob(model=job.model, data=job.data, evaluation=job.evaluation, recipe=settings)
-    folder = folder or Path("runs", recipe.stem)
-    run = job.run(folder, resume=resume)
-    if not run.finished:
-        changes = "".join(f" --set {change}" for change in setting or [])
-        print(f"go on with: multimodal train {recipe}{changes} --folder {folder} --resume")
-        return 130
-    print(f"model   {folder / MODEL}\ncurves  {folder / CURVES}\nloss    {run.last('loss'):.4f}")
-    for name, value in run.history[-1].items():
-        if name.endswith(" exact"):
-            print(f"{100 * value:.1f} % exactly right on held-out data: {name.removesuffix(' exact')}")
-    return 0
+app.command(training.train)
+app.command(training.report)
+app.command(replaying.replay)
+app.command(sharding.shards)
+app.command(planning.plan)
 
 
 @app.command
@@ -135,8 +68,9 @@ def predict(
     check_folder(out)
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, fields)
+    name = model.packer.patterns[chosen].answer
     answer = model.predict(chosen, [sample_from(model, chosen, fields)])[0]
-    show(chosen, answer, as_json, name=model.packer.patterns[chosen].answer, out=out)
+    show(chosen, answer, as_json, name=name, out=out)
     if not answer.complete:
         print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0

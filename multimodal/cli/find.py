@@ -61,7 +61,7 @@ def model_folder(checkpoint: Path) -> Path:
     from multimodal.shapes import CheckpointError, did_you_mean
     from multimodal.train.fit import MODEL
 
-    for folder in (checkpoint, checkpoint / MODEL):
+    for folder in (checkpoint / MODEL, checkpoint):  # a run folder has a configuration of its own
         if (folder / CONFIG).is_file():
             return folder
     if checkpoint.is_dir():

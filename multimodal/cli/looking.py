@@ -24,8 +24,8 @@ def look_at(
     from multimodal.look.drawing import draw
     from multimodal.look.page import page
 
-    sample = sample_from(model, task, fields)
     kind = model.packer.patterns[task].writes.kind
+    sample = sample_from(model, task, fields)
     writes = model.packer.head(task).writes
     given = value_from(model.packer.tokenizers[kind], answer, "--answer") if answer is not None and writes else answer
     ray = xray(model, task, sample, answer=given)

@@ -1,4 +1,4 @@
-"""What was typed, as settings of a recipe, as a task, and as values of its fields."""
+"""What was typed, as a task and as values of its fields."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,43 +9,6 @@ if TYPE_CHECKING:
     from multimodal.model import Model
     from multimodal.task import Pattern
     from multimodal.tokenizer import Tokenizer
-    from multimodal.train import Recipe
-
-
-def changed(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
-    """The recipe with `name=value` texts put in, each converted to the type of its field.
-
-    Raises:
-        ConfigError: no such setting, or a value that is not of its type.
-    """
-    from typing import get_type_hints
-
-    from multimodal.declare import override
-    from multimodal.shapes import ConfigError
-
-    types, changes = get_type_hints(type(recipe)), {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals:
-            raise ConfigError(f"--set {setting}: wanted name=value, such as --set steps=200")
-        try:
-            changes[name] = _converted(text.strip(), types.get(name, str))
-        except ValueError:
-            kind = getattr(types[name], "__name__", types[name])
-            raise ConfigError(f"--set {setting}: {text!r} is no {kind}") from None
-    return override(recipe, **changes)
-
-
-def _converted(text: str, kind: Any) -> Any:
-    if kind is int:
-        number = float(text)  # 1e4 is a whole number too
-        if number != int(number):
-            raise ValueError(text)
-        return int(number)
-    if getattr(kind, "__origin__", None) is tuple:
-        return tuple(float(part) for part in text.strip("()[]").split(","))
-    return kind(text)
 
 
 def choose_task(model: "Model", wanted: str | None, fields: Mapping[str, Any], *, writing: bool = False) -> str:
@@ -79,8 +42,8 @@ def choose_task(model: "Model", wanted: str | None, fields: Mapping[str, Any], *
     raise TaskError(f"no task reads just {shown}{_closest(given, names)}; there are {_listed(possible)}")
 
 
-def _named(pattern: "Pattern") -> list[tuple[str, str]]:
-    return [(field.name, field.kind) for field in (*pattern.reads, pattern.writes)]
+def _named(pattern: "Pattern") -> tuple[int, list[tuple[str, str]]]:
+    return len(pattern.right), [(field.name, field.kind) for field in pattern.fields]
 
 
 def _listed(tasks: Iterable[str]) -> str:
@@ -128,7 +91,8 @@ def samples_with(model: "Model", fields: Mapping[str, str]) -> dict[str, list[di
 
     patterns = model.packer.patterns
     given = {_field_name(name): text for name, text in fields.items()}
-    known = sorted({n for p in patterns.values() for n in (*(field.name for field in p.reads), p.answer)})
+    answers = {task: {p.answer: p.writes.kind} for task, p in patterns.items() if not p.pair}
+    known = sorted({field.name for p in patterns.values() for field in p.reads}.union(*answers.values()))
     for name in given:
         if name not in known:
             there = " ".join(f"--{n}" for n in known)
@@ -137,7 +101,7 @@ def samples_with(model: "Model", fields: Mapping[str, str]) -> dict[str, list[di
     for task, pattern in patterns.items():
         kinds = {field.name: field.kind for field in pattern.reads}
         if kinds and all(name in given for name in kinds):
-            kinds |= {pattern.answer: pattern.writes.kind}
+            kinds |= answers.get(task, {})
             tokenizers = {name: model.packer.tokenizers[kind] for name, kind in kinds.items()}
             samples[task] = [
                 {name: value_from(t, given[name], f"--{name}") for name, t in tokenizers.items() if name in given}

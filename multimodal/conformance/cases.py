@@ -109,8 +109,8 @@ class TokenizerCase:
 
 @dataclass
 class HeadCase:
-    """A head under test: every value is written from a signal that is long enough to learn it from; by a head that points
-    from the value itself."""
+    """A head under test: every value is written from a signal that is long enough to learn it from; by a head that points or
+    hides from the value itself."""
 
     head: Head
     tokenizer: Tokenizer
@@ -123,11 +123,13 @@ class HeadCase:
 
     @property
     def task(self) -> str:
+        if self.head.hides:
+            return "value -> value"
         return "seen:value -> value" if self.head.points else "signal -> value"
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        if self.head.points:
+        if self.head.points or self.head.hides:
             return [{"seen": value, "value": value} for value in self.values[:4]]
         lengths = [2 * len(self.tokenizer(value)) + 2 + i for i, value in enumerate(self.values[:4])]
         return [{"signal": (i, n), "value": v} for i, (n, v) in enumerate(zip(lengths, self.values, strict=False))]

@@ -14,8 +14,8 @@ from multimodal.generate.features import draw_features
 from multimodal.generate.samplers import NEVER, Greedy, Sampler, Temperature, Written
 from multimodal.generate.telling import Telling
 from multimodal.heads import Head, Memory, Prediction, Readout
+from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError
-from multimodal.stream import Packer
 from multimodal.tokenizer import Tokens, describe
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from multimodal.attention import Cache, Layout, Span
 from multimodal.generate.answer import Answer, Options, advance
 from multimodal.heads import Prediction
 from multimodal.masks import Places
+from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError, did_you_mean
-from multimodal.stream import Packer
 from multimodal.tokenizer import Tokens
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def request(
     packer: Packer, task: str, sample: Mapping[str, Any], name: str, prefix: Prefix | None, options: Mapping[str, Any]
 ) -> Answer:
     """Check and encode what is asked for."""
-    packer.check_task(task)
+    packer.check_task(task, answers=True)
     if not packer.head(task).writes:
         raise ConfigError(f"task {task!r}: {type(packer.head(task)).__name__} answers at once; use Model.predict")
     if prefix is not None:
@@ -335,7 +335,7 @@ def read_prefix(model: "Model", task: str, fields: Mapping[str, Any]) -> Prefix:
         ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
     """
     packer = model.packer
-    packer.check_task(task)
+    packer.check_task(task, answers=True)
     pattern = packer.patterns[task]
     names = [field.name for field in pattern.reads]
     if not fields or names[: len(fields)] != [name for name in names if name in fields] or set(fields) - set(names):

@@ -1,6 +1,7 @@
 """Training: a plain loop, its recipe, its state on disk, its picture."""
 
-from multimodal.train.fit import Run, evaluate, fit
+from multimodal.train.evaluation import evaluate
+from multimodal.train.fit import Run, fit
 from multimodal.train.job import TrainingJob
 from multimodal.train.recipe import Recipe
 

@@ -1,36 +1,51 @@
 """`fit`: the training loop, from top to bottom.
 
-data sets --Batches (workers)--> packed streams --model.loss--> backward --> AdamW --> averaged weights --> run folder
+data --Batches or Packs (workers)--> packed streams --Trainee.backward--> AdamW --> averaged weights --> run folder
 """
 
-import itertools
 import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
-from multimodal.checkpoint import RUN, check_room, declarations, recover
-from multimodal.data import Batches, Samples, check_samples, kept_generators
+from multimodal import checkpoint
+from multimodal.checkpoint import check_room, declarations
+from multimodal.core import compile_blocks, recompute
+from multimodal.data import Bad, Batch, Samples, Source
 from multimodal.declare import override
 from multimodal.model import Model
-from multimodal.shapes import ConfigError
-from multimodal.stream import Stream
-from multimodal.train.memory import keep_freed_memory
-from multimodal.train.recipe import Recipe, choose_device, choose_precision, make_optimizer
-from multimodal.train.report import bar, draw_curves
-from multimodal.train.state import load_state, save_state
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.train.evaluation import measured
+from multimodal.train.feed import check_evaluation, make_feed, size
+from multimodal.train.folder import (
+    BEST,
+    BROKEN,
+    CONFIG,
+    CURVES,
+    ENVIRONMENT,
+    LOG,
+    MODEL,
+    TABLE,
+    lock,
+    make_room,
+    read_rows,
+    write_rows,
+)
+from multimodal.train.host import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
+from multimodal.train.processes import Processes, Trainee, found_processes, whole
+from multimodal.train.recipe import FREE, Recipe, choose_device, choose_precision, make_optimizer
+from multimodal.train.report import bar, draw_curves, environment, write_csv
+from multimodal.train.state import Checkpoints, Trained, plain
+from multimodal.train.trouble import SpikeWatch, keep_trouble
 
-MODEL = RUN
-STATE, LOG, CURVES, RECIPE = "state", "log.jsonl", "curves.png", "recipe.json"
+Tracker = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass
@@ -40,6 +55,7 @@ class Run:
     folder: Path | None
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    bad: list[Bad] = field(default_factory=list)  # broken samples that were left out
 
     def last(self, key: str) -> Any:
         """The newest value of a column, such as 'loss' or 'image -> label exact'."""
@@ -48,260 +64,351 @@ class Run:
 
 def fit(
     model: Model,
-    data: Mapping[str, Samples],
+    data: Mapping[str, Source],
     recipe: Recipe | None = None,
     *,
     evaluation: Mapping[str, Samples] | None = None,
-    mix: Mapping[str, float] | None = None,
+    mix: Mapping[str, float] | float | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    trackers: Iterable[Tracker] = (),
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
-    """Train `model` in place on data sets by task: {"image -> label": samples}.
+    """Train `model` in place on data by task: {"image -> label": samples}.
 
     recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: the
-    tasks' shares of each batch, equal unless given.
-    folder: keeps the model, a state to resume from, the log and a picture of the curves. resume: go on from that state if
-    there is one. Ctrl-C ends after the current step, with everything saved.
+    tasks' shares of the samples by weight, equal unless given; a number is a temperature: len ** (1 / temperature).
+    folder: keeps the model, states to resume from, the log and a picture of the curves. resume: go on from the newest state if
+    there is one. trackers: called with each row of the log. Ctrl-C and SIGTERM end after the current step, with everything saved.
+    Started by torchrun or `multimodal train --processes`, it trains in all of these processes together.
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
+        MediaError: more broken samples than max_bad.
     """
-    from timm.scheduler import CosineLRScheduler
-    from timm.utils import ModelEmaV3
-
     if not isinstance(data, Mapping):
         raise ConfigError(f"fit: data is {type(data).__name__}; give data by task, as in {{'image -> label': samples}}")
     recipe = override(recipe or Recipe(), **settings)
-    run = Run(Path(folder) if folder is not None else None)
     device = choose_device(recipe.device)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype, why = choose_precision(recipe.precision, device)
-    batches = Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, seed=recipe.seed, mix=mix)
-    for pattern, samples in (evaluation or {}).items():
-        model.packer.check_task(pattern)
-        check_samples("evaluation", pattern, samples)
-        with kept_generators():
-            model.packer([(pattern, samples[0])], names=["held-out sample 0"])
-
-    model.to(device).train()
-    optimizer = make_optimizer(model, recipe, device)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=max(recipe.steps, 2),  # of a single step it would warn that there is nothing to anneal
-        lr_min=recipe.lr * recipe.final_lr,
-        warmup_t=round(recipe.steps * recipe.warmup),
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
-    ema = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
-    averaged = ema.module if ema else None
-    torch.manual_seed(recipe.seed)
-
-    facts = {
-        **{
-            part: _plain(value) for part, value in declarations(model).items() if part != "seed"
-        },  # weights are in the state
-        "recipe": _plain(recipe.config()),
-        "data": {pattern: len(samples) for pattern, samples in data.items()},
-        "mix": dict(mix or {}),
-    }
-    start = 0
-    if run.folder is not None:
-        recover(run.folder / STATE)
-        check_room(run.folder / MODEL)
-        if not resume:
-            _make_room(run.folder, quiet)
-        if resume and (run.folder / STATE).is_dir():
-            start, saved = load_state(run.folder / STATE, model=model, optimizer=optimizer, ema=averaged, facts=facts)
-            dtype, why = getattr(torch, saved["computed_in"]), "as before"
-            run.history = [row for row in _read_log(run.folder / LOG) if row["step"] <= start]
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / RECIPE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        _write_log(run.folder / LOG, run.history)
-    threads = _threads_beside(recipe.workers) if device.type == "cpu" else torch.get_num_threads()
-    if not quiet:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"fit: {parameters:,} parameters, {recipe.steps} steps of {recipe.batch} samples on {device.type} "
-            f"({threads} {'thread' if threads == 1 else 'threads'}) in {str(dtype).removeprefix('torch.')} ({why})"
-            + (f", resuming at step {start}" if start else "")
-        )
-
-    def keep(step: int) -> None:
-        if run.folder is not None:
-            kept = {**facts, "computed_in": str(dtype).removeprefix("torch.")}
-            save_state(run.folder / STATE, step=step, model=model, optimizer=optimizer, ema=averaged, facts=kept)
-            (averaged or model).save(run.folder / MODEL)
-
-    step = start
-    loader = batches.loader(start, recipe.steps, recipe.workers)
-    with _asked_to_stop() as asked, bar(recipe.steps, start, quiet) as show, _cores_shared(threads):
-        clock, tokens = time.perf_counter(), 0
-        for streams in loader:
-            schedule.step_update(step)
-            row = _step(model, streams, optimizer, recipe, dtype, device, step)
-            step += 1
-            if ema:
-                ema.update(model, step=step)
-            tokens += sum(len(stream) for stream in streams)
-            due = recipe.evaluate_every and step % recipe.evaluate_every == 0
-            seconds = time.perf_counter() - clock
-            row = {"step": step, **row, "lr": optimizer.param_groups[0]["lr"], "tokens_per_s": round(tokens / seconds)}
-            if due and evaluation and step < recipe.steps:
-                row |= _evaluate_all(averaged or model, evaluation)
-            _note(run, row)
-            show(row)
-            if asked.is_set() or step == recipe.steps:
-                break
-            if recipe.checkpoint_every and step % recipe.checkpoint_every == 0:
-                keep(step)
-    run.finished = step == recipe.steps
-    keep(step)  # the raw weights, to resume from, before the averaged ones become the model
-    if averaged is not None:
-        model.load_state_dict(averaged.state_dict())
-    model.eval()
-    if evaluation and run.finished and not (start == recipe.steps and "loss" not in run.history[-1]):
-        _note(run, {"step": step, **_evaluate_all(model, evaluation)})
-    if run.folder is not None and run.history:
-        draw_curves(run.history, run.folder / CURVES)
-    if not run.finished and not quiet:
-        where = f"; everything is kept in {run.folder}, and resume=True goes on from there" if run.folder else ""
-        print(f"fit: stopped after step {step} of {recipe.steps}{where}")
-    return run
-
-
-def _step(
-    model: Model,
-    streams: list[Stream],
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    device: torch.device,
-    step: int,
-) -> dict[str, Any]:
-    """One optimiser step over its micro-batches; every real target of a task weighs the same, wherever it was packed."""
-    counts: dict[str, int] = {}
-    for stream in streams:
-        for pattern, reading in stream.readings.items():
-            counts[pattern] = counts.get(pattern, 0) + reading.count
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
-    for stream in streams:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model.loss(stream.to(device), counts=counts)
-        loss.backward()
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
-    loss_value = float(total)
-    if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
-        raise FloatingPointError(
-            f"fit: the loss is {loss_value} (gradient norm {float(norm)}) at step {step}; lower lr={recipe.lr}, "
-            f"or look at that batch: Batches(...)[{step}] makes it again"
-        )
-    optimizer.step()
-    return {"loss": loss_value, "grad_norm": float(norm)}
-
-
-def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
-    """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`)."""
-    model.packer.check_task(task)
-    check_samples("evaluate", task, samples)
-    pattern = model.packer.patterns[task]
-    written = model.packer.tokenizers[pattern.writes.kind]
-    total, count, right = 0.0, 0, 0
-    for start in range(0, len(samples), batch):
-        part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
-        stream = model.pack(task, part, first=start)
-        with model.resting():
-            total += float(model.losses(stream)[task])
-        count += stream.readings[task].count
-        longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
-        for sample, answer in zip(part, model.generate(task, part, max_tokens=longest), strict=True):
-            right += answer.value == written.decode(written(sample[pattern.answer]))
-    return {"loss": total / count, "exact": right / len(samples)}
-
-
-def _evaluate_all(model: Model, evaluation: Mapping[str, Samples]) -> dict[str, float]:
-    return {
-        f"{pattern} {key}": value
-        for pattern, samples in evaluation.items()
-        for key, value in evaluate(model, pattern, samples).items()
-    }
-
-
-def _threads_beside(workers: int) -> int:
-    """Threads to compute with while workers prepare data: more threads than free cores wait for each other at every product."""
-    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers))
-
-
-@contextmanager
-def _cores_shared(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is never cut in two; a second Ctrl-C stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(*_: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _plain(value: Any) -> Any:
-    """The value after a trip through JSON."""
-    return json.loads(json.dumps(value))
-
-
-def _note(run: Run, row: dict[str, Any]) -> None:
-    run.history.append(row)
-    if run.folder is not None:
-        with (run.folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with found_processes(device) as processes:
+        training = _Training(model, data, recipe, evaluation or {}, mix, folder, processes, quiet)
+        training.trackers = list(trackers)
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed while it wrote
-            break
-    return rows
+            training.begin(resume)
+            training.go()
+            training.end()
+        finally:
+            if training.lock:
+                training.lock.close()
+    return training.run
 
 
-def _write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+class _Training:
+    """One call of `fit`: what it is made of, and its three parts."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: Mapping[str, Source],
+        recipe: Recipe,
+        evaluation: Mapping[str, Samples],
+        mix: Mapping[str, float] | float | None,
+        folder: str | Path | None,
+        processes: Processes,
+        quiet: bool,
+    ) -> None:
+        from timm.scheduler import CosineLRScheduler
+
+        self.model, self.recipe, self.evaluation, self.processes = model, recipe, evaluation, processes
+        self.run = Run(Path(folder) if folder is not None else None)
+        self.quiet = quiet or processes.rank > 0
+        self.keeps = self.run.folder is not None and processes.rank == 0
+        self.trackers: list[Tracker] = []
+        self.lock: Any = None
+        self.feed = make_feed(model, data, recipe, mix, processes)
+        check_evaluation(model, evaluation, recipe)
+        self.device = processes.device(choose_device(recipe.device))
+        self.dtype, self.why = choose_precision(recipe.precision, self.device)
+        model.to(self.device if recipe.parallel == "ddp" else "cpu").train()
+        recompute(model, recipe.activation_checkpointing)
+        if recipe.compile:
+            compile_blocks(model)
+        self.trainee = Trainee(model, processes, recipe.parallel, self.device, self.dtype)
+        self.optimizer = make_optimizer(self.trainee.model, recipe, self.device, self.trainee.sharded)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(recipe.steps, 2),  # of a single step it would warn that there is nothing to anneal
+            lr_min=recipe.lr * recipe.final_lr,
+            warmup_t=round(recipe.steps * recipe.warmup),
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+        self.ema = self.trainee.averages(recipe.ema) if recipe.ema else None
+        averaged = self.ema.module if self.ema else None
+        self.trained = Trained(self.trainee.model, self.optimizer, averaged)
+        self.shown = averaged or self.trainee.model  # whose weights are the result
+        self.step, self.best, self.bad = 0, None, set[tuple[str, str]]()
+        self.watch = SpikeWatch(spike=recipe.spike)
+        self.facts = {
+            # without the seed: weights are in the state
+            **{part: plain(value) for part, value in declarations(model).items() if part != "seed"},
+            "recipe": {name: value for name, value in plain(recipe.config()).items() if name not in FREE},
+            "data": {pattern: size(source) for pattern, source in data.items()},
+            "mix": plain(mix if isinstance(mix, (int, float)) else dict(mix or {})),
+        }
+
+    def begin(self, resume: bool) -> None:
+        """Make the run folder, or go on from the newest whole state in it."""
+        folder = self.run.folder
+        self.states = Checkpoints(folder or Path(), self.recipe.keep, self.processes)
+        if folder is None:
+            return
+        newest = None
+        if self.keeps:
+            check_room(folder / MODEL)
+            if not resume:
+                make_room(folder, self.quiet)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(folder)
+            newest = self.states.latest() if resume else None
+        newest = self.processes.gather(newest)[0]
+        if newest is not None:
+            saved = self.states.load(newest, self.trained, self.facts)
+            self.step, self.dtype, self.why = int(saved["step"]), getattr(torch, saved["computed_in"]), "as before"
+            self.trainee.dtype = self.dtype
+            self.best = saved.get("best")
+            if "watch" in saved:
+                self.watch.load_state_dict(saved["watch"])
+            if "data_state" in saved:
+                self.feed.restore(saved["data_state"])
+            self.run.history = [row for row in read_rows(folder / LOG) if row["step"] <= self.step]
+            broken = [row for row in read_rows(folder / BROKEN) if row["step"] <= self.step]
+            self.run.bad = [Bad(row["task"], row["sample"], row["error"]) for row in broken]
+            self.bad = {(bad.task, bad.sample) for bad in self.run.bad}
+            if self.keeps and (folder / BROKEN).is_file():
+                write_rows(folder / BROKEN, broken)
+        if self.keeps:
+            config = {**self.facts, "recipe": plain(self.recipe.config()), "processes": self.processes.count}
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / ENVIRONMENT).write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            (folder / CURVES).unlink(missing_ok=True)  # drawn last of all, so that it tells a run that went to its end
+            write_rows(folder / LOG, self.run.history)
+
+    def go(self) -> None:
+        """All steps that are left, or those until it is asked to stop."""
+        recipe = self.recipe
+        threads = threads_beside(recipe.workers) if self.device.type == "cpu" else torch.get_num_threads()
+        self._say_what(threads)
+        start, tokens = self.step, 0
+        before = self.run.last("seconds") if any("seconds" in row for row in self.run.history) else 0.0
+        with asked_to_stop() as asked, bar(recipe.steps, start, self.quiet) as show, cores_shared(threads):
+            clock = time.perf_counter()
+            for batch in self.feed.loader(start, recipe.steps, recipe.workers):
+                counts, told = self._told(batch, asked.is_set())
+                self.schedule.step_update(self.step)
+                row = self._train(batch, counts)
+                self.step += 1
+                if self.ema:
+                    self.ema.update(self.trainee.model, step=self.step)
+                tokens += told["tokens"]
+                seconds = time.perf_counter() - clock
+                row = {
+                    "step": self.step,
+                    **row,
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "tokens_per_s": round(tokens / seconds),
+                    "seconds": round(before + seconds, 3),
+                }
+                if batch.filled is not None:
+                    row["filled"] = told["filled"] / self.processes.count
+                if recipe.evaluate_every and self.step % recipe.evaluate_every == 0 and self.step < recipe.steps:
+                    paused = time.perf_counter()
+                    row |= self._evaluated()
+                    clock += time.perf_counter() - paused  # the speed is that of training
+                self._note(row)
+                show(row)
+                stop = told["stop"] > 0 if self.processes.count > 1 else asked.is_set()
+                if stop or self.step == recipe.steps:
+                    break
+                if recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0:
+                    self._keep(last=False)
+
+    def end(self) -> None:
+        """Keep what there is; the averaged weights become the model."""
+        self.run.finished = self.step == self.recipe.steps
+        rested = (
+            self.run.finished and self.run.history and "loss" not in self.run.history[-1]
+        )  # resumed when all was done
+        self._keep(last=True)
+        self._put_back()
+        self.model.eval()
+        recompute(self.model, False)
+        if self.evaluation and self.run.finished and not rested:
+            self._note({"step": self.step, **self._evaluated()})
+        if self.keeps and self.run.history:
+            write_csv(self.run.history, self.run.folder / TABLE)  # type: ignore[operator]
+            draw_curves(self.run.history, self.run.folder / CURVES)  # type: ignore[operator]
+        if not self.run.finished and not self.quiet:
+            kept = (
+                f"; everything is kept in {self.run.folder}, and resume=True goes on from there" if self.keeps else ""
+            )
+            print(f"fit: stopped after step {self.step} of {self.recipe.steps}{kept}")
+
+    def _told(self, batch: Batch, asked: bool) -> tuple[dict[str, int], dict[str, float]]:
+        """What the processes tell each other before a step: targets by task, tokens, broken samples, whether to stop.
+
+        Raises:
+            MediaError: more broken samples than max_bad.
+        """
+        new = [bad for bad in batch.bad if (bad.task, bad.sample) not in self.bad]
+        patterns = list(self.model.tasks)
+        counts = dict.fromkeys(patterns, 0)
+        for stream in batch.streams:
+            for pattern, reading in stream.readings.items():
+                counts[pattern] += reading.count
+        tokens = sum(len(stream) for stream in batch.streams)
+        mine = [*counts.values(), tokens, batch.filled or 0.0, len(new), asked]
+        figures = self.processes.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        told: dict[str, float] = dict(zip(("tokens", "filled", "bad", "stop"), figures[len(patterns) :], strict=True))
+        if told["bad"]:
+            self._note_bad(new)
+        return {p: int(n) for p, n in zip(patterns, figures, strict=False)}, told
+
+    def _note_bad(self, new: list[Bad]) -> None:
+        found = {(bad.task, bad.sample): bad for bads in self.processes.gather(new) for bad in bads}
+        found = {key: bad for key, bad in found.items() if key not in self.bad}
+        self.bad |= found.keys()
+        self.run.bad += found.values()
+        if self.keeps:
+            with (self.run.folder / BROKEN).open("a", encoding="utf-8") as file:  # type: ignore[operator]
+                for bad in found.values():
+                    file.write(json.dumps({"step": self.step + 1, **asdict(bad)}) + "\n")
+        if len(self.bad) > self.recipe.max_bad:
+            where = f", listed in {self.run.folder / BROKEN}" if self.run.folder else ""
+            raise MediaError(
+                f"fit: {len(self.bad)} samples are broken{where}, and max_bad={self.recipe.max_bad} may be; the last one: "
+                f"{self.run.bad[-1].error}"
+            )
+
+    def _train(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, Any]:
+        """One optimiser step over its micro-batches; every real target of a task weighs the same, wherever it was packed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for i, (stream, number) in enumerate(zip(batch.streams, batch.numbers, strict=True)):
+            # what is dropped out is a function of the seed and of the micro-batch, in whichever process that is
+            torch.manual_seed(crc32(f"{self.recipe.seed}/dropout/{self.step}/{number}".encode()))
+            total += self.trainee.backward(stream.to(self.device), counts, last=i == len(batch.streams) - 1)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainee.model.parameters(), self.recipe.clip or math.inf)
+        loss, norm = float(self.processes.sum(total)), float(whole(norm))
+        row: dict[str, Any] = {"loss": loss, "grad_norm": norm}
+        why = self.watch.why(loss, norm)
+        if why is None:
+            self.optimizer.step()
+        else:
+            self._trouble(why, batch, counts, finite=math.isfinite(loss) and math.isfinite(norm))
+            row["left_out"] = 1
+        return row
+
+    def _trouble(self, why: str, batch: Batch, counts: Mapping[str, int], *, finite: bool) -> None:
+        """Keep what a step was made of; the weights are not changed by it.
+
+        Raises:
+            FloatingPointError: a step that is not finite.
+        """
+        kept, folder = None, self.run.folder
+        if folder is not None:
+            mine = self.model if self.keeps and not self.trainee.sharded else None
+            rest: dict[str, Any] = {"counts": counts, "names": batch.names, "process": self.processes.rank}
+            try:
+                kept = keep_trouble(folder, self.step, batch.streams, why, mine, precision=_name(self.dtype), **rest)
+            except OSError as error:
+                warnings.warn(f"fit: the batch of step {self.step} could not be kept ({error})", stacklevel=3)
+            if self.trainee.sharded:
+                weights = {name: whole(t) for name, t in self.trainee.model.state_dict().items()}
+                if kept and self.keeps:
+                    checkpoint.save(self.model, kept / MODEL, weights)
+        look = (
+            f"multimodal replay {kept} shows its samples"
+            if kept
+            else "its batch is not kept, as there is no run folder or no room"
+        )
+        if not finite:
+            raise FloatingPointError(
+                f"fit: step {self.step}: {why}; {look}; lower lr={self.recipe.lr} if no sample is to blame"
+            )
+        if not self.quiet:
+            print(f"fit: step {self.step} is left out: {why}; {look}")
+
+    def _keep(self, last: bool) -> None:
+        """Save the state, the model and the best model; a disk that is full ends no training before its end."""
+        folder = self.run.folder
+        if folder is None:
+            return
+        extra = {"computed_in": _name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
+        weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
+        facts = {**self.facts, **extra}
+        self.states.save(
+            self.step,
+            self.trained,
+            facts,
+            self.feed.state(),
+            lambda: checkpoint.save(self.model, folder / MODEL, weights),
+        )
+        if last:
+            self.states.finish()
+
+    def _put_back(self) -> None:
+        """The weights that are the result into the model that was given."""
+        if self.shown is not self.model:
+            self.model.to(self.device)
+            self.model.load_state_dict({name: whole(t) for name, t in self.shown.state_dict().items()})
+
+    def _evaluated(self) -> dict[str, float]:
+        """Held-out measures of the result so far, each process doing its share; keeps the best model."""
+        model = self.shown
+        if self.trainee.sharded:
+            self._put_back()
+            model = self.model
+        row = {
+            f"{pattern} {key}": value
+            for pattern, samples in self.evaluation.items()
+            for key, value in measured(model, pattern, samples, self.processes).items()
+        }
+        name = self.recipe.best
+        if name in row and (
+            self.best is None or (row[name] < self.best if name.endswith(" loss") else row[name] > self.best)
+        ):
+            self.best = row[name]
+            weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
+            if self.keeps:
+                checkpoint.save(self.model, self.run.folder / BEST, weights)  # type: ignore[operator]
+        return row
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.run.history.append(row)
+        if self.keeps:
+            with (self.run.folder / LOG).open("a", encoding="utf-8") as file:  # type: ignore[operator]
+                file.write(json.dumps(row) + "\n")
+        if self.processes.rank == 0:
+            for tracker in self.trackers:
+                tracker(row)
+
+    def _say_what(self, threads: int) -> None:
+        if self.quiet:
+            return
+        recipe, count = self.recipe, self.processes.count
+        parameters = sum(p.numel() for p in self.model.parameters())
+        size = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
+        print(
+            f"fit: {parameters:,} parameters, {recipe.steps} steps of {size} on {self.device.type} "
+            f"({threads} {'thread' if threads == 1 else 'threads'}) in {_name(self.dtype)} ({self.why})"
+            + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
+            + (f", resuming at step {self.step}" if self.step else "")
+        )
 
 
-def _make_room(folder: Path, quiet: bool) -> None:
-    """Move a run that is already in the folder to the first free name beside it; nothing is written over."""
-    if not any((folder / name).exists() for name in (STATE, MODEL, LOG)):
-        return
-    free = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-    os.replace(folder, free)
-    if not quiet:
-        print(f"fit: the run that was in {folder} is now in {free}")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,16 +1,17 @@
 """What a recipe file hands to `multimodal train`: a model, its data, and how to train it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from multimodal.data import Samples
+from multimodal.data import Samples, Source
 from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
-from multimodal.train.fit import STATE, Run, fit
+from multimodal.train.compare import Record
+from multimodal.train.fit import Run, Tracker, fit
 from multimodal.train.recipe import Recipe
 
 
@@ -19,15 +20,21 @@ class TrainingJob:
     """The arguments of `fit`, as one thing."""
 
     model: Model
-    data: Mapping[str, Samples]  # by task
+    data: Mapping[str, Source]  # by task
     evaluation: Mapping[str, Samples] | None = None  # held out, by task
+    mix: Mapping[str, float] | float | None = None  # shares of the tasks, or a temperature, as `fit` takes it
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        wanted = {"model": Model, "data": Mapping, "evaluation": (Mapping, type(None)), "recipe": Recipe}
-        for name, kind in wanted.items():
+        wanted = {
+            "model": (Model, "a Model"),
+            "data": (Mapping, "data sets by task"),
+            "evaluation": ((Mapping, type(None)), "data sets by task"),
+            "mix": ((Mapping, int, float, type(None)), "shares by task or a temperature"),
+            "recipe": (Recipe, "a Recipe"),
+        }
+        for name, (kind, what) in wanted.items():
             if not isinstance(value := getattr(self, name), kind):
-                what = "a Model" if name == "model" else "a Recipe" if name == "recipe" else "data sets by task"
                 raise ConfigError(f"TrainingJob: {name} is {type(value).__name__}, wanted {what}")
 
     @classmethod
@@ -57,15 +64,35 @@ class TrainingJob:
             recipe = override(Recipe(), **recipe)
         return cls(**{**given, "recipe": recipe})
 
-    def run(self, folder: Path, *, resume: bool = False) -> Run:
-        """Train, keeping everything in `folder`.
+    def run(
+        self,
+        folder: Path,
+        *,
+        resume: bool = False,
+        trackers: Sequence[Tracker] = (),
+        quiet: bool = False,
+    ) -> Run:
+        """Train, keeping everything in `folder`; an unfinished run of the same configuration that is there already goes on.
+
+        resume: a finished run there is no error; there is nothing left to do.
 
         Raises:
-            ConfigError: the folder holds a run already, and it was not said that this one goes on from there.
+            ConfigError: the folder holds a finished run. CheckpointError: it holds one of another configuration.
         """
-        if not resume and (folder / STATE).exists():
+        there = Record.read(folder)
+        if there.finished and not resume:
             raise ConfigError(
-                f"{folder} already holds a training run; go on with it (--resume), choose another folder (--folder), "
-                "or delete it"
+                f"{folder} holds a training run that went to its end; choose another folder (--folder), or delete it "
+                "(--resume takes it as it is)"
             )
-        return fit(self.model, self.data, self.recipe, evaluation=self.evaluation, folder=folder, resume=resume)
+        return fit(
+            self.model,
+            self.data,
+            self.recipe,
+            evaluation=self.evaluation,
+            mix=self.mix,
+            folder=folder,
+            resume=there.step is not None,
+            trackers=trackers,
+            quiet=quiet,
+        )

@@ -9,8 +9,26 @@ from torch import nn
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError
 
+PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
-LEAST = {"steps": 1, "batch": 1, "accumulate": 1, "workers": 0, "evaluate_every": 0, "checkpoint_every": 0}
+LEAST = {
+    **dict.fromkeys(("steps", "batch", "accumulate", "packs", "look_ahead", "keep"), 1),
+    **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every"), 0),
+}
+# what a run may be resumed with although it began with another value: none of it changes what is learned, up to rounding
+FREE = (
+    "accumulate",
+    "max_bad",
+    "activation_checkpointing",
+    "compile",
+    "parallel",
+    "device",
+    "workers",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep",
+    "best",
+)
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -20,7 +38,11 @@ class Recipe(Declared):
 
     steps: int = 1000  # optimiser steps
     batch: int = 64  # samples a step, all tasks together
-    accumulate: int = 1  # micro-batches a step; changes memory, not results
+    accumulate: int = 1  # micro-batches a step in each process; changes memory, not results
+    tokens: int = 0  # budget of a pack: samples of any length fill packs of so many tokens; 0: `batch` samples a step
+    packs: int = 1  # packs a step, all processes together, where there is a token budget
+    look_ahead: int = 256  # samples among which each pack is chosen
+    max_bad: int = 0  # broken samples that are left out, counted and listed; one more ends the run
     lr: float = 1e-3  # peak
     warmup: float = 0.05  # share of the steps that rise linearly to lr
     final_lr: float = 0.01  # share of lr that the cosine ends at
@@ -28,12 +50,20 @@ class Recipe(Declared):
     weight_decay: float = 0.05  # on matrices only
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # largest gradient norm; 0: none
+    spike: float = (
+        0.0  # a step whose gradient norm is so many times the usual one is left out, its batch kept; 0: none is
+    )
     ema: float = 0.0  # decay of averaged weights, which then become the model; 0: none
     precision: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it
     device: str = "auto"
+    activation_checkpointing: bool = False  # blocks are computed again in the backward pass instead of remembered
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPUs
+    parallel: str = "ddp"  # or "fsdp": several processes share out weights, gradients and the optimiser's state
     workers: int = 0  # data processes; 0: in the main one
     evaluate_every: int = 0  # steps; 0: at the end only
     checkpoint_every: int = 0  # steps; 0: at the end only
+    keep: int = 2  # last checkpoints that are kept
+    best: str = ""  # a measure, such as "image -> label exact", whose best model is kept as well
     seed: int = 0  # order of data, augmentation, dropout
 
     def __post_init__(self) -> None:
@@ -41,7 +71,7 @@ class Recipe(Declared):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"Recipe: {name}={value!r} must be a whole number, {least} or more")
-        for name in ("weight_decay", "clip", "final_lr"):
+        for name in ("weight_decay", "clip", "final_lr", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be 0 or more")
         if self.batch % self.accumulate:
@@ -52,11 +82,15 @@ class Recipe(Declared):
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"Recipe: precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if self.parallel not in PARALLEL:
+            raise ConfigError(f"Recipe: parallel={self.parallel!r} is none of {', '.join(PARALLEL)}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"Recipe: optimizer={self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, device: torch.device, sharded: bool = False
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for all that is no matrix of the core.
 
     Vectors (norms, biases) are never decayed.
@@ -64,8 +98,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> to
     from timm.optim import Muon, param_groups_weight_decay
 
     if recipe.optimizer == "adamw":
+        fused = device.type == "cuda" or (device.type == "cpu" and not sharded)
         groups = param_groups_weight_decay(model, recipe.weight_decay)
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=device.type in ("cpu", "cuda"))
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
+    if sharded:
+        raise ConfigError(
+            "Recipe: optimizer='muon' needs whole matrices, which parallel='fsdp' shares out; use one of them"
+        )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.dim() == 2 and name.startswith("core.")]
     chosen = {id(p) for p in matrices}

@@ -1,9 +1,30 @@
-"""What people see of a run: a bar while it goes, a picture of the curves when it ends."""
+"""What people see of a run: a bar while it goes, a table and a picture of the curves when it ends, and where it was made."""
 
-from collections.abc import Callable, Iterator
+import csv
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PACKAGES = ("multimodal-stream", "torch", "torchvision", "torchaudio", "numpy")
+PANELS = {  # column of the log -> (title, unit, logarithmic)
+    "grad_norm": ("gradient norm", "before clipping", True),
+    "lr": ("learning rate", "", False),
+    "tokens_per_s": ("speed", "tokens/s", False),
+    "filled": ("packs", "share of the token budget that is filled", False),
+}
+COLUMNS = 3  # of panels
 
 
 @contextmanager
@@ -56,37 +77,167 @@ def _exact(row: dict[str, Any]) -> str:
     return "".join(f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact"))
 
 
-def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss (raw and smoothed) and learning rate over steps, evaluation beside them, as a PNG."""
+def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """The log as a table: a row a step, a column for every key that any row has, empty where a row has it not."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    aside = path.with_name(path.name + ".writing")
+    with aside.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(history)
+    os.replace(aside, path)
+
+
+def environment() -> dict[str, Any]:
+    """Where a run is made: versions, machine, state of the working folder, command, date; JSON values, no host or user name."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "python": platform.python_version(),
+        "packages": {
+            **{name: _version(name) for name in PACKAGES},
+            "torch": torch.__version__,
+        },  # with its build: +cu130
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "git": _git(),
+    }
+
+
+def _command() -> str:
+    """The command line, without what stands before the program's name, and with the home folder as ~, which names the user."""
+    program, *arguments = sys.argv
+    name = Path(program).name
+    name = f"python -m {Path(program).parent.name}" if name == "__main__.py" else name
+    return " ".join([name, *(shlex.quote(text) for text in arguments)]).replace(str(Path.home()), "~")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the working folder, and whether files that git follows have changed since; None where there is no git."""
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD").strip(),
+            "changed": bool(ask("status", "--porcelain", "--untracked-files=no").strip()),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a column of the log is a measure on held-out data: "image -> label exact"."""
+    return "->" in key
+
+
+def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss (raw and smoothed) and held-out measures over steps; below them gradient norm, learning rate, speed. As a PNG."""
     from matplotlib.figure import Figure
 
-    measured = sorted({key for row in history for key in row if key.endswith((" loss", " exact"))})
     rows = [row for row in history if "loss" in row]
-    steps, loss = [row["step"] for row in rows], [row["loss"] for row in rows]
-    figure = Figure(figsize=(10 if measured else 5.5, 4), layout="constrained")
-    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    left, right = panels[0], panels[-1]
-    left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
-    left.plot(steps, _smooth(loss), color="tab:blue", label="training (weighted sum of tasks), smoothed")
-    for key in measured:
-        points = [(row["step"], row[key]) for row in history if key in row]
-        axes = left if key.endswith(" loss") else right
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held out: {key}")
-    left.set(xlabel="step", ylabel="nats a target", title="loss")
-    if measured:
-        right.set(
-            xlabel="step", ylabel="share exactly right", title="held-out answers", ylim=(0, 1.02), xlim=left.get_xlim()
-        )
-    for axes in panels:
-        axes.legend(fontsize=8)
+    measured = sorted({key for row in history for key in row if is_held_out(key)})
+    losses = [key for key in measured if key.endswith(" loss")]
+    answers = [key for key in measured if key not in losses]
+    below = [key for key in PANELS if sum(key in row for row in rows) > 1]
+    count = 1 + bool(answers) + len(below)
+    columns = min(count, COLUMNS)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.remove()
+    loss, *others = panels[:count]
+    draw_smoothed(loss, rows, "loss", "tab:blue", "training (weighted sum of tasks), smoothed")
+    tasks = list(dict.fromkeys(key.rpartition(" ")[0] for key in measured))
+    colors = {key: f"C{1 + tasks.index(key.rpartition(' ')[0])}" for key in measured}
+    for key in losses:
+        draw_points(loss, history, key, f"held out: {key}", colors[key])
+    loss.set(title="loss", ylabel="nats a target")
+    loss.legend(fontsize=7)
+    if answers:
+        right = others.pop(0)
+        for key in answers:
+            draw_points(right, history, key, key, colors[key])
+        right.set(title="held-out answers", xlim=loss.get_xlim())
+        if all(key.endswith(" exact") for key in answers):
+            right.set(ylabel="share exactly right", ylim=(0, 1.02))
+        right.legend(fontsize=7)
+    for axes, key in zip(others, below, strict=True):
+        draw_panel(axes, rows, key, "tab:blue")
+        finish_panel(axes, key)
+    for axes in panels[:count]:
+        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential mean, corrected at its start."""
-    smooth, mean, norm = [], 0.0, 0.0
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        smooth.append(mean / norm)
-    return smooth
+def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any) -> None:
+    """The course of one of PANELS."""
+    if key == "grad_norm":
+        draw_smoothed(axes, rows, key, color, None)
+    else:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.2)
+
+
+def finish_panel(axes: "Axes", key: str) -> None:
+    """Title and scale of one of PANELS, once everything is drawn."""
+    from matplotlib.ticker import LogFormatter
+
+    title, unit, logarithmic = PANELS[key]
+    axes.set(title=title, ylabel=unit)
+    if logarithmic:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
+    elif key == "filled":
+        axes.set_ylim(top=1.005)
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def draw_smoothed(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any, label: str | None) -> None:
+    """Every value, pale, and their smoothed course."""
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(values), color=color, label=label, linewidth=1.4)
+
+
+def draw_points(
+    axes: "Axes", history: Sequence[dict[str, Any]], key: str, label: str | None, color: Any = None
+) -> None:
+    """Values that are measured now and then."""
+    points = [(row["step"], row[key]) for row in history if key in row]
+    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=color)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a fiftieth of all values, at least one, before each and as many behind it; over fewer at the ends."""
+    half, total = max(1, len(values) // 50), [0.0, *accumulate(values)]
+    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    return [(total[i + n + 1] - total[i - n]) / (2 * n + 1) for i, n in enumerate(reach)]

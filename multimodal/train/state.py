@@ -1,90 +1,310 @@
-"""The state of a training run in one folder: weights, optimiser, averaged weights, generators, step. No pickle."""
+"""The state of a training run, step by step, in folders that are whole or not there: weights, optimiser, averages, data order.
+
+RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: sharded/, by torch.distributed.checkpoint)
+                                state.json          step, settings, where the data go on
+                                manifest.json       size and SHA-256 of every file; written last
+"""
 
 import json
+import os
 import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from multimodal.checkpoint import put_weights, read_tensors, replace_folder
+from multimodal.checkpoint import file_hash, flush, put_weights, read_tensors, write_tensors
+from multimodal.declare import declaration, rebuild
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError
+from multimodal.train.processes import Processes, whole
+from multimodal.train.recipe import FREE, Recipe
 
-TENSORS, FACTS = "state.safetensors", "state.json"
-
-
-def save_state(
-    folder: Path, *, step: int, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]
-) -> None:
-    """Write the state whole or not at all; `facts` are JSON values that must agree when it is read again."""
-    aside = folder.with_name(folder.name + ".writing")
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
-    if ema is not None:
-        tensors |= {f"ema/{name}": t for name, t in ema.state_dict().items()}
-    for (name, _), entry in zip(_trained(model, optimizer), _entries(optimizer), strict=True):
-        tensors |= {f"optimizer/{key}/{name}": torch.as_tensor(value) for key, value in entry.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, aside / TENSORS)
-    (aside / FACTS).write_text(json.dumps({"step": step, **facts}, indent=2) + "\n", encoding="utf-8")
-    replace_folder(aside, folder)
+CHECKPOINTS, TENSORS, SHARDED, FACTS, MANIFEST = (
+    "checkpoints",
+    "state.safetensors",
+    "sharded",
+    "state.json",
+    "manifest.json",
+)
+FORMAT = 2
+OLD = "state"  # where format 1 lies, which had no manifest and one state only
+WRITING = ".writing"
 
 
-def load_state(
-    folder: Path, *, model: Model, optimizer: torch.optim.Optimizer, ema: Model | None, facts: dict[str, Any]
-) -> tuple[int, dict[str, Any]]:
-    """Put a saved state back into model, optimiser, averages and generators; returns its step and the facts saved with it.
+@dataclass
+class Trained:
+    """What a state is made of: a model in training, its optimiser and its averaged weights (None: there are none)."""
+
+    model: Model
+    optimizer: torch.optim.Optimizer
+    ema: Model | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name: "model/..", "ema/..", "optimizer/exp_avg/.."."""
+        found = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        if self.ema is not None:
+            found |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
+        for name, parameter in self._parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        return found
+
+    def like(self, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors to read a state into that has these names and shapes, shared out as the weights are."""
+        parameters = dict(self._parameters())
+        found = self.tensors()
+        for name, (shape, dtype) in shapes.items():
+            if name.startswith("optimizer/"):
+                parameter = parameters.get(name.split("/", 2)[2])
+                same = parameter is not None and list(parameter.shape) == list(shape)
+                kind = getattr(torch, dtype)
+                found[name] = torch.empty_like(parameter, dtype=kind) if same else torch.empty(shape, dtype=kind)  # type: ignore[arg-type]
+        return {name: found[name] for name in shapes if name in found}
+
+    def put(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        """Everything back in its place.
+
+        Raises:
+            CheckpointError: of another model.
+        """
+        put_weights(self.model, _below(tensors, "model/"), where)
+        if self.ema is not None:
+            put_weights(self.ema, _below(tensors, "ema/"), where)
+        entries: dict[str, dict[str, Any]] = {}
+        for key, value in _below(tensors, "optimizer/").items():
+            kind, name = key.split("/", 1)
+            entries.setdefault(name, {})[kind] = value.item() if value.dtype == torch.bool else value
+        state = {i: entries[name] for i, (name, _) in enumerate(self._parameters()) if name in entries}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [(names[p], p) for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class Checkpoints:
+    """The states of a run folder: written aside and put in place whole, the last `keep` of them kept, checked when they are read.
+
+    What is to be written is copied, and written by a thread while training goes on: a tenth of the wait (DECISIONS.md).
+    """
+
+    def __init__(self, run: Path, keep: int, processes: Processes) -> None:
+        self.folder, self.keep, self.processes = run / CHECKPOINTS, keep, processes
+        self.old = run / OLD
+        self.thread: Thread | None = None
+        self.failed: OSError | None = None
+
+    def save(
+        self,
+        step: int,
+        trained: Trained,
+        facts: Mapping[str, Any],
+        data: Mapping[str, Any],
+        also: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """Write the state after `step`. `facts` are JSON values that must agree when it is read again; `data` is where each
+        process's data go on; `also` is done after that, by the same thread.
+
+        What was there is as it was if this fails: a disk that is full, or the like, is told by a warning.
+        """
+        parts = self.processes.gather(dict(data))
+        data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
+        tensors = trained.tensors()
+        shapes = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
+        told = {"format": FORMAT, "step": step, **facts, "data_state": data, "tensors": shapes}
+        self._tell()
+        aside = self._place(step).with_name(self._place(step).name + WRITING)
+        sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+        if self.processes.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*" + WRITING):  # by a run that was killed
+                shutil.rmtree(left)
+            aside.mkdir()
+        if sharded:
+            import torch.distributed.checkpoint as dcp
+
+            self.processes.wait()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the engine's own deprecations
+                dcp.save(dict(tensors), checkpoint_id=aside / SHARDED)
+            self.processes.wait()
+        if self.processes.rank:
+            return
+        copies = {} if sharded else {name: whole(t) for name, t in tensors.items()}
+
+        def write() -> None:
+            try:
+                if copies:
+                    write_tensors(copies, aside / TENSORS)
+                (aside / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+                seal(aside)
+                shutil.rmtree(self._place(step), ignore_errors=True)
+                os.replace(aside, self._place(step))
+                flush(self.folder)
+                for old in self._all()[: -self.keep]:
+                    shutil.rmtree(old)
+                shutil.rmtree(self.old, ignore_errors=True)
+                also()
+            except OSError as error:
+                shutil.rmtree(aside, ignore_errors=True)
+                self.failed = OSError(f"the state after step {step} could not be kept ({error})")
+
+        self.thread = Thread(target=write, name="checkpoint")
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait until the last state is written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        failed, self.failed = self.failed, None
+        if failed is not None:
+            raise failed
+
+    def _tell(self) -> None:
+        try:
+            self.finish()
+        except OSError as error:
+            warnings.warn(f"fit: {error}; what was kept before is as it was, and training goes on", stacklevel=4)
+
+    def latest(self) -> Path | None:
+        """The newest state that is whole; those that are damaged are told and passed over."""
+        found = None
+        for folder in reversed(self._all()):
+            try:
+                check(folder)
+            except CheckpointError as error:
+                warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
+                continue
+            found = folder
+            break
+        if found is None and (self.old / FACTS).is_file():
+            found = self.old
+        return found
+
+    def any(self) -> bool:
+        """Whether there are states, whole or not."""
+        return bool(self._all()) or self.old.is_dir()
+
+    def load(self, folder: Path, trained: Trained, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a state back; returns what was saved with it, of which "step" and "data_state" say where to go on.
+
+        Raises:
+            CheckpointError: damaged, of another model, or made with other facts (named).
+        """
+        try:
+            saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: cannot read {FACTS}: {error}") from error
+        if saved.get("format", 1) not in (1, FORMAT):
+            raise CheckpointError(
+                f"{folder}: format {saved['format']!r}, but this version reads 1 and {FORMAT}; update multimodal-stream"
+            )
+        if other := list(differences(_as_of_today(saved, facts), dict(facts))):
+            raise CheckpointError(
+                f"{folder}: this run was made with other settings: {'; '.join(other)}. Resume with the same, or choose "
+                "another folder"
+            )
+        if (folder / SHARDED).is_dir():
+            import torch.distributed.checkpoint as dcp
+
+            tensors = trained.like(saved["tensors"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.load(tensors, checkpoint_id=folder / SHARDED, no_dist=self.processes.count == 1)
+        else:
+            tensors = read_tensors(folder / TENSORS)
+            if any(hasattr(t, "full_tensor") for t in trained.model.state_dict().values()):
+                tensors = _shared_like(tensors, trained)
+        trained.put(tensors, folder)
+        return saved
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _all(self) -> list[Path]:
+        """Folders of states, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(WRITING))
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder, after all else is safely on disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
+    }
+    for path in [*files, *(p for p in folder.rglob("*") if p.is_dir())]:
+        flush(path)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
+def check(folder: Path) -> None:
+    """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: damaged, of another model, or made with other facts (named).
+        CheckpointError: names the first file that is missing, cut short or changed.
     """
     try:
-        saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: cannot read {FACTS}: {error}") from error
-    if other := _differences(saved, facts):
-        raise CheckpointError(
-            f"{folder}: this run was made with other settings: {'; '.join(other)}. Resume with the same, or choose another folder"
-        )
-    tensors = read_tensors(folder / TENSORS)
-    put_weights(model, _below(tensors, "model/"), folder)
-    if ema is not None:
-        put_weights(ema, _below(tensors, "ema/"), folder)
-    entries: dict[str, dict[str, Any]] = {}
-    for key, value in _below(tensors, "optimizer/").items():
-        kind, name = key.split("/", 1)
-        entries.setdefault(name, {})[kind] = value.item() if value.dtype == torch.bool else value
-    state = {i: entries[name] for i, (name, _) in enumerate(_trained(model, optimizer)) if name in entries}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random/cpu"])
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    return int(saved["step"]), saved
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{folder}: {name} is missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, wanted {entry['bytes']}")
+            if file_hash(path) != entry["sha256"]:
+                raise CheckpointError(f"{folder}: {name} is damaged: its checksum is not the one it was saved with")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: {MANIFEST} cannot be read: {error}") from error
 
 
-def _differences(saved: Any, now: Any, name: str = "") -> list[str]:
+def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
     """'recipe.steps was 120 and is 400', for everything of `now` that is not so in `saved`."""
     if isinstance(saved, dict) and isinstance(now, dict):
-        keys = now if not name else {**saved, **now}
-        return [d for k in keys for d in _differences(saved.get(k), now.get(k), f"{name}.{k}" if name else str(k))]
-    return [] if saved == now else [f"{name} was {saved!r} and is {now!r}"]
+        for key in now if not name else {**saved, **now}:
+            yield from differences(saved.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif saved != now:
+        yield f"{name} was {saved!r} and is {now!r}"
 
 
-def _trained(model: Model, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that did not exist when a state was saved have their defaults."""
+    recipe = {k: v for k, v in {**Recipe().config(), **saved["recipe"]}.items() if k not in FREE}
+    return {**saved, "recipe": plain(recipe), "core": plain(declaration(rebuild(saved["core"])))}
 
 
-def _entries(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
+def plain(value: Any) -> Any:
+    """The value after a trip through JSON."""
+    return json.loads(json.dumps(value))
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tensor]:
+    """Tensors in one piece, shared out as the weights they belong to."""
+    from torch.distributed.tensor import distribute_tensor
+
+    spread = trained.like({n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()})
+    shared: dict[str, Any] = {name: spread.get(name, t) for name, t in tensors.items()}
+    return {
+        name: distribute_tensor(t, shared[name].device_mesh, shared[name].placements)
+        if hasattr(shared[name], "full_tensor")
+        else t
+        for name, t in tensors.items()
+    }
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

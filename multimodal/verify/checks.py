@@ -17,10 +17,10 @@ from multimodal.generate import Engine, Greedy, Sampler, request
 from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample
-from multimodal.stream import Packer
+from multimodal.packer import Packer
 from multimodal.task import Pattern
-from multimodal.tokenizer import Tokenizer, Tokens
-from multimodal.verify.values import plausible_values, random_tokens
+from multimodal.tokenizer import Tokens
+from multimodal.verify.values import Ready, plausible_values, random_tokens
 
 TOLERANCE = 1e-5  # between fp32 logits; times the largest logit where that is above 1, as rounding grows with it
 MOST_SAMPLES = 8  # of each task
@@ -140,7 +140,7 @@ def verify(
     subjects, notes = _subjects(model.packer, samples or {}, seed)
     twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
     twin.packer = Packer(
-        {name: _Ready(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
+        {name: Ready(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
     )
     mixed = [pair for subject in subjects for pair in subject.batch]
     rows: list[Row] = []
@@ -170,6 +170,8 @@ def _compare(
     if in_mixed is not None:
         yield _row(subject, "mixed", in_mixed, alone)
     yield _row(subject, "dense", packed, _logits(model, batch, "dense", seed))
+    if model.packer.head(subject.task).pairs:
+        return
     if model.packer.head(subject.task).writes:
         one_by_one = [_written(model, subject.task, [sample]) for sample in subject.samples]
         together = _written(model, subject.task, subject.samples)
@@ -181,8 +183,9 @@ def _compare(
         yield _row(subject, "cached", [logits for _, logits in cached], uncached)
         answers = [part[0][0].content for part in one_by_one], [tokens.content for tokens, _ in together]
     else:
-        single = [model.predict(subject.task, [sample])[0].value for sample in subject.samples]
-        answers = single, [answer.value for answer in model.predict(subject.task, subject.samples)]
+        single = [model.predict(subject.task, [sample])[0] for sample in subject.samples]
+        both = single, model.predict(subject.task, subject.samples)
+        answers = [[a.value if a.tokens is None else a.tokens.content for a in part] for part in both]
     yield Row(subject.name, "answers", sum(not _same(a, b) for a, b in zip(*answers, strict=True)), 0)
 
 
@@ -198,9 +201,9 @@ def _logits(
     for task, logits in model.logits(stream, backend=backend).items():
         reading = stream.readings[task]
         for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
-            found[order[sample]] = part[
-                :, ~torch.isneginf(part).all(0)
-            ]  # a pointer's own, not what its neighbours read
+            own = part[:, ~torch.isneginf(part).all(0)]  # a pointer's own, not what its neighbours read
+            before = found.get(order[sample])  # the other side of a pair
+            found[order[sample]] = own if before is None else torch.cat([before, own])
     return [found[i] for i in range(len(batch))]
 
 
@@ -316,7 +319,8 @@ def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backen
                 g[owner != mine].abs().flatten() for g, owner in zip(gradients, owners, strict=True) if g is not None
             ]
             others = torch.cat(others) if others else torch.zeros(0)
-            largest[sample] = float(others.max()) if others.numel() else 0.0
+            if others.numel() and not float(others.max()) <= largest[sample]:  # also what is not a number
+                largest[sample] = float(others.max())
     bounds = accumulate((len(s.samples) for s in subjects), initial=0)
     return [max(largest[start:stop]) for start, stop in pairwise(bounds)]
 
@@ -338,56 +342,6 @@ def _left_as_found(model: Model, seed: int) -> Iterator[None]:
                     buffer.copy_(buffers[name])
 
 
-@dataclass(frozen=True)
-class _Ready(Tokenizer):
-    """A tokenizer for values that are tokens already; it answers with ids, so that answers can be compared exactly."""
-
-    inner: Tokenizer
-
-    @property
-    def vocab_size(self) -> int | None:
-        return self.inner.vocab_size
-
-    @property
-    def feature_size(self) -> int | None:
-        return self.inner.feature_size
-
-    @property
-    def causal(self) -> bool:
-        return self.inner.causal
-
-    @property
-    def classes(self) -> bool:
-        return self.inner.classes
-
-    @property
-    def step(self) -> tuple[float, float, float]:
-        return self.inner.step
-
-    def encode(self, value: Any) -> Tokens:
-        return value
-
-    def __call__(self, value: Any) -> Tokens:
-        return value
-
-    def decode(self, tokens: Tokens) -> Any:
-        return self.inner.decode(tokens) if self.vocab_size is None else tuple(tokens.content.tolist())
-
-    @property
-    def length(self) -> int | None:
-        return self.inner.length
-
-    @property
-    def written_features(self) -> int | None:
-        return self.inner.written_features
-
-    def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
-        return self.inner.fed_back(features_NF, position_NA)
-
-    def places(self, count: int) -> Tensor:
-        return self.inner.places(count)
-
-
 def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) -> tuple[list[_Subject], list[str]]:
     """The lines of the table, and notes on what was invented or left out."""
     for task in given:
@@ -400,9 +354,10 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
             notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
         ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
         ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
-        for name in [field.name for field in pattern.reads] + [pattern.answer]:
+        pair = packer.head(task).pairs
+        for name in [field.name for field in pattern.reads] + ([] if pair else [pattern.answer]):
             lacking = [i for i, sample in enumerate(ready) if name not in sample]
-            if name == pattern.answer and packer.head(task).points:  # its answers are made of what is read
+            if packer.head(task).points and name == pattern.answer:  # its answers are made of what is read
                 for i in lacking:
                     ready[i][name] = packer.pointable(task, ready[i])
                 continue
@@ -412,10 +367,14 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
             if lacking and how:
                 invented[name] = how + (", beside what was given" if len(lacking) < len(ready) else "")
         subjects.append(_Subject(task, task, tuple(ready)))
-        for field in pattern.reads if len(pattern.reads) > 1 and not packer.head(task).points else ():
+        if pair:
+            notes.append(
+                f"{task!r}: compared are the unit vectors of both sides; it answers nothing, so there is nothing to write"
+            )
+        for field in pattern.reads if len(pattern.reads) > 1 and not packer.head(task).points and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
             only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
-            if only:
+            if only and (field.name == pattern.answer or not packer.head(task).hides):
                 subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
     if invented:
         notes.append("invented: " + ", ".join(f"{name} ({how})" for name, how in invented.items()))
@@ -436,14 +395,20 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
 
 def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) -> tuple[list[Tokens], str]:
     """Tokens for a field that was not given, and in a few words where they come from ('': they change nothing)."""
-    kinds = {field.name: field.kind for field in pattern.reads} | {pattern.answer: pattern.writes.kind}
+    kinds = {field.name: field.kind for field in pattern.reads}
+    if not pattern.pair:
+        kinds |= {pattern.answer: pattern.writes.kind}
     tokenizer = packer.tokenizers[kinds[name]]
-    if name == pattern.answer and not packer.head(task).writes:
+    if name not in [field.name for field in pattern.reads] and not packer.head(task).writes:
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
+    written = (
+        not pattern.pair and name == pattern.answer and tokenizer.length is not None
+    )  # only values of that length are
     seed += sum(map(ord, name))  # two fields of one kind get different values
     if values := plausible_values(tokenizer, seed=seed):
         tokens = [tokenizer(value) for value in values]
-        written = name == pattern.answer and tokenizer.length is not None  # only values of that length are written
+        if packer.head(task).hides and name == pattern.answer:  # of one token no part can be hidden
+            tokens = [t for t in tokens if len(t) > 1] or random_tokens(tokenizer, seed)
         if not written or all(len(t) == tokenizer.length for t in tokens):
             return tokens, f"{type(values[0]).__name__} values"
     return random_tokens(tokenizer, seed), "random tokens, as no candidate value was accepted"

@@ -1,0 +1,32 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+Plugins = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--plugin",
+        negative="",
+        help="A Python file that defines a tokenizer or head of the checkpoint. It is imported, not run as a script. "
+        "Repeat it for more files.",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
+Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
+Out = Annotated[
+    Path | None,
+    Parameter(
+        help="The folder for pictures and sounds that are written; the current one unless given. With it texts are files too. "
+        "No file is overwritten: the next gets a number."
+    ),
+]
+Fields = Annotated[
+    str,
+    Parameter(
+        help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
+        "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'."
+    ),
+]

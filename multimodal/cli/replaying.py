@@ -1,0 +1,95 @@
+"""What `replay` shows: which samples made a training step go wrong."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from multimodal.cli.find import load
+from multimodal.cli.options import Device, Json, Plugins
+from multimodal.cli.showing import harmless
+
+if TYPE_CHECKING:
+    from multimodal.train.trouble import Row
+
+MOST_ROWS = 12
+
+
+def replay(
+    trouble: Path,
+    /,
+    *,
+    rows: int = MOST_ROWS,
+    as_json: Json = False,
+    plugin: Plugins = None,
+    device: Device = "auto",
+) -> int:
+    """Run a training step that went wrong again, sample by sample, and list the worst. Exit code 1: something is not finite.
+
+    Example: multimodal replay runs/digits/trouble/step-0000123
+
+    Parameters
+    ----------
+    trouble
+        A folder that training kept, below RUN/trouble.
+    rows
+        How many samples to list; with --json all are.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from multimodal.shapes import ConfigError
+    from multimodal.train import trouble as kept
+
+    if rows < 1:
+        raise ConfigError(f"--rows {rows}: list one sample or more")
+    found = kept.load_trouble(trouble)
+    model = load(trouble, plugin, device)
+    count = sum(len(set(r.samples)) for batch in found.batches for r in batch.stream.readings.values())
+    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
+        task = bar.add_task("replaying", total=count)
+        done = kept.replay(model, found, progress=lambda: bar.advance(task))
+    if as_json:
+        facts = {
+            "step": found.step,
+            "why": found.why,
+            "batches": [row.facts() for row in done.batches],
+            "samples": [row.facts() for row in done.samples],
+            "weights": list(done.weights),
+            "notes": list(done.notes),
+        }
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print(f"step {found.step}: {harmless(found.why)}\n")
+        print(_table(done.batches) + "\n\n" + _table(done.samples[:rows]))
+        if len(done.samples) > rows:
+            print(f"{len(done.samples) - rows} more samples (--rows)")
+        if done.weights:
+            print(f"\nweights that were not finite before the step: {_few(done.weights)}")
+        for note in done.notes:
+            print(f"\nnote: {note}")
+    return 0 if all(row.finite for row in (*done.batches, *done.samples)) and not done.weights else 1
+
+
+def _table(rows: "tuple[Row, ...]") -> str:
+    """Rows as text in columns; what is not finite says where it began."""
+    lines = [
+        ["micro-batch", "sample", "task", "tokens", "loss", "grad norm", "first not finite", "gradients not finite"]
+    ]
+    for row in rows:
+        sample = "all" if row.sample is None else f"{row.sample} {row.name}".strip()
+        where = [harmless(text) for text in (row.file, sample, row.task)]
+        number = [f"{x:.4g}" if math.isfinite(x) else str(x) for x in (row.loss, row.norm)]
+        lines.append([*where, str(row.tokens), *number, row.first or "", _few(row.parameters)])
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(size) if 3 <= i <= 5 else cell.ljust(size)
+            for i, (cell, size) in enumerate(zip(line, wide, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -1,0 +1,124 @@
+"""`multimodal shards`: data as archives that need not fit anywhere, and a check of them."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+SHOWN = 5  # bad rows
+
+
+def shards(
+    source: str,
+    out: Path | None = None,
+    /,
+    *,
+    fields: Annotated[list[str] | None, Parameter(negative="")] = None,
+    files: Annotated[list[str] | None, Parameter(negative="")] = None,
+    split: str | None = None,
+    shard_mb: float = 256.0,
+    max_bad: int = 0,
+    verify: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Turn a folder or a table into shards: archives that are read in place, from a disk or an object store.
+
+    Stopped at any moment, the same command goes on behind the last whole shard, and the result is the same to the byte.
+
+    Example: multimodal shards photos photo-shards
+
+    Example: multimodal shards captions.csv caption-shards --fields image=file --fields text=caption --files image
+
+    Example: multimodal shards caption-shards --verify
+
+    Parameters
+    ----------
+    source
+        A folder of pictures or sounds in class folders; a .csv, .tsv, .jsonl or .parquet file; a data set that Hugging Face
+        `datasets` saved, or hf:NAME of its hub; with --verify, a folder or URL of shards.
+    out
+        The folder of the shards.
+    fields
+        A column that is kept, or field=column to give it another name; all columns unless given. Repeat it for more.
+    files
+        A field whose values are paths of files (relative to the table), which are packed in place of the paths. Repeat it for more.
+    split
+        Of a data set with several parts, the one that is read.
+    shard_mb
+        An archive is at most so long, in megabytes.
+    max_bad
+        So many broken rows may be left out; they are listed in bad.jsonl.
+    verify
+        Read all shards and compare their checksums. Exit code 1: some are damaged.
+    """
+    from multimodal.data.tables import open_table
+    from multimodal.data.writing import BAD, write_shards
+    from multimodal.shapes import ConfigError
+
+    if verify:
+        return _verify(source)
+    if out is None:
+        raise ConfigError("shards: give the folder of the shards behind the source")
+    chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
+    table = open_table(source, split).choosing(chosen, files or [])
+    with _bar("packing", table.total) as tell:
+        made = write_shards(
+            table,
+            out,
+            shard_bytes=int(shard_mb * 1e6),
+            max_bad=max_bad,
+            source=table.about,
+            progress=lambda at: tell(at.rows, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
+        )
+    for row, why in made.bad[:SHOWN]:
+        print(f"row {row}: {why}", file=sys.stderr)
+    if made.bad:
+        print(f"broken rows that were left out: {len(made.bad)}; they are listed in {out / BAD}", file=sys.stderr)
+    if table.ignored:
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in sorted(table.ignored.items()))
+        print(f"files of other kinds that were left out: {kinds}", file=sys.stderr)
+    already = "  (it was complete already)" if made.already else ""
+    print(f"samples  {made.samples:,}\nfields   {', '.join(made.fields)}")
+    print(f"shards   {made.shards}, {made.bytes / 1e6:,.1f} MB\nfolder   {out}{already}")
+    return 0
+
+
+def _verify(folder: str) -> int:
+    from multimodal.data.shards import Shards
+
+    found = Shards(folder)
+    total = sum(shard.bytes for shard in found.shards)
+    read = 0
+    with _bar("reading", total) as tell:
+
+        def more(count: int) -> None:
+            nonlocal read
+            read += count
+            tell(read, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+
+        faults = found.check(more)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    print(f"{len(found.shards) - len(faults)} of {len(found.shards)} shards are as they were written")
+    if unknown := sum(shard.sha256 is None for shard in found.shards):
+        print(f"{unknown} of them are archives of others, of which only the length is known")
+    return 1 if faults else 0
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, note: None
+        return
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn(what), BarColumn(), note, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task(what, total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)

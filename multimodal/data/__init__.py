@@ -1,0 +1,28 @@
+"""From data to packed steps: sources, mixing, packing; which sample comes when is a function of the seed and of its place."""
+
+from multimodal.data.adapters import Fields
+from multimodal.data.batches import Batches
+from multimodal.data.fetching import Bad, Batch, kept_generators, seed_generators
+from multimodal.data.packs import Packs
+from multimodal.data.shards import Shards
+from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
+from multimodal.data.writing import index_archives, write_shards
+
+__all__ = [
+    "Bad",
+    "Batch",
+    "Batches",
+    "Blanked",
+    "Fields",
+    "Mixed",
+    "Packs",
+    "Samples",
+    "Shards",
+    "Source",
+    "check_samples",
+    "index_archives",
+    "is_indexed",
+    "kept_generators",
+    "seed_generators",
+    "write_shards",
+]

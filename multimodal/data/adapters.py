@@ -1,0 +1,71 @@
+"""Data sets of other libraries as samples: names for the parts of a tuple, names for the numbers of classes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from multimodal.data.members import Media
+from multimodal.data.sources import is_indexed
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.tokenizer import describe
+
+
+class Fields:
+    """The samples of a data set of torchvision, torchaudio or Hugging Face as mappings of fields.
+
+    fields: a name for each part of a tuple, None for a part that is left out; a name given twice gathers both parts, as in
+    Fields(speech, "audio", "audio", "text", None) for (wave, rate_hz, text, speaker). Of mappings: the fields that are kept, all
+    unless given. names: of a field that holds the number of a class, the names of the classes. What Hugging Face gives as a mapping
+    of "bytes" and "path" (`Image(decode=False)`) becomes a file that tokenizers decode.
+
+    Raises:
+        ConfigError: no data set with a length and [index], or (at a sample) other parts than were named.
+    """
+
+    def __init__(self, samples: Any, *fields: str | None, names: Mapping[str, Sequence[str]] | None = None) -> None:
+        if isinstance(samples, Mapping) or not is_indexed(samples):
+            raise ConfigError(f"Fields: {type(samples).__name__} is no data set with a length and [index]")
+        self.samples, self.fields, self.names = samples, fields, {k: tuple(v) for k, v in (names or {}).items()}
+        if unknown := set(self.names) - set(fields or self.names):
+            raise ConfigError(f"Fields: names are given for {', '.join(sorted(unknown))}, which is none of {fields}")
+        if hasattr(samples, "shuffled"):  # sources that have an order of their own say so by this method
+            self.shuffled = samples.shuffled
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        found = self._picked(sample) if isinstance(sample, Mapping) else self._named(sample)
+        return {field: self._value(field, value) for field, value in found.items()}
+
+    def _picked(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        kept = [field for field in self.fields if field is not None] or list(sample)
+        if missing := [field for field in kept if field not in sample]:
+            raise ConfigError(f"Fields: a sample has no {', '.join(missing)}; it has {', '.join(map(str, sample))}")
+        return {field: sample[field] for field in kept}
+
+    def _named(self, sample: Any) -> dict[str, Any]:
+        parts = sample if isinstance(sample, (tuple, list)) else (sample,)
+        if len(parts) != len(self.fields):
+            raise ConfigError(
+                f"Fields: {len(self.fields)} names are given, {self.fields}, and a sample has {len(parts)} parts: "
+                f"{', '.join(map(describe, parts))}; name each, with None for what is left out"
+            )
+        gathered: dict[str, list[Any]] = {}
+        for field, part in zip(self.fields, parts, strict=True):
+            if field is not None:
+                gathered.setdefault(field, []).append(part)
+        return {field: values[0] if len(values) == 1 else tuple(values) for field, values in gathered.items()}
+
+    def _value(self, field: str, value: Any) -> Any:
+        if field in self.names and value is not None:
+            return [self._name(field, v) for v in value] if isinstance(value, list) else self._name(field, value)
+        if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else Media(value["bytes"], value["path"] or "")
+        return value
+
+    def _name(self, field: str, number: Any) -> str:
+        names = self.names[field]
+        if not 0 <= int(number) < len(names):
+            raise MediaError(f"Fields: {field} is class {int(number)}, and there are names for {len(names)}")
+        return names[int(number)]

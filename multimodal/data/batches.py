@@ -1,0 +1,91 @@
+"""Steps of a fixed number of samples: which samples a step has is a function of (seed, step) alone."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from multimodal.data.fetching import Bad, Batch, Fetcher, in_worker, kept_generators
+from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
+from multimodal.packer import Packer, Prepared
+from multimodal.shapes import ConfigError, MediaError
+
+TRIES = 100  # samples in a row that may be broken where broken ones are passed over
+
+
+class Batches(Dataset):
+    """Item `step` is that step's micro-batches, packed: `accumulate` streams of batch / accumulate samples.
+
+    Every task has an equal share of each batch, or one in the ratio of `mix`. Each task's data are shuffled anew each time round.
+    forgiving: a broken sample is left out, and another of its task takes its place. rank and ranks: of so many processes this one,
+    which gets every ranks-th micro-batch of ranks x accumulate; what is in a step does not depend on it.
+    """
+
+    def __init__(
+        self,
+        packer: Packer,
+        data: Mapping[str, Samples],
+        *,
+        batch: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        mix: Mapping[str, float] | float | None = None,
+        forgiving: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        for pattern, samples in data.items():
+            packer.check_task(pattern)
+            check_samples("fit", pattern, samples)
+        if batch < max(len(data), accumulate * ranks):
+            raise ConfigError(
+                f"fit: batch={batch} must hold at least one sample of each of the {len(data)} tasks, and one for each of "
+                f"{accumulate * ranks} micro-batches" + (f" ({accumulate} in {ranks} processes)" if ranks > 1 else "")
+            )
+        self.fetch, self.forgiving = Fetcher(packer, dict(data), seed), forgiving
+        self.parts, self.rank, self.ranks = accumulate * ranks, rank, ranks
+        self.turns = Turns(shares(batch, weighed(data, mix, "fit")))
+
+    def __len__(self) -> int:
+        return 2**40  # as many steps as anyone asks for
+
+    def __getitem__(self, step: int) -> Batch:
+        found = Batch([], [], [], [])
+        size = self.turns.block
+        with kept_generators():
+            for part in range(self.rank, self.parts, self.ranks):
+                samples = [self._sample(step, slot, found.bad) for slot in range(part, size, self.parts)]
+                found.streams.append(self.fetch.packer.lay([sample for sample, _ in samples]))
+                found.names.append([name for _, name in samples])
+                found.numbers.append(part)
+        return found
+
+    def _sample(self, step: int, slot: int, bad: list[Bad]) -> tuple[Prepared, str]:
+        pattern, turn = self.turns(step * self.turns.block + slot)
+        for spare in range(TRIES):
+            try:
+                return self.fetch(pattern, turn + spare * 2**48, f"step {step}")
+            except ValueError as error:
+                if not self.forgiving:
+                    raise
+                bad.append(self.fetch.bad(pattern, turn + spare * 2**48, error))
+        raise MediaError(f"task {pattern!r}: {TRIES} samples in a row are broken, the last one so: {bad[-1].error}")
+
+    def loader(self, start: int, stop: int, workers: int) -> DataLoader:
+        """Steps start .. stop - 1, made in `workers` processes (0: in this one)."""
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            worker_init_fn=in_worker if workers else None,
+            generator=torch.Generator().manual_seed(self.fetch.seed),
+            pin_memory=False,
+        )
+
+    def state(self) -> dict:
+        """What `restore` needs beside the step: nothing."""
+        return {}
+
+    def restore(self, state: Mapping) -> None:
+        """Steps are functions of their number; there is nothing to put back."""

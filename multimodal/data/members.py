@@ -1,0 +1,111 @@
+"""One value as the bytes of an archive's member, and back: media keep their bytes, and nothing is pickled."""
+
+import io
+import json
+import os
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.shapes import MediaError
+from multimodal.tokenizer import describe
+
+TEXT = ("txt", "text", "transcript", "cls")  # the last three are WebDataset's
+TENSOR = "tensor.npy"
+WAVE = {"int16": (1, 16), "int32": (1, 32), "uint8": (1, 8), "float32": (3, 32), "float64": (3, 64)}  # PCM 1, float 3
+
+
+class Media(io.BytesIO):
+    """The undecoded bytes of a picture or a sound, with the name that errors say."""
+
+    def __init__(self, data: bytes = b"", name: str = "") -> None:
+        super().__init__(data)
+        self.name = name
+
+
+def decoded(extension: str, data: bytes, name: str) -> Any:
+    """The value of a member: text, JSON, an array or a tensor; of all other extensions undecoded Media."""
+    kind = extension.rpartition(".")[2]
+    if kind in TEXT:
+        return data.decode()
+    if kind == "json":
+        return json.loads(data)
+    if kind == "npy":
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        return torch.from_numpy(array) if extension == TENSOR else array
+    return Media(data, name)
+
+
+def encoded(value: Any) -> tuple[str, bytes]:
+    """Extension and bytes of a value, from which `decoded` makes it again.
+
+    Raises:
+        MediaError or another ValueError, TypeError or OSError: what cannot be kept.
+    """
+    image = sys.modules.get("PIL.Image")
+    if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:  # Hugging Face's undecoded pictures and sounds
+        value = Path(value["path"]) if value["bytes"] is None else Media(value["bytes"], value["path"] or "")
+    if isinstance(value, str):
+        return "txt", value.encode()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _file("", bytes(value))
+    if isinstance(value, os.PathLike):
+        return _file(os.fspath(value), Path(value).read_bytes())
+    if not isinstance(value, Mapping) and hasattr(value, "read"):
+        value.seek(0)
+        return _file(str(getattr(value, "name", "")), value.read())
+    if image is not None and isinstance(value, image.Image):
+        return "png", _png(value)
+    if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
+        value = value["array"], value["sampling_rate"]
+    if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], (np.ndarray, Tensor)):
+        return "wav", _wav(np.asarray(value[0]), value[1])
+    if isinstance(value, (np.ndarray, Tensor)):
+        data = io.BytesIO()
+        np.save(data, value.detach().cpu().numpy() if isinstance(value, Tensor) else value, allow_pickle=False)
+        return TENSOR if isinstance(value, Tensor) else "npy", data.getvalue()
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+        raise MediaError(f"{describe(value)} has keys that are not texts, which JSON cannot keep")
+    return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _file(name: str, data: bytes) -> tuple[str, bytes]:
+    extension = Path(name).suffix.lower()[1:]
+    extension = extension if re.fullmatch("[a-z0-9]{1,8}", extension) else "bin"
+    if not data:
+        raise MediaError(f"{name or 'the value'} is empty")
+    if extension in (*TEXT, "json", "npy"):
+        decoded(extension, data, name)  # complain now
+    return extension, data
+
+
+def _png(image: Any) -> bytes:
+    from PIL import ImageOps
+
+    data = io.BytesIO()
+    (ImageOps.exif_transpose(image) if "exif" in image.info else image).save(data, "PNG")
+    return data.getvalue()
+
+
+def _wav(wave: np.ndarray, rate_hz: Any) -> bytes:
+    """A RIFF WAVE file without the time stamp that libsndfile would put into it. wave: (S,) or (channels, S)."""
+    channels = 1 if wave.ndim == 1 else len(wave)
+    if wave.ndim not in (1, 2) or wave.dtype.name not in WAVE or not 0 < channels < 17 or rate_hz != int(rate_hz):
+        raise MediaError(
+            f"{describe(wave)} at {rate_hz} Hz is no sound; wanted (S,) or (channels, S) of {', '.join(WAVE)}"
+        )
+    data = np.ascontiguousarray(wave.T, wave.dtype.newbyteorder("<")).tobytes()
+    kind, bits = WAVE[wave.dtype.name]
+    frame = channels * bits // 8
+    chunk = struct.pack("<4sIHHIIHH", b"fmt ", 16, kind, channels, int(rate_hz), int(rate_hz) * frame, frame, bits)
+    size = struct.pack("<4sI", b"data", len(data))
+    body = b"WAVE" + chunk + size + data + bytes(len(data) % 2)
+    return struct.pack("<4sI", b"RIFF", len(body)) + body

@@ -1,0 +1,250 @@
+"""Steps of a token budget: samples of any length, chosen so that packs are full, from lanes that look a bounded way ahead.
+
+position 0 1 2 3 4 5 ..   which task and which sample: a function of (seed, position)
+         | | | | | |      position p belongs to lane p mod lanes; a process has every ranks-th lane
+lane 0: [0 2 4 ..] -- the next `look_ahead` samples, encoded in the data workers --> one full pack a step
+"""
+
+import io
+import pickle
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from multimodal.data.fetching import Bad, Batch, Fetcher, in_worker, kept_generators
+from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
+from multimodal.packer import Packer, Prepared
+from multimodal.shapes import ConfigError, MediaError, StreamError
+
+CHUNK = 8  # samples that go to a worker and come back together
+BARREN = 10_000  # samples in a row of one lane that may be broken
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """What a worker is asked for: the sample at a place of a lane, which is some task's turn."""
+
+    lane: int
+    place: int
+    pattern: str
+    turn: int
+    given: Any = None  # the sample as it came, of a source that is iterated
+
+
+@dataclass
+class _Lane:
+    """Samples in order: those that are looked at, those that have come too early, and how many were asked for."""
+
+    number: int
+    next: int = 0  # the place behind the last one that was asked for
+    again: deque[int] = field(
+        default_factory=deque
+    )  # places to ask for before that: those that waited when it was saved
+    owed: int = 0  # asked for and not yet in `waiting`
+    come: deque[tuple[int, Prepared | Bad, str]] = field(default_factory=deque)
+    waiting: list[tuple[int, Prepared, str]] = field(default_factory=list)
+    reached: int = 0  # the place behind the last one that came into `waiting` or was found broken
+    flows: dict[str, Flow] = field(default_factory=dict)
+    barren: int = 0
+
+
+class Packs(Dataset):
+    """`packs` streams a step, each of at most `tokens` tokens, out of sources of any sort.
+
+    look_ahead: samples of a lane among which the next pack is chosen; the one that waits longest is always in it. Which samples
+    make a pack depends on (data, seed, tokens, packs, look_ahead) alone: not on workers, nor on how many processes share the
+    lanes. A sample longer than the budget counts as broken.
+    """
+
+    def __init__(
+        self,
+        packer: Packer,
+        data: Mapping[str, Source],
+        *,
+        tokens: int,
+        packs: int = 1,
+        look_ahead: int = 256,
+        seed: int = 0,
+        mix: Mapping[str, float] | float | None = None,
+        forgiving: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        for pattern, source in data.items():
+            packer.check_task(pattern)
+            check_source("fit", pattern, source)
+        if packs % ranks:
+            raise ConfigError(
+                f"fit: packs={packs} cannot be shared by {ranks} processes; try packs={-(-packs // ranks) * ranks}"
+            )
+        self.fetch, self.forgiving = Fetcher(packer, dict(data), seed), forgiving
+        self.turns = Turns(shares(BLOCK, weighed(data, mix, "fit")), f"{seed}/turns")
+        self.tokens, self.packs, self.look_ahead = tokens, packs, look_ahead
+        self.lanes = [self._lane(number) for number in range(rank, packs, ranks)]
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, tickets: list[_Ticket]) -> bytes:
+        """In a worker: some samples, encoded. As bytes, since a tensor sent to another process costs an open file."""
+        found = []
+        with kept_generators():
+            for t in tickets:
+                try:
+                    sample, name = self.fetch(t.pattern, t.turn, f"place {t.place} of lane {t.lane}", t.given)
+                    if len(sample) > self.tokens:
+                        raise StreamError(
+                            f"{name} of task {t.pattern!r} is {len(sample)} tokens long, and a pack holds "
+                            f"tokens={self.tokens}; raise that, or shorten the sample"
+                        )
+                    found.append((t.place, sample, name))
+                except ValueError as error:
+                    if not self.forgiving:
+                        raise
+                    found.append((t.place, self.fetch.bad(t.pattern, t.turn, error), ""))
+        bytes_of = io.BytesIO()
+        _Plain(bytes_of, pickle.HIGHEST_PROTOCOL).dump((tickets[0].lane, found))
+        return bytes_of.getvalue()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "lanes": []}  # workers encode; who waits where is known in the main process only
+
+    def loader(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
+        """Steps start .. stop - 1; after each, `state` says from where the next one goes on."""
+        encoded = iter(
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=_Asking(self),
+                num_workers=workers,
+                worker_init_fn=in_worker if workers else None,
+                generator=torch.Generator().manual_seed(self.fetch.seed),
+                pin_memory=False,
+            )
+        )
+        by_number = {lane.number: lane for lane in self.lanes}
+        for _ in range(start, stop):
+            batch = Batch([], [], [], [], 0.0)
+            for lane in self.lanes:
+                while not self._ready(lane, batch.bad):
+                    number, found = pickle.loads(next(encoded))
+                    by_number[number].come.extend(found)
+                chosen = fullest([len(sample) for _, sample, _ in lane.waiting], self.tokens)
+                pack = [lane.waiting[i] for i in chosen]
+                lane.waiting = [entry for i, entry in enumerate(lane.waiting) if i not in set(chosen)]
+                batch.streams.append(self.fetch.packer.lay([sample for _, sample, _ in pack]))
+                batch.names.append([name for _, _, name in pack])
+                batch.numbers.append(lane.number)
+                self._kept(lane)
+            used = sum(len(stream) for stream in batch.streams)
+            batch.filled = used / (self.tokens * len(self.lanes))
+            yield batch
+
+    def _ready(self, lane: _Lane, bad: list[Bad]) -> bool:
+        """Whether exactly `look_ahead` samples wait, after taking what has come."""
+        while lane.come and len(lane.waiting) < self.look_ahead:
+            place, sample, name = lane.come.popleft()
+            lane.owed -= 1
+            lane.reached = max(lane.reached, place + 1)
+            if isinstance(sample, Bad):
+                bad.append(sample)
+                lane.barren += 1
+                if lane.barren >= BARREN:
+                    raise MediaError(f"{BARREN} samples in a row are broken, the last one so: {sample.error}")
+                continue
+            lane.barren = 0
+            lane.waiting.append((place, sample, name))
+        return len(lane.waiting) == self.look_ahead
+
+    def tickets(self) -> list[_Ticket]:
+        """The next samples to ask a worker for: of the lane that has the fewest."""
+        lane = min(self.lanes, key=lambda lane: len(lane.waiting) + lane.owed)
+        found = []
+        for _ in range(CHUNK):
+            if lane.again:
+                place = lane.again.popleft()
+            else:
+                place, lane.next = lane.next, lane.next + 1
+            pattern, turn = self.turns(place * self.packs + lane.number)
+            given = lane.flows[pattern].at(turn) if pattern in lane.flows else None
+            found.append(_Ticket(lane.number, place, pattern, turn, given))
+        lane.owed += len(found)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Where each lane goes on behind the last step that was given: plain numbers, and the states of sources that have one."""
+        return {
+            "lanes": {
+                str(lane.number): {
+                    "next": lane.reached,
+                    "waiting": [place for place, _, _ in lane.waiting],
+                    "flows": self._kept(lane),
+                }
+                for lane in self.lanes
+            }
+        }
+
+    def _kept(self, lane: _Lane) -> dict[str, Any]:
+        """For each source that is iterated, a state from which all that still waits can be had again."""
+        oldest = min([place for place, _, _ in lane.waiting[:1]] + [lane.reached])
+        kept = {}
+        for pattern, flow in lane.flows.items():
+            place = oldest
+            while self.turns(place * self.packs + lane.number)[0] != pattern:
+                place += 1
+            kept[pattern] = flow.state(self.turns(place * self.packs + lane.number)[1])
+        return kept
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, whichever processes' lanes it was made of."""
+        for i, lane in enumerate(self.lanes):
+            saved = state["lanes"][str(lane.number)]
+            fresh = self._lane(lane.number)
+            fresh.next = fresh.reached = saved["next"]
+            fresh.again = deque(saved["waiting"])
+            for pattern, flow in fresh.flows.items():
+                flow.restore(saved["flows"][pattern])
+            self.lanes[i] = fresh
+
+    def _lane(self, number: int) -> _Lane:
+        return _Lane(number, flows={p: Flow(source) for p, source in self.fetch.data.items() if not is_indexed(source)})
+
+
+class _Plain(pickle.Pickler):
+    """Tensors as their bytes: what torch does instead opens a file for each."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
+
+
+class _Asking:
+    """What a DataLoader takes for the order of its items: asks as far ahead as its workers can take it."""
+
+    def __init__(self, packs: Packs) -> None:
+        self.packs = packs
+
+    def __iter__(self) -> Iterator[list[_Ticket]]:
+        while True:
+            yield self.packs.tickets()
+
+
+def fullest(lengths: Sequence[int], budget: int) -> list[int]:
+    """Which samples to pack: the first one, and of the others those that fill the budget best, earlier ones before later ones.
+
+    Subset sums as bits of one whole number: bit n of reach[i] says that the first i + 1 samples can make exactly n tokens.
+    """
+    within = (1 << (budget + 1)) - 1
+    reach = [1 << lengths[0]]
+    for length in lengths[1:]:
+        reach.append((reach[-1] | reach[-1] << length) & within)
+    left = reach[-1].bit_length() - 1
+    chosen = []
+    for i in range(len(lengths) - 1, 0, -1):
+        if not reach[i - 1] >> left & 1:
+            chosen.append(i)
+            left -= lengths[i]
+    return [0, *reversed(chosen)]

@@ -1,0 +1,280 @@
+"""Samples in tar archives, on a local disk or an object store, read where they lie: one range of bytes a sample.
+
+folder/index.json      every shard: name, samples, bytes, sha256, and which field each column of its table is
+folder/000000.tar      members KEY.FIELD.EXTENSION, those of a sample side by side (the layout of WebDataset)
+folder/000000.index    a line of JSON about this shard, then an int64 table (samples, columns, 3): offset, size, CRC-32
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multimodal.data.members import decoded
+from multimodal.data.sources import permutation, scattered
+from multimodal.shapes import ConfigError, MediaError
+
+FORMAT = 1
+INDEX = "index.json"
+MAKING = "making.json"  # instead of the index while it is being made
+HEADER = 512  # bytes before a member's data that say its name
+ABSENT = -1  # the size of a member that is not there
+UNKNOWN = -1  # the CRC-32 of an archive of which only the headers were read
+BLOCK = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What index.json says of one archive; columns are (field, extension)."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str | None  # None: of an archive that others made and of which only the headers were read
+    table_crc: int  # CRC-32
+    columns: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Shard":
+        columns = tuple((field, extension) for field, extension in entry["columns"])
+        return cls(
+            **{name: entry[name] for name in ("name", "samples", "bytes", "sha256", "table_crc")}, columns=columns
+        )
+
+
+class Shards:
+    """The samples of a folder that `write_shards` or `multimodal shards` made, or that `index_archives` indexed.
+
+    folder: a path, or the URL of any store that fsspec knows (s3://bucket/set, gs://, https://, memory://); simplecache::s3://...
+    keeps a copy of every shard that is read on the local disk. storage: what that store is opened with, such as {"anon": True}.
+    group: in a shuffled order, samples of so many shards lie mixed; so many are open at a time.
+
+    A field that a sample does not have is None; txt, json and npy members come as text, values and arrays, all others as
+    `Media`: bytes that tokenizers decode. What is sent to a data worker is the list of shards; each opens its own files.
+
+    Raises:
+        ConfigError: no index, or one that cannot be read.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], *, group: int = 8, storage: Mapping[str, Any] | None = None
+    ) -> None:
+        if group < 1:
+            raise ConfigError(f"Shards: group={group} must be at least 1")
+        self.folder, self.group, self.storage = os.fspath(folder).removesuffix("/"), group, dict(storage or {})
+        self._forget()
+        try:
+            index = json.loads(self._read(self.folder, INDEX))
+            self.shards = tuple(Shard.of(entry) for entry in index["shards"])
+            self.fields: tuple[str, ...] = tuple(index["fields"])
+            made_as = index["format"]
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(f"Shards: {self.folder} has no {INDEX}{_what_to_do(self.folder)}") from None
+        except (ValueError, KeyError, TypeError, ImportError) as error:
+            raise ConfigError(
+                f"Shards: {self.folder}/{INDEX} cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        if made_as != FORMAT:
+            raise ConfigError(f"Shards: {self.folder} has format {made_as}; this version reads format {FORMAT}")
+        self._starts = list(accumulate((shard.samples for shard in self.shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __repr__(self) -> str:
+        return f"Shards({self.folder!r}: {len(self)} samples in {len(self.shards)} shards, {', '.join(self.fields)})"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample number `index`.
+
+        Raises:
+            MediaError: the shard and the member, where the archive is damaged, cut short or gone.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Shards: there is no sample {index}; there are {len(self)}")
+        index %= len(self)
+        number = bisect_right(self._starts, index) - 1
+        return self._sample(number, index - self._starts[number])
+
+    def shuffled(self, key: str) -> Callable[[int], int]:
+        """The index at each place of one round: shards in an order drawn from `key`, and in every `group` of them all samples in
+        another. Needs memory for the shards alone."""
+        order = permutation(len(self.shards), f"{key}/shards").tolist()
+        groups = [order[i : i + self.group] for i in range(0, len(order), self.group)]
+        starts = list(accumulate((sum(self.shards[n].samples for n in group) for group in groups), initial=0))
+
+        @lru_cache(maxsize=2)
+        def within(at: int) -> Callable[[int], int]:
+            return scattered(starts[at + 1] - starts[at], f"{key}/{at}")
+
+        def index(place: int) -> int:
+            at = bisect_right(starts, place) - 1
+            inner = within(at)(place - starts[at])
+            for number in groups[at]:
+                if inner < self.shards[number].samples:
+                    return self._starts[number] + inner
+                inner -= self.shards[number].samples
+            raise AssertionError("a group is as long as its shards")
+
+        return index
+
+    def check(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Read every archive whole and say which are not what was written; an empty list if all are.
+
+        progress: called with bytes that were read.
+        """
+        faults = []
+        for number, shard in enumerate(self.shards):
+            digest, at = hashlib.sha256(), 0
+            try:
+                self._opened(number)
+                while block := self._range(number, at, at + BLOCK):
+                    digest.update(block)
+                    at += len(block)
+                    if progress is not None:
+                        progress(len(block))
+            except MediaError as error:
+                faults.append(str(error))
+                continue
+            if at != shard.bytes:
+                faults.append(f"{shard.name}: it has {at} bytes, and {shard.bytes} were written")
+            elif shard.sha256 is not None and digest.hexdigest() != shard.sha256:
+                faults.append(f"{shard.name}: its sha256 is not the one in {INDEX}")
+        return faults
+
+    def close(self) -> None:
+        """Close what is open; the next sample opens it again."""
+        for _, file in self._open.values():
+            if file is not None:
+                file.close()
+        self._open.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_stores")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[int, tuple[np.ndarray, io.FileIO | None]] = OrderedDict()
+        self._stores: dict[tuple[int, str], tuple[Any, str]] = {}
+
+    def _sample(self, number: int, row: int) -> dict[str, Any]:
+        shard, members = self.shards[number], self._opened(number)[0][row].tolist()
+        sample: dict[str, Any] = dict.fromkeys(self.fields)
+        there = [
+            (*column, *member) for column, member in zip(shard.columns, members, strict=True) if member[1] != ABSENT
+        ]
+        begin = min(offset for _, _, offset, _, _ in there) - HEADER
+        data = self._range(number, begin, max(offset + size for _, _, offset, size, _ in there))
+        for field, extension, offset, size, crc in there:
+            header, value = data[offset - HEADER - begin : offset - begin], data[offset - begin : offset - begin + size]
+            name = f"{shard.name}/{header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
+            if len(value) < size:
+                raise MediaError(
+                    f"{shard.name}, sample {row}: the archive ends before {field!r} does; copy or make it again"
+                )
+            if (zlib.crc32(value) != crc) if crc != UNKNOWN else (_size(header) != size):
+                raise MediaError(
+                    f"{name} (sample {row} of the shard): {field!r} has changed since the index was made; copy or make the shard "
+                    "again (multimodal shards FOLDER --verify lists all that are damaged)"
+                )
+            try:
+                sample[field] = decoded(extension, value, name)
+            except (ValueError, EOFError) as error:
+                raise MediaError(f"{name}: cannot be read as {extension}: {error}") from error
+        return sample
+
+    def _opened(self, number: int) -> tuple[np.ndarray, io.FileIO | None]:
+        """The table of a shard, and its file if that is a local one; the last `group` of them are kept."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard, name = self.shards[number], table_name(number)
+        try:
+            body = self._read(self.folder, name).partition(b"\n")[2]
+            if zlib.crc32(body) != shard.table_crc:
+                raise MediaError(f"{name} of {self.folder} is damaged; copy or make it again")
+            table = np.frombuffer(body, "<i8").reshape(shard.samples, len(shard.columns), 3)
+            folder, base = self._place(shard.name)
+            file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
+        except OSError as error:
+            raise MediaError(f"{shard.name} of {self.folder} cannot be opened: {error}") from error
+        while len(self._open) >= self.group:
+            _, (_, old) = self._open.popitem(last=False)
+            if old is not None:
+                old.close()
+        self._open[number] = table, file
+        return table, file
+
+    def _range(self, number: int, begin: int, end: int) -> bytes:
+        """Bytes of an archive, fewer at its end."""
+        file = self._opened(number)[1]
+        try:
+            if file is not None:
+                return os.pread(file.fileno(), end - begin, begin)
+            if end <= (size := self.shards[number].bytes) or begin < size:
+                return self._read(*self._place(self.shards[number].name), begin, min(end, size))
+            return b""
+        except OSError as error:
+            raise MediaError(f"{self.shards[number].name} of {self.folder} cannot be read: {error}") from error
+
+    def _read(self, folder: str, base: str, begin: int | None = None, end: int | None = None) -> bytes:
+        if not is_url(folder):
+            return Path(folder, base).read_bytes()
+        at = os.getpid(), folder  # a connection does not survive a fork
+        if at not in self._stores:
+            from fsspec.core import url_to_fs
+
+            self._stores[at] = url_to_fs(folder, **self.storage)
+        store, root = self._stores[at]
+        return store.cat_file(f"{root}/{base}", start=begin, end=end)
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Folder and name of an archive, which others may have put elsewhere."""
+        if is_url(name) or os.path.isabs(name):
+            folder, _, base = name.rpartition("/")
+            return folder, base
+        return self.folder, name
+
+
+def is_url(text: str) -> bool:
+    return "://" in text
+
+
+def table_name(number: int) -> str:
+    return f"{number:06d}.index"
+
+
+def _size(header: bytes) -> int:
+    try:
+        return tarfile.nti(header[124:136])  # type: ignore[attr-defined]
+    except tarfile.TarError:
+        return ABSENT
+
+
+def _what_to_do(folder: str) -> str:
+    if is_url(folder) or not Path(folder).is_dir():
+        return "; wanted a folder that `multimodal shards` made"
+    if Path(folder, MAKING).exists():
+        return "; it was not finished: give the same command again, which goes on from there"
+    if any(Path(folder).glob("*.tar")):
+        return "; archives that others made are read after index_archives(archives, fields, folder)"
+    return "; wanted a folder that `multimodal shards` made"

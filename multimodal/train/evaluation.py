@@ -1,0 +1,43 @@
+"""How good a model is on held-out data."""
+
+import torch
+
+from multimodal.contrast import evaluate_pairs
+from multimodal.data import Samples, check_samples
+from multimodal.model import Model
+from multimodal.train.processes import Processes
+
+
+def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
+    """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`).
+
+    Of a task "a <-> b" the recall at 1 and 10 both ways instead; of one whose head hides, the loss only.
+    """
+    model.packer.check_task(task)
+    check_samples("evaluate", task, samples)
+    return measured(model, task, samples, Processes(), batch)
+
+
+def measured(model: Model, task: str, samples: Samples, processes: Processes, batch: int = 64) -> dict[str, float]:
+    """`evaluate`, each process on its share of the samples."""
+    pattern = model.packer.patterns[task]
+    if pattern.pair:
+        return evaluate_pairs(
+            model, task, samples, batch=batch
+        )  # all of them in each process: it is the others one is told from
+    written, hides = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task).hides
+    mine = range(processes.rank, len(samples), processes.count)
+    total, count, right = 0.0, 0, 0
+    for start in range(0, len(mine), batch):
+        part = [samples[i] for i in mine[start : start + batch]]
+        stream = model.pack(task, part, first=mine[start])
+        with model.resting():
+            total += float(model.losses(stream)[task])
+        count += stream.readings[task].count
+        if hides:
+            continue  # features are never exactly right; the loss says how near they are
+        longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
+        for sample, answer in zip(part, model.generate(task, part, max_tokens=longest), strict=True):
+            right += answer.value == written.decode(written(sample[pattern.answer]))
+    total, count, right = processes.sum(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
+    return {"loss": total / count} | ({} if hides else {"exact": right / len(samples)})

@@ -1,0 +1,65 @@
+"""What training does to the process it runs in: its memory, its threads, its signals."""
+
+import ctypes
+import os
+import platform
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc not to map and unmap each large tensor; does nothing elsewhere.
+
+    A training step frees and asks for the same sizes again. By default every block of more than 32 MB at most is mapped
+    anew, and the kernel clears it page by page. Measured in DECISIONS.md.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    most_mapped, trim_threshold, grow_by = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((most_mapped, 0), (trim_threshold, 2**31 - 1), (grow_by, 2**26)):
+        libc.mallopt(parameter, value)
+
+
+def threads_beside(workers: int) -> int:
+    """Threads to compute with while workers prepare data: more threads than free cores wait for each other at every product."""
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers))
+
+
+@contextmanager
+def cores_shared(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two; a second one of its kind stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

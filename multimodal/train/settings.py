@@ -1,0 +1,261 @@
+"""`--set core.depth=8`: what was typed, put into a recipe file's job, each value read by the type of its field."""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from multimodal.model import Model
+from multimodal.shapes import ConfigError, did_you_mean
+from multimodal.stream import Task
+from multimodal.train.job import TrainingJob
+
+SIMPLE = (bool, int, float, str)
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One `NAME=value`: the names between the dots, and the value as text."""
+
+    typed: str
+    path: tuple[str, ...]
+    text: str
+
+    @classmethod
+    def parse(cls, typed: str) -> "Setting":
+        """Raises a ConfigError unless this is a name, `=` and a value. Quotes around a part of the name may be there or not."""
+        name, equals, text = typed.partition("=")
+        path = tuple(_tight(part.strip().strip("\"'")) for part in name.split("."))
+        if not equals or not all(path):
+            raise ConfigError(f"--set {typed}: wanted name=value, such as --set steps=200 or --set core.depth=8")
+        return cls(typed, path, text.strip())
+
+
+def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> TrainingJob:
+    """The job of a recipe file's function `make`, with settings changed; `where` names the function in errors.
+
+    A name without dots is a parameter of the function or, where it has no such parameter, a setting of the Recipe. `core.`,
+    `tokenizers.NAME.`, `tasks.PATTERN.`, `mix.PATTERN` (`mix`: a temperature), `recipe.` and `model.seed` reach what it declared.
+
+    Raises:
+        ConfigError: no such name (lists those there are), a value that is not of its type, weights that a change would lose.
+    """
+    arguments: dict[str, Any] = {}
+    rest: list[Setting] = []
+    parameters = inspect.signature(make).parameters
+    for setting in map(Setting.parse, settings):
+        name = setting.path[0]
+        if len(setting.path) == 1 and name in parameters:
+            default = parameters[name].default
+            if type(default) not in SIMPLE:
+                raise ConfigError(
+                    f"--set {setting.typed}: {where} has a parameter {name!r} whose default is no number, text or yes and no; "
+                    "its type would be a guess"
+                )
+            arguments[name] = _read(setting, type(default))
+        else:
+            rest.append(setting)
+    for parameter in parameters.values():
+        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and parameter.default is parameter.empty:
+            raise ConfigError(f"{where} needs {parameter.name!r}; give that parameter a default")
+    free = [name for name, parameter in parameters.items() if type(parameter.default) in SIMPLE]
+    return changed(TrainingJob.of(make(**arguments), where), rest, free)
+
+
+def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[str] = ()) -> TrainingJob:
+    """The job with settings put in; `parameters` are those that the recipe's function has besides, for errors."""
+    model = job.model
+    tasks = {pattern: Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()}
+    parts = {
+        "recipe": job.recipe,
+        "core": model.core.core,
+        "tokenizers": dict(model.packer.tokenizers),
+        "tasks": tasks,
+        "mix": job.mix
+        if isinstance(job.mix, (int, float))
+        else {p: float((job.mix or {}).get(p, 1)) for p in job.data},
+        "model": {"seed": model.seed},
+    }
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        path = setting.path
+        if len(path) == 1 and path[0] not in parts:
+            path = ("recipe", *path)
+            known = [field.name for field in dataclasses.fields(job.recipe)]
+            if (name := path[1]) not in known:
+                near = [place for place in _places(parts) if place.rsplit(".", 1)[1] == name]
+                more = f"; recipe() takes {', '.join(parameters)}" if parameters else ""
+                hint = f"; did you mean {near[0]!r}?" if near else did_you_mean(name, [*known, *parameters])
+                raise ConfigError(
+                    f"--set {setting.typed}: Recipe has no setting {name!r}; it has {', '.join(known)}{more}{hint}"
+                )
+        if path[0] not in parts:
+            raise ConfigError(
+                f"--set {setting.typed}: there is no {path[0]!r}; there are {', '.join(parts)}{did_you_mean(path[0], parts)}"
+            )
+        _put(changes, path, setting)
+    temperature = _read(changes.pop("mix"), float) if isinstance(changes.get("mix"), Setting) else None
+    new = _with(parts, changes, "")
+    if any(part in changes for part in ("core", "tokenizers", "tasks", "model")):
+        _refuse_to_lose(model)
+        tasks = list(new["tasks"].values())
+        model = type(model)(new["tokenizers"], new["core"], tasks, seed=new["model"]["seed"])
+    mix = temperature if temperature is not None else new["mix"] if "mix" in changes else job.mix
+    return dataclasses.replace(job, model=model, recipe=new["recipe"], mix=mix)
+
+
+def _put(changes: dict[str, Any], path: Sequence[str], setting: Setting) -> None:
+    """File a setting under its path, so that all settings of one part are put in at once: width and heads must fit together."""
+    *above, last = path
+    for name in above:
+        changes = changes.setdefault(name, {})
+        if isinstance(changes, Setting):
+            raise ConfigError(f"--set {setting.typed} and --set {changes.typed}: one is inside of the other; give one")
+    if isinstance(changes.get(last), dict):
+        raise ConfigError(f"--set {setting.typed}: {last!r} is also changed inside; give one or the other")
+    changes[last] = setting
+
+
+def _with(part: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A part (frozen dataclass, mapping or tuple) with a tree of changes put in."""
+    values, kinds = _inside(part)
+    new: dict[str, Any] = {}
+    known = {_tight(name): name for name in values}
+    for tight, change in changes.items():
+        name = known.get(tight, tight)
+        here = f"{where}.{name}" if where else name
+        typed = _any_of(change).typed
+        if name not in values:
+            what = type(part).__name__ if dataclasses.is_dataclass(part) else where
+            there = ", ".join(values) or f"nothing to set: it is {part!r}"
+            raise ConfigError(
+                f"--set {typed}: {what} has no setting {name!r}; it has {there}{did_you_mean(name, values)}"
+            )
+        value = values[name]
+        if isinstance(change, dict):
+            new[name] = _with(value, change, here)
+        elif _inside(value)[0] and not isinstance(value, tuple):
+            raise ConfigError(
+                f"--set {typed}: {here} is {type(value).__name__}, which is chosen in the file; here is set what is inside of it: "
+                f"{', '.join(f'{here}.{inner}' for inner in _inside(value)[0])}"
+            )
+        else:
+            new[name] = _read(change, kinds[name])
+    if isinstance(part, tuple):
+        return tuple(new.get(name, value) for name, value in values.items())
+    return {**part, **new} if isinstance(part, Mapping) else dataclasses.replace(part, **new)
+
+
+def _inside(part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values, types) by name of what can be set inside of a part; nothing in a plain value."""
+    if isinstance(part, Mapping):
+        return dict(part), {name: type(value) for name, value in part.items()}
+    if isinstance(part, tuple):
+        values = {str(i): value for i, value in enumerate(part)}
+        return values, {name: type(value) for name, value in values.items()}
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        return {}, {}
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if field.init}
+    try:
+        hints = typing.get_type_hints(type(part))
+    except NameError:  # a name that only a type checker sees
+        hints = {}
+    return values, {name: hints.get(name, type(value)) for name, value in values.items()}
+
+
+def _tight(name: str) -> str:
+    """One spelling of a name: a task without blanks around its arrow, other names with underscores for dashes."""
+    return re.sub(r"\s*(<?->)\s*", r"\1", " ".join(name.split())) if "->" in name else name.strip().replace("-", "_")
+
+
+def _any_of(change: Any) -> Setting:
+    return change if isinstance(change, Setting) else _any_of(next(iter(change.values())))
+
+
+def _places(parts: Mapping[str, Any]) -> list[str]:
+    """'core.depth', 'tokenizers.image.patch', ...: what can be set one level or two below."""
+    found = []
+    for name, part in parts.items():
+        below = {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, Mapping) else {name: part}
+        found += [f"{place}.{inner}" for place, value in below.items() for inner in _inside(value)[0]]
+        found += [place for place in below if "." in place]
+    return found
+
+
+def _read(setting: Setting, kind: Any) -> Any:
+    try:
+        return _converted(setting.text, kind)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"--set {setting.typed}: {setting.text!r} is no {_named(kind)}") from None
+    except TypeError:
+        raise ConfigError(
+            f"--set {setting.typed}: a {_named(kind)} cannot be typed; it is chosen in the file"
+        ) from None
+
+
+def _named(kind: Any) -> str:
+    options = [option for option in typing.get_args(kind) if option is not type(None)]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join([*map(_named, options), *(["none"] if len(options) < len(typing.get_args(kind)) else [])])
+    return str(kind) if options else getattr(kind, "__name__", str(kind))
+
+
+def _converted(text: str, kind: Any) -> Any:
+    """Raises a ValueError for another kind of value, and a TypeError for a kind that has no text."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if types.NoneType in inside and text.lower() == "none":
+            return None
+        options = sorted(
+            (option for option in inside if option is not types.NoneType), key=lambda option: option is str
+        )
+        for option in options:
+            try:
+                return _converted(text, option)
+            except (ValueError, TypeError):
+                if option is options[-1]:
+                    raise
+    if origin is typing.Literal:
+        choices = {str(choice): choice for choice in inside}
+        return choices[text] if text in choices else _fail(text)
+    if kind is tuple or origin is tuple:
+        parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+        if not inside or inside[-1] is Ellipsis:
+            return tuple(_converted(part, inside[0] if inside else str) for part in parts)
+        return tuple(_converted(part, each) for part, each in zip(parts, inside, strict=True))
+    if kind is bool:
+        return True if text.lower() in YES else False if text.lower() in NO else _fail(text)
+    if kind is int:
+        number = float(text)  # 1e4 is a whole number too
+        return int(number) if number == int(number) else _fail(text)
+    if kind in (float, str):
+        return kind(text)
+    raise TypeError(kind)
+
+
+def _fail(text: str) -> typing.NoReturn:
+    raise ValueError(text)
+
+
+def _refuse_to_lose(model: Model) -> None:
+    """A changed model is drawn afresh, so the recipe's must be as its declaration draws it."""
+    tasks = [Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()]
+    fresh = type(model)(model.packer.tokenizers, model.core.core, tasks, seed=model.seed)
+    drawn = fresh.state_dict()
+    other = [name for name, t in model.state_dict().items() if not torch.equal(t.cpu(), drawn[name])]
+    free = {name for name, p in fresh.named_parameters() if p.requires_grad}
+    other += [name for name, p in model.named_parameters() if (name in free) != p.requires_grad]
+    if other:
+        raise ConfigError(
+            "--set: a change of core, tokenizers, tasks or model.seed draws the model's weights afresh, and "
+            f"{len(other)} of this recipe's are not as they were drawn (loaded, trained or frozen), such as {other[0]}; "
+            "make the change in the file, before the weights are put in"
+        )

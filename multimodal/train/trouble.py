@@ -1,0 +1,424 @@
+"""Steps that go wrong: how they are told, what caused them kept for replay, and the samples that are to blame.
+
+gradient norm --SpikeWatch--> why --keep_trouble--> RUN/trouble/step-0000123/ --replay--> samples, the worst first
+"""
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from multimodal.attention import Layout, Span
+from multimodal.checkpoint import RUN
+from multimodal.masks import Places
+from multimodal.model import Model
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.stream import Reading, Stream
+
+FORMAT = 1
+TROUBLE, DROPPED = "trouble", "dropped.jsonl"
+MOST = 8  # troubles that a run keeps, unless told otherwise
+
+
+@dataclass(kw_only=True)
+class SpikeWatch:
+    """Tells steps that go wrong by their gradient norms: not finite, or above `spike` times the mean of those before.
+
+    The mean is exponential, each norm counted as at most `spike` times the mean: one bad step hardly moves it, and yet it follows
+    where norms rise for good. spike: 0 finds only what is not finite. warmup: norms that are seen before one can be too large.
+    """
+
+    spike: float = 10.0
+    decay: float = 0.98
+    warmup: int = 20
+    total: float = 0.0  # of norms, each weighed by decay ** age
+    weight: float = 0.0  # of those
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.spike and not 1 < self.spike < math.inf:
+            raise ConfigError(
+                f"spike={self.spike} must be above 1 (so many times the mean gradient norm), or 0 for none"
+            )
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight if self.weight else math.nan
+
+    def why(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step of this loss and this gradient norm before clipping; None: nothing. Call it once a step."""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"the loss is {loss}, the gradient norm {norm}"
+        most, found = math.inf, None
+        if self.spike and self.seen >= self.warmup and self.weight:
+            most = self.spike * self.mean
+            if norm > most:
+                found = f"the gradient norm {norm:.4g} is {norm / self.mean:.1f} times the mean of those before ({self.mean:.4g})"
+        self.total = self.decay * self.total + (1 - self.decay) * min(norm, most)
+        self.weight = self.decay * self.weight + (1 - self.decay)
+        self.seen += 1
+        return found
+
+    def state_dict(self) -> dict[str, float]:
+        """What must be kept to go on alike; JSON gives these numbers back exactly."""
+        return {"total": self.total, "weight": self.weight, "seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.total, self.weight, self.seen = float(state["total"]), float(state["weight"]), int(state["seen"])
+
+
+def save_stream(path: Path, stream: Stream) -> None:
+    """Write a stream, packed with answers, to one safetensors file; what is no tensor is JSON in its header."""
+    tensors = {f"content/{kind}": x for kind, x in stream.content.items()} | {"position_TA": stream.position_TA}
+    if stream.order_T is not None:
+        tensors["order_T"] = stream.order_T
+    tensors |= {f"places/{name}": x for name, x in vars(stream.layout.places).items()}
+    readings = []
+    for number, (pattern, reading) in enumerate(stream.readings.items()):
+        tensors |= {f"reading {number}/{name}": x for name, x in vars(reading).items() if isinstance(x, Tensor)}
+        readings.append({"task": pattern, **{n: x for n, x in vars(reading).items() if not isinstance(x, Tensor)}})
+    facts = {"format": FORMAT, "kinds": list(stream.content), "spans": stream.layout.spans, "readings": readings}
+    # clones, because safetensors refuses tensors that share memory
+    whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
+    save_file(whole, path, metadata={"stream": json.dumps(facts)})
+
+
+def load_stream(path: Path) -> Stream:
+    """The stream that `save_stream` wrote, bit for bit.
+
+    Raises:
+        CheckpointError: missing, damaged, or of a later version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["stream"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: this is no stream that save_stream wrote, or it is damaged: {error}") from error
+    if facts["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {facts['format']!r}, but this version reads {FORMAT}; update multimodal-stream"
+        )
+    readings = {}
+    for number, entry in enumerate(facts["readings"]):
+        made: dict[str, Any] = _below(tensors, f"reading {number}/")
+        made |= {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items() if name != "task"}
+        readings[entry["task"]] = Reading(**made)
+    return Stream(
+        content={kind: tensors[f"content/{kind}"] for kind in facts["kinds"]},
+        order_T=tensors.get("order_T"),
+        position_TA=tensors["position_TA"],
+        layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**_below(tensors, "places/"))),
+        readings=readings,
+    )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def keep_trouble(
+    folder: Path,
+    step: int,
+    streams: Sequence[Stream],
+    why: str,
+    model: Model | None,
+    *,
+    counts: Mapping[str, int] | None = None,
+    names: Sequence[Sequence[str]] | None = None,
+    precision: str = "float32",
+    process: int = 0,
+    most: int = MOST,
+) -> Path | None:
+    """Write what a step was made of into RUN/trouble/step-0000123, for `replay`; None: there are `most` already.
+
+    folder: of the run. streams: the step's micro-batches; every process writes its own. model: with its weights before the step;
+    None where someone else saves it into `model/` there. counts: real targets of each task that the loss was divided by, of all
+    processes. names: what each stream's samples are called in the data, in the order they were packed in.
+    A trouble that finds no room is a line in RUN/trouble/dropped.jsonl: the first ones are kept.
+    """
+    place = folder / TROUBLE / f"step-{step:07}"
+    if sum(other != place for other in (folder / TROUBLE).glob("step-*")) >= most:
+        if process == 0:
+            with (folder / TROUBLE / DROPPED).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "why": why}) + "\n")
+        return None
+    place.mkdir(parents=True, exist_ok=True)
+    for old in (place / f"trouble-{process}.json", *place.glob(f"stream-{process}-*")):
+        old.unlink(missing_ok=True)  # of the same step, before the run was resumed
+    files = [f"stream-{process}-{number:03}.safetensors" for number in range(len(streams))]
+    for file, stream in zip(files, streams, strict=True):
+        save_stream(place / file, stream)
+    if model is not None:
+        model.save(place / RUN)
+    facts = {"format": FORMAT, "step": step, "why": why, "precision": precision, "streams": files}
+    facts |= {"counts": dict(_counts(streams) if counts is None else counts)}
+    facts |= {"names": None if names is None else [list(some) for some in names]}
+    # last, so that what was cut short is not taken for whole
+    (place / f"trouble-{process}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return place
+
+
+def _counts(streams: Sequence[Stream]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for stream in streams:
+        for task, reading in stream.readings.items():
+            counts[task] = counts.get(task, 0) + reading.count
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch that was kept: from which process and file, and what its samples are called."""
+
+    process: int
+    file: str
+    stream: Stream
+    names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """What was kept of a step, but for the model."""
+
+    step: int
+    why: str
+    precision: str
+    counts: dict[str, int]
+    batches: tuple[Batch, ...]
+
+
+def load_trouble(place: Path) -> Trouble:
+    """What `keep_trouble` wrote, of all processes.
+
+    Raises:
+        CheckpointError: nothing is here, or it is damaged.
+    """
+    found = sorted(place.glob("trouble-*.json"), key=lambda path: int(path.stem.removeprefix("trouble-")))
+    if not found:
+        raise CheckpointError(f"{place}: no trouble was kept here; give a folder such as RUN/{TROUBLE}/step-0000123")
+    batches: list[Batch] = []
+    facts: dict[str, Any] = {}
+    for path in reversed(found):  # the facts are those of the first process
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            names = facts["names"] or [None] * len(facts["streams"])
+            some = [
+                Batch(
+                    process=int(path.stem.removeprefix("trouble-")),
+                    file=file,
+                    stream=load_stream(place / file),
+                    names=None if called is None else tuple(called),
+                )
+                for file, called in zip(facts["streams"], names, strict=True)
+            ]
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+        batches = some + batches
+    return Trouble(
+        step=facts["step"],
+        why=facts["why"],
+        precision=facts["precision"],
+        counts=facts["counts"],
+        batches=tuple(batches),
+    )
+
+
+def samples_of(stream: Stream) -> Iterator[tuple[str, int, Stream]]:
+    """(task, number in the batch, a stream of it alone) of every sample: what the packer would have made of it by itself."""
+    stream = stream.to("cpu")
+    starts = list(accumulate((span.total for span in stream.layout.spans), initial=0))
+    for task, reading in stream.readings.items():
+        span_of = [bisect_right(starts, int(rows_N[0])) - 1 for rows_N in reading.row_N.split(list(reading.lengths))]
+        for number in dict.fromkeys(reading.samples):
+            which = [i for i, sample in enumerate(reading.samples) if sample == number]  # of a pair two: its sides
+            yield task, number, _alone(stream, task, which, sorted({span_of[i] for i in which}), starts)
+
+
+def _alone(stream: Stream, task: str, which: list[int], spans: list[int], starts: list[int]) -> Stream:
+    row_T = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in spans])
+    from_T = row_T if stream.order_T is None else stream.order_T[row_T]
+    found: list[tuple[int, str, Tensor, Tensor]] = []  # of each kind: its first row, name, content, rows
+    before = 0
+    for kind, x in stream.content.items():
+        (at,) = ((from_T >= before) & (from_T < before + len(x))).nonzero(as_tuple=True)
+        if len(at):
+            found.append((int(at[0]), kind, x[from_T[at] - before], at))
+        before += len(x)
+    found.sort(key=lambda part: part[0])
+    places = stream.layout.places[row_T]
+    layout = Layout(
+        tuple(stream.layout.spans[i] for i in spans),
+        replace(places, sample=torch.searchsorted(torch.tensor(spans, dtype=torch.int32), places.sample).int()),
+    )
+
+    def some(x: Tensor | None, lengths: tuple[int, ...]) -> Tensor | None:
+        if x is None:
+            return None
+        parts = x.split(list(lengths))
+        return torch.cat([parts[i] for i in which if i < len(parts)])  # of a pair the left side alone has a target
+
+    def chosen(lengths: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(lengths[i] for i in which if i < len(lengths))
+
+    r = stream.readings[task]
+    row_N, key_N = some(r.row_N, r.lengths), some(r.key_N, r.key_lengths)
+    assert row_N is not None
+    reading = replace(
+        r,
+        row_N=torch.searchsorted(row_T, row_N),
+        lengths=chosen(r.lengths),
+        samples=(0,) * len(which),
+        target=some(r.target, r.target_lengths),
+        target_lengths=chosen(r.target_lengths),
+        key_N=None if key_N is None else torch.searchsorted(row_T, key_N),
+        key_lengths=chosen(r.key_lengths),
+        pointed_N=some(r.pointed_N, r.pointed_lengths),
+        pointed_lengths=chosen(r.pointed_lengths),
+        left=None if r.left is None else sum(i < r.left for i in which),
+    )
+    order_T = torch.cat([at for *_, at in found]).argsort() if len(found) > 1 else None
+    content = {kind: x for _, kind, x, _ in found}
+    return Stream(content, order_T, stream.position_TA[row_T], layout, {task: reading})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one sample, or (sample=None) a whole micro-batch, did to the step.
+
+    loss: mean of its real targets, in nats (of a micro-batch: its share of the step's weighted loss); norm: of its part of the
+    step's gradient. first: the part of the model, or of the sample, where something was first not finite; parameters: those whose
+    gradient is not finite.
+    """
+
+    file: str
+    sample: int | None
+    name: str
+    task: str
+    tokens: int
+    loss: float
+    norm: float
+    first: str | None
+    parameters: tuple[str, ...]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm) and self.first is None
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values."""
+        numbers = {name: x if math.isfinite(x) else str(x) for name, x in (("loss", self.loss), ("norm", self.norm))}
+        return {**asdict(self), **numbers, "finite": self.finite, "parameters": list(self.parameters)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The micro-batches, the samples from the worst on, weights that were not finite before the step, and what else was noticed."""
+
+    batches: tuple[Row, ...]
+    samples: tuple[Row, ...]
+    weights: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def replay(model: Model, trouble: Trouble, *, progress: Callable[[], None] = lambda: None) -> Replay:
+    """Run the step again, forward and backward, micro-batch by micro-batch and sample by sample, without dropout.
+
+    As nothing flows between the samples of a pack, a sample alone does what it did in there. progress: called after each sample.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.train()  # cuDNN has no backward for others; they drop nothing
+    weights = tuple(name for name, p in model.named_parameters() if not bool(p.isfinite().all()))
+    whole, rows, notes = [], [], []
+    for batch in trouble.batches:
+        where = f"process {batch.process}, {batch.file}" if batch.process else batch.file
+        row = _measured(model, batch.stream, trouble, where, None, "", ", ".join(batch.stream.readings))
+        whole.append(row)
+        total = 0.0
+        for task, number, alone in samples_of(batch.stream):
+            name = "" if batch.names is None else batch.names[number]
+            rows.append(_measured(model, alone, trouble, where, number, name, task))
+            total += _share(model, trouble, task, rows[-1].loss, alone)
+            progress()
+        if math.isfinite(total) and math.isfinite(row.loss) and abs(total - row.loss) > 1e-2 * max(1.0, abs(row.loss)):
+            notes.append(
+                f"{where}: the samples' losses add up to {total:.4f}, not to {row.loss:.4f}, so this loss goes across samples "
+                "(or its noise differs); a sample alone does not tell it"
+            )
+    model.zero_grad(set_to_none=True)
+    rows.sort(key=lambda row: (row.finite, -row.norm if math.isfinite(row.norm) else -math.inf))
+    return Replay(batches=tuple(whole), samples=tuple(rows), weights=weights, notes=tuple(notes))
+
+
+def _share(model: Model, trouble: Trouble, task: str, loss: float, alone: Stream) -> float:
+    return model.tasks[task].weight * loss * alone.readings[task].count / max(trouble.counts[task], 1)
+
+
+def _measured(
+    model: Model, stream: Stream, trouble: Trouble, file: str, sample: int | None, name: str, task: str
+) -> Row:
+    first: list[str] = [f"content of {kind}" for kind, x in stream.content.items() if not _is_finite(x)][:1]
+    torch.manual_seed(trouble.step)  # heads that learn from noise get the same one each time
+    model.zero_grad(set_to_none=True)
+    device = model.device
+    half = trouble.precision == "bfloat16"
+    with _watched(model, first), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        loss = model.loss(stream.to(device), counts=trouble.counts)
+    if not _is_finite(loss) and not first:
+        first.append("loss")
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = float(torch.stack([grad.float().norm() for grad in grads.values()]).norm())
+    value = float(loss.detach())
+    if sample is not None:
+        value /= max(_share(model, trouble, task, 1.0, stream), 1e-30)
+    return Row(
+        file=file,
+        sample=sample,
+        name=name,
+        task=task,
+        tokens=len(stream),
+        loss=value,
+        norm=norm,
+        first=first[0] if first else None,
+        parameters=tuple(what for what, grad in grads.items() if not _is_finite(grad)),
+    )
+
+
+@contextmanager
+def _watched(model: Model, first: list[str]) -> Iterator[None]:
+    """Note the first part of the model that gives something not finite; parts inside it end before it."""
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, out: Any) -> None:
+            if not first and not _is_finite(out):
+                first.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name or "model")) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_finite(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        return not x.is_floating_point() or bool(x.isfinite().all())
+    return all(_is_finite(part) for part in x) if isinstance(x, (tuple, list)) else True

@@ -1,0 +1,100 @@
+"""Several processes give the gradients of one, whatever each of them holds; nobody waits for a kind of data that is not there."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from multimodal.shapes import ConfigError
+from multimodal.train.processes import found_processes
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = {"steps": 6, "batch": 8, "ema": 0.9, "checkpoint_every": 3}
+
+
+def run(count: int, out: Path, settings: dict, *, alone: str | None = None) -> None:
+    """ranks.py in so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tokenizers"))), "OMP_NUM_THREADS": "1"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONWARNINGS": "error::FutureWarning"}
+    command = [sys.executable, str(ROOT / "tests" / "programs" / "ranks.py"), str(out), json.dumps(settings)]
+    ranks = []
+    for rank in range(count):
+        who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}
+        ranks.append(subprocess.Popen(command, env={**env, **who}, stderr=subprocess.PIPE, text=True))
+    try:
+        for rank in ranks:
+            _, said = rank.communicate(timeout=300)
+            assert rank.returncode == 0, said
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("alone") / "gradients.pt"
+    run(1, out, {"gradients": 4})
+    return torch.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_process_holds_one_kind_and_the_gradients_are_those_of_one(tmp_path, alone, count, parallel):
+    """Of 4 micro-batches two are text, one is pictures, one is sound; each is one kind only, as the program asserts."""
+    run(count, tmp_path / "gradients.pt", {"gradients": 4, "parallel": parallel})
+    found = torch.load(tmp_path / "gradients.pt")
+    assert found.keys() == alone.keys()
+    assert min(float(g.abs().max()) for name, g in alone.items() if "linear.weight" in name) > 1e-3
+    for name, gradient in alone.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "fsdp"), (4, "ddp"))]
+)
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, straight, before, after):
+    """The same samples, the same dropout: the losses are those of a run that was never stopped, up to rounding."""
+    out = tmp_path / "run"
+    for (count, parallel), steps in ((before, 3), (after, 6)):
+        run(count, out, {**STEPS, "stop": steps, "parallel": parallel, "accumulate": 4 // count})
+    assert losses(out) == pytest.approx(losses(straight), abs=2e-5)
+    one, other = (load_file(folder / "model" / "weights.safetensors") for folder in (straight, out))
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(
+            other[name], weight, atol=1e-3, rtol=0
+        )  # Adam divides small roundings by small numbers
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run(1, out, {**STEPS, "accumulate": 4})
+    return out
+
+
+def test_half_of_the_variables_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with (
+        pytest.raises(ConfigError, match="but MASTER_ADDR are not set; start it by torchrun"),
+        found_processes(torch.device("cpu")),
+    ):
+        pass

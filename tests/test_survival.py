@@ -1,0 +1,50 @@
+"""Killed at any moment and started again, a run goes on as if nothing had been: the same losses and weights, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ROOT / "tests" / "programs"
+COMMON = {"steps": 48, "checkpoint_every": 9, "ema": 0.9}
+JOBS = {
+    "batches, 2 workers": {"batch": 8, "accumulate": 2, "workers": 2},
+    "packs, 2 workers": {"tokens": 96, "packs": 2, "look_ahead": 24, "workers": 2, "optimizer": "muon", "steps": 120},
+    "packs, 2 processes": {"tokens": 96, "packs": 2, "look_ahead": 24, "processes": 2},
+    "batches, 2 processes, shared out": {"batch": 8, "parallel": "fsdp", "processes": 2},
+}
+
+
+def run(program: str, out: Path, job: dict) -> str:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tokenizers", PROGRAMS)))
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROGRAMS / program), str(out), json.dumps(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_five_kills_leave_no_trace(tmp_path, name):
+    settings = {**COMMON, **JOBS[name]}
+    job = {"processes": settings.pop("processes", 1), "settings": settings, "seed": 3}
+    run("killing.py", tmp_path / "straight", {**job, "kills": 0})
+    killed = run("killing.py", tmp_path / "killed", {**job, "kills": 5})
+    assert killed.count("killed at step") == 5
+    assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
+    assert len(rows(tmp_path / "straight")) == settings["steps"]
+    one, other = (load_file(tmp_path / way / "model" / "weights.safetensors") for way in ("straight", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
