@@ -4,9 +4,9 @@
 
 Trained on 5,000 photos with five captions each; scored are 242 other photos, found among all 242 by one caption each and the other
 way round (chance at 10: 4.1 %), and with all five captions. Beside it, in the same run: the same model untrained, and ridge
-canonical correlation (Vinod 1976) of colours and bags of words. Zero-shot: the same model on photographs of clothing, and a model
-of handwritten digits asked in words that it was not trained with. --write keeps the table in benchmarks/results/contrast.md, and
---score scores the run that is kept in --folder.
+canonical correlation (Vinod 1976) of colours and bags of words. Asked by text: the same model on photographs of clothing, and a
+model of handwritten digits in a wording of the training and in another. --write keeps the table in benchmarks/results/contrast.md,
+and --score scores the run that is kept in --folder.
 """
 
 import argparse
@@ -180,7 +180,7 @@ class Spoken:
 
 
 def digits(seed: int) -> tuple[dict[str, float], float]:
-    """Zero-shot on held-out digits, asked in a wording of the training and in another; and the CPU-minutes."""
+    """Held-out digits, asked in a wording of the training and in another; and the CPU-minutes."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -194,7 +194,7 @@ def digits(seed: int) -> tuple[dict[str, float], float]:
     fit(model, {TASK: Spoken(train, train_y)}, steps=300, batch=64, lr=3e-3, optimizer="muon", seed=seed)
     minutes = (time.process_time() - start) / 60
     asked = {
-        f'asked "{w.format("seven")}"{new}': w for w, new in ((SEEN[0], ""), (UNSEEN, ", words never trained with"))
+        f'asked "{w.format("seven")}"{new}': w for w, new in ((SEEN[0], ""), (UNSEEN, ", a wording never trained with"))
     }
     found = {how: right(model, list(test), test_y.tolist(), [w.format(d) for d in DIGITS]) for how, w in asked.items()}
     return found, minutes
@@ -261,7 +261,7 @@ def main() -> None:
         f"Held out are {len(test.images)} photos.",
         "",
         table(rows, len(test.images)),
-        "| zero-shot: the class with the most probable text | right |\n|---|---|",
+        "| asked by text: the class with the most probable one | right |\n|---|---|",
         f"| {len(labels)} photographs of clothing, {len(names)} classes: chance | {1 / len(names):.1%} |",
         f"| the most common class | {common:.1%} |",
         *(

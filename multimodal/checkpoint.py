@@ -1,6 +1,5 @@
 """A model as one folder: config.json, weights.safetensors, and the tokenizers' own files. No pickle, no code."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import multimodal.masked
 import multimodal.pointer
 import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.declare import declaration, rebuild
+from multimodal.files import file_hash, flush
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task
 
@@ -54,6 +54,9 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
     """
     folder = folder.resolve()
     check_room(folder)
+    for left in folder.parent.glob(f"{folder.name}.*.writing"):  # by a process that was killed
+        if not _lives(int(left.name.split(".")[-3])):
+            shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.{time.monotonic_ns()}.writing")
     aside.mkdir(parents=True)
     try:
@@ -77,21 +80,14 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
     return folder
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Make sure that a file, or which files a folder has, survives a power cut."""
-    if os.name == "nt":
-        return  # folders cannot be opened there, and files are flushed when they are closed
-    handle = os.open(path, os.O_RDONLY)
+def _lives(process: int) -> bool:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def check_room(folder: Path) -> None:
@@ -133,6 +129,8 @@ def load(cls: type["Model"], folder: Path) -> Any:
         folder = old  # a save was stopped between its two moves; only the next save puts things right
     elif (folder / RUN / CONFIG).is_file():  # a run folder, which has a config.json of its own
         folder = folder / RUN
+    elif (folder / f"{RUN}.old" / CONFIG).is_file():
+        folder = folder / f"{RUN}.old"
     config = read_config(folder)
     try:
         tokenizers = {name: _tokenizer(folder, name, entry) for name, entry in config["tokenizers"].items()}
@@ -205,6 +203,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, named without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

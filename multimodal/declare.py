@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 from typing import Any, Self, TypeVar
 
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
@@ -112,6 +113,11 @@ def override(part: _Part, **changes: Any) -> _Part:
                 f"{type(part).__name__} has no setting {name!r}; it has {', '.join(known)}{did_you_mean(name, known)}"
             )
     return dataclasses.replace(part, **changes)  # type: ignore[type-var]
+
+
+def plain(value: Any) -> Any:
+    """The value after a trip through JSON: tuples are lists, numbers are keys no longer."""
+    return json.loads(json.dumps(value))
 
 
 def _fields(cls: type) -> list[str]:

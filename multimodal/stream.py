@@ -1,6 +1,7 @@
 """A packed stream: the tokens of many samples end to end, and what the head of each task reads of it."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from multimodal.attention import Layout
 from multimodal.heads import Head, Memory
+from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokens
 
 
@@ -18,6 +20,10 @@ class Task:
     pattern: str
     head: Head | None = None  # None: what the written kind's tokenizer suggests
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ConfigError(f"task {self.pattern!r}: weight={self.weight} must be 0 or more")
 
 
 @dataclass(frozen=True)

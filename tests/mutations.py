@@ -737,10 +737,86 @@ _XRAY = (
         ("tests/test_xray.py::test_read_outs_are_the_plain_sums",),
     ),
 )
+
+_DATA, _STATE = "tests/test_data.py::test_", "tests/test_state.py::test_"
+
+_PACKS = (
+    (
+        "a budget of one token less",
+        "    within = (1 << (budget + 1)) - 1\n",
+        "    within = (1 << budget) - 1\n",
+        (_DATA + "a_pack_is_as_full_as_any_choice_with_its_first_sample",),
+    ),
+    (
+        "those that waited are forgotten",
+        '            fresh.again = deque(saved["waiting"])\n',
+        "",
+        (_DATA + "packs_go_on_from_a_state_with_other_workers_and_processes",),
+    ),
+    (
+        "a source's state of later than the oldest that waits",
+        "        oldest = min([place for place, _, _ in lane.waiting[:1]] + [lane.reached])\n",
+        "        oldest = lane.reached + 128\n",
+        (_DATA + "packs_go_on_from_a_state_with_other_workers_and_processes",),
+    ),
+)
+_SOURCES = (
+    (
+        "a stream that ends goes on from its end",
+        "                self.source.load_state_dict(copy.deepcopy(self.start))\n",
+        "                pass\n",
+        (_DATA + "a_stream_begins_again_when_it_ends_also_right_after_a_state",),
+    ),
+    (
+        "turns are counted within a block",
+        "        return who, block * self.share[who] + before\n",
+        "        return who, before\n",
+        (_DATA + "turns_are_counted_and_shares_kept_in_every_block",),
+    ),
+)
+_STATES = (
+    (
+        "flipped bits are not noticed",
+        '            if file_hash(path) != entry["sha256"]:\n',
+        "            if False:\n",
+        (_STATE + "a_damaged_state_is_noticed_and_the_one_before_is_used",),
+    ),
+    (
+        "all states are kept",
+        "self._all()[: -self.keep]",
+        "self._all()[:0]",
+        (_STATE + "the_last_ones_are_kept",),
+    ),
+)
+_FIT = (
+    (
+        "the data begin anew",
+        '                self.feed.restore(saved["data_state"])\n',
+        "                pass\n",
+        ("tests/test_fit.py::test_a_token_budget_is_resumed_exactly",),
+    ),
+    (
+        "dropout of the same micro-batch differs from step to step only by its number",
+        "/dropout/{self.step}/{number}",
+        "/dropout/{number}",
+        ("tests/test_fit.py::test_dropout_is_drawn_anew_in_every_step",),
+    ),
+    (
+        "the worst model is the best",
+        '(row[name] < self.best if name.endswith(" loss")',
+        '(row[name] > self.best if name.endswith(" loss")',
+        (_STATE + "the_best_model_is_kept",),
+    ),
+)
+
 MUTATIONS = [
     Mutation(name, file, old, new, tests)
     for file, found in (
         ("attention/mechanism.py", _MECHANISM),
+        ("data/packs.py", _PACKS),
+        ("data/sources.py", _SOURCES),
+        ("train/state.py", _STATES),
+        ("train/fit.py", _FIT),
         ("attention/scores.py", _SCORES),
         ("attention/priors.py", _PRIORS),
         ("masks.py", _MASKS),

@@ -358,8 +358,8 @@ def test_a_loss_that_is_not_finite_is_one_message(refused, tmp_path) -> None:
     text = RECIPE.replace("    data = [", "    next(model.parameters()).data.fill_(float('inf'))\n    data = [")
     (tmp_path / "diverges.py").write_text(text)
     err = refused("train", str(tmp_path / "diverges.py"), "--folder", str(tmp_path / "run"))
-    assert "fit: step 0: the loss is nan, the gradient norm nan; multimodal replay " in err
-    assert "step-0000000 shows its samples; lower lr=0.001 if no sample is to blame" in err
+    assert "fit: step 1: the loss is nan, the gradient norm nan; multimodal replay " in err
+    assert "step-0000001 shows its samples; lower lr=0.001 if no sample is to blame" in err
 
 
 def test_predict_shows_classes_as_bars(say, home) -> None:

@@ -179,6 +179,30 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, way, ema, optimizer):
     assert told(log) == told(whole.history)
 
 
+def test_a_token_budget_is_resumed_exactly(tmp_path):
+    settings = {**PLAIN, "tokens": 40, "packs": 2, "look_ahead": 12, "checkpoint_every": 5}
+    straight = make()
+    mm.fit(straight, {TASK: DATA}, **settings)
+
+    def cut(row: dict) -> None:
+        if row["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mm.fit(make(), {TASK: DATA}, **settings, folder=tmp_path, trackers=[cut])
+    resumed = make(seed=5)
+    run = mm.fit(resumed, {TASK: DATA}, **settings, folder=tmp_path, resume=True)
+    assert same(resumed.state_dict(), straight.state_dict())
+    assert len(run.history) == 20
+    assert min(row["filled"] for row in run.history) > 0.85
+
+
+def test_dropout_is_drawn_anew_in_every_step():
+    core = DROPPING.replace(drop_path=0.0, dropout=0.5)
+    run = mm.fit(make(core), {TASK: DATA[:1]}, **{**PLAIN, "batch": 1, "steps": 6, "lr": 1e-12})
+    assert len({row["loss"] for row in run.history}) == 6
+
+
 def test_dropout_and_averages_take_part_in_the_test_above():
     def trained(core: mm.Core, **changes) -> dict[str, Tensor]:
         model = make(core)
@@ -284,7 +308,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_its_batch(tmp_path):
             model.core.norm.weight.fill_(float("nan"))
 
     wanted = (
-        r"step 3: the loss is nan, the gradient norm nan; multimodal replay (\S+) shows its samples; lower lr=0\.003"
+        r"step 4: the loss is nan, the gradient norm nan; multimodal replay (\S+) shows its samples; lower lr=0\.003"
     )
     with pytest.raises(FloatingPointError, match=wanted) as told:
         mm.fit(model, {TASK: Stopping(DATA, in_step(4), poison)}, **PLAIN, folder=tmp_path)
@@ -309,8 +333,8 @@ def test_a_spike_is_left_out_and_kept(tmp_path, capsys, monkeypatch):
     assert [row["step"] for row in run.history if "left_out" in row] == [31]
     assert same(before[30], before[31])
     assert not same(before[31], before[32])
-    assert "fit: step 30 is left out: " in capsys.readouterr().out
-    assert (tmp_path / "trouble" / "step-0000030").is_dir()
+    assert "fit: step 31 is left out: " in capsys.readouterr().out
+    assert (tmp_path / "trouble" / "step-0000031").is_dir()
 
 
 @pytest.mark.parametrize("switch", [{"activation_checkpointing": True}, {"accumulate": 2}, {"tokens": 0, "workers": 1}])

@@ -26,7 +26,7 @@ LARGEST_FILE = 2_000_000  # bytes
 LONGEST_MODULE = 450  # lines
 
 LAYERS = (
-    {"shapes", "declare"},
+    {"shapes", "declare", "files"},
     {"tokenizer", "masks", "positions", "norm", "media"},
     {"attention"},
     {"layers", "mixture"},

@@ -81,6 +81,16 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, straight, before
         )  # Adam divides small roundings by small numbers
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_no_process_used_in_a_step_is_left_alone_as_by_one(tmp_path, parallel):
+    """Packs so small that steps lack kinds: momentum and decay would move their weights if they had gradients of zeros."""
+    settings = {"steps": 12, "tokens": 40, "packs": 2, "look_ahead": 3, "weight_decay": 0.5, "lr": 1e-2}
+    run(1, tmp_path / "one", settings)
+    run(2, tmp_path / "two", {**settings, "parallel": parallel})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("straight") / "run"
@@ -98,3 +108,34 @@ def test_half_of_the_variables_are_refused(monkeypatch):
         found_processes(torch.device("cpu")),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_two_nodes_start_by_one_command_each(tmp_path):
+    """Two agents of torchrun on this machine stand for two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tokenizers"))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "-m", "multimodal", "train"]
+    command += [
+        str(ROOT / "examples" / "recipe.py"),
+        "--set",
+        "steps=3",
+        "--set",
+        "device=cpu",
+        "--folder",
+        str(tmp_path),
+    ]
+    nodes = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    try:
+        said = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert sum("fit: " in out for out, _ in said) == 1, said  # of all processes one speaks
+    assert len(losses(tmp_path)) == 3
+    assert json.loads((tmp_path / "config.json").read_text())["processes"] == 2

@@ -120,7 +120,7 @@ class Broken(list):
 
 
 def test_a_data_set_that_fails_says_at_which_sample():
-    with pytest.raises(mm.MediaError, match=r"sample \d+ of the data \(step 0\) of task .* KeyError: 'file-"):
+    with pytest.raises(mm.MediaError, match=r"sample \d+ of the data \(step 1\) of task .* KeyError: 'file-"):
         mm.fit(make(), {TASK: Broken(data())}, steps=1, batch=4, quiet=True)
 
 

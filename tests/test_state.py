@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -94,18 +95,80 @@ def test_a_damaged_state_is_noticed_and_the_one_before_is_used(tmp_path, damage,
     damage(tmp_path / "run" / "checkpoints" / "step-00000012" / file)
     with pytest.warns(UserWarning, match=message):
         again = train(tmp_path / "run", resume=True)  # from step 9
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012.damaged").is_dir()
     assert all(
         torch.equal(a, b) for a, b in zip(straight.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    assert kept(tmp_path / "run")[-1] == "step-00000012"
     check(tmp_path / "run" / "checkpoints" / "step-00000012")
 
 
+def test_damaged_states_never_push_out_the_good_ones(tmp_path):
+    """With keep=1: the state of step 12 is damaged, training goes on from step 9, is stopped at 10, and that one is there."""
+    train(tmp_path, keep=2)
+    flip(tmp_path / "checkpoints" / "step-00000012" / "state.json")
+    with pytest.warns(UserWarning, match="put aside"):
+        mm.fit(make(), {TASK: DATA}, folder=tmp_path, resume=True, keep=1, trackers=[press_at(10)], **PLAIN)
+    assert kept(tmp_path) == ["step-00000010", "step-00000012.damaged"]
+
+
+def press_at(step: int):
+    return lambda row: row["step"] == step and signal.raise_signal(signal.SIGTERM)
+
+
+def test_where_every_state_is_damaged_nothing_begins_anew(tmp_path):
+    train(tmp_path, keep=1)
+    log = (tmp_path / "log.jsonl").read_text()
+    flip(tmp_path / "checkpoints" / "step-00000012" / "state.json")
+    with pytest.raises(CheckpointError, match="every state is damaged"), pytest.warns(UserWarning, match="is damaged"):
+        train(tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_a_finished_run_is_not_written_again(tmp_path):
+    train(tmp_path, keep=1)
+    before = (tmp_path / "checkpoints" / "step-00000012" / "manifest.json").stat().st_mtime_ns
+    train(tmp_path, keep=1, resume=True)
+    assert (tmp_path / "checkpoints" / "step-00000012" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_what_goes_wrong_in_the_writing_thread_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("multimodal.train.state.seal", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path)
+
+
+def test_the_weights_are_put_back_even_if_the_last_state_cannot_be_kept(tmp_path, monkeypatch):
+    straight = train(tmp_path / "straight")
+    monkeypatch.setattr("multimodal.train.state.seal", full)
+    model = make()
+    with pytest.raises(OSError, match="could not be kept"):
+        mm.fit(model, {TASK: DATA}, folder=tmp_path / "run", **PLAIN)
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert not model.training
+
+
+def full(*_) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / f"model.{gone.pid}.123.writing"
+    mine = tmp_path / f"model.{os.getpid()}.123.writing"
+    for folder in (left, mine):
+        folder.mkdir()
+    make().save(tmp_path / "model")
+    assert (left.exists(), mine.exists()) == (False, True)
+
+
 def test_a_state_that_was_being_written_is_no_state(tmp_path):
-    train(tmp_path)
+    mm.fit(make(), {TASK: DATA}, folder=tmp_path, trackers=[press_at(10)], **PLAIN)
     half = tmp_path / "checkpoints" / "step-00000015.writing"
-    shutil.copytree(tmp_path / "checkpoints" / "step-00000012", half)
-    assert Checkpoints(tmp_path, 2, Processes()).latest() == tmp_path / "checkpoints" / "step-00000012"
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000010", half)
+    assert Checkpoints(tmp_path, 2, Processes()).latest() == tmp_path / "checkpoints" / "step-00000010"
     train(tmp_path, resume=True)
     assert not half.exists()
 
@@ -120,7 +183,7 @@ from test_state import DATA, PLAIN, TASK, make
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def full(row):
     if row["step"] in (6, 9):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000 if row["step"] == 6 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600 if row["step"] == 6 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     mm.fit(make(), {{TASK: DATA}}, folder=sys.argv[1], trackers=[full], keep=9, checkpoint_every=3, **PLAIN)
@@ -141,9 +204,6 @@ print([str(w.message) for w in told if "could not be kept" in str(w.message)])
 
 
 def test_the_end_of_a_run_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("multimodal.train.state.write_tensors", full)
     with pytest.raises(OSError, match=r"state after step 12 could not be kept .*No space left"):
         train(tmp_path, checkpoint_every=0)
@@ -187,8 +247,9 @@ def test_a_state_of_the_future_is_refused(tmp_path):
     train(tmp_path)
     path = tmp_path / "checkpoints" / "step-00000012" / "state.json"
     saved = json.loads(path.read_text())
-    (tmp_path / "checkpoints" / "step-00000012" / "manifest.json").write_text("{}")
     path.write_text(json.dumps({**saved, "format": 3}))
+    (path.parent / "manifest.json").unlink()
+    seal(path.parent)
     with pytest.raises(CheckpointError, match="format 3, but this version reads 1 and 2; update"):
         train(tmp_path, resume=True)
 

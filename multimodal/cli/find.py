@@ -59,7 +59,7 @@ def model_folder(checkpoint: Path) -> Path:
     """
     from multimodal.checkpoint import CONFIG
     from multimodal.shapes import CheckpointError, did_you_mean
-    from multimodal.train.fit import MODEL
+    from multimodal.train.folder import MODEL
 
     for folder in (checkpoint / MODEL, checkpoint):  # a run folder has a configuration of its own
         if (folder / CONFIG).is_file():

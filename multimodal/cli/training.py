@@ -67,7 +67,7 @@ def _train(
     recipe: Path, setting: list[str], folder: Path, resume: bool, processes: int, options: list[str], tensorboard: bool
 ) -> int:
     from multimodal.shapes import ConfigError, did_you_mean
-    from multimodal.train.launch import STOPPED
+    from multimodal.train.launch import LAUNCHED, STOPPED
     from multimodal.train.settings import make_job
     from multimodal.train.trackers import TensorBoard
 
@@ -86,14 +86,15 @@ def _train(
         if run.finished:
             _show(run, folder, tensorboard)
         else:
-            many = ["--processes", str(processes)] if processes > 1 else []
+            count = int(os.environ.get("WORLD_SIZE", "1")) if LAUNCHED in os.environ else processes
+            many = ["--processes", str(count)] if count > 1 else []
             print(f"go on with the same command: {shlex.join(['multimodal', 'train', *options, *many])}")
     return 0 if run.finished else STOPPED
 
 
 def _show(run: "Run", folder: Path, tensorboard: bool) -> None:
     """Where everything is, and how good it is."""
-    from multimodal.train.fit import BEST, BROKEN, CURVES, LOG, MODEL
+    from multimodal.train.folder import BEST, BROKEN, CURVES, LOG, MODEL
 
     print(f"model   {folder / MODEL}")
     if (folder / BEST).is_dir():
@@ -107,6 +108,8 @@ def _show(run: "Run", folder: Path, tensorboard: bool) -> None:
     for name, value in run.history[-1].items():
         if name.endswith(" exact"):
             print(f"{100 * value:.1f} % exactly right on held-out data: {name.removesuffix(' exact')}")
+        elif " R@" in name:
+            print(f"{100 * value:.1f} % of held-out pairs: {name}")
 
 
 def report(

@@ -5,20 +5,18 @@ from collections.abc import Mapping
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from multimodal.data.fetching import Bad, Batch, Fetcher, in_worker, kept_generators
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, in_worker, kept_generators
 from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import ConfigError, MediaError
-
-TRIES = 100  # samples in a row that may be broken where broken ones are passed over
+from multimodal.shapes import ConfigError, MediaError, StreamError
 
 
 class Batches(Dataset):
     """Item `step` is that step's micro-batches, packed: `accumulate` streams of batch / accumulate samples.
 
     Every task has an equal share of each batch, or one in the ratio of `mix`. Each task's data are shuffled anew each time round.
-    forgiving: a broken sample is left out, and another of its task takes its place. rank and ranks: of so many processes this one,
-    which gets every ranks-th micro-batch of ranks x accumulate; what is in a step does not depend on it.
+    max_bad: above 0, a broken sample is left out and told, and another of its task takes its place. rank and ranks: this process
+    of so many, which gets every ranks-th micro-batch of ranks x accumulate; what is in a step does not depend on it.
     """
 
     def __init__(
@@ -30,7 +28,7 @@ class Batches(Dataset):
         accumulate: int = 1,
         seed: int = 0,
         mix: Mapping[str, float] | float | None = None,
-        forgiving: bool = False,
+        max_bad: int = 0,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -42,7 +40,7 @@ class Batches(Dataset):
                 f"fit: batch={batch} must hold at least one sample of each of the {len(data)} tasks, and one for each of "
                 f"{accumulate * ranks} micro-batches" + (f" ({accumulate} in {ranks} processes)" if ranks > 1 else "")
             )
-        self.fetch, self.forgiving = Fetcher(packer, dict(data), seed), forgiving
+        self.fetch, self.max_bad = Fetcher(packer, dict(data), seed), max_bad
         self.parts, self.rank, self.ranks = accumulate * ranks, rank, ranks
         self.turns = Turns(shares(batch, weighed(data, mix, "fit")))
 
@@ -64,12 +62,13 @@ class Batches(Dataset):
         pattern, turn = self.turns(step * self.turns.block + slot)
         for spare in range(TRIES):
             try:
-                return self.fetch(pattern, turn + spare * 2**48, f"step {step}")
-            except ValueError as error:
-                if not self.forgiving:
+                return self.fetch(pattern, turn + spare * 2**48, f"step {step + 1}")
+            except (MediaError, StreamError) as error:
+                if not self.max_bad:
                     raise
                 bad.append(self.fetch.bad(pattern, turn + spare * 2**48, error))
-        raise MediaError(f"task {pattern!r}: {TRIES} samples in a row are broken, the last one so: {bad[-1].error}")
+        why = f"{TRIES} samples in a row are broken, and max_bad={self.max_bad} may be"
+        raise MediaError(f"task {pattern!r}: {why}; the last one: {bad[-1].error}")
 
     def loader(self, start: int, stop: int, workers: int) -> DataLoader:
         """Steps start .. stop - 1, made in `workers` processes (0: in this one)."""

@@ -13,8 +13,10 @@ import torch
 
 from multimodal.data.sources import index_at, is_indexed
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import MediaError
+from multimodal.shapes import ConfigError, MediaError
 from multimodal.stream import Stream
+
+TRIES = 100  # samples in a row that may be broken where broken ones are passed over
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Fetcher:
         seed_generators(self.seed, pattern, turn)
         try:
             sample = samples[index] if is_indexed(samples) else given
+        except ConfigError:
+            raise  # no sample is to blame
         except Exception as error:
             raise MediaError(
                 f"{name} of task {pattern!r} cannot be fetched: {type(error).__name__}: {error}"
@@ -95,5 +99,6 @@ class Fetcher:
 def in_worker(_: int) -> None:
     """How a data worker starts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers in order
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # schedulers send SIGTERM to all of a job's processes: the first is left to the main process too, a second one ends
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from multimodal.data.fetching import Bad, Batch, Fetcher, in_worker, kept_generators
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, in_worker, kept_generators
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError
 
 CHUNK = 8  # samples that go to a worker and come back together
-BARREN = 10_000  # samples in a row of one lane that may be broken
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class _Lane:
     waiting: list[tuple[int, Prepared, str]] = field(default_factory=list)
     reached: int = 0  # the place behind the last one that came into `waiting` or was found broken
     flows: dict[str, Flow] = field(default_factory=dict)
-    barren: int = 0
+    broken_in_a_row: int = 0
 
 
 class Packs(Dataset):
@@ -57,7 +56,7 @@ class Packs(Dataset):
 
     look_ahead: samples of a lane among which the next pack is chosen; the one that waits longest is always in it. Which samples
     make a pack depends on (data, seed, tokens, packs, look_ahead) alone: not on workers, nor on how many processes share the
-    lanes. A sample longer than the budget counts as broken.
+    lanes. A sample longer than the budget counts as broken. max_bad: above 0, broken samples are passed over and told.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Packs(Dataset):
         look_ahead: int = 256,
         seed: int = 0,
         mix: Mapping[str, float] | float | None = None,
-        forgiving: bool = False,
+        max_bad: int = 0,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -81,7 +80,7 @@ class Packs(Dataset):
             raise ConfigError(
                 f"fit: packs={packs} cannot be shared by {ranks} processes; try packs={-(-packs // ranks) * ranks}"
             )
-        self.fetch, self.forgiving = Fetcher(packer, dict(data), seed), forgiving
+        self.fetch, self.max_bad = Fetcher(packer, dict(data), seed), max_bad
         self.turns = Turns(shares(BLOCK, weighed(data, mix, "fit")), f"{seed}/turns")
         self.tokens, self.packs, self.look_ahead = tokens, packs, look_ahead
         self.lanes = [self._lane(number) for number in range(rank, packs, ranks)]
@@ -102,8 +101,8 @@ class Packs(Dataset):
                             f"tokens={self.tokens}; raise that, or shorten the sample"
                         )
                     found.append((t.place, sample, name))
-                except ValueError as error:
-                    if not self.forgiving:
+                except (MediaError, StreamError) as error:
+                    if not self.max_bad:
                         raise
                     found.append((t.place, self.fetch.bad(t.pattern, t.turn, error), ""))
         bytes_of = io.BytesIO()
@@ -152,11 +151,12 @@ class Packs(Dataset):
             lane.reached = max(lane.reached, place + 1)
             if isinstance(sample, Bad):
                 bad.append(sample)
-                lane.barren += 1
-                if lane.barren >= BARREN:
-                    raise MediaError(f"{BARREN} samples in a row are broken, the last one so: {sample.error}")
+                lane.broken_in_a_row += 1
+                if lane.broken_in_a_row > max(self.max_bad, TRIES):
+                    why = f"{lane.broken_in_a_row} samples in a row are broken, and max_bad={self.max_bad} may be"
+                    raise MediaError(f"{why}; the last one: {sample.error}")
                 continue
-            lane.barren = 0
+            lane.broken_in_a_row = 0
             lane.waiting.append((place, sample, name))
         return len(lane.waiting) == self.look_ahead
 

@@ -176,6 +176,8 @@ def weighed(sources: Mapping[Any, Any], mix: Mapping[Any, float] | float | None,
 
 def shares(total: int, weight: Mapping[Any, float]) -> dict[Any, int]:
     """Whole numbers that sum to `total`, at least 1 each, in the ratio of the weights (largest remainder)."""
+    if len(weight) > total:
+        raise ConfigError(f"{len(weight)} sources cannot each have a share of {total} samples")
     exact = {name: total * w / sum(weight.values()) for name, w in weight.items()}
     share = {name: max(1, int(x)) for name, x in exact.items()}
     by_need = sorted(exact, key=lambda p: share[p] - exact[p])
@@ -190,7 +192,7 @@ def shares(total: int, weight: Mapping[Any, float]) -> dict[Any, int]:
 def index_at(samples: Samples, key: str, turn: int) -> int:
     """Which sample comes at a turn: round after round, each in an order of its own."""
     time_round, place = divmod(turn, len(samples))
-    return _order(_Same(samples), f"{key}/{time_round}")(place)
+    return _order(_Same(samples), f"{key}/{time_round}", len(samples))(place)
 
 
 class _Same:
@@ -206,11 +208,10 @@ class _Same:
         return id(self.samples)
 
 
-@lru_cache(maxsize=16)
-def _order(same: _Same, key: str) -> Callable[[int], int]:
+@lru_cache(maxsize=64)
+def _order(same: _Same, key: str, size: int) -> Callable[[int], int]:
     if hasattr(same.samples, "shuffled"):
         return same.samples.shuffled(key)
-    size = len(same.samples)
     if size > WHOLE:
         return scattered(size, key)
     order = permutation(size, key)
@@ -253,7 +254,8 @@ class Flow:
     EVERY = 64  # samples between two states that are remembered
 
     def __init__(self, source: Iterable[Any]) -> None:
-        self.stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
+        self.stateful = stateful and not _forgets(source)
         self.source: Any = copy.deepcopy(source) if self.stateful else source  # every lane goes its own way
         self.start = copy.deepcopy(self.source.state_dict()) if self.stateful else None
         self.turn = 0  # samples read
@@ -296,3 +298,13 @@ class Flow:
             begun = False
             if self.stateful:
                 self.source.load_state_dict(copy.deepcopy(self.start))
+
+
+def _forgets(source: Any) -> bool:
+    """Whether its states lack samples that it holds back, as those of a shuffled stream of Hugging Face do."""
+    part = getattr(source, "_ex_iterable", None)
+    while part is not None:
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        part = getattr(part, "ex_iterable", None)
+    return False

@@ -17,11 +17,12 @@ import numpy as np
 from multimodal.data.members import encoded
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
+from multimodal.files import flush, put
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import describe
 
 BAD = "bad.jsonl"
-PART = ".part"
+PART = ".writing"  # as `put` names what it has not put in place
 END = 2 * HEADER  # empty blocks close an archive
 SHOWN = 5  # bad rows in an error
 
@@ -113,7 +114,7 @@ def write_shards(
     if not entries:
         raise MediaError(f"write_shards: there is no sample to write{'; ' + _too_many(bad, max_bad) if bad else ''}")
     if bad:
-        _put(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode())
+        put(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode())
     index = _finish(folder, entries, settings, bad)
     (folder / MAKING).unlink()
     return _made(index)
@@ -209,7 +210,7 @@ class _Table:
                 numbers[row, column] = where
         body = numbers.tobytes()
         entry = {**about, "samples": len(self.rows), "columns": list(self.columns), "table_crc": zlib.crc32(body)}
-        _put(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body)
+        put(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body)
         return json.loads(json.dumps(entry))
 
 
@@ -235,9 +236,10 @@ class _Archive:
         """Close it and give it its name; its table, which comes last, says that it is whole."""
         self._write(bytes(END))
         assert self.file is not None
-        _close(self.file)
+        self.file.close()
+        flush(self.part)
         os.replace(self.part, self.folder / self.name)
-        _sync(self.folder)
+        flush(self.folder)
         about = {"name": self.name, "bytes": self.at, "sha256": self.digest.hexdigest(), "read": read, "bad": list(bad)}
         return self.table.put(self.folder, self.number, **about)
 
@@ -257,36 +259,13 @@ def _padded(size: int) -> int:
     return HEADER + size + -size % HEADER
 
 
-def _close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _put(path: Path, data: bytes) -> None:
-    """A whole file or none."""
-    part = path.with_name(path.name + PART)
-    with open(part, "wb") as file:
-        file.write(data)
-        _close(file)
-    os.replace(part, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """New names outlive a loss of power, and in this order."""
-    number = os.open(folder, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
-
-
 def _begun(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What whole shards there are, in a folder that is made if there is none."""
     if not (folder / MAKING).exists():
         if folder.exists() and any(not entry.name.endswith(PART) for entry in folder.iterdir()):
             raise ConfigError(f"write_shards: {folder} holds other things; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _put(folder / MAKING, json.dumps(settings).encode())
+        put(folder / MAKING, json.dumps(settings).encode())
     _check_same(folder, json.loads((folder / MAKING).read_text("utf-8")), settings)
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
@@ -318,7 +297,7 @@ def _finish(
     shards = [{name: value for name, value in entry.items() if name != "bad"} for entry in entries]
     total = sum(entry["samples"] for entry in entries)
     index = {**settings, "samples": total, "fields": fields, "bad": list(bad), "shards": shards}
-    _put(folder / INDEX, json.dumps(index, indent=1).encode())
+    put(folder / INDEX, json.dumps(index, indent=1).encode())
     return index
 
 

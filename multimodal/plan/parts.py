@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span, plan_attention
 from multimodal.core import Core, Transformer
-from multimodal.heads import Readout
 from multimodal.layers import Add, Context, Layer, SelfAttention, Sublayer
 from multimodal.layers.mlp import _MLP
 from multimodal.masks import Places
@@ -145,9 +144,8 @@ def readout_weights(model: Model, key: str) -> int:
 
 def classes(model: Model, key: str) -> int:
     """V, the width of a head's logits."""
-    readout = model.readouts[key]
-    assert isinstance(readout, Readout)
-    return readout.linear.out_features
+    linear = getattr(model.readouts[key], "linear", None)
+    return linear.out_features if isinstance(linear, nn.Linear) else 0  # heads that point or pair have no classes
 
 
 @dataclass(frozen=True, kw_only=True)

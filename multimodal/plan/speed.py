@@ -29,7 +29,8 @@ UTILISATION: Mapping[str, tuple[tuple[float, float, float], ...]] = {
 """HFU in MosaicML's llm-foundry, scripts/train/benchmarking/README.md: A100 80 GB and H100 80 GB, bfloat16, 125 M to 70 B
 parameters, samples of 512 to 8192 tokens. Assumed: models below 50 M (which launch kernels more than they compute), the H100 at
 125 M (the A100's figures in the ratio of the two at 760 M), PCIe, Ada and Turing cards as the A100, Blackwell as the H100."""
-UNTUNED = 0.55  # the lowest is for runs, not benchmarks: other kernels, evaluation, checkpoints. GPT-3 to Llama 3 lie above it
+# the lowest is for runs, not benchmarks: other kernels, evaluation, checkpoints; assumed, and Llama 3.1 8B lies just below it
+UNTUNED = 0.55
 FLOAT32 = (0.5, 0.85)  # of the float32 peak without tensor cores: assumed
 CPU = (0.12, 0.61)  # of the best product of this machine, measured: width 64 to width 384, benchmarks/results/plan.md
 SENT = 0.75  # share of the links' data-sheet speed that collectives reach: assumed (nccl-tests show 0.7 to 0.9)

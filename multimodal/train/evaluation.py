@@ -21,10 +21,8 @@ def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> d
 def measured(model: Model, task: str, samples: Samples, processes: Processes, batch: int = 64) -> dict[str, float]:
     """`evaluate`, each process on its share of the samples."""
     pattern = model.packer.patterns[task]
-    if pattern.pair:
-        return evaluate_pairs(
-            model, task, samples, batch=batch
-        )  # all of them in each process: it is the others one is told from
+    if pattern.pair:  # each process looks at all of them, as recall is among all samples
+        return evaluate_pairs(model, task, samples, batch=batch)
     written, hides = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task).hides
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0

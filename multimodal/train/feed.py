@@ -19,10 +19,21 @@ def make_feed(
 ) -> Batches | Packs:
     if not data:
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
+    for pattern in data:
+        each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
+        if pattern in model.tasks and model.packer.head(pattern).pairs and each < 2:
+            raise ConfigError(
+                f"fit: task {pattern!r} tells a pair from the others of its micro-batch, which would have {each}; "
+                + (
+                    "raise look_ahead"
+                    if recipe.tokens
+                    else "raise batch, or lower accumulate or the number of processes"
+                )
+            )
     rest: dict[str, Any] = {
         "seed": recipe.seed,
         "mix": mix,
-        "forgiving": recipe.max_bad > 0,
+        "max_bad": recipe.max_bad,
         "rank": processes.rank,
         "ranks": processes.count,
     }
@@ -48,8 +59,20 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
         check_samples("evaluation", pattern, samples)
         with kept_generators():
             model.packer([(pattern, samples[0])], names=["held-out sample 0"])
-    if recipe.best and not any(recipe.best.startswith(f"{pattern} ") for pattern in evaluation):
+    known = {f"{pattern} {name}" for pattern in evaluation for name in _measures(model, pattern)}
+    if recipe.best and recipe.best not in known:
         raise ConfigError(
-            f"fit: best={recipe.best!r} is no measure of the held-out data; it is a task of them and what is measured, as in "
-            f"{next(iter(evaluation), 'image -> label')!r} + ' exact'"
+            f"fit: best={recipe.best!r} is no measure of the held-out data; "
+            + (
+                f"there are {', '.join(map(repr, sorted(known)))}"
+                if known
+                else "there are none: give some as evaluation="
+            )
         )
+
+
+def _measures(model: Model, pattern: str) -> tuple[str, ...]:
+    head = model.packer.head(pattern)
+    if head.pairs:
+        return "loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left"
+    return ("loss",) if head.hides else ("loss", "exact")

@@ -19,7 +19,7 @@ from multimodal import checkpoint
 from multimodal.checkpoint import check_room, declarations
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Samples, Source
-from multimodal.declare import override
+from multimodal.declare import override, plain
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.train.evaluation import measured
@@ -33,6 +33,7 @@ from multimodal.train.folder import (
     LOG,
     MODEL,
     TABLE,
+    add_rows,
     lock,
     make_room,
     read_rows,
@@ -42,7 +43,7 @@ from multimodal.train.host import asked_to_stop, cores_shared, keep_freed_memory
 from multimodal.train.processes import Processes, Trainee, found_processes, whole
 from multimodal.train.recipe import FREE, Recipe, choose_device, choose_precision, make_optimizer
 from multimodal.train.report import bar, draw_curves, environment, write_csv
-from multimodal.train.state import Checkpoints, Trained, plain
+from multimodal.train.state import Checkpoints, Trained
 from multimodal.train.trouble import SpikeWatch, keep_trouble
 
 Tracker = Callable[[Mapping[str, Any]], Any]
@@ -101,6 +102,8 @@ def fit(
             training.go()
             training.end()
         finally:
+            recompute(model, False)
+            training.rest()
             if training.lock:
                 training.lock.close()
     return training.run
@@ -128,15 +131,16 @@ class _Training:
         self.keeps = self.run.folder is not None and processes.rank == 0
         self.trackers: list[Tracker] = []
         self.lock: Any = None
+        self.states: Checkpoints | None = None
         self.feed = make_feed(model, data, recipe, mix, processes)
         check_evaluation(model, evaluation, recipe)
         self.device = processes.device(choose_device(recipe.device))
         self.dtype, self.why = choose_precision(recipe.precision, self.device)
         model.to(self.device if recipe.parallel == "ddp" else "cpu").train()
         recompute(model, recipe.activation_checkpointing)
-        if recipe.compile:
-            compile_blocks(model)
         self.trainee = Trainee(model, processes, recipe.parallel, self.device, self.dtype)
+        if recipe.compile:
+            compile_blocks(self.trainee.model)
         self.optimizer = make_optimizer(self.trainee.model, recipe, self.device, self.trainee.sharded)
         self.schedule = CosineLRScheduler(
             self.optimizer,
@@ -152,10 +156,15 @@ class _Training:
         self.shown = averaged or self.trainee.model  # whose weights are the result
         self.step, self.best, self.bad = 0, None, set[tuple[str, str]]()
         self.watch = SpikeWatch(spike=recipe.spike)
+        self.begun = -1  # the step of the state that it goes on from
+        # pairs are told from the others of their micro-batch, so there its size matters
+        also = {"accumulate"} if any(model.packer.head(pattern).pairs for pattern in data) else set()
         self.facts = {
             # without the seed: weights are in the state
             **{part: plain(value) for part, value in declarations(model).items() if part != "seed"},
-            "recipe": {name: value for name, value in plain(recipe.config()).items() if name not in FREE},
+            "recipe": {
+                name: value for name, value in plain(recipe.config()).items() if name not in FREE or name in also
+            },
             "data": {pattern: size(source) for pattern, source in data.items()},
             "mix": plain(mix if isinstance(mix, (int, float)) else dict(mix or {})),
         }
@@ -163,22 +172,26 @@ class _Training:
     def begin(self, resume: bool) -> None:
         """Make the run folder, or go on from the newest whole state in it."""
         folder = self.run.folder
-        self.states = Checkpoints(folder or Path(), self.recipe.keep, self.processes)
         if folder is None:
             return
+        self.states = Checkpoints(folder, self.recipe.keep, self.processes)
         newest = None
         if self.keeps:
             check_room(folder / MODEL)
-            if not resume:
-                make_room(folder, self.quiet)
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(folder)
+            self.lock = lock(folder)  # before anything is read or moved: another run may be at work here
             newest = self.states.latest() if resume else None
+            if newest is None and make_room(folder, self.quiet):
+                folder.mkdir(parents=True, exist_ok=True)
+                moved, self.lock = self.lock, lock(folder)
+                if moved:
+                    moved.close()
         newest = self.processes.gather(newest)[0]
         if newest is not None:
             saved = self.states.load(newest, self.trained, self.facts)
             self.step, self.dtype, self.why = int(saved["step"]), getattr(torch, saved["computed_in"]), "as before"
             self.trainee.dtype = self.dtype
+            self.begun = self.step if "data_state" in saved else -1  # a state of version 0.1 is written anew
             self.best = saved.get("best")
             if "watch" in saved:
                 self.watch.load_state_dict(saved["watch"])
@@ -242,13 +255,16 @@ class _Training:
         rested = (
             self.run.finished and self.run.history and "loss" not in self.run.history[-1]
         )  # resumed when all was done
-        self._keep(last=True)
-        self._put_back()
-        self.model.eval()
-        recompute(self.model, False)
+        try:
+            with asked_to_stop():  # a signal now must not cost the last state
+                self._keep(last=True)  # the raw weights, to resume from, before the averaged ones become the model
+        finally:
+            self._put_back()
+            self.model.eval()
         if self.evaluation and self.run.finished and not rested:
             self._note({"step": self.step, **self._evaluated()})
         if self.keeps and self.run.history:
+            write_rows(self.run.folder / LOG, self.run.history)  # type: ignore[operator]
             write_csv(self.run.history, self.run.folder / TABLE)  # type: ignore[operator]
             draw_curves(self.run.history, self.run.folder / CURVES)  # type: ignore[operator]
         if not self.run.finished and not self.quiet:
@@ -256,6 +272,11 @@ class _Training:
                 f"; everything is kept in {self.run.folder}, and resume=True goes on from there" if self.keeps else ""
             )
             print(f"fit: stopped after step {self.step} of {self.recipe.steps}{kept}")
+
+    def rest(self) -> None:
+        """Wait for what is still being written; the folder is this run's until then."""
+        if self.states is not None and self.states.thread is not None:
+            self.states.thread.join()
 
     def _told(self, batch: Batch, asked: bool) -> tuple[dict[str, int], dict[str, float]]:
         """What the processes tell each other before a step: targets by task, tokens, broken samples, whether to stop.
@@ -283,9 +304,8 @@ class _Training:
         self.bad |= found.keys()
         self.run.bad += found.values()
         if self.keeps:
-            with (self.run.folder / BROKEN).open("a", encoding="utf-8") as file:  # type: ignore[operator]
-                for bad in found.values():
-                    file.write(json.dumps({"step": self.step + 1, **asdict(bad)}) + "\n")
+            rows = [{"step": self.step + 1, **asdict(bad)} for bad in found.values()]
+            add_rows(self.run.folder / BROKEN, rows)  # type: ignore[operator]
         if len(self.bad) > self.recipe.max_bad:
             where = f", listed in {self.run.folder / BROKEN}" if self.run.folder else ""
             raise MediaError(
@@ -301,6 +321,8 @@ class _Training:
             # what is dropped out is a function of the seed and of the micro-batch, in whichever process that is
             torch.manual_seed(crc32(f"{self.recipe.seed}/dropout/{self.step}/{number}".encode()))
             total += self.trainee.backward(stream.to(self.device), counts, last=i == len(batch.streams) - 1)
+        if self.processes.count > 1:
+            self.trainee.leave_unused()
         norm = torch.nn.utils.clip_grad_norm_(self.trainee.model.parameters(), self.recipe.clip or math.inf)
         loss, norm = float(self.processes.sum(total)), float(whole(norm))
         row: dict[str, Any] = {"loss": loss, "grad_norm": norm}
@@ -318,18 +340,16 @@ class _Training:
         Raises:
             FloatingPointError: a step that is not finite.
         """
-        kept, folder = None, self.run.folder
+        kept, folder, step = None, self.run.folder, self.step + 1  # as the log counts
         if folder is not None:
-            mine = self.model if self.keeps and not self.trainee.sharded else None
+            weights = {name: whole(t) for name, t in self.trainee.model.state_dict().items()}
             rest: dict[str, Any] = {"counts": counts, "names": batch.names, "process": self.processes.rank}
             try:
-                kept = keep_trouble(folder, self.step, batch.streams, why, mine, precision=_name(self.dtype), **rest)
-            except OSError as error:
-                warnings.warn(f"fit: the batch of step {self.step} could not be kept ({error})", stacklevel=3)
-            if self.trainee.sharded:
-                weights = {name: whole(t) for name, t in self.trainee.model.state_dict().items()}
+                kept = keep_trouble(folder, step, batch.streams, why, None, precision=_name(self.dtype), **rest)
                 if kept and self.keeps:
                     checkpoint.save(self.model, kept / MODEL, weights)
+            except OSError as error:
+                warnings.warn(f"fit: the batch of step {step} could not be kept ({error})", stacklevel=3)
         look = (
             f"multimodal replay {kept} shows its samples"
             if kept
@@ -337,26 +357,23 @@ class _Training:
         )
         if not finite:
             raise FloatingPointError(
-                f"fit: step {self.step}: {why}; {look}; lower lr={self.recipe.lr} if no sample is to blame"
+                f"fit: step {step}: {why}; {look}; lower lr={self.recipe.lr} if no sample is to blame"
             )
         if not self.quiet:
-            print(f"fit: step {self.step} is left out: {why}; {look}")
+            print(f"fit: step {step} is left out: {why}; {look}")
 
     def _keep(self, last: bool) -> None:
         """Save the state, the model and the best model; a disk that is full ends no training before its end."""
         folder = self.run.folder
-        if folder is None:
+        if folder is None or self.states is None or self.step == self.begun:
             return
         extra = {"computed_in": _name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
         weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
-        facts = {**self.facts, **extra}
-        self.states.save(
-            self.step,
-            self.trained,
-            facts,
-            self.feed.state(),
-            lambda: checkpoint.save(self.model, folder / MODEL, weights),
-        )
+
+        def also() -> None:
+            checkpoint.save(self.model, folder / MODEL, weights)
+
+        self.states.save(self.step, self.trained, self.facts, extra, self.feed.state(), also)
         if last:
             self.states.finish()
 
@@ -383,15 +400,17 @@ class _Training:
         ):
             self.best = row[name]
             weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
-            if self.keeps:
-                checkpoint.save(self.model, self.run.folder / BEST, weights)  # type: ignore[operator]
+            try:
+                if self.keeps:
+                    checkpoint.save(self.model, self.run.folder / BEST, weights)  # type: ignore[operator]
+            except OSError as error:
+                warnings.warn(f"fit: the best model, of step {self.step}, could not be kept ({error})", stacklevel=3)
         return row
 
     def _note(self, row: dict[str, Any]) -> None:
         self.run.history.append(row)
         if self.keeps:
-            with (self.run.folder / LOG).open("a", encoding="utf-8") as file:  # type: ignore[operator]
-                file.write(json.dumps(row) + "\n")
+            add_rows(self.run.folder / LOG, [row])  # type: ignore[operator]
         if self.processes.rank == 0:
             for tracker in self.trackers:
                 tracker(row)

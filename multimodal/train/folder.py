@@ -1,13 +1,14 @@
 """What lies in a run folder, and the files in it that are rows of JSON."""
 
-import itertools
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from multimodal.checkpoint import RUN
+from multimodal.files import free_name, put
 from multimodal.shapes import ConfigError
 from multimodal.train.state import CHECKPOINTS, OLD
 
@@ -54,16 +55,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    put(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_room(folder: Path, quiet: bool) -> None:
+def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append; a disk that is full is told by a warning, as the rows are written once more at the end of a run."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        warnings.warn(f"fit: {path} could not be written to ({error}); training goes on", stacklevel=3)
+
+
+def make_room(folder: Path, quiet: bool) -> bool:
     """Move a run that is already in the folder to the first free name beside it; nothing is written over."""
     if not any((folder / name).exists() for name in (CHECKPOINTS, OLD, RUN, LOG)):
-        return
-    free = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+        return False
+    folder = folder.resolve()
+    free = free_name(folder)
     os.replace(folder, free)
     if not quiet:
         print(f"fit: the run that was in {folder} is now in {free}")
+    return True

@@ -166,6 +166,16 @@ class Trainee:
         (loss if self.wrapped is None else loss * self.processes.count).backward()
         return loss.detach()
 
+    def leave_unused(self) -> None:
+        """No gradient for what no process used, as a process alone has none there: momentum and decay leave it alone too."""
+        used = [p for p in self.model.parameters() if p.grad is not None]
+        grads: list[Any] = [p.grad for p in used]
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+        sizes = [g.abs().amax() if g.numel() else g.new_zeros(()) for g in local]
+        for parameter, size in zip(used, self.processes.sum(torch.stack(sizes).float()).tolist(), strict=True):
+            if size == 0:
+                parameter.grad = None
+
     def averages(self, decay: float) -> Any:
         """timm's running mean of the weights, shared out as they are."""
         from timm.utils import ModelEmaV3

@@ -15,7 +15,7 @@ LEAST = {
     **dict.fromkeys(("steps", "batch", "accumulate", "packs", "look_ahead", "keep"), 1),
     **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every"), 0),
 }
-# what a run may be resumed with although it began with another value: none of it changes what is learned, up to rounding
+# what a run may be resumed with although it began with another value: none of it changes which samples are learned from, or how
 FREE = (
     "accumulate",
     "max_bad",
@@ -38,7 +38,9 @@ class Recipe(Declared):
 
     steps: int = 1000  # optimiser steps
     batch: int = 64  # samples a step, all tasks together
-    accumulate: int = 1  # micro-batches a step in each process; changes memory, not results
+    accumulate: int = (
+        1  # micro-batches a step in each process; the same gradients up to rounding, but for dropout and pairs
+    )
     tokens: int = 0  # budget of a pack: samples of any length fill packs of so many tokens; 0: `batch` samples a step
     packs: int = 1  # packs a step, all processes together, where there is a token budget
     look_ahead: int = 256  # samples among which each pack is chosen

@@ -1,6 +1,7 @@
 """What people see of a run: a bar while it goes, a table and a picture of the curves when it ends, and where it was made."""
 
 import csv
+import io
 import os
 import platform
 import shlex
@@ -13,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from multimodal.files import put
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,18 +77,17 @@ def bar(steps: int, start: int, quiet: bool) -> Iterator[Callable[[dict[str, Any
 
 
 def _exact(row: dict[str, Any]) -> str:
-    return "".join(f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact"))
+    return "".join(f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact") or " R@" in key)
 
 
 def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
     """The log as a table: a row a step, a column for every key that any row has, empty where a row has it not."""
     columns = list(dict.fromkeys(key for row in history for key in row))
-    aside = path.with_name(path.name + ".writing")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(history)
-    os.replace(aside, path)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns)
+    table.writeheader()
+    table.writerows(history)
+    put(path, text.getvalue())
 
 
 def environment() -> dict[str, Any]:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.checkpoint import file_hash, flush, put_weights, read_tensors, write_tensors
-from multimodal.declare import declaration, rebuild
+from multimodal.checkpoint import below, put_weights, read_tensors, write_tensors
+from multimodal.declare import declaration, plain, rebuild
+from multimodal.files import file_hash, flush, free_name
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError
 from multimodal.train.processes import Processes, whole
@@ -34,7 +35,7 @@ CHECKPOINTS, TENSORS, SHARDED, FACTS, MANIFEST = (
 )
 FORMAT = 2
 OLD = "state"  # where format 1 lies, which had no manifest and one state only
-WRITING = ".writing"
+WRITING, DAMAGED = ".writing", ".damaged"
 
 
 @dataclass
@@ -73,11 +74,11 @@ class Trained:
         Raises:
             CheckpointError: of another model.
         """
-        put_weights(self.model, _below(tensors, "model/"), where)
+        put_weights(self.model, below(tensors, "model/"), where)
         if self.ema is not None:
-            put_weights(self.ema, _below(tensors, "ema/"), where)
+            put_weights(self.ema, below(tensors, "ema/"), where)
         entries: dict[str, dict[str, Any]] = {}
-        for key, value in _below(tensors, "optimizer/").items():
+        for key, value in below(tensors, "optimizer/").items():
             kind, name = key.split("/", 1)
             entries.setdefault(name, {})[kind] = value.item() if value.dtype == torch.bool else value
         state = {i: entries[name] for i, (name, _) in enumerate(self._parameters()) if name in entries}
@@ -98,18 +99,19 @@ class Checkpoints:
         self.folder, self.keep, self.processes = run / CHECKPOINTS, keep, processes
         self.old = run / OLD
         self.thread: Thread | None = None
-        self.failed: OSError | None = None
+        self.failed: Exception | None = None
 
     def save(
         self,
         step: int,
         trained: Trained,
         facts: Mapping[str, Any],
+        extra: Mapping[str, Any],
         data: Mapping[str, Any],
         also: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Write the state after `step`. `facts` are JSON values that must agree when it is read again; `data` is where each
-        process's data go on; `also` is done after that, by the same thread.
+        """Write the state after `step`. `facts` are JSON values that must agree when it is read again, `extra` others; `data` is
+        where each process's data go on; `also` is done after that, by the same thread.
 
         What was there is as it was if this fails: a disk that is full, or the like, is told by a warning.
         """
@@ -117,43 +119,49 @@ class Checkpoints:
         data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
         tensors = trained.tensors()
         shapes = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
-        told = {"format": FORMAT, "step": step, **facts, "data_state": data, "tensors": shapes}
+        told = {"format": FORMAT, "step": step, **facts, **extra, "data_state": data, "tensors": shapes}
         self._tell()
-        aside = self._place(step).with_name(self._place(step).name + WRITING)
-        sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+        place = self._place(step)
+        aside = place.with_name(place.name + WRITING)
         if self.processes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*" + WRITING):  # by a run that was killed
-                shutil.rmtree(left)
-            aside.mkdir()
+                shutil.rmtree(left, ignore_errors=True)
+        self.processes.wait()
+        sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
             import torch.distributed.checkpoint as dcp
 
-            self.processes.wait()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the engine's own deprecations
-                dcp.save(dict(tensors), checkpoint_id=aside / SHARDED)
-            self.processes.wait()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the engine's own deprecations
+                    dcp.save(dict(tensors), checkpoint_id=aside / SHARDED)
+            except (OSError, dcp.CheckpointException) as error:  # raised in every process
+                self.failed = OSError(f"the state after step {step} could not be kept ({error})")
+                return
         if self.processes.rank:
             return
         copies = {} if sharded else {name: whole(t) for name, t in tensors.items()}
 
         def write() -> None:
+            what = "state"
             try:
+                aside.mkdir(parents=True, exist_ok=True)
                 if copies:
                     write_tensors(copies, aside / TENSORS)
                 (aside / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
                 seal(aside)
-                shutil.rmtree(self._place(step), ignore_errors=True)
-                os.replace(aside, self._place(step))
+                os.replace(aside, place)
                 flush(self.folder)
                 for old in self._all()[: -self.keep]:
                     shutil.rmtree(old)
                 shutil.rmtree(self.old, ignore_errors=True)
+                what = "model"
                 also()
             except OSError as error:
                 shutil.rmtree(aside, ignore_errors=True)
-                self.failed = OSError(f"the state after step {step} could not be kept ({error})")
+                self.failed = OSError(f"the {what} after step {step} could not be kept ({error})")
+            except Exception as error:  # of a thread it would be lost
+                self.failed = error
 
         self.thread = Thread(target=write, name="checkpoint")
         self.thread.start()
@@ -178,23 +186,26 @@ class Checkpoints:
             warnings.warn(f"fit: {error}; what was kept before is as it was, and training goes on", stacklevel=4)
 
     def latest(self) -> Path | None:
-        """The newest state that is whole; those that are damaged are told and passed over."""
-        found = None
-        for folder in reversed(self._all()):
+        """The newest state that is whole. Those that are damaged are told, and put aside under another name.
+
+        Raises:
+            CheckpointError: there are states, and all are damaged.
+        """
+        states = self._all()
+        for folder in reversed(states):
             try:
                 check(folder)
+                return folder
             except CheckpointError as error:
-                warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
-                continue
-            found = folder
-            break
-        if found is None and (self.old / FACTS).is_file():
-            found = self.old
-        return found
-
-    def any(self) -> bool:
-        """Whether there are states, whole or not."""
-        return bool(self._all()) or self.old.is_dir()
+                warnings.warn(f"{error}; it is put aside, and the state before it is looked at", stacklevel=2)
+                os.replace(folder, free_name(folder.with_name(folder.name + DAMAGED)))
+        if (self.old / FACTS).is_file():
+            return self.old
+        if states:
+            raise CheckpointError(
+                f"{self.folder}: every state is damaged; begin again in another folder, or move this one away"
+            )
+        return None
 
     def load(self, folder: Path, trained: Trained, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Put a state back; returns what was saved with it, of which "step" and "data_state" say where to go on.
@@ -234,7 +245,7 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Folders of states, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if not path.name.endswith(WRITING))
+        return sorted(path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
 
 def seal(folder: Path) -> None:
@@ -258,6 +269,8 @@ def check(folder: Path) -> None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if FACTS not in manifest:
+            raise CheckpointError(f"{folder}: {MANIFEST} does not name {FACTS}")
         for name, entry in manifest.items():
             path = folder / name
             if not path.is_file():
@@ -282,14 +295,20 @@ def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that did not exist when a state was saved have their defaults."""
-    recipe = {k: v for k, v in {**Recipe().config(), **saved["recipe"]}.items() if k not in FREE}
-    return {**saved, "recipe": plain(recipe), "core": plain(declaration(rebuild(saved["core"])))}
-
-
-def plain(value: Any) -> Any:
-    """The value after a trip through JSON."""
-    return json.loads(json.dumps(value))
+    """Settings that did not exist when a state was saved have their defaults. (Tokenizers with files are left as they were.)"""
+    recipe = {**Recipe().config(), **saved["recipe"]}
+    kinds = {
+        name: entry if entry["files"] else {**entry, **declaration(rebuild(entry))}
+        for name, entry in saved["tokenizers"].items()
+    }
+    tasks = [{**task, "head": declaration(rebuild(task["head"]))} for task in saved["tasks"]]
+    today = {
+        "recipe": {k: v for k, v in recipe.items() if k not in FREE or k in facts["recipe"]},
+        "core": declaration(rebuild(saved["core"])),
+        "tokenizers": kinds,
+        "tasks": tasks,
+    }
+    return {**saved, **plain(today)}
 
 
 def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tensor]:
@@ -304,7 +323,3 @@ def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tens
         else t
         for name, t in tensors.items()
     }
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

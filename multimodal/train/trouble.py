@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span
-from multimodal.checkpoint import RUN
+from multimodal.checkpoint import RUN, below
 from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
@@ -111,20 +111,16 @@ def load_stream(path: Path) -> Stream:
         )
     readings = {}
     for number, entry in enumerate(facts["readings"]):
-        made: dict[str, Any] = _below(tensors, f"reading {number}/")
+        made: dict[str, Any] = below(tensors, f"reading {number}/")
         made |= {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items() if name != "task"}
         readings[entry["task"]] = Reading(**made)
     return Stream(
         content={kind: tensors[f"content/{kind}"] for kind in facts["kinds"]},
         order_T=tensors.get("order_T"),
         position_TA=tensors["position_TA"],
-        layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**_below(tensors, "places/"))),
+        layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**below(tensors, "places/"))),
         readings=readings,
     )
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def keep_trouble(
