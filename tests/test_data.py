@@ -167,8 +167,10 @@ def test_turns_are_counted_and_shares_kept_in_every_block():
 
 def test_a_temperature_weighs_by_length():
     data = {"a": range(100), "b": range(900)}
-    assert weighed(data, 1.0, "fit") == {"a": 100, "b": 900}
-    assert weighed(data, 2.0, "fit") == {"a": 10, "b": 30}
+    for temperature, ratio in ((1.0, 9), (2.0, 3), (float("inf"), 1)):
+        weights = weighed(data, temperature, "fit")
+        assert weights["b"] / weights["a"] == pytest.approx(ratio)
+    assert shares(100, weighed(data, 1e-3, "fit")) == {"a": 1, "b": 99}
     assert shares(100, weighed(data, 1e9, "fit")) == {"a": 50, "b": 50}
     assert weighed(data, {"a": 3.0}, "fit") == {"a": 3.0, "b": 1.0}
 
@@ -268,7 +270,12 @@ def test_workers_get_no_sources_of_the_main_process():
         ({READ: []}, {"tokens": 100}, "are empty"),
         ({READ: TEXTS}, {"tokens": 100, "mix": {READ: 0}}, "mix gives 0 to 'text -> label'"),
         ({READ: TEXTS, WRITE: Words()}, {"tokens": 100, "mix": 2.0}, "have no length to weigh them by"),
-        ({READ: TEXTS}, {"mix": -1.0}, "a temperature of -1.0"),
+        ({READ: TEXTS}, {"mix": -1.0}, "mix=-1.0 is a temperature; wanted a number above 0"),
+        ({READ: TEXTS}, {"mix": "x"}, "mix='x' is str; wanted weights by task"),
+        ({READ: TEXTS}, {"mix": {READ: float("inf")}}, "mix gives inf to 'text -> label'"),
+        ({READ: TEXTS}, {"lr": "1e-3"}, "lr='1e-3' is str, wanted a number"),
+        ({READ: TEXTS}, {"betas": (0.9,)}, r"betas=\(0.9,\) must be two numbers"),
+        ({READ: TEXTS}, {"seed": None}, "seed=None is NoneType, wanted a whole number"),
     ],
 )
 def test_bad_data_are_refused(data, settings, message):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from math import inf
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -159,15 +160,23 @@ def weighed(sources: Mapping[Any, Any], mix: Mapping[Any, float] | float | None,
     Raises:
         ConfigError: a name or number that cannot be, or a temperature over what has no length.
     """
-    if isinstance(mix, (int, float)):
+    if isinstance(mix, (int, float)) and not isinstance(mix, bool):
         if not mix > 0:
-            raise ConfigError(f"{who}: a temperature of {mix!r}; wanted a number above 0, 1 being by size")
+            raise ConfigError(f"{who}: mix={mix!r} is a temperature; wanted a number above 0, 1 being by size")
         for name, source in sources.items():
             if not is_indexed(source):
                 raise ConfigError(f"{who}: the data of {name!r} have no length to weigh them by; give weights by name")
-        return {name: len(source) ** (1 / mix) for name, source in sources.items()}
+        largest = max(map(len, sources.values()))
+        return {name: (len(source) / largest) ** (1 / mix) for name, source in sources.items()}
+    if not isinstance(mix, (Mapping, type(None))):
+        raise ConfigError(f"{who}: mix={mix!r} is {type(mix).__name__}; wanted weights by task, or a temperature")
     for name, weight in (mix or {}).items():
-        if name not in sources or not weight > 0:
+        if (
+            name not in sources
+            or isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not 0 < weight < inf
+        ):
             raise ConfigError(
                 f"{who}: mix gives {weight!r} to {name!r}; it wants a number above 0 for tasks of the data"
             )

@@ -54,6 +54,10 @@ def size(source: Any) -> int | None:
 
 
 def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Recipe) -> None:
+    if not isinstance(evaluation, Mapping):
+        raise ConfigError(
+            f"fit: evaluation is {type(evaluation).__name__}; give held-out data by task, as the data are"
+        )
     for pattern, samples in evaluation.items():
         model.packer.check_task(pattern)
         check_samples("evaluation", pattern, samples)

@@ -1,5 +1,6 @@
 """Everything about a training run that is not the model and not the data, and what is chosen for it on this machine."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError
 
+WANTED = {float: "a number", int: "a whole number", bool: "True or False", str: "a text", tuple: "two numbers"}
 PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
 LEAST = {
@@ -73,6 +75,14 @@ class Recipe(Declared):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"Recipe: {name}={value!r} must be a whole number, {least} or more")
+        for setting in dataclasses.fields(self):
+            value, kind = getattr(self, setting.name), type(setting.default)
+            if not isinstance(value, (int, float) if kind is float else kind) or (
+                isinstance(value, bool) and kind is not bool
+            ):
+                raise ConfigError(f"Recipe: {setting.name}={value!r} is {type(value).__name__}, wanted {WANTED[kind]}")
+        if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"Recipe: betas={self.betas} must be two numbers from 0 to 1, such as (0.9, 0.99)")
         for name in ("weight_decay", "clip", "final_lr", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be 0 or more")
