@@ -53,12 +53,14 @@ def main() -> None:
     torch.set_num_threads(1)
     out, job = Path(sys.argv[1]), json.loads(sys.argv[2])
     steps, drawn = job["settings"]["steps"], random.Random(job["seed"])
+    train(out.with_name("first"), {"steps": 1, "batch": 4, "ema": 0.9, "optimizer": "muon"})  # imports everything, once
     for target in sorted(drawn.randrange(1, steps - 2) for _ in range(job["kills"])):
         children = start(out, job["settings"], job["processes"])
         while reached(out) < target:
             if os.waitpid(children[0], os.WNOHANG)[0]:
                 sys.exit(f"the run ended by itself before step {target}")
-            time.sleep(0.002)
+            time.sleep(0.01)
+        time.sleep(drawn.random() * 0.05)  # in the middle of anything: a step, a save, a pruning
         for child in children:
             os.kill(child, signal.SIGKILL)
         for child in children:
