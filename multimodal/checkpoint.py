@@ -55,7 +55,8 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
     folder = folder.resolve()
     check_room(folder)
     for left in folder.parent.glob(f"{folder.name}.*.writing"):  # by a process that was killed
-        if not _lives(int(left.name.split(".")[-3])):
+        process = left.name.split(".")[-3]
+        if process.isdigit() and not _lives(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.{time.monotonic_ns()}.writing")
     aside.mkdir(parents=True)

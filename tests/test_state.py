@@ -158,10 +158,11 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     gone.wait()
     left = tmp_path / f"model.{gone.pid}.123.writing"
     mine = tmp_path / f"model.{os.getpid()}.123.writing"
-    for folder in (left, mine):
+    other = tmp_path / "model.safetensors.writing"
+    for folder in (left, mine, other):
         folder.mkdir()
     make().save(tmp_path / "model")
-    assert (left.exists(), mine.exists()) == (False, True)
+    assert (left.exists(), mine.exists(), other.exists()) == (False, True, True)
 
 
 def test_a_state_that_was_being_written_is_no_state(tmp_path):

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
-from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, in_worker, kept_generators
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded
 from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError
@@ -72,15 +71,7 @@ class Batches(Dataset):
 
     def loader(self, start: int, stop: int, workers: int) -> DataLoader:
         """Steps start .. stop - 1, made in `workers` processes (0: in this one)."""
-        return DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            worker_init_fn=in_worker if workers else None,
-            generator=torch.Generator().manual_seed(self.fetch.seed),
-            pin_memory=False,
-        )
+        return loaded(self, range(start, stop), self.fetch.seed, workers)
 
     def state(self) -> dict:
         """What `restore` needs beside the step: nothing."""

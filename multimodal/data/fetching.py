@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from multimodal.data.sources import index_at, is_indexed
 from multimodal.packer import Packer, Prepared
@@ -76,8 +77,7 @@ class Fetcher:
         Raises:
             MediaError, StreamError, TaskError: a sample that cannot be used.
         """
-        samples = self.data[pattern]
-        index = index_at(samples, f"{self.seed}/{pattern}", turn) if is_indexed(samples) else turn
+        samples, index = self.data[pattern], self._index(pattern, turn)
         name = f"sample {index} of the data ({where})"
         seed_generators(self.seed, pattern, turn)
         try:
@@ -91,9 +91,24 @@ class Fetcher:
         return self.packer.prepare(pattern, sample, name), name
 
     def bad(self, pattern: str, turn: int, error: Exception) -> Bad:
+        return Bad(pattern, f"sample {self._index(pattern, turn)}", str(error))
+
+    def _index(self, pattern: str, turn: int) -> int:
         samples = self.data[pattern]
-        index = index_at(samples, f"{self.seed}/{pattern}", turn) if is_indexed(samples) else turn
-        return Bad(pattern, f"sample {index}", str(error))
+        return index_at(samples, f"{self.seed}/{pattern}", turn) if is_indexed(samples) else turn
+
+
+def loaded(dataset: Dataset, order: Iterable[Any], seed: int, workers: int) -> DataLoader:
+    """The items of a data set in an order, made in `workers` processes (0: in this one)."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        worker_init_fn=in_worker if workers else None,
+        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+        pin_memory=False,
+    )
 
 
 def in_worker(_: int) -> None:

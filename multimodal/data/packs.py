@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, in_worker, kept_generators
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError
@@ -40,9 +40,8 @@ class _Lane:
 
     number: int
     next: int = 0  # the place behind the last one that was asked for
-    again: deque[int] = field(
-        default_factory=deque
-    )  # places to ask for before that: those that waited when it was saved
+    # places to ask for before that: those that waited when it was saved
+    again: deque[int] = field(default_factory=deque)
     owed: int = 0  # asked for and not yet in `waiting`
     come: deque[tuple[int, Prepared | Bad, str]] = field(default_factory=deque)
     waiting: list[tuple[int, Prepared, str]] = field(default_factory=list)
@@ -114,17 +113,8 @@ class Packs(Dataset):
 
     def loader(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
         """Steps start .. stop - 1; after each, `state` says from where the next one goes on."""
-        encoded = iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=_Asking(self),
-                num_workers=workers,
-                worker_init_fn=in_worker if workers else None,
-                generator=torch.Generator().manual_seed(self.fetch.seed),
-                pin_memory=False,
-            )
-        )
+        # workers are asked for more whenever one of them has room
+        encoded = iter(loaded(self, iter(self.tickets, None), self.fetch.seed, workers))
         by_number = {lane.number: lane for lane in self.lanes}
         for _ in range(start, stop):
             batch = Batch([], [], [], [], 0.0)
@@ -219,17 +209,6 @@ class _Plain(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, torch.Tensor) else NotImplemented
-
-
-class _Asking:
-    """What a DataLoader takes for the order of its items: asks as far ahead as its workers can take it."""
-
-    def __init__(self, packs: Packs) -> None:
-        self.packs = packs
-
-    def __iter__(self) -> Iterator[list[_Ticket]]:
-        while True:
-            yield self.packs.tickets()
 
 
 def fullest(lengths: Sequence[int], budget: int) -> list[int]:

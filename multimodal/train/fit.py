@@ -252,9 +252,8 @@ class _Training:
     def end(self) -> None:
         """Keep what there is; the averaged weights become the model."""
         self.run.finished = self.step == self.recipe.steps
-        rested = (
-            self.run.finished and self.run.history and "loss" not in self.run.history[-1]
-        )  # resumed when all was done
+        # resumed when all was done: its last row is that of the evaluation
+        rested = self.run.finished and self.run.history and "loss" not in self.run.history[-1]
         try:
             with asked_to_stop():  # a signal now must not cost the last state
                 self._keep(last=True)  # the raw weights, to resume from, before the averaged ones become the model
@@ -363,7 +362,7 @@ class _Training:
             print(f"fit: step {step} is left out: {why}; {look}")
 
     def _keep(self, last: bool) -> None:
-        """Save the state, the model and the best model; a disk that is full ends no training before its end."""
+        """Save the state and the model; a disk that is full ends no training before its end."""
         folder = self.run.folder
         if folder is None or self.states is None or self.step == self.begun:
             return
@@ -420,9 +419,9 @@ class _Training:
             return
         recipe, count = self.recipe, self.processes.count
         parameters = sum(p.numel() for p in self.model.parameters())
-        size = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
+        each = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
         print(
-            f"fit: {parameters:,} parameters, {recipe.steps} steps of {size} on {self.device.type} "
+            f"fit: {parameters:,} parameters, {recipe.steps} steps of {each} on {self.device.type} "
             f"({threads} {'thread' if threads == 1 else 'threads'}) in {_name(self.dtype)} ({self.why})"
             + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")

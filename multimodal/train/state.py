@@ -26,13 +26,8 @@ from multimodal.shapes import CheckpointError
 from multimodal.train.processes import Processes, whole
 from multimodal.train.recipe import FREE, Recipe
 
-CHECKPOINTS, TENSORS, SHARDED, FACTS, MANIFEST = (
-    "checkpoints",
-    "state.safetensors",
-    "sharded",
-    "state.json",
-    "manifest.json",
-)
+CHECKPOINTS, TENSORS, SHARDED = "checkpoints", "state.safetensors", "sharded"
+FACTS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
 OLD = "state"  # where format 1 lies, which had no manifest and one state only
 WRITING, DAMAGED = ".writing", ".damaged"
