@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from multimodal.cli import planning, replaying, sharding, training
+from multimodal.cli import benching, planning, replaying, sharding, training
 from multimodal.cli.find import load, make_tokenizer
 from multimodal.cli.options import Device, Fields, Json, Out, Plugins
 from multimodal.cli.showing import check_folder, show
@@ -40,6 +40,7 @@ app.command(training.report)
 app.command(replaying.replay)
 app.command(sharding.shards)
 app.command(planning.plan)
+app.command(benching.bench)
 
 
 @app.command

@@ -1,0 +1,1 @@
+"""Programs that measure; nothing of the library needs them."""

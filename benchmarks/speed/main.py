@@ -1,0 +1,131 @@
+"""The command: which rows to run, how long, and what becomes of the figures."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pkgutil import iter_modules
+
+from benchmarks.speed import results
+from benchmarks.speed.compare import BenchError, Worker, measure
+from benchmarks.speed.row import Place, Row
+
+GROUP = "uv sync --group peers"
+
+
+def all_rows() -> Iterator[tuple[str, Row]]:
+    """(module, row) of every file here that has rows."""
+    for found in iter_modules([str(Path(__file__).parent)], "benchmarks.speed."):
+        for row in getattr(import_module(found.name), "ROWS", ()):
+            yield found.name, row
+
+
+def missing(row: Row) -> str:
+    """Why a row cannot run here; empty if it can."""
+    absent = [name for name in row.needs if not _installed(name)]
+    return f"{', '.join(absent)} not installed: {GROUP}" if absent else ""
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def _no_device(row: Row, quick: bool) -> str:
+    if not row.cuda or quick:
+        return ""
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def bench(
+    names: Sequence[str], *, quick: bool, rounds: int, seconds: float, threads: int, profile: bool, keep: bool
+) -> int:
+    """Run rows, show each as it is done, and keep what they gave. Returns 1 if a row failed or missed its goal, else 0.
+
+    Raises:
+        ValueError: a row that is not there.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    rows = {row.name: (module, row) for module, row in all_rows()}
+    if unknown := [name for name in names if name not in rows]:
+        raise ValueError(f"bench: there is no row {', '.join(unknown)}; there are {', '.join(rows)}")
+    chosen = [rows[name] for name in names] if names else list(rows.values())
+    say = Console(highlight=False, soft_wrap=True)
+    failed = 0
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(chosen))
+        for module, row in chosen:
+            bar.update(task, description=row.name)
+            why = missing(row) or _no_device(row, quick)
+            if why:
+                say.print(f"{row.name}: left out, {why}")
+                failed += bool(names)
+                bar.advance(task)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                place = Place(
+                    folder=Path(folder),
+                    quick=quick,
+                    threads=threads,
+                    device="cuda" if row.cuda and not quick else "cpu",
+                )
+                try:
+                    if profile:
+                        for line in _profiles(module, row, place):
+                            say.print(escape(line))
+                    else:
+                        found = measure(module, row, place, rounds, seconds)
+                        line = results.kept(row, found, threads, rounds)
+                        failed += not _met(row, line)
+                        if keep and not quick:
+                            results.add(line)
+                        say.print("\n".join([f"{row.name}: {row.what}", *map(escape, _told(line, quick))]))
+                except BenchError as error:
+                    failed += 1
+                    say.print(f"[red]{escape(str(error))}[/red]")
+            bar.advance(task)
+    return int(failed > 0)
+
+
+def _met(row: Row, line: dict) -> bool:
+    if row.report is not None:
+        return line.get("met") is not False
+    return row.goal is None or line["ratio"] >= row.goal
+
+
+def _told(line: dict, quick: bool) -> list[str]:
+    """A row's figures for people."""
+    if "ratio" not in line:
+        return [*line["lines"], ""]
+    ours, theirs = (results.told(line[side]["wall"], line["unit"]) for side in ("ours", "theirs"))
+    spread = f"{line['ratios'][0]:.2f} to {line['ratios'][-1]:.2f} in {len(line['ratios'])} rounds"
+    goal = "" if line["goal"] is None else f", goal {line['goal']:g}"
+    same = "outputs not compared" if line["difference"] is None else f"outputs differ by {line['difference']:.1g}"
+    out = [f"  {line['peer']} / ours {line['ratio']:.2f} ({spread}; of CPU {line['ratio_cpu']:.2f}){goal}; {same}"]
+    for side, speed in (("ours", ours), ("theirs", theirs)):
+        facts = "; ".join(f"{k} {v}" for k, v in line[side]["facts"].items())
+        out.append(f"  {side:6} {speed}, peak {line[side]['peak_mb']} MB; {facts}")
+    return [*out, "  quick settings: the figures say nothing" if quick else "", ""]
+
+
+def _profiles(module: str, row: Row, place: Place) -> Iterator[str]:
+    if row.report is not None or row.fresh:
+        yield f"{row.name}: a report or a whole program has no profile here"
+        return
+    for side in ("theirs", "ours"):
+        worker = Worker(module, row, side, place)
+        try:
+            worker.answer()
+            worker.order("warm", 1)
+            yield f"{worker.name}:"
+            yield from (f"  {line}" for line in worker.order("profile")["lines"])
+        finally:
+            worker.end()

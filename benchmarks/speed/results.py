@@ -1,0 +1,115 @@
+"""What was measured: one line of JSON a row and run, and a table of the newest of each row."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.row import Row
+
+RESULTS = Path(__file__).parents[1] / "results"
+LINES, TABLE = "bench.jsonl", "bench.md"
+
+
+def kept(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str, Any]:
+    """A line of the record: what was found, when, where, and with which versions."""
+    return {
+        "row": row.name,
+        "date": str(date.today()),
+        "commit": _commit(),
+        "machine": machine(),
+        "threads": threads,
+        "rounds": rounds,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": {name: _version(name) for name in ("torch", *row.needs)},
+        "peer": row.peer,
+        "goal": row.goal,
+        **found,
+    }
+
+
+def add(line: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Append it, and write the table anew."""
+    folder.mkdir(exist_ok=True)
+    with (folder / LINES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    (folder / TABLE).write_text(page(read(folder)), encoding="utf-8")
+
+
+def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All lines, the oldest first."""
+    path = folder / LINES
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
+
+
+def page(lines: list[dict[str, Any]]) -> str:
+    """The newest result of each row, as Markdown."""
+    newest = {line["row"]: line for line in lines}
+    pairs = [line for line in newest.values() if "ratio" in line]
+    out = ["# Ours beside theirs", "", "`uv run multimodal bench`"]
+    places = dict.fromkeys(
+        f"{x['date']}, {x['machine']}, {x['threads']} threads, torch {x['versions']['torch']}" for x in newest.values()
+    )
+    out += [*places, "", *table(pairs)]
+    for line in newest.values():
+        if "ratio" not in line:
+            out += ["", f"## {line['row']}", "", *line["lines"]]
+    return "\n".join(out) + "\n"
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    """Markdown of rows with a peer: the ratio of the clock is theirs / ours, above 1 we are faster."""
+    out = [
+        "| row | peer | ours | theirs | theirs / ours | rounds from .. to | of CPU | goal | outputs differ |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for x in lines:
+        met = "" if x["goal"] is None else f"{x['goal']:g}" + ("" if x["ratio"] >= x["goal"] else ", missed")
+        differ = "not compared" if x["difference"] is None else f"{x['difference']:.1g}"
+        ours, theirs = (told(x[side]["wall"], x["unit"]) for side in ("ours", "theirs"))
+        spread = f"{x['ratios'][0]:.2f} .. {x['ratios'][-1]:.2f} ({len(x['ratios'])})"
+        cells = (x["row"], x["peer"], ours, theirs, f"{x['ratio']:.2f}", spread, f"{x['ratio_cpu']:.2f}", met, differ)
+        out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
+def told(seconds: float, unit: str) -> str:
+    """How long a unit takes, or how many there are in a second."""
+    if unit in ("step", "program"):
+        return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+    return f"{1 / seconds:,.0f} {unit}/s"
+
+
+def machine() -> str:
+    """Its processor, cores and GPU; no name of its own."""
+    import torch
+
+    model = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":")[1].strip() for line in info.read_text().split("\n") if line.startswith("model name")]
+        model = names[0] if names else model
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{model}, {os.cpu_count()} cores, {gpu}"
+
+
+def _commit() -> str:
+    """Short name of the commit, with + if the files differ from it; empty outside of a checkout."""
+    try:
+        run = {"cwd": RESULTS.parent, "capture_output": True, "text": True, "check": True}
+        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return name + "+" * any(line and "benchmarks/results" not in line for line in changed)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
