@@ -36,7 +36,7 @@ import multimodal as mm  # noqa: E402
 from multimodal.core import recompute  # noqa: E402
 from multimodal.layers import Sublayer  # noqa: E402
 from multimodal.plan import Memory, Work, count_stream, find_gpu, rank_memory, token_flops  # noqa: E402
-from multimodal.plan.parts import embed_cost, layer_kept, parameters, transformer  # noqa: E402
+from multimodal.plan.parts import embed_cost, layer_kept, lone_layers, parameters, transformer  # noqa: E402
 from multimodal.plan.streams import stream_tensors  # noqa: E402
 from multimodal.tokenizer import Tokenizer, Tokens, at_times  # noqa: E402
 
@@ -250,12 +250,13 @@ def planned_by_part(case: Case) -> dict[str, float]:
     sums = dict.fromkeys(("SelfAttention", "MLP", "rest"), 0.0)
     for layer in transformer(model).sublayers():
         kept = layer_kept(layer, transformer(model).core, facts, half=half, cuda=False)
+        kept = kept.of(facts.wanted) if layer in lone_layers(model) else kept
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
         sums[type(layer.layer).__name__] += tokens * sum(kept.parts.values()) + 2 * matrices * half
     turns, heads = 4.0 * case.width / case.heads, 2 if half else 4
     sums["SelfAttention"] += tokens * turns
     rows = facts.rows["id_NextToken"] * tokens
-    sums["rest"] += tokens * 4 * (case.width + 1) + rows * (4 * (case.vocab + 1) + heads * case.width)
+    sums["rest"] += facts.wanted * tokens * 4 * (case.width + 1) + rows * (4 * (case.vocab + 1) + heads * case.width)
     if case.rows:
         tokenizer = model.packer.tokenizers["row"]
         sums["rest"] += tokens * facts.kinds["row"] * embed_cost(tokenizer, case.width, half).kept

@@ -1,6 +1,6 @@
 """Where measured figures go: a file in results/, and from there into README.md, never by hand.
 
-uv run benchmarks/report.py                                     show in README.md what results/ holds
+uv run benchmarks/report.py                                     show in the READMEs what results/ holds
 PROGRAM | uv run benchmarks/report.py NAME TITLE "PROGRAM"      keep what a program prints as results/NAME.md
 """
 
@@ -10,21 +10,27 @@ import sys
 from datetime import date
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def keep(name: str, title: str, command: str, body: str) -> Path:
     """Write results/NAME.md with date, machine and command, and refresh what README.md shows of it."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     facts = f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}"
     path = ROOT / "benchmarks" / "results" / f"{name}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"# {title}\n\n`{command}`\n{facts}\n\n{body.strip()}\n", encoding="utf-8")
-    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
+    refresh()
     return path
+
+
+def refresh() -> None:
+    """Show in both READMEs what results/ holds."""
+    for readme in READMES:
+        readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_results(text: str) -> str:
@@ -48,4 +54,4 @@ def keep_output(name: str, title: str, command: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         keep_output(*sys.argv[1:])
-    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
+    refresh()

@@ -222,23 +222,28 @@ class Block(nn.Module):
             self.layers.append(sublayer)
             width = sublayer.width
         self.width = width
+        self.mixing = max((i for i, layer in enumerate(layers) if type(layer) is not MLP), default=0)
 
-    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
+    def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
         if not self.recompute or not self.training or not torch.is_grad_enabled() or context.cache is not None:
-            return self._run(stream_TD, context)
+            return self._run(stream_TD, context, wanted_N)
         out = checkpoint(
             self._run,
             stream_TD,
             context,
+            wanted_N,
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), _untold(context.trace)),
         )
         assert isinstance(out, Tensor)
         return out
 
-    def _run(self, stream_TD: Tensor, context: Context) -> Tensor:
-        for layer in self.layers:
-            stream_TD = layer(stream_TD, context)
+    def _run(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            if i != self.mixing or wanted_N is None:
+                stream_TD = layer(stream_TD, context)
+            else:  # from here on every token is by itself
+                stream_TD, context = layer(stream_TD, context, wanted_N), context.at(wanted_N)
         return stream_TD
 
 
@@ -261,9 +266,10 @@ def recompute(model: nn.Module, on: bool = True) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile what every token does by itself, in place; parameters keep their names, and one graph serves packs of any layout.
+    """Compile what every token does by itself (MLPs, queries, keys and values), in place.
 
-    Not whole blocks: how a pack is attended goes by its lists of spans, so that each new layout would be compiled again.
+    Parameters keep their names, and one graph serves packs of any layout. Not whole blocks: how a pack is attended goes by its
+    lists of spans, so that each new layout would be compiled again.
 
     Raises:
         ConfigError: there is no C++ compiler, which torch.compile needs.
@@ -281,8 +287,11 @@ def compile_blocks(model: nn.Module) -> None:
                 f"compile: torch.compile needs a C++ compiler; install g++, or do not compile ({error})"
             ) from error
         for module in model.modules():
+            if isinstance(module, Attention):
+                module.compiled = True
             if isinstance(module, Sublayer) and type(module.layer) is MLP:
-                module.body.compile(dynamic=True)
+                # with its norm and its sum, unless something is dropped: the compiler would draw other numbers
+                (module.body if module.dropout or module.drop_path else module).compile(dynamic=True)
 
 
 class Crossing(NamedTuple):
@@ -356,8 +365,12 @@ class Transformer(nn.Module):
         backend: Backend = "auto",
         crossing: Crossing | None = None,
         trace: Trace | None = None,
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
         """States (T, D) of a packed stream; places (T, 3) in steps. A trace collects what every attention layer does.
+
+        wanted_N: the rows whose states (N, D) are given instead, in this order; what follows the last layer that mixes tokens is
+        computed for them alone, which spares a picture that is classified almost the whole last MLP.
 
         Raises:
             ShapeError: stream, places and layout disagree.
@@ -378,8 +391,10 @@ class Transformer(nn.Module):
         context = Context(layout, plan, self.turns(position_TA), cache=cache, trace=trace, fresh=fresh)
         if crossing is not None:
             context.memory_MD, context.memory_turns, context.crossing = crossing
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             stream_TD = block(stream_TD, context)
+        stream_TD = last(stream_TD, context, wanted_N)
         return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
     def turns(self, position_TA: Tensor) -> Callable[[int], Tensor | None]:

@@ -6,7 +6,7 @@
 The blocks, the stream, the tasks and the heads are those of the single core; only the core's declaration differs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -106,9 +106,10 @@ class TwoCores(nn.Module):
         cache: Cache | None = None,
         backend: Backend = "auto",
         trace: Trace | None = None,
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
         """States (T, D) of a packed stream, read and written rows in their places; with a cache that holds a prompt, of one
-        newly written token a sample.
+        newly written token a sample. wanted_N: the rows whose states (N, D) are given instead.
 
         Raises:
             StreamError: more to read after the prompt; a reader reads all at once.
@@ -125,7 +126,7 @@ class TwoCores(nn.Module):
             there = _without_empty(read)
             memory_MD = self.reader(stream_TD[read_rows], position_TA[read_rows], there, backend=backend, trace=trace)
         if not len(written_rows):
-            return memory_MD
+            return memory_MD if wanted_N is None else memory_MD[wanted_N]
         places = layout.places[written_rows]
         order_T = places.order - reads[places.sample.long()].to(places.order.dtype)
         written = Layout(
@@ -158,7 +159,8 @@ class TwoCores(nn.Module):
             crossing=crossing,
             trace=trace,
         )
-        return state_TD.index_copy(0, read_rows, memory_MD).index_copy(0, written_rows, states)
+        state_TD = state_TD.index_copy(0, read_rows, memory_MD).index_copy(0, written_rows, states)
+        return state_TD if wanted_N is None else state_TD[wanted_N]
 
     def _step(
         self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, cache: Cache, trace: Trace | None
@@ -174,8 +176,12 @@ class TwoCores(nn.Module):
 
 
 def _without_empty(layout: Layout) -> Layout:
-    """Samples that lack this half are no samples of it: kernels see only shapes with tokens."""
-    return Layout(tuple(span for span in layout.spans if span.total), layout.places)
+    """Samples that lack this half are no samples of it: kernels see only shapes with tokens, and numbers have no gaps."""
+    spans, sample_T = tuple(span for span in layout.spans if span.total), layout.places.sample
+    if len(spans) == len(layout.spans):
+        return layout
+    number_T = (sample_T.diff(prepend=sample_T[:1]) != 0).cumsum(0).to(sample_T.dtype)
+    return Layout(spans, replace(layout.places, sample=number_T))
 
 
 def _origins(position_TA: Tensor, written: Layout) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.cross_entropy import linear_cross_entropy
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
@@ -195,6 +196,13 @@ class Classify(Head):
             return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1).sum()
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
 
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        if target.is_floating_point() or not _own(self, Classify):
+            return super().state_loss(readout, state_ND, lengths, target, target_lengths)
+        return linear_cross_entropy(readout.linear, state_ND, target, self.label_smoothing)
+
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point():
             return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1)
@@ -218,6 +226,11 @@ class Classify(Head):
                 best = next(iter(by_name))
                 answers.append(Prediction(best, by_name[best], by_name))
         return answers
+
+
+def _own(head: Head, kind: type[Head]) -> bool:
+    """Whether logits and loss are those of this class, and not what somebody derived from it."""
+    return type(head).loss is kind.loss and type(head).logits is kind.logits
 
 
 def one_class(c: int, tokenizer: Tokenizer) -> Tokens:
@@ -260,6 +273,13 @@ class NextToken(Head):
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        if not _own(self, NextToken):
+            return super().state_loss(readout, state_ND, lengths, target, target_lengths)
+        return linear_cross_entropy(readout.linear, state_ND, target, self.label_smoothing)
 
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")

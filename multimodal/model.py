@@ -145,28 +145,30 @@ class Model(nn.Module):
         cache: Cache | None = None,
         backend: Backend = "auto",
         trace: Trace | None = None,
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
-        """States (T, D) of a packed stream; a trace collects what every attention layer does."""
-        return self.core(
-            self.rows(stream), stream.position_TA, stream.layout, cache=cache, backend=backend, trace=trace
-        )
+        """States (T, D) of a packed stream, or (N, D) of wanted rows alone; a trace collects what every attention layer does."""
+        options = {"cache": cache, "backend": backend, "trace": trace, "wanted_N": wanted_N}
+        return self.core(self.rows(stream), stream.position_TA, stream.layout, **options)
 
     def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Logits (rows, V) by task, in the order of `stream.readings`."""
-        state_TD = self(stream, backend=backend)
+        wanted_N, readings = stream.narrowed()
+        state_TD = self(stream, backend=backend, wanted_N=wanted_N)
         return {
             pattern: self.packer.head(pattern).logits(
                 self.readout(pattern), state_TD[r.row_N], r.lengths, **r.memory(state_TD)
             )
-            for pattern, r in stream.readings.items()
+            for pattern, r in readings.items()
         }
 
     def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
         """Sum of the losses over all real targets, by task; their number is `stream.readings[task].count`."""
         sums = {}
         trace = Trace() if self.training and self.chooses else None
-        state_TD = self(stream, backend=backend, trace=trace)
-        for pattern, r in stream.readings.items():
+        wanted_N, readings = stream.narrowed() if trace is None else (None, stream.readings)
+        state_TD = self(stream, backend=backend, trace=trace, wanted_N=wanted_N)
+        for pattern, r in readings.items():
             if r.target is None:
                 raise StreamError(
                     f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"

@@ -108,6 +108,7 @@ class Packer:
                 )
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern] = pattern
+        self._opening = {pattern: self._queries(pattern) for pattern in self.tasks}
 
     def head(self, pattern: str) -> Head:
         head = self.tasks[pattern].head
@@ -120,6 +121,13 @@ class Packer:
         sides = fields.sides.values() if fields.pair else [[fields.writes]]
         kinds = "__".join("_".join(field.kind for field in side) for side in sides)
         return f"{kinds}_{type(self.head(pattern)).__name__}"
+
+    def _queries(self, pattern: str) -> _Segment:
+        """The learned tokens that open what is written: the same in every sample."""
+        with torch.device("cpu"):  # where samples are, also of a model that is made without memory
+            time_N = torch.arange(self.head(pattern).queries)
+            tokens = Tokens(time_N, at_times(time_N))
+        return _Segment("head:" + self.head_key(pattern), tokens, (1.0, 1.0, 1.0), False)
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
         """Raises a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
@@ -210,8 +218,7 @@ class Packer:
             read, key_N = _of_kind(segments, pattern.writes.kind)
             pointed_N = key_N[:0]
         if head.queries and not head.hides:
-            query = Tokens(torch.arange(head.queries), at_times(torch.arange(head.queries)))
-            segments.append(_Segment("head:" + self.head_key(pattern_text), query, (1.0, 1.0, 1.0), False))
+            segments.append(self._opening[pattern_text])
         target = None
         if answers:
             kind, where = pattern.writes.kind, f"{name} of task {pattern_text!r}"

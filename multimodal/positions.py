@@ -28,10 +28,16 @@ def rotary_turns(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Te
 
 
 def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six."""
+    """Turn the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six.
+
+    The compiler makes one pass of anything but has no code for complex numbers: it is given turns as reals, (T, 1, K/2, 2).
+    """
     x_THK = x_THK if x_THK.dtype == torch.float64 else x_THK.float()
-    pairs = torch.view_as_complex(x_THK.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+    pairs = x_THK.unflatten(-1, (-1, 2))
+    if not turns.is_complex():
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
 
 
 def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:

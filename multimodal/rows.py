@@ -52,7 +52,7 @@ class EachRow(Head):
         return readout.linear(state_ND)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        kept = logits[last_rows(lengths, target_lengths).to(logits.device)].float()
+        kept = logits[last_rows(lengths, target_lengths).to(logits.device, non_blocking=True)].float()
         if target.is_floating_point():  # mean over bits, so that its size is that of a single decision
             return F.binary_cross_entropy_with_logits(kept, target, reduction="none").mean(-1).sum()
         return F.cross_entropy(kept, target, reduction="sum")

@@ -5,10 +5,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from multimodal.attention import Layout
 from multimodal.heads import Head, Memory
+from multimodal.masks import Places
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokens
 
@@ -86,17 +88,31 @@ class Stream:
     def samples(self) -> int:
         return len(self.layout.spans)
 
-    def to(self, device) -> "Stream":
-        """The same stream on a device; copies do not wait where memory is pinned."""
+    def narrowed(self) -> tuple[Tensor | None, dict[str, Reading]]:
+        """The rows (N,) that heads read, and what they read of those rows alone; None: more than half, so all as they lie."""
+        parts = [row_N for r in self.readings.values() for row_N in (r.row_N, r.key_N) if row_N is not None]
+        if not parts or 2 * sum(map(len, parts)) > len(self):
+            return None, self.readings
+        wanted_N = torch.cat(parts)
+        lies = iter(torch.arange(len(wanted_N), device=wanted_N.device).split([len(row_N) for row_N in parts]))
+        return wanted_N, {
+            pattern: dataclasses.replace(r, row_N=next(lies), key_N=None if r.key_N is None else next(lies))
+            for pattern, r in self.readings.items()
+        }
+
+    def to(self, device: str | torch.device) -> "Stream":
+        """The same stream on a device; the host does not wait for the copies."""
+        # copies from pinned memory alone are left to the device; torch keeps pinned memory for the next stream
+        pinned = torch.device(device).type == "cuda"
 
         def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+            return (x.pin_memory() if pinned and x.device.type == "cpu" else x).to(device, non_blocking=True)
 
         return Stream(
             content={kind: move(x) for kind, x in self.content.items()},
             order_T=None if self.order_T is None else move(self.order_T),
             position_TA=move(self.position_TA),
-            layout=Layout(self.layout.spans, self.layout.places.to(device)),
+            layout=Layout(self.layout.spans, Places(**{name: move(x) for name, x in vars(self.layout.places).items()})),
             readings={
                 pattern: dataclasses.replace(
                     r, **{name: move(x) for name, x in vars(r).items() if isinstance(x, Tensor)}

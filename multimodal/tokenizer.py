@@ -5,6 +5,7 @@
 `encode` is pure and runs in data workers; `embed` makes the learnable half, which runs on the device once for all values of a kind.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -118,26 +119,27 @@ class Tokenizer(Declared, ABC):
                 raise MediaError(
                     f"{name}.encode: {part} is {describe(tensor)}, wanted a tensor with a row for each token"
                 )
-        if len(tokens) == 0:
+        count = len(tokens)
+        if count == 0:
             raise MediaError(
                 f"{name}.encode: {describe(value)} gave no tokens; to leave a field out of a sample, give None"
             )
-        if len(tokens) > self.max_tokens:
+        if count > self.max_tokens:
             raise MediaError(
-                f"{name}.encode: {describe(value)} gave {len(tokens)} tokens, more than max_tokens={self.max_tokens}; "
+                f"{name}.encode: {describe(value)} gave {count} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
-        if position_NA.shape != (len(tokens), 3) or position_NA.dtype != torch.float32:
+        if position_NA.shape != (count, 3) or position_NA.dtype != torch.float32:
             raise MediaError(
                 f"{name}.encode: position is {position_NA.dtype} {tuple(position_NA.shape)}, "
-                f"wanted float32 ({len(tokens)}, 3): time, row, column"
+                f"wanted float32 ({count}, 3): time, row, column"
             )
         if self.vocab_size is not None:
             if content.dim() != 1 or content.dtype != torch.int64:
                 raise MediaError(
                     f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, wanted ids: int64 (N,)"
                 )
-            low, high = int(content.min()), int(content.max())
+            low, high = (int(x) for x in content.aminmax())
             if low < 0 or high >= self.vocab_size:
                 raise MediaError(f"{name}.encode: ids run from {low} to {high}, outside 0..{self.vocab_size - 1}")
         else:
@@ -146,11 +148,11 @@ class Tokenizer(Declared, ABC):
                     f"{name}.encode: content is {content.dtype} {tuple(content.shape)}, "
                     f"wanted features: float32 (N, {self.feature_size})"
                 )
-            if not torch.isfinite(content).all():
+            if not _finite(content):
                 raise MediaError(
                     f"{name}.encode: {describe(value)} gave features that are not finite (NaN or infinity)"
                 )
-        if not torch.isfinite(position_NA).all():
+        if not _finite(position_NA):
             raise MediaError(f"{name}.encode: {describe(value)} gave places that are not finite")
         return tokens
 
@@ -161,6 +163,11 @@ class Tokenizer(Declared, ABC):
     def places(self, count: int) -> Tensor:
         """Places (count, 3) of the first tokens of a value that is being written; must agree with `encode`."""
         return at_times(torch.arange(count, dtype=torch.float32))
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all numbers are. A sum is finite only if they are, and is had faster; that of large ones may overflow."""
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def describe(value: Any) -> str:

@@ -1,6 +1,12 @@
-"""Shared fixtures: one thread, a fixed seed, small layouts, models and samples."""
+"""Shared fixtures: one thread, a fixed seed, small layouts, models and samples, programs that start at once."""
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +18,7 @@ from multimodal.masks import Places
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,3 +105,52 @@ def lively() -> Callable[[mm.Model], mm.Model]:
         return model.eval()
 
     return enlarge
+
+
+def found_by(ranks: int) -> list[dict[str, str]]:
+    """The variables by which so many processes find each other, as torchrun sets them; none for one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] if ranks > 1 else [{}]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """program("examples/x.py", "--steps", "3", cwd=folder, ranks=2) -> what the first process said on stdout.
+
+    In processes of their own, whose large libraries are imported already (tests/programs/forking.py).
+
+    Raises:
+        AssertionError: what all said, if one did not end well.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tokenizers"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "programs" / "forking.py")],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    jobs, answers = server.stdin, server.stdout
+    assert jobs is not None
+    assert answers is not None
+
+    def run(*argv: object, cwd: Path = ROOT, ranks: int = 1, seconds: float = 300, **variables: str) -> str:
+        said = tmp_path_factory.mktemp("said")
+        each = [found | variables for found in found_by(ranks)]
+        words = [str(ROOT / str(word)) if i == 0 and word != "-m" else str(word) for i, word in enumerate(argv)]
+        job = {"argv": words, "cwd": str(cwd), "ranks": each, "said": str(said), "seconds": seconds}
+        print(json.dumps(job), file=jobs, flush=True)
+        codes = json.loads(answers.readline())
+        all_said = [path.read_text(encoding="utf-8") for path in sorted(said.iterdir())]
+        assert codes == [0] * ranks, f"exit codes {codes}\n{''.join(all_said)}"
+        return (said / "0.out").read_text(encoding="utf-8")
+
+    with server:  # closes its stdin, and so ends it
+        yield run

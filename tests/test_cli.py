@@ -286,27 +286,27 @@ def test_runs_are_compared(say, refused, home, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does_and_go_on_after_a_kill(tmp_path, home) -> None:
+def test_two_processes_train_what_one_does_and_go_on_after_a_kill(tmp_path, home, program) -> None:
     """The launcher and with it both processes are killed; the same command ends with the bits of a run that was left alone."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     settings = [f"--set={setting}" for setting in ("steps=12", "batch=8", "checkpoint_every=2", "lr=1e-2")]
 
-    def start(name: str, *options: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "multimodal", "train", "drawn.py", *settings, "--folder", str(tmp_path / name)]
+    def train(name: str) -> list[str]:
+        return ["-m", "multimodal", "train", "drawn.py", *settings, "--folder", str(tmp_path / name)]
+
+    def launch(name: str) -> subprocess.Popen:
+        command = [sys.executable, *train(name), "--processes", "2"]
         return subprocess.Popen(
-            [*command, *options], cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def losses(name: str) -> list[float]:
         rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
         return [row["loss"] for row in rows if "loss" in row]
 
-    whole = start("whole", "--processes", "2")
-    out, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, out
-    assert "2 processes" in out
-    assert out.count("loss    ") == 1  # only one of them speaks
-    cut = start("cut", "--processes", "2")
+    program(*train("whole"), cwd=home, ranks=2)
+    program(*train("alone"), cwd=home)
+    cut = launch("cut")
     until = time.monotonic() + 300
     while not list((tmp_path / "cut" / "checkpoints").glob("step-*[0-9]")):
         assert time.monotonic() < until
@@ -314,16 +314,15 @@ def test_two_processes_train_what_one_does_and_go_on_after_a_kill(tmp_path, home
         time.sleep(0.02)
     cut.kill()
     cut.communicate(timeout=100)  # ends when the last process has closed its end
-    again = start("cut", "--processes", "2")
+    again = launch("cut")
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
     assert "resuming at step" in out
+    assert "2 processes" in out
+    assert out.count("loss    ") == 1  # only one of them speaks
     assert losses("cut") == losses("whole")
     one, other = ((tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in ("cut", "whole"))
     assert one == other
-    alone = start("alone")
-    out, _ = alone.communicate(timeout=300)
-    assert alone.returncode == 0, out
     assert losses("alone") == pytest.approx(losses("whole"), abs=1e-5)
 
 

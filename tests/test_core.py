@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import multimodal as mm
-from multimodal.core import Transformer
+from multimodal.attention import ALiBi, Cosine, Gumbel, Layout, plan_attention
+from multimodal.core import Transformer, recompute
+from multimodal.layers import MLP, Context, Gated, Recurrent, SelfAttention
+from multimodal.masks import PREFIX_LM, Window
 from multimodal.shapes import ConfigError, ShapeError
 
 PRESETS = {  # millions of parameters that each one's docstring promises
@@ -181,6 +184,90 @@ def test_the_whole_core_is_the_plain_mathematics(lay, kv_heads, backend):
     torch.testing.assert_close(mine.double(), other, atol=2e-5, rtol=1e-4)
 
 
+BLOCKS = {
+    "as it comes": (SelfAttention(), MLP()),
+    "nothing after attention": (MLP(), SelfAttention()),
+    "two MLPs": (SelfAttention(), MLP(merge=Gated()), MLP()),
+    "recurrent": (SelfAttention(), MLP(), Recurrent(), MLP()),
+    "nothing mixes": (MLP(),),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_wanted_rows_are_rows_of_the_whole(lay, block, again):
+    """States of some rows, in the order asked for, and every gradient; what is dropped is drawn sample by sample in both."""
+    torch.manual_seed(0)
+    core = enlarged(mm.Core(width=16, depth=2, heads=2, drop_path=0.5, block=block).build()).double().train()
+    recompute(core, again)
+    layout = lay([[(5, True), (2, False)], [(3, False)], [(4, True)]])
+    stream_TD, position_TA = torch.randn(14, 16, dtype=torch.float64).requires_grad_(), torch.rand(14, 3) * 4
+    wanted_N = torch.tensor([13, 6, 5, 8])
+
+    def states(**options: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        state_ND = core(stream_TD, position_TA, layout, **options)
+        if not options:
+            state_ND = state_ND[wanted_N]
+        weights = [p for p in core.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(state_ND.pow(3).sum(), [stream_TD, *weights], materialize_grads=True)
+        return state_ND, *grads
+
+    for mine, other in zip(states(wanted_N=wanted_N), states(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-10)
+
+
+RULES = {
+    "default": {},
+    "window": {"mask": PREFIX_LM & Window(3)},  # of the long samples in blocks, so all rows ask
+    "wide window": {"mask": PREFIX_LM & Window(9)},
+    "prior": {"prior": ALiBi(), "kv_heads": 1, "score": Cosine()},
+    "what reads by chance": {"read": Gumbel(0.5)},
+}
+ASKING = {  # of samples of 12, 12, 12, 6 and 6 tokens, the rows wanted, and whether these alone ask
+    "the last of each": ([11, 23, 35, 41, 47], True),
+    "two of each": ([3, 11, 15, 23, 27, 35, 37, 40, 43, 46], True),
+    "not of each": ([11, 23, 41, 47], False),
+    "not as far": ([11, 22, 35, 41, 47], False),
+    "not in order": ([23, 11, 35, 41, 47], False),
+    "too many to be worth it": ([*range(8, 12), *range(20, 24), *range(32, 36), 41, 47], False),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("asking", ASKING)
+@pytest.mark.parametrize("free", [0, 7, 12], ids=["causal", "prefix", "free"])
+def test_in_the_last_attention_wanted_rows_alone_ask(lay, rule, asking, free):
+    """States and gradients are those of all rows; the output projection tells how many rows there were."""
+    torch.manual_seed(0)
+    core = enlarged(mm.Core(width=16, depth=2, heads=2, **RULES[rule]).build()).double().train()
+    parts = [[(free, True), (12 - free, False)]] * 3 + [[(min(free, 5), True), (6 - min(free, 5), False)]] * 2
+    layout = lay([[(n, own) for n, own in sample if n] for sample in parts])
+    stream_TD, position_TA = torch.randn(48, 16, dtype=torch.float64).requires_grad_(), torch.rand(48, 3) * 4
+    rows, alone = ASKING[asking]
+    wanted_N, counts = torch.tensor(rows), []
+    core.blocks[1].layers[0].body.attention.out.register_forward_hook(lambda _, given, out: counts.append(len(out)))
+
+    def states(**options: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        state_ND = core(stream_TD, position_TA, layout, **options)
+        state_ND = state_ND if options else state_ND[wanted_N]
+        return state_ND, *torch.autograd.grad(state_ND.pow(3).sum(), [stream_TD, *core.parameters()])
+
+    for mine, other in zip(states(wanted_N=wanted_N), states(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-9)
+    assert counts == [len(rows) if alone and rule not in ("window", "what reads by chance") else 48, 48]
+
+
+def test_the_last_mlp_is_computed_for_wanted_rows_alone(lay):
+    core = mm.Core(width=16, depth=3, heads=2).build()
+    layout, rows = lay([[(9, True), (1, False)]]), []
+    for block in core.blocks:
+        block.layers[1].body.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    core(torch.randn(10, 16), torch.zeros(10, 3), layout, wanted_N=torch.tensor([9]))
+    assert rows == [10, 10, 1]
+
+
 def test_first_weights_follow_the_seed_and_nothing_else(core, tokenizers):
     def weights(seed: int) -> dict[str, Tensor]:
         return mm.Model({"text": tokenizers["text"]}, core, ["text -> text"], seed=seed).state_dict()
@@ -220,6 +307,10 @@ def test_dropout_and_drop_path_are_off_in_evaluation(lay):
         assert not torch.equal(dropping(stream_TD, position_TA, layout), expected)
 
 
+def context_of(layout: Layout) -> Context:
+    return Context(layout, plan_attention(PREFIX_LM, layout), lambda width: None)
+
+
 def test_drop_path_skips_a_block_for_whole_samples_and_keeps_the_mean(lay):
     counts = [3, 1, 4, 2] * 50
     layout = lay([[(n, True)] for n in counts])
@@ -228,7 +319,7 @@ def test_drop_path_skips_a_block_for_whole_samples_and_keeps_the_mean(lay):
     assert block.drop_path == 0.25
     kept = torch.zeros(len(counts))
     for _ in range(20):
-        factor_TD = block._drop(torch.ones(len(sample_T), 8), sample_T)
+        factor_TD = block._drop(torch.ones(len(sample_T), 8), context_of(layout))
         for sample in range(len(counts)):
             mine = factor_TD[sample_T == sample]
             assert (mine == mine[0, 0]).all()
@@ -244,9 +335,9 @@ def test_drop_path_rises_linearly_to_the_last_block():
     assert [block.layers[1].drop_path for block in blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_dropout_keeps_the_mean():
+def test_dropout_keeps_the_mean(lay):
     block = mm.Core(width=8, depth=1, heads=1, dropout=0.3).build().blocks[0].layers[1].train()
-    out = block._drop(torch.ones(2000, 8), torch.zeros(2000, dtype=torch.int32))
+    out = block._drop(torch.ones(2000, 8), context_of(lay([[(2000, True)]])))
     assert float((out == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
     torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / 0.7))
 
@@ -256,7 +347,6 @@ def test_a_core_survives_json_with_its_mask_and_score():
 
     from multimodal.attention import Cosine
     from multimodal.declare import declaration, rebuild
-    from multimodal.masks import PREFIX_LM
 
     core = mm.Core.tiny().replace(mask=PREFIX_LM & mm.Window(9), score=Cosine(4.0), rotary_split=(1, 1, 2))
     assert rebuild(json.loads(json.dumps(declaration(core)))) == core

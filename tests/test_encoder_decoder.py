@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from multimodal.attention import (
 )
 from multimodal.core import Block
 from multimodal.encoder_decoder import TwoCores
+from multimodal.layers import Context, Sublayer
 from multimodal.masks import PREFIX_LM, Places
 from multimodal.positions import rotary_frequencies, rotary_turns
 from multimodal.shapes import ConfigError, StreamError
@@ -451,3 +453,31 @@ def test_every_weight_learns(make):
     model.loss(model.packer(PACK)).backward()
     silent = [n for n, p in model.core.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert silent == []
+
+
+@pytest.mark.parametrize("part", ["reader", "writer"])
+def test_drop_path_leaves_out_whole_samples_where_some_lack_a_half(make, part, monkeypatch):
+    model = make().train()
+    for sublayer in getattr(model.core, part).sublayers():
+        sublayer.drop_path = 0.5
+    stream = model.packer(PACK)
+    sizes = [s.read if part == "reader" else s.total - s.read for s in stream.layout.spans]
+    assert 0 in sizes
+    factors: list[Tensor] = []
+    drop = Sublayer._drop
+
+    def told(self: Sublayer, update_TD: Tensor, context: Context) -> Tensor:
+        if self.drop_path:
+            factors.append(drop(self, torch.ones_like(update_TD), context)[:, 0])
+        return drop(self, update_TD, context)
+
+    monkeypatch.setattr(Sublayer, "_drop", told)
+    torch.manual_seed(0)
+    for _ in range(8):
+        model.loss(stream).backward()
+    for factor_T in factors:
+        assert all(len(set(mine.tolist())) <= 1 for mine in factor_T.split(sizes))
+    lying = [start for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False) if size]
+    drawn = torch.stack(factors)[:, lying]  # one column a sample that has this half
+    assert set(drawn.flatten().tolist()) == {0.0, 2.0}
+    assert len({tuple(column.tolist()) for column in drawn.T}) == len(lying)  # each sample has a draw of its own

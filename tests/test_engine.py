@@ -13,6 +13,7 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.attention import Cache, Cosine, Layout, Span
+from multimodal.attention.kept import StepPlan
 from multimodal.masks import PREFIX_LM, Chunked, Places
 from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokens, at_times
@@ -512,9 +513,14 @@ def test_what_cannot_be_read_before_is_refused(make):
 
 
 def whole_and_parts(
-    lay, core: mm.Core, totals: Sequence[int], parts: Sequence[Sequence[int]], lively_std: float = 0.3
+    lay,
+    core: mm.Core,
+    totals: Sequence[int],
+    parts: Sequence[Sequence[int]],
+    lively_std: float = 0.3,
+    rows_of: Sequence[int] = (2, 0, 3, 1),
 ) -> tuple[Tensor, Tensor]:
-    """States of causal samples: read at once, and part by part through a cache whose rows are in another order."""
+    """States of causal samples: read at once, and part by part through a cache, by default with its rows in another order."""
     module = core.build().eval()
     with torch.no_grad():
         for weight in module.parameters():
@@ -523,7 +529,7 @@ def whole_and_parts(
     layout = lay([[(n, False)] for n in totals])
     stream_TD, position_TA = torch.randn(sum(totals), core.width), torch.randn(sum(totals), 3) * 5
     starts = [sum(totals[:i]) for i in range(len(totals))]
-    rows_of = [2, 0, 3, 1][: len(totals)]
+    rows_of = rows_of[: len(totals)]
     cache = core.cache(rows=4, capacity=max(totals))
     out_TD = torch.full_like(stream_TD, math.nan)
     done = [0] * len(totals)
@@ -545,6 +551,27 @@ def test_many_new_tokens_after_a_cached_prompt_are_the_whole_pass(lay, core):
         lay, CORES[core], [9, 14, 6, 11], [[2, 5, 1, 3], [1, 7, 3, 2], [4, 1, 1, 4], [1, 1, 1, 1], [1, 0, 0, 1]]
     )
     torch.testing.assert_close(out_TD, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("core", ONE_CORE)
+@pytest.mark.parametrize(
+    "prompts", [[5, 5, 5, 5], [5, 2, 4, 1], [3, 3, 3, 9]], ids=["equal", "all differ", "one differs"]
+)
+def test_one_new_token_in_every_row_is_the_whole_pass(lay, monkeypatch, core, prompts):
+    """Rows of equal length need no mask under the default rule; under another, or if one row differs, there is one."""
+    masked: list[bool] = []
+    attend = StepPlan.attend
+
+    def told(self, *args):
+        masked.append(self.pairs.allowed is not None)
+        return attend(self, *args)
+
+    monkeypatch.setattr(StepPlan, "attend", told)
+    totals = [n + 7 for n in prompts]
+    out_TD, expected = whole_and_parts(lay, CORES[core], totals, [prompts, *[[1] * 4] * 7], rows_of=range(4))
+    torch.testing.assert_close(out_TD, expected, atol=1e-5, rtol=1e-4)
+    assert set(masked) == {core == "window" or len(set(prompts)) > 1}
+    assert len(masked) == 7 * CORES[core].depth
 
 
 def test_new_tokens_that_the_cached_ones_should_have_seen_are_refused(lay):

@@ -2,8 +2,8 @@
 
 import ast
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,12 @@ from multimodal.conformance import tokenizer_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "examples" / "new_tokenizer.py"
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])
 
 
-def _run(folder: Path, *arguments: str, data: Path | None = None) -> str:
-    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "MULTIMODAL_DATA": str(data or folder)}
-    command = [sys.executable, "-W", "error::UserWarning", str(SOURCE), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(program, tmp_path) -> Callable[..., str]:
+    """run("--steps", "3"): the example in a process of its own, in an empty folder."""
+    return lambda *arguments, data=tmp_path: program(SOURCE, *arguments, cwd=tmp_path, MULTIMODAL_DATA=str(data))
 
 
 def _accuracy(out: str, name: str) -> tuple[float, float]:
@@ -79,8 +76,8 @@ def test_bad_series_are_refused_by_name(example, value):
         example.Series((0.0, 0.0), (1.0, 1.0))(value)
 
 
-def test_without_the_archive_it_learns_made_up_tones(tmp_path):
-    out = _run(tmp_path, "--steps", "150")
+def test_without_the_archive_it_learns_made_up_tones(tmp_path, run):
+    out = run("--steps", "75")
     right, commonest = _accuracy(out, "tones")
     assert commonest == 25.0
     assert right > 40, out
@@ -88,11 +85,11 @@ def test_without_the_archive_it_learns_made_up_tones(tmp_path):
     assert (tmp_path / "runs" / "new_tokenizer" / "config.json").is_file()
 
 
-def test_it_learns_the_official_split_of_the_archive(tmp_path):
+def test_it_learns_the_official_split_of_the_archive(tmp_path, run):
     data = Path(os.environ.get("MULTIMODAL_DATA", ROOT.parent / "shared" / "data"))
     if not (data / "timeseries.npz").is_file():
         pytest.skip("no timeseries.npz in the folder of MULTIMODAL_DATA")
-    out = _run(tmp_path, "--steps", "60", data=data)
+    out = run("--steps", "60", data=data)
     right, commonest = _accuracy(out, "JapaneseVowels")
     assert commonest == 23.8
     assert right > 80, out

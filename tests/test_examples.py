@@ -3,9 +3,8 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,10 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MULTIMODAL_DATA", ROOT.parent / "shared" / "data"))
 
 
-def run(tmp_path: Path, *command: str) -> str:
-    """A program of examples/ in a process of its own, in an empty folder."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    program = [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / command[0]), *command[1:]]
-    done = subprocess.run(
-        program, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(program, tmp_path) -> Callable[..., str]:
+    """run("x.py", ...): a program of examples/ in a process of its own, in an empty folder."""
+    return lambda name, *arguments: program(f"examples/{name}", *arguments, cwd=tmp_path)
 
 
 def needs(name: str) -> Path:
@@ -37,8 +27,8 @@ def needs(name: str) -> Path:
     return DATA / name
 
 
-def test_digits_learn_and_leave_pictures(tmp_path):
-    out = run(tmp_path, "train_image_classifier.py", "--steps", "150")
+def test_digits_learn_and_leave_pictures(tmp_path, run):
+    out = run("train_image_classifier.py", "--steps", "150")
     accuracy = float(out.split("test accuracy ")[1].split("%")[0])
     assert accuracy > 60, out  # chance is 10
     assert "multimodal predict" in out
@@ -49,7 +39,7 @@ def test_digits_learn_and_leave_pictures(tmp_path):
     assert {p.name for p in (folder / "model").iterdir()} >= {"config.json", "weights.safetensors"}
 
 
-def test_a_folder_of_photographs_of_many_shapes(tmp_path):
+def test_a_folder_of_photographs_of_many_shapes(tmp_path, run):
     random = np.random.default_rng(0)
     for name, level in (("dark", 60), ("light", 200)):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -57,18 +47,18 @@ def test_a_folder_of_photographs_of_many_shapes(tmp_path):
             shape = (*random.integers(20, 70, 2), 3)
             pixels = np.clip(random.normal(level, 30, shape), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-    out = run(tmp_path, "train_image_classifier.py", "--data", "folder", "photos", "--steps", "12", "--folder", "run")
+    out = run("train_image_classifier.py", "--data", "folder", "photos", "--steps", "12", "--folder", "run")
     assert "on 4 pictures" in out
 
 
-def test_a_folder_without_classes_is_refused_by_name(tmp_path):
+def test_a_folder_without_classes_is_refused_by_name(tmp_path, run):
     (tmp_path / "photos").mkdir()
     with pytest.raises(AssertionError, match=r"error: --data folder: .*photos.* must hold a sub-folder"):
-        run(tmp_path, "train_image_classifier.py", "--data", "folder", "photos")
+        run("train_image_classifier.py", "--data", "folder", "photos")
 
 
 @pytest.mark.slow
-def test_clothing_photographs_train_at_their_own_size(tmp_path):
+def test_clothing_photographs_train_at_their_own_size(tmp_path, run):
     sizes = set()
     with zipfile.ZipFile(needs("clothing.zip")) as archive:
         rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf8").split("\n") if line]
@@ -79,30 +69,27 @@ def test_clothing_photographs_train_at_their_own_size(tmp_path):
             sizes.add(Image.open(io.BytesIO(data)).size)
             (part / Path(row["file"]).name).write_bytes(data)
     assert len(sizes) > 5
-    out = run(tmp_path, "train_image_classifier.py", "--data", "folder", "photos", "--steps", "4", "--folder", "run")
+    out = run("train_image_classifier.py", "--data", "folder", "photos", "--steps", "4", "--folder", "run")
     assert "on 12 pictures" in out
 
 
-def test_the_cifar_reader_takes_the_validation_list(tmp_path):
+def test_the_cifar_reader_takes_the_validation_list(tmp_path, run):
     needs("cifar10_train.npz")
-    out = run(
-        tmp_path, "train_image_classifier.py", "--data", "cifar10", "--root", str(DATA), "--steps", "1", "--check", "40"
-    )
+    out = run("train_image_classifier.py", "--data", "cifar10", "--root", str(DATA), "--steps", "1", "--check", "40")
     assert "on 40 pictures" in out
 
 
-def test_cross_modal_demo_runs_to_its_table(tmp_path):
-    out = run(tmp_path, "cross_modal_demo.py", "--steps", "4", "--workers", "0")
+def test_cross_modal_demo_runs_to_its_table(tmp_path, run):
+    out = run("cross_modal_demo.py", "--steps", "4", "--workers", "0")
     for row in ("unseen pictures", "unseen synthetic voices", "sums", "picture left out", "sound left out"):
         assert row in out
     assert (tmp_path / "runs" / "cross_modal" / "answers.png").is_file()
 
 
 @pytest.mark.slow
-def test_cross_modal_demo_on_real_voices_with_a_speaker_held_out(tmp_path):
+def test_cross_modal_demo_on_real_voices_with_a_speaker_held_out(tmp_path, run):
     path = needs("fsdd.zip")
     out = run(
-        tmp_path,
         "cross_modal_demo.py",
         "--audio",
         "fsdd",
@@ -126,8 +113,8 @@ def test_the_recipe_trains_and_answers_on_the_command_line(tmp_path, monkeypatch
     assert "model " in capsys.readouterr().out
 
 
-def test_one_model_does_four_jobs(tmp_path):
-    out = run(tmp_path, "one_model_four_jobs.py", "--steps", "60", "--count", "20", "--share", "6", "--workers", "0")
+def test_one_model_does_four_jobs(tmp_path, run):
+    out = run("one_model_four_jobs.py", "--steps", "60", "--count", "20", "--share", "6", "--workers", "0")
     for name in ("image -> label", "audio -> heard:text", "audio -> text", "photo -> caption:text", "nearest picture"):
         assert f"{name}" in out
     label = float(out.split("image -> label")[1].split("%")[0])

@@ -514,6 +514,24 @@ def test_evaluate_is_a_count_by_hand(lively):
     assert found["loss"] == pytest.approx(loss / len(DATA), rel=1e-4)
 
 
+def test_evaluate_looks_once_at_what_is_answered_at_once(lively):
+    """Figures and order of the two calls that it stands for, though the packer sorts samples by length."""
+    model = lively(make(mm.Core(width=16, depth=2, heads=2)))
+    texts, labels = ["much longer", "a", "bc", "ten of them"], []
+    for i, answer in enumerate(model.predict(TASK, [{"text": text} for text in texts])):
+        labels.append(answer.value if i % 2 else next(name for name in answer.probability if name != answer.value))
+    samples = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    stream = model.pack(TASK, samples)
+    assert stream.readings[TASK].samples != (0, 1, 2, 3)
+    with model.resting():
+        loss = float(model.losses(stream)[TASK]) / 4
+    passes: list[int] = []
+    with model.core.register_forward_hook(lambda *_: passes.append(1)):
+        found = mm.evaluate(model, TASK, samples)
+    assert found == {"loss": loss, "exact": 0.5}
+    assert len(passes) == 1
+
+
 def test_evaluate_counts_written_tokens_for_the_loss_and_whole_answers_for_exact(lively):
     model = lively(make(mm.Core(width=16, depth=1, heads=2), tasks=["label -> text"]))
     samples = [{"label": "without", "text": t} for t in ("a", "much longer")]

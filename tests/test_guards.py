@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -27,7 +28,7 @@ LONGEST_MODULE = 450  # lines
 
 LAYERS = (
     {"shapes", "declare", "files"},
-    {"tokenizer", "masks", "positions", "norm", "media"},
+    {"tokenizer", "masks", "positions", "norm", "cross_entropy", "media"},
     {"attention"},
     {"layers", "mixture"},
     {"core", "encoder_decoder", "heads", "task"},
@@ -73,8 +74,9 @@ FRAMEWORK = dict(python_files("multimodal"))
 KINDS = dict(python_files("tokenizers/multimodal_tokenizers"))
 
 
-def imports(module: str, source: str, modules: set[str]) -> Iterator[tuple[int, str, str]]:
-    """(line, module imported, name taken from it or '') of every import that runs; `if TYPE_CHECKING:` does not."""
+@cache
+def imports_in(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """All that run; those under `if TYPE_CHECKING:` do not."""
     tree = ast.parse(source)
     unreal = {
         id(inner)
@@ -83,13 +85,18 @@ def imports(module: str, source: str, modules: set[str]) -> Iterator[tuple[int, 
         for statement in node.body
         for inner in ast.walk(statement)
     }
-    for node in ast.walk(tree):
-        if id(node) in unreal:
-            continue
+    return tuple(
+        node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in unreal
+    )
+
+
+def imports(module: str, source: str, modules: set[str]) -> Iterator[tuple[int, str, str]]:
+    """(line, module imported, name taken from it or '') of every import that runs."""
+    for node in imports_in(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name, ""
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 package = (

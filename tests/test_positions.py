@@ -126,3 +126,9 @@ def test_swapping_rows_and_columns_of_a_picture_changes_the_answer(lively, core,
 def test_text_places_count_up_from_zero():
     tokens = TextBytes()("abc")
     assert tokens.position_NA.tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
+
+
+def test_turns_as_reals_turn_alike():
+    x_THK = torch.randn(7, 3, 8, dtype=torch.float64)
+    turns = rotary_turns(torch.rand(7, 3) * 9, *rotary_frequencies(8, (2, 1, 1), (100.0, 10.0, 10.0)))
+    torch.testing.assert_close(rotate(x_THK, torch.view_as_real(turns)), rotate(x_THK, turns), atol=1e-12, rtol=0)

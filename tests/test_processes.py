@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,27 +17,13 @@ from multimodal.train.processes import found_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {"steps": 6, "batch": 8, "ema": 0.9, "checkpoint_every": 3}
+Run = Callable[[int, Path, dict], None]
 
 
-def run(count: int, out: Path, settings: dict, *, alone: str | None = None) -> None:
-    """ranks.py in so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tokenizers"))), "OMP_NUM_THREADS": "1"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONWARNINGS": "error::FutureWarning"}
-    command = [sys.executable, str(ROOT / "tests" / "programs" / "ranks.py"), str(out), json.dumps(settings)]
-    ranks = []
-    for rank in range(count):
-        who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}
-        ranks.append(subprocess.Popen(command, env={**env, **who}, stderr=subprocess.PIPE, text=True))
-    try:
-        for rank in ranks:
-            _, said = rank.communicate(timeout=300)
-            assert rank.returncode == 0, said
-    finally:
-        for rank in ranks:
-            rank.kill()
+@pytest.fixture(scope="session")
+def run(program) -> Run:
+    """run(2, out, settings): ranks.py in so many processes."""
+    return lambda count, out, settings: program("tests/programs/ranks.py", out, json.dumps(settings), ranks=count)
 
 
 def losses(folder: Path) -> list[float]:
@@ -44,7 +31,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, torch.Tensor]:
+def alone(tmp_path_factory, run: Run) -> dict[str, torch.Tensor]:
     out = tmp_path_factory.mktemp("alone") / "gradients.pt"
     run(1, out, {"gradients": 4})
     return torch.load(out)
@@ -53,7 +40,7 @@ def alone(tmp_path_factory) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_each_process_holds_one_kind_and_the_gradients_are_those_of_one(tmp_path, alone, count, parallel):
+def test_each_process_holds_one_kind_and_the_gradients_are_those_of_one(tmp_path, run: Run, alone, count, parallel):
     """Of 4 micro-batches two are text, one is pictures, one is sound; each is one kind only, as the program asserts."""
     run(count, tmp_path / "gradients.pt", {"gradients": 4, "parallel": parallel})
     found = torch.load(tmp_path / "gradients.pt")
@@ -67,7 +54,7 @@ def test_each_process_holds_one_kind_and_the_gradients_are_those_of_one(tmp_path
 @pytest.mark.parametrize(
     ("before", "after"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "fsdp"), (4, "ddp"))]
 )
-def test_a_run_goes_on_in_another_number_of_processes(tmp_path, straight, before, after):
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, run: Run, straight, before, after):
     """The same samples, the same dropout: the losses are those of a run that was never stopped, up to rounding."""
     out = tmp_path / "run"
     for (count, parallel), steps in ((before, 3), (after, 6)):
@@ -83,7 +70,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, straight, before
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_what_no_process_used_in_a_step_is_left_alone_as_by_one(tmp_path, parallel):
+def test_what_no_process_used_in_a_step_is_left_alone_as_by_one(tmp_path, run: Run, parallel):
     """Packs so small that steps lack kinds: momentum and decay would move their weights if they had gradients of zeros."""
     settings = {"steps": 12, "tokens": 40, "packs": 2, "look_ahead": 3, "weight_decay": 0.5, "lr": 1e-2}
     run(1, tmp_path / "one", settings)
@@ -92,7 +79,7 @@ def test_what_no_process_used_in_a_step_is_left_alone_as_by_one(tmp_path, parall
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
+def straight(tmp_path_factory, run: Run) -> Path:
     out = tmp_path_factory.mktemp("straight") / "run"
     run(1, out, {**STEPS, "accumulate": 4})
     return out

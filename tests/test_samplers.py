@@ -14,7 +14,8 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.declare import declaration, rebuild
-from multimodal.generate.answer import Answer, Options, _draw_token
+from multimodal.generate.answer import Answer, Options
+from multimodal.generate.choosing import drawn
 from multimodal.generate.samplers import Then, Written
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokens
@@ -346,7 +347,7 @@ def test_tokens_are_drawn_as_often_as_the_formula_says(temperature):
     chances_V = answer.options.rule(logits_V[None], [])[0]
     count = Counter()
     for _ in range(20_000):
-        _draw_token(answer, logits_V.log_softmax(-1), chances_V)
+        answer.take(int(drawn([answer], [1], chances_V[None])), 0.0)
         if answer.ended:
             answer.ended = ""
             count[3] += 1
@@ -392,8 +393,7 @@ def test_what_was_ruled_out_is_never_drawn_and_the_confidence_is_the_models_own(
 def test_the_smallest_random_number_draws_nothing_that_was_ruled_out(monkeypatch):
     answer = answer_for(chooser(BIAS), temperature=1.0)
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros((), dtype=torch.float64))
-    _draw_token(answer, torch.tensor(BIAS), torch.tensor([NEVER, NEVER, 0.0, 1.0]))
-    assert answer.ids == [2]
+    assert drawn([answer], [1], torch.tensor([[NEVER, NEVER, 0.0, 1.0]])).tolist() == [2]
 
 
 def test_a_small_temperature_is_greedy():

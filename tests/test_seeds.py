@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -288,10 +286,7 @@ def test_the_list_runs_nothing(capsys):
     assert "abstractive summarisation: not claimed" in out
 
 
-def test_a_run_of_one_row_from_the_command_line(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tokenizers")])}
-    command = [sys.executable, str(ROOT / "benchmarks" / "seeds.py"), "scaled-start", "--quick"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "scaled-start, seed 0:" in done.stdout
-    assert "largest weight, scaled" in done.stdout
+def test_a_run_of_one_row_from_the_command_line(tmp_path, program):
+    out = program("benchmarks/seeds.py", "scaled-start", "--quick", cwd=tmp_path)
+    assert "scaled-start, seed 0:" in out
+    assert "largest weight, scaled" in out

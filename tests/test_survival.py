@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ROOT / "tests" / "programs"
 COMMON = {"steps": 48, "checkpoint_every": 9, "ema": 0.9}
 JOBS = {
     "batches, 2 workers": {"batch": 8, "accumulate": 2, "workers": 2},
@@ -21,11 +20,10 @@ JOBS = {
 }
 
 
-def run(program: str, out: Path, job: dict) -> str:
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tokenizers", PROGRAMS)))
+def in_a_new_python(job: list[str]) -> str:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tokenizers")))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAMS / program), str(out), json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, *job], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -37,11 +35,18 @@ def rows(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_five_kills_leave_no_trace(tmp_path, name):
+def test_five_kills_leave_no_trace(tmp_path, program, name):
     settings = {**COMMON, **JOBS[name]}
     job = {"processes": settings.pop("processes", 1), "settings": settings, "seed": 3}
-    run("killing.py", tmp_path / "straight", {**job, "kills": 0})
-    killed = run("killing.py", tmp_path / "killed", {**job, "kills": 5})
+
+    def kill(folder: Path, kills: int) -> list[str]:
+        return ["tests/programs/killing.py", str(folder), json.dumps({**job, "kills": kills})]
+
+    program(*kill(tmp_path / "straight", 0))
+    if name == "packs, 2 workers":  # once in a Python that hashes strings otherwise than the one it is compared with
+        killed = in_a_new_python(kill(tmp_path / "killed", 5))
+    else:
+        killed = program(*kill(tmp_path / "killed", 5))
     assert killed.count("killed at step") == 5
     assert rows(tmp_path / "killed") == rows(tmp_path / "straight")
     assert len(rows(tmp_path / "straight")) == settings["steps"]

@@ -110,6 +110,9 @@ BROKEN = [
         r"gave features that are not finite \(NaN or infinity\)",
     ),
     (Rows, Tokens(torch.full((2, 4), torch.inf), torch.zeros(2, 3)), "not finite"),
+    (Rows, Tokens(torch.tensor([[3e38, 3e38, 0, torch.nan]]), torch.zeros(1, 3)), "gave features that are not finite"),
+    (Rows, Tokens(torch.tensor([[torch.inf, -torch.inf, 0, 0]]), torch.zeros(1, 3)), "features that are not finite"),
+    (Rows, Tokens(torch.zeros(1, 4), torch.tensor([[3e38, 3e38, -torch.inf]])), "gave places that are not finite"),
 ]
 
 
@@ -118,6 +121,15 @@ def test_broken_encode_is_caught_and_named(kind: type[Tokenizer], value: object,
     with pytest.raises(MediaError, match=message) as raised:
         kind()(value)
     assert str(raised.value).startswith(f"{kind.__name__}.encode: ")
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not() -> None:
+    large = torch.full((2, 4), torch.finfo(torch.float32).max)
+    for sign in (1, -1):
+        tokens = Tokens(sign * large, sign * large[:, :3].contiguous())
+        assert Rows()(tokens) is tokens
+        assert not tokens.content.sum().isfinite()
+        assert not tokens.position_NA.sum().isfinite()
 
 
 def test_own_errors_of_an_encode_pass_unchanged() -> None:

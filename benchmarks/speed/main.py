@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 from benchmarks.speed import results
 from benchmarks.speed.compare import BenchError, Worker, measure
@@ -58,6 +59,8 @@ def bench(
     if unknown := [name for name in names if name not in rows]:
         raise ValueError(f"bench: there is no row {', '.join(unknown)}; there are {', '.join(rows)}")
     chosen = [rows[name] for name in names] if names else list(rows.values())
+    if profile:
+        chosen = [(module, row) for module, row in chosen if row.report is None and not row.fresh]
     say = Console(highlight=False, soft_wrap=True)
     failed = 0
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -78,31 +81,30 @@ def bench(
                     device="cuda" if row.cuda and not quick else "cpu",
                 )
                 try:
-                    if profile:
-                        for line in _profiles(module, row, place):
-                            say.print(escape(line))
-                    else:
-                        found = measure(module, row, place, rounds, seconds)
-                        line = results.kept(row, found, threads, rounds)
-                        failed += not _met(row, line)
-                        if keep and not quick:
-                            results.add(line)
-                        say.print("\n".join([f"{row.name}: {row.what}", *map(escape, _told(line, quick))]))
+                    found = _profiled(module, row, place) if profile else measure(module, row, place, rounds, seconds)
                 except BenchError as error:
                     failed += 1
                     say.print(f"[red]{escape(str(error))}[/red]")
+                else:
+                    line = results.kept(row, found, threads, rounds)
+                    failed += not _met(row, line)
+                    if keep and not quick:
+                        results.add(line)
+                    say.print("\n".join([escape(f"{row.name}: {row.what}"), *map(escape, _told(line, quick))]))
             bar.advance(task)
     return int(failed > 0)
 
 
-def _met(row: Row, line: dict) -> bool:
-    if row.report is not None:
+def _met(row: Row, line: dict[str, Any]) -> bool:
+    if "ratio" not in line:
         return line.get("met") is not False
     return row.goal is None or line["ratio"] >= row.goal
 
 
-def _told(line: dict, quick: bool) -> list[str]:
+def _told(line: dict[str, Any], quick: bool) -> list[str]:
     """A row's figures for people."""
+    if "profile" in line:
+        return [f"  {side}: {told}" for side, lines in line["profile"].items() for told in lines] + [""]
     if "ratio" not in line:
         return [*line["lines"], ""]
     ours, theirs = (results.told(line[side]["wall"], line["unit"]) for side in ("ours", "theirs"))
@@ -116,16 +118,14 @@ def _told(line: dict, quick: bool) -> list[str]:
     return [*out, "  quick settings: the figures say nothing" if quick else "", ""]
 
 
-def _profiles(module: str, row: Row, place: Place) -> Iterator[str]:
-    if row.report is not None or row.fresh:
-        yield f"{row.name}: a report or a whole program has no profile here"
-        return
+def _profiled(module: str, row: Row, place: Place) -> dict[str, Any]:
+    found = {}
     for side in ("theirs", "ours"):
         worker = Worker(module, row, side, place)
         try:
             worker.answer()
             worker.order("warm", 1)
-            yield f"{worker.name}:"
-            yield from (f"  {line}" for line in worker.order("profile")["lines"])
+            found[side] = worker.order("profile")["lines"]
         finally:
             worker.end()
+    return {"profile": found}

@@ -1,4 +1,4 @@
-"""What was measured: one line of JSON a row and run, and a table of the newest of each row."""
+"""What was measured: one line of JSON a row and run, and pages with the newest of each row."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import refresh
 from benchmarks.speed.row import Row
 
 RESULTS = Path(__file__).parents[1] / "results"
-LINES, TABLE = "bench.jsonl", "bench.md"
+LINES, TABLE, PROFILES = "bench.jsonl", "bench.md", "bench_profiles.md"
 
 
 def kept(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str, Any]:
@@ -33,11 +34,15 @@ def kept(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str
 
 
 def add(line: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Append it, and write the table anew."""
+    """Append it, and write the pages anew."""
     folder.mkdir(exist_ok=True)
     with (folder / LINES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    (folder / TABLE).write_text(page(read(folder)), encoding="utf-8")
+    lines = read(folder)
+    (folder / TABLE).write_text(page([x for x in lines if "profile" not in x]), encoding="utf-8")
+    (folder / PROFILES).write_text(profiles_page([x for x in lines if "profile" in x]), encoding="utf-8")
+    if folder == RESULTS:
+        refresh()
 
 
 def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -49,16 +54,30 @@ def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def page(lines: list[dict[str, Any]]) -> str:
     """The newest result of each row, as Markdown."""
     newest = {line["row"]: line for line in lines}
-    pairs = [line for line in newest.values() if "ratio" in line]
-    out = ["# Ours beside theirs", "", "`uv run multimodal bench`"]
+    out = _head("Ours beside theirs", "uv run multimodal bench", newest)
+    out += table([line for line in newest.values() if "ratio" in line])
+    for line in newest.values():
+        if "ratio" not in line:
+            out += ["", f"**{line['row']}**", "", *line["lines"]]
+    return "\n".join(out) + "\n"
+
+
+def profiles_page(lines: list[dict[str, Any]]) -> str:
+    """Where the time of each row goes, as Markdown."""
+    newest = {line["row"]: line for line in lines}
+    out = _head("Where the time goes", "uv run multimodal bench --profile", newest)
+    for line in newest.values():
+        for side, told in line["profile"].items():
+            out += [f"- **{line['row']}, {'ours' if side == 'ours' else line['peer']}**: {'; '.join(told)}"]
+    return "\n".join(out) + "\n"
+
+
+def _head(title: str, command: str, newest: dict[str, dict[str, Any]]) -> list[str]:
+    """Title, command, and when and where: the form of every page in results."""
     places = dict.fromkeys(
         f"{x['date']}, {x['machine']}, {x['threads']} threads, torch {x['versions']['torch']}" for x in newest.values()
     )
-    out += [*places, "", *table(pairs)]
-    for line in newest.values():
-        if "ratio" not in line:
-            out += ["", f"## {line['row']}", "", *line["lines"]]
-    return "\n".join(out) + "\n"
+    return [f"# {title}", "", f"`{command}`", *places, ""]
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:

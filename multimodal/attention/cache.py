@@ -79,10 +79,10 @@ class Cache:
         for row, count in zip(self.rows, added, strict=False):
             self.length[row] += count
 
-    def write(self, layer: int, row_T: Tensor, order_T: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> None:
-        """Keep keys and values at (row, order)."""
-        self.k[layer][row_T, order_T] = k_TGK.to(self.k[layer].dtype)
-        self.v[layer][row_T, order_T] = v_TGK.to(self.v[layer].dtype)
+    def write(self, layer: int, row: Tensor | slice, order: Tensor | int, k_TGK: Tensor, v_TGK: Tensor) -> None:
+        """Keep keys and values at (row, order) of each token; a slice and a number where that says it, which costs less."""
+        self.k[layer][row, order] = k_TGK.to(self.k[layer].dtype)
+        self.v[layer][row, order] = v_TGK.to(self.v[layer].dtype)
 
     def clear(self, row: int) -> None:
         """Make a row empty."""

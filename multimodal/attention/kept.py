@@ -8,7 +8,7 @@ from torch import Tensor
 from multimodal.attention.cache import Cache
 from multimodal.attention.layout import Layout, Plan
 from multimodal.attention.mechanism import Mechanism
-from multimodal.masks import Pairs, Places, Rule
+from multimodal.masks import PREFIX_LM, Pairs, Places, Rule
 from multimodal.shapes import StreamError
 
 
@@ -24,10 +24,15 @@ class FillingPlan(Plan):
         return self.inner.attend(q_THK, k_TGK, v_TGK, mechanism, layer)
 
 
-def reserved(layout: Layout, cache: Cache) -> tuple[Tensor, Tensor]:
-    """Make room for a stream's tokens and note what rules ask of them: their (row, order) in the cache."""
+Where = tuple[Tensor | slice, Tensor | int]
+"""(row, order) in a cache of every token of a stream, as an index."""
+
+
+def reserved(layout: Layout, cache: Cache, where: Where | None = None) -> Where:
+    """Make room for a stream's tokens and note what rules ask of them: their (row, order) in the cache, if it is not known."""
     cache.reserve([span.total for span in layout.spans])
-    where = (cache.row_index(layout.places.sample), layout.places.order.long())
+    if where is None:
+        where = (cache.row_index(layout.places.sample), layout.places.order.long())
     cache.free_BM[where] = layout.places.free.to(cache.free_BM.dtype)
     cache.segment_BM[where] = layout.places.segment.to(cache.segment_BM.dtype)
     return where
@@ -45,20 +50,27 @@ class StepPlan(Plan):
     def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
         places = layout.places
         self.cache = cache
-        self.where = reserved(layout, cache)
-        first = cache.rows[0]
-        rows = slice(first, first + len(layout.spans))
+        first, count = cache.rows[0], len(layout.spans)
+        rows = slice(first, first + count)
+        lengths = cache.length[rows]
+        if lengths.count(lengths[0]) == count:
+            self.where = reserved(layout, cache, (rows, lengths[0]))
+        else:
+            self.where = reserved(layout, cache)
         self.window = (rows, slice(0, max(cache.length[rows])))
         order_M = torch.arange(self.window[1].stop, device=places.order.device)
         q = places[:, None]
         k = Places(
             q.sample.expand(-1, len(order_M)),
-            order_M.expand(len(layout.spans), -1),
+            order_M.expand(count, -1),
             cache.free_BM[self.window],
             cache.segment_BM[self.window],
         )
         q, k = q[:, :, None], k[:, None]
-        self.pairs = Pairs(q, k, rule.allows(q, k) & (k.order <= q.order))
+        # rows of equal length hold nothing that comes later, and the default rule hides nothing else
+        full = rule == PREFIX_LM and isinstance(self.where[1], int)
+        self.pairs = Pairs(q, k, None if full else rule.allows(q, k) & (k.order <= q.order))
+        self.mask = None if self.pairs.allowed is None else self.pairs.allowed[:, None]
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)

@@ -1,5 +1,8 @@
 """The attention layer: projections, places, a mechanism, and whatever plan the stream has."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +16,11 @@ from multimodal.positions import rotate
 class Attention(nn.Module):
     """Grouped-query attention over a packed stream (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
 
-    width: of what comes in, out: of what goes out; key_width and value_width: of one head.
+    width: of what comes in, out: of what goes out; key_width and value_width: of one head. compiled: in training, what comes before
+    the plan is one compiled piece; the plan itself goes by the lists of spans of its stream.
     """
+
+    compiled: bool = False
 
     def __init__(
         self,
@@ -49,20 +55,40 @@ class Attention(nn.Module):
         memory: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """What every token reads: from the stream itself, or from a `memory` (M, D) with its own turns."""
+        project = Attention._project
+        if self.compiled and self.training:
+            project, turns = _compiled(), _real(turns)
+            memory = None if memory is None else (memory[0], _real(memory[1]))
+        q_THK, k_TGK, v_TGK = project(self, stream_TD, turns, memory)
+        read_THK = plan.attend(q_THK, k_TGK, v_TGK, self.mechanism, layer)
+        return self.out(torch.flatten(read_THK, 1).to(stream_TD.dtype))
+
+    def _project(
+        self, stream_TD: Tensor, turns: Tensor | None, memory: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, K), keys and values (M, G, K), turned by their places."""
         sizes = [self.heads * self.key_width, self.kv_heads * self.key_width, self.kv_heads * self.value_width]
         if memory is None:
             q, k, v = self.qkv(stream_TD).split(sizes, -1)
             k_turns = turns
         else:
-            q_rows, k_rows, v_rows = self.qkv.weight.split(sizes)
+            q_rows, kv_rows = self.qkv.weight.split([sizes[0], sizes[1] + sizes[2]])
             q = F.linear(stream_TD, q_rows)
-            k, v = F.linear(memory[0], torch.cat([k_rows, v_rows])).split(sizes[1:], -1)
+            k, v = F.linear(memory[0], kv_rows).split(sizes[1:], -1)
             k_turns = memory[1]
         q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
         v_TGK = v.view(len(v), self.kv_heads, self.value_width)
         q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
         if self.turned and turns is not None and k_turns is not None:
             q_THK, k_TGK = rotate(q_THK, turns), rotate(k_TGK, k_turns)
-        q_THK, k_TGK = q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype)
-        read_THK = plan.attend(q_THK, k_TGK, v_TGK, self.mechanism, layer)
-        return self.out(torch.flatten(read_THK, 1).to(stream_TD.dtype))
+        return q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype), v_TGK
+
+
+def _real(turns: Tensor | None) -> Tensor | None:
+    """As the compiler takes them."""
+    return None if turns is None else torch.view_as_real(turns)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(Attention._project, dynamic=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from multimodal.attention.mechanism import Mechanism, Trace
-from multimodal.masks import Places
+from multimodal.masks import PREFIX_LM, Places, Rule
 
 
 class Span(NamedTuple):
@@ -27,6 +27,11 @@ class Layout:
     places: Places
 
 
+def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
+    """Whether this is the default rule, with what is read freely at the start of every sample."""
+    return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)
+
+
 class Plan(ABC):
     """One way to attend a stream. A `trace`, if there is one, collects what every layer does."""
 
@@ -35,3 +40,7 @@ class Plan(ABC):
     @abstractmethod
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         """What every query reads: (T, H, K). `layer` counts the layers that keep keys and values."""
+
+    def narrowed(self, row_N: Tensor) -> "Plan | None":
+        """The same where these rows of the stream alone ask, of all keys; None: not by this plan, so let all rows ask."""
+        return None

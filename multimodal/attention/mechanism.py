@@ -108,7 +108,7 @@ class Mechanism(nn.Module):
         out = []
         for start in range(0, q_BTHK.shape[1], size):
             rows = slice(start, start + size)
-            some = _rows_of(pairs, rows)
+            some = rows_of(pairs, rows)
             out.append(
                 checkpoint(
                     lambda q, k, v, some=some: self._written_out(q, k, v, some, None),
@@ -161,7 +161,7 @@ def _check(part: object, method: str, found: Tensor, wanted: tuple[int, ...]) ->
         )
 
 
-def _rows_of(pairs: Pairs, rows: slice) -> Pairs:
+def rows_of(pairs: Pairs, rows: slice | Tensor) -> Pairs:
     """The same for some of the queries."""
 
     def some(x: Tensor) -> Tensor:

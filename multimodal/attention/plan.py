@@ -8,21 +8,23 @@ flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
 What a plan holds is who meets whom; what becomes of each meeting is the mechanism's: score, prior and read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from itertools import accumulate, groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
+from multimodal.attention.gpu import FlexPlan, VarlenPlan
 from multimodal.attention.kept import AppendPlan, FillingPlan, StepPlan
-from multimodal.attention.layout import Layout, Plan
-from multimodal.attention.mechanism import Mechanism, Trace
+from multimodal.attention.layout import Layout, Plan, is_prefix_lm
+from multimodal.attention.mechanism import Mechanism, Trace, rows_of
 from multimodal.masks import LAW, PREFIX_LM, Pairs, Places, Rule
 from multimodal.shapes import ConfigError, did_you_mean
 
+LONG = 1024  # tokens, from which on a prefix-LM is read in two calls: masks of shorter samples are small, and cost less
 BACKENDS = ("auto", "dense", "runs", "varlen", "flex")
 
 
@@ -61,7 +63,7 @@ def plan_attention(
     device = layout.places.sample.device
     if backend == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
-        standard = _is_prefix_lm(rule, layout)
+        standard = is_prefix_lm(rule, layout)
         apart = device.type != "cuda" or not half or not bare or trace is not None
         backend = "runs" if apart else "varlen" if standard else "flex"
     if isinstance(backend, str) and backend not in _PLANS:
@@ -73,13 +75,11 @@ def plan_attention(
             f"attention backend {backend!r} runs bare scores only, and this core has a prior, a read or a score that does not "
             "factor; use 'auto'"
         )
-    plan = (_PLANS[backend] if isinstance(backend, str) else backend)(rule, layout)
+    make = _PLANS[backend] if isinstance(backend, str) else backend
+    # what is told is told in one piece
+    plan = _RunsPlan(rule, layout, split=False) if backend == "runs" and trace is not None else make(rule, layout)
     plan.trace = trace
     return plan if cache is None else FillingPlan(plan, layout, cache)
-
-
-def _is_prefix_lm(rule: Rule, layout: Layout) -> bool:
-    return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)
 
 
 class DensePlan(Plan):
@@ -101,10 +101,10 @@ class _RunsPlan(Plan):
     Under a rule with a reach, long samples are cut into blocks that see no further than it, so that cost grows with length alone.
     """
 
-    def __init__(self, rule: Rule, layout: Layout) -> None:
-        standard = _is_prefix_lm(rule, layout)
+    def __init__(self, rule: Rule, layout: Layout, split: bool = True) -> None:
+        standard = is_prefix_lm(rule, layout)
         self.sizes: list[int] = []
-        self.runs: list[tuple[int, Pairs, _Blocks | None]] = []
+        self.runs: list[tuple[int, Pairs, _Blocks | _Split | None]] = []
         start = 0
         for span, group in groupby(layout.spans):
             count = len(list(group))
@@ -113,9 +113,11 @@ class _RunsPlan(Plan):
                 **{name: x.view(count, span.total) for name, x in vars(layout.places[start : start + size]).items()}
             )
             q, k = here[:, :, None], here[:, None]
-            blocks = None
+            blocks: _Blocks | _Split | None = None
             if standard and span.free in (0, span.total):
                 pairs = Pairs(q, k, causal=span.free == 0)
+            elif standard and split and span.total >= LONG and 3 * span.free <= 2 * span.total:
+                pairs, blocks = Pairs(q, k, causal=True), _Split(q, k, span.free)
             elif standard:
                 mask = torch.ones(1, span.total, span.total, dtype=torch.bool, device=layout.places.order.device).tril()
                 mask[:, : span.free, : span.free] = True
@@ -128,18 +130,58 @@ class _RunsPlan(Plan):
             self.sizes.append(size)
             self.runs.append((count, pairs, blocks))
             start += size
+        self.asking = self.sizes  # rows of queries; the sizes are of keys
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        parts = [x.split(self.sizes) if len(self.sizes) > 1 else (x,) for x in (q_THK, k_TGK, v_TGK)]
+        sizes = ((q_THK, self.asking), (k_TGK, self.sizes), (v_TGK, self.sizes))
+        parts = [x.split(each) if len(each) > 1 else (x,) for x, each in sizes]
         out = []
         for (count, pairs, blocks), *qkv in zip(self.runs, *parts, strict=True):
             q, k, v = (x.view(count, -1, *x.shape[1:]) for x in qkv)
             if blocks is None:
                 read = mechanism(q, k, v, pairs, self.trace)
+            elif isinstance(blocks, _Split):
+                read = blocks.read(mechanism, q, k, v)
             else:
                 read = blocks.join(mechanism(blocks.queries(q), blocks.keys(k), blocks.keys(v), pairs, self.trace))
             out.append(read.flatten(0, 1))
         return out[0] if len(out) == 1 else torch.cat(out)
+
+    def narrowed(self, row_N: Tensor) -> Plan | None:
+        """Where they rise, and are as many and as far from the start in every sample of a run."""
+        if self.trace is not None or row_N.is_cuda or not bool((row_N.diff() > 0).all()):
+            return None  # a GPU would have to tell the host where the rows lie
+        plan = copy(self)
+        plan.runs, plan.asking = [], []
+        *starts, _ = accumulate(self.sizes, initial=0)
+        parts = row_N.tensor_split(torch.searchsorted(row_N, torch.tensor(starts[1:])))
+        for (count, pairs, blocks), size, start, rows in zip(self.runs, self.sizes, starts, parts, strict=True):
+            order = rows[: len(rows) // count] - start
+            each = start + torch.arange(count)[:, None] * (size // count) + order
+            if blocks is not None or not len(rows) or not torch.equal(rows, each.flatten()):
+                return None
+            some = rows_of(pairs, order)
+            closed = some.closed
+            allowed = None if closed is None or not closed.any() else ~closed
+            plan.runs.append((count, Pairs(some.q, some.k, allowed), None))
+            plan.asking.append(len(rows))
+        return plan
+
+
+class _Split:
+    """Long samples (B, T) that begin with free tokens, read in two calls without a mask, whose size would be T x T.
+
+    What is free looks at what is free; then everything looks back, of which the rows behind the free ones are kept.
+    """
+
+    def __init__(self, q: Places, k: Places, free: int) -> None:
+        self.free = free
+        self.context, self.causal = Pairs(q[:, :free], k[:, :, :free]), Pairs(q, k, causal=True)
+
+    def read(self, mechanism: Mechanism, q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
+        some = slice(self.free)
+        context = mechanism(q_BTHK[:, some], k_BMGK[:, some], v_BMGK[:, some], self.context)
+        return torch.cat([context, mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, self.free :]], 1)
 
 
 class _Blocks:
@@ -178,124 +220,9 @@ def _padded(x: Tensor, before: int, after: int) -> Tensor:
     return torch.cat([x.new_zeros(len(x), before, *x.shape[2:]), x, x.new_zeros(len(x), after, *x.shape[2:])], dim=1)
 
 
-class _VarlenPlan(Plan):
-    """Prefix-LM as two variable-length calls: context over context, then the rest over everything, aligned bottom-right."""
-
-    def __init__(self, rule: Rule, layout: Layout) -> None:
-        if not _is_prefix_lm(rule, layout):
-            raise ConfigError(
-                "attention backend 'varlen' runs only the default rule, with what is read freely at the start; use 'flex'"
-            )
-        device = layout.places.sample.device
-        free = [span.free for span in layout.spans]
-        rest = [span.total - span.free for span in layout.spans]
-        total = [span.total for span in layout.spans]
-        self.max_free, self.max_rest, self.max_total = max(free), max(rest), max(total)
-        self.bounds_total = _bounds(total, device)
-        self.bounds_free, self.bounds_rest = _bounds(free, device), _bounds(rest, device)
-        is_free = layout.places.free != 0
-        host = [flag for span in layout.spans for flag in (span.free, span.total - span.free)]
-        self.free_rows = self.rest_rows = None
-        if self.max_free and self.max_rest:
-            kind = torch.tensor([1, 0] * len(layout.spans), device=device).repeat_interleave(
-                torch.tensor(host, device=device), output_size=len(is_free)
-            )
-            self.free_rows, self.rest_rows = torch.tensor_split(
-                torch.argsort(kind, descending=True, stable=True), [sum(free)]
-            )
-            self.back = torch.empty(len(is_free), dtype=torch.long, device=device)
-            self.back[torch.cat([self.free_rows, self.rest_rows])] = torch.arange(len(is_free), device=device)
-
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        q_THK, k_TGK, scale = _features(mechanism, q_THK, k_TGK)
-        width = v_TGK.shape[-1]
-        widest = -(-max(width, k_TGK.shape[-1]) // 8) * 8  # the kernel wants one width for all, in eights
-        q_THK, k_TGK, v_TGK = (F.pad(x, (0, widest - x.shape[-1])) for x in (q_THK, k_TGK, v_TGK))
-        return self._attend(q_THK, k_TGK, v_TGK, scale)[..., :width]
-
-    def _attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float) -> Tensor:
-        groups = q_THK.shape[1] // k_TGK.shape[1]
-        if groups > 1:  # torch 2.11 has no grouped heads here
-            k_TGK, v_TGK = k_TGK.repeat_interleave(groups, 1), v_TGK.repeat_interleave(groups, 1)
-        if self.free_rows is None or self.rest_rows is None:
-            causal = self.max_free == 0
-            return self._call(
-                q_THK, k_TGK, v_TGK, self.bounds_total, self.bounds_total, self.max_total, self.max_total, scale, causal
-            )
-        k_free, v_free = k_TGK[self.free_rows], v_TGK[self.free_rows]
-        context = self._call(
-            q_THK[self.free_rows],
-            k_free,
-            v_free,
-            self.bounds_free,
-            self.bounds_free,
-            self.max_free,
-            self.max_free,
-            scale,
-            False,
-        )
-        target = self._call(
-            q_THK[self.rest_rows],
-            k_TGK,
-            v_TGK,
-            self.bounds_rest,
-            self.bounds_total,
-            self.max_rest,
-            self.max_total,
-            scale,
-            True,
-        )
-        return torch.cat([context, target])[self.back]
-
-    @staticmethod
-    def _call(q, k, v, bounds_q, bounds_k, max_q: int, max_k: int, scale: float, causal: bool) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        window = (-1, 0) if causal else (-1, -1)
-        out = varlen_attn(q, k, v, bounds_q, bounds_k, max_q, max_k, scale=scale, window_size=window)
-        assert isinstance(out, Tensor)
-        return out
-
-
-def _features(mechanism: Mechanism, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
-    """What a bare mechanism multiplies, of a stream as it lies: scores are written for samples side by side."""
-    q_BTHK, k_BMGK, scale = mechanism.features(q_THK[None], k_TGK[None])
-    return q_BTHK[0], k_BMGK[0], scale
-
-
-def _bounds(lengths: Sequence[int], device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-
-
-class _FlexPlan(Plan):
-    """Any rule as a block mask; compiled where CUDA is, eager (forward only) elsewhere."""
-
-    def __init__(self, rule: Rule, layout: Layout) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        places = layout.places
-        count = len(places.sample)
-        self.mask = create_block_mask(
-            lambda b, h, i, j: rule.allows(places[i], places[j]),
-            None,
-            None,
-            count,
-            count,
-            device=places.sample.device,
-            _compile=places.sample.is_cuda,  # uncompiled, it writes out the whole (T, T) mask first
-        )
-        self.flex = torch.compile(flex_attention, dynamic=True) if places.sample.is_cuda else flex_attention
-
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        q_THK, k_TGK, scale = _features(mechanism, q_THK, k_TGK)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
-        out = self.flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        return out[0].transpose(0, 1)
-
-
 _PLANS: dict[str, Callable[[Rule, Layout], Plan]] = {
     "dense": DensePlan,
     "runs": _RunsPlan,
-    "varlen": _VarlenPlan,
-    "flex": _FlexPlan,
+    "varlen": VarlenPlan,
+    "flex": FlexPlan,
 }

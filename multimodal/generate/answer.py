@@ -2,21 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from multimodal.generate.beams import Beams
-from multimodal.generate.features import draw_features
-from multimodal.generate.samplers import NEVER, Greedy, Sampler, Temperature, Written
+from multimodal.generate.samplers import Greedy, Sampler, Temperature, Written
 from multimodal.generate.telling import Telling
-from multimodal.heads import Head, Memory, Prediction, Readout
+from multimodal.heads import Head, Prediction
 from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError
-from multimodal.tokenizer import Tokens, describe
+from multimodal.tokenizer import Tokens
 
 if TYPE_CHECKING:
     from multimodal.generate.engine import Prefix
@@ -69,7 +69,7 @@ class Options:
                 f"generate: beams={self.beams} look for the likeliest answer; {what} has no meaning there"
             )
 
-    @property
+    @cached_property
     def rule(self) -> Sampler:
         """The sampler in force."""
         if self.sampler is not None:
@@ -172,6 +172,11 @@ class Answer:
             )
 
     @property
+    def guided(self) -> bool:
+        """Whether a row that reads nothing runs beside it."""
+        return self.options.guidance != 1.0
+
+    @property
     def count(self) -> int:
         """Tokens written, without those it began with."""
         if self.beams is not None:
@@ -212,14 +217,35 @@ class Answer:
         chosen = torch.tensor(ids, dtype=torch.long)
         return chosen if self.read is None else self.read.content[chosen]
 
-    def places(self) -> Tensor:
-        """The places (rows, 3) of the newest tokens, in steps."""
+    def take(self, token: int, log_p: float) -> None:
+        """Write this token, or end with it."""
+        if token == self.stop:
+            self.log_p += log_p
+            self.ended = "stop"
+            return
+        if len(self.ids) == self.limit:
+            self.ended = "max_tokens"
+            return
+        self.log_p += log_p
+        self.ids.append(token)
+        if self.telling is not None:
+            self.unsaid += self.telling.push(self.content([token]).tolist())
+            if self.telling.stopped:
+                self.ended = "stop string"
+        if not self.ended and len(self.ids) == self.fixed:
+            self.ended = "length"
+
+    def ahead(self, most: int) -> Tensor:
+        """The places (N, rows, 3) in steps of the newest tokens and of those after them, `most` in all or as many as are known."""
+        device = self.after[0].device
         if self.read is not None:
-            place_BA = (self.read.position_NA[self._newest_ids()] / self.step_A).to(self.after[0].device)
-            return self.after[0] + place_BA
+            place_BA = (self.read.position_NA[self.newest_ids()] / self.step_A).to(device)
+            return (self.after[0] + place_BA)[None]
         begun = 0 if self.begin is None else len(self.begin)
-        place_A = (self.placed(begun + self.count)[-1] / self.step_A).to(self.after[0].device)
-        return torch.stack([self.after[i if i < len(self.after) else 0] + place_A for i in range(self.width)])
+        first = begun + self.count - 1
+        place_NA = self.placed(min(first + most, begun + self.limit))[first:] / self.step_A
+        after_BA = torch.stack([self.after[i if i < len(self.after) else 0] for i in range(self.width)])
+        return after_BA + place_NA.to(device)[:, None]
 
     def placed(self, count: int) -> Tensor:
         """Places (count, 3) of the first tokens, those it began with counted; made in growing parts, as max_tokens may be vast."""
@@ -232,9 +258,10 @@ class Answer:
         """Content of the newest tokens, one a row."""
         if self.head.continuous:
             return self.features[-1].expand(self.width, -1)
-        return self.content(self._newest_ids())
+        return self.content(self.newest_ids())
 
-    def _newest_ids(self) -> list[int]:
+    def newest_ids(self) -> list[int]:
+        """Ids of the newest tokens, one a row; of a head that points, which of those read they are."""
         if self.beams is not None:
             return [ids[-1] for ids in self.hypotheses]
         return self.ids[-1:] * self.width
@@ -273,159 +300,3 @@ class Answer:
         tokens = Tokens(content, place_NA)
         value = self.tokenizer.decode(tokens) if self.telling is None else self.telling.told  # beams tell nothing
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
-
-
-def advance(
-    answers: Sequence[Answer], states: Mapping[Answer, Tensor], head: Head, readout: Readout
-) -> Iterator[tuple[Answer, Copies]]:
-    """Choose the next token of each of these answers of one task, from the states (rows, D) of each.
-
-    Yields each with what its rows of the cache must take over from each other.
-    """
-    if head.continuous:
-        draw_features(answers, states, head, readout)
-        yield from ((answer, []) for answer in answers)
-        return
-    sizes = [len(states[answer]) for answer in answers]
-    state_ND = torch.cat([states[answer] for answer in answers])
-    logits = (
-        head.logits(readout, state_ND, [1] * len(state_ND), **_memory(answers, sizes, head)).float().cpu().split(sizes)
-    )
-    by_rule: dict[Any, tuple[Sampler, list[tuple[Answer, Tensor]]]] = {}
-    for answer, logits_BV in zip(answers, logits, strict=True):
-        logits_BV = logits_BV[:, : answer.stop + 1]  # a head that points has as many as this answer has read
-        if answer.options.guidance != 1.0:
-            read, blank = logits_BV.log_softmax(-1)
-            logits_BV = (blank + answer.options.guidance * (read - blank))[None]
-        log_p_BV, rule = logits_BV.log_softmax(-1), answer.options.rule
-        if log_p_BV.isnan().any():
-            answer.error = StreamError(
-                f"{answer.name} of task {answer.task!r}: the model's logits are not numbers after {answer.count} tokens; look at "
-                "its weights, or use a smaller guidance"
-            )
-            yield answer, []
-        else:
-            by_rule.setdefault((_alike(rule), answer.stop), (rule, []))[1].append((answer, log_p_BV))
-    for rule, group in by_rule.values():
-        for (answer, log_p_BV), chances in zip(group, _chances(rule, group), strict=True):
-            try:
-                if isinstance(chances, Exception):
-                    raise chances
-                yield answer, _choose(answer, rule, log_p_BV, chances)
-            except Exception as error:  # a stranger's rule or decode may fail in any way; the other answers go on
-                failed = (
-                    f"the sampler {rule} failed: {type(error).__name__}: {error}" if chances is error else str(error)
-                )
-                answer.error = StreamError(f"{answer.name} of task {answer.task!r}: {failed}")
-                yield answer, []
-
-
-def _memory(answers: Sequence[Answer], sizes: Sequence[int], head: Head) -> dict[str, Any]:
-    """What a head that points gets beside the states: of each row what it may point at, and what it has pointed at."""
-    if not head.points:
-        return {}
-    rows = [(answer, ids) for answer, size in zip(answers, sizes, strict=True) for ids in answer.so_far(size)]
-    pointed = [ids for _, ids in rows]
-    state_MD = torch.cat([answer.state_MD for answer, _ in rows])
-    pointed_N = torch.tensor([i for ids in pointed for i in ids], dtype=torch.long, device=state_MD.device)
-    lengths = tuple(len(answer.state_MD) for answer, _ in rows)
-    return {"memory": Memory(state_MD, lengths, pointed_N, tuple(map(len, pointed)))}
-
-
-def _alike(rule: Sampler) -> Any:
-    """What equal rules have in common, so that they are asked once."""
-    try:
-        hash(rule)
-    except TypeError:
-        return id(rule)
-    return rule
-
-
-def _chances(rule: Sampler, group: Sequence[tuple[Answer, Tensor]]) -> list[Any]:
-    """What the rule makes of each answer's log-probabilities, or why it fails for that one."""
-    log_p_BV = _within_length(torch.cat([x for _, x in group]), group)
-    try:
-        chances_BV = rule(log_p_BV, [w for answer, x in group for w in answer.written(len(x))])
-        if not isinstance(chances_BV, Tensor) or chances_BV.shape != log_p_BV.shape:
-            raise TypeError(f"it gave {describe(chances_BV)}, wanted logits {tuple(log_p_BV.shape)}")
-        if chances_BV.isnan().any():
-            raise ValueError("it gave NaN")
-    except Exception as error:
-        return [error] if len(group) == 1 else [part for one in group for part in _chances(rule, [one])]
-    return list(chances_BV.split([len(x) for _, x in group]))
-
-
-def _choose(answer: Answer, rule: Sampler, log_p_BV: Tensor, chances_BV: Tensor) -> Copies:
-    """Take the next token, or extend the beams."""
-    stuck = torch.isneginf(chances_BV).all(-1)[answer.seats]  # rows without a hypothesis may be anything
-    if bool(stuck.all()) and not (answer.beams and answer.beams.ended):
-        raise StreamError(f"{rule} leaves no candidate after {answer.count} tokens; give it a wider choice")
-    if answer.beams is not None:
-        return _extend_beams(answer, answer.beams, log_p_BV, chances_BV)
-    _draw_token(answer, log_p_BV[0], chances_BV[0])
-    return []
-
-
-def _within_length(logits_BV: Tensor, group: Sequence[tuple[Answer, Tensor]]) -> Tensor:
-    """Kinds of a fixed length do not stop before it."""
-    if all(answer.tokenizer.length is None for answer, _ in group):
-        return logits_BV
-    logits_BV = logits_BV.clone()
-    at = 0
-    for answer, rows in group:
-        if answer.tokenizer.length is not None:
-            logits_BV[at : at + len(rows), answer.stop] = NEVER
-        at += len(rows)
-    return logits_BV
-
-
-def _draw_token(answer: Answer, log_p_V: Tensor, chances_V: Tensor) -> None:
-    """A token in proportion to the chances, by the answer's own random numbers, whoever else is in the batch."""
-    if not answer.options.rule.draws:
-        token = int(chances_V.argmax())
-    else:
-        up_to_V = chances_V.double().softmax(-1).cumsum(-1)
-        point = torch.rand((), generator=answer.random, dtype=torch.float64) * up_to_V[-1]
-        token = min(int(torch.searchsorted(up_to_V, point, right=True)), len(up_to_V) - 1)
-    if token == answer.stop:
-        answer.log_p += float(log_p_V[token])
-        answer.ended = "stop"
-        return
-    if len(answer.ids) == answer.limit:
-        answer.ended = "max_tokens"
-        return
-    answer.log_p += float(log_p_V[token])
-    answer.ids.append(token)
-    if answer.telling is not None:
-        answer.unsaid += answer.telling.push(answer.content([token]).tolist())
-        if answer.telling.stopped:
-            answer.ended = "stop string"
-    if not answer.ended and len(answer.ids) == answer.fixed:
-        answer.ended = "length"
-
-
-def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Tensor) -> Copies:
-    """Carry the likeliest beginnings on; a row whose hypothesis dies takes over a living one's from where they part."""
-    log_p_BV = log_p_BV.masked_fill(torch.isneginf(chances_BV), NEVER)
-    parents = beams.advance(log_p_BV[answer.seats], answer.stop)
-    if beams.done or not parents or len(beams.live[0]) == answer.fixed:
-        answer.ended = "stop"
-        return []
-    held, seats = answer.hypotheses, answer.seats
-    taken = {seats[parent] for parent in parents}  # the first child of a hypothesis stays in its row
-    spare = [row for row in range(answer.width) if row not in taken]
-    placed: list[int] = []
-    copies: Copies = []
-    for parent in parents:
-        row = seats[parent]
-        if row in placed:
-            source, row = row, spare.pop(0)
-            alike = (i for i, (a, b) in enumerate(zip(held[row], held[source], strict=True)) if a != b)
-            copies.append((source, row, answer.cached + next(alike, len(held[row]))))
-        placed.append(row)
-    new = dict(zip(placed, beams.live, strict=True))
-    answer.hypotheses = [
-        new.get(row, [*held[row], 0]) for row in range(answer.width)
-    ]  # rows without one idle on any token
-    answer.seats = placed
-    return copies

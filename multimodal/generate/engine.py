@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
-from multimodal.generate.answer import Answer, Options, advance
+from multimodal.generate.answer import Answer, Options
+from multimodal.generate.choosing import advance
+from multimodal.generate.lineup import Lineup
+from multimodal.generate.step import Step, is_plain
 from multimodal.heads import Prediction
-from multimodal.masks import Places
 from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError, did_you_mean
 from multimodal.tokenizer import Tokens
@@ -53,7 +55,8 @@ class Engine:
     """Writes the answers of many requests at once, of any tasks of one model that write; each as if it were alone.
 
     rows: how many answers (beams, guided twins) are written at the same time; others wait. capacity: tokens a row has room for,
-    prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps.
+    prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model that is trained
+    meanwhile writes by its new weights once all that was being written has ended.
     """
 
     def __init__(self, model: "Model", *, rows: int = 16, capacity: int = 1024) -> None:
@@ -71,8 +74,11 @@ class Engine:
             ) from error
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._lineup: Lineup | None = None  # of those running, until one joins or leaves
         self._owner: list[Answer] = []  # of each row in use
         self._tickets = 0
+        self._most = model.most_tokens
+        self._step: Step | None = None  # how a pass is computed, if not by the core itself
 
     @property
     def busy(self) -> bool:
@@ -108,7 +114,7 @@ class Engine:
                 f"{answer.limit} need {needed} places, more than capacity={self.capacity}; shorten the prompt, lower max_tokens, "
                 "or raise capacity"
             )
-        most = self.model.most_tokens
+        most = self._most
         if most is not None and needed > most:
             raise StreamError(
                 f"{answer.name} of task {answer.task!r}: a prompt of {answer.prompt} tokens and an answer of up to {answer.limit} "
@@ -138,14 +144,14 @@ class Engine:
             pieces = self._admit()
             if self._running:
                 try:
-                    states = self._pass()
+                    passed = self._pass()
                 except Exception as error:  # one that outgrows what a layer knows stops the pass; those that wait go on
                     pieces += [Piece(answer.ticket, error=error) for answer in self._running]
                     for answer in list(self._running):
                         answer.error = error
                         self._leave(answer)
                 else:
-                    pieces += self._choose(self._running, states)
+                    pieces += self._choose(*passed)
         return pieces
 
     def run(self) -> Iterator[Piece]:
@@ -165,10 +171,13 @@ class Engine:
             for row in answer.rows:
                 self.cache.clear(row)
             joining.append(answer)
+        if joining and not self._running:
+            self._step = Step(core) if is_plain(core := self.model.core) else None
         pieces: list[Piece] = []
         for group in ([a for a in joining if a.prefix is None], [a for a in joining if a.prefix is not None]):
             if group:
                 self._running += group
+                self._lineup = None
                 try:
                     states = self._read(group)
                 except Exception as error:  # a stranger's embedding may fail; those who wrote before are not to suffer
@@ -177,10 +186,10 @@ class Engine:
                         self._leave(answer)
                     pieces += [Piece(answer.ticket, error=error) for answer in group]
                 else:
-                    pieces += self._choose(group, states)
+                    pieces += self._choose(group, torch.cat(states), list(map(len, states)))
         return pieces
 
-    def _read(self, answers: Sequence[Answer]) -> dict[Answer, Tensor]:
+    def _read(self, answers: Sequence[Answer]) -> list[Tensor]:
         """Prefill: the states (rows, D) that each answer starts from."""
         batch = [(answer.task, sample, answer) for answer in answers for sample in answer.prompts()]
         names = [answer.name for *_, answer in batch]
@@ -215,7 +224,7 @@ class Engine:
             answer.cached = self.cache.length[answer.rows[0]]
             for row in answer.rows[len(found[answer]) :]:
                 self.cache.copy(answer.rows[0], row)
-        return {answer: torch.stack(states) for answer, states in found.items()}
+        return [torch.stack(found[answer]) for answer in answers]
 
     def _prefill(self, stream, answers, batch, rows, where) -> Tensor:
         prefix = answers[0].prefix
@@ -236,41 +245,28 @@ class Engine:
             0, new, states_TD
         )
 
-    def _pass(self) -> dict[Answer, Tensor]:
-        """One pass of the core: the states (rows, D) of every running answer."""
-        device, count = self.model.device, len(self._owner)
-        by_kind: dict[str, list[Answer]] = {}
-        for answer in self._running:
-            by_kind.setdefault(answer.kind, []).append(answer)
-        inputs = [
-            self.model.embed(kind, torch.cat([answer.newest() for answer in group]).to(device))
-            for kind, group in by_kind.items()
-        ]
-        in_order = [answer for group in by_kind.values() for answer in group]
-        row_N = torch.empty(count, dtype=torch.long)
-        row_N[torch.tensor([row for answer in in_order for row in answer.rows])] = torch.arange(count)
-        row_N = row_N.to(device)
-        position_NA = torch.cat([answer.places() for answer in in_order])[row_N]
-        segments = [answer.segments[i % len(answer.segments)] for answer in in_order for i in range(answer.width)]
-        places = Places(
-            sample=torch.arange(count, dtype=torch.int32, device=device),
-            order=torch.tensor(self.cache.length[:count], dtype=torch.int32, device=device),
-            free=torch.zeros(count, dtype=torch.int32, device=device),
-            segment=torch.tensor(segments, dtype=torch.int32, device=device)[row_N],
-        )
-        layout = Layout(tuple(Span(0, 1) for _ in range(count)), places)
-        states_ND = self.model.core(torch.cat(inputs)[row_N], position_NA, layout, cache=self.cache.at(range(count)))
-        return {answer: states_ND[torch.tensor(answer.rows, device=device)] for answer in self._running}
+    def _pass(self) -> tuple[list[Answer], Tensor, list[int]]:
+        """One pass of the core: every running answer, and the states of each, so many rows, one after the other."""
+        lineup = self._lineup = self._lineup or Lineup(self._running, self.model)
+        stream_BD, position_BA = lineup.inputs()
+        layout = lineup.layout(self.cache.length[: len(lineup.rows)])
+        core, cache = self._step or self.model.core, self.cache.at(lineup.rows)
+        state_BD = core(stream_BD, position_BA, layout, cache=cache)
+        return lineup.answers, lineup.states(state_BD), lineup.sizes
 
-    def _choose(self, answers: Sequence[Answer], states: Mapping[Answer, Tensor]) -> list[Piece]:
-        """Let every answer choose its next token; those that end leave."""
+    def _choose(self, answers: Sequence[Answer], state_ND: Tensor, sizes: Sequence[int]) -> list[Piece]:
+        """Let every answer choose its next token, from its states; those that end leave."""
         pieces: list[Piece] = []
-        by_task: dict[str, list[Answer]] = {}
-        for answer in answers:
-            by_task.setdefault(answer.task, []).append(answer)
+        by_task: dict[str, list[int]] = {}
+        for i, answer in enumerate(answers):
+            by_task.setdefault(answer.task, []).append(i)
+        parts = state_ND.split(list(sizes)) if len(by_task) > 1 else []
         for task, group in by_task.items():
+            state_ND = torch.cat([parts[i] for i in group]) if parts else state_ND
             head, readout = self.model.packer.head(task), self.model.readout(task)
-            for answer, copies in advance(group, states, head, readout):
+            for answer, copies in advance(
+                [answers[i] for i in group], state_ND, [sizes[i] for i in group], head, readout
+            ):
                 for source, target, start in copies:
                     self.cache.copy(answer.rows[source], answer.rows[target], start=start)
                 try:
@@ -283,13 +279,14 @@ class Engine:
                     )
                 if text or answer.ended or answer.error:
                     pieces.append(Piece(answer.ticket, text, prediction, answer.error))
-        for answer in [a for a in answers if a.ended or a.error]:
+        for answer in [a for a in self._running if a.ended or a.error]:
             self._leave(answer)
         return pieces
 
     def _leave(self, answer: Answer) -> None:
         """Free an answer's rows; the last rows in use move into the gap."""
         self._running.remove(answer)
+        self._lineup = None
         for row in sorted(answer.rows, reverse=True):
             last = len(self._owner) - 1
             owner = self._owner.pop()

@@ -83,13 +83,22 @@ class SelfAttention(_Attend):
 
 
 class _Self(Body):
+    narrows = True
+
     def __init__(self, attention: Attention, out: int) -> None:
         super().__init__(out)
         self.attention = attention
 
-    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
-        turns = context.turns(self.attention.key_width)
-        return self.attention(stream_TD, turns, context.plan, self.index)
+    def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
+        turns, plan = context.turns(self.attention.key_width), None
+        if wanted_N is None:
+            return self.attention(stream_TD, turns, context.plan, self.index)
+        if 4 * len(wanted_N) <= len(stream_TD) and self.attention.mechanism.fused:  # what reads by chance draws for all
+            plan = context.plan.narrowed(wanted_N)
+        if plan is None:
+            return self.attention(stream_TD, turns, context.plan, self.index)[wanted_N]
+        own = None if turns is None else turns[wanted_N]
+        return self.attention(stream_TD[wanted_N], own, plan, self.index, (stream_TD, turns))
 
 
 @dataclass(frozen=True, kw_only=True)

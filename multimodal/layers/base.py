@@ -7,9 +7,9 @@ stream --norm--> layer --> update
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -161,11 +161,13 @@ def check_sizes(layer: Layer, *names: str) -> None:
 class Body(nn.Module):
     """A layer's module: (normed stream (T, D), context) -> update (T, `out_width`).
 
-    index: its number among the layers that keep the same thing in a cache.
+    index: its number among the layers that keep the same thing in a cache. narrows: `forward` takes `wanted_N`, the rows whose
+    update is wanted, and gives theirs alone, which costs less than all.
     """
 
     out_width: int
     index: int = 0
+    narrows: ClassVar[bool] = False
 
     def __init__(self, out_width: int) -> None:
         super().__init__()
@@ -193,6 +195,10 @@ class Context:
     @property
     def sample_T(self) -> Tensor:
         return self.layout.places.sample
+
+    def at(self, row_N: Tensor) -> Self:
+        """The same for some rows of the stream, which look at nothing any more."""
+        return replace(self, layout=Layout(self.layout.spans, self.layout.places[row_N]))
 
     @cached_property
     def sequences(self) -> "Sequences":
@@ -255,16 +261,23 @@ class Sublayer(nn.Module):
                 "stream would be left; use Add, Gated or Concat, or drop_path=0"
             )
 
-    def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
-        update_TD = self._drop(self.body(self.norm(stream_TD), context), context.sample_T)
-        return self.layer.merge.merge(stream_TD, update_TD, self.merge_weights)
+    def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
+        """The stream after the layer, or wanted rows of it."""
+        normed_TD = self.norm(stream_TD)
+        if wanted_N is None:
+            update_TD = self.body(normed_TD, context)
+        else:
+            narrows = self.body.narrows
+            update_TD = self.body(normed_TD, context, wanted_N) if narrows else self.body(normed_TD, context)[wanted_N]
+            stream_TD, context = stream_TD[wanted_N], context.at(wanted_N)
+        return self.layer.merge.merge(stream_TD, self._drop(update_TD, context), self.merge_weights)
 
-    def _drop(self, update_TD: Tensor, sample_T: Tensor) -> Tensor:
+    def _drop(self, update_TD: Tensor, context: Context) -> Tensor:
         if self.training and self.dropout:
             update_TD = F.dropout(update_TD, self.dropout)
         if self.training and self.drop_path:
-            keep = (
-                torch.rand(int(sample_T[-1]) + 1, 1, device=update_TD.device, dtype=update_TD.dtype) >= self.drop_path
-            )
+            place = {"device": update_TD.device, "dtype": update_TD.dtype}
+            keep = torch.rand(len(context.layout.spans), 1, **place) >= self.drop_path
+            sample_T = context.sample_T
             update_TD = update_TD * (keep / (1 - self.drop_path))[sample_T]
         return update_TD

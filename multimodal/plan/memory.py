@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from multimodal.attention import Attention
-from multimodal.core import Core
 from multimodal.model import Model
-from multimodal.plan.parts import Kept, classes, embed_cost, layer_kept, parameters, transformer
+from multimodal.plan.parts import Kept, classes, embed_cost, layer_kept, lone_layers, parameters, transformer
 from multimodal.plan.streams import StreamFacts
 
 FLOAT = 4  # bytes
@@ -91,7 +90,8 @@ class _Book:
         self.half_heads = _linear(model.readouts) if work.half else 0
         self.half_embeds = _linear(model.embeds) if work.half else 0  # no gradient goes to what is embedded
         self.largest = max(p.numel() for p in model.parameters())
-        self.blocks = [self._block(list(block.layers), self.core) for block in core.blocks]  # type: ignore[arg-type]
+        lone = lone_layers(model)
+        self.blocks = [self._block(list(block.layers), lone) for block in core.blocks]  # type: ignore[arg-type]
         self.widths = {m.key_width for m in core.modules() if isinstance(m, Attention)}
         self._heads(model)
         self.embedded = 0.0
@@ -102,10 +102,11 @@ class _Book:
                 if not cost.known:
                     self.unknown.add(f"what embedding {kind!r} keeps")
 
-    def _block(self, layers: list, core: Core) -> list[Kept]:
+    def _block(self, layers: list, lone: list) -> list[Kept]:
         found = []
         for layer in layers:
-            found.append(layer_kept(layer, core, self.facts, half=self.work.half, cuda=self.work.cuda))
+            kept = layer_kept(layer, self.core, self.facts, half=self.work.half, cuda=self.work.cuda)
+            found.append(kept.of(self.facts.wanted) if layer in lone else kept)
             if not found[-1].known:
                 self.unknown.add(f"what {type(layer.layer).__name__} keeps")
         return found

@@ -122,7 +122,8 @@ def token_flops(model: Model, facts: StreamFacts) -> Flops:
     of its input, which the count on the module itself shows.
     """
     core = transformer(model).core
-    forward = {"core": core.flops(1, facts.context), "embeddings": 0.0, "heads": 0.0}
+    lone = sum(p.numel() for layer in lone_layers(model) for p in layer.parameters() if p.dim() >= 2)
+    forward = {"core": core.flops(1, facts.context) - 2.0 * lone * (1 - facts.wanted), "embeddings": 0.0, "heads": 0.0}
     training = 3 * forward["core"]
     for kind, share in facts.kinds.items():
         if not kind.startswith("head:"):
@@ -156,15 +157,31 @@ class Kept:
     working: float = 0.0
     known: bool = True
 
+    def of(self, share: float) -> "Kept":
+        """Where the layer is computed for that share of the tokens."""
+        parts = {name: share * size for name, size in self.parts.items()}
+        return Kept(parts=parts, working=share * self.working, known=self.known)
+
+
+def lone_layers(model: Model) -> list[Sublayer]:
+    """Layers behind the last one that mixes tokens: of them only the rows that heads read are computed (`StreamFacts.wanted`)."""
+    if not isinstance(model.core, Transformer):
+        return []
+    last: Any = model.core.blocks[-1]
+    return list(last.layers)[last.mixing + 1 :]
+
 
 def layer_kept(sublayer: Sublayer, core: Core, facts: StreamFacts, *, half: bool, cuda: bool) -> Kept:
     """What a layer with its norm and merge keeps. Closed form for attention with a bare mechanism and for the MLP, else measured.
+
+    Of all rows: where few are read (`StreamFacts.wanted`) the last attention keeps less on CPUs.
 
     Element sizes e: 4, or 2 under autocast; the residual stream, norms and their inputs stay float32.
         norm       input 4 D, its 1 / rms 4; output e D (which the projection reads)
         attention  qkv e (H + 2G) K, normed and turned q and k e (H + G) K, result e H K, log-sum-exp 4 H, 1 / rms of q and k
                    4 (H + G); the result once more (e H K) where runs of other shapes are joined, or cast (autocast);
-                   autocast: q and k in float32 before their norm 4 (H + G) K; CUDA's kernel: keys and values of all H heads
+                   autocast: q and k in float32 before their norm 4 (H + G) K; CUDA's kernel, called twice for a prefix-LM: result
+                   and log-sum-exp of both calls
         MLP        gate and up e 2M, silu e M, product e M
     """
     width = sublayer.norm.weight.shape[0]
@@ -184,11 +201,9 @@ def layer_kept(sublayer: Sublayer, core: Core, facts: StreamFacts, *, half: bool
         turned = a.turned and any(core.rotary_split)
         kept = size * (q + k) if normed or turned else 0.0
         read = size * out + 4.0 * a.heads
-        if cuda and half:  # keys and values repeated for all heads, in the kernel's own copies
-            kept, qkv = size * a.heads * (2 * a.key_width + a.value_width), 0.0
-            read += size * facts.free * a.heads * (a.key_width + a.value_width) if facts.free < 1 else 0.0
-        else:
-            qkv = size * (q + k + v)
+        if cuda and half and 0 < facts.free < 1:  # two calls of the kernel, over all rows each
+            read *= 2
+        qkv = size * (q + k + v)
         joined = size * out if half or facts.runs else 0.0
         floats = 4.0 * (q + k) if half and normed else 0.0
         masks = size * facts.mixed if not (cuda and half) else 0.0

@@ -25,7 +25,8 @@ class StreamFacts:
 
     context: tokens that a token sees. mixed: numbers of the masks that the CPU's fused kernel needs where a sample is neither all
     free nor all causal. kinds: share of the tokens that are embedded as each kind ("head:..." opens what is written).
-    rows: rows that each head's readout reads, by its key. runs: whether a pack holds samples of more than one shape.
+    rows: rows that each head's readout reads, by its key; wanted: rows that any head reads, or 1 where `Stream.narrowed` keeps all.
+    runs: whether a pack holds samples of more than one shape.
     """
 
     samples: int  # that were counted; 0: given, not counted
@@ -36,6 +37,7 @@ class StreamFacts:
     mixed: float = 0.0
     kinds: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, float] = field(default_factory=dict)
+    wanted: float = 1.0
     content: float = 0.0  # bytes of the stream: content, places, targets
     runs: bool = True
 
@@ -84,6 +86,7 @@ def count_stream(
         mixed=sums["mixed"] / total,
         kinds={kind: count / total for kind, count in kinds.items()},
         rows={key: count / total for key, count in rows.items()},
+        wanted=_wanted(sums["wanted"] / total),
         content=sums["bytes"] / total,
         runs=len(shapes) > 1,
     )
@@ -97,17 +100,22 @@ def given_stream(model: Model, length: int) -> StreamFacts:
     pattern = next(iter(model.tasks))
     written, head = model.packer.patterns[pattern].writes.kind, model.packer.head(pattern)
     kinds = [f.kind for f in model.packer.patterns[pattern].reads] if not head.writes else [written]
-    key = model.packer.head_key(pattern)
+    key, rows = model.packer.head_key(pattern), 1.0 if head.writes else 1.0 / length
     return StreamFacts(
         samples=0,
         length=length,
         longest=length,
         context=(length + 1) / 2,
         kinds={kind: 1 / len(kinds) for kind in kinds},
-        rows={key: 1.0 if head.writes else 1.0 / length},
+        rows={key: rows},
+        wanted=_wanted(rows),
         content=8.0 + 12 + 4 * 8 + 2 * 8,  # an id, a place, four integers of layout, a row and its target
         runs=False,
     )
+
+
+def _wanted(share: float) -> float:
+    return share if share <= 0.5 else 1.0
 
 
 def seen_pairs(rule: Rule, layout: Layout) -> int:
@@ -138,6 +146,7 @@ def _add(
         # samples of one shape lie side by side, and share a mask
         "mixed": sum(s.total**2 for s in set(spans) if 0 < s.free < s.total or s.free < 0),
         "bytes": sum(t.nbytes for t in stream_tensors(stream)),
+        "wanted": sum(len(x) for r in stream.readings.values() for x in (r.row_N, r.key_N) if x is not None),
     }
     for name, count in found.items():
         sums[name] = sums.get(name, 0.0) + weight * count

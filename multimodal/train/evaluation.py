@@ -4,7 +4,9 @@ import torch
 
 from multimodal.contrast import evaluate_pairs
 from multimodal.data import Samples, check_samples
+from multimodal.heads import Prediction
 from multimodal.model import Model
+from multimodal.stream import Stream
 from multimodal.train.processes import Processes
 
 
@@ -23,19 +25,38 @@ def measured(model: Model, task: str, samples: Samples, processes: Processes, ba
     pattern = model.packer.patterns[task]
     if pattern.pair:  # each process looks at all of them, as recall is among all samples
         return evaluate_pairs(model, task, samples, batch=batch)
-    written, hides = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task).hides
+    written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
     for start in range(0, len(mine), batch):
         part = [samples[i] for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
-        with model.resting():
-            total += float(model.losses(stream)[task])
         count += stream.readings[task].count
-        if hides:
-            continue  # features are never exactly right; the loss says how near they are
-        longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
-        for sample, answer in zip(part, model.generate(task, part, max_tokens=longest), strict=True):
+        if head.writes or head.hides:
+            with model.resting():
+                total += float(model.losses(stream)[task])
+            if head.hides:
+                continue  # features are never exactly right; the loss says how near they are
+            longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
+            answers = model.generate(task, part, max_tokens=longest)
+        else:
+            loss, answers = _at_once(model, task, stream)
+            total += loss
+        for sample, answer in zip(part, answers, strict=True):
             right += answer.value == written.decode(written(sample[pattern.answer]))
     total, count, right = processes.sum(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
-    return {"loss": total / count} | ({} if hides else {"exact": right / len(samples)})
+    return {"loss": total / count} | ({} if head.hides else {"exact": right / len(samples)})
+
+
+def _at_once(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction]]:
+    """Sum of the losses, and the answers in the order of the samples, of a head that needs one pass for both."""
+    head, readout = model.packer.head(task), model.readout(task)
+    with model.resting():
+        wanted_N, readings = stream.narrowed()
+        r = readings[task]
+        assert r.target is not None  # it was packed with answers
+        state_ND = model(stream, wanted_N=wanted_N)[r.row_N]
+        loss = float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths))
+        tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+        found = head.answer(head.logits(readout, state_ND, r.lengths), r.lengths, tokenizer)
+    return loss, [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])]

@@ -3,6 +3,7 @@
 data --Batches or Packs (workers)--> packed streams --Trainee.backward--> AdamW --> averaged weights --> run folder
 """
 
+import gc
 import json
 import math
 import time
@@ -40,7 +41,7 @@ from multimodal.train.folder import (
     write_rows,
 )
 from multimodal.train.host import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
-from multimodal.train.processes import Processes, Trainee, found_processes, whole
+from multimodal.train.processes import Processes, Trainee, found_processes, full, whole
 from multimodal.train.recipe import FREE, Recipe, choose_device, choose_precision, make_optimizer
 from multimodal.train.report import bar, draw_curves, environment, write_csv
 from multimodal.train.state import Checkpoints, Trained
@@ -104,6 +105,9 @@ def fit(
         finally:
             recompute(model, False)
             training.rest()
+            # if DDP were the last to hold the connections, it and their threads could wait for each other
+            training.trainee.wrapped = None
+            gc.collect()
             if training.lock:
                 training.lock.close()
     return training.run
@@ -323,7 +327,8 @@ class _Training:
         if self.processes.count > 1:
             self.trainee.leave_unused()
         norm = torch.nn.utils.clip_grad_norm_(self.trainee.model.parameters(), self.recipe.clip or math.inf)
-        loss, norm = float(self.processes.sum(total)), float(whole(norm))
+        # the only wait for the device in a step: nothing may change weights before these are known
+        loss, norm = torch.stack([self.processes.sum(total), full(norm)]).tolist()
         row: dict[str, Any] = {"loss": loss, "grad_norm": norm}
         why = self.watch.why(loss, norm)
         if why is None:

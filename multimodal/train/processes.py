@@ -150,7 +150,9 @@ class Trainee:
             model.to(device)
             if processes.count > 1:
                 ids = [device.index] if device.type == "cuda" else None
-                self.wrapped = nn.parallel.DistributedDataParallel(Loss(model), device_ids=ids)
+                self.wrapped = nn.parallel.DistributedDataParallel(
+                    Loss(model), device_ids=ids, gradient_as_bucket_view=True
+                )
 
     def backward(self, stream: Stream, counts: Mapping[str, int], *, last: bool) -> Tensor:
         """The loss of a micro-batch; its gradients are added to those there are, and exchanged behind the last one."""
@@ -188,10 +190,14 @@ class Trainee:
         return ema
 
 
+def full(tensor: Tensor) -> Tensor:
+    """A tensor in one piece, where it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in one piece, on the CPU, apart from what goes on being trained."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-    return full.detach().cpu().clone().contiguous()
+    return full(tensor).detach().cpu().clone().contiguous()
 
 
 def shard(model: Model, root: nn.Module) -> nn.Module:

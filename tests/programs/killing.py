@@ -5,6 +5,7 @@
 It forks the processes that train, so that importing torch is paid once; prints at which steps it killed.
 """
 
+import gc
 import json
 import os
 import random
@@ -54,6 +55,7 @@ def main() -> None:
     out, job = Path(sys.argv[1]), json.loads(sys.argv[2])
     steps, drawn = job["settings"]["steps"], random.Random(job["seed"])
     train(out.with_name("first"), {"steps": 1, "batch": 4, "ema": 0.9, "optimizer": "muon"})  # imports everything, once
+    gc.freeze()
     for target in sorted(drawn.randrange(1, steps - 2) for _ in range(job["kills"])):
         children = start(out, job["settings"], job["processes"])
         while reached(out) < target:

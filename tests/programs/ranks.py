@@ -3,6 +3,7 @@
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29501 python ranks.py OUT '{"parallel": "fsdp", "steps": 3}'
 """
 
+import gc
 import json
 import os
 import signal
@@ -72,7 +73,11 @@ def gradients(settings: dict, parts: int) -> dict[str, torch.Tensor]:
             trainee.backward(stream, counts, last=i == len(streams) - 1)
         # a process alone leaves out the gradients of what it did not use; several have zeros there
         named = trainee.model.named_parameters()
-        return {name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in named}
+        found = {name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in named}
+        # the last one that holds the connections waits for their threads, and DDP would wait with Python's lock held
+        trainee.wrapped = None
+        gc.collect()
+        return found
 
 
 def _counted(streams: list) -> dict[str, int]:

@@ -107,8 +107,10 @@ class ImagePatches(Tokenizer):
 
     def encode(self, value: Any) -> Tokens:
         image_CYX = self.preprocess(value)
-        patches_NF = rearrange(image_CYX, "c (y p) (x q) -> (y x) (c p q)", p=self.patch, q=self.patch)
-        rows, columns = image_CYX.shape[1] // self.patch, image_CYX.shape[2] // self.patch
+        side, rows, columns = self.patch, image_CYX.shape[1] // self.patch, image_CYX.shape[2] // self.patch
+        # "c (y p) (x q) -> (y x) (c p q)", without reading a pattern for each picture
+        squares = image_CYX.reshape(-1, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+        patches_NF = squares.reshape(rows * columns, self.pixel_features)
         position_NA = _grid(rows, columns)
         return Tokens(self._with_places(patches_NF, position_NA, (rows, columns)), position_NA)
 
@@ -141,7 +143,7 @@ class ImagePatches(Tokenizer):
                     "resize or pad it first, or use edge='repeat'"
                 )
             image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
-        return (image_CYX - _per_channel(self.mean)) / _per_channel(self.std)
+        return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))
 
     def decode(self, tokens: Tokens) -> Tensor:
         """The picture (C, Y, X) in 0..1 that these patches tile; what is missing up to the last row and column is `mean`."""

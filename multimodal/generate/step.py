@@ -1,0 +1,124 @@
+"""One new token a row through a small core of plain blocks: what `Transformer.forward` computes, in as few calls as can be.
+
+A step of a small model costs calls, not arithmetic: about 20 us a layer are for modules, and 20 us for each RMSNorm. So the
+weights of norms are folded into the products behind them, and kept column by column, which is faster for few rows.
+"""
+
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.attention import Attention, Cache, Layout, plan_attention, sdpa
+from multimodal.attention.kept import StepPlan
+from multimodal.core import Transformer
+from multimodal.layers import MLP, Add, SelfAttention
+from multimodal.norm import RMSNorm
+from multimodal.positions import rotate
+
+MOST = 2**24  # weights; those of a larger core are not copied, and its calls cost little beside its arithmetic
+
+
+def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
+    """Whether a core can be stepped through here: bare attention and gated MLPs that add, in float32 or float64, and small.
+
+    And with nothing put into it: hooks, other modules, other weights than its own.
+    """
+    return (
+        type(core) is Transformer
+        and core.narrow is None
+        and core.bare
+        and all(type(s.layer) in (SelfAttention, MLP) and type(s.layer.merge) is Add for s in core.sublayers())
+        and all(_as_made(module) for module in core.modules())
+        and {p.dtype for p in core.parameters()} <= {torch.float32, torch.float64}
+        and sum(p.numel() for p in core.parameters()) <= MOST
+    )
+
+
+def _as_made(module: nn.Module) -> bool:
+    ours = type(module).__module__.startswith(("multimodal.", "torch.nn.modules."))
+    return ours and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+class Step:
+    """A plain core's weights, made ready. They are copies: what is trained later is not seen."""
+
+    def __init__(self, core: Transformer) -> None:
+        self.core = core
+        self.eps, self.last = _number(core.norm.eps, core.norm.weight), core.norm.weight.detach().clone()
+        self.layers: list[_Attention | _MLP] = []
+        for sublayer in core.sublayers():
+            body: Any = sublayer.body
+            if type(sublayer.layer) is MLP:
+                self.layers.append(_MLP(sublayer.norm, body.gate_up, body.down))
+            else:
+                self.layers.append(_Attention(sublayer.norm, body.attention, body.index))
+
+    def __call__(self, stream_BD: Tensor, position_BA: Tensor, layout: Layout, cache: Cache) -> Tensor:
+        """States (B, D) of one more token in each of the cache's neighbouring rows."""
+        plan = plan_attention(self.core.core.mask, layout, cache=cache)
+        assert isinstance(plan, StepPlan)
+        turns = self.core.turns(position_BA)
+        for layer in self.layers:
+            stream_BD = layer(stream_BD, plan, turns)
+        return _normed(stream_BD, self.eps).mul_(self.last)
+
+
+class _Attention:
+    def __init__(self, norm: RMSNorm, attention: Attention, index: int) -> None:
+        self.eps, self.index, self.mechanism = _number(norm.eps, norm.weight), index, attention.mechanism
+        self.qkv_DN, self.out_ND = _folded(attention.qkv, norm), _columns(attention.out.weight)
+        self.heads, self.groups, self.width = attention.heads, attention.kv_heads, attention.key_width
+        self.turned = attention.turned
+        self.norm_HK: Tensor | None = None
+        if isinstance(attention.norm_q, RMSNorm) and isinstance(attention.norm_k, RMSNorm):
+            parts = attention.norm_q.weight.expand(self.heads, -1), attention.norm_k.weight.expand(self.groups, -1)
+            self.norm_HK = torch.cat(parts).detach()
+            self.norm_eps = _number(attention.norm_q.eps, self.norm_HK)
+
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, turns) -> Tensor:
+        rows = len(stream_BD)
+        both = (self.heads + self.groups) * self.width
+        qkv = torch.mm(_normed(stream_BD, self.eps), self.qkv_DN)
+        qk_BHK, v_BGK = qkv[:, :both].view(rows, -1, self.width), qkv[:, both:].view(rows, self.groups, -1)
+        if self.norm_HK is not None:
+            qk_BHK = _normed(qk_BHK, self.norm_eps).mul_(self.norm_HK)
+        turn = turns(self.width) if self.turned else None
+        if turn is not None:
+            qk_BHK = rotate(qk_BHK, turn)
+        cache = plan.cache
+        cache.write(self.index, *plan.where, qk_BHK[:, self.heads :], v_BGK)
+        k_BMGK, v_BMGK = cache.k[self.index][plan.window], cache.v[self.index][plan.window]
+        q_B1HK, k_BMGK, scale = self.mechanism.features(qk_BHK[:, None, : self.heads], k_BMGK)
+        read = sdpa(q_B1HK, k_BMGK, v_BMGK, scale, plan.mask)
+        return torch.addmm(stream_BD, read.reshape(rows, -1), self.out_ND)
+
+
+class _MLP:
+    def __init__(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+        self.eps = _number(norm.eps, norm.weight)
+        self.gate_up_DN, self.down_ND = _folded(gate_up, norm), _columns(down.weight)
+
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, turns) -> Tensor:
+        gate, up = torch.mm(_normed(stream_BD, self.eps), self.gate_up_DN).chunk(2, -1)
+        return torch.addmm(stream_BD, F.silu(gate).mul_(up), self.down_ND)
+
+
+def _normed(x: Tensor, eps: Tensor) -> Tensor:
+    """x / rms(x)."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _folded(linear: nn.Linear, norm: RMSNorm) -> Tensor:
+    """A product's weights with those of the norm before it."""
+    return _columns(linear.weight * norm.weight)
+
+
+def _columns(weight: Tensor) -> Tensor:
+    return weight.detach().t().contiguous()
