@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.norm import is_untouched
+
 CHUNK = 2**20  # numbers of the logits that are there at the same time: on CPUs what stays in their caches
 CHUNK_CUDA = 2**27  # there a matrix must be large to be multiplied at full speed
 
@@ -17,12 +19,15 @@ def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, 
     minus target (Bridle 1990), so nothing has to be kept for the backward pass but the gradients themselves.
     """
     chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
-    if state_ND.shape[0] * linear.out_features <= chunk or type(linear) is not nn.Linear:
+    if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
         logits = linear(state_ND)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
     size = max(1, chunk // linear.out_features)
-    return _Chunked.apply(state_ND, linear.weight, linear.bias, target_N, smoothing, size)  # type: ignore[return-value]
+    given = (state_ND, linear.weight, linear.bias)
+    if not torch.is_grad_enabled():  # which a Function is not told
+        given = tuple(None if x is None else x.detach() for x in given)
+    return _Chunked.apply(*given, target_N, smoothing, size)  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):

@@ -115,7 +115,8 @@ class TwoCores(nn.Module):
             StreamError: more to read after the prompt; a reader reads all at once.
         """
         if cache is not None and any(cache.length[row] for row in cache.rows[: len(layout.spans)]):
-            return self._step(stream_TD, position_TA, layout, cache, trace)
+            state_TD = self._step(stream_TD, position_TA, layout, cache, trace)
+            return state_TD if wanted_N is None else state_TD[wanted_N]
         reads = torch.tensor([span.read for span in layout.spans], device=stream_TD.device)
         is_read_T = layout.places.order < reads[layout.places.sample.long()]
         read_rows, written_rows = is_read_T.nonzero()[:, 0], (~is_read_T).nonzero()[:, 0]

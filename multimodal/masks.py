@@ -31,9 +31,6 @@ class Places:
     def __getitem__(self, index) -> "Places":
         return Places(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def to(self, device) -> "Places":
-        return Places(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
-
 
 @dataclass(frozen=True)
 class Pairs:

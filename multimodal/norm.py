@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+def is_untouched(linear: nn.Module) -> bool:
+    """Whether a product is that of its weights and bias alone, and may be computed from them: not replaced, watched or pruned."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis."""
 

@@ -33,7 +33,7 @@ def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
     The compiler makes one pass of anything but has no code for complex numbers: it is given turns as reals, (T, 1, K/2, 2).
     """
     x_THK = x_THK if x_THK.dtype == torch.float64 else x_THK.float()
-    pairs = x_THK.unflatten(-1, (-1, 2))
+    pairs = x_THK.view(*x_THK.shape[:-1], x_THK.shape[-1] // 2, 2)
     if not turns.is_complex():
         (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)

@@ -106,7 +106,7 @@ class Stream:
         pinned = torch.device(device).type == "cuda"
 
         def move(x: Tensor) -> Tensor:
-            return (x.pin_memory() if pinned and x.device.type == "cpu" else x).to(device, non_blocking=True)
+            return (x.pin_memory() if pinned and x.device.type == "cpu" else x).to(device, non_blocking=pinned)
 
         return Stream(
             content={kind: move(x) for kind, x in self.content.items()},

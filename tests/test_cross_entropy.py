@@ -1,5 +1,7 @@
 """The cross entropy of a large vocabulary, made some rows at a time, against PyTorch's own on all logits."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,3 +125,31 @@ def test_heads_lose_the_same_in_chunks(monkeypatch, smoothing):
         assert found[1].keys() == found[2**20].keys()
         for name, grad in found[1].items():
             torch.testing.assert_close(grad, found[2**20][name], rtol=1e-5, atol=1e-7)
+
+
+def test_an_evaluation_makes_no_gradients():
+    """Where nothing is learned no (V, D) tensor is made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        seen: ClassVar[set] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                self.seen.add(tuple(out.shape))
+            return out
+
+    linear, state = nn.Linear(8, 3001), torch.randn(700, 8, requires_grad=True)
+    target = torch.randint(3001, (700,))
+    with Shapes() as shapes, torch.no_grad():
+        linear_cross_entropy(linear, state, target)
+    assert shapes.seen
+    assert not {(3001, 8), (700, 8)} & shapes.seen
+
+
+def test_a_layer_that_is_watched_is_called():
+    linear, seen = nn.Linear(8, 3001), []
+    linear.register_forward_hook(lambda *_: seen.append(1))
+    linear_cross_entropy(linear, torch.randn(700, 8), torch.randint(3001, (700,)))
+    assert seen

@@ -435,3 +435,25 @@ def test_one_of_and_only_hold_through_generate(lively, beams):
         assert any(w.encode().startswith(last.replace("\ufffd", "").encode()) for w in WORDS)
         if answer.complete:
             assert last in WORDS
+
+
+@dataclass(frozen=True)
+class Halved(mm.Sampler):
+    """Half of every logit; in place, as a stranger may write it."""
+
+    in_place: bool
+    draws = True
+
+    def __call__(self, logits_BV, written):
+        return logits_BV.div_(2) if self.in_place else logits_BV / 2
+
+
+def test_a_rule_that_writes_into_what_it_is_given_changes_nothing_else():
+    model = mm.Model({"text": TextBytes()}, mm.Core(width=16, depth=1, heads=2), ["text -> text"])
+    told = []
+    for in_place in (True, False):
+        answers = model.generate(
+            "text -> text", [{"text": "ab"}, {"text": "c"}], sampler=Halved(in_place), max_tokens=6, seed=3
+        )
+        told.append([(answer.value, answer.confidence) for answer in answers])
+    assert told[0] == told[1]

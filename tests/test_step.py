@@ -89,11 +89,35 @@ def parametrized(core):
     torch.nn.utils.parametrizations.weight_norm(core.blocks[1].layers[1].body.down)
 
 
+def with_another_norm(core):
+    core.blocks[0].layers[0].norm = torch.nn.LayerNorm(32)
+
+
+def with_a_bias(core):
+    core.blocks[0].layers[1].body.down = torch.nn.Linear(*core.blocks[0].layers[1].body.down.weight.shape[::-1])
+
+
+def with_a_mixture_of_types(core):
+    core.blocks[0].double()
+
+
 def patched(core):
     core.forward = lambda *_: None
 
 
-@pytest.mark.parametrize("change", [watched, replaced, parametrized, patched, torch.nn.Module.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        watched,
+        replaced,
+        parametrized,
+        with_another_norm,
+        with_a_bias,
+        with_a_mixture_of_types,
+        patched,
+        torch.nn.Module.bfloat16,
+    ],
+)
 def test_what_was_put_into_a_core_is_not_passed_by(change):
     core = PLAIN.build()
     assert is_plain(core)
@@ -116,3 +140,12 @@ def test_a_model_that_was_trained_meanwhile_writes_by_its_new_weights():
     before = written()
     model.load_state_dict(other.state_dict())
     assert written() == other.generate("text -> text", text="abc", max_tokens=12).tokens.content.tolist() != before
+
+
+def test_under_autocast_a_core_goes_its_own_way(monkeypatch):
+    model = writer(0)
+    engine = Engine(model, rows=1, capacity=64)
+    engine.submit("text -> text", {"text": "abc"}, max_tokens=3)
+    monkeypatch.setattr(Step, "__call__", lambda *_: pytest.fail("it would round the stream from layer to layer"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [piece for piece in engine.run() if piece.prediction]

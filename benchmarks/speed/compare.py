@@ -102,8 +102,9 @@ def measure(module: str, row: Row, place: Place, rounds: int, seconds: float) ->
         differ = None if row.tolerance is None else difference(row, *_written_outputs(place.folder, workers))
         warm = [worker.order("warm", seconds) for worker in workers]
         found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-        for _ in range(rounds):
-            for side, worker, told in (("ours", ours, warm[1]), ("theirs", theirs, warm[0])):
+        turns = [("ours", ours, warm[1]), ("theirs", theirs, warm[0])]
+        for i in range(rounds):  # A B, B A, ..: what drifts within a round goes either way
+            for side, worker, told in turns if i % 2 == 0 else turns[::-1]:
                 found[side].append(worker.order("time", told["count"]))
     finally:
         for worker in workers:

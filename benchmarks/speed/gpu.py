@@ -1,6 +1,6 @@
 """One NVIDIA GPU: what every row on it needs, the two ceilings, and a command.
 
-PYTHONPATH=.:tokenizers python3 -m benchmarks.speed.gpu gpu-ceilings gpu-train gpu-decode      about 10 minutes of an H200
+PYTHONPATH=.:tokenizers python3 -m benchmarks.speed.gpu gpu-ceilings gpu-train gpu-decode      a guess: 10 minutes of an H200
 
 It needs neither `rich` nor `cyclopts`, which machines with a GPU may lack; its lines also go to the folder OUT, if that is set.
 """

@@ -1,6 +1,6 @@
 """Greedy decoding of a 200 M model on a GPU, as a share of its memory's floor and against Hugging Face's static cache.
 
-Expected: 1,000 tokens/s at batch 1, 60 % of the floor; at batch 64 1.5 times Hugging Face's tokens.
+Hoped for, not yet measured: 1,000 tokens/s at batch 1, 60 % of the floor; at batch 64 1.5 times Hugging Face's tokens.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Training steps of 65,536 packed tokens on a GPU, as shares of its matrix product's ceiling and against Hugging Face's Llama.
 
-Expected: 50 % of the ceiling in model FLOPs, prefix-LM within 10 % of causal, Llama 1.3 times as long.
+Hoped for, not yet measured: 50 % of the ceiling in model FLOPs, prefix-LM within 10 % of causal, Llama 1.3 times as long.
 """
 
 import gc

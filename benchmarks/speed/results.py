@@ -98,7 +98,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 
 def told(seconds: float, unit: str) -> str:
     """How long a unit takes, or how many there are in a second."""
-    if unit in ("step", "program"):
+    if unit in ("step", "program", "import"):
         return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
     return f"{1 / seconds:,.0f} {unit}/s"
 

@@ -62,7 +62,7 @@ def theirs(place: Place) -> Job:
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))
             read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + F.linear(read.transpose(1, 2).flatten(2), attention.out.weight)
-            gate, up = (F.linear(block.layers[1].norm(x), rows) for rows in mlp.gate_up.weight.chunk(2))
+            gate, up = F.linear(block.layers[1].norm(x), mlp.gate_up.weight).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, mlp.down.weight)
         x = model.core.norm(x)
         return F.linear(x, state[f"{head}.linear.weight"], state[f"{head}.linear.bias"]).flatten(0, 1)

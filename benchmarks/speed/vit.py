@@ -235,7 +235,10 @@ def _cast(forward: Callable[[Any], Any], place: Place) -> Callable[[Any], Any]:
     return call
 
 
-WORK = "train step, ViT 192x6, 3 heads, 128 pictures 32x32, patch 4, 10 classes, AdamW (fused), a batch that is ready"
+WORK = (
+    "train step, ViT 192x6, 3 heads, 128 pictures 32x32, patch 4, 10 classes, AdamW (fused), a batch that is ready, ours already "
+    "cut into patches"
+)
 ROWS = (
     Row(
         name="vit",

@@ -1,5 +1,6 @@
 """Attending with a cache: a prompt that fills it, one new token a sample, and any number of new tokens a sample."""
 
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -58,19 +59,29 @@ class StepPlan(Plan):
         else:
             self.where = reserved(layout, cache)
         self.window = (rows, slice(0, max(cache.length[rows])))
+        self.rule, self.places = rule, places
+        # rows of equal length hold nothing that comes later, and the default rule hides nothing else
+        self.full = rule == PREFIX_LM and isinstance(self.where[1], int)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Who meets whom."""
+        places, cache = self.places, self.cache
         order_M = torch.arange(self.window[1].stop, device=places.order.device)
         q = places[:, None]
         k = Places(
             q.sample.expand(-1, len(order_M)),
-            order_M.expand(count, -1),
+            order_M.expand(len(places.order), -1),
             cache.free_BM[self.window],
             cache.segment_BM[self.window],
         )
         q, k = q[:, :, None], k[:, None]
-        # rows of equal length hold nothing that comes later, and the default rule hides nothing else
-        full = rule == PREFIX_LM and isinstance(self.where[1], int)
-        self.pairs = Pairs(q, k, None if full else rule.allows(q, k) & (k.order <= q.order))
-        self.mask = None if self.pairs.allowed is None else self.pairs.allowed[:, None]
+        return Pairs(q, k, None if self.full else self.rule.allows(q, k) & (k.order <= q.order))
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """The same for a kernel, (B, 1, 1, M); None: all meet."""
+        return None if self.full or self.pairs.allowed is None else self.pairs.allowed[:, None]
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)

@@ -19,7 +19,7 @@ from torch import Tensor
 from multimodal.attention.cache import Cache
 from multimodal.attention.gpu import FlexPlan, VarlenPlan
 from multimodal.attention.kept import AppendPlan, FillingPlan, StepPlan
-from multimodal.attention.layout import Layout, Plan, is_prefix_lm
+from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
 from multimodal.attention.mechanism import Mechanism, Trace, rows_of
 from multimodal.masks import LAW, PREFIX_LM, Pairs, Places, Rule
 from multimodal.shapes import ConfigError, did_you_mean
@@ -76,8 +76,8 @@ def plan_attention(
             "factor; use 'auto'"
         )
     make = _PLANS[backend] if isinstance(backend, str) else backend
-    # what is told is told in one piece
-    plan = _RunsPlan(rule, layout, split=False) if backend == "runs" and trace is not None else make(rule, layout)
+    # what is told is told in one piece, and with a prior there is a matrix anyway
+    plan = _RunsPlan(rule, layout, split=bare and trace is None) if backend == "runs" else make(rule, layout)
     plan.trace = trace
     return plan if cache is None else FillingPlan(plan, layout, cache)
 
@@ -116,7 +116,7 @@ class _RunsPlan(Plan):
             blocks: _Blocks | _Split | None = None
             if standard and span.free in (0, span.total):
                 pairs = Pairs(q, k, causal=span.free == 0)
-            elif standard and split and span.total >= LONG and 3 * span.free <= 2 * span.total:
+            elif standard and split and is_split(span):
                 pairs, blocks = Pairs(q, k, causal=True), _Split(q, k, span.free)
             elif standard:
                 mask = torch.ones(1, span.total, span.total, dtype=torch.bool, device=layout.places.order.device).tril()
@@ -149,8 +149,8 @@ class _RunsPlan(Plan):
 
     def narrowed(self, row_N: Tensor) -> Plan | None:
         """Where they rise, and are as many and as far from the start in every sample of a run."""
-        if self.trace is not None or row_N.is_cuda or not bool((row_N.diff() > 0).all()):
-            return None  # a GPU would have to tell the host where the rows lie
+        if self.trace is not None or row_N.device.type != "cpu" or not bool((row_N.diff() > 0).all()):
+            return None  # a device would have to tell the host where the rows lie
         plan = copy(self)
         plan.runs, plan.asking = [], []
         *starts, _ = accumulate(self.sizes, initial=0)
@@ -166,6 +166,11 @@ class _RunsPlan(Plan):
             plan.runs.append((count, Pairs(some.q, some.k, allowed), None))
             plan.asking.append(len(rows))
         return plan
+
+
+def is_split(span: Span) -> bool:
+    """Whether a prefix-LM sample of bare attention is read in two calls instead of with a mask."""
+    return span.total >= LONG and 0 < 3 * span.free <= 2 * span.total
 
 
 class _Split:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
@@ -32,10 +32,6 @@ class _Ticket:
     pattern: str
     turn: int
     given: Any = None  # the sample as it came, of a source that is iterated
-
-
-_Found = tuple[int, list[tuple[int, Prepared | Bad, str]]]
-"""A lane, and of some of its samples: place, sample, name."""
 
 
 @dataclass
@@ -91,8 +87,8 @@ class Packs(Dataset):
     def __len__(self) -> int:
         return 2**40
 
-    def __getitem__(self, tickets: list[_Ticket]) -> "bytes | _Found":
-        """Some samples, encoded. From a worker as bytes, since a tensor sent to another process costs an open file."""
+    def __getitem__(self, tickets: list[_Ticket]) -> bytes:
+        """In a worker: some samples, encoded. As bytes, since a tensor sent to another process costs an open file."""
         found = []
         with kept_generators():
             for t in tickets:
@@ -108,8 +104,6 @@ class Packs(Dataset):
                     if not self.max_bad:
                         raise
                     found.append((t.place, self.fetch.bad(t.pattern, t.turn, error), ""))
-        if get_worker_info() is None:
-            return tickets[0].lane, found
         bytes_of = io.BytesIO()
         _Plain(bytes_of, pickle.HIGHEST_PROTOCOL).dump((tickets[0].lane, found))
         return bytes_of.getvalue()
@@ -126,8 +120,7 @@ class Packs(Dataset):
             batch = Batch([], [], [], [], 0.0)
             for lane in self.lanes:
                 while not self._ready(lane, batch.bad):
-                    come = next(encoded)
-                    number, found = pickle.loads(come) if isinstance(come, bytes) else come
+                    number, found = pickle.loads(next(encoded))
                     by_number[number].come.extend(found)
                 chosen = fullest([len(sample) for _, sample, _ in lane.waiting], self.tokens)
                 pack = [lane.waiting[i] for i in chosen]

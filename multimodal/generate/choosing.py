@@ -130,7 +130,7 @@ def _chances(rule: Sampler, answers: Sequence[Answer], sizes: Sequence[int], log
     if type(rule) is Greedy:
         return log_p_BV  # the largest is taken anyway
     written = [w for answer, size in zip(answers, sizes, strict=True) for w in answer.written(size)]
-    chances_BV = rule(log_p_BV, written)
+    chances_BV = rule(log_p_BV.clone(), written)  # it may write into what it is given
     if not isinstance(chances_BV, Tensor) or chances_BV.shape != log_p_BV.shape:
         raise TypeError(f"it gave {describe(chances_BV)}, wanted logits {tuple(log_p_BV.shape)}")
     if chances_BV.isnan().any():

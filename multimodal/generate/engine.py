@@ -55,8 +55,8 @@ class Engine:
     """Writes the answers of many requests at once, of any tasks of one model that write; each as if it were alone.
 
     rows: how many answers (beams, guided twins) are written at the same time; others wait. capacity: tokens a row has room for,
-    prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model that is trained
-    meanwhile writes by its new weights once all that was being written has ended.
+    prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model must not be
+    trained while answers are being written; new weights count from when all of them have ended.
     """
 
     def __init__(self, model: "Model", *, rows: int = 16, capacity: int = 1024) -> None:
@@ -250,7 +250,8 @@ class Engine:
         lineup = self._lineup = self._lineup or Lineup(self._running, self.model)
         stream_BD, position_BA = lineup.inputs()
         layout = lineup.layout(self.cache.length[: len(lineup.rows)])
-        core, cache = self._step or self.model.core, self.cache.at(lineup.rows)
+        exact = not torch.is_autocast_enabled(self.model.device.type)  # which would round the stream itself in a step
+        core, cache = (self._step if exact else None) or self.model.core, self.cache.at(lineup.rows)
         state_BD = core(stream_BD, position_BA, layout, cache=cache)
         return lineup.answers, lineup.states(state_BD), lineup.sizes
 

@@ -30,8 +30,8 @@ def draw_features(answers: Sequence["Answer"], states: Mapping["Answer", Tensor]
             guidance=guidance,
             temperature=1.0 if temperature is None else temperature,
         )
-        for answer in group:
-            if features_BF.isnan().any():
+        for answer, wrong in zip(group, features_BF.isnan().any(-1).tolist(), strict=True):
+            if wrong:
                 answer.error = StreamError(f"{answer.name} of task {answer.task!r}: the features drawn are not numbers")
         for answer, features_NF, stop in zip(group, features_BF.float().cpu().split(1), stop_B.tolist(), strict=True):
             _take_features(answer, features_NF, stop)

@@ -1,7 +1,8 @@
 """One new token a row through a small core of plain blocks: what `Transformer.forward` computes, in as few calls as can be.
 
 A step of a small model costs calls, not arithmetic: about 20 us a layer are for modules, and 20 us for each RMSNorm. So the
-weights of norms are folded into the products behind them, and kept column by column, which is faster for few rows.
+weights of norms are folded into the products behind them, and kept column by column, which is faster for few rows. The core
+itself is the oracle.
 """
 
 from typing import Any, TypeGuard
@@ -14,7 +15,7 @@ from multimodal.attention import Attention, Cache, Layout, plan_attention, sdpa
 from multimodal.attention.kept import StepPlan
 from multimodal.core import Transformer
 from multimodal.layers import MLP, Add, SelfAttention
-from multimodal.norm import RMSNorm
+from multimodal.norm import RMSNorm, is_untouched
 from multimodal.positions import rotate
 
 MOST = 2**24  # weights; those of a larger core are not copied, and its calls cost little beside its arithmetic
@@ -31,13 +32,17 @@ def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
         and core.bare
         and all(type(s.layer) in (SelfAttention, MLP) and type(s.layer.merge) is Add for s in core.sublayers())
         and all(_as_made(module) for module in core.modules())
-        and {p.dtype for p in core.parameters()} <= {torch.float32, torch.float64}
+        and type(core.norm) is RMSNorm
+        and all(type(s.norm) is RMSNorm for s in core.sublayers())
+        and {p.dtype for p in core.parameters()} in ({torch.float32}, {torch.float64})
         and sum(p.numel() for p in core.parameters()) <= MOST
     )
 
 
 def _as_made(module: nn.Module) -> bool:
-    ours = type(module).__module__.startswith(("multimodal.", "torch.nn.modules."))
+    if isinstance(module, nn.Linear):
+        return is_untouched(module) and module.bias is None and "forward" not in vars(module)
+    ours = type(module).__module__.startswith("multimodal.") or type(module) in (nn.Identity, nn.ModuleList)
     return ours and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
@@ -67,7 +72,9 @@ class Step:
 
 class _Attention:
     def __init__(self, norm: RMSNorm, attention: Attention, index: int) -> None:
-        self.eps, self.index, self.mechanism = _number(norm.eps, norm.weight), index, attention.mechanism
+        self.eps, self.index = _number(norm.eps, norm.weight), index
+        score: Any = attention.mechanism.score
+        self.features, self.weights = score.features, attention.mechanism.score_weights
         self.qkv_DN, self.out_ND = _folded(attention.qkv, norm), _columns(attention.out.weight)
         self.heads, self.groups, self.width = attention.heads, attention.kv_heads, attention.key_width
         self.turned = attention.turned
@@ -90,7 +97,7 @@ class _Attention:
         cache = plan.cache
         cache.write(self.index, *plan.where, qk_BHK[:, self.heads :], v_BGK)
         k_BMGK, v_BMGK = cache.k[self.index][plan.window], cache.v[self.index][plan.window]
-        q_B1HK, k_BMGK, scale = self.mechanism.features(qk_BHK[:, None, : self.heads], k_BMGK)
+        q_B1HK, k_BMGK, scale = self.features(qk_BHK[:, None, : self.heads], k_BMGK, self.weights)
         read = sdpa(q_B1HK, k_BMGK, v_BMGK, scale, plan.mask)
         return torch.addmm(stream_BD, read.reshape(rows, -1), self.out_ND)
 

@@ -10,6 +10,7 @@ from multimodal.attention import Attention, Mechanism, Read, Score
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes
 from multimodal.masks import Pairs, Prior, everyone
+from multimodal.norm import is_untouched
 from multimodal.shapes import ConfigError
 
 
@@ -93,7 +94,8 @@ class _Self(Body):
         turns, plan = context.turns(self.attention.key_width), None
         if wanted_N is None:
             return self.attention(stream_TD, turns, context.plan, self.index)
-        if 4 * len(wanted_N) <= len(stream_TD) and self.attention.mechanism.fused:  # what reads by chance draws for all
+        # what reads by chance draws for all, and a matrix that somebody replaced or watches has to be called
+        if 4 * len(wanted_N) <= len(stream_TD) and self.attention.mechanism.fused and is_untouched(self.attention.qkv):
             plan = context.plan.narrowed(wanted_N)
         if plan is None:
             return self.attention(stream_TD, turns, context.plan, self.index)[wanted_N]

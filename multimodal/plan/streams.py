@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from multimodal.attention import Layout
+from multimodal.attention.plan import is_split
 from multimodal.data import kept_generators
 from multimodal.data.sources import is_indexed, weighed
 from multimodal.masks import LAW, PREFIX_LM, Rule
@@ -144,7 +145,7 @@ def _add(
         "pairs": seen_pairs(model.core.core.mask, stream.layout),
         "free": int((stream.layout.places.free != 0).sum()),
         # samples of one shape lie side by side, and share a mask
-        "mixed": sum(s.total**2 for s in set(spans) if 0 < s.free < s.total or s.free < 0),
+        "mixed": sum(s.total**2 for s in set(spans) if (0 < s.free < s.total or s.free < 0) and not is_split(s)),
         "bytes": sum(t.nbytes for t in stream_tensors(stream)),
         "wanted": sum(len(x) for r in stream.readings.values() for x in (r.row_N, r.key_N) if x is not None),
     }

@@ -107,7 +107,8 @@ def fit(
             training.rest()
             # if DDP were the last to hold the connections, it and their threads could wait for each other
             training.trainee.wrapped = None
-            gc.collect()
+            if training.processes.count > 1:
+                gc.collect()
             if training.lock:
                 training.lock.close()
     return training.run
