@@ -809,9 +809,64 @@ _FIT = (
     ),
 )
 
+_STEP = (
+    (
+        "the norm's weights forgotten in the step",
+        "return _columns(linear.weight * norm.weight)",
+        "return _columns(linear.weight)",
+        ("tests/test_step.py::test_a_step_is_what_the_core_computes[default-alike]",),
+    ),
+    (
+        "rows of unequal length step without a mask",
+        "sdpa(q_B1HK, k_BMGK, v_BMGK, scale, plan.mask)",
+        "sdpa(q_B1HK, k_BMGK, v_BMGK, scale)",
+        ("tests/test_step.py::test_a_step_is_what_the_core_computes[default-unlike]",),
+    ),
+    (
+        "a product with a bias is plain",
+        " and module.bias is None and ",
+        " and ",
+        ("tests/test_step.py::test_what_was_put_into_a_core_is_not_passed_by[with_a_bias]",),
+    ),
+)
+_ENTROPY = (
+    (
+        "no smoothing in the gradient",
+        "                    grad -= smoothing / grad.shape[1]\n",
+        "                    grad -= 0\n",
+        ("tests/test_cross_entropy.py::test_heads_lose_the_same_in_chunks[0.1]",),
+    ),
+    (
+        "gradients where nothing is learned",
+        "    if not torch.is_grad_enabled():  # which",
+        "    if False:  # which",
+        ("tests/test_cross_entropy.py::test_an_evaluation_makes_no_gradients",),
+    ),
+)
+_CHOOSING = (
+    (
+        "a rule may write into what others read",
+        "chances_BV = rule(log_p_BV.clone(), written)",
+        "chances_BV = rule(log_p_BV, written)",
+        ("tests/test_samplers.py::test_a_rule_that_writes_into_what_it_is_given_changes_nothing_else",),
+    ),
+)
+_SPLIT = (
+    (
+        "what is free looks at everything",
+        "context = mechanism(q_BTHK[:, some], k_BMGK[:, some], v_BMGK[:, some], self.context)",
+        "context = mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, some]",
+        ("tests/test_attention.py::test_long_samples_are_read_in_two_calls_without_a_mask[bare-4]",),
+    ),
+)
+
 MUTATIONS = [
     Mutation(name, file, old, new, tests)
     for file, found in (
+        ("generate/step.py", _STEP),
+        ("cross_entropy.py", _ENTROPY),
+        ("generate/choosing.py", _CHOOSING),
+        ("attention/plan.py", _SPLIT),
         ("attention/mechanism.py", _MECHANISM),
         ("data/packs.py", _PACKS),
         ("data/sources.py", _SOURCES),
