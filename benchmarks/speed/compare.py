@@ -1,4 +1,4 @@
-"""Run a row: both sides in processes of their own, their outputs compared, then timed in turn, A B A B."""
+"""Run a row: both sides in processes of their own, their outputs compared, then timed in turn, A B B A."""
 
 import json
 import os

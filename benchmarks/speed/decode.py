@@ -142,27 +142,13 @@ def _opened(shape: Shape, place: Place) -> Any:
 
 def theirs_x(shape: Shape, place: Place) -> Job:
     import torch
-    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+    from x_transformers import AutoregressiveWrapper
+
+    from benchmarks.speed.text import x_transformer
 
     shape = chosen(shape, place)
     torch.manual_seed(place.seed)
-    layers = Decoder(
-        dim=shape.width,
-        depth=shape.depth,
-        heads=shape.heads,
-        attn_dim_head=shape.width // shape.heads,
-        attn_flash=True,
-        rotary_pos_emb=True,
-        rotary_emb_dim=shape.width // shape.heads,
-        use_rmsnorm=True,
-        ff_swish=True,
-        ff_glu=True,
-        ff_no_bias=True,
-        ff_mult=shape.hidden / shape.width,
-    )
-    model = TransformerWrapper(
-        num_tokens=VOCAB, max_seq_len=shape.prompt + shape.new, attn_layers=layers, use_abs_pos_emb=False
-    )
+    model = x_transformer(shape, VOCAB, shape.prompt + shape.new)
     writer = AutoregressiveWrapper(model).eval().to(place.device)
     read = _opened(shape, place)
 
@@ -188,7 +174,7 @@ def rows(name: str, shape: Shape) -> tuple[Row, ...]:
             name=f"{name}-x",
             what=f"greedy decoding, {shape}, fp32; rotary, RMSNorm, SwiGLU as ours, weights laid out in its own way",
             peer="x-transformers generate (flash, cache_kv)",
-            needs=("x_transformers",),
+            needs=("x-transformers",),
             goal=2.0,
             ours=partial(ours, shape),
             theirs=partial(theirs_x, shape),

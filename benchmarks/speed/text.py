@@ -169,12 +169,10 @@ def theirs_gpt2(shape: Shape, place: Place) -> Job:
     return job(model, lambda ids: model(ids).logits, shape, place)
 
 
-def theirs_x(shape: Shape, place: Place) -> Job:
-    import torch
+def x_transformer(shape: Any, vocab: int, longest: int) -> Any:
+    """x-transformers of a shape as its documentation advises: rotary, RMSNorm, SwiGLU without biases, flash attention."""
     from x_transformers import Decoder, TransformerWrapper
 
-    shape = chosen(shape, place)
-    torch.manual_seed(place.seed)
     layers = Decoder(
         dim=shape.width,
         depth=shape.depth,
@@ -189,9 +187,15 @@ def theirs_x(shape: Shape, place: Place) -> Job:
         ff_no_bias=True,
         ff_mult=shape.hidden / shape.width,
     )
-    model = TransformerWrapper(
-        num_tokens=VOCAB, max_seq_len=shape.length, attn_layers=layers, use_abs_pos_emb=False
-    ).train()
+    return TransformerWrapper(num_tokens=vocab, max_seq_len=longest, attn_layers=layers, use_abs_pos_emb=False)
+
+
+def theirs_x(shape: Shape, place: Place) -> Job:
+    import torch
+
+    shape = chosen(shape, place)
+    torch.manual_seed(place.seed)
+    model = x_transformer(shape, VOCAB, shape.length).train()
     return job(model, model, shape, place)
 
 
