@@ -24,7 +24,6 @@ from multimodal.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LARGEST_FILE = 2_000_000  # bytes
-LONGEST_MODULE = 450  # lines
 
 LAYERS = (
     {"shapes", "declare", "files"},
@@ -372,11 +371,6 @@ def test_tracked_files_are_small_and_have_no_lock():
     assert ROOT / "pyproject.toml" in files
     assert [str(path) for path in files if path.stat().st_size > LARGEST_FILE] == []
     assert ROOT / "uv.lock" not in files
-
-
-def test_modules_are_short():
-    long = {module: source.count("\n") for module, source in (FRAMEWORK | KINDS).items()}
-    assert {module: lines for module, lines in long.items() if lines > LONGEST_MODULE} == {}
 
 
 def test_only_the_command_line_and_training_print():
