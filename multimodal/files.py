@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import secrets
 import time
 import warnings
@@ -29,17 +30,27 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def aside(folder: Path) -> Path:
-    """A name in a folder that nobody else uses, for a file that gets its own name once it is whole."""
-    return folder / f".{secrets.token_hex(12)}.part"
+def aside(folder: Path, of: str | None = None) -> Path:
+    """A name in a folder that nobody else uses, for a file that gets its own name once it is whole.
+
+    of: what it is for, where the same name is wanted each time, so that what a killed process left is written over.
+    """
+    name = secrets.token_hex(12) if of is None else hashlib.sha256(of.encode()).hexdigest()[:24]
+    return folder / f".{name}.part"
 
 
-def put(path: Path, data: bytes | str) -> None:
-    """Write a file under another name, then put it in the place of what was there. A link stays; what it leads to is replaced."""
+def is_aside(name: str) -> bool:
+    """Whether `aside` gives such names."""
+    return re.fullmatch(r"\.[0-9a-f]{24}\.part", name) is not None
+
+
+def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
+    """Write a file under another name (`part`), then put it in the place of what was there. A link stays, and what it leads to
+    is replaced."""
     path = Path(os.path.realpath(path))
-    part = aside(path.parent)
+    part = part or aside(path.parent)
     try:
-        with part.open("xb") as file:
+        with part.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
         flush(part)
         os.replace(part, path)
@@ -48,7 +59,7 @@ def put(path: Path, data: bytes | str) -> None:
     flush(path.parent)
 
 
-def put_new(path: Path, data: bytes | str) -> None:
+def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
     """Like `put`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
 
     Raises:
@@ -61,7 +72,7 @@ def put_new(path: Path, data: bytes | str) -> None:
         raise ConfigError(
             f"{path} is there already, and is not what would be written; move it away, or use another folder"
         )
-    put(path, data)
+    put(path, data, part)
 
 
 def file_hash(path: Path) -> str:

@@ -22,12 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from multimodal.files import aside, file_hash, flush, keep_copy, lock, put
+from multimodal.files import aside, file_hash, flush, is_aside, keep_copy, lock, put
 from multimodal.shapes import CheckpointError
 
 PLACE, LOCK, PLAN = ".multimodal-saving", "lock", "plan.json"
 MARK = "multimodal-stream is saving here\n"
-PARTS = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{24}\.part")  # names of `key` and of `aside`
 SHA256 = "sha256"  # where the index says {name: checksum}
 PATIENCE_S = 60.0
 Sums = Mapping[str, str | None]  # files of a folder by their checksums; None: not known
@@ -54,7 +53,7 @@ def version_of(folder: Path, index: str) -> Any:
         facts = os.stat(folder / index)
         found = facts.st_ino, facts.st_mtime_ns, facts.st_size
     with suppress(OSError):
-        waiting = sorted(name for name in os.listdir(folder / PLACE) if PARTS.fullmatch(name))
+        waiting = sorted(name for name in os.listdir(folder / PLACE) if _is_part(name))
     return found, waiting
 
 
@@ -219,7 +218,7 @@ class Saving:
             (self.place / name).unlink()
 
     def _parts(self) -> list[str]:
-        return [name for name in os.listdir(self.place) if PARTS.fullmatch(name) or name == PLAN]
+        return [name for name in os.listdir(self.place) if _is_part(name) or name == PLAN]
 
     def _leave(self) -> None:
         try:
@@ -240,6 +239,10 @@ class Saving:
 def _sums(index: Any) -> dict[str, str]:
     found = index.get(SHA256) if isinstance(index, Mapping) else None
     return found if isinstance(found, dict) else {}
+
+
+def _is_part(name: str) -> bool:
+    return is_aside(name) or re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 def _parents(folder: Path, name: str) -> list[Path]:
