@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from multimodal.cli import benching, planning, replaying, sharding, training
 from multimodal.cli.find import load, make_tokenizer
 from multimodal.cli.options import Device, Fields, Json, Out, Plugins
-from multimodal.cli.showing import check_folder, show
+from multimodal.cli.showing import check_folder, place, show
 from multimodal.cli.typed import choose_task, sample_from, samples_with, value_from
 from multimodal.cli.writing import Writing, written_live
 
@@ -71,7 +71,7 @@ def predict(
     chosen = choose_task(model, task, fields)
     name = model.packer.patterns[chosen].answer
     answer = model.predict(chosen, [sample_from(model, chosen, fields)])[0]
-    show(chosen, answer, as_json, name=name, out=out)
+    show(chosen, answer, as_json, name=name, out=out, home=checkpoint)
     if not answer.complete:
         print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
@@ -118,7 +118,7 @@ def generate(
     for seed, answer in enumerate(answers, writing.seed):
         if not live:
             heading = f"== seed {seed}" if several else ""
-            show(chosen, answer, as_json, name=name, out=out, heading=heading, seed=seed)
+            show(chosen, answer, as_json, name=name, out=out, home=checkpoint, heading=heading, seed=seed)
         if not answer.complete:
             which = f"seed {seed}: " if several else ""
             print(f"({which}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)
@@ -313,7 +313,7 @@ def look(
 
     check_folder(out)
     model = load(checkpoint, plugin, device)
-    look_at(model, choose_task(model, task, fields), fields, answer, as_json, out)
+    look_at(model, choose_task(model, task, fields), fields, answer, as_json, place(out, checkpoint))
     return 0
 
 
