@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,7 @@ from multimodal.stream import Task
 if TYPE_CHECKING:
     from multimodal.model import Model
 
+_T = TypeVar("_T")
 FORMAT = 1
 CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
 RUN = "model"  # the folder of the model in a run folder
@@ -54,6 +55,7 @@ KINDS = {  # how safetensors writes the types of numbers
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type as safetensors writes it)
 FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 
 
@@ -269,8 +271,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """{name: (shape, type as safetensors writes it)} of a safetensors file, whose tensors are not read.
+def read_header(path: Path) -> Header:
+    """{name: (shape, type)} of a safetensors file, whose tensors are not read.
 
     Raises:
         CheckpointError: missing, or no such header.
@@ -309,8 +311,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
 
 
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, named without it."""
+def below(tensors: Mapping[str, _T], prefix: str) -> dict[str, _T]:
+    """The tensors (or what is said of them) whose names begin so, named without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -326,7 +328,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def check_tensors(header: Mapping[str, tuple[tuple[int, ...], str]], wanted: Mapping[str, Tensor], where: Path) -> None:
+def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> None:
     """Compare what a file holds (see `read_header`) with the tensors that it is for, one for one. Another precision is taken.
 
     Raises:
@@ -353,6 +355,12 @@ def check_tensors(header: Mapping[str, tuple[tuple[int, ...], str]], wanted: Map
         raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(shown)}{more}")
 
 
+def header_of(tensors: Mapping[str, Tensor]) -> Header:
+    """What `read_header` would say of a file of these tensors."""
+    names = {kind: name for name, kind in KINDS.items()}
+    return {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+
+
 def _name(kind: Any) -> str:
     return str(kind).removeprefix("torch.")
 
@@ -363,10 +371,7 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, fini
     Raises:
         CheckpointError: lists missing tensors, foreign ones, those of another shape or kind, and (finite) those with NaN or infinity.
     """
-    names = {kind: name for name, kind in KINDS.items()}
-    check_tensors(
-        {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in weights.items()}, model.state_dict(), where
-    )
+    check_tensors(header_of(weights), model.state_dict(), where)
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in weights.items() if finite else ():
         full = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]

@@ -74,6 +74,8 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
         raise ValueError(_TOO_DEEP) from None
     level = [found]
     for _ in range(MOST_JSON_DEPTH):
+        if not level:
+            break
         inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
         level = list(itertools.chain.from_iterable(inner))
     if level:
