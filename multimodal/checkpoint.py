@@ -6,13 +6,14 @@ How a new version takes the place of an old one, and what a reader sees meanwhil
 import json
 import os
 import random
+import reprlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +24,10 @@ import multimodal.flow
 import multimodal.masked
 import multimodal.pointer
 import multimodal.rows  # noqa: F401  heads that a checkpoint may name
-from multimodal.declare import declaration, rebuild
-from multimodal.files import file_hash
+from multimodal.core import Core
+from multimodal.declare import declaration, part_types, rebuild
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task
@@ -32,11 +35,36 @@ from multimodal.stream import Task
 if TYPE_CHECKING:
     from multimodal.model import Model
 
+_T = TypeVar("_T")
 FORMAT = 1
 CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
 CHECK = "sha256_of_config"  # in it: of all the rest of it
 RUN = "model"  # the folder of the model in a run folder
 TRIES = 20  # readings of a checkpoint that is saved anew again and again
+OURS = ("multimodal", "multimodal_tokenizers")  # packages whose parts can all be built without memory
+MOST_PARTS = 10_000  # tokenizers or tasks in a checkpoint; more would take longer to build than anybody waits
+FEW_LAYERS = 256  # of a core are built (in a second), to tell which tensors are missing
+MOST_HEADER_BYTES, MOST_FILE_BYTES = 2**25, 2**30  # of the weights' header, of a tokenizer's file
+KINDS = {  # how safetensors writes the types of numbers
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type as safetensors writes it)
+FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 
 
 def declarations(model: "Model") -> dict[str, Any]:
@@ -153,8 +181,8 @@ def model_folder(folder: Path) -> Path:
     return folder / RUN if inner.is_file() and own_config(folder) is None else folder
 
 
-def load(cls: type["Model"], folder: Path) -> Any:
-    """Read a checkpoint; one that is saved anew meanwhile is read again.
+def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
+    """Read a checkpoint; one that is saved anew meanwhile is read again. finite: refuse weights that are NaN or infinite.
 
     Raises:
         CheckpointError: what is missing, damaged or does not fit.
@@ -163,7 +191,7 @@ def load(cls: type["Model"], folder: Path) -> Any:
     for attempt in range(TRIES):
         before = version_of(folder, CONFIG)
         try:
-            model = _load(cls, folder)
+            model = _load(cls, folder, finite)
             if version_of(folder, CONFIG)[0] == before[0] or attempt == TRIES - 1:
                 return model
         except CheckpointError:
@@ -173,21 +201,31 @@ def load(cls: type["Model"], folder: Path) -> Any:
     raise AssertionError
 
 
-def _load(cls: type["Model"], folder: Path) -> Any:
-    """Rebuild declarations, then the model, then its weights."""
+def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
+    """Rebuild declarations, then the model, then its weights. What the config declares is compared with the header of the
+    weights before it takes time or memory."""
     config = read_config(folder)
+    weights = stored(folder, config, WEIGHTS)
+    header = read_header(weights)
     try:
         tokenizers = {name: _tokenizer(folder, name, entry, config) for name, entry in config["tokenizers"].items()}
         core = rebuild(config["core"])
+        _check_depth(core, len(header))
         tasks = [Task(t["pattern"], rebuild(t["head"]), t["weight"]) for t in config["tasks"]]
+        outline = _outline(lambda: cls(tokenizers, core, tasks, seed=config["seed"]), config)
+        if outline is not None:
+            check_tensors(header, outline.state_dict(), folder)
         model = cls(tokenizers, core, tasks, seed=config["seed"])
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(_begun_by(folder, error)) from None
     except Exception as error:  # a config that was edited by hand can be wrong in any way
         raise CheckpointError(
-            f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {error}"
+            f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {_short(str(error))}"
         ) from error
-    put_weights(model, read_tensors(stored(folder, config, WEIGHTS)), folder)
+    try:
+        put_weights(model, read_tensors(weights), folder, finite=finite)
+    except RuntimeError as error:  # tensors of numbers that PyTorch cannot convert
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be used: {_short(str(error))}") from error
     # last, as whatever else was wrong says more; checkpoints of version 0.1 have no checksums
     for name, checksum in config.get(SHA256, {}).items():
         path = stored(folder, config, name)
@@ -196,15 +234,53 @@ def _load(cls: type["Model"], folder: Path) -> Any:
     return model
 
 
+def _begun_by(folder: Path, error: Exception) -> str:
+    text = str(error)
+    return text if text.startswith(str(folder)) else f"{folder}: {_short(text)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
+
+
+def _check_depth(core: Any, tensors: int) -> None:
+    """Refuse a core of many layers where there are not as many tensors, as each layer has a norm: building it takes minutes."""
+    for one in (core.reader, core.writer) if isinstance(core, EncoderDecoder) else (core,):
+        if isinstance(one, Core) and one.depth * len(one.block) > max(tensors, FEW_LAYERS):
+            raise CheckpointError(
+                f"the weights do not fit the config: its core has depth={one.depth} of {len(one.block)} layers each, and "
+                f"{WEIGHTS} holds {tensors} tensors"
+            )
+
+
+def _outline(build: Callable[[], "Model"], config: Any) -> "Model | None":
+    """The model without memory for its weights; None where a part that is not ours cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception:
+        if all(name.partition(".")[0].partition(":")[0] in OURS for name in part_types(config)):
+            raise
+        return None
+
+
 def _tokenizer(folder: Path, name: str, entry: dict[str, Any], config: dict[str, Any]) -> Any:
+    check_fields(f"tokenizer {name!r}", entry, {"type": str, "config": dict}, CheckpointError)
+    named = entry.get("files", [])
+    if not isinstance(named, list) or not all(isinstance(file, str) for file in named):
+        raise CheckpointError(f"tokenizer {name!r}: 'files' is {reprlib.repr(named)}, wanted a list of names")
     files = {}
-    for file in entry.get("files", []):
+    for file in named:
         inside = Path(name, file)
-        if inside.anchor or ".." in inside.parts:
+        if inside.anchor or ".." in inside.parts or "\0" in file:
             raise CheckpointError(f"tokenizer {name!r}: its file {file!r} would lie outside the checkpoint; refused")
         path = stored(folder, config, f"{FILES}/{name}/{file}")
         if not path.is_file():
             raise CheckpointError(f"tokenizer {name!r}: its file {FILES}/{name}/{file} is missing")
+        if (size := path.stat().st_size) > MOST_FILE_BYTES:
+            raise CheckpointError(
+                f"tokenizer {name!r}: its file {FILES}/{name}/{file} has {size} bytes, and {MOST_FILE_BYTES} are read at most"
+            )
         files[file] = path.read_bytes()
     try:
         return rebuild(entry, files)
@@ -216,7 +292,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json, checked as far as loading needs it.
 
     Raises:
-        CheckpointError: no such folder or file, damaged JSON, a format from the future, missing parts.
+        CheckpointError: no such folder or file, damaged JSON, a format from the future, parts that are missing or of another kind.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -225,20 +301,49 @@ def read_config(folder: Path) -> dict[str, Any]:
             f" ({old} holds one: if a save of version 0.1 was interrupted here, rename it)" if own_config(old) else ""
         )
         raise CheckpointError(f"{folder}: no {CONFIG} here; a checkpoint is a folder that Model.save wrote{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: damaged: holds a {type(config).__name__}, wanted an object")
+    config = read_json(path, CheckpointError)
     if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}; update multimodal-stream"
+            f"{path}: format {reprlib.repr(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
         )
-    for part in ("tokenizers", "core", "tasks", "seed"):
-        if part not in config:
-            raise CheckpointError(f"{path}: the part {part!r} is missing")
+    check_fields(path, config, {"tokenizers": dict, "core": dict, "tasks": list, "seed": int}, CheckpointError)
+    for task in config["tasks"]:
+        kinds = {"pattern": str, "head": dict, "weight": (int, float)}
+        check_fields(f"{path}: tasks", task, kinds, CheckpointError)
+    for name in ("tokenizers", "tasks"):
+        if len(config[name]) > MOST_PARTS:
+            raise CheckpointError(f"{path}: it has {len(config[name])} {name}, and {MOST_PARTS} are read at most")
+    hashes = config.get("sha256", {})
+    if not isinstance(hashes, dict) or not all(isinstance(sha256, str) for sha256 in hashes.values()):
+        raise CheckpointError(f"{path}: 'sha256' is {reprlib.repr(hashes)}, wanted a checksum by the name of each file")
+    check_inside(path, hashes, CheckpointError)
     return config
+
+
+def read_header(path: Path) -> Header:
+    """{name: (shape, type)} of a safetensors file, whose tensors are not read.
+
+    Raises:
+        CheckpointError: missing, or no such header.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing")
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= min(MOST_HEADER_BYTES, path.stat().st_size - 8):
+                raise ValueError(f"its header cannot have {size} bytes")
+            entries = parse_json(file.read(size))
+        found = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                shape, kind = tuple(entry["shape"]), entry["dtype"]
+                if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in shape):
+                    raise ValueError(f"the header of {reprlib.repr(name)} is {reprlib.repr(entry)}")
+                found[name] = shape, kind
+        return found
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -251,12 +356,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path.parent}: {path.name} is missing")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: damaged or cut short: {error}") from error
 
 
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, named without it."""
+def below(tensors: Mapping[str, _T], prefix: str) -> dict[str, _T]:
+    """The tensors (or what is said of them) whose names begin so, named without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -272,23 +377,57 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def put_weights(model: "Model", weights: dict[str, Tensor], where: Path) -> None:
+def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> None:
+    """Compare what a file holds (see `read_header`) with the tensors that it is for, one for one. Another precision is taken.
+
+    Raises:
+        CheckpointError: lists missing tensors, foreign ones, and those of another shape or kind of number.
+    """
+    problems: list[tuple[str, str]] = [("missing", name) for name in wanted if name not in header]
+    problems += [("foreign", name) for name in header if name not in wanted]
+    for name, tensor in wanted.items():
+        if name in header:
+            shape, kind = header[name]
+            if shape != tuple(tensor.shape):
+                problems.append((f"{name} is {reprlib.repr(shape)}, wanted {tuple(tensor.shape)}", ""))
+            elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
+                wanted_kind = "floating-point numbers" if tensor.is_floating_point() else _name(tensor.dtype)
+                problems.append((f"{name} holds {_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
+    if problems:
+        shown = [  # a close name is looked for only where it is shown, which takes long
+            f"{what} {reprlib.repr(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
+            if name
+            else what
+            for what, name in problems[:6]
+        ]
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(shown)}{more}")
+
+
+def header_of(tensors: Mapping[str, Tensor]) -> Header:
+    """What `read_header` would say of a file of these tensors."""
+    names = {kind: name for name, kind in KINDS.items()}
+    return {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+
+
+def _name(kind: Any) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, finite: bool = True) -> None:
     """Load weights that must match the model one for one.
 
     Raises:
-        CheckpointError: lists missing tensors, foreign ones, and those of another shape.
+        CheckpointError: lists missing tensors, foreign ones, those of another shape or kind, and (finite) those with NaN or infinity.
     """
-    wanted = model.state_dict()
-    problems = [f"missing {name}" for name in wanted if name not in weights]
-    problems += [f"foreign {name}{did_you_mean(name, wanted)}" for name in weights if name not in wanted]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, wanted {tuple(t.shape)}"
-        for name, t in wanted.items()
-        if name in weights and weights[name].shape != t.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise CheckpointError(f"{where}: the weights do not fit the config: {shown}")
+    check_tensors(header_of(weights), model.state_dict(), where)
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in weights.items() if finite else ():
+        full = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+        if full.is_floating_point() and not bool((full.isfinite() if name in parameters else ~full.isnan()).all()):
+            raise CheckpointError(
+                f"{where}: the weights in {name} are not all finite (NaN or infinity), so its answers would mean nothing"
+            )
     model.load_state_dict(weights)
 
 

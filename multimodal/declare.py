@@ -3,8 +3,10 @@
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
+from multimodal.files import check_fields
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 
 _Part = TypeVar("_Part")
@@ -45,8 +47,21 @@ def declaration(part: Declared) -> dict[str, Any]:
 
 
 def rebuild(data: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
-    """The declaration behind what `declaration` gave."""
+    """The declaration behind what `declaration` gave.
+
+    Raises:
+        CheckpointError: no such class, or something else than what `declaration` gives.
+    """
+    check_fields("a part", data, {"type": str, "config": dict}, CheckpointError)
     return find(data["type"]).from_config(data["config"], files)
+
+
+def part_types(config: Any) -> set[str]:
+    """Every "type" that a checkpoint's config names."""
+    if isinstance(config, Mapping):
+        own = {config["type"]} if isinstance(config.get("type"), str) and "config" in config else set()
+        return own.union(*(part_types(value) for value in config.values()))
+    return set().union(*(part_types(value) for value in config)) if isinstance(config, list) else set()
 
 
 def type_name(cls: type) -> str:

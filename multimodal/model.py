@@ -425,13 +425,15 @@ class Model(nn.Module):
         return checkpoint.save(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
         """Read what `save` wrote; runs no code but installed entry points.
 
+        finite: refuse weights that are NaN or infinite, whose answers mean nothing; False is for looking into such a model.
+
         Raises:
-            CheckpointError: missing or foreign files, tensors or tokenizers, each by name.
+            CheckpointError: missing or foreign files, tensors or tokenizers, each by name; weights that are no finite numbers.
         """
-        return checkpoint.load(cls, Path(folder)).to(device).eval()
+        return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -104,7 +104,7 @@ def test_odd_numbers_come_back(tmp_path: Path) -> None:
     with torch.no_grad():
         weight = model.embeds["text"].weight
         weight[0, :6] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-45, 3.4e38])
-    assert_same(model, mm.Model.load(model.save(tmp_path / "model")))
+    assert_same(model, mm.Model.load(model.save(tmp_path / "model"), finite=False))
 
 
 def test_no_pickle(model: mm.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +239,8 @@ WRONG_CONFIGS = [
         r"config.json: what it declares cannot be built: ConfigError: ImagePatches: patch=0 must",
     ),
     (lambda c: c["tokenizers"]["text"]["config"].update(more=1), r"cannot be built: TypeError: .*more"),
-    (lambda c: c["tokenizers"]["image"].pop("type"), r"cannot be built: KeyError: 'type'"),
-    (lambda c: c.update(tokenizers=[1]), r"cannot be built: AttributeError"),
+    (lambda c: c["tokenizers"]["image"].pop("type"), r"tokenizer 'image': the part 'type' is missing"),
+    (lambda c: c.update(tokenizers=[1]), r"'tokenizers' is \[1\], wanted an object"),
     (lambda c: c["tokenizers"].pop("sound"), r"cannot be built: TaskError: task 'sound -> letters' names 'sound'"),
     (
         lambda c: c["tokenizers"].update(image=c["core"]),

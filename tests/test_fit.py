@@ -314,7 +314,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_its_batch(tmp_path):
         mm.fit(model, {TASK: Stopping(DATA, in_step(4), poison)}, **PLAIN, folder=tmp_path)
     kept = Path(re.search(wanted, str(told.value)).group(1))
     assert json.loads((kept / "trouble-0.json").read_text())["names"][0][0].startswith("sample ")
-    assert mm.Model.load(kept / "model").core.norm.weight.isnan().all()
+    assert mm.Model.load(kept / "model", finite=False).core.norm.weight.isnan().all()
     with pytest.raises(FloatingPointError, match="its batch is not kept"):
         mm.fit(model, {TASK: DATA}, **PLAIN)
 

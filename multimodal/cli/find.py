@@ -3,9 +3,9 @@
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -70,7 +70,7 @@ def model_folder(checkpoint: Path) -> Path:
     raise CheckpointError(f"there is no folder {checkpoint}{did_you_mean(checkpoint.name, near)}")
 
 
-def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str) -> "Model":
+def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finite: bool = True) -> "Model":
     """The model of a checkpoint, once the files that define parts of it are imported.
 
     A part that a script defined was saved as `__main__:Name`, since that was the script's name then; a plugin that defines a
@@ -91,7 +91,7 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str) -> "Mode
         for name, part in vars(module).items():
             if isinstance(part, type) and issubclass(part, declare.Declared) and part.__module__ == module.__name__:
                 declare.alias(f"__main__:{name}", part)
-    for name in sorted(_part_types(read_config(folder))):
+    for name in sorted(declare.part_types(read_config(folder))):
         try:
             declare.find(name)
         except CheckpointError as error:
@@ -99,15 +99,7 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str) -> "Mode
             raise CheckpointError(
                 f"{folder}: {error} Here: --plugin FILE.py, the file that defines it{script}."
             ) from None
-    return Model.load(folder, device=choose_device(device))
-
-
-def _part_types(config: Any) -> set[str]:
-    """Every "type" that a checkpoint's config names."""
-    if isinstance(config, Mapping):
-        own = {config["type"]} if isinstance(config.get("type"), str) and "config" in config else set()
-        return own.union(*(_part_types(value) for value in config.values()))
-    return set().union(*(_part_types(value) for value in config)) if isinstance(config, list) else set()
+    return Model.load(folder, device=choose_device(device), finite=finite)
 
 
 def make_tokenizer(name: str, config: str) -> "Tokenizer":

@@ -197,7 +197,7 @@ class _Training:
                     moved.close()
         newest = self.processes.gather(newest)[0]
         if newest is not None:
-            saved = self.states.load(newest, self.trained, self.facts)
+            saved = self.states.load(newest, self.trained, self.facts, parallel=self.recipe.parallel)
             self.step, self.dtype, self.why = int(saved["step"]), getattr(torch, saved["computed_in"]), "as before"
             self.trainee.dtype = self.dtype
             self.begun = self.step if "data_state" in saved else -1  # a state of version 0.1 is written anew

@@ -1,15 +1,18 @@
 """The state of a training run, step by step, in folders that are whole or not there: weights, optimiser, averages, data order.
 
-RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: sharded/, by torch.distributed.checkpoint)
+RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: pieces/, a file from each process)
                                 state.json          step, settings, where the data go on
                                 manifest.json       size and SHA-256 of every file; written last
 """
 
+import copy
 import json
 import os
 import re
+import reprlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.checkpoint import below, put_weights, read_tensors, write_tensors
+from multimodal.checkpoint import (
+    FLOATS,
+    KINDS,
+    Header,
+    below,
+    check_tensors,
+    header_of,
+    put_weights,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 from multimodal.declare import declaration, plain, rebuild
-from multimodal.files import file_hash, flush, free_name
+from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json
 from multimodal.model import Model
-from multimodal.shapes import CheckpointError
+from multimodal.shapes import CheckpointError, did_you_mean
+from multimodal.train.pieces import Pieces, write_pieces
 from multimodal.train.processes import Processes, whole
-from multimodal.train.recipe import FREE, Recipe
+from multimodal.train.recipe import FREE, PRECISIONS, Recipe
 
-CHECKPOINTS, TENSORS, SHARDED = "checkpoints", "state.safetensors", "sharded"
+CHECKPOINTS, TENSORS, PIECES = "checkpoints", "state.safetensors", "pieces"
+SHARDED = "sharded"  # where versions before 0.4 put shared-out tensors, by torch.distributed.checkpoint, which pickles
+TRUST = "MULTIMODAL_TRUST_PICKLE_IN"  # the variable that names the run folder whose pickle may be read
 FACTS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
 OLD = "state"  # where format 1 lies, which had no manifest and one state only
@@ -53,17 +70,73 @@ class Trained:
                 found[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
         return found
 
-    def like(self, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    def like(self, header: Header) -> dict[str, Tensor]:
         """Tensors to read a state into that has these names and shapes, shared out as the weights are."""
         parameters = dict(self._parameters())
         found = self.tensors()
-        for name, (shape, dtype) in shapes.items():
+        for name, (shape, kind) in header.items():
             if name.startswith("optimizer/"):
                 parameter = parameters.get(name.split("/", 2)[2])
-                same = parameter is not None and list(parameter.shape) == list(shape)
-                kind = getattr(torch, dtype)
-                found[name] = torch.empty_like(parameter, dtype=kind) if same else torch.empty(shape, dtype=kind)  # type: ignore[arg-type]
-        return {name: found[name] for name in shapes if name in found}
+                same = parameter is not None and tuple(parameter.shape) == shape
+                found[name] = (
+                    torch.empty_like(parameter, dtype=KINDS[kind]) if same else torch.empty(shape, dtype=KINDS[kind])
+                )  # type: ignore[arg-type]
+        return {name: found[name] for name in header if name in found}
+
+    def check(self, header: Header, where: Path) -> None:
+        """Compare what a state holds with the model and its optimiser, whose kernels would write beyond moments of another shape.
+
+        Raises:
+            CheckpointError: names what is missing, foreign, or of another shape or type.
+        """
+        check_tensors(below(header, "model/"), self.model.state_dict(), where)
+        if self.ema is not None:
+            check_tensors(below(header, "ema/"), self.ema.state_dict(), where)
+        fits, there = self._moments(), below(header, "optimizer/")
+        problems = []
+        for key, (shape, kind) in there.items():
+            part, _, name = key.partition("/")
+            if part not in fits.get(name, {}):
+                problems.append(
+                    f"foreign {reprlib.repr(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
+                )
+            elif fits[name][part] != (shape, "a number" if kind in FLOATS else kind):
+                problems.append(f"{key} is {kind} {shape}, wanted {' '.join(map(str, reversed(fits[name][part])))}")
+        begun = {key.partition("/")[2] for key in there}
+        # a parameter that no step has used has none
+        problems += [f"missing {key}" for key in _keys(fits) if key.partition("/")[2] in begun and key not in there]
+        if fits and not there:
+            problems.append("missing: there is nothing of it")
+        if problems:
+            more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+            raise CheckpointError(
+                f"{where}: the optimiser's part does not fit the model: {'; '.join(problems[:6])}{more}"
+            )
+
+    def _moments(self) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+        """{parameter: {"exp_avg": (shape, "a number"), ..}}: what the optimiser remembers of each parameter, seen by a step of one
+        that has no memory."""
+        alike: dict[Any, Tensor] = {}
+        groups: list[dict[str, Any]] = []
+        named = {parameter: name for name, parameter in self._parameters()}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                alike[p] = torch.zeros(tuple(p.shape), dtype=p.dtype, device="meta", requires_grad=True)
+                alike[p].grad = torch.zeros_like(alike[p])
+            plain_kernels = {
+                key: False for key in ("fused", "foreach") if key in group
+            }  # the others want a real device
+            groups.append({**group, **plain_kernels, "params": [alike[p] for p in group["params"]]})
+        trial = copy.copy(self.optimizer)
+        trial.state, trial.param_groups = defaultdict(dict), groups
+        type(trial).step(trial)
+        found: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
+        for p, like in alike.items():
+            seen = {key: torch.as_tensor(value) for key, value in trial.state[like].items()}
+            found[named[p]] = {
+                key: (tuple(t.shape), "BOOL" if t.dtype == torch.bool else "a number") for key, t in seen.items()
+            }
+        return found
 
     def put(self, tensors: Mapping[str, Tensor], where: Path) -> None:
         """Everything back in its place.
@@ -71,6 +144,7 @@ class Trained:
         Raises:
             CheckpointError: of another model.
         """
+        self.check(header_of(tensors), where)
         put_weights(self.model, below(tensors, "model/"), where)
         if self.ema is not None:
             put_weights(self.ema, below(tensors, "ema/"), where)
@@ -115,7 +189,7 @@ class Checkpoints:
         parts = self.processes.gather(dict(data))
         data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
         tensors = trained.tensors()
-        shapes = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
+        shapes = {name: [list(t.shape), _name(t.dtype)] for name, t in tensors.items()}
         told = {"format": FORMAT, "step": step, **facts, **extra, "data_state": data, "tensors": shapes}
         self._tell()
         place = self._place(step)
@@ -127,13 +201,9 @@ class Checkpoints:
         self.processes.wait()
         sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
-            import torch.distributed.checkpoint as dcp
-
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the engine's own deprecations
-                    dcp.save(dict(tensors), checkpoint_id=aside / SHARDED)
-            except (OSError, dcp.CheckpointException) as error:  # raised in every process
+                write_pieces(aside / PIECES, tensors, self.processes)
+            except OSError as error:  # raised in every process
                 self.failed = OSError(f"the state after step {step} could not be kept ({error})")
                 return
         if self.processes.rank:
@@ -207,38 +277,62 @@ class Checkpoints:
             )
         return None
 
-    def load(self, folder: Path, trained: Trained, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def load(
+        self, folder: Path, trained: Trained, facts: Mapping[str, Any], *, parallel: str = "ddp"
+    ) -> dict[str, Any]:
         """Put a state back; returns what was saved with it, of which "step" and "data_state" say where to go on.
 
         Raises:
             CheckpointError: damaged, of another model, or made with other facts (named).
         """
-        try:
-            saved = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: cannot read {FACTS}: {error}") from error
-        if saved.get("format", 1) not in (1, FORMAT):
-            raise CheckpointError(
-                f"{folder}: format {saved['format']!r}, but this version reads 1 and {FORMAT}; update multimodal-stream"
-            )
-        if other := list(differences(_as_of_today(saved, facts), dict(facts))):
+        saved = read_facts(folder)
+        if other := list(differences(_as_of_today(saved, facts, folder), dict(facts))):
             raise CheckpointError(
                 f"{folder}: this run was made with other settings: {'; '.join(other)}. Resume with the same, or choose "
                 "another folder"
             )
         if (folder / SHARDED).is_dir():
-            import torch.distributed.checkpoint as dcp
-
-            tensors = trained.like(saved["tensors"])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.load(tensors, checkpoint_id=folder / SHARDED, no_dist=self.processes.count == 1)
+            tensors = self._unpickled(folder, trained, saved, parallel)
+        elif (folder / PIECES).is_dir():
+            pieces = Pieces(folder / PIECES)
+            _check_all_there(pieces.header, saved, folder)
+            trained.check(pieces.header, folder)
+            tensors = pieces.read(trained.like(pieces.header), self.processes)
         else:
+            header = read_header(folder / TENSORS)
+            _check_all_there(header, saved, folder)
+            trained.check(header, folder)  # before anything is read
             tensors = read_tensors(folder / TENSORS)
             if any(hasattr(t, "full_tensor") for t in trained.model.state_dict().values()):
                 tensors = _shared_like(tensors, trained)
         trained.put(tensors, folder)
         return saved
+
+    def _unpickled(self, folder: Path, trained: Trained, saved: Mapping[str, Any], parallel: str) -> dict[str, Tensor]:
+        """The tensors of a state that a version before 0.4 shared out.
+
+        Raises:
+            CheckpointError: unless the user trains shared out, and has named this run as trusted.
+        """
+        trusted = os.environ.get(TRUST)
+        if parallel != "fsdp" or trusted is None or Path(trusted).resolve() != self.folder.parent.resolve():
+            raise CheckpointError(
+                f"{folder / SHARDED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever code "
+                f"whoever made the folder has put into it; if you made it yourself, resume once with parallel='fsdp' and the variable "
+                f"{TRUST}={self.folder.parent}"
+            )
+        import torch.distributed.checkpoint as dcp
+
+        shapes = saved.get("tensors")
+        kinds = {_name(kind): name for name, kind in KINDS.items()}
+        check_fields(folder / FACTS, saved, {"tensors": dict}, CheckpointError)
+        header: Header = {name: (tuple(shape), kinds[kind]) for name, (shape, kind) in shapes.items()}  # type: ignore[union-attr]
+        trained.check(header, folder)
+        tensors = trained.like(header)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, checkpoint_id=folder / SHARDED, no_dist=self.processes.count == 1)
+        return tensors
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -294,22 +388,69 @@ def check(folder: Path) -> None:
     Raises:
         CheckpointError: names the first file that is missing, cut short or changed.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if FACTS not in manifest:
-            raise CheckpointError(f"{folder}: {MANIFEST} does not name {FACTS}")
-        for name, entry in manifest.items():
-            path = folder / name
+    manifest = read_json(folder / MANIFEST, _Unreadable)
+    check_inside(folder / MANIFEST, manifest, CheckpointError)
+    if FACTS not in manifest:
+        raise CheckpointError(f"{folder}: {MANIFEST} does not name {FACTS}")
+    for name, entry in manifest.items():
+        path = folder / name
+        check_fields(
+            f"{folder / MANIFEST}: {reprlib.repr(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError
+        )
+        try:
             if not path.is_file():
                 raise CheckpointError(f"{folder}: {name} is missing")
             if path.stat().st_size != entry["bytes"]:
                 raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, wanted {entry['bytes']}")
             if file_hash(path) != entry["sha256"]:
                 raise CheckpointError(f"{folder}: {name} is damaged: its checksum is not the one it was saved with")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder}: {MANIFEST} cannot be read: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+class _Unreadable(CheckpointError):
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{MANIFEST} cannot be read: {problem}")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What state.json says, checked as far as every run needs it.
+
+    Raises:
+        CheckpointError: missing, damaged, of a later version, or with parts missing or of another kind.
+    """
+    path = folder / FACTS
+    saved = read_json(path, CheckpointError)
+    if (made_as := saved.get("format", 1)) not in (1, FORMAT):
+        raise CheckpointError(
+            f"{folder}: format {reprlib.repr(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
+        )
+    kinds = {"step": int, "recipe": dict, "core": dict, "tokenizers": dict, "tasks": list, "computed_in": str}
+    check_fields(path, saved, kinds, CheckpointError)
+    if "data_state" in saved:
+        check_fields(path, saved, {"data_state": dict, "tensors": dict}, CheckpointError)
+    if saved["step"] < 0 or saved["computed_in"] not in PRECISIONS[1:]:
+        raise CheckpointError(
+            f"{path}: step {reprlib.repr(saved['step'])} in {reprlib.repr(saved['computed_in'])}; wanted a whole number, and one of "
+            f"{', '.join(PRECISIONS[1:])}"
+        )
+    return saved
+
+
+def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a state that lacks tensors which it was saved with, such as the moments of a parameter."""
+    if missing := [name for name in saved.get("tensors", ()) if name not in header]:
+        raise CheckpointError(
+            f"{folder}: {reprlib.repr(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
+        )
+
+
+def _keys(fits: Mapping[str, Iterable[str]]) -> list[str]:
+    return [f"{part}/{name}" for name, parts in fits.items() for part in parts]
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -321,28 +462,32 @@ def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {saved!r} and is {now!r}"
 
 
-def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Settings that did not exist when a state was saved have their defaults. (Tokenizers with files are left as they were.)"""
-    recipe = {**Recipe().config(), **saved["recipe"]}
-    kinds = {
-        name: entry if entry["files"] else {**entry, **declaration(rebuild(entry))}
-        for name, entry in saved["tokenizers"].items()
-    }
-    tasks = [{**task, "head": declaration(rebuild(task["head"]))} for task in saved["tasks"]]
-    today = {
-        "recipe": {k: v for k, v in recipe.items() if k not in FREE or k in facts["recipe"]},
-        "core": declaration(rebuild(saved["core"])),
-        "tokenizers": kinds,
-        "tasks": tasks,
-    }
-    return {**saved, **plain(today)}
+    try:
+        recipe = {**Recipe().config(), **saved["recipe"]}
+        kinds = {
+            name: entry if entry["files"] else {**entry, **declaration(rebuild(entry))}
+            for name, entry in saved["tokenizers"].items()
+        }
+        tasks = [{**task, "head": declaration(rebuild(task["head"]))} for task in saved["tasks"]]
+        today = {
+            "recipe": {k: v for k, v in recipe.items() if k not in FREE or k in facts["recipe"]},
+            "core": declaration(rebuild(saved["core"])),
+            "tokenizers": kinds,
+            "tasks": tasks,
+        }
+        return {**saved, **plain(today)}
+    except Exception as error:  # as of a config.json, which can be wrong in any way
+        problem = str(error)[:1000] if isinstance(error, ValueError) else f"{type(error).__name__}: {str(error)[:1000]}"
+        raise CheckpointError(f"{folder / FACTS}: what it declares cannot be built: {problem}") from error
 
 
 def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tensor]:
     """Tensors in one piece, shared out as the weights they belong to."""
     from torch.distributed.tensor import distribute_tensor
 
-    spread = trained.like({n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()})
+    spread = trained.like(header_of(tensors))
     shared: dict[str, Any] = {name: spread.get(name, t) for name, t in tensors.items()}
     return {
         name: distribute_tensor(t, shared[name].device_mesh, shared[name].placements)

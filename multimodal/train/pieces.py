@@ -1,0 +1,186 @@
+"""Tensors that are shared out over processes, on disk as plain data: every process writes the rows it holds, and readers take
+the rows they need, in any number of processes.
+
+pieces/index.json          of each tensor: shape, type, and (shared out) the axis that is cut and how many rows each process holds
+pieces/00000.safetensors   what process 0 holds, by the tensors' names; tensors that are not shared out are here
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from multimodal.checkpoint import KINDS, Header, write_tensors
+from multimodal.files import check_fields, read_json
+from multimodal.shapes import CheckpointError
+from multimodal.train.processes import Processes
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+def write_pieces(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
+    """Write `tensors`, some of which are shared out along one axis over all processes; all of them must call this.
+
+    Raises:
+        OSError: in every process, if it could not be done in one.
+    """
+    kinds = {kind: name for name, kind in KINDS.items()}
+    cuts, own = _cuts(tensors, processes), {}
+    for name, tensor in tensors.items():
+        if name in cuts or processes.rank == 0:
+            own[name] = _local(tensor).detach().cpu().clone().contiguous()
+    failed = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(own, folder / _file(processes.rank))
+        if processes.rank == 0:
+            entries = {
+                name: {"shape": list(t.shape), "dtype": kinds[t.dtype], **cuts.get(name, {})}
+                for name, t in tensors.items()
+            }
+            index = {"format": FORMAT, "processes": processes.count, "tensors": entries}
+            (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        failed = str(error)
+    if problems := [problem for problem in processes.gather(failed) if problem]:
+        raise OSError("; ".join(problems))
+
+
+class Pieces:
+    """What `write_pieces` wrote. `header`: {name: (shape, type)} of every tensor.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = read_json(folder / INDEX, CheckpointError)
+        check_fields(folder / INDEX, index, {"format": int, "processes": int, "tensors": dict}, CheckpointError)
+        if index["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder / INDEX}: format {index['format']}, but this version reads {FORMAT}; update multimodal-stream"
+            )
+        self.header: Header = {}
+        self._cuts: dict[str, tuple[int, list[int]]] = {}
+        for name, entry in index["tensors"].items():
+            where = f"{folder / INDEX}: {reprlib.repr(name)}"
+            check_fields(where, entry, {"shape": list, "dtype": str}, CheckpointError)
+            if not _are_counts(entry["shape"]):
+                raise CheckpointError(f"{where}: 'shape' is {reprlib.repr(entry['shape'])}, wanted whole numbers")
+            self.header[name] = tuple(entry["shape"]), entry["dtype"]
+            if "rows" in entry:
+                check_fields(where, entry, {"axis": int, "rows": list}, CheckpointError)
+                axis, rows = entry["axis"], entry["rows"]
+                fits = 0 <= axis < len(entry["shape"]) and _are_counts(rows) and len(rows) == index["processes"]
+                if not fits or sum(rows) != entry["shape"][axis]:
+                    raise CheckpointError(
+                        f"{where}: rows {reprlib.repr(rows)} of axis {axis} do not make the shape {reprlib.repr(entry['shape'])}"
+                    )
+                self._cuts[name] = axis, rows
+
+    def read(self, like: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+        """Fresh tensors, shared out as those in `like`; all processes must call this.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or holds tensors of another shape.
+        """
+        cuts, found = _cuts(like, processes), {}
+        with ExitStack() as stack:
+            files: dict[int, Any] = {}
+            for name, wanted in like.items():
+                cut = cuts.get(name)
+                start = sum(cut["rows"][: processes.rank]) if cut else 0
+                shape = _local(wanted).shape
+                axis = cut["axis"] if cut else 0
+                rows = shape[axis] if shape else 1
+                fresh = torch.empty_like(wanted)
+                part = self._rows(name, axis, start, start + rows, files, stack)
+                if part.shape != shape:
+                    raise CheckpointError(
+                        f"{self.folder}: {reprlib.repr(name)} is {tuple(part.shape)} in the files, wanted {tuple(shape)}"
+                    )
+                with torch.no_grad():
+                    _local(fresh).copy_(part)
+                found[name] = fresh
+        return found
+
+    def _rows(self, name: str, axis: int, start: int, stop: int, files: dict[int, Any], stack: ExitStack) -> Tensor:
+        """Rows start .. stop - 1 of a tensor along an axis, from the files that hold some of them."""
+        cut, sizes = self._cuts.get(name, (axis, [self.header[name][0][axis]] if self.header[name][0] else [1]))
+        parts, at = [], 0
+        for number, size in enumerate(sizes):
+            first, last = (max(start, at), min(stop, at + size)) if cut == axis else (at, at + size)
+            if first < last:
+                parts.append(self._piece(name, number, cut, first - at, last - at, size, files, stack))
+            at += size
+        if not parts:
+            shape = list(self.header[name][0])
+            shape[axis] = 0
+            return torch.empty(shape)
+        whole = torch.cat(parts, cut) if parts[0].dim() else parts[0]
+        return whole if cut == axis else whole.narrow(axis, start, stop - start)
+
+    def _piece(
+        self,
+        name: str,
+        number: int,
+        axis: int,
+        first: int,
+        last: int,
+        size: int,
+        files: dict[int, Any],
+        stack: ExitStack,
+    ) -> Tensor:
+        path = self.folder / _file(number)
+        try:
+            if number not in files:
+                files[number] = stack.enter_context(safe_open(path, framework="pt"))
+            piece = files[number].get_slice(name)
+            shape, whole = list(self.header[name][0]), piece.get_shape()
+            if shape:
+                shape[axis] = size
+            if list(whole) != shape or piece.get_dtype() != self.header[name][1]:
+                raise CheckpointError(
+                    f"{path}: {reprlib.repr(name)} is {piece.get_dtype()} {tuple(whole)}, and {INDEX} promises "
+                    f"{self.header[name][1]} {tuple(shape)}"
+                )
+            return piece[(*[slice(None)] * axis, slice(first, last))] if shape else files[number].get_tensor(name)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: missing, damaged or cut short: {error}") from error
+
+
+def _cuts(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, dict[str, Any]]:
+    """{name: {"axis", "rows": of each process}} of the tensors that are shared out."""
+    shared = [name for name, t in tensors.items() if hasattr(t, "full_tensor")]
+    if not shared:
+        return {}
+    axes = {}
+    for name in shared:
+        (placement,) = tensors[name].placements  # type: ignore[attr-defined]  over the processes alone, as `shard` does it
+        if placement.is_shard():
+            axes[name] = placement.dim
+    own = [_local(tensors[name]).shape[axis] for name, axis in axes.items()]
+    rows = zip(*processes.gather(own), strict=True)
+    return {name: {"axis": axis, "rows": list(sizes)} for (name, axis), sizes in zip(axes.items(), rows, strict=True)}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def _file(process: int) -> str:
+    return f"{process:05d}.safetensors"
