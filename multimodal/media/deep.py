@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from multimodal.shapes import MediaError
-
 # Tags of TIFF 6.0
 WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, OFFSETS, SAMPLES, ROWS, COUNTS, PLANAR = (
     256, 257, 258, 259, 262, 273, 277, 278, 279, 284,
 )  # fmt: skip
-PREDICTOR, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS = 317, 322, 323, 324, 325
+PREDICTOR, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS, EXTRA = 317, 322, 323, 324, 325, 338
 
 
 def raw_mode(image: Any) -> str:
@@ -37,8 +35,9 @@ def deep_pixels(image: Any) -> np.ndarray | None:
     try:
         if image.format == "PNG" and mode in ("RGB;16B", "RGBA;16B", "LA;16B") and image.tell() == 0:
             return _png(image, file)
-        if image.format == "TIFF" and mode[:-1] in ("RGB;16", "RGBA;16", "RGBa;16", "RGBX;16"):
-            return _tiff(image, file, mode)
+        # by the tags: of channels in separate planes Pillow thinks that they have 8 bits
+        if image.format == "TIFF" and set(image.tag_v2.get(BITS, ())) == {16} and image.mode in ("RGB", "RGBA"):
+            return _tiff(image.tag_v2, file)
         if image.format == "PPM" and image.mode == "RGB" and image.tile[0][0] == "ppm":
             return _ppm(image, file)
     finally:
@@ -54,8 +53,8 @@ def _png(image: Any, file: Any) -> np.ndarray:
     data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     try:
         deep_YXC = decode_image(data, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-    except RuntimeError as error:
-        raise MediaError(str(error).split(":")[-1].strip()) from None
+    except RuntimeError:
+        raise ValueError("its data are damaged or cut short") from None
     through = image.info.get("transparency")
     pixels = deep_YXC.astype(np.float32) / 65535
     if through is not None and deep_YXC.shape[2] == 3:  # the one colour that is seen through
@@ -72,14 +71,13 @@ def _ppm(image: Any, file: Any) -> np.ndarray | None:
     file.seek(offset)
     data = file.read(width * height * 6)
     if len(data) < width * height * 6:
-        raise MediaError(f"it holds {len(data)} bytes of pixels, wanted {width * height * 6}; it was cut short")
+        raise ValueError(f"it holds {len(data)} bytes of pixels, wanted {width * height * 6}; it was cut short")
     values = np.frombuffer(data, ">u2").reshape(height, width, 3)
     return (values.astype(np.float32) / largest).clip(max=1)
 
 
-def _tiff(image: Any, file: Any, mode: str) -> np.ndarray:
+def _tiff(tags: Any, file: Any) -> np.ndarray:
     """Grey pictures of 16 bits are exact: the same bytes are read as one of them, with all channels side by side in its rows."""
-    tags = image.tag_v2
     width, height, count = tags[WIDTH], tags[LENGTH], tags[SAMPLES]
     together = tags.get(PLANAR, 1) == 1
     where, sizes = (tags[TILE_OFFSETS], tags[TILE_COUNTS]) if TILE_OFFSETS in tags else (tags[OFFSETS], tags[COUNTS])
@@ -95,8 +93,9 @@ def _tiff(image: Any, file: Any, mode: str) -> np.ndarray:
         grey_YX = _grey(tags, mine, width * side_by_side, side_by_side)
         read.append(grey_YX.reshape(height, width, side_by_side))
     deep_YXC = np.concatenate(read, 2)
-    pixels = deep_YXC[:, :, : 3 if mode.startswith("RGBX") else count].astype(np.float32) / 65535
-    if mode.startswith("RGBa"):  # colours are already multiplied by how much is seen of them
+    extra = tags.get(EXTRA, ())
+    pixels = deep_YXC[:, :, : 3 if extra == (0,) else count].astype(np.float32) / 65535
+    if extra == (1,):  # colours are already multiplied by how much is seen of them
         alpha = pixels[:, :, 3:]
         pixels[:, :, :3] = np.divide(
             pixels[:, :, :3], alpha, out=np.zeros_like(pixels[:, :, :3]), where=alpha > 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.media.deep import TILE_LENGTH, TILE_WIDTH, deep_pixels, raw_mode
+from multimodal.media.deep import BITS, PLANAR, TILE_LENGTH, TILE_WIDTH, deep_pixels, raw_mode
 from multimodal.media.sources import (
     FOREIGN,
     announce,
@@ -200,6 +200,7 @@ def _opened(file: Any, head: bytes, who: str, name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            warnings.filterwarnings("ignore", "Image was not the expected size")  # of icons; it is looked at
             return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         kind = file_kind(head)
@@ -255,6 +256,8 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     if deep is not None:
         orientation = _orientation(image) if kind == "TIFF" else _orientation_left(image)
         return _turned(deep, orientation)
+    if kind == "TIFF" and tags.get(PLANAR) == 2 and set(tags.get(BITS, ())) == {16} and image.mode == "CMYK":
+        raise MediaError(f"{who}: {name} is a TIFF of 16 bits in separate planes, which is not read; save it as PNG")
     if ";16" in raw and image.mode in ("RGB", "RGBA", "CMYK", "LA"):
         announce(
             f"8 of 16 bits {kind}", f"{who}: {name} has 16 bits a channel; of {kind} files with colours 8 are read"
@@ -277,9 +280,9 @@ def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, 
         return image_CYX.permute(1, 2, 0).numpy()
     if isinstance(through, int) and image.mode in ("1", "L"):
         # the file counts in its own few bits, Pillow has stretched them to 8
-        step = {"1": 255, "L;2": 85, "L;4": 17}.get("1" if image.mode == "1" else raw, 1)
+        level = bool(through) * 255 if image.mode == "1" else through * {"L;2": 85, "L;4": 17}.get(raw, 1)
         levels = np.asarray(image.convert("L"))
-        return _with_alpha(levels.astype(np.float32) / 255, levels, through * step)
+        return _with_alpha(levels.astype(np.float32) / 255, levels, level)
     if image.mode == "LAB":
         image = _from_lab(image)
     see_through = through is not None or image.mode in ("LA", "PA", "La", "RGBa")
