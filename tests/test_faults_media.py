@@ -389,11 +389,11 @@ def test_fault_12b_every_kind_shows_values_shortened():
         lambda: model.predict("image -> label", image=LONG),
     ]
     for i, call in enumerate(calls):
-        began = time.perf_counter()
+        began = time.process_time()
         with pytest.raises(ValueError, match=r".") as raised:
             call()
         assert len(str(raised.value)) < 900, i
-        assert time.perf_counter() - began < 2, i
+        assert time.process_time() - began < 2, i
 
 
 def test_fault_12c_describe_is_quick_and_short_for_anything():
@@ -413,9 +413,9 @@ def test_fault_12c_describe_is_quick_and_short_for_anything():
         LONG.encode(),
         (LONG,) * 3,
     ):
-        began = time.perf_counter()
+        began = time.process_time()
         assert len(describe(value)) <= 200
-        assert time.perf_counter() - began < 0.5
+        assert time.process_time() - began < 0.5
 
 
 # 13: sides

@@ -25,11 +25,11 @@ from multimodal.media.sources import (
     say_once,
     unreadable,
 )
-from multimodal.shapes import MediaError
+from multimodal.shapes import MediaError, shortened
 from multimodal.tokenizer import describe
 
 BLOCK_S = 10.0  # seconds of a file that are read at once
-BLOCK_SAMPLES = 2**22  # of all channels together, at most
+BLOCK_SAMPLES = 2**20  # of all channels together, before and after resampling, at most
 HOUR_S = 3600.0
 BUSIEST = 400_000  # samples a second of all channels together, up to which `max_seconds` counts as it says
 LOUDEST = 16.0  # 24 dB above full scale: decoders and mixtures go a little over 1, whole numbers of 16 bits far
@@ -195,7 +195,7 @@ def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling
     reach = math.ceil(FILTERS[resampling]["lowpass_filter_width"] / FILTERS[resampling]["rolloff"]) + 1
     context = old * math.ceil((reach * max(1, old / new) + old) / old)
     held, done = torch.empty(0), 0  # done: samples of `held` that were given out and serve as context
-    for block_S in raw:
+    for block_S in (part_S for whole_S in raw for part_S in whole_S.split(max(BLOCK_SAMPLES * old // new, 1))):
         held = torch.cat([held, block_S]) if len(held) else block_S
         ready = (len(held) - done - context) // old * old
         if ready <= 0:
@@ -331,14 +331,15 @@ def _open_other(source: Any, name: str, label: str, who: str, error: Exception, 
     except ImportError:
         try:
             from torchcodec.decoders import AudioDecoder
-        except (ImportError, RuntimeError, OSError):  # it needs FFmpeg's libraries besides
-            raise MediaError(
-                f"{who}: {name} is {kind}, which the package av reads: pip install 'multimodal-stream[media]'"
-            ) from None
-        try:
+
             return _decoder(AudioDecoder(file), label, who)
-        except Exception as other:
-            raise unreadable(name, "sound", other, who) from other
+        except ImportError:
+            tried = ""
+        except Exception as other:  # it is damaged, or FFmpeg's libraries are missing
+            tried = f" (torchcodec is installed, and says: {shortened(' '.join(str(other).split()), 80)})"
+        raise MediaError(
+            f"{who}: {name} is {kind}, which the package av reads: pip install 'multimodal-stream[media]'{tried}"
+        ) from None
     try:
         # the demuxer is named, so that no play list in disguise opens other files
         container = stack.enter_context(av.open(file, format=DEMUXERS[kind]))
@@ -356,15 +357,20 @@ def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _S
     import av
 
     stream = container.streams.audio[0]
-    rate, layout = stream.codec_context.sample_rate, stream.codec_context.layout
+    try:
+        frames = container.decode(stream)
+        first = next(frames)  # headers of AAC may give another rate and other channels than the frames have
+    except (av.FFmpegError, StopIteration) as error:
+        raise unreadable(name, "sound", error, who) from error
+    rate, channels = first.sample_rate, first.layout.nb_channels
     seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
     exact = kind in ("MP4", "WebM")  # the others are guessed from the size of the file
 
     def blocks() -> Iterator[Tensor]:
-        to_floats, came = av.AudioResampler(format="fltp", layout=layout, rate=rate), 0
+        to_floats, came = av.AudioResampler(format="fltp", layout=first.layout, rate=rate), 0
         held: list[np.ndarray] = []
         try:
-            for frame in itertools.chain(container.decode(stream), [None]):  # None: what the resampler still holds
+            for frame in itertools.chain([first], frames, [None]):  # None: what the resampler still holds
                 held += [part.to_ndarray() for part in to_floats.resample(frame)]
                 if held and (frame is None or sum(part.shape[1] for part in held) >= BLOCK_S * rate):
                     wave_CS = torch.from_numpy(np.concatenate(held, 1))
@@ -377,7 +383,7 @@ def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _S
                 f"{who}: {name} holds {came / rate:.2f} s of the {seconds:.2f} s that its header promises; it was cut short"
             )
 
-    return _Sound(label, rate, layout.nb_channels, round(seconds * rate) if exact and seconds else None, blocks)
+    return _Sound(label, rate, channels, round(seconds * rate) if exact and seconds else None, blocks)
 
 
 def _decoder(decoder: Any, label: str, who: str) -> _Sound:

@@ -142,8 +142,8 @@ class ImagePatches(Tokenizer):
         if below or beside:
             if self.edge == "error":
                 raise MediaError(
-                    f"ImagePatches.encode: image is {given[0]}x{given[1]} pixels{shrunk}, which patch={self.patch} does not divide; "
-                    "resize or pad it first, or use edge='repeat'"
+                    f"ImagePatches.encode: image is {given[0]}x{given[1]} pixels{shrunk}, which patch={self.patch} does not "
+                    "divide; resize or pad it first, or use edge='repeat'"
                 )
             image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
         return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))

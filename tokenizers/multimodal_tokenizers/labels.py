@@ -61,5 +61,6 @@ class Labels(Tokenizer):
         except ValueError:
             shown = ", ".join(shortened(name) for name in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise MediaError(
-                f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}{did_you_mean(str(name), self.names)}"
+                f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
+                f"{did_you_mean(str(name), self.names)}"
             ) from None
