@@ -283,8 +283,6 @@ def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, 
         level = bool(through) * 255 if image.mode == "1" else through * {"L;2": 85, "L;4": 17}.get(raw, 1)
         levels = np.asarray(image.convert("L"))
         return _with_alpha(levels.astype(np.float32) / 255, levels, level)
-    if image.mode == "LAB":
-        image = _from_lab(image)
     see_through = through is not None or image.mode in ("LA", "PA", "La", "RGBa")
     if see_through or image.mode not in ("L", "RGB", "RGBA"):
         image = image.convert("RGBA" if see_through else "L" if image.mode == "1" else "RGB")
@@ -293,13 +291,6 @@ def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, 
 
 def _with_alpha(grey_YX: np.ndarray, levels_YX: np.ndarray, through: int) -> np.ndarray:
     return np.stack([grey_YX] * 3 + [(levels_YX != through).astype(np.float32)], 2)
-
-
-def _from_lab(image: Any) -> Any:
-    from PIL import ImageCms
-
-    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
 
 
 def _announce_frames(image: Any, who: str, name: str) -> None:
