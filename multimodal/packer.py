@@ -19,7 +19,7 @@ from multimodal.attention import Layout, Span
 from multimodal.contrast import Contrast, fingerprint
 from multimodal.heads import Head, default_head
 from multimodal.masks import Places
-from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
+from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean, shortened
 from multimodal.stream import Reading, Stream, Task
 from multimodal.task import Pattern
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
@@ -133,7 +133,8 @@ class Packer:
         """Raises a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
         if pattern not in self.tasks:
             raise TaskError(
-                f"there is no task {pattern!r}; there are {', '.join(map(repr, self.tasks))}{did_you_mean(pattern, self.tasks)}"
+                f"there is no task {shortened(repr(pattern), 100)}; there are {', '.join(map(repr, self.tasks))}"
+                f"{did_you_mean(pattern, self.tasks)}"
             )
         if answers:
             self.patterns[pattern].check_answers()
@@ -328,7 +329,7 @@ class Packer:
         try:
             return self.tokenizers[kind](value)
         except ValueError as error:
-            raise MediaError(f"{where}, field {name!r}: {error}") from error
+            raise MediaError(f"{where}, field {name!r}: {shortened(str(error), 1000)}") from error
 
     def prompt(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Stream:
         """A stream of one sample that holds some fields of a task and nothing to be written."""

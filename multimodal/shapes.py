@@ -73,7 +73,17 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
     return known
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """A text of at most `most` characters: its beginning, '...' and its end, where it is longer."""
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 3
+    return text[: most - 3 - end] + "..." + text[len(text) - end :]
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """'; did you mean 'label'?' when something close exists, otherwise nothing."""
+    if len(word) > 100:
+        return ""  # the comparison takes the square of the length
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from multimodal.shapes import TaskError, did_you_mean
+from multimodal.shapes import TaskError, did_you_mean, shortened
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -154,7 +154,8 @@ class Pattern:
                     did_you_mean(name, map(str, sample)).replace("did you mean", "rename").replace("?", f" to {name!r}")
                 )
                 raise TaskError(
-                    f"task {self.text!r}: the sample has no field {name!r}; it has {', '.join(map(repr, sample)) or 'none'}{close}"
+                    f"task {self.text!r}: the sample has no field {name!r}; "
+                    f"it has {shortened(', '.join(map(repr, sample)), 300) or 'none'}{close}"
                     + ("" if close else "; give None for a field that this sample lacks")
                 )
 

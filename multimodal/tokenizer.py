@@ -6,6 +6,7 @@
 """
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError, MediaError
+from multimodal.shapes import ConfigError, MediaError, shortened
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Tokenizer(Declared, ABC):
             raise
         except Exception as error:  # a stranger's encode may fail in any way; say where and on what
             raise MediaError(
-                f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {error}"
+                f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {shortened(str(error), 200)}"
             ) from error
         if not isinstance(tokens, Tokens):
             raise MediaError(f"{name}.encode: gave {describe(tokens)}, wanted Tokens(content, position)")
@@ -170,12 +171,20 @@ def _finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
-def describe(value: Any) -> str:
-    """A short name for a value in an error: 'array (30, 48) uint8', 'str 'cat.png''."""
-    if isinstance(value, (tuple, list)) and len(value) <= 3:
-        return type(value).__name__ + " (" + ", ".join(describe(v) for v in value) + ")"
+def describe(value: Any, depth: int = 0) -> str:
+    """A short name for a value in an error, of at most 200 characters: 'array (30, 48) uint8', 'str 'cat.png''."""
+    name = type(value).__name__
+    if isinstance(value, (tuple, list)) and len(value) <= 3 and depth < 3:
+        inside = ", ".join(describe(v, depth + 1) for v in value)
+        return shortened(f"{name} ({inside})", 200)
     shape = getattr(value, "shape", None)
-    if shape is not None:
-        return f"{type(value).__name__} {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    if isinstance(shape, tuple):
+        return shortened(f"{name} {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip(), 120)
+    if isinstance(value, (str, bytes, bytearray)) and len(value) > 60:
+        unit = "characters" if isinstance(value, str) else "bytes"
+        return f"{name} {shortened(repr(value[:30]), 40)}... of {len(value)} {unit}"
+    return f"{name} {shortened(' '.join(_BRIEF.repr(value).split()))}"
+
+
+_BRIEF = reprlib.Repr()  # looks at the first elements only; a list of a million takes no time
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60

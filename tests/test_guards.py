@@ -58,6 +58,9 @@ LAZY = (
     "fsspec",
     "datasets",
     "pyarrow",
+    "av",
+    "pillow_heif",
+    "torchcodec",
 )
 MAY_PRINT = ("cli", "__main__", "verify", "train")
 

@@ -19,6 +19,8 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.masks import Chunked, SameSample, Window
+from multimodal.media import sound_blocks
+from multimodal.media import sounds as sound_module
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.transcription import (
     Beam,
@@ -37,9 +39,8 @@ from multimodal.transcription import (
     written,
 )
 from multimodal.transcription import reader as reader_module
-from multimodal.transcription import sound as sound_module
 from multimodal.transcription.reader import Reader
-from multimodal.transcription.sound import at_quiet_places, overlapping, sound_blocks
+from multimodal.transcription.sound import at_quiet_places, overlapping
 from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
 
 soundfile = pytest.importorskip("soundfile")
@@ -334,13 +335,13 @@ def test_bad_sounds_are_named_and_lose_no_others(ear: mm.Model, tmp_path: Path):
     soundfile.write(tmp_path / "nan.wav", broken, RATE, subtype="FLOAT")
     soundfile.write(
         tmp_path / "far.wav", wave_S + np.float32(1e25), RATE, subtype="FLOAT"
-    )  # finite, its features are not
+    )  # finite, but no sound in -1..1
     names = ["good", "noise", "missing", "empty", "cut", "nan", "good", "far"]
     files = [tmp_path / f"{name}.wav" for name in names]
     found = dict(transcripts(ear, TASK, files, window_s=1, overlap_s=0.4, batch=3))
     assert sorted(found) == list(range(8))
     assert [getattr(found[i], "text", None) for i in range(8)] == [text, None, None, None, None, None, text, None]
-    assert "features that are not finite" in str(found[7])
+    assert "floats are wanted in -1..1" in str(found[7])
     problems = ["cannot read", "there is no file", "no samples", "was cut short", "not finite"]
     for error, problem, file in zip([found[i] for i in range(1, 6)], problems, files[1:6], strict=True):
         assert isinstance(error, MediaError)

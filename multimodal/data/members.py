@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.media import channels_first, check_decoder, upright
 from multimodal.shapes import MediaError
 from multimodal.tokenizer import describe
 
@@ -88,20 +89,20 @@ def _file(name: str, data: bytes) -> tuple[str, bytes]:
 
 
 def _png(image: Any) -> bytes:
-    from PIL import ImageOps
-
+    check_decoder(image, "a sample")
     data = io.BytesIO()
-    (ImageOps.exif_transpose(image) if "exif" in image.info else image).save(data, "PNG")
+    upright(image).save(data, "PNG")
     return data.getvalue()
 
 
 def _wav(wave: np.ndarray, rate_hz: Any) -> bytes:
-    """A RIFF WAVE file without the time stamp that libsndfile would put into it. wave: (S,) or (channels, S)."""
-    channels = 1 if wave.ndim == 1 else len(wave)
-    if wave.ndim not in (1, 2) or wave.dtype.name not in WAVE or not 0 < channels < 17 or rate_hz != int(rate_hz):
+    """A RIFF WAVE file without the time stamp that libsndfile would put into it. wave: as `channels_first` takes it."""
+    if wave.ndim not in (1, 2) or wave.dtype.name not in WAVE or not wave.size or rate_hz != int(rate_hz):
         raise MediaError(
             f"{describe(wave)} at {rate_hz} Hz is no sound; wanted (S,) or (channels, S) of {', '.join(WAVE)}"
         )
+    wave = channels_first(wave, describe(wave), "a sample")
+    channels = len(wave)
     data = np.ascontiguousarray(wave.T, wave.dtype.newbyteorder("<")).tobytes()
     kind, bits = WAVE[wave.dtype.name]
     frame = channels * bits // 8

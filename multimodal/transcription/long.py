@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from multimodal.heads import CTC
+from multimodal.media import sound_blocks
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.tokenizer import Tokenizer
 from multimodal.transcription.align import Speller, align
 from multimodal.transcription.ctc import Decoder, Greedy, log_p_of
 from multimodal.transcription.reader import Reader
-from multimodal.transcription.sound import Piece, at_quiet_places, overlapping, sound_blocks
+from multimodal.transcription.sound import Piece, at_quiet_places, overlapping
 from multimodal.transcription.transcript import Transcript, Word
 
 Progress = Callable[[int, float, float], None]
@@ -103,7 +104,12 @@ def transcripts(
     def pieces() -> Iterator[tuple[int, Piece | MediaError]]:
         for index, sound in enumerate(sounds):
             try:
-                blocks = sound_blocks(sound, rate_hz=reading.rate_hz, who="transcribe")
+                blocks = sound_blocks(
+                    sound,
+                    rate_hz=reading.rate_hz,
+                    who="transcribe",
+                    resampling=getattr(reading.tokenizer, "resampling", "kaiser"),
+                )
                 if reading.ctc:
                     cut = overlapping(blocks, window=window, overlap=overlap, unit=reading.unit)
                 else:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats; what "fixed" takes off
 FLOOR = 1e-6  # power added before the logarithm
+CLIP_FLOOR = 1e-7  # the same, as a share of the clip's largest power: 70 dB below it
+SILENCE = 1e-30  # power that no clip is divided by less of
+NEWEST = 2  # version of the features
+FIRST_FIELDS = {"rate_hz", "mels", "hop_ms", "window_ms", "stack", "normalise", "causal"}  # of multimodal 0.1
 POWER_ROUNDS, PHASE_ROUNDS = 10, 32  # of the two iterations of `decode`; more change nothing that is measured
 
 
@@ -26,6 +30,9 @@ class AudioFrames(Tokenizer):
 
     Places are seconds, so that the same sound recorded at another rate lies on the same places. `normalise="clip"` takes off
     each clip's own mean and spread (loudness does not matter); "fixed" uses one mean and spread for all.
+
+    version: 2, or 1 for the features of multimodal 0.1, which its checkpoints keep: a floor under the logarithm that is the same
+    for loud and quiet clips, and a shorter filter for resampling.
 
     What is written is heard through `decode`: phases are not kept, so a sound does not come back sample by sample, and a clip
     of "clip" gets the mean and spread of "fixed", because its own are gone.
@@ -38,10 +45,12 @@ class AudioFrames(Tokenizer):
     stack: int = 4  # frames a token
     normalise: Literal["clip", "fixed"] = "clip"
     causal: bool = False  # whether a token sees only what came before it
+    max_seconds: float = 3600.0  # a longer sound is refused before it is decoded
+    version: int = NEWEST  # of the features
     lossy = True
 
     def __post_init__(self) -> None:
-        for name in ("rate_hz", "mels", "hop_ms", "window_ms", "stack"):
+        for name in ("rate_hz", "mels", "hop_ms", "window_ms", "stack", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"AudioFrames: {name}={getattr(self, name)} must be more than 0")
         if self.hop_samples < 1 or self.window_ms < self.hop_ms:
@@ -50,6 +59,20 @@ class AudioFrames(Tokenizer):
             )
         if self.normalise not in ("clip", "fixed"):
             raise ConfigError(f"AudioFrames: normalise={self.normalise!r} must be 'clip' or 'fixed'")
+        if self.version not in (1, 2):
+            raise ConfigError(f"AudioFrames: version={self.version!r} of the features must be 1 or 2")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], files: dict[str, bytes] | None = None) -> Self:
+        """Rebuild from what `config` gave; a configuration saved by multimodal 0.1 has no version and means the first."""
+        if "version" not in config and set(config) >= FIRST_FIELDS:
+            config = config | {"version": 1}
+        return super().from_config(config, files)
+
+    @property
+    def resampling(self) -> Literal["kaiser", "hann"]:
+        """The filter by which sounds of other rates are brought to `rate_hz`."""
+        return "hann" if self.version == 1 else "kaiser"
 
     @property
     def hop_samples(self) -> int:
@@ -65,7 +88,13 @@ class AudioFrames(Tokenizer):
         return (self.stack * self.hop_samples / self.rate_hz, 1.0, 1.0)
 
     def encode(self, value: Any) -> Tokens:
-        wave_S = read_sound(value, rate_hz=self.rate_hz, who="AudioFrames.encode")
+        wave_S = read_sound(
+            value,
+            rate_hz=self.rate_hz,
+            who="AudioFrames.encode",
+            max_seconds=self.max_seconds,
+            resampling=self.resampling,
+        )
         frames_NF = self.spectrogram(wave_S)
         frames_NF = F.pad(frames_NF[None], (0, 0, 0, -len(frames_NF) % self.stack), mode="replicate")[0]
         stacked_NF = rearrange(frames_NF, "(n s) f -> n (s f)", s=self.stack)
@@ -131,7 +160,11 @@ class AudioFrames(Tokenizer):
         mel = self._mel
         count = math.ceil(len(wave_S) / self.hop_samples)
         wave_S = F.pad(wave_S, (0, max(0, (count - 1) * self.hop_samples + mel.n_fft - len(wave_S))))
-        log_NF = (mel(wave_S).T[:count] + FLOOR).log()
+        power_NF = mel(wave_S).T[:count]
+        if self.normalise == "clip" and self.version > 1:
+            power_NF = power_NF / power_NF.max().clamp(min=SILENCE)
+        floor = FLOOR if self.normalise == "fixed" or self.version == 1 else CLIP_FLOOR
+        log_NF = (power_NF + floor).log()
         if self.normalise == "fixed":
             return (log_NF - LEVEL) / SPREAD
         return (log_NF - log_NF.mean()) / (log_NF.std(correction=0) + 1e-3)

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from multimodal.declare import declaration, rebuild
-from multimodal.shapes import CheckpointError, ConfigError, MediaError
+from multimodal.shapes import CheckpointError, ConfigError, MediaError, shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 BOOK, INSIDE = "codebook.safetensors", "of/"  # our file, and the folder of the inner tokenizer's files
@@ -105,7 +105,7 @@ class Codes(Tokenizer):
         try:
             tokens = self.of(value)
         except ValueError as error:
-            raise MediaError(f"Codes.encode: {error}") from error
+            raise MediaError(f"Codes.encode: {shortened(str(error), 1000)}") from error
         codes_VF = self.codes_VF
         return Tokens(nearest(tokens.content[:, : codes_VF.shape[1]], codes_VF)[0], tokens.position_NA)
 

@@ -22,7 +22,8 @@ class ImagePatches(Tokenizer):
     The core's rotary places always see each patch's row and column. `position` says what is added to its embedding besides:
     "sincos" (fixed, unbounded), "learned" (a grid that stretches over any picture), or "rotary" (nothing).
     A picture whose sides are no multiples of `patch` is continued at its right and lower edge with `edge="repeat"`, or
-    refused with `edge="error"`. With `max_side` larger pictures are shrunk to it, aspect kept. All of this is saved.
+    refused with `edge="error"`. With `max_side` larger pictures are shrunk to it, aspect kept, but for a side that would get
+    smaller than one patch. All of this is saved.
 
     Pictures can be written where `size` says how many rows and columns of pixels each has; others are still read.
     """
@@ -126,21 +127,23 @@ class ImagePatches(Tokenizer):
     def preprocess(self, value: Any) -> Tensor:
         """Any picture as normalised (C, Y, X) whose sides are multiples of `patch`."""
         image_CYX = read_image(value, channels=self.channels, max_pixels=self.max_pixels, who="ImagePatches.encode")
-        height, width = image_CYX.shape[1:]
-        if self.max_side and max(height, width) > self.max_side:
-            scale = self.max_side / max(height, width)
-            height, width = (max(round(side * scale), 1) for side in (height, width))
-            image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
-        if min(height, width) < self.patch:
+        height, width = given = tuple(image_CYX.shape[1:])
+        if min(given) < self.patch:
             raise MediaError(
                 f"ImagePatches.encode: image is {height}x{width} pixels, smaller than one patch={self.patch}; enlarge it first"
             )
+        shrunk = ""
+        if self.max_side and max(height, width) > self.max_side:
+            scale = self.max_side / max(height, width)
+            height, width = (max(round(side * scale), self.patch) for side in given)  # a narrow side keeps one patch
+            image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
+            shrunk = f" ({height}x{width} after max_side={self.max_side})"
         below, beside = -height % self.patch, -width % self.patch
         if below or beside:
             if self.edge == "error":
                 raise MediaError(
-                    f"ImagePatches.encode: image is {height}x{width} pixels, which patch={self.patch} does not divide; "
-                    "resize or pad it first, or use edge='repeat'"
+                    f"ImagePatches.encode: image is {given[0]}x{given[1]} pixels{shrunk}, which patch={self.patch} does not "
+                    "divide; resize or pad it first, or use edge='repeat'"
                 )
             image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
         return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))

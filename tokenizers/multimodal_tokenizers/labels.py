@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.shapes import ConfigError, MediaError, did_you_mean, shortened
+from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Labels(Tokenizer):
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise ConfigError(f"Labels: names={self.names!r} is not a list of names")
+            raise ConfigError(f"Labels: names={describe(self.names)} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
         twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice or not self.names:
-            raise ConfigError(f"Labels: {'names occur twice: ' + ', '.join(twice) if twice else 'no names were given'}")
+            raise ConfigError(
+                f"Labels: {'names occur twice: ' + shortened(', '.join(twice), 300) if twice else 'no names were given'}"
+            )
 
     @property
     def vocab_size(self) -> int | None:
@@ -42,7 +44,7 @@ class Labels(Tokenizer):
         if not self.several:
             return Tokens(torch.tensor([self._id(value)]), torch.zeros(1, 3))
         if isinstance(value, str) or not isinstance(value, Iterable):
-            raise MediaError(f"Labels.encode: several=True wants a list of names, not {value!r}")
+            raise MediaError(f"Labels.encode: several=True wants a list of names, not {describe(value)}")
         hot = torch.zeros(1, len(self.names))
         for name in value:
             hot[0, self._id(name)] = 1
@@ -57,7 +59,8 @@ class Labels(Tokenizer):
         try:
             return self.names.index(str(name))
         except ValueError:
-            shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            shown = ", ".join(shortened(name) for name in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise MediaError(
-                f"Labels.encode: {name!r} is not one of the {len(self.names)} classes: {shown}{did_you_mean(str(name), self.names)}"
+                f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
+                f"{did_you_mean(str(name), self.names)}"
             ) from None

@@ -1,0 +1,201 @@
+"""Where a picture or a sound comes from: a path, bytes, an open file or a data: URL; and what kind of file it is."""
+
+import base64
+import binascii
+import io
+import logging
+import os
+import re
+import urllib.parse
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.shapes import MediaError, shortened
+from multimodal.tokenizer import describe
+
+log = logging.getLogger("multimodal")
+
+LONGEST_URL = 2**27  # characters of a data: URL, which hold 96 MiB
+HEAD = 64  # bytes that are enough to recognise a file
+LONGEST_PATH = 100  # characters of a path that a message shows
+
+announced: set[str] = set()  # what `announce` has told in this process
+
+
+@cache
+def say_once(text: str) -> None:
+    """Tell the user something, the first time only (in each process)."""
+    log.warning(text)
+
+
+def announce(about: str, text: str) -> None:
+    """Tell the user something of a file, for the first file of its kind only (in each process)."""
+    if about not in announced:
+        announced.add(about)
+        log.warning(text)
+
+
+def is_file_like(value: Any) -> bool:
+    """Whether a value names or holds a file: a path, bytes, an open binary file, or what Hugging Face datasets have for one."""
+    return (
+        isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview))
+        or hasattr(value, "read")
+        or (isinstance(value, Mapping) and set(value) == {"bytes", "path"})
+    )
+
+
+def file_source(value: Any, who: str) -> tuple[Path | BinaryIO, str]:
+    """Something that a decoder can read, a path or an open file at its first byte, and its name for errors.
+
+    A text is a path, or a data: URL that holds the file itself (`data:image/png;base64,...`).
+    """
+    if isinstance(value, Mapping):
+        if value["bytes"] is None and value["path"] is None:
+            raise MediaError(f"{who}: both 'bytes' and 'path' are None; one of them has to hold the file")
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return io.BytesIO(value), f"{len(value)} bytes"
+    if hasattr(value, "read"):
+        return _open_file(value, who), shortened(str(getattr(value, "name", "an open file")), LONGEST_PATH)
+    if isinstance(value, str):
+        if value[:5].lower() == "data:":
+            return io.BytesIO(_data_url(value, who)), f"a data: URL of {len(value)} characters"
+        _check_url(value, who)
+    path = Path(value)
+    shown = repr(shortened(str(path), LONGEST_PATH))
+    try:
+        found, folder = path.is_file(), path.is_dir()
+    except OSError:  # the name is longer than a file system allows
+        found, folder = False, False
+    if not found:
+        raise MediaError(f"{who}: there is no file {shown}{' (it is a folder)' if folder else _looks_encoded(value)}")
+    return path, shown
+
+
+def _open_file(file: Any, who: str) -> Any:
+    if isinstance(file, io.TextIOBase):
+        name = shortened(str(getattr(file, "name", "the file")), LONGEST_PATH)
+        raise MediaError(f"{who}: {name} is open as text; open it as bytes, with mode 'rb'")
+    if not hasattr(file, "seek") or (hasattr(file, "seekable") and not file.seekable()):
+        return io.BytesIO(file.read())  # decoders go back and forth
+    file.seek(0)  # the same file gives the same tokens the second time
+    return file
+
+
+def _check_url(text: str, who: str) -> None:
+    scheme, separator, _ = text[:40].partition("://")
+    if not separator or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]+", scheme):
+        return
+    shown = repr(shortened(text, LONGEST_PATH))
+    if scheme.lower() == "file":
+        raise MediaError(f"{who}: {shown} is a URL of a local file; give its path, without 'file://'")
+    raise MediaError(
+        f"{who}: {shown} is a URL, and nothing is downloaded while samples are read; download it first and give the path or "
+        "the bytes, or write shards of it"
+    )
+
+
+def _looks_encoded(value: Any) -> str:
+    """What to do with a text that is no path but, by its looks, a file in base64."""
+    if not isinstance(value, str) or len(value) < 100 or not re.fullmatch(r"[A-Za-z0-9+/_\-]{100}", value[:100]):
+        return ""
+    return (
+        f"; its {len(value)} characters look like base64, so give 'data:image/png;base64,...' (or audio/wav) with them "
+        "behind the comma, or base64.b64decode of them"
+    )
+
+
+def _data_url(text: str, who: str) -> bytes:
+    """The bytes of `data:[type][;base64],...` (RFC 2397)."""
+    if len(text) > LONGEST_URL:
+        raise MediaError(f"{who}: a data: URL of {len(text)} characters, more than {LONGEST_URL}; give a file instead")
+    head, comma, body = text.partition(",")
+    if not comma:
+        raise MediaError(f"{who}: {shortened(text, 60)!r} is a data: URL without a comma, behind which its data begin")
+    if not head.lower().rstrip().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(body)
+    body = "".join((urllib.parse.unquote(body) if "%" in body else body).split())
+    body = body.translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")  # some writers use the alphabet of file names
+    try:
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"{who}: a data: URL of {len(text)} characters is not base64: {error}") from None
+
+
+FOREIGN = {
+    "EPS": "it is EPS or PostScript, which only another program could draw, and none is started; save it as PNG",
+    "PDF": "it is a PDF document; save its pages as PNG",
+    "SVG": "it is SVG or other XML; save it as PNG",
+    "HTML": "it is an HTML page, perhaps what a server answered instead of the file",
+    "LFS": "it is a pointer of Git LFS, not the file; run 'git lfs pull'",
+    "JXL": "it is JPEG XL; save it as PNG or JPEG",
+    "AVIF": "it is AVIF, which Pillow 11.3 and newer read: pip install --upgrade pillow",
+    "GZIP": "it is compressed by gzip; unpack it first",
+    "ZIP": "it is a ZIP archive; unpack it first",
+}
+"""What is said of files that some people take for pictures or sounds."""
+
+
+def file_kind(head: bytes) -> str:
+    """The kind of a file by its first bytes, of those that Pillow and libsndfile do not know; '' of all others."""
+    if head[4:8] == b"ftyp":  # ISO base media: MP4, M4A, QuickTime, HEIF, AVIF
+        brands = head[8:HEAD]
+        if head[8:12] in (b"avif", b"avis") or (head[8:12] in (b"mif1", b"msf1") and b"avif" in brands):
+            return "AVIF"
+        heif = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+        return "HEIC" if head[8:12] in heif else "MP4"
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
+        return "AAC"  # ADTS; MP3 has a layer where this has 0
+    for kind, magics in _MAGIC.items():
+        if head.startswith(magics):
+            return kind
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14].lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "HTML"
+    return "SVG" if start.startswith((b"<svg", b"<?xml")) else ""
+
+
+_MAGIC: dict[str, tuple[bytes, ...]] = {
+    "WebM": (b"\x1a\x45\xdf\xa3",),
+    "WMA": (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",),
+    "AMR": (b"#!AMR",),
+    "WavPack": (b"wvpk",),
+    "EPS": (b"%!", b"\xc5\xd0\xd3\xc6"),
+    "PDF": (b"%PDF",),
+    "LFS": (b"version https://git-lfs",),
+    "JXL": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "GZIP": (b"\x1f\x8b",),
+    "ZIP": (b"PK\3\4",),
+}
+
+
+def first_bytes(source: Path | BinaryIO) -> bytes:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return file.read(HEAD)
+    source.seek(0)
+    head = source.read(HEAD)
+    source.seek(0)
+    return head
+
+
+def unreadable(name: str, what: str, error: BaseException | str, who: str) -> MediaError:
+    """The error for a file that a decoder refuses; what: 'a picture' or 'sound'."""
+    text = shortened(" ".join(str(error).split()), 200) or type(error).__name__
+    return MediaError(f"{who}: cannot read {name} as {what}: {text}")
+
+
+def as_tensor(value: np.ndarray | Tensor, who: str) -> Tensor:
+    """An array or tensor as a tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:  # PyTorch takes neither read-only arrays nor those of another byte order
+        return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError as error:
+        raise MediaError(f"{who}: {describe(value)} does not hold numbers") from error
