@@ -1,9 +1,13 @@
 """Files that are whole or not there, also after a power cut."""
 
 import hashlib
+import io
 import itertools
 import os
+import threading
 from pathlib import Path
+
+_SEEKING = threading.Lock()
 
 
 def flush(path: Path) -> None:
@@ -30,6 +34,23 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
+    """`count` bytes of a file from `begin` on, fewer at its end; several threads may read one file."""
+    parts = []
+    while count > 0:  # a call may give less than it was asked for, such as at most 2 GiB
+        if hasattr(os, "pread"):
+            part = os.pread(file.fileno(), count, begin)
+        else:  # Windows, where no process shares a file's place with another, as after a fork
+            with _SEEKING:
+                file.seek(begin)
+                part = file.read(count)
+        if not part:
+            break
+        parts.append(part)
+        begin, count = begin + len(part), count - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def free_name(path: Path) -> Path:

@@ -73,7 +73,25 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
     return known
 
 
+def shortened(text: object, most: int = 300) -> str:
+    """A text as it is shown or stored in an error: its begin and end if it is long, and nothing that no terminal can print."""
+    text = text if isinstance(text, str) else str(text)
+    if len(text) > most:
+        end = most // 4
+        text = f"{text[: most - end]} ... {text[-end:]} ({len(text):,} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """'a, b, c', of many the first ones and how many there are."""
+    names = list(names)
+    more = f", ... ({len(names):,} in all)" if len(names) > most else ""
+    return ", ".join(shortened(name, 60) for name in names[:most]) + more
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """'; did you mean 'label'?' when something close exists, otherwise nothing."""
+    if len(word) > 100:  # a value that was taken for a name: comparing it takes hours
+        return ""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.shapes import ConfigError, MediaError, did_you_mean, shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -26,6 +26,9 @@ class Labels(Tokenizer):
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise ConfigError(f"Labels: names={self.names!r} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
+        for name in self.names:
+            if not name.isascii() and name.encode("utf-8", "replace").decode() != name:
+                raise ConfigError(f"Labels: the name {name!r} is not UTF-8, so that it could not be saved; rename it")
         twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice or not self.names:
             raise ConfigError(f"Labels: {'names occur twice: ' + ', '.join(twice) if twice else 'no names were given'}")
@@ -42,7 +45,7 @@ class Labels(Tokenizer):
         if not self.several:
             return Tokens(torch.tensor([self._id(value)]), torch.zeros(1, 3))
         if isinstance(value, str) or not isinstance(value, Iterable):
-            raise MediaError(f"Labels.encode: several=True wants a list of names, not {value!r}")
+            raise MediaError(f"Labels.encode: several=True wants a list of names, not {shortened(repr(value), 100)}")
         hot = torch.zeros(1, len(self.names))
         for name in value:
             hot[0, self._id(name)] = 1
@@ -57,7 +60,8 @@ class Labels(Tokenizer):
         try:
             return self.names.index(str(name))
         except ValueError:
-            shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise MediaError(
-                f"Labels.encode: {name!r} is not one of the {len(self.names)} classes: {shown}{did_you_mean(str(name), self.names)}"
+                f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
+                f"{did_you_mean(str(name), self.names)}"
             ) from None
