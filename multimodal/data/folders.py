@@ -80,7 +80,7 @@ def read_folder(
             raise ConfigError(f"{path}: the class folder {label!r} has a name that is not UTF-8; rename it")
         members.append(Member(name, kinds[name.suffix.lower()], label))
     tally.used = len(members)
-    return Folder(path, members, tally.account(len(members)))
+    return Folder(path, members, tally.account())
 
 
 def is_hidden(name: str) -> bool:

@@ -431,7 +431,7 @@ def _made(index: Mapping[str, Any], samples: Any, already: bool = False) -> Made
         bytes=sum(entry["bytes"] for entry in index["shards"]),
         fields=tuple(index["fields"]),
         bad=tuple(bad),
-        account=seen.without("broken rows", (f"row {row}: {why}" for row, why in bad)),
+        account=seen.without("broken rows", (f"row {row}" for row, _ in bad)),
         already=already,
     )
 
