@@ -82,6 +82,11 @@ def shortened(text: object, most: int = 300) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; that of a file may hold other bytes, which Python keeps as surrogates."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def listed(names: Iterable[object], most: int = 10) -> str:
     """'a, b, c', of many the first ones and how many there are."""
     names = list(names)

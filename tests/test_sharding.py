@@ -202,9 +202,7 @@ def test_a_folder_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["shards", str(tmp_path / "photos"), str(out)]) == 0
     told = capsys.readouterr()
     assert told.out == f"samples  5\nfields   image, label, audio\nshards   1, 0.0 MB\nfolder   {out}\n"
-    assert (
-        told.err == "saw 6 entries: 5 are used, 1 left out\n  of another format (.md): 1 (dog/notes.md)\n"
-    )
+    assert told.err == "saw 6 entries: 5 are used, 1 left out\n  of another format (.md): 1 (dog/notes.md)\n"
     read = [{k: v if k == "label" else v and v.getvalue() for k, v in sample.items()} for sample in Shards(out)]
     folder = tmp_path / "photos"
     assert read == [

@@ -49,7 +49,10 @@ class Fields:
 
     def account(self) -> Account:
         """Which parts of a sample, the first one, become fields, and which are left out."""
-        sample, tally = self.samples[0], Tally("parts of a sample")
+        tally = Tally("parts of a sample")
+        if not len(self):
+            return tally.account()
+        sample = self.samples[0]
         if isinstance(sample, Mapping):
             kept = self._picked(sample)
             for name in sample:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multimodal.data.account import Account, Tally
-from multimodal.shapes import ConfigError, did_you_mean, listed
+from multimodal.shapes import ConfigError, did_you_mean, is_text, listed
 
 KINDS = {
     "image": (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
@@ -76,7 +76,7 @@ def read_folder(
         if label is None and labelled:
             tally.leave(BESIDE, name.as_posix())
             continue
-        if label is not None and not _is_text(label):
+        if label is not None and not is_text(label):
             raise ConfigError(f"{path}: the class folder {label!r} has a name that is not UTF-8; rename it")
         members.append(Member(name, kinds[name.suffix.lower()], label))
     tally.used = len(members)
@@ -182,11 +182,3 @@ def _are_splits(names: list[Path], depth: int) -> bool:
     there = {name.parts[depth] for name in names if len(name.parts) > depth + 1}
     splits = {part for part in there if part.lower() in SPLITS}
     return len(splits) > 1 or (len(splits) == 1 and splits == there and depth == 0)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # bytes of another encoding, in the surrogates that Python puts in their place
-        return False
-    return True

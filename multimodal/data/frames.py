@@ -49,6 +49,8 @@ def as_samples(source: Any) -> Any:
         name = kind.__module__.partition(".")[0], kind.__name__
         if name in (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"), ("pyarrow", "RecordBatch")):
             return Frame(source, name[0])
+        if name in (("pandas", "Series"), ("polars", "Series")):  # which pandas asks by its index, not by its place
+            return list(source)
         if name == ("polars", "LazyFrame"):
             raise ConfigError("a LazyFrame of polars has not been read; give what its collect() returns")
     return source

@@ -102,10 +102,10 @@ def _open(name: str, split: str | None, encoding: str | None, quotes: bool | Non
     if name.startswith(HUB):
         hub, _, configuration = name.removeprefix(HUB).partition(":")
         datasets = _library("datasets", name)
-        return _of_dataset(datasets.load_dataset(hub, configuration or None, split=split), name, split)
+        return _of_dataset(_loaded(name, datasets.load_dataset, hub, configuration or None, split=split), name, split)
     if path.is_dir():
         if any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-            return _of_dataset(_library("datasets", name).load_from_disk(name), path.name, split)
+            return _of_dataset(_loaded(name, _library("datasets", name).load_from_disk, name), path.name, split)
         return _of_folder(path, split)
     if not path.is_file():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -139,6 +139,16 @@ def _library(name: str, for_what: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigError(f"{for_what} is read by {name}; install it: pip install 'multimodal-stream[data]'") from None
+
+
+def _loaded(name: str, load: Callable[..., Any], *names: Any, **options: Any) -> Any:
+    """A data set of Hugging Face, whose errors are of a dozen classes."""
+    try:
+        return load(*names, **options)
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be read as a data set of Hugging Face: {type(error).__name__}: {shortened(error)}"
+        ) from error
 
 
 def _of_folder(folder: Path, split: str | None) -> Table:
@@ -269,22 +279,28 @@ def _quoted(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[
         yield from lines
         ended = True
 
-    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(until_end(), delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num + 1
+        limit = csv.field_size_limit(LONGEST_CELL)  # which is one for all readers of the process
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            if ended or "field larger" in str(error):
+            if "field larger" in str(error):
+                raise MediaError(
+                    f"{path}: a cell in the row that begins in line {first} has more than {LONGEST_CELL:,} characters; is a "
+                    "quotation mark missing?"
+                ) from error
+            if ended:
                 raise MediaError(
                     f'{path}: a quotation mark opens in line {first} and is never closed; close it, or write "" for one within '
                     "a cell (--no-quotes takes quotation marks as they are)"
                 ) from error
-            yield first, reader.line_num, str(error)
-            continue
+            row = str(error)
+        finally:
+            csv.field_size_limit(limit)
         yield first, reader.line_num, row
 
 
@@ -353,6 +369,8 @@ def _of_parquet(path: Path) -> Table:
     try:
         with parquet.ParquetFile(path) as file:
             schema, total = file.schema_arrow, file.metadata.num_rows
+            if total != (there := sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))):
+                raise ValueError(f"it says that it has {total} rows, and its row groups say {there}")
             features = class_features(schema.metadata)
     except ConfigError:
         raise
@@ -374,9 +392,13 @@ def _of_parquet(path: Path) -> Table:
         try:
             for batch in file.iter_batches(batch_size=256, row_groups=[group]):
                 rows = batch.slice(max(0, start - at))
+                if at + len(batch) > count:
+                    raise ValueError(f"it says that it has {count} rows, and has more")
                 at += len(batch)
                 for row in _python_rows(rows):
                     yield row if isinstance(row, Exception) else _named_row(features, row)
+            if at < count:
+                raise ValueError(f"it says that it has {count} rows, and has {at}")
         except Exception as error:
             why = f"row group {group} of {path} cannot be read: {type(error).__name__}: {shortened(error)}"
             for _ in range(count - max(at, start)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from multimodal.shapes import ConfigError, MediaError, did_you_mean, shortened
+from multimodal.shapes import ConfigError, MediaError, did_you_mean, is_text, shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -27,7 +27,7 @@ class Labels(Tokenizer):
             raise ConfigError(f"Labels: names={self.names!r} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
         for name in self.names:
-            if not name.isascii() and name.encode("utf-8", "replace").decode() != name:
+            if not is_text(name):
                 raise ConfigError(f"Labels: the name {name!r} is not UTF-8, so that it could not be saved; rename it")
         twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice or not self.names:
