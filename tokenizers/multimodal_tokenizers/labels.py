@@ -61,7 +61,9 @@ class Labels(Tokenizer):
             return self.names.index(str(name))
         except ValueError:
             shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            number = isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names)
+            hint = "; Fields(samples, names={field: names}) turns numbers of classes into names" if number else ""
             raise MediaError(
                 f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
-                f"{did_you_mean(str(name), self.names)}"
+                f"{did_you_mean(str(name), self.names)}{hint}"
             ) from None
