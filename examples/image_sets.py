@@ -12,8 +12,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 from multimodal import ConfigError
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+from multimodal.data import read_folder
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,9 @@ def folder(path: Path, seed: int) -> PictureSet:
     augment = transforms.Compose(
         [transforms.RandomHorizontalFlip(), _crop_keeping_aspect, transforms.ColorJitter(0.3, 0.3, 0.3)]
     )
-    held = next((path / name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
+    held = next((name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
     if held is not None and (path / "train").is_dir():
-        train, test = _files(path / "train"), _files(held)
+        train, test = _files(path, "train"), _files(path, held)
     else:
         files = _files(path)
         np.random.default_rng(seed).shuffle(files)
@@ -108,6 +107,8 @@ def folder(path: Path, seed: int) -> PictureSet:
                 f"--data folder: {', '.join(lacking)} must have two pictures or more, one of them to test on"
             )
     names = tuple(sorted({name for _, name in train}))
+    if unknown := sorted({name for _, name in test} - set(names)):
+        raise ConfigError(f"--data folder: {', '.join(unknown)} are classes of {held}/ that train/ does not have")
     return PictureSet(
         Pictures([f for f, _ in train], [n for _, n in train], augment),
         Pictures([f for f, _ in test], [n for _, n in test]),
@@ -115,10 +116,16 @@ def folder(path: Path, seed: int) -> PictureSet:
     )
 
 
-def _files(path: Path) -> list[tuple[Path, str]]:
-    if not path.is_dir():
-        raise ConfigError(f"--data folder: there is no folder {str(path)!r}")
-    files = [(f, f.parent.name) for f in sorted(path.glob("*/*")) if f.suffix.lower() in PICTURES]
+def _files(path: Path, split: str | None = None) -> list[tuple[Path, str]]:
+    """(file, class) of the pictures; prints what was left out."""
+    if path.is_dir() and not any(path.iterdir()):
+        raise ConfigError(
+            f"--data folder: {str(path)!r} must hold a sub-folder of pictures for each class; it is empty"
+        )
+    found = read_folder(path, split=split, fields=("image",), labelled=True)
+    if found.account.left_out:
+        print(f"{path}{f' ({split})' if split else ''}: {found.account}")
+    files = [(path / member.name, member.label) for member in found.members if member.label is not None]
     if len({name for _, name in files}) < 2:
         raise ConfigError(
             f"--data folder: {str(path)!r} must hold a sub-folder of pictures for each of two or more classes"

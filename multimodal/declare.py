@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
 from multimodal.files import check_fields
@@ -20,6 +20,12 @@ class Declared:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _defined[type_name(cls)] = cls
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        fields = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        for name, value in (*zip(fields, args, strict=False), *settings.items()):
+            check_ordered(f"{cls.__name__}: {name}", value)
+        return super().__new__(cls)
 
     def config(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -39,6 +45,21 @@ class Declared:
                     f"{cls.__name__} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
                 )
         return cls(**{key: _from_json(value) for key, value in config.items()})
+
+
+def check_ordered(where: str, value: Any) -> None:
+    """Refuse a set with a ConfigError, also within lists: its order differs from process to process, so that the same number would
+    stand for another class in each."""
+    if isinstance(value, Set) and not isinstance(value, MappingView):  # the keys of a dictionary have an order
+        raise ConfigError(
+            f"{where} is a set, whose order differs from one process to the next; give a tuple or a list, such as tuple(sorted(..))"
+        )
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            check_ordered(where, part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_ordered(f"{where}[{key!r}]", part)
 
 
 def declaration(part: Declared) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
 import reprlib
 import secrets
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,6 +24,8 @@ HELD = (
 )  # what a lock that another process holds gives; all else means that locks do not work
 # what a JSON file that others made may cost: about 1 GiB of memory and two seconds in the worst case
 MOST_JSON_BYTES, MOST_JSON_VALUES, MOST_JSON_DEPTH = 2**26, 2_000_000, 100
+
+_SEEKING = threading.Lock()
 
 
 def flush(path: Path) -> None:
@@ -84,6 +88,23 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
+    """`count` bytes of a file from `begin` on, fewer at its end; several threads may read one file."""
+    parts = []
+    while count > 0:  # a call may give less than it was asked for, such as at most 2 GiB
+        if hasattr(os, "pread"):
+            part = os.pread(file.fileno(), count, begin)
+        else:  # Windows, where no process shares a file's place with another, as after a fork
+            with _SEEKING:
+                file.seek(begin)
+                part = file.read(count)
+        if not part:
+            break
+        parts.append(part)
+        begin, count = begin + len(part), count - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def free_name(path: Path) -> Path:

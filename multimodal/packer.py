@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multimodal.attention import Layout, Span
 from multimodal.contrast import Contrast, fingerprint
+from multimodal.declare import check_ordered
 from multimodal.heads import Head, default_head
 from multimodal.masks import Places
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean, shortened
@@ -68,6 +69,7 @@ class Packer:
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
         self.tokenizers = dict(tokenizers)
+        check_ordered("tasks", tasks)
         for name, tokenizer in self.tokenizers.items():
             if not isinstance(tokenizer, Tokenizer):
                 raise ConfigError(
@@ -329,7 +331,7 @@ class Packer:
         try:
             return self.tokenizers[kind](value)
         except ValueError as error:
-            raise MediaError(f"{where}, field {name!r}: {shortened(str(error), 1000)}") from error
+            raise MediaError(f"{where}, field {name!r}: {shortened(error, 500)}") from error
 
     def prompt(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Stream:
         """A stream of one sample that holds some fields of a task and nothing to be written."""

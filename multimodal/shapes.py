@@ -73,17 +73,30 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
     return known
 
 
-def shortened(text: str, most: int = 60) -> str:
-    """A text of at most `most` characters: its beginning, '...' and its end, where it is longer."""
-    if len(text) <= most:
-        return text
-    end = (most - 3) // 3
-    return text[: most - 3 - end] + "..." + text[len(text) - end :]
+def shortened(text: object, most: int = 300) -> str:
+    """A text of about `most` characters: its beginning, '...' and its end where it is longer; what no terminal can print is escaped."""
+    text = text if isinstance(text, str) else str(text)
+    if len(text) > most:
+        end = (most - 3) // 3
+        text = text[: most - 3 - end] + "..." + text[len(text) - end :]
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may hold bytes that are no text
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; that of a file may hold other bytes, which Python keeps as surrogates."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """'a, b, c', of many the first ones and how many there are."""
+    names = list(names)
+    more = f", ... ({len(names):,} in all)" if len(names) > most else ""
+    return ", ".join(shortened(name, 60) for name in names[:most]) + more
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """'; did you mean 'label'?' when something close exists, otherwise nothing."""
-    if len(word) > 100:
-        return ""  # the comparison takes the square of the length
+    if len(word) > 100:  # a value that was taken for a name: comparing it takes hours
+        return ""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -183,7 +183,7 @@ def describe(value: Any, depth: int = 0) -> str:
     if isinstance(value, (str, bytes, bytearray)) and len(value) > 60:
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{name} {shortened(repr(value[:30]), 40)}... of {len(value)} {unit}"
-    return f"{name} {shortened(' '.join(_BRIEF.repr(value).split()))}"
+    return f"{name} {shortened(' '.join(_BRIEF.repr(value).split()), 60)}"
 
 
 _BRIEF = reprlib.Repr()  # looks at the first elements only; a list of a million takes no time

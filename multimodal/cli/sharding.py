@@ -19,6 +19,8 @@ def shards(
     fields: Annotated[list[str] | None, Parameter(negative="")] = None,
     files: Annotated[list[str] | None, Parameter(negative="")] = None,
     split: str | None = None,
+    encoding: str | None = None,
+    quotes: bool | None = None,
     shard_mb: float = 256.0,
     max_bad: int = 0,
     verify: Annotated[bool, Parameter(negative="")] = False,
@@ -45,7 +47,11 @@ def shards(
     files
         A field whose values are paths of files (relative to the table), which are packed in place of the paths. Repeat it for more.
     split
-        Of a data set with several parts, the one that is read.
+        Of a data set with several parts, the one that is read; of a folder the sub-folder train, val, test, ..
+    encoding
+        Of a .csv, .tsv or .jsonl file, if it is not UTF-8: latin-1, utf-16, ..
+    quotes
+        Whether quotation marks hold a cell together: so in a .csv, not so in a .tsv, unless given.
     shard_mb
         An archive is at most so long, in megabytes.
     max_bad
@@ -62,7 +68,7 @@ def shards(
     if out is None:
         raise ConfigError("shards: give the folder of the shards behind the source")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
-    table = open_table(source, split).choosing(chosen, files or [])
+    table = open_table(source, split, encoding=encoding, quotes=quotes).choosing(chosen, files or [])
     with _bar("packing", table.total) as tell:
         made = write_shards(
             table,
@@ -76,9 +82,8 @@ def shards(
         print(f"row {row}: {why}", file=sys.stderr)
     if made.bad:
         print(f"broken rows that were left out: {len(made.bad)}; they are listed in {out / BAD}", file=sys.stderr)
-    if table.ignored:
-        kinds = ", ".join(f"{suffix} {count}" for suffix, count in sorted(table.ignored.items()))
-        print(f"files of other kinds that were left out: {kinds}", file=sys.stderr)
+    if made.account.left_out or made.account.notes:
+        print(made.account, file=sys.stderr)
     already = "  (it was complete already)" if made.already else ""
     print(f"samples  {made.samples:,}\nfields   {', '.join(made.fields)}")
     print(f"shards   {made.shards}, {made.bytes / 1e6:,.1f} MB\nfolder   {out}{already}")

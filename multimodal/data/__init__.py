@@ -1,28 +1,38 @@
 """From data to packed steps: sources, mixing, packing; which sample comes when is a function of the seed and of its place."""
 
+from multimodal.data.account import Account, LeftOut
 from multimodal.data.adapters import Fields
 from multimodal.data.batches import Batches
 from multimodal.data.fetching import Bad, Batch, kept_generators, seed_generators
+from multimodal.data.folders import read_folder
+from multimodal.data.frames import as_samples
 from multimodal.data.packs import Packs
 from multimodal.data.shards import Shards
 from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
+from multimodal.data.tables import Table, open_table
 from multimodal.data.writing import index_archives, write_shards
 
 __all__ = [
+    "Account",
     "Bad",
     "Batch",
     "Batches",
     "Blanked",
     "Fields",
+    "LeftOut",
     "Mixed",
     "Packs",
     "Samples",
     "Shards",
     "Source",
+    "Table",
+    "as_samples",
     "check_samples",
     "index_archives",
     "is_indexed",
     "kept_generators",
+    "open_table",
+    "read_folder",
     "seed_generators",
     "write_shards",
 ]

@@ -3,8 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from multimodal.data.account import Account, Tally
+from multimodal.data.frames import as_samples
 from multimodal.data.members import Media
 from multimodal.data.sources import is_indexed
+from multimodal.declare import check_ordered
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import describe
 
@@ -14,7 +20,8 @@ class Fields:
 
     fields: a name for each part of a tuple, None for a part that is left out; a name given twice gathers both parts, as in
     Fields(speech, "audio", "audio", "text", None) for (wave, rate_hz, text, speaker). Of mappings: the fields that are kept, all
-    unless given. names: of a field that holds the number of a class, the names of the classes. What Hugging Face gives as a mapping
+    unless given. names: of a field that holds the number of a class, the names of the classes, in order. A class is a whole number
+    (1.0 is one, as tables with gaps have it; 1.7, True and "1" are none). What Hugging Face gives as a mapping
     of "bytes" and "path" (`Image(decode=False)`) becomes a file that tokenizers decode.
 
     Raises:
@@ -22,8 +29,10 @@ class Fields:
     """
 
     def __init__(self, samples: Any, *fields: str | None, names: Mapping[str, Sequence[str]] | None = None) -> None:
+        samples = as_samples(samples)
         if isinstance(samples, Mapping) or not is_indexed(samples):
             raise ConfigError(f"Fields: {type(samples).__name__} is no data set with a length and [index]")
+        check_ordered("Fields: names", names)
         self.samples, self.fields, self.names = samples, fields, {k: tuple(v) for k, v in (names or {}).items()}
         if unknown := set(self.names) - set(fields or self.names):
             raise ConfigError(f"Fields: names are given for {', '.join(sorted(unknown))}, which is none of {fields}")
@@ -37,6 +46,28 @@ class Fields:
         sample = self.samples[index]
         found = self._picked(sample) if isinstance(sample, Mapping) else self._named(sample)
         return {field: self._value(field, value) for field, value in found.items()}
+
+    def account(self) -> Account:
+        """Which parts of a sample, the first one, become fields, and which are left out."""
+        tally = Tally("parts of a sample")
+        if not len(self):
+            return tally.account()
+        sample = self.samples[0]
+        if isinstance(sample, Mapping):
+            kept = self._picked(sample)
+            for name in sample:
+                if name in kept:
+                    tally.used += 1
+                else:
+                    tally.leave("not among the fields", name)
+            return tally.account()
+        self._named(sample)
+        for number, name in enumerate(self.fields):
+            if name is not None:
+                tally.used += 1
+            else:
+                tally.leave("named None", f"part {number}")
+        return tally.account()
 
     def _picked(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         kept = [field for field in self.fields if field is not None] or list(sample)
@@ -59,13 +90,23 @@ class Fields:
 
     def _value(self, field: str, value: Any) -> Any:
         if field in self.names and value is not None:
-            return [self._name(field, v) for v in value] if isinstance(value, list) else self._name(field, value)
+            value = value.tolist() if isinstance(value, (np.ndarray, Tensor)) else value
+            many = isinstance(value, (list, tuple))
+            return [self._name(field, v) for v in value] if many else self._name(field, value)
         if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
             return value["path"] if value["bytes"] is None else Media(value["bytes"], value["path"] or "")
         return value
 
     def _name(self, field: str, number: Any) -> str:
         names = self.names[field]
-        if not 0 <= int(number) < len(names):
+        if (
+            isinstance(number, (bool, np.bool_))
+            or not isinstance(number, (int, float, np.integer, np.floating))
+            or number % 1 != 0  # so is NaN, and infinity
+        ):
+            raise MediaError(
+                f"Fields: {field} is {describe(number)}, which is no number of a class; wanted 0, 1, 2, .."
+            )
+        if not 0 <= number < len(names):
             raise MediaError(f"Fields: {field} is class {int(number)}, and there are names for {len(names)}")
         return names[int(number)]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch.utils.data import DataLoader, Dataset
 
 from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded
+from multimodal.data.frames import as_samples
 from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError
@@ -31,6 +32,7 @@ class Batches(Dataset):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        data = {pattern: as_samples(samples) for pattern, samples in data.items()}
         for pattern, samples in data.items():
             packer.check_task(pattern)
             check_samples("fit", pattern, samples)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from multimodal.data.sources import index_at, is_indexed
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import ConfigError, MediaError
+from multimodal.shapes import ConfigError, MediaError, shortened
 from multimodal.stream import Stream
 
 TRIES = 100  # samples in a row that may be broken where broken ones are passed over
@@ -86,12 +86,12 @@ class Fetcher:
             raise  # no sample is to blame
         except Exception as error:
             raise MediaError(
-                f"{name} of task {pattern!r} cannot be fetched: {type(error).__name__}: {error}"
+                f"{name} of task {pattern!r} cannot be fetched: {type(error).__name__}: {shortened(error)}"
             ) from error
         return self.packer.prepare(pattern, sample, name), name
 
     def bad(self, pattern: str, turn: int, error: Exception) -> Bad:
-        return Bad(pattern, f"sample {self._index(pattern, turn)}", str(error))
+        return Bad(pattern, f"sample {self._index(pattern, turn)}", shortened(error, 500))
 
     def _index(self, pattern: str, turn: int) -> int:
         samples = self.data[pattern]

@@ -6,7 +6,8 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from multimodal.tokenizer import describe
 
 TEXT = ("txt", "text", "transcript", "cls")  # the last three are WebDataset's
 TENSOR = "tensor.npy"
+LIST = "list.tar"  # a list of which JSON cannot hold the parts, such as pictures: they are the members, in order
 WAVE = {"int16": (1, 16), "int32": (1, 32), "uint8": (1, 8), "float32": (3, 32), "float64": (3, 64)}  # PCM 1, float 3
 
 
@@ -32,12 +34,14 @@ class Media(io.BytesIO):
 
 
 def decoded(extension: str, data: bytes, name: str) -> Any:
-    """The value of a member: text, JSON, an array or a tensor; of all other extensions undecoded Media."""
+    """The value of a member: text, JSON, an array or a tensor, a list of such; of all other extensions undecoded Media."""
     kind = extension.rpartition(".")[2]
     if kind in TEXT:
         return data.decode()
     if kind == "json":
         return json.loads(data)
+    if extension == LIST:
+        return _unpacked(data, name)
     if kind == "npy":
         array = np.load(io.BytesIO(data), allow_pickle=False)
         return torch.from_numpy(array) if extension == TENSOR else array
@@ -66,16 +70,66 @@ def encoded(value: Any) -> tuple[str, bytes]:
         return "png", _png(value)
     if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
         value = value["array"], value["sampling_rate"]
-    if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], (np.ndarray, Tensor)):
+    if _is_sound(value):
         return "wav", _wav(np.asarray(value[0]), value[1])
     if isinstance(value, (np.ndarray, Tensor)):
         data = io.BytesIO()
         np.save(data, value.detach().cpu().numpy() if isinstance(value, Tensor) else value, allow_pickle=False)
         return TENSOR if isinstance(value, Tensor) else "npy", data.getvalue()
     value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
-        raise MediaError(f"{describe(value)} has keys that are not texts, which JSON cannot keep")
+    if isinstance(value, (list, tuple)) and any(map(_is_more_than_json, value)):
+        return LIST, _packed(value)
+    _check_keys(value)
     return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether it is a pair of a wave and its rate; two arrays are a list."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and isinstance(value[0], (np.ndarray, Tensor)) and not isinstance(value[1], (np.ndarray, Tensor))
+
+
+def _check_keys(value: Any) -> None:
+    """Refuse mappings that JSON would give back with other keys, at any depth."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise MediaError(f"{describe(value)} has keys that are not texts, which JSON cannot keep")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_keys(part)
+
+
+def _is_more_than_json(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_more_than_json, value))
+    if isinstance(value, Mapping):
+        return set(value) == {"bytes", "path"} or {"array", "sampling_rate"} <= set(value)
+    return not isinstance(value, (str, int, float, np.generic, type(None)))
+
+
+def _packed(values: Sequence[Any]) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number, value in enumerate(values):
+            extension, body = encoded(value)
+            header = tarfile.TarInfo(f"{number:06d}.{extension}")  # of no time and of no user
+            header.size = len(body)
+            tar.addfile(header, io.BytesIO(body))
+    return data.getvalue()
+
+
+def _unpacked(data: bytes, name: str) -> list[Any]:
+    values = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                body = b"" if file is None else file.read()
+                values.append(decoded(member.name.partition(".")[2], body, f"{name}/{member.name}"))
+    except (tarfile.TarError, RecursionError) as error:
+        raise ValueError(f"the list is damaged: {error}") from error
+    return values
 
 
 def _file(name: str, data: bytes) -> tuple[str, bytes]:

@@ -10,15 +10,17 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded, seed_generators
+from multimodal.data.frames import as_samples
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import ConfigError, MediaError, StreamError
+from multimodal.shapes import ConfigError, MediaError, StreamError, shortened
 
 CHUNK = 8  # samples that go to a worker and come back together
 
@@ -72,6 +74,7 @@ class Packs(Dataset):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        data = {pattern: as_samples(source) for pattern, source in data.items()}
         for pattern, source in data.items():
             packer.check_task(pattern)
             check_source("fit", pattern, source)
@@ -154,16 +157,37 @@ class Packs(Dataset):
         """The next samples to ask a worker for: of the lane that has the fewest."""
         lane = min(self.lanes, key=lambda lane: len(lane.waiting) + lane.owed)
         found = []
-        for _ in range(CHUNK):
-            if lane.again:
-                place = lane.again.popleft()
-            else:
-                place, lane.next = lane.next, lane.next + 1
-            pattern, turn = self.turns(place * self.packs + lane.number)
-            given = lane.flows[pattern].at(turn) if pattern in lane.flows else None
-            found.append(_Ticket(lane.number, place, pattern, turn, given))
+        with kept_generators():
+            for _ in range(CHUNK):
+                if lane.again:
+                    place = lane.again.popleft()
+                else:
+                    place, lane.next = lane.next, lane.next + 1
+                pattern, turn = self.turns(place * self.packs + lane.number)
+                given = self._read(lane, pattern, turn) if pattern in lane.flows else None
+                found.append(_Ticket(lane.number, place, pattern, turn, given))
         lane.owed += len(found)
         return found
+
+    @staticmethod
+    def _read(lane: _Lane, pattern: str, turn: int) -> Any:
+        """A sample of a source that is iterated.
+
+        Raises:
+            MediaError: the source failed. That is none of the broken samples that `max_bad` may pass over: an iterator that raised
+            has come to its end, and what would come after cannot be had.
+        """
+        try:
+            return lane.flows[pattern].at(turn)
+        except ConfigError:
+            raise
+        except Exception as error:
+            at = lane.flows[pattern].turn
+            raise MediaError(
+                f"task {pattern!r}: sample {at} of its stream cannot be had: {type(error).__name__}: {shortened(error)}; an "
+                "iterator does not go on after an error, so max_bad cannot pass over it: catch the error in the source, or give "
+                "one that has a length and [index]"
+            ) from error
 
     def state(self) -> dict[str, Any]:
         """Where each lane goes on behind the last step that was given: plain numbers, and the states of sources that have one."""
@@ -201,7 +225,13 @@ class Packs(Dataset):
             self.lanes[i] = fresh
 
     def _lane(self, number: int) -> _Lane:
-        return _Lane(number, flows={p: Flow(source) for p, source in self.fetch.data.items() if not is_indexed(source)})
+        flows = {
+            # what the source draws from the global generators is a function of the seed and of its place
+            pattern: Flow(source, partial(seed_generators, self.fetch.seed, pattern, "read"))
+            for pattern, source in self.fetch.data.items()
+            if not is_indexed(source)
+        }
+        return _Lane(number, flows=flows)
 
 
 class _Plain(pickle.Pickler):

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from multimodal.data.account import Account
 from multimodal.data.members import decoded
 from multimodal.data.sources import permutation, scattered
+from multimodal.files import read_at
 from multimodal.shapes import ConfigError, MediaError
 
 FORMAT = 1
@@ -73,6 +75,7 @@ class Shards:
     ) -> None:
         if group < 1:
             raise ConfigError(f"Shards: group={group} must be at least 1")
+        self.account: Account | None = None  # what `index_archives` saw
         self.folder, self.group, self.storage = os.fspath(folder).removesuffix("/"), group, dict(storage or {})
         self._forget()
         try:
@@ -229,7 +232,7 @@ class Shards:
         file = self._opened(number)[1]
         try:
             if file is not None:
-                return os.pread(file.fileno(), end - begin, begin)
+                return read_at(file, begin, end - begin)
             if end <= (size := self.shards[number].bytes) or begin < size:
                 return self._read(*self._place(self.shards[number].name), begin, min(end, size))
             return b""

@@ -12,7 +12,9 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
+from multimodal.data.frames import as_samples
 from multimodal.shapes import ConfigError, MediaError
 
 WHOLE = 2**20  # up to so many samples an order is a drawn permutation; beyond, one that needs no memory
@@ -35,12 +37,14 @@ Source = Samples | Iterable[Mapping[str, Any]]
 
 def is_indexed(source: Any) -> bool:
     """Whether samples are asked for by number, so that any place of any round can be had without those before it."""
+    if isinstance(source, IterableDataset):  # it inherits a [index] that always fails, and may have a length
+        return False
     return hasattr(source, "__len__") and hasattr(source, "__getitem__")
 
 
 def check_source(who: str, pattern: str, source: Any) -> None:
     """Refuse what gives no samples with a ConfigError."""
-    if isinstance(source, (Mapping, str)) or not (is_indexed(source) or hasattr(source, "__iter__")):
+    if isinstance(source, (Mapping, str, bytes)) or not (is_indexed(source) or hasattr(source, "__iter__")):
         raise ConfigError(
             f"{who}: the data of task {pattern!r} are {type(source).__name__}; wanted a list, what has a length and [index], "
             "or what can be iterated"
@@ -76,6 +80,7 @@ class Blanked:
     share: float = 0.1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", as_samples(self.samples))
         if hasattr(self.samples, "shuffled"):
             object.__setattr__(self, "shuffled", self.samples.shuffled)  # type: ignore[attr-defined]
 
@@ -94,6 +99,7 @@ class Mixed:
     """
 
     def __init__(self, *parts: Samples, weights: Sequence[float] | float = 1.0) -> None:
+        parts = tuple(map(as_samples, parts))
         for i, part in enumerate(parts):
             check_samples("Mixed", f"part {i}", part)
         if not parts:
@@ -262,12 +268,13 @@ class Flow:
 
     EVERY = 64  # samples between two states that are remembered
 
-    def __init__(self, source: Iterable[Any]) -> None:
+    def __init__(self, source: Iterable[Any], before: Callable[[int], None] = lambda turn: None) -> None:
+        """before: called with the number of each sample before it is read, also of those that are passed over."""
         stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self.stateful = stateful and not _forgets(source)
         self.source: Any = copy.deepcopy(source) if self.stateful else source  # every lane goes its own way
         self.start = copy.deepcopy(self.source.state_dict()) if self.stateful else None
-        self.turn = 0  # samples read
+        self.turn, self.before = 0, before  # samples read
         self.kept: deque[dict[str, Any]] = deque()
         self.samples = self._forever(begun=False)
 
@@ -277,6 +284,7 @@ class Flow:
         while True:
             if self.stateful and self.turn % self.EVERY == 0:
                 self.kept.append({"turn": self.turn, "state": copy.deepcopy(self.source.state_dict())})
+            self.before(self.turn)
             sample = next(self.samples)
             self.turn += 1
             if self.turn > turn:

@@ -1,40 +1,43 @@
 """What `multimodal shards` reads: folders, CSV, JSON lines, Parquet and Hugging Face data sets, row by row from any row on."""
 
+import codecs
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.data.account import Account, Tally
+from multimodal.data.folders import read_folder
+from multimodal.data.frames import check_columns, class_features, named
+from multimodal.shapes import ConfigError, MediaError, did_you_mean, listed, shortened
 
-KINDS = {
-    "image": (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
-    "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"),
-}
-_FIELD = {suffix: field for field, suffixes in KINDS.items() for suffix in suffixes}
 HUB = "hf:"
-LONGEST_CELL = 2**30  # characters; the csv module's own limit is 131,072
+LONGEST_CELL = 2**27  # characters; the csv module's own limit is 131,072
+BROKEN, EMPTY = "broken rows", "empty lines"
+MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+UNREADABLE = re.compile("[\udc80-\udcff]")  # what Python puts in the place of bytes that are not of the encoding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows (mappings) of a source. An exception in place of a row says why that one cannot be used.
 
-    about: what the source is, to be compared when the work goes on. total: rows, or about as many. beside: what paths are relative
-    to. ignored: how many files of which other kinds a folder has.
+    about: what the source is, to be compared when the work goes on. total: rows, or about as many. seen: the account of the source
+    before any of its rows is found broken. beside: what paths are relative to.
     """
 
     about: Mapping[str, Any]
     columns: Sequence[str] | None
     total: int
     read: Callable[[int], Iterator[Any]]
+    seen: Callable[[], Account]
     beside: Path = Path()
-    ignored: Mapping[str, int] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
 
@@ -45,6 +48,11 @@ class Table:
             except TypeError as error:
                 row = error
             yield row
+
+    def account(self) -> Account:
+        """What was seen, what is a row, and what was left out with the reason; reads the source through."""
+        rows = enumerate(self.rows(0))
+        return self.seen().without(BROKEN, (f"row {at}: {row}" for at, row in rows if isinstance(row, Exception)))
 
     def choosing(self, fields: Mapping[str, str], files: Sequence[str]) -> "Table":
         """Only these columns, under these names (field: column; all if none); of `files`, paths of files take the file's place.
@@ -58,7 +66,7 @@ class Table:
             for column in wanted:
                 if column not in known:
                     raise ConfigError(
-                        f"{name}: there is no {column!r}; there are {', '.join(known)}{did_you_mean(column, known)}"
+                        f"{name}: there is no {column!r}; there are {listed(known)}{did_you_mean(column, known)}"
                     )
         about = {**self.about, "fields": dict(fields), "files": list(files)}
         return replace(self, about=about, fields=dict(fields), files=tuple(files))
@@ -71,33 +79,57 @@ class Table:
         return chosen
 
 
-def open_table(name: str, split: str | None = None) -> Table:
+def open_table(
+    name: str, split: str | None = None, *, encoding: str | None = None, quotes: bool | None = None
+) -> Table:
     """The rows of a folder, file or data set.
 
     name: a folder of files in class folders, or one that Hugging Face saved; a .csv, .tsv, .jsonl or .parquet file; hf:NAME or
-    hf:NAME:CONFIGURATION, a data set of the hub.
+    hf:NAME:CONFIGURATION, a data set of the hub. encoding: of a text file, UTF-8 unless given or marked. quotes: whether quotation
+    marks hold cells together in which there are separators: so in a .csv, not so in a .tsv, unless given.
 
     Raises:
-        ConfigError: none of these, or a library that is not installed.
+        ConfigError: none of these, a file that cannot be read as what it is called, or a library that is not installed.
     """
+    try:
+        return _open(name, split, encoding, quotes)
+    except OSError as error:
+        raise ConfigError(f"{shortened(name)} cannot be read: {shortened(error)}") from error
+
+
+def _open(name: str, split: str | None, encoding: str | None, quotes: bool | None) -> Table:
     path = Path(name)
     if name.startswith(HUB):
         hub, _, configuration = name.removeprefix(HUB).partition(":")
         datasets = _library("datasets", name)
-        return _of_dataset(datasets.load_dataset(hub, configuration or None, split=split), name, split)
+        return _of_dataset(_loaded(name, datasets.load_dataset, hub, configuration or None, split=split), name, split)
     if path.is_dir():
         if any((path / file).exists() for file in ("state.json", "dataset_dict.json")):
-            return _of_dataset(_library("datasets", name).load_from_disk(name), path.name, split)
-        return _of_folder(path)
+            return _of_dataset(_loaded(name, _library("datasets", name).load_from_disk, name), path.name, split)
+        return _of_folder(path, split)
     if not path.is_file():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(
             f"there is no file or folder {name}{did_you_mean(path.name, near)} (a data set of the Hugging Face hub is hf:NAME)"
         )
-    kinds = {".csv": _of_csv, ".tsv": _of_csv, ".jsonl": _of_json, ".ndjson": _of_json, ".parquet": _of_parquet}
-    if path.suffix.lower() not in kinds:
-        raise ConfigError(f"{name}: wanted a folder or a file that ends in {', '.join(kinds)}")
-    return kinds[path.suffix.lower()](path)
+    text = (".csv", ".tsv", ".jsonl", ".ndjson")
+    suffix = path.suffix.lower()
+    if suffix not in (*text, ".parquet"):
+        raise ConfigError(f"{name}: wanted a folder or a file that ends in {', '.join((*text, '.parquet'))}")
+    if split is not None:
+        raise ConfigError(f"{name} is one file, which has no split {split!r}")
+    if suffix == ".parquet":
+        return _of_parquet(path)
+    encoding = encoding or _marked(path) or "utf-8"
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise ConfigError(
+            f"--encoding: Python knows no {encoding!r}; give one such as utf-8, utf-16, latin-1"
+        ) from None
+    if suffix in (".jsonl", ".ndjson"):
+        return _of_json(path, encoding)
+    return _of_cells(path, encoding, "\t" if suffix == ".tsv" else ",", suffix == ".csv" if quotes is None else quotes)
 
 
 def _library(name: str, for_what: str) -> Any:
@@ -109,76 +141,216 @@ def _library(name: str, for_what: str) -> Any:
         raise ConfigError(f"{for_what} is read by {name}; install it: pip install 'multimodal-stream[data]'") from None
 
 
-def _of_folder(folder: Path) -> Table:
+def _loaded(name: str, load: Callable[..., Any], *names: Any, **options: Any) -> Any:
+    """A data set of Hugging Face, whose errors are of a dozen classes."""
+    try:
+        return load(*names, **options)
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be read as a data set of Hugging Face: {type(error).__name__}: {shortened(error)}"
+        ) from error
+
+
+def _of_folder(folder: Path, split: str | None) -> Table:
     """Files in class folders: the first folder below is the label, the kind of file the field."""
-    digest, ignored, names = hashlib.sha256(), Counter(), []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        if path.name.startswith(".") or path.suffix.lower() not in _FIELD:
-            ignored[path.suffix.lower() or path.name] += 1
-            continue
-        names.append(name)
-        digest.update(f"{name.as_posix()}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
-    if not names:
-        raise ConfigError(f"{folder} holds no picture or sound ({', '.join(_FIELD)})")
+    found, digest = read_folder(folder, split=split), hashlib.sha256()
+    for member in found.members:
+        size = (folder / member.name).stat().st_size
+        digest.update(f"{member.name.as_posix()}\0{size}\n".encode(errors="surrogateescape"))
 
     def read(start: int) -> Iterator[Any]:
-        for name in names[start:]:
-            label = name.parts[0] if len(name.parts) > 1 else None
-            yield {_FIELD[name.suffix.lower()]: folder / name, "label": label}
+        for member in found.members[start:]:
+            yield {member.field: folder / member.name, "label": member.label}
 
-    fields = [*dict.fromkeys(_FIELD[name.suffix.lower()] for name in names), "label"]
+    fields = [*dict.fromkeys(member.field for member in found.members), "label"]
     about = {"folder": folder.name, "sha256 of names and sizes": digest.hexdigest()}
-    return Table(about=about, columns=fields, total=len(names), read=read, ignored=dict(ignored))
+    return Table(about=about, columns=fields, total=len(found.members), read=read, seen=lambda: found.account)
 
 
-def _of_csv(path: Path) -> Table:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def _marked(path: Path) -> str | None:
+    """The encoding that the first bytes of a text name, if they do."""
+    with open(path, "rb") as file:
+        begin = file.read(3)
+    return next((encoding for mark, encoding in MARKS.items() if begin.startswith(mark)), None)
 
-    def lines() -> Iterator[Any]:
-        csv.field_size_limit(LONGEST_CELL)
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            while True:
-                try:
-                    yield next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield MediaError(f"line {reader.line_num}: {error}")
 
-    header = next(lines(), [])
-    if isinstance(header, Exception) or not header or len(set(header)) < len(header):
-        raise ConfigError(f"{path}: wanted a first line that names the columns, each once, not {header}")
+def _lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
+    with open(path, encoding=encoding, errors="surrogateescape", newline=newline) as file:
+        try:
+            yield from file
+        except UnicodeError as error:
+            raise MediaError(f"{path} is not text in {encoding}: {error}; give its own by --encoding") from error
+
+
+def _text_error(text: str, encoding: str) -> str | None:
+    """Why a line is no text, if it is none."""
+    if "\0" in text:
+        return "it holds a NUL byte; a text in UTF-16 is read by --encoding utf-16"
+    if not text.isascii() and UNREADABLE.search(text):
+        return f"it is not {encoding}; give the encoding of the file, such as --encoding latin-1"
+    return None
+
+
+def _of_cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Table:
+    """CSV as RFC 4180 has it, or without quotes one line a row, as corpora of speech and of translations are written."""
+
+    def cells() -> Iterator[tuple[int, int, list[str] | str]]:
+        """(first line, last line, cells or why there are none), lines counted from 1."""
+        if quotes:
+            yield from _quoted(_lines(path, encoding, ""), delimiter, path)
+            return
+        for number, line in enumerate(_lines(path, encoding, ""), 1):
+            line = line.rstrip("\r\n")
+            yield number, number, line.split(delimiter) if line else []
+
+    _, _, header = next(cells(), (0, 0, []))
+    if isinstance(header, str) or not header or len(set(header)) < len(header):
+        twice = listed(_repeated(header)) if not isinstance(header, str) else ""
+        shown = header if isinstance(header, str) else listed(header) or "nothing"
+        raise ConfigError(
+            f"{path}: wanted a first line that names the columns, each once, not {shown}{twice and f'; {twice} comes twice'}"
+        )
+    if why := next(filter(None, (_text_error(name, encoding) for name in header)), None):
+        raise ConfigError(f"{path}: the first line, {listed(header)}, is no text: {why}")
+
+    def rows() -> Iterator[tuple[int, int, list[str] | str]]:
+        return ((first, last, row) for first, last, row in islice(cells(), 1, None) if row != [])
 
     def read(start: int) -> Iterator[Any]:
-        rows = (line for line in islice(lines(), 1, None) if line != [])
-        for line in islice(rows, start, None):
-            if isinstance(line, Exception):
-                yield line
-            elif len(line) != len(header):
-                yield MediaError(f"it has {len(line)} columns, and the first line names {len(header)}")
+        for first, last, row in islice(rows(), start, None):
+            where = f"line {first}" if first == last else f"lines {first} to {last}"
+            if isinstance(row, str):
+                yield MediaError(f"{where}: {row}")
+            elif len(row) != len(header):
+                hint = "; is a quotation mark missing?" if first != last else ""
+                yield MediaError(
+                    f"{where}: it has {len(row)} columns, and the first line names {len(header)}{hint}: "
+                    f"{shortened(delimiter.join(row), 80)}"
+                )
+            elif why := next(filter(None, (_text_error(cell, encoding) for cell in row)), None):
+                yield MediaError(f"{where}: {why}")
             else:
-                yield {name: cell or None for name, cell in zip(header, line, strict=True)}
+                yield {name: cell or None for name, cell in zip(header, row, strict=True)}
+
+    def seen() -> Account:
+        tally, long, marks = Tally("rows"), [], 0
+        for first, last, row in islice(cells(), 1, None):
+            if row == []:
+                tally.leave(EMPTY, f"line {first}")
+                continue
+            tally.used += 1
+            if first != last:
+                long.append(f"{first} to {last}")
+            marks += not quotes and any(cell.startswith('"') for cell in row)
+        notes = []
+        if long:
+            notes.append(
+                f"{len(long)} rows run over several lines, held together by quotation marks: {listed(long, 3)}"
+            )
+        if marks:
+            notes.append(
+                f'{marks} rows have cells that begin with a quotation mark, which is taken as it is (--quotes reads "a ""b""")'
+            )
+        return tally.account(notes=notes)
 
     about, count = _digest(path)
-    return Table(about=about, columns=header, total=max(0, count - 1), read=read, beside=path.parent)
+    # an earlier version read .tsv with quotes: what it began cannot be gone on with
+    about |= {} if quotes and delimiter == "," else {"quotes": quotes}
+    return Table(
+        about=about | _unusual(encoding),
+        columns=header,
+        total=max(0, count - 1),
+        read=read,
+        seen=seen,
+        beside=path.parent,
+    )
 
 
-def _of_json(path: Path) -> Table:
+def _quoted(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[int, int, list[str] | str]]:
+    """The rows of a CSV.
+
+    Raises:
+        MediaError: a quotation mark that is never closed: all that follows it would be one cell.
+    """
+    ended = False
+
+    def until_end() -> Iterator[str]:
+        nonlocal ended
+        yield from lines
+        ended = True
+
+    reader = csv.reader(until_end(), delimiter=delimiter, strict=True)
+    while True:
+        first = reader.line_num + 1
+        limit = csv.field_size_limit(LONGEST_CELL)  # which is one for all readers of the process
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "field larger" in str(error):
+                raise MediaError(
+                    f"{path}: a cell in the row that begins in line {first} has more than {LONGEST_CELL:,} characters; is a "
+                    "quotation mark missing?"
+                ) from error
+            if ended:
+                raise MediaError(
+                    f'{path}: a quotation mark opens in line {first} and is never closed; close it, or write "" for one within '
+                    "a cell (--no-quotes takes quotation marks as they are)"
+                ) from error
+            row = str(error)
+        finally:
+            csv.field_size_limit(limit)
+        yield first, reader.line_num, row
+
+
+def _of_json(path: Path, encoding: str) -> Table:
+    def lines() -> Iterator[tuple[int, str]]:
+        return enumerate(_lines(path, encoding, "\n"), 1)
+
     def read(start: int) -> Iterator[Any]:
-        with open(path, "rb") as file:
-            for line in islice((line for line in file if line.strip()), start, None):
-                try:
-                    row = json.loads(line)
-                    yield row if isinstance(row, dict) else MediaError("it is no JSON object")
-                except ValueError as error:
-                    yield error
+        for number, line in islice(((n, line) for n, line in lines() if line.strip()), start, None):
+            try:
+                if why := _text_error(line, encoding):
+                    raise MediaError(why)
+                row = json.loads(line, object_pairs_hook=_once)
+                if not isinstance(row, dict):
+                    raise MediaError(f"it is no JSON object: {shortened(line, 80)}")
+                yield row
+            except (ValueError, RecursionError) as error:
+                yield MediaError(f"line {number}: {error}")
+
+    def seen() -> Account:
+        tally = Tally("rows")
+        for number, line in lines():
+            if line.strip():
+                tally.used += 1
+            else:
+                tally.leave(EMPTY, f"line {number}")
+        return tally.account()
 
     first = next(read(0), None)
     about, count = _digest(path)
     columns = list(first) if isinstance(first, dict) else None
-    return Table(about=about, columns=columns, total=count, read=read, beside=path.parent)
+    return Table(
+        about=about | _unusual(encoding), columns=columns, total=count, read=read, seen=seen, beside=path.parent
+    )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a key that comes twice would hide the first one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise MediaError(f"it has keys that come twice: {listed(_repeated(key for key, _ in pairs))}")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _unusual(encoding: str) -> dict[str, str]:
+    return {} if encoding.startswith("utf-8") else {"encoding": encoding}
 
 
 def _digest(path: Path) -> tuple[dict[str, Any], int]:
@@ -194,44 +366,96 @@ def _digest(path: Path) -> tuple[dict[str, Any], int]:
 def _of_parquet(path: Path) -> Table:
     parquet = _library("pyarrow.parquet", str(path))
     about, _ = _digest(path)
-    with parquet.ParquetFile(path) as file:
-        columns, total = file.schema_arrow.names, file.metadata.num_rows
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema, total = file.schema_arrow, file.metadata.num_rows
+            if total != (there := sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))):
+                raise ValueError(f"it says that it has {total} rows, and its row groups say {there}")
+            features = class_features(schema.metadata)
+    except ConfigError:
+        raise
+    except Exception as error:  # Arrow has a dozen classes of errors for damaged files, some of them OSErrors
+        raise ConfigError(f"{path} cannot be read as Parquet: {shortened(error)}") from error
+    check_columns(str(path), schema.names)
 
     def read(start: int) -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
-                if start >= count:
-                    start -= count
-                    continue
-                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                    yield from islice(batch.to_pylist(), min(start, len(batch)), None)
-                    start = max(0, start - len(batch))
+                if start < count:
+                    yield from _group(file, group, start, count)
+                start = max(0, start - count)
 
-    return Table(about=about, columns=columns, total=total, read=read, beside=path.parent)
+    def _group(file: Any, group: int, start: int, count: int) -> Iterator[Any]:
+        """The rows of a group; of those that cannot be read, one error each, so that they are counted."""
+        at = 0
+        try:
+            for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                rows = batch.slice(max(0, start - at))
+                if at + len(batch) > count:
+                    raise ValueError(f"it says that it has {count} rows, and has more")
+                at += len(batch)
+                for row in _python_rows(rows):
+                    yield row if isinstance(row, Exception) else _named_row(features, row)
+            if at < count:
+                raise ValueError(f"it says that it has {count} rows, and has {at}")
+        except Exception as error:
+            why = f"row group {group} of {path} cannot be read: {type(error).__name__}: {shortened(error)}"
+            for _ in range(count - max(at, start)):
+                yield MediaError(why)
+
+    return Table(
+        about=about | ({"classes": "by name"} if features else {}),
+        columns=schema.names,
+        total=total,
+        read=read,
+        seen=lambda: Account(unit="rows", saw=total, yields=total),
+        beside=path.parent,
+    )
+
+
+def _python_rows(batch: Any) -> Iterator[Any]:
+    """The rows of a batch of Arrow; an error in the place of one that is none, such as text that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except ValueError:
+        for at in range(len(batch)):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0]
+            except ValueError as error:
+                yield error
+
+
+def _named_row(features: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
+    """A row with the names of classes, or the error in its place."""
+    try:
+        return {name: named(features.get(name), value, name) for name, value in row.items()}
+    except MediaError as error:
+        return error
 
 
 def _of_dataset(dataset: Any, name: str, split: str | None) -> Table:
     """A Hugging Face data set: media undecoded, classes by their names."""
-    datasets = _library("datasets", name)
+    tally = Tally("rows")
     if isinstance(dataset, dict):
         if split not in dataset:
             raise ConfigError(f"{name} has the splits {', '.join(dataset)}; choose one with --split")
+        for other in dataset:
+            if other != split:
+                for row in range(len(dataset[other])):
+                    tally.leave(f"of the split {other}", f"row {row}")
         dataset = dataset[split]
     about = {"dataset": name, "split": str(dataset.split), "rows": len(dataset), "fingerprint": dataset._fingerprint}
-    for column, feature in dataset.features.items():
-        if isinstance(feature, (datasets.Image, datasets.Audio)):
-            dataset = dataset.cast_column(column, type(feature)(decode=False))
-    classes = {name: kind.names for name, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
+    features = dataset.features.to_dict()
+    stored = dataset.with_format("arrow")  # as it lies on the disk: media are not decoded, in lists neither
 
     def read(start: int) -> Iterator[Any]:
         for index in range(start, len(dataset)):
             try:
-                row = dataset[index]
-                for column, names in classes.items():
-                    row[column] = None if row[column] in (None, -1) else names[row[column]]  # -1: nobody knows
-                yield row
+                yield _named_row(features, stored[index].to_pylist()[0])
             except Exception as error:
                 yield error
 
-    return Table(about=about, columns=dataset.column_names, total=len(dataset), read=read)
+    tally.used = len(dataset)
+    account = tally.account()
+    return Table(about=about, columns=dataset.column_names, total=len(dataset), read=read, seen=lambda: account)

@@ -14,11 +14,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from multimodal.data.account import Account, Tally
+from multimodal.data.folders import HIDDEN, is_hidden
+from multimodal.data.frames import as_samples
 from multimodal.data.members import encoded
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
 from multimodal.files import aside, file_hash, flush, is_aside, put, put_new
-from multimodal.shapes import ConfigError, MediaError
+from multimodal.media import log
+from multimodal.shapes import ConfigError, MediaError, listed, shortened
 from multimodal.tokenizer import describe
 
 BAD = "bad.jsonl"
@@ -28,13 +32,14 @@ SHOWN = 5  # bad rows in an error
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What a folder of shards holds. already: nothing had to be done."""
+    """What a folder of shards holds. already: nothing had to be done. account: what of the source was seen and left out."""
 
     samples: int
     shards: int
     bytes: int
     fields: tuple[str, ...]
     bad: tuple[tuple[int, str], ...]  # row of the source and why it was left out
+    account: Account
     already: bool = False
 
 
@@ -59,16 +64,24 @@ def write_shards(
 ) -> Made:
     """Write samples (mappings of fields) into a new folder, or go on behind its last whole shard.
 
-    samples: has a length and [index], or `rows(start)`, or can be iterated; the same each time. Texts become txt members, numbers
-    and lists json, arrays npy; a Path, bytes, an open file or a mapping of "bytes" and "path" keeps its bytes; a PIL image
-    becomes a PNG, a pair (wave, rate_hz) a WAV; None is left out. A member's key is its row in the source.
+    samples: has a length and [index] (a DataFrame too), or `rows(start)`, or can be iterated; the same each time. Texts become txt
+    members, numbers and lists json, arrays npy; a Path, bytes, an open file or a mapping of "bytes" and "path" keeps its bytes; a
+    PIL image becomes a PNG, a pair (wave, rate_hz) a WAV, a list of such a tar; None is left out. A member's key is its row in the
+    source.
     shard_bytes: an archive is at most so long, unless one sample is longer. max_bad: so many rows may be left out; they are listed
     in bad.jsonl. source: what the samples are, in JSON; a folder that was begun with another is refused.
 
     Raises:
         ConfigError: the folder holds something else, or was begun with other settings. MediaError: more than max_bad bad rows.
     """
-    folder = Path(folder)
+    folder, samples = Path(folder), as_samples(samples)
+    if isinstance(samples, (str, bytes, Mapping)) or not any(
+        hasattr(samples, method) for method in ("rows", "__iter__", "__getitem__")
+    ):
+        raise ConfigError(
+            f"write_shards: the samples are {type(samples).__name__}; wanted a list of mappings of fields, what has a length and "
+            "[index], or what can be iterated"
+        )
     about = source if source is not None else {"samples": len(samples) if hasattr(samples, "__len__") else None}
     settings = json.loads(json.dumps({"format": FORMAT, "shard_bytes": shard_bytes, "source": about}))
     if shard_bytes < 10_000:
@@ -78,7 +91,7 @@ def write_shards(
         _check_same(folder, index, settings)
         if _read(folder / MAKING) == settings:
             (folder / MAKING).unlink()
-        return _made(index, already=True)
+        return _made(index, samples, already=True)
     part = aside(folder, json.dumps(settings))  # what is being written, until it is whole
     entries = _begun(folder, settings, part)
     bad = [(row, why) for entry in entries for row, why in entry["bad"]]
@@ -94,7 +107,7 @@ def write_shards(
             except ConfigError:
                 raise
             except Exception as error:
-                bad.append((row, " ".join(str(error).split()) or type(error).__name__))
+                bad.append((row, shortened(" ".join(str(error).split()) or type(error).__name__)))
                 if len(bad) > max_bad:
                     raise MediaError(_too_many(bad, max_bad)) from error
                 members = []
@@ -118,11 +131,11 @@ def write_shards(
         put_new(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode(), part)
     index = _finish(folder, entries, settings, bad, part)
     (folder / MAKING).unlink()
-    return _made(index)
+    return _made(index, samples)
 
 
 def index_archives(
-    archives: Sequence[str | os.PathLike[str]],
+    archives: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     fields: Mapping[str, str | Sequence[str]],
     folder: str | os.PathLike[str],
     *,
@@ -131,64 +144,171 @@ def index_archives(
     """Index tar archives that others made, by reading their headers once, and open them.
 
     archives: paths or URLs; they stay where they are. fields: which extension is which field, as in {"image": ("jpg", "png"),
-    "label": "cls"}; neighbours KEY.EXTENSION of one KEY are one sample, and other extensions are not read. folder: where the index
-    is put. Damage is seen less well than in shards of our own, as such archives have no checksums.
+    "label": "cls"}; neighbours KEY.EXTENSION of one KEY are one sample, and other extensions are not read. As in WebDataset, the
+    key ends at the first dot of the name: the extension of a.1.jpg is 1.jpg. folder: where the index is put. Damage is seen less
+    well than in shards of our own, as such archives have no checksums.
+
+    The result's `account` says which members are in samples, and which were left out and why; what is not usual is logged as well.
 
     Raises:
-        ConfigError: nothing to index. MediaError: an archive that is no plain tar, or is cut short.
+        ConfigError: nothing to index. MediaError: an archive that is no plain tar, is damaged or cut short, or in which the members
+        of a key do not lie side by side.
     """
     folder, chosen = Path(folder), {}
+    archives = [archives] if isinstance(archives, (str, os.PathLike)) else archives
     for field, extensions in fields.items():
-        chosen |= dict.fromkeys([extensions] if isinstance(extensions, str) else extensions, field)
+        for extension in [extensions] if isinstance(extensions, str) else extensions:
+            extension = extension.lower().removeprefix(".")
+            if chosen.setdefault(extension, field) != field:
+                raise ConfigError(
+                    f"index_archives: {extension} is the extension of {chosen[extension]!r} and of {field!r}"
+                )
     if (folder / INDEX).exists():
         raise ConfigError(f"index_archives: {folder} has an {INDEX}; open it by Shards, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    entries, met = [], set()
+    entries, headers = [], _Headers(chosen)
     for archive in [os.fspath(archive) for archive in archives]:
         table = _Table()
         try:
-            length = _read_headers(archive, storage or {}, chosen, table, met)
+            length = headers.read(archive, storage or {}, table)
         except (tarfile.TarError, OSError) as error:
-            raise MediaError(f"index_archives: {archive} is no whole, uncompressed tar: {error}") from error
+            raise MediaError(f"index_archives: {archive} is no whole, uncompressed tar: {shortened(error)}") from error
         if table.rows:
             here = not is_url(archive) and Path(archive).resolve().parent == folder.resolve()
-            name = archive if is_url(archive) else Path(archive).name if here else str(Path(archive).resolve())
+            name = archive if is_url(archive) else Path(archive).name if here else Path(archive).resolve().as_posix()
             entries.append(table.put(folder, len(entries), name=name, bytes=length, sha256=None))
     if not entries:
         raise ConfigError(
-            f"index_archives: no member ends in {', '.join(chosen)}; there are {', '.join(sorted(met)) or 'no members'}"
+            f"index_archives: no member ends in {', '.join(chosen)}; there are "
+            f"{listed(sorted(headers.met)) or 'no members'}"
         )
     _finish(folder, entries, {"format": FORMAT}, [], None)
-    return Shards(folder, storage=storage)
+    found = Shards(folder, storage=storage)
+    found.account = headers.account(len(found))
+    if headers.unusual:
+        log.warning(f"index_archives: {found.account}")
+    return found
 
 
-def _read_headers(
-    archive: str, storage: Mapping[str, Any], chosen: Mapping[str, str], table: "_Table", met: set[str]
-) -> int:
-    """Put the members of an archive into the table, other extensions into `met`, and give the archive's length."""
-    if is_url(archive):
-        from fsspec.core import open as opened
+class _Headers:
+    """Reads the headers of archives, and counts what became of their members.
 
-        source: Any = opened(archive, "rb", **storage)
-    else:
-        source = open(archive, "rb")  # noqa: SIM115
-    with source as file:
-        key, length = None, file.seek(0, os.SEEK_END)
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                name, _, extension = base.partition(".")
-                if not member.isfile() or (extension := extension.lower()) not in chosen:
-                    met.add(extension)
-                    continue
-                if member.offset_data + member.size > length:
-                    raise tarfile.ReadError(f"it ends before {member.name} does")
-                if (folder, name) != key:
-                    key = folder, name
-                    table.rows.append([])
-                table.add(chosen[extension], extension, member.offset_data, member.size, UNKNOWN)
-    return length
+    met: extensions that are of no field. unusual: whether something was left out that is likely to be part of a sample.
+    """
+
+    def __init__(self, chosen: Mapping[str, str]) -> None:
+        self.chosen, self.tally, self.met = chosen, Tally("members"), set[str]()
+        self.twice, self.endless, self.unusual = list[str](), list[str](), False
+
+    def account(self, samples: int) -> Account:
+        notes = []
+        if self.twice:
+            notes.append(
+                f"{len(self.twice)} keys come again, each time as a sample of its own: {listed(self.twice, 3)}"
+            )
+        if self.endless:
+            notes.append(
+                f"{len(self.endless)} archives have no mark at their end and may be cut short: {listed(self.endless, 3)}"
+            )
+        return self.tally.account(samples, notes)
+
+    def read(self, archive: str, storage: Mapping[str, Any], table: "_Table") -> int:
+        """Put the members of an archive into the table, and give the archive's length."""
+        if is_url(archive):
+            from fsspec.core import open as opened
+
+            source: Any = opened(archive, "rb", **storage)
+        else:
+            source = open(archive, "rb")  # noqa: SIM115
+        with source as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if not length:
+                raise tarfile.ReadError("it is empty")
+            last, keys = None, dict[str, set[str]]()  # the fields that each key had
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    key, _, extension = self._parts(member.name)
+                    if reason := self._why_not(member, extension):
+                        self.tally.leave(reason, f"{archive}/{member.name}")
+                        continue
+                    if member.offset_data + member.size > length:
+                        raise tarfile.ReadError(f"it ends before {member.name} does")
+                    field = self.chosen[extension]
+                    if key != last or field in keys[key]:
+                        self._begin(archive, key, field, keys, key == last)
+                        table.rows.append([])
+                        last = key
+                    keys[key].add(field)
+                    table.add(field, extension, member.offset_data, member.size, UNKNOWN)
+                    self.tally.used += 1
+                if not _is_ended(archive, file, tar.offset, length):
+                    self.endless.append(archive)
+                    self.unusual = True
+        return length
+
+    def _begin(self, archive: str, key: str, field: str, keys: dict[str, set[str]], beside: bool) -> None:
+        """A sample of a key begins; one that was there before had such a field too, else these are parts of one sample."""
+        if key in keys:
+            if not beside and field not in keys[key]:
+                raise MediaError(
+                    f"index_archives: the members of {key!r} in {archive} do not lie side by side ({field!r} comes later than "
+                    f"{', '.join(map(repr, sorted(keys[key])))}); write the archive sorted by name: tar --sort=name"
+                )
+            self.twice.append(f"{archive}/{key}")
+            self.unusual = True
+        keys[key] = set()
+
+    @staticmethod
+    def _parts(name: str) -> tuple[str, str, str]:
+        folder, _, base = name.rpartition("/")
+        key, dot, extension = base.partition(".")
+        return f"{folder}/{key}", dot, extension.lower()
+
+    def _why_not(self, member: tarfile.TarInfo, extension: str) -> str | None:
+        """Why a member is in no sample."""
+        last = extension.rpartition(".")[2]
+        if any(map(is_hidden, member.name.split("/"))):
+            return HIDDEN
+        if member.isdir():
+            return "folders"
+        if member.islnk() or member.issym():
+            self.unusual |= extension in self.chosen
+            return "links to other members"
+        if not member.isfile() or member.issparse():
+            self.unusual |= extension in self.chosen
+            return "devices, and sparse files"  # which do not lie in one piece
+        if extension in self.chosen:
+            return None
+        self.met.add(extension)
+        if extension != last and last in self.chosen:
+            self.unusual = True
+            return "with a dot in the key, which ends at the first one (as in WebDataset)"
+        return f"of another extension ({shortened(extension, 40)})"
+
+
+def _is_ended(archive: str, file: Any, offset: int, length: int) -> bool:
+    """Whether an archive has the mark of its end where tarfile stopped, which it does at a damaged header too, without a word.
+
+    Raises:
+        MediaError: there is a header that cannot be read, or another archive.
+    """
+    file.seek(offset)
+    first = file.read(HEADER)
+    if first.strip(bytes(1)):
+        raise MediaError(
+            f"index_archives: {archive} is damaged: there is no header at byte {offset} of {length}; copy or make it again"
+        )
+    at = offset + len(first)
+    while block := file.read(2**20):
+        if block.strip(bytes(1)):
+            at += len(block) - len(block.lstrip(bytes(1)))
+            raise MediaError(
+                f"index_archives: {archive} ends at byte {offset} of {length}, and there is more at byte {at}: archives that were "
+                "joined are several files, or one after tar --concatenate"
+            )
+        at += len(block)
+    return bool(first)
 
 
 class _Table:
@@ -303,8 +423,8 @@ def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, 
                 value = {key: part for key, part in value.items() if old.get(key) != part}
                 old = {key: old.get(key) for key in value}
             raise ConfigError(
-                f"write_shards: {folder} was made with {name} {old!r}, and now it is {value!r}; give the same again, or another "
-                "folder"
+                f"write_shards: {folder} was made with {name} {shortened(repr(old))}, and now it is {shortened(repr(value))}; "
+                "give the same again, or another folder"
             )
 
 
@@ -323,13 +443,17 @@ def _finish(
     return index
 
 
-def _made(index: Mapping[str, Any], already: bool = False) -> Made:
+def _made(index: Mapping[str, Any], samples: Any, already: bool = False) -> Made:
+    bad = [(row, why) for row, why in index["bad"]]
+    rows = index["samples"] + len(bad)
+    seen = samples.seen() if hasattr(samples, "seen") else Account(unit="rows", saw=rows, yields=rows)
     return Made(
         samples=index["samples"],
         shards=len(index["shards"]),
         bytes=sum(entry["bytes"] for entry in index["shards"]),
         fields=tuple(index["fields"]),
-        bad=tuple((row, why) for row, why in index["bad"]),
+        bad=tuple(bad),
+        account=seen.without("broken rows", (f"row {row}" for row, _ in bad)),
         already=already,
     )
 
@@ -341,17 +465,34 @@ def _too_many(bad: Sequence[tuple[int, str]], max_bad: int) -> str:
 
 
 def _rows(samples: Any, start: int) -> Iterator[Any]:
-    """The rows from `start` on; an exception in place of one that could not be had."""
-    if callable(getattr(samples, "rows", None)):
-        yield from samples.rows(start)
-    elif is_indexed(samples):
+    """The rows from `start` on; an exception in place of one that could not be had.
+
+    Raises:
+        MediaError: a source that can only be iterated and failed, as there is no way to what comes after.
+    """
+    if is_indexed(samples) and not callable(getattr(samples, "rows", None)):
         for index in range(start, len(samples)):
             try:
                 yield samples[index]
             except Exception as error:
                 yield error
-    else:
-        yield from islice(samples, start, None)
+        return
+    has_rows = callable(getattr(samples, "rows", None))
+    rows, at = iter(samples.rows(start) if has_rows else islice(samples, start, None)), start
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (ConfigError, MediaError):
+            raise
+        except Exception as error:
+            raise MediaError(
+                f"write_shards: the source failed at row {at}: {type(error).__name__}: {shortened(error)}; what is iterated does "
+                "not go on after an error, so max_bad cannot pass over it; what is written is kept, and the same call goes on"
+            ) from error
+        yield row
+        at += 1
 
 
 def _members(sample: Any) -> list[tuple[str, str, bytes]]:
@@ -365,8 +506,10 @@ def _members(sample: Any) -> list[tuple[str, str, bytes]]:
         )
     members = []
     for field, value in sample.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", field):
-            raise ConfigError(f"write_shards: field {field!r} must be a name of letters, digits, _ and -; rename it")
+        if not isinstance(field, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", field):
+            raise ConfigError(
+                f"write_shards: field {shortened(repr(field))} must be a name of letters, digits, _ and -; rename it"
+            )
         if value is not None:
             try:
                 members.append((field, *encoded(value)))

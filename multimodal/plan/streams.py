@@ -10,6 +10,7 @@ from torch import Tensor
 from multimodal.attention import Layout
 from multimodal.attention.plan import is_split
 from multimodal.data import kept_generators
+from multimodal.data.frames import as_samples
 from multimodal.data.sources import is_indexed, weighed
 from multimodal.masks import LAW, PREFIX_LM, Rule
 from multimodal.model import Model
@@ -171,6 +172,7 @@ def stream_tensors(stream: Stream) -> Iterable[Tensor]:
 
 def _some(source: Any, wanted: int) -> Iterable[Any]:
     """Samples spread evenly over a source with a length, or the first ones of one that is only iterated."""
+    source = as_samples(source)
     if is_indexed(source):
         count = min(wanted, len(source))
         return (source[i * len(source) // count] for i in range(count))

@@ -3,7 +3,7 @@
 import torch
 
 from multimodal.contrast import evaluate_pairs
-from multimodal.data import Samples, check_samples
+from multimodal.data import Samples, as_samples, check_samples
 from multimodal.heads import Prediction
 from multimodal.model import Model
 from multimodal.stream import Stream
@@ -22,7 +22,7 @@ def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> d
 
 def measured(model: Model, task: str, samples: Samples, processes: Processes, batch: int = 64) -> dict[str, float]:
     """`evaluate`, each process on its share of the samples."""
-    pattern = model.packer.patterns[task]
+    pattern, samples = model.packer.patterns[task], as_samples(samples)
     if pattern.pair:  # each process looks at all of them, as recall is among all samples
         return evaluate_pairs(model, task, samples, batch=batch)
     written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)

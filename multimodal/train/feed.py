@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from multimodal.data import Batches, Packs, Samples, Source, check_samples, is_indexed, kept_generators
+from multimodal.data import Batches, Packs, Samples, Source, as_samples, check_samples, is_indexed, kept_generators
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.train.processes import Processes
@@ -59,6 +59,7 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
             f"fit: evaluation is {type(evaluation).__name__}; give held-out data by task, as the data are"
         )
     for pattern, samples in evaluation.items():
+        samples = as_samples(samples)
         model.packer.check_task(pattern)
         check_samples("evaluation", pattern, samples)
         with kept_generators():

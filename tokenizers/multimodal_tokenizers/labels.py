@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from multimodal.shapes import ConfigError, MediaError, did_you_mean, shortened
+from multimodal.shapes import ConfigError, MediaError, did_you_mean, is_text, shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 
@@ -26,6 +26,9 @@ class Labels(Tokenizer):
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise ConfigError(f"Labels: names={describe(self.names)} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
+        for name in self.names:
+            if not is_text(name):
+                raise ConfigError(f"Labels: the name {name!r} is not UTF-8, so that it could not be saved; rename it")
         twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice or not self.names:
             raise ConfigError(
@@ -59,8 +62,10 @@ class Labels(Tokenizer):
         try:
             return self.names.index(str(name))
         except ValueError:
-            shown = ", ".join(shortened(name) for name in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+            number = isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names)
+            hint = "; Fields(samples, names={field: names}) turns numbers of classes into names" if number else ""
             raise MediaError(
                 f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
-                f"{did_you_mean(str(name), self.names)}"
+                f"{did_you_mean(str(name), self.names)}{hint}"
             ) from None
