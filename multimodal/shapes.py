@@ -1,7 +1,10 @@
 """The one legend of axis letters, the check that reads it off argument names, and the error classes."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
 
 from torch import Tensor
 
@@ -71,6 +74,34 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
                     f"({axis}: {LEGEND.get(axis, 'not in the legend')})"
                 )
     return known
+
+
+def check_whole(where: str, least: int, /, **values: Any) -> None:
+    """Raises a ConfigError unless each is a whole number, `least` or more."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ConfigError(f"{where}: {name}={_brief(value)} must be a whole number, {least} or more")
+
+
+def check_number(where: str, least: float, most: float, /, **values: Any) -> None:
+    """Raises a ConfigError unless each is a finite number from `least` to `most`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ConfigError(f"{where}: {name}={_brief(value)} must be a finite number")
+        if not least <= value <= most:
+            wanted = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ConfigError(f"{where}: {name}={_brief(value)} must be {wanted}")
+
+
+def check_seed(where: str, value: Any, /) -> None:
+    """Raises a ConfigError unless torch can be seeded by it: a whole number of 63 bits, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+        raise ConfigError(f"{where}: seed={_brief(value)} must be a whole number from 0 to 2**63 - 1")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

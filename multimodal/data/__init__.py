@@ -2,11 +2,12 @@
 
 from multimodal.data.adapters import Fields
 from multimodal.data.batches import Batches
-from multimodal.data.fetching import Bad, Batch, kept_generators, seed_generators
+from multimodal.data.fetching import Bad, Batch, StuckError, seed_generators
 from multimodal.data.packs import Packs
 from multimodal.data.shards import Shards
 from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
 from multimodal.data.writing import index_archives, write_shards
+from multimodal.surroundings import kept_generators
 
 __all__ = [
     "Bad",
@@ -19,6 +20,7 @@ __all__ = [
     "Samples",
     "Shards",
     "Source",
+    "StuckError",
     "check_samples",
     "index_archives",
     "is_indexed",

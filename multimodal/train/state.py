@@ -282,11 +282,17 @@ def check(folder: Path) -> None:
 
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
     """'recipe.steps was 120 and is 400', for everything of `now` that is not so in `saved`."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in now if not name else {**saved, **now}:
-            yield from differences(saved.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-    elif saved != now:
-        yield f"{name} was {saved!r} and is {now!r}"
+    for key, was, found in unequal(saved, now, name):
+        yield f"{key} was {was!r} and is {found!r}"
+
+
+def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """('recipe.steps', 120, 400), for everything of `other` that is not so in `one`."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in other if not name else {**one, **other}:
+            yield from unequal(one.get(key), other.get(key), f"{name}.{key}" if name else str(key))
+    elif one != other:
+        yield name, one, other
 
 
 def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
