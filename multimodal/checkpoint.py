@@ -223,6 +223,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
+def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:
+    """A single number that had no axis when it was saved, and has one now."""
+    return tensor.reshape(1) if tensor.dim() == 0 and wanted.shape == (1,) else tensor
+
+
 def put_weights(model: "Model", weights: dict[str, Tensor], where: Path) -> None:
     """Load weights that must match the model one for one.
 
@@ -230,6 +235,7 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path) -> None
         CheckpointError: lists missing tensors, foreign ones, and those of another shape.
     """
     wanted = model.state_dict()
+    weights = {name: with_axis(t, wanted[name]) if name in wanted else t for name, t in weights.items()}
     problems = [f"missing {name}" for name in wanted if name not in weights]
     problems += [f"foreign {name}{did_you_mean(name, wanted)}" for name in weights if name not in wanted]
     problems += [

@@ -284,9 +284,8 @@ class Model(nn.Module):
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
-            given = [
-                name for name in ("beams", "begin", "guidance", "sampler", "stop") if options[name] not in (1, None, ())
-            ]
+            idle = ("beams", "begin", "guidance", "length_penalty", "sampler", "stop", "temperature")
+            given = [name for name in idle if options[name] not in (1, None, ())]
             if given or prefix is not None:
                 raise ConfigError(
                     f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "
@@ -404,7 +403,9 @@ class Model(nn.Module):
         self.packer.check_task(task)
         if fields:
             raise ConfigError(f"task {task!r}: give either samples or the fields {', '.join(fields)}, not both")
-        check_whole(f"task {task!r}", 1, batch=batch)
+        check_whole(f"task {task!r}", batch=batch)
+        if batch < 1:
+            raise ConfigError(f"task {task!r}: batch={batch} must be at least 1")
         if isinstance(samples, Mapping):
             raise ConfigError(f"task {task!r}: samples is one mapping; give a list of samples, or its fields by name")
         if isinstance(samples, (str, bytes)) or not (is_indexed(samples) or hasattr(samples, "__iter__")):

@@ -60,8 +60,9 @@ class Engine:
     """
 
     def __init__(self, model: "Model", *, rows: int = 16, capacity: int = 1024) -> None:
-        check_whole("Engine", 1, rows=rows)
-        check_whole("Engine", 2, capacity=capacity)
+        check_whole("Engine", rows=rows, capacity=capacity)
+        if rows < 1 or capacity < 2:
+            raise ConfigError(f"Engine: rows={rows} must be at least 1 and capacity={capacity} at least 2")
         self.model = model
         self.rows, self.capacity = rows, capacity
         dtype = next(model.core.parameters()).dtype

@@ -210,6 +210,12 @@ def shard(model: Model, root: nn.Module) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ConfigError(
+            f"fit: parallel='fsdp' cannot share out {scalars[0]}, which is a scalar; make it a parameter of shape (1,), or use "
+            "parallel='ddp'"
+        )
     for unit in _units(model):
         fully_shard(unit)
     fully_shard(root)

@@ -71,7 +71,7 @@ class Recipe(Declared):
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
-            check_whole("Recipe", least, **{name: getattr(self, name)})
+            check_whole("Recipe", least=least, **{name: getattr(self, name)})
         for setting in dataclasses.fields(self):
             value, kind = getattr(self, setting.name), type(setting.default)
             if not isinstance(value, (int, float) if kind is float else kind) or (

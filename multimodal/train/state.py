@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.checkpoint import below, put_weights, read_tensors, write_tensors
+from multimodal.checkpoint import below, put_weights, read_tensors, with_axis, write_tensors
 from multimodal.declare import declaration, plain, rebuild
 from multimodal.files import file_hash, flush, free_name
 from multimodal.model import Model
@@ -72,9 +72,12 @@ class Trained:
         put_weights(self.model, below(tensors, "model/"), where)
         if self.ema is not None:
             put_weights(self.ema, below(tensors, "ema/"), where)
+        parameters = dict(self._parameters())
         entries: dict[str, dict[str, Any]] = {}
         for key, value in below(tensors, "optimizer/").items():
             kind, name = key.split("/", 1)
+            if kind != "step" and name in parameters:
+                value = with_axis(value, parameters[name])
             entries.setdefault(name, {})[kind] = value.item() if value.dtype == torch.bool else value
         state = {i: entries[name] for i, (name, _) in enumerate(self._parameters()) if name in entries}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
@@ -319,7 +322,7 @@ def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tens
     spread = trained.like({n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()})
     shared: dict[str, Any] = {name: spread.get(name, t) for name, t in tensors.items()}
     return {
-        name: distribute_tensor(t, shared[name].device_mesh, shared[name].placements)
+        name: distribute_tensor(with_axis(t, shared[name]), shared[name].device_mesh, shared[name].placements)
         if hasattr(shared[name], "full_tensor")
         else t
         for name, t in tensors.items()
