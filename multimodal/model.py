@@ -332,9 +332,9 @@ class Model(nn.Module):
     ) -> Iterator[Piece]:
         """The pieces of all answers; no more samples are encoded ahead than are written at the same time."""
         answers = self._requests(task, samples, prefix, options)
-        waiting = deque(islice(answers, batch + 1))
+        waiting: deque[Answer] = deque()
         before = 0  # answers of earlier engines
-        while waiting:
+        while waiting.extend(islice(answers, batch + 1 - len(waiting))) or waiting:
             width, more = waiting[0].width, len(waiting) > batch
             # an answer that does not fit waits until all others have ended, so there is room for somewhat longer ones
             capacity = max(answer.prompt + answer.limit for answer in waiting) + 1
@@ -348,7 +348,8 @@ class Model(nn.Module):
                 while waiting and engine.has_room(waiting[0]) and width <= engine.free:
                     engine.enter(waiting.popleft())
                     entered += 1
-                    waiting.extend(islice(answers, 1))
+                    if not waiting:
+                        waiting.extend(islice(answers, 1))
                 for piece in engine.step():
                     if piece.error is not None:
                         raise piece.error

@@ -75,5 +75,5 @@ def make_room(folder: Path, quiet: bool) -> bool:
     free = free_name(folder)
     os.replace(folder, free)
     if not quiet:
-        print(f"fit: the run that was in {folder} is now in {free}")
+        print(f"fit: the run that was in {folder} is now in {free}; resume=True would have gone on with it")
     return True
