@@ -9,6 +9,7 @@ this program, or the Free Spoken Digit Dataset (a folder of its recordings, or a
 """
 
 import argparse
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -91,9 +92,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     recipe = mm.Recipe(
         batch=96, lr=2e-3, ema=0.99, weight_decay=0.1, steps=args.steps, workers=args.workers, seed=args.seed
     )
-    run = mm.fit(model, train, recipe, folder=args.folder)
+    keep = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
+    run = mm.fit(model, train, recipe, **keep)
     if not run.finished:
-        return {}
+        sys.exit(130)
 
     # show
     digits_heard = [clip for clip in sounds.test if clip.word in DIGITS]
@@ -139,6 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--workers", type=int, default=1, help="data processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     args = parser.parse_args(arguments)
     if {"synthetic": 1, "fsdd": 2}.get(args.audio[0]) != len(args.audio):
         parser.error(f"--audio {' '.join(args.audio)}: give synthetic, or fsdd PATH")

@@ -9,6 +9,7 @@ said 95 % are named rightly by their nearest real example. Leaves the model, dra
 """
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -47,9 +48,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     recipe = mm.Recipe(
         steps=args.steps, batch=args.share * len(tasks), lr=3e-3, optimizer="muon", ema=0.99, workers=args.workers
     )
-    run = mm.fit(model, data, recipe, folder=args.folder, seed=args.seed)
+    keep = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
+    run = mm.fit(model, data, recipe, seed=args.seed, **keep)
     if not run.finished:
-        return {}
+        sys.exit(130)
 
     # show
     right = {}
@@ -121,6 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--workers", type=int, default=1, help="data processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     return parser.parse_args(arguments)
 
 

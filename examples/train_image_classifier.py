@@ -10,6 +10,7 @@ in the run folder: the model, its curves, and test pictures with what the model 
 """
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -61,11 +62,12 @@ def main(arguments: list[str] | None = None) -> float:
     )
 
     # fit
-    run = mm.fit(model, {TASK: pictures.train}, recipe, evaluation={TASK: test}, folder=args.folder, resume=args.resume)
+    keep = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
+    run = mm.fit(model, {TASK: pictures.train}, recipe, evaluation={TASK: test}, **keep)
 
     # show
     if not run.finished:
-        sys.exit("go on with the same command and --resume")
+        sys.exit(130)
     accuracy = run.last(f"{TASK} exact")
     shown = [test[i] for i in range(min(24, len(test)))]
     draw_answers(model, TASK, shown, args.folder / "answers.png")

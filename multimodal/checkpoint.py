@@ -388,7 +388,7 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
     for name, tensor in wanted.items():
         if name in header:
             shape, kind = header[name]
-            if shape != tuple(tensor.shape):
+            if shape != tuple(tensor.shape) and (shape, tuple(tensor.shape)) != ((), (1,)):  # see `with_axis`
                 problems.append((f"{name} is {reprlib.repr(shape)}, wanted {tuple(tensor.shape)}", ""))
             elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
                 wanted_kind = "floating-point numbers" if tensor.is_floating_point() else _name(tensor.dtype)
@@ -414,6 +414,11 @@ def _name(kind: Any) -> str:
     return str(kind).removeprefix("torch.")
 
 
+def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:
+    """A single number that had no axis when it was saved, and has one now."""
+    return tensor.reshape(1) if tensor.dim() == 0 and wanted.shape == (1,) else tensor
+
+
 def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, finite: bool = True) -> None:
     """Load weights that must match the model one for one.
 
@@ -421,6 +426,8 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, fini
         CheckpointError: lists missing tensors, foreign ones, those of another shape or kind, and (finite) those with NaN or infinity.
     """
     check_tensors(header_of(weights), model.state_dict(), where)
+    wanted = model.state_dict()
+    weights = {name: with_axis(t, wanted[name]) for name, t in weights.items()}
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in weights.items() if finite else ():
         full = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]

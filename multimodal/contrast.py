@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from multimodal.heads import Head, Prediction, Readout
 from multimodal.shapes import ConfigError, StreamError, TaskError, check_shapes
+from multimodal.surroundings import left_as_found
 from multimodal.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
@@ -140,31 +141,33 @@ def fingerprint(values: Iterable[Tokens]) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def side_vectors(
-    model: "Model", task: str, samples: Sequence[Mapping[str, Any]], side: str | None, batch: int
-) -> Tensor:
-    """Unit vectors (N, F) of one side of each sample; the other side is not looked at."""
+def side_vectors(model: "Model", task: str, parts: Iterable[Sequence[Mapping[str, Any]]], side: str | None) -> Tensor:
+    """Unit vectors (N, F) of one side of each sample, which come in batches; the other side is not looked at."""
     model.packer.check_task(task)
+    head, readout = _parts(model, task)
     sides = model.packer.patterns[task].sides
     names = {name: [field.name for field in fields] for name, fields in sides.items()}
-    if side is None:
-        given = [name for name in names if any(field in sample for sample in samples for field in names[name])]
-        if len(given) != 1:
+    if side not in (None, *sides):
+        raise ConfigError(f"task {task!r}: side={side!r} is neither 'left' nor 'right'")
+    found, count, given = [torch.empty(0, head.width, device=model.device)], 0, set[str]()
+
+    def chosen() -> str:
+        if side is None and len(given) != 1:
             raise TaskError(
                 f"task {task!r}: {'both sides' if given else 'no side'} came; give one, {' or '.join(names['left'])} "
                 f"(left) or {' or '.join(names['right'])} (right), or say side='left' or side='right'"
             )
-        side = given[0]
-    if side not in sides:
-        raise ConfigError(f"task {task!r}: side={side!r} is neither 'left' nor 'right'")
-    other = dict.fromkeys(name for names_of in names.values() for name in names_of if name not in names[side])
-    head, readout = _parts(model, task)
-    found = [torch.empty(0, head.width, device=model.device)]
-    with model.resting():
-        for start in range(0, len(samples), batch):
-            part = [{**sample, **other} for sample in samples[start : start + batch]]
-            stream = model.pack(task, part, answers=False, first=start)
-            found.append(readout.vectors(model(stream)[stream.readings[task].row_N], side))
+        return side or next(iter(given))
+
+    with left_as_found(), model.resting():
+        for part in parts:
+            given |= {name for name in names if any(field in sample for sample in part for field in names[name])}
+            own = names[chosen()]
+            other = dict.fromkeys(name for names_of in names.values() for name in names_of if name not in own)
+            stream = model.pack(task, [{**sample, **other} for sample in part], answers=False, first=count)
+            found.append(readout.vectors(model(stream)[stream.readings[task].row_N], chosen()))
+            count += len(part)
+    chosen()  # of no samples at all
     return torch.cat(found)
 
 

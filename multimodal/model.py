@@ -1,11 +1,14 @@
 """Tokenizers + core + heads = a model: loss, predict, generate, save, load."""
 
+import dataclasses
 import inspect
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +18,16 @@ from multimodal import checkpoint
 from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
 from multimodal.contrast import matches, side_vectors
 from multimodal.core import Core
+from multimodal.data.sources import in_batches, is_indexed
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
+from multimodal.generate.answer import Answer
 from multimodal.heads import Head, Prediction, Readout
 from multimodal.packer import Packer
 from multimodal.reinforce import choice_loss
-from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
+from multimodal.shapes import ConfigError, StreamError, TaskError, check_seed, check_whole, did_you_mean
 from multimodal.stream import Stream, Task
+from multimodal.surroundings import left_as_found
 from multimodal.tokenizer import Tokenizer
 
 Sample = Mapping[str, Any]
@@ -199,7 +205,10 @@ class Model(nn.Module):
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
     def predict(self, task: str, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
-        """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples."""
+        """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
+
+        Samples are read `batch` at a time, so that they may be any number of files, or something that can only be iterated.
+        """
         self.packer.check_task(task, answers=True)
         if samples is None:
             self._check_fields(task, fields)
@@ -207,17 +216,17 @@ class Model(nn.Module):
         samples = self._check_call(task, samples, fields, batch)
         if self.packer.head(task).writes:
             return self.generate(task, samples, batch=batch)
-        answers: list[Prediction | None] = [None] * len(samples)
-        with self.resting():
-            for start in range(0, len(samples), batch):
-                stream = self.pack(task, samples[start : start + batch], answers=False, first=start)
+        answers: list[Prediction] = []
+        with left_as_found(), self.resting():
+            for part in in_batches(samples, batch):
+                stream = self.pack(task, part, answers=False, first=len(answers))
                 r = stream.readings[task]
                 hidden = {"hidden": r.hidden} if r.hidden else {}
                 found = self.packer.head(task).answer(
                     self.logits(stream)[task], r.lengths, self._kind_written(task), **hidden
                 )
-                for index, answer in zip(r.samples, found, strict=True):
-                    answers[start + index] = answer
+                by_number = zip(r.samples, found, strict=True)
+                answers += [answer for _, answer in sorted(by_number, key=lambda pair: pair[0])]
         return answers
 
     def vectors(self, task: str, samples: Sequence[Sample], *, side: str | None = None, batch: int = 64) -> Tensor:
@@ -225,7 +234,7 @@ class Model(nn.Module):
 
         side: "left" or "right", if they have both.
         """
-        return side_vectors(self, task, self._check_call(task, samples, {}, batch), side, batch)
+        return side_vectors(self, task, in_batches(self._check_call(task, samples, {}, batch), batch), side)
 
     def matches(self, task: str, left: Sequence[Sample], right: Sequence[Sample], *, batch: int = 64) -> Tensor:
         """(N, M): how probably each left side of a pair goes with each right one.
@@ -275,9 +284,8 @@ class Model(nn.Module):
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
-            given = [
-                name for name in ("beams", "begin", "guidance", "sampler", "stop") if options[name] not in (1, None, ())
-            ]
+            idle = ("beams", "begin", "guidance", "length_penalty", "sampler", "stop", "temperature")
+            given = [name for name in idle if options[name] not in (1, None, ())]
             if given or prefix is not None:
                 raise ConfigError(
                     f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "
@@ -285,11 +293,11 @@ class Model(nn.Module):
                 )
             return self.predict(task, samples, batch=batch)
         found: dict[int, Prediction] = {}
-        with self.resting():
+        with left_as_found(), self.resting():
             for piece in self._written(task, samples, prefix, batch, options):
                 if piece.prediction is not None:
                     found[piece.ticket] = piece.prediction
-        return [found[i] for i in range(len(samples))]
+        return [found[i] for i in range(len(found))]
 
     def stream(
         self,
@@ -308,8 +316,8 @@ class Model(nn.Module):
         self.packer.check_task(task, answers=True)
         names = {field.name for field in self.packer.patterns[task].reads}
         fields = {name: options.pop(name) for name in names & set(options)}
-        samples = [fields] if samples is None else self._check_call(task, samples, fields, batch)
-        return self._written(task, samples, prefix, batch, options)
+        chosen = [fields] if samples is None else self._check_call(task, samples, fields, batch)
+        return self._written(task, chosen, prefix, batch, options)
 
     def read(self, task: str, **fields: Any) -> Prefix:
         """Read the first fields of a task once, to be given to `generate` or `stream` as `prefix` with many different others.
@@ -320,29 +328,57 @@ class Model(nn.Module):
         return read_prefix(self, task, fields)
 
     def _written(
-        self, task: str, samples: Sequence[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
+        self, task: str, samples: Iterable[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
     ) -> Iterator[Piece]:
-        seed = options.get("seed", 0)
-        begin = options.get("begin")
-        begins = begin if isinstance(begin, list) and self._kind_written(task).text else [begin] * len(samples)
-        if len(begins) != len(samples):
-            raise ConfigError(
-                f"task {task!r}: begin has {len(begins)} texts for {len(samples)} samples; give one for each, or one"
+        """The pieces of all answers; no more samples are encoded ahead than are written at the same time."""
+        answers = self._requests(task, samples, prefix, options)
+        waiting: deque[Answer] = deque()
+        before = 0  # answers of earlier engines
+        while waiting.extend(islice(answers, batch + 1 - len(waiting))) or waiting:
+            width, more = waiting[0].width, len(waiting) > batch
+            # an answer that does not fit waits until all others have ended, so there is room for somewhat longer ones
+            capacity = max(answer.prompt + answer.limit for answer in waiting) + 1
+            engine = Engine(
+                self,
+                rows=min(max(batch, width), width * len(waiting)),
+                capacity=capacity * 5 // 4 if more else capacity,
             )
-        answers = [
-            request(self.packer, task, sample, f"sample {i}", prefix, {**options, "seed": seed + i, "begin": begins[i]})
-            for i, sample in enumerate(samples)
-        ]
-        if not answers:
-            return
-        rows = min(max(batch, max(a.width for a in answers)), sum(a.width for a in answers))
-        engine = Engine(self, rows=rows, capacity=max(a.prompt + a.limit for a in answers) + 1)
-        for answer in answers:
-            engine.enter(answer)
-        for piece in engine.run():
-            if piece.error is not None:
-                raise piece.error
-            yield piece
+            entered = 0
+            while engine.busy or (waiting and engine.has_room(waiting[0])):
+                while waiting and engine.has_room(waiting[0]) and width <= engine.free:
+                    engine.enter(waiting.popleft())
+                    entered += 1
+                    if not waiting:
+                        waiting.extend(islice(answers, 1))
+                for piece in engine.step():
+                    if piece.error is not None:
+                        raise piece.error
+                    yield dataclasses.replace(piece, ticket=before + piece.ticket)
+            before += entered
+
+    def _requests(
+        self, task: str, samples: Iterable[Sample], prefix: Prefix | None, options: Mapping[str, Any]
+    ) -> Iterator[Answer]:
+        """What is to be written for each sample, which is encoded when it is asked for."""
+        seed, begin = options.get("seed", 0), options.get("begin")
+        check_seed("generate", seed)
+        each = isinstance(begin, list) and self._kind_written(task).text
+
+        def refuse(count: int | str) -> NoReturn:
+            raise ConfigError(
+                f"task {task!r}: begin has {len(begin)} texts for {count} samples; give one for each, or one"
+            )
+
+        if each and isinstance(samples, Sized) and len(samples) != len(begin):
+            refuse(len(samples))
+        number = -1
+        for number, sample in enumerate(one for part in in_batches(samples, 1) for one in part):
+            if each and number >= len(begin):
+                refuse("more")
+            own = {**options, "seed": (seed + number) % 2**63, "begin": begin[number] if each else begin}
+            yield request(self.packer, task, sample, f"sample {number}", prefix, own)
+        if each and number + 1 != len(begin):
+            refuse(number + 1)
 
     def _check_fields(self, task: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
         """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
@@ -364,17 +400,21 @@ class Model(nn.Module):
                 clue = "; that is an option of generate"
             raise TaskError(f"task {task!r} has no field {name!r}; it reads {', '.join(known) or 'nothing'}{clue}")
 
-    def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Sequence[Sample]:
+    def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Iterable[Sample]:
         self.packer.check_task(task)
         if fields:
             raise ConfigError(f"task {task!r}: give either samples or the fields {', '.join(fields)}, not both")
+        check_whole(f"task {task!r}", batch=batch)
         if batch < 1:
             raise ConfigError(f"task {task!r}: batch={batch} must be at least 1")
         if isinstance(samples, Mapping):
             raise ConfigError(f"task {task!r}: samples is one mapping; give a list of samples, or its fields by name")
-        if isinstance(samples, (list, tuple)):
-            return samples
-        return [samples[i] for i in range(len(samples))] if hasattr(samples, "__len__") else list(samples)
+        if isinstance(samples, (str, bytes)) or not (is_indexed(samples) or hasattr(samples, "__iter__")):
+            raise ConfigError(
+                f"task {task!r}: samples is {type(samples).__name__}; give a list of samples, or anything with a length and "
+                "[index], or that can be iterated"
+            )
+        return samples
 
     @contextmanager
     def resting(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
 
 from torch import Tensor
 
@@ -92,6 +94,27 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     names = list(names)
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(shortened(name, 60) for name in names[:most]) + more
+
+
+def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> None:
+    """Raises a ConfigError unless each is a whole number, and `least` or more."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
+            bound = "" if least is None else f", {least} or more"
+            raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a whole number{bound}")
+
+
+def check_number(where: str, /, **values: Any) -> None:
+    """Raises a ConfigError unless each is a number; infinite ones and NaN are for the caller's bounds to refuse."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a number")
+
+
+def check_seed(where: str, value: Any, /) -> None:
+    """Raises a ConfigError unless torch can be seeded by it: a whole number of 63 bits, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+        raise ConfigError(f"{where}: seed={shortened(repr(value), 60)} must be a whole number from 0 to 2**63 - 1")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -466,8 +466,8 @@ _BASE = (
     ),
     (
         "gamma starts open",
-        "self.gamma = nn.Parameter(torch.zeros(()))",
-        "self.gamma = nn.Parameter(torch.ones(()))",
+        "self.gamma = nn.Parameter(torch.zeros(1))",
+        "self.gamma = nn.Parameter(torch.ones(1))",
         (LAYERS + "gates_start_closed",),
     ),
     (

@@ -224,7 +224,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_stopped(say, refused, tmp_
         code, out, _ = say(*ask)
     assert code == 130
     assert "fit: stopped after step 3 of 6" in out
-    assert f"go on with the same command: multimodal train drawn.py --set=steps=6 --folder {tmp_path / 'run'}" in out
+    assert f"To go on: multimodal train drawn.py --set=steps=6 --folder {tmp_path / 'run'} --resume\n" in out
     assert "recipe.lr was 0.001 and is 0.1" in refused(*ask, "--set", "lr=0.1")
     code, out, _ = say(*ask)
     assert code == 0

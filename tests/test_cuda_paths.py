@@ -22,7 +22,8 @@ from multimodal.attention import Cache, Cosine, Factored, Layout, Mechanism, Sof
 from multimodal.core import compile_blocks, recompute
 from multimodal.masks import PREFIX_LM, Causal, Chunked, Places, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.shapes import ConfigError
-from multimodal.train.recipe import Recipe, make_optimizer
+from multimodal.train.optimizer import make_optimizer
+from multimodal.train.recipe import Recipe
 from multimodal_tokenizers import Labels, TextBytes
 
 DEVICE = "cuda"

@@ -256,7 +256,7 @@ def test_a_run_lists_its_broken_samples_and_ends_at_one_too_many(tmp_path):
 
 def test_workers_get_no_sources_of_the_main_process():
     feed = Packs(PACKER, {READ: TEXTS}, tokens=200)
-    next(feed.loader(0, 1, 0))
+    next(iter(feed.loader(0, 1, 0)))
     assert pickle.loads(pickle.dumps(feed)).lanes == []
 
 

@@ -15,7 +15,7 @@ from multimodal.plan.planning import ROOM
 from multimodal.plan.speed import FLOAT, bus_bandwidth, sent_bytes, step_time, utilisation
 from multimodal.plan.streams import seen_pairs
 from multimodal.shapes import ConfigError
-from multimodal.train.recipe import make_optimizer
+from multimodal.train.optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

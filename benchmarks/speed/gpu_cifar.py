@@ -196,7 +196,8 @@ def trained(train: Pictures, plan: Plan, classes: int, place: Place, seed: int) 
 
     import multimodal as mm
     from multimodal.core import compile_blocks
-    from multimodal.train.recipe import Recipe, make_optimizer
+    from multimodal.train.optimizer import make_optimizer
+    from multimodal.train.recipe import Recipe
     from multimodal_tokenizers import ImagePatches, Labels
 
     torch.manual_seed(seed)

@@ -40,11 +40,15 @@ class Attention(nn.Module):
         self.key_width = key_width or width // heads
         self.value_width = value_width or self.key_width
         self.mechanism = mechanism
-        rows = (heads + kv_heads) * self.key_width + kv_heads * self.value_width
-        self.qkv = nn.Linear(width, rows, bias=False)
+        self.rows = [heads * self.key_width, kv_heads * self.key_width, kv_heads * self.value_width]
+        self.qkv = nn.Linear(width, sum(self.rows), bias=False)
         self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias=False)
         self.norm_q = RMSNorm(self.key_width) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+
+    def fused(self) -> dict[str, list[int]]:
+        """For optimisers of matrices: queries, keys and values are three."""
+        return {"qkv.weight": self.rows}
 
     def forward(
         self,
@@ -67,14 +71,13 @@ class Attention(nn.Module):
         self, stream_TD: Tensor, turns: Tensor | None, memory: tuple[Tensor, Tensor | None] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, H, K), keys and values (M, G, K), turned by their places."""
-        sizes = [self.heads * self.key_width, self.kv_heads * self.key_width, self.kv_heads * self.value_width]
         if memory is None:
-            q, k, v = self.qkv(stream_TD).split(sizes, -1)
+            q, k, v = self.qkv(stream_TD).split(self.rows, -1)
             k_turns = turns
         else:
-            q_rows, kv_rows = self.qkv.weight.split([sizes[0], sizes[1] + sizes[2]])
+            q_rows, kv_rows = self.qkv.weight.split([self.rows[0], self.rows[1] + self.rows[2]])
             q = F.linear(stream_TD, q_rows)
-            k, v = F.linear(memory[0], kv_rows).split(sizes[1:], -1)
+            k, v = F.linear(memory[0], kv_rows).split(self.rows[1:], -1)
             k_turns = memory[1]
         q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
         v_TGK = v.view(len(v), self.kv_heads, self.value_width)

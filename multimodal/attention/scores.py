@@ -198,12 +198,18 @@ class Additive(Score):
 
 
 class HeadMatrix(nn.Module):
-    """A matrix for each head, kept one below the other, so that optimisers of matrices take it for one."""
+    """A matrix for each head, one below the other."""
+
+    matrices = ("weight",)
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
         self.heads = len(start)
         self.weight = nn.Parameter(start.flatten(0, 1))
+
+    def fused(self) -> dict[str, list[int]]:
+        """For optimisers of matrices: each head has its own."""
+        return {"weight": [len(self.weight) // self.heads] * self.heads}
 
     @property
     def matrix(self) -> Tensor:
@@ -217,6 +223,8 @@ class _LogScale(nn.Module):
 
 
 class _Additive(nn.Module):
+    matrices = ("query", "key")
+
     def __init__(self, heads: int, width: int, hidden: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(heads, width, hidden) * width**-0.5)

@@ -60,12 +60,10 @@ def train(
         command = [sys.executable, "-P", "-m", "multimodal", "train", *options, *(["--resume"] if resume else [])]
         return launch(command, processes)
     end_with_launcher()
-    return _train(recipe, setting or [], folder, resume, processes, options, tensorboard)
+    return _train(recipe, setting or [], folder, resume, options, tensorboard)
 
 
-def _train(
-    recipe: Path, setting: list[str], folder: Path, resume: bool, processes: int, options: list[str], tensorboard: bool
-) -> int:
+def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options: list[str], tensorboard: bool) -> int:
     from multimodal.shapes import ConfigError, did_you_mean
     from multimodal.train.launch import LAUNCHED, STOPPED
     from multimodal.train.settings import make_job
@@ -77,18 +75,22 @@ def _train(
         raise ConfigError(f"{recipe} defines no function recipe(){did_you_mean('recipe', vars(module))}")
     job = make_job(make, setting, f"recipe() of {recipe}")
     board = TensorBoard(folder / "tensorboard") if tensorboard else None
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    many = ["--processes", str(count)] if count > 1 else []
+    command = shlex.join(["multimodal", "train", *options, *many, "--resume"])
+    by_torchrun = count > 1 and LAUNCHED not in os.environ
     try:
-        run = job.run(folder, resume=resume, trackers=[board] if board else [])
+        run = job.run(
+            folder,
+            resume=resume,
+            trackers=[board] if board else [],
+            go_on="the same torchrun command" if by_torchrun else command,
+        )
     finally:
         if board:
             board.close()
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        if run.finished:
-            _show(run, folder, tensorboard)
-        else:
-            count = int(os.environ.get("WORLD_SIZE", "1")) if LAUNCHED in os.environ else processes
-            many = ["--processes", str(count)] if count > 1 else []
-            print(f"go on with the same command: {shlex.join(['multimodal', 'train', *options, *many])}")
+    if run.finished and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        _show(run, folder, tensorboard)
     return 0 if run.finished else STOPPED
 
 

@@ -3,7 +3,7 @@
 from multimodal.data.account import Account, LeftOut
 from multimodal.data.adapters import Fields
 from multimodal.data.batches import Batches
-from multimodal.data.fetching import Bad, Batch, kept_generators, seed_generators
+from multimodal.data.fetching import Bad, Batch, StuckError, seed_generators
 from multimodal.data.folders import read_folder
 from multimodal.data.frames import as_samples
 from multimodal.data.packs import Packs
@@ -11,6 +11,7 @@ from multimodal.data.shards import Shards
 from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
 from multimodal.data.tables import Table, open_table
 from multimodal.data.writing import index_archives, write_shards
+from multimodal.surroundings import kept_generators
 
 __all__ = [
     "Account",
@@ -25,6 +26,7 @@ __all__ = [
     "Samples",
     "Shards",
     "Source",
+    "StuckError",
     "Table",
     "as_samples",
     "check_samples",

@@ -1,14 +1,15 @@
 """Steps of a fixed number of samples: which samples a step has is a function of (seed, step) alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, Loader
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError
+from multimodal.surroundings import kept_generators
 
 
 class Batches(Dataset):
@@ -71,9 +72,9 @@ class Batches(Dataset):
         why = f"{TRIES} samples in a row are broken, and max_bad={self.max_bad} may be"
         raise MediaError(f"task {pattern!r}: {why}; the last one: {bad[-1].error}")
 
-    def loader(self, start: int, stop: int, workers: int) -> DataLoader:
+    def loader(self, start: int, stop: int, workers: int, asked: Callable[[], bool] = lambda: False) -> Loader:
         """Steps start .. stop - 1, made in `workers` processes (0: in this one)."""
-        return loaded(self, range(start, stop), self.fetch.seed, workers)
+        return Loader(self, range(start, stop), self.fetch, workers, asked=asked)
 
     def state(self) -> dict:
         """What `restore` needs beside the step: nothing."""

@@ -1,23 +1,31 @@
 """One sample, fetched and encoded: a function of the seed and of its turn alone, in whatever process it happens."""
 
+import ctypes
 import random
 import signal
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from multimodal.data.sources import index_at, is_indexed
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import ConfigError, MediaError, shortened
+from multimodal.shapes import ConfigError, MediaError, StreamError, shortened
 from multimodal.stream import Stream
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TRIES = 100  # samples in a row that may be broken where broken ones are passed over
+LOOK_S = 1.0  # a wait for data is looked at so often: has a worker died, is the run to stop?
+ENDING_S = 3.0  # from asking data workers to end to killing them
+STUCK_S = 10.0  # so long a run that is to stop waits for its next data
 
 
 @dataclass(frozen=True)
@@ -43,18 +51,6 @@ class Batch:
     filled: float | None = None  # share of the token budget that is used
 
 
-@contextmanager
-def kept_generators() -> Iterator[None]:
-    """Put the global generators of random, numpy and torch's CPU back afterwards."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def seed_generators(*key: int | str) -> None:
     """Set them from `key`: augmentations of any library become a function of (seed, turn), in any worker."""
     seed = crc32("/".join(map(str, key)).encode())
@@ -70,6 +66,7 @@ class Fetcher:
     packer: Packer
     data: Mapping[str, Any]
     seed: int
+    desk: "Desk" = field(default_factory=lambda: Desk())
 
     def __call__(self, pattern: str, turn: int, where: str, given: Any = None) -> tuple[Prepared, str]:
         """The sample of a task at a turn, with its name; `given` if its source cannot be asked by number.
@@ -79,6 +76,7 @@ class Fetcher:
         """
         samples, index = self.data[pattern], self._index(pattern, turn)
         name = f"sample {index} of the data ({where})"
+        self.desk.put(list(self.data).index(pattern), index)
         seed_generators(self.seed, pattern, turn)
         try:
             sample = samples[index] if is_indexed(samples) else given
@@ -98,17 +96,161 @@ class Fetcher:
         return index_at(samples, f"{self.seed}/{pattern}", turn) if is_indexed(samples) else turn
 
 
-def loaded(dataset: Dataset, order: Iterable[Any], seed: int, workers: int) -> DataLoader:
-    """The items of a data set in an order, made in `workers` processes (0: in this one)."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        worker_init_fn=in_worker if workers else None,
-        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
-        pin_memory=False,
-    )
+class Desk:
+    """Which sample each data worker is at, in memory that it shares with the main process: what is left of one that dies."""
+
+    def __init__(self) -> None:
+        self.at_WN: torch.Tensor | None = None  # (workers, 2): number of the task, of the sample; -1: none yet
+
+    def seat(self, workers: int) -> None:
+        self.at_WN = torch.full((workers, 2), -1).share_memory_()
+
+    def put(self, task: int, sample: int) -> None:
+        worker = get_worker_info()
+        if worker is not None and self.at_WN is not None:
+            self.at_WN[worker.id, 0], self.at_WN[worker.id, 1] = task, sample
+
+
+class Loader:
+    """The items of a data set in an order, made in `workers` processes (0: in this one); none of these outlives the block.
+
+        with Loader(dataset, order, fetch, workers) as items: ...
+
+    make: what becomes of the items before they are given. asked: whether the run is to stop; then the wait for data has an end.
+
+    Raises, in the block:
+        StreamError: a worker died, or none gave data when the run was to stop; says which sample it was at.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Iterable[Any],
+        fetch: Fetcher,
+        workers: int,
+        *,
+        make: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.fetch, self.make, self.asked = fetch, make, asked
+        self.workers: list[Any] = []
+        self.items: Any = None
+        if workers:
+            fetch.desk.seat(workers)
+        self.loader = DataLoader(
+            _Telling(dataset) if workers else dataset,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            worker_init_fn=in_worker if workers else None,
+            generator=torch.Generator().manual_seed(
+                crc32(str(fetch.seed).encode())
+            ),  # else it draws from the global one
+            pin_memory=False,
+            timeout=LOOK_S if workers else 0,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        with self as items:
+            yield from items
+
+    def __enter__(self) -> Iterator[Any]:
+        self.items = iter(self.loader)
+        self.workers = list(getattr(self.items, "_workers", ()))
+        return self.make(self._items())
+
+    def _items(self) -> Iterator[Any]:
+        since = None  # when it was first seen that the run is to stop
+        while True:
+            try:
+                item = next(self.items)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                since = (since or time.monotonic()) if self.asked() else None
+                if since is not None and time.monotonic() - since >= STUCK_S:
+                    places = [at for number in range(len(self.workers)) if (at := self._at(number))]
+                    raise StuckError(
+                        f"fit: no data came for {STUCK_S:g} s after the run was asked to stop; the data workers were at "
+                        f"{', '.join(places) or 'no sample yet'}"
+                    ) from None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            since = None
+            yield item
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        dead = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        # before they are ended, as then all of them are dead
+        told = self._death() if dead else ""
+        self._end()
+        if dead:
+            raise StreamError(
+                f"fit: {told}. With workers=0 the same happens in the main process, where it can be looked at; a system that is "
+                "short of memory kills as well"
+            ) from error
+
+    def _death(self) -> str:
+        for worker in self.workers:
+            worker.join(0.2)
+        for number, worker in enumerate(self.workers):
+            code = worker.exitcode
+            if code is not None:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                where = f" while it was at {at}" if (at := self._at(number)) else ""
+                return f"data worker {number} {how}{where}"
+        return "a data worker died"
+
+    def _at(self, worker: int) -> str:
+        """'sample 7 of task ..', the one that a worker is at, or was when it died."""
+        desk = self.fetch.desk.at_WN
+        task, sample = (-1, -1) if desk is None else desk[worker].tolist()
+        return f"sample {sample} of task {list(self.fetch.data)[task]!r}" if task >= 0 else ""
+
+    def _end(self) -> None:
+        """Ask all workers to end, and kill those that do not: one that is stuck in C code listens to no signal but SIGKILL."""
+        if not self.workers:
+            return
+        killer = threading.Timer(ENDING_S, self._kill)
+        killer.daemon = True
+        killer.start()
+        try:
+            # PyTorch waits 5 s for each and then sends SIGTERM, which such a one does not hear
+            self.items._shutdown_workers()
+        except RuntimeError:
+            pass  # of PyTorch's watch over its workers, which sees one killed
+        finally:
+            killer.cancel()
+            self._kill()
+            self.items = None
+
+    def _kill(self) -> None:
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+class StuckError(StreamError):
+    """No data came while a run was to stop."""
+
+
+class _Telling(Dataset):
+    """A data set whose errors are items: raised in a worker, PyTorch would put a traceback into their message."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except (ConfigError, MediaError, StreamError) as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
 
 
 def in_worker(_: int) -> None:
@@ -117,3 +259,5 @@ def in_worker(_: int) -> None:
     # schedulers send SIGTERM to all of a job's processes: the first is left to the main process too, a second one ends
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # a worker that is stuck does not notice that the main process was killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -8,7 +8,7 @@ lane 0: [0 2 4 ..] -- the next `look_ahead` samples, encoded in the data workers
 import io
 import pickle
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, kept_generators, loaded, seed_generators
+from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, Loader, seed_generators
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError, shortened
+from multimodal.surroundings import kept_generators
 
 CHUNK = 8  # samples that go to a worker and come back together
 
@@ -114,12 +115,15 @@ class Packs(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "lanes": []}  # workers encode; who waits where is known in the main process only
 
-    def loader(self, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    def loader(self, start: int, stop: int, workers: int, asked: Callable[[], bool] = lambda: False) -> Loader:
         """Steps start .. stop - 1; after each, `state` says from where the next one goes on."""
         # workers are asked for more whenever one of them has room
-        encoded = iter(loaded(self, iter(self.tickets, None), self.fetch.seed, workers))
+        tickets, make = iter(self.tickets, None), partial(self._packed, stop - start)
+        return Loader(self, tickets, self.fetch, workers, make=make, asked=asked)
+
+    def _packed(self, steps: int, encoded: Iterator[bytes]) -> Iterator[Batch]:
         by_number = {lane.number: lane for lane in self.lanes}
-        for _ in range(start, stop):
+        for _ in range(steps):
             batch = Batch([], [], [], [], 0.0)
             for lane in self.lanes:
                 while not self._ready(lane, batch.bad):

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from math import inf
 from typing import Any, Protocol
 from zlib import crc32
@@ -40,6 +40,13 @@ def is_indexed(source: Any) -> bool:
     if isinstance(source, IterableDataset):  # it inherits a [index] that always fails, and may have a length
         return False
     return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+
+
+def in_batches(samples: Any, size: int) -> Iterator[list[Any]]:
+    """Lists of so many samples, each read when it is asked for: by number where that can be, so that nothing is held twice."""
+    each = (samples[i] for i in range(len(samples))) if is_indexed(samples) else iter(samples)
+    while part := list(islice(each, size)):
+        yield part
 
 
 def check_source(who: str, pattern: str, source: Any) -> None:

@@ -21,7 +21,7 @@ from multimodal.data.members import encoded
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
 from multimodal.files import aside, file_hash, flush, is_aside, put, put_new
-from multimodal.media import log
+from multimodal.media.sources import log
 from multimodal.shapes import ConfigError, MediaError, listed, shortened
 from multimodal.tokenizer import describe
 

@@ -15,7 +15,7 @@ from multimodal.generate.samplers import Greedy, Sampler, Temperature, Written
 from multimodal.generate.telling import Telling
 from multimodal.heads import Head, Prediction
 from multimodal.packer import Packer
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole
 from multimodal.tokenizer import Tokens
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class Options:
             object.__setattr__(self, "begin", None)  # nothing is there to begin with
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        check_whole("generate", max_tokens=self.max_tokens, beams=self.beams)
+        check_number("generate", guidance=self.guidance, length_penalty=self.length_penalty)
+        check_seed("generate", self.seed)
+        if self.temperature is not None:
+            check_number("generate", temperature=self.temperature)
         if self.max_tokens < 1 or self.beams < 1:
             raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
@@ -57,8 +62,14 @@ class Options:
             raise ConfigError(
                 f"generate: give temperature={self.temperature} or a sampler, not both; TopP and MinP take one"
             )
+        if not isinstance(self.stop, (list, tuple)) or not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError(f"generate: stop={self.stop!r} must be a text, or a list of texts")
         if any(not text for text in self.stop):
             raise ConfigError("generate: a stop string is empty")
+        if self.beams == 1 and self.length_penalty != 1.0:
+            raise ConfigError(
+                f"generate: length_penalty={self.length_penalty} would do nothing, as it ranks beams; give beams too, such as 4"
+            )
         if self.beams > 1 and self.guidance != 1.0:
             raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
         if self.beams > 1 and self.stop:

@@ -22,7 +22,7 @@ from multimodal.generate.lineup import Lineup
 from multimodal.generate.step import Step, is_plain
 from multimodal.heads import Prediction
 from multimodal.packer import Packer
-from multimodal.shapes import ConfigError, StreamError, did_you_mean
+from multimodal.shapes import ConfigError, StreamError, check_whole, did_you_mean
 from multimodal.tokenizer import Tokens
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Engine:
     """
 
     def __init__(self, model: "Model", *, rows: int = 16, capacity: int = 1024) -> None:
+        check_whole("Engine", rows=rows, capacity=capacity)
         if rows < 1 or capacity < 2:
             raise ConfigError(f"Engine: rows={rows} must be at least 1 and capacity={capacity} at least 2")
         self.model = model
@@ -85,6 +86,15 @@ class Engine:
         """Whether anything is waiting or being written."""
         return bool(self._waiting or self._running)
 
+    @property
+    def free(self) -> int:
+        """Rows that nobody has or waits for."""
+        return self.rows - len(self._owner) - sum(answer.width for answer in self._waiting)
+
+    def has_room(self, answer: Answer) -> bool:
+        """Whether a row is long enough for it."""
+        return answer.prompt + answer.limit <= self.capacity
+
     def submit(
         self,
         task: str,
@@ -108,7 +118,7 @@ class Engine:
     def enter(self, answer: Answer) -> int:
         """`submit` for what `request` made."""
         needed = answer.prompt + answer.limit
-        if needed > self.capacity:
+        if not self.has_room(answer):
             raise StreamError(
                 f"{answer.name} of task {answer.task!r}: a prompt of {answer.prompt} tokens and an answer of up to "
                 f"{answer.limit} need {needed} places, more than capacity={self.capacity}; shorten the prompt, lower max_tokens, "

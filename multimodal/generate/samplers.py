@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError
+from multimodal.shapes import ConfigError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer
 
 NEVER = float("-inf")
@@ -83,11 +84,13 @@ class Temperature(Sampler):
     draws = True
 
     def __post_init__(self) -> None:
+        check_number("Temperature", temperature=self.temperature)
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"Temperature: temperature={self.temperature} must be 0 or more")
 
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
-        if self.temperature == 0:
+        # logits cannot be divided by a number that their type takes for 0
+        if self.temperature < torch.finfo(torch.promote_types(logits_BV.dtype, torch.float32)).tiny:
             return Greedy()(logits_BV, written)
         if self.temperature == 1:
             return logits_BV
@@ -103,6 +106,7 @@ class TopK(Sampler):
     draws = True
 
     def __post_init__(self) -> None:
+        check_whole("TopK", k=self.k)
         if self.k < 1:
             raise ConfigError(f"TopK: k={self.k} leaves no candidate; use 1 or more")
 
@@ -121,6 +125,7 @@ class TopP(Sampler):
 
     def __post_init__(self) -> None:
         Temperature(self.temperature)
+        check_number("TopP", p=self.p)
         if not 0 < self.p <= 1:
             raise ConfigError(f"TopP: p={self.p} must be above 0 and at most 1")
 
@@ -143,6 +148,7 @@ class MinP(Sampler):
 
     def __post_init__(self) -> None:
         Temperature(self.temperature)
+        check_number("MinP", p=self.p)
         if not 0 <= self.p <= 1:
             raise ConfigError(f"MinP: p={self.p} must be from 0 to 1")
 
@@ -165,6 +171,10 @@ class Repetition(Sampler):
     last: int = 64
 
     def __post_init__(self) -> None:
+        check_number("Repetition", penalty=self.penalty, each=self.each)
+        check_whole("Repetition", last=self.last)
+        if not (isfinite(self.penalty) and isfinite(self.each)):
+            raise ConfigError(f"Repetition: penalty={self.penalty} and each={self.each} must be finite numbers")
         if self.last < 0:
             raise ConfigError(f"Repetition: last={self.last} must be 0 (all) or more")
 
@@ -185,6 +195,7 @@ class NoRepeat(Sampler):
     size: int
 
     def __post_init__(self) -> None:
+        check_whole("NoRepeat", size=self.size)
         if self.size < 1:
             raise ConfigError(f"NoRepeat: size={self.size} must be at least 1")
 
@@ -205,6 +216,9 @@ class AtLeast(Sampler):
 
     tokens: int
 
+    def __post_init__(self) -> None:
+        check_whole("AtLeast", least=0, tokens=self.tokens)
+
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         logits_BV = logits_BV.clone()
         for row_V, so_far in zip(logits_BV, written, strict=True):
@@ -220,7 +234,7 @@ class OneOf(Sampler):
     values: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.values, str) or not self.values:
+        if not isinstance(self.values, (list, tuple)) or not self.values:
             raise ConfigError(f"OneOf: values={self.values!r} must be one value or more, in a tuple")
         object.__setattr__(self, "values", tuple(self.values))
 
@@ -251,7 +265,8 @@ class Only(Sampler):
     words: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.words, str) or not self.words or any(not w or " " in w for w in self.words):
+        given = self.words if isinstance(self.words, (list, tuple)) else ()
+        if not given or any(not isinstance(w, str) or not w or " " in w for w in given):
             raise ConfigError(f"Only: words={self.words!r} must be one word or more, without blanks, in a tuple")
         object.__setattr__(self, "words", tuple(self.words))
 

@@ -94,7 +94,13 @@ class Gated(Merge):
 class _Gamma(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.gamma = nn.Parameter(torch.zeros(1))  # with an axis: FSDP2 cannot share out a scalar
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights that were saved before it had an axis."""
+        if (old := state_dict.get(f"{prefix}gamma")) is not None:
+            state_dict[f"{prefix}gamma"] = old.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class CoreSettings(Protocol):

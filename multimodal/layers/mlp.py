@@ -32,6 +32,10 @@ class _MLP(Body):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, out, bias=False)
 
+    def fused(self) -> dict[str, list[int]]:
+        """For optimisers of matrices: gate and up are two."""
+        return {"gate_up.weight": [self.down.in_features] * 2}
+
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         gate, up = self.gate_up(stream_TD).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

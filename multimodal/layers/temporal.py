@@ -36,6 +36,10 @@ class _TemporalConv(Body):
         self.now = nn.Linear(width, 2 * filters)
         self.before = nn.Linear(width, 2 * filters, bias=False)
 
+    def fused(self) -> dict[str, list[int]]:
+        """For optimisers of matrices: signal and gate are two."""
+        return dict.fromkeys(("now.weight", "before.weight"), [self.out_width] * 2)
+
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         count, width = len(context.layout.spans), stream_TD.shape[1]
         held_BD = context.state(self.index, self.dilation * width, stream_TD).view(count, self.dilation, width)

@@ -77,6 +77,10 @@ class _TuringMachine(Body):
         self.update = nn.Linear(hidden + slot, self.out_width)
         self.slot_K = nn.Parameter(torch.randn(slot) * slot**-0.5)  # every slot's first content
 
+    def fused(self) -> dict[str, list[int]]:
+        """For optimisers of matrices: what the heads are told is many small ones."""
+        return {"heads.weight": [*self.parts, *self.parts, self.layer.slot_width, self.layer.slot_width]}
+
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         sizes = context.sequences.sizes.tolist()
         kept_BS = context.state(self.index, sum(_sizes(self.layer)), stream_TD)

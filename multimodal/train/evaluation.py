@@ -6,16 +6,20 @@ from multimodal.contrast import evaluate_pairs
 from multimodal.data import Samples, as_samples, check_samples
 from multimodal.heads import Prediction
 from multimodal.model import Model
+from multimodal.shapes import check_whole
 from multimodal.stream import Stream
+from multimodal.surroundings import left_as_found
 from multimodal.train.processes import Processes
 
 
+@left_as_found()
 def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
     """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`).
 
     Of a task "a <-> b" the recall at 1 and 10 both ways instead; of one whose head hides, the loss only.
     """
     model.packer.check_task(task)
+    check_whole("evaluate", least=1, batch=batch)
     check_samples("evaluate", task, samples)
     return measured(model, task, samples, Processes(), batch)
 

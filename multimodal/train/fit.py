@@ -19,11 +19,13 @@ import torch
 from multimodal import checkpoint
 from multimodal.checkpoint import check_room, declarations, holds
 from multimodal.core import compile_blocks, recompute
-from multimodal.data import Bad, Batch, Samples, Source
+from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError
 from multimodal.declare import override, plain
 from multimodal.files import put
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
+from multimodal.surroundings import left_as_found
+from multimodal.train.agree import agreement, facts_of
 from multimodal.train.evaluation import measured
 from multimodal.train.feed import check_evaluation, make_feed, size
 from multimodal.train.folder import (
@@ -43,9 +45,10 @@ from multimodal.train.folder import (
     write_rows,
 )
 from multimodal.train.host import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
+from multimodal.train.optimizer import make_optimizer, rate
 from multimodal.train.processes import Processes, Trainee, found_processes, full, whole
-from multimodal.train.recipe import FREE, Recipe, choose_device, choose_precision, make_optimizer
-from multimodal.train.report import bar, draw_curves, environment, write_csv
+from multimodal.train.recipe import FREE, Recipe, choose_device, choose_precision
+from multimodal.train.report import bar, draw_curves, environment, is_held_out, write_csv
 from multimodal.train.state import Checkpoints, Trained
 from multimodal.train.trouble import SpikeWatch, keep_trouble
 
@@ -54,7 +57,10 @@ Tracker = Callable[[Mapping[str, Any]], Any]
 
 @dataclass
 class Run:
-    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end."""
+    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end.
+
+    It shows itself in one line; `history` has every row.
+    """
 
     folder: Path | None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -64,6 +70,19 @@ class Run:
     def last(self, key: str) -> Any:
         """The newest value of a column, such as 'loss' or 'image -> label exact'."""
         return next(row[key] for row in reversed(self.history) if key in row)
+
+    def __repr__(self) -> str:
+        facts = [f"{self.history[-1]['step']} steps" if self.history else "no steps", *_ending(self.history)]
+        facts += [] if self.finished else ["not finished"]
+        facts += [f"{len(self.bad)} broken samples"] if self.bad else []
+        facts += [] if self.folder is None else [str(self.folder)]
+        return f"Run({', '.join(facts)})"
+
+
+def _ending(history: list[dict[str, Any]]) -> list[str]:
+    """The last training loss and the last held-out measures, as text."""
+    found = {key: value for row in history for key, value in row.items() if key == "loss" or is_held_out(key)}
+    return [f"{key} {value:.4f}" for key, value in found.items()]
 
 
 def fit(
@@ -77,6 +96,7 @@ def fit(
     resume: bool = False,
     trackers: Iterable[Tracker] = (),
     quiet: bool = False,
+    go_on: str = "call fit(..., resume=True) with the same arguments",
     **settings: Any,
 ) -> Run:
     """Train `model` in place on data by task: {"image -> label": samples}.
@@ -84,36 +104,68 @@ def fit(
     recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: the
     tasks' shares of the samples by weight, equal unless given; a number is a temperature: len ** (1 / temperature).
     folder: keeps the model, states to resume from, the log and a picture of the curves. resume: go on from the newest state if
-    there is one. trackers: called with each row of the log. Ctrl-C and SIGTERM end after the current step, with everything saved.
-    Started by torchrun or `multimodal train --processes`, it trains in all of these processes together.
+    there is one. trackers: called with each row of the log. Ctrl-C and SIGTERM end after the current step, with everything saved;
+    a second one ends at once. go_on: what the line about a stopped run tells its user to do.
+    Started by torchrun or `multimodal train --processes`, it trains in all of these processes together, after they have compared
+    what each of them is about to do.
+
+    Random generators, number of threads and all else that belongs to the process are afterwards as they were before. But for one
+    thing: on Linux, training on a CPU tells the C library to keep freed memory for the next step, which cannot be taken back; the
+    variables MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_ or GLIBC_TUNABLES, if one of them is set, stand instead.
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
-        MediaError: more broken samples than max_bad.
+        MediaError: more broken samples than max_bad. StreamError: a data worker died.
     """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"fit: data is {type(data).__name__}; give data by task, as in {{'image -> label': samples}}")
     recipe = override(recipe or Recipe(), **settings)
+    trackers = list(trackers) if isinstance(trackers, Iterable) else trackers
+    _check_call(model, data, evaluation, folder, resume, trackers)
+    recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
     device = choose_device(recipe.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with found_processes(device) as processes:
-        training = _Training(model, data, recipe, evaluation or {}, mix, folder, processes, quiet)
-        training.trackers = list(trackers)
-        try:
-            training.begin(resume)
-            training.go()
-            training.end()
-        finally:
-            recompute(model, False)
-            training.rest()
-            # if DDP were the last to hold the connections, it and their threads could wait for each other
-            training.trainee.wrapped = None
-            if training.processes.count > 1:
-                gc.collect()
-            if training.lock:
-                training.lock.close()
+    learned_before = model.training
+    training: _Training | None = None
+    try:
+        with left_as_found(draws=True), found_processes(device) as processes:
+            try:
+                training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
+                training.trackers, training.go_on = list(trackers), go_on
+                training.begin(resume)
+                training.go()
+                training.end()
+            finally:
+                recompute(model, False)
+                if training is not None:
+                    training.rest()
+                    # if DDP were the last to hold the connections, it and their threads could wait for each other
+                    training.trainee.wrapped = None
+                    if processes.count > 1:
+                        gc.collect()
+                    if training.lock:
+                        training.lock.close()
+    except BaseException:
+        model.train(learned_before)
+        raise
     return training.run
+
+
+def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool, trackers: Iterable[Any]) -> None:
+    """Raises a ConfigError for what is no argument of `fit`."""
+    if not isinstance(model, Model):
+        raise ConfigError(f"fit: model is {type(model).__name__}, wanted a Model")
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"fit: data is {type(data).__name__}; give data by task, as in {{'image -> label': samples}}")
+    if not isinstance(evaluation, (Mapping, type(None))):
+        raise ConfigError(
+            f"fit: evaluation is {type(evaluation).__name__}; give held-out data by task, as the data are"
+        )
+    if not isinstance(folder, (str, Path, type(None))):
+        raise ConfigError(f"fit: folder is {type(folder).__name__}, wanted a path")
+    if resume and folder is None:
+        raise ConfigError("fit: resume=True goes on with the run in a folder, and none was given; give folder=")
+    if not isinstance(trackers, Iterable) or not all(callable(tracker) for tracker in trackers):
+        raise ConfigError("fit: trackers are called with each row of the log; give a list of functions")
 
 
 class _Training:
@@ -127,21 +179,28 @@ class _Training:
         evaluation: Mapping[str, Samples],
         mix: Mapping[str, float] | float | None,
         folder: str | Path | None,
+        resume: bool,
         processes: Processes,
         quiet: bool,
     ) -> None:
-        from timm.scheduler import CosineLRScheduler
-
         self.model, self.recipe, self.evaluation, self.processes = model, recipe, evaluation, processes
         self.run = Run(Path(folder) if folder is not None else None)
         self.quiet = quiet or processes.rank > 0
         self.keeps = self.run.folder is not None and processes.rank == 0
         self.trackers: list[Tracker] = []
+        self.go_on = ""
         self.lock: Any = None
         self.states: Checkpoints | None = None
-        self.feed = make_feed(model, data, recipe, mix, processes)
-        check_evaluation(model, evaluation, recipe)
         self.device = processes.device(choose_device(recipe.device))
+        with agreement(processes) as facts:
+            self.feed = make_feed(model, data, recipe, mix, processes)
+            check_evaluation(model, evaluation, recipe)
+            sizes: dict[str, Any] = {"data": {pattern: size(source) for pattern, source in data.items()}}
+            shares = {"mix": plain(mix if isinstance(mix, (int, float)) else dict(mix or {}))}
+            if processes.count > 1:
+                sizes |= {"evaluation": {pattern: len(samples) for pattern, samples in evaluation.items()}}
+                facts |= {"folder": None if folder is None else str(folder), "resume": bool(resume)}
+                facts |= facts_of(model, recipe, self.device, self.feed, {**sizes, **shares})
         self.dtype, self.why = choose_precision(recipe.precision, self.device)
         model.to(self.device if recipe.parallel == "ddp" else "cpu").train()
         recompute(model, recipe.activation_checkpointing)
@@ -149,14 +208,6 @@ class _Training:
         if recipe.compile:
             compile_blocks(self.trainee.model)
         self.optimizer = make_optimizer(self.trainee.model, recipe, self.device, self.trainee.sharded)
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=max(recipe.steps, 2),  # of a single step it would warn that there is nothing to anneal
-            lr_min=recipe.lr * recipe.final_lr,
-            warmup_t=round(recipe.steps * recipe.warmup),
-            warmup_prefix=False,
-            t_in_epochs=False,
-        )
         self.ema = self.trainee.averages(recipe.ema) if recipe.ema else None
         averaged = self.ema.module if self.ema else None
         self.trained = Trained(self.trainee.model, self.optimizer, averaged)
@@ -172,8 +223,8 @@ class _Training:
             "recipe": {
                 name: value for name, value in plain(recipe.config()).items() if name not in FREE or name in also
             },
-            "data": {pattern: size(source) for pattern, source in data.items()},
-            "mix": plain(mix if isinstance(mix, (int, float)) else dict(mix or {})),
+            "data": sizes["data"],
+            **shares,
         }
 
     def begin(self, resume: bool) -> None:
@@ -228,11 +279,24 @@ class _Training:
         self._say_what(threads)
         start, tokens = self.step, 0
         before = self.run.last("seconds") if any("seconds" in row for row in self.run.history) else 0.0
-        with asked_to_stop() as asked, bar(recipe.steps, start, self.quiet) as show, cores_shared(threads):
+        with (
+            asked_to_stop() as asked,
+            bar(recipe.steps, start, self.quiet) as show,
+            cores_shared(threads),
+            self.feed.loader(start, recipe.steps, recipe.workers, asked.is_set) as batches,
+        ):
             clock = time.perf_counter()
-            for batch in self.feed.loader(start, recipe.steps, recipe.workers):
+            while self.step < recipe.steps:
+                try:
+                    batch = next(batches)
+                except StuckError:
+                    # one process alone has changed nothing since its last step, and its batches are functions of the step
+                    if self.processes.count > 1 or isinstance(self.feed, Packs):
+                        raise
+                    break
                 counts, told = self._told(batch, asked.is_set())
-                self.schedule.step_update(self.step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate(recipe, self.step)
                 row = self._train(batch, counts)
                 self.step += 1
                 if self.ema:
@@ -272,15 +336,16 @@ class _Training:
             self._put_back()
             self.model.eval()
         if self.evaluation and self.run.finished and not rested:
-            self._note({"step": self.step, **self._evaluated()})
+            found = self._evaluated()
+            self._note({"step": self.step, **found})
+            if not self.quiet:
+                print("fit: held out: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
         if self.keeps and self.run.history:
             write_rows(self.run.folder / LOG, self.run.history)  # type: ignore[operator]
             write_csv(self.run.history, self.run.folder / TABLE)  # type: ignore[operator]
             draw_curves(self.run.history, self.run.folder / CURVES)  # type: ignore[operator]
         if not self.run.finished and not self.quiet:
-            kept = (
-                f"; everything is kept in {self.run.folder}, and resume=True goes on from there" if self.keeps else ""
-            )
+            kept = f"; everything is kept in {self.run.folder}. To go on: {self.go_on}" if self.keeps else ""
             print(f"fit: stopped after step {self.step} of {self.recipe.steps}{kept}")
 
     def rest(self) -> None:

@@ -102,5 +102,5 @@ def make_room(folder: Path, quiet: bool) -> bool:
             f"fit: a run is in {folder}, and it cannot be moved aside to {free} ({error}); choose another folder"
         ) from error
     if not quiet:
-        print(f"fit: the run that was in {folder} is now in {free}")
+        print(f"fit: the run that was in {folder} is now in {free}; resume=True would have gone on with it")
     return True

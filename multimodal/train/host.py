@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+MALLOC = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+
 
 @cache
 def keep_freed_memory() -> None:
     """Tell glibc's malloc not to map and unmap each large tensor; does nothing elsewhere.
 
     A training step frees and asks for the same sizes again. By default every block of more than 32 MB at most is mapped
-    anew, and the kernel clears it page by page. Measured in DECISIONS.md.
+    anew, and the kernel clears it page by page. Measured in DECISIONS.md. malloc cannot be asked how it was set before, so this
+    stays so; whoever has set it by the environment has it as they set it.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in MALLOC):
         return
     most_mapped, trim_threshold, grow_by = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     libc = ctypes.CDLL(None)
@@ -50,7 +53,10 @@ def asked_to_stop() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGBREAK"):  # on Windows, what a launcher sends
+        numbers.append(signal.SIGBREAK)
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, _: Any) -> None:
         asked.set()

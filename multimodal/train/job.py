@@ -71,10 +71,11 @@ class TrainingJob:
         resume: bool = False,
         trackers: Sequence[Tracker] = (),
         quiet: bool = False,
+        go_on: str | None = None,
     ) -> Run:
         """Train, keeping everything in `folder`; an unfinished run of the same configuration that is there already goes on.
 
-        resume: a finished run there is no error; there is nothing left to do.
+        resume: a finished run there is no error; there is nothing left to do. go_on: as of `fit`.
 
         Raises:
             ConfigError: the folder holds a finished run. CheckpointError: it holds one of another configuration.
@@ -95,4 +96,5 @@ class TrainingJob:
             resume=there.step is not None,
             trackers=trackers,
             quiet=quiet,
+            go_on=go_on or "run the same job with the same folder",
         )

@@ -70,7 +70,10 @@ def end_with_launcher(grace_s: float = ORPHAN_S) -> None:
     def wait() -> None:
         while os.read(0, 1):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        if os.name == "nt":
+            signal.raise_signal(signal.SIGTERM)  # os.kill would end it there and then
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace_s)
         os._exit(1)
 
@@ -107,7 +110,9 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if rank else None,
             stderr=subprocess.STDOUT if rank else subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal reaches the launcher alone, which passes it on once
+            # Ctrl-C in a terminal reaches the launcher alone, which passes it on once
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         source = self.process.stdout if rank else self.process.stderr
         assert source is not None
@@ -134,12 +139,16 @@ class _Worker:
 
     def send(self, number: int) -> None:
         if not self.ended:
-            self.process.send_signal(number)
+            # Windows sends no other signal to a process that can do something about it
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
 
     def close(self) -> None:
         """If it is alive kill it, together with its data workers, which are of its session."""
         if not self.ended:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:  # Windows, where data workers notice by themselves that their process has gone
+                self.process.kill()
         self.process.wait()
         self._reader.join(1)
         assert self.process.stdin is not None

@@ -6,6 +6,7 @@ process (zero where nothing used it), every process sends the same figures of th
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,11 +76,13 @@ def found_processes(device: torch.device) -> Iterator[Processes]:
     local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(local)
+    hook = sys.excepthook
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local)
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook  # torch puts the rank in front of every line, and leaves that behind
 
 
 class _Reached(torch.autograd.Function):
@@ -207,6 +210,12 @@ def shard(model: Model, root: nn.Module) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
+    scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ConfigError(
+            f"fit: parallel='fsdp' cannot share out {scalars[0]}, which is a scalar; make it a parameter of shape (1,), or use "
+            "parallel='ddp'"
+        )
     for unit in _units(model):
         fully_shard(unit)
     fully_shard(root)

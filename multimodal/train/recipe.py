@@ -5,10 +5,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError
+from multimodal.shapes import ConfigError, check_seed, check_whole
 
 WANTED = {float: "a number", int: "a whole number", bool: "True or False", str: "a text", tuple: "two numbers"}
 PARALLEL = ("ddp", "fsdp")
@@ -48,10 +47,10 @@ class Recipe(Declared):
     look_ahead: int = 256  # samples among which each pack is chosen
     max_bad: int = 0  # broken samples that are left out, counted and listed; one more ends the run
     lr: float = 1e-3  # peak
-    warmup: float = 0.05  # share of the steps that rise linearly to lr
-    final_lr: float = 0.01  # share of lr that the cosine ends at
+    warmup: float = 0.05  # share of the steps that rise linearly to lr; the last of them has it
+    final_lr: float = 0.01  # share of lr that the cosine ends at, in the last step
     optimizer: str = "adamw"  # or "muon": orthogonalised momentum for the core's matrices, AdamW for the rest
-    weight_decay: float = 0.05  # on matrices only
+    weight_decay: float = 0.05  # on matrices only; not on embeddings, class tokens, grids and other vectors
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # largest gradient norm; 0: none
     spike: float = (
@@ -72,20 +71,23 @@ class Recipe(Declared):
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"Recipe: {name}={value!r} must be a whole number, {least} or more")
+            check_whole("Recipe", least=least, **{name: getattr(self, name)})
         for setting in dataclasses.fields(self):
             value, kind = getattr(self, setting.name), type(setting.default)
             if not isinstance(value, (int, float) if kind is float else kind) or (
                 isinstance(value, bool) and kind is not bool
             ):
                 raise ConfigError(f"Recipe: {setting.name}={value!r} is {type(value).__name__}, wanted {WANTED[kind]}")
-        if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
+        check_seed("Recipe", self.seed)
+        if len(self.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in self.betas):
             raise ConfigError(f"Recipe: betas={self.betas} must be two numbers from 0 to 1, such as (0.9, 0.99)")
         for name in ("weight_decay", "clip", "final_lr", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be 0 or more")
+        if 0 < self.spike <= 1:
+            raise ConfigError(
+                f"Recipe: spike={self.spike} must be above 1 (times the mean gradient norm), or 0 for none"
+            )
         if self.batch % self.accumulate:
             raise ConfigError(f"Recipe: batch={self.batch} is not a multiple of accumulate={self.accumulate}")
         if not 0 < self.lr < math.inf or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
@@ -98,34 +100,32 @@ class Recipe(Declared):
             raise ConfigError(f"Recipe: parallel={self.parallel!r} is none of {', '.join(PARALLEL)}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"Recipe: optimizer={self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
+        if self.tokens:
+            self._refuse(
+                ("batch", "accumulate"), f"tokens={self.tokens}", "packs are filled by tokens; packs=2 makes two a step"
+            )
+        else:
+            self._refuse(("packs", "look_ahead"), "tokens=0", "give a token budget, such as tokens=4096")
 
+    def _refuse(self, names: tuple[str, ...], beside: str, instead: str) -> None:
+        """Raises a ConfigError for the first of these settings that was given: beside that other one it would do nothing."""
+        for setting in dataclasses.fields(self):
+            if setting.name in names and getattr(self, setting.name) != setting.default:
+                raise ConfigError(
+                    f"Recipe: {setting.name}={getattr(self, setting.name)} would do nothing beside {beside}: {instead}; or leave "
+                    f"it at {setting.default}"
+                )
 
-def make_optimizer(
-    model: nn.Module, recipe: Recipe, device: torch.device, sharded: bool = False
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for all that is no matrix of the core.
+    def check_use(self, *, folder: bool, evaluation: bool) -> None:
+        """Refuse settings that would do nothing in a run without a folder or without held-out data.
 
-    Vectors (norms, biases) are never decayed.
-    """
-    from timm.optim import Muon, param_groups_weight_decay
-
-    if recipe.optimizer == "adamw":
-        fused = device.type == "cuda" or (device.type == "cpu" and not sharded)
-        groups = param_groups_weight_decay(model, recipe.weight_decay)
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
-    if sharded:
-        raise ConfigError(
-            "Recipe: optimizer='muon' needs whole matrices, which parallel='fsdp' shares out; use one of them"
-        )
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() == 2 and name.startswith("core.")]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0, "use_fallback": True},
-    ]
-    return Muon(groups, lr=recipe.lr, momentum=0.95, betas=recipe.betas)
+        Raises:
+            ConfigError: names the setting and what it needs.
+        """
+        if not folder:
+            self._refuse(("keep", "checkpoint_every", "best"), "no run folder", "give folder=")
+        if not evaluation:
+            self._refuse(("evaluate_every",), "no held-out data", "give evaluation=")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -137,11 +137,16 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as error:
+        found = torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise ConfigError(
             f"device {wanted!r} is not there; use auto, cpu, or what torch calls yours (cuda, cuda:1, mps)"
         ) from error
+    if found.type == "meta":
+        raise ConfigError(
+            "device 'meta' holds shapes without numbers, so nothing can be computed on it; use auto or cpu"
+        )
+    return torch.device("cpu") if found.type == "cpu" else found  # torch also takes cpu:3, which is no other
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

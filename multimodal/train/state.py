@@ -32,6 +32,7 @@ from multimodal.checkpoint import (
     put_weights,
     read_header,
     read_tensors,
+    with_axis,
     write_tensors,
 )
 from multimodal.declare import declaration, plain, rebuild
@@ -148,9 +149,12 @@ class Trained:
         put_weights(self.model, below(tensors, "model/"), where)
         if self.ema is not None:
             put_weights(self.ema, below(tensors, "ema/"), where)
+        parameters = dict(self._parameters())
         entries: dict[str, dict[str, Any]] = {}
         for key, value in below(tensors, "optimizer/").items():
             kind, name = key.split("/", 1)
+            if kind != "step" and name in parameters:
+                value = with_axis(value, parameters[name])
             entries.setdefault(name, {})[kind] = value.item() if value.dtype == torch.bool else value
         state = {i: entries[name] for i, (name, _) in enumerate(self._parameters()) if name in entries}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
@@ -455,11 +459,17 @@ def _name(kind: torch.dtype) -> str:
 
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
     """'recipe.steps was 120 and is 400', for everything of `now` that is not so in `saved`."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in now if not name else {**saved, **now}:
-            yield from differences(saved.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-    elif saved != now:
-        yield f"{name} was {saved!r} and is {now!r}"
+    for key, was, found in unequal(saved, now, name):
+        yield f"{key} was {was!r} and is {found!r}"
+
+
+def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """('recipe.steps', 120, 400), for everything of `other` that is not so in `one`."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in other if not name else {**one, **other}:
+            yield from unequal(one.get(key), other.get(key), f"{name}.{key}" if name else str(key))
+    elif one != other:
+        yield name, one, other
 
 
 def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -490,7 +500,7 @@ def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tens
     spread = trained.like(header_of(tensors))
     shared: dict[str, Any] = {name: spread.get(name, t) for name, t in tensors.items()}
     return {
-        name: distribute_tensor(t, shared[name].device_mesh, shared[name].placements)
+        name: distribute_tensor(with_axis(t, shared[name]), shared[name].device_mesh, shared[name].placements)
         if hasattr(shared[name], "full_tensor")
         else t
         for name, t in tensors.items()

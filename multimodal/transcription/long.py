@@ -15,7 +15,8 @@ from torch import Tensor
 from multimodal.heads import CTC
 from multimodal.media import sound_blocks
 from multimodal.model import Model
-from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
+from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, check_number, check_whole
+from multimodal.surroundings import left_as_found
 from multimodal.tokenizer import Tokenizer
 from multimodal.transcription.align import Speller, align
 from multimodal.transcription.ctc import Decoder, Greedy, log_p_of
@@ -27,6 +28,7 @@ Progress = Callable[[int, float, float], None]
 """Called with: which sound, seconds of it that are read, seconds it has."""
 
 
+@left_as_found()
 def transcribe(
     model: Model,
     task: str,
@@ -95,6 +97,8 @@ def transcripts(
         ConfigError, TaskError: a task or settings that cannot transcribe.
     """
     reading = Hearing.of(model, task)
+    check_whole("transcribe", batch=batch, max_tokens=max_tokens)
+    check_number("transcribe", window_s=window_s, **({} if overlap_s is None else {"overlap_s": overlap_s}))
     if batch < 1:
         raise ConfigError(f"transcribe: batch={batch} must be at least 1")
     window, overlap = _tokens(reading, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)

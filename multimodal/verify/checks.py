@@ -18,6 +18,7 @@ from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
+from multimodal.surroundings import left_as_found
 from multimodal.task import Pattern
 from multimodal.tokenizer import Tokens
 from multimodal.verify.values import Ready, plausible_values, random_tokens
@@ -120,6 +121,7 @@ class _Subject:
         return [(self.task, sample) for sample in self.samples]
 
 
+@left_as_found()
 def verify(
     model: Model,
     samples: Mapping[str, Sequence[Sample]] | None = None,

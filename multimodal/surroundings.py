@@ -1,0 +1,118 @@
+"""What a call finds in its process and leaves as it was: random generators, autograd, default dtype, folder, threads, signals."""
+
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read it, how to put it back
+
+
+@contextmanager
+def left_as_found(*, draws: bool = False) -> Iterator[None]:
+    """Puts every setting back that is another one afterwards, also when an error is raised.
+
+    In a thread beside the main one only autograd's mode is put back, since the rest belongs to the whole process, where other
+    threads go on: a generator that is put back would give them their numbers twice. draws: the generators too, even there, for a
+    call that itself sets them.
+    """
+    alone = threading.current_thread() is threading.main_thread()
+    settings = [*_AUTOGRAD, *(_generators() if alone or draws else ()), *(_process() if alone else ())]
+    before = [(read(), read, put) for read, put in settings]
+    try:
+        yield
+    finally:
+        for value, read, put in before:
+            if not _same(value, read()):
+                put(value)
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Put the global generators of random, numpy and torch's CPU back afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)) and any(isinstance(part, (np.ndarray, torch.Tensor)) for part in one):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
+
+
+_AUTOGRAD: tuple[Setting, ...] = ((torch.is_grad_enabled, torch.set_grad_enabled),)
+
+
+def _generators() -> Iterator[Setting]:
+    yield random.getstate, random.setstate
+    yield np.random.get_state, np.random.set_state
+    yield torch.get_rng_state, torch.set_rng_state
+    if torch.cuda.is_initialized():
+        yield torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
+    if torch.backends.mps.is_available():
+        yield torch.mps.get_rng_state, torch.mps.set_rng_state
+
+
+def _process() -> Iterator[Setting]:
+    yield _folder, lambda folder: folder is None or os.chdir(folder)
+    yield torch.get_default_dtype, torch.set_default_dtype
+    yield torch.get_num_threads, torch.set_num_threads
+    yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    yield _deterministic, lambda flags: torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
+    for name in ("enabled", "benchmark", "deterministic"):
+        yield _attribute(torch.backends.cudnn, name)
+    if torch.cuda.is_initialized():
+        yield torch.cuda.current_device, torch.cuda.set_device
+    for number in (signal.SIGINT, signal.SIGTERM):
+        yield _handler(number)
+    yield _attribute(sys, "excepthook")
+    yield lambda: list(warnings.filters), _put_filters
+    yield _attribute(logging.root.manager, "disable")
+    yield lambda: logging.root.level, logging.root.setLevel
+    yield lambda: list(logging.root.handlers), _put_handlers
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # somebody has deleted it
+        return None
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _attribute(owner: Any, name: str) -> Setting:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def _handler(number: int) -> Setting:
+    # None: a handler that was not set from Python, and cannot be from here
+    return lambda: signal.getsignal(number), lambda value: value is None or signal.signal(number, value)
+
+
+def _put_filters(filters: list[Any]) -> None:
+    warnings.filters[:] = filters  # type: ignore[index]
+    with warnings.catch_warnings():  # makes Python forget what it decided by the other filters
+        pass
+
+
+def _put_handlers(handlers: list[logging.Handler]) -> None:
+    logging.root.handlers[:] = handlers

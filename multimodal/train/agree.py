@@ -1,0 +1,155 @@
+"""Before the first step several processes compare what each of them is about to do; a difference ends all of them, by name."""
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.checkpoint import declarations
+from multimodal.data import Batches, Packs, is_indexed, kept_generators, seed_generators
+from multimodal.declare import plain
+from multimodal.model import Model
+from multimodal.shapes import ConfigError
+from multimodal.train.processes import Processes
+from multimodal.train.recipe import Recipe
+from multimodal.train.state import unequal
+
+PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")
+OWN = ("workers", "device")  # settings that change nothing that processes share
+MOST_SHOWN, LONGEST_SHOWN = 4, 60  # differences of a message, characters of a value
+FAILED = "failed"
+
+
+@contextmanager
+def agreement(processes: Processes) -> Iterator[dict[str, Any]]:
+    """Collects the facts of this process (JSON values by name); behind the block every process compares those of all.
+
+    Raises:
+        ConfigError: in every process, with what differs; or with the error that another process met inside the block.
+    """
+    facts: dict[str, Any] = {}
+    try:
+        yield facts
+    except Exception as error:
+        processes.gather({FAILED: f"{type(error).__name__}: {error}"})  # the others do not wait for this one
+        raise
+    found = processes.gather(facts)
+    for rank, other in enumerate(found):
+        if FAILED in other:
+            raise ConfigError(f"fit: process {rank} of {processes.count} cannot begin: {other[FAILED]}")
+    for rank, other in enumerate(found):
+        names = [_named(name, one, two, rank) for name, one, two in unequal(found[0], other)]
+        if names:
+            more = f"; and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+            raise ConfigError(
+                f"fit: the processes do not agree: {'; '.join(names[:MOST_SHOWN])}{more}. All have to be started with the same "
+                "program, data and versions"
+            )
+
+
+def _named(name: str, one: Any, two: Any, rank: int) -> str:
+    """'tasks[1].weight is 1 in process 0 and 2 in process 3'; of lists the first entry that differs."""
+    while isinstance(one, list) and isinstance(two, list) and one and two:
+        at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+        if at == min(len(one), len(two)):
+            return f"{name} has {len(one)} entries in process 0 and {len(two)} in process {rank}"
+        name, one, two = f"{name}[{at}]", one[at], two[at]
+        if isinstance(one, dict) and isinstance(two, dict):
+            inner, one, two = next(iter(unequal(one, two)))
+            name = f"{name}.{inner}"
+    return f"{name} is {_shown(one)} in process 0 and {_shown(two)} in process {rank}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def facts_of(
+    model: Model,
+    recipe: Recipe,
+    device: torch.device,
+    feed: Batches | Packs,
+    sizes: Mapping[str, Mapping[str, int | None]],
+) -> dict[str, Any]:
+    """What must be so in every process: declarations, settings, sizes and first samples of the data, versions, weights."""
+    return plain(
+        {
+            "versions": _versions(),
+            **declarations(model),
+            "recipe": {name: value for name, value in recipe.config().items() if name not in OWN},
+            "device": device.type,
+            **sizes,
+            "samples": _samples(feed),
+            "weights": {name: _digest(tensor) for name, tensor in model.state_dict().items()},
+            "trained": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        }
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of a tensor's type, shape and bytes."""
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {crc32(raw):08x}"
+
+
+def _samples(feed: Batches | Packs) -> dict[str, dict[str, str]]:
+    """What the first, middle and last sample of each task hold: folders that are listed in another order have the same size.
+
+    Samples that are not functions of their number and of the global generators are compared with nothing.
+    """
+    found = {}
+    for pattern, source in feed.fetch.data.items():
+        if not is_indexed(source):
+            continue  # reading it would move it on
+        found[pattern] = {
+            f"sample {index}": text
+            for index in sorted({0, len(source) // 2, len(source) - 1})
+            if (text := _sample(source, index)) == _sample(source, index)
+        }
+    return found
+
+
+def _sample(source: Any, index: int) -> str:
+    with kept_generators():
+        seed_generators("agreement", index)
+        try:
+            return f"{crc32(repr(_mark(source[index])).encode()):08x}"
+        except Exception as error:
+            return type(error).__name__  # a broken sample is a matter of training
+
+
+def _mark(value: Any) -> Any:
+    """What tells a value from others, the same on every machine: of a file its name, of numbers and pictures their bytes."""
+    if isinstance(value, Mapping):
+        return sorted((str(name), _mark(part)) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return [len(value), *map(_mark, value[:8])]
+    if isinstance(value, (str, Path)):
+        return Path(value).name if len(str(value)) < 4096 else crc32(str(value).encode())
+    if isinstance(value, (int, float, type(None))):
+        return value
+    if isinstance(value, Tensor):
+        return _digest(value)
+    if isinstance(value, np.ndarray):
+        return value.shape, str(value.dtype), crc32(np.ascontiguousarray(value).tobytes())
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a picture of PIL
+        return value.size, value.mode, crc32(value.tobytes())
+    return type(value).__name__

@@ -1,0 +1,190 @@
+"""The optimisers of a recipe: which weights are decayed, which are turned as matrices, and how fast all of them move."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from multimodal.shapes import ConfigError
+from multimodal.train.recipe import Recipe
+
+MULTIPLIES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+MOMENTUM, EPS = 0.95, 1e-7  # of Muon
+QUINTIC = (  # coefficients of x, x^3 and x^5 in each step (You 2025, https://leloykun.github.io/ponder/muon-opt-coeffs)
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+FEWEST_ROWS, MOST_OBLONG = (
+    4,
+    128,
+)  # a part with fewer rows or columns, or longer by more than this, is no matrix to turn
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """The learning rate of a step (the first is step 0).
+
+    It rises linearly over `warmup` of the steps, by an equal part in each, the first one included: lr * (step + 1) / rising. The
+    last rising step has the rate lr, also where all steps rise. From there half a cosine falls to lr * final_lr, which is the rate
+    of the last step. Without a warm-up the first step has the rate lr.
+    """
+    rising = max(round(recipe.steps * recipe.warmup), 1)
+    if step < rising:
+        return recipe.lr * (step + 1) / rising
+    least, fallen = recipe.lr * recipe.final_lr, (step + 1 - rising) / (recipe.steps - rising)
+    return least + 0.5 * (recipe.lr - least) * (1 + math.cos(math.pi * fallen))
+
+
+def multiplies(model: nn.Module) -> set[str]:
+    """Names of the parameters that are matrices which multiply what comes in; only these are decayed, and only these are turned.
+
+    They are the weights of torch's linear, convolutional and recurrent layers, and what a module names in its `matrices`. All
+    others are vectors, however many of them lie side by side in one tensor: norms, biases, scales, class tokens and learned
+    starts, grids and tables of places, slots of memories, embeddings. Decay would pull them to 0 for nothing, and the embedding
+    of a rare token with every step in which it does not occur.
+    """
+    names = set()
+    for path, module in model.named_modules():
+        own = getattr(module, "matrices", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = isinstance(module, MULTIPLIES) and "bias" not in name
+            if (weight or name in own) and parameter.dim() >= 2:
+                names.add(f"{path}.{name}" if path else name)
+    return names
+
+
+def parts(model: nn.Module) -> dict[str, list[int]]:
+    """Rows of each matrix, by the name of a parameter that holds several of them one below the other.
+
+    A module says so by a method `fused`: {"weight of its": [rows, ..]}.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        own: dict[str, list[int]] = module.fused() if callable(getattr(module, "fused", None)) else {}  # type: ignore[operator]
+        if isinstance(module, nn.RNNBase):  # the matrices of its gates
+            gates = 4 if isinstance(module, nn.LSTM) else 3 if isinstance(module, nn.GRU) else 1
+            own = {n: [len(p) // gates] * gates for n, p in module.named_parameters() if n.startswith("weight_")}
+        found |= {f"{path}.{name}" if path else name: rows for name, rows in own.items()}
+    return found
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, device: torch.device, sharded: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the core's matrices with AdamW for all else.
+
+    What is decayed, `multiplies` says.
+    """
+    decayed = multiplies(model)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if recipe.optimizer == "adamw":
+        fused = device.type == "cuda" or (device.type == "cpu" and not sharded)
+        return torch.optim.AdamW(
+            _decaying(named, decayed, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=fused
+        )
+    if sharded:
+        raise ConfigError(
+            "Recipe: optimizer='muon' needs whole matrices, which parallel='fsdp' shares out; use one of them"
+        )
+    rows = parts(model)
+    turned = {
+        name: (p, rows.get(name, [p.shape[0]]))
+        for name, p in named
+        if name in decayed and name.startswith("core.") and p.dim() == 2
+    }
+    turned = {name: (p, r) for name, (p, r) in turned.items() if all(_is_matrix(n, p.shape[1]) for n in r)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "weight_decay": recipe.weight_decay, "rows": r} for p, r in turned.values()
+    ]
+    rest = [(name, p) for name, p in named if name not in turned]
+    groups += _decaying(rest, decayed, recipe.weight_decay)
+    return Muon(groups, lr=recipe.lr, betas=recipe.betas)
+
+
+def _decaying(named: list[tuple[str, nn.Parameter]], decayed: set[str], weight_decay: float) -> list[dict[str, Any]]:
+    groups = [
+        {"params": [p for name, p in named if (name in decayed) == yes], "weight_decay": weight_decay if yes else 0.0}
+        for yes in (False, True)
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _is_matrix(rows: int, columns: int) -> bool:
+    short, long = sorted((rows, columns))
+    return short >= FEWEST_ROWS and long <= MOST_OBLONG * short
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (Jordan et al. 2024), each part of a fused one by itself, and AdamW for the rest.
+
+    A group with `rows` holds one parameter: the rows of each matrix in it. An update is as large as AdamW's usually are, .2 a
+    weight (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both take the same rate.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0, "rows": None})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            learning = [p for p in group["params"] if p.grad is not None]
+            if group["rows"] is None:
+                self._adam(learning, group)
+            else:
+                for parameter in learning:
+                    self._turn(parameter, group)
+
+    def _turn(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        momentum = state["momentum_buffer"].lerp_(grad, 1 - MOMENTUM)
+        for part, own in zip(parameter.split(group["rows"]), momentum.split(group["rows"]), strict=True):
+            part.add_(orthogonal(own), alpha=-group["lr"] * 0.2 * max(own.shape) ** 0.5)
+
+    def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=EPS,
+            maximize=False,
+        )
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix whose singular values are all 1, roughly: five Newton-Schulz steps leave them between .7 and 1.3.
+
+    A singular value below a thousandth of the largest ones stays smaller.
+    """
+    # a CPU without bfloat16 units is 20 times slower by it
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    x = x / x.norm().clamp(min=EPS)
+    for a, b, c in QUINTIC:
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.T if tall else x).to(matrix.dtype)
