@@ -11,7 +11,7 @@ from multimodal.attention import Layout
 from multimodal.attention.plan import is_split
 from multimodal.data import kept_generators
 from multimodal.data.sources import is_indexed, weighed
-from multimodal.masks import LAW, PREFIX_LM, Rule
+from multimodal.masks import LAW, PREFIX_LM, Alone, Rule
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
@@ -121,7 +121,7 @@ def _wanted(share: float) -> float:
 
 def seen_pairs(rule: Rule, layout: Layout) -> int:
     """How many (query, key) pairs of a pack the mask lets meet, by the mask itself."""
-    rule = rule if rule == PREFIX_LM else LAW & rule
+    rule = rule if rule == PREFIX_LM else LAW & Alone(rule)
     found, start = 0, 0
     for span in layout.spans:
         here = layout.places[start : start + span.total]
