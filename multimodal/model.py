@@ -91,7 +91,7 @@ class Model(nn.Module):
         parts = [
             part
             for m in self.core.modules()
-            if isinstance(m, Mechanism) and m.name.endswith("self")
+            if isinstance(m, Mechanism) and m.name.endswith(" self")
             for part in (m.score, *m.priors, *m.factors)
         ]
         return min((part.most for part in parts if part.most is not None), default=None)

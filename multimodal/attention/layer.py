@@ -11,6 +11,7 @@ from multimodal.attention.layout import Plan
 from multimodal.attention.mechanism import Mechanism
 from multimodal.norm import RMSNorm
 from multimodal.positions import rotate
+from multimodal.weights import draw_in, draw_out
 
 
 class Attention(nn.Module):
@@ -45,6 +46,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias=False)
         self.norm_q = RMSNorm(self.key_width) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+
+    def draw(self, depth: int) -> None:
+        """Draw the first weights, for a core of so many blocks."""
+        draw_in(self.qkv)
+        draw_out(self.out, depth)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer
 from multimodal.masks import Pairs, Prior, everyone
 from multimodal.norm import is_untouched
 from multimodal.shapes import ConfigError
+from multimodal.weights import draw_in, draw_out
 
 
 def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read | None) -> None:
@@ -90,6 +91,9 @@ class _Self(Body):
         super().__init__(out)
         self.attention = attention
 
+    def draw(self, depth: int) -> None:
+        self.attention.draw(depth)
+
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
         turns, plan = context.turns(self.attention.key_width), None
         if wanted_N is None:
@@ -121,6 +125,9 @@ class _Cross(Body):
     def __init__(self, attention: Attention, out: int) -> None:
         super().__init__(out)
         self.attention = attention
+
+    def draw(self, depth: int) -> None:
+        self.attention.draw(depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         if context.crossing is None or context.memory_MD is None or context.memory_turns is None:
@@ -169,6 +176,10 @@ class _Persistent(Body):
         self.key_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, key))
         self.value_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, value) * key**-0.5)
         self.out = nn.Linear(self.heads * value, self.out_width, bias=False)
+
+    def draw(self, depth: int) -> None:
+        draw_in(self.query)
+        draw_out(self.out, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))

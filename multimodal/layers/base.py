@@ -173,6 +173,9 @@ class Body(nn.Module):
         super().__init__()
         self.out_width = out_width
 
+    def draw(self, depth: int) -> None:
+        """Draw the first weights anew, in a core of so many blocks, once all of it is made; unless a layer says how, they stay."""
+
 
 @dataclass
 class Context:

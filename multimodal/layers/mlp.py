@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes
+from multimodal.weights import draw_in, draw_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,10 @@ class _MLP(Body):
         super().__init__(out)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, out, bias=False)
+
+    def draw(self, depth: int) -> None:
+        draw_in(self.gate_up)
+        draw_out(self.down, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         gate, up = self.gate_up(stream_TD).chunk(2, dim=-1)
