@@ -85,7 +85,11 @@ class Tokenizer(Declared, ABC):
         return None
 
     def embed(self, width: int) -> nn.Module:
-        """Make the learnable half: a module from content to (N, width)."""
+        """Make the learnable half: a module from content to (N, width).
+
+        Features come in the precision of the weights. A module with an attribute `full_precision = True` gets them in float32 at
+        least: places among them, which bfloat16 would round to the same number, stay apart.
+        """
         if self.vocab_size is not None:
             table = nn.Embedding(self.vocab_size, width)
             nn.init.normal_(table.weight, std=0.02)
