@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import multimodal as mm
 from multimodal.layers import Add, Body, Concat, Context, Gated, Layer, Merge, Replace
 from multimodal.masks import PREFIX_LM, InTurn, Places, Prior, Rule
+from multimodal.verify import verify
 from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, TextBytes
 
 
@@ -264,3 +265,24 @@ def test_fault_74_every_layer_takes_every_kind_in_half_precision(name: str, prec
         for task in model.tasks:
             if "<->" not in task:
                 assert len(model.generate(task, samples, max_tokens=3)) == 2
+
+
+def test_fault_75_values_of_any_width_beside_any_number_of_heads() -> None:
+    """Odd values beside odd numbers of heads: packed = alone, and cached = read in one pass."""
+    for width, heads, qk_norm in ((1, 1, False), (5, 3, False), (5, 1, True)):
+        block = (mm.SelfAttention(value_width=width, heads=3, kv_heads=heads, key_width=6), mm.MLP())
+        core = mm.Core(width=12, depth=1, heads=1, qk_norm=qk_norm, block=block)
+        result = verify(mm.Model({"text": TextBytes()}, core, ["text -> out:text"]))
+        assert result.passed, str(result)
+
+
+def test_fault_75a_an_odd_key_width_is_refused_where_places_turn_it() -> None:
+    def core(**settings: Any) -> mm.Core:
+        return mm.Core(width=16, depth=1, heads=2, block=(mm.SelfAttention(key_width=5),), **settings)
+
+    with pytest.raises(
+        mm.ConfigError, match=r"SelfAttention: key_width=5 is odd, .*; try key_width=6, or a core with rot"
+    ):
+        core().build()
+    kinds = {"text": TextBytes()}
+    assert verify(mm.Model(kinds, core(rotary_split=(0, 0, 0)), ["text -> out:text"])).passed

@@ -62,6 +62,11 @@ class _Attend(Layer):
         assert keys is not None
         heads = self.heads or core.heads
         score, read = self.score or core.score, self.read or core.read
+        if keys.key_width % 2 and score.turned and any(core.rotary_split):
+            raise ConfigError(
+                f"{type(self).__name__}: key_width={keys.key_width} is odd, but rotary places turn pairs of numbers; "
+                f"try key_width={keys.key_width + 1}, or a core with rotary_split=(0, 0, 0)"
+            )
         return Attention(
             width,
             heads,
