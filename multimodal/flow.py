@@ -66,6 +66,11 @@ class FlowMatching(Head):
                 f"FlowMatching: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
                 f"{tokenizer.length}; bring it to that size first"
             )
+        if not len(tokens):
+            raise StreamError(
+                "FlowMatching: the answer is empty, but features are written one at least, as only then it may stop; "
+                "leave this sample out"
+            )
         return tokens.content[:, : tokenizer.written_features]
 
     def readout(self, width: int, tokenizer: Tokenizer) -> "FlowReadout":
