@@ -317,11 +317,9 @@ class Transformer(nn.Module):
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = RMSNorm(core.width)
         self._count()
-        for name, weight in self.named_parameters():
-            # an outline is not drawn, which is slow
-            if weight.dim() == 2 and name.endswith(_DRAWN) and not weight.is_meta:
-                last = name.endswith(_LAST)
-                nn.init.normal_(weight, std=0.02 / (2 * core.depth) ** 0.5 if last else 0.02)
+        if not self.norm.weight.is_meta:  # an outline is not drawn, which is slow
+            for sublayer in self.sublayers():
+                sublayer.body.draw(core.depth)
         self._turning: dict[int, tuple[Tensor, Tensor]] = {}
 
     def sublayers(self) -> Iterator[Sublayer]:
@@ -353,7 +351,7 @@ class Transformer(nn.Module):
                         counts[what] += 1
                 width = sublayer.width
         # what looks elsewhere than at its own stream does not go through the stream's plan
-        self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism) and m.name.endswith("self"))
+        self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism) and m.name.endswith(" self"))
 
     def forward(
         self,
@@ -411,10 +409,6 @@ class Transformer(nn.Module):
             return rotary_turns(position_TA, axis_K, frequency_K)
 
         return turns
-
-
-_DRAWN = ("qkv.weight", "out.weight", "gate_up.weight", "down.weight", "query.weight")
-_LAST = ("out.weight", "down.weight")
 
 
 @lru_cache(64)

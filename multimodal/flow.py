@@ -66,6 +66,11 @@ class FlowMatching(Head):
                 f"FlowMatching: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
                 f"{tokenizer.length}; bring it to that size first"
             )
+        if not len(tokens):
+            raise StreamError(
+                "FlowMatching: the answer is empty, but features are written one at least, as only then it may stop; "
+                "leave this sample out"
+            )
         return tokens.content[:, : tokenizer.written_features]
 
     def readout(self, width: int, tokenizer: Tokenizer) -> "FlowReadout":
@@ -191,9 +196,9 @@ class FlowReadout(Readout):
     def velocity(self, x_NF: Tensor, time_N: Tensor, condition_NF: Tensor) -> Tensor:
         """Where points (N, F) go at times (N, 1) in 0..1, by condition (N, width of the network)."""
         x_NF = x_NF.to(self.enter.weight.dtype)
-        turns = sine_cosine(100 * time_N.to(x_NF), condition_NF.shape[1], base=1000.0).to(
-            x_NF
-        )  # 100 to 0.1 radians in all
+        time_N = time_N.to(torch.promote_types(x_NF.dtype, torch.float32))
+        # 100 to 0.1 radians in all
+        turns = sine_cosine(100 * time_N, condition_NF.shape[1], base=1000.0).to(x_NF)
         condition_NF = F.silu(condition_NF + self.time(turns))
         h = self.enter(x_NF)
         for block in self.blocks:

@@ -174,6 +174,10 @@ class Classify(Head):
         _check_smoothing(self)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        if not len(tokens):
+            raise StreamError(
+                "Classify: the answer is empty, but a class is one token; name one, or leave this sample out"
+            )
         if len(tokens) != 1:
             raise StreamError(
                 f"Classify: the answer has {len(tokens)} tokens, but a class is one; NextToken writes more than one"

@@ -5,7 +5,7 @@ matrix, the block-sparse backend for single index pairs, the cached decoder for 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ class Places:
 
     def __getitem__(self, index) -> "Places":
         return Places(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @property
+    def alone(self) -> "Places":
+        """The same as if the pack held one sample: what a rule answers must not depend on where in a pack a sample lies."""
+        return replace(self, sample=torch.zeros_like(self.sample))
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Pairs:
         if self.allowed is None:
             return self.k.order.new_full((1, 1, 1), self.k.order.shape[-1])
         return self.allowed.sum(-1, keepdim=True)
+
+    @property
+    def alone(self) -> "Pairs":
+        """The same as if the pack held one sample; keys that are nobody's, as of a learned memory, are then of this one."""
+        return replace(self, q=self.q.alone, k=self.k.alone)
 
     @property
     def closed(self) -> Tensor | None:
@@ -260,6 +270,20 @@ class Chunked(Rule):
 
     def allows(self, q: Places, k: Places) -> Tensor:
         return k.order // self.size <= q.order // self.size
+
+
+@dataclass(frozen=True)
+class Alone(Rule):
+    """A rule that is asked as if each sample were alone in its pack."""
+
+    rule: Rule
+
+    @property
+    def reach(self) -> int | None:
+        return self.rule.reach
+
+    def allows(self, q: Places, k: Places) -> Tensor:
+        return self.rule.allows(q.alone, k.alone)
 
 
 PREFIX_LM: Rule = SameSample() & (Causal() | Prefix())

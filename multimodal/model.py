@@ -97,7 +97,7 @@ class Model(nn.Module):
         parts = [
             part
             for m in self.core.modules()
-            if isinstance(m, Mechanism) and m.name.endswith("self")
+            if isinstance(m, Mechanism) and m.name.endswith(" self")
             for part in (m.score, *m.priors, *m.factors)
         ]
         return min((part.most for part in parts if part.most is not None), default=None)
@@ -131,9 +131,12 @@ class Model(nn.Module):
             query = self.readouts[kind.removeprefix("head:")].query
             assert isinstance(query, Tensor)
             return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
+        module, dtype = self.embeds[kind], self.core.norm.weight.dtype
         if content.is_floating_point():
-            content = content.to(self.core.norm.weight.dtype)
-        return self.embeds[kind](content)
+            full = getattr(module, "full_precision", False)
+            content = content.to(torch.promote_types(dtype, torch.float32) if full else dtype)
+        rows = module(content)
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(dtype)
 
     def rows(self, stream: Stream) -> Tensor:
         """The embedded tokens (T, D) of a packed stream: what the core reads."""

@@ -228,8 +228,14 @@ class Packer:
             tokenizer = self.tokenizers[kind]
             if hidden:
                 tokens = Tokens(hidden[0].content[hidden[1]], hidden[0].position_NA[hidden[1]])
+            elif values[pattern.answer] is None:
+                nothing = " ('' is an answer too: nothing is written)" if tokenizer.text else ""
+                raise StreamError(
+                    f"{where}: field {pattern.answer!r} is None, that is not given, but it is what is learned; "
+                    f"give its value{nothing}, or leave this sample out"
+                )
             else:
-                tokens = self.encode(kind, values[pattern.answer], where, pattern.answer)
+                tokens = self.encode(kind, values[pattern.answer], where, pattern.answer, empty=True)
             try:
                 if pointed_N is None:
                     target = head.target(tokens, context, tokenizer)
@@ -239,7 +245,7 @@ class Packer:
                     tokens = Tokens(tokens.content, read.position_NA[pointed_N])
             except StreamError as error:
                 raise StreamError(f"{where}: {error}") from None
-            if head.writes:
+            if head.writes and len(tokens):
                 segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
         elif begun is not None:
             if not head.writes:
@@ -324,12 +330,12 @@ class Packer:
             for field in self.patterns[pattern_text].reads
         }
 
-    def encode(self, kind: str, value: Any, where: str, name: str) -> Tokens:
-        """The tokens of one value of one field; a MediaError says where it stands."""
+    def encode(self, kind: str, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
+        """The tokens of one value of one field, none if it may be `empty`; a MediaError says where it stands."""
         if isinstance(value, Tokens):
             return value
         try:
-            return self.tokenizers[kind](value)
+            return self.tokenizers[kind](value, empty=empty)
         except ValueError as error:
             raise MediaError(f"{where}, field {name!r}: {shortened(error, 500)}") from error
 

@@ -37,11 +37,15 @@ def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
     if not turns.is_complex():
         (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    if x_THK.storage_offset() % 2 or any(step % 2 for step in x_THK.stride()[:-1]):  # no complex numbers begin there
+        pairs = pairs.contiguous()
     return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
 
 
 def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
     """Fixed encoding (N, width): an equal share of sines and cosines for each of the place's axes (after Vaswani et al. 2017).
+
+    Angles are computed in float32 at least; places that come rounded stay so.
 
     Raises:
         ConfigError: width does not divide into pairs for every axis.
@@ -52,6 +56,7 @@ def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
             f"sine_cosine: width={width} is not a multiple of {2 * axes}; use one that is, or another position scheme"
         )
     pairs = width // (2 * axes)
+    place_NA = place_NA.to(torch.promote_types(place_NA.dtype, torch.float32))
     frequency_K = base ** (-torch.arange(pairs, device=place_NA.device) / pairs)
     angle = place_NA[:, :, None] * frequency_K
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
@@ -60,7 +65,8 @@ def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
 class LearnedGrid(nn.Module):
     """A learned picture of `size` x `size` places, stretched over whatever grid comes (as ViTs resize theirs).
 
-    Input: (N, 2) places as fractions of height and width, in 0..1. Output: (N, width), bilinear between grid points.
+    Input: (N, 2) places as fractions of height and width, in 0..1, in float32 at least. Output: (N, width) in that precision,
+    bilinear between grid points.
     """
 
     def __init__(self, width: int, size: int) -> None:
@@ -69,6 +75,6 @@ class LearnedGrid(nn.Module):
 
     def forward(self, fraction_NA: Tensor) -> Tensor:
         yx = fraction_NA.flip(-1) * 2 - 1  # grid_sample wants (x, y) in -1..1
-        grid = self.grid_DYX[None]
-        sampled = F.grid_sample(grid, yx[None, None].to(grid.dtype), align_corners=False, padding_mode="border")
+        grid = self.grid_DYX[None].to(yx.dtype)
+        sampled = F.grid_sample(grid, yx[None, None], align_corners=False, padding_mode="border")
         return sampled[0, :, 0].T

@@ -72,6 +72,11 @@ class Tokenizer(Declared, ABC):
         """Turn tokens back into a value, if this kind can be written."""
         raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
 
+    def wanted(self, value: Any) -> Any:
+        """What an answer has to be to be right, which measures compare it with: of a text itself, of other kinds what they write
+        for this value (the name of a class that was given by its number)."""
+        return value if self.text else self.decode(self(value, empty=True))
+
     @property
     def written_features(self) -> int | None:
         """How many of the features are written, the first so many; the others follow from the place (see `fed_back`)."""
@@ -86,7 +91,11 @@ class Tokenizer(Declared, ABC):
         return None
 
     def embed(self, width: int) -> nn.Module:
-        """Make the learnable half: a module from content to (N, width)."""
+        """Make the learnable half: a module from content to (N, width).
+
+        Features come in the precision of the weights. A module with an attribute `full_precision = True` gets them in float32 at
+        least: places among them, which bfloat16 would round to the same number, stay apart.
+        """
         if self.vocab_size is not None:
             table = nn.Embedding(self.vocab_size, width)
             nn.init.normal_(table.weight, std=0.02)
@@ -97,8 +106,10 @@ class Tokenizer(Declared, ABC):
             )
         return nn.Linear(self.feature_size, width)
 
-    def __call__(self, value: Any) -> Tokens:
+    def __call__(self, value: Any, *, empty: bool = False) -> Tokens:
         """Encode with the checks that make every later error impossible; names this class in what it raises.
+
+        empty: the value may have no tokens, as what is written may: an empty text is a text.
 
         Raises:
             MediaError: no tokens, too many, not finite, or of another shape or type than declared.
@@ -121,7 +132,7 @@ class Tokenizer(Declared, ABC):
                     f"{name}.encode: {part} is {describe(tensor)}, wanted a tensor with a row for each token"
                 )
         count = len(tokens)
-        if count == 0:
+        if count == 0 and not empty:
             raise MediaError(
                 f"{name}.encode: {describe(value)} gave no tokens; to leave a field out of a sample, give None"
             )
@@ -130,6 +141,10 @@ class Tokenizer(Declared, ABC):
                 f"{name}.encode: {describe(value)} gave {count} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
+        if not count:  # of nothing it matters little how it was made
+            shape = (0,) if self.vocab_size is not None else (0, self.feature_size or 0)
+            dtype = torch.int64 if self.vocab_size is not None else torch.float32
+            return Tokens(torch.zeros(shape, dtype=dtype), torch.zeros(0, 3))
         if position_NA.shape != (count, 3) or position_NA.dtype != torch.float32:
             raise MediaError(
                 f"{name}.encode: position is {position_NA.dtype} {tuple(position_NA.shape)}, "

@@ -330,11 +330,11 @@ GOOD = {
         (TaskError, "text -> label", {"label": "-"}, "the sample has no field 'label'"),
         (TaskError, "image -> lable", {}, "there is no task 'image -> lable'"),
         (MediaError, "text -> label", {"text": 3}, "{sample}, field 'text': TextBytes.encode: wanted text (str), not int 3"),
-        (MediaError, "text -> label", {"text": ""}, "{sample}, field 'text': TextBytes.encode: the text is empty"),
+        (MediaError, "text -> label", {"text": ""}, "{sample}, field 'text': TextBytes.encode: str '' gave no tokens"),
         (MediaError, "text -> label", {"label": "d"}, "{sample}, field 'label': Labels.encode: 'd' is not one of"),
-        (MediaError, "text -> text", {"answer": ""}, "{sample}, field 'answer'"),
+        (StreamError, "text -> text", {"answer": None}, "{sample}: field 'answer' is None, that is not given"),
     ],
-    ids=["long target", "all None, CTC", "no image", "no label", "no task", "not text", "no text", "no class", "empty answer"],
+    ids=["long target", "all None, CTC", "no image", "no label", "no task", "not text", "no text", "no class", "no answer"],
 )  # fmt: skip
 def test_a_bad_sample_is_named(error, task, change, message):
     packer = mm.Packer(SMALL, [*TASKS, "image text -> label", "text -> text", mm.Task("text -> ctc:story", mm.CTC())])

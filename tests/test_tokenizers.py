@@ -424,7 +424,7 @@ def test_bytes_that_are_no_text_decode_with_a_mark() -> None:
 def test_not_a_text(bpe: TextBPE, name: str) -> None:
     tokenizer = bpe if name == "TextBPE" else TextBytes()
     for value, message in [
-        ("", "the text is empty; to leave a field out of a sample, give None"),
+        ("", "str '' gave no tokens; to leave a field out of a sample, give None"),
         (None, r"wanted text \(str\), not NoneType None"),
         (7, r"wanted text \(str\), not int 7"),
         (b"abc", r"wanted text \(str\), not bytes b'abc'"),

@@ -11,6 +11,7 @@ from multimodal.attention.layout import Plan
 from multimodal.attention.mechanism import Mechanism
 from multimodal.norm import RMSNorm
 from multimodal.positions import rotate
+from multimodal.weights import draw_in, draw_out
 
 
 class Attention(nn.Module):
@@ -49,6 +50,11 @@ class Attention(nn.Module):
     def fused(self) -> dict[str, list[int]]:
         """For optimisers of matrices: queries, keys and values are three."""
         return {"qkv.weight": self.rows}
+
+    def draw(self, depth: int) -> None:
+        """Draw the first weights, for a core of so many blocks."""
+        draw_in(self.qkv)
+        draw_out(self.out, depth)
 
     def forward(
         self,

@@ -130,8 +130,9 @@ class Mechanism(nn.Module):
         _check(self.prior, "log_prior", log_joint, wanted)
         read, weight, choice = self.read.read(log_joint, v_BMHK, self.training)
         if self.factors:
+            asked = pairs.alone
             for factor, weights in zip(self.factors, self.prior_weights[len(self.priors) :], strict=True):
-                weight = weight * factor.log_prior(pairs, q_BTHK, weights).exp()
+                weight = weight * factor.log_prior(asked, q_BTHK, weights).exp()
             read = mean_of(v_BMHK, weight)
         read = read.masked_fill(empty.transpose(1, 2), 0.0)
         if trace is not None:
@@ -145,8 +146,9 @@ class Mechanism(nn.Module):
         """(B, H, T, M) or what broadcasts to it, and (B, H, T, 1): where a query sees nothing; there it is 0, so nothing is NaN."""
         shape = torch.broadcast_shapes(pairs.q.order.shape, pairs.k.order.shape)
         total = q_BTHK.new_zeros((shape[0], 1, *shape[1:]), dtype=torch.float32)
+        asked = pairs.alone  # which sample of its pack a query is of, no prior may know
         for prior, weights in zip(self.priors, self.prior_weights, strict=False):
-            total = total + prior.log_prior(pairs, q_BTHK, weights)
+            total = total + prior.log_prior(asked, q_BTHK, weights)
         closed = pairs.closed
         if closed is not None:
             total = total.masked_fill(closed[:, None], -math.inf)

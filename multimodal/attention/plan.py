@@ -21,7 +21,7 @@ from multimodal.attention.gpu import FlexPlan, VarlenPlan
 from multimodal.attention.kept import AppendPlan, FillingPlan, StepPlan
 from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
 from multimodal.attention.mechanism import Mechanism, Trace, rows_of
-from multimodal.masks import LAW, PREFIX_LM, Pairs, Places, Rule
+from multimodal.masks import LAW, PREFIX_LM, Alone, Pairs, Places, Rule
 from multimodal.shapes import ConfigError, did_you_mean
 
 LONG = 1024  # tokens, from which on a prefix-LM is read in two calls: masks of shorter samples are small, and cost less
@@ -52,7 +52,7 @@ def plan_attention(
         StreamError: new tokens that those in the cache would have had to see.
     """
     if rule != PREFIX_LM:
-        rule = LAW & rule  # packing and the order of writing are not for a rule to give away
+        rule = LAW & Alone(rule)  # packing and the order of writing are not for a rule to give away
     if cache is not None:
         rows = list(cache.rows[: len(layout.spans)])
         if any(cache.length[row] for row in rows):

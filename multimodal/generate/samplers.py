@@ -252,7 +252,7 @@ def _continuations(values: tuple[str, ...], tokenizer: Tokenizer) -> dict[tuple[
     """For each beginning of one of the values, what may follow; None stands for the end."""
     after: dict[tuple[int, ...], set[int | None]] = {}
     for value in values:
-        ids = tokenizer(value).content.tolist()
+        ids = tokenizer(value, empty=True).content.tolist()
         for i in range(len(ids) + 1):
             after.setdefault(tuple(ids[:i]), set()).add(ids[i] if i < len(ids) else None)
     return after

@@ -12,6 +12,7 @@ from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer
 from multimodal.masks import Pairs, Prior, everyone
 from multimodal.norm import is_untouched
 from multimodal.shapes import ConfigError
+from multimodal.weights import draw_in, draw_out
 
 
 def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read | None) -> None:
@@ -61,6 +62,11 @@ class _Attend(Layer):
         assert keys is not None
         heads = self.heads or core.heads
         score, read = self.score or core.score, self.read or core.read
+        if keys.key_width % 2 and score.turned and any(core.rotary_split):
+            raise ConfigError(
+                f"{type(self).__name__}: key_width={keys.key_width} is odd, but rotary places turn pairs of numbers; "
+                f"try key_width={keys.key_width + 1}, or a core with rotary_split=(0, 0, 0)"
+            )
         return Attention(
             width,
             heads,
@@ -89,6 +95,9 @@ class _Self(Body):
     def __init__(self, attention: Attention, out: int) -> None:
         super().__init__(out)
         self.attention = attention
+
+    def draw(self, depth: int) -> None:
+        self.attention.draw(depth)
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
         turns, plan = context.turns(self.attention.key_width), None
@@ -121,6 +130,9 @@ class _Cross(Body):
     def __init__(self, attention: Attention, out: int) -> None:
         super().__init__(out)
         self.attention = attention
+
+    def draw(self, depth: int) -> None:
+        self.attention.draw(depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         if context.crossing is None or context.memory_MD is None or context.memory_turns is None:
@@ -169,6 +181,10 @@ class _Persistent(Body):
         self.key_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, key))
         self.value_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, value) * key**-0.5)
         self.out = nn.Linear(self.heads * value, self.out_width, bias=False)
+
+    def draw(self, depth: int) -> None:
+        draw_in(self.query)
+        draw_out(self.out, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))

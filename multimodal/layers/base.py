@@ -119,6 +119,8 @@ class CoreSettings(Protocol):
     @property
     def qk_norm(self) -> bool: ...
     @property
+    def rotary_split(self) -> tuple[int, ...]: ...
+    @property
     def score(self) -> Score: ...
     @property
     def prior(self) -> Prior | None: ...
@@ -178,6 +180,9 @@ class Body(nn.Module):
     def __init__(self, out_width: int) -> None:
         super().__init__()
         self.out_width = out_width
+
+    def draw(self, depth: int) -> None:
+        """Draw the first weights anew, in a core of so many blocks, once all of it is made; unless a layer says how, they stay."""
 
 
 @dataclass

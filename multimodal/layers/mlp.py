@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes
+from multimodal.weights import draw_in, draw_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class _MLP(Body):
     def fused(self) -> dict[str, list[int]]:
         """For optimisers of matrices: gate and up are two."""
         return {"gate_up.weight": [self.down.in_features] * 2}
+
+    def draw(self, depth: int) -> None:
+        draw_in(self.gate_up)
+        draw_out(self.down, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         gate, up = self.gate_up(stream_TD).chunk(2, dim=-1)

@@ -12,7 +12,7 @@ from multimodal.attention.plan import is_split
 from multimodal.data import kept_generators
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import is_indexed, weighed
-from multimodal.masks import LAW, PREFIX_LM, Rule
+from multimodal.masks import LAW, PREFIX_LM, Alone, Rule
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
@@ -122,7 +122,7 @@ def _wanted(share: float) -> float:
 
 def seen_pairs(rule: Rule, layout: Layout) -> int:
     """How many (query, key) pairs of a pack the mask lets meet, by the mask itself."""
-    rule = rule if rule == PREFIX_LM else LAW & rule
+    rule = rule if rule == PREFIX_LM else LAW & Alone(rule)
     found, start = 0, 0
     for span in layout.spans:
         here = layout.places[start : start + span.total]

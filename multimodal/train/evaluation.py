@@ -1,5 +1,7 @@
 """How good a model is on held-out data."""
 
+from typing import Any
+
 import torch
 
 from multimodal.contrast import evaluate_pairs
@@ -16,7 +18,8 @@ from multimodal.train.processes import Processes
 def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
     """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`).
 
-    Of a task "a <-> b" the recall at 1 and 10 both ways instead; of one whose head hides, the loss only.
+    A text is right if it is the one that was given, whatever its tokenizer makes of that. Of a task "a <-> b" the recall at 1 and
+    10 both ways instead; of one whose head hides or writes features, the loss only.
     """
     model.packer.check_task(task)
     check_whole("evaluate", least=1, batch=batch)
@@ -30,6 +33,7 @@ def measured(model: Model, task: str, samples: Samples, processes: Processes, ba
     if pattern.pair:  # each process looks at all of them, as recall is among all samples
         return evaluate_pairs(model, task, samples, batch=batch)
     written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)
+    exact = not (head.hides or head.continuous)  # features are never exactly right; the loss says how near they are
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
     for start in range(0, len(mine), batch):
@@ -39,17 +43,27 @@ def measured(model: Model, task: str, samples: Samples, processes: Processes, ba
         if head.writes or head.hides:
             with model.resting():
                 total += float(model.losses(stream)[task])
-            if head.hides:
-                continue  # features are never exactly right; the loss says how near they are
+            if not exact:
+                continue
             longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
             answers = model.generate(task, part, max_tokens=longest)
         else:
             loss, answers = _at_once(model, task, stream)
             total += loss
         for sample, answer in zip(part, answers, strict=True):
-            right += answer.value == written.decode(written(sample[pattern.answer]))
+            right += _equal(answer.value, written.wanted(sample[pattern.answer]))
     total, count, right = processes.sum(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
-    return {"loss": total / count} | ({} if head.hides else {"exact": right / len(samples)})
+    return {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are, also if they are arrays or hold some."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if getattr(a, "shape", None) != getattr(b, "shape", None):
+        return False
+    same = a == b
+    return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
 def _at_once(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction]]:

@@ -391,7 +391,10 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
     if packer.head(task).writes and pattern.answer in sample:
         fields[pattern.answer] = pattern.writes.kind
     return {
-        name: None if sample[name] is None else packer.tokenizers[kind](sample[name]) for name, kind in fields.items()
+        name: None
+        if sample[name] is None
+        else packer.tokenizers[kind](sample[name], empty=name == pattern.answer and name in fields)
+        for name, kind in fields.items()
     }
 
 

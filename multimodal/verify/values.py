@@ -130,7 +130,7 @@ class Ready(Tokenizer):
     def encode(self, value: Any) -> Tokens:
         return value
 
-    def __call__(self, value: Any) -> Tokens:
+    def __call__(self, value: Any, *, empty: bool = False) -> Tokens:
         return value
 
     def decode(self, tokens: Tokens) -> Any:

@@ -180,6 +180,8 @@ def _grid(rows: int, columns: int) -> Tensor:
 class _PatchEmbed(nn.Module):
     """Pixels by a linear layer, plus the position scheme's encoding of (row, column)."""
 
+    full_precision = True  # neighbouring places far from the corner are one number in bfloat16
+
     def __init__(self, tokenizer: ImagePatches, width: int) -> None:
         super().__init__()
         self.pixels, self.position = tokenizer.pixel_features, tokenizer.position
@@ -189,7 +191,7 @@ class _PatchEmbed(nn.Module):
             sine_cosine(torch.zeros(1, 2), width)  # complain about the width now, not at the first picture
 
     def forward(self, content_NF: Tensor) -> Tensor:
-        embedded_ND = self.linear(content_NF[:, : self.pixels])
+        embedded_ND = self.linear(content_NF[:, : self.pixels].to(self.linear.weight.dtype))
         place_NA = content_NF[:, self.pixels :]
         if self.learned is not None:
             return embedded_ND + self.learned(place_NA)

@@ -1,5 +1,8 @@
 """Text as UTF-8 bytes (no files, the default) and as byte-pair pieces on Hugging Face's tokenizers."""
 
+import json
+import unicodedata
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,8 +20,6 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 def _checked(value: Any, who: str) -> str:
     if not isinstance(value, str):
         raise MediaError(f"{who}.encode: wanted text (str), not {describe(value)}")
-    if not value:
-        raise MediaError(f"{who}.encode: the text is empty; to leave a field out of a sample, give None")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -29,7 +30,7 @@ def _checked(value: Any, who: str) -> str:
 
 
 def _tokens(ids: list[int]) -> Tokens:
-    return Tokens(torch.tensor(ids), at_times(torch.arange(len(ids), dtype=torch.float32)))
+    return Tokens(torch.tensor(ids, dtype=torch.long), at_times(torch.arange(len(ids), dtype=torch.float32)))
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class TextBPE(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016), trained, saved and loaded as a `tokenizer.json`.
 
     Make one with `TextBPE.train(texts, vocab_size=8192)` or `TextBPE.open("tokenizer.json")`. Nothing in a text is taken
-    for a special token.
+    for a special token, nothing is added to it, cut off or left to chance, whatever the file says.
     """
 
     spec: str = field(repr=False)  # the whole text of tokenizer.json
     causal: bool = False
+    lossy: bool = False  # whether texts may be changed or lose characters; if not, such a text is refused
     text = True
 
     def __post_init__(self) -> None:
@@ -95,28 +97,62 @@ class TextBPE(Tokenizer):
         return cls(hf.to_str(), causal)
 
     @classmethod
-    def open(cls, path: str | Path, *, causal: bool = False) -> Self:
-        """Read a tokenizer.json, ours or anybody's."""
+    def open(cls, path: str | Path, *, causal: bool = False, lossy: bool = False) -> Self:
+        """Read a tokenizer.json, ours or anybody's, and try it on texts of many scripts.
+
+        lossy: take a file that changes texts or loses characters, such as one without an unknown token or with one for many. What
+        the file's own normaliser does to case and Unicode forms counts as no change. BPE dropout is switched off with a warning.
+
+        Raises:
+            ConfigError: no tokenizer.json; or it changes texts, with examples, and `lossy` was not given.
+        """
         path = Path(path)
         if not path.is_file():
             raise MediaError(f"TextBPE.open: there is no file {str(path)!r}")
         try:
-            return cls(path.read_text(encoding="utf-8"), causal)
+            opened = cls(path.read_text(encoding="utf-8"), causal, lossy)
         except ValueError as error:
             raise ConfigError(f"TextBPE.open: cannot read {str(path)!r}: {error}") from error
+        if dropout := _dropout(opened.spec):
+            warnings.warn(
+                f"TextBPE.open: {str(path)!r} has a BPE dropout of {dropout:g}; it is switched off, so that a text always gives "
+                "the same tokens",
+                stacklevel=2,
+            )
+        if not lossy and (changed := _changed(opened.spec)):
+            text, back = next(iter(changed.items()))
+            lost = sorted({c for t, b in changed.items() for c in t if c not in b and not c.isspace()})
+            shown = f"; it loses {' '.join(lost[:40])}{' ..' if len(lost) > 40 else ''}" if lost else ""
+            raise ConfigError(
+                f"TextBPE.open: {str(path)!r} changes {len(changed)} of {len(PROBES)} texts, such as {text!r} into {back!r}"
+                f"{shown}; take another file, or open it with lossy=True if that does not matter"
+            )
+        return opened
 
     def write(self, path: str | Path) -> None:
         """Write tokenizer.json."""
         Path(path).write_text(self.spec, encoding="utf-8")
 
     def encode(self, value: Any) -> Tokens:
-        return _tokens(self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids)
+        ids = self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids
+        if not self.lossy and not _is_exact(self.spec):
+            back = self._hf.decode(ids, skip_special_tokens=False)
+            if not _same(self._hf, value, back):
+                raise MediaError(
+                    f"TextBPE.encode: {describe(value)} would lose {describe(_lost(value, back))}, for which this tokenizer.json "
+                    f"has no tokens: it comes back as {describe(back)}; open the file with lossy=True if that does not matter"
+                )
+        return _tokens(ids)
 
     def decode(self, tokens: Tokens) -> str:
         return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
 
+    def wanted(self, value: str) -> str:
+        back = self.decode(self(value, empty=True))
+        return back if _same(self._hf, value, back) else value
+
     def config(self) -> dict[str, Any]:
-        return {"causal": self.causal}
+        return {"causal": self.causal, "lossy": self.lossy}
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.spec.encode("utf-8")}
@@ -126,7 +162,10 @@ class TextBPE(Tokenizer):
         if "tokenizer.json" not in (files or {}):
             raise CheckpointError("TextBPE: its file tokenizer.json is missing")
         assert files is not None
-        return cls(files["tokenizer.json"].decode("utf-8"), **config)
+        spec = files["tokenizer.json"].decode("utf-8")
+        if "lossy" not in config:  # saved before this was asked: it goes on as it was
+            config = {**config, "lossy": bool(_changed(spec))}
+        return cls(spec, **config)
 
 
 def _regex(pattern: str) -> Regex:
@@ -143,7 +182,92 @@ def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
         hf = HFTokenizer.from_str(spec)
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"TextBPE: this is no tokenizer.json: {error}") from error
+    if getattr(hf.model, "dropout", None):
+        hf.model.dropout = None  # encoding is the same for the same text
     hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file does not keep this setting
     hf.no_truncation()  # a text is never cut in silence
     hf.no_padding()
     return hf, max(hf.get_vocab().values(), default=-1) + 1
+
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog, doesn't it?",
+    "AbC dEf GHI",
+    "0123456789 3.14 -7 1,000",
+    "a  b   c",
+    " before and after ",
+    "one\ntwo\n\nthree\tfour",
+    "(a) [b] {c} <d> \"e\" 'f' a/b a\\b #h @i $5 50% x_y x-y x=y ~ ` ^ * + & | ; : ! ? . ,",
+    "ÄÖÜ äöü ß Éé Ññ Øø Łł Çç Ğğ",
+    "Ελληνικά",
+    "Русский Українська",
+    "עברית",
+    "العربية",
+    "हिन्दी",
+    "বাংলা தமிழ்",
+    "ไทย",
+    "ქართული Հայերեն አማርኛ",
+    "hug 日本 pug",
+    "ひらがな カタカナ 漢字",
+    "中文，简体和繁體。",
+    "한국어",
+    "e\u0301 n\u0303 o\u0308",
+    "€ £ ¥ © ° ½ → ∑ “quoted” – …",
+    "🙂 👩\u200d🚀 🇩🇪 👍🏽",
+    "<s> </s> <eos> <unk> [UNK] [CLS] <|endoftext|>",
+)
+"""Texts that a tokenizer.json is tried on when it is opened: scripts, white space, digits, marks, and what looks like its own."""
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _same(hf: HFTokenizer, text: str, back: str) -> bool:
+    """Whether a text came back: exactly, or where the file declares a normaliser, but for case and Unicode forms."""
+    return back == text or (hf.normalizer is not None and _folded(back) == _folded(text))
+
+
+def _lost(text: str, back: str) -> str:
+    """The part of a text, between what is equal at both ends, that did not come back."""
+    start = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    ends = zip(text[start:][::-1], back[start:][::-1], strict=False)
+    rest = min(len(text), len(back)) - start
+    return text[start : len(text) - next((i for i, (a, b) in enumerate(ends) if a != b), rest)]
+
+
+@lru_cache(maxsize=16)
+def _changed(spec: str) -> dict[str, str]:
+    """Those of the probes that do not come back, with what came."""
+    if _is_exact(spec):
+        return {}
+    hf = _hf_from(spec)[0]
+    backs = {
+        text: hf.decode(hf.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) for text in PROBES
+    }
+    return {text: back for text, back in backs.items() if not _same(hf, text, back)}
+
+
+@lru_cache(maxsize=16)
+def _is_exact(spec: str) -> bool:
+    """Whether any text comes back by the way the file is made, as ours are: bytes in, bytes out, and a token for each of them."""
+    made = json.loads(spec)
+    steps = made.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    model, decoder = made.get("model") or {}, made.get("decoder") or {}
+    return (
+        made.get("normalizer") is None
+        and not made.get("added_tokens")
+        and model.get("type") == "BPE"
+        and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+        and decoder.get("type") == "ByteLevel"
+        and steps[-1].get("type") == "ByteLevel"
+        and not steps[-1].get("add_prefix_space")
+        and all(step.get("type") == "Split" and step.get("behavior") == "Isolated" for step in steps[:-1])
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model.get("vocab", ()))
+    )
+
+
+def _dropout(spec: str) -> float:
+    """The share of merges that the file would leave out by chance."""
+    return (json.loads(spec).get("model") or {}).get("dropout") or 0.0
