@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
@@ -47,6 +48,14 @@ def declaration(part: Declared) -> dict[str, Any]:
 def rebuild(data: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
     """The declaration behind what `declaration` gave."""
     return find(data["type"]).from_config(data["config"], files)
+
+
+def part_types(data: Any) -> set[str]:
+    """Every "module:Class" that what `declaration` gave (or a checkpoint's config) names."""
+    if isinstance(data, Mapping):
+        own = {data["type"]} if isinstance(data.get("type"), str) and "config" in data else set()
+        return own.union(*(part_types(value) for value in data.values()))
+    return set().union(*(part_types(value) for value in data)) if isinstance(data, list) else set()
 
 
 def type_name(cls: type) -> str:

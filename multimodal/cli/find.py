@@ -3,9 +3,9 @@
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -91,7 +91,7 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str) -> "Mode
         for name, part in vars(module).items():
             if isinstance(part, type) and issubclass(part, declare.Declared) and part.__module__ == module.__name__:
                 declare.alias(f"__main__:{name}", part)
-    for name in sorted(_part_types(read_config(folder))):
+    for name in sorted(declare.part_types(read_config(folder))):
         try:
             declare.find(name)
         except CheckpointError as error:
@@ -100,14 +100,6 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str) -> "Mode
                 f"{folder}: {error} Here: --plugin FILE.py, the file that defines it{script}."
             ) from None
     return Model.load(folder, device=choose_device(device))
-
-
-def _part_types(config: Any) -> set[str]:
-    """Every "type" that a checkpoint's config names."""
-    if isinstance(config, Mapping):
-        own = {config["type"]} if isinstance(config.get("type"), str) and "config" in config else set()
-        return own.union(*(_part_types(value) for value in config.values()))
-    return set().union(*(_part_types(value) for value in config)) if isinstance(config, list) else set()
 
 
 def make_tokenizer(name: str, config: str) -> "Tokenizer":
