@@ -77,12 +77,12 @@ def rebuild(data: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
     return find(data["type"]).from_config(data["config"], files)
 
 
-def part_types(config: Any) -> set[str]:
-    """Every "type" that a checkpoint's config names."""
-    if isinstance(config, Mapping):
-        own = {config["type"]} if isinstance(config.get("type"), str) and "config" in config else set()
-        return own.union(*(part_types(value) for value in config.values()))
-    return set().union(*(part_types(value) for value in config)) if isinstance(config, list) else set()
+def part_types(data: Any) -> set[str]:
+    """Every "module:Class" that what `declaration` gave (or a checkpoint's config) names."""
+    if isinstance(data, Mapping):
+        own = {data["type"]} if isinstance(data.get("type"), str) and "config" in data else set()
+        return own.union(*(part_types(value) for value in data.values()))
+    return set().union(*(part_types(value) for value in data)) if isinstance(data, list) else set()
 
 
 def type_name(cls: type) -> str:

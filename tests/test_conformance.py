@@ -1,6 +1,7 @@
 """The conformance kit: what comes with the framework passes it, and each check notices the fault it is for."""
 
 import itertools
+import os
 import pickle
 import unittest
 from dataclasses import dataclass
@@ -323,8 +324,76 @@ class NotJson(Wave):
         return {"scale": np.float32(self.scale)}
 
 
+class NoTokens(Wave):
+    def encode(self, value):
+        return super().encode(value).content
+
+
+class Elsewhere(Wave):
+    def encode(self, value):
+        os.chdir("/")
+        return super().encode(value)
+
+
+class ById(Wave):
+    def encode(self, value):
+        return super().encode(value + id(value) % 1009)
+
+
+class View(Wave):
+    def encode(self, value):
+        tokens = super().encode(value.astype(np.float32))
+        return mm.Tokens(torch.from_numpy(value)[:, None], tokens.position_NA)
+
+
+class Grows(TextBytes):
+    known = {}
+
+    def encode(self, value):
+        tokens = super().encode(value)
+        return mm.Tokens(tokens.content + self.known.setdefault(value, len(self.known)), tokens.position_NA)
+
+
+class KnowsAll(Wave):
+    causal = True
+
+    def encode(self, value):
+        return super().encode(value - value.mean())
+
+
+class Listed(TextBytes):
+    def decode(self, tokens):
+        return list(super().decode(tokens))
+
+
+class Eight(TextBytes):
+    length = 8
+
+
+class Raises(Wave):
+    def picture(self, tokens):
+        return tokens.content[:, 7]
+
+
+class Roots(Wave):
+    def embed(self, width):
+        return Rows(super().embed(width), lambda rows: rows.sqrt())
+
+
 FAULTS = [
     ("declared", Both(), "exactly one"),
+    ("gives_tokens", NoTokens(), "gave Tensor"),
+    ("process_untouched", Elsewhere(), "encode changes the current folder"),
+    ("copies_agree", ById(), "which object it is given"),
+    ("memory_own", View(), "a view of the caller's array"),
+    ("fresh_process", Grows(), "which values came before"),
+    ("nothing_lost", Deaf(), "the same 5 tokens"),
+    ("causal_prefix", KnowsAll(), "tokens know the whole value"),
+    ("text_as_declared", Listed(), "decode gives list"),
+    ("length_as_declared", Eight(), "'what. é' has 8 tokens|has 9 tokens|no value has"),
+    ("picture_tiles", Raises(), "picture fails"),
+    ("embed_any_numbers", Roots(), "NaN or infinity"),
+    ("decode_gives_value", Halves(), "comes back from decode"),
     ("one_place_a_token", LosesPlace(), r"5 tokens have places \(4, 3\)"),
     ("content_as_declared", Double(), "float64"),
     ("content_as_declared", IdsTooLarge(), r"outside 0\.\.99"),
@@ -509,7 +578,7 @@ def test_the_error_lists_every_failed_check_and_the_table_says_it_too():
     class Twice(PlacesFromOne, Strict):
         pass
 
-    with pytest.raises(ConformanceError, match=r"fails 3 of 31 checks:\n  .*(\n  .*){2}$") as error:
+    with pytest.raises(ConformanceError, match=r"fails 4 of 44 checks:\n  .*(\n  .*){2}$") as error:
         check_tokenizer(Twice(), words())
     for name in ("decode_takes_anything", "places_agree", "pickled"):  # a class within a function cannot be pickled
         assert f"\n  {name}: " in str(error.value)

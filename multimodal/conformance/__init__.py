@@ -14,7 +14,7 @@ In a test:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from multimodal.conformance import heads, models, tokenizers
+from multimodal.conformance import encoding, heads, information, models, tokenizers
 from multimodal.conformance.cases import HeadCase, TokenizerCase
 from multimodal.conformance.report import (
     BoundCheck,
@@ -28,7 +28,10 @@ from multimodal.conformance.report import (
 from multimodal.heads import Head
 from multimodal.tokenizer import Tokenizer
 
-TOKENIZER_CHECKS: tuple[Check, ...] = (*tokenizers.CHECKS, *models.CHECKS)
+_CHECKS = (*encoding.CHECKS, *tokenizers.CHECKS, *information.CHECKS, *models.CHECKS)
+TOKENIZER_CHECKS: tuple[Check, ...] = tuple(
+    sorted(_CHECKS, key=lambda check: not check.basic)
+)  # causes before symptoms
 HEAD_CHECKS: tuple[Check, ...] = (*heads.CHECKS, *models.CHECKS)
 __all__ = [
     "HEAD_CHECKS",

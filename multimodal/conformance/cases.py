@@ -1,14 +1,19 @@
 """What the checks work on: a tokenizer or a head, values, and small models around them."""
 
+import copy
 import math
+import pickle
+import unittest
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from multimodal.conformance.report import want
+from multimodal.conformance.surroundings import IMPORTS_MAY_CHANGE, changed, kept_process, settings
 from multimodal.core import Core
 from multimodal.heads import Head, Prediction
 from multimodal.model import Model
@@ -67,6 +72,26 @@ class TokenizerCase:
     values: list[Any]
     task = "value -> answer"
 
+    def __post_init__(self) -> None:
+        """Copies are made before anything is encoded: no check works on what an earlier one has changed."""
+        self.uncopied = ""  # why values cannot be copied
+        try:
+            self.originals, self.values = copy.deepcopy(self.values), copy.deepcopy(self.values)
+            for value in self.originals:
+                contents(value)
+        except Exception as error:  # an open file, for instance
+            self.originals, self.uncopied = self.values, f"the values cannot be copied and compared: {error}"
+
+    def copies(self) -> list[Any]:
+        """The values as they were given, once more.
+
+        Raises:
+            SkipTest: they cannot be copied.
+        """
+        if self.uncopied:
+            raise unittest.SkipTest(self.uncopied)
+        return copy.deepcopy(self.originals)
+
     @property
     def part(self) -> Tokenizer:
         return self.tokenizer
@@ -79,7 +104,11 @@ class TokenizerCase:
     @cached_property
     def tokens(self) -> list[Tokens]:
         """Every value as `encode` gives it, unchecked."""
-        return [self.tokenizer.encode(value) for value in self.values]
+        before = settings()
+        with kept_process():
+            tokens = [_copied(self.tokenizer.encode(value)) for value in self.values]
+            self.changed = [name for name in changed(before) if name not in IMPORTS_MAY_CHANGE]
+        return tokens
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -150,6 +179,22 @@ class HeadCase:
         want(again.vocab(self.tokenizer) == self.head.vocab(self.tokenizer), f"the head has another vocabulary {how}")
 
 
+def _copied(tokens: Any) -> Any:
+    """Tokens that no later call can write into."""
+    parts = (tokens.content, tokens.position_NA) if isinstance(tokens, Tokens) else ()
+    return Tokens(*(x.clone() for x in parts)) if parts and all(isinstance(x, Tensor) for x in parts) else tokens
+
+
+def contents(value: Any) -> Any:
+    """Something that is equal for equal contents and does not share memory with the value."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = np.asarray(value)
+        return (str(array.dtype), array.shape, array.tobytes())
+    if isinstance(value, dict):
+        return [(key, contents(x)) for key, x in value.items()]
+    return [contents(x) for x in value] if isinstance(value, (list, tuple)) else pickle.dumps(value)
+
+
 def plain_model() -> Model:
     return Model({"signal": Signal(), "answer": Answer(4)}, CORE, ["signal -> answer"])
 
@@ -165,6 +210,12 @@ def stirred(model: Model) -> Model:
 
 def equal_tokens(a: Tokens, b: Tokens) -> bool:
     return torch.equal(a.content, b.content) and torch.equal(a.position_NA, b.position_NA)
+
+
+def close_tokens(a: Tokens, b: Tokens) -> bool:
+    """Whether they differ by rounding only."""
+    pairs = (a.content, b.content), (a.position_NA, b.position_NA)
+    return all(x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5) for x, y in pairs)
 
 
 def logits_by_sample(model: Model, stream: Stream) -> list[Tensor]:

@@ -1,48 +1,21 @@
 """Checks of what a tokenizer does by itself: encode, decode, embed."""
 
 import copy
-import math
-import multiprocessing
-import pickle
-import random
-import sys
 import unittest
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from multimodal.conformance.cases import CORE, TokenizerCase, check_close, check_gradients, equal_tokens
+from multimodal.conformance.cases import CORE, TokenizerCase, check_close, check_gradients, contents, equal_tokens
+from multimodal.conformance.information import resembles
 from multimodal.conformance.report import Check, ConformanceError, promise, want
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []
-WORKER_S = 120  # a worker process that says nothing for so long has failed
-
-
-@promise(CHECKS, basic=True)
-def declared(case: TokenizerCase) -> None:
-    """A frozen dataclass that declares either vocab_size or feature_size, and three positive steps."""
-    t = case.tokenizer
-    params = getattr(type(t), "__dataclass_params__", None)
-    want(params is not None and params.frozen and params.eq, f"{type(t).__name__} is no frozen dataclass")
-    sizes = {"vocab_size": t.vocab_size, "feature_size": t.feature_size}
-    given = [size for size in sizes.values() if size is not None]
-    want(len(given) == 1, f"{sizes}: exactly one of them is wanted")
-    want(type(given[0]) is int and given[0] > 0, f"{sizes}: a positive int is wanted")
-    want(
-        len(t.step) == 3 and all(0 < s < math.inf for s in t.step), f"step={t.step}: three positive numbers are wanted"
-    )
-    want(
-        type(t.causal) is bool and type(t.classes) is bool,
-        f"causal={t.causal!r}, classes={t.classes!r}: bools are wanted",
-    )
 
 
 @promise(CHECKS, basic=True)
@@ -77,12 +50,6 @@ def finite(case: TokenizerCase) -> None:
     for value, tokens in zip(case.values, case.tokens, strict=True):
         for what, x in (("content", tokens.content), ("places", tokens.position_NA)):
             want(x.isfinite().all(), f"the {what} of {describe(value)} are not finite")
-
-
-@promise(CHECKS, basic=True)
-def deterministic(case: TokenizerCase) -> None:
-    """The same value gives the same tokens every time."""
-    case.check_same(case.tokenizer, "the next time")
 
 
 @promise(CHECKS)
@@ -124,91 +91,6 @@ def step_fits_places(case: TokenizerCase) -> None:
 
 
 @promise(CHECKS)
-def input_untouched(case: TokenizerCase) -> None:
-    """Encoding changes nothing in the value it is given."""
-    for value in case.values:
-        try:
-            given = copy.deepcopy(value)
-            before = _contents(given)
-        except Exception as error:  # an open file, for instance
-            raise unittest.SkipTest(f"{describe(value)} cannot be copied and compared: {error}") from None
-        case.tokenizer(given)
-        want(_contents(given) == before, f"{describe(value)} is not what it was before encoding")
-
-
-def _contents(value: Any) -> Any:
-    """Something that is equal for equal contents and does not share memory with the value."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        array = np.asarray(value)
-        return (str(array.dtype), array.shape, array.tobytes())
-    if isinstance(value, dict):
-        return [(key, _contents(x)) for key, x in value.items()]
-    return [_contents(x) for x in value] if isinstance(value, (list, tuple)) else pickle.dumps(value)
-
-
-@promise(CHECKS)
-def generators_untouched(case: TokenizerCase) -> None:
-    """Encoding neither seeds nor draws from the global random generators."""
-
-    def states() -> dict[str, Any]:
-        numpy_state = _contents(np.random.get_state())
-        return {"random": random.getstate(), "numpy.random": numpy_state, "torch": torch.get_rng_state().tolist()}
-
-    before = states()
-    for value in case.values:
-        case.tokenizer(value)
-    moved = [name for name, state in states().items() if state != before[name]]
-    want(not moved, f"encode moved the global generator of {', '.join(moved)}; make one of your own from a fixed seed")
-
-
-@promise(CHECKS)
-def plain_tensors(case: TokenizerCase) -> None:
-    """Content and places are on the CPU and carry no gradient."""
-    for tokens in case.tokens:
-        for x in (tokens.content, tokens.position_NA):
-            want(x.device.type == "cpu", f"a tensor is on {x.device}; encode runs on the CPU, in data workers")
-            want(not x.requires_grad, "a tensor requires a gradient; what is learned belongs into embed")
-
-
-@promise(CHECKS)
-def worker_process(case: TokenizerCase) -> None:
-    """A data worker, started as this platform starts processes, gives the same tokens."""
-    if multiprocessing.parent_process() is not None:
-        raise unittest.SkipTest("this is itself a process started by another")
-    forks = multiprocessing.get_start_method() == "fork"
-    typed_in = not Path(getattr(sys.modules["__main__"], "__file__", "")).is_file()
-    if not forks and typed_in and type(case.tokenizer).__module__ == "__main__":
-        raise unittest.SkipTest(
-            "the class was typed into a session, which a new process cannot import; put it in a file"
-        )
-    loader = DataLoader(_Encodings(case.tokenizer, case.values), batch_size=None, num_workers=1, timeout=WORKER_S)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks: DataLoader's business
-            found = list(loader)
-    except Exception as error:
-        hint = "" if forks else " (does the script guard its start with if __name__ == '__main__'?)"
-        raise ConformanceError(f"the worker failed{hint}: {str(error).strip().splitlines()[-1]}") from error
-    for value, mine, (content, position_NA) in zip(case.values, case.tokens, found, strict=True):
-        want(
-            equal_tokens(mine, Tokens(content, position_NA)),
-            f"{describe(value)} gives other tokens in a worker process",
-        )
-
-
-class _Encodings(Dataset):
-    def __init__(self, tokenizer: Tokenizer, values: list[Any]) -> None:
-        self.tokenizer, self.values = tokenizer, values
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        tokens = self.tokenizer(self.values[index])
-        return tokens.content, tokens.position_NA
-
-
-@promise(CHECKS)
 def wrong_type_refused(case: TokenizerCase) -> None:
     """A value of a foreign type raises a ValueError that names the class."""
     for value in (object(), {"foreign": object()}, 3.5j):
@@ -218,7 +100,7 @@ def wrong_type_refused(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def empty_refused(case: TokenizerCase) -> None:
     """An empty value raises a ValueError that names the class."""
-    tried = {repr(_contents(empty)): empty for value in case.values for empty in _emptied(value)}
+    tried = {repr(contents(empty)): empty for value in case.values for empty in _emptied(value)}
     if not tried:
         raise unittest.SkipTest(f"nothing empty can be made of {describe(case.values[0])}")
     for empty in tried.values():
@@ -283,11 +165,12 @@ def _decoding(case: TokenizerCase, *, written: bool) -> Tokenizer:
 @promise(CHECKS)
 def decode_inverts_encode(case: TokenizerCase) -> None:
     """What decode makes of a value's tokens encodes to these tokens again: features within 1e-4, or if the kind declares itself
-    `lossy`, at the same places and nearer than their own mean is."""
+    `lossy`, at the same places, nearer than their own mean is and nearer to them than to those of other values."""
     tokenizer = _decoding(case, written=False)
-    lossy = getattr(tokenizer, "lossy", False)
+    lossy, found = tokenizer.lossy, []
     for value, tokens in zip(case.values, case.tokens, strict=True):
         again = tokenizer(tokenizer.decode(tokens))
+        found.append(again)
         same = again.content.shape == tokens.content.shape and torch.equal(again.position_NA, tokens.position_NA)
         got, wanted = again.content.double(), tokens.content.double()
         if same and lossy and tokenizer.vocab_size is None:
@@ -295,6 +178,77 @@ def decode_inverts_encode(case: TokenizerCase) -> None:
         elif same and not lossy:
             same = torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
         want(same, f"{describe(value)} comes back from decode as {describe(tokenizer.decode(tokens))}")
+    if lossy:
+        turned = [Tokens(tokens.content.flip(0), tokens.position_NA) for tokens in case.tokens]
+        moved = [not equal_tokens(a, b) for a, b in zip(turned, case.tokens, strict=True)]
+        heard = [not equal_tokens(tokenizer(tokenizer.decode(a)), b) for a, b in zip(turned, found, strict=True)]
+        want(
+            resembles(found, case.tokens) and (any(heard) or not any(moved)),
+            "what decode makes of a value's tokens is no nearer to them than to those of other values; nothing of it is left",
+        )
+
+
+@promise(CHECKS, basic=True)
+def text_as_declared(case: TokenizerCase) -> None:
+    """Where the kind declares `text`, decode gives text (str), of the tokens of a value and of any beginning of them."""
+    t = case.tokenizer
+    if not t.text:
+        return
+    want(t.vocab_size is not None, "text=True, but the content is features; text is written by ids, piece by piece")
+    _decoding(case, written=False)
+    for tokens in case.tokens:
+        for count in {1, len(tokens)}:
+            got = t.decode(Tokens(tokens.content[:count], tokens.position_NA[:count]))
+            want(
+                isinstance(got, str), f"text=True, but decode gives {describe(got)}; give a str, or take text=True off"
+            )
+
+
+@promise(CHECKS, basic=True)
+def length_as_declared(case: TokenizerCase) -> None:
+    """Where the kind declares a `length`, every value that can be written has as many tokens; `places` refuses more."""
+    t = case.tokenizer
+    if t.length is None:
+        return
+    want(type(t.length) is int and t.length > 0, f"length={t.length!r}: a positive int, or None, is wanted")
+    counts = [len(tokens) for tokens in case.tokens]
+    want(
+        t.length in counts, f"no value has the {t.length} tokens of length={t.length}; they have {sorted(set(counts))}"
+    )
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        flat = not tokens.position_NA[:, 1:].any()
+        if len(tokens) == t.length or (len(tokens) < t.length and not flat):
+            continue  # of a part of a picture nobody can say whether it is one
+        try:
+            places = t.places(len(tokens))
+        except ConfigError:  # such a value is read, and never written
+            continue
+        want(
+            not torch.equal(places, tokens.position_NA),
+            f"length={t.length}, but {describe(value)} has {len(tokens)} tokens, and places({len(tokens)}) are theirs; take length "
+            "off, or let places refuse them",
+        )
+
+
+@promise(CHECKS)
+def picture_tiles(case: TokenizerCase) -> None:
+    """The picture of a value, if any, is (Y, X, C) in 0..1, and the tokens tile it: by rows and columns, or along time."""
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        try:
+            picture_YXC = case.tokenizer.picture(tokens)
+        except Exception as error:
+            raise ConformanceError(f"picture fails on {describe(value)}: {type(error).__name__}: {error}") from error
+        if picture_YXC is None:
+            continue
+        came = f"the picture of {describe(value)} is {describe(picture_YXC)}"
+        fine = isinstance(picture_YXC, Tensor) and picture_YXC.dim() == 3 and picture_YXC.shape[2] in (1, 3, 4)
+        want(fine and picture_YXC.numel(), f"{came}, wanted a tensor (Y, X, C) of 1, 3 or 4 channels")
+        fine = picture_YXC.is_floating_point() and bool(((picture_YXC >= -1e-4) & (picture_YXC <= 1 + 1e-4)).all())
+        want(fine, f"{came}, wanted floats in 0..1")
+        rows = len(tokens.position_NA[:, 1].unique())
+        grid = rows, len(tokens) // rows
+        whole = not any(side % n for side, n in zip(picture_YXC.shape, grid, strict=False))
+        want(whole, f"{came}, which its tokens, {grid[0]} rows of {grid[1]}, do not tile")
 
 
 @promise(CHECKS)
@@ -349,6 +303,23 @@ def embed_rows(case: TokenizerCase) -> None:
             tuple(rows.shape) == wanted and rows.is_floating_point(),
             f"{rows.dtype} {tuple(rows.shape)}, wanted {wanted}",
         )
+
+
+@promise(CHECKS)
+def embed_any_numbers(case: TokenizerCase) -> None:
+    """The module that embed makes takes numbers that encode never gives, such as the half of them: a model writes those too."""
+    if case.tokenizer.vocab_size is not None:
+        return  # of ids there are no others
+    embed, content = case.tokenizer.embed(CORE.width).eval(), case.tokens[0].content
+    for name, x in (("half of", content * 0.5), ("minus", -content), ("a little above", content + 0.25)):
+        try:
+            rows = embed(x)
+        except Exception as error:
+            raise ConformanceError(
+                f"embed fails on {name} the content of {describe(case.values[0])} ({type(error).__name__}: {error}); features are "
+                "any numbers, as a model writes them: do not look them up in a table"
+            ) from error
+        want(rows.isfinite().all(), f"embed gives NaN or infinity for {name} the content of {describe(case.values[0])}")
 
 
 @promise(CHECKS)

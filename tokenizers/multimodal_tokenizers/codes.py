@@ -33,6 +33,7 @@ class Codes(Tokenizer):
     of: Tokenizer
     book: bytes = field(repr=False)  # safetensors: "codes" (V, F), and "places" (N, 3) where they are remembered
     causal: bool = False
+    lossy = True  # what a code stands for is near the value, and not the value
 
     def __post_init__(self) -> None:
         wanted, came = _written(self.of), self.codes_VF.shape[1]
@@ -95,11 +96,6 @@ class Codes(Tokenizer):
     @property
     def step(self) -> tuple[float, float, float]:
         return self.of.step
-
-    @property
-    def lossy(self) -> bool:
-        """Whether decoding and encoding again gives other ids: only where it does so for `of`."""
-        return self.of.lossy
 
     def encode(self, value: Any) -> Tokens:
         try:
