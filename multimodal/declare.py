@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import typing
 from typing import Any, Self, TypeVar
 
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
@@ -36,7 +37,7 @@ class Declared:
                 raise CheckpointError(
                     f"{cls.__name__} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
                 )
-        return cls(**{key: _from_json(value) for key, value in config.items()})
+        return cls(**{key: _whole(cls, key, _from_json(value)) for key, value in config.items()})
 
 
 def declaration(part: Declared) -> dict[str, Any]:
@@ -130,6 +131,22 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_to_json(v) for v in value]
     return value
+
+
+def _whole(cls: type, name: str, value: Any) -> Any:
+    """The value of a setting; a number for one that counts must be whole, as 4 and 4.0 are, but not 4.5."""
+    if not isinstance(value, float):
+        return value
+    try:
+        hint = typing.get_type_hints(cls).get(name)
+    except NameError:  # a name that only a type checker sees
+        return value
+    kinds = typing.get_args(hint) or (hint,)
+    if int not in kinds or float in kinds:
+        return value
+    if not value.is_integer():
+        raise ConfigError(f"{cls.__name__}: {name}={value} must be a whole number")
+    return int(value)
 
 
 def _from_json(value: Any) -> Any:

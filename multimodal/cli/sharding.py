@@ -1,5 +1,6 @@
 """`multimodal shards`: data as archives that need not fit anywhere, and a check of them."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,8 @@ def shards(
 
     if verify:
         return _verify(source)
+    if not 1e-6 <= shard_mb < math.inf:
+        raise ConfigError(f"--shard-mb {shard_mb:g}: wanted a number of megabytes above 0, such as 256")
     if out is None:
         raise ConfigError("shards: give the folder of the shards behind the source")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
