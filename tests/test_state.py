@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import multimodal as mm
+from multimodal.files import aside
+from multimodal.saving import LOCK, MARK, PLACE
 from multimodal.shapes import CheckpointError
 from multimodal.train.processes import Processes
 from multimodal.train.state import Checkpoints, check, seal
@@ -153,16 +155,17 @@ def full(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    left = tmp_path / f"model.{gone.pid}.123.writing"
-    mine = tmp_path / f"model.{os.getpid()}.123.writing"
-    other = tmp_path / "model.safetensors.writing"
-    for folder in (left, mine, other):
+def test_what_a_killed_process_left_is_removed_and_nothing_that_is_called_alike(tmp_path):
+    others = [tmp_path / name for name in ("model.1234567.123.writing", "model.safetensors.writing", "model.old")]
+    for folder in others:
         folder.mkdir()
+    left = tmp_path / "model" / PLACE
+    left.mkdir(parents=True)
+    (left / LOCK).write_text(MARK)
+    (left / aside(left)).write_bytes(b"half a file")
     make().save(tmp_path / "model")
-    assert (left.exists(), mine.exists(), other.exists()) == (False, True, True)
+    assert all(folder.is_dir() for folder in others)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "weights.safetensors"]
 
 
 def test_a_state_that_was_being_written_is_no_state(tmp_path):

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from multimodal.cli import benching, console, planning, replaying, sharding, training, typed
 from multimodal.cli.find import load, make_tokenizer
 from multimodal.cli.options import Device, Fields, Json, Out, Plugins, Without
-from multimodal.cli.showing import check_folder, harmless, print_json, show
+from multimodal.cli.showing import check_folder, harmless, place, print_json, show
 from multimodal.cli.typed import choose_task, named_samples, samples_from, samples_with, value_from
 from multimodal.cli.writing import Writing, written_live
 
@@ -81,7 +81,7 @@ def predict(
         answers = model.predict(chosen, samples[start : start + BATCH])
         for answer, which in zip(answers, names[start:], strict=False):
             heading = f"== {' '.join(which.values())}" if which else ""
-            show(chosen, answer, as_json, name=name, out=out, heading=heading, sample=which)
+            show(chosen, answer, as_json, name=name, out=out, home=checkpoint, heading=heading, sample=which)
             if not answer.complete:
                 print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
@@ -131,13 +131,13 @@ def generate(
         else:
             answers = _written(model, chosen, sample, writing.count, options)
         for seed, answer in enumerate(answers, writing.seed):
-            place = " ".join(filter(None, [which, f"seed {seed}" if several else ""]))
+            title = " ".join(filter(None, [which, f"seed {seed}" if several else ""]))
             if not live:
-                heading = f"== {place}" if place else ""
-                show(chosen, answer, as_json, name=name, out=out, heading=heading, sample=named, seed=seed)
+                facts = {"home": checkpoint, "heading": f"== {title}" if title else "", "sample": named, "seed": seed}
+                show(chosen, answer, as_json, name=name, out=out, **facts)
             if not answer.complete:
-                place = f"{place}: " if place else ""
-                print(f"({place}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)
+                title = f"{title}: " if title else ""
+                print(f"({title}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)
     return 0
 
 
@@ -344,7 +344,7 @@ def look(
     samples = samples_from(model, chosen, fields, without or [])
     if len(samples) > 1:
         raise ConfigError(f"look shows one sample, and {len(samples)} were given; give one value of each field")
-    look_at(model, chosen, samples[0], answer, as_json, out)
+    look_at(model, chosen, samples[0], answer, as_json, place(out, checkpoint))
     return 0
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def look_at(
-    model: "Model", task: str, sample: Mapping[str, Any], answer: str | None, as_json: bool, out: Path | None
+    model: "Model", task: str, sample: Mapping[str, Any], answer: str | None, as_json: bool, folder: Path
 ) -> None:
     """Write xray.png and xray.html into a folder, and print the answer, the table of heads and where the files are."""
     from multimodal.look import xray
@@ -29,7 +29,6 @@ def look_at(
     ray = xray(model, task, sample, answer=given)
     picture = io.BytesIO()
     draw(ray, picture)
-    folder = Path() if out is None else out
     files = [
         saved(".png", picture.getvalue(), "xray", folder),
         saved(".html", page(ray).encode("utf-8"), "xray", folder),

@@ -19,7 +19,7 @@ Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
 Out = Annotated[
     Path | None,
     Parameter(
-        help="The folder for pictures and sounds that are written; the current one unless given. With it texts are files too. "
+        help="The folder for pictures and sounds that are written; the run's unless given. With it texts are files too. "
         "No file is overwritten: the next gets a number."
     ),
 ]

@@ -44,23 +44,24 @@ def show(
     *,
     name: str,
     out: Path | None,
+    home: Path | None = None,
     heading: str = "",
     sample: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> None:
     """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
-    anything else only where a folder `out` is given.
+    anything else only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given.
 
     heading: a line above what is printed; sample: what tells it from others, as it was typed; facts: more for the JSON.
     """
-    folder = Path() if out is None else out
+    folder = place(out, home or Path())
     if as_json:
         facts = {"sample": dict(sample), **facts} if sample else facts
         print_json({"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)})
         return
     file = _as_file(answer.value, texts=out is not None, arrays=True)
     if heading and (file is None or sample):
-        print(heading)
+        print(harmless(heading))
     if file is not None:
         print(saved(*file, name, folder))
         return
@@ -102,6 +103,16 @@ def _print(answer: "Prediction", most: int = 5) -> None:
 def harmless(text: str) -> str:
     """Text for a terminal: what would steer it (colours, cursor, window title) is seen instead of obeyed."""
     return text.translate(_CONTROLS)
+
+
+def place(out: Path | None, checkpoint: Path) -> Path:
+    """Where files are written: `out`, else the run folder that a checkpoint is or lies in, else the checkpoint itself."""
+    if out is not None:
+        return out
+    from multimodal.train.folder import MODEL, is_run
+
+    around = checkpoint.resolve().parent
+    return checkpoint.parent if checkpoint.name == MODEL and is_run(around) else checkpoint
 
 
 def check_folder(out: Path | None) -> None:
@@ -155,14 +166,35 @@ def _is_picture(array: Any) -> bool:
 
 
 def saved(ending: str, data: bytes, name: str, folder: Path) -> Path:
-    """Where it was written: NAME.png, or the first free one of NAME-2.png, NAME-3.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Where it was written: NAME.png, or the first free one of NAME-2.png, NAME-3.png, ...
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _written(ending, data, name, folder)
+    except OSError as error:
+        from multimodal.shapes import ConfigError
+
+        raise ConfigError(
+            f"{name}{ending} cannot be written into {folder} ({error}); name a folder with --out"
+        ) from error
+
+
+def _written(ending: str, data: bytes, name: str, folder: Path) -> Path:
     number = 1
     while True:
         path = folder / (f"{name}{ending}" if number == 1 else f"{name}-{number}{ending}")
         try:
-            with path.open("xb") as file:  # fails where there is one, even one that was made just now
-                file.write(data)
-            return path
+            file = path.open("xb")  # fails where there is one, even one that was made just now
         except FileExistsError:
             number += 1
+            continue
+        try:
+            with file:
+                file.write(data)
+        except OSError:
+            path.unlink(missing_ok=True)  # a disk that is full
+            raise
+        return path

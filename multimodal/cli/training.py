@@ -129,7 +129,7 @@ def report(
     runs
         Run folders, or folders with run folders in them.
     out
-        The picture, which is replaced if it is there; unless given, report.png, report-2.png, ... in the current folder.
+        The picture; unless given, report.png in the first of the folders. No file is overwritten: the next gets a number.
     """
     import io
 
@@ -141,11 +141,8 @@ def report(
     records = read_runs(runs)
     picture = io.BytesIO()
     draw(records, picture)
-    if out is None:
-        out = saved(".png", picture.getvalue(), "report", Path())
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(picture.getvalue())
+    out = runs[0] / "report.png" if out is None else out
+    out = saved(out.suffix, picture.getvalue(), out.stem, out.parent)
     if as_json:
         facts = {"runs": [r.facts() for r in records], "differences": differences(records), "picture": str(out)}
         print_json(facts, indent=2)

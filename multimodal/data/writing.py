@@ -17,12 +17,11 @@ import numpy as np
 from multimodal.data.members import encoded
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
-from multimodal.files import flush, put
+from multimodal.files import aside, file_hash, flush, is_aside, put, put_new
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import describe
 
 BAD = "bad.jsonl"
-PART = ".writing"  # as `put` names what it has not put in place
 END = 2 * HEADER  # empty blocks close an archive
 SHOWN = 5  # bad rows in an error
 
@@ -75,17 +74,19 @@ def write_shards(
     if shard_bytes < 10_000:
         raise ConfigError(f"write_shards: shard_bytes={shard_bytes} must be at least 10000")
     if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text("utf-8"))
+        index = _read(folder / INDEX, "shards")
         _check_same(folder, index, settings)
-        (folder / MAKING).unlink(missing_ok=True)
+        if _read(folder / MAKING) == settings:
+            (folder / MAKING).unlink()
         return _made(index, already=True)
-    entries = _begun(folder, settings)
+    part = aside(folder, json.dumps(settings))  # what is being written, until it is whole
+    entries = _begun(folder, settings, part)
     bad = [(row, why) for entry in entries for row, why in entry["bad"]]
     if len(bad) > max_bad:
         raise MediaError(_too_many(bad, max_bad))
     told, written = len(bad), sum(entry["bytes"] for entry in entries)
     start = stop = entries[-1]["read"] if entries else 0
-    shard = _Archive(folder, len(entries))
+    shard = _Archive(folder, len(entries), part)
     try:
         for row, sample in enumerate(_rows(samples, start), start):
             try:
@@ -101,7 +102,7 @@ def write_shards(
             if members and shard.table.rows and shard.at + size + END > shard_bytes:
                 entries.append(shard.whole(row, bad[told:]))
                 told, written = len(bad), written + entries[-1]["bytes"]
-                shard = _Archive(folder, len(entries))
+                shard = _Archive(folder, len(entries), part)
             if members:
                 shard.add(f"{row:09d}", members)
             stop = row + 1
@@ -114,8 +115,8 @@ def write_shards(
     if not entries:
         raise MediaError(f"write_shards: there is no sample to write{'; ' + _too_many(bad, max_bad) if bad else ''}")
     if bad:
-        put(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode())
-    index = _finish(folder, entries, settings, bad)
+        put_new(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode(), part)
+    index = _finish(folder, entries, settings, bad, part)
     (folder / MAKING).unlink()
     return _made(index)
 
@@ -157,7 +158,7 @@ def index_archives(
         raise ConfigError(
             f"index_archives: no member ends in {', '.join(chosen)}; there are {', '.join(sorted(met)) or 'no members'}"
         )
-    _finish(folder, entries, {"format": FORMAT}, [])
+    _finish(folder, entries, {"format": FORMAT}, [], None)
     return Shards(folder, storage=storage)
 
 
@@ -202,7 +203,7 @@ class _Table:
         column = self.columns.setdefault((field, extension), len(self.columns))
         self.rows[-1].append((column, offset, size, crc))
 
-    def put(self, folder: Path, number: int, **about: Any) -> dict[str, Any]:
+    def put(self, folder: Path, number: int, part: Path | None = None, **about: Any) -> dict[str, Any]:
         """Write it, and give what the index says of the archive."""
         numbers = np.full((len(self.rows), len(self.columns), 3), ABSENT, "<i8")
         for row, members in enumerate(self.rows):
@@ -210,16 +211,16 @@ class _Table:
                 numbers[row, column] = where
         body = numbers.tobytes()
         entry = {**about, "samples": len(self.rows), "columns": list(self.columns), "table_crc": zlib.crc32(body)}
-        put(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body)
+        put_new(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body, part)
         return json.loads(json.dumps(entry))
 
 
 class _Archive:
     """The archive that is being written, under another name until it is whole."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, part: Path) -> None:
         self.folder, self.number, self.name = folder, number, f"{number:06d}.tar"
-        self.part = folder / f"{self.name}{PART}"
+        self.part = part
         self.file: BinaryIO | None = None
         self.at, self.digest, self.table = 0, hashlib.sha256(), _Table()
 
@@ -238,10 +239,14 @@ class _Archive:
         assert self.file is not None
         self.file.close()
         flush(self.part)
-        os.replace(self.part, self.folder / self.name)
+        place = self.folder / self.name  # one that is there without a table is the same, from before an interruption
+        if os.path.lexists(place) and (not place.is_file() or file_hash(place) != self.digest.hexdigest()):
+            self.part.unlink()
+            raise ConfigError(f"write_shards: {place} is there already, and is not what would be written; move it away")
+        os.replace(self.part, place)
         flush(self.folder)
         about = {"name": self.name, "bytes": self.at, "sha256": self.digest.hexdigest(), "read": read, "bad": list(bad)}
-        return self.table.put(self.folder, self.number, **about)
+        return self.table.put(self.folder, self.number, self.part, **about)
 
     def abandon(self) -> None:
         if self.file is not None and not self.file.closed:
@@ -259,14 +264,14 @@ def _padded(size: int) -> int:
     return HEADER + size + -size % HEADER
 
 
-def _begun(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[str, Any]]:
     """What whole shards there are, in a folder that is made if there is none."""
     if not (folder / MAKING).exists():
-        if folder.exists() and any(not entry.name.endswith(PART) for entry in folder.iterdir()):
+        if os.path.lexists(folder) and (not folder.is_dir() or any(not is_aside(x.name) for x in folder.iterdir())):
             raise ConfigError(f"write_shards: {folder} holds other things; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        put(folder / MAKING, json.dumps(settings).encode())
-    _check_same(folder, json.loads((folder / MAKING).read_text("utf-8")), settings)
+        put(folder / MAKING, json.dumps(settings).encode(), part)
+    _check_same(folder, _read(folder / MAKING, "shards that are being made"), settings)
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
         entries.append(json.loads(table.read_bytes().partition(b"\n")[0]))
@@ -276,6 +281,19 @@ def _begun(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"write_shards: {archive} was changed since it was written; delete {folder} and begin again"
             )
     return entries
+
+
+def _read(path: Path, what: str = "") -> dict[str, Any]:
+    """A JSON object of ours; anything else raises a ConfigError if `what` says what was wanted, and is empty if not."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and "format" in found:
+        return found
+    if what:
+        raise ConfigError(f"write_shards: {path} is not of {what}: the folder holds other things; give a new folder")
+    return {}
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -291,13 +309,17 @@ def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, 
 
 
 def _finish(
-    folder: Path, entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], bad: Sequence[tuple[int, str]]
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    bad: Sequence[tuple[int, str]],
+    part: Path | None,
 ) -> dict[str, Any]:
     fields = list(dict.fromkeys(field for entry in entries for field, _ in entry["columns"]))
     shards = [{name: value for name, value in entry.items() if name != "bad"} for entry in entries]
     total = sum(entry["samples"] for entry in entries)
     index = {**settings, "samples": total, "fields": fields, "bad": list(bad), "shards": shards}
-    put(folder / INDEX, json.dumps(index, indent=1).encode())
+    put_new(folder / INDEX, json.dumps(index, indent=1).encode(), part)
     return index
 
 

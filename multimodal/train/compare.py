@@ -30,7 +30,7 @@ class Record:
         """What is there; of a log that was cut while it was written, the whole rows."""
         names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
         steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
-        steps += [state["step"]] if (state := _json(folder / OLD / FACTS)) else []
+        steps += [state["step"]] if isinstance((state := _json(folder / OLD / FACTS)).get("step"), int) else []
         return cls(folder, read_rows(folder / LOG), _json(folder / CONFIG), max(steps, default=None))
 
     @property
@@ -80,9 +80,10 @@ class Record:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Record]:

@@ -17,12 +17,13 @@ from zlib import crc32
 import torch
 
 from multimodal import checkpoint
-from multimodal.checkpoint import check_room, declarations
+from multimodal.checkpoint import check_room, declarations, holds
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Samples, Source
 from multimodal.declare import override, plain
+from multimodal.files import put
 from multimodal.model import Model
-from multimodal.shapes import ConfigError, MediaError
+from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.train.evaluation import measured
 from multimodal.train.feed import check_evaluation, make_feed, size
 from multimodal.train.folder import (
@@ -35,6 +36,7 @@ from multimodal.train.folder import (
     MODEL,
     TABLE,
     add_rows,
+    check_folder,
     lock,
     make_room,
     read_rows,
@@ -182,12 +184,14 @@ class _Training:
         self.states = Checkpoints(folder, self.recipe.keep, self.processes)
         newest = None
         if self.keeps:
+            check_folder(folder)
             check_room(folder / MODEL)
-            folder.mkdir(parents=True, exist_ok=True)
+            check_room(folder / BEST)
+            folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to a folder that is not there
             self.lock = lock(folder)  # before anything is read or moved: another run may be at work here
             newest = self.states.latest() if resume else None
             if newest is None and make_room(folder, self.quiet):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.resolve().mkdir(parents=True, exist_ok=True)
                 moved, self.lock = self.lock, lock(folder)
                 if moved:
                     moved.close()
@@ -210,8 +214,10 @@ class _Training:
                 write_rows(folder / BROKEN, broken)
         if self.keeps:
             config = {**self.facts, "recipe": plain(self.recipe.config()), "processes": self.processes.count}
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            (folder / ENVIRONMENT).write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            put(
+                folder / CONFIG, json.dumps(config, indent=2) + "\n"
+            )  # the first, as it says that a run wrote the others
+            put(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
             (folder / CURVES).unlink(missing_ok=True)  # drawn last of all, so that it tells a run that went to its end
             write_rows(folder / LOG, self.run.history)
 
@@ -353,7 +359,7 @@ class _Training:
                 kept = keep_trouble(folder, step, batch.streams, why, None, precision=_name(self.dtype), **rest)
                 if kept and self.keeps:
                     checkpoint.save(self.model, kept / MODEL, weights)
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
                 warnings.warn(f"fit: the batch of step {step} could not be kept ({error})", stacklevel=3)
         look = (
             f"multimodal replay {kept} shows its samples"
@@ -370,13 +376,19 @@ class _Training:
     def _keep(self, last: bool) -> None:
         """Save the state and the model; a disk that is full ends no training before its end."""
         folder = self.run.folder
-        if folder is None or self.states is None or self.step == self.begun:
+        if folder is None or self.states is None or (self.step == self.begun and not last):
             return
         extra = {"computed_in": _name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
         weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
 
         def also() -> None:
             checkpoint.save(self.model, folder / MODEL, weights)
+
+        if self.step == self.begun:
+            # the state is there, but perhaps the run was killed, or the disk full, before its model was written
+            if self.keeps and not holds(folder / MODEL, weights):
+                also()
+            return
 
         self.states.save(self.step, self.trained, self.facts, extra, self.feed.state(), also)
         if last:
@@ -403,13 +415,16 @@ class _Training:
         if name in row and (
             self.best is None or (row[name] < self.best if name.endswith(" loss") else row[name] > self.best)
         ):
-            self.best = row[name]
             weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
+            kept = True
             try:
                 if self.keeps:
                     checkpoint.save(self.model, self.run.folder / BEST, weights)  # type: ignore[operator]
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
+                kept = False
                 warnings.warn(f"fit: the best model, of step {self.step}, could not be kept ({error})", stacklevel=3)
+            if self.processes.gather(kept)[0]:  # else a later one that is less good is still better than none
+                self.best = row[name]
         return row
 
     def _note(self, row: dict[str, Any]) -> None:

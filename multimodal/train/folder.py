@@ -2,19 +2,21 @@
 
 import json
 import os
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-from multimodal.checkpoint import RUN
+from multimodal import files
+from multimodal.checkpoint import RUN, own_config
 from multimodal.files import free_name, put
 from multimodal.shapes import ConfigError
-from multimodal.train.state import CHECKPOINTS, OLD
+from multimodal.train.state import CHECKPOINTS, FACTS, OLD, is_of_a_run
+from multimodal.train.trouble import TROUBLE
 
 MODEL = RUN
 BEST, LOG, CURVES, CONFIG, BROKEN = "best", "log.jsonl", "curves.png", "config.json", "bad.jsonl"
 TABLE, ENVIRONMENT, LOCK = "log.csv", "environment.json", ".lock"
+WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, TROUBLE, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 
 
 def lock(folder: Path, patience_s: float = 15.0) -> Any:
@@ -24,22 +26,37 @@ def lock(folder: Path, patience_s: float = 15.0) -> Any:
         ConfigError: another one trains there.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = (folder / LOCK).open("w")
-    for patience in range(int(patience_s * 10), -1, -1):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError:
-            if not patience:
-                file.close()
-                raise ConfigError(
-                    f"{folder}: another process trains here; wait for it, stop it, or choose another folder"
-                ) from None
-            time.sleep(0.1)
-    return None
+        return files.lock(folder / LOCK, patience_s)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{folder}: another process trains here; wait for it, stop it, or choose another folder"
+        ) from None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `fit` wrote what is in a folder: its configuration, or a state in it, says so."""
+    return any(
+        map(is_of_a_run, (folder / CONFIG, folder / OLD / FACTS, *(folder / CHECKPOINTS).glob(f"step-*/{FACTS}")))
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder where a run would write over what no run wrote.
+
+    Raises:
+        ConfigError: says what is there.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"fit: {folder} is a file, and a run needs a folder; choose another name")
+    if own_config(folder) is not None:
+        raise ConfigError(
+            f"fit: {folder} holds a saved model, and a run would write over its {CONFIG}; choose another folder"
+        )
+    there = [name for name in WRITTEN if os.path.lexists(folder / name)]
+    if there and not is_run(folder):
+        raise ConfigError(
+            f"fit: {folder} holds {', '.join(there)}, which no run wrote, and a run would write over it; choose another folder"
+        )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -72,8 +89,18 @@ def make_room(folder: Path, quiet: bool) -> bool:
     if not any((folder / name).exists() for name in (CHECKPOINTS, OLD, RUN, LOG)):
         return False
     folder = folder.resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise ConfigError(
+            f"fit: a run is in {folder}, and it cannot be moved aside for a new one while the current folder lies in it; go on "
+            "with it (resume=True), choose another folder, or change to another one first"
+        )
     free = free_name(folder)
-    os.replace(folder, free)
+    try:
+        os.rename(folder, free)
+    except OSError as error:
+        raise ConfigError(
+            f"fit: a run is in {folder}, and it cannot be moved aside to {free} ({error}); choose another folder"
+        ) from error
     if not quiet:
         print(f"fit: the run that was in {folder} is now in {free}")
     return True

@@ -7,9 +7,10 @@ RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: sh
 
 import json
 import os
-import shutil
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -31,6 +32,7 @@ FACTS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
 OLD = "state"  # where format 1 lies, which had no manifest and one state only
 WRITING, DAMAGED = ".writing", ".damaged"
+RUN_PARTS = {"recipe", "core", "tasks", "tokenizers"}  # what the configuration and the states of a run have
 
 
 @dataclass
@@ -119,8 +121,9 @@ class Checkpoints:
         place = self._place(step)
         aside = place.with_name(place.name + WRITING)
         if self.processes.rank == 0:
-            for left in self.folder.glob("*" + WRITING):  # by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for left in self.folder.glob("step-*" + WRITING):  # by a run that was killed
+                if re.fullmatch(r"step-\d+", left.name.removesuffix(WRITING)):
+                    remove(left)
         self.processes.wait()
         sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
@@ -148,12 +151,14 @@ class Checkpoints:
                 os.replace(aside, place)
                 flush(self.folder)
                 for old in self._all()[: -self.keep]:
-                    shutil.rmtree(old)
-                shutil.rmtree(self.old, ignore_errors=True)
+                    remove(old)
+                if is_of_a_run(self.old / FACTS):
+                    remove(self.old)
                 what = "model"
                 also()
-            except OSError as error:
-                shutil.rmtree(aside, ignore_errors=True)
+            except (OSError, CheckpointError) as error:
+                with suppress(OSError):
+                    remove(aside)
                 self.failed = OSError(f"the {what} after step {step} could not be kept ({error})")
             except Exception as error:  # of a thread it would be lost
                 self.failed = error
@@ -194,7 +199,7 @@ class Checkpoints:
             except CheckpointError as error:
                 warnings.warn(f"{error}; it is put aside, and the state before it is looked at", stacklevel=2)
                 os.replace(folder, free_name(folder.with_name(folder.name + DAMAGED)))
-        if (self.old / FACTS).is_file():
+        if is_of_a_run(self.old / FACTS):
             return self.old
         if states:
             raise CheckpointError(
@@ -240,7 +245,34 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """Folders of states, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        return sorted(
+            path
+            for path in self.folder.glob("step-*")
+            if re.fullmatch(r"step-\d+", path.name)
+            and any((path / name).exists() for name in (MANIFEST, FACTS, TENSORS, SHARDED))
+        )
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Whether this is the configuration of a run or the facts of a state, as `fit` writes them."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and facts.keys() >= RUN_PARTS
+
+
+def remove(state: Path) -> None:
+    """Delete the files of a state, and its folder if nothing else is in it. The manifest goes last: without it, it is damaged."""
+    if state.is_symlink():
+        return
+    sharded = state / SHARDED
+    parts = [] if sharded.is_symlink() else [*sharded.glob("__*.distcp"), sharded / ".metadata"]
+    for path in (state / TENSORS, *parts, state / FACTS, state / MANIFEST):
+        path.unlink(missing_ok=True)
+    for folder in (sharded, state):
+        with suppress(OSError):  # it is not there, or somebody keeps something in it
+            folder.rmdir()
 
 
 def seal(folder: Path) -> None:

@@ -5,6 +5,7 @@ gradient norm --SpikeWatch--> why --keep_trouble--> RUN/trouble/step-0000123/ --
 
 import json
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span
 from multimodal.checkpoint import RUN, below
+from multimodal.files import put
 from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
@@ -150,8 +152,10 @@ def keep_trouble(
                 file.write(json.dumps({"step": step, "why": why}) + "\n")
         return None
     place.mkdir(parents=True, exist_ok=True)
-    for old in (place / f"trouble-{process}.json", *place.glob(f"stream-{process}-*")):
-        old.unlink(missing_ok=True)  # of the same step, before the run was resumed
+    (place / f"trouble-{process}.json").unlink(missing_ok=True)  # of the same step, before the run was resumed
+    for old in place.glob(f"stream-{process}-*.safetensors"):
+        if re.fullmatch(rf"stream-{process}-\d{{3,}}", old.stem):
+            old.unlink()
     files = [f"stream-{process}-{number:03}.safetensors" for number in range(len(streams))]
     for file, stream in zip(files, streams, strict=True):
         save_stream(place / file, stream)
@@ -161,7 +165,7 @@ def keep_trouble(
     facts |= {"counts": dict(_counts(streams) if counts is None else counts)}
     facts |= {"names": None if names is None else [list(some) for some in names]}
     # last, so that what was cut short is not taken for whole
-    (place / f"trouble-{process}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    put(place / f"trouble-{process}.json", json.dumps(facts, indent=2) + "\n")
     return place
 
 
