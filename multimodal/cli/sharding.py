@@ -9,6 +9,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from multimodal.cli.showing import check_folder
+
 SHOWN = 5  # bad rows
 
 
@@ -64,6 +66,7 @@ def shards(
         raise ConfigError(f"--shard-mb {shard_mb:g}: wanted a number of megabytes above 0, such as 256")
     if out is None:
         raise ConfigError("shards: give the folder of the shards behind the source")
+    check_folder(out, "shards:")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
     table = open_table(source, split).choosing(chosen, files or [])
     with _bar("packing", table.total) as tell:

@@ -115,8 +115,8 @@ def place(out: Path | None, checkpoint: Path) -> Path:
     return checkpoint.parent if checkpoint.name == MODEL and is_run(around) else checkpoint
 
 
-def check_folder(out: Path | None) -> None:
-    """Complain before an answer is written, not after.
+def check_folder(out: Path | None, option: str = "--out") -> None:
+    """Complain before anything is written, not after.
 
     Raises:
         ConfigError: this is not a folder, and cannot become one.
@@ -125,7 +125,7 @@ def check_folder(out: Path | None) -> None:
 
     for path in () if out is None else (out, *out.parents):
         if path.exists() and not path.is_dir():
-            raise ConfigError(f"--out {out}: {path} is a file, not a folder")
+            raise ConfigError(f"{option} {out}: {path} is a file, not a folder")
 
 
 def _as_file(value: Any, *, texts: bool, arrays: bool) -> tuple[str, bytes] | None:

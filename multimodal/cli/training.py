@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from multimodal.cli.find import import_file
-from multimodal.cli.showing import print_json, saved
+from multimodal.cli.showing import check_folder, print_json, saved
 
 if TYPE_CHECKING:
     from multimodal.train import Run
@@ -53,6 +53,7 @@ def train(
     folder = folder or Path("runs", recipe.stem)
     options = [str(recipe), *(f"--set={change}" for change in setting or []), "--folder", str(folder)]
     options += ["--tensorboard"] if tensorboard else []
+    check_folder(folder, "--folder")
     from multimodal.train.launch import LAUNCHED, end_with_launcher, launch
 
     if processes != 1 and LAUNCHED not in os.environ:
