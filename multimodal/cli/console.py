@@ -1,6 +1,7 @@
 """What lies around a command: standard output and error as they were opened, the width of the terminal, errors as one message."""
 
 import os
+import re
 import sys
 import sysconfig
 import tempfile
@@ -8,7 +9,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError
 
 NARROWEST = 20  # columns; with fewer, tables and help have no room for a letter, and rich wraps them for ever
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how PyTorch's RuntimeErrors say it
@@ -19,14 +23,12 @@ def prepared() -> Iterator[None]:
     """Standard output that takes every character, and a width that help can be laid out in; as they were when it ends.
 
     Raises:
-        ConfigError: standard output is closed. The next file to be opened would get its number, and be printed into.
+        OSError: standard output is closed. The next file to be opened would get its number, and be printed into.
     """
     if sys.stderr is None:  # closed; to print to None is to print to standard output
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
     if sys.stdout is None or sys.stdout.closed:
-        from multimodal.shapes import ConfigError
-
-        raise ConfigError("standard output is closed, so nothing can be shown; send it to a file or to /dev/null")
+        raise OSError("standard output is closed, so nothing can be shown; send it to a file or to /dev/null")
     columns, errors = os.environ.get("COLUMNS"), getattr(sys.stdout, "errors", None)
     if _columns() < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
@@ -83,14 +85,16 @@ def message_of(error: Exception) -> str | None:
     """What is said of an error that the user can put right; None of one that is ours."""
     from cyclopts import CycloptsError
 
-    from multimodal import conformance, shapes
-
-    ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
-    if isinstance(error, (CycloptsError, FloatingPointError, conformance.ConformanceError, *ours)):
-        return str(error)
+    if isinstance(error, CycloptsError):
+        return _message_of_typing(error)
     if isinstance(error, OSError):
         place = f"{shortened(error.filename)}: " if error.filename is not None else ""
         return place + (error.strerror or str(error) or type(error).__name__)
+    from multimodal import conformance, shapes  # only now, as this imports PyTorch
+
+    ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
+    if isinstance(error, (FloatingPointError, conformance.ConformanceError, *ours)):
+        return str(error)
     said = str(error).lower()
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
@@ -100,6 +104,21 @@ def message_of(error: Exception) -> str | None:
     if (place := _place_of_users(error)) is not None:
         return f"{place}: {type(error).__name__}: {error} (--debug shows the traceback)"
     return None
+
+
+def _message_of_typing(error: "CycloptsError") -> str:
+    """The parser's own message, with what to do where it says only what is wrong."""
+    from cyclopts import MissingArgumentError, UnusedCliTokensError
+
+    if isinstance(error, UnusedCliTokensError):
+        words = [shortened(word) for word in error.unused_tokens or []]
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        listed = ", ".join(map(repr, words[:3]))
+        return f"{listed}{more}: not a value of any option; write --NAME VALUE, and a text with blanks in quotes"
+    hint = ""
+    if isinstance(error, MissingArgumentError) and (name := re.search(r"parameter (--\S+)", str(error))):
+        hint = f" A value that begins like an option is written {name[1]}=VALUE."
+    return f"{error}{hint}"
 
 
 def shortened(name: Any) -> str:
