@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,13 @@ class Pictures:
             image = self.augment(image if isinstance(image, Image.Image) else Image.open(image).convert("RGB"))
         return {"image": image, "label": self.labels[index]}
 
-    def first(self, count: int) -> "Pictures":
-        """The first `count` samples."""
-        return Pictures(self.images[:count], self.labels[:count], self.augment)
+    def some(self, count: int) -> "Pictures":
+        """So many samples, one of each class in turn: those of a folder come class by class."""
+        by_class: dict[str, list[int]] = {}
+        for i, label in enumerate(self.labels):
+            by_class.setdefault(label, []).append(i)
+        chosen = [i for turn in zip_longest(*by_class.values()) for i in turn if i is not None][:count]
+        return Pictures([self.images[i] for i in chosen], [self.labels[i] for i in chosen], self.augment)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import typing
 from collections.abc import Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
@@ -44,7 +45,7 @@ class Declared:
                 raise CheckpointError(
                     f"{cls.__name__} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
                 )
-        return cls(**{key: _from_json(value) for key, value in config.items()})
+        return cls(**{key: _whole(cls, key, _from_json(value)) for key, value in config.items()})
 
 
 def check_ordered(where: str, value: Any) -> None:
@@ -166,6 +167,22 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_to_json(v) for v in value]
     return value
+
+
+def _whole(cls: type, name: str, value: Any) -> Any:
+    """The value of a setting; a number for one that counts must be whole, as 4 and 4.0 are, but not 4.5."""
+    if not isinstance(value, float):
+        return value
+    try:
+        hint = typing.get_type_hints(cls).get(name)
+    except NameError:  # a name that only a type checker sees
+        return value
+    kinds = typing.get_args(hint) or (hint,)
+    if int not in kinds or float in kinds:
+        return value
+    if not value.is_integer():
+        raise ConfigError(f"{cls.__name__}: {name}={value} must be a whole number")
+    return int(value)
 
 
 def _from_json(value: Any) -> Any:

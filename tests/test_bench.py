@@ -191,7 +191,7 @@ def test_the_command_lists_rows_and_refuses_what_it_does_not_know(capsys):
 def test_a_row_whose_peer_is_not_there_is_left_out(monkeypatch, capsys):
     row = Row(name="r", what="", peer="them", needs=("no-such-distribution",))
     monkeypatch.setattr(main, "all_rows", lambda: iter([("fake", row)]))
-    settings = {"quick": True, "rounds": 1, "seconds": 0.0, "threads": 1, "profile": False, "keep": False}
+    settings = {"quick": True, "rounds": 1, "seconds": 0.0, "threads": 1, "profile": False, "keep": None}
     assert main.bench([], **settings) == 0
     assert main.bench(["r"], **settings) == 1
     assert "no-such-distribution not installed: uv sync --group peers" in capsys.readouterr().out

@@ -74,6 +74,7 @@ ROWS = (
     Row(
         name="gpu-decode",
         what="greedy decoding in bfloat16, one answer and 64, by Model.generate; bytes of weights and cache over the copy's speed",
+        needs=("transformers",),
         report=decode_report,
         cuda=True,
     ),

@@ -316,6 +316,7 @@ ROWS = (
             "train step of 65,536 tokens of pictures, sounds and texts, packed; counted operations over the product's ceiling; "
             "texts of 2048 against Hugging Face's Llama of the same shape (eager and compiled, SDPA, no padding)"
         ),
+        needs=("transformers",),
         report=train_report,
         cuda=True,
     ),

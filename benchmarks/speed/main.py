@@ -13,6 +13,7 @@ from benchmarks.speed.compare import BenchError, Worker, measure
 from benchmarks.speed.row import Place, Row
 
 GROUP = "uv sync --group peers"
+RESULTS = results.RESULTS
 
 
 def all_rows() -> Iterator[tuple[str, Row]]:
@@ -44,9 +45,11 @@ def _no_device(row: Row, quick: bool) -> str:
 
 
 def bench(
-    names: Sequence[str], *, quick: bool, rounds: int, seconds: float, threads: int, profile: bool, keep: bool
+    names: Sequence[str], *, quick: bool, rounds: int, seconds: float, threads: int, profile: bool, keep: Path | None
 ) -> int:
-    """Run rows, show each as it is done, and keep what they gave. Returns 1 if a row failed or missed its goal, else 0.
+    """Run rows, show each as it is done, and add what they gave to the folder `keep`, if there is one.
+
+    Returns 1 if a row failed or missed its goal, else 0.
 
     Raises:
         ValueError: a row that is not there.
@@ -88,10 +91,12 @@ def bench(
                 else:
                     line = results.kept(row, found, threads, rounds)
                     failed += not _met(row, line)
-                    if keep and not quick:
-                        results.add(line)
+                    if keep is not None and not quick:
+                        results.add(line, keep)
                     say.print("\n".join([escape(f"{row.name}: {row.what}"), *map(escape, _told(line, quick))]))
             bar.advance(task)
+    if keep is None and not quick:
+        say.print("shown only: --keep adds the figures to benchmarks/results, --out FOLDER to another folder")
     return int(failed > 0)
 
 

@@ -35,7 +35,7 @@ def kept(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str
 
 def add(line: dict[str, Any], folder: Path = RESULTS) -> None:
     """Append it, and write the pages anew."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / LINES).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     lines = read(folder)

@@ -5,7 +5,8 @@
 
 1 to 3 MNIST digits in a jittered 2 x 2 layout, test digits unseen; synthetic captions name quarters and digits in reading order.
 "pointing": share of the attention that lies in the right quarter while a digit is named; chance is .25. The twin sees the mean
-of the annotation vectors; "blind" always says what captions say most often.
+of the annotation vectors; "blind" always says what captions say most often. Expected of soft attention: 0.87 exactly
+right, pointing 0.94, the twin 0.35 exactly right (0.90 and 0.95 were wanted); hard attention was not measured.
 """
 
 from collections import Counter

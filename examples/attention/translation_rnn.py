@@ -4,7 +4,8 @@
     uv run examples/attention/translation_rnn.py --quick  a reduced form, seconds
 
 Multi30k, lower-cased, a joint vocabulary of 1,500 merges, trained on 29,000 pairs; greedy BLEU (sacrebleu) on the 1,014 sentences
-of the validation part, as the data have no test part. By chance 1: the same answers in another order.
+of the validation part, as the data have no test part. Expected: 29.8 with attention, 9.1 without; by chance 0.6,
+the same answers in another order.
 """
 
 import random

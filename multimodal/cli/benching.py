@@ -4,6 +4,13 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from multimodal.cli.showing import check_folder
+
+MOST = 10_000  # rounds, threads
 
 
 def bench(
@@ -13,19 +20,22 @@ def bench(
     seconds: float = 1.0,
     threads: int = 0,
     profile: bool = False,
-    keep: bool = True,
+    keep: Annotated[bool, Parameter(negative="")] = False,
+    out: Path | None = None,
     list_: bool = False,
 ) -> int:
     """Time ours and what people would pick instead on the same work, in turn. Exit code 1: a row failed or missed its goal.
 
     Example: multimodal bench vit decode-1
 
+    Example: multimodal bench --keep
+
     Parameters
     ----------
     rows
         Which rows; all unless given. --list shows them.
     quick
-        Tiny settings, to see that it runs; the figures say nothing and are not kept.
+        Tiny settings, to see that it runs; the figures say nothing and are written nowhere.
     rounds
         Rounds of each side.
     seconds
@@ -35,7 +45,9 @@ def bench(
     profile
         Show where the time goes instead.
     keep
-        Add the figures to benchmarks/results; --no-keep shows them only.
+        Add the figures to the checkout's benchmarks/results and its README; without it they are shown only.
+    out
+        Add them to bench.jsonl and bench.md in this folder instead.
     list_
         Show the rows and what is wanted of them.
     """
@@ -46,8 +58,14 @@ def bench(
         raise ConfigError(
             "bench: the benchmarks are no part of the installed package; run it in a checkout of the project"
         )
-    if rounds < 1 or not 0 < seconds < 3600 or threads < 0:
-        raise ConfigError(f"bench: --rounds {rounds} --seconds {seconds:g} --threads {threads}: give positive numbers")
+    if keep and out is not None:
+        raise ConfigError(f"bench: --keep and --out {out}: the figures go to one place; give one of them")
+    check_folder(out)
+    if not 1 <= rounds <= MOST or not 0 < seconds < 3600 or not 0 <= threads <= MOST:
+        raise ConfigError(
+            f"bench: --rounds {rounds} --seconds {seconds:g} --threads {threads}: give positive numbers, rounds and threads of at "
+            f"most {MOST:,}, seconds below 3600"
+        )
     sys.path.insert(0, str(root))
     main = import_module("benchmarks.speed.main")  # by name: the package must not depend on its benchmarks
 
@@ -65,7 +83,7 @@ def bench(
             seconds=0.0 if quick else seconds,
             threads=cores,
             profile=profile,
-            keep=keep,
+            keep=main.RESULTS if keep else out,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

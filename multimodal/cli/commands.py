@@ -1,21 +1,23 @@
 """The commands. Everything heavy is imported inside of them, so that help comes at once."""
 
-import json
-import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 
-from multimodal.cli import benching, planning, replaying, sharding, training
+from multimodal.cli import benching, console, planning, replaying, sharding, training, typed
 from multimodal.cli.find import load, make_tokenizer
-from multimodal.cli.options import Device, Fields, Json, Out, Plugins
-from multimodal.cli.showing import check_folder, place, show
-from multimodal.cli.typed import choose_task, sample_from, samples_with, value_from
+from multimodal.cli.options import Device, Fields, Json, Out, Plugins, Without
+from multimodal.cli.showing import check_folder, harmless, place, print_json, show
+from multimodal.cli.typed import choose_task, named_samples, samples_from, samples_with, value_from
 from multimodal.cli.writing import Writing, written_live
+
+if TYPE_CHECKING:
+    from multimodal.heads import Prediction
+    from multimodal.model import Model
 
 
 def _version() -> str:
@@ -33,6 +35,7 @@ app = App(
 )
 
 AS_IT_IS = Writing()
+BATCH = 32  # samples that are answered at once
 
 
 app.command(training.train)
@@ -49,15 +52,18 @@ def predict(
     /,
     *,
     task: str | None = None,
+    without: Without = None,
     as_json: Json = False,
     out: Out = None,
     plugin: Plugins = None,
     device: Device = "auto",
     **fields: Fields,
 ) -> int:
-    """Answer one sample. An answer that is a picture or a sound is written to a file.
+    """Answer one sample, or several. An answer that is a picture or a sound is written to a file.
 
     Example: multimodal predict runs/digits --image seven.png
+
+    Example: multimodal predict runs/digits --image scans/*.png --json
 
     Parameters
     ----------
@@ -68,12 +74,16 @@ def predict(
     """
     check_folder(out)
     model = load(checkpoint, plugin, device)
-    chosen = choose_task(model, task, fields)
+    chosen = choose_task(model, task, [*fields, *(without or [])])
     name = model.packer.patterns[chosen].answer
-    answer = model.predict(chosen, [sample_from(model, chosen, fields)])[0]
-    show(chosen, answer, as_json, name=name, out=out, home=checkpoint)
-    if not answer.complete:
-        print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
+    samples, names = samples_from(model, chosen, fields, without or []), named_samples(fields)
+    for start in range(0, len(samples), BATCH):
+        answers = model.predict(chosen, samples[start : start + BATCH])
+        for answer, which in zip(answers, names[start:], strict=False):
+            heading = f"== {' '.join(which.values())}" if which else ""
+            show(chosen, answer, as_json, name=name, out=out, home=checkpoint, heading=heading, sample=which)
+            if not answer.complete:
+                print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
 
 
@@ -83,6 +93,7 @@ def generate(
     /,
     *,
     task: str | None = None,
+    without: Without = None,
     writing: Writing = AS_IT_IS,
     as_json: Json = False,
     out: Out = None,
@@ -105,24 +116,38 @@ def generate(
     """
     check_folder(out)
     model = load(checkpoint, plugin, device)
-    chosen = choose_task(model, task, fields, writing=True)
+    chosen = choose_task(model, task, [*fields, *(without or [])], writing=True)
     options = writing.options(model, chosen)
-    sample = sample_from(model, chosen, fields)
+    samples, names = samples_from(model, chosen, fields, without or []), named_samples(fields)
     name, kind = model.packer.patterns[chosen].answer, model.packer.patterns[chosen].writes.kind
     several = writing.count > 1
     live = sys.stdout.isatty() and model.packer.tokenizers[kind].text and not (as_json or out or several)
-    if live:
-        answers = [written_live(model, chosen, sample, options)]
-    else:
-        answers = model.generate(chosen, [sample] * writing.count, **options)
-    for seed, answer in enumerate(answers, writing.seed):
-        if not live:
-            heading = f"== seed {seed}" if several else ""
-            show(chosen, answer, as_json, name=name, out=out, home=checkpoint, heading=heading, seed=seed)
-        if not answer.complete:
-            which = f"seed {seed}: " if several else ""
-            print(f"({which}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)
+    for sample, named in zip(samples, names, strict=True):
+        which = " ".join(named.values())
+        if live:
+            if which:
+                print(f"== {harmless(which)}")
+            answers = [written_live(model, chosen, sample, options)]
+        else:
+            answers = _written(model, chosen, sample, writing.count, options)
+        for seed, answer in enumerate(answers, writing.seed):
+            title = " ".join(filter(None, [which, f"seed {seed}" if several else ""]))
+            if not live:
+                facts = {"home": checkpoint, "heading": f"== {title}" if title else "", "sample": named, "seed": seed}
+                show(chosen, answer, as_json, name=name, out=out, **facts)
+            if not answer.complete:
+                title = f"{title}: " if title else ""
+                print(f"({title}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)
     return 0
+
+
+def _written(
+    model: "Model", task: str, sample: Mapping[str, Any], count: int, options: Mapping[str, Any]
+) -> Iterator["Prediction"]:
+    """So many answers to one sample, each by the next seed; shown as they come, however many are wanted."""
+    for start in range(0, count, BATCH):
+        some = [sample] * min(BATCH, count - start)
+        yield from model.generate(task, some, **{**options, "seed": options["seed"] + start})
 
 
 @app.command
@@ -277,7 +302,7 @@ def verify(
     result = verify_model(model, samples_with(model, fields))
     if as_json:
         rows = [{**vars(row), "passed": row.passed} for row in result.rows]
-        print(json.dumps({"passed": result.passed, "rows": rows, "notes": result.notes}, indent=2))
+        print_json({"passed": result.passed, "rows": rows, "notes": result.notes}, indent=2)
     else:
         print(result)
     return 0 if result.passed else 1
@@ -290,6 +315,7 @@ def look(
     *,
     task: str | None = None,
     answer: str | None = None,
+    without: Without = None,
     as_json: Json = False,
     out: Out = None,
     plugin: Plugins = None,
@@ -310,52 +336,50 @@ def look(
         Of a task that writes: look while this is written, instead of the model's own answer.
     """
     from multimodal.cli.looking import look_at
+    from multimodal.shapes import ConfigError
 
     check_folder(out)
     model = load(checkpoint, plugin, device)
-    look_at(model, choose_task(model, task, fields), fields, answer, as_json, place(out, checkpoint))
+    chosen = choose_task(model, task, [*fields, *(without or [])])
+    samples = samples_from(model, chosen, fields, without or [])
+    if len(samples) > 1:
+        raise ConfigError(f"look shows one sample, and {len(samples)} were given; give one value of each field")
+    look_at(model, chosen, samples[0], answer, as_json, place(out, checkpoint))
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 2 for anything the user can put right, with one message on stderr."""
+    """Run one command and return its exit code.
+
+    0: done. 1: a check that was asked for failed, or one file of several. 2: something the user can put right, with one message
+    on stderr. 70: a bug, in one line. 130: stopped by Ctrl-C. 141: whoever was reading has gone.
+    """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
-        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value") or 0
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever was reading has gone, as `head` does
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at its end
-        os.close(nowhere)
-        return 141  # 128 + SIGPIPE, as shells count it
+        with console.prepared():
+            code = app(typed.joined(app, tokens), exit_on_error=False, print_error=False, result_action="return_value")
+            sys.stdout.flush()
+            return code or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        elif not _is_users(error):
-            raise
-        else:
-            print(f"multimodal: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, debug)
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether the message says all there is to say; everything else is a bug, and its traceback is wanted."""
-    if isinstance(error, (CycloptsError, FloatingPointError, FileNotFoundError, IsADirectoryError, PermissionError)):
-        return True
-    from multimodal import conformance, shapes
-
-    kinds = (
-        shapes.ShapeError,
-        shapes.ConfigError,
-        shapes.MediaError,
-        shapes.StreamError,
-        shapes.CheckpointError,
-        conformance.ConformanceError,
-    )
-    return isinstance(error, kinds)
+def _failed(error: Exception, debug: bool) -> int:
+    """Say what went wrong; returns the exit code."""
+    if isinstance(error, OSError) and sys.stdout is not None and (output := console.output_error()) is not None:
+        if isinstance(output, BrokenPipeError):  # as of `head`
+            return 141  # 128 + SIGPIPE, as shells count it
+        error = OSError(f"standard output: {output.strerror}; what should be shown there is lost")
+    message = console.message_of(error)
+    if debug:
+        traceback.print_exc()
+    elif message is None:
+        console.report_bug(error)
+    else:
+        console.say(message)
+    return 70 if message is None else 2  # 70: EX_SOFTWARE

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multimodal.cli.console import shortened
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -43,7 +45,7 @@ def import_file(path: Path) -> "ModuleType":
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__":` may end the program
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
@@ -66,7 +68,13 @@ def model_folder(checkpoint: Path) -> Path:
             return folder
     if checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there")
-    near = [entry.name for entry in checkpoint.parent.iterdir()] if checkpoint.parent.is_dir() else []
+    if checkpoint.exists():
+        raise CheckpointError(
+            f"{checkpoint} is a file; give the folder of a run or a model first, and values behind the names of their fields, "
+            f"such as --image {checkpoint}"
+        )
+    parent = checkpoint.parent
+    near = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     raise CheckpointError(f"there is no folder {checkpoint}{did_you_mean(checkpoint.name, near)}")
 
 
@@ -110,7 +118,7 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
     """
     import importlib
 
-    from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
+    from multimodal.shapes import ConfigError, did_you_mean
     from multimodal.tokenizer import Tokenizer
 
     module_name, colon, class_name = name.rpartition(":")
@@ -123,9 +131,13 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
             sys.path.insert(0, "")  # the current folder, as `python -m` has it
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever the module does, or a name such as ".a", which no module can have
+            what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             raise ConfigError(
-                f"cannot import {module_name!r}: {error}; a file is given as path/to/file.py:Class"
+                f"cannot import {module_name!r}: {what}{error}; a file is given as path/to/file.py:Class"
             ) from error
     found = getattr(module, class_name, None)
     if isinstance(found, Tokenizer):
@@ -142,9 +154,11 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
     try:
         settings = json.loads(config)
         if not isinstance(settings, dict):
-            raise ConfigError(f"--config {config}: wanted a JSON object, such as '{{\"patch\": 4}}'")
+            raise ConfigError(f"--config {shortened(config)}: wanted a JSON object, such as '{{\"patch\": 4}}'")
         return found.from_config(settings)
-    except (CheckpointError, TypeError) as error:
-        raise ConfigError(f"{class_name} cannot be made from --config {config}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--config {config}: this is no JSON: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"--config {shortened(config)}: this is no JSON: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # a class of somebody else's may raise anything
+        raise ConfigError(f"{class_name} cannot be made from --config {shortened(config)}: {error}") from error

@@ -1,13 +1,12 @@
 """What `look` shows: the X-ray's picture and page as files, and its table of heads."""
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from multimodal.cli.showing import harmless, saved
-from multimodal.cli.typed import sample_from, value_from
+from multimodal.cli.showing import harmless, print_json, saved
+from multimodal.cli.typed import value_from
 
 MOST_ROWS = 24  # of the table of heads
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def look_at(
-    model: "Model", task: str, fields: Mapping[str, str], answer: str | None, as_json: bool, folder: Path
+    model: "Model", task: str, sample: Mapping[str, Any], answer: str | None, as_json: bool, folder: Path
 ) -> None:
     """Write xray.png and xray.html into a folder, and print the answer, the table of heads and where the files are."""
     from multimodal.look import xray
@@ -25,7 +24,6 @@ def look_at(
     from multimodal.look.page import page
 
     kind = model.packer.patterns[task].writes.kind
-    sample = sample_from(model, task, fields)
     writes = model.packer.head(task).writes
     given = value_from(model.packer.tokenizers[kind], answer, "--answer") if answer is not None and writes else answer
     ray = xray(model, task, sample, answer=given)
@@ -36,7 +34,7 @@ def look_at(
         saved(".html", page(ray).encode("utf-8"), "xray", folder),
     ]
     if as_json:
-        print(json.dumps({"task": task, "heads": ray.table(), "files": list(map(str, files))}, ensure_ascii=False))
+        print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})
         return
     rows = ray.table()
     if len(rows) > MOST_ROWS:

@@ -24,9 +24,17 @@ Out = Annotated[
     ),
 ]
 Fields = Annotated[
-    str,
+    list[str],
     Parameter(
+        negative="",
         help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
-        "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'."
+        "arrays are .npy or .json files, or JSON. Several values are several samples: --image cats/*.jpg. "
+        "A value that begins like an option is written --text='--no'.",
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    Parameter(
+        negative="", help="A field that the task reads and this sample lacks: --without image. Repeat it for more."
     ),
 ]

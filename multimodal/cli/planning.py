@@ -1,13 +1,15 @@
 """`multimodal plan`: what a recipe will need on GPUs that are not here, as a table or as JSON."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+
+from multimodal.cli.showing import print_json
 
 if TYPE_CHECKING:
     from multimodal.plan import Range, TrainingPlan
@@ -64,6 +66,8 @@ def plan(
     make = getattr(module, "recipe", None)
     if not callable(make):
         raise ConfigError(f"{recipe} defines no function recipe(){did_you_mean('recipe', vars(module))}")
+    if train_tokens is not None and not 1 <= train_tokens < math.inf:
+        raise ConfigError(f"--train-tokens {train_tokens:g}: wanted a number of tokens, such as 300e9")
     with outlined():
         job = make_job(make, setting or [], f"recipe() of {recipe}")
     if train_tokens is not None:
@@ -83,7 +87,7 @@ def plan(
             progress=progress,
         )
     if as_json:
-        print(json.dumps(facts(found), indent=2))
+        print_json(facts(found), indent=2)
     else:
         show_plan(found)
     return 0 if found.fits else 1

@@ -1,5 +1,6 @@
 """`multimodal shards`: data as archives that need not fit anywhere, and a check of them."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+
+from multimodal.cli.showing import check_folder
 
 SHOWN = 5  # bad rows
 
@@ -65,8 +68,11 @@ def shards(
 
     if verify:
         return _verify(source)
+    if not 1e-6 <= shard_mb < math.inf:
+        raise ConfigError(f"--shard-mb {shard_mb:g}: wanted a number of megabytes above 0, such as 256")
     if out is None:
         raise ConfigError("shards: give the folder of the shards behind the source")
+    check_folder(out, "shards:")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
     table = open_table(source, split, encoding=encoding, quotes=quotes).choosing(chosen, files or [])
     with _bar("packing", table.total) as tell:

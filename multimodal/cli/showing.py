@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,28 @@ if TYPE_CHECKING:
 
 _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
 _CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print a value as JSON, with every letter as it is where standard output can show it, and else as its number."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=indent, default=_plain)
+    print(text)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: arrays and their numbers as lists and numbers, all else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _lists(value: Any) -> Any:
+    """The same; a TypeError for all else."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def show(
@@ -22,32 +46,37 @@ def show(
     out: Path | None,
     home: Path | None = None,
     heading: str = "",
+    sample: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> None:
     """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
-    a text only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given. heading: a line
-    above what is printed; facts: more for the JSON.
+    anything else only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given.
+
+    heading: a line above what is printed; sample: what tells it from others, as it was typed; facts: more for the JSON.
     """
     folder = place(out, home or Path())
     if as_json:
-        found = {"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)}
-        print(json.dumps(found, ensure_ascii=False, default=str))
-    elif (file := _as_file(answer.value, texts=out is not None, arrays=True)) is not None:
+        facts = {"sample": dict(sample), **facts} if sample else facts
+        print_json({"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)})
+        return
+    file = _as_file(answer.value, texts=out is not None, arrays=True)
+    if heading and (file is None or sample):
+        print(harmless(heading))
+    if file is not None:
         print(saved(*file, name, folder))
-    else:
-        if heading:
-            print(heading)
-        _print(answer)
+        return
+    _print(answer)
+    if out is not None:
+        what = type(answer.value).__name__
+        print(f"(--out {out}: {what} is shown only; no file can hold it)", file=sys.stderr)
 
 
 def _facts(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
     value = answer.value
     file = _as_file(value, texts=texts, arrays=False)
     facts: dict[str, Any] = {}
-    if isinstance(value, str):
+    if file is None or file[0] in (".txt", ".json"):
         facts["answer"] = value
-    elif file is None:
-        facts["answer"] = value.tolist() if hasattr(value, "tolist") else value
     if file is not None:
         facts["file"] = str(saved(*file, name, folder))
     facts |= {"confidence": answer.confidence, "complete": answer.complete}
@@ -61,7 +90,7 @@ def _facts(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dic
 def _print(answer: "Prediction", most: int = 5) -> None:
     """The answer; where there are classes, the likeliest with their probabilities as bars."""
     value = answer.value
-    text = ", ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+    text = json.dumps(value, ensure_ascii=False, default=_plain) if isinstance(value, (list, dict)) else str(value)
     print(harmless(text) if sys.stdout.isatty() else text)
     top = list(answer.probability.items())[:most]
     width = max((len(str(name)) for name, _ in top), default=0)
@@ -86,8 +115,8 @@ def place(out: Path | None, checkpoint: Path) -> Path:
     return checkpoint.parent if checkpoint.name == MODEL and is_run(around) else checkpoint
 
 
-def check_folder(out: Path | None) -> None:
-    """Complain before an answer is written, not after.
+def check_folder(out: Path | None, option: str = "--out") -> None:
+    """Complain before anything is written, not after.
 
     Raises:
         ConfigError: this is not a folder, and cannot become one.
@@ -96,12 +125,12 @@ def check_folder(out: Path | None) -> None:
 
     for path in () if out is None else (out, *out.parents):
         if path.exists() and not path.is_dir():
-            raise ConfigError(f"--out {out}: {path} is a file, not a folder")
+            raise ConfigError(f"{option} {out}: {path} is a file, not a folder")
 
 
 def _as_file(value: Any, *, texts: bool, arrays: bool) -> tuple[str, bytes] | None:
     """(ending, bytes) of a value that belongs into a file, as tokenizers decode it: a sound (wave_S, rate_hz), a picture (C, Y, X)
-    in 0..1, any other array, a text."""
+    in 0..1, any other array, a text; with `texts` also lists and numbers, as JSON."""
     import numpy as np
 
     if isinstance(value, str):
@@ -114,6 +143,8 @@ def _as_file(value: Any, *, texts: bool, arrays: bool) -> tuple[str, bytes] | No
         soundfile.write(data, wave_S, int(value[1]), format="WAV")
         return ".wav", data.getvalue()
     if not hasattr(value, "shape"):
+        with suppress(TypeError):  # an object of somebody else's
+            return (".json", json.dumps(value, ensure_ascii=False, default=_lists).encode()) if texts else None
         return None
     array = np.asarray(value)
     if _is_picture(array):

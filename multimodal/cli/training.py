@@ -1,6 +1,5 @@
 """`train` trains what a Python file describes; `report` compares what it left behind."""
 
-import json
 import os
 import shlex
 import sys
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from multimodal.cli.find import import_file
-from multimodal.cli.showing import saved
+from multimodal.cli.showing import check_folder, print_json, saved
 
 if TYPE_CHECKING:
     from multimodal.train import Run
@@ -54,6 +53,7 @@ def train(
     folder = folder or Path("runs", recipe.stem)
     options = [str(recipe), *(f"--set={change}" for change in setting or []), "--folder", str(folder)]
     options += ["--tensorboard"] if tensorboard else []
+    check_folder(folder, "--folder")
     from multimodal.train.launch import LAUNCHED, end_with_launcher, launch
 
     if processes != 1 and LAUNCHED not in os.environ:
@@ -148,7 +148,7 @@ def report(
     out = saved(out.suffix, picture.getvalue(), out.stem, out.parent)
     if as_json:
         facts = {"runs": [r.facts() for r in records], "differences": differences(records), "picture": str(out)}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts, indent=2)
     else:
         print(f"{table(records)}\n\npicture  {out}")
     return 0

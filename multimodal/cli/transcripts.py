@@ -23,7 +23,7 @@ def choose_hearing_task(model: "Model", wanted: str | None) -> str:
     from multimodal.transcription import hearing_tasks
 
     if wanted is not None:
-        return choose_task(model, wanted, {})
+        return choose_task(model, wanted, ())
     there = hearing_tasks(model)
     if not there:
         raise TaskError(
@@ -96,14 +96,14 @@ def places_for(files: Sequence[Path], folder: Path | None, ending: str) -> list[
 
 def put(file: Path, transcript: "Transcript", form: str, place: Path | None, several: bool) -> None:
     """Write or print one transcript."""
-    from multimodal.cli.showing import saved
+    from multimodal.cli.showing import print_json, saved
     from multimodal.transcription import written
 
     text = written(transcript, form)
     if place is not None:
         print(saved(place.suffix, text.encode("utf-8"), place.stem, place.parent))
     elif several and form == "json":
-        print(json.dumps({"file": str(file), **json.loads(text)}, ensure_ascii=False))  # an object a line
+        print_json({"file": str(file), **json.loads(text)})  # an object a line
     else:
         print(f"== {file}\n{text}" if several else text, end="")
     if not transcript.complete:

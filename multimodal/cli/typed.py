@@ -1,17 +1,61 @@
-"""What was typed, as a task and as values of its fields."""
+"""What was typed, as options, as a task and as values of its fields."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multimodal.cli.console import shortened
+
 if TYPE_CHECKING:
+    from cyclopts import App
+
     from multimodal.model import Model
     from multimodal.task import Pattern
     from multimodal.tokenizer import Tokenizer
 
+OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
-def choose_task(model: "Model", wanted: str | None, fields: Mapping[str, Any], *, writing: bool = False) -> str:
+
+def joined(app: "App", tokens: Sequence[str]) -> list[str]:
+    """The words of a command line, so that every value stands by its option.
+
+    A value may start with a dash where it is no option: `--task "-> notes"`, `--text -3`. A field may have several values, as a
+    shell makes of `--image cats/*.jpg`: behind the checkpoint, each word that follows a field's value is one more of them.
+    """
+    if not tokens or tokens[0].startswith("-") or tokens[0] not in app:
+        return list(tokens)
+    arguments = app[tokens[0]].assemble_argument_collection()
+    known = {name: argument.hint for argument in arguments for name in argument.names} | {"--help": bool, "-h": bool}
+    has_fields = "--[KEYWORD]" in known
+    found = [tokens[0]]
+    waiting = field = ""  # an option that has no value yet; the field of the last value
+    placed = False  # whether the checkpoint was given
+    for i, token in enumerate(tokens[1:], 1):
+        name = token.partition("=")[0]
+        if token == "--":
+            return [*found, *tokens[i:]]
+        if OPTION.fullmatch(token):
+            field = name if has_fields and name not in known else ""
+            waiting = "" if "=" in token or known.get(name) is bool else name
+            found.append(token)
+        elif waiting:
+            if token.startswith("-"):
+                found[-1] += f"={token}"
+            else:
+                found.append(token)
+            waiting = ""
+        elif field and placed:
+            found.append(f"{field}={token}")
+        else:
+            found.append(token)
+            placed = True
+    return found
+
+
+def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, writing: bool = False) -> str:
     """The task that is named, or the only one, or the only one that reads just these fields.
 
     Raises:
@@ -60,52 +104,98 @@ def _closest(given: Iterable[str], names: Sequence[str]) -> str:
     return next((close for name in given if name not in names and (close := did_you_mean(name, names))), "")
 
 
-def sample_from(model: "Model", task: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """A sample from the options given for a task's fields.
+def samples_from(
+    model: "Model", task: str, fields: Mapping[str, Sequence[str]], without: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Samples from the options given for a task's fields: as many as the field with the most values has.
+
+    A field with one value has it in every sample; those named in `without` are left out, which is None.
 
     Raises:
-        TaskError: a field that the task does not read, or one that is missing. MediaError: a value that cannot be read.
+        TaskError: a field that the task does not read, one that is missing, or fields of different numbers of values.
+        MediaError: a value that cannot be read.
     """
     from multimodal.shapes import TaskError
 
     kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
-    given = {_field_name(name): text for name, text in fields.items()}
-    for name in given:
+    given = {_field_name(name): texts for name, texts in fields.items()}
+    absent = [_field_name(name.removeprefix("--")) for name in without]
+    for name in (*given, *absent):
         if name not in kinds:
             reads = " ".join(f"--{field}" for field in kinds) or "no field"
             raise TaskError(f"--{name}: task {task!r} reads {reads}{_closest([name], list(kinds))}")
-    if missing := [f"--{name}" for name in kinds if name not in given]:
+    if both := [name for name in absent if name in given]:
+        raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
+    if missing := [f"--{name}" for name in kinds if name not in given and name not in absent]:
+        them = "it" if len(missing) == 1 else "them"
         raise TaskError(
-            f"task {task!r} also reads {' '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} too"
+            f"task {task!r} also reads {' '.join(missing)}; give {them} too, or leave {them} out: "
+            + " ".join(f"--without {name.removeprefix('--')}" for name in missing)
         )
-    return {name: value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for name, text in given.items()}
+    counts = {name: len(texts) for name, texts in given.items() if len(texts) != 1}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"--{name} {count}" for name, count in counts.items())
+        raise TaskError(f"different numbers of values: {listed}; give one for all samples, or one for each")
+    values = {
+        name: [value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for text in texts]
+        for name, texts in given.items()
+    }
+    count = max(counts.values(), default=1)
+    samples = [{name: each[i % len(each)] for name, each in values.items()} for i in range(count)]
+    return [sample | dict.fromkeys(absent) for sample in samples]
 
 
-def samples_with(model: "Model", fields: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """A sample for every task that can be read from these fields; an answer counts as well.
+def named_samples(fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """For each sample, as it was typed, what it has of the fields with several values; nothing where there is one sample."""
+    several = {_field_name(name): texts for name, texts in fields.items() if len(texts) > 1}
+    count = max(map(len, several.values()), default=1)
+    return [{name: texts[i] for name, texts in several.items()} for i in range(count)]
+
+
+def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Samples for every task that can be read from these fields; an answer counts as well.
 
     Raises:
-        TaskError: a field that no task has.
+        TaskError: a field that no task has, or one that could be used only together with others.
+        MediaError: a value that cannot be read.
     """
     from multimodal.shapes import TaskError
 
     patterns = model.packer.patterns
-    given = {_field_name(name): text for name, text in fields.items()}
+    given = {_field_name(name): texts for name, texts in fields.items()}
     answers = {task: {p.answer: p.writes.kind} for task, p in patterns.items() if not p.pair}
     known = sorted({field.name for p in patterns.values() for field in p.reads}.union(*answers.values()))
     for name in given:
         if name not in known:
             there = " ".join(f"--{n}" for n in known)
             raise TaskError(f"--{name}: no task has such a field; there are {there}{_closest([name], known)}")
-    samples = {}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    used: set[str] = set()
     for task, pattern in patterns.items():
         kinds = {field.name: field.kind for field in pattern.reads}
-        if kinds and all(name in given for name in kinds):
+        if all(name in given for name in kinds):
             kinds |= answers.get(task, {})
-            tokenizers = {name: model.packer.tokenizers[kind] for name, kind in kinds.items()}
+            mine = {name: texts for name, texts in given.items() if name in kinds}
+            if not mine:
+                continue  # it reads nothing, and nothing was given of what it writes
+            if len(counts := {len(texts) for texts in mine.values()} - {1}) > 1:
+                raise TaskError(f"task {task!r}: fields have {sorted(counts)} values; give one, or one for each sample")
+            values = {
+                name: [value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for text in texts]
+                for name, texts in mine.items()
+            }
             samples[task] = [
-                {name: value_from(t, given[name], f"--{name}") for name, t in tokenizers.items() if name in given}
+                {name: each[i % len(each)] for name, each in values.items()} for i in range(max(counts, default=1))
             ]
+            used |= set(mine)
+    for name in given:
+        if name not in used:  # a value that is not looked at would seem to be in order
+            needs = [
+                " ".join(f"--{field.name}" for field in pattern.reads if field.name not in given)
+                for task, pattern in patterns.items()
+                if name in {field.name for field in pattern.reads} | answers.get(task, {}).keys()
+            ]
+            raise TaskError(f"--{name} alone makes no sample of any task; give {' or '.join(dict.fromkeys(needs))} too")
     return samples
 
 
@@ -113,36 +203,57 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
     """What the user typed as a value that this tokenizer reads: the text itself (or the path), or what it holds.
 
     Raises:
-        MediaError: nothing of it is accepted; says what the tokenizer said to the text.
+        MediaError: nothing of it is accepted; says what the tokenizer said to the reading that it came closest to.
     """
+    import numpy as np
+
     from multimodal.shapes import MediaError
 
-    first = None
+    refused: list[tuple[bool, str, Exception]] = []
     for value in _readings(text):
+        if isinstance(value, MediaError):  # a file that holds nothing to read
+            refused.append((True, str(value), value))
+            continue
         try:
             tokenizer(value)
-        except ValueError as error:
-            first = first or error
+        except Exception as error:  # a kind of somebody else's may raise anything
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            # one that names the type that came wants another reading, not another content
+            fits = re.search(rf"\b{re.escape(type(value).__name__)}\b", said) is None
+            if not refused or isinstance(value, (list, dict, np.ndarray)):  # of 7 as a number "7" has said the same
+                refused.append((fits, said, error))
         else:
             return value
-    raise MediaError(f"{option}: {first}") from first
+    first, *others = refused
+    fitting = [one for one in others if one[0]]
+    _, said, error = fitting[-1] if fitting else others[-1] if others and not first[0] else first
+    raise MediaError(f"{option}: {said.replace(text, shortened(text)) if text else said}") from error
 
 
 def _readings(text: str) -> Iterator[Any]:
+    """The text itself; what is in the file of this name, or what the text is as JSON; that as an array. A MediaError: why not."""
     import numpy as np
 
+    from multimodal.shapes import MediaError
+
     yield text
-    path = Path(text)
-    if path.suffix == ".npy" and path.is_file():
+    is_file = os.path.isfile(text)  # False also of what cannot be a name
+    if is_file and text.endswith(".npy"):
         try:
-            yield np.load(path, allow_pickle=False)
-        except ValueError:  # damaged, or an array of objects
-            return
+            yield np.load(text, allow_pickle=False)
+        except (ValueError, EOFError, OSError, MemoryError) as error:  # damaged, or an array of objects
+            yield MediaError(f"{text} is no array that can be read: {error}")
         return
+    of_file = is_file and text.endswith(".json")
     try:
-        held = json.loads(path.read_text(encoding="utf-8") if path.suffix == ".json" and path.is_file() else text)
-        yield held
-        if isinstance(held, list):
-            yield np.array(held, dtype=np.float32)
-    except ValueError:
+        held = json.loads(Path(text).read_text(encoding="utf-8") if of_file else text)
+    except (ValueError, RecursionError, OSError) as error:
+        if of_file:
+            yield MediaError(f"{text} is no JSON that can be read: {error}")
         return
+    yield held
+    if isinstance(held, list):
+        try:
+            yield np.array(held, dtype=np.float32)
+        except (ValueError, TypeError, OverflowError):  # no numbers, or lists of different lengths
+            return

@@ -37,6 +37,10 @@ def launch(command: Sequence[str], processes: int, *, grace_s: float = GRACE_S) 
     """
     if processes < 1:
         raise ConfigError(f"--processes {processes}: wanted 1 or more")
+    if processes > (most := max(64, 8 * (os.cpu_count() or 1))):
+        raise ConfigError(
+            f"--processes {processes}: more than {most}, which this machine of {os.cpu_count()} cores cannot hold"
+        )
     if "RANK" in os.environ:
         raise ConfigError(
             "--processes: this process is already one of several (RANK is set, as by torchrun); leave --processes out"

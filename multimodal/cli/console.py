@@ -1,0 +1,160 @@
+"""What lies around a command: standard output and error as they were opened, the width of the terminal, errors as one message."""
+
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError
+
+NARROWEST = 20  # columns; with fewer, tables and help have no room for a letter, and rich wraps them for ever
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how PyTorch's RuntimeErrors say it
+
+
+@contextmanager
+def prepared() -> Iterator[None]:
+    """Standard output that takes every character, and a width that help can be laid out in; as they were when it ends.
+
+    Raises:
+        OSError: standard output is closed. The next file to be opened would get its number, and be printed into.
+    """
+    if sys.stderr is None:  # closed; to print to None is to print to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    if sys.stdout is None or sys.stdout.closed:
+        raise OSError("standard output is closed, so nothing can be shown; send it to a file or to /dev/null")
+    columns, errors = os.environ.get("COLUMNS"), getattr(sys.stdout, "errors", None)
+    if _columns() < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+    # "█" in ASCII, or a file name that is no UTF-8: shown as \u2588, not a reason to stop
+    _set_errors("backslashreplace")
+    try:
+        yield
+    finally:
+        _set_errors(errors)
+        if columns is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _columns() -> int:
+    """What rich will take for the width: COLUMNS, or that of the terminal."""
+    if (given := os.environ.get("COLUMNS", "")).isdigit():
+        return int(given)
+    for number in (2, 1, 0):
+        with suppress(OSError):
+            return os.get_terminal_size(number).columns or 80
+    return 80
+
+
+def _set_errors(errors: str | None) -> None:
+    if errors is not None and hasattr(sys.stdout, "reconfigure"):
+        with suppress(OSError, ValueError):  # what is not flushed yet may have nowhere to go
+            sys.stdout.reconfigure(errors=errors)
+
+
+def say(message: str) -> None:
+    """One message on standard error, if anybody is there to read it."""
+    from multimodal.cli.showing import harmless
+
+    with suppress(OSError, ValueError):
+        print(f"multimodal: {harmless(message)}", file=sys.stderr, flush=True)
+
+
+def output_error() -> OSError | None:
+    """Why standard output cannot be written, or None if it can. One that cannot is put aside, as Python flushes at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        return error
+    return None
+
+
+def message_of(error: Exception) -> str | None:
+    """What is said of an error that the user can put right; None of one that is ours."""
+    from cyclopts import CycloptsError
+
+    if isinstance(error, CycloptsError):
+        return _message_of_typing(error)
+    if isinstance(error, OSError):
+        place = f"{shortened(error.filename)}: " if error.filename is not None else ""
+        return place + (error.strerror or str(error) or type(error).__name__)
+    from multimodal import conformance, shapes  # only now, as this imports PyTorch
+
+    ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
+    if isinstance(error, (FloatingPointError, conformance.ConformanceError, *ours)):
+        return str(error)
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
+    ):
+        size = next((f" ({part.strip()})" for part in str(error).split(".") if "bytes" in part or "iB" in part), "")
+        return f"out of memory{size}; take a smaller model, fewer tokens at once, or shorter samples"
+    if (place := _place_of_users(error)) is not None:
+        return f"{place}: {type(error).__name__}: {error} (--debug shows the traceback)"
+    return None
+
+
+def _message_of_typing(error: "CycloptsError") -> str:
+    """The parser's own message, with what to do where it says only what is wrong."""
+    from cyclopts import MissingArgumentError, UnusedCliTokensError
+
+    if isinstance(error, UnusedCliTokensError):
+        words = [shortened(word) for word in error.unused_tokens or []]
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        listed = ", ".join(map(repr, words[:3]))
+        return f"{listed}{more}: not a value of any option; write --NAME VALUE, and a text with blanks in quotes"
+    hint = ""
+    if isinstance(error, MissingArgumentError) and (name := re.search(r"parameter (--\S+)", str(error))):
+        hint = f" A value that begins like an option is written {name[1]}=VALUE."
+    return f"{error}{hint}"
+
+
+def shortened(name: Any) -> str:
+    """As much of what was typed as an error has room for."""
+    text = os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
+
+
+def _place_of_users(error: Exception) -> str | None:
+    """The innermost line that is neither ours nor a library's: the user's recipe, tokenizer or data set."""
+    from multimodal import tokenizer
+
+    libraries = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    libraries += [Path(tokenizer.__file__).resolve().parent, *map(Path, _packages("multimodal_tokenizers"))]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.is_file() and not any(file.resolve().is_relative_to(folder) for folder in libraries):
+            return f"{file.name}, line {frame.lineno}"
+    return None
+
+
+def _packages(name: str) -> Sequence[str]:
+    return [os.path.realpath(path) for path in getattr(sys.modules.get(name), "__path__", ())]
+
+
+def report_bug(error: Exception) -> None:
+    """Say in a line that something unforeseen happened, and keep the traceback in a file: a long training run is over only once."""
+    from multimodal.checkpoint import package_version
+
+    trace = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="multimodal-bug-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"multimodal {package_version()}, Python {sys.version}\n{trace}")
+    except OSError:
+        say(f"this is a bug: {type(error).__name__}: {error}\n{trace}")
+    else:
+        say(f"this is a bug: {type(error).__name__}: {error}. Where it came from is in {file.name}: please report it")
