@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from multimodal.files import aside, file_hash, flush, is_aside, keep_copy, lock, put
+from multimodal.files import aside, check_fields, check_inside, file_hash, flush, is_aside, keep_copy, lock, put, read_json
 from multimodal.shapes import CheckpointError
 
 PLACE, LOCK, PLAN = ".multimodal-saving", "lock", "plan.json"
@@ -200,10 +200,13 @@ class Saving:
     def _end_what_was_begun(self) -> None:
         """By a process that was killed: to its end where the new version counts already, else back."""
         try:
-            index = json.loads((self.folder / self.index).read_text("utf-8"))
-            plan = json.loads((self.place / PLAN).read_text("utf-8"))
+            index = read_json(self.folder / self.index, CheckpointError)
+            plan = read_json(self.place / PLAN, CheckpointError)
+            check_fields(self.place / PLAN, plan, {"before": dict, "after": dict}, CheckpointError)
             before, after = plan["before"], plan["after"]
-        except (OSError, ValueError):
+            # a folder may have been made by anybody, and what a plan names is moved and removed
+            check_inside(self.place / PLAN, [*before, *after], CheckpointError)
+        except CheckpointError:
             index, before, after = None, {}, {}
         if not after or _sums(index) != after:
             self._clear()
