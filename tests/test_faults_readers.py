@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import multimodal as mm
-from multimodal.data.members import Media
+from multimodal.data.members import Media, decoded, encoded
 from multimodal.data.shards import Shards
 from multimodal.data.tables import open_table
 from multimodal.data.writing import index_archives, write_shards
@@ -452,6 +452,16 @@ def test_fault_10_lists_of_pictures_are_values(tmp_path: Path):
     assert [sample["x"][0].getvalue(), *sample["x"][1:4], sample["x"][4][0].getvalue()] == [b"a", "text", None, 2, b"b"]
     assert np.array_equal(sample["x"][5], np.arange(3))
     assert np.array_equal(np.stack(sample["y"]), [[0, 0], [1, 1]])
+    extension, data = encoded([b"a", b"b", b"c"])
+    for damage in (
+        data[:1600],
+        data[:1200],
+        bytes([data[0] ^ 1]) + data[1:],
+        data[:2048] + b"\1" + data[2049:],
+        b"x" * 600,
+    ):
+        with pytest.raises(ValueError, match="the list is damaged"):
+            decoded(extension, damage, "x")
 
 
 class Polars:

@@ -25,7 +25,7 @@ class Frame:
             names = list(table.columns)
         check_columns(f"a table of {library}", names)
         # of pandas the columns: a row of its own would have one type for all cells
-        self.table = {name: table[name].array for name in names} if library == "pandas" else table
+        self.table: Any = {name: table[name].array for name in names} if library == "pandas" else table
 
     def __len__(self) -> int:
         return self.size

@@ -124,9 +124,13 @@ def _unpacked(data: bytes, name: str) -> list[Any]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                file = tar.extractfile(member)
-                body = b"" if file is None else file.read()
+                end = member.offset_data + member.size
+                if not member.isreg() or member.issparse() or end > len(data):
+                    raise ValueError(f"the list is damaged at {member.name}")
+                body = data[member.offset_data : end]
                 values.append(decoded(member.name.partition(".")[2], body, f"{name}/{member.name}"))
+            if data[tar.offset :].strip(bytes(1)):  # tarfile stops at a damaged header without a word
+                raise ValueError("the list is damaged")
     except (tarfile.TarError, RecursionError) as error:
         raise ValueError(f"the list is damaged: {error}") from error
     return values
