@@ -369,7 +369,7 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, fini
     """Load weights that must match the model one for one.
 
     Raises:
-        CheckpointError: lists missing tensors, foreign ones, those of another shape or kind, and (finite) those with NaN or infinity.
+        CheckpointError: lists missing tensors, foreign ones and those of another shape or kind; (finite) one with NaN or infinity.
     """
     check_tensors(header_of(weights), model.state_dict(), where)
     parameters = {name for name, _ in model.named_parameters()}

@@ -36,7 +36,10 @@ def decoded(extension: str, data: bytes, name: str) -> Any:
     if kind in TEXT:
         return data.decode()
     if kind == "json":
-        return json.loads(data)
+        try:
+            return json.loads(data)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
     if kind == "npy":
         array = np.load(io.BytesIO(data), allow_pickle=False)
         return torch.from_numpy(array) if extension == TENSOR else array
@@ -72,9 +75,25 @@ def encoded(value: Any) -> tuple[str, bytes]:
         np.save(data, value.detach().cpu().numpy() if isinstance(value, Tensor) else value, allow_pickle=False)
         return TENSOR if isinstance(value, Tensor) else "npy", data.getvalue()
     value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
-        raise MediaError(f"{describe(value)} has keys that are not texts, which JSON cannot keep")
-    return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        _check_keys(value, describe(value))
+        return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise MediaError(f"{type(value).__name__} is nested too deeply for JSON, or holds itself") from None
+
+
+def _check_keys(value: Any, whole: str) -> None:
+    """Refuse keys that are no texts, at any depth: JSON would give back a text."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise MediaError(
+                    f"{whole} has keys that are not texts, such as {describe(key)}, which JSON cannot keep"
+                )
+    if isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            if isinstance(inner, (Mapping, list, tuple)):
+                _check_keys(inner, whole)
 
 
 def _file(name: str, data: bytes) -> tuple[str, bytes]:

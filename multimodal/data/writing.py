@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from multimodal.data.members import encoded
-from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shards, is_url, table_name
+from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shard, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
-from multimodal.files import flush, put
+from multimodal.files import check_fields, flush, parse_json, put, read_json
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import describe
 
@@ -75,8 +75,11 @@ def write_shards(
     if shard_bytes < 10_000:
         raise ConfigError(f"write_shards: shard_bytes={shard_bytes} must be at least 10000")
     if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text("utf-8"))
+        index = read_json(folder / INDEX, ConfigError)
         _check_same(folder, index, settings)
+        Shards(folder)  # complains of what is no index
+        check_fields(folder / INDEX, index, {"samples": int, "bad": list}, ConfigError)
+        _check_bad(folder / INDEX, index["bad"])
         (folder / MAKING).unlink(missing_ok=True)
         return _made(index, already=True)
     entries = _begun(folder, settings)
@@ -266,16 +269,29 @@ def _begun(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise ConfigError(f"write_shards: {folder} holds other things; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         put(folder / MAKING, json.dumps(settings).encode())
-    _check_same(folder, json.loads((folder / MAKING).read_text("utf-8")), settings)
+    _check_same(folder, read_json(folder / MAKING, ConfigError), settings)
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
-        entries.append(json.loads(table.read_bytes().partition(b"\n")[0]))
+        try:
+            entry = parse_json(table.read_bytes().partition(b"\n")[0])
+            Shard.of(entry)
+            check_fields(table, entry, {"read": int, "bad": list}, ConfigError)
+            _check_bad(table, entry["bad"])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"write_shards: {table} is damaged ({error}); delete {folder} and begin again") from error
+        entries.append(entry)
         archive = folder / entries[-1]["name"]
         if not archive.is_file() or archive.stat().st_size != entries[-1]["bytes"]:
             raise ConfigError(
                 f"write_shards: {archive} was changed since it was written; delete {folder} and begin again"
             )
     return entries
+
+
+def _check_bad(where: Path, bad: Any) -> None:
+    for entry in bad:
+        if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not int or not isinstance(entry[1], str):
+            raise ConfigError(f"{where}: 'bad' holds {describe(entry)}, wanted a row and why it was left out")
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

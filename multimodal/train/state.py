@@ -42,7 +42,7 @@ from multimodal.train.processes import Processes, whole
 from multimodal.train.recipe import FREE, PRECISIONS, Recipe
 
 CHECKPOINTS, TENSORS, PIECES = "checkpoints", "state.safetensors", "pieces"
-SHARDED = "sharded"  # where versions before 0.4 put shared-out tensors, by torch.distributed.checkpoint, which pickles
+SHARDED = "sharded"  # where earlier versions put shared-out tensors, by torch.distributed.checkpoint, which pickles
 TRUST = "MULTIMODAL_TRUST_PICKLE_IN"  # the variable that names the run folder whose pickle may be read
 FACTS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
@@ -304,7 +304,7 @@ class Checkpoints:
         return saved
 
     def _unpickled(self, folder: Path, trained: Trained, saved: Mapping[str, Any], parallel: str) -> dict[str, Tensor]:
-        """The tensors of a state that a version before 0.4 shared out.
+        """The tensors of a state that an earlier version shared out.
 
         Raises:
             CheckpointError: unless the user trains shared out, and has named this run as trusted.
@@ -312,9 +312,9 @@ class Checkpoints:
         trusted = os.environ.get(TRUST)
         if parallel != "fsdp" or trusted is None or Path(trusted).resolve() != self.folder.parent.resolve():
             raise CheckpointError(
-                f"{folder / SHARDED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever code "
-                f"whoever made the folder has put into it; if you made it yourself, resume once with parallel='fsdp' and the variable "
-                f"{TRUST}={self.folder.parent}"
+                f"{folder / SHARDED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever "
+                "code the folder's maker has put into it; if you made it yourself, resume once with parallel='fsdp' and the "
+                f"variable {TRUST}={self.folder.parent}"
             )
         import torch.distributed.checkpoint as dcp
 
@@ -399,8 +399,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         check_fields(path, saved, {"data_state": dict, "tensors": dict}, CheckpointError)
     if saved["step"] < 0 or saved["computed_in"] not in PRECISIONS[1:]:
         raise CheckpointError(
-            f"{path}: step {reprlib.repr(saved['step'])} in {reprlib.repr(saved['computed_in'])}; wanted a whole number, and one of "
-            f"{', '.join(PRECISIONS[1:])}"
+            f"{path}: step {reprlib.repr(saved['step'])} in {reprlib.repr(saved['computed_in'])}; wanted a whole number, and "
+            f"one of {', '.join(PRECISIONS[1:])}"
         )
     return saved
 

@@ -1,6 +1,7 @@
 """Text as UTF-8 bytes (no files, the default) and as byte-pair pieces on Hugging Face's tokenizers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -89,9 +90,10 @@ class TextBPE(Tokenizer):
         hf.pre_tokenizer = in_bytes
         hf.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        hf.train_from_iterator(
-            texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        )
+        with _panics("TextBPE.train: these texts"):
+            hf.train_from_iterator(
+                texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+            )
         return cls(hf.to_str(), causal)
 
     @classmethod
@@ -110,10 +112,12 @@ class TextBPE(Tokenizer):
         Path(path).write_text(self.spec, encoding="utf-8")
 
     def encode(self, value: Any) -> Tokens:
-        return _tokens(self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids)
+        with _panics(f"TextBPE.encode: {describe(value)}"):
+            return _tokens(self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids)
 
     def decode(self, tokens: Tokens) -> str:
-        return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
+        with _panics("TextBPE.decode: these tokens"):
+            return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
 
     def config(self) -> dict[str, Any]:
         return {"causal": self.causal}
@@ -129,6 +133,22 @@ class TextBPE(Tokenizer):
         return cls(files["tokenizer.json"].decode("utf-8"), **config)
 
 
+@contextmanager
+def _panics(what: str) -> Iterator[None]:
+    """The library's panics (of a regular expression that gives up, say) are no Exceptions and would pass every handler.
+
+    Raises:
+        MediaError: in place of a panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 offers no class to import
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise MediaError(f"{what}: the tokenizer gives up ({said}); its rules do not work for this") from error
+
+
 def _regex(pattern: str) -> Regex:
     try:
         return Regex(pattern)
@@ -140,9 +160,10 @@ def _regex(pattern: str) -> Regex:
 def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
     """The library's tokenizer, and how many ids it needs (files of other makers may skip some)."""
     try:
-        hf = HFTokenizer.from_str(spec)
+        with _panics("TextBPE"):
+            hf = HFTokenizer.from_str(spec)
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"TextBPE: this is no tokenizer.json: {error}") from error
+        raise ConfigError(f"TextBPE: this is no tokenizer.json: {str(error)[:500]}") from error
     hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file does not keep this setting
     hf.no_truncation()  # a text is never cut in silence
     hf.no_padding()
