@@ -396,7 +396,7 @@ RUNS_CODE = {
 """Modules whose import must be on the list below."""
 CALLS = (
     r"eval|exec|compile|__import__|(builtins\.)?(eval|exec|__import__)",
-    r"(\w+\.)?(import_module|find_spec|exec_module|spec_from_file_location|entry_points)",
+    r"(\w+\.)*(import_module|find_spec|exec_module|spec_from_file_location|entry_points)",
     r"os\.(system|popen|exec\w*|spawn\w*|posix_spawn\w*|fork|startfile)",
     r"torch\.(load|hub\.\w+|jit\.load|package\.\w+|ops\.load_library|classes\.load_library)",
     r"dcp\.(load|save)|torch\.distributed\.checkpoint\.\w+",
@@ -407,6 +407,8 @@ CALLS = (
 ALLOWED = {
     ("multimodal", "import_module"): "the public names of this package, from a list of its own",
     ("multimodal.cli.benching", "import_module"): "the benchmarks, under a fixed name",
+    ("multimodal.cli.benching", "importlib.import_module"): "the same",
+    ("multimodal.train.host", "CDLL"): "the C library that this process has already",
     ("multimodal.cli.find", "find_spec"): "a file that the user names on the command line",
     ("multimodal.cli.find", "spec_from_file_location"): "a file that the user names on the command line",
     ("multimodal.cli.find", "exec_module"): "a file that the user names on the command line",
@@ -419,7 +421,6 @@ ALLOWED = {
     ("multimodal.train.launch", "subprocess"): "starts this program once more a process, with the user's own arguments",
     ("multimodal.train.processes", "all_gather_object"): "between one's own processes, of one user and one run",
     ("multimodal.train.state", "dcp.load"): "a state of an earlier version, in a run that the user names as trusted",
-    ("data.make_spoken_words", "subprocess"): "the speech synthesiser, on sentences of the script's own",
     ("examples.data.make_spoken_words", "subprocess"): "the speech synthesiser, on sentences of the script's own",
 }
 """(module, what it does) -> why that is no data that runs code."""
@@ -433,7 +434,7 @@ def running(source: str) -> list[tuple[int, str]]:
         whole = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         found += [(node.lineno, name.split(".")[0]) for name in whole if name.split(".")[0] in RUNS_CODE]
         if isinstance(node, ast.ImportFrom):
-            taken = [f"{(node.module or '').split('.')[-1]}.{alias.name}" for alias in node.names]
+            taken = [f"{node.module or ''}.{alias.name}" for alias in node.names]
             found += [(node.lineno, name) for name in taken if any(re.fullmatch(call, name) for call in CALLS)]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):

@@ -232,8 +232,9 @@ class Shards:
             name = _member(header, size, extension)
             if name is None or (crc != UNKNOWN and zlib.crc32(value) != crc):
                 raise MediaError(
-                    f"{shard.name}{'' if name is None else f'/{name}'} (sample {row} of the shard): {field!r} has changed since "
-                    "the index was made; copy or make the shard again (multimodal shards FOLDER --verify lists all that are damaged)"
+                    f"{shard.name}{'' if name is None else f'/{name}'} (sample {row} of the shard): {field!r} has changed "
+                    "since the index was made; copy or make the shard again (multimodal shards FOLDER --verify lists all that "
+                    "are damaged)"
                 )
             name = f"{shard.name}/{name}"
             try:
