@@ -174,6 +174,8 @@ def _of_json(path: Path) -> Table:
                     yield row if isinstance(row, dict) else MediaError("it is no JSON object")
                 except ValueError as error:
                     yield error
+                except RecursionError:
+                    yield MediaError("it is nested too deeply")
 
     first = next(read(0), None)
     about, count = _digest(path)

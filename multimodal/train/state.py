@@ -8,7 +8,6 @@ RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: pi
 import copy
 import json
 import os
-import reprlib
 import shutil
 import warnings
 from collections import defaultdict
@@ -34,7 +33,7 @@ from multimodal.checkpoint import (
     write_tensors,
 )
 from multimodal.declare import declaration, plain, rebuild
-from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json
+from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json, shown_short
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.train.pieces import Pieces, write_pieces
@@ -96,7 +95,7 @@ class Trained:
             part, _, name = key.partition("/")
             if part not in fits.get(name, {}):
                 problems.append(
-                    f"foreign {reprlib.repr(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
+                    f"foreign {shown_short(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
                 )
             elif fits[name][part] != (shape, "a number" if kind in FLOATS else kind):
                 problems.append(f"{key} is {kind} {shape}, wanted {' '.join(map(str, reversed(fits[name][part])))}")
@@ -362,9 +361,7 @@ def check(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {MANIFEST} does not name {FACTS}")
     for name, entry in manifest.items():
         path = folder / name
-        check_fields(
-            f"{folder / MANIFEST}: {reprlib.repr(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError
-        )
+        check_fields(f"{folder / MANIFEST}: {shown_short(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError)
         try:
             if not path.is_file():
                 raise CheckpointError(f"{folder}: {name} is missing")
@@ -391,7 +388,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     saved = read_json(path, CheckpointError)
     if (made_as := saved.get("format", 1)) not in (1, FORMAT):
         raise CheckpointError(
-            f"{folder}: format {reprlib.repr(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
+            f"{folder}: format {shown_short(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
         )
     kinds = {"step": int, "recipe": dict, "core": dict, "tokenizers": dict, "tasks": list, "computed_in": str}
     check_fields(path, saved, kinds, CheckpointError)
@@ -399,7 +396,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         check_fields(path, saved, {"data_state": dict, "tensors": dict}, CheckpointError)
     if saved["step"] < 0 or saved["computed_in"] not in PRECISIONS[1:]:
         raise CheckpointError(
-            f"{path}: step {reprlib.repr(saved['step'])} in {reprlib.repr(saved['computed_in'])}; wanted a whole number, and "
+            f"{path}: step {shown_short(saved['step'])} in {shown_short(saved['computed_in'])}; wanted a whole number, and "
             f"one of {', '.join(PRECISIONS[1:])}"
         )
     return saved
@@ -409,7 +406,7 @@ def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> 
     """Refuse a state that lacks tensors which it was saved with, such as the moments of a parameter."""
     if missing := [name for name in saved.get("tensors", ()) if name not in header]:
         raise CheckpointError(
-            f"{folder}: {reprlib.repr(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
+            f"{folder}: {shown_short(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
         )
 
 

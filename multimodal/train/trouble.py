@@ -6,7 +6,6 @@ gradient norm --SpikeWatch--> why --keep_trouble--> RUN/trouble/step-0000123/ --
 import json
 import math
 import re
-import reprlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span
 from multimodal.checkpoint import RUN, below, read_header
-from multimodal.files import check_fields, check_inside, parse_json, read_json
+from multimodal.files import check_fields, check_inside, parse_json, read_json, shown_short
 from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
@@ -259,7 +258,7 @@ def load_trouble(place: Path) -> Trouble:
             check_fields(path, facts, kinds, CheckpointError)
             check_inside(path, facts["streams"], CheckpointError)
             if not all(type(n) is int and n >= 0 for n in facts["counts"].values()):
-                raise CheckpointError(f"{path}: 'counts' is {reprlib.repr(facts['counts'])}, wanted whole numbers")
+                raise CheckpointError(f"{path}: 'counts' is {shown_short(facts['counts'])}, wanted whole numbers")
             names = facts["names"] or [None] * len(facts["streams"])
             some = [
                 Batch(
@@ -407,7 +406,7 @@ def _replayed(model: Model, trouble: Trouble, progress: Callable[[], None]) -> R
         for task, reading in batch.stream.readings.items():
             if task not in model.tasks or task not in trouble.counts:
                 raise CheckpointError(
-                    f"{batch.file}: task {reprlib.repr(task)} is none of this model's, or not in the counts"
+                    f"{batch.file}: task {shown_short(task)} is none of this model's, or not in the counts"
                 )
             if batch.names is not None and any(number >= len(batch.names) for number in reading.samples):
                 raise CheckpointError(f"{batch.file}: it has more samples than the {len(batch.names)} that have names")
