@@ -73,7 +73,7 @@ def cifar10(root: Path) -> PictureSet:
         [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4, padding_mode="reflect"), _any_size]
     )
     if (root / "cifar10_train.npz").is_file():  # 50,000 JPEGs end to end; 5,000 of them are for validation
-        with np.load(root / "cifar10_train.npz") as file:
+        with np.load(root / "cifar10_train.npz", allow_pickle=False) as file:
             jpeg, offset, names, held = (file[key] for key in ("jpeg", "offset", "classes", "val_index"))
             labels = [str(names[label]) for label in file["label"]]
         images = [_decoded(jpeg[start:stop]) for start, stop in pairwise(offset)]

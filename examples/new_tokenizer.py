@@ -67,7 +67,7 @@ class Cases:
 
 
 def read_archive(path: Path, name: str, split: str) -> tuple[list[np.ndarray], list[str]]:
-    with np.load(path) as archive:
+    with np.load(path, allow_pickle=False) as archive:
         x, length, y = (archive[f"{name}_{split}_{key}"] for key in ("x", "length", "y"))
     return [case[:, :n] for case, n in zip(x, length, strict=True)], y.tolist()
 

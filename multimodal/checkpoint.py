@@ -6,7 +6,6 @@ How a new version takes the place of an old one, and what a reader sees meanwhil
 import json
 import os
 import random
-import reprlib
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,7 +26,7 @@ import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
 from multimodal.declare import declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
+from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task
@@ -268,7 +267,7 @@ def _tokenizer(folder: Path, name: str, entry: dict[str, Any], config: dict[str,
     check_fields(f"tokenizer {name!r}", entry, {"type": str, "config": dict}, CheckpointError)
     named = entry.get("files", [])
     if not isinstance(named, list) or not all(isinstance(file, str) for file in named):
-        raise CheckpointError(f"tokenizer {name!r}: 'files' is {reprlib.repr(named)}, wanted a list of names")
+        raise CheckpointError(f"tokenizer {name!r}: 'files' is {shown_short(named)}, wanted a list of names")
     files = {}
     for file in named:
         inside = Path(name, file)
@@ -304,7 +303,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, CheckpointError)
     if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format {reprlib.repr(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
+            f"{path}: format {shown_short(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
         )
     check_fields(path, config, {"tokenizers": dict, "core": dict, "tasks": list, "seed": int}, CheckpointError)
     for task in config["tasks"]:
@@ -315,7 +314,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: it has {len(config[name])} {name}, and {MOST_PARTS} are read at most")
     hashes = config.get("sha256", {})
     if not isinstance(hashes, dict) or not all(isinstance(sha256, str) for sha256 in hashes.values()):
-        raise CheckpointError(f"{path}: 'sha256' is {reprlib.repr(hashes)}, wanted a checksum by the name of each file")
+        raise CheckpointError(f"{path}: 'sha256' is {shown_short(hashes)}, wanted a checksum by the name of each file")
     check_inside(path, hashes, CheckpointError)
     return config
 
@@ -339,7 +338,7 @@ def read_header(path: Path) -> Header:
             if name != "__metadata__":
                 shape, kind = tuple(entry["shape"]), entry["dtype"]
                 if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in shape):
-                    raise ValueError(f"the header of {reprlib.repr(name)} is {reprlib.repr(entry)}")
+                    raise ValueError(f"the header of {shown_short(name)} is {shown_short(entry)}")
                 found[name] = shape, kind
         return found
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -389,13 +388,13 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
         if name in header:
             shape, kind = header[name]
             if shape != tuple(tensor.shape) and (shape, tuple(tensor.shape)) != ((), (1,)):  # see `with_axis`
-                problems.append((f"{name} is {reprlib.repr(shape)}, wanted {tuple(tensor.shape)}", ""))
+                problems.append((f"{name} is {shown_short(shape)}, wanted {tuple(tensor.shape)}", ""))
             elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
                 wanted_kind = "floating-point numbers" if tensor.is_floating_point() else _name(tensor.dtype)
                 problems.append((f"{name} holds {_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
     if problems:
         shown = [  # a close name is looked for only where it is shown, which takes long
-            f"{what} {reprlib.repr(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
+            f"{what} {shown_short(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
             if name
             else what
             for what, name in problems[:6]
@@ -423,7 +422,7 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, fini
     """Load weights that must match the model one for one.
 
     Raises:
-        CheckpointError: lists missing tensors, foreign ones, those of another shape or kind, and (finite) those with NaN or infinity.
+        CheckpointError: lists missing tensors, foreign ones and those of another shape or kind; (finite) one with NaN or infinity.
     """
     check_tensors(header_of(weights), model.state_dict(), where)
     wanted = model.state_dict()

@@ -199,6 +199,13 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
     return found
 
 
+def shown_short(value: Any) -> str:
+    """The value for an error: of a long or deep one the beginning and the end."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 160
+    return short.repr(value)
+
+
 _TOO_DEEP = f"it is nested more than {MOST_JSON_DEPTH} deep"
 
 
@@ -207,7 +214,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {reprlib.repr(twice)} comes twice")
+        raise ValueError(f"the key {shown_short(twice)} comes twice")
     return found
 
 
@@ -226,7 +233,7 @@ def check_fields(where: Any, data: Any, kinds: Mapping[str, type | tuple[type, .
         value = data[name]
         if not isinstance(value, some) or (isinstance(value, bool) and bool not in some):
             wanted = " or ".join(_NAMES.get(one, one.__name__) for one in some)
-            raise error(f"{where}: {name!r} is {reprlib.repr(value)}, wanted {wanted}")
+            raise error(f"{where}: {name!r} is {shown_short(value)}, wanted {wanted}")
 
 
 _NAMES = {
@@ -249,4 +256,4 @@ def check_inside(where: Any, names: Iterable[Any], error: type[ValueError]) -> N
     for name in names:
         parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [".."]
         if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in str(name):
-            raise error(f"{where}: the file {reprlib.repr(name)} would lie outside the folder; refused")
+            raise error(f"{where}: the file {shown_short(name)} would lie outside the folder; refused")

@@ -22,7 +22,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from multimodal.files import aside, check_fields, check_inside, file_hash, flush, is_aside, keep_copy, lock, put, read_json
+from multimodal.files import (
+    aside,
+    check_fields,
+    check_inside,
+    file_hash,
+    flush,
+    is_aside,
+    keep_copy,
+    lock,
+    put,
+    read_json,
+)
 from multimodal.shapes import CheckpointError
 
 PLACE, LOCK, PLAN = ".multimodal-saving", "lock", "plan.json"

@@ -4,11 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
-import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 import textwrap
 import tomllib
@@ -17,11 +13,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from PIL import Image
 
 from benchmarks.speed import main as speed
 from benchmarks.speed.row import Row

@@ -2,9 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,10 @@ import torch
 from torch import nn
 
 import multimodal as mm
-from multimodal.conformance import TOKENIZER_CHECKS, check_tokenizer, tokenizer_checks
+from multimodal.conformance import tokenizer_checks
 from multimodal.conformance.models import CHECKS as IN_MODELS
 from multimodal.conformance.report import run_checks
-from multimodal_tokenizers import AudioFrames, Codes, Features, ImagePatches, Labels, TextBPE, TextBytes
+from multimodal_tokenizers import ImagePatches, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
 

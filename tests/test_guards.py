@@ -380,3 +380,138 @@ def test_only_the_command_line_and_training_print():
     quiet = {module: source for module, source in FRAMEWORK.items() if part_of(module) not in MAY_PRINT} | KINDS
     assert {module: lines for module, source in quiet.items() if (lines := prints(source))} == {}
     assert prints("x = 1\nif x:\n    print(x)") == [3]
+
+
+RUNS_CODE = {
+    "pickle": "",
+    "cPickle": "",
+    "dill": "",
+    "cloudpickle": "",
+    "joblib": "",
+    "shelve": "",
+    "marshal": "",
+    "subprocess": "",
+    "pty": "",
+    "runpy": "",
+    "yaml": "",
+    "pandas": "read_pickle",
+}
+"""Modules whose import must be on the list below."""
+CALLS = (
+    r"eval|exec|compile|__import__|(builtins\.)?(eval|exec|__import__)",
+    r"(\w+\.)*(import_module|find_spec|exec_module|spec_from_file_location|entry_points)",
+    r"os\.(system|popen|exec\w*|spawn\w*|posix_spawn\w*|fork|startfile)",
+    r"torch\.(load|hub\.\w+|jit\.load|package\.\w+|ops\.load_library|classes\.load_library)",
+    r"dcp\.(load|save)|torch\.distributed\.checkpoint\.\w+",
+    r"(\w+\.)*(all_gather_object|broadcast_object_list|gather_object|scatter_object_list)",
+    r"ctypes\.\w+|(\w+\.)?(CDLL|WinDLL|PyDLL)",
+)
+"""Calls that run, load or unpickle what they are given."""
+ALLOWED = {
+    ("multimodal", "import_module"): "the public names of this package, from a list of its own",
+    ("multimodal.cli.benching", "import_module"): "the benchmarks, under a fixed name",
+    ("multimodal.cli.benching", "importlib.import_module"): "the same",
+    ("multimodal.train.host", "CDLL"): "the C library that this process has already",
+    ("multimodal.cli.find", "find_spec"): "a file that the user names on the command line",
+    ("multimodal.cli.find", "spec_from_file_location"): "a file that the user names on the command line",
+    ("multimodal.cli.find", "exec_module"): "a file that the user names on the command line",
+    ("multimodal.cli.find", "import_module"): "a module that the user names on the command line",
+    ("multimodal.conformance.models", "pickle"): "checks that a part of one's own comes through a pickle to a worker",
+    ("multimodal.conformance.tokenizers", "pickle"): "compares values in the process, writes only",
+    ("multimodal.data.packs", "pickle"): "what one's own data workers send",
+    ("multimodal.data.tables", "import_module"): "optional libraries, under fixed names",
+    ("multimodal.declare", "entry_points"): "installed packages alone: who installs one runs it",
+    ("multimodal.train.launch", "subprocess"): "starts this program once more a process, with the user's own arguments",
+    ("multimodal.train.processes", "all_gather_object"): "between one's own processes, of one user and one run",
+    ("multimodal.train.state", "dcp.load"): "a state of an earlier version, in a run that the user names as trusted",
+    ("examples.data.make_spoken_words", "subprocess"): "the speech synthesiser, on sentences of the script's own",
+}
+"""(module, what it does) -> why that is no data that runs code."""
+
+
+def running(source: str) -> list[tuple[int, str]]:
+    """(line, what) of everything that may run code which data brought: imports, calls, and settings of calls."""
+    found = []
+    tree = ast.parse(source)
+    for node in imports_in(source):
+        whole = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        found += [(node.lineno, name.split(".")[0]) for name in whole if name.split(".")[0] in RUNS_CODE]
+        if isinstance(node, ast.ImportFrom):
+            taken = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, name) for name in taken if any(re.fullmatch(call, name) for call in CALLS)]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if any(re.fullmatch(call, name) for call in CALLS):
+            found.append((node.lineno, name if name.startswith(("os.", "torch.", "dcp.")) else name.split(".")[-1]))
+        for keyword in node.keywords:
+            dangerous = (keyword.arg in ("shell", "allow_pickle", "trust_remote_code")) or (
+                keyword.arg == "weights_only" and ast.unparse(keyword.value) != "True"
+            )
+            if dangerous and ast.unparse(keyword.value) != "False":
+                found.append((node.lineno, f"{keyword.arg}={ast.unparse(keyword.value)}"))
+            if keyword.arg == "weights_only" and ast.unparse(keyword.value) == "False":
+                found.append((node.lineno, "weights_only=False"))
+        if name.endswith(("np.load", "numpy.load")) and not any(k.arg == "allow_pickle" for k in node.keywords):
+            found.append((node.lineno, f"{name} without allow_pickle=False"))
+    return found
+
+
+def code_violations(sources: dict[str, str]) -> list[str]:
+    return [
+        f"{module}:{line} {what}"
+        for module, source in sources.items()
+        for line, what in running(source)
+        if (module, what) not in ALLOWED
+    ]
+
+
+EXAMPLES = dict(python_files("examples"))
+
+
+def test_fault_03_nothing_runs_code_that_data_brought():
+    everything = FRAMEWORK | KINDS | EXAMPLES
+    assert code_violations(everything) == []
+    met = {(module, what) for module, source in everything.items() for _, what in running(source)}
+    assert {place for place in ALLOWED if place[0] in everything} - met == set()  # the list has no idle entries
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("import pickle", "pickle"),
+        ("from pickle import loads", "pickle"),
+        ("def later():\n    import dill as d", "dill"),
+        ("import yaml\nyaml.load(text)", "yaml"),
+        ("import marshal, json", "marshal"),
+        ("import shelve", "shelve"),
+        ("import subprocess", "subprocess"),
+        ("from subprocess import run", "subprocess"),
+        ("x = eval(text)", "eval"),
+        ("exec(text)", "exec"),
+        ("import builtins\nbuiltins.eval(text)", "eval"),
+        ("__import__(name)", "__import__"),
+        ("import importlib\nimportlib.import_module(entry['type'])", "import_module"),
+        ("from importlib import import_module", "importlib.import_module"),
+        ("import os\nos.system(text)", "os.system"),
+        ("import os\nos.popen(text)", "os.popen"),
+        ("from os import system", "os.system"),
+        ("torch.load(path)", "torch.load"),
+        ("torch.load(path, weights_only=False)", "weights_only=False"),
+        ("torch.hub.load(name)", "torch.hub.load"),
+        ("np.load(path, allow_pickle=True)", "allow_pickle=True"),
+        ("np.load(path)", "np.load without"),
+        ("f(text, shell=True)", "shell=True"),
+        ("import torch.distributed.checkpoint as dcp\ndcp.load(tensors)", "dcp.load"),
+        ("dist.broadcast_object_list(values)", "broadcast_object_list"),
+        ("import ctypes\nctypes.CDLL(path)", "CDLL"),
+    ],
+)
+def test_fault_03_planted_lines_that_run_code_are_found(line: str, what: str):
+    found = code_violations({"multimodal.masks": FRAMEWORK["multimodal.masks"] + "\n" + line + "\n"})
+    assert any(what in text for text in found), found
+
+
+def test_fault_03_harmless_lines_are_not():
+    assert code_violations({"m": "model.eval()\nnp.load(p, allow_pickle=False)\nre.compile('x')\njson.load(f)"}) == []

@@ -92,11 +92,14 @@ def test_the_environment_knows_the_commit(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
-    assert environment()["git"] == {"commit": git("rev-parse", "HEAD"), "changed": False}
-    (tmp_path / "file").write_text("2")
-    assert environment()["git"] == {"commit": git("rev-parse", "HEAD"), "changed": True}
-    monkeypatch.setenv("PATH", "")
-    assert environment()["git"] is None
+    assert environment()["git"] == {"commit": git("rev-parse", "HEAD")}
+    commit = git("rev-parse", "HEAD")
+    git("pack-refs", "--all")
+    git("worktree", "add", "beside")
+    monkeypatch.setenv("PATH", "")  # no program is run
+    assert environment()["git"] == {"commit": commit}
+    monkeypatch.chdir(tmp_path / "beside")
+    assert environment()["git"] == {"commit": commit}
 
 
 def test_the_table_has_every_column_and_gaps_where_there_is_nothing(tmp_path):

@@ -43,7 +43,7 @@ def binarised_mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 def omniglot() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """4,840 drawings: ink (4840, 105, 105) uint8 of 0 and 1, name of the alphabet, character in it and drawer, both from 1."""
-    with np.load(file("omniglot.npz")) as z:
+    with np.load(file("omniglot.npz"), allow_pickle=False) as z:
         ink = np.unpackbits(z["bits"], axis=-1)[:, :, :105]
         return ink, z["alphabets"][z["alphabet"]], z["character"], z["drawer"]
 

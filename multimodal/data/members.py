@@ -39,7 +39,10 @@ def decoded(extension: str, data: bytes, name: str) -> Any:
     if kind in TEXT:
         return data.decode()
     if kind == "json":
-        return json.loads(data)
+        try:
+            return json.loads(data)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
     if extension == LIST:
         return _unpacked(data, name)
     if kind == "npy":
@@ -79,25 +82,31 @@ def encoded(value: Any) -> tuple[str, bytes]:
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (list, tuple)) and any(map(_is_more_than_json, value)):
         return LIST, _packed(value)
-    _check_keys(value)
-    return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        _check_keys(value, describe(value))
+        return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise MediaError(f"{type(value).__name__} is nested too deeply for JSON, or holds itself") from None
+
+
+def _check_keys(value: Any, whole: str) -> None:
+    """Refuse keys that are no texts, at any depth: JSON would give back a text."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise MediaError(
+                    f"{whole} has keys that are not texts, such as {describe(key)}, which JSON cannot keep"
+                )
+    if isinstance(value, (Mapping, list, tuple)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            if isinstance(inner, (Mapping, list, tuple)):
+                _check_keys(inner, whole)
 
 
 def _is_sound(value: Any) -> bool:
     """Whether it is a pair of a wave and its rate; two arrays are a list."""
     pair = isinstance(value, (tuple, list)) and len(value) == 2
     return pair and isinstance(value[0], (np.ndarray, Tensor)) and not isinstance(value[1], (np.ndarray, Tensor))
-
-
-def _check_keys(value: Any) -> None:
-    """Refuse mappings that JSON would give back with other keys, at any depth."""
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise MediaError(f"{describe(value)} has keys that are not texts, which JSON cannot keep")
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            _check_keys(part)
 
 
 def _is_more_than_json(value: Any) -> bool:

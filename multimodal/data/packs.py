@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, Loader, seed_generators
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
+from multimodal.files import check_fields
 from multimodal.packer import Packer, Prepared
 from multimodal.shapes import ConfigError, MediaError, StreamError, shortened
 from multimodal.surroundings import kept_generators
@@ -221,6 +222,9 @@ class Packs(Dataset):
         """Go on from a state, whichever processes' lanes it was made of."""
         for i, lane in enumerate(self.lanes):
             saved = state["lanes"][str(lane.number)]
+            check_fields(f"lane {lane.number}", saved, {"next": int, "waiting": list, "flows": dict}, ConfigError)
+            if not all(type(place) is int and 0 <= place < saved["next"] for place in saved["waiting"]):
+                raise ConfigError(f"lane {lane.number}: 'waiting' must be places before 'next'={saved['next']}")
             fresh = self._lane(lane.number)
             fresh.next = fresh.reached = saved["next"]
             fresh.again = deque(saved["waiting"])

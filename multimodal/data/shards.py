@@ -7,7 +7,6 @@ folder/000000.index    a line of JSON about this shard, then an int64 table (sam
 
 import hashlib
 import io
-import json
 import os
 import tarfile
 import zlib
@@ -25,7 +24,7 @@ import numpy as np
 from multimodal.data.account import Account
 from multimodal.data.members import decoded
 from multimodal.data.sources import permutation, scattered
-from multimodal.files import read_at
+from multimodal.files import check_fields, parse_json, read_at, shown_short
 from multimodal.shapes import ConfigError, MediaError
 
 FORMAT = 1
@@ -49,7 +48,35 @@ class Shard:
     columns: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> "Shard":
+    def of(cls, entry: Mapping[str, Any], folder: str = "") -> "Shard":
+        """The entry of an index that anybody may have made.
+
+        Raises:
+            ConfigError: a part is missing or of another kind, or the archive has a name that this folder's index cannot give it.
+        """
+        kinds = {
+            "name": str,
+            "samples": int,
+            "bytes": int,
+            "sha256": (str, type(None)),
+            "table_crc": int,
+            "columns": list,
+        }
+        check_fields(INDEX, entry, kinds, ConfigError)
+        name = entry["name"]
+        if not 1 <= entry["samples"] < 2**40 or not 0 <= entry["bytes"] < 2**62:
+            raise ConfigError(f"{shown_short(name)} has {entry['samples']} samples in {entry['bytes']} bytes")
+        if not entry["columns"] or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+            for pair in entry["columns"]
+        ):
+            raise ConfigError(
+                f"{shown_short(name)}: 'columns' is {shown_short(entry['columns'])}, wanted pairs of texts"
+            )
+        if is_url(folder) and os.path.isabs(name):
+            raise ConfigError(f"{shown_short(name)} lies on this machine, and the index elsewhere; refused")
+        if not is_url(name) and not os.path.isabs(name) and ("/" in name or "\\" in name or name in ("", ".", "..")):
+            raise ConfigError(f"{shown_short(name)} does not lie in the folder; refused")
         columns = tuple((field, extension) for field, extension in entry["columns"])
         return cls(
             **{name: entry[name] for name in ("name", "samples", "bytes", "sha256", "table_crc")}, columns=columns
@@ -79,13 +106,16 @@ class Shards:
         self.folder, self.group, self.storage = os.fspath(folder).removesuffix("/"), group, dict(storage or {})
         self._forget()
         try:
-            index = json.loads(self._read(self.folder, INDEX))
-            self.shards = tuple(Shard.of(entry) for entry in index["shards"])
+            index = parse_json(self._read(self.folder, INDEX))
+            check_fields(INDEX, index, {"shards": list, "fields": list, "format": int}, ConfigError)
+            if not all(isinstance(field, str) for field in index["fields"]):
+                raise ConfigError(f"'fields' is {shown_short(index['fields'])}, wanted names")
+            self.shards = tuple(Shard.of(entry, self.folder) for entry in index["shards"])
             self.fields: tuple[str, ...] = tuple(index["fields"])
             made_as = index["format"]
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"Shards: {self.folder} has no {INDEX}{_what_to_do(self.folder)}") from None
-        except (ValueError, KeyError, TypeError, ImportError) as error:
+        except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
             raise ConfigError(
                 f"Shards: {self.folder}/{INDEX} cannot be read: {type(error).__name__}: {error}"
             ) from error
@@ -186,23 +216,32 @@ class Shards:
             (*column, *member) for column, member in zip(shard.columns, members, strict=True) if member[1] != ABSENT
         ]
         begin = min(offset for _, _, offset, _, _ in there) - HEADER
-        data = self._range(number, begin, max(offset + size for _, _, offset, size, _ in there))
+        end = max(offset + size for _, _, offset, size, _ in there)
+        # neighbours are had in one read, but for what lies far apart
+        near = end - begin <= 2 * sum(HEADER + size for _, _, _, size, _ in there) + BLOCK
+        data = self._range(number, begin, end) if near else b""
         for field, extension, offset, size, crc in there:
+            if not near:
+                begin = offset - HEADER
+                data = self._range(number, begin, offset + size)
             header, value = data[offset - HEADER - begin : offset - begin], data[offset - begin : offset - begin + size]
-            name = f"{shard.name}/{header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
             if len(value) < size:
                 raise MediaError(
                     f"{shard.name}, sample {row}: the archive ends before {field!r} does; copy or make it again"
                 )
-            if (zlib.crc32(value) != crc) if crc != UNKNOWN else (_size(header) != size):
+            # of what is no member with this name, nothing is shown: it need not be an archive at all
+            name = _member(header, size, extension)
+            if name is None or (crc != UNKNOWN and zlib.crc32(value) != crc):
                 raise MediaError(
-                    f"{name} (sample {row} of the shard): {field!r} has changed since the index was made; copy or make the shard "
-                    "again (multimodal shards FOLDER --verify lists all that are damaged)"
+                    f"{shard.name}{'' if name is None else f'/{name}'} (sample {row} of the shard): {field!r} has changed "
+                    "since the index was made; copy or make the shard again (multimodal shards FOLDER --verify lists all that "
+                    "are damaged)"
                 )
+            name = f"{shard.name}/{name}"
             try:
                 sample[field] = decoded(extension, value, name)
-            except (ValueError, EOFError) as error:
-                raise MediaError(f"{name}: cannot be read as {extension}: {error}") from error
+            except Exception as error:  # of damaged data decoders fail in many ways
+                raise MediaError(f"{name}: cannot be read as {extension}: {str(error)[:300]}") from error
         return sample
 
     def _opened(self, number: int) -> tuple[np.ndarray, io.FileIO | None]:
@@ -215,8 +254,10 @@ class Shards:
             body = self._read(self.folder, name).partition(b"\n")[2]
             if zlib.crc32(body) != shard.table_crc:
                 raise MediaError(f"{name} of {self.folder} is damaged; copy or make it again")
-            table = np.frombuffer(body, "<i8").reshape(shard.samples, len(shard.columns), 3)
+            table = _checked(body, shard, f"{name} of {self.folder}")
             folder, base = self._place(shard.name)
+            if not is_url(folder) and Path(folder, base).exists() and not Path(folder, base).is_file():
+                raise MediaError(f"{shard.name} of {self.folder} is no file")  # a device or a pipe would never end
             file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
         except OSError as error:
             raise MediaError(f"{shard.name} of {self.folder} cannot be opened: {error}") from error
@@ -232,6 +273,7 @@ class Shards:
         file = self._opened(number)[1]
         try:
             if file is not None:
+                end = min(end, os.fstat(file.fileno()).st_size)  # no memory for what a hostile table promises
                 return read_at(file, begin, end - begin)
             if end <= (size := self.shards[number].bytes) or begin < size:
                 return self._read(*self._place(self.shards[number].name), begin, min(end, size))
@@ -266,11 +308,30 @@ def table_name(number: int) -> str:
     return f"{number:06d}.index"
 
 
-def _size(header: bytes) -> int:
+def _checked(body: bytes, shard: Shard, where: str) -> np.ndarray:
+    """The table of a shard, whose numbers are places in its archive."""
+    if len(body) != shard.samples * len(shard.columns) * 3 * 8:
+        raise MediaError(
+            f"{where} is damaged: it has {len(body)} bytes, which are not those of {shard.samples} samples"
+        )
+    table = np.frombuffer(body, "<i8").reshape(shard.samples, len(shard.columns), 3)
+    offset, size = table[..., 0], table[..., 1]
+    there = size != ABSENT
+    inside = (offset >= HEADER) & (offset <= shard.bytes) & (size >= 0) & (size <= shard.bytes - offset)
+    if not (inside | ~there).all() or not there.any(1).all():
+        raise MediaError(f"{where} is damaged: it names places outside of {shard.name}, or samples of nothing")
+    return table
+
+
+def _member(header: bytes, size: int, extension: str) -> str | None:
+    """The name in the header of an archive's member; None: this is no header of a file of this size and extension."""
     try:
-        return tarfile.nti(header[124:136])  # type: ignore[attr-defined]
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
-        return ABSENT
+        return None
+    cut = len(found.name) >= 100  # of a longer name this is the beginning
+    fits = found.isfile() and found.size == size and (cut or found.name.lower().endswith(f".{extension}"))
+    return found.name if fits else None
 
 
 def _what_to_do(folder: str) -> str:

@@ -18,9 +18,9 @@ from multimodal.data.account import Account, Tally
 from multimodal.data.folders import HIDDEN, is_hidden
 from multimodal.data.frames import as_samples
 from multimodal.data.members import encoded
-from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shards, is_url, table_name
+from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shard, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
-from multimodal.files import aside, file_hash, flush, is_aside, put, put_new
+from multimodal.files import aside, check_fields, file_hash, flush, is_aside, parse_json, put, put_new, read_json
 from multimodal.media.sources import log
 from multimodal.shapes import ConfigError, MediaError, listed, shortened
 from multimodal.tokenizer import describe
@@ -89,6 +89,9 @@ def write_shards(
     if (folder / INDEX).exists():
         index = _read(folder / INDEX, "shards")
         _check_same(folder, index, settings)
+        Shards(folder)  # complains of what is no index
+        check_fields(folder / INDEX, index, {"samples": int, "bad": list}, ConfigError)
+        _check_bad(folder / INDEX, index["bad"])
         if _read(folder / MAKING) == settings:
             (folder / MAKING).unlink()
         return _made(index, samples, already=True)
@@ -394,7 +397,14 @@ def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[s
     _check_same(folder, _read(folder / MAKING, "shards that are being made"), settings)
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
-        entries.append(json.loads(table.read_bytes().partition(b"\n")[0]))
+        try:
+            entry = parse_json(table.read_bytes().partition(b"\n")[0])
+            Shard.of(entry)
+            check_fields(table, entry, {"read": int, "bad": list}, ConfigError)
+            _check_bad(table, entry["bad"])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"write_shards: {table} is damaged ({error}); delete {folder} and begin again") from error
+        entries.append(entry)
         archive = folder / entries[-1]["name"]
         if not archive.is_file() or archive.stat().st_size != entries[-1]["bytes"]:
             raise ConfigError(
@@ -406,14 +416,20 @@ def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[s
 def _read(path: Path, what: str = "") -> dict[str, Any]:
     """A JSON object of ours; anything else raises a ConfigError if `what` says what was wanted, and is empty if not."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict) and "format" in found:
+        found = read_json(path, ConfigError)
+    except ConfigError:
+        found = {}
+    if "format" in found:
         return found
     if what:
         raise ConfigError(f"write_shards: {path} is not of {what}: the folder holds other things; give a new folder")
     return {}
+
+
+def _check_bad(where: Path, bad: Any) -> None:
+    for entry in bad:
+        if not isinstance(entry, list) or len(entry) != 2 or type(entry[0]) is not int or not isinstance(entry[1], str):
+            raise ConfigError(f"{where}: 'bad' holds {describe(entry)}, wanted a row and why it was left out")
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """`multimodal report RUN...`: run folders as one table and one picture."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from multimodal.files import read_json
 from multimodal.shapes import ConfigError
 from multimodal.train.folder import CONFIG, CURVES, LOG, read_rows
 from multimodal.train.report import COLUMNS, draw_panel, draw_points, draw_smoothed, finish_panel, is_held_out
@@ -30,13 +30,16 @@ class Record:
         """What is there; of a log that was cut while it was written, the whole rows."""
         names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
         steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
-        steps += [state["step"]] if isinstance((state := _json(folder / OLD / FACTS)).get("step"), int) else []
-        return cls(folder, read_rows(folder / LOG), _json(folder / CONFIG), max(steps, default=None))
+        old = _json(folder / OLD / FACTS).get("step")
+        steps += [old] if isinstance(old, int) else []
+        return cls(folder, read_rows(folder / LOG, numbers=True), _json(folder / CONFIG), max(steps, default=None))
 
     @property
     def wanted(self) -> int | None:
         """Steps of a whole run."""
-        return self.config.get("recipe", {}).get("steps")
+        recipe = self.config.get("recipe")
+        steps = recipe.get("steps") if isinstance(recipe, dict) else None
+        return steps if isinstance(steps, int) else None
 
     @property
     def finished(self) -> bool:
@@ -80,10 +83,9 @@ class Record:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, ValueError)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Record]:
@@ -122,7 +124,10 @@ def settings(config: Any, path: str = "") -> dict[str, Any]:
             found |= settings(value, f"{path}.{name}" if path else name)
         return found
     if isinstance(config, list) and any(isinstance(value, Mapping) for value in config):
-        return settings({value.get("pattern", str(i)): value for i, value in enumerate(config)}, path)
+        named = [value.get("pattern") if isinstance(value, Mapping) else None for value in config]
+        return settings(
+            {str(name or i): value for i, (name, value) in enumerate(zip(named, config, strict=True))}, path
+        )
     return {path: config}
 
 

@@ -21,7 +21,7 @@ from multimodal.checkpoint import check_room, declarations, holds
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError
 from multimodal.declare import override, plain
-from multimodal.files import put
+from multimodal.files import check_fields, put
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.surroundings import left_as_found
@@ -252,13 +252,22 @@ class _Training:
             self.step, self.dtype, self.why = int(saved["step"]), getattr(torch, saved["computed_in"]), "as before"
             self.trainee.dtype = self.dtype
             self.begun = self.step if "data_state" in saved else -1  # a state of version 0.1 is written anew
-            self.best = saved.get("best")
-            if "watch" in saved:
-                self.watch.load_state_dict(saved["watch"])
-            if "data_state" in saved:
-                self.feed.restore(saved["data_state"])
-            self.run.history = [row for row in read_rows(folder / LOG) if row["step"] <= self.step]
+            try:
+                self.best = saved.get("best")
+                if self.best is not None:
+                    self.best = float(self.best)
+                if "watch" in saved:
+                    self.watch.load_state_dict(saved["watch"])
+                if "data_state" in saved:
+                    self.feed.restore(saved["data_state"])
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{newest}: its state.json does not say where to go on: {type(error).__name__}: {str(error)[:300]}"
+                ) from error
+            self.run.history = [row for row in read_rows(folder / LOG, numbers=True) if row["step"] <= self.step]
             broken = [row for row in read_rows(folder / BROKEN) if row["step"] <= self.step]
+            for row in broken:
+                check_fields(folder / BROKEN, row, {"task": str, "sample": str, "error": str}, CheckpointError)
             self.run.bad = [Bad(row["task"], row["sample"], row["error"]) for row in broken]
             self.bad = {(bad.task, bad.sample) for bad in self.run.bad}
             if self.keeps and (folder / BROKEN).is_file():

@@ -8,8 +8,8 @@ from typing import Any
 
 from multimodal import files
 from multimodal.checkpoint import RUN, own_config
-from multimodal.files import free_name, put
-from multimodal.shapes import ConfigError
+from multimodal.files import check_fields, free_name, parse_json, put
+from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.train.state import CHECKPOINTS, FACTS, OLD, is_of_a_run
 from multimodal.train.trouble import TROUBLE
 
@@ -59,16 +59,34 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, numbers: bool = False) -> list[dict[str, Any]]:
+    """The rows of a log, each with its step; numbers: they hold nothing but numbers. A last line that was cut short is left out.
+
+    Raises:
+        CheckpointError: a line that is no such row.
+    """
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line of a run that was killed while it wrote
-            break
+            row = parse_json(line)
+            check_fields(path, row, {"step": int}, ValueError)
+            if wrong := [key for key, value in row.items() if numbers and not _is_number(value)]:
+                raise ValueError(f"{wrong[0][:60]!r} is no number")
+        except ValueError as error:
+            if number == len(lines) and line.startswith(b"{"):  # of a run that was killed while it wrote
+                break
+            raise CheckpointError(
+                f"{path}: line {number} is no row of a log ({error}); put it right, or move the file away"
+            ) from error
+        rows.append(row)
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and (isinstance(value, float) or -(2**63) <= value < 2**63)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ pieces/00000.safetensors   what process 0 holds, by the tensors' names; tensors 
 """
 
 import json
-import reprlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from multimodal.checkpoint import KINDS, Header, write_tensors
-from multimodal.files import check_fields, read_json
+from multimodal.files import check_fields, read_json, shown_short
 from multimodal.shapes import CheckpointError
 from multimodal.train.processes import Processes
 
@@ -71,10 +70,10 @@ class Pieces:
         self.header: Header = {}
         self._cuts: dict[str, tuple[int, list[int]]] = {}
         for name, entry in index["tensors"].items():
-            where = f"{folder / INDEX}: {reprlib.repr(name)}"
+            where = f"{folder / INDEX}: {shown_short(name)}"
             check_fields(where, entry, {"shape": list, "dtype": str}, CheckpointError)
             if not _are_counts(entry["shape"]):
-                raise CheckpointError(f"{where}: 'shape' is {reprlib.repr(entry['shape'])}, wanted whole numbers")
+                raise CheckpointError(f"{where}: 'shape' is {shown_short(entry['shape'])}, wanted whole numbers")
             self.header[name] = tuple(entry["shape"]), entry["dtype"]
             if "rows" in entry:
                 check_fields(where, entry, {"axis": int, "rows": list}, CheckpointError)
@@ -82,7 +81,7 @@ class Pieces:
                 fits = 0 <= axis < len(entry["shape"]) and _are_counts(rows) and len(rows) == index["processes"]
                 if not fits or sum(rows) != entry["shape"][axis]:
                     raise CheckpointError(
-                        f"{where}: rows {reprlib.repr(rows)} of axis {axis} do not make the shape {reprlib.repr(entry['shape'])}"
+                        f"{where}: rows {shown_short(rows)} of axis {axis} do not make the shape {shown_short(entry['shape'])}"
                     )
                 self._cuts[name] = axis, rows
 
@@ -105,7 +104,7 @@ class Pieces:
                 part = self._rows(name, axis, start, start + rows, files, stack)
                 if part.shape != shape:
                     raise CheckpointError(
-                        f"{self.folder}: {reprlib.repr(name)} is {tuple(part.shape)} in the files, wanted {tuple(shape)}"
+                        f"{self.folder}: {shown_short(name)} is {tuple(part.shape)} in the files, wanted {tuple(shape)}"
                     )
                 with torch.no_grad():
                     _local(fresh).copy_(part)
@@ -149,7 +148,7 @@ class Pieces:
                 shape[axis] = size
             if list(whole) != shape or piece.get_dtype() != self.header[name][1]:
                 raise CheckpointError(
-                    f"{path}: {reprlib.repr(name)} is {piece.get_dtype()} {tuple(whole)}, and {INDEX} promises "
+                    f"{path}: {shown_short(name)} is {piece.get_dtype()} {tuple(whole)}, and {INDEX} promises "
                     f"{self.header[name][1]} {tuple(shape)}"
                 )
             return piece[(*[slice(None)] * axis, slice(first, last))] if shape else files[number].get_tensor(name)

@@ -4,8 +4,8 @@ import csv
 import io
 import os
 import platform
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +91,7 @@ def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Where a run is made: versions, machine, state of the working folder, command, date; JSON values, no host or user name."""
+    """Where a run is made: versions, machine, commit of the working folder, command, date; JSON values, no host or user name."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -118,7 +118,12 @@ def _command() -> str:
     program, *arguments = sys.argv
     name = Path(program).name
     name = f"python -m {Path(program).parent.name}" if name == "__main__.py" else name
-    return " ".join([name, *(shlex.quote(text) for text in arguments)]).replace(str(Path.home()), "~")
+    command = " ".join([name, *(shlex.quote(text) for text in arguments)])
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # a container without HOME and without an entry for its user
+        return command
+    return command.replace(home, "~") if len(home) > 1 else command
 
 
 def _version(package: str) -> str | None:
@@ -137,18 +142,39 @@ def _cpu() -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the working folder, and whether files that git follows have changed since; None where there is no git."""
-
-    def ask(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
-
+    """Commit of the working folder; None where there is no git. Read from git's files: the program git runs what a repository's
+    own settings name, and the folder may be somebody else's."""
     try:
-        return {
-            "commit": ask("rev-parse", "HEAD").strip(),
-            "changed": bool(ask("status", "--porcelain", "--untracked-files=no").strip()),
-        }
-    except (OSError, subprocess.SubprocessError):
+        here = Path.cwd()
+        place = next(folder / ".git" for folder in (here, *here.parents) if (folder / ".git").exists())
+        if place.is_file():  # of a linked worktree or a submodule
+            place = place.parent / _line(place).removeprefix("gitdir:").strip()
+        head = _line(place / "HEAD")
+        if not head.startswith("ref:"):
+            return _commit(head)
+        name = head.removeprefix("ref:").strip()
+        if not re.fullmatch(r"refs(/[^/.][^/]*)+", name):
+            return None
+        shared = place / _line(place / "commondir") if (place / "commondir").is_file() else place
+        for folder in (place, shared):
+            if (folder / name).is_file():
+                return _commit(_line(folder / name))
+        with (shared / "packed-refs").open(encoding="utf-8") as file:
+            return next((_commit(line.split(" ")[0]) for line in file if line.rstrip("\n").endswith(f" {name}")), None)
+    except (OSError, StopIteration, ValueError):
         return None
+
+
+def _line(path: Path) -> str:
+    """The first line of a small file."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with path.open("rb") as file:
+        return file.read(4096).decode("utf-8").partition("\n")[0].strip()
+
+
+def _commit(text: str) -> dict[str, Any] | None:
+    return {"commit": text} if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) else None
 
 
 def is_held_out(key: str) -> bool:

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import re
-import reprlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +35,7 @@ from multimodal.checkpoint import (
     write_tensors,
 )
 from multimodal.declare import declaration, plain, rebuild
-from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json
+from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json, shown_short
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.train.pieces import Pieces, write_pieces
@@ -44,7 +43,7 @@ from multimodal.train.processes import Processes, whole
 from multimodal.train.recipe import FREE, PRECISIONS, Recipe
 
 CHECKPOINTS, TENSORS, PIECES = "checkpoints", "state.safetensors", "pieces"
-SHARDED = "sharded"  # where versions before 0.4 put shared-out tensors, by torch.distributed.checkpoint, which pickles
+SHARDED = "sharded"  # where earlier versions put shared-out tensors, by torch.distributed.checkpoint, which pickles
 TRUST = "MULTIMODAL_TRUST_PICKLE_IN"  # the variable that names the run folder whose pickle may be read
 FACTS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
@@ -99,7 +98,7 @@ class Trained:
             part, _, name = key.partition("/")
             if part not in fits.get(name, {}):
                 problems.append(
-                    f"foreign {reprlib.repr(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
+                    f"foreign {shown_short(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
                 )
             elif fits[name][part] != (shape, "a number" if kind in FLOATS else kind):
                 problems.append(f"{key} is {kind} {shape}, wanted {' '.join(map(str, reversed(fits[name][part])))}")
@@ -313,7 +312,7 @@ class Checkpoints:
         return saved
 
     def _unpickled(self, folder: Path, trained: Trained, saved: Mapping[str, Any], parallel: str) -> dict[str, Tensor]:
-        """The tensors of a state that a version before 0.4 shared out.
+        """The tensors of a state that an earlier version shared out.
 
         Raises:
             CheckpointError: unless the user trains shared out, and has named this run as trusted.
@@ -321,9 +320,9 @@ class Checkpoints:
         trusted = os.environ.get(TRUST)
         if parallel != "fsdp" or trusted is None or Path(trusted).resolve() != self.folder.parent.resolve():
             raise CheckpointError(
-                f"{folder / SHARDED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever code "
-                f"whoever made the folder has put into it; if you made it yourself, resume once with parallel='fsdp' and the variable "
-                f"{TRUST}={self.folder.parent}"
+                f"{folder / SHARDED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever "
+                "code the folder's maker has put into it; if you made it yourself, resume once with parallel='fsdp' and the "
+                f"variable {TRUST}={self.folder.parent}"
             )
         import torch.distributed.checkpoint as dcp
 
@@ -398,9 +397,7 @@ def check(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {MANIFEST} does not name {FACTS}")
     for name, entry in manifest.items():
         path = folder / name
-        check_fields(
-            f"{folder / MANIFEST}: {reprlib.repr(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError
-        )
+        check_fields(f"{folder / MANIFEST}: {shown_short(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError)
         try:
             if not path.is_file():
                 raise CheckpointError(f"{folder}: {name} is missing")
@@ -427,7 +424,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     saved = read_json(path, CheckpointError)
     if (made_as := saved.get("format", 1)) not in (1, FORMAT):
         raise CheckpointError(
-            f"{folder}: format {reprlib.repr(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
+            f"{folder}: format {shown_short(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
         )
     kinds = {"step": int, "recipe": dict, "core": dict, "tokenizers": dict, "tasks": list, "computed_in": str}
     check_fields(path, saved, kinds, CheckpointError)
@@ -435,8 +432,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         check_fields(path, saved, {"data_state": dict, "tensors": dict}, CheckpointError)
     if saved["step"] < 0 or saved["computed_in"] not in PRECISIONS[1:]:
         raise CheckpointError(
-            f"{path}: step {reprlib.repr(saved['step'])} in {reprlib.repr(saved['computed_in'])}; wanted a whole number, and one of "
-            f"{', '.join(PRECISIONS[1:])}"
+            f"{path}: step {shown_short(saved['step'])} in {shown_short(saved['computed_in'])}; wanted a whole number, and "
+            f"one of {', '.join(PRECISIONS[1:])}"
         )
     return saved
 
@@ -445,7 +442,7 @@ def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> 
     """Refuse a state that lacks tensors which it was saved with, such as the moments of a parameter."""
     if missing := [name for name in saved.get("tensors", ()) if name not in header]:
         raise CheckpointError(
-            f"{folder}: {reprlib.repr(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
+            f"{folder}: {shown_short(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
         )
 
 

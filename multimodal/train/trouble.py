@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span
-from multimodal.checkpoint import RUN, below
-from multimodal.files import put
+from multimodal.checkpoint import RUN, below, read_header
+from multimodal.files import check_fields, check_inside, parse_json, put, read_json, shown_short
 from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
@@ -101,28 +101,64 @@ def load_stream(path: Path) -> Stream:
     Raises:
         CheckpointError: missing, damaged, or of a later version.
     """
+    what = "this is no stream that save_stream wrote, or it is damaged"
+    try:
+        read_header(path)  # in bounds, before the library reads it
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {what}: {error}") from error
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["stream"])
+            facts = parse_json((file.metadata() or {})["stream"].encode())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: this is no stream that save_stream wrote, or it is damaged: {error}") from error
-    if facts["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {facts['format']!r}, but this version reads {FORMAT}; update multimodal-stream"
+        if facts["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {facts['format']!r}, but this version reads {FORMAT}; update multimodal-stream"
+            )
+        readings = {}
+        for number, entry in enumerate(facts["readings"]):
+            made: dict[str, Any] = below(tensors, f"reading {number}/")
+            made |= {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items() if name != "task"}
+            readings[entry["task"]] = Reading(**made)
+        stream = Stream(
+            content={kind: tensors[f"content/{kind}"] for kind in facts["kinds"]},
+            order_T=tensors.get("order_T"),
+            position_TA=tensors["position_TA"],
+            layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**below(tensors, "places/"))),
+            readings=readings,
         )
-    readings = {}
-    for number, entry in enumerate(facts["readings"]):
-        made: dict[str, Any] = below(tensors, f"reading {number}/")
-        made |= {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items() if name != "task"}
-        readings[entry["task"]] = Reading(**made)
-    return Stream(
-        content={kind: tensors[f"content/{kind}"] for kind in facts["kinds"]},
-        order_T=tensors.get("order_T"),
-        position_TA=tensors["position_TA"],
-        layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**below(tensors, "places/"))),
-        readings=readings,
-    )
+        if not _holds_together(stream):
+            raise ValueError("its parts do not fit each other")
+        return stream
+    except CheckpointError:
+        raise
+    except Exception as error:  # what others made can be wrong in any way
+        raise CheckpointError(f"{path}: {what}: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _holds_together(stream: Stream) -> bool:
+    """Whether every length and every row number of a stream is one that its tokens have."""
+    count = len(stream)
+    order_T, spans, places = stream.order_T, stream.layout.spans, list(vars(stream.layout.places).values())
+    fits = [
+        stream.position_TA.dim() == 2
+        and stream.position_TA.is_floating_point()
+        and bool(stream.position_TA.isfinite().all()),
+        order_T is None or torch.equal(order_T.sort().values, torch.arange(count)),
+        sum(len(x) for x in stream.content.values()) == count,
+        all(type(n) is int for span in spans for n in span) and all(-1 <= s.free <= s.total > 0 for s in spans),
+        sum(span.total for span in spans) == count,
+        all(isinstance(x, Tensor) and x.shape == (count,) and x.dtype == torch.int32 for x in places),
+    ]
+    for r in stream.readings.values():
+        counts = (r.lengths, r.samples, r.target_lengths, r.key_lengths, r.pointed_lengths)
+        fits.append(all(type(n) is int and n >= 0 for some in counts for n in some))
+        rows = ((r.row_N, r.lengths), (r.key_N, r.key_lengths))
+        for row_N, lengths in rows:
+            if row_N is not None:
+                fits += [row_N.dtype == torch.int64 and row_N.dim() == 1 and len(row_N) == sum(lengths)]
+                fits += [not len(row_N) or (int(row_N.min()) >= 0 and int(row_N.max()) < count)]
+        fits.append(len(r.lengths) <= len(r.samples) and (r.target is None or len(r.target) == sum(r.target_lengths)))
+    return all(fits)
 
 
 def keep_trouble(
@@ -204,21 +240,34 @@ def load_trouble(place: Path) -> Trouble:
     Raises:
         CheckpointError: nothing is here, or it is damaged.
     """
-    found = sorted(place.glob("trouble-*.json"), key=lambda path: int(path.stem.removeprefix("trouble-")))
+    numbered = [path for path in place.glob("trouble-*.json") if re.fullmatch(r"trouble-[0-9]{1,9}", path.stem)]
+    found = sorted(numbered, key=lambda path: int(path.stem.removeprefix("trouble-")))
     if not found:
         raise CheckpointError(f"{place}: no trouble was kept here; give a folder such as RUN/{TROUBLE}/step-0000123")
     batches: list[Batch] = []
     facts: dict[str, Any] = {}
     for path in reversed(found):  # the facts are those of the first process
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = read_json(path, CheckpointError)
+            kinds = {
+                "step": int,
+                "why": str,
+                "precision": str,
+                "counts": dict,
+                "streams": list,
+                "names": (list, type(None)),
+            }
+            check_fields(path, facts, kinds, CheckpointError)
+            check_inside(path, facts["streams"], CheckpointError)
+            if not all(type(n) is int and n >= 0 for n in facts["counts"].values()):
+                raise CheckpointError(f"{path}: 'counts' is {shown_short(facts['counts'])}, wanted whole numbers")
             names = facts["names"] or [None] * len(facts["streams"])
             some = [
                 Batch(
                     process=int(path.stem.removeprefix("trouble-")),
                     file=file,
                     stream=load_stream(place / file),
-                    names=None if called is None else tuple(called),
+                    names=None if called is None else tuple(map(str, called)),
                 )
                 for file, called in zip(facts["streams"], names, strict=True)
             ]
@@ -337,12 +386,32 @@ def replay(model: Model, trouble: Trouble, *, progress: Callable[[], None] = lam
     """Run the step again, forward and backward, micro-batch by micro-batch and sample by sample, without dropout.
 
     As nothing flows between the samples of a pack, a sample alone does what it did in there. progress: called after each sample.
+
+    Raises:
+        CheckpointError: the batches are of another model.
     """
+    try:
+        return _replayed(model, trouble, progress)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"the batch that was kept does not fit the model: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
+
+
+def _replayed(model: Model, trouble: Trouble, progress: Callable[[], None]) -> Replay:
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.train()  # cuDNN has no backward for others; they drop nothing
     weights = tuple(name for name, p in model.named_parameters() if not bool(p.isfinite().all()))
+    for batch in trouble.batches:
+        for task, reading in batch.stream.readings.items():
+            if task not in model.tasks or task not in trouble.counts:
+                raise CheckpointError(
+                    f"{batch.file}: task {shown_short(task)} is none of this model's, or not in the counts"
+                )
+            if batch.names is not None and any(number >= len(batch.names) for number in reading.samples):
+                raise CheckpointError(f"{batch.file}: it has more samples than the {len(batch.names)} that have names")
     whole, rows, notes = [], [], []
     for batch in trouble.batches:
         where = f"process {batch.process}, {batch.file}" if batch.process else batch.file

@@ -3,7 +3,8 @@
 import json
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -91,9 +92,10 @@ class TextBPE(Tokenizer):
         hf.pre_tokenizer = in_bytes
         hf.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        hf.train_from_iterator(
-            texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        )
+        with _panics("TextBPE.train: these texts"):
+            hf.train_from_iterator(
+                texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+            )
         return cls(hf.to_str(), causal)
 
     @classmethod
@@ -134,7 +136,8 @@ class TextBPE(Tokenizer):
         Path(path).write_text(self.spec, encoding="utf-8")
 
     def encode(self, value: Any) -> Tokens:
-        ids = self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids
+        with _panics(f"TextBPE.encode: {describe(value)}"):
+            ids = self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids
         if not self.lossy and not _is_exact(self.spec):
             back = self._hf.decode(ids, skip_special_tokens=False)
             if not _same(self._hf, value, back):
@@ -145,7 +148,8 @@ class TextBPE(Tokenizer):
         return _tokens(ids)
 
     def decode(self, tokens: Tokens) -> str:
-        return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
+        with _panics("TextBPE.decode: these tokens"):
+            return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
 
     def wanted(self, value: str) -> str:
         back = self.decode(self(value, empty=True))
@@ -168,6 +172,22 @@ class TextBPE(Tokenizer):
         return cls(spec, **config)
 
 
+@contextmanager
+def _panics(what: str) -> Iterator[None]:
+    """The library's panics (of a regular expression that gives up, say) are no Exceptions and would pass every handler.
+
+    Raises:
+        MediaError: in place of a panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 offers no class to import
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise MediaError(f"{what}: the tokenizer gives up ({said}); its rules do not work for this") from error
+
+
 def _regex(pattern: str) -> Regex:
     try:
         return Regex(pattern)
@@ -179,9 +199,10 @@ def _regex(pattern: str) -> Regex:
 def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
     """The library's tokenizer, and how many ids it needs (files of other makers may skip some)."""
     try:
-        hf = HFTokenizer.from_str(spec)
+        with _panics("TextBPE"):
+            hf = HFTokenizer.from_str(spec)
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"TextBPE: this is no tokenizer.json: {error}") from error
+        raise ConfigError(f"TextBPE: this is no tokenizer.json: {str(error)[:500]}") from error
     if getattr(hf.model, "dropout", None):
         hf.model.dropout = None  # encoding is the same for the same text
     hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file does not keep this setting
@@ -242,9 +263,10 @@ def _changed(spec: str) -> dict[str, str]:
     if _is_exact(spec):
         return {}
     hf = _hf_from(spec)[0]
-    backs = {
-        text: hf.decode(hf.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) for text in PROBES
-    }
+    with _panics("TextBPE"):
+        backs = {
+            text: hf.decode(hf.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) for text in PROBES
+        }
     return {text: back for text, back in backs.items() if not _same(hf, text, back)}
 
 
