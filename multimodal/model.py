@@ -22,7 +22,7 @@ from multimodal.packer import Packer
 from multimodal.reinforce import choice_loss
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Stream, Task
-from multimodal.tokenizer import Tokenizer
+from multimodal.tokenizer import Tokenizer, describe
 
 Sample = Mapping[str, Any]
 
@@ -52,8 +52,17 @@ class Model(nn.Module):
         if not isinstance(core, (Core, EncoderDecoder)):
             raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
         for name in tokenizers:
-            if not name.isidentifier() or not name.isascii() or hasattr(nn.ModuleDict(), name):
-                raise ConfigError(f"Model: a tokenizer cannot be named {name!r}; use a plain word such as 'image'")
+            if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+                raise ConfigError(
+                    f"Model: a tokenizer cannot be named {name!r}: tasks name it, as one word of the letters a to z, digits and "
+                    "underscores; use a plain word such as 'image'"
+                )
+            if hasattr(nn.ModuleDict(), name):
+                raise ConfigError(
+                    f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of torch, "
+                    f"which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
+                    f"'{name}:{name.strip('_')}_kind -> ...'"
+                )
         self.packer = Packer(tokenizers, tasks)
         self.seed = seed
         self.embeds = nn.ModuleDict()
@@ -198,11 +207,11 @@ class Model(nn.Module):
         names = [f"sample {first + i}" for i in range(len(samples))]
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
-    def predict(self, task: str, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
+    def predict(self, task: str, /, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples."""
         self.packer.check_task(task, answers=True)
         if samples is None:
-            self._check_fields(task, fields)
+            self._check_fields(task, "predict", fields)
             return self.predict(task, [fields])[0]
         samples = self._check_call(task, samples, fields, batch)
         if self.packer.head(task).writes:
@@ -238,6 +247,7 @@ class Model(nn.Module):
     def generate(
         self,
         task: str,
+        /,
         samples: Sequence[Sample] | None = None,
         *,
         max_tokens: int = 256,
@@ -248,6 +258,7 @@ class Model(nn.Module):
         guidance: float = 1.0,
         stop: str | Sequence[str] = (),
         begin: Any = None,
+        begins: Sequence[Any] | None = None,
         seed: int = 0,
         prefix: Prefix | None = None,
         batch: int = 64,
@@ -259,8 +270,9 @@ class Model(nn.Module):
         features temperature scales the noise they are drawn from, 1 unless given).
         beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
         others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
-        2022). stop: texts that end a text, and are not part of it. begin: a value that the answer begins with, or a list of texts,
-        one for each sample; max_tokens does not count it.
+        2022). stop: texts that end a text, and are not part of it. begin: a value that every answer begins with; max_tokens does
+        not count it. begins: such a value for each sample, of any kind, or None for one that begins with nothing; a list of texts
+        may also be given as begin, since no text is a list.
         seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
 
         Raises:
@@ -271,12 +283,14 @@ class Model(nn.Module):
         }
         self.packer.check_task(task, answers=True)
         if samples is None:
-            self._check_fields(task, fields, prefix.fields if prefix else ())
+            self._check_fields(task, "generate", fields, prefix.fields if prefix else ())
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
             given = [
-                name for name in ("beams", "begin", "guidance", "sampler", "stop") if options[name] not in (1, None, ())
+                name
+                for name in ("beams", "begin", "begins", "guidance", "sampler", "stop")
+                if options[name] not in (1, None, ())
             ]
             if given or prefix is not None:
                 raise ConfigError(
@@ -294,6 +308,7 @@ class Model(nn.Module):
     def stream(
         self,
         task: str,
+        /,
         samples: Sequence[Sample] | None = None,
         *,
         prefix: Prefix | None = None,
@@ -307,11 +322,13 @@ class Model(nn.Module):
         """
         self.packer.check_task(task, answers=True)
         names = {field.name for field in self.packer.patterns[task].reads}
-        fields = {name: options.pop(name) for name in names & set(options)}
+        fields = {name: options.pop(name) for name in (names & set(options)) - set(self._options())}
+        if samples is None:
+            self._check_fields(task, "stream", fields, prefix.fields if prefix else ())
         samples = [fields] if samples is None else self._check_call(task, samples, fields, batch)
         return self._written(task, samples, prefix, batch, options)
 
-    def read(self, task: str, **fields: Any) -> Prefix:
+    def read(self, task: str, /, **fields: Any) -> Prefix:
         """Read the first fields of a task once, to be given to `generate` or `stream` as `prefix` with many different others.
 
         Raises:
@@ -323,12 +340,8 @@ class Model(nn.Module):
         self, task: str, samples: Sequence[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
     ) -> Iterator[Piece]:
         seed = options.get("seed", 0)
-        begin = options.get("begin")
-        begins = begin if isinstance(begin, list) and self._kind_written(task).text else [begin] * len(samples)
-        if len(begins) != len(samples):
-            raise ConfigError(
-                f"task {task!r}: begin has {len(begins)} texts for {len(samples)} samples; give one for each, or one"
-            )
+        begins = self._begins(task, len(samples), options)
+        options = {name: option for name, option in options.items() if name != "begins"}
         answers = [
             request(self.packer, task, sample, f"sample {i}", prefix, {**options, "seed": seed + i, "begin": begins[i]})
             for i, sample in enumerate(samples)
@@ -344,16 +357,44 @@ class Model(nn.Module):
                 raise piece.error
             yield piece
 
-    def _check_fields(self, task: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
+    def _begins(self, task: str, count: int, options: Mapping[str, Any]) -> Sequence[Any]:
+        """What each answer begins with."""
+        begin, begins = options.get("begin"), options.get("begins")
+        if begins is None:
+            listed = isinstance(begin, list) and self._kind_written(task).text
+            if not listed:
+                return [begin] * count
+            begins = begin
+        elif begin is not None:
+            raise ConfigError(f"task {task!r}: give begin, for every sample, or begins, one for each; not both")
+        if isinstance(begins, (str, bytes, Mapping)) or not hasattr(begins, "__len__"):
+            raise ConfigError(
+                f"task {task!r}: begins={describe(begins)} is no list; give a value for each sample, or None"
+            )
+        if len(begins) != count:
+            raise ConfigError(
+                f"task {task!r}: begins has {len(begins)} values for {count} samples; give one for each, or one for all as begin"
+            )
+        return begins
+
+    def _options(self) -> list[str]:
+        """What `generate` takes by keyword, besides the fields of a task."""
+        return [n for n in inspect.signature(self.generate).parameters if n not in ("task", "samples", "fields")]
+
+    def _check_fields(self, task: str, verb: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
         """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
         self.packer.check_task(task)
         pattern = self.packer.patterns[task]
         known = [field.name for field in pattern.reads]
+        options = self._options()
+        taken = ["samples", "batch"] if verb == "predict" else ["samples", *options]
+        if hidden := [name for name in known if name in taken and name not in read]:
+            raise TaskError(
+                f"task {task!r} reads a field {hidden[0]!r}, which by keyword is an option of {verb}; give the sample as a "
+                f"mapping: {verb}({task!r}, [{{{', '.join(f'{name!r}: ...' for name in known)}}}])"
+            )
         if not set(fields) | set(read) >= set(known):
             return  # a field is missing, which is the better clue, and is said where samples are checked
-        options = [
-            n for n in inspect.signature(self.generate).parameters if n not in ("self", "task", "samples", "fields")
-        ]
         for name in fields:
             if name in known:
                 continue

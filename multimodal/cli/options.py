@@ -27,6 +27,14 @@ Fields = Annotated[
     str,
     Parameter(
         help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
-        "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'."
+        "arrays are .npy or .json files, or JSON. A text that starts with a dash is written --text='-3'. A field that has the name "
+        "of an option is given as --field-NAME."
     ),
 ]
+TAKEN = {
+    *("answer", "as_json", "begin", "beams", "checkpoint", "count", "debug", "device", "guidance", "help", "json"),
+    *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
+    *("stop", "task", "temperature", "top_k", "top_p", "version", "writing"),
+}
+"""Names that some command takes for an option of its own; a field of this name is typed with FIELD before it."""
+FIELD = "field_"

@@ -1,9 +1,11 @@
 """What was typed, as a task and as values of its fields."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from multimodal.cli.options import FIELD, TAKEN
 
 if TYPE_CHECKING:
     from multimodal.model import Model
@@ -31,7 +33,7 @@ def choose_task(model: "Model", wanted: str | None, fields: Mapping[str, Any], *
         raise TaskError(f"no task of this model writes token by token; use predict. There are {_listed(patterns)}")
     if len(possible) == 1:
         return possible[0]
-    given = {_field_name(name) for name in fields}
+    given = set(_given(fields, {field.name for text in possible for field in patterns[text].reads}))
     fitting = [text for text in possible if {field.name for field in patterns[text].reads} == given]
     if len(fitting) == 1:
         return fitting[0]
@@ -50,8 +52,19 @@ def _listed(tasks: Iterable[str]) -> str:
     return ", ".join(map(repr, tasks))
 
 
-def _field_name(option: str) -> str:
-    return option.replace("-", "_")
+def _given(options: Mapping[str, str], known: Container[str]) -> dict[str, str]:
+    """Fields by name, from the options as they were typed; --field-out is the field `out`, as --out is an option."""
+    names = {option: option.replace("-", "_") for option in options}
+    short = {option: name.removeprefix(FIELD) for option, name in names.items()}
+    return {
+        short[option] if names[option] not in known and short[option] in known else names[option]: text
+        for option, text in options.items()
+    }
+
+
+def _option(field: str) -> str:
+    """How a field is typed."""
+    return f"--{FIELD.replace('_', '-')}{field}" if field in TAKEN else f"--{field}"
 
 
 def _closest(given: Iterable[str], names: Sequence[str]) -> str:
@@ -69,12 +82,12 @@ def sample_from(model: "Model", task: str, fields: Mapping[str, str]) -> dict[st
     from multimodal.shapes import TaskError
 
     kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
-    given = {_field_name(name): text for name, text in fields.items()}
+    given = _given(fields, kinds)
     for name in given:
         if name not in kinds:
-            reads = " ".join(f"--{field}" for field in kinds) or "no field"
+            reads = " ".join(map(_option, kinds)) or "no field"
             raise TaskError(f"--{name}: task {task!r} reads {reads}{_closest([name], list(kinds))}")
-    if missing := [f"--{name}" for name in kinds if name not in given]:
+    if missing := [_option(name) for name in kinds if name not in given]:
         raise TaskError(
             f"task {task!r} also reads {' '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} too"
         )
@@ -90,12 +103,12 @@ def samples_with(model: "Model", fields: Mapping[str, str]) -> dict[str, list[di
     from multimodal.shapes import TaskError
 
     patterns = model.packer.patterns
-    given = {_field_name(name): text for name, text in fields.items()}
     answers = {task: {p.answer: p.writes.kind} for task, p in patterns.items() if not p.pair}
     known = sorted({field.name for p in patterns.values() for field in p.reads}.union(*answers.values()))
+    given = _given(fields, known)
     for name in given:
         if name not in known:
-            there = " ".join(f"--{n}" for n in known)
+            there = " ".join(map(_option, known))
             raise TaskError(f"--{name}: no task has such a field; there are {there}{_closest([name], known)}")
     samples = {}
     for task, pattern in patterns.items():
