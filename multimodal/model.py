@@ -33,6 +33,18 @@ class Model(nn.Module):
     tokenizers: name of a kind -> its tokenizer; core: the transformer; tasks: "image -> label" or Task("...", head, weight).
     Every part draws its first weights from `seed` and its own name, so one more tokenizer changes no other part.
 
+    What is done with it; what else help() lists comes from torch.nn.Module:
+        predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
+        read                        read the first fields of a task once, for many answers
+        vectors, matches            what a pair such as "image <-> text" makes of its sides, and how well they fit
+        save, load, extended        a folder with its declarations and weights, and a model with more kinds and tasks
+        pack, logits, losses, loss  a packed stream of samples, and what training makes of it
+        forward, embed, rows        the states of a stream, and the tokens that the core reads
+        readout, report             the learned half of a task's head, and the number of parameters by part
+        tasks, device, most_tokens, chooses   what it declares, where it is, and what its attention can do
+        resting                     a context without training mode and gradients
+    Training is `multimodal.fit`, measuring is `multimodal.evaluate`.
+
     Raises:
         ConfigError, TaskError: something declared does not fit together.
     """
@@ -59,8 +71,8 @@ class Model(nn.Module):
                 )
             if hasattr(nn.ModuleDict(), name):
                 raise ConfigError(
-                    f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of torch, "
-                    f"which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
+                    f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
+                    f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
                     f"'{name}:{name.strip('_')}_kind -> ...'"
                 )
         self.packer = Packer(tokenizers, tasks)

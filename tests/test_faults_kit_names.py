@@ -15,7 +15,6 @@ import torch
 import multimodal as mm
 from multimodal import declare
 from multimodal.cli.commands import app, main
-from multimodal.cli.options import TAKEN
 from multimodal_tokenizers import Codes, Features, ImagePatches, Labels, TextBytes
 
 
@@ -224,6 +223,8 @@ def test_fault_39b_on_the_command_line_a_field_with_an_options_name_is_reachable
     assert main(["predict", str(tmp_path / "m"), "--field-out", "x"]) == 2
     assert "also reads --field-device --field-task" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "m"), *fields]) == 0
+    from multimodal.cli.options import TAKEN
+
     for command in ("predict", "generate", "look", "verify"):
         options = {
             name.removeprefix("--").replace("-", "_")

@@ -52,7 +52,13 @@ Tracker = Callable[[Mapping[str, Any]], Any]
 
 @dataclass
 class Run:
-    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end."""
+    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end.
+
+    folder: where it is kept; None: nowhere.
+    history: a row of numbers for each report, by name.
+    finished: whether all steps were done.
+    bad: the broken samples that were left out, each with its reason.
+    """
 
     folder: Path | None
     history: list[dict[str, Any]] = field(default_factory=list)
