@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from multimodal.contrast import Contrast
     from multimodal.core import Core
     from multimodal.data import Blanked, Fields, Mixed, Shards, write_shards
-    from multimodal.declare import override
+    from multimodal.declare import alias, override
     from multimodal.encoder_decoder import EncoderDecoder
     from multimodal.flow import FlowMatching
     from multimodal.generate import (
@@ -95,7 +95,7 @@ _NAMES = {
     "contrast": ("Contrast",),
     "core": ("Core",),
     "data": ("Blanked", "Fields", "Mixed", "Shards", "write_shards"),
-    "declare": ("override",),
+    "declare": ("alias", "override"),
     "encoder_decoder": ("EncoderDecoder",),
     "flow": ("FlowMatching",),
     "generate": (
@@ -209,6 +209,7 @@ __all__ = [
     "Transcript",
     "TuringMachine",
     "Window",
+    "alias",
     "at_times",
     "evaluate",
     "fit",

@@ -38,6 +38,7 @@ class Contrast(Head):
     algorithm 1; first scale 10 and bias -10).
     Two whose left sides, or whose right sides, have exactly the same tokens are not told from each other. The same photo under
     another crop is another side: where a photo has five captions, draw one of them each time the photo comes.
+    width: F, numbers of a vector.
     """
 
     width: int = 256  # F, numbers of a vector

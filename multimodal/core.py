@@ -39,6 +39,22 @@ class Core(Declared):
     """A pre-norm transformer with grouped-query heads, RMSNorm, a gated MLP and rotary places, unless `block` says otherwise.
 
     mask, score, prior and read are those of every attention layer that declares none of its own; the mask holds for all.
+
+    width: D, numbers of each token's state.
+    depth: L, how many blocks follow each other.
+    heads: H, query heads of each attention layer; width is a multiple of it.
+    kv_heads: G, key-value heads, which groups of query heads share; None: as many as heads.
+    mlp_width: hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16.
+    qk_norm: RMSNorm on queries and keys, which keeps attention logits bounded (Dehghani et al. 2023).
+    dropout: the share of each block's output that is dropped in training, from 0 to below 1.
+    drop_path: the share of samples whose block is skipped in training, rising linearly to this at the last block.
+    rotary_split: the ratio in which a head's pairs are turned by time, row and column; all 0: no turning.
+    rotary_base: the slowest turn of time, row and column, in steps a radian.
+    mask: the rule that says which token may look at which.
+    score: how likely a query finds a key, for layers that declare no score.
+    prior: what a query expects of a key before it compares them; None: all places alike.
+    read: what becomes of the posterior; Soft() averages the values.
+    block: the layers of one block, which is repeated `depth` times.
     """
 
     width: int  # D

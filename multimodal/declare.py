@@ -100,14 +100,11 @@ def find(name: str) -> type[Declared]:
     if name in _defined:
         return _defined[name]
     points = importlib.metadata.entry_points()
-    installed = {
-        point.value: point
-        for group in points.groups
-        if group.startswith(GROUPS)
-        for point in points.select(group=group)
-    }
-    if name in installed:
-        found = installed[name].load()
+    offered = [point for group in points.groups if group.startswith(GROUPS) for point in points.select(group=group)]
+    installed = {point.value: point for point in offered}
+    moved = {point.name: point for point in offered if ":" in point.name}  # called by the name that its class once had
+    if point := installed.get(name) or moved.get(name):
+        found = point.load()
         if not isinstance(found, type) or not issubclass(found, Declared):
             raise CheckpointError(
                 f"{name!r} is no declaration; an entry point in a group {GROUPS}* must be a subclass of Declared"
@@ -115,13 +112,31 @@ def find(name: str) -> type[Declared]:
         return found
     raise CheckpointError(
         f"{name!r} is not installed: install the package that offers it as an entry point, or import the module that defines it "
-        f"first (on the command line: --plugin). Installed are: {', '.join(sorted(installed)) or 'none'}"
+        f"first (on the command line: --plugin). If the class has moved, say so: mm.alias({name!r}, NewClass). "
+        f"Installed are: {', '.join(sorted(installed)) or 'none'}"
     )
 
 
 def alias(name: str, cls: type[Declared]) -> None:
-    """Let `find` take this class for another name too: a script's classes were saved under '__main__:Name'."""
-    _defined.setdefault(name, cls)
+    """Let checkpoints that name "old.module:Name" have this class, which has moved; what is saved from now on has its new name.
+
+    In a package, an entry point in a group multimodal.*, called by the old name, does the same for whoever installs it.
+
+    Raises:
+        ConfigError: no declaration, no "module:Class", or the name of another class that is there.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, Declared):
+        raise ConfigError(
+            f"alias: {cls!r} is no tokenizer, head or other part that checkpoints name; give the class itself"
+        )
+    if not all(name.partition(":")):
+        raise ConfigError(f"alias: {name!r} is not 'old.module:Name', as the checkpoint's config.json has it")
+    taken = _defined.get(name, cls)
+    if taken is not cls and type_name(taken) != type_name(cls):
+        raise ConfigError(
+            f"alias: {name!r} is the name of {type_name(taken)}, which is there; it cannot stand for another"
+        )
+    _defined[name] = cls
 
 
 def check_part(where: str, part: Any, kind: type[Declared], example: str) -> None:

@@ -26,6 +26,12 @@ class FlowMatching(Head):
     The states of a written segment are [start, x_1 .. x_n]: state i draws x_(i+1), and the last one says that it ends.
     Features should be of about unit size, as tokenizers normalise them; `spread` puts right those that are not.
     In evaluation the loss draws the same noise every time, so that losses can be compared.
+
+    width: hidden width of the flow's network.
+    depth: residual blocks of that network.
+    draws: times and noises a token in training; the core's state is used so often.
+    steps: steps from noise to features, each of two evaluations (Heun).
+    spread: standard deviation of the written features, which are divided by it.
     """
 
     width: int = 256  # hidden width of the flow's network

@@ -17,7 +17,15 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer, how sure the head is of it, and every class's probability where there are classes."""
+    """An answer, how sure the head is of it, and every class's probability where there are classes.
+
+    value: the answer, as the kind's `decode` gives it.
+    confidence: the probability that the head gives its answer, from 0 to 1.
+    probability: the probability of each class by its name; empty where there are no classes.
+    ended: what ended the writing: stop, stop string, length (this kind has a fixed one), or max_tokens.
+    tokens: what was written, as tokens; None where an answer was given at once.
+    others: of a beam search, the answers from the second best on.
+    """
 
     value: Any
     confidence: float
@@ -165,6 +173,8 @@ class Classify(Head):
     """One class, or several at once where the tokenizer declares a multi-hot feature for each class.
 
     The answer is read from a learned token that looks at the whole context.
+
+    label_smoothing: the share of the target that is spread evenly over all classes, from 0 to below 1 (Szegedy et al. 2016).
     """
 
     label_smoothing: float = 0.0
@@ -247,7 +257,10 @@ def one_class(c: int, tokenizer: Tokenizer) -> Tokens:
 
 @dataclass(frozen=True)
 class NextToken(Head):
-    """Writes token after token, from a learned start to a learned stop: class V of the V + 1 that it chooses among."""
+    """Writes token after token, from a learned start to a learned stop: class V of the V + 1 that it chooses among.
+
+    label_smoothing: the share of the target that is spread evenly over all tokens, from 0 to below 1.
+    """
 
     label_smoothing: float = 0.0
     queries: ClassVar[int] = 1

@@ -37,6 +37,10 @@ class Masked(Head):
     spread first (He et al. 2022, table 1d), so that the pattern counts and not how bright it is; that is for pixels. In the frames
     of a sound a token's own mean is how loud it is then, which tells speech from silence, and the noise of silence would be made
     as large as speech: there the tokenizer's normalisation, by the whole value, is the right one ("none").
+
+    share: the probability that a token is hidden, above 0 and below 1.
+    span: the side of a block, in steps of the kind's places.
+    normalise: what is taken off hidden features before they are learned: "none", or "token", each token's own mean and spread.
     """
 
     share: float

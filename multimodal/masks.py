@@ -241,7 +241,10 @@ class InTurn(Rule):
 
 @dataclass(frozen=True)
 class Window(Rule):
-    """Look at most `size` - 1 tokens away, in either direction."""
+    """Look at most `size` - 1 tokens away, in either direction.
+
+    size: how many tokens are seen to either side, oneself counted.
+    """
 
     size: int
 
@@ -260,7 +263,10 @@ class Window(Rule):
 
 @dataclass(frozen=True)
 class Chunked(Rule):
-    """Look at one's own chunk of `size` tokens and at all before it: sound can be read while it comes in."""
+    """Look at one's own chunk of `size` tokens and at all before it: sound can be read while it comes in.
+
+    size: tokens of a chunk.
+    """
 
     size: int
 

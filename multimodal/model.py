@@ -28,7 +28,7 @@ from multimodal.reinforce import choice_loss
 from multimodal.shapes import ConfigError, StreamError, TaskError, check_seed, check_whole, did_you_mean
 from multimodal.stream import Stream, Task
 from multimodal.surroundings import left_as_found
-from multimodal.tokenizer import Tokenizer
+from multimodal.tokenizer import Tokenizer, describe
 
 Sample = Mapping[str, Any]
 
@@ -38,6 +38,18 @@ class Model(nn.Module):
 
     tokenizers: name of a kind -> its tokenizer; core: the transformer; tasks: "image -> label" or Task("...", head, weight).
     Every part draws its first weights from `seed` and its own name, so one more tokenizer changes no other part.
+
+    What is done with it; what else help() lists comes from torch.nn.Module:
+        predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
+        read                        read the first fields of a task once, for many answers
+        vectors, matches            what a pair such as "image <-> text" makes of its sides, and how well they fit
+        save, load, extended        a folder with its declarations and weights, and a model with more kinds and tasks
+        pack, logits, losses, loss  a packed stream of samples, and what training makes of it
+        forward, embed, rows        the states of a stream, and the tokens that the core reads
+        readout, report             the learned half of a task's head, and the number of parameters by part
+        tasks, device, most_tokens, chooses   what it declares, where it is, and what its attention can do
+        resting                     a context without training mode and gradients
+    Training is `multimodal.fit`, measuring is `multimodal.evaluate`.
 
     Raises:
         ConfigError, TaskError: something declared does not fit together.
@@ -58,8 +70,17 @@ class Model(nn.Module):
         if not isinstance(core, (Core, EncoderDecoder)):
             raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
         for name in tokenizers:
-            if not name.isidentifier() or not name.isascii() or hasattr(nn.ModuleDict(), name):
-                raise ConfigError(f"Model: a tokenizer cannot be named {name!r}; use a plain word such as 'image'")
+            if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+                raise ConfigError(
+                    f"Model: a tokenizer cannot be named {name!r}: tasks name it, as one word of the letters a to z, digits and "
+                    "underscores; use a plain word such as 'image'"
+                )
+            if hasattr(nn.ModuleDict(), name):
+                raise ConfigError(
+                    f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
+                    f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
+                    f"'{name}:{name.strip('_')}_kind -> ...'"
+                )
         self.packer = Packer(tokenizers, tasks)
         self.seed = seed
         self.embeds = nn.ModuleDict()
@@ -207,14 +228,14 @@ class Model(nn.Module):
         names = [f"sample {first + i}" for i in range(len(samples))]
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
-    def predict(self, task: str, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
+    def predict(self, task: str, /, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
 
         Samples are read `batch` at a time, so that they may be any number of files, or something that can only be iterated.
         """
         self.packer.check_task(task, answers=True)
         if samples is None:
-            self._check_fields(task, fields)
+            self._check_fields(task, "predict", fields)
             return self.predict(task, [fields])[0]
         samples = self._check_call(task, samples, fields, batch)
         if self.packer.head(task).writes:
@@ -250,6 +271,7 @@ class Model(nn.Module):
     def generate(
         self,
         task: str,
+        /,
         samples: Sequence[Sample] | None = None,
         *,
         max_tokens: int = 256,
@@ -260,6 +282,7 @@ class Model(nn.Module):
         guidance: float = 1.0,
         stop: str | Sequence[str] = (),
         begin: Any = None,
+        begins: Sequence[Any] | None = None,
         seed: int = 0,
         prefix: Prefix | None = None,
         batch: int = 64,
@@ -271,8 +294,9 @@ class Model(nn.Module):
         features temperature scales the noise they are drawn from, 1 unless given).
         beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
         others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
-        2022). stop: texts that end a text, and are not part of it. begin: a value that the answer begins with, or a list of texts,
-        one for each sample; max_tokens does not count it.
+        2022). stop: texts that end a text, and are not part of it. begin: a value that every answer begins with; max_tokens does
+        not count it. begins: such a value for each sample, of any kind, or None for one that begins with nothing; a list of texts
+        may also be given as begin, since no text is a list.
         seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
 
         Raises:
@@ -283,11 +307,11 @@ class Model(nn.Module):
         }
         self.packer.check_task(task, answers=True)
         if samples is None:
-            self._check_fields(task, fields, prefix.fields if prefix else ())
+            self._check_fields(task, "generate", fields, prefix.fields if prefix else ())
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
-            idle = ("beams", "begin", "guidance", "length_penalty", "sampler", "stop", "temperature")
+            idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
             given = [name for name in idle if options[name] not in (1, None, ())]
             if given or prefix is not None:
                 raise ConfigError(
@@ -305,6 +329,7 @@ class Model(nn.Module):
     def stream(
         self,
         task: str,
+        /,
         samples: Sequence[Sample] | None = None,
         *,
         prefix: Prefix | None = None,
@@ -318,11 +343,13 @@ class Model(nn.Module):
         """
         self.packer.check_task(task, answers=True)
         names = {field.name for field in self.packer.patterns[task].reads}
-        fields = {name: options.pop(name) for name in names & set(options)}
+        fields = {name: options.pop(name) for name in (names & set(options)) - set(self._options())}
+        if samples is None:
+            self._check_fields(task, "stream", fields, prefix.fields if prefix else ())
         chosen = [fields] if samples is None else self._check_call(task, samples, fields, batch)
         return self._written(task, chosen, prefix, batch, options)
 
-    def read(self, task: str, **fields: Any) -> Prefix:
+    def read(self, task: str, /, **fields: Any) -> Prefix:
         """Read the first fields of a task once, to be given to `generate` or `stream` as `prefix` with many different others.
 
         Raises:
@@ -363,36 +390,58 @@ class Model(nn.Module):
         self, task: str, samples: Iterable[Sample], prefix: Prefix | None, options: Mapping[str, Any]
     ) -> Iterator[Answer]:
         """What is to be written for each sample, which is encoded when it is asked for."""
-        seed, begin = options.get("seed", 0), options.get("begin")
+        seed, begins = options.get("seed", 0), self._begins(task, options)
         check_seed("generate", seed)
-        each = isinstance(begin, list) and self._kind_written(task).text
+        options = {name: option for name, option in options.items() if name != "begins"}
 
         def refuse(count: int | str) -> NoReturn:
             raise ConfigError(
-                f"task {task!r}: begin has {len(begin)} texts for {count} samples; give one for each, or one"
+                f"task {task!r}: begins has {len(begins or ())} values for {count} samples; give one for each, or one for all as begin"
             )
 
-        if each and isinstance(samples, Sized) and len(samples) != len(begin):
+        if begins is not None and isinstance(samples, Sized) and len(samples) != len(begins):
             refuse(len(samples))
         number = -1
         for number, sample in enumerate(one for part in in_batches(samples, 1) for one in part):
-            if each and number >= len(begin):
+            if begins is not None and number >= len(begins):
                 refuse("more")
-            own = {**options, "seed": (seed + number) % 2**63, "begin": begin[number] if each else begin}
+            begin = options.get("begin") if begins is None else begins[number]
+            own = {**options, "seed": (seed + number) % 2**63, "begin": begin}
             yield request(self.packer, task, sample, f"sample {number}", prefix, own)
-        if each and number + 1 != len(begin):
+        if begins is not None and number + 1 != len(begins):
             refuse(number + 1)
 
-    def _check_fields(self, task: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
+    def _begins(self, task: str, options: Mapping[str, Any]) -> Sequence[Any] | None:
+        """What each answer begins with, one for each sample; None where `begin` is for all."""
+        begin, begins = options.get("begin"), options.get("begins")
+        if begins is None:
+            return begin if isinstance(begin, list) and self._kind_written(task).text else None
+        if begin is not None:
+            raise ConfigError(f"task {task!r}: give begin, for every sample, or begins, one for each; not both")
+        if isinstance(begins, (str, bytes, Mapping)) or not hasattr(begins, "__len__"):
+            raise ConfigError(
+                f"task {task!r}: begins={describe(begins)} is no list; give a value for each sample, or None"
+            )
+        return begins
+
+    def _options(self) -> list[str]:
+        """What `generate` takes by keyword, besides the fields of a task."""
+        return [n for n in inspect.signature(self.generate).parameters if n not in ("task", "samples", "fields")]
+
+    def _check_fields(self, task: str, verb: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
         """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
         self.packer.check_task(task)
         pattern = self.packer.patterns[task]
         known = [field.name for field in pattern.reads]
+        options = self._options()
+        taken = ["samples", "batch"] if verb == "predict" else ["samples", *options]
+        if hidden := [name for name in known if name in taken and name not in read]:
+            raise TaskError(
+                f"task {task!r} reads a field {hidden[0]!r}, which by keyword is an option of {verb}; give the sample as a "
+                f"mapping: {verb}({task!r}, [{{{', '.join(f'{name!r}: ...' for name in known)}}}])"
+            )
         if not set(fields) | set(read) >= set(known):
             return  # a field is missing, which is the better clue, and is said where samples are checked
-        options = [
-            n for n in inspect.signature(self.generate).parameters if n not in ("self", "task", "samples", "fields")
-        ]
         for name in fields:
             if name in known:
                 continue

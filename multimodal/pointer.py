@@ -29,6 +29,7 @@ class Pointer(Head):
     was read of that kind are the keys, and behind them comes the key of the stop: logits (rows, keys + 1), minus infinity
     beyond a sample's own. What was pointed at is fed back as that token, with its content and its place.
     repeats: whether a token may be pointed at twice; if not, that is ruled out in training as in writing.
+    score: how likely a query finds a token that was read; the default is equation 3 of the paper.
     """
 
     score: Score = field(default_factory=Additive)  # equation 3 of the paper

@@ -17,7 +17,12 @@ from multimodal.tokenizer import Tokens
 
 @dataclass(frozen=True)
 class Task:
-    """A pattern, the head that writes its right side, and its weight in the loss of several tasks."""
+    """A pattern, the head that writes its right side, and its weight in the loss of several tasks.
+
+    pattern: what is read and written, such as "image text -> text", or what belongs together, "image <-> text".
+    head: what writes it; None: what the written kind's tokenizer suggests.
+    weight: the share of this task in the loss of all, 0 or more.
+    """
 
     pattern: str
     head: Head | None = None  # None: what the written kind's tokenizer suggests
@@ -72,6 +77,9 @@ class Stream:
     content: everything of a kind, in one piece, so that it is embedded by one call; `order_T` then puts the rows of all
     kinds, one after the other, into the stream's order (None: they already are).
     position_TA: places in steps, time running on from field to field of a sample.
+    order_T: the order of the rows in the stream, of those of `content` end to end; None: they are in order.
+    layout: which rows belong to which sample and field, and who may look at whom.
+    readings: by task, the rows that its head reads, and what they should say.
     """
 
     content: dict[str, Tensor]

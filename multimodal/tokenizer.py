@@ -45,28 +45,42 @@ class Tokenizer(Declared, ABC):
 
     Declare `vocab_size` (discrete: content is ids) or `feature_size` (continuous: content is features), and write `encode`.
     Everything else has a default: a look-up table or a linear layer embeds, and nothing can be decoded.
+    `multimodal.conformance.check_tokenizer` tries by name all that is said here.
+
+    Declared by attributes or fields:
+    vocab_size: V, how many ids there are; None: content is features.
+    feature_size: F, numbers of a token; None: content is ids.
+    causal: whether a token that is read sees only what came before it (written tokens always do). Then `encode` must not let
+    it know what comes later either: the beginning of a value gives the beginning of its tokens.
+    classes: whether a value is one of a fixed set of classes, or several of them at once: one token says it all.
+    text: whether values are text (str), and `decode` gives text of any ids, so that it comes piece by piece while it is written.
+    lossy: whether `decode` may give another value than was encoded, such as a sound with other phases; it must still be nearer
+    to its own value than to others. If not, decode(encode(value)) is the value.
+    length: how many tokens every value that is written has; None: as many as the head writes before it stops.
+    step: how much of (time, row, column) counts as one step for the core, in the units of `position_NA`.
+    max_tokens: a value of more tokens is refused by name; none is ever cut.
+
+    What may be written: `encode`, `decode` with `places` (and for features `written_features` and `fed_back`), `embed`, `picture`
+    and `token_names` for people, `files` and `from_config` for what is too large for `config`.
     """
 
     vocab_size: int | None = None
     feature_size: int | None = None
     causal: bool = False
-    """Whether a token that is read sees only what came before it (written tokens always do)."""
     classes: bool = False
-    """Whether a value is one of a fixed set of classes, or several of them at once: one token says it all."""
     text: bool = False
-    """Whether values are text (str), so that they can be told piece by piece while they are written."""
     lossy: bool = False
-    """Whether decoding and encoding again may give other tokens: a sound's phases, say, are not kept."""
     length: int | None = None
-    """How many tokens every value that is written has; None: as many as the head writes before it stops."""
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """How much of (time, row, column) counts as one step for the core, in the units of `position_NA`."""
     max_tokens: ClassVar[int] = 65536
-    """A longer value is refused by name; it is never cut."""
 
     @abstractmethod
     def encode(self, value: Any) -> Tokens:
-        """Turn one value into tokens: pure, on the CPU, the same for the same value. Bad values raise a ValueError."""
+        """Turn one value into tokens: on the CPU, the same for the same value, in any process and folder and after any others.
+
+        It changes nothing: neither the value nor the process (folder, environment, torch's settings, global generators). The
+        tokens are in memory of their own, and hold all of the value: none of it is cut. Bad values raise a ValueError.
+        """
 
     def decode(self, tokens: Tokens) -> Any:
         """Turn tokens back into a value, if this kind can be written."""
@@ -90,8 +104,35 @@ class Tokenizer(Declared, ABC):
         """What people look at: (Y, X, C) in 0..1 that the tokens tile, by rows and columns or along time; None: nothing to see."""
         return None
 
+    def token_names(self, tokens: Tokens) -> list[str]:
+        """What people call each token, in pictures and tables of what a model looks at: "mean smoothness", "row 2, column 0".
+
+        Unless a kind knows better, a token goes by its piece of text, its row and column, its class, its number or its time.
+        """
+        position = tokens.position_NA
+        if self.text:
+            pieces = [self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1])) for i in range(len(tokens))]
+            return [
+                piece.replace("\ufffd", "·") or "·" for piece in pieces
+            ]  # a part of a character has no text of its own
+        if bool(position[:, 1:].any()):
+            return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
+        if self.classes and self.vocab_size is not None:
+            return [
+                str(self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
+            ]
+        if self.vocab_size is not None:
+            return [str(i) for i in tokens.content.tolist()]
+        if self.feature_size == 1:
+            return [f"{number:.4g}" for number in tokens.content.flatten().tolist()]
+        unit = "" if self.step[0] == 1 else " s"  # places that are not counted are seconds
+        return [f"at {time:.4g}{unit}" for time, _, _ in position.tolist()]
+
     def embed(self, width: int) -> nn.Module:
-        """Make the learnable half: a module from content to (N, width).
+        """Make the learnable half: a module from content to (N, width); each token by itself, without its neighbours.
+
+        Of a continuous kind it takes any finite numbers, not only those that `encode` gives: a model writes others, and checks
+        halve them. Do not look features up in a table.
 
         Features come in the precision of the weights. A module with an attribute `full_precision = True` gets them in float32 at
         least: places among them, which bfloat16 would round to the same number, stay apart.

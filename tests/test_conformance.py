@@ -5,6 +5,7 @@ import os
 import pickle
 import unittest
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -347,7 +348,7 @@ class View(Wave):
 
 
 class Grows(TextBytes):
-    known = {}
+    known: ClassVar[dict] = {}
 
     def encode(self, value):
         tokens = super().encode(value)
@@ -366,8 +367,8 @@ class Listed(TextBytes):
         return list(super().decode(tokens))
 
 
-class Eight(TextBytes):
-    length = 8
+class Seven(TextBytes):
+    length = 7
 
 
 class Raises(Wave):
@@ -390,7 +391,7 @@ FAULTS = [
     ("nothing_lost", Deaf(), "the same 5 tokens"),
     ("causal_prefix", KnowsAll(), "tokens know the whole value"),
     ("text_as_declared", Listed(), "decode gives list"),
-    ("length_as_declared", Eight(), "'what. é' has 8 tokens|has 9 tokens|no value has"),
+    ("length_as_declared", Seven(), "no value has the 7 tokens"),
     ("picture_tiles", Raises(), "picture fails"),
     ("embed_any_numbers", Roots(), "NaN or infinity"),
     ("decode_gives_value", Halves(), "comes back from decode"),
@@ -578,14 +579,14 @@ def test_the_error_lists_every_failed_check_and_the_table_says_it_too():
     class Twice(PlacesFromOne, Strict):
         pass
 
-    with pytest.raises(ConformanceError, match=r"fails 4 of 44 checks:\n  .*(\n  .*){2}$") as error:
+    with pytest.raises(ConformanceError, match=r"fails 3 of 43 checks:\n  .*(\n  .*){2}$") as error:
         check_tokenizer(Twice(), words())
     for name in ("decode_takes_anything", "places_agree", "pickled"):  # a class within a function cannot be pickled
         assert f"\n  {name}: " in str(error.value)
     report = check_tokenizer(PlacesFromOne(), words(), raises=False)
     assert [result.name for result in report.failed] == ["places_agree"]
     assert "  FAILED   places_agree" in str(report)
-    assert str(report).endswith("31 checks: 30 ok, 1 FAILED")
+    assert str(report).endswith("43 checks: 42 ok, 1 FAILED")
     assert all(result.says in str(report) for result in report)
 
 
@@ -600,7 +601,7 @@ def test_a_known_failure_has_a_reason_and_must_fail():
     reasons = {"places_agree": "written by another head"}
     report = check_tokenizer(PlacesFromOne(), words(), expected_failures=reasons)
     assert next(r for r in report if r.name == "places_agree").detail == "written by another head"
-    assert "30 ok, 1 expected failure" in str(report)
+    assert "42 ok, 1 expected failure" in str(report)
     with pytest.raises(unittest.SkipTest, match="expected failure: written by another head"):
         _one(tokenizer_checks(PlacesFromOne(), words(), expected_failures=reasons), "places_agree")()
     with pytest.raises(ConformanceError, match="places_agree: passes, but is listed"):
@@ -618,7 +619,10 @@ class ReadOnly(Wave):
 def test_what_cannot_be_tried_says_why():
     report = check_tokenizer(ReadOnly(), waves())
     skipped = {r.name: r.detail for r in report if r.status == "skipped"}
-    assert set(skipped) == {"decode_inverts_encode", "decode_takes_anything", "places_agree"}
+    assert set(skipped) == {
+        *("decode_inverts_encode", "decode_gives_value"),
+        *("decode_takes_anything", "places_agree"),
+    }
     assert "no decode" in skipped["places_agree"]
 
 

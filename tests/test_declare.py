@@ -132,5 +132,6 @@ def test_alias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(declare, "_defined", dict(declare._defined))
     declare.alias("__main__:Inner", Inner)
     assert find("__main__:Inner") is Inner
-    declare.alias("multimodal.core:Core", Inner)  # a name that is taken stays what it was
+    with pytest.raises(mm.ConfigError, match=r"'multimodal\.core:Core' is the name of .*Core, which is there"):
+        declare.alias("multimodal.core:Core", Inner)  # a name that is taken stays what it was
     assert find("multimodal.core:Core") is mm.Core

@@ -2,9 +2,12 @@
 
 import os
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -139,7 +142,7 @@ class Hashes(Words):
 
 
 class Grows(Words):
-    known = {}
+    known: ClassVar[dict] = {}
 
     def number(self, word):
         return self.known.setdefault(word, len(self.known))
@@ -164,7 +167,7 @@ class OrderOfASet(Words):
 
 class FileOfTheFolder(Words):
     def number(self, word):
-        return Path("letters.txt").read_text(encoding="utf-8").find(word[0]) + 1
+        return Path("letters.txt").read_text(encoding="utf-8").find(word[-1]) + 1
 
 
 offset = 0
@@ -172,13 +175,13 @@ offset = 0
 
 class GlobalVariable(Words):
     def number(self, word):
-        return ord(word[0]) + offset
+        return ord(word[-1]) + offset
 
 
 class Counts(Words):
     """How many texts came before is part of the first token; the same text is looked up, so that it gives the same again."""
 
-    seen = {}
+    seen: ClassVar[dict] = {}
 
     def encode(self, value):
         tokens = super().encode(value)
@@ -440,7 +443,7 @@ class ById(Wave):
 class RemembersById(Wave):
     """Its memory holds the values too, so that no two have one id at a time."""
 
-    known = {}
+    known: ClassVar[dict] = {}
 
     def encode(self, value):
         if id(value) not in self.known:
@@ -569,3 +572,154 @@ def test_fault_24_to_31_a_planted_fault_is_caught_by_the_check_that_names_it(tok
     assert failed, f"nothing was noticed\n{report}"
     assert [result.name for result in failed] == [name], report
     assert re.search(problem, failed[0].detail), failed[0].detail
+
+
+def test_fault_25a_what_only_this_process_or_folder_has_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("letters.txt").write_text("abcdefghijklmnopqrstuvwxyzé?1", encoding="utf-8")
+    (failed,) = report_of(FileOfTheFolder(), words()).failed
+    assert failed.name == "fresh_process"
+    assert "fails (FileNotFoundError" in failed.detail
+    assert "the current folder" in failed.detail
+    monkeypatch.setattr(sys.modules[__name__], "offset", 3)
+    (failed,) = report_of(GlobalVariable(), words()).failed
+    assert "what only this process has" in failed.detail
+
+
+def test_fault_25b_what_another_process_cannot_have_is_skipped_with_the_reason():
+    @dataclass(frozen=True)
+    class Local(Wave):
+        pass
+
+    skipped = {r.name: r.detail for r in report_of(Local(), waves()) if r.status == "skipped"}
+    assert skipped == {"fresh_process": skipped["fresh_process"]}
+    assert "defined inside a function" in skipped["fresh_process"]
+
+
+@dataclass(frozen=True)
+class Bag(mm.Tokenizer):
+    """How often each letter comes, in any order: read, and not written."""
+
+    feature_size = 256
+
+    def encode(self, value):
+        if not isinstance(value, str) or not value:
+            raise mm.MediaError(f"Bag.encode: {value!r} is no text")
+        counts = torch.bincount(torch.tensor([ord(c) % 256 for c in value]), minlength=256)
+        return mm.Tokens(counts[None].float(), self.places(1))
+
+
+@dataclass(frozen=True)
+class LowerCase(TextBytes):
+    """Loses information, and says so."""
+
+    lossy = True
+
+    def encode(self, value):
+        return super().encode(value.lower() if isinstance(value, str) else value)
+
+
+@dataclass(frozen=True)
+class Steps(mm.Tokenizer):
+    """A number in 0..1 as one of 8 steps."""
+
+    vocab_size = 8
+    lossy = True
+
+    def encode(self, value):
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise mm.MediaError(f"Steps.encode: {value!r} is no number in 0..1")
+        return mm.Tokens(torch.tensor([min(int(value * 8), 7)]), self.places(1))
+
+    def decode(self, tokens):
+        return (int(tokens.content[0]) + 0.5) / 8 if len(tokens) else 0.0
+
+
+def recordings():
+    draw = np.random.default_rng(1)
+    return [(draw.standard_normal(n).astype(np.float32) * 0.1, 16000) for n in (8000, 12000)]
+
+
+def frames():
+    return [np.random.default_rng(i).standard_normal((n, 3)).astype(np.float32) for i, n in enumerate((12, 17, 8))]
+
+
+HEALTHY = [
+    (lambda: TextBytes(causal=True), words),
+    (lambda: TextBPE.train(words() * 5, vocab_size=290, causal=True), words),
+    (lambda: AudioFrames(causal=True, normalise="fixed"), recordings),
+    (lambda: AudioFrames(rate_hz=8000, mels=8, stack=1, window_ms=50.0), recordings),
+    (lambda: Codes.train(AudioFrames(rate_hz=8000, mels=8), recordings(), 8, quiet=True), recordings),
+    (
+        lambda: Codes.train(ImagePatches(patch=4, channels=1, size=(8, 12)), pictures(8, 12), 12, quiet=True),
+        lambda: pictures(8, 12),
+    ),
+    (lambda: ImagePatches(patch=4, channels=1, max_side=16), lambda: pictures(24, 40)),
+    (
+        lambda: ImagePatches(patch=4, channels=3),
+        lambda: [np.uint8(255 * np.stack([x] * 3, -1)) for x in pictures(9, 5)],
+    ),
+    (lambda: ImagePatches(patch=4, channels=1, size=(8, 12)), lambda: [*pictures(8, 12), *pictures(4, 12)]),
+    (lambda: Labels(("cat", "dog", "cow"), several=True), lambda: [["cow", "cat"], ["dog"]]),
+    (lambda: Features(3, stack=2, context=1), frames),
+    (Wave, waves),
+    (Numbers, lists),
+    (Bag, words),
+    (LowerCase, lambda: ["Good Day", "bad"]),
+    (Steps, lambda: [0.1, 0.5, 0.9]),
+]
+
+
+@pytest.mark.parametrize(("make", "values"), HEALTHY)
+def test_fault_26a_what_keeps_the_contract_passes(make, values):
+    report = report_of(make(), values())
+    assert not report.failed, report
+    assert next(r for r in report if r.name == "fresh_process").status == "ok"
+
+
+def test_fault_28a_a_clip_normalised_by_its_own_mean_is_not_causal():
+    (failed,) = report_of(AudioFrames(causal=True), recordings()).failed
+    assert failed.name == "causal_prefix"
+
+
+def test_fault_30b_the_kit_leaves_the_process_and_the_values_as_they_were():
+    values, before = lists(), (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    for fault in (SortsInPlace(), ChangesFolder(), SwitchesAutogradOff(), SetsDefaultDtype(), SetsThreads()):
+        report_of(fault, values if isinstance(fault, Numbers) else waves())
+    assert values == lists()
+    assert before == (os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+
+
+SCRIPT = """
+from dataclasses import dataclass
+import torch
+import multimodal as mm
+from multimodal.conformance import check_tokenizer
+
+@dataclass(frozen=True)
+class Hashed(mm.Tokenizer):
+    vocab_size = 100
+
+    def encode(self, value):
+        if not isinstance(value, str) or not value:
+            raise mm.MediaError(f"Hashed.encode: {value!r} is no text")
+        return mm.Tokens(torch.tensor([hash(word) % 100 for word in value.split()]), self.places(len(value.split())))
+
+print("started")
+report = check_tokenizer(Hashed(), ["good day", "bad tune"], raises=False)
+print([(r.name, r.status, r.detail) for r in report if r.name == "fresh_process"])
+"""
+
+
+@pytest.mark.slow
+def test_fault_25c_a_class_of_the_running_script_is_asked_too(tmp_path):
+    (tmp_path / "hashed.py").write_text(SCRIPT, encoding="utf-8")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tokenizers"))),
+    }
+    done = subprocess.run([sys.executable, "hashed.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("started") == 1
+    assert "('fresh_process', 'FAILED', " in done.stdout
+    assert "hash seed" in done.stdout

@@ -45,7 +45,10 @@ class Seen:
 
 @dataclass
 class Trace:
-    """Collects what every attention layer does, in order; give it to a model's forward."""
+    """Collects what every attention layer does, in order; give it to a model's forward.
+
+    seen: a record of each attention layer, in the order in which they ran.
+    """
 
     seen: list[Seen] = field(default_factory=list)
 

@@ -24,7 +24,10 @@ class ALiBi(Prior):
 
 @dataclass(frozen=True)
 class RelativeBias(Prior):
-    """One learned number for each head and distance, up to `reach` tokens either way (Raffel et al. 2020, without buckets)."""
+    """One learned number for each head and distance, up to `reach` tokens either way (Raffel et al. 2020, without buckets).
+
+    reach: the largest distance with a number of its own, in tokens; farther ones share the last.
+    """
 
     reach: int
 
@@ -74,7 +77,10 @@ class PredictedWindow(Prior):
 
 @dataclass(frozen=True)
 class MixingWeights(Prior):
-    """log pi of the component at each place, learned for each head: the mixing weights of a memory of `size` components."""
+    """log pi of the component at each place, learned for each head: the mixing weights of a memory of `size` components.
+
+    size: how many components the memory has.
+    """
 
     size: int
 

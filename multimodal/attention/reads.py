@@ -121,6 +121,7 @@ class Gumbel(Read):
     """softmax((log posterior + Gumbel noise) / temperature): Jang et al. 2017, equation 2. At test without the noise.
 
     straight_through: the largest alone is read, and the gradient is that of the softmax; at test the likeliest.
+    temperature: below 1 nearer to one key, above 1 more even.
     """
 
     temperature: float = 1.0

@@ -93,7 +93,11 @@ class General(Factored):
 
 @dataclass(frozen=True)
 class Cosine(Factored):
-    """sharpness * cos(q, k): the content-based score of Graves et al. 2014, equation 6; with `learned`, one sharpness a head."""
+    """sharpness * cos(q, k): the content-based score of Graves et al. 2014, equation 6; with `learned`, one sharpness a head.
+
+    sharpness: what the cosine is multiplied by; its first value where it is learned.
+    learned: whether each head learns its own sharpness.
+    """
 
     sharpness: float = 10.0
     learned: bool = False
@@ -116,6 +120,8 @@ class Gaussian(Factored):
     """-|q - k|^2 / (2 variance): a Gaussian around every key, all of one width; None: sqrt(K).
 
     With variance sqrt(K) it is the scaled dot product under the prior exp(-|k|^2 / (2 sqrt(K))).
+
+    variance: that of every key, in squared units of a query; None: sqrt(K).
     """
 
     variance: float | None = None

@@ -81,8 +81,8 @@ def model_folder(checkpoint: Path) -> Path:
 def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finite: bool = True) -> "Model":
     """The model of a checkpoint, once the files that define parts of it are imported.
 
-    A part that a script defined was saved as `__main__:Name`, since that was the script's name then; a plugin that defines a
-    Name is taken to be that script.
+    A part that a script defined was saved as `__main__:Name`, since that was the script's name then, and one of another file
+    by that file's name: a plugin that defines a Name that is not found is taken to be that file, which is said.
 
     Raises:
         CheckpointError: cannot be loaded; says so where --plugin would help.
@@ -94,15 +94,23 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finit
     from multimodal.shapes import CheckpointError
     from multimodal.train.recipe import choose_device
 
+    offered = {}
     for path in plugins or []:
         module = import_file(path)
         for name, part in vars(module).items():
             if isinstance(part, type) and issubclass(part, declare.Declared) and part.__module__ == module.__name__:
-                declare.alias(f"__main__:{name}", part)
+                offered[name] = part, path
     for name in sorted(declare.part_types(read_config(folder))):
         try:
             declare.find(name)
         except CheckpointError as error:
+            module_name, _, class_name = name.partition(":")
+            if class_name in offered:
+                part, path = offered[class_name]
+                declare.alias(name, part)
+                if module_name != "__main__":
+                    print(f"{name} is not there any more; {class_name} is taken from {path}", file=sys.stderr)
+                continue
             script = " (a script that was run; it is the file to give)" if name.startswith("__main__:") else ""
             raise CheckpointError(
                 f"{folder}: {error} Here: --plugin FILE.py, the file that defines it{script}."

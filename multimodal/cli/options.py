@@ -29,7 +29,8 @@ Fields = Annotated[
         negative="",
         help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
         "arrays are .npy or .json files, or JSON. Several values are several samples: --image cats/*.jpg. "
-        "A value that begins like an option is written --text='--no'.",
+        "A value that begins like an option is written --text='--no'. A field that has the name of an option is given as "
+        "--field-NAME.",
     ),
 ]
 Without = Annotated[
@@ -38,3 +39,10 @@ Without = Annotated[
         negative="", help="A field that the task reads and this sample lacks: --without image. Repeat it for more."
     ),
 ]
+TAKEN = {
+    *("answer", "as_json", "begin", "beams", "checkpoint", "count", "debug", "device", "guidance", "help", "json"),
+    *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
+    *("stop", "task", "temperature", "top_k", "top_p", "version", "writing"),
+}
+"""Names that some command takes for an option of its own; a field of this name is typed with FIELD before it."""
+FIELD = "field_"

@@ -3,11 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from multimodal.cli.console import shortened
+from multimodal.cli.options import FIELD, TAKEN
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from multimodal.task import Pattern
     from multimodal.tokenizer import Tokenizer
 
+_Typed = TypeVar("_Typed")  # a text or several
 OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
@@ -75,7 +77,7 @@ def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, wr
         raise TaskError(f"no task of this model writes token by token; use predict. There are {_listed(patterns)}")
     if len(possible) == 1:
         return possible[0]
-    given = {_field_name(name) for name in fields}
+    given = set(_given(fields, {field.name for text in possible for field in patterns[text].reads}))
     fitting = [text for text in possible if {field.name for field in patterns[text].reads} == given]
     if len(fitting) == 1:
         return fitting[0]
@@ -94,8 +96,19 @@ def _listed(tasks: Iterable[str]) -> str:
     return ", ".join(map(repr, tasks))
 
 
-def _field_name(option: str) -> str:
-    return option.replace("-", "_")
+def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _Typed]:
+    """Fields by name, from the options as they were typed; --field-out is the field `out`, as --out is an option."""
+    names = {option: option.replace("-", "_") for option in options}
+    short = {option: name.removeprefix(FIELD) for option, name in names.items()}
+    return {
+        short[option] if names[option] not in known and short[option] in known else names[option]: text
+        for option, text in options.items()
+    }
+
+
+def _option(field: str) -> str:
+    """How a field is typed."""
+    return f"--{FIELD.replace('_', '-')}{field}" if field in TAKEN else f"--{field}"
 
 
 def _closest(given: Iterable[str], names: Sequence[str]) -> str:
@@ -118,15 +131,15 @@ def samples_from(
     from multimodal.shapes import TaskError
 
     kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
-    given = {_field_name(name): texts for name, texts in fields.items()}
-    absent = [_field_name(name.removeprefix("--")) for name in without]
+    given = _given(fields, kinds)
+    absent = list(_given({name.removeprefix("--").replace("-", "_"): [] for name in without}, kinds))
     for name in (*given, *absent):
         if name not in kinds:
-            reads = " ".join(f"--{field}" for field in kinds) or "no field"
+            reads = " ".join(map(_option, kinds)) or "no field"
             raise TaskError(f"--{name}: task {task!r} reads {reads}{_closest([name], list(kinds))}")
     if both := [name for name in absent if name in given]:
         raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
-    if missing := [f"--{name}" for name in kinds if name not in given and name not in absent]:
+    if missing := [_option(name) for name in kinds if name not in given and name not in absent]:
         them = "it" if len(missing) == 1 else "them"
         raise TaskError(
             f"task {task!r} also reads {' '.join(missing)}; give {them} too, or leave {them} out: "
@@ -147,7 +160,7 @@ def samples_from(
 
 def named_samples(fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """For each sample, as it was typed, what it has of the fields with several values; nothing where there is one sample."""
-    several = {_field_name(name): texts for name, texts in fields.items() if len(texts) > 1}
+    several = {name.replace("-", "_"): texts for name, texts in fields.items() if len(texts) > 1}
     count = max(map(len, several.values()), default=1)
     return [{name: texts[i] for name, texts in several.items()} for i in range(count)]
 
@@ -162,12 +175,12 @@ def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[st
     from multimodal.shapes import TaskError
 
     patterns = model.packer.patterns
-    given = {_field_name(name): texts for name, texts in fields.items()}
     answers = {task: {p.answer: p.writes.kind} for task, p in patterns.items() if not p.pair}
     known = sorted({field.name for p in patterns.values() for field in p.reads}.union(*answers.values()))
+    given = _given(fields, known)
     for name in given:
         if name not in known:
-            there = " ".join(f"--{n}" for n in known)
+            there = " ".join(map(_option, known))
             raise TaskError(f"--{name}: no task has such a field; there are {there}{_closest([name], known)}")
     samples: dict[str, list[dict[str, Any]]] = {}
     used: set[str] = set()

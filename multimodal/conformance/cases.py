@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.conformance.report import want
-from multimodal.conformance.surroundings import IMPORTS_MAY_CHANGE, changed, kept_process, settings
+from multimodal.conformance.surroundings import IMPORTS_MAY_CHANGE, changed, kept_settings, settings
 from multimodal.core import Core
 from multimodal.heads import Head, Prediction
 from multimodal.model import Model
@@ -105,7 +105,7 @@ class TokenizerCase:
     def tokens(self) -> list[Tokens]:
         """Every value as `encode` gives it, unchecked."""
         before = settings()
-        with kept_process():
+        with kept_settings():
             tokens = [_copied(self.tokenizer.encode(value)) for value in self.values]
             self.changed = [name for name in changed(before) if name not in IMPORTS_MAY_CHANGE]
         return tokens

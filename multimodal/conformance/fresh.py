@@ -134,7 +134,8 @@ class _Server:
         late = threading.Timer(ANSWER_S, self.process.kill)
         late.start()
         try:
-            print(json.dumps(folder), file=jobs, flush=True)
+            jobs.write(json.dumps(folder) + "\n")
+            jobs.flush()
             line = codes.readline()
         except OSError:  # it has ended
             line = ""
@@ -168,7 +169,8 @@ def serve() -> None:
         folder = Path(json.loads(line))
         if not hasattr(os, "fork"):
             _answer(folder)
-            print(0, file=out, flush=True)
+            out.write("0\n")
+            out.flush()
             return
         child = os.fork()
         if not child:
@@ -178,7 +180,8 @@ def serve() -> None:
                 code = 0
             finally:
                 os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=out, flush=True)
+        out.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        out.flush()
 
 
 def _answer(folder: Path) -> None:

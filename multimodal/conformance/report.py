@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from multimodal.conformance.surroundings import kept_process
+from multimodal.conformance.surroundings import kept_settings
+from multimodal.data import kept_generators
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.tokenizer import Tokenizer, describe
 
@@ -61,7 +62,7 @@ class BoundCheck:
             raise CheckedAgain
         status, detail = OK, ""
         try:
-            with kept_process():
+            with kept_generators(), kept_settings():
                 torch.manual_seed(0)
                 self.check.run(self.case)
         except unittest.SkipTest as skip:

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from multimodal.data import kept_generators
-
 
 def _set_environment(before: dict[str, str]) -> None:
     os.environ.clear()
@@ -55,10 +53,10 @@ def changed(before: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def kept_process() -> Iterator[None]:
-    """Put settings, filters of warnings and the global generators back afterwards."""
+def kept_settings() -> Iterator[None]:
+    """Put settings and the filters of warnings back afterwards."""
     before = settings()
-    with kept_generators(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         try:
             yield
         finally:

@@ -80,6 +80,10 @@ class Blanked:
     """The same samples, but in a share of the times one is asked for, some of its fields are None.
 
     A model that is to write with guidance learns by this what it would write if it had read nothing (Ho & Salimans 2022).
+
+    samples: the samples, with a length and [index].
+    fields: the names of the fields that become None.
+    share: how often, from 0 to 1.
     """
 
     samples: Samples

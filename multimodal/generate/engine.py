@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Piece:
     """News of one request: text that has become sure (none for kinds that are no text),
-    at the end the whole prediction or the error."""
+    at the end the whole prediction or the error.
+
+    ticket: which request or sample it is of.
+    text: what is sure now and was not before.
+    prediction: the whole answer, with the last piece.
+    error: what went wrong, in the place of an answer.
+    """
 
     ticket: int
     text: str = ""

@@ -78,7 +78,10 @@ class Greedy(Sampler):
 
 @dataclass(frozen=True)
 class Temperature(Sampler):
-    """p ~ exp(logit / temperature): below 1 surer, above 1 bolder, 0 greedy."""
+    """p ~ exp(logit / temperature): below 1 surer, above 1 bolder, 0 greedy.
+
+    temperature: what logits are divided by; 0: only the likeliest is left.
+    """
 
     temperature: float = 1.0
     draws = True
@@ -100,7 +103,10 @@ class Temperature(Sampler):
 
 @dataclass(frozen=True)
 class TopK(Sampler):
-    """The k likeliest tokens (Fan et al. 2018); of equals the first."""
+    """The k likeliest tokens (Fan et al. 2018); of equals the first.
+
+    k: how many tokens are left.
+    """
 
     k: int
     draws = True
@@ -117,7 +123,11 @@ class TopK(Sampler):
 
 @dataclass(frozen=True)
 class TopP(Sampler):
-    """The smallest set of likeliest tokens that together hold probability p (nucleus: Holtzman et al. 2020)."""
+    """The smallest set of likeliest tokens that together hold probability p (nucleus: Holtzman et al. 2020).
+
+    p: the probability that those left hold together, above 0 and at most 1.
+    temperature: what logits are divided by first.
+    """
 
     p: float
     temperature: float = 1.0  # applied first
@@ -140,7 +150,11 @@ class TopP(Sampler):
 
 @dataclass(frozen=True)
 class MinP(Sampler):
-    """Tokens at least `p` times as probable as the likeliest (Nguyen et al. 2024)."""
+    """Tokens at least `p` times as probable as the likeliest (Nguyen et al. 2024).
+
+    p: the least share of the likeliest token's probability, from 0 to 1.
+    temperature: what logits are divided by afterwards, as in the paper's code.
+    """
 
     p: float
     temperature: float = 1.0  # applied afterwards, as in the paper's code
@@ -164,6 +178,10 @@ class Repetition(Sampler):
 
     Additive, so that it means the same wherever the logits' zero lies (the "presence" and "frequency" penalties of other
     tools). `last` tokens are looked back at; 0: all.
+
+    penalty: nats off for a token that was written, however often.
+    each: nats off for every time it was written.
+    last: how many tokens are looked back at; 0: all.
     """
 
     penalty: float = 1.0
@@ -190,7 +208,10 @@ class Repetition(Sampler):
 
 @dataclass(frozen=True)
 class NoRepeat(Sampler):
-    """No run of `size` tokens is written twice (Paulus et al. 2018)."""
+    """No run of `size` tokens is written twice (Paulus et al. 2018).
+
+    size: tokens of a run.
+    """
 
     size: int
 
@@ -212,7 +233,10 @@ class NoRepeat(Sampler):
 
 @dataclass(frozen=True)
 class AtLeast(Sampler):
-    """No stop before `tokens` tokens."""
+    """No stop before `tokens` tokens.
+
+    tokens: how many tokens are written before the answer may stop.
+    """
 
     tokens: int
 
@@ -229,7 +253,10 @@ class AtLeast(Sampler):
 
 @dataclass(frozen=True)
 class OneOf(Sampler):
-    """The answer is one of these values ("yes", "no"), encoded by the kind's own tokenizer; anything else is ruled out."""
+    """The answer is one of these values ("yes", "no"), encoded by the kind's own tokenizer; anything else is ruled out.
+
+    values: all answers that may be given.
+    """
 
     values: tuple[str, ...]
 
@@ -260,7 +287,10 @@ def _continuations(values: tuple[str, ...], tokenizer: Tokenizer) -> dict[tuple[
 
 @dataclass(frozen=True)
 class Only(Sampler):
-    """Only words of a list may be written, any number of them, with single blanks between."""
+    """Only words of a list may be written, any number of them, with single blanks between.
+
+    words: the words, none of which holds a blank.
+    """
 
     words: tuple[str, ...]
 

@@ -1,7 +1,7 @@
 """Attention as a layer of a block: over the stream itself, over what another core has read, over learned components."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,17 @@ def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read
 
 @dataclass(frozen=True, kw_only=True)
 class _Attend(Layer):
-    """What is None is the core's. key_width, value_width: of one head; out: width of the update, None: that of the stream."""
+    """What is None is the core's.
+
+    score: how likely a query finds a key.
+    prior: what a query expects of a key before it compares them.
+    read: what becomes of the posterior.
+    heads: query heads.
+    kv_heads: key-value heads, which groups of query heads share.
+    key_width, value_width: numbers of one key and of one value of a head.
+    out: width of the update; None: that of the stream.
+    merge: how the update joins the stream.
+    """
 
     score: Score | None = None
     prior: Prior | None = None
@@ -38,6 +48,12 @@ class _Attend(Layer):
     value_width: int | None = None
     out: int | None = None
     merge: Merge = field(default_factory=Add)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What is said of the fields here is said of every layer that attends."""
+        super().__init_subclass__(**kwargs)
+        shared = (_Attend.__doc__ or "").partition("\n\n")[2]
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    What is None is the core's.\n\n{shared}"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -149,6 +165,8 @@ class PersistentMemory(_Attend):
     """Every token looks at `slots` learned components: keys and values that are parameters (Sukhbaatar et al. 2019).
 
     With prior=MixingWeights(slots) it is a mixture model with learned weights.
+
+    slots: how many components are learned.
     """
 
     slots: int

@@ -14,6 +14,8 @@ class MLP(Layer):
     """down(silu(gate) * up): Shazeer 2020 (SwiGLU).
 
     hidden: None, the core's. out: width of the update; None: that of the stream.
+    hidden: hidden width; None: the core's `mlp_width`.
+    merge: how the update joins the stream.
     """
 
     hidden: int | None = None

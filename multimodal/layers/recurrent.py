@@ -16,6 +16,9 @@ class Recurrent(Layer):
 
     hidden: width of the state; None: that of the stream, shared between the directions if there are two. both_ways: what is read
     freely is also read from its end; what is written is not, and gets zeros there.
+
+    cell: "gru" or "lstm".
+    merge: how the update joins the stream.
     """
 
     cell: Literal["gru", "lstm"] = "gru"

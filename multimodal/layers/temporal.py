@@ -13,6 +13,9 @@ class TemporalConv(Layer):
     """tanh(x * f) sigmoid(x * g) with kernels of 2 tokens, `dilation` apart: Mishra et al. 2018, figure 2a (the dense block).
 
     filters: width of the update, which they concatenate. A TC block of theirs is one after the other with dilations 1, 2, 4, ..
+
+    dilation: tokens between the two that a kernel sees.
+    merge: how the update joins the stream.
     """
 
     filters: int

@@ -22,6 +22,7 @@ class TuringMachine(Layer):
     slots: N of the paper; they are not in the parameters, so a model may be rebuilt with more of them than it was trained with.
     slot_width: numbers of a slot. hidden: width of the feed-forward controller. shifts: how many shifts around its place a head
     can choose from. out: width of the update, None: that of the stream. There is no kernel for it: the loop over steps is plain.
+    merge: how the update joins the stream.
     """
 
     slots: int = 128

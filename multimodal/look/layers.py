@@ -205,25 +205,15 @@ def layer_widths(core: Transformer) -> list[int]:
 
 
 def token_labels(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
-    """A short name for each token: its piece of text, its row and column, its class, its number, its time."""
-    position = tokens.position_NA
-    if tokenizer.text:
-        return [_piece(tokenizer, tokens, i) for i in range(len(tokens))]
-    if bool(position[:, 1:].any()):
-        return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
-    if tokenizer.classes and tokenizer.vocab_size is not None:
-        return [
-            str(tokenizer.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
-        ]
-    if tokenizer.vocab_size is not None:
-        return [str(i) for i in tokens.content.tolist()]
-    if tokenizer.feature_size == 1:
-        return [f"{number:.4g}" for number in tokens.content.flatten().tolist()]
-    unit = "" if tokenizer.step[0] == 1 else " s"  # places that are not counted are seconds
-    return [f"at {time:.4g}{unit}" for time, _, _ in position.tolist()]
+    """A short name for each token, as its tokenizer calls it.
 
-
-def _piece(tokenizer: Tokenizer, tokens: Tokens, i: int) -> str:
-    """The text of one token; a part of a character that has no text of its own is a dot."""
-    text = tokenizer.decode(Tokens(tokens.content[i : i + 1], tokens.position_NA[i : i + 1]))
-    return text.replace("\ufffd", "·") or "·"
+    Raises:
+        ConfigError: not one name for each token.
+    """
+    names = tokenizer.token_names(tokens)
+    if isinstance(names, str) or len(names) != len(tokens):
+        came = "one text" if isinstance(names, str) else f"{len(names)} names"
+        raise ConfigError(
+            f"{type(tokenizer).__name__}.token_names: gave {came} for {len(tokens)} tokens; give one for each"
+        )
+    return [str(name) for name in names]

@@ -60,6 +60,11 @@ class Run:
     """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end.
 
     It shows itself in one line; `history` has every row.
+
+    folder: where it is kept; None: nowhere.
+    history: a row of numbers for each report, by name.
+    finished: whether all steps were done.
+    bad: the broken samples that were left out, each with its reason.
     """
 
     folder: Path | None

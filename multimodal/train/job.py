@@ -17,7 +17,14 @@ from multimodal.train.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """The arguments of `fit`, as one thing."""
+    """The arguments of `fit`, as one thing.
+
+    model: what is trained.
+    data: by task, where its samples come from.
+    evaluation: by task, samples that are held out; None: nothing is evaluated.
+    mix: shares of the tasks, or a temperature, as `fit` takes it; None: by their sizes.
+    recipe: how it is trained.
+    """
 
     model: Model
     data: Mapping[str, Source]  # by task

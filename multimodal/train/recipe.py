@@ -35,7 +35,36 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Declared):
-    """How to train."""
+    """How to train.
+
+    steps: how many times the optimiser changes the weights.
+    batch: samples a step, all tasks together.
+    accumulate: micro-batches a step in each process; the gradients are the same up to rounding, but for dropout and pairs.
+    tokens: the budget of a pack: samples of any length fill packs of so many tokens; 0: `batch` samples a step.
+    packs: packs a step, all processes together, where there is a token budget.
+    look_ahead: samples among which each pack is chosen.
+    max_bad: broken samples that are left out, counted and listed; one more ends the run.
+    lr: the learning rate at its peak.
+    warmup: the share of the steps in which the rate rises linearly to lr.
+    final_lr: the share of lr that the cosine ends at.
+    optimizer: "adamw", or "muon": orthogonalised momentum for the core's matrices and AdamW for the rest.
+    weight_decay: how much of lr times a weight is taken off it in each step; of matrices only.
+    betas: the decays of the means of the gradient and of its square.
+    clip: the largest norm of a gradient, which is scaled down to it; 0: none.
+    spike: a step whose gradient norm is so many times the usual one is left out, and its batch is kept; 0: none is left out.
+    ema: the decay of averaged weights, which then become the model; 0: no average.
+    precision: float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it.
+    device: cpu, cuda, cuda:1, mps, or auto: the GPU if there is one.
+    activation_checkpointing: whether blocks are computed again in the backward pass instead of being remembered.
+    compile: whether torch.compile is used; it needs a C++ compiler on CPUs.
+    parallel: "ddp", or "fsdp": several processes share out weights, gradients and the optimiser's state.
+    workers: processes that read and encode data; 0: the main one does.
+    evaluate_every: steps between evaluations; 0: at the end only.
+    checkpoint_every: steps between checkpoints; 0: at the end only.
+    keep: how many of the last checkpoints are kept.
+    best: a measure, such as "image -> label exact", whose best model is kept as well; "": none.
+    seed: decides the order of data, augmentation and dropout.
+    """
 
     steps: int = 1000  # optimiser steps
     batch: int = 64  # samples a step, all tasks together

@@ -26,7 +26,12 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """The text of one sound, its words, and how long the sound is; complete: no part of it was ended by max_tokens."""
+    """The text of one sound, its words, and how long the sound is; complete: no part of it was ended by max_tokens.
+
+    text: all that was said.
+    words: each word, with its beginning and end in seconds.
+    seconds: how long the sound is.
+    """
 
     text: str
     words: tuple[Word, ...]

@@ -36,6 +36,15 @@ class AudioFrames(Tokenizer):
 
     What is written is heard through `decode`: phases are not kept, so a sound does not come back sample by sample, and a clip
     of "clip" gets the mean and spread of "fixed", because its own are gone.
+
+    rate_hz: samples a second, to which every sound is brought.
+    mels: bands of a frame.
+    hop_ms: milliseconds from frame to frame.
+    window_ms: milliseconds that a frame looks at.
+    stack: frames a token.
+    normalise: "clip": each clip's own mean and spread are taken off; "fixed": one mean and spread for all.
+    causal: whether a token that is read sees only what came before it; give normalise="fixed" too, as a clip's mean is known at
+    its end.
     """
 
     rate_hz: int = 16000

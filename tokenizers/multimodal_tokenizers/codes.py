@@ -28,6 +28,10 @@ class Codes(Tokenizer):
     embedding (the place behind a patch's pixels) is not part of it. Where the places of `of` are not known beforehand, as for
     pictures, the book remembers those of the values it was learnt from if all had the same: such values can be written, and
     have `length` tokens. Values of other sizes can still be read and decoded.
+
+    of: the kind that is coded.
+    book: a safetensors file with the codes (V, F), and the places (N, 3) where they are remembered.
+    causal: whether a token that is read sees only what came before it.
     """
 
     of: Tokenizer

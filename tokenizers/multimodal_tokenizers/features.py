@@ -19,6 +19,16 @@ class Features(Tokenizer):
     With `context` each token sees so many further frames on either side, so that neighbours overlap; the first and last frame
     are repeated beyond the ends. `deltas` appends first (and second) differences along time. `normalise="value"` takes off
     each column's own mean and spread within the value; a column that never changes becomes 0.
+
+    features: columns of the array.
+    step_s: seconds from frame to frame.
+    stack: frames a token.
+    context: further frames that a token sees on either side.
+    deltas: how many orders of differences along time are appended: 0, 1 or 2.
+    normalise: "value" or "none".
+    hidden: width of the hidden layer of a two-layer embedding; None: a linear one.
+    frame_names: what each frame is called, where every value has the same ones, such as the rows of a form; (): they go by
+    their time.
     """
 
     features: int  # columns
@@ -28,12 +38,14 @@ class Features(Tokenizer):
     deltas: Literal[0, 1, 2] = 0
     normalise: Literal["value", "none"] = "value"
     hidden: int | None = None  # width of the hidden layer of a two-layer embedding; None: a linear one
+    frame_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("features", 1), ("stack", 1), ("context", 0), ("hidden", 1)):
             number = getattr(self, name)
             if number is not None and number < least:
                 raise ConfigError(f"Features: {name}={number} must be at least {least}")
+        object.__setattr__(self, "frame_names", tuple(map(str, self.frame_names)))
         if not 0 < self.step_s < float("inf"):
             raise ConfigError(f"Features: step_s={self.step_s} must be more than 0 seconds")
         if self.deltas not in (0, 1, 2):
@@ -93,6 +105,10 @@ class Features(Tokenizer):
             raise MediaError(f"Features.encode: {wanted}, not {describe(value)}{turned}")
         if not len(value):
             raise MediaError(f"Features.encode: {describe(value)} has no frames; to leave a field out, give None")
+        if self.frame_names and len(value) != len(self.frame_names):
+            raise MediaError(
+                f"Features.encode: {describe(value)} has {len(value)} frames, but frame_names has {len(self.frame_names)}"
+            )
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
             return torch.from_numpy(np.array(value, dtype=np.float32))
 
@@ -108,7 +124,16 @@ class Features(Tokenizer):
         level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
         return level.T.flip(0)[:, :, None]
 
+    def token_names(self, tokens: Tokens) -> list[str]:
+        """By the names of their first and last frame, where frames have names."""
+        if not self.frame_names:
+            return super().token_names(tokens)
+        parts = [self.frame_names[i : i + self.stack] for i in range(0, len(self.frame_names), self.stack)]
+        names = [part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts]
+        return [names[round(time / self.step[0])] for time in tokens.position_NA[:, 0].tolist()]
+
     def examples(self) -> list[np.ndarray]:
         """Values to try this kind with, when nobody gives any."""
         random = np.random.default_rng(0)
-        return [random.standard_normal((n * self.stack, self.features)).astype(np.float32) for n in (6, 9, 9, 14)]
+        counts = [len(self.frame_names)] * 4 if self.frame_names else [n * self.stack for n in (6, 9, 9, 14)]
+        return [random.standard_normal((count, self.features)).astype(np.float32) for count in counts]

@@ -26,6 +26,17 @@ class ImagePatches(Tokenizer):
     smaller than one patch. All of this is saved.
 
     Pictures can be written where `size` says how many rows and columns of pixels each has; others are still read.
+
+    patch: the side of a patch in pixels.
+    channels: C: 1 grey, 3 RGB, 4 RGBA.
+    mean: taken off pixels in 0..1: one number for all channels, or one each.
+    std: what pixels are divided by then, likewise.
+    position: what is added to a patch's embedding for its place: "sincos", "learned" or "rotary".
+    grid: points a side of the learned grid.
+    edge: "repeat" or "error", where patch does not divide a side.
+    max_side: the longest side in pixels; larger pictures are shrunk; None: any.
+    max_pixels: the most pixels that a picture may have before it is decoded.
+    size: rows and columns of pixels of every written picture; None: pictures are only read.
     """
 
     patch: int = 16  # pixels

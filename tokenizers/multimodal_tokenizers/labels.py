@@ -16,6 +16,9 @@ class Labels(Tokenizer):
     """Class names; a value is a name, or with several=True a list of names (which may be empty).
 
     One class is one id. Several are one token of 0s and 1s, a feature for each class.
+
+    names: the classes, in the order of their ids.
+    several: whether a value is a list of classes.
     """
 
     names: tuple[str, ...]

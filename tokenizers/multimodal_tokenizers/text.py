@@ -36,7 +36,10 @@ def _tokens(ids: list[int]) -> Tokens:
 
 @dataclass(frozen=True)
 class TextBytes(Tokenizer):
-    """UTF-8 bytes: any text of any language, exactly, with a vocabulary of 256."""
+    """UTF-8 bytes: any text of any language, exactly, with a vocabulary of 256.
+
+    causal: whether a token that is read sees only what came before it.
+    """
 
     causal: bool = False
     vocab_size = 256
@@ -55,6 +58,10 @@ class TextBPE(Tokenizer):
 
     Make one with `TextBPE.train(texts, vocab_size=8192)` or `TextBPE.open("tokenizer.json")`. Nothing in a text is taken
     for a special token, nothing is added to it, cut off or left to chance, whatever the file says.
+
+    spec: the whole text of tokenizer.json.
+    causal: whether a token that is read sees only what came before it.
+    lossy: whether texts may be changed or lose characters; if not, such a text is refused.
     """
 
     spec: str = field(repr=False)  # the whole text of tokenizer.json
