@@ -113,26 +113,8 @@ def _tree(function: types.FunctionType) -> ast.AST:
         return ast.Module([], [])
 
 
-def test_fault_00_every_row_of_the_benchmark_declares_what_the_default_groups_lack() -> None:
-    default, wrong, seen = default_groups(), [], set()
-    assert not PEERS & default
-    for _, row in speed.all_rows():
-        assert isinstance(row, Row)
-        needed = {
-            distribution(module)
-            for side in (row.ours, row.theirs, row.report)
-            if side is not None
-            for function in called(side)
-            for module, _ in third_party(_tree(function))
-        }
-        seen |= needed
-        lacking = needed - default - {canonicalize_name(name) for name in row.needs}
-        wrong += [f"{row.name}: {', '.join(sorted(lacking))}"] if lacking else []
-    assert wrong == []
-    assert seen >= PEERS  # the walk finds what is imported inside of functions
-
-
-def test_fault_00a_what_is_imported_anywhere_is_installed_by_the_default_groups() -> None:
+def not_installed() -> list[str]:
+    """Imports of tests, examples and the package that the default groups do not install, and nothing guards."""
     default, wrong = default_groups(), []
     for path in [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text("utf-8"))
@@ -155,7 +137,27 @@ def test_fault_00a_what_is_imported_anywhere_is_installed_by_the_default_groups(
             for top, line in third_party(tree)
             if distribution(top) not in default and top not in guarded | tried
         ]
+    return wrong
+
+
+def test_fault_00_every_row_of_the_benchmark_declares_what_the_default_groups_lack() -> None:
+    default, wrong, seen = default_groups(), [], set()
+    assert not PEERS & default
+    for _, row in speed.all_rows():
+        assert isinstance(row, Row)
+        needed = {
+            distribution(module)
+            for side in (row.ours, row.theirs, row.report)
+            if side is not None
+            for function in called(side)
+            for module, _ in third_party(_tree(function))
+        }
+        seen |= needed
+        lacking = needed - default - {canonicalize_name(name) for name in row.needs}
+        wrong += [f"{row.name}: {', '.join(sorted(lacking))}"] if lacking else []
     assert wrong == []
+    assert not_installed() == []
+    assert seen >= PEERS  # the walk finds what is imported inside of functions
 
 
 def produced(command: str) -> set[str]:

@@ -139,6 +139,7 @@ def test_fault_78b_the_sweep_knows_every_command() -> None:
     assert {name for command in names() for name, _ in options(command)} >= {"--max-tokens", "--shard-mb", "--plugin"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(WORK))
 def test_fault_78c_every_command_with_numbers_that_are_none(command, ends_well) -> None:
     wrong = [
@@ -150,6 +151,7 @@ def test_fault_78c_every_command_with_numbers_that_are_none(command, ends_well) 
     assert [line for line in wrong if line] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(WORK))
 def test_fault_78d_every_command_with_files_that_are_none(command, ends_well, home) -> None:
     places = [
