@@ -30,6 +30,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
+KEPT = ("benchmarks/results", "examples/data", "tests/data")  # what programs write, and tests must not
+_before: dict[Path, bytes] = {}
+
+
+def _kept_files() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for folder in KEPT for path in (ROOT / folder).rglob("*") if path.is_file()}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # one process looks, however many test
+        _before.update(_kept_files())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A suite that rewrote measured results has failed, whatever its tests say."""
+    now = _kept_files() if _before else {}
+    changed = sorted(str(path) for path in _before if _before[path] != now.get(path))
+    if changed:
+        print(f"\nthe tests changed files that are kept: {', '.join(changed)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

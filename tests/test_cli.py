@@ -671,7 +671,7 @@ def test_sounds_are_files_named_by_their_field(say, artist, tmp_path, command) -
 
 def test_no_file_is_overwritten(say, artist, home, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    ask = ("generate", str(home / "artist"), *asked("drawing")[2:])
+    ask = ("generate", str(home / "artist"), *asked("drawing")[2:], "--out", ".")
     assert say(*ask)[1] == "drawing.png\n"
     before = Path("drawing.png").read_bytes()
     Path("drawing-3.png").write_text("mine")

