@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def make(tasks: Any = (TASK,), core: mm.Core = TINY) -> mm.Model:
 
 def moved_by_decay_alone(model: mm.Model, **settings: Any) -> set[str]:
     """Names of the parameters that an optimiser moves whose gradients are all 0."""
-    from multimodal.train import fit as module
+    from multimodal.train.fit import make_optimizer
 
-    optimizer = module.make_optimizer(model, mm.Recipe(lr=0.1, weight_decay=0.5, **settings), torch.device("cpu"))
+    optimizer = make_optimizer(model, mm.Recipe(lr=0.1, weight_decay=0.5, **settings), torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -217,7 +218,7 @@ def test_fault_63_a_stuck_data_worker_outlives_no_run(tmp_path, way):
             assert (tmp_path / "run" / "model" / "weights.safetensors").is_file()
     finally:
         run.kill()
-        if not gone(worker, 0):
+        with suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
 
 
@@ -273,6 +274,9 @@ def test_fault_82b_nothing_is_left_after_a_fit_that_failed():
     for _ in range(2):
         with pytest.raises(StreamError):
             mm.fit(make(), {TASK: Deadly(4, lambda: os._exit(3))}, **{**PLAIN, "steps": 50, "workers": 2})
+    until = time.monotonic() + 10
+    while set(threading.enumerate()) != before and time.monotonic() < until:
+        time.sleep(0.05)  # queues that are closed end their threads by themselves
     assert set(threading.enumerate()) == before
     assert (children.read_text() if children.exists() else "") == had
 

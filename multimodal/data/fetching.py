@@ -241,6 +241,7 @@ class Loader:
             pass  # of PyTorch's watch over its workers, which sees one killed
         finally:
             killer.cancel()
+            killer.join()
             self._kill()
             self.items = None
 
