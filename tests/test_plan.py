@@ -293,7 +293,7 @@ def test_steps_tokens_and_days_agree():
     assert plan(model, recipe, length=4096, gpus=64, gpu="h200", train_tokens=2e12).steps == -(
         -(2 * 10**12) // (1024 * 4096)
     )
-    packs = dataclasses.replace(recipe, tokens=8192, packs=128)
+    packs = dataclasses.replace(recipe, batch=64, accumulate=1, tokens=8192, packs=128)
     assert plan(model, packs, length=4096, gpus=64, gpu="h200").work.micro_batches == 2
     once, again = (dataclasses.replace(recipe, activation_checkpointing=x) for x in (False, True))
     first, second = (plan(model, r, length=4096, gpus=64, gpu="h200") for r in (once, again))

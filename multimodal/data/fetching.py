@@ -23,7 +23,7 @@ from multimodal.stream import Stream
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TRIES = 100  # samples in a row that may be broken where broken ones are passed over
-LOOK_S = 1.0  # a wait for data is looked at so often: has a worker died, is the run to stop?
+LOOK_S = 0.5  # so often a wait for data is looked at: is the run to stop?
 ENDING_S = 3.0  # from asking data workers to end to killing them
 STUCK_S = 10.0  # so long a run that is to stop waits for its next data
 
@@ -135,6 +135,9 @@ class Loader:
         self.fetch, self.make, self.asked = fetch, make, asked
         self.workers: list[Any] = []
         self.items: Any = None
+        self.since: float | None = None  # when the wait for the next item began
+        self.stuck = ""  # what is said of workers that were killed because nothing came
+        self.done, self.watch = threading.Event(), None
         if workers:
             fetch.desk.seat(workers)
         self.loader = DataLoader(
@@ -143,11 +146,9 @@ class Loader:
             sampler=order,
             num_workers=workers,
             worker_init_fn=in_worker if workers else None,
-            generator=torch.Generator().manual_seed(
-                crc32(str(fetch.seed).encode())
-            ),  # else it draws from the global one
+            # else it draws from the global one
+            generator=torch.Generator().manual_seed(crc32(str(fetch.seed).encode())),
             pin_memory=False,
-            timeout=LOOK_S if workers else 0,
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -157,52 +158,68 @@ class Loader:
     def __enter__(self) -> Iterator[Any]:
         self.items = iter(self.loader)
         self.workers = list(getattr(self.items, "_workers", ()))
+        if self.workers:
+            self.watch = threading.Thread(target=self._watched, name="watch over data workers", daemon=True)
+            self.watch.start()
         return self.make(self._items())
 
     def _items(self) -> Iterator[Any]:
-        since = None  # when it was first seen that the run is to stop
         while True:
+            self.since = time.monotonic()
             try:
                 item = next(self.items)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
-                since = (since or time.monotonic()) if self.asked() else None
-                if since is not None and time.monotonic() - since >= STUCK_S:
-                    places = [at for number in range(len(self.workers)) if (at := self._at(number))]
-                    raise StuckError(
-                        f"fit: no data came for {STUCK_S:g} s after the run was asked to stop; the data workers were at "
-                        f"{', '.join(places) or 'no sample yet'}"
-                    ) from None
-                continue
+            except (RuntimeError, OSError, EOFError):
+                if self.stuck:
+                    raise StuckError(self.stuck) from None
+                raise
+            self.since = None
             if isinstance(item, Exception):
                 raise item
-            since = None
             yield item
 
+    def _watched(self) -> None:
+        """In a thread: ends the wait of the main one by killing the workers, when the run is to stop and nothing comes.
+
+        The main thread may wait for half a message, or for memory that a worker is to hand over, so it cannot look itself.
+        """
+        asked_at = None
+        while not self.done.wait(LOOK_S):
+            since, now = self.since, time.monotonic()
+            asked_at = None if since is None or not self.asked() else asked_at or now
+            if since is not None and asked_at is not None and now - max(asked_at, since) >= STUCK_S:
+                places = [at for number in range(len(self.workers)) if (at := self._at(number))]
+                self.stuck = (
+                    f"fit: no data came for {STUCK_S:g} s after the run was asked to stop; the data workers were at "
+                    f"{', '.join(places) or 'no sample yet'}"
+                )
+                self._kill()
+                return
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        dead = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        # before they are ended, as then all of them are dead
-        told = self._death() if dead else ""
+        self.done.set()
+        if self.watch is not None:
+            self.watch.join()
+        # looked at before the others are ended, as then all of them are dead
+        lost = isinstance(error, (RuntimeError, OSError, EOFError)) and not self.stuck
+        told = self._death() if lost else ""
         self._end()
-        if dead:
+        if told:
             raise StreamError(
                 f"fit: {told}. With workers=0 the same happens in the main process, where it can be looked at; a system that is "
                 "short of memory kills as well"
             ) from error
 
     def _death(self) -> str:
-        for worker in self.workers:
-            worker.join(0.2)
+        """How a worker ended, if one did."""
         for number, worker in enumerate(self.workers):
             code = worker.exitcode
             if code is not None:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 where = f" while it was at {at}" if (at := self._at(number)) else ""
                 return f"data worker {number} {how}{where}"
-        return "a data worker died"
+        return ""
 
     def _at(self, worker: int) -> str:
         """'sample 7 of task ..', the one that a worker is at, or was when it died."""
@@ -224,6 +241,7 @@ class Loader:
             pass  # of PyTorch's watch over its workers, which sees one killed
         finally:
             killer.cancel()
+            killer.join()
             self._kill()
             self.items = None
 

@@ -141,8 +141,8 @@ class Recipe(Declared):
         for setting in dataclasses.fields(self):
             if setting.name in names and getattr(self, setting.name) != setting.default:
                 raise ConfigError(
-                    f"Recipe: {setting.name}={getattr(self, setting.name)} would do nothing beside {beside}: {instead}; or leave "
-                    f"it at {setting.default}"
+                    f"Recipe: {setting.name}={getattr(self, setting.name)!r} would do nothing beside {beside}: {instead}; or leave "
+                    f"it at {setting.default!r}"
                 )
 
     def check_use(self, *, folder: bool, evaluation: bool) -> None:
