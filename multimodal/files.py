@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -57,6 +58,13 @@ def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
     finally:
         part.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def put_figure(path: str | Path, figure: Any, dpi: float) -> None:
+    """Save a matplotlib figure whole, in the format that the path's ending names."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi, format=Path(path).suffix[1:] or "png")
+    put(Path(path), data.getvalue())
 
 
 def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:

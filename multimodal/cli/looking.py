@@ -33,7 +33,7 @@ def look_at(
     draw(ray, picture)
     files = [
         saved(".png", picture.getvalue(), "xray", folder),
-        saved(".html", page(ray).encode("utf-8"), "xray", folder),
+        saved(".html", page(ray).encode("utf-8", "replace"), "xray", folder),
     ]
     if as_json:
         print(json.dumps({"task": task, "heads": ray.table(), "files": list(map(str, files))}, ensure_ascii=False))

@@ -146,7 +146,9 @@ def saved(ending: str, data: bytes, name: str, folder: Path) -> Path:
     except OSError as error:
         from multimodal.shapes import ConfigError
 
-        raise ConfigError(f"{name}{ending} cannot be written into {folder} ({error}); name a folder with --out") from error
+        raise ConfigError(
+            f"{name}{ending} cannot be written into {folder} ({error}); name a folder with --out"
+        ) from error
 
 
 def _written(ending: str, data: bytes, name: str, folder: Path) -> Path:

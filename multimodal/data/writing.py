@@ -274,7 +274,12 @@ def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[s
     _check_same(folder, _read(folder / MAKING, "shards that are being made"), settings)
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
-        entries.append(json.loads(table.read_bytes().partition(b"\n")[0]))
+        try:
+            entries.append(json.loads(table.read_bytes().partition(b"\n")[0]))
+        except ValueError:
+            entries.append({})
+        if not {"name", "bytes", "read", "bad", "samples", "columns"} <= set(entries[-1]):
+            raise ConfigError(f"write_shards: {table} is not of shards; move it away, or give a new folder")
         archive = folder / entries[-1]["name"]
         if not archive.is_file() or archive.stat().st_size != entries[-1]["bytes"]:
             raise ConfigError(
