@@ -31,8 +31,9 @@ ROOT = HERE.parent
 PATHS = [HERE, ROOT / "examples" / "attention", ROOT / "examples", ROOT / "tokenizers", ROOT]
 sys.path[:0] = [str(path) for path in PATHS if str(path) not in sys.path]
 
-from multimodal.files import put  # noqa: E402
 from seed_rows.table import NOT_CLAIMED, ROWS, Bar, Row  # noqa: E402
+
+from multimodal.files import put  # noqa: E402
 
 PROGRAM = Path(__file__).resolve()
 KEPT = HERE / "results" / "seeds.json"

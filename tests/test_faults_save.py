@@ -207,7 +207,7 @@ def test_fault_01g_a_place_where_nothing_can_be_written_is_said_and_nothing_is_l
     for name in ("mkdir", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, read_only)
-            with pytest.raises(PermissionError, match="m: the model cannot be saved here: .*Permission denied"):
+            with pytest.raises(PermissionError, match=r"m: the model cannot be saved here: .*Permission denied"):
                 written(seed=2).save(tmp_path / "m")
         assert {name: x for name, x in seen(tmp_path).items() if ".multimodal" not in name} == before
         assert same(mm.Model.load(tmp_path / "m"), written())
@@ -394,9 +394,9 @@ def test_fault_70_a_model_that_is_saved_while_it_is_loaded_is_the_old_or_the_new
     assert not same(*models)
     for name in ("read_config", "read_tensors", "rebuild"):
         for before in (True, False):
-            saves = [models[1], models[0]]
+            saves, real = [models[1], models[0]], getattr(checkpoint, name)
 
-            def between(*given, name=name, before=before, real=getattr(checkpoint, name), saves=saves):
+            def between(*given, before=before, real=real, saves=saves):
                 found = None if before else real(*given)
                 if saves:
                     saves.pop().save(folder)
@@ -466,7 +466,7 @@ def test_fault_77_the_current_folder_is_a_folder_as_any(tmp_path, monkeypatch):
     for seed in (1, 2):
         written(seed=seed).save(".")
         assert same(mm.Model.load("."), written(seed=seed))
-    with pytest.raises(CheckpointError, match="no config.json here"):
+    with pytest.raises(CheckpointError, match=r"no config\.json here"):
         mm.Model.load("..")
 
 
@@ -553,7 +553,11 @@ def test_fault_01i_saves_that_are_killed_at_random_moments(tmp_path, program, wh
 
 
 def test_fault_46_commands_write_into_the_run_and_not_into_the_current_folder(tmp_path, monkeypatch, capsys):
-    tokenizers = {"image": ImagePatches(patch=2, channels=1), "text": TextBytes(), "label": Labels(("a", "b"))}
+    tokenizers = {
+        "image": ImagePatches(patch=2, channels=1, size=(4, 4)),
+        "text": TextBytes(),
+        "label": Labels(("a", "b")),
+    }
     draws, says = "text -> image", "image -> label"
     model = mm.Model(
         tokenizers, mm.Core(width=16, depth=1, heads=2), [mm.Task(draws, mm.FlowMatching(steps=1)), mm.Task(says)]
@@ -601,13 +605,13 @@ def test_fault_46a_shards_are_written_over_nothing(tmp_path):
     for name in ("000001.tar", "000001.index", "bad.jsonl"):
         out = tmp_path / f"out {name}"
         with pytest.raises(KeyboardInterrupt):
-            write_shards(Failing(rows()), out, shard_bytes=20_000)
+            write_shards(Failing(rows()), out, shard_bytes=20_000, source="s")
         table = out / "000001.index"
         table.unlink(missing_ok=True)
         lay(out, {name: "mine"})
         source = [*rows(), {"text": object()}]
-        with pytest.raises(ConfigError, match=r"is there already|cannot be read|holds other things|was made with"):
-            write_shards(source if name == "bad.jsonl" else rows(), out, shard_bytes=20_000, max_bad=1)
+        with pytest.raises(ConfigError, match=r"is there already|is not of shards"):
+            write_shards(source if name == "bad.jsonl" else rows(), out, shard_bytes=20_000, max_bad=1, source="s")
         assert (out / name).read_text() == "mine"
 
 
