@@ -22,9 +22,11 @@ from multimodal import checkpoint, files
 from multimodal.cli.commands import main
 from multimodal.data.writing import index_archives, write_shards
 from multimodal.files import put
+from multimodal.look import drawing
 from multimodal.look.lens import lens
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.train.folder import check_folder
+from multimodal.train import compare
+from multimodal.train import folder as run_folder
 from multimodal.train.trouble import keep_trouble
 from multimodal_tokenizers import ImagePatches, Labels, TextBPE, TextBytes
 
@@ -253,33 +255,31 @@ def test_fault_53_a_run_takes_no_folder_that_no_run_wrote(tmp_path):
             mm.fit(make(), {TASK: DATA}, folder=tmp_path / "x web", resume=resume, **PLAIN)
     for name in others:
         with pytest.raises(ConfigError, match=rf"fit: .*{name} holds .*, which no run wrote"):
-            check_folder(tmp_path / name)
+            run_folder.check_folder(tmp_path / name)
     with pytest.raises(ConfigError, match=r"fit: .*file is a file"):
-        check_folder(tmp_path / "file")
+        run_folder.check_folder(tmp_path / "file")
     assert seen(tmp_path) == before
 
 
-def test_fault_54_a_run_in_the_current_folder_is_not_moved_away_from_under_it(tmp_path, monkeypatch):
+def test_fault_54_a_new_run_moves_only_what_the_run_before_wrote(tmp_path, monkeypatch):
+    """Also in the current folder, and through a link: the folder itself, and what a user keeps in it, stay where they are."""
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    short = {**PLAIN, "steps": 1}
-    mm.fit(make(), {TASK: DATA}, folder=".", **short)
-    assert (tmp_path / "here" / "model" / "weights.safetensors").stat().st_mode & 0o444 == 0o444 & ~umask()
-    lay(tmp_path / "here", {"notes": "n", "below/x": "x"})
-    before = seen(tmp_path)
-    for inside in (".", "below"):
-        monkeypatch.chdir(tmp_path / "here" / inside)
-        with pytest.raises(
-            ConfigError, match=r"cannot be moved aside .* while the current folder lies in it; go on with it"
-        ):
-            mm.fit(make(), {TASK: DATA}, folder=tmp_path / "here", **short)
-    assert seen(tmp_path) == before
-    monkeypatch.chdir(tmp_path)  # from elsewhere it is moved as a whole, as ever
     (tmp_path / "link").symlink_to("here")
-    mm.fit(make(), {TASK: DATA}, folder="link", **short)
-    assert seen(tmp_path / "here.1").keys() == {name.removeprefix("here/") for name in before if name != "here"}
-    assert (tmp_path / "link" / "model" / "config.json").is_file()
-    assert os.readlink(tmp_path / "link") == "here"
+    lay(tmp_path, {"here/notes": "n", "here/below/x": "x", "here.1/mine": "m"})
+    monkeypatch.chdir(tmp_path / "here")
+    for number, folder in enumerate((".", ".", tmp_path / "link")):
+        before = seen(tmp_path / "here")
+        mm.fit(make(), {TASK: DATA}, folder=folder, **{**PLAIN, "steps": 1, "seed": number})
+        assert (os.getcwd(), os.readlink(tmp_path / "link")) == (str(tmp_path / "here"), "here")
+        if number:
+            moved = {name: x for name, x in before.items() if name not in (".lock", "notes", "below", "below/x")}
+            assert seen(tmp_path / f"here.{number + 1}") == moved
+        assert seen(tmp_path / "here").keys() >= {"notes", "below/x", "model/weights.safetensors"}
+        mode = (
+            (tmp_path / "here" / "model" / "weights.safetensors").stat().st_mode
+        )  # safetensors gives nobody else rights
+        assert mode & 0o777 == 0o666 & ~umask()
+    assert (tmp_path / "here.1" / "mine").read_text() == "m"
 
 
 def test_fault_55_folders_of_a_users_in_a_run_folder_stay(tmp_path):
@@ -572,6 +572,9 @@ def test_fault_46_commands_write_into_the_run_and_not_into_the_current_folder(tm
     for folder, name in ((run, "image.png"), (run / "model", "image-2.png")):
         assert main(["generate", str(folder), "--text", "a", "--max-tokens", "4", "--json"]) == 0
         assert json.loads(capsys.readouterr().out).get("file", str(run / name)) == str(run / name)
+    monkeypatch.setattr(drawing, "draw", lambda ray, file: file.write(b"a picture"))  # which take seconds
+    monkeypatch.setattr("multimodal.look.page.page", lambda ray: "a page")
+    monkeypatch.setattr(compare, "draw", lambda records, file: file.write(b"curves"))
     assert main(["look", str(run), "--image", str(tmp_path / "p.npy")]) == 0
     assert (run / "xray.png").is_file()
     lay(run, {"report.png": "mine"})

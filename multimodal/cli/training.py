@@ -67,6 +67,7 @@ def _train(
     recipe: Path, setting: list[str], folder: Path, resume: bool, processes: int, options: list[str], tensorboard: bool
 ) -> int:
     from multimodal.shapes import ConfigError, did_you_mean
+    from multimodal.train.folder import BOARD
     from multimodal.train.launch import LAUNCHED, STOPPED
     from multimodal.train.settings import make_job
     from multimodal.train.trackers import TensorBoard
@@ -76,7 +77,7 @@ def _train(
     if not callable(make):
         raise ConfigError(f"{recipe} defines no function recipe(){did_you_mean('recipe', vars(module))}")
     job = make_job(make, setting, f"recipe() of {recipe}")
-    board = TensorBoard(folder / "tensorboard") if tensorboard else None
+    board = TensorBoard(folder / BOARD) if tensorboard else None
     try:
         run = job.run(folder, resume=resume, trackers=[board] if board else [])
     finally:
@@ -94,14 +95,14 @@ def _train(
 
 def _show(run: "Run", folder: Path, tensorboard: bool) -> None:
     """Where everything is, and how good it is."""
-    from multimodal.train.folder import BEST, BROKEN, CURVES, LOG, MODEL
+    from multimodal.train.folder import BEST, BOARD, BROKEN, CURVES, LOG, MODEL
 
     print(f"model   {folder / MODEL}")
     if (folder / BEST).is_dir():
         print(f"best    {folder / BEST}")
     print(f"curves  {folder / CURVES}\nlog     {folder / LOG}")
     if tensorboard:
-        print(f"board   tensorboard --logdir {folder / 'tensorboard'}")
+        print(f"board   tensorboard --logdir {folder / BOARD}")
     if run.bad:
         print(f"broken  {folder / BROKEN}: {len(run.bad)} samples were left out")
     print(f"loss    {run.last('loss'):.4f}")
