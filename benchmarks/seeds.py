@@ -33,6 +33,8 @@ sys.path[:0] = [str(path) for path in PATHS if str(path) not in sys.path]
 
 from seed_rows.table import NOT_CLAIMED, ROWS, Bar, Row  # noqa: E402
 
+from multimodal.files import put  # noqa: E402
+
 PROGRAM = Path(__file__).resolve()
 KEPT = HERE / "results" / "seeds.json"
 DATA = Path(os.environ.get("MULTIMODAL_DATA") or ROOT.parent / "shared" / "data").resolve()
@@ -117,10 +119,8 @@ def keep(path: Path, row: Row, seed: int, found: Mapping[str, Any]) -> Kept:
     kept = read_kept(path)  # anew, as another process may have kept another row meanwhile
     facts = {"date": str(date.today()), "command": f"uv run benchmarks/seeds.py {row.name} --seeds {seed}"}
     kept.setdefault(row.name, {})[str(seed)] = {**found, **facts}
-    aside = path.with_name(path.name + ".writing")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    put(path, json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return kept
 
 

@@ -370,8 +370,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     Raises:
         OSError: a disk that is full, or the like.
     """
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # safetensors would let nobody else read it
     try:
         save_file(tensors, path)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
 

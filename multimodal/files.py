@@ -68,6 +68,13 @@ def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
     flush(path.parent)
 
 
+def put_figure(path: str | Path, figure: Any, dpi: float) -> None:
+    """Save a matplotlib figure whole, in the format that the path's ending names."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=dpi, format=Path(path).suffix[1:] or "png")
+    put(Path(path), data.getvalue())
+
+
 def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
     """Like `put`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
 

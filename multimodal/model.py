@@ -396,7 +396,8 @@ class Model(nn.Module):
 
         def refuse(count: int | str) -> NoReturn:
             raise ConfigError(
-                f"task {task!r}: begins has {len(begins or ())} values for {count} samples; give one for each, or one for all as begin"
+                f"task {task!r}: begins has {len(begins or ())} values for {count} samples; give one for each, or one for all as "
+                "begin"
             )
 
         if begins is not None and isinstance(samples, Sized) and len(samples) != len(begins):

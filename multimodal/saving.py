@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import warnings
@@ -122,11 +123,14 @@ class Saving:
 
     def add(self, name: str, write: Callable[[Path], Any]) -> None:
         """A file of the new version, which `write` writes to the path that it is given."""
-        part = aside(self.place)
+        folder = aside(self.place)  # of its own, as who writes may have temporary files too: safetensors does
+        folder.mkdir()
+        part = folder / "part"
         write(part)
         flush(part)
         self.sums[name] = file_hash(part)
         os.replace(part, self.place / key(name, self.sums[name]))
+        folder.rmdir()
 
     def commit(self, index: bytes, before: Sums) -> None:
         """Let the new files, which the index lists in "sha256", take the place of those before.
@@ -204,7 +208,9 @@ class Saving:
         """Refuse what only has the name."""
         with suppress(FileNotFoundError):
             there = os.listdir(self.place)
-            ours = not there or (LOCK in there and (self.place / LOCK).read_text("utf-8", "replace") in ("", MARK))
+            ours = all(map(_is_part, there)) or (
+                LOCK in there and (self.place / LOCK).read_text("utf-8", "replace") in ("", MARK)
+            )
             if there and (self.place.is_symlink() or not ours):
                 raise CheckpointError(f"{self.place} is in the way: it is not what a save made; move it away")
 
@@ -229,7 +235,11 @@ class Saving:
 
     def _clear(self) -> None:
         for name in self._parts():
-            (self.place / name).unlink()
+            path = self.place / name
+            if is_aside(name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _parts(self) -> list[str]:
         return [name for name in os.listdir(self.place) if _is_part(name) or name == PLAN]

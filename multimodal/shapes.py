@@ -76,7 +76,7 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
 
 
 def shortened(text: object, most: int = 300) -> str:
-    """A text of about `most` characters: its beginning, '...' and its end where it is longer; what no terminal can print is escaped."""
+    """A text of at most `most` characters: its beginning, '...' and its end where it is longer. Bytes that are no text are escaped."""
     text = text if isinstance(text, str) else str(text)
     if len(text) > most:
         end = (most - 3) // 3

@@ -31,7 +31,7 @@ def look_at(
     draw(ray, picture)
     files = [
         saved(".png", picture.getvalue(), "xray", folder),
-        saved(".html", page(ray).encode("utf-8"), "xray", folder),
+        saved(".html", page(ray).encode("utf-8", "replace"), "xray", folder),
     ]
     if as_json:
         print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})

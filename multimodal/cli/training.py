@@ -65,6 +65,7 @@ def train(
 
 def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options: list[str], tensorboard: bool) -> int:
     from multimodal.shapes import ConfigError, did_you_mean
+    from multimodal.train.folder import BOARD
     from multimodal.train.launch import LAUNCHED, STOPPED
     from multimodal.train.settings import make_job
     from multimodal.train.trackers import TensorBoard
@@ -74,7 +75,7 @@ def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options
     if not callable(make):
         raise ConfigError(f"{recipe} defines no function recipe(){did_you_mean('recipe', vars(module))}")
     job = make_job(make, setting, f"recipe() of {recipe}")
-    board = TensorBoard(folder / "tensorboard") if tensorboard else None
+    board = TensorBoard(folder / BOARD) if tensorboard else None
     count = int(os.environ.get("WORLD_SIZE", "1"))
     many = ["--processes", str(count)] if count > 1 else []
     command = shlex.join(["multimodal", "train", *options, *many, "--resume"])
@@ -96,14 +97,14 @@ def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options
 
 def _show(run: "Run", folder: Path, tensorboard: bool) -> None:
     """Where everything is, and how good it is."""
-    from multimodal.train.folder import BEST, BROKEN, CURVES, LOG, MODEL
+    from multimodal.train.folder import BEST, BOARD, BROKEN, CURVES, LOG, MODEL
 
     print(f"model   {folder / MODEL}")
     if (folder / BEST).is_dir():
         print(f"best    {folder / BEST}")
     print(f"curves  {folder / CURVES}\nlog     {folder / LOG}")
     if tensorboard:
-        print(f"board   tensorboard --logdir {folder / 'tensorboard'}")
+        print(f"board   tensorboard --logdir {folder / BOARD}")
     if run.bad:
         print(f"broken  {folder / BROKEN}: {len(run.bad)} samples were left out")
     print(f"loss    {run.last('loss'):.4f}")

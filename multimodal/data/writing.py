@@ -403,7 +403,9 @@ def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[s
             check_fields(table, entry, {"read": int, "bad": list}, ConfigError)
             _check_bad(table, entry["bad"])
         except (OSError, ValueError) as error:
-            raise ConfigError(f"write_shards: {table} is damaged ({error}); delete {folder} and begin again") from error
+            raise ConfigError(
+                f"write_shards: {table} is not of shards, or damaged ({error}); move it away, or give a new folder"
+            ) from error
         entries.append(entry)
         archive = folder / entries[-1]["name"]
         if not archive.is_file() or archive.stat().st_size != entries[-1]["bytes"]:

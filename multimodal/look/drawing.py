@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.files import put_figure
 from multimodal.look.answers import answer_line
 from multimodal.look.posterior import NAMES, LayerXRay, percent
 
@@ -104,7 +105,10 @@ def _put_together(ray: "XRay", parts: list[Panel], path: Any) -> None:
         at -= part.height
         part.draw(figure, (0.35, at, WIDTH - 0.7, part.height))
         at -= gap
-    figure.savefig(path, dpi=DPI)
+    if isinstance(path, str | Path):
+        put_figure(path, figure, DPI)
+    else:
+        figure.savefig(path, dpi=DPI)
 
 
 def plain(text: str) -> str:

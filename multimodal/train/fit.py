@@ -246,11 +246,8 @@ class _Training:
             folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to a folder that is not there
             self.lock = lock(folder)  # before anything is read or moved: another run may be at work here
             newest = self.states.latest() if resume else None
-            if newest is None and make_room(folder, self.quiet):
-                folder.resolve().mkdir(parents=True, exist_ok=True)
-                moved, self.lock = self.lock, lock(folder)
-                if moved:
-                    moved.close()
+            if newest is None:
+                make_room(folder, self.quiet)
         newest = self.processes.gather(newest)[0]
         if newest is not None:
             saved = self.states.load(newest, self.trained, self.facts, parallel=self.recipe.parallel)

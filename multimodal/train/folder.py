@@ -16,6 +16,7 @@ from multimodal.train.trouble import TROUBLE
 MODEL = RUN
 BEST, LOG, CURVES, CONFIG, BROKEN = "best", "log.jsonl", "curves.png", "config.json", "bad.jsonl"
 TABLE, ENVIRONMENT, LOCK = "log.csv", "environment.json", ".lock"
+BOARD = "tensorboard"  # of the command line
 WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, TROUBLE, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 
 
@@ -102,23 +103,24 @@ def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         warnings.warn(f"fit: {path} could not be written to ({error}); training goes on", stacklevel=3)
 
 
-def make_room(folder: Path, quiet: bool) -> bool:
-    """Move a run that is already in the folder to the first free name beside it; nothing is written over."""
+def make_room(folder: Path, quiet: bool) -> None:
+    """Move what a run wrote into the folder to the first free name beside it. Other files stay, and nothing is written over.
+
+    Raises:
+        ConfigError: it cannot be moved.
+    """
     if not any((folder / name).exists() for name in (CHECKPOINTS, OLD, RUN, LOG)):
-        return False
+        return
     folder = folder.resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise ConfigError(
-            f"fit: a run is in {folder}, and it cannot be moved aside for a new one while the current folder lies in it; go on "
-            "with it (resume=True), choose another folder, or change to another one first"
-        )
     free = free_name(folder)
     try:
-        os.rename(folder, free)
+        free.mkdir()
+        for name in (BOARD, *reversed(WRITTEN)):  # the configuration last: it says whose the others are
+            if os.path.lexists(folder / name):
+                os.rename(folder / name, free / name)
     except OSError as error:
         raise ConfigError(
-            f"fit: a run is in {folder}, and it cannot be moved aside to {free} ({error}); choose another folder"
+            f"fit: a run is in {folder}, and it cannot be moved to {free} to make room ({error}); choose another folder"
         ) from error
     if not quiet:
         print(f"fit: the run that was in {folder} is now in {free}; resume=True would have gone on with it")
-    return True

@@ -196,12 +196,12 @@ class Checkpoints:
         told = {"format": FORMAT, "step": step, **facts, **extra, "data_state": data, "tensors": shapes}
         self._tell()
         place = self._place(step)
-        aside = place.with_name(place.name + WRITING)
         if self.processes.rank == 0:
-            for left in self.folder.glob("step-*" + WRITING):  # by a run that was killed
-                if re.fullmatch(r"step-\d+", left.name.removesuffix(WRITING)):
+            for left in self.folder.glob(f"step-*{WRITING}*"):  # by a run that was killed
+                if re.fullmatch(rf"step-\d+{re.escape(WRITING)}(\.\d+)?", left.name):
                     remove(left)
-        self.processes.wait()
+        # if it is there now, somebody keeps something in it
+        aside = self.processes.gather(free_name(place.with_name(place.name + WRITING)))[0]
         sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
             try:
@@ -365,6 +365,8 @@ def remove(state: Path) -> None:
         return
     sharded = state / SHARDED
     parts = [] if sharded.is_symlink() else [*sharded.glob("__*.distcp"), sharded / ".metadata"]
+    if WRITING in state.suffixes:
+        parts += state.glob(".tmp" + "?" * 6)  # of safetensors
     for path in (state / TENSORS, *parts, state / FACTS, state / MANIFEST):
         path.unlink(missing_ok=True)
     for folder in (sharded, state):

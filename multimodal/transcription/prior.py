@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
+from multimodal.files import put
 from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
@@ -99,7 +100,7 @@ class NGram:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+        put(Path(path), json.dumps(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

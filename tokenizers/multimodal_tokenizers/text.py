@@ -14,6 +14,7 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from multimodal.files import put
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
@@ -140,7 +141,7 @@ class TextBPE(Tokenizer):
 
     def write(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        Path(path).write_text(self.spec, encoding="utf-8")
+        put(Path(path), self.spec)
 
     def encode(self, value: Any) -> Tokens:
         with _panics(f"TextBPE.encode: {describe(value)}"):
