@@ -263,7 +263,8 @@ class Model(nn.Module):
         beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
         others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
         2022). stop: texts that end a text, and are not part of it. begin: a value that the answer begins with, or a list of texts,
-        one for each sample; max_tokens does not count it.
+        one for each sample; max_tokens does not count it, nor does it cut a kind of a fixed length, which is written whole.
+        An option that would change nothing is refused.
         seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
 
         Raises:
@@ -279,7 +280,9 @@ class Model(nn.Module):
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
             given = [
-                name for name in ("beams", "begin", "guidance", "sampler", "stop") if options[name] not in (1, None, ())
+                name
+                for name in ("beams", "begin", "guidance", "length_penalty", "sampler", "stop", "temperature")
+                if options[name] not in (1, None, ())
             ]
             if given or prefix is not None:
                 raise ConfigError(
