@@ -26,10 +26,11 @@ import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
 from multimodal.declare import declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
+from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task
+from multimodal.texts import shortened
 
 if TYPE_CHECKING:
     from multimodal.model import Model
@@ -219,12 +220,12 @@ def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
         raise CheckpointError(_begun_by(folder, error)) from None
     except Exception as error:  # a config that was edited by hand can be wrong in any way
         raise CheckpointError(
-            f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {_short(str(error))}"
+            f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {shortened(error, 1000)}"
         ) from error
     try:
         put_weights(model, read_tensors(weights), folder, finite=finite)
     except RuntimeError as error:  # tensors of numbers that PyTorch cannot convert
-        raise CheckpointError(f"{folder / WEIGHTS}: cannot be used: {_short(str(error))}") from error
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be used: {shortened(error, 1000)}") from error
     # last, as whatever else was wrong says more; checkpoints of version 0.1 have no checksums
     for name, checksum in config.get(SHA256, {}).items():
         path = stored(folder, config, name)
@@ -235,11 +236,7 @@ def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
 
 def _begun_by(folder: Path, error: Exception) -> str:
     text = str(error)
-    return text if text.startswith(str(folder)) else f"{folder}: {_short(text)}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 1000 else f"{text[:1000]}..."
+    return text if text.startswith(str(folder)) else f"{folder}: {shortened(text, 1000)}"
 
 
 def _check_depth(core: Any, tensors: int) -> None:

@@ -295,8 +295,9 @@ class Model(nn.Module):
         beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
         others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
         2022). stop: texts that end a text, and are not part of it. begin: a value that every answer begins with; max_tokens does
-        not count it. begins: such a value for each sample, of any kind, or None for one that begins with nothing; a list of texts
-        may also be given as begin, since no text is a list.
+        not count it, nor does it cut a kind of a fixed length, which is written whole. begins: such a value for each sample, of any
+        kind, or None for one that begins with nothing; a list of texts may also be given as begin, since no text is a list. An
+        option that would change nothing is refused.
         seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
 
         Raises:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from multimodal.shapes import TaskError, did_you_mean, shortened
+from multimodal.shapes import TaskError, did_you_mean
+from multimodal.texts import shortened
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

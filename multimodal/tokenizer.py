@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError, MediaError, shortened
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.texts import shortened
 
 
 @dataclass(frozen=True)

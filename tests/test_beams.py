@@ -359,6 +359,6 @@ def test_one_beam_without_penalty_is_greedy_but_for_better_answers_that_end_earl
 
 def test_one_beam_of_generate_is_greedy(make):
     model = make(3)
-    assert [a.value for a in model.generate(TASK, SAMPLES, beams=1, length_penalty=0.0, max_tokens=5)] == [
+    assert [a.value for a in model.generate(TASK, SAMPLES, beams=1, length_penalty=1.0, max_tokens=5)] == [
         a.value for a in model.generate(TASK, SAMPLES, max_tokens=5)
     ]

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
@@ -89,7 +89,11 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, CycloptsError):
         return _message_of_typing(error)
     if isinstance(error, OSError):
-        place = f"{shortened(error.filename)}: " if error.filename is not None else ""
+        place = (
+            f"{shortened(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename, 100)}: "
+            if error.filename is not None
+            else ""
+        )
         return place + (error.strerror or str(error) or type(error).__name__)
     from multimodal import conformance, shapes  # only now, as this imports PyTorch
 
@@ -112,7 +116,7 @@ def _message_of_typing(error: "CycloptsError") -> str:
     from cyclopts import MissingArgumentError, UnusedCliTokensError
 
     if isinstance(error, UnusedCliTokensError):
-        words = [shortened(word) for word in error.unused_tokens or []]
+        words = [shortened(word, 100) for word in error.unused_tokens or []]
         more = f" and {len(words) - 3} more" if len(words) > 3 else ""
         listed = ", ".join(map(repr, words[:3]))
         return f"{listed}{more}: not a value of any option; write --NAME VALUE, and a text with blanks in quotes"
@@ -120,12 +124,6 @@ def _message_of_typing(error: "CycloptsError") -> str:
     if isinstance(error, MissingArgumentError) and (name := re.search(r"parameter (--\S+)", str(error))):
         hint = f" A value that begins like an option is written {name[1]}=VALUE."
     return f"{error}{hint}"
-
-
-def shortened(name: Any) -> str:
-    """As much of what was typed as an error has room for."""
-    text = os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)
-    return text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
 
 
 def _place_of_users(error: Exception) -> str | None:

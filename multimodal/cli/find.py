@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multimodal.cli.console import shortened
+from multimodal.texts import shortened
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -162,11 +162,11 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
     try:
         settings = json.loads(config)
         if not isinstance(settings, dict):
-            raise ConfigError(f"--config {shortened(config)}: wanted a JSON object, such as '{{\"patch\": 4}}'")
+            raise ConfigError(f"--config {shortened(config, 100)}: wanted a JSON object, such as '{{\"patch\": 4}}'")
         return found.from_config(settings)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"--config {shortened(config)}: this is no JSON: {error}") from error
+        raise ConfigError(f"--config {shortened(config, 100)}: this is no JSON: {error}") from error
     except ConfigError:
         raise
     except Exception as error:  # a class of somebody else's may raise anything
-        raise ConfigError(f"{class_name} cannot be made from --config {shortened(config)}: {error}") from error
+        raise ConfigError(f"{class_name} cannot be made from --config {shortened(config, 100)}: {error}") from error

@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from multimodal.cli.console import shortened
 from multimodal.cli.options import FIELD, TAKEN
+from multimodal.texts import shortened
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -240,7 +240,7 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
     first, *others = refused
     fitting = [one for one in others if one[0]]
     _, said, error = fitting[-1] if fitting else others[-1] if others and not first[0] else first
-    raise MediaError(f"{option}: {said.replace(text, shortened(text)) if text else said}") from error
+    raise MediaError(f"{option}: {said.replace(text, shortened(text, 100)) if text else said}") from error
 
 
 def _readings(text: str) -> Iterator[Any]:

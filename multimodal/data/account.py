@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from multimodal.shapes import shortened
+from multimodal.texts import shortened
 
 FIRST = 3  # names that are shown of what was left out for one reason
 REASONS = 40  # beyond, the reasons are not told apart: the suffixes of a folder may be its file numbers

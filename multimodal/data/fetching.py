@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from multimodal.data.sources import index_at, is_indexed
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import ConfigError, MediaError, StreamError, shortened
+from multimodal.shapes import ConfigError, MediaError, StreamError
 from multimodal.stream import Stream
+from multimodal.texts import shortened
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TRIES = 100  # samples in a row that may be broken where broken ones are passed over

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multimodal.data.account import Account, Tally
-from multimodal.shapes import ConfigError, did_you_mean, is_text, listed
+from multimodal.shapes import ConfigError, did_you_mean
+from multimodal.texts import is_text, listed
 
 KINDS = {
     "image": (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from multimodal.shapes import ConfigError, MediaError, listed
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.texts import listed
 
 
 class Frame:

@@ -21,8 +21,9 @@ from multimodal.data.frames import as_samples
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
 from multimodal.files import check_fields
 from multimodal.packer import Packer, Prepared
-from multimodal.shapes import ConfigError, MediaError, StreamError, shortened
+from multimodal.shapes import ConfigError, MediaError, StreamError
 from multimodal.surroundings import kept_generators
+from multimodal.texts import shortened
 
 CHUNK = 8  # samples that go to a worker and come back together
 

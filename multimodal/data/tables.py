@@ -15,7 +15,8 @@ from typing import Any
 from multimodal.data.account import Account, Tally
 from multimodal.data.folders import read_folder
 from multimodal.data.frames import check_columns, class_features, named
-from multimodal.shapes import ConfigError, MediaError, did_you_mean, listed, shortened
+from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.texts import listed, shortened
 
 HUB = "hf:"
 LONGEST_CELL = 2**27  # characters; the csv module's own limit is 131,072

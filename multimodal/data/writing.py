@@ -22,7 +22,8 @@ from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOW
 from multimodal.data.sources import is_indexed
 from multimodal.files import aside, check_fields, file_hash, flush, is_aside, parse_json, put, put_new, read_json
 from multimodal.media.sources import log
-from multimodal.shapes import ConfigError, MediaError, listed, shortened
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.texts import listed, shortened
 from multimodal.tokenizer import describe
 
 BAD = "bad.jsonl"

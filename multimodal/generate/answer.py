@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from multimodal.generate.beams import Beams
-from multimodal.generate.samplers import Greedy, Sampler, Temperature, Written
+from multimodal.generate.beams import MOST, Beams
+from multimodal.generate.samplers import AtLeast, Greedy, OneOf, Only, Sampler, Temperature, Written
 from multimodal.generate.telling import Telling
 from multimodal.heads import Head, Prediction
 from multimodal.packer import Packer
@@ -50,6 +50,11 @@ class Options:
             check_number("generate", temperature=self.temperature)
         if self.max_tokens < 1 or self.beams < 1:
             raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
+        if self.beams > MOST:
+            raise ConfigError(
+                f"generate: beams={self.beams} are more than {MOST}, each of which is a row of memory and of every pass; "
+                "use fewer: more than some tens hardly find another answer"
+            )
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"generate: temperature={self.temperature} must be at least 0")
         if not (math.isfinite(self.guidance) and math.isfinite(self.length_penalty)):
@@ -74,11 +79,26 @@ class Options:
             raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
         if self.beams > 1 and self.stop:
             raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
+        if self.beams == 1 and self.length_penalty != 1.0:
+            raise ConfigError(
+                f"generate: length_penalty={self.length_penalty} ranks beams, and there is one only; give beams too, "
+                "or leave it out"
+            )
         if self.beams > 1 and (self.temperature or (self.sampler is not None and self.sampler.draws)):
             what = "a temperature" if self.sampler is None else str(self.sampler)
             raise ConfigError(
                 f"generate: beams={self.beams} look for the likeliest answer; {what} has no meaning there"
             )
+        for part in self.sampler.parts() if self.sampler is not None and self.beams > 1 else ():
+            if type(part) is Greedy:
+                raise ConfigError(
+                    f"generate: beams={self.beams} with {part}, which leaves each of them one way on; use one of them"
+                )
+            if part.reweighs:
+                raise ConfigError(
+                    f"generate: beams={self.beams} rank by the model's own log-probabilities, which {part} does not change; "
+                    "use a rule that rules tokens out, such as NoRepeat(3)"
+                )
 
     @cached_property
     def rule(self) -> Sampler:
@@ -175,6 +195,26 @@ class Answer:
             raise ConfigError(
                 f"{where}: guidance needs the task's fields themselves, not a prefix that was read before"
             )
+        if options.guidance != 1.0 and not self.pattern.reads:
+            raise ConfigError(
+                f"{where}: guidance={options.guidance} pushes away from what is written if nothing is read, but this task reads "
+                "nothing; leave it out"
+            )
+        if self.tokenizer.length is not None and options.length_penalty != 1.0:
+            raise ConfigError(
+                f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so length_penalty={options.length_penalty} "
+                "ranks nothing; leave it out"
+            )
+        for part in options.rule.parts():
+            if isinstance(part, AtLeast) and self.tokenizer.length is not None:
+                raise ConfigError(
+                    f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so {part} changes nothing; leave it out"
+                )
+            if isinstance(part, (OneOf, Only)) and self.read is not None:
+                raise ConfigError(
+                    f"{where}: {type(self.head).__name__} chooses among the tokens that were read by their number, which {part} "
+                    "does not know; leave it out"
+                )
         if options.stop and not self.tokenizer.text:
             raise ConfigError(f"{where}: stop strings need a kind that is text, and {self.kind!r} is not")
         if self.limit < 1:

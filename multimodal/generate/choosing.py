@@ -162,7 +162,16 @@ def drawn(answers: Sequence[Answer], sizes: Sequence[int], chances_BV: Tensor) -
 
 def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Tensor) -> Copies:
     """Carry the likeliest beginnings on; a row whose hypothesis dies takes over a living one's from where they part."""
-    log_p_BV = log_p_BV.masked_fill(torch.isneginf(chances_BV), NEVER)
+    out_BV = torch.isneginf(chances_BV)
+    shift_BV = torch.where(out_BV | torch.isneginf(log_p_BV), torch.nan, chances_BV - log_p_BV)
+    if bool(
+        (shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()
+    ):  # a stranger's rule that did not say so
+        raise StreamError(
+            f"{answer.options.rule} changes chances, but beams rank by the model's own log-probabilities; use a rule that only "
+            "rules tokens out, or beams=1"
+        )
+    log_p_BV = log_p_BV.masked_fill(out_BV, NEVER)
     parents = beams.advance(log_p_BV[answer.seats], answer.stop)
     if beams.done or not parents or len(beams.live[0]) == answer.fixed:
         answer.ended = "stop"

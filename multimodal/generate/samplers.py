@@ -37,9 +37,15 @@ class Sampler(Declared, ABC):
     """A rule of choice. Subclass as a frozen dataclass and write `__call__`.
 
     draws: whether a token is drawn from what the rule leaves; otherwise the likeliest is taken.
+    reweighs: whether it changes chances without ruling tokens out, which beams do not heed.
     """
 
     draws: bool = False
+    reweighs: bool = False
+
+    def parts(self) -> "tuple[Sampler, ...]":
+        """The rules that this one is made of, in their order."""
+        return (self,)
 
     @abstractmethod
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
@@ -55,6 +61,20 @@ class Then(Sampler):
 
     first: Sampler
     second: Sampler
+
+    def __post_init__(self) -> None:
+        rules = self.parts()
+        for i, rule in enumerate(rules):
+            if not _is_greedy(rule):
+                continue
+            idle = [*rules[i + 1 :], *(other for other in rules[:i] if other.draws)]
+            if idle:
+                raise ConfigError(
+                    f"{self}: {rule} leaves the likeliest token only, so {idle[0]} would do nothing; leave one of them out"
+                )
+
+    def parts(self) -> tuple[Sampler, ...]:
+        return (*self.first.parts(), *self.second.parts())
 
     @property
     def draws(self) -> bool:
@@ -74,6 +94,10 @@ class Greedy(Sampler):
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.full_like(logits_BV, NEVER).scatter(1, best_B1, logits_BV.gather(1, best_B1))
+
+
+def _is_greedy(rule: Sampler) -> bool:
+    return type(rule) is Greedy or getattr(rule, "temperature", None) == 0
 
 
 @dataclass(frozen=True)
@@ -187,6 +211,7 @@ class Repetition(Sampler):
     penalty: float = 1.0
     each: float = 0.0
     last: int = 64
+    reweighs = True
 
     def __post_init__(self) -> None:
         check_number("Repetition", penalty=self.penalty, each=self.each)

@@ -25,7 +25,8 @@ from multimodal.media.sources import (
     say_once,
     unreadable,
 )
-from multimodal.shapes import MediaError, shortened
+from multimodal.shapes import MediaError
+from multimodal.texts import shortened
 from multimodal.tokenizer import describe
 
 BLOCK_S = 10.0  # seconds of a file that are read at once

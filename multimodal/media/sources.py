@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.shapes import MediaError, shortened
+from multimodal.shapes import MediaError
+from multimodal.texts import shortened
 from multimodal.tokenizer import describe
 
 log = logging.getLogger("multimodal")

@@ -17,6 +17,7 @@ from multimodal.data import Batches, Packs, is_indexed, kept_generators, seed_ge
 from multimodal.declare import plain
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
+from multimodal.texts import shortened
 from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
 from multimodal.train.state import unequal
@@ -64,12 +65,8 @@ def _named(name: str, one: Any, two: Any, rank: int) -> str:
         if isinstance(one, dict) and isinstance(two, dict):
             inner, one, two = next(iter(unequal(one, two)))
             name = f"{name}.{inner}"
-    return f"{name} is {_shown(one)} in process 0 and {_shown(two)} in process {rank}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+    first, second = (shortened(repr(value), LONGEST_SHOWN) for value in (one, two))
+    return f"{name} is {first} in process 0 and {second} in process {rank}"
 
 
 def facts_of(

@@ -104,6 +104,10 @@ def transcripts(
     window, overlap = _tokens(reading, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
     if decoder is not None and not reading.ctc:
         raise ConfigError(f"transcribe: task {task!r} writes token by token and takes no decoder; leave it out")
+    if overlap_s is not None and not reading.ctc:
+        raise ConfigError(
+            f"transcribe: task {task!r} reads pieces that end at quiet places and share nothing; leave overlap_s={overlap_s} out"
+        )
 
     def pieces() -> Iterator[tuple[int, Piece | MediaError]]:
         for index, sound in enumerate(sounds):

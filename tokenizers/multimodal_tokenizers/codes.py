@@ -11,7 +11,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from multimodal.declare import declaration, rebuild
-from multimodal.shapes import CheckpointError, ConfigError, MediaError, shortened
+from multimodal.shapes import CheckpointError, ConfigError, MediaError
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 BOOK, INSIDE = "codebook.safetensors", "of/"  # our file, and the folder of the inner tokenizer's files

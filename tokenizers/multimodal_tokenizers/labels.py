@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from multimodal.shapes import ConfigError, MediaError, did_you_mean, is_text, shortened
+from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.texts import is_text, shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 
