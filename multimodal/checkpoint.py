@@ -26,7 +26,7 @@ import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
 from multimodal.declare import declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
+from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.stream import Task

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multimodal.texts import shortened
+
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
 
@@ -89,11 +91,7 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, CycloptsError):
         return _message_of_typing(error)
     if isinstance(error, OSError):
-        place = (
-            f"{shortened(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename, 100)}: "
-            if error.filename is not None
-            else ""
-        )
+        place = "" if error.filename is None else f"{shortened(os.fsdecode(error.filename), 100)}: "
         return place + (error.strerror or str(error) or type(error).__name__)
     from multimodal import conformance, shapes  # only now, as this imports PyTorch
 
