@@ -77,10 +77,10 @@ class Trained:
         for name, (shape, kind) in header.items():
             if name.startswith("optimizer/"):
                 parameter = parameters.get(name.split("/", 2)[2])
-                same = parameter is not None and tuple(parameter.shape) == shape
-                found[name] = (
-                    torch.empty_like(parameter, dtype=KINDS[kind]) if same else torch.empty(shape, dtype=KINDS[kind])
-                )  # type: ignore[arg-type]
+                if parameter is not None and tuple(parameter.shape) == shape:
+                    found[name] = torch.empty_like(parameter, dtype=KINDS[kind])
+                else:
+                    found[name] = torch.empty(shape, dtype=KINDS[kind])
         return {name: found[name] for name in header if name in found}
 
     def check(self, header: Header, where: Path) -> None:
