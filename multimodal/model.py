@@ -362,23 +362,24 @@ class Model(nn.Module):
         """What is to be written for each sample, which is encoded when it is asked for."""
         seed, begin = options.get("seed", 0), options.get("begin")
         check_seed("generate", seed)
-        each = isinstance(begin, list) and self._kind_written(task).text
+        begins: list[Any] | None = begin if isinstance(begin, list) and self._kind_written(task).text else None
 
-        def refuse(count: int | str) -> NoReturn:
-            raise ConfigError(
-                f"task {task!r}: begin has {len(begin)} texts for {count} samples; give one for each, or one"
-            )
+        def check(count: int, *, more: bool = False) -> None:
+            if begins is not None and (count != len(begins) if not more else count > len(begins)):
+                raise ConfigError(
+                    f"task {task!r}: begin has {len(begins)} texts for {'more' if more else count} samples; give one for each, "
+                    "or one"
+                )
 
-        if each and isinstance(samples, Sized) and len(samples) != len(begin):
-            refuse(len(samples))
-        number = -1
-        for number, sample in enumerate(one for part in in_batches(samples, 1) for one in part):
-            if each and number >= len(begin):
-                refuse("more")
-            own = {**options, "seed": (seed + number) % 2**63, "begin": begin[number] if each else begin}
-            yield request(self.packer, task, sample, f"sample {number}", prefix, own)
-        if each and number + 1 != len(begin):
-            refuse(number + 1)
+        if isinstance(samples, Sized):
+            check(len(samples))
+        count = 0
+        for sample in (one for part in in_batches(samples, 1) for one in part):
+            check(count + 1, more=True)
+            own = {"seed": (seed + count) % 2**63, "begin": begin if begins is None else begins[count]}
+            yield request(self.packer, task, sample, f"sample {count}", prefix, {**options, **own})
+            count += 1
+        check(count)
 
     def _check_fields(self, task: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
         """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
