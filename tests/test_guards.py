@@ -26,7 +26,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
-    {"shapes", "declare", "files"},
+    {"shapes", "declare", "files", "surroundings"},
     {"tokenizer", "masks", "positions", "norm", "cross_entropy", "media"},
     {"attention"},
     {"layers", "mixture"},
