@@ -100,15 +100,15 @@ class Desk:
     """Which sample each data worker is at, in memory that it shares with the main process: what is left of one that dies."""
 
     def __init__(self) -> None:
-        self.at_WN: torch.Tensor | None = None  # (workers, 2): number of the task, of the sample; -1: none yet
+        self.at: torch.Tensor | None = None  # (workers, 2): number of the task, of the sample; -1: none yet
 
     def seat(self, workers: int) -> None:
-        self.at_WN = torch.full((workers, 2), -1).share_memory_()
+        self.at = torch.full((workers, 2), -1).share_memory_()
 
     def put(self, task: int, sample: int) -> None:
         worker = get_worker_info()
-        if worker is not None and self.at_WN is not None:
-            self.at_WN[worker.id, 0], self.at_WN[worker.id, 1] = task, sample
+        if worker is not None and self.at is not None:
+            self.at[worker.id, 0], self.at[worker.id, 1] = task, sample
 
 
 class Loader:
@@ -223,7 +223,7 @@ class Loader:
 
     def _at(self, worker: int) -> str:
         """'sample 7 of task ..', the one that a worker is at, or was when it died."""
-        desk = self.fetch.desk.at_WN
+        desk = self.fetch.desk.at
         task, sample = (-1, -1) if desk is None else desk[worker].tolist()
         return f"sample {sample} of task {list(self.fetch.data)[task]!r}" if task >= 0 else ""
 
