@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -228,7 +228,7 @@ class Model(nn.Module):
         names = [f"sample {first + i}" for i in range(len(samples))]
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
-    def predict(self, task: str, /, samples: Sequence[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
+    def predict(self, task: str, /, samples: Iterable[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
         """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
 
         Samples are read `batch` at a time, so that they may be any number of files, or something that can only be iterated.
@@ -272,7 +272,7 @@ class Model(nn.Module):
         self,
         task: str,
         /,
-        samples: Sequence[Sample] | None = None,
+        samples: Iterable[Sample] | None = None,
         *,
         max_tokens: int = 256,
         sampler: Sampler | None = None,
@@ -331,7 +331,7 @@ class Model(nn.Module):
         self,
         task: str,
         /,
-        samples: Sequence[Sample] | None = None,
+        samples: Iterable[Sample] | None = None,
         *,
         prefix: Prefix | None = None,
         batch: int = 64,

@@ -80,7 +80,7 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
 def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> None:
     """Raises a ConfigError unless each is a whole number, and `least` or more."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and value < least):
+        if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and int(value) < least):
             bound = "" if least is None else f", {least} or more"
             raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a whole number{bound}")
 
@@ -94,7 +94,7 @@ def check_number(where: str, /, **values: Any) -> None:
 
 def check_seed(where: str, value: Any, /) -> None:
     """Raises a ConfigError unless torch can be seeded by it: a whole number of 63 bits, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
         raise ConfigError(f"{where}: seed={shortened(repr(value), 60)} must be a whole number from 0 to 2**63 - 1")
 
 

@@ -104,7 +104,7 @@ def _versions() -> dict[str, str | None]:
 def _digest(tensor: Tensor) -> str:
     """Of a tensor's type, shape and bytes."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {crc32(raw):08x}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {crc32(raw):08x}"  # type: ignore[arg-type]
 
 
 def _samples(feed: Batches | Packs) -> dict[str, dict[str, str]]:

@@ -152,6 +152,7 @@ def fit(
     except BaseException:
         model.train(learned_before)
         raise
+    assert training is not None
     return training.run
 
 

@@ -54,8 +54,8 @@ def asked_to_stop() -> Iterator[threading.Event]:
         yield asked
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGBREAK"):  # on Windows, what a launcher sends
-        numbers.append(signal.SIGBREAK)
+    if os.name == "nt":
+        numbers.append(signal.SIGBREAK)  # type: ignore[attr-defined]  # what a launcher sends there
     before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, _: Any) -> None:
