@@ -1,6 +1,6 @@
 """A kind of data the framework has never seen, in one class: time series of any length and number of channels.
 
-    uv run examples/new_tokenizer.py                          TONES_TIME, 100 % of 200 made-up tones: rise, fall, stay or beat
+    uv run examples/new_tokenizer.py                          2 CPU-minutes, 100 % of 200 made-up tones: rise, fall, stay or beat
     uv run examples/new_tokenizer.py --data JapaneseVowels    20 seconds, 97 % of 370 spoken vowels: which of 9 people
     uv run examples/new_tokenizer.py --data BasicMotions      also ArrowHead, GunPoint, ItalyPowerDemand, UnitTest
 
