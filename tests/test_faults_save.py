@@ -24,9 +24,11 @@ from multimodal.data.writing import index_archives, write_shards
 from multimodal.files import put
 from multimodal.look import drawing
 from multimodal.look.lens import lens
+from multimodal.saving import MARK, PLACE
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.train import compare
 from multimodal.train import folder as run_folder
+from multimodal.train.state import remove
 from multimodal.train.trouble import keep_trouble
 from multimodal_tokenizers import ImagePatches, Labels, TextBPE, TextBytes
 
@@ -710,3 +712,27 @@ written(seed=2).save(sys.argv[1])
     assert (folder / "weights.safetensors.1").read_bytes().endswith(b"mine")
     assert files.file_hash(moved / "weights.safetensors") == weights
     assert same(mm.Model.load(folder), models[0])
+
+
+def test_fault_55a_all_files_of_a_shared_out_state_are_removed_and_no_others(tmp_path):
+    state = tmp_path / "step-00000001"
+    lay(state, {"pieces/index.json": "i", "pieces/00000.safetensors": "a", "pieces/00001.safetensors": "b"})
+    lay(state, {"state.json": "{}", "manifest.json": "{}"})
+    remove(state)
+    assert not state.exists()
+    lay(state, {"pieces/index.json": "i", "pieces/mine.safetensors": "m", "state.json": "{}"})
+    remove(state)
+    assert [path.name for path in state.rglob("*") if path.is_file()] == ["mine.safetensors"]
+
+
+def test_fault_83a_the_plan_of_a_save_that_somebody_else_made_reaches_no_file_outside(tmp_path):
+    model = make()
+    model.save(tmp_path / "m")
+    lay(tmp_path, {"diary.txt": "mine"})
+    config = json.loads((tmp_path / "m/config.json").read_text(encoding="utf-8"))
+    for name in ("../diary.txt", str(tmp_path / "diary.txt")):
+        plan = json.dumps({"before": {name: None}, "after": config["sha256"]})
+        lay(tmp_path / "m" / PLACE, {"lock": MARK, "plan.json": plan})
+        model.save(tmp_path / "m")
+        assert (tmp_path / "diary.txt").read_text(encoding="utf-8") == "mine"
+        assert not (tmp_path / "m" / PLACE).exists()

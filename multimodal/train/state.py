@@ -38,7 +38,7 @@ from multimodal.declare import declaration, plain, rebuild
 from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json, shown_short
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, did_you_mean
-from multimodal.train.pieces import Pieces, write_pieces
+from multimodal.train.pieces import INDEX, Pieces, write_pieces
 from multimodal.train.processes import Processes, whole
 from multimodal.train.recipe import FREE, PRECISIONS, Recipe
 
@@ -363,13 +363,15 @@ def remove(state: Path) -> None:
     """Delete the files of a state, and its folder if nothing else is in it. The manifest goes last: without it, it is damaged."""
     if state.is_symlink():
         return
-    sharded = state / SHARDED
+    sharded, pieces = state / SHARDED, state / PIECES
     parts = [] if sharded.is_symlink() else [*sharded.glob("__*.distcp"), sharded / ".metadata"]
+    if not pieces.is_symlink():
+        parts += [pieces / INDEX, *pieces.glob("[0-9]" * 5 + ".safetensors")]
     if WRITING in state.suffixes:
-        parts += state.glob(".tmp" + "?" * 6)  # of safetensors
+        parts += [left for folder in (state, pieces) for left in folder.glob(".tmp" + "?" * 6)]  # of safetensors
     for path in (state / TENSORS, *parts, state / FACTS, state / MANIFEST):
         path.unlink(missing_ok=True)
-    for folder in (sharded, state):
+    for folder in (sharded, pieces, state):
         with suppress(OSError):  # it is not there, or somebody keeps something in it
             folder.rmdir()
 
