@@ -174,7 +174,7 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
         else:
             source, name = file_source(value, who)
             opened = source.open("rb") if isinstance(source, Path) else None  # files that came open stay open
-            file = opened or source
+            file: Any = opened or source
             head = first_bytes(file)
             if head[4:8] == b"ftyp" and file_kind(head) == "HEIC":
                 array = _heif(file, max_pixels, who, name)
@@ -254,7 +254,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     """(Y, X) or (Y, X, C) float32 in 0..1 of a PIL image, decoded and upright."""
     kind, raw = image.format, raw_mode(image)
     tags = getattr(image, "tag_v2", {})
-    _check_pixels(*image.size, max_pixels, who, name)
+    _check_pixels(image.width, image.height, max_pixels, who, name)
     _check_pixels(
         tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), max(4 * max_pixels, 2**20), who, f"a tile of {name}"
     )
@@ -270,7 +270,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
             f"8 of 16 bits {kind}", f"{who}: {name} has 16 bits a channel; of {kind} files with colours 8 are read"
         )
     image = upright(image)
-    _check_pixels(*image.size, max_pixels, who, name)
+    _check_pixels(image.width, image.height, max_pixels, who, name)
     return _floats(image, kind, raw, tags, max_pixels, who)
 
 

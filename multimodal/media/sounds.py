@@ -225,7 +225,8 @@ def _from_memory(value: Any, who: str) -> _Sound:
     elif isinstance(value, (tuple, list)) and len(value) == 2:
         wave, rate = value
     elif hasattr(value, "data") and hasattr(value, "sample_rate"):  # torchcodec's AudioSamples
-        wave, rate = value.data, value.sample_rate
+        samples: Any = value
+        wave, rate = samples.data, samples.sample_rate
     else:
         raise MediaError(
             f"{who}: wanted a file or a pair (wave, rate_hz), not {describe(value)}; an array alone does not say its rate"
