@@ -37,6 +37,7 @@ HDF5 and MPEG, which somebody else has to decode; and formats of science, games 
 is one more that damaged files can attack.
 """
 ORIENTATION = 0x0112  # of EXIF
+METADATA = ("exif", "xmp", "XML:com.adobe.xmp", *(f"Raw profile type {name}" for name in ("exif", "APP1", "xmp")))
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
 TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
 """Of each orientation: whether rows and columns change places, then whether left and right do, then top and bottom."""
@@ -82,9 +83,12 @@ def check_decoder(image: Any, who: str) -> None:
 
 def upright(image: Any) -> Any:
     """A PIL image, turned as its EXIF or XMP says."""
+    turn = TURNS.get(_orientation_left(image))
+    if turn is None:
+        return image
     from PIL.Image import Transpose
 
-    swapped, left_right, top_bottom = TURNS.get(_orientation_left(image), (0, 0, 0))
+    swapped, left_right, top_bottom = turn
     for wanted, method in (
         (swapped, Transpose.TRANSPOSE),
         (left_right, Transpose.FLIP_LEFT_RIGHT),
@@ -109,6 +113,8 @@ def _orientation(image: Any) -> int:
     from PIL import Image
 
     info = image.info
+    if image.format != "TIFF" and info.keys().isdisjoint(METADATA):
+        return 1
     try:
         exif = image.getexif()
         found = exif.get(ORIENTATION)
@@ -167,10 +173,10 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
             array = _pixels(value, max_pixels, who, name)
         else:
             source, name = file_source(value, who)
-            head = first_bytes(source)
-            file = opened = source.open("rb") if isinstance(source, Path) else None
-            file = source if opened is None else opened  # files that came open stay open
-            if file_kind(head) == "HEIC":
+            opened = source.open("rb") if isinstance(source, Path) else None  # files that came open stay open
+            file: Any = opened or source
+            head = first_bytes(file)
+            if head[4:8] == b"ftyp" and file_kind(head) == "HEIC":
                 array = _heif(file, max_pixels, who, name)
             else:
                 _check_inside(file, head, max_pixels, who, name)
@@ -200,7 +206,8 @@ def _opened(file: Any, head: bytes, who: str, name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            warnings.filterwarnings("ignore", "Image was not the expected size")  # of icons; it is looked at
+            if head.startswith(b"\0\0\1\0"):
+                warnings.filterwarnings("ignore", "Image was not the expected size")  # of icons; it is looked at
             return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         kind = file_kind(head)
@@ -247,7 +254,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     """(Y, X) or (Y, X, C) float32 in 0..1 of a PIL image, decoded and upright."""
     kind, raw = image.format, raw_mode(image)
     tags = getattr(image, "tag_v2", {})
-    _check_pixels(*image.size, max_pixels, who, name)
+    _check_pixels(image.width, image.height, max_pixels, who, name)
     _check_pixels(
         tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), max(4 * max_pixels, 2**20), who, f"a tile of {name}"
     )
@@ -263,7 +270,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
             f"8 of 16 bits {kind}", f"{who}: {name} has 16 bits a channel; of {kind} files with colours 8 are read"
         )
     image = upright(image)
-    _check_pixels(*image.size, max_pixels, who, name)
+    _check_pixels(image.width, image.height, max_pixels, who, name)
     return _floats(image, kind, raw, tags, max_pixels, who)
 
 

@@ -151,11 +151,12 @@ def _one_channel(sound: _Sound, rate: int, max_seconds: float, who: str) -> Iter
             continue
         came += wave_CS.shape[1]
         _check_length(sound, came, rate, max_seconds, who)
-        _check_range(wave_CS, sound.name, who)
+        flat = (wave_CS if wave_CS.is_contiguous() else wave_CS.T).reshape(-1)  # as it lies in memory
+        _check_range(flat, sound.name, who)
         wave_S = wave_CS.mean(0)
         if len(wave_CS) > 1:
-            power += float(wave_CS.square().mean()) * len(wave_S)
-            power_of_mean += float(wave_S.square().sum())
+            power += float(flat.dot(flat)) / len(wave_CS)
+            power_of_mean += float(wave_S.dot(wave_S))
         yield wave_S
     if not came:
         raise MediaError(f"{who}: {sound.name} has no samples")
@@ -166,12 +167,12 @@ def _one_channel(sound: _Sound, rate: int, max_seconds: float, who: str) -> Iter
         )
 
 
-def _check_range(wave_CS: Tensor, name: str, who: str) -> None:
-    low, high = (float(x) for x in wave_CS.aminmax())
+def _check_range(wave: Tensor, name: str, who: str) -> None:
+    low, high = (float(x) for x in wave.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise MediaError(f"{who}: {name} has samples that are not finite (NaN or infinity)")
     peak = max(-low, high)
-    if peak > LOUDEST or (peak > 1.5 and bool((wave_CS == wave_CS.round()).all())):
+    if peak > LOUDEST or (peak > 1.5 and bool((wave == wave.round()).all())):
         raise MediaError(
             f"{who}: {name} runs from {low:g} to {high:g}, but floats are wanted in -1..1; whole numbers of 16 bits are divided "
             "by 32768, or given as int16"
@@ -225,7 +226,8 @@ def _from_memory(value: Any, who: str) -> _Sound:
     elif isinstance(value, (tuple, list)) and len(value) == 2:
         wave, rate = value
     elif hasattr(value, "data") and hasattr(value, "sample_rate"):  # torchcodec's AudioSamples
-        wave, rate = value.data, value.sample_rate
+        samples: Any = value
+        wave, rate = samples.data, samples.sample_rate
     else:
         raise MediaError(
             f"{who}: wanted a file or a pair (wave, rate_hz), not {describe(value)}; an array alone does not say its rate"
@@ -321,12 +323,12 @@ def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
 
 def _open_other(source: Any, name: str, label: str, who: str, error: Exception, stack: ExitStack) -> _Sound:
     """A file that libsndfile refuses, by a package that is installed for it, or the error that says which one to install."""
-    head = first_bytes(source)
+    file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
+    head = first_bytes(file)
     kind = file_kind(head)
     if kind not in DEMUXERS:
         text = FOREIGN.get(kind) or ("it is a picture (HEIC)" if kind == "HEIC" else error if head else "it is empty")
         raise unreadable(name, "sound", text, who) from error
-    file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
     try:
         import av
     except ImportError:

@@ -176,13 +176,10 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
 }
 
 
-def first_bytes(source: Path | BinaryIO) -> bytes:
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            return file.read(HEAD)
-    source.seek(0)
-    head = source.read(HEAD)
-    source.seek(0)
+def first_bytes(file: BinaryIO) -> bytes:
+    file.seek(0)
+    head = file.read(HEAD)
+    file.seek(0)
     return head
 
 

@@ -9,7 +9,7 @@ import torch
 
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
 from multimodal.texts import is_text, shortened
-from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal.tokenizer import Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Labels(Tokenizer):
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise ConfigError(f"Labels: names={describe(self.names)} is not a list of names")
+            raise ConfigError(f"Labels: names={shortened(repr(self.names), 100)} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
         for name in self.names:
             if not is_text(name):
@@ -51,7 +51,7 @@ class Labels(Tokenizer):
         if not self.several:
             return Tokens(torch.tensor([self._id(value)]), torch.zeros(1, 3))
         if isinstance(value, str) or not isinstance(value, Iterable):
-            raise MediaError(f"Labels.encode: several=True wants a list of names, not {describe(value)}")
+            raise MediaError(f"Labels.encode: several=True wants a list of names, not {shortened(repr(value), 100)}")
         hot = torch.zeros(1, len(self.names))
         for name in value:
             hot[0, self._id(name)] = 1
