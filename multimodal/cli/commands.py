@@ -1,6 +1,5 @@
 """The commands. Everything heavy is imported inside of them, so that help comes at once."""
 
-import json
 import os
 import sys
 import traceback
@@ -13,7 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 from multimodal.cli import benching, planning, replaying, sharding, training
 from multimodal.cli.find import load, make_tokenizer
 from multimodal.cli.options import Device, Fields, Json, Out, Plugins
-from multimodal.cli.showing import check_folder, show
+from multimodal.cli.showing import check_folder, json_text, show
 from multimodal.cli.typed import choose_task, sample_from, samples_with, value_from
 from multimodal.cli.writing import Writing, written_live
 
@@ -277,7 +276,7 @@ def verify(
     result = verify_model(model, samples_with(model, fields))
     if as_json:
         rows = [{**vars(row), "passed": row.passed} for row in result.rows]
-        print(json.dumps({"passed": result.passed, "rows": rows, "notes": result.notes}, indent=2))
+        print(json_text({"passed": result.passed, "rows": rows, "notes": result.notes}, indent=2))
     else:
         print(result)
     return 0 if result.passed else 1

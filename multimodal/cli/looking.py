@@ -1,12 +1,11 @@
 """What `look` shows: the X-ray's picture and page as files, and its table of heads."""
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multimodal.cli.showing import harmless, saved
+from multimodal.cli.showing import harmless, json_text, saved
 from multimodal.cli.typed import sample_from, value_from
 
 MOST_ROWS = 24  # of the table of heads
@@ -37,7 +36,7 @@ def look_at(
         saved(".html", page(ray).encode("utf-8"), "xray", folder),
     ]
     if as_json:
-        print(json.dumps({"task": task, "heads": ray.table(), "files": list(map(str, files))}, ensure_ascii=False))
+        print(json_text({"task": task, "heads": ray.table(), "files": list(map(str, files))}))
         return
     rows = ray.table()
     if len(rows) > MOST_ROWS:

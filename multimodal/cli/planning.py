@@ -1,13 +1,14 @@
 """`multimodal plan`: what a recipe will need on GPUs that are not here, as a table or as JSON."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+
+from multimodal.cli.showing import json_text
 
 if TYPE_CHECKING:
     from multimodal.plan import Range, TrainingPlan
@@ -83,7 +84,7 @@ def plan(
             progress=progress,
         )
     if as_json:
-        print(json.dumps(facts(found), indent=2))
+        print(json_text(facts(found), indent=2))
     else:
         show_plan(found)
     return 0 if found.fits else 1

@@ -1,13 +1,12 @@
 """What `replay` shows: which samples made a training step go wrong."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multimodal.cli.find import load
 from multimodal.cli.options import Device, Json, Plugins
-from multimodal.cli.showing import harmless
+from multimodal.cli.showing import harmless, json_text
 
 if TYPE_CHECKING:
     from multimodal.train.trouble import Row
@@ -58,7 +57,7 @@ def replay(
             "weights": list(done.weights),
             "notes": list(done.notes),
         }
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json_text(facts))
     else:
         print(f"step {found.step}: {harmless(found.why)}\n")
         print(_table(done.batches) + "\n\n" + _table(done.samples[:rows]))

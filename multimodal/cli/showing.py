@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ def show(
     folder = Path() if out is None else out
     if as_json:
         found = {"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)}
-        print(json.dumps(found, ensure_ascii=False, default=str))
+        print(json_text(found))
     elif (file := _as_file(answer.value, texts=out is not None, arrays=True)) is not None:
         print(saved(*file, name, folder))
     else:
@@ -54,12 +56,27 @@ def _print(answer: "Prediction", most: int = 5) -> None:
     value = answer.value
     text = ", ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
     print(harmless(text) if sys.stdout.isatty() else text)
-    top = list(answer.probability.items())[:most]
-    width = max((len(str(name)) for name, _ in top), default=0)
+    top = [(harmless(str(name)) if sys.stdout.isatty() else str(name), p) for name, p in answer.probability.items()][
+        :most
+    ]
+    width = max((len(name) for name, _ in top), default=0)
     for name, p in top:
-        print(f"  {name!s:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
+        print(f"  {name:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
     if rest := len(answer.probability) - len(top):
         print(f"  and {rest} more")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """The value as JSON; a number that JSON does not have (NaN, infinity) is null, of other types there is the text."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def harmless(text: str) -> str:

@@ -1,6 +1,5 @@
 """`train` trains what a Python file describes; `report` compares what it left behind."""
 
-import json
 import os
 import shlex
 import sys
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from multimodal.cli.find import import_file
-from multimodal.cli.showing import saved
+from multimodal.cli.showing import harmless, json_text, saved
 
 if TYPE_CHECKING:
     from multimodal.train import Run
@@ -149,7 +148,7 @@ def report(
         out.write_bytes(picture.getvalue())
     if as_json:
         facts = {"runs": [r.facts() for r in records], "differences": differences(records), "picture": str(out)}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json_text(facts, indent=2))
     else:
-        print(f"{table(records)}\n\npicture  {out}")
+        print(harmless(f"{table(records)}\n\npicture  {out}"))
     return 0
