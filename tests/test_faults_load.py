@@ -408,3 +408,39 @@ def test_fault_83d_the_fuzzer_finds_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "failures: 0" in done.stdout
+
+
+def test_fault_69b_json_never_prints_what_json_does_not_have(capsys):
+    from multimodal.cli.showing import as_json, show
+    from multimodal.heads import Prediction
+
+    show(
+        "a -> b",
+        Prediction([float("nan"), 1.0], 0.5, probability={"x\x1b[31m": float("nan")}),
+        True,
+        name="b",
+        out=None,
+    )
+
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    printed = json.loads(capsys.readouterr().out, parse_constant=refused)
+    assert printed["answer"] == [None, 1.0]
+    assert json.loads(as_json({"a": (float("inf"), {"b": -float("inf")})}), parse_constant=refused) == {
+        "a": [None, {"b": None}]
+    }
+
+
+def test_fault_83e_labels_and_names_do_not_steer_a_terminal(monkeypatch, capsys, good, tmp_path):
+    from multimodal.cli import main
+    from multimodal.cli.showing import show
+    from multimodal.heads import Prediction
+
+    shutil.copytree(good / "run", tmp_path / "x\x1b[31m$\\frac{$")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(tmp_path / "x\x1b[31m$\\frac{$")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    show("a -> b", Prediction("y\x1b]0;z\x07", 0.5, probability={"x\x1b[31m": 1.0}), False, name="b", out=None)
+    assert not set("\x1b\x07") & set(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,17 +18,26 @@ _CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 def print_json(value: Any, indent: int | None = None) -> None:
     """Print a value as JSON, with every letter as it is where standard output can show it, and else as its number."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, default=_plain)
+    text = as_json(value, indent)
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
-        text = json.dumps(value, indent=indent, default=_plain)
+        text = json.dumps(json.loads(text), indent=indent)
     print(text)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no word for: arrays and their numbers as lists and numbers, all else as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A number that JSON does not have (NaN, infinity) is null; arrays are lists, and of other types there is the text."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lists(value: Any) -> Any:
@@ -89,13 +99,14 @@ def _facts(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dic
 
 def _print(answer: "Prediction", most: int = 5) -> None:
     """The answer; where there are classes, the likeliest with their probabilities as bars."""
-    value = answer.value
-    text = json.dumps(value, ensure_ascii=False, default=_plain) if isinstance(value, (list, dict)) else str(value)
+    text = as_json(answer.value) if isinstance(answer.value, (list, dict)) else str(answer.value)
     print(harmless(text) if sys.stdout.isatty() else text)
-    top = list(answer.probability.items())[:most]
-    width = max((len(str(name)) for name, _ in top), default=0)
+    top = [(harmless(str(name)) if sys.stdout.isatty() else str(name), p) for name, p in answer.probability.items()][
+        :most
+    ]
+    width = max((len(name) for name, _ in top), default=0)
     for name, p in top:
-        print(f"  {name!s:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
+        print(f"  {name:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
     if rest := len(answer.probability) - len(top):
         print(f"  and {rest} more")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from multimodal.cli.find import import_file
-from multimodal.cli.showing import check_folder, print_json, saved
+from multimodal.cli.showing import check_folder, harmless, print_json, saved
 
 if TYPE_CHECKING:
     from multimodal.train import Run
@@ -151,5 +151,5 @@ def report(
         facts = {"runs": [r.facts() for r in records], "differences": differences(records), "picture": str(out)}
         print_json(facts, indent=2)
     else:
-        print(f"{table(records)}\n\npicture  {out}")
+        print(harmless(f"{table(records)}\n\npicture  {out}"))
     return 0
