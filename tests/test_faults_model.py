@@ -286,3 +286,44 @@ def test_fault_75a_an_odd_key_width_is_refused_where_places_turn_it() -> None:
         core().build()
     kinds = {"text": TextBytes()}
     assert verify(mm.Model(kinds, core(rotary_split=(0, 0, 0)), ["text -> out:text"])).passed
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_fault_68_pointers_at_tokens_that_were_read_twice_pass(repeats: bool) -> None:
+    """Twins within a field and across two fields of one kind."""
+    for seed in (2, 4):
+        model = mm.Model(
+            {"text": TextBytes()},
+            mm.Core(width=32, depth=1, heads=2),
+            [mm.Task("text s:text -> o:text", mm.Pointer(repeats=repeats))],
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() >= 2:
+                    weight.normal_(std=0.3, generator=generator)
+        samples = [{"text": t, "s": t[::-1]} for t in ("aabb", "abab", "aaaa", "bca")]
+        result = verify(model, {"text s:text -> o:text": samples})
+        assert result.passed, str(result)
+
+
+def test_fault_49_what_is_allowed_stands_beside_what_was_found() -> None:
+    model = mm.Model({"text": TextBytes(), "label": Labels(("a", "b"))}, mm.Core.tiny(), ["text -> label"])
+    result = verify(model)
+    found = next(row for row in result.rows if row.difference and row.check != "gradient")
+    assert f"{found.difference:.1e} of {found.allowed:.1e}" in str(result)
+
+
+def test_fault_86_rounding_of_large_weights_is_no_failure() -> None:
+    """Random models with large weights pass; one that mixes samples by as little as their rounding times ten does not."""
+    for seed in range(6):
+        model = mm.Model(
+            {"text": TextBytes()}, mm.Core(width=16, depth=3, heads=2, qk_norm=False), ["text -> out:text"]
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() >= 2:
+                    weight.normal_(std=2.0, generator=generator)
+        result = verify(model)
+        assert result.passed, str(result)
