@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> float:
     test = pictures.test.some(args.check) if args.check else pictures.test
     recipe = mm.override(recipe, **{name: value for name, value in changes.items() if value is not None})
 
-    # tokenizers and model
+    # tokenizers and model; with label smoothing of 0.1 it learns to be 91 % sure of each of ten classes, and not more
     model = mm.Model(
         tokenizers={"image": patches, "label": Labels(pictures.names)},
         core=core,

@@ -286,3 +286,61 @@ def test_fault_75a_an_odd_key_width_is_refused_where_places_turn_it() -> None:
         core().build()
     kinds = {"text": TextBytes()}
     assert verify(mm.Model(kinds, core(rotary_split=(0, 0, 0)), ["text -> out:text"])).passed
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_fault_68_pointers_at_tokens_that_were_read_twice_pass(repeats: bool) -> None:
+    """Twins within a field and across two fields of one kind."""
+    for seed in (2, 4):
+        model = mm.Model(
+            {"text": TextBytes()},
+            mm.Core(width=32, depth=1, heads=2),
+            [mm.Task("text s:text -> o:text", mm.Pointer(repeats=repeats))],
+        )
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() >= 2:
+                    weight.normal_(std=0.3, generator=generator)
+        samples = [{"text": t, "s": t[::-1]} for t in ("aabb", "abab", "aaaa", "bca")]
+        result = verify(model, {"text s:text -> o:text": samples})
+        assert result.passed, str(result)
+
+
+def test_fault_49_what_is_allowed_stands_beside_what_was_found() -> None:
+    model = mm.Model({"text": TextBytes(), "label": Labels(("a", "b"))}, mm.Core.tiny(), ["text -> label"])
+    result = verify(model)
+    found = next(row for row in result.rows if row.difference and row.check != "gradient")
+    assert f"{found.difference:.1e} of {found.allowed:.1e}" in str(result)
+
+
+@dataclass(frozen=True)
+class Mixing(TextBytes):
+    """Every row gets a share of the mean of all rows of the stream."""
+
+    share: float = 0.0
+
+    def embed(self, width: int) -> nn.Module:
+        table = super().embed(width)
+        table.register_forward_hook(lambda module, given, rows: rows + self.share * rows.mean(0))
+        return table
+
+
+def test_fault_86_rounding_of_large_weights_is_no_failure() -> None:
+    """Models whose large weights make rounding grow pass; with a leak of a few times the rounding they do not."""
+
+    def large(seed: int, std: float, text: TextBytes) -> mm.Model:
+        core = mm.Core(width=32, depth=12, heads=4, qk_norm=False)
+        model = mm.Model({"label": Labels(tuple("abcd")), "text": text}, core, ["text -> label"])
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() >= 2:
+                    weight.normal_(std=std, generator=generator)
+        return model
+
+    for seed, std in ((0, 2.0), (11, 3.0)):
+        result = verify(large(seed, std, TextBytes()))
+        assert result.passed, str(result)
+    leak = verify(large(0, 2.0, Mixing(share=1e-3)))
+    assert "packed" in {row.check for row in leak.failures}
