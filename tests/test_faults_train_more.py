@@ -334,7 +334,6 @@ def test_fault_73a_gates_that_were_saved_without_an_axis_are_read(tmp_path):
 
 def test_fault_79_a_launcher_without_posix_signals(monkeypatch):
     monkeypatch.delattr(os, "killpg")
-    monkeypatch.delattr(signal, "SIGKILL")
     command = [
         sys.executable,
         "-S",
