@@ -150,7 +150,8 @@ def fit(
                     if training.lock:
                         training.lock.close()
     except BaseException:
-        model.train(learned_before)
+        if training is None or not training.ended:
+            model.train(learned_before)
         raise
     assert training is not None
     return training.run
@@ -194,7 +195,7 @@ class _Training:
         self.quiet = quiet or processes.rank > 0
         self.keeps = self.run.folder is not None and processes.rank == 0
         self.trackers: list[Tracker] = []
-        self.go_on = ""
+        self.go_on, self.ended = "", False
         self.lock: Any = None
         self.states: Checkpoints | None = None
         self.device = processes.device(choose_device(recipe.device))
@@ -347,6 +348,7 @@ class _Training:
         finally:
             self._put_back()
             self.model.eval()
+            self.ended = True
         if self.evaluation and self.run.finished and not rested:
             found = self._evaluated()
             self._note({"step": self.step, **found})
