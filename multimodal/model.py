@@ -371,7 +371,8 @@ class Model(nn.Module):
 
     def _begins(self, task: str, count: int, options: Mapping[str, Any]) -> Sequence[Any]:
         """What each answer begins with."""
-        begin, begins = options.get("begin"), options.get("begins")
+        begin: Any = options.get("begin")
+        begins: Any = options.get("begins")
         if begins is None:
             listed = isinstance(begin, list) and self._kind_written(task).text
             if not listed:
