@@ -415,7 +415,8 @@ class Model(nn.Module):
 
     def _begins(self, task: str, options: Mapping[str, Any]) -> Sequence[Any] | None:
         """What each answer begins with, one for each sample; None where `begin` is for all."""
-        begin, begins = options.get("begin"), options.get("begins")
+        begin: Any = options.get("begin")
+        begins: Any = options.get("begins")
         if begins is None:
             return begin if isinstance(begin, list) and self._kind_written(task).text else None
         if begin is not None:

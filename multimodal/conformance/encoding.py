@@ -111,11 +111,7 @@ def generators_untouched(case: TokenizerCase) -> None:
 
     _ = case.tokens
     for name, call in _calls(case):
-        (
-            random.random(),
-            np.random.random(),
-            torch.rand(1),
-        )  # away from where a seed that was set before would lead again
+        _ = random.random(), np.random.random(), torch.rand(1)  # a seed that was set before would lead here again
         before = states()
         call()
         moved = [generator for generator, state in states().items() if state != before[generator]]

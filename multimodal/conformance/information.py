@@ -139,7 +139,7 @@ def decode_gives_value(case: TokenizerCase) -> None:
         raise unittest.SkipTest("it has no decode: this kind is only read")
     if t.lossy:
         return
-    compared = False
+    compared, got = False, None
     for value, tokens in zip(case.values, case.tokens, strict=True):
         got = t.decode(tokens)
         same = _same_value(value, got, t.classes)
@@ -312,10 +312,12 @@ def _end_changed(part: Any, axis: int, count: int, values: Sequence[Any]) -> Ite
     if isinstance(last, (list, tuple, np.ndarray, Tensor)):
         seen += [put(x) for inner, put, at in _sequences(last) for x in _end_changed(inner, at, 1, [])]
     for element in seen:
-        tail = (
-            element * count if isinstance(part, str) else bytes([element]) * count if isinstance(part, bytes) else None
-        )
-        yield part[: len(part) - count] + (type(part)([element] * count) if tail is None else tail)
+        tail: Any = [element] * count
+        if isinstance(part, str):
+            tail = element * count
+        elif isinstance(part, (bytes, tuple)):
+            tail = type(part)(tail)
+        yield part[: len(part) - count] + tail
 
 
 def _tails_turned(part: Any, axis: int) -> Iterator[Any]:
