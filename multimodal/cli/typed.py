@@ -77,7 +77,7 @@ def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, wr
         raise TaskError(f"no task of this model writes token by token; use predict. There are {_listed(patterns)}")
     if len(possible) == 1:
         return possible[0]
-    given = set(_given(fields, {field.name for text in possible for field in patterns[text].reads}))
+    given = set(_given(dict.fromkeys(fields), {field.name for text in possible for field in patterns[text].reads}))
     fitting = [text for text in possible if {field.name for field in patterns[text].reads} == given]
     if len(fitting) == 1:
         return fitting[0]

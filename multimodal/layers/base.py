@@ -96,11 +96,11 @@ class _Gamma(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1))  # with an axis: FSDP2 cannot share out a scalar
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
         """Weights that were saved before it had an axis."""
         if (old := state_dict.get(f"{prefix}gamma")) is not None:
             state_dict[f"{prefix}gamma"] = old.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
 
 class CoreSettings(Protocol):

@@ -333,7 +333,7 @@ def _open_other(source: Any, name: str, label: str, who: str, error: Exception, 
         import av
     except ImportError:
         try:
-            from torchcodec.decoders import AudioDecoder
+            from torchcodec.decoders import AudioDecoder  # pyright: ignore[reportMissingImports]  an extra
 
             return _decoder(AudioDecoder(file), label, who)
         except ImportError:
