@@ -27,7 +27,7 @@ LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
     {"shapes", "declare", "files"},
-    {"tokenizer", "masks", "positions", "norm", "cross_entropy", "media"},
+    {"tokenizer", "masks", "positions", "norm", "weights", "cross_entropy", "media"},
     {"attention"},
     {"layers", "mixture"},
     {"core", "encoder_decoder", "heads", "task"},
