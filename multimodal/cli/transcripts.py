@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-MOST_BEAMS = 10_000
 
 if TYPE_CHECKING:
     from multimodal.model import Model
@@ -49,10 +48,6 @@ def make_beam(model: "Model", task: str, width: int, prior: float, words: Path |
 
     if not width and not prior and not words:
         return None
-    if width > MOST_BEAMS:
-        raise ConfigError(
-            f"--beam {width}: at most {MOST_BEAMS:,}; each is a text that is kept in mind at every moment"
-        )
     if words is not None and not words.is_file():
         raise MediaError(f"--words {words}: wanted a text file with the words that may be written; this is none")
     if not isinstance(model.packer.head(task), CTC):

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 ANSWER = Group("What is written", sort_key=1)
 DRAWN = Group("Drawing; with none of these the likeliest token is taken each time", sort_key=2)
-MOST_BEAMS = 1000
 SEARCH = Group("Searching and guiding", sort_key=3)
 
 
@@ -94,10 +93,6 @@ class Writing:
             raise ConfigError(f"--temperature 0 draws nothing, so {_options(choosing)} must be left out, or it raised")
         if self.temperature:
             choosing.insert(0, "temperature")
-        if self.beams > MOST_BEAMS:
-            raise ConfigError(
-                f"--beams {self.beams}: at most {MOST_BEAMS:,}; each is a text that is written beside the others"
-            )
         if self.beams > 1 and choosing:
             raise ConfigError(f"--beams {self.beams} looks for the likeliest answer; leave out {_options(choosing)}")
         if self.beams > 1 and self.repetition is not None:
