@@ -279,10 +279,11 @@ class Model(nn.Module):
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
+            drawn = {"temperature": options["temperature"] or None}  # with 0 nothing is drawn, as here
             given = [
                 name
                 for name in ("beams", "begin", "guidance", "length_penalty", "sampler", "stop", "temperature")
-                if options[name] not in (1, None, ())
+                if {**options, **drawn}[name] not in (1, None, ())
             ]
             if given or prefix is not None:
                 raise ConfigError(
