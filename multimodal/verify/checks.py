@@ -444,7 +444,7 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
     return {
         name: None
         if sample[name] is None
-        else packer.tokenizers[kind](sample[name], empty=name == pattern.answer and name in fields)
+        else packer.tokenizers[kind](sample[name], empty=not pattern.pair and name == pattern.answer)
         for name, kind in fields.items()
     }
 
