@@ -312,17 +312,9 @@ class Model(nn.Module):
             return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
         samples = self._check_call(task, samples, fields, batch)
         if not self.packer.head(task).writes:
-<<<<<<< HEAD
             idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
+            options = {**options, "temperature": options["temperature"] or None}  # with 0 nothing is drawn, as here
             given = [name for name in idle if options[name] not in (1, None, ())]
-=======
-            drawn = {"temperature": options["temperature"] or None}  # with 0 nothing is drawn, as here
-            given = [
-                name
-                for name in ("beams", "begin", "guidance", "length_penalty", "sampler", "stop", "temperature")
-                if {**options, **drawn}[name] not in (1, None, ())
-            ]
->>>>>>> w-model
             if given or prefix is not None:
                 raise ConfigError(
                     f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "

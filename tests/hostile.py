@@ -111,7 +111,8 @@ def open_making(folder: Path) -> Any:
 
 
 def open_trouble(folder: Path) -> Any:
-    return replay(mm.Model.load(folder / "trouble", finite=False), load_trouble(folder / "trouble"))
+    found = load_trouble(folder / "trouble")
+    return replay(mm.Model.load(folder / "trouble", finite=False), found)
 
 
 def open_tokenizer(folder: Path) -> Any:

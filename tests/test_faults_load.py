@@ -444,3 +444,22 @@ def test_fault_83e_labels_and_names_do_not_steer_a_terminal(monkeypatch, capsys,
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     show("a -> b", Prediction("y\x1b]0;z\x07", 0.5, probability={"x\x1b[31m": 1.0}), False, name="b", out=None)
     assert not set("\x1b\x07") & set(capsys.readouterr().out)
+
+
+def test_fault_80a_what_is_remembered_while_a_model_is_outlined_has_numbers(tokenizers, core, values, tmp_path):
+    """As in a new process, where nothing is remembered yet."""
+    import multimodal_tokenizers
+
+    folder = mm.Model(tokenizers, core, ["image sound text -> label", "label -> story"]).save(tmp_path / "model")
+    for module in (multimodal_tokenizers.image, multimodal_tokenizers.audio, multimodal_tokenizers.text):
+        for remembered in vars(module).values():
+            if hasattr(remembered, "cache_clear"):
+                remembered.cache_clear()
+    model = mm.Model.load(folder)
+    for name in ("image", "sound", "text"):
+        tokens = model.packer.tokenizers[name](values(0)[name])
+        assert not tokens.content.is_meta
+    assert not multimodal_tokenizers.image._grid(2, 3).is_meta
+    with torch.device("meta"):
+        assert not multimodal_tokenizers.image._grid(3, 2).is_meta
+        assert not multimodal_tokenizers.image._per_channel(0.25).is_meta

@@ -184,13 +184,14 @@ def _mel(rate_hz: int, window: int, hop: int, mels: int):
     from torchaudio.transforms import MelSpectrogram
 
     n_fft = 2 ** math.ceil(math.log2(window))
-    return MelSpectrogram(
-        rate_hz,
-        n_fft=n_fft,
-        win_length=window,
-        hop_length=hop,
-        n_mels=mels,
-        center=False,
-        norm="slaney",
-        mel_scale="slaney",
-    )
+    with torch.device("cpu"):  # as it is remembered
+        return MelSpectrogram(
+            rate_hz,
+            n_fft=n_fft,
+            win_length=window,
+            hop_length=hop,
+            n_mels=mels,
+            center=False,
+            norm="slaney",
+            mel_scale="slaney",
+        )

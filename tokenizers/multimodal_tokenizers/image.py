@@ -179,13 +179,16 @@ class ImagePatches(Tokenizer):
 
 @lru_cache(maxsize=64)
 def _per_channel(value: float | tuple[float, ...]) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+    return torch.tensor(value, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
 
 
 @lru_cache(maxsize=256)
 def _grid(rows: int, columns: int) -> Tensor:
     """Places (N, 3) of rows x columns patches."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
+    with torch.device(
+        "cpu"
+    ):  # what is remembered must have numbers, also if it is first asked for by a model without memory
+        return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
 class _PatchEmbed(nn.Module):
