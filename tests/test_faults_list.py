@@ -20,7 +20,7 @@ def rows() -> list[tuple[int, str, str, str]]:
 
 
 @cache
-def tests_in(file: str) -> set[str]:
+def names_in(file: str) -> set[str]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -35,7 +35,7 @@ def test_the_test_of_a_row_exists(row: tuple[int, str, str, str]):
     assert len(now) > 10
     if test != "-":  # a row without a test says why
         file, _, name = test.partition("::")
-        assert name.partition("[")[0] in tests_in(file)
+        assert name.partition("[")[0] in names_in(file)
 
 
 def test_every_test_named_after_a_fault_is_in_the_list():
@@ -43,7 +43,7 @@ def test_every_test_named_after_a_fault_is_in_the_list():
     there = {
         f"tests/{path.name}::{name}"
         for path in HERE.glob("test_faults_*.py")
-        for name in tests_in(f"tests/{path.name}")
+        for name in names_in(f"tests/{path.name}")
         if re.match(r"test_fault_\d", name)
     }
     assert there - listed == set()
