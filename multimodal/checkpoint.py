@@ -63,6 +63,7 @@ KINDS = {  # how safetensors writes the types of numbers
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+NAMES_OF_KINDS = {kind: name for name, kind in KINDS.items()}
 Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type as safetensors writes it)
 FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 
@@ -390,8 +391,8 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
             if shape != tuple(tensor.shape) and (shape, tuple(tensor.shape)) != ((), (1,)):  # see `with_axis`
                 problems.append((f"{name} is {shown_short(shape)}, wanted {tuple(tensor.shape)}", ""))
             elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
-                wanted_kind = "floating-point numbers" if tensor.is_floating_point() else _name(tensor.dtype)
-                problems.append((f"{name} holds {_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
+                wanted_kind = "floating-point numbers" if tensor.is_floating_point() else short_name(tensor.dtype)
+                problems.append((f"{name} holds {short_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
     if problems:
         shown = [  # a close name is looked for only where it is shown, which takes long
             f"{what} {shown_short(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
@@ -405,12 +406,17 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
 
 def header_of(tensors: Mapping[str, Tensor]) -> Header:
     """What `read_header` would say of a file of these tensors."""
-    names = {kind: name for name, kind in KINDS.items()}
-    return {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+    return {name: (tuple(t.shape), NAMES_OF_KINDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
 
 
-def _name(kind: Any) -> str:
+def short_name(kind: Any) -> str:
+    """'float32' for torch.float32."""
     return str(kind).removeprefix("torch.")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this process holds of a tensor; all of them unless it is shared out."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:
@@ -429,8 +435,8 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, fini
     weights = {name: with_axis(t, wanted[name]) for name, t in weights.items()}
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in weights.items() if finite else ():
-        full = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
-        if full.is_floating_point() and not bool((full.isfinite() if name in parameters else ~full.isnan()).all()):
+        own = local(tensor)
+        if own.is_floating_point() and not bool((own.isfinite() if name in parameters else ~own.isnan()).all()):
             raise CheckpointError(
                 f"{where}: the weights in {name} are not all finite (NaN or infinity), so its answers would mean nothing"
             )

@@ -18,10 +18,8 @@ from typing import Any
 
 from multimodal.shapes import ConfigError
 
-HELD = (
-    errno.EACCES,
-    errno.EAGAIN,
-)  # what a lock that another process holds gives; all else means that locks do not work
+# errors of a lock that another process holds; any other error means that locks do not work here
+LOCK_HELD = (errno.EACCES, errno.EAGAIN)
 # what a JSON file that others made may cost: about 1 GiB of memory and two seconds in the worst case
 MOST_JSON_BYTES, MOST_JSON_VALUES, MOST_JSON_DEPTH = 2**26, 2_000_000, 100
 
@@ -153,7 +151,7 @@ def lock(path: Path, patience_s: float = 15.0) -> Any:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except OSError as error:
-            if error.errno not in HELD:
+            if error.errno not in LOCK_HELD:
                 warnings.warn(
                     f"{path.parent}: files cannot be locked on this disk ({error.strerror or error}), so nothing keeps two "
                     "processes from writing here at once; going on",

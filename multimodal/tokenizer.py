@@ -113,9 +113,8 @@ class Tokenizer(Declared, ABC):
         position = tokens.position_NA
         if self.text:
             pieces = [self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1])) for i in range(len(tokens))]
-            return [
-                piece.replace("\ufffd", "·") or "·" for piece in pieces
-            ]  # a part of a character has no text of its own
+            # a part of a character has no text of its own
+            return [piece.replace("\ufffd", "·") or "·" for piece in pieces]
         if bool(position[:, 1:].any()):
             return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
         if self.classes and self.vocab_size is not None:

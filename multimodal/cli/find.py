@@ -139,10 +139,8 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
             sys.path.insert(0, "")  # the current folder, as `python -m` has it
         try:
             module = importlib.import_module(module_name)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever the module does, or a name such as ".a", which no module can have
+        # the module may raise anything, and a name such as ".a" is that of no module
+        except (Exception, SystemExit) as error:
             what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             raise ConfigError(
                 f"cannot import {module_name!r}: {what}{error}; a file is given as path/to/file.py:Class"

@@ -20,9 +20,8 @@ from multimodal.model import Model
 from multimodal.stream import Stream, Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
-CORE = Core(
-    width=48, depth=2, heads=2
-)  # 48 is a multiple of 2, 3, 4, 6, 8, 12, 16 and 24, whichever an embedding wants
+# 48 is a multiple of 2, 3, 4, 6, 8, 12, 16 and 24, whichever an embedding wants
+CORE = Core(width=48, depth=2, heads=2)
 TOLERANCE = 1e-5  # fp32, of the largest logit or of 1
 
 

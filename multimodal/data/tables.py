@@ -449,9 +449,8 @@ def _of_dataset(dataset: Any, name: str, split: str | None) -> Table:
     about = {"dataset": name, "split": str(dataset.split), "rows": len(dataset), "fingerprint": dataset._fingerprint}
     features = dataset.features.to_dict()
     if "ClassLabel" in str([f for f in features.values() if not isinstance(f, dict) or f.get("_type") != "ClassLabel"]):
-        about["classes"] = (
-            "by name"  # an earlier version left those within lists as numbers: what it began stays as it is
-        )
+        # an earlier version left classes within lists as numbers; what it began must not be continued with names
+        about["classes"] = "by name"
     stored = dataset.with_format("arrow")  # as it lies on the disk: media are not decoded, in lists neither
 
     def read(start: int) -> Iterator[Any]:

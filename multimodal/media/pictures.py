@@ -60,9 +60,8 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
         image_CYX = _decode_image(value, max_pixels, who)
     elif isinstance(value, (np.ndarray, Tensor)):
         image_CYX = _image_from_array(value, max_pixels, who)
-    elif hasattr(value, "get_frame_at") and hasattr(
-        value, "metadata"
-    ):  # torchcodec's VideoDecoder, which datasets give
+    # torchcodec's VideoDecoder, which datasets give
+    elif hasattr(value, "get_frame_at") and hasattr(value, "metadata"):
         image_CYX = _first_of_video(value, max_pixels, who)
     else:
         raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
@@ -302,9 +301,8 @@ def _with_alpha(grey_YX: np.ndarray, levels_YX: np.ndarray, through: int) -> np.
 
 def _announce_frames(image: Any, who: str, name: str) -> None:
     kind = image.format
-    if (
-        kind == "PSD" or f"frames of {kind}" in announced
-    ):  # the frames of a PSD are layers, which the picture is made of
+    # the frames of a PSD are the layers of one picture
+    if kind == "PSD" or f"frames of {kind}" in announced:
         return
     if kind in ("ICO", "ICNS"):
         count, of_them, read = len(image.info.get("sizes", ())), "pictures", "largest"
@@ -398,7 +396,6 @@ def _to_channels(image_CYX: Tensor, channels: int) -> Tensor:
         colour = image_CYX.expand(3, -1, -1)
         return torch.cat([colour, torch.ones_like(colour[:1])])
     if channels == 1 and image_CYX.shape[0] == 3:
-        return (image_CYX * image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
-            0, keepdim=True
-        )  # ITU-R BT.601
+        luma = image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
+        return (image_CYX * luma).sum(0, keepdim=True)
     return image_CYX.expand(channels, -1, -1) if image_CYX.shape[0] == 1 else image_CYX

@@ -278,9 +278,8 @@ class _Training:
                 write_rows(folder / BROKEN, broken)
         if self.keeps:
             config = {**self.facts, "recipe": plain(self.recipe.config()), "processes": self.processes.count}
-            put(
-                folder / CONFIG, json.dumps(config, indent=2) + "\n"
-            )  # the first, as it says that a run wrote the others
+            # written first, because it shows that a run wrote the other files
+            put(folder / CONFIG, json.dumps(config, indent=2) + "\n")
             put(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
             (folder / CURVES).unlink(missing_ok=True)  # drawn last of all, so that it tells a run that went to its end
             write_rows(folder / LOG, self.run.history)

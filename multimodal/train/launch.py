@@ -201,9 +201,8 @@ def _first_to_fail(workers: Sequence[_Worker], asked: Sequence[int]) -> _Worker 
 
     while not failed() and len(asked) < 3 and not _wait(workers, 0.05):
         pass
-    if not failed() or any(
-        worker.code < 0 for worker in failed()
-    ):  # what a signal killed was not brought down by the others
+    # a process that a signal killed did not fail because of the others
+    if not failed() or any(worker.code < 0 for worker in failed()):
         return min(failed(), key=lambda worker: worker.code, default=None)
     code = failed()[0].code
     _wait(workers, SETTLE_S)

@@ -20,10 +20,8 @@ QUINTIC = (  # coefficients of x, x^3 and x^5 in each step (You 2025, https://le
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-FEWEST_ROWS, MOST_OBLONG = (
-    4,
-    128,
-)  # a part with fewer rows or columns, or longer by more than this, is no matrix to turn
+# Muon takes matrices of at least 4 rows and 4 columns, whose longer side is at most 128 times the shorter one
+FEWEST_ROWS, MOST_OBLONG = 4, 128
 
 
 def rate(recipe: Recipe, step: int) -> float:

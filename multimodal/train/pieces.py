@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from multimodal.checkpoint import KINDS, Header, write_tensors
+from multimodal.checkpoint import NAMES_OF_KINDS, Header, local, write_tensors
 from multimodal.files import check_fields, read_json, shown_short
 from multimodal.shapes import CheckpointError
 from multimodal.train.processes import Processes
@@ -30,18 +30,17 @@ def write_pieces(folder: Path, tensors: Mapping[str, Tensor], processes: Process
     Raises:
         OSError: in every process, if it could not be done in one.
     """
-    kinds = {kind: name for name, kind in KINDS.items()}
     cuts, own = _cuts(tensors, processes), {}
     for name, tensor in tensors.items():
         if name in cuts or processes.rank == 0:
-            own[name] = _local(tensor).detach().cpu().clone().contiguous()
+            own[name] = local(tensor).detach().cpu().clone().contiguous()
     failed = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(own, folder / _file(processes.rank))
         if processes.rank == 0:
             entries = {
-                name: {"shape": list(t.shape), "dtype": kinds[t.dtype], **cuts.get(name, {})}
+                name: {"shape": list(t.shape), "dtype": NAMES_OF_KINDS[t.dtype], **cuts.get(name, {})}
                 for name, t in tensors.items()
             }
             index = {"format": FORMAT, "processes": processes.count, "tensors": entries}
@@ -97,7 +96,7 @@ class Pieces:
             for name, wanted in like.items():
                 cut = cuts.get(name)
                 start = sum(cut["rows"][: processes.rank]) if cut else 0
-                shape = _local(wanted).shape
+                shape = local(wanted).shape
                 axis = cut["axis"] if cut else 0
                 rows = shape[axis] if shape else 1
                 fresh = torch.empty_like(wanted)
@@ -107,7 +106,7 @@ class Pieces:
                         f"{self.folder}: {shown_short(name)} is {tuple(part.shape)} in the files, wanted {tuple(shape)}"
                     )
                 with torch.no_grad():
-                    _local(fresh).copy_(part)
+                    local(fresh).copy_(part)
                 found[name] = fresh
         return found
 
@@ -168,13 +167,9 @@ def _cuts(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, dict
         (placement,) = tensors[name].placements  # type: ignore[attr-defined]  over the processes alone, as `shard` does it
         if placement.is_shard():
             axes[name] = placement.dim
-    own = [_local(tensors[name]).shape[axis] for name, axis in axes.items()]
+    own = [local(tensors[name]).shape[axis] for name, axis in axes.items()]
     rows = zip(*processes.gather(own), strict=True)
     return {name: {"axis": axis, "rows": list(sizes)} for (name, axis), sizes in zip(axes.items(), rows, strict=True)}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _are_counts(values: Any) -> bool:

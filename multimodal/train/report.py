@@ -101,8 +101,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {
             **{name: _version(name) for name in PACKAGES},
-            "torch": torch.__version__,
-        },  # with its build: +cu130
+            "torch": torch.__version__,  # with its build: +cu130
+        },
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -31,6 +31,7 @@ from multimodal.checkpoint import (
     put_weights,
     read_header,
     read_tensors,
+    short_name,
     with_axis,
     write_tensors,
 )
@@ -123,9 +124,8 @@ class Trained:
             for p in group["params"]:
                 alike[p] = torch.zeros(tuple(p.shape), dtype=p.dtype, device="meta", requires_grad=True)
                 alike[p].grad = torch.zeros_like(alike[p])
-            plain_kernels = {
-                key: False for key in ("fused", "foreach") if key in group
-            }  # the others want a real device
+            # fused and foreach kernels need a real device
+            plain_kernels = {key: False for key in ("fused", "foreach") if key in group}
             groups.append({**group, **plain_kernels, "params": [alike[p] for p in group["params"]]})
         trial = copy.copy(self.optimizer)
         trial.state, trial.param_groups = defaultdict(dict), groups
@@ -192,7 +192,7 @@ class Checkpoints:
         parts = self.processes.gather(dict(data))
         data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
         tensors = trained.tensors()
-        shapes = {name: [list(t.shape), _name(t.dtype)] for name, t in tensors.items()}
+        shapes = {name: [list(t.shape), short_name(t.dtype)] for name, t in tensors.items()}
         told = {"format": FORMAT, "step": step, **facts, **extra, "data_state": data, "tensors": shapes}
         self._tell()
         place = self._place(step)
@@ -327,7 +327,7 @@ class Checkpoints:
         import torch.distributed.checkpoint as dcp
 
         shapes = saved.get("tensors")
-        kinds = {_name(kind): name for name, kind in KINDS.items()}
+        kinds = {short_name(kind): name for name, kind in KINDS.items()}
         check_fields(folder / FACTS, saved, {"tensors": dict}, CheckpointError)
         header: Header = {name: (tuple(shape), kinds[kind]) for name, (shape, kind) in shapes.items()}  # type: ignore[union-attr]
         trained.check(header, folder)
@@ -452,10 +452,6 @@ def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> 
 
 def _keys(fits: Mapping[str, Iterable[str]]) -> list[str]:
     return [f"{part}/{name}" for name, parts in fits.items() for part in parts]
-
-
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
 
 
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -457,9 +457,8 @@ def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) 
     tokenizer = packer.tokenizers[kinds[name]]
     if name not in [field.name for field in pattern.reads] and not packer.head(task).writes:
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
-    written = (
-        not pattern.pair and name == pattern.answer and tokenizer.length is not None
-    )  # only values of that length are
+    # a kind of fixed length writes only values of that length
+    written = not pattern.pair and name == pattern.answer and tokenizer.length is not None
     seed += sum(map(ord, name))  # two fields of one kind get different values
     if values := plausible_values(tokenizer, seed=seed):
         tokens = [tokenizer(value) for value in values]
