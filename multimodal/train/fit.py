@@ -17,7 +17,7 @@ from zlib import crc32
 import torch
 
 from multimodal import checkpoint
-from multimodal.checkpoint import check_room, declarations, holds
+from multimodal.checkpoint import check_room, declarations, holds, short_name
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError
 from multimodal.declare import override, plain
@@ -434,7 +434,7 @@ class _Training:
             weights = {name: whole(t) for name, t in self.trainee.model.state_dict().items()}
             rest: dict[str, Any] = {"counts": counts, "names": batch.names, "process": self.processes.rank}
             try:
-                kept = keep_trouble(folder, step, batch.streams, why, None, precision=_name(self.dtype), **rest)
+                kept = keep_trouble(folder, step, batch.streams, why, None, precision=short_name(self.dtype), **rest)
                 if kept and self.keeps:
                     checkpoint.save(self.model, kept / MODEL, weights)
             except (OSError, CheckpointError) as error:
@@ -456,7 +456,7 @@ class _Training:
         folder = self.run.folder
         if folder is None or self.states is None or (self.step == self.begun and not last):
             return
-        extra = {"computed_in": _name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
+        extra = {"computed_in": short_name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
         weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
 
         def also() -> None:
@@ -521,11 +521,7 @@ class _Training:
         each = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
         print(
             f"fit: {parameters:,} parameters, {recipe.steps} steps of {each} on {self.device.type} "
-            f"({threads} {'thread' if threads == 1 else 'threads'}) in {_name(self.dtype)} ({self.why})"
+            f"({threads} {'thread' if threads == 1 else 'threads'}) in {short_name(self.dtype)} ({self.why})"
             + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
