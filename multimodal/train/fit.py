@@ -57,12 +57,10 @@ Tracker = Callable[[Mapping[str, Any]], Any]
 
 @dataclass
 class Run:
-    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end.
+    """The result of a training run. `repr` gives one line; `history` has every row.
 
-    It shows itself in one line; `history` has every row.
-
-    folder: where it is kept; None: nowhere.
-    history: a row of numbers for each report, by name.
+    folder: the run folder; None: the run was not saved.
+    history: a row {"step", "loss", ...} for each report.
     finished: whether all steps were done.
     bad: the broken samples that were left out, each with its reason.
     """
@@ -110,13 +108,13 @@ def fit(
     tasks' shares of the samples by weight, equal unless given; a number is a temperature: len ** (1 / temperature).
     folder: keeps the model, states to resume from, the log and a picture of the curves. resume: go on from the newest state if
     there is one. trackers: called with each row of the log. Ctrl-C and SIGTERM end after the current step, with everything saved;
-    a second one ends at once. go_on: what the line about a stopped run tells its user to do.
-    Started by torchrun or `multimodal train --processes`, it trains in all of these processes together, after they have compared
-    what each of them is about to do.
+    a second one ends at once. go_on: how to resume, as the message about a stopped run says it.
+    Started by torchrun or `multimodal train --processes`, it trains in all processes together, after they have compared their
+    settings, data and weights.
 
-    Random generators, number of threads and all else that belongs to the process are afterwards as they were before. But for one
-    thing: on Linux, training on a CPU tells the C library to keep freed memory for the next step, which cannot be taken back; the
-    variables MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_ or GLIBC_TUNABLES, if one of them is set, stand instead.
+    Random generators, number of threads and other settings of the process are restored afterwards, with one exception: on Linux,
+    training on a CPU tells the C library to keep freed memory for the next step, which cannot be undone. If MALLOC_TRIM_THRESHOLD_,
+    MALLOC_MMAP_MAX_ or GLIBC_TUNABLES is set, that setting is left alone.
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
@@ -143,7 +141,7 @@ def fit(
                 recompute(model, False)
                 if training is not None:
                     training.rest()
-                    # if DDP were the last to hold the connections, it and their threads could wait for each other
+                    # if DDP released the connections last, it and their threads could deadlock
                     training.trainee.wrapped = None
                     if processes.count > 1:
                         gc.collect()
@@ -158,7 +156,7 @@ def fit(
 
 
 def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool, trackers: Iterable[Any]) -> None:
-    """Raises a ConfigError for what is no argument of `fit`."""
+    """Raise a ConfigError for arguments of wrong types."""
     if not isinstance(model, Model):
         raise ConfigError(f"fit: model is {type(model).__name__}, wanted a Model")
     if not isinstance(data, Mapping):
@@ -245,7 +243,7 @@ class _Training:
             check_folder(folder)
             check_room(folder / MODEL)
             check_room(folder / BEST)
-            folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to a folder that is not there
+            folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead to a folder that does not exist yet
             self.lock = lock(folder)  # before anything is read or moved: another run may be at work here
             newest = self.states.latest() if resume else None
             if newest is None:
@@ -302,7 +300,7 @@ class _Training:
                 try:
                     batch = next(batches)
                 except StuckError:
-                    # one process alone has changed nothing since its last step, and its batches are functions of the step
+                    # a single process has changed nothing since its last step, and its batches depend only on the step
                     if self.processes.count > 1 or isinstance(self.feed, Packs):
                         raise
                     break
@@ -463,7 +461,7 @@ class _Training:
             checkpoint.save(self.model, folder / MODEL, weights)
 
         if self.step == self.begun:
-            # the state is there, but perhaps the run was killed, or the disk full, before its model was written
+            # the state exists, but the run may have been killed, or the disk full, before its model was written
             if self.keeps and not holds(folder / MODEL, weights):
                 also()
             return
@@ -501,7 +499,7 @@ class _Training:
             except (OSError, CheckpointError) as error:
                 kept = False
                 warnings.warn(f"fit: the best model, of step {self.step}, could not be kept ({error})", stacklevel=3)
-            if self.processes.gather(kept)[0]:  # else a later one that is less good is still better than none
+            if self.processes.gather(kept)[0]:  # if it was not saved, a later and worse model is still better than none
                 self.best = row[name]
         return row
 

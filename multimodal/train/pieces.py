@@ -1,8 +1,7 @@
-"""Tensors that are shared out over processes, on disk as plain data: every process writes the rows it holds, and readers take
-the rows they need, in any number of processes.
+"""Sharded tensors on disk, without pickle: every process writes the rows it holds, and any number of processes may read them.
 
-pieces/index.json          of each tensor: shape, type, and (shared out) the axis that is cut and how many rows each process holds
-pieces/00000.safetensors   what process 0 holds, by the tensors' names; tensors that are not shared out are here
+pieces/index.json          shape and type of each tensor; of a sharded one also the axis and the number of rows in each process
+pieces/00000.safetensors   the rows of process 0, by the tensors' names, and all tensors that are not sharded
 """
 
 import json
@@ -25,10 +24,10 @@ INDEX = "index.json"
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
-    """Write `tensors`, some of which are shared out along one axis over all processes; all of them must call this.
+    """Write `tensors`, some of which are sharded along one axis over all processes. All processes must call this.
 
     Raises:
-        OSError: in every process, if it could not be done in one.
+        OSError: in every process, if one of them could not write.
     """
     cuts, own = _cuts(tensors, processes), {}
     for name, tensor in tensors.items():
@@ -52,7 +51,7 @@ def write_pieces(folder: Path, tensors: Mapping[str, Tensor], processes: Process
 
 
 class Pieces:
-    """What `write_pieces` wrote. `header`: {name: (shape, type)} of every tensor.
+    """Reads what `write_pieces` wrote. `header`: {name: (shape, type)} of every tensor.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -85,7 +84,7 @@ class Pieces:
                 self._cuts[name] = axis, rows
 
     def read(self, like: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-        """Fresh tensors, shared out as those in `like`; all processes must call this.
+        """New tensors, sharded like those in `like`. All processes must call this.
 
         Raises:
             CheckpointError: a file is missing or damaged, or holds tensors of another shape.
@@ -158,13 +157,13 @@ class Pieces:
 
 
 def _cuts(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, dict[str, Any]]:
-    """{name: {"axis", "rows": of each process}} of the tensors that are shared out."""
+    """{name: {"axis": .., "rows": [of each process]}} of the sharded tensors."""
     shared = [name for name, t in tensors.items() if hasattr(t, "full_tensor")]
     if not shared:
         return {}
     axes = {}
     for name in shared:
-        (placement,) = tensors[name].placements  # type: ignore[attr-defined]  over the processes alone, as `shard` does it
+        (placement,) = tensors[name].placements  # type: ignore[attr-defined]  `shard` uses one mesh axis
         if placement.is_shard():
             axes[name] = placement.dim
     own = [local(tensors[name]).shape[axis] for name, axis in axes.items()]
