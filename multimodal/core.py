@@ -329,7 +329,7 @@ class Transformer(nn.Module):
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = RMSNorm(core.width)
         self._count()
-        if not self.norm.weight.is_meta:  # an outline is not drawn, which is slow
+        if not self.norm.weight.is_meta:  # a model on the meta device needs no weights
             for sublayer in self.sublayers():
                 sublayer.body.draw(core.depth)
         self._turning: dict[int, tuple[Tensor, Tensor]] = {}
