@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from multimodal.texts import shortened
 
 FIRST = 3  # names that are shown for each reason
-REASONS = (
-    40  # the most reasons; further ones are counted together, since suffixes may be numbers, a reason for each file
-)
+REASONS = 40  # the most reasons; further ones are counted together, since each file may have a suffix of its own
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,8 @@ def _packed(values: Sequence[Any]) -> bytes:
     with tarfile.open(fileobj=data, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number, value in enumerate(values):
             extension, body = encoded(value)
-            header = tarfile.TarInfo(
-                f"{number:06d}.{extension}"
-            )  # without time and user, so that the bytes are always the same
+            # without time and user, so that the bytes are always the same
+            header = tarfile.TarInfo(f"{number:06d}.{extension}")
             header.size = len(body)
             tar.addfile(header, io.BytesIO(body))
     return data.getvalue()

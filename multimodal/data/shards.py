@@ -256,10 +256,9 @@ class Shards:
                 raise MediaError(f"{name} of {self.folder} is damaged; copy or make it again")
             table = _checked(body, shard, f"{name} of {self.folder}")
             folder, base = self._place(shard.name)
+            # reading a device or a pipe would never end
             if not is_url(folder) and Path(folder, base).exists() and not Path(folder, base).is_file():
-                raise MediaError(
-                    f"{shard.name} of {self.folder} is no file"
-                )  # reading a device or a pipe would never end
+                raise MediaError(f"{shard.name} of {self.folder} is no file")
             file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
         except OSError as error:
             raise MediaError(f"{shard.name} of {self.folder} cannot be opened: {error}") from error

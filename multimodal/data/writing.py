@@ -363,9 +363,8 @@ class _Archive:
         assert self.file is not None
         self.file.close()
         flush(self.part)
-        place = (
-            self.folder / self.name
-        )  # an archive without a table is left from an interruption, and must have the same bytes
+        # an archive without a table is left from an interruption, and must have the same bytes
+        place = self.folder / self.name
         if os.path.lexists(place) and (not place.is_file() or file_hash(place) != self.digest.hexdigest()):
             self.part.unlink()
             raise ConfigError(f"write_shards: {place} is there already, and is not what would be written; move it away")

@@ -206,9 +206,8 @@ def _opened(file: Any, head: bytes, who: str, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             if head.startswith(b"\0\0\1\0"):
-                warnings.filterwarnings(
-                    "ignore", "Image was not the expected size"
-                )  # icons: `_check_inside` checks their sizes
+                # icons: `_check_inside` checks their sizes
+                warnings.filterwarnings("ignore", "Image was not the expected size")
             return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         kind = file_kind(head)
