@@ -274,9 +274,8 @@ def counted_flops(case: Case) -> tuple[float, float]:
     stream = model.pack(case.task, data[case.task])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss(stream).backward()
-    facts = replace(
-        count_stream(model, data), context=float(stream.layout.spans[0].total)
-    )  # written out, all pairs are
+    # PyTorch's plain attention computes all pairs
+    facts = replace(count_stream(model, data), context=float(stream.layout.spans[0].total))
     flops = token_flops(model, facts)
     return float(counter.get_total_flops()), (flops.training + flops.again * case.checkpointing) * len(stream)
 

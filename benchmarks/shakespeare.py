@@ -81,9 +81,8 @@ def score(model: Model, text: str, size: int, stride: int, batch: int = 32) -> f
             assert reading.target is not None
             loss_BT = F.cross_entropy(logits_NV, reading.target, reduction="none").view(len(part), size + 1)
             for start, loss_T in zip((part[i] for i in reading.samples), loss_BT, strict=True):
-                scored_T = loss_T[
-                    0 if start == 0 else size - stride : size
-                ]  # the last target is the stop, no character
+                # the last target is the stop, no character
+                scored_T = loss_T[0 if start == 0 else size - stride : size]
                 nats, count = nats + float(scored_T.sum()), count + len(scored_T)
     return nats / count
 

@@ -1,6 +1,6 @@
 """A model as one folder: config.json, weights.safetensors, and the tokenizers' own files. No pickle, no code.
 
-How a new version takes the place of an old one, and what a reader sees meanwhile, is said in multimodal/saving.py.
+multimodal/saving.py describes how a new version replaces an old one, and what a reader sees meanwhile.
 """
 
 import json
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 FORMAT = 1
 CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
-CHECK = "sha256_of_config"  # in it: of all the rest of it
+CHECK = "sha256_of_config"  # the key of config.json that holds the checksum of its other entries
 RUN = "model"  # the folder of the model in a run folder
-TRIES = 20  # readings of a checkpoint that is saved anew again and again
-OURS = ("multimodal", "multimodal_tokenizers")  # packages whose parts can all be built without memory
-MOST_PARTS = 10_000  # tokenizers or tasks in a checkpoint; more would take longer to build than anybody waits
-FEW_LAYERS = 256  # of a core are built (in a second), to tell which tensors are missing
-MOST_HEADER_BYTES, MOST_FILE_BYTES = 2**25, 2**30  # of the weights' header, of a tokenizer's file
-KINDS = {  # how safetensors writes the types of numbers
+TRIES = 20  # attempts to read a checkpoint that is being replaced again and again
+OURS = ("multimodal", "multimodal_tokenizers")  # packages whose parts can all be built on the meta device
+MOST_PARTS = 10_000  # the most tokenizers, or tasks, of a checkpoint; more take too long to build
+FEW_LAYERS = 256  # up to this many layers the model is built (in a second) to name the missing tensors
+MOST_HEADER_BYTES, MOST_FILE_BYTES = 2**25, 2**30  # limits for the header of the weights and for a file of a tokenizer
+KINDS = {  # the names of safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -63,7 +63,8 @@ KINDS = {  # how safetensors writes the types of numbers
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type as safetensors writes it)
+NAMES_OF_KINDS = {kind: name for name, kind in KINDS.items()}
+Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type by its name in safetensors)
 FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 
 
@@ -82,14 +83,14 @@ def declarations(model: "Model") -> dict[str, Any]:
 
 
 def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
-    """Write a checkpoint, or a new version of the one that is there: at any moment the old or the new one is whole.
+    """Write a checkpoint, or replace the one that is there; the old or the new one is complete at any moment.
 
-    weights: saved instead of the model's own, with the same names. Only files that a save wrote are replaced; whatever else is
-    in the folder stays, and of one of ours that was changed by hand a copy, NAME.1.
+    weights: saved instead of the model's own, with the same names. Only files that a save wrote are replaced; other files
+    in the folder stay, and a file of ours that was changed by hand is copied to NAME.1 first.
 
     Raises:
-        CheckpointError: the folder is there and holds other things than a checkpoint, or a file of a name that is needed.
-        OSError: a disk that is full, or the like; what was there is as it was.
+        CheckpointError: the folder holds something other than a checkpoint, or a foreign file with a name that is needed.
+        OSError: the disk is full, for instance; the old version stays.
     """
     folder = folder.resolve()
     check_room(folder)
@@ -118,10 +119,10 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
 
 
 def check_room(folder: Path) -> dict[str, str | None]:
-    """The files of the checkpoint that is in a folder, which a save may replace, with their checksums (None: not known).
+    """{file: checksum} of the checkpoint in a folder, which a save may replace; None: checksum not known.
 
     Raises:
-        CheckpointError: the folder holds other things, or is a file.
+        CheckpointError: the folder holds something else, or is a file.
     """
     if not os.path.lexists(folder) or (folder.is_dir() and set(os.listdir(folder)) <= {PLACE}):
         return {}
@@ -135,13 +136,13 @@ def check_room(folder: Path) -> dict[str, str | None]:
     sums = config.get(SHA256)
     known = sums if isinstance(sums, dict) else dict.fromkeys(named)  # version 0.1 wrote no checksums
     before = {name: known[name] for name in named if name in known and ".." not in Path(name).parts}
-    # one that was changed has another checksum than any
+    # "" equals no checksum: a config.json that was changed is copied
     as_saved = CHECK not in config or config[CHECK] == _checksum(config)
     return {**before, CONFIG: file_hash(folder / CONFIG) if as_saved else ""}
 
 
 def own_config(folder: Path) -> dict[str, Any] | None:
-    """The config.json that a save wrote; None where there is none, or it is something else's."""
+    """The config.json of a folder, if a save wrote it, else None."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         ours = isinstance(config["format"], int) and config["made_by"].startswith("multimodal-stream")
@@ -152,19 +153,19 @@ def own_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _checksum(config: Mapping[str, Any]) -> str:
-    """Of the configuration itself, to tell whether it was changed by hand."""
+    """The checksum of the configuration itself, which shows whether it was changed by hand."""
     return sha256(json.dumps({name: part for name, part in config.items() if name != CHECK}).encode()).hexdigest()
 
 
 def _as_json(config: Mapping[str, Any]) -> bytes:
     try:
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # a class that is called like a file whose name is no UTF-8
+    except UnicodeEncodeError:  # a class name that comes from a file name and is not UTF-8
         return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint is in a folder, whole, with exactly these weights."""
+    """Whether a folder holds a complete checkpoint with exactly these weights."""
     config = own_config(folder)
     try:
         found = {} if config is None else read_tensors(stored(folder, config, WEIGHTS))
@@ -176,16 +177,16 @@ def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
 
 
 def model_folder(folder: Path) -> Path:
-    """The model's folder, for that folder or for the run folder around it."""
+    """The folder of the model, given it or the run folder around it."""
     inner = folder / RUN / CONFIG
     return folder / RUN if inner.is_file() and own_config(folder) is None else folder
 
 
 def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
-    """Read a checkpoint; one that is saved anew meanwhile is read again. finite: refuse weights that are NaN or infinite.
+    """Read a checkpoint, again if it is replaced meanwhile. finite: refuse weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: what is missing, damaged or does not fit.
+        CheckpointError: names what is missing, damaged or does not fit.
     """
     folder = model_folder(folder)
     for attempt in range(TRIES):
@@ -197,13 +198,13 @@ def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
         except CheckpointError:
             if version_of(folder, CONFIG) == before or attempt == TRIES - 1:
                 raise
-        time.sleep(random.random() * 0.01 * attempt)  # else two that go on alike could meet each time
+        time.sleep(random.random() * 0.01 * attempt)  # else reader and writer could stay in step
     raise AssertionError
 
 
 def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
-    """Rebuild declarations, then the model, then its weights. What the config declares is compared with the header of the
-    weights before it takes time or memory."""
+    """Rebuild declarations, then the model, then its weights. The header of the weights is compared with the config first, before
+    large tensors cost time and memory."""
     config = read_config(folder)
     weights = stored(folder, config, WEIGHTS)
     header = read_header(weights)
@@ -217,14 +218,14 @@ def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
             check_tensors(header, outline.state_dict(), folder)
         model = cls(tokenizers, core, tasks, seed=config["seed"])
     except CheckpointError as error:
-        raise CheckpointError(_begun_by(folder, error)) from None
+        raise CheckpointError(_with_folder(folder, error)) from None
     except Exception as error:  # a config that was edited by hand can be wrong in any way
         raise CheckpointError(
             f"{folder / CONFIG}: what it declares cannot be built: {type(error).__name__}: {shortened(error, 1000)}"
         ) from error
     try:
         put_weights(model, read_tensors(weights), folder, finite=finite)
-    except RuntimeError as error:  # tensors of numbers that PyTorch cannot convert
+    except RuntimeError as error:  # types that PyTorch cannot convert
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be used: {shortened(error, 1000)}") from error
     # last, as whatever else was wrong says more; checkpoints of version 0.1 have no checksums
     for name, checksum in config.get(SHA256, {}).items():
@@ -234,13 +235,13 @@ def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
     return model
 
 
-def _begun_by(folder: Path, error: Exception) -> str:
+def _with_folder(folder: Path, error: Exception) -> str:
     text = str(error)
     return text if text.startswith(str(folder)) else f"{folder}: {shortened(text, 1000)}"
 
 
 def _check_depth(core: Any, tensors: int) -> None:
-    """Refuse a core of many layers where there are not as many tensors, as each layer has a norm: building it takes minutes."""
+    """Refuse a deep core with fewer tensors than layers, before minutes go into building it: each layer has at least a norm."""
     for one in (core.reader, core.writer) if isinstance(core, EncoderDecoder) else (core,):
         if isinstance(one, Core) and one.depth * len(one.block) > max(tensors, FEW_LAYERS):
             raise CheckpointError(
@@ -354,7 +355,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def below(tensors: Mapping[str, _T], prefix: str) -> dict[str, _T]:
-    """The tensors (or what is said of them) whose names begin so, named without it."""
+    """The entries whose names begin with a prefix, by their names without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -365,7 +366,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         OSError: a disk that is full, or the like.
     """
     path.touch()
-    mode = path.stat().st_mode & 0o777  # safetensors would let nobody else read it
+    mode = path.stat().st_mode & 0o777  # safetensors would make it readable by its owner only
     try:
         save_file(tensors, path)
         path.chmod(mode)
@@ -374,7 +375,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> None:
-    """Compare what a file holds (see `read_header`) with the tensors that it is for, one for one. Another precision is taken.
+    """Compare the header of a file (see `read_header`) with the wanted tensors, one by one. Other precisions are accepted.
 
     Raises:
         CheckpointError: lists missing tensors, foreign ones, and those of another shape or kind of number.
@@ -387,10 +388,10 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
             if shape != tuple(tensor.shape) and (shape, tuple(tensor.shape)) != ((), (1,)):  # see `with_axis`
                 problems.append((f"{name} is {shown_short(shape)}, wanted {tuple(tensor.shape)}", ""))
             elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
-                wanted_kind = "floating-point numbers" if tensor.is_floating_point() else _name(tensor.dtype)
-                problems.append((f"{name} holds {_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
+                wanted_kind = "floating-point numbers" if tensor.is_floating_point() else short_name(tensor.dtype)
+                problems.append((f"{name} holds {short_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
     if problems:
-        shown = [  # a close name is looked for only where it is shown, which takes long
+        shown = [  # close names are looked for only among those shown, since that takes long
             f"{what} {shown_short(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
             if name
             else what
@@ -401,17 +402,22 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> Header:
-    """What `read_header` would say of a file of these tensors."""
-    names = {kind: name for name, kind in KINDS.items()}
-    return {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+    """The header that a file of these tensors would have."""
+    return {name: (tuple(t.shape), NAMES_OF_KINDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
 
 
-def _name(kind: Any) -> str:
+def short_name(kind: Any) -> str:
+    """'float32' for torch.float32."""
     return str(kind).removeprefix("torch.")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds; all of them unless it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
 def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:
-    """A single number that had no axis when it was saved, and has one now."""
+    """A scalar that was saved without an axis, with the axis that it has now."""
     return tensor.reshape(1) if tensor.dim() == 0 and wanted.shape == (1,) else tensor
 
 
@@ -426,8 +432,8 @@ def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, fini
     weights = {name: with_axis(t, wanted[name]) for name, t in weights.items()}
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in weights.items() if finite else ():
-        full = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
-        if full.is_floating_point() and not bool((full.isfinite() if name in parameters else ~full.isnan()).all()):
+        own = local(tensor)
+        if own.is_floating_point() and not bool((own.isfinite() if name in parameters else ~own.isnan()).all()):
             raise CheckpointError(
                 f"{where}: the weights in {name} are not all finite (NaN or infinity), so its answers would mean nothing"
             )

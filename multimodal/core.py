@@ -67,11 +67,8 @@ class Core(Declared):
     drop_path: float = (
         0.0  # share of samples whose block is skipped in training, rising linearly to this at the last block
     )
-    rotary_split: tuple[int, ...] = (
-        2,
-        1,
-        1,
-    )  # ratio in which a head's pairs are turned by time, row, column; all 0: not
+    # ratio in which a head's pairs are turned by time, row, column; all 0: no turning
+    rotary_split: tuple[int, ...] = (2, 1, 1)
     rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)  # slowest turn of each axis, steps / radian
     mask: Rule = PREFIX_LM
     score: Score = field(default_factory=ScaledDotProduct)
@@ -291,9 +288,8 @@ def compile_blocks(model: nn.Module) -> None:
         ConfigError: there is no C++ compiler, which torch.compile needs.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # torch's compiler, when it is imported, warns of torch itself
+        # importing torch's compiler raises warnings about torch itself
+        warnings.simplefilter("ignore", DeprecationWarning)
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         try:
@@ -333,7 +329,7 @@ class Transformer(nn.Module):
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = RMSNorm(core.width)
         self._count()
-        if not self.norm.weight.is_meta:  # an outline is not drawn, which is slow
+        if not self.norm.weight.is_meta:  # a model on the meta device needs no weights
             for sublayer in self.sublayers():
                 sublayer.body.draw(core.depth)
         self._turning: dict[int, tuple[Tensor, Tensor]] = {}

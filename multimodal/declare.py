@@ -49,9 +49,9 @@ class Declared:
 
 
 def check_ordered(where: str, value: Any) -> None:
-    """Refuse a set with a ConfigError, also within lists: its order differs from process to process, so that the same number would
-    stand for another class in each."""
-    if isinstance(value, Set) and not isinstance(value, MappingView):  # the keys of a dictionary have an order
+    """Raise a ConfigError for a set, also within lists: its order differs between processes, so that one number would stand for
+    different classes."""
+    if isinstance(value, Set) and not isinstance(value, MappingView):  # views of a dictionary are ordered
         raise ConfigError(
             f"{where} is a set, whose order differs from one process to the next; give a tuple or a list, such as tuple(sorted(..))"
         )
@@ -69,17 +69,17 @@ def declaration(part: Declared) -> dict[str, Any]:
 
 
 def rebuild(data: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
-    """The declaration behind what `declaration` gave.
+    """Rebuild a part from the result of `declaration`.
 
     Raises:
-        CheckpointError: no such class, or something else than what `declaration` gives.
+        CheckpointError: the class is not found, or the data are not of this form.
     """
     check_fields("a part", data, {"type": str, "config": dict}, CheckpointError)
     return find(data["type"]).from_config(data["config"], files)
 
 
 def part_types(data: Any) -> set[str]:
-    """Every "module:Class" that what `declaration` gave (or a checkpoint's config) names."""
+    """Every "module:Class" in the result of `declaration` or in a checkpoint's config."""
     if isinstance(data, Mapping):
         own = {data["type"]} if isinstance(data.get("type"), str) and "config" in data else set()
         return own.union(*(part_types(value) for value in data.values()))
@@ -102,7 +102,8 @@ def find(name: str) -> type[Declared]:
     points = importlib.metadata.entry_points()
     offered = [point for group in points.groups if group.startswith(GROUPS) for point in points.select(group=group)]
     installed = {point.value: point for point in offered}
-    moved = {point.name: point for point in offered if ":" in point.name}  # called by the name that its class once had
+    # entry points named by the former name of their class
+    moved = {point.name: point for point in offered if ":" in point.name}
     if point := installed.get(name) or moved.get(name):
         found = point.load()
         if not isinstance(found, type) or not issubclass(found, Declared):
@@ -118,12 +119,12 @@ def find(name: str) -> type[Declared]:
 
 
 def alias(name: str, cls: type[Declared]) -> None:
-    """Let checkpoints that name "old.module:Name" have this class, which has moved; what is saved from now on has its new name.
+    """Load a class that has moved for checkpoints that name "old.module:Name"; new checkpoints have its new name.
 
-    In a package, an entry point in a group multimodal.*, called by the old name, does the same for whoever installs it.
+    In a package, an entry point in a group multimodal.*, named by the old name, does the same for all who install it.
 
     Raises:
-        ConfigError: no declaration, no "module:Class", or the name of another class that is there.
+        ConfigError: the class is no declaration, or the name is no "module:Class" or that of another class.
     """
     if not isinstance(cls, type) or not issubclass(cls, Declared):
         raise ConfigError(
@@ -185,12 +186,12 @@ def _to_json(value: Any) -> Any:
 
 
 def _whole(cls: type, name: str, value: Any) -> Any:
-    """The value of a setting; a number for one that counts must be whole, as 4 and 4.0 are, but not 4.5."""
+    """The value of a setting; an int setting accepts 4 and 4.0, but not 4.5."""
     if not isinstance(value, float):
         return value
     try:
         hint = typing.get_type_hints(cls).get(name)
-    except NameError:  # a name that only a type checker sees
+    except NameError:  # a hint that is imported for type checkers only
         return value
     kinds = typing.get_args(hint) or (hint,)
     if int not in kinds or float in kinds:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a power cut, and never written over what somebody else put there."""
+"""Atomic writes, locks and checked JSON: a file is complete or absent, also after a power cut, and no foreign file is replaced."""
 
 import errno
 import hashlib
@@ -18,18 +18,16 @@ from typing import Any
 
 from multimodal.shapes import ConfigError
 
-HELD = (
-    errno.EACCES,
-    errno.EAGAIN,
-)  # what a lock that another process holds gives; all else means that locks do not work
-# what a JSON file that others made may cost: about 1 GiB of memory and two seconds in the worst case
+# errors of a lock that another process holds; any other error means that locks do not work here
+LOCK_HELD = (errno.EACCES, errno.EAGAIN)
+# limits of a JSON file that others made: about 1 GiB of memory and two seconds in the worst case
 MOST_JSON_BYTES, MOST_JSON_VALUES, MOST_JSON_DEPTH = 2**26, 2_000_000, 100
 
-_SEEKING = threading.Lock()
+_SEEK_LOCK = threading.Lock()
 
 
 def flush(path: Path) -> None:
-    """Make sure that a file, or which files a folder has, survives a power cut."""
+    """Write a file, or the list of files of a folder, through to the disk, so that it survives a power cut."""
     if os.name == "nt":
         return  # folders cannot be opened there, and files are flushed when they are closed
     handle = os.open(path, os.O_RDONLY)
@@ -42,20 +40,20 @@ def flush(path: Path) -> None:
 def aside(folder: Path, of: str | None = None) -> Path:
     """A name in a folder that nobody else uses, for a file that gets its own name once it is whole.
 
-    of: what it is for, where the same name is wanted each time, so that what a killed process left is written over.
+    of: a text that always gives the same name, so that the file of a killed process is overwritten; None: a random name.
     """
     name = secrets.token_hex(12) if of is None else hashlib.sha256(of.encode()).hexdigest()[:24]
     return folder / f".{name}.part"
 
 
 def is_aside(name: str) -> bool:
-    """Whether `aside` gives such names."""
+    """Whether a name is one that `aside` gives."""
     return re.fullmatch(r"\.[0-9a-f]{24}\.part", name) is not None
 
 
 def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
-    """Write a file under another name (`part`), then put it in the place of what was there. A link stays, and what it leads to
-    is replaced."""
+    """Write a file under another name (`part`), then move it to its path, where it replaces an older one. Of a link, the file that
+    it leads to is replaced."""
     path = Path(os.path.realpath(path))
     part = part or aside(path.parent)
     try:
@@ -69,7 +67,7 @@ def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
 
 
 def put_figure(path: str | Path, figure: Any, dpi: float) -> None:
-    """Save a matplotlib figure whole, in the format that the path's ending names."""
+    """Save a matplotlib figure by `put`, in the format that the path's suffix names."""
     data = io.BytesIO()
     figure.savefig(data, dpi=dpi, format=Path(path).suffix[1:] or "png")
     put(Path(path), data.getvalue())
@@ -100,11 +98,11 @@ def file_hash(path: Path) -> str:
 def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
     """`count` bytes of a file from `begin` on, fewer at its end; several threads may read one file."""
     parts = []
-    while count > 0:  # a call may give less than it was asked for, such as at most 2 GiB
+    while count > 0:  # one call may return less, such as at most 2 GiB
         if hasattr(os, "pread"):
             part = os.pread(file.fileno(), count, begin)
-        else:  # Windows, where no process shares a file's place with another, as after a fork
-            with _SEEKING:
+        else:  # Windows has no pread, and no fork that would share the position of an open file
+            with _SEEK_LOCK:
                 file.seek(begin)
                 part = file.read(count)
         if not part:
@@ -115,13 +113,13 @@ def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or if that is there the first of path.1, path.2, .. that is not."""
+    """The path if nothing is there, else the first free one of path.1, path.2, .."""
     numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
 
 
 def keep_copy(path: Path) -> Path:
-    """Copy a file to the first free one of path.1, path.2, ..; returns that."""
+    """Copy a file to the first free one of path.1, path.2, .., and return that path."""
     while True:
         copy = free_name(path)
         try:
@@ -129,18 +127,18 @@ def keep_copy(path: Path) -> Path:
                 while block := source.read(2**20):
                     target.write(block)
         except FileExistsError:
-            continue  # somebody else made it just now
+            continue  # another process has just made it
         flush(copy)
         return copy
 
 
 def lock(path: Path, patience_s: float = 15.0) -> Any:
-    """Hold a file, made if there is none, as the only process, until it ends or closes what is returned.
+    """Lock a file, which is made if needed, for this process alone, until it ends or closes the returned file.
 
-    A disk without locks gives a warning at once, and nothing is held. This does not tell threads of one process apart.
+    On a disk without locks it warns at once and locks nothing. Threads of one process do not exclude each other.
 
     Raises:
-        BlockingIOError: another process held it for so long.
+        BlockingIOError: another process still holds the lock after `patience_s` seconds.
     """
     file = path.open("ab")
     try:
@@ -153,7 +151,7 @@ def lock(path: Path, patience_s: float = 15.0) -> Any:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except OSError as error:
-            if error.errno not in HELD:
+            if error.errno not in LOCK_HELD:
                 warnings.warn(
                     f"{path.parent}: files cannot be locked on this disk ({error.strerror or error}), so nothing keeps two "
                     "processes from writing here at once; going on",
@@ -167,12 +165,12 @@ def lock(path: Path, patience_s: float = 15.0) -> Any:
 
 
 def read_json(path: Path, error: type[ValueError], wanted: type = dict) -> Any:
-    """What a JSON file holds that anybody may have made.
+    """The value of a JSON file, which anybody may have made.
 
     Raises:
-        error: names the file: it is not there, cannot be read, is no JSON, or holds something else than `wanted`.
+        error: the file is missing, cannot be read, is no JSON, or does not hold a `wanted`; the message names it.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would wait
         raise error(f"{path}: there is no such file")
     try:
         with path.open("rb") as file:
@@ -182,10 +180,10 @@ def read_json(path: Path, error: type[ValueError], wanted: type = dict) -> Any:
 
 
 def parse_json(data: bytes, wanted: type = dict) -> Any:
-    """JSON that anybody may have written, in bounded time and memory.
+    """The value of a JSON text, which anybody may have written; time and memory are bounded.
 
     Raises:
-        ValueError: no JSON, a key that comes twice in an object, too large, too deep, or something else than `wanted`.
+        ValueError: no JSON, a key that comes twice in an object, too large, too deeply nested, or no `wanted`.
     """
     if len(data) > MOST_JSON_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_JSON_VALUES:
         raise ValueError(f"more than {MOST_JSON_BYTES} bytes or {MOST_JSON_VALUES} values of JSON are not read")
@@ -207,7 +205,7 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
 
 
 def shown_short(value: Any) -> str:
-    """The value for an error: of a long or deep one the beginning and the end."""
+    """A value as errors show it; a long or deep one is shortened in the middle."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 160
     return short.repr(value)
@@ -229,7 +227,7 @@ def check_fields(where: Any, data: Any, kinds: Mapping[str, type | tuple[type, .
     """Refuse an object that lacks a field or has one of another type; True and False are no numbers.
 
     Raises:
-        error: names `where`, the field, what came and what was wanted.
+        error: the message names `where`, the field, the value and the wanted type.
     """
     if not isinstance(data, dict):
         raise error(f"{where}: holds a {type(data).__name__}, wanted an object")
@@ -255,10 +253,10 @@ _NAMES = {
 
 
 def check_inside(where: Any, names: Iterable[Any], error: type[ValueError]) -> None:
-    """Refuse names of files that do not lie inside the folder that names them; nothing is opened.
+    """Refuse names of files that lie outside the folder whose file lists them; nothing is opened.
 
     Raises:
-        error: an absolute path, one with "..", one with a drive, or no text at all.
+        error: an absolute path, a path with "..", a path with a drive, or no text.
     """
     for name in names:
         parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [".."]

@@ -33,7 +33,7 @@ class Places:
 
     @property
     def alone(self) -> "Places":
-        """The same as if the pack held one sample: what a rule answers must not depend on where in a pack a sample lies."""
+        """These places with the sample index 0: the answer of a rule must not depend on the position of a sample in its pack."""
         return replace(self, sample=torch.zeros_like(self.sample))
 
 
@@ -65,7 +65,7 @@ class Pairs:
 
     @property
     def alone(self) -> "Pairs":
-        """The same as if the pack held one sample; keys that are nobody's, as of a learned memory, are then of this one."""
+        """These pairs with the sample index 0 throughout, even for keys that belong to no sample, such as a learned memory."""
         return replace(self, q=self.q.alone, k=self.k.alone)
 
     @property
@@ -280,7 +280,7 @@ class Chunked(Rule):
 
 @dataclass(frozen=True)
 class Alone(Rule):
-    """A rule that is asked as if each sample were alone in its pack."""
+    """Hides the sample index from a rule: each sample looks as if it were alone in its pack."""
 
     rule: Rule
 

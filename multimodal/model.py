@@ -44,7 +44,7 @@ class Model(nn.Module):
         read                        read the first fields of a task once, for many answers
         vectors, matches            what a pair such as "image <-> text" makes of its sides, and how well they fit
         save, load, extended        a folder with its declarations and weights, and a model with more kinds and tasks
-        pack, logits, losses, loss  a packed stream of samples, and what training makes of it
+        pack, logits, losses, loss  a packed stream of samples, and its logits and losses
         forward, embed, rows        the states of a stream, and the tokens that the core reads
         readout, report             the learned half of a task's head, and the number of parameters by part
         tasks, device, most_tokens, chooses   what it declares, where it is, and what its attention can do
@@ -362,13 +362,13 @@ class Model(nn.Module):
     def _written(
         self, task: str, samples: Iterable[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
     ) -> Iterator[Piece]:
-        """The pieces of all answers; no more samples are encoded ahead than are written at the same time."""
+        """The pieces of all answers; at most one batch of samples is encoded ahead."""
         answers = self._requests(task, samples, prefix, options)
         waiting: deque[Answer] = deque()
-        before = 0  # answers of earlier engines
+        before = 0  # number of answers of earlier engines
         while waiting.extend(islice(answers, batch + 1 - len(waiting))) or waiting:
             width, more = waiting[0].width, len(waiting) > batch
-            # an answer that does not fit waits until all others have ended, so there is room for somewhat longer ones
+            # room for somewhat longer answers, since one that does not fit waits until all others have ended
             capacity = max(answer.prompt + answer.limit for answer in waiting) + 1
             engine = Engine(
                 self,
@@ -391,7 +391,7 @@ class Model(nn.Module):
     def _requests(
         self, task: str, samples: Iterable[Sample], prefix: Prefix | None, options: Mapping[str, Any]
     ) -> Iterator[Answer]:
-        """What is to be written for each sample, which is encoded when it is asked for."""
+        """A request for each sample; samples are encoded lazily."""
         seed, begins = options.get("seed", 0), self._begins(task, options)
         check_seed("generate", seed)
         options = {name: option for name, option in options.items() if name != "begins"}
@@ -415,7 +415,7 @@ class Model(nn.Module):
             refuse(number + 1)
 
     def _begins(self, task: str, options: Mapping[str, Any]) -> Sequence[Any] | None:
-        """What each answer begins with, one for each sample; None where `begin` is for all."""
+        """The beginning of each answer, one for each sample; None if `begin` holds for all."""
         begin: Any = options.get("begin")
         begins: Any = options.get("begins")
         if begins is None:
@@ -429,7 +429,7 @@ class Model(nn.Module):
         return begins
 
     def _options(self) -> list[str]:
-        """What `generate` takes by keyword, besides the fields of a task."""
+        """The keyword options of `generate`, without the fields of a task."""
         return [n for n in inspect.signature(self.generate).parameters if n not in ("task", "samples", "fields")]
 
     def _check_fields(self, task: str, verb: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
@@ -524,7 +524,7 @@ class Model(nn.Module):
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
         """Read what `save` wrote; runs no code but installed entry points.
 
-        finite: refuse weights that are NaN or infinite, whose answers mean nothing; False is for looking into such a model.
+        finite: refuse weights that are NaN or infinite; False allows to inspect such a model.
 
         Raises:
             CheckpointError: missing or foreign files, tensors or tokenizers, each by name; weights that are no finite numbers.

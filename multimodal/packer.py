@@ -332,7 +332,7 @@ class Packer:
         }
 
     def encode(self, kind: str, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
-        """The tokens of one value of one field, none if it may be `empty`; a MediaError says where it stands."""
+        """The tokens of one value of one field; only with `empty` may there be none. A MediaError says where the value stands."""
         if isinstance(value, Tokens):
             return value
         try:

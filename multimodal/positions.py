@@ -37,7 +37,8 @@ def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
     if not turns.is_complex():
         (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    if x_THK.storage_offset() % 2 or any(step % 2 for step in x_THK.stride()[:-1]):  # no complex numbers begin there
+    # complex numbers need an even offset and even strides
+    if x_THK.storage_offset() % 2 or any(step % 2 for step in x_THK.stride()[:-1]):
         pairs = pairs.contiguous()
     return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
 

@@ -1,13 +1,13 @@
-"""Files of a folder that change all together, while everything else in the folder stays as it is.
+"""Replaces several files of a folder in one atomic step; everything else in the folder stays as it is.
 
-FOLDER/config.json             the index: says what each file's SHA-256 is. Replacing it, in one move, makes the new files count
-FOLDER/.multimodal-saving/     only while something is being saved, or after a save that was killed:
-    lock                       says that this is ours, and is locked as long as the process that saves lives
-    plan.json                  the files before and after, with their checksums
-    0f3a...                    a new file, whole, called by `key` until it is put in the place of the old one
+FOLDER/config.json             the index: holds the SHA-256 of each file. Replacing it, atomically, makes the new version valid
+FOLDER/.multimodal-saving/     exists only during a save, or after a save that was killed:
+    lock                       marks the folder as ours; the process that saves holds a lock on it until it ends
+    plan.json                  the files of the old and of the new version, with their checksums
+    0f3a...                    a complete new file, named by `key` until it replaces the old one
 
-A reader takes each file from here as long as it is here. So at any moment there is one whole version: the old one until the
-index is replaced, and the new one from then on. The next save ends what one that was killed had begun.
+A reader takes a file from this folder if it is there, and else from its final place. So there is one complete version at any
+moment: the old one until the index is replaced, the new one from then on. The next save finishes a save that was killed.
 """
 
 import hashlib
@@ -39,26 +39,26 @@ from multimodal.shapes import CheckpointError
 
 PLACE, LOCK, PLAN = ".multimodal-saving", "lock", "plan.json"
 MARK = "multimodal-stream is saving here\n"
-SHA256 = "sha256"  # where the index says {name: checksum}
+SHA256 = "sha256"  # the key of the index that holds {name: checksum}
 PATIENCE_S = 60.0
-Sums = Mapping[str, str | None]  # files of a folder by their checksums; None: not known
+Sums = Mapping[str, str | None]  # {file of a folder: its checksum}; None: not known
 
 _change, _busy = threading.Condition(), set[Path]()  # folders; file locks tell processes apart, not threads
 
 
 def stored(folder: Path, index: Mapping[str, Any], name: str) -> Path:
-    """Where a file of a saved folder lies: in its place, or still in PLACE."""
+    """The path of a file of a saved folder: still in PLACE, or its final one."""
     waiting = folder / PLACE / key(name, _sums(index).get(name))
     return waiting if waiting.is_file() else folder / name
 
 
 def key(name: str, sha256: Any) -> str:
-    """What a file is called in PLACE."""
+    """The name of a file in PLACE."""
     return hashlib.sha256(f"{sha256}/{name}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def version_of(folder: Path, index: str) -> Any:
-    """Something that is another after each save, and while one puts files in place."""
+    """A value that changes with each save, and while a save moves its files to their final places."""
     found: tuple[Any, ...] = ()
     waiting: list[str] = []
     with suppress(OSError):
@@ -70,10 +70,10 @@ def version_of(folder: Path, index: str) -> Any:
 
 
 def check_names(folder: Path, names: Iterable[str], before: Sums) -> None:
-    """See to it that files of these names can be written.
+    """Check that files of these names can be written.
 
     Raises:
-        CheckpointError: one is there that is not among those before, or would lie outside, behind a link.
+        CheckpointError: a file of such a name exists and is not in `before`, or a parent is a link that may lead out of the folder.
     """
     for name in names:
         path = folder / name
@@ -87,10 +87,10 @@ def check_names(folder: Path, names: Iterable[str], before: Sums) -> None:
 class Saving:
     """One save: `with Saving(folder, "config.json") as saving: saving.add(..); saving.commit(..)`.
 
-    Without `commit` the folder is as it was.
+    Without `commit` nothing in the folder changes.
 
     Raises:
-        CheckpointError: PLACE is somebody else's, or another process saves here and does not end.
+        CheckpointError: PLACE holds files of something else, or another process or thread saves here for too long.
     """
 
     def __init__(self, folder: Path, index: str) -> None:
@@ -107,10 +107,10 @@ class Saving:
                 raise CheckpointError(f"{self.folder}: another thread is saving here; wait until it is done")
             _busy.add(self.folder)
         try:
-            self._hold(until)
-            self._end_what_was_begun()
+            self._acquire(until)
+            self._finish_interrupted()
         except BaseException:
-            self._leave()
+            self._release()
             raise
         return self
 
@@ -119,11 +119,11 @@ class Saving:
             if not self.committed:
                 self._clear()
         finally:
-            self._leave()
+            self._release()
 
     def add(self, name: str, write: Callable[[Path], Any]) -> None:
-        """A file of the new version, which `write` writes to the path that it is given."""
-        folder = aside(self.place)  # of its own, as who writes may have temporary files too: safetensors does
+        """Add a file to the new version. `write` is called with the path to write it to."""
+        folder = aside(self.place)  # a folder of its own, as `write` may make temporary files too: safetensors does
         folder.mkdir()
         part = folder / "part"
         write(part)
@@ -133,7 +133,7 @@ class Saving:
         folder.rmdir()
 
     def commit(self, index: bytes, before: Sums) -> None:
-        """Let the new files, which the index lists in "sha256", take the place of those before.
+        """Replace the files of `before` by the added ones, which the index lists in "sha256".
 
         A file that was changed since it was saved is copied to NAME.1 first, with a warning.
         """
@@ -147,14 +147,14 @@ class Saving:
         part.write_bytes(index)
         flush(part)
         flush(self.place)
-        self.committed = True  # already now: when interrupted behind the next line, what is in PLACE is needed
+        self.committed = True  # before the move: if it is interrupted right after it, the files in PLACE are needed
         try:
             os.replace(part, self.folder / self.index)
         except OSError:
             self.committed = False
             raise
         flush(self.folder)
-        self._put_in_place(self.sums, before)
+        self._move_into_place(self.sums, before)
 
     def _keep_if_changed(self, name: str, known: set[str | None]) -> None:
         path = self.folder / name
@@ -164,7 +164,7 @@ class Saving:
                 f"{path} was changed since it was saved; what was in it is now in {copy.name} beside it", stacklevel=5
             )
 
-    def _put_in_place(self, after: Mapping[str, str], before: Sums) -> None:
+    def _move_into_place(self, after: Mapping[str, str], before: Sums) -> None:
         for name, sha256 in after.items():
             waiting = self.place / key(name, sha256)
             if waiting.is_file():
@@ -183,14 +183,14 @@ class Saving:
                         parent.rmdir()
         self._clear()
 
-    def _hold(self, until: float) -> None:
+    def _acquire(self, until: float) -> None:
         while self.lock is None:
             self.place.mkdir(parents=True, exist_ok=True)
             self._check_place()
             try:
                 held = lock(self.place / LOCK, max(0.0, until - time.monotonic()))
             except FileNotFoundError:
-                continue  # who saved before removed PLACE just now
+                continue  # the previous save has just removed PLACE
             except BlockingIOError:
                 raise CheckpointError(
                     f"{self.folder}: another process is saving here; wait until it is done, or choose another folder"
@@ -205,7 +205,7 @@ class Saving:
             self.lock.flush()
 
     def _check_place(self) -> None:
-        """Refuse what only has the name."""
+        """Refuse a folder of this name that no save made."""
         with suppress(FileNotFoundError):
             there = os.listdir(self.place)
             ours = all(map(_is_part, there)) or (
@@ -214,14 +214,14 @@ class Saving:
             if there and (self.place.is_symlink() or not ours):
                 raise CheckpointError(f"{self.place} is in the way: it is not what a save made; move it away")
 
-    def _end_what_was_begun(self) -> None:
-        """By a process that was killed: to its end where the new version counts already, else back."""
+    def _finish_interrupted(self) -> None:
+        """Complete the save of a killed process if its new index is in place; else delete its files."""
         try:
             index = read_json(self.folder / self.index, CheckpointError)
             plan = read_json(self.place / PLAN, CheckpointError)
             check_fields(self.place / PLAN, plan, {"before": dict, "after": dict}, CheckpointError)
             before, after = plan["before"], plan["after"]
-            # a folder may have been made by anybody, and what a plan names is moved and removed
+            # the plan may come from anybody, and the files that it names are moved and removed
             check_inside(self.place / PLAN, [*before, *after], CheckpointError)
         except CheckpointError:
             index, before, after = None, {}, {}
@@ -229,9 +229,9 @@ class Saving:
             self._clear()
             return
         for name, sha256 in after.items():
-            if (self.place / key(name, sha256)).is_file():  # else it is in its place
+            if (self.place / key(name, sha256)).is_file():  # else it was moved already
                 self._keep_if_changed(name, {sha256, before[name]} if name in before else {sha256})
-        self._put_in_place(after, before)
+        self._move_into_place(after, before)
 
     def _clear(self) -> None:
         for name in self._parts():
@@ -244,11 +244,11 @@ class Saving:
     def _parts(self) -> list[str]:
         return [name for name in os.listdir(self.place) if _is_part(name) or name == PLAN]
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         try:
             if self.lock is not None and not self._parts():
                 (self.place / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):  # something is in it that we did not put there
+                with suppress(OSError):  # it holds a file that is not ours
                     self.place.rmdir()
                     if self.made and not self.committed:
                         self.folder.rmdir()
@@ -270,5 +270,5 @@ def _is_part(name: str) -> bool:
 
 
 def _parents(folder: Path, name: str) -> list[Path]:
-    """The folders between, innermost first."""
+    """The folders between `folder` and the file, innermost first."""
     return [folder / parent for parent in Path(name).parents][:-1]

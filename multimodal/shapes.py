@@ -78,7 +78,7 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
 
 
 def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> None:
-    """Raises a ConfigError unless each is a whole number, and `least` or more."""
+    """Raises a ConfigError unless each value is a whole number, and `least` or more."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and int(value) < least):
             bound = "" if least is None else f", {least} or more"
@@ -86,21 +86,21 @@ def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> No
 
 
 def check_number(where: str, /, **values: Any) -> None:
-    """Raises a ConfigError unless each is a number; infinite ones and NaN are for the caller's bounds to refuse."""
+    """Raises a ConfigError unless each value is a number; the caller's bounds refuse infinity and NaN."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a number")
 
 
 def check_seed(where: str, value: Any, /) -> None:
-    """Raises a ConfigError unless torch can be seeded by it: a whole number of 63 bits, 0 or more."""
+    """Raises a ConfigError unless torch accepts the seed: a whole number of 63 bits, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
         raise ConfigError(f"{where}: seed={shortened(repr(value), 60)} must be a whole number from 0 to 2**63 - 1")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """'; did you mean 'label'?' when something close exists, otherwise nothing."""
-    if len(word) > 100:  # a value that was taken for a name: comparing it takes hours
+    if len(word) > 100:  # probably a value in place of a name; comparing it could take hours
         return ""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

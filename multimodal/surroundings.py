@@ -1,4 +1,4 @@
-"""What a call finds in its process and leaves as it was: random generators, autograd, default dtype, folder, threads, signals."""
+"""Restores the state of the process after a call: random generators, autograd, default dtype, folder, threads, signals."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read it, how to put it back
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read it, how to set it
 
 
 @contextmanager
 def left_as_found(*, draws: bool = False) -> Iterator[None]:
-    """Puts every setting back that is another one afterwards, also when an error is raised.
+    """Restores every setting that changed inside the block, also after an error.
 
-    In a thread beside the main one only autograd's mode is put back, since the rest belongs to the whole process, where other
-    threads go on: a generator that is put back would give them their numbers twice. draws: the generators too, even there, for a
-    call that itself sets them.
+    Outside the main thread only autograd's mode is restored. The rest belongs to the whole process, where other threads go on: from
+    a restored generator they would draw the same numbers twice. draws: restore the generators there too, for a call that itself
+    seeds them.
     """
     alone = threading.current_thread() is threading.main_thread()
     settings = [*_AUTOGRAD, *(_generators() if alone or draws else ()), *(_process() if alone else ())]
@@ -38,7 +38,7 @@ def left_as_found(*, draws: bool = False) -> Iterator[None]:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Put the global generators of random, numpy and torch's CPU back afterwards."""
+    """Restores the global generators of random, numpy and torch's CPU."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -104,13 +104,13 @@ def _attribute(owner: Any, name: str) -> Setting:
 
 
 def _handler(number: int) -> Setting:
-    # None: a handler that was not set from Python, and cannot be from here
+    # None: the handler was not installed from Python, so Python cannot set it again
     return lambda: signal.getsignal(number), lambda value: value is None or signal.signal(number, value)
 
 
 def _put_filters(filters: list[Any]) -> None:
     warnings.filters[:] = filters  # type: ignore[index]
-    with warnings.catch_warnings():  # makes Python forget what it decided by the other filters
+    with warnings.catch_warnings():  # makes Python forget its decisions by the old filters
         pass
 
 

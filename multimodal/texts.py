@@ -1,12 +1,12 @@
-"""Texts as errors and reports show them: short, and printable anywhere."""
+"""Shortens texts for errors and reports, and makes them printable anywhere."""
 
 from collections.abc import Iterable
 
 
 def shortened(text: object, most: int = 300) -> str:
-    """A text of at most `most` characters: its beginning, '...' and its end where it is longer.
+    """A text of at most `most` characters; of a longer one the beginning, '...' and the end.
 
-    Bytes that are no text, as file names may hold them, are escaped.
+    Surrogates, which stand for undecodable bytes of file names, are escaped.
     """
     text = text if isinstance(text, str) else str(text)
     if len(text) > most:
@@ -16,12 +16,12 @@ def shortened(text: object, most: int = 300) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8; that of a file may hold other bytes, which Python keeps as surrogates."""
+    """Whether a name can be encoded in UTF-8. File names may hold other bytes, for which Python has surrogates."""
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def listed(names: Iterable[object], most: int = 10) -> str:
-    """'a, b, c', of many the first ones and how many there are."""
+    """'a, b, c'; of more than `most` names the first ones and the count."""
     names = list(names)
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(shortened(name, 60) for name in names[:most]) + more

@@ -46,7 +46,7 @@ class Tokenizer(Declared, ABC):
 
     Declare `vocab_size` (discrete: content is ids) or `feature_size` (continuous: content is features), and write `encode`.
     Everything else has a default: a look-up table or a linear layer embeds, and nothing can be decoded.
-    `multimodal.conformance.check_tokenizer` tries by name all that is said here.
+    `multimodal.conformance.check_tokenizer` checks all promises made here, each by name.
 
     Declared by attributes or fields:
     vocab_size: V, how many ids there are; None: content is features.
@@ -88,8 +88,8 @@ class Tokenizer(Declared, ABC):
         raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
 
     def wanted(self, value: Any) -> Any:
-        """What an answer has to be to be right, which measures compare it with: of a text itself, of other kinds what they write
-        for this value (the name of a class that was given by its number)."""
+        """The answer that measures count as right: a text itself; of other kinds the decoded tokens of the value, such as the name
+        of a class that was given by its number."""
         return value if self.text else self.decode(self(value, empty=True))
 
     @property
@@ -106,16 +106,15 @@ class Tokenizer(Declared, ABC):
         return None
 
     def token_names(self, tokens: Tokens) -> list[str]:
-        """What people call each token, in pictures and tables of what a model looks at: "mean smoothness", "row 2, column 0".
+        """A name for each token, in pictures and tables of attention: "mean smoothness", "row 2, column 0".
 
-        Unless a kind knows better, a token goes by its piece of text, its row and column, its class, its number or its time.
+        By default a token is named by its piece of text, its row and column, its class, its number or its time.
         """
         position = tokens.position_NA
         if self.text:
             pieces = [self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1])) for i in range(len(tokens))]
-            return [
-                piece.replace("\ufffd", "·") or "·" for piece in pieces
-            ]  # a part of a character has no text of its own
+            # a part of a character has no text of its own
+            return [piece.replace("\ufffd", "·") or "·" for piece in pieces]
         if bool(position[:, 1:].any()):
             return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
         if self.classes and self.vocab_size is not None:
@@ -126,7 +125,7 @@ class Tokenizer(Declared, ABC):
             return [str(i) for i in tokens.content.tolist()]
         if self.feature_size == 1:
             return [f"{number:.4g}" for number in tokens.content.flatten().tolist()]
-        unit = "" if self.step[0] == 1 else " s"  # places that are not counted are seconds
+        unit = "" if self.step[0] == 1 else " s"  # positions with other steps are seconds
         return [f"at {time:.4g}{unit}" for time, _, _ in position.tolist()]
 
     def embed(self, width: int) -> nn.Module:
@@ -136,7 +135,7 @@ class Tokenizer(Declared, ABC):
         halve them. Do not look features up in a table.
 
         Features come in the precision of the weights. A module with an attribute `full_precision = True` gets them in float32 at
-        least: places among them, which bfloat16 would round to the same number, stay apart.
+        least, so that bfloat16 does not round neighbouring positions to the same number.
         """
         if self.vocab_size is not None:
             table = nn.Embedding(self.vocab_size, width)
@@ -151,7 +150,7 @@ class Tokenizer(Declared, ABC):
     def __call__(self, value: Any, *, empty: bool = False) -> Tokens:
         """Encode with the checks that make every later error impossible; names this class in what it raises.
 
-        empty: the value may have no tokens, as what is written may: an empty text is a text.
+        empty: allow a value without tokens, such as an empty text as an answer.
 
         Raises:
             MediaError: no tokens, too many, not finite, or of another shape or type than declared.
@@ -183,7 +182,7 @@ class Tokenizer(Declared, ABC):
                 f"{name}.encode: {describe(value)} gave {count} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
-        if not count:  # of nothing it matters little how it was made
+        if not count:  # an empty value has the right shape and type, however it was encoded
             shape = (0,) if self.vocab_size is not None else (0, self.feature_size or 0)
             dtype = torch.int64 if self.vocab_size is not None else torch.float32
             return Tokens(torch.zeros(shape, dtype=dtype), torch.zeros(0, 3))

@@ -286,9 +286,8 @@ def measure_multi_head(seed: int = 0, quick: bool = False, out: Path | None = No
 
 def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """GPT-3's parameters from a declared core, and one head's values by one full matrix against value-down and value-up."""
-    gpt3 = mm.Core(
-        width=12_288, depth=96, heads=96
-    )  # its gated MLP of 8/3 D has the parameters of GPT-3's plain one of 4 D
+    # its gated MLP of 8/3 D has the parameters of GPT-3's plain one of 4 D
+    gpt3 = mm.Core(width=12_288, depth=96, heads=96)
     table = roles(gpt3, vocab=50_257)
     full, down = value_maps(gpt3)
     words = table.counts[EMBEDDING] + table.counts[HEADS]

@@ -43,9 +43,8 @@ def conjugate(seed: int, quick: bool) -> dict[str, float]:
 
     variance = {}
     for name, bound in (("reparameterised", elbo), ("score-function", score_function_elbo)):
-        means_BF = torch.zeros(
-            100 if quick else 10_000, len(X), dtype=X.dtype, requires_grad=True
-        )  # one for each sample, at q = prior
+        # one for each sample, at q = prior
+        means_BF = torch.zeros(100 if quick else 10_000, len(X), dtype=X.dtype, requires_grad=True)
         q = DiagonalGaussian(means_BF, log_std_F.detach())
         (gradient_BF,) = torch.autograd.grad(bound(_log_joint, q, noise(len(means_BF))).sum(), means_BF)
         variance[f"gradient variance, {name}"] = gradient_BF.var(0).mean().item()

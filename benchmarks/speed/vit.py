@@ -141,9 +141,8 @@ def ours_same(place: Place) -> Job:
 
     model, stream = our_model(place, head=MeanState(), rotary_split=(0, 0, 0))
     weights = from_timm(load_file(place.folder / "timm.safetensors"), "label_MeanState")
-    model.load_state_dict(
-        {**model.state_dict(), **weights}
-    )  # labels are only written, so timm has nothing for their embedding
+    # labels are only written, so timm has no weights for their embedding
+    model.load_state_dict({**model.state_dict(), **weights})
     return our_job(place, model, stream)
 
 

@@ -34,9 +34,8 @@ class Cache:
         memory: "Cache | None" = None,
     ) -> None:
         place = {"device": device, "dtype": dtype}
-        self.k = [
-            torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys
-        ]  # of each layer (B, M, G, K)
+        # of each layer (B, M, G, K)
+        self.k = [torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys]
         self.v = [torch.zeros(batch, capacity, heads, width, **place) for heads, _, width in keys]
         self.state = [torch.zeros(batch, size, **place) for size in states]
         self._capacity = capacity

@@ -48,11 +48,11 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
 
     def fused(self) -> dict[str, list[int]]:
-        """For optimisers of matrices: queries, keys and values are three."""
+        """For Muon: the projections of queries, keys and values are three matrices."""
         return {"qkv.weight": self.rows}
 
     def draw(self, depth: int) -> None:
-        """Draw the first weights, for a core of so many blocks."""
+        """Initialise the weights, for a core of `depth` blocks."""
         draw_in(self.qkv)
         draw_out(self.out, depth)
 

@@ -149,7 +149,7 @@ class Mechanism(nn.Module):
         """(B, H, T, M) or what broadcasts to it, and (B, H, T, 1): where a query sees nothing; there it is 0, so nothing is NaN."""
         shape = torch.broadcast_shapes(pairs.q.order.shape, pairs.k.order.shape)
         total = q_BTHK.new_zeros((shape[0], 1, *shape[1:]), dtype=torch.float32)
-        asked = pairs.alone  # which sample of its pack a query is of, no prior may know
+        asked = pairs.alone  # a prior must not depend on the position of a sample in its pack
         for prior, weights in zip(self.priors, self.prior_weights, strict=False):
             total = total + prior.log_prior(asked, q_BTHK, weights)
         closed = pairs.closed

@@ -52,7 +52,7 @@ def plan_attention(
         StreamError: new tokens that those in the cache would have had to see.
     """
     if rule != PREFIX_LM:
-        rule = LAW & Alone(rule)  # packing and the order of writing are not for a rule to give away
+        rule = LAW & Alone(rule)  # no rule may allow looking into other samples, or ahead in what is written
     if cache is not None:
         rows = list(cache.rows[: len(layout.spans)])
         if any(cache.length[row] for row in rows):

@@ -214,7 +214,7 @@ class HeadMatrix(nn.Module):
         self.weight = nn.Parameter(start.flatten(0, 1))
 
     def fused(self) -> dict[str, list[int]]:
-        """For optimisers of matrices: each head has its own."""
+        """For Muon: each head has its own matrix."""
         return {"weight": [len(self.weight) // self.heads] * self.heads}
 
     @property

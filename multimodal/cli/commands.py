@@ -35,7 +35,7 @@ app = App(
 )
 
 AS_IT_IS = Writing()
-BATCH = 32  # samples that are answered at once
+BATCH = 32  # samples of one batch
 
 
 app.command(training.train)
@@ -144,7 +144,7 @@ def generate(
 def _written(
     model: "Model", task: str, sample: Mapping[str, Any], count: int, options: Mapping[str, Any]
 ) -> Iterator["Prediction"]:
-    """So many answers to one sample, each by the next seed; shown as they come, however many are wanted."""
+    """`count` answers to one sample, with consecutive seeds; yielded as they come."""
     for start in range(0, count, BATCH):
         some = [sample] * min(BATCH, count - start)
         yield from model.generate(task, some, **{**options, "seed": options["seed"] + start})
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0: done. 1: a check that was asked for failed, or one file of several. 2: something the user can put right, with one message
-    on stderr. 70: a bug, in one line. 130: stopped by Ctrl-C. 141: whoever was reading has gone.
+    on stderr. 70: a bug, in one line. 130: stopped by Ctrl-C. 141: the reader of the output has ended.
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    """Say what went wrong; returns the exit code."""
+    """Report an error; returns the exit code."""
     if isinstance(error, OSError) and sys.stdout is not None and (output := console.output_error()) is not None:
         if isinstance(output, BrokenPipeError):  # as of `head`
             return 141  # 128 + SIGPIPE, as shells count it

@@ -1,4 +1,4 @@
-"""What lies around a command: standard output and error as they were opened, the width of the terminal, errors as one message."""
+"""Standard output, terminal width and error messages of a command."""
 
 import io
 import os
@@ -17,25 +17,25 @@ from multimodal.texts import shortened
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
 
-NARROWEST = 20  # columns; with fewer, tables and help have no room for a letter, and rich wraps them for ever
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # how PyTorch's RuntimeErrors say it
+NARROWEST = 20  # columns; with fewer, rich has no room for a letter and wraps tables and help for ever
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in the RuntimeErrors of PyTorch
 
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Standard output that takes every character, and a width that help can be laid out in; as they were when it ends.
+    """Makes standard output accept every character, and the terminal wide enough for help; restores both.
 
     Raises:
-        OSError: standard output is closed. The next file to be opened would get its number, and be printed into.
+        OSError: standard output is closed. The next opened file would get its descriptor, and print would write into it.
     """
-    if sys.stderr is None:  # closed; to print to None is to print to standard output
+    if sys.stderr is None:  # closed; print(file=None) would write to standard output
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
     if sys.stdout is None or sys.stdout.closed:
         raise OSError("standard output is closed, so nothing can be shown; send it to a file or to /dev/null")
     columns, errors = os.environ.get("COLUMNS"), getattr(sys.stdout, "errors", None)
     if _columns() < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
-    # "█" in ASCII, or a file name that is no UTF-8: shown as \u2588, not a reason to stop
+    # "█" in ASCII, or a file name that is no UTF-8: shown as \u2588 instead of an error
     _set_errors("backslashreplace")
     try:
         yield
@@ -48,7 +48,7 @@ def prepared() -> Iterator[None]:
 
 
 def _columns() -> int:
-    """What rich will take for the width: COLUMNS, or that of the terminal."""
+    """The width that rich uses: COLUMNS, else that of the terminal."""
     if (given := os.environ.get("COLUMNS", "")).isdigit():
         return int(given)
     for number in (2, 1, 0):
@@ -59,12 +59,12 @@ def _columns() -> int:
 
 def _set_errors(errors: str | None) -> None:
     if errors is not None and isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError, ValueError):  # what is not flushed yet may have nowhere to go
+        with suppress(OSError, ValueError):  # flushing the buffered text may fail
             sys.stdout.reconfigure(errors=errors)
 
 
 def say(message: str) -> None:
-    """One message on standard error, if anybody is there to read it."""
+    """Print one message on standard error; ignore it if nobody reads it."""
     from multimodal.cli.showing import harmless
 
     with suppress(OSError, ValueError):
@@ -72,7 +72,7 @@ def say(message: str) -> None:
 
 
 def output_error() -> OSError | None:
-    """Why standard output cannot be written, or None if it can. One that cannot is put aside, as Python flushes at its end."""
+    """The error of writing standard output, or None. After an error it is replaced by /dev/null, since Python flushes at exit."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -85,15 +85,15 @@ def output_error() -> OSError | None:
 
 
 def message_of(error: Exception) -> str | None:
-    """What is said of an error that the user can put right; None of one that is ours."""
+    """The message of an error that the user can repair; None for a bug of ours."""
     from cyclopts import CycloptsError
 
     if isinstance(error, CycloptsError):
-        return _message_of_typing(error)
+        return _message_of_parser(error)
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{shortened(os.fsdecode(error.filename), 100)}: "
         return place + (error.strerror or str(error) or type(error).__name__)
-    from multimodal import conformance, shapes  # only now, as this imports PyTorch
+    from multimodal import conformance, shapes  # imported late, because it imports PyTorch
 
     ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
     if isinstance(error, (FloatingPointError, conformance.ConformanceError, *ours)):
@@ -104,13 +104,13 @@ def message_of(error: Exception) -> str | None:
     ):
         size = next((f" ({part.strip()})" for part in str(error).split(".") if "bytes" in part or "iB" in part), "")
         return f"out of memory{size}; take a smaller model, fewer tokens at once, or shorter samples"
-    if (place := _place_of_users(error)) is not None:
+    if (place := _line_of_user(error)) is not None:
         return f"{place}: {type(error).__name__}: {error} (--debug shows the traceback)"
     return None
 
 
-def _message_of_typing(error: "CycloptsError") -> str:
-    """The parser's own message, with what to do where it says only what is wrong."""
+def _message_of_parser(error: "CycloptsError") -> str:
+    """The message of the argument parser, with a repair where it names none."""
     from cyclopts import MissingArgumentError, UnusedCliTokensError
 
     if isinstance(error, UnusedCliTokensError):
@@ -124,8 +124,8 @@ def _message_of_typing(error: "CycloptsError") -> str:
     return f"{error}{hint}"
 
 
-def _place_of_users(error: Exception) -> str | None:
-    """The innermost line that is neither ours nor a library's: the user's recipe, tokenizer or data set."""
+def _line_of_user(error: Exception) -> str | None:
+    """'file, line n' of the innermost user code in a traceback (a recipe, tokenizer or data set); None if there is none."""
     from multimodal import tokenizer
 
     libraries = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
@@ -142,7 +142,7 @@ def _packages(name: str) -> Sequence[str]:
 
 
 def report_bug(error: Exception) -> None:
-    """Say in a line that something unforeseen happened, and keep the traceback in a file: a long training run is over only once."""
+    """Report a bug in one line and save the traceback in a file, because a long training run cannot be repeated at once."""
     from multimodal.checkpoint import package_version
 
     trace = "".join(traceback.format_exception(error))

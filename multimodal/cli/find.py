@@ -45,7 +45,7 @@ def import_file(path: Path) -> "ModuleType":
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__":` may end the program
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__":` may call sys.exit
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
@@ -81,8 +81,8 @@ def model_folder(checkpoint: Path) -> Path:
 def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finite: bool = True) -> "Model":
     """The model of a checkpoint, once the files that define parts of it are imported.
 
-    A part that a script defined was saved as `__main__:Name`, since that was the script's name then, and one of another file
-    by that file's name: a plugin that defines a Name that is not found is taken to be that file, which is said.
+    A part that a script defined was saved as `__main__:Name`, one of another file by that file's name. If such a Name is not
+    found, a plugin that defines it takes its place, which is printed.
 
     Raises:
         CheckpointError: cannot be loaded; says so where --plugin would help.
@@ -139,10 +139,8 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
             sys.path.insert(0, "")  # the current folder, as `python -m` has it
         try:
             module = importlib.import_module(module_name)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever the module does, or a name such as ".a", which no module can have
+        # the module may raise anything, and a name such as ".a" is that of no module
+        except (Exception, SystemExit) as error:
             what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             raise ConfigError(
                 f"cannot import {module_name!r}: {what}{error}; a file is given as path/to/file.py:Class"
@@ -168,5 +166,5 @@ def make_tokenizer(name: str, config: str) -> "Tokenizer":
         raise ConfigError(f"--config {shortened(config, 100)}: this is no JSON: {error}") from error
     except ConfigError:
         raise
-    except Exception as error:  # a class of somebody else's may raise anything
+    except Exception as error:  # a user's class may raise anything
         raise ConfigError(f"{class_name} cannot be made from --config {shortened(config, 100)}: {error}") from error

@@ -44,5 +44,5 @@ TAKEN = {
     *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
     *("stop", "task", "temperature", "top_k", "top_p", "version", "writing"),
 }
-"""Names that some command takes for an option of its own; a field of this name is typed with FIELD before it."""
+"""Names of options; a field of the same name is given with FIELD before it."""
 FIELD = "field_"

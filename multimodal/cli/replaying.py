@@ -43,7 +43,7 @@ def replay(
     if rows < 1:
         raise ConfigError(f"--rows {rows}: list one sample or more")
     found = kept.load_trouble(trouble)
-    model = load(trouble, plugin, device, finite=False)  # weights that are not finite are what is looked for
+    model = load(trouble, plugin, device, finite=False)  # weights that are not finite are to be found here
     count = sum(len(set(r.samples)) for batch in found.batches for r in batch.stream.readings.values())
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
         task = bar.add_task("replaying", total=count)

@@ -50,11 +50,11 @@ def shards(
     files
         A field whose values are paths of files (relative to the table), which are packed in place of the paths. Repeat it for more.
     split
-        Of a data set with several parts, the one that is read; of a folder the sub-folder train, val, test, ..
+        The split of a data set that is read; of a folder the sub-folder train, val, test, ..
     encoding
-        Of a .csv, .tsv or .jsonl file, if it is not UTF-8: latin-1, utf-16, ..
+        The encoding of a .csv, .tsv or .jsonl file that is not UTF-8: latin-1, utf-16, ..
     quotes
-        Whether quotation marks hold a cell together: so in a .csv, not so in a .tsv, unless given.
+        Whether quotation marks enclose cells; by default they do in a .csv and not in a .tsv.
     shard_mb
         An archive is at most so long, in megabytes.
     max_bad

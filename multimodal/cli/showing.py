@@ -17,7 +17,7 @@ _CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
-    """Print a value as JSON, with every letter as it is where standard output can show it, and else as its number."""
+    """Print a value as JSON; characters that standard output cannot encode are escaped."""
     text = as_json(value, indent)
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -27,7 +27,7 @@ def print_json(value: Any, indent: int | None = None) -> None:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """A number that JSON does not have (NaN, infinity) is null; arrays are lists, and of other types there is the text."""
+    """A value as JSON: NaN and infinity become null, arrays become lists, other types become their str."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
 
 
@@ -41,7 +41,7 @@ def _finite(value: Any) -> Any:
 
 
 def _lists(value: Any) -> Any:
-    """The same; a TypeError for all else."""
+    """An array as lists; a TypeError for any other type."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is no JSON value")
@@ -62,7 +62,7 @@ def show(
     """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
     anything else only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given.
 
-    heading: a line above what is printed; sample: what tells it from others, as it was typed; facts: more for the JSON.
+    heading: a line above the answer. sample: the typed values of this sample. facts: further entries of the JSON.
     """
     folder = place(out, home or Path())
     if as_json:
@@ -117,7 +117,7 @@ def harmless(text: str) -> str:
 
 
 def place(out: Path | None, checkpoint: Path) -> Path:
-    """Where files are written: `out`, else the run folder that a checkpoint is or lies in, else the checkpoint itself."""
+    """The folder for written files: `out`, else the run folder of the checkpoint, else the checkpoint itself."""
     if out is not None:
         return out
     from multimodal.train.folder import MODEL, is_run
@@ -127,7 +127,7 @@ def place(out: Path | None, checkpoint: Path) -> Path:
 
 
 def check_folder(out: Path | None, option: str = "--out") -> None:
-    """Complain before anything is written, not after.
+    """Refuse a folder that cannot be made, before the work and not after it.
 
     Raises:
         ConfigError: this is not a folder, and cannot become one.
@@ -154,7 +154,7 @@ def _as_file(value: Any, *, texts: bool, arrays: bool) -> tuple[str, bytes] | No
         soundfile.write(data, wave_S, int(value[1]), format="WAV")
         return ".wav", data.getvalue()
     if not hasattr(value, "shape"):
-        with suppress(TypeError):  # an object of somebody else's
+        with suppress(TypeError):  # an object that JSON cannot hold
             return (".json", json.dumps(value, ensure_ascii=False, default=_lists).encode()) if texts else None
         return None
     array = np.asarray(value)
@@ -198,7 +198,7 @@ def _written(ending: str, data: bytes, name: str, folder: Path) -> Path:
     while True:
         path = folder / (f"{name}{ending}" if number == 1 else f"{name}-{number}{ending}")
         try:
-            file = path.open("xb")  # fails where there is one, even one that was made just now
+            file = path.open("xb")  # fails if the file exists, even if another process has just made it
         except FileExistsError:
             number += 1
             continue

@@ -90,7 +90,7 @@ def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options
     finally:
         if board:
             board.close()
-    if run.finished and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if run.finished and os.environ.get("RANK", "0") == "0":  # only the first process prints
         _show(run, folder, tensorboard)
     return 0 if run.finished else STOPPED
 

@@ -1,4 +1,4 @@
-"""What was typed, as options, as a task and as values of its fields."""
+"""Parses a command line into options, a task and the values of its fields."""
 
 import json
 import os
@@ -22,10 +22,10 @@ OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
 def joined(app: "App", tokens: Sequence[str]) -> list[str]:
-    """The words of a command line, so that every value stands by its option.
+    """The tokens of a command line, with every value joined to its option.
 
-    A value may start with a dash where it is no option: `--task "-> notes"`, `--text -3`. A field may have several values, as a
-    shell makes of `--image cats/*.jpg`: behind the checkpoint, each word that follows a field's value is one more of them.
+    A value may start with a dash if it is no option: `--task "-> notes"`, `--text -3`. A field may have several values, such as
+    those of `--image cats/*.jpg`: after the checkpoint, each token that follows a field's value is another value.
     """
     if not tokens or tokens[0].startswith("-") or tokens[0] not in app:
         return list(tokens)
@@ -33,7 +33,7 @@ def joined(app: "App", tokens: Sequence[str]) -> list[str]:
     known = {name: argument.hint for argument in arguments for name in argument.names} | {"--help": bool, "-h": bool}
     has_fields = "--[KEYWORD]" in known
     found = [tokens[0]]
-    waiting = field = ""  # an option that has no value yet; the field of the last value
+    waiting = field = ""  # an option that still needs its value; the field of the last value
     placed = False  # whether the checkpoint was given
     for i, token in enumerate(tokens[1:], 1):
         name = token.partition("=")[0]
@@ -97,7 +97,7 @@ def _listed(tasks: Iterable[str]) -> str:
 
 
 def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _Typed]:
-    """Fields by name, from the options as they were typed; --field-out is the field `out`, as --out is an option."""
+    """Fields by name, from the typed options; --field-out is the field `out`, because --out is an option."""
     names = {option: option.replace("-", "_") for option in options}
     short = {option: name.removeprefix(FIELD) for option, name in names.items()}
     return {
@@ -107,7 +107,7 @@ def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _T
 
 
 def _option(field: str) -> str:
-    """How a field is typed."""
+    """The option that gives a field."""
     return f"--{FIELD.replace('_', '-')}{field}" if field in TAKEN else f"--{field}"
 
 
@@ -120,9 +120,9 @@ def _closest(given: Iterable[str], names: Sequence[str]) -> str:
 def samples_from(
     model: "Model", task: str, fields: Mapping[str, Sequence[str]], without: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Samples from the options given for a task's fields: as many as the field with the most values has.
+    """Samples from the options for a task's fields: as many as the longest list of values.
 
-    A field with one value has it in every sample; those named in `without` are left out, which is None.
+    A field with one value has it in every sample; fields named in `without` are None.
 
     Raises:
         TaskError: a field that the task does not read, one that is missing, or fields of different numbers of values.
@@ -159,7 +159,7 @@ def samples_from(
 
 
 def named_samples(fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """For each sample, as it was typed, what it has of the fields with several values; nothing where there is one sample."""
+    """For each sample, the typed values of the fields that have several values; {} if there is one sample."""
     several = {name.replace("-", "_"): texts for name, texts in fields.items() if len(texts) > 1}
     count = max(map(len, several.values()), default=1)
     return [{name: texts[i] for name, texts in several.items()} for i in range(count)]
@@ -190,7 +190,7 @@ def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[st
             kinds |= answers.get(task, {})
             mine = {name: texts for name, texts in given.items() if name in kinds}
             if not mine:
-                continue  # it reads nothing, and nothing was given of what it writes
+                continue  # a task that reads nothing, whose answer was not given
             if len(counts := {len(texts) for texts in mine.values()} - {1}) > 1:
                 raise TaskError(f"task {task!r}: fields have {sorted(counts)} values; give one, or one for each sample")
             values = {
@@ -202,7 +202,7 @@ def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[st
             ]
             used |= set(mine)
     for name in given:
-        if name not in used:  # a value that is not looked at would seem to be in order
+        if name not in used:  # an unused value would seem to be valid
             needs = [
                 " ".join(f"--{field.name}" for field in pattern.reads if field.name not in given)
                 for task, pattern in patterns.items()
@@ -216,7 +216,7 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
     """What the user typed as a value that this tokenizer reads: the text itself (or the path), or what it holds.
 
     Raises:
-        MediaError: nothing of it is accepted; says what the tokenizer said to the reading that it came closest to.
+        MediaError: the tokenizer accepts no reading of the text; the message is that of the closest reading.
     """
     import numpy as np
 
@@ -229,11 +229,12 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
             continue
         try:
             tokenizer(value)
-        except Exception as error:  # a kind of somebody else's may raise anything
+        except Exception as error:  # a user's tokenizer may raise anything
             said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            # one that names the type that came wants another reading, not another content
+            # an error that names the type of the value wants another type, not another content
             fits = re.search(rf"\b{re.escape(type(value).__name__)}\b", said) is None
-            if not refused or isinstance(value, (list, dict, np.ndarray)):  # of 7 as a number "7" has said the same
+            # the error for the number 7 says the same as that for "7"
+            if not refused or isinstance(value, (list, dict, np.ndarray)):
                 refused.append((fits, said, error))
         else:
             return value
@@ -244,13 +245,13 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
 
 
 def _readings(text: str) -> Iterator[Any]:
-    """The text itself; what is in the file of this name, or what the text is as JSON; that as an array. A MediaError: why not."""
+    """The readings of a text: itself, the file of this name or the text as JSON, that as an array; or a MediaError."""
     import numpy as np
 
     from multimodal.shapes import MediaError
 
     yield text
-    is_file = os.path.isfile(text)  # False also of what cannot be a name
+    is_file = os.path.isfile(text)  # False also for a text that cannot be a file name
     if is_file and text.endswith(".npy"):
         try:
             yield np.load(text, allow_pickle=False)

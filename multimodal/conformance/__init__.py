@@ -29,9 +29,8 @@ from multimodal.heads import Head
 from multimodal.tokenizer import Tokenizer
 
 _CHECKS = (*encoding.CHECKS, *tokenizers.CHECKS, *information.CHECKS, *models.CHECKS)
-TOKENIZER_CHECKS: tuple[Check, ...] = tuple(
-    sorted(_CHECKS, key=lambda check: not check.basic)
-)  # causes before symptoms
+# basic checks first: causes before symptoms
+TOKENIZER_CHECKS: tuple[Check, ...] = tuple(sorted(_CHECKS, key=lambda check: not check.basic))
 HEAD_CHECKS: tuple[Check, ...] = (*heads.CHECKS, *models.CHECKS)
 __all__ = [
     "HEAD_CHECKS",

@@ -20,9 +20,8 @@ from multimodal.model import Model
 from multimodal.stream import Stream, Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
-CORE = Core(
-    width=48, depth=2, heads=2
-)  # 48 is a multiple of 2, 3, 4, 6, 8, 12, 16 and 24, whichever an embedding wants
+# 48 is a multiple of 2, 3, 4, 6, 8, 12, 16 and 24, whichever an embedding wants
+CORE = Core(width=48, depth=2, heads=2)
 TOLERANCE = 1e-5  # fp32, of the largest logit or of 1
 
 
@@ -73,8 +72,8 @@ class TokenizerCase:
     task = "value -> answer"
 
     def __post_init__(self) -> None:
-        """Copies are made before anything is encoded: no check works on what an earlier one has changed."""
-        self.uncopied = ""  # why values cannot be copied
+        """Copy the values before anything is encoded, so that no check gets values that an earlier one has changed."""
+        self.uncopied = ""  # why the values cannot be copied; "": they can
         try:
             self.originals, self.values = copy.deepcopy(self.values), copy.deepcopy(self.values)
             for value in self.originals:
@@ -83,7 +82,7 @@ class TokenizerCase:
             self.originals, self.uncopied = self.values, f"the values cannot be copied and compared: {error}"
 
     def copies(self) -> list[Any]:
-        """The values as they were given, once more.
+        """Fresh copies of the original values.
 
         Raises:
             SkipTest: they cannot be copied.
@@ -180,13 +179,13 @@ class HeadCase:
 
 
 def _copied(tokens: Any) -> Any:
-    """Tokens that no later call can write into."""
+    """A copy of tokens, which no later call can change."""
     parts = (tokens.content, tokens.position_NA) if isinstance(tokens, Tokens) else ()
     return Tokens(*(x.clone() for x in parts)) if parts and all(isinstance(x, Tensor) for x in parts) else tokens
 
 
 def contents(value: Any) -> Any:
-    """Something that is equal for equal contents and does not share memory with the value."""
+    """A key that is equal for equal contents and shares no memory with the value."""
     if isinstance(value, (Tensor, np.ndarray)):
         array = np.asarray(value)
         return (str(array.dtype), array.shape, array.tobytes())
@@ -213,7 +212,7 @@ def equal_tokens(a: Tokens, b: Tokens) -> bool:
 
 
 def close_tokens(a: Tokens, b: Tokens) -> bool:
-    """Whether they differ by rounding only."""
+    """Whether two values' tokens differ by rounding only."""
     pairs = (a.content, b.content), (a.position_NA, b.position_NA)
     return all(x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5) for x, y in pairs)
 

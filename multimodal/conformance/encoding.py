@@ -1,4 +1,4 @@
-"""Checks that encode is a function of what the value holds, and changes nothing but its result."""
+"""Checks that encode depends only on the content of the value, and has no side effects."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ from multimodal.conformance.surroundings import changed, settings
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []
-WORKER_S = 120  # a worker process that says nothing for so long has failed
+WORKER_S = 120  # a worker process that does not answer within this time has failed
 
 
 @promise(CHECKS, basic=True)
@@ -75,28 +75,28 @@ def input_untouched(case: TokenizerCase) -> None:
 def process_untouched(case: TokenizerCase) -> None:
     """Encode, decode and picture leave the process as it was: folder, environment, autograd, default dtype, threads, warnings."""
     _ = case.tokens
-    want(not case.changed, _left("encode", case.changed))
+    want(not case.changed, _side_effect("encode", case.changed))
     for name, call in _calls(case):
         before, filters = settings(), list(warnings.filters)
         call()
         found = changed(before) + ["the filters of warnings"] * (filters != list(warnings.filters))
-        want(not found, _left(name, found))
+        want(not found, _side_effect(name, found))
 
 
-def _left(name: str, found: list[str]) -> str:
+def _side_effect(name: str, found: list[str]) -> str:
     return f"{name} changes {' and '.join(found)} for the whole process; leave it, or change it within a context that puts it back"
 
 
 def _calls(case: TokenizerCase) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What may be done with every value: encode, decode and picture; where they fail, other checks say so."""
+    """(name, call) of encode, decode and picture for every value; other checks report their errors."""
     t = case.tokenizer
     for value, tokens in zip(case.values, case.tokens, strict=True):
         yield "encode", lambda value=value: t.encode(value)
         for name, verb in (("decode", t.decode), ("picture", t.picture)):
-            yield name, lambda verb=verb, tokens=tokens: _tried(verb, tokens)
+            yield name, lambda verb=verb, tokens=tokens: _without_errors(verb, tokens)
 
 
-def _tried(call: Callable[[Tokens], Any], tokens: Tokens) -> None:
+def _without_errors(call: Callable[[Tokens], Any], tokens: Tokens) -> None:
     with contextlib.suppress(Exception):
         call(tokens)
 
@@ -111,7 +111,8 @@ def generators_untouched(case: TokenizerCase) -> None:
 
     _ = case.tokens
     for name, call in _calls(case):
-        _ = random.random(), np.random.random(), torch.rand(1)  # a seed that was set before would lead here again
+        # so that a call that seeds a generator cannot end in this same state
+        _ = random.random(), np.random.random(), torch.rand(1)
         before = states()
         call()
         moved = [generator for generator, state in states().items() if state != before[generator]]
@@ -136,24 +137,24 @@ def copies_agree(case: TokenizerCase) -> None:
             f"a copy of {describe(value)} gives other tokens: encode depends on which object it is given (its id or its class), "
             "not on what it holds",
         )
-    for value, turned in zip(case.copies(), case.copies(), strict=True):
-        if not _turned_round(value):
+    for value, flipped in zip(case.copies(), case.copies(), strict=True):
+        if not _reverse(value):
             continue
         try:
             wanted = case.tokenizer.encode(value)
-        except ValueError:  # no value any more
+        except ValueError:  # the reversed value is invalid
             continue
-        case.tokenizer.encode(turned)
-        _turned_round(turned)
+        case.tokenizer.encode(flipped)
+        _reverse(flipped)
         want(
-            equal_tokens(case.tokenizer.encode(turned), wanted),
-            f"{describe(turned)} was changed after it had been encoded, and still gives its old tokens: encode remembers objects "
+            equal_tokens(case.tokenizer.encode(flipped), wanted),
+            f"{describe(flipped)} was changed after it had been encoded, and still gives its old tokens: encode remembers objects "
             "(by their id), not what they hold",
         )
 
 
-def _turned_round(value: Any) -> bool:
-    """Turn round, in place, what can be: a list, an array, or those within a pair; whether there was any."""
+def _reverse(value: Any) -> bool:
+    """Reverse, in place, every list and array in a value; returns whether there was any."""
     if isinstance(value, (list, bytearray)):
         before = contents(value)
         value.reverse()
@@ -165,7 +166,7 @@ def _turned_round(value: Any) -> bool:
         value.copy_(value.flip(tuple(range(value.dim()))))
         return True
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return sum([_turned_round(part) for part in parts]) > 0  # all of them are turned
+    return sum([_reverse(part) for part in parts]) > 0  # reverses all of them, where any() would stop at the first
 
 
 @promise(CHECKS, basic=True)
@@ -188,7 +189,7 @@ def memory_own(case: TokenizerCase) -> None:
 
 
 def _arrays(value: Any) -> Iterator[np.ndarray]:
-    """The memory in a value."""
+    """The arrays in a value, without copies."""
     if isinstance(value, np.ndarray):
         yield value
     elif isinstance(value, Tensor):
@@ -234,7 +235,7 @@ def fresh_process(case: TokenizerCase) -> None:
 
 
 def _cause(ask: Callable[..., list[Tokens | str]]) -> str:
-    """What makes the difference: one thing is changed at a time."""
+    """The cause of the difference, found by changing one condition at a time."""
     plain = ask()
     causes = {
         "other_seed": "the hash seed, which every process draws anew: hash(), or the order of a set; use hashlib, and sorted()",
@@ -257,15 +258,15 @@ def worker_process(case: TokenizerCase) -> None:
     if multiprocessing.parent_process() is not None:
         raise unittest.SkipTest("this is itself a process started by another")
     forks = multiprocessing.get_start_method() == "fork"
-    typed_in = not Path(getattr(sys.modules["__main__"], "__file__", "")).is_file()
-    if not forks and typed_in and type(case.tokenizer).__module__ == "__main__":
+    interactive = not Path(getattr(sys.modules["__main__"], "__file__", "")).is_file()
+    if not forks and interactive and type(case.tokenizer).__module__ == "__main__":
         raise unittest.SkipTest(
             "the class was typed into a session, which a new process cannot import; put it in a file"
         )
     loader = DataLoader(_Encodings(case.tokenizer, case.values), batch_size=None, num_workers=1, timeout=WORKER_S)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks: DataLoader's business
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks, which DataLoader makes
             found = list(loader)
     except Exception as error:
         hint = "" if forks else " (does the script guard its start with if __name__ == '__main__'?)"

@@ -1,9 +1,9 @@
-"""Tokens as a fresh Python process gives them: another hash seed, another folder, values in another order.
+"""Encodes values in a fresh Python process: with another hash seed, in another folder, in another order.
 
 this process --job--> server (fresh interpreter, own hash seed) --fork--> child: imports the class, encodes --> tokens
 
-The server has imported torch and nothing of the user's, so that many tokenizers cost the start of one interpreter. Where processes
-cannot fork it answers one job and ends.
+The server has imported torch but no user code, so that many tokenizers need only one start of an interpreter. On platforms
+without fork it answers one job and ends.
 """
 
 import atexit
@@ -29,25 +29,25 @@ from multimodal.conformance.report import CheckedAgain, ConformanceError
 from multimodal.declare import alias, declaration, part_types, rebuild
 from multimodal.tokenizer import Tokenizer, Tokens
 
-ANSWER_S = 120  # a process that says nothing for so long has failed
+ANSWER_S = 120  # a process that does not answer within this time has failed
 
 
 class CannotAsk(Exception):
-    """A fresh process cannot be asked about this tokenizer; says why."""
+    """A fresh process cannot encode with this tokenizer; the message says why."""
 
 
-Answer = Tokens | str  # what encode gave, or the error that it raised
+Answer = Tokens | str  # the tokens, or the error of encode
 
 
 def fresh_answers(
     tokenizer: Tokenizer, values: Sequence[Any], *, other_seed: bool, elsewhere: bool, backwards: bool
 ) -> list[Answer]:
-    """What `encode` of a tokenizer rebuilt from its configuration gives for copies of these values, in their order.
+    """The tokens of copies of these values, in their order, from a tokenizer that is rebuilt from its configuration.
 
-    other_seed: of hashes, not that of the first server; elsewhere: in an empty folder; backwards: the last value is encoded first.
+    other_seed: use another hash seed than the first server; elsewhere: in an empty folder; backwards: encode the last value first.
 
     Raises:
-        CannotAsk: the class or a value cannot be had in another process.
+        CannotAsk: another process cannot get the class or a value.
     """
     job = _job(tokenizer, values) | {"backwards": backwards, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def fresh_answers(
 
 
 def names_a_file(values: Sequence[Any]) -> bool:
-    """Whether a value is the name of a file of the current folder, which is not found from another."""
+    """Whether a value is a relative path of a file, which other folders do not have."""
     for value in values:
         if isinstance(value, (str, Path)):
             try:
@@ -78,7 +78,7 @@ def names_a_file(values: Sequence[Any]) -> bool:
 
 
 def _seed() -> int:
-    """A hash seed that this process does not have."""
+    """A hash seed other than that of this process."""
     return 11 if os.environ.get("PYTHONHASHSEED") != "11" else 21
 
 
@@ -127,7 +127,7 @@ class _Server:
         atexit.register(self.close)
 
     def ask(self, folder: str) -> int:
-        """Have the job in this folder done; gives its exit code."""
+        """Run the job in this folder; returns its exit code."""
         jobs, codes = self.process.stdin, self.process.stdout
         assert jobs is not None
         assert codes is not None
@@ -137,7 +137,7 @@ class _Server:
             jobs.write(json.dumps(folder) + "\n")
             jobs.flush()
             line = codes.readline()
-        except OSError:  # it has ended
+        except OSError:  # the server has ended
             line = ""
         finally:
             late.cancel()
@@ -157,14 +157,14 @@ class _Server:
 
 @functools.lru_cache(maxsize=8)
 def _server(seed: int, owner: int) -> _Server:
-    """One for each hash seed; `owner` is this process, as a fork of it must not share its pipes."""
+    """The server for a hash seed. `owner` is this process: a fork of it gets a server of its own, not these pipes."""
     return _Server(seed)
 
 
 def serve() -> None:
-    """Answer jobs, a folder a line, until the pipe ends; each in a fork of this process where there are any."""
+    """Answer jobs, one folder a line, until the pipe ends; each in a fork of this process if the platform has fork."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a user's module prints is no answer
+    os.dup2(2, 1)  # output of a user's module must not mix with the answers
     for line in sys.stdin:
         folder = Path(json.loads(line))
         if not hasattr(os, "fork"):
@@ -213,13 +213,13 @@ def _encoded(job: dict[str, Any]) -> Iterator[Any]:
         try:
             tokens = tokenizer.encode(values[i])
             found[i] = (tokens.content.detach().numpy().copy(), tokens.position_NA.detach().numpy().copy())
-        except Exception as error:  # a stranger's encode may fail in any way
+        except Exception as error:  # a user's encode may raise anything
             found[i] = f"{type(error).__name__}: {error}"
     yield from (found[i] for i in order)
 
 
 def _import(name: str, file: str, package: str | None) -> None:
-    """A module by its name if that is this file, else by its file; the program itself as multiprocessing names it."""
+    """Import a module by its name if that leads to this file, else by its file; the main program as multiprocessing does."""
     if name in sys.modules and name != "__main__":
         return
     spec = None if name == "__main__" else importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""Checks of what tokens know of a value: nothing is cut or lost, and where they are causal, nothing comes from later on."""
+"""Checks which information of a value its tokens hold: nothing is cut or lost, and causal tokens hold nothing of later elements."""
 
 import unittest
 from collections.abc import Callable, Iterator, Sequence
@@ -15,40 +15,40 @@ from multimodal.tokenizer import Tokenizer, Tokens, describe
 CHECKS: list[Check] = []
 LONG = 1500  # elements of a long value: longer than most limits that cut
 LARGEST = 2**18  # numbers in a long value
-CLOSE = 1e-3  # of the largest number: how near a value must come back
+CLOSE = 1e-3  # the largest error of a decoded value, as a share of its largest number
 
 
 @promise(CHECKS, basic=True)
 def nothing_lost(case: TokenizerCase) -> None:
     """The last element of a value changed changes its tokens, of long values too; what is too long is refused and never cut."""
     if case.tokenizer.classes:
-        return  # one token says it all
+        return  # one token holds the whole value
     tried = False
     for value in case.values:
         for part, put, axis in _sequences(value):
             spread = _spread(case, part, axis)
-            if spread and spread < 4:  # the colours of a picture, one of which may not change its codes
+            if spread and spread < 4:  # the channels of a picture: a change of one may leave its codes as they are
                 continue
-            tried |= _counts(case.tokenizer, value, (put(x) for x in _ends_changed(part, axis, spread, case.values)))
+            tried |= _compared(case.tokenizer, value, (put(x) for x in _ends_changed(part, axis, spread, case.values)))
             if (long := _long(part, axis)) is not None:
                 changed = (put(x) for x in _ends_changed(long, axis, spread and _length(long, axis) // 8, case.values))
-                _counts(case.tokenizer, put(long), changed)
-                if not _orderless(case.tokenizer, value, put(_turned(part, axis, _length(part, axis)))):
-                    _counts(case.tokenizer, put(long), (put(x) for x in _tails_turned(long, axis)), close_tokens)
+                _compared(case.tokenizer, put(long), changed)
+                if not _ignores_order(case.tokenizer, value, put(_end_reversed(part, axis, _length(part, axis)))):
+                    _compared(case.tokenizer, put(long), (put(x) for x in _tails_reversed(long, axis)), close_tokens)
     if not tried:
         raise unittest.SkipTest(f"no end of {describe(case.values[0])} could be changed")
 
 
-def _counts(
+def _compared(
     tokenizer: Tokenizer,
     value: Any,
     changed: Iterator[Any],
     same: Callable[[Tokens, Tokens], bool] = equal_tokens,
 ) -> bool:
-    """Whether a changed value was encoded at all; fails where all that were give the tokens of the value."""
+    """Whether any changed value could be encoded; fails if all of those give the tokens of the unchanged value."""
     try:
         tokens = tokenizer(value)
-    except ValueError:  # refused, so it is not cut
+    except ValueError:  # it is refused, hence not cut
         return False
     count, last = 0, value
     for other in changed:
@@ -67,16 +67,16 @@ def _counts(
     return False
 
 
-def _orderless(tokenizer: Tokenizer, value: Any, turned: Any) -> bool:
-    """Whether the order of elements does not matter, as in a bag of words."""
+def _ignores_order(tokenizer: Tokenizer, value: Any, reordered: Any) -> bool:
+    """Whether the tokens ignore the order of elements, as a bag of words does."""
     try:
-        return close_tokens(tokenizer(turned), tokenizer(value))
+        return close_tokens(tokenizer(reordered), tokenizer(value))
     except ValueError:
         return False
 
 
 def _spread(case: TokenizerCase, part: Any, axis: int) -> int:
-    """How many elements at the end may have to change before the tokens do: more than one where numbers become ids or sounds."""
+    """How many last elements may have to change before the tokens do; 0: one. More for ids of numbers and for lossy kinds."""
     coarse = isinstance(part, (np.ndarray, Tensor)) and (case.tokenizer.vocab_size is not None or case.tokenizer.lossy)
     return max(_length(part, axis) // 2, 1) if coarse else 0
 
@@ -85,14 +85,14 @@ def _spread(case: TokenizerCase, part: Any, axis: int) -> int:
 def causal_prefix(case: TokenizerCase) -> None:
     """Where the kind is causal, the first tokens of a value do not depend on its end: a beginning of it gives a beginning of them.
 
-    The last tokens of the beginning may differ, where windows or pieces of words reach over its end.
+    The last tokens of the beginning may differ, because windows or pieces of words reach over its end.
     """
     if not case.tokenizer.causal or case.tokenizer.classes:
         return
     tried = False
     for value in case.values:
         for part, put, axis in _sequences(value):
-            whole, tokens = _grown(case.tokenizer, part, put, axis)
+            whole, tokens = _repeated(case.tokenizer, part, put, axis)
             cut = _length(whole, axis) * 7 // 10
             if tokens is None or cut < 1:
                 continue
@@ -113,8 +113,8 @@ def causal_prefix(case: TokenizerCase) -> None:
         raise unittest.SkipTest(f"no beginning of {describe(case.values[0])} is a value too")
 
 
-def _grown(tokenizer: Tokenizer, part: Any, put: Callable[[Any], Any], axis: int) -> tuple[Any, Tokens | None]:
-    """A value of 64 tokens or more, if the kind takes one, by repeating; and its tokens."""
+def _repeated(tokenizer: Tokenizer, part: Any, put: Callable[[Any], Any], axis: int) -> tuple[Any, Tokens | None]:
+    """The part, repeated until it has 64 tokens if the tokenizer accepts that; and its tokens."""
     best, tokens = part, None
     while _size(part) <= LARGEST:
         try:
@@ -156,7 +156,7 @@ def decode_gives_value(case: TokenizerCase) -> None:
 
 
 def _same_value(value: Any, got: Any, unordered: bool) -> bool | None:
-    """Whether decode gave the value; None: they are of types that cannot be compared, such as a file's name and its picture."""
+    """Whether decode gave the value; None: their types cannot be compared, such as a file name and its picture."""
     if isinstance(value, (str, bytes)) or isinstance(got, (str, bytes)):
         return value == got or str(value) == str(got) if isinstance(got, type(value)) or unordered else None
     numbers, others = _numbers(value), _numbers(got)
@@ -187,7 +187,7 @@ def _numbers(value: Any) -> np.ndarray | None:
 
 
 def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool | None:
-    """Also of a picture whose channels come first, of bytes as 0..1, and of a value that was continued to a whole token."""
+    """Whether numbers are equal, even with channels first, with bytes scaled to 0..1, or padded to a whole token; None: unknown."""
     top = 255.0 if a.dtype == np.uint8 and b.dtype.kind == "f" else 1.0
     a, b = a.astype(np.float64) / top, b.astype(np.float64)
     if a.ndim == 3 and a.shape[-1] <= 4 and b.ndim == 3 and b.shape[-1] != a.shape[-1]:
@@ -199,13 +199,13 @@ def _same_numbers(a: np.ndarray, b: np.ndarray) -> bool | None:
         if a.ndim < 2:
             return False
         shared = tuple(slice(min(x, y)) for x, y in zip(a.shape, b.shape, strict=True))
-        return False if np.allclose(a[shared], b[shared], rtol=0, atol=CLOSE) else None  # None: it was shrunk
+        return False if np.allclose(a[shared], b[shared], rtol=0, atol=CLOSE) else None  # None: a smaller picture
     b = b[tuple(slice(x) for x in a.shape)]
     return bool(np.allclose(a, b, rtol=0, atol=CLOSE * max(1.0, float(np.abs(a).max(initial=0.0))), equal_nan=True))
 
 
 def resembles(again: Sequence[Tokens], tokens: Sequence[Tokens]) -> bool:
-    """Whether what was decoded and encoded again is on average nearer to its own tokens than to those of other values."""
+    """Whether values that were decoded and encoded again are, on average, nearer to their own tokens than to those of others."""
 
     def nearness(a: Tokens, b: Tokens) -> float:
         n = min(len(a), len(b))
@@ -225,7 +225,7 @@ Put = Callable[[Any], Any]
 
 
 def _sequences(value: Any) -> Iterator[tuple[Any, Put, int]]:
-    """What in a value has an end: itself or parts of it, with what puts another in its place and the axis along which it ends."""
+    """(part, function that puts another part in its place, axis) for each sequence in a value, or the value itself."""
     if isinstance(value, (str, bytes)) and value:
         yield value, lambda new: new, 0
     elif isinstance(value, (np.ndarray, Tensor)):
@@ -260,7 +260,7 @@ def _joined(part: Any, axis: int, times: int) -> Any:
 
 
 def _long(part: Any, axis: int) -> Any:
-    """The part repeated until it is long; None where that would be too much."""
+    """The part, repeated to LONG elements; None if that exceeds LARGEST numbers."""
     times = -(-LONG // _length(part, axis))
     return _joined(part, axis, times) if times > 1 and _size(part) * times <= LARGEST else None
 
@@ -274,7 +274,7 @@ def _upto(part: Any, axis: int, stop: int) -> Any:
 
 
 def _ends_changed(part: Any, axis: int, spread: int, values: Sequence[Any]) -> Iterator[Any]:
-    """Copies whose last element is another, then the last 2, 4, .. up to `spread`."""
+    """Copies in which the last element is changed, then the last 2, 4, .. up to `spread`."""
     count = 1
     while True:
         yield from _end_changed(part, axis, count, values)
@@ -320,15 +320,15 @@ def _end_changed(part: Any, axis: int, count: int, values: Sequence[Any]) -> Ite
         yield part[: len(part) - count] + tail
 
 
-def _tails_turned(part: Any, axis: int) -> Iterator[Any]:
-    """Copies whose last half and last eighth are turned round: their mean, spread and extremes stay as they were."""
+def _tails_reversed(part: Any, axis: int) -> Iterator[Any]:
+    """Copies whose last eighth or last half is reversed, which keeps its mean, spread and extremes."""
     length = _length(part, axis)
-    turned = [_turned(part, axis, count) for count in (length // 8, length // 2)]
-    yield from (other for other in turned if contents(other) != contents(part))
+    reordered = [_end_reversed(part, axis, count) for count in (length // 8, length // 2)]
+    yield from (other for other in reordered if contents(other) != contents(part))
 
 
-def _turned(part: Any, axis: int, count: int) -> Any:
-    """A copy whose last elements come in reverse order."""
+def _end_reversed(part: Any, axis: int, count: int) -> Any:
+    """A copy whose last `count` elements are reversed."""
     start = _length(part, axis) - count
     if isinstance(part, Tensor):
         return torch.cat([part.narrow(axis, 0, start), part.narrow(axis, start, count).flip(axis)], axis)

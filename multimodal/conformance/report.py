@@ -15,11 +15,11 @@ from multimodal.tokenizer import Tokenizer, describe
 OK, FAILED, SKIPPED, EXPECTED = "ok", "FAILED", "skipped", "expected failure"
 
 
-in_fresh_process = False  # whether this process only imports a class, to encode with it
+in_fresh_process = False  # whether this process was started by `fresh` to encode with an imported class
 
 
 class CheckedAgain(BaseException):
-    """A script that a fresh process imports came to its own checks: what encoding needs is defined by now."""
+    """Stops the import of a script at its own checks, in a fresh process: all that encoding needs is defined by then."""
 
 
 class ConformanceError(ValueError):
@@ -28,7 +28,7 @@ class ConformanceError(ValueError):
 
 @dataclass(frozen=True)
 class Check:
-    """One promise: its name, a line that says it, and what tries it. All later checks need the `basic` ones."""
+    """One promise: its name, its statement in a line, and the function that checks it. All later checks need the `basic` ones."""
 
     name: str
     says: str

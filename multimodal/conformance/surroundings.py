@@ -1,4 +1,4 @@
-"""What a process has one of, such as its current folder: read, compared, and put back."""
+"""Reads, compares and restores settings of the whole process, such as the current folder."""
 
 import locale
 import os
@@ -43,18 +43,18 @@ IMPORTS_MAY_CHANGE = ("environment variables", "sys.path", "the recursion limit"
 
 
 def settings() -> dict[str, Any]:
-    """The state of everything in SETTINGS."""
+    """The value of every setting in SETTINGS."""
     return {name: read() for name, (read, _) in SETTINGS.items()}
 
 
 def changed(before: dict[str, Any]) -> list[str]:
-    """The names of the settings that are not as they were."""
+    """The names of the settings that differ from `before`."""
     return [name for name, now in settings().items() if now != before[name]]
 
 
 @contextmanager
 def kept_settings() -> Iterator[None]:
-    """Put settings and the filters of warnings back afterwards."""
+    """Restores the settings and the filters of warnings."""
     before = settings()
     with warnings.catch_warnings():
         try:

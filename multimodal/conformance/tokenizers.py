@@ -179,11 +179,11 @@ def decode_inverts_encode(case: TokenizerCase) -> None:
             same = torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
         want(same, f"{describe(value)} comes back from decode as {describe(tokenizer.decode(tokens))}")
     if lossy:
-        turned = [Tokens(tokens.content.flip(0), tokens.position_NA) for tokens in case.tokens]
-        moved = [not equal_tokens(a, b) for a, b in zip(turned, case.tokens, strict=True)]
-        heard = [not equal_tokens(tokenizer(tokenizer.decode(a)), b) for a, b in zip(turned, found, strict=True)]
+        reordered = [Tokens(tokens.content.flip(0), tokens.position_NA) for tokens in case.tokens]
+        differ = [not equal_tokens(a, b) for a, b in zip(reordered, case.tokens, strict=True)]
+        survive = [not equal_tokens(tokenizer(tokenizer.decode(a)), b) for a, b in zip(reordered, found, strict=True)]
         want(
-            resembles(found, case.tokens) and (any(heard) or not any(moved)),
+            resembles(found, case.tokens) and (any(survive) or not any(differ)),
             "what decode makes of a value's tokens is no nearer to them than to those of other values; nothing of it is left",
         )
 

@@ -1,12 +1,12 @@
-"""What a reader saw, what of it becomes samples, and what it left out with the reason: the three numbers add up."""
+"""Counts what a reader saw, used and left out, with reasons: used and left out add up to seen."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from multimodal.texts import shortened
 
-FIRST = 3  # names that are shown of what was left out for one reason
-REASONS = 40  # beyond, the reasons are not told apart: the suffixes of a folder may be its file numbers
+FIRST = 3  # names that are shown for each reason
+REASONS = 40  # the most reasons; further ones are counted together, since each file may have a suffix of its own
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class LeftOut:
 class Account:
     """`saw` == `yields` + what was left out, counted in `unit` ("files", "rows", "members").
 
-    yields: how many of them are in samples. samples: how many samples they make, if one sample is made of several. left_out: by
-    reason. notes: what a reader decided that may be wrong, such as quotation marks that were taken as they are.
+    yields: the number that is used. samples: the number of samples, if several make one. left_out: by reason. notes: decisions of
+    the reader that may be wrong, such as quotation marks that were read literally.
     """
 
     unit: str
@@ -37,7 +37,7 @@ class Account:
         assert self.saw == self.yields + left, f"{self.saw} {self.unit} seen, {self.yields} used, {left} left out"
 
     def without(self, reason: str, names: Iterable[str]) -> "Account":
-        """The account after some of what would be in samples was left out as well."""
+        """A copy of the account in which `names`, which were counted as used, are left out."""
         tally = Tally(self.unit, self)
         for name in names:
             tally.leave(reason, name)
@@ -55,14 +55,14 @@ class Account:
 
 
 class Tally:
-    """An account that is being made."""
+    """Counts for an account."""
 
     def __init__(self, unit: str, begun: Account | None = None) -> None:
         self.unit, self.used = unit, begun.yields if begun else 0
         self.left = {reason: [out.count, *out.names] for reason, out in begun.left_out.items()} if begun else {}
 
     def leave(self, reason: str, name: object) -> None:
-        """One was left out."""
+        """Count one that is left out."""
         if reason not in self.left and len(self.left) >= REASONS:
             reason = "for other reasons"
         entry = self.left.setdefault(reason, [0])

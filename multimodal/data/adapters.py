@@ -48,7 +48,7 @@ class Fields:
         return {field: self._value(field, value) for field, value in found.items()}
 
     def account(self) -> Account:
-        """Which parts of a sample, the first one, become fields, and which are left out."""
+        """Counts the parts of the first sample that become fields, and those that are left out."""
         tally = Tally("parts of a sample")
         if not len(self):
             return tally.account()
@@ -102,7 +102,7 @@ class Fields:
         if (
             isinstance(number, (bool, np.bool_))
             or not isinstance(number, (int, float, np.integer, np.floating))
-            or number % 1 != 0  # so is NaN, and infinity
+            or number % 1 != 0  # True for NaN and infinity, too
         ):
             raise MediaError(
                 f"Fields: {field} is {describe(number)}, which is no number of a class; wanted 0, 1, 2, .."

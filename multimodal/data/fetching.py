@@ -1,4 +1,4 @@
-"""One sample, fetched and encoded: a function of the seed and of its turn alone, in whatever process it happens."""
+"""Fetches and encodes samples; the result depends only on the seed and the turn, in any process."""
 
 import ctypes
 import random
@@ -23,15 +23,15 @@ from multimodal.stream import Stream
 from multimodal.texts import shortened
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-TRIES = 100  # samples in a row that may be broken where broken ones are passed over
-LOOK_S = 0.5  # so often a wait for data is looked at: is the run to stop?
+TRIES = 100  # broken samples in a row that may be skipped, where broken ones are skipped at all
+CHECK_S = 0.5  # interval at which a wait for data checks whether the run is to stop
 ENDING_S = 3.0  # from asking data workers to end to killing them
-STUCK_S = 10.0  # so long a run that is to stop waits for its next data
+STUCK_S = 10.0  # how long a run that is to stop waits for its next data
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that could not be used, and why."""
+    """A sample that could not be used, with the reason."""
 
     task: str
     sample: str  # which one, in words
@@ -40,9 +40,9 @@ class Bad:
 
 @dataclass
 class Batch:
-    """What one step trains on in this process: packed micro-batches, the names of their samples, and what had to be left out.
+    """The data of one step in this process: packed micro-batches, the names of their samples, and the samples left out.
 
-    numbers: which of the step's micro-batches each is, counted over all processes.
+    numbers: the index of each micro-batch within the step, counted over all processes.
     """
 
     streams: list[Stream]
@@ -53,7 +53,7 @@ class Batch:
 
 
 def seed_generators(*key: int | str) -> None:
-    """Set them from `key`: augmentations of any library become a function of (seed, turn), in any worker."""
+    """Seed all global generators from `key`, so that random augmentations depend only on (seed, turn), in any worker."""
     seed = crc32("/".join(map(str, key)).encode())
     random.seed(seed)
     np.random.seed(seed)
@@ -67,7 +67,7 @@ class Fetcher:
     packer: Packer
     data: Mapping[str, Any]
     seed: int
-    desk: "Desk" = field(default_factory=lambda: Desk())
+    progress: "WorkerProgress" = field(default_factory=lambda: WorkerProgress())
 
     def __call__(self, pattern: str, turn: int, where: str, given: Any = None) -> tuple[Prepared, str]:
         """The sample of a task at a turn, with its name; `given` if its source cannot be asked by number.
@@ -77,12 +77,12 @@ class Fetcher:
         """
         samples, index = self.data[pattern], self._index(pattern, turn)
         name = f"sample {index} of the data ({where})"
-        self.desk.put(list(self.data).index(pattern), index)
+        self.progress.record(list(self.data).index(pattern), index)
         seed_generators(self.seed, pattern, turn)
         try:
             sample = samples[index] if is_indexed(samples) else given
         except ConfigError:
-            raise  # no sample is to blame
+            raise  # the setup is wrong, not a sample
         except Exception as error:
             raise MediaError(
                 f"{name} of task {pattern!r} cannot be fetched: {type(error).__name__}: {shortened(error)}"
@@ -97,30 +97,31 @@ class Fetcher:
         return index_at(samples, f"{self.seed}/{pattern}", turn) if is_indexed(samples) else turn
 
 
-class Desk:
-    """Which sample each data worker is at, in memory that it shares with the main process: what is left of one that dies."""
+class WorkerProgress:
+    """The current sample of each data worker, in shared memory, so that the main process can read it when a worker has died."""
 
     def __init__(self) -> None:
-        self.at: torch.Tensor | None = None  # (workers, 2): number of the task, of the sample; -1: none yet
+        self.at: torch.Tensor | None = None  # (workers, 2): index of the task, index of the sample; -1: none yet
 
-    def seat(self, workers: int) -> None:
+    def allocate(self, workers: int) -> None:
         self.at = torch.full((workers, 2), -1).share_memory_()
 
-    def put(self, task: int, sample: int) -> None:
+    def record(self, task: int, sample: int) -> None:
         worker = get_worker_info()
         if worker is not None and self.at is not None:
             self.at[worker.id, 0], self.at[worker.id, 1] = task, sample
 
 
 class Loader:
-    """The items of a data set in an order, made in `workers` processes (0: in this one); none of these outlives the block.
+    """The items of a data set in a given order, made by `workers` processes (0: this one), all of which end with the block.
 
         with Loader(dataset, order, fetch, workers) as items: ...
 
-    make: what becomes of the items before they are given. asked: whether the run is to stop; then the wait for data has an end.
+    make: turns the iterator of items into the one that is given out. asked: whether the run is to stop; then it waits no longer
+    than STUCK_S for data.
 
     Raises, in the block:
-        StreamError: a worker died, or none gave data when the run was to stop; says which sample it was at.
+        StreamError: a worker died, or no data came when the run was to stop; the message names the current samples.
     """
 
     def __init__(
@@ -137,17 +138,17 @@ class Loader:
         self.workers: list[Any] = []
         self.items: Any = None
         self.since: float | None = None  # when the wait for the next item began
-        self.stuck = ""  # what is said of workers that were killed because nothing came
+        self.stuck = ""  # the error after workers were killed because no data came
         self.done, self.watch = threading.Event(), None
         if workers:
-            fetch.desk.seat(workers)
+            fetch.progress.allocate(workers)
         self.loader = DataLoader(
-            _Telling(dataset) if workers else dataset,
+            _ErrorsAsItems(dataset) if workers else dataset,
             batch_size=None,
             sampler=order,
             num_workers=workers,
             worker_init_fn=in_worker if workers else None,
-            # else it draws from the global one
+            # without it, DataLoader draws from the global generator
             generator=torch.Generator().manual_seed(crc32(str(fetch.seed).encode())),
             pin_memory=False,
         )
@@ -160,7 +161,7 @@ class Loader:
         self.items = iter(self.loader)
         self.workers = list(getattr(self.items, "_workers", ()))
         if self.workers:
-            self.watch = threading.Thread(target=self._watched, name="watch over data workers", daemon=True)
+            self.watch = threading.Thread(target=self._end_stuck_wait, name="watch over data workers", daemon=True)
             self.watch.start()
         return self.make(self._items())
 
@@ -180,16 +181,16 @@ class Loader:
                 raise item
             yield item
 
-    def _watched(self) -> None:
-        """In a thread: ends the wait of the main one by killing the workers, when the run is to stop and nothing comes.
+    def _end_stuck_wait(self) -> None:
+        """Runs in a thread. If the run is to stop and no data come, kills the workers, which ends the main thread's wait.
 
-        The main thread may wait for half a message, or for memory that a worker is to hand over, so it cannot look itself.
+        The main thread may be blocked in half a message, or in memory that a worker shares, so it cannot check by itself.
         """
-        asked_at = None
-        while not self.done.wait(LOOK_S):
+        stopping_since = None
+        while not self.done.wait(CHECK_S):
             since, now = self.since, time.monotonic()
-            asked_at = None if since is None or not self.asked() else asked_at or now
-            if since is not None and asked_at is not None and now - max(asked_at, since) >= STUCK_S:
+            stopping_since = None if since is None or not self.asked() else stopping_since or now
+            if since is not None and stopping_since is not None and now - max(stopping_since, since) >= STUCK_S:
                 places = [at for number in range(len(self.workers)) if (at := self._at(number))]
                 self.stuck = (
                     f"fit: no data came for {STUCK_S:g} s after the run was asked to stop; the data workers were at "
@@ -202,18 +203,18 @@ class Loader:
         self.done.set()
         if self.watch is not None:
             self.watch.join()
-        # looked at before the others are ended, as then all of them are dead
+        # asked before the workers are ended, since then all of them are dead
         lost = isinstance(error, (RuntimeError, OSError, EOFError)) and not self.stuck
-        told = self._death() if lost else ""
+        died = self._death() if lost else ""
         self._end()
-        if told:
+        if died:
             raise StreamError(
-                f"fit: {told}. With workers=0 the same happens in the main process, where it can be looked at; a system that is "
+                f"fit: {died}. With workers=0 the same happens in the main process, where it can be looked at; a system that is "
                 "short of memory kills as well"
             ) from error
 
     def _death(self) -> str:
-        """How a worker ended, if one did."""
+        """How the first dead worker ended; '': all of them run."""
         for number, worker in enumerate(self.workers):
             code = worker.exitcode
             if code is not None:
@@ -223,23 +224,23 @@ class Loader:
         return ""
 
     def _at(self, worker: int) -> str:
-        """'sample 7 of task ..', the one that a worker is at, or was when it died."""
-        desk = self.fetch.desk.at
-        task, sample = (-1, -1) if desk is None else desk[worker].tolist()
+        """'sample 7 of task ..': the current or last sample of a worker."""
+        current = self.fetch.progress.at
+        task, sample = (-1, -1) if current is None else current[worker].tolist()
         return f"sample {sample} of task {list(self.fetch.data)[task]!r}" if task >= 0 else ""
 
     def _end(self) -> None:
-        """Ask all workers to end, and kill those that do not: one that is stuck in C code listens to no signal but SIGKILL."""
+        """Ask all workers to end, and kill those that do not: only SIGKILL ends a worker that is stuck in C code."""
         if not self.workers:
             return
         killer = threading.Timer(ENDING_S, self._kill)
         killer.daemon = True
         killer.start()
         try:
-            # PyTorch waits 5 s for each and then sends SIGTERM, which such a one does not hear
+            # PyTorch waits 5 s for each and then sends SIGTERM, which a stuck worker ignores
             self.items._shutdown_workers()
         except RuntimeError:
-            pass  # of PyTorch's watch over its workers, which sees one killed
+            pass  # PyTorch's own check of its workers raises this when one was killed
         finally:
             killer.cancel()
             killer.join()
@@ -253,11 +254,11 @@ class Loader:
 
 
 class StuckError(StreamError):
-    """No data came while a run was to stop."""
+    """A run was to stop, and no data came."""
 
 
-class _Telling(Dataset):
-    """A data set whose errors are items: raised in a worker, PyTorch would put a traceback into their message."""
+class _ErrorsAsItems(Dataset):
+    """A data set that returns its errors as items. If a worker raised them, PyTorch would add a traceback to the message."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -273,10 +274,10 @@ class _Telling(Dataset):
 
 
 def in_worker(_: int) -> None:
-    """How a data worker starts."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers in order
-    # schedulers send SIGTERM to all of a job's processes: the first is left to the main process too, a second one ends
+    """Prepares a data worker: signals, one thread, and its end with the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends the workers
+    # schedulers send SIGTERM to all processes of a job: the main process handles the first one, a second one ends the worker
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # a worker that is stuck does not notice that the main process was killed
+    if sys.platform == "linux":  # a stuck worker would not notice that the main process was killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -1,4 +1,4 @@
-"""Folders of files in class folders: which file is a sample of which class, and why the others are none."""
+"""Reads folders of files in class folders: which file is a sample of which class, and why others are left out."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ KINDS = {
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"),
 }
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-SYSTEM = (  # what other programs leave behind beside names that begin with a dot
+SYSTEM = (  # files and folders that other programs leave behind, besides names that begin with a dot
     *("__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "@recycle", "$recycle.bin", "lost+found"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 )
@@ -25,7 +25,7 @@ WORDS = {"image": "picture", "audio": "sound"}
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a folder: its path in it, the field that it is, and the folder that names its class (None: it is in none)."""
+    """A file of a folder: its relative path, its field, and its class, the name of a folder (None: it is in no class folder)."""
 
     name: Path
     field: str
@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder that are samples, by their names in order, and the account of all that is in it."""
+    """The files of a folder that are samples, sorted by name, and the account of everything in it."""
 
     path: Path
     members: Sequence[Member]
@@ -46,18 +46,18 @@ def read_folder(
 ) -> Folder:
     """The files of CLASS/any/depth/file.jpg: the first folder below `path` is the class.
 
-    Linked folders and files are followed; a folder is read once, by its own name where it has one here. Names that begin with a dot
-    and what systems leave behind (`__MACOSX`, `@eaDir`, `Thumbs.db`) are no data. split: of a folder that holds train, val or test
-    (or whose class folders do), the one that is read. fields: "image", "audio", or both. labelled: leave out files in no class.
+    Links are followed; each folder is read once, under its own name if it is here, else under that of a link. Names that begin with
+    a dot and files of the system (`__MACOSX`, `@eaDir`, `Thumbs.db`) are left out. split: which of the folders train, val, test is
+    read, where the folder or its class folders hold such. fields: "image", "audio", or both. labelled: leave out files in no class
+    folder.
 
     Raises:
-        ConfigError: no folder, nothing of these kinds, a layout of splits of which none was chosen, a class with a name that is no
-        text.
+        ConfigError: no folder, no file of these kinds, splits of which none was chosen, or a class whose name is not UTF-8.
     """
     kinds = {suffix: field for field in fields for suffix in KINDS[field]}
     if not path.is_dir():
         raise ConfigError(f"there is no folder {str(path)!r}")
-    found, tally = [], Tally("entries")  # files, and folders with nothing in them
+    found, tally = [], Tally("entries")  # files, and folders that yield no files
     for name, reason in sorted(_entries(path), key=lambda entry: entry[0].parts):
         if reason is None and any(is_hidden(part) for part in name.parts):
             reason = HIDDEN
@@ -85,14 +85,14 @@ def read_folder(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left behind by a system or a program, and no data of the user's."""
+    """Whether a file or folder of this name is hidden, or made by a system or program rather than by the user."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM
 
 
 def _entries(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """(name, reason) of everything below a folder that is no folder; the reason says why it cannot be data.
+    """(name, reason) of every file below a folder, and of every folder that is not read; reason: why it is left out, or None.
 
-    Folders by their own names come before those behind links, so that a link to a folder that is here as well makes no second copy.
+    Real folders are read before linked ones, so that a link to a folder that is also here makes no second copy.
     """
     plain, links, read = [Path()], list[Path](), {_identity(root)}
     while plain or links:
@@ -121,7 +121,7 @@ def _entries(root: Path) -> Iterator[tuple[Path, str | None]]:
                     continue
                 read.add(identity)
                 plain.append(inner)
-            elif kind == "link" and not any(map(is_hidden, inner.parts)):  # who knows where those of programs lead
+            elif kind == "link" and not any(map(is_hidden, inner.parts)):  # hidden links are not followed
                 links.append(inner)
             else:
                 yield inner, HIDDEN if kind == "link" else "no file (a device, or a link that leads nowhere)"
@@ -149,7 +149,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _of_split(path: Path, names: list[Path], split: str | None, tally: Tally) -> Iterator[tuple[Path, Path]]:
-    """(name, name without its split) of the files of one split, or of all files where there are none."""
+    """(name, name without the split) of the files of one split; of all files if there are no splits."""
     depth = next((depth for depth in (0, 1) if _are_splits(names, depth)), None)
     if depth is None:
         if split is not None:
@@ -179,7 +179,7 @@ def _is_split(name: Path, depth: int) -> bool:
 
 
 def _are_splits(names: list[Path], depth: int) -> bool:
-    """Whether the folders at a depth are parts of a data set: two are called so, or the only one. One class may be called train."""
+    """Whether the folders at a depth are splits: at least two have such names, or the only one. One class may be called train."""
     there = {name.parts[depth] for name in names if len(name.parts) > depth + 1}
     splits = {part for part in there if part.lower() in SPLITS}
     return len(splits) > 1 or (len(splits) == 1 and splits == there and depth == 0)

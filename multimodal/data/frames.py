@@ -1,4 +1,4 @@
-"""Tables in memory (DataFrames of pandas and polars, tables of Arrow) as samples, and the class names that tables carry."""
+"""Tables in memory (DataFrames of pandas and polars, tables of Arrow) as samples, and the class names in their schema."""
 
 import json
 from collections import Counter
@@ -12,10 +12,10 @@ from multimodal.texts import listed
 
 
 class Frame:
-    """The rows of a DataFrame or of an Arrow table as mappings of columns, asked for by place; what is missing is None.
+    """The rows of a DataFrame or of an Arrow table, by position, as {column: value}; a missing value is None.
 
     Raises:
-        ConfigError: columns whose names are no texts, or that have the same name.
+        ConfigError: column names that are no str, or that repeat.
     """
 
     def __init__(self, table: Any, library: str) -> None:
@@ -25,7 +25,7 @@ class Frame:
         else:
             names = list(table.columns)
         check_columns(f"a table of {library}", names)
-        # of pandas the columns: a row of its own would have one type for all cells
+        # columns of pandas, because a row of pandas has one type for all cells
         self.table: Any = {name: table[name].array for name in names} if library == "pandas" else table
 
     def __len__(self) -> int:
@@ -45,12 +45,12 @@ class Frame:
 
 
 def as_samples(source: Any) -> Any:
-    """A DataFrame of pandas or polars, or a table of Arrow, as samples; anything else as it came."""
-    for kind in type(source).__mro__:  # a subclass, such as that of geopandas, is one too
+    """A DataFrame of pandas or polars, or a table of Arrow, as samples; any other source unchanged."""
+    for kind in type(source).__mro__:  # includes subclasses, such as that of geopandas
         name = kind.__module__.partition(".")[0], kind.__name__
         if name in (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"), ("pyarrow", "RecordBatch")):
             return Frame(source, name[0])
-        if name in (("pandas", "Series"), ("polars", "Series")):  # which pandas asks by its index, not by its place
+        if name in (("pandas", "Series"), ("polars", "Series")):  # [i] of pandas looks up the index, not the position
             return list(source)
         if name == ("polars", "LazyFrame"):
             raise ConfigError("a LazyFrame of polars has not been read; give what its collect() returns")
@@ -58,7 +58,7 @@ def as_samples(source: Any) -> Any:
 
 
 def check_columns(where: str, names: list[Any]) -> None:
-    """Refuse columns that cannot be told apart with a ConfigError."""
+    """Raise a ConfigError for columns without a name or with the same name."""
     if unnamed := [name for name in names if not isinstance(name, str)]:
         raise ConfigError(f"{where} has columns without a name: {listed(unnamed)}; give each column a text as its name")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -66,7 +66,7 @@ def check_columns(where: str, names: list[Any]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A cell as Python has it; NaN, and what pandas has for it, is None."""
+    """A cell as a Python value; NaN, NA and NaT become None."""
     if isinstance(value, (np.number, np.bool_)):
         value = value.item()
     missing = isinstance(value, float) and value != value
@@ -74,10 +74,10 @@ def _cell(value: Any) -> Any:
 
 
 def class_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """What the schema of a table that Hugging Face `datasets` wrote says of its columns; {} of any other table.
+    """The features by column in the schema of a table that Hugging Face `datasets` wrote; {} for any other table.
 
     Raises:
-        ConfigError: it says something that cannot be read, so that classes would come as bare numbers.
+        ConfigError: the description cannot be read; without it classes would be bare numbers.
     """
     text = (metadata or {}).get(b"huggingface")
     if text is None:
@@ -95,16 +95,16 @@ def class_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def named(feature: Any, value: Any, where: str) -> Any:
-    """A value with the names of its classes in place of their numbers, at any depth; a class of -1 (nobody knows) is None.
+    """A value whose class numbers are replaced by class names, at any depth; class -1 (unknown) becomes None.
 
-    feature: as `datasets` describes it: {"_type": "ClassLabel", "names": [..]}, lists and mappings of such.
+    feature: the description by `datasets`: {"_type": "ClassLabel", "names": [..]}, or lists and mappings of such.
 
     Raises:
-        MediaError: a number that has no name.
+        MediaError: a number without a class name.
     """
     if value is None or not isinstance(feature, (dict, list)):
         return value
-    if isinstance(feature, list):  # how older versions write a list
+    if isinstance(feature, list):  # the form of a list in older versions
         feature = {"_type": "List", "feature": feature[0] if feature else None}
     names, described = feature.get("names"), isinstance(feature.get("_type"), str)
     if feature.get("_type") == "ClassLabel" and isinstance(names, list):

@@ -21,7 +21,7 @@ from multimodal.tokenizer import describe
 
 TEXT = ("txt", "text", "transcript", "cls")  # the last three are WebDataset's
 TENSOR = "tensor.npy"
-LIST = "list.tar"  # a list of which JSON cannot hold the parts, such as pictures: they are the members, in order
+LIST = "list.tar"  # a list whose parts JSON cannot hold, such as pictures: each part is a member, in order
 WAVE = {"int16": (1, 16), "int32": (1, 32), "uint8": (1, 8), "float32": (3, 32), "float64": (3, 64)}  # PCM 1, float 3
 
 
@@ -90,7 +90,7 @@ def encoded(value: Any) -> tuple[str, bytes]:
 
 
 def _check_keys(value: Any, whole: str) -> None:
-    """Refuse keys that are no texts, at any depth: JSON would give back a text."""
+    """Refuse keys that are no str, at any depth: JSON would turn them into str."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -104,7 +104,7 @@ def _check_keys(value: Any, whole: str) -> None:
 
 
 def _is_sound(value: Any) -> bool:
-    """Whether it is a pair of a wave and its rate; two arrays are a list."""
+    """Whether a value is a pair (wave, rate); a pair of two arrays is a list."""
     pair = isinstance(value, (tuple, list)) and len(value) == 2
     return pair and isinstance(value[0], (np.ndarray, Tensor)) and not isinstance(value[1], (np.ndarray, Tensor))
 
@@ -122,7 +122,8 @@ def _packed(values: Sequence[Any]) -> bytes:
     with tarfile.open(fileobj=data, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number, value in enumerate(values):
             extension, body = encoded(value)
-            header = tarfile.TarInfo(f"{number:06d}.{extension}")  # of no time and of no user
+            # without time and user, so that the bytes are always the same
+            header = tarfile.TarInfo(f"{number:06d}.{extension}")
             header.size = len(body)
             tar.addfile(header, io.BytesIO(body))
     return data.getvalue()
@@ -138,7 +139,7 @@ def _unpacked(data: bytes, name: str) -> list[Any]:
                     raise ValueError(f"the list is damaged at {member.name}")
                 body = data[member.offset_data : end]
                 values.append(decoded(member.name.partition(".")[2], body, f"{name}/{member.name}"))
-            if data[tar.offset :].strip(bytes(1)):  # tarfile stops at a damaged header without a word
+            if data[tar.offset :].strip(bytes(1)):  # tarfile stops at a damaged header without an error
                 raise ValueError("the list is damaged")
     except (tarfile.TarError, RecursionError) as error:
         raise ValueError(f"the list is damaged: {error}") from error

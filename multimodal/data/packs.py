@@ -177,11 +177,10 @@ class Packs(Dataset):
 
     @staticmethod
     def _read(lane: _Lane, pattern: str, turn: int) -> Any:
-        """A sample of a source that is iterated.
+        """The sample at a turn of a source that can only be iterated.
 
         Raises:
-            MediaError: the source failed. That is none of the broken samples that `max_bad` may pass over: an iterator that raised
-            has come to its end, and what would come after cannot be had.
+            MediaError: the source failed. `max_bad` cannot skip this, because an iterator that raised gives no further samples.
         """
         try:
             return lane.flows[pattern].at(turn)
@@ -235,7 +234,7 @@ class Packs(Dataset):
 
     def _lane(self, number: int) -> _Lane:
         flows = {
-            # what the source draws from the global generators is a function of the seed and of its place
+            # random draws of the source depend only on the seed and on its turn
             pattern: Flow(source, partial(seed_generators, self.fetch.seed, pattern, "read"))
             for pattern, source in self.fetch.data.items()
             if not is_indexed(source)

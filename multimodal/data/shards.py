@@ -49,10 +49,10 @@ class Shard:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], folder: str = "") -> "Shard":
-        """The entry of an index that anybody may have made.
+        """A shard from its entry in an index, which anybody may have made.
 
         Raises:
-            ConfigError: a part is missing or of another kind, or the archive has a name that this folder's index cannot give it.
+            ConfigError: a part is missing or of another type, or the archive's name leads out of the folder.
         """
         kinds = {
             "name": str,
@@ -102,7 +102,7 @@ class Shards:
     ) -> None:
         if group < 1:
             raise ConfigError(f"Shards: group={group} must be at least 1")
-        self.account: Account | None = None  # what `index_archives` saw
+        self.account: Account | None = None  # set by `index_archives`
         self.folder, self.group, self.storage = os.fspath(folder).removesuffix("/"), group, dict(storage or {})
         self._forget()
         try:
@@ -217,7 +217,7 @@ class Shards:
         ]
         begin = min(offset for _, _, offset, _, _ in there) - HEADER
         end = max(offset + size for _, _, offset, size, _ in there)
-        # neighbours are had in one read, but for what lies far apart
+        # members that lie close together are read at once
         near = end - begin <= 2 * sum(HEADER + size for _, _, _, size, _ in there) + BLOCK
         data = self._range(number, begin, end) if near else b""
         for field, extension, offset, size, crc in there:
@@ -229,7 +229,7 @@ class Shards:
                 raise MediaError(
                     f"{shard.name}, sample {row}: the archive ends before {field!r} does; copy or make it again"
                 )
-            # of what is no member with this name, nothing is shown: it need not be an archive at all
+            # if no member has this header, no name is shown: the file may be no archive at all
             name = _member(header, size, extension)
             if name is None or (crc != UNKNOWN and zlib.crc32(value) != crc):
                 raise MediaError(
@@ -240,7 +240,7 @@ class Shards:
             name = f"{shard.name}/{name}"
             try:
                 sample[field] = decoded(extension, value, name)
-            except Exception as error:  # of damaged data decoders fail in many ways
+            except Exception as error:  # decoders fail in many ways on damaged data
                 raise MediaError(f"{name}: cannot be read as {extension}: {str(error)[:300]}") from error
         return sample
 
@@ -256,8 +256,9 @@ class Shards:
                 raise MediaError(f"{name} of {self.folder} is damaged; copy or make it again")
             table = _checked(body, shard, f"{name} of {self.folder}")
             folder, base = self._place(shard.name)
+            # reading a device or a pipe would never end
             if not is_url(folder) and Path(folder, base).exists() and not Path(folder, base).is_file():
-                raise MediaError(f"{shard.name} of {self.folder} is no file")  # a device or a pipe would never end
+                raise MediaError(f"{shard.name} of {self.folder} is no file")
             file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
         except OSError as error:
             raise MediaError(f"{shard.name} of {self.folder} cannot be opened: {error}") from error
@@ -273,7 +274,7 @@ class Shards:
         file = self._opened(number)[1]
         try:
             if file is not None:
-                end = min(end, os.fstat(file.fileno()).st_size)  # no memory for what a hostile table promises
+                end = min(end, os.fstat(file.fileno()).st_size)  # no memory for sizes that only a hostile table claims
                 return read_at(file, begin, end - begin)
             if end <= (size := self.shards[number].bytes) or begin < size:
                 return self._read(*self._place(self.shards[number].name), begin, min(end, size))
@@ -309,7 +310,7 @@ def table_name(number: int) -> str:
 
 
 def _checked(body: bytes, shard: Shard, where: str) -> np.ndarray:
-    """The table of a shard, whose numbers are places in its archive."""
+    """The table of a shard, after checking that its offsets and sizes lie within the archive."""
     if len(body) != shard.samples * len(shard.columns) * 3 * 8:
         raise MediaError(
             f"{where} is damaged: it has {len(body)} bytes, which are not those of {shard.samples} samples"
@@ -324,12 +325,12 @@ def _checked(body: bytes, shard: Shard, where: str) -> np.ndarray:
 
 
 def _member(header: bytes, size: int, extension: str) -> str | None:
-    """The name in the header of an archive's member; None: this is no header of a file of this size and extension."""
+    """The name in a member's header; None if this is no header of a file of this size and extension."""
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
         return None
-    cut = len(found.name) >= 100  # of a longer name this is the beginning
+    cut = len(found.name) >= 100  # a longer name is cut in the header
     fits = found.isfile() and found.size == size and (cut or found.name.lower().endswith(f".{extension}"))
     return found.name if fits else None
 

@@ -37,13 +37,13 @@ Source = Samples | Iterable[Mapping[str, Any]]
 
 def is_indexed(source: Any) -> bool:
     """Whether samples are asked for by number, so that any place of any round can be had without those before it."""
-    if isinstance(source, IterableDataset):  # it inherits a [index] that always fails, and may have a length
+    if isinstance(source, IterableDataset):  # it inherits an [index] that always fails, and may have a length
         return False
     return hasattr(source, "__len__") and hasattr(source, "__getitem__")
 
 
 def in_batches(samples: Any, size: int) -> Iterator[list[Any]]:
-    """Lists of so many samples, each read when it is asked for: by number where that can be, so that nothing is held twice."""
+    """Yields lists of `size` samples, read lazily: by index if possible, else by iteration."""
     each = (samples[i] for i in range(len(samples))) if is_indexed(samples) else iter(samples)
     while part := list(islice(each, size)):
         yield part
@@ -280,7 +280,7 @@ class Flow:
     EVERY = 64  # samples between two states that are remembered
 
     def __init__(self, source: Iterable[Any], before: Callable[[int], None] = lambda turn: None) -> None:
-        """before: called with the number of each sample before it is read, also of those that are passed over."""
+        """before: called with the number of each sample before it is read, skipped ones included."""
         stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
         self.stateful = stateful and not _forgets(source)
         self.source: Any = copy.deepcopy(source) if self.stateful else source  # every lane goes its own way

@@ -21,16 +21,16 @@ from multimodal.texts import listed, shortened
 HUB = "hf:"
 LONGEST_CELL = 2**27  # characters; the csv module's own limit is 131,072
 BROKEN, EMPTY = "broken rows", "empty lines"
-MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
-UNREADABLE = re.compile("[\udc80-\udcff]")  # what Python puts in the place of bytes that are not of the encoding
+BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+UNREADABLE = re.compile("[\udc80-\udcff]")  # surrogates, which stand for bytes that the encoding cannot decode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows (mappings) of a source. An exception in place of a row says why that one cannot be used.
 
-    about: what the source is, to be compared when the work goes on. total: rows, or about as many. seen: the account of the source
-    before any of its rows is found broken. beside: what paths are relative to.
+    about: facts that identify the source, compared when the work is resumed. total: the number of rows, or nearly. seen: gives the
+    account of the source without regard to broken rows. beside: the folder that paths are relative to.
     """
 
     about: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Table:
             yield row
 
     def account(self) -> Account:
-        """What was seen, what is a row, and what was left out with the reason; reads the source through."""
+        """Counts the rows that are used and those left out, with reasons; reads the whole source."""
         rows = enumerate(self.rows(0))
         return self.seen().without(BROKEN, (f"row {at}: {row}" for at, row in rows if isinstance(row, Exception)))
 
@@ -86,11 +86,11 @@ def open_table(
     """The rows of a folder, file or data set.
 
     name: a folder of files in class folders, or one that Hugging Face saved; a .csv, .tsv, .jsonl or .parquet file; hf:NAME or
-    hf:NAME:CONFIGURATION, a data set of the hub. encoding: of a text file, UTF-8 unless given or marked. quotes: whether quotation
-    marks hold cells together in which there are separators: so in a .csv, not so in a .tsv, unless given.
+    hf:NAME:CONFIGURATION, a data set of the hub. encoding: of a text file; None: by its byte order mark, else UTF-8.
+    quotes: whether quotation marks enclose cells that hold separators; None: in a .csv, but not in a .tsv.
 
     Raises:
-        ConfigError: none of these, a file that cannot be read as what it is called, or a library that is not installed.
+        ConfigError: none of these, a file that is not what its suffix says, or a library that is not installed.
     """
     try:
         return _open(name, split, encoding, quotes)
@@ -121,7 +121,7 @@ def _open(name: str, split: str | None, encoding: str | None, quotes: bool | Non
         raise ConfigError(f"{name} is one file, which has no split {split!r}")
     if suffix == ".parquet":
         return _of_parquet(path)
-    encoding = encoding or _marked(path) or "utf-8"
+    encoding = encoding or _encoding_of_mark(path) or "utf-8"
     try:
         "".encode(encoding)
     except LookupError:
@@ -143,7 +143,7 @@ def _library(name: str, for_what: str) -> Any:
 
 
 def _loaded(name: str, load: Callable[..., Any], *names: Any, **options: Any) -> Any:
-    """A data set of Hugging Face, whose errors are of a dozen classes."""
+    """Load a data set of Hugging Face; its errors, of a dozen classes, become ConfigErrors."""
     try:
         return load(*names, **options)
     except Exception as error:
@@ -168,11 +168,11 @@ def _of_folder(folder: Path, split: str | None) -> Table:
     return Table(about=about, columns=fields, total=len(found.members), read=read, seen=lambda: found.account)
 
 
-def _marked(path: Path) -> str | None:
-    """The encoding that the first bytes of a text name, if they do."""
+def _encoding_of_mark(path: Path) -> str | None:
+    """The encoding that a byte order mark at the beginning of a file names, or None."""
     with open(path, "rb") as file:
         begin = file.read(3)
-    return next((encoding for mark, encoding in MARKS.items() if begin.startswith(mark)), None)
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if begin.startswith(mark)), None)
 
 
 def _lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
 
 
 def _text_error(text: str, encoding: str) -> str | None:
-    """Why a line is no text, if it is none."""
+    """Why a line is no valid text; None if it is."""
     if "\0" in text:
         return "it holds a NUL byte; a text in UTF-16 is read by --encoding utf-16"
     if not text.isascii() and UNREADABLE.search(text):
@@ -193,10 +193,10 @@ def _text_error(text: str, encoding: str) -> str | None:
 
 
 def _of_cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Table:
-    """CSV as RFC 4180 has it, or without quotes one line a row, as corpora of speech and of translations are written."""
+    """A CSV file by RFC 4180; without quotes, one row a line, as in corpora of speech and translations."""
 
     def cells() -> Iterator[tuple[int, int, list[str] | str]]:
-        """(first line, last line, cells or why there are none), lines counted from 1."""
+        """(first line, last line, cells or the error of the row), with lines counted from 1."""
         if quotes:
             yield from _quoted(_lines(path, encoding, ""), delimiter, path)
             return
@@ -255,10 +255,10 @@ def _of_cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Table:
         return tally.account(notes=notes)
 
     about, count = _digest(path)
-    # an earlier version read .tsv with quotes: what it began cannot be gone on with
+    # an earlier version read .tsv with quotes, so its unfinished shards must not be resumed
     about |= {} if quotes and delimiter == "," else {"quotes": quotes}
     return Table(
-        about=about | _unusual(encoding),
+        about=about | _encoding_fact(encoding),
         columns=header,
         total=max(0, count - 1),
         read=read,
@@ -271,7 +271,7 @@ def _quoted(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[
     """The rows of a CSV.
 
     Raises:
-        MediaError: a quotation mark that is never closed: all that follows it would be one cell.
+        MediaError: a quotation mark is never closed, so that the rest of the file would be one cell.
     """
     ended = False
 
@@ -283,7 +283,7 @@ def _quoted(lines: Iterator[str], delimiter: str, path: Path) -> Iterator[tuple[
     reader = csv.reader(until_end(), delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num + 1
-        limit = csv.field_size_limit(LONGEST_CELL)  # which is one for all readers of the process
+        limit = csv.field_size_limit(LONGEST_CELL)  # the limit is global in the process
         try:
             row = next(reader)
         except StopIteration:
@@ -314,7 +314,7 @@ def _of_json(path: Path, encoding: str) -> Table:
             try:
                 if why := _text_error(line, encoding):
                     raise MediaError(why)
-                row = json.loads(line, object_pairs_hook=_once)
+                row = json.loads(line, object_pairs_hook=_without_repeats)
                 if not isinstance(row, dict):
                     raise MediaError(f"it is no JSON object: {shortened(line, 80)}")
                 yield row
@@ -334,12 +334,12 @@ def _of_json(path: Path, encoding: str) -> Table:
     about, count = _digest(path)
     columns = list(first) if isinstance(first, dict) else None
     return Table(
-        about=about | _unusual(encoding), columns=columns, total=count, read=read, seen=seen, beside=path.parent
+        about=about | _encoding_fact(encoding), columns=columns, total=count, read=read, seen=seen, beside=path.parent
     )
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, in which a key that comes twice would hide the first one."""
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice, which json.loads would accept, is a MediaError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise MediaError(f"it has keys that come twice: {listed(_repeated(key for key, _ in pairs))}")
@@ -350,7 +350,7 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _unusual(encoding: str) -> dict[str, str]:
+def _encoding_fact(encoding: str) -> dict[str, str]:
     return {} if encoding.startswith("utf-8") else {"encoding": encoding}
 
 
@@ -388,7 +388,7 @@ def _of_parquet(path: Path) -> Table:
                 start = max(0, start - count)
 
     def _group(file: Any, group: int, start: int, count: int) -> Iterator[Any]:
-        """The rows of a group; of those that cannot be read, one error each, so that they are counted."""
+        """The rows of a group; one error for each row that cannot be read, so that all are counted."""
         at = 0
         try:
             for batch in file.iter_batches(batch_size=256, row_groups=[group]):
@@ -416,7 +416,7 @@ def _of_parquet(path: Path) -> Table:
 
 
 def _python_rows(batch: Any) -> Iterator[Any]:
-    """The rows of a batch of Arrow; an error in the place of one that is none, such as text that is not UTF-8."""
+    """The rows of a batch of Arrow; an error in place of a row that is invalid, such as text that is not UTF-8."""
     try:
         yield from batch.to_pylist()
     except ValueError:
@@ -428,7 +428,7 @@ def _python_rows(batch: Any) -> Iterator[Any]:
 
 
 def _named_row(features: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
-    """A row with the names of classes, or the error in its place."""
+    """A row with class names in place of class numbers, or the error."""
     try:
         return {name: named(features.get(name), value, name) for name, value in row.items()}
     except MediaError as error:
@@ -449,10 +449,9 @@ def _of_dataset(dataset: Any, name: str, split: str | None) -> Table:
     about = {"dataset": name, "split": str(dataset.split), "rows": len(dataset), "fingerprint": dataset._fingerprint}
     features = dataset.features.to_dict()
     if "ClassLabel" in str([f for f in features.values() if not isinstance(f, dict) or f.get("_type") != "ClassLabel"]):
-        about["classes"] = (
-            "by name"  # an earlier version left those within lists as numbers: what it began stays as it is
-        )
-    stored = dataset.with_format("arrow")  # as it lies on the disk: media are not decoded, in lists neither
+        # an earlier version left classes within lists as numbers; what it began must not be continued with names
+        about["classes"] = "by name"
+    stored = dataset.with_format("arrow")  # as stored on the disk: no media are decoded, not even within lists
 
     def read(start: int) -> Iterator[Any]:
         for index in range(start, len(dataset)):

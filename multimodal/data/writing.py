@@ -33,7 +33,7 @@ SHOWN = 5  # bad rows in an error
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What a folder of shards holds. already: nothing had to be done. account: what of the source was seen and left out."""
+    """What a folder of shards holds. already: nothing had to be done. account: counts of the source: seen, used and left out."""
 
     samples: int
     shards: int
@@ -90,13 +90,13 @@ def write_shards(
     if (folder / INDEX).exists():
         index = _read(folder / INDEX, "shards")
         _check_same(folder, index, settings)
-        Shards(folder)  # complains of what is no index
+        Shards(folder)  # raises if it is no index
         check_fields(folder / INDEX, index, {"samples": int, "bad": list}, ConfigError)
         _check_bad(folder / INDEX, index["bad"])
         if _read(folder / MAKING) == settings:
             (folder / MAKING).unlink()
         return _made(index, samples, already=True)
-    part = aside(folder, json.dumps(settings))  # what is being written, until it is whole
+    part = aside(folder, json.dumps(settings))  # the file that is being written, until it is complete
     entries = _begun(folder, settings, part)
     bad = [(row, why) for entry in entries for row, why in entry["bad"]]
     if len(bad) > max_bad:
@@ -195,9 +195,9 @@ def index_archives(
 
 
 class _Headers:
-    """Reads the headers of archives, and counts what became of their members.
+    """Reads the headers of archives, and counts which members are used and which are left out.
 
-    met: extensions that are of no field. unusual: whether something was left out that is likely to be part of a sample.
+    met: extensions that belong to no field. unusual: whether a member was left out that is probably part of a sample.
     """
 
     def __init__(self, chosen: Mapping[str, str]) -> None:
@@ -217,7 +217,7 @@ class _Headers:
         return self.tally.account(samples, notes)
 
     def read(self, archive: str, storage: Mapping[str, Any], table: "_Table") -> int:
-        """Put the members of an archive into the table, and give the archive's length."""
+        """Add the members of an archive to the table; returns the length of the archive in bytes."""
         if is_url(archive):
             from fsspec.core import open as opened
 
@@ -229,7 +229,7 @@ class _Headers:
             file.seek(0)
             if not length:
                 raise tarfile.ReadError("it is empty")
-            last, keys = None, dict[str, set[str]]()  # the fields that each key had
+            last, keys = None, dict[str, set[str]]()  # the fields of each key
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     key, _, extension = self._parts(member.name)
@@ -252,7 +252,7 @@ class _Headers:
         return length
 
     def _begin(self, archive: str, key: str, field: str, keys: dict[str, set[str]], beside: bool) -> None:
-        """A sample of a key begins; one that was there before had such a field too, else these are parts of one sample."""
+        """Begin a sample. A key may come again only with a field that it already had; else one sample lies in separate places."""
         if key in keys:
             if not beside and field not in keys[key]:
                 raise MediaError(
@@ -281,7 +281,7 @@ class _Headers:
             return "links to other members"
         if not member.isfile() or member.issparse():
             self.unusual |= extension in self.chosen
-            return "devices, and sparse files"  # which do not lie in one piece
+            return "devices, and sparse files"  # a sparse file is not contiguous in the archive
         if extension in self.chosen:
             return None
         self.met.add(extension)
@@ -292,10 +292,10 @@ class _Headers:
 
 
 def _is_ended(archive: str, file: Any, offset: int, length: int) -> bool:
-    """Whether an archive has the mark of its end where tarfile stopped, which it does at a damaged header too, without a word.
+    """Whether the end mark of an archive lies where tarfile stopped; it stops at a damaged header, too, without an error.
 
     Raises:
-        MediaError: there is a header that cannot be read, or another archive.
+        MediaError: a damaged header, or a second archive, follows.
     """
     file.seek(offset)
     first = file.read(HEADER)
@@ -363,7 +363,8 @@ class _Archive:
         assert self.file is not None
         self.file.close()
         flush(self.part)
-        place = self.folder / self.name  # one that is there without a table is the same, from before an interruption
+        # an archive without a table is left from an interruption, and must have the same bytes
+        place = self.folder / self.name
         if os.path.lexists(place) and (not place.is_file() or file_hash(place) != self.digest.hexdigest()):
             self.part.unlink()
             raise ConfigError(f"write_shards: {place} is there already, and is not what would be written; move it away")
@@ -417,7 +418,7 @@ def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[s
 
 
 def _read(path: Path, what: str = "") -> dict[str, Any]:
-    """A JSON object of ours; anything else raises a ConfigError if `what` says what was wanted, and is empty if not."""
+    """A JSON object that we wrote; for any other, a ConfigError that says `what` was wanted, or {} without `what`."""
     try:
         found = read_json(path, ConfigError)
     except ConfigError:
@@ -484,10 +485,10 @@ def _too_many(bad: Sequence[tuple[int, str]], max_bad: int) -> str:
 
 
 def _rows(samples: Any, start: int) -> Iterator[Any]:
-    """The rows from `start` on; an exception in place of one that could not be had.
+    """The rows from `start` on; the exception in place of a row that failed.
 
     Raises:
-        MediaError: a source that can only be iterated and failed, as there is no way to what comes after.
+        MediaError: a source that can only be iterated failed, and gives no further rows.
     """
     if is_indexed(samples) and not callable(getattr(samples, "rows", None)):
         for index in range(start, len(samples)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from multimodal.generate.beams import MOST, Beams
+from multimodal.generate.beams import MOST_BEAMS, Beams
 from multimodal.generate.samplers import AtLeast, Greedy, OneOf, Only, Sampler, Temperature, Written
 from multimodal.generate.telling import Telling
 from multimodal.heads import Head, Prediction
@@ -50,9 +50,9 @@ class Options:
             check_number("generate", temperature=self.temperature)
         if self.max_tokens < 1 or self.beams < 1:
             raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
-        if self.beams > MOST:
+        if self.beams > MOST_BEAMS:
             raise ConfigError(
-                f"generate: beams={self.beams} are more than {MOST}, each of which is a row of memory and of every pass; "
+                f"generate: beams={self.beams} are more than {MOST_BEAMS}, each of which is a row of memory and of every pass; "
                 "use fewer: more than some tens hardly find another answer"
             )
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
@@ -73,17 +73,13 @@ class Options:
             raise ConfigError("generate: a stop string is empty")
         if self.beams == 1 and self.length_penalty != 1.0:
             raise ConfigError(
-                f"generate: length_penalty={self.length_penalty} would do nothing, as it ranks beams; give beams too, such as 4"
+                f"generate: length_penalty={self.length_penalty} ranks beams, and there is one only; give beams too, "
+                "or leave it out"
             )
         if self.beams > 1 and self.guidance != 1.0:
             raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
         if self.beams > 1 and self.stop:
             raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
-        if self.beams == 1 and self.length_penalty != 1.0:
-            raise ConfigError(
-                f"generate: length_penalty={self.length_penalty} ranks beams, and there is one only; give beams too, "
-                "or leave it out"
-            )
         if self.beams > 1 and (self.temperature or (self.sampler is not None and self.sampler.draws)):
             what = "a temperature" if self.sampler is None else str(self.sampler)
             raise ConfigError(

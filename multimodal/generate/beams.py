@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MOST = 1000  # beginnings; each is a row of the cache, and more than some tens hardly find another answer
+MOST_BEAMS = 1000  # each beam is a row of the cache, and more than some tens hardly find another answer
 
 
 @dataclass

@@ -164,9 +164,8 @@ def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Te
     """Carry the likeliest beginnings on; a row whose hypothesis dies takes over a living one's from where they part."""
     out_BV = torch.isneginf(chances_BV)
     shift_BV = torch.where(out_BV | torch.isneginf(log_p_BV), torch.nan, chances_BV - log_p_BV)
-    if bool(
-        (shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()
-    ):  # a stranger's rule that did not say so
+    # a user's rule may change probabilities without declaring `reweighs`
+    if bool((shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()):
         raise StreamError(
             f"{answer.options.rule} changes chances, but beams rank by the model's own log-probabilities; use a rule that only "
             "rules tokens out, or beams=1"
@@ -189,8 +188,7 @@ def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Te
             copies.append((source, row, answer.cached + next(alike, len(held[row]))))
         placed.append(row)
     new = dict(zip(placed, beams.live, strict=True))
-    answer.hypotheses = [
-        new.get(row, [*held[row], 0]) for row in range(answer.width)
-    ]  # rows without one idle on any token
+    # rows without a hypothesis go on with any token
+    answer.hypotheses = [new.get(row, [*held[row], 0]) for row in range(answer.width)]
     answer.seats = placed
     return copies

@@ -94,11 +94,11 @@ class Engine:
 
     @property
     def free(self) -> int:
-        """Rows that nobody has or waits for."""
+        """Rows that no answer has or waits for."""
         return self.rows - len(self._owner) - sum(answer.width for answer in self._waiting)
 
     def has_room(self, answer: Answer) -> bool:
-        """Whether a row is long enough for it."""
+        """Whether a row is long enough for an answer."""
         return answer.prompt + answer.limit <= self.capacity
 
     def submit(

@@ -37,7 +37,7 @@ class Sampler(Declared, ABC):
     """A rule of choice. Subclass as a frozen dataclass and write `__call__`.
 
     draws: whether a token is drawn from what the rule leaves; otherwise the likeliest is taken.
-    reweighs: whether it changes chances without ruling tokens out, which beams do not heed.
+    reweighs: whether it changes probabilities without ruling tokens out; beams ignore such changes.
     """
 
     draws: bool = False
@@ -116,7 +116,7 @@ class Temperature(Sampler):
             raise ConfigError(f"Temperature: temperature={self.temperature} must be 0 or more")
 
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
-        # logits cannot be divided by a number that their type takes for 0
+        # logits cannot be divided by a number that is 0 in their precision
         if self.temperature < torch.finfo(torch.promote_types(logits_BV.dtype, torch.float32)).tiny:
             return Greedy()(logits_BV, written)
         if self.temperature == 1:

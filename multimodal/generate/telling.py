@@ -29,9 +29,8 @@ class Telling:
             return ""
         self.ids += ids
         now = self._decode()
-        if not now.startswith(
-            self.settled
-        ):  # some decoders give up a whole run of bytes until its last character is there
+        # some decoders drop a whole run of bytes until its last character is complete
+        if not now.startswith(self.settled):
             return ""
         broken = len(now) - len(now.rstrip(UNFINISHED))  # bytes that may yet become one character, or stay broken
         sure = now[: len(now) - min(broken, LONGEST_CHARACTER)]

@@ -50,7 +50,7 @@ class _Attend(Layer):
     merge: Merge = field(default_factory=Add)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """What is said of the fields here is said of every layer that attends."""
+        """Append the description of the shared fields to the docstring of every subclass."""
         super().__init_subclass__(**kwargs)
         shared = (_Attend.__doc__ or "").partition("\n\n")[2]
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    What is None is the core's.\n\n{shared}"

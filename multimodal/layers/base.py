@@ -94,10 +94,10 @@ class Gated(Merge):
 class _Gamma(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1))  # with an axis: FSDP2 cannot share out a scalar
+        self.gamma = nn.Parameter(torch.zeros(1))  # has an axis, because FSDP2 cannot shard a scalar
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
-        """Weights that were saved before it had an axis."""
+        """Load `gamma` also from checkpoints in which it had no axis."""
         if (old := state_dict.get(f"{prefix}gamma")) is not None:
             state_dict[f"{prefix}gamma"] = old.reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
@@ -182,7 +182,7 @@ class Body(nn.Module):
         self.out_width = out_width
 
     def draw(self, depth: int) -> None:
-        """Draw the first weights anew, in a core of so many blocks, once all of it is made; unless a layer says how, they stay."""
+        """Initialise the weights once the whole core of `depth` blocks is built; by default those of the constructor stay."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ class _MLP(Body):
         self.down = nn.Linear(hidden, out, bias=False)
 
     def fused(self) -> dict[str, list[int]]:
-        """For optimisers of matrices: gate and up are two."""
+        """For Muon: gate and up are two matrices."""
         return {"gate_up.weight": [self.down.in_features] * 2}
 
     def draw(self, depth: int) -> None:

@@ -92,7 +92,7 @@ def _run(cell: nn.RNNBase, stream_TD: Tensor, sequences: Sequences, state_BF: Te
     rows = sequences.sample_B[:alive]
     start = tuple(part[None].contiguous() for part in state_BF[rows].split(cell.hidden_size, -1))
     lstm = isinstance(cell, nn.LSTM)
-    # without gradients torch's autocast makes an LSTM of weights in bfloat16 that CPUs without such tiles refuse
+    # without gradients autocast runs an LSTM in bfloat16, which CPUs without AMX tiles refuse
     device = stream_TD.device.type
     with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not (lstm and device == "cpu")):
         packed, end = cell(sequences.packed(stream_TD), start if lstm else start[0])

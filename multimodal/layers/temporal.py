@@ -40,7 +40,7 @@ class _TemporalConv(Body):
         self.before = nn.Linear(width, 2 * filters, bias=False)
 
     def fused(self) -> dict[str, list[int]]:
-        """For optimisers of matrices: signal and gate are two."""
+        """For Muon: signal and gate are two matrices."""
         return dict.fromkeys(("now.weight", "before.weight"), [self.out_width] * 2)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:

@@ -79,7 +79,7 @@ class _TuringMachine(Body):
         self.slot_K = nn.Parameter(torch.randn(slot) * slot**-0.5)  # every slot's first content
 
     def fused(self) -> dict[str, list[int]]:
-        """For optimisers of matrices: what the heads are told is many small ones."""
+        """For Muon: the parameters of each head come from many small matrices."""
         return {"heads.weight": [*self.parts, *self.parts, self.layer.slot_width, self.layer.slot_width]}
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:

@@ -276,9 +276,8 @@ def _block(layer: LayerXRay) -> str:
 
 def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]:
     """One for every record of the trace, with the rows that its queries and keys are."""
-    core_of = {
-        id(module): name for name, core in transformers(model).items() for module in core.modules()
-    }  # reader and writer name their layers alike
+    # reader and writer give their layers the same names, so modules are told apart by id
+    core_of = {id(module): name for name, core in transformers(model).items() for module in core.modules()}
     total, read = stream.layout.spans[0].total, stream.layout.spans[0].read
     ranges = {"": range(total), "reader": range(read), "writer": range(read, total)}
     found: list[LayerXRay] = []

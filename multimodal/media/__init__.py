@@ -1,11 +1,11 @@
-"""Pictures and sound from files, arrays and tensors, with units and with errors that say what is wrong.
+"""Decodes pictures and sounds from files, arrays and tensors, with units and clear errors.
 
-    sources.py     paths, bytes, open files and data: URLs; what kind of file it is
-    pictures.py    any of them -> (C, Y, X) in 0..1
+    sources.py     paths, bytes, open files and data: URLs; recognises the kind of file
+    pictures.py    any source -> (C, Y, X) in 0..1
     deep.py        colour pictures of 16 bits a channel, which Pillow cuts to 8
-    sounds.py      any of them -> one channel (S,) at the rate that is wanted, whole or block by block
+    sounds.py      any source -> one channel (S,) at the wanted rate, whole or block by block
 
-Every format is decoded in this process, by libraries; no file makes another program run.
+Libraries decode every format in this process; no file starts another program.
 """
 
 from multimodal.media.pictures import check_decoder, read_image, upright

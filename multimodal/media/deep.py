@@ -14,7 +14,7 @@ PREDICTOR, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS, EXTRA = 317, 322,
 
 
 def raw_mode(image: Any) -> str:
-    """How a picture that is opened and not yet decoded lies in its file, in Pillow's words: 'RGB;16B'."""
+    """Pillow's raw mode of a picture that is opened and not yet decoded, such as 'RGB;16B'; '' if unknown."""
     tile = getattr(image, "tile", None)
     if not tile:
         return ""
@@ -24,7 +24,7 @@ def raw_mode(image: Any) -> str:
 
 
 def deep_pixels(image: Any) -> np.ndarray | None:
-    """(Y, X, C) float32 in 0..1 with C of 3 or 4, as it lies in the file; None: there are no 16 bits of colour to be had.
+    """(Y, X, C) float32 in 0..1 with C of 3 or 4, not yet upright; None: the file has no colours of 16 bits.
 
     image: opened by Pillow and not yet decoded.
     """
@@ -35,7 +35,7 @@ def deep_pixels(image: Any) -> np.ndarray | None:
     try:
         if image.format == "PNG" and mode in ("RGB;16B", "RGBA;16B", "LA;16B") and image.tell() == 0:
             return _png(image, file)
-        # by the tags: of channels in separate planes Pillow thinks that they have 8 bits
+        # the tags decide: Pillow takes channels in separate planes for 8 bits
         if image.format == "TIFF" and set(image.tag_v2.get(BITS, ())) == {16} and image.mode in ("RGB", "RGBA"):
             return _tiff(image.tag_v2, file)
         if image.format == "PPM" and image.mode == "RGB" and image.tile[0][0] == "ppm":
@@ -55,10 +55,10 @@ def _png(image: Any, file: Any) -> np.ndarray:
         deep_YXC = decode_image(data, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     except RuntimeError:
         raise ValueError("its data are damaged or cut short") from None
-    through = image.info.get("transparency")
+    transparent = image.info.get("transparency")
     pixels = deep_YXC.astype(np.float32) / 65535
-    if through is not None and deep_YXC.shape[2] == 3:  # the one colour that is seen through
-        seen = (deep_YXC != np.asarray(through)).any(2, keepdims=True)
+    if transparent is not None and deep_YXC.shape[2] == 3:  # the one transparent colour
+        seen = (deep_YXC != np.asarray(transparent)).any(2, keepdims=True)
         pixels = np.concatenate([pixels, seen.astype(np.float32)], 2)
     return pixels if pixels.shape[2] > 2 else pixels[:, :, [0, 0, 0, 1]]
 
@@ -77,7 +77,7 @@ def _ppm(image: Any, file: Any) -> np.ndarray | None:
 
 
 def _tiff(tags: Any, file: Any) -> np.ndarray:
-    """Grey pictures of 16 bits are exact: the same bytes are read as one of them, with all channels side by side in its rows."""
+    """Pillow reads grey pictures of 16 bits exactly, so the bytes are read as a grey one with the channels side by side."""
     width, height, count = tags[WIDTH], tags[LENGTH], tags[SAMPLES]
     together = tags.get(PLANAR, 1) == 1
     where, sizes = (tags[TILE_OFFSETS], tags[TILE_COUNTS]) if TILE_OFFSETS in tags else (tags[OFFSETS], tags[COUNTS])
@@ -95,7 +95,7 @@ def _tiff(tags: Any, file: Any) -> np.ndarray:
     deep_YXC = np.concatenate(read, 2)
     extra = tags.get(EXTRA, ())
     pixels = deep_YXC[:, :, : 3 if extra == (0,) else count].astype(np.float32) / 65535
-    if extra == (1,):  # colours are already multiplied by how much is seen of them
+    if extra == (1,):  # colours are premultiplied by alpha
         alpha = pixels[:, :, 3:]
         pixels[:, :, :3] = np.divide(
             pixels[:, :, :3], alpha, out=np.zeros_like(pixels[:, :, :3]), where=alpha > 0
@@ -116,7 +116,7 @@ def _grey(tags: Any, parts: list[bytes], width: int, channels: int) -> np.ndarra
     else:
         entries |= {ROWS: [min(tags.get(ROWS, height), height)]}
     table = 8 + 2 + 12 * (len(entries) + 2) + 4
-    lists = 4 * len(parts) if len(parts) > 1 else 0  # a single number lies in the entry itself
+    lists = 4 * len(parts) if len(parts) > 1 else 0  # an entry holds a single number itself
     starts = np.cumsum([table + 2 * lists, *map(len, parts)])[:-1].tolist()
     entries |= {
         TILE_OFFSETS if tiled else OFFSETS: starts,
@@ -134,7 +134,7 @@ def _grey(tags: Any, parts: list[bytes], width: int, channels: int) -> np.ndarra
     grey_YX = np.asarray(Image.open(io.BytesIO(data), formats=("TIFF",))).astype(np.uint16)
     if not differences:
         return grey_YX
-    # each number is the difference to the same channel of the pixel before it, from the left edge of each tile on
+    # each number is the difference to the same channel of the pixel on its left, within each tile
     step = tags[TILE_WIDTH] * channels if tiled else width
     for left in range(0, width, step):
         block = grey_YX[:, left : left + step]

@@ -30,17 +30,17 @@ FORMATS = (
     "JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "MPO", "ICO", "ICNS", "CUR",
     "PSD", "QOI", "DDS", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "TGA",
 )  # fmt: skip
-"""What Pillow may open: pictures that it decodes by itself or with the libraries built into it.
+"""The formats that Pillow may open: it decodes them by itself or with its built-in libraries.
 
 Left out are EPS, which starts Ghostscript; WMF, which the system draws; IPTC, which holds a file of any other format; BUFR, GRIB,
-HDF5 and MPEG, which somebody else has to decode; and formats of science, games and faxes, which no data set has, since each decoder
-is one more that damaged files can attack.
+HDF5 and MPEG, which need a decoder from elsewhere; and formats of science, games and faxes, since no data set has them and each
+further decoder is one more for malicious files to attack.
 """
 ORIENTATION = 0x0112  # of EXIF
 METADATA = ("exif", "xmp", "XML:com.adobe.xmp", *(f"Raw profile type {name}" for name in ("exif", "APP1", "xmp")))
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
 TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}
-"""Of each orientation: whether rows and columns change places, then whether left and right do, then top and bottom."""
+"""{orientation: (swap rows and columns, then flip left and right, then flip top and bottom)}."""
 
 
 def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tensor:
@@ -48,11 +48,11 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
 
     value: a path, bytes, an open file, a data: URL; a PIL image; an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X),
     of uint8, uint16, or floats in 0..1; a decoder of a video. Grey, RGB and RGBA are turned into `channels` (1, 3 or 4);
-    see-through pixels lie on white. The orientation that EXIF or XMP gives is applied. Of several frames the first is read, and
-    that is said. The size is checked before anything is decoded.
+    transparent pixels are put on white. The orientation of EXIF or XMP is applied. Of several frames only the first is read, which
+    is logged once. The size is checked before decoding.
 
     Raises:
-        MediaError: `who`, what came, and what to do.
+        MediaError: names `who`, the value and the repair.
     """
     from PIL import Image
 
@@ -60,9 +60,8 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
         image_CYX = _decode_image(value, max_pixels, who)
     elif isinstance(value, (np.ndarray, Tensor)):
         image_CYX = _image_from_array(value, max_pixels, who)
-    elif hasattr(value, "get_frame_at") and hasattr(
-        value, "metadata"
-    ):  # torchcodec's VideoDecoder, which datasets give
+    # torchcodec's VideoDecoder, which datasets give
+    elif hasattr(value, "get_frame_at") and hasattr(value, "metadata"):
         image_CYX = _first_of_video(value, max_pixels, who)
     else:
         raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
@@ -70,7 +69,7 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
 
 
 def check_decoder(image: Any, who: str) -> None:
-    """Refuse a PIL image that would be decoded only now, by something that may be another program."""
+    """Refuse a PIL image that is not decoded yet and whose decoder may start another program."""
     from PIL import ImageFile
 
     late = isinstance(image, ImageFile.StubImageFile) or (isinstance(image, ImageFile.ImageFile) and bool(image.tile))
@@ -99,7 +98,7 @@ def upright(image: Any) -> Any:
 
 
 def _orientation_left(image: Any) -> int:
-    """Decode a PIL image and give the orientation, 1 to 8, that is left to be applied."""
+    """Decode a PIL image; returns the orientation, 1 to 8, that is still to be applied."""
     if not getattr(image, "tile", None) or image.format != "TIFF":
         image.load()  # a PNG may have its EXIF behind the pixels
         return _orientation(image)
@@ -109,7 +108,7 @@ def _orientation_left(image: Any) -> int:
 
 
 def _orientation(image: Any) -> int:
-    """1 to 8, by EXIF, or else by XMP; PNGs may hold either as text of ImageMagick."""
+    """The orientation, 1 to 8, by EXIF, else by XMP. PNGs may hold either in a text of ImageMagick."""
     from PIL import Image
 
     info = image.info
@@ -122,7 +121,7 @@ def _orientation(image: Any) -> int:
             if found is None and (profile := _raw_profile(info.get(name))).startswith(b"Exif\0\0"):
                 (again := Image.Exif()).load(profile)
                 found = again.get(ORIENTATION)
-    except Exception as error:  # damaged in any way
+    except Exception as error:  # damaged EXIF raises errors of many classes
         text = f"the EXIF of a {image.format} file is damaged ({type(error).__name__}); its orientation is taken for upright"
         announce("damaged EXIF", text)
         found = None
@@ -140,7 +139,7 @@ def _orientation(image: Any) -> int:
 
 
 def _raw_profile(text: Any) -> bytes:
-    """The bytes of ImageMagick's text: a name, a length, then hexadecimal digits."""
+    """The bytes in a text of ImageMagick, which holds a name, a length and hexadecimal digits."""
     if not isinstance(text, str) or not (match := re.match(r"\s*\S+\s+\d+\s+([0-9A-Fa-f\s]*)$", text)):
         return b""
     digits = "".join(match[1].split())
@@ -148,7 +147,7 @@ def _raw_profile(text: Any) -> bytes:
 
 
 def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(Y, X, ..) as `upright` turns a PIL image."""
+    """An array (Y, X, ..), turned as `upright` turns a PIL image."""
     swapped, left_right, top_bottom = TURNS.get(orientation, (0, 0, 0))
     array = array.swapaxes(0, 1) if swapped else array
     array = array[:, ::-1] if left_right else array
@@ -173,7 +172,7 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
             array = _pixels(value, max_pixels, who, name)
         else:
             source, name = file_source(value, who)
-            opened = source.open("rb") if isinstance(source, Path) else None  # files that came open stay open
+            opened = source.open("rb") if isinstance(source, Path) else None  # files that the caller opened stay open
             file: Any = opened or source
             head = first_bytes(file)
             if head[4:8] == b"ftyp" and file_kind(head) == "HEIC":
@@ -207,7 +206,8 @@ def _opened(file: Any, head: bytes, who: str, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             if head.startswith(b"\0\0\1\0"):
-                warnings.filterwarnings("ignore", "Image was not the expected size")  # of icons; it is looked at
+                # icons: `_check_inside` checks their sizes
+                warnings.filterwarnings("ignore", "Image was not the expected size")
             return Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         kind = file_kind(head)
@@ -216,7 +216,7 @@ def _opened(file: Any, head: bytes, who: str, name: str) -> Any:
 
 
 def _check_inside(file: Any, head: bytes, max_pixels: int, who: str, name: str) -> None:
-    """Icons hold pictures with sizes of their own, which Pillow decodes whatever the table of contents says."""
+    """Check the pictures within an icon: Pillow decodes them at their own sizes, whatever the table of contents says."""
     at = []
     if head.startswith(b"\0\0\1\0"):  # ICO: entries of 16 bytes
         file.seek(6)
@@ -235,7 +235,7 @@ def _check_inside(file: Any, head: bytes, max_pixels: int, who: str, name: str) 
 
 
 def _size_inside(data: bytes) -> tuple[int, int]:
-    """Columns and rows of a PNG, JPEG 2000 or bitmap by its first 128 bytes."""
+    """(columns, rows) of a PNG, JPEG 2000 or bitmap, by its first 128 bytes."""
     if data.startswith(b"\x89PNG") and len(data) >= 24:
         width, height = struct.unpack_from(">LL", data, 16)
     elif (box := data.find(b"ihdr")) > 0 and len(data) >= box + 12:
@@ -244,7 +244,7 @@ def _size_inside(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from(">LL", data, 8)
     elif data[:4] == b"\x28\0\0\0" and len(data) >= 12:
         width, height = struct.unpack_from("<ll", data, 4)
-        height //= 2  # of the colours and of the mask
+        height //= 2  # the height counts both the colours and the mask
     else:
         width, height = 0, 0
     return abs(width), abs(height)
@@ -275,36 +275,35 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
 
 
 def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, who: str) -> np.ndarray:
-    through = image.info.get("transparency")
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # Pillow stretches PPM to 16 bits
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # Pillow scales PPM to 16 bits
         largest = 4095 if raw == "I;12" else 65535
         levels = np.asarray(image)
         array = levels.astype(np.float32) / largest
         array = 1 - array if tags.get(262) == 0 else array  # a TIFF whose 0 is white
-        return _with_alpha(array, levels, through) if isinstance(through, int) else array
+        return _with_alpha(array, levels, transparent) if isinstance(transparent, int) else array
     if image.mode in ("I", "F"):
         image_CYX = _image_from_array(np.asarray(image), max_pixels, who)
         return image_CYX.permute(1, 2, 0).numpy()
-    if isinstance(through, int) and image.mode in ("1", "L"):
-        # the file counts in its own few bits, Pillow has stretched them to 8
-        level = bool(through) * 255 if image.mode == "1" else through * {"L;2": 85, "L;4": 17}.get(raw, 1)
+    if isinstance(transparent, int) and image.mode in ("1", "L"):
+        # the file counts in 1, 2 or 4 bits, which Pillow has scaled to 8
+        level = bool(transparent) * 255 if image.mode == "1" else transparent * {"L;2": 85, "L;4": 17}.get(raw, 1)
         levels = np.asarray(image.convert("L"))
         return _with_alpha(levels.astype(np.float32) / 255, levels, level)
-    see_through = through is not None or image.mode in ("LA", "PA", "La", "RGBa")
-    if see_through or image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGBA" if see_through else "L" if image.mode == "1" else "RGB")
+    has_alpha = transparent is not None or image.mode in ("LA", "PA", "La", "RGBa")
+    if has_alpha or image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("RGBA" if has_alpha else "L" if image.mode == "1" else "RGB")
     return np.asarray(image).astype(np.float32) / 255
 
 
-def _with_alpha(grey_YX: np.ndarray, levels_YX: np.ndarray, through: int) -> np.ndarray:
-    return np.stack([grey_YX] * 3 + [(levels_YX != through).astype(np.float32)], 2)
+def _with_alpha(grey_YX: np.ndarray, levels_YX: np.ndarray, transparent: int) -> np.ndarray:
+    return np.stack([grey_YX] * 3 + [(levels_YX != transparent).astype(np.float32)], 2)
 
 
 def _announce_frames(image: Any, who: str, name: str) -> None:
     kind = image.format
-    if (
-        kind == "PSD" or f"frames of {kind}" in announced
-    ):  # the frames of a PSD are layers, which the picture is made of
+    # the frames of a PSD are the layers of one picture
+    if kind == "PSD" or f"frames of {kind}" in announced:
         return
     if kind in ("ICO", "ICNS"):
         count, of_them, read = len(image.info.get("sizes", ())), "pictures", "largest"
@@ -320,7 +319,7 @@ def _announce_frames(image: Any, who: str, name: str) -> None:
 
 
 def _heif(file: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
-    """Pictures of telephones, already upright."""
+    """Decode HEIC, the format of many telephones; pillow-heif has already turned it upright."""
     try:
         from pillow_heif import open_heif
     except ImportError:
@@ -398,7 +397,6 @@ def _to_channels(image_CYX: Tensor, channels: int) -> Tensor:
         colour = image_CYX.expand(3, -1, -1)
         return torch.cat([colour, torch.ones_like(colour[:1])])
     if channels == 1 and image_CYX.shape[0] == 3:
-        return (image_CYX * image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
-            0, keepdim=True
-        )  # ITU-R BT.601
+        luma = image_CYX.new_tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
+        return (image_CYX * luma).sum(0, keepdim=True)
     return image_CYX.expand(channels, -1, -1) if image_CYX.shape[0] == 1 else image_CYX

@@ -1,4 +1,4 @@
-"""Sounds as one channel of float32 at the rate that is wanted, whole or block by block."""
+"""Reads sounds as one channel of float32 at the wanted rate, whole or block by block."""
 
 import itertools
 import math
@@ -30,21 +30,21 @@ from multimodal.texts import shortened
 from multimodal.tokenizer import describe
 
 BLOCK_S = 10.0  # seconds of a file that are read at once
-BLOCK_SAMPLES = 2**20  # of all channels together, before and after resampling, at most
+BLOCK_SAMPLES = 2**20  # the most samples of a block, all channels together, before and after resampling
 HOUR_S = 3600.0
-BUSIEST = 400_000  # samples a second of all channels together, up to which `max_seconds` counts as it says
-LOUDEST = 16.0  # 24 dB above full scale: decoders and mixtures go a little over 1, whole numbers of 16 bits far
-CANCELLED = 0.01  # of the channels' power is left in their mean: their correlation is below -0.98
+BUSIEST = 400_000  # samples a second, all channels together; above it, `max_seconds` allows proportionally less
+LOUDEST = 16.0  # 24 dB above full scale: decoders and mixtures exceed 1 a little, integers of 16 bits by far
+CANCELLED = 0.01  # least share of the channels' power in their mean; below it, their correlation is below -0.98
 MOST_CHANNELS = 16  # of an array
 
 CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
-STREAMED = 0x7FFF0000  # writers to a pipe put this many bytes or more in the header, because they do not know yet
-UNKNOWN = 2**62  # samples that libsndfile promises where a header does not say
-_LARGEST_FILTER = 2**24  # numbers; the filter grows with both rates over their common divisor
+STREAMED = 0x7FFF0000  # writers to a pipe do not know the size yet, and put this many bytes or more in the header
+UNKNOWN = 2**62  # the number of samples that libsndfile gives where the header has none
+_LARGEST_FILTER = 2**24  # coefficients; the filter grows with both rates over their common divisor
 
 Filter = Literal["kaiser", "hann"]
 FILTERS: dict[str, dict[str, Any]] = {
-    # the narrowest pass from all to nothing (-80 dB) that ends at half the lower rate
+    # a narrow transition band (to -80 dB) that ends at half the lower rate
     "kaiser": {
         "lowpass_filter_width": 64,
         "rolloff": 0.965,
@@ -53,23 +53,23 @@ FILTERS: dict[str, dict[str, Any]] = {
     },
     "hann": {"lowpass_filter_width": 6, "rolloff": 0.99, "resampling_method": "sinc_interp_hann"},
 }
-"""Low-pass filters of resampling. "hann" is short and lets through what it should not; multimodal 0.1 had it."""
+"""Low-pass filters of resampling. "hann", that of multimodal 0.1, is short and lets aliases through."""
 DEMUXERS = {"MP4": "mov", "WebM": "matroska", "AAC": "aac", "WMA": "asf", "AMR": "amr", "WavPack": "wv"}
-"""Kinds of files that libsndfile does not know, and FFmpeg's name of what reads each."""
+"""FFmpeg's demuxer for each kind of file that libsndfile does not know."""
 
 
 def read_sound(
     value: Any, *, rate_hz: int, who: str, max_seconds: float = HOUR_S, resampling: Filter = "kaiser"
 ) -> Tensor:
-    """A sound as one channel (S,) of float32 at `rate_hz`; channels are averaged, other rates are resampled and that is said once.
+    """A sound as one channel (S,) of float32 at `rate_hz`; channels are averaged; resampling is logged once.
 
     value: a path, bytes, an open file or a data: URL; a pair (wave, rate in Hz); a mapping with "array" and "sampling_rate"; or
     a decoder of torchcodec, as the data sets of Hugging Face give them. The wave is an array or tensor (S,), (channels, S) or
     (S, channels), of floats in -1..1 or of int8, uint8, int16 or int32.
-    max_seconds: a longer sound is refused before it is decoded, by what its header says, or else as soon as it gets longer.
+    max_seconds: a longer sound is refused, by its header before decoding, or else as soon as decoding exceeds it.
 
     Raises:
-        MediaError: `who`, what came, and what to do.
+        MediaError: names `who`, the value and the repair.
     """
     blocks = sound_blocks(value, rate_hz=rate_hz, who=who, max_seconds=max_seconds, resampling=resampling)
     parts = [wave_S for wave_S, _ in blocks]
@@ -79,9 +79,9 @@ def read_sound(
 def sound_blocks(
     value: Any, *, rate_hz: int, who: str, max_seconds: float = math.inf, resampling: Filter = "kaiser"
 ) -> Iterator[tuple[Tensor, int]]:
-    """(one channel (S,) of float32 at `rate_hz`, samples the whole will have or 0), block after block.
+    """Yields (one channel (S,) of float32 at `rate_hz`, total number of samples or 0 if unknown) for each block.
 
-    Takes what `read_sound` takes. Files are never held whole; end to end, the blocks are what it gives.
+    Takes what `read_sound` takes; the blocks in a row are what it returns. A file is never in memory as a whole.
 
     Raises:
         MediaError: as `read_sound`.
@@ -97,9 +97,9 @@ def sound_blocks(
 
 @dataclass
 class _Sound:
-    """A sound that is open: what its header says, and its samples.
+    """An open sound: the facts of its header, and its samples.
 
-    samples: of each channel, None where nobody says. blocks: from rate and channels to arrays or tensors (C, S) of floats.
+    samples: samples of each channel; None if unknown. blocks: yields tensors (C, S) of floats.
     """
 
     name: str
@@ -151,7 +151,7 @@ def _one_channel(sound: _Sound, rate: int, max_seconds: float, who: str) -> Iter
             continue
         came += wave_CS.shape[1]
         _check_length(sound, came, rate, max_seconds, who)
-        flat = (wave_CS if wave_CS.is_contiguous() else wave_CS.T).reshape(-1)  # as it lies in memory
+        flat = (wave_CS if wave_CS.is_contiguous() else wave_CS.T).reshape(-1)  # in the order of memory, without a copy
         _check_range(flat, sound.name, who)
         wave_S = wave_CS.mean(0)
         if len(wave_CS) > 1:
@@ -183,7 +183,7 @@ def _check_range(wave: Tensor, name: str, who: str) -> None:
 
 
 def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling: Filter, who: str) -> Iterator[Tensor]:
-    """Resample with enough of the neighbouring blocks that the seams cannot be told."""
+    """Resample block by block, with enough of the neighbouring blocks that the result is that of the whole."""
     common = math.gcd(rate, rate_hz)
     old, new = rate // common, rate_hz // common
     if old * new > _LARGEST_FILTER:
@@ -193,10 +193,10 @@ def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling
         )
     say_once(f"{who}: resampling {rate} Hz to {rate_hz} Hz")
     resample = _resampler(old, new, resampling) if old * new <= 2**20 else _resampler.__wrapped__(old, new, resampling)
-    # how far the filter reaches to both sides, in periods of the lower rate; whole groups of `old` keep its phase
+    # the reach of the filter to either side, in periods of the lower rate; multiples of `old` samples keep its phase
     reach = math.ceil(FILTERS[resampling]["lowpass_filter_width"] / FILTERS[resampling]["rolloff"]) + 1
     context = old * math.ceil((reach * max(1, old / new) + old) / old)
-    held, done = torch.empty(0), 0  # done: samples of `held` that were given out and serve as context
+    held, done = torch.empty(0), 0  # done: samples of `held` that were yielded already and serve as context
     for block_S in (part_S for whole_S in raw for part_S in whole_S.split(max(BLOCK_SAMPLES * old // new, 1))):
         held = torch.cat([held, block_S]) if len(held) else block_S
         ready = (len(held) - done - context) // old * old
@@ -251,13 +251,13 @@ def _from_memory(value: Any, who: str) -> _Sound:
 
 
 _SCALES = {torch.uint8: (128, 2**7), torch.int8: (0, 2**7), torch.int16: (0, 2**15), torch.int32: (0, 2**31)}
-"""Of each type of whole numbers: what is silence, and what is 1."""
+"""{integer type: (value of silence, scale of 1.0)}."""
 
 
 def channels_first(wave: Any, came: str, who: str) -> Any:
-    """A wave (S,), (channels, S) or (S, channels), array or tensor, as (channels, S): channels are at most 16, samples are more.
+    """A wave (S,), (channels, S) or (S, channels), array or tensor, as (channels, S) with at most 16 channels and more samples.
 
-    came: the wave in words.
+    came: the description of the wave for errors.
     """
     if wave.ndim == 1:
         return wave[None]
@@ -291,7 +291,7 @@ def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
         file = stack.enter_context(soundfile.SoundFile(source))
     except Exception as error:  # decoders fail in many ways on damaged files
         return _open_other(source, name, label, who, error, stack)
-    # libsndfile does not complain about files that were cut short: it lowers `frames` and notes that in its log, or reads less
+    # libsndfile raises no error for a file that was cut short: it lowers `frames` and notes that in its log, or reads less
     cut = CUT_SHORT.search(file.extra_info)
     if cut and int(cut[2]) < int(cut[1]) < STREAMED:
         raise MediaError(
@@ -299,7 +299,7 @@ def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
         )
     known = file.frames < UNKNOWN
     if not known:
-        file.seekable = lambda: False  # soundfile would look for its place behind the end, and fail
+        file.seekable = lambda: False  # else soundfile seeks beyond the end, and fails
 
     def blocks() -> Iterator[Tensor]:
         size = max(min(round(BLOCK_S * file.samplerate), BLOCK_SAMPLES // file.channels), 1)
@@ -322,7 +322,7 @@ def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
 
 
 def _open_other(source: Any, name: str, label: str, who: str, error: Exception, stack: ExitStack) -> _Sound:
-    """A file that libsndfile refuses, by a package that is installed for it, or the error that says which one to install."""
+    """Open a file that libsndfile refuses by another package; if none is installed, the error names the one to install."""
     file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
     head = first_bytes(file)
     kind = file_kind(head)
@@ -344,7 +344,7 @@ def _open_other(source: Any, name: str, label: str, who: str, error: Exception, 
             f"{who}: {name} is {kind}, which the package av reads: pip install 'multimodal-stream[media]'{tried}"
         ) from None
     try:
-        # the demuxer is named, so that no play list in disguise opens other files
+        # a fixed demuxer, so that a disguised play list cannot open other files
         container = stack.enter_context(av.open(file, format=DEMUXERS[kind]))
     except Exception as other:
         raise unreadable(name, "sound", other, who) from other
@@ -367,7 +367,7 @@ def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _S
         raise unreadable(name, "sound", error, who) from error
     rate, channels = first.sample_rate, first.layout.nb_channels
     seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-    exact = kind in ("MP4", "WebM")  # the others are guessed from the size of the file
+    exact = kind in ("MP4", "WebM")  # FFmpeg estimates the duration of other kinds from the file size
 
     def blocks() -> Iterator[Tensor]:
         to_floats, came = av.AudioResampler(format="fltp", layout=first.layout, rate=rate), 0
@@ -390,7 +390,7 @@ def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _S
 
 
 def _decoder(decoder: Any, label: str, who: str) -> _Sound:
-    """A sound behind torchcodec's AudioDecoder."""
+    """The sound of an AudioDecoder of torchcodec."""
     facts = getattr(decoder, "metadata", None)
     rate, channels = getattr(facts, "sample_rate", None), getattr(facts, "num_channels", None) or 1
     seconds = getattr(facts, "duration_seconds_from_header", None) or getattr(facts, "duration_seconds", None)
@@ -404,6 +404,6 @@ def _decoder(decoder: Any, label: str, who: str) -> _Sound:
     def blocks() -> Iterator[Tensor]:
         return _from_memory(samples(), who).blocks()
 
-    if rate is None:  # nothing is known before it is decoded
+    if rate is None:  # without metadata, it is decoded at once
         return _from_memory(samples(), who)
     return _Sound(label, rate, channels, round(seconds * rate) if seconds else None, blocks)

@@ -1,4 +1,4 @@
-"""Where a picture or a sound comes from: a path, bytes, an open file or a data: URL; and what kind of file it is."""
+"""Opens the source of a picture or a sound (a path, bytes, an open file, a data: URL) and recognises the kind of file."""
 
 import base64
 import binascii
@@ -26,24 +26,24 @@ LONGEST_URL = 2**27  # characters of a data: URL, which hold 96 MiB
 HEAD = 64  # bytes that are enough to recognise a file
 LONGEST_PATH = 100  # characters of a path that a message shows
 
-announced: set[str] = set()  # what `announce` has told in this process
+announced: set[str] = set()  # keys that `announce` has logged in this process
 
 
 @cache
 def say_once(text: str) -> None:
-    """Tell the user something, the first time only (in each process)."""
+    """Log a warning once in each process."""
     log.warning(text)
 
 
 def announce(about: str, text: str) -> None:
-    """Tell the user something of a file, for the first file of its kind only (in each process)."""
+    """Log a warning once for each key `about` in each process, such as the first file of a kind."""
     if about not in announced:
         announced.add(about)
         log.warning(text)
 
 
 def is_file_like(value: Any) -> bool:
-    """Whether a value names or holds a file: a path, bytes, an open binary file, or what Hugging Face datasets have for one."""
+    """Whether a value names or holds a file: a path, bytes, an open binary file, or the mapping of Hugging Face datasets."""
     return (
         isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview))
         or hasattr(value, "read")
@@ -52,7 +52,7 @@ def is_file_like(value: Any) -> bool:
 
 
 def file_source(value: Any, who: str) -> tuple[Path | BinaryIO, str]:
-    """Something that a decoder can read, a path or an open file at its first byte, and its name for errors.
+    """(a path, or an open file at its first byte; its name for errors), for a decoder.
 
     A text is a path, or a data: URL that holds the file itself (`data:image/png;base64,...`).
     """
@@ -85,7 +85,7 @@ def _open_file(file: Any, who: str) -> Any:
         raise MediaError(f"{who}: {name} is open as text; open it as bytes, with mode 'rb'")
     if not hasattr(file, "seek") or (hasattr(file, "seekable") and not file.seekable()):
         return io.BytesIO(file.read())  # decoders go back and forth
-    file.seek(0)  # the same file gives the same tokens the second time
+    file.seek(0)  # so that the same file gives the same tokens each time
     return file
 
 
@@ -103,7 +103,7 @@ def _check_url(text: str, who: str) -> None:
 
 
 def _looks_encoded(value: Any) -> str:
-    """What to do with a text that is no path but, by its looks, a file in base64."""
+    """The repair for a text that is no path but looks like a file in base64; '' for any other."""
     if not isinstance(value, str) or len(value) < 100 or not re.fullmatch(r"[A-Za-z0-9+/_\-]{100}", value[:100]):
         return ""
     return (
@@ -122,7 +122,7 @@ def _data_url(text: str, who: str) -> bytes:
     if not head.lower().rstrip().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(body)
     body = "".join((urllib.parse.unquote(body) if "%" in body else body).split())
-    body = body.translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")  # some writers use the alphabet of file names
+    body = body.translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")  # some writers use the URL-safe alphabet
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -140,11 +140,11 @@ FOREIGN = {
     "GZIP": "it is compressed by gzip; unpack it first",
     "ZIP": "it is a ZIP archive; unpack it first",
 }
-"""What is said of files that some people take for pictures or sounds."""
+"""The reason in the error for each kind of file that is neither a picture nor a sound that is read."""
 
 
 def file_kind(head: bytes) -> str:
-    """The kind of a file by its first bytes, of those that Pillow and libsndfile do not know; '' of all others."""
+    """The kind of a file that Pillow or libsndfile may not know, by its first bytes; '' for any other."""
     if head[4:8] == b"ftyp":  # ISO base media: MP4, M4A, QuickTime, HEIF, AVIF
         brands = head[8:HEAD]
         if head[8:12] in (b"avif", b"avis") or (head[8:12] in (b"mif1", b"msf1") and b"avif" in brands):
@@ -152,7 +152,7 @@ def file_kind(head: bytes) -> str:
         heif = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
         return "HEIC" if head[8:12] in heif else "MP4"
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
-        return "AAC"  # ADTS; MP3 has a layer where this has 0
+        return "AAC"  # ADTS: its layer bits are 0, which they are not in MP3
     for kind, magics in _MAGIC.items():
         if head.startswith(magics):
             return kind

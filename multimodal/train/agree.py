@@ -1,4 +1,4 @@
-"""Before the first step several processes compare what each of them is about to do; a difference ends all of them, by name."""
+"""Compares the settings, data and weights of all processes before the first step; a difference ends all with an error."""
 
 import platform
 from collections.abc import Iterator, Mapping
@@ -23,30 +23,30 @@ from multimodal.train.recipe import Recipe
 from multimodal.train.state import unequal
 
 PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")
-OWN = ("workers", "device")  # settings that change nothing that processes share
-MOST_SHOWN, LONGEST_SHOWN = 4, 60  # differences of a message, characters of a value
+OWN = ("workers", "device")  # settings that may differ between processes
+MOST_SHOWN, LONGEST_SHOWN = 4, 60  # differences in a message, characters of a value
 FAILED = "failed"
 
 
 @contextmanager
 def agreement(processes: Processes) -> Iterator[dict[str, Any]]:
-    """Collects the facts of this process (JSON values by name); behind the block every process compares those of all.
+    """Yields a dictionary for the facts of this process (JSON values by name); after the block the facts of all are compared.
 
     Raises:
-        ConfigError: in every process, with what differs; or with the error that another process met inside the block.
+        ConfigError: in every process; it names the differences, or the error of another process inside the block.
     """
     facts: dict[str, Any] = {}
     try:
         yield facts
     except Exception as error:
-        processes.gather({FAILED: f"{type(error).__name__}: {error}"})  # the others do not wait for this one
+        processes.gather({FAILED: f"{type(error).__name__}: {error}"})  # else the others would wait for this one
         raise
     found = processes.gather(facts)
     for rank, other in enumerate(found):
         if FAILED in other:
             raise ConfigError(f"fit: process {rank} of {processes.count} cannot begin: {other[FAILED]}")
     for rank, other in enumerate(found):
-        names = [_named(name, one, two, rank) for name, one, two in unequal(found[0], other)]
+        names = [_difference(name, one, two, rank) for name, one, two in unequal(found[0], other)]
         if names:
             more = f"; and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
             raise ConfigError(
@@ -55,7 +55,7 @@ def agreement(processes: Processes) -> Iterator[dict[str, Any]]:
             )
 
 
-def _named(name: str, one: Any, two: Any, rank: int) -> str:
+def _difference(name: str, one: Any, two: Any, rank: int) -> str:
     """'tasks[1].weight is 1 in process 0 and 2 in process 3'; of lists the first entry that differs."""
     while isinstance(one, list) and isinstance(two, list) and one and two:
         at = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
@@ -76,7 +76,7 @@ def facts_of(
     feed: Batches | Packs,
     sizes: Mapping[str, Mapping[str, int | None]],
 ) -> dict[str, Any]:
-    """What must be so in every process: declarations, settings, sizes and first samples of the data, versions, weights."""
+    """What must be equal in every process: declarations, settings, sizes and some samples of the data, versions, weights."""
     return plain(
         {
             "versions": _versions(),
@@ -102,20 +102,20 @@ def _versions() -> dict[str, str | None]:
 
 
 def _digest(tensor: Tensor) -> str:
-    """Of a tensor's type, shape and bytes."""
+    """A text of a tensor's type, shape and checksum."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {crc32(raw):08x}"  # type: ignore[arg-type]
 
 
 def _samples(feed: Batches | Packs) -> dict[str, dict[str, str]]:
-    """What the first, middle and last sample of each task hold: folders that are listed in another order have the same size.
+    """Checksums of the first, middle and last sample of each task; sizes alone would not show files in another order.
 
-    Samples that are not functions of their number and of the global generators are compared with nothing.
+    Samples that differ when they are read again with the same seed are not compared.
     """
     found = {}
     for pattern, source in feed.fetch.data.items():
         if not is_indexed(source):
-            continue  # reading it would move it on
+            continue  # reading would advance it
         found[pattern] = {
             f"sample {index}": text
             for index in sorted({0, len(source) // 2, len(source) - 1})
@@ -128,17 +128,17 @@ def _sample(source: Any, index: int) -> str:
     with kept_generators():
         seed_generators("agreement", index)
         try:
-            return f"{crc32(repr(_mark(source[index])).encode()):08x}"
+            return f"{crc32(repr(_identity(source[index])).encode()):08x}"
         except Exception as error:
-            return type(error).__name__  # a broken sample is a matter of training
+            return type(error).__name__  # broken samples are handled during training
 
 
-def _mark(value: Any) -> Any:
-    """What tells a value from others, the same on every machine: of a file its name, of numbers and pictures their bytes."""
+def _identity(value: Any) -> Any:
+    """What identifies a value on every machine: the name of a file, the bytes of numbers and pictures."""
     if isinstance(value, Mapping):
-        return sorted((str(name), _mark(part)) for name, part in value.items())
+        return sorted((str(name), _identity(part)) for name, part in value.items())
     if isinstance(value, (list, tuple)):
-        return [len(value), *map(_mark, value[:8])]
+        return [len(value), *map(_identity, value[:8])]
     if isinstance(value, (str, Path)):
         return Path(value).name if len(str(value)) < 4096 else crc32(str(value).encode())
     if isinstance(value, (int, float, type(None))):

@@ -202,7 +202,7 @@ def draw(records: Sequence[Record], picture: BinaryIO) -> None:
     for name, record, place in zip(names(records), records, spread, strict=True):
         color = colors(place)
         rows = [row for row in record.history if "loss" in row]
-        # a folder's name is no formula, and no character that cannot be drawn
+        # in a folder's name, $ begins no formula, and unprintable characters become ?
         name = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
         label = name if record.finished else f"{name} (unfinished, {record.steps} of {record.wanted or '?'})"
         draw_smoothed(panels[0], rows, "loss", color, label)

@@ -33,7 +33,7 @@ def measured(model: Model, task: str, samples: Samples, processes: Processes, ba
     if pattern.pair:  # each process looks at all of them, as recall is among all samples
         return evaluate_pairs(model, task, samples, batch=batch)
     written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)
-    exact = not (head.hides or head.continuous)  # features are never exactly right; the loss says how near they are
+    exact = not (head.hides or head.continuous)  # features are never exactly right; the loss measures their distance
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
     for start in range(0, len(mine), batch):
@@ -57,7 +57,7 @@ def measured(model: Model, task: str, samples: Samples, processes: Processes, ba
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are, also if they are arrays or hold some."""
+    """Whether two values are equal; they may be or hold arrays."""
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_equal, a, b))
     if getattr(a, "shape", None) != getattr(b, "shape", None):

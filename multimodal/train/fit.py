@@ -17,7 +17,7 @@ from zlib import crc32
 import torch
 
 from multimodal import checkpoint
-from multimodal.checkpoint import check_room, declarations, holds
+from multimodal.checkpoint import check_room, declarations, holds, short_name
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError
 from multimodal.declare import override, plain
@@ -57,12 +57,10 @@ Tracker = Callable[[Mapping[str, Any]], Any]
 
 @dataclass
 class Run:
-    """What a training run did: rows of {"step", "loss", ...}, where it is kept, and whether it went to its end.
+    """The result of a training run. `repr` gives one line; `history` has every row.
 
-    It shows itself in one line; `history` has every row.
-
-    folder: where it is kept; None: nowhere.
-    history: a row of numbers for each report, by name.
+    folder: the run folder; None: the run was not saved.
+    history: a row {"step", "loss", ...} for each report.
     finished: whether all steps were done.
     bad: the broken samples that were left out, each with its reason.
     """
@@ -110,13 +108,13 @@ def fit(
     tasks' shares of the samples by weight, equal unless given; a number is a temperature: len ** (1 / temperature).
     folder: keeps the model, states to resume from, the log and a picture of the curves. resume: go on from the newest state if
     there is one. trackers: called with each row of the log. Ctrl-C and SIGTERM end after the current step, with everything saved;
-    a second one ends at once. go_on: what the line about a stopped run tells its user to do.
-    Started by torchrun or `multimodal train --processes`, it trains in all of these processes together, after they have compared
-    what each of them is about to do.
+    a second one ends at once. go_on: how to resume, as the message about a stopped run says it.
+    Started by torchrun or `multimodal train --processes`, it trains in all processes together, after they have compared their
+    settings, data and weights.
 
-    Random generators, number of threads and all else that belongs to the process are afterwards as they were before. But for one
-    thing: on Linux, training on a CPU tells the C library to keep freed memory for the next step, which cannot be taken back; the
-    variables MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_ or GLIBC_TUNABLES, if one of them is set, stand instead.
+    Random generators, number of threads and other settings of the process are restored afterwards, with one exception: on Linux,
+    training on a CPU tells the C library to keep freed memory for the next step, which cannot be undone. If MALLOC_TRIM_THRESHOLD_,
+    MALLOC_MMAP_MAX_ or GLIBC_TUNABLES is set, that setting is left alone.
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
@@ -143,7 +141,7 @@ def fit(
                 recompute(model, False)
                 if training is not None:
                     training.rest()
-                    # if DDP were the last to hold the connections, it and their threads could wait for each other
+                    # if DDP released the connections last, it and their threads could deadlock
                     training.trainee.wrapped = None
                     if processes.count > 1:
                         gc.collect()
@@ -158,7 +156,7 @@ def fit(
 
 
 def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool, trackers: Iterable[Any]) -> None:
-    """Raises a ConfigError for what is no argument of `fit`."""
+    """Raise a ConfigError for arguments of wrong types."""
     if not isinstance(model, Model):
         raise ConfigError(f"fit: model is {type(model).__name__}, wanted a Model")
     if not isinstance(data, Mapping):
@@ -245,7 +243,7 @@ class _Training:
             check_folder(folder)
             check_room(folder / MODEL)
             check_room(folder / BEST)
-            folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to a folder that is not there
+            folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead to a folder that does not exist yet
             self.lock = lock(folder)  # before anything is read or moved: another run may be at work here
             newest = self.states.latest() if resume else None
             if newest is None:
@@ -278,9 +276,8 @@ class _Training:
                 write_rows(folder / BROKEN, broken)
         if self.keeps:
             config = {**self.facts, "recipe": plain(self.recipe.config()), "processes": self.processes.count}
-            put(
-                folder / CONFIG, json.dumps(config, indent=2) + "\n"
-            )  # the first, as it says that a run wrote the others
+            # written first, because it shows that a run wrote the other files
+            put(folder / CONFIG, json.dumps(config, indent=2) + "\n")
             put(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
             (folder / CURVES).unlink(missing_ok=True)  # drawn last of all, so that it tells a run that went to its end
             write_rows(folder / LOG, self.run.history)
@@ -303,7 +300,7 @@ class _Training:
                 try:
                     batch = next(batches)
                 except StuckError:
-                    # one process alone has changed nothing since its last step, and its batches are functions of the step
+                    # a single process has changed nothing since its last step, and its batches depend only on the step
                     if self.processes.count > 1 or isinstance(self.feed, Packs):
                         raise
                     break
@@ -435,7 +432,7 @@ class _Training:
             weights = {name: whole(t) for name, t in self.trainee.model.state_dict().items()}
             rest: dict[str, Any] = {"counts": counts, "names": batch.names, "process": self.processes.rank}
             try:
-                kept = keep_trouble(folder, step, batch.streams, why, None, precision=_name(self.dtype), **rest)
+                kept = keep_trouble(folder, step, batch.streams, why, None, precision=short_name(self.dtype), **rest)
                 if kept and self.keeps:
                     checkpoint.save(self.model, kept / MODEL, weights)
             except (OSError, CheckpointError) as error:
@@ -457,14 +454,14 @@ class _Training:
         folder = self.run.folder
         if folder is None or self.states is None or (self.step == self.begun and not last):
             return
-        extra = {"computed_in": _name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
+        extra = {"computed_in": short_name(self.dtype), "best": self.best, "watch": self.watch.state_dict()}
         weights = {name: whole(t) for name, t in self.shown.state_dict().items()}
 
         def also() -> None:
             checkpoint.save(self.model, folder / MODEL, weights)
 
         if self.step == self.begun:
-            # the state is there, but perhaps the run was killed, or the disk full, before its model was written
+            # the state exists, but the run may have been killed, or the disk full, before its model was written
             if self.keeps and not holds(folder / MODEL, weights):
                 also()
             return
@@ -502,7 +499,7 @@ class _Training:
             except (OSError, CheckpointError) as error:
                 kept = False
                 warnings.warn(f"fit: the best model, of step {self.step}, could not be kept ({error})", stacklevel=3)
-            if self.processes.gather(kept)[0]:  # else a later one that is less good is still better than none
+            if self.processes.gather(kept)[0]:  # if it was not saved, a later and worse model is still better than none
                 self.best = row[name]
         return row
 
@@ -522,11 +519,7 @@ class _Training:
         each = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
         print(
             f"fit: {parameters:,} parameters, {recipe.steps} steps of {each} on {self.device.type} "
-            f"({threads} {'thread' if threads == 1 else 'threads'}) in {_name(self.dtype)} ({self.why})"
+            f"({threads} {'thread' if threads == 1 else 'threads'}) in {short_name(self.dtype)} ({self.why})"
             + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ from multimodal.train.trouble import TROUBLE
 MODEL = RUN
 BEST, LOG, CURVES, CONFIG, BROKEN = "best", "log.jsonl", "curves.png", "config.json", "bad.jsonl"
 TABLE, ENVIRONMENT, LOCK = "log.csv", "environment.json", ".lock"
-BOARD = "tensorboard"  # of the command line
+BOARD = "tensorboard"  # written by the command line
 WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, TROUBLE, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 
 
@@ -35,14 +35,14 @@ def lock(folder: Path, patience_s: float = 15.0) -> Any:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `fit` wrote what is in a folder: its configuration, or a state in it, says so."""
+    """Whether a folder is that of a run: `fit` wrote its configuration or a state in it."""
     return any(
         map(is_of_a_run, (folder / CONFIG, folder / OLD / FACTS, *(folder / CHECKPOINTS).glob(f"step-*/{FACTS}")))
     )
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder where a run would write over what no run wrote.
+    """Refuse a folder in which a run would overwrite files that no run wrote.
 
     Raises:
         ConfigError: says what is there.
@@ -61,10 +61,10 @@ def check_folder(folder: Path) -> None:
 
 
 def read_rows(path: Path, numbers: bool = False) -> list[dict[str, Any]]:
-    """The rows of a log, each with its step; numbers: they hold nothing but numbers. A last line that was cut short is left out.
+    """The rows of a log, each with its step. numbers: all values must be numbers. An incomplete last line is left out.
 
     Raises:
-        CheckpointError: a line that is no such row.
+        CheckpointError: another line is no such row.
     """
     if not path.is_file():
         return []
@@ -77,7 +77,7 @@ def read_rows(path: Path, numbers: bool = False) -> list[dict[str, Any]]:
             if wrong := [key for key, value in row.items() if numbers and not _is_number(value)]:
                 raise ValueError(f"{wrong[0][:60]!r} is no number")
         except ValueError as error:
-            if number == len(lines) and line.startswith(b"{"):  # of a run that was killed while it wrote
+            if number == len(lines) and line.startswith(b"{"):  # the run was killed while it wrote this line
                 break
             raise CheckpointError(
                 f"{path}: line {number} is no row of a log ({error}); put it right, or move the file away"
@@ -104,10 +104,10 @@ def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_room(folder: Path, quiet: bool) -> None:
-    """Move what a run wrote into the folder to the first free name beside it. Other files stay, and nothing is written over.
+    """Move the files of a run to the first free folder name beside it. Other files stay, and nothing is overwritten.
 
     Raises:
-        ConfigError: it cannot be moved.
+        ConfigError: the files cannot be moved.
     """
     if not any((folder / name).exists() for name in (CHECKPOINTS, OLD, RUN, LOG)):
         return
@@ -115,7 +115,7 @@ def make_room(folder: Path, quiet: bool) -> None:
     free = free_name(folder)
     try:
         free.mkdir()
-        for name in (BOARD, *reversed(WRITTEN)):  # the configuration last: it says whose the others are
+        for name in (BOARD, *reversed(WRITTEN)):  # the configuration last: it shows that a run wrote the others
             if os.path.lexists(folder / name):
                 os.rename(folder / name, free / name)
     except OSError as error:

@@ -20,8 +20,8 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc not to map and unmap each large tensor; does nothing elsewhere.
 
     A training step frees and asks for the same sizes again. By default every block of more than 32 MB at most is mapped
-    anew, and the kernel clears it page by page. Measured in DECISIONS.md. malloc cannot be asked how it was set before, so this
-    stays so; whoever has set it by the environment has it as they set it.
+    anew, and the kernel clears it page by page. Measured in DECISIONS.md. malloc does not tell its settings, so this
+    cannot be restored; settings in the environment are left alone.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in MALLOC):
         return
@@ -55,7 +55,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
     if os.name == "nt":
-        numbers.append(signal.SIGBREAK)  # type: ignore[attr-defined]  # what a launcher sends there
+        numbers.append(signal.SIGBREAK)  # type: ignore[attr-defined]  # launchers send it on Windows
     before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, _: Any) -> None:

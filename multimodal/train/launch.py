@@ -75,7 +75,7 @@ def end_with_launcher(grace_s: float = ORPHAN_S) -> None:
         while os.read(0, 1):
             pass
         if os.name == "nt":
-            signal.raise_signal(signal.SIGTERM)  # os.kill would end it there and then
+            signal.raise_signal(signal.SIGTERM)  # os.kill would end it at once
         else:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace_s)
@@ -143,7 +143,7 @@ class _Worker:
 
     def send(self, number: int) -> None:
         if not self.ended:
-            # Windows sends no other signal to a process that can do something about it
+            # the only signal on Windows that a process can handle
             self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class _Worker:
         if not self.ended:
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            else:  # Windows, where data workers notice by themselves that their process has gone
+            else:  # on Windows data workers notice by themselves that their process has ended
                 self.process.kill()
         self.process.wait()
         self._reader.join(1)
@@ -201,9 +201,8 @@ def _first_to_fail(workers: Sequence[_Worker], asked: Sequence[int]) -> _Worker 
 
     while not failed() and len(asked) < 3 and not _wait(workers, 0.05):
         pass
-    if not failed() or any(
-        worker.code < 0 for worker in failed()
-    ):  # what a signal killed was not brought down by the others
+    # a process that a signal killed did not fail because of the others
+    if not failed() or any(worker.code < 0 for worker in failed()):
         return min(failed(), key=lambda worker: worker.code, default=None)
     code = failed()[0].code
     _wait(workers, SETTLE_S)

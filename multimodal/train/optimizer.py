@@ -1,4 +1,4 @@
-"""The optimisers of a recipe: which weights are decayed, which are turned as matrices, and how fast all of them move."""
+"""The optimisers of a recipe: which weights are decayed, which matrices Muon orthogonalises, and the learning rate."""
 
 import math
 from collections.abc import Callable
@@ -20,17 +20,15 @@ QUINTIC = (  # coefficients of x, x^3 and x^5 in each step (You 2025, https://le
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-FEWEST_ROWS, MOST_OBLONG = (
-    4,
-    128,
-)  # a part with fewer rows or columns, or longer by more than this, is no matrix to turn
+# Muon takes matrices of at least 4 rows and 4 columns, whose longer side is at most 128 times the shorter one
+FEWEST_ROWS, MOST_OBLONG = 4, 128
 
 
 def rate(recipe: Recipe, step: int) -> float:
     """The learning rate of a step (the first is step 0).
 
-    It rises linearly over `warmup` of the steps, by an equal part in each, the first one included: lr * (step + 1) / rising. The
-    last rising step has the rate lr, also where all steps rise. From there half a cosine falls to lr * final_lr, which is the rate
+    It rises linearly over the share `warmup` of the steps: lr * (step + 1) / rising. The last rising step has the rate lr, even
+    if all steps rise. From there half a cosine falls to lr * final_lr, which is the rate
     of the last step. Without a warm-up the first step has the rate lr.
     """
     rising = max(round(recipe.steps * recipe.warmup), 1)
@@ -41,12 +39,12 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 def multiplies(model: nn.Module) -> set[str]:
-    """Names of the parameters that are matrices which multiply what comes in; only these are decayed, and only these are turned.
+    """Names of the parameters that are matrices which multiply the input; only these are decayed, and only these can go to Muon.
 
-    They are the weights of torch's linear, convolutional and recurrent layers, and what a module names in its `matrices`. All
-    others are vectors, however many of them lie side by side in one tensor: norms, biases, scales, class tokens and learned
-    starts, grids and tables of places, slots of memories, embeddings. Decay would pull them to 0 for nothing, and the embedding
-    of a rare token with every step in which it does not occur.
+    They are the weights of torch's linear, convolutional and recurrent layers, and those that a module names in `matrices`. All
+    others are vectors, however many lie in one tensor: norms, biases, scales, class tokens and learned starts, position grids and
+    tables, memory slots, embeddings. Decay would pull them to 0 without need, and the embedding of a rare token in every step in
+    which it does not occur.
     """
     names = set()
     for path, module in model.named_modules():
@@ -59,9 +57,9 @@ def multiplies(model: nn.Module) -> set[str]:
 
 
 def parts(model: nn.Module) -> dict[str, list[int]]:
-    """Rows of each matrix, by the name of a parameter that holds several of them one below the other.
+    """{parameter: rows of each of its matrices}, for parameters that hold several matrices one below the other.
 
-    A module says so by a method `fused`: {"weight of its": [rows, ..]}.
+    A module declares them by a method `fused`, which returns {"weight": [rows, ..]}.
     """
     found = {}
     for path, module in model.named_modules():
@@ -76,9 +74,9 @@ def parts(model: nn.Module) -> dict[str, list[int]]:
 def make_optimizer(
     model: nn.Module, recipe: Recipe, device: torch.device, sharded: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the core's matrices with AdamW for all else.
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the core's matrices and AdamW for all else.
 
-    What is decayed, `multiplies` says.
+    `multiplies` names the weights that are decayed.
     """
     decayed = multiplies(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -92,16 +90,16 @@ def make_optimizer(
             "Recipe: optimizer='muon' needs whole matrices, which parallel='fsdp' shares out; use one of them"
         )
     rows = parts(model)
-    turned = {
+    by_muon = {
         name: (p, rows.get(name, [p.shape[0]]))
         for name, p in named
         if name in decayed and name.startswith("core.") and p.dim() == 2
     }
-    turned = {name: (p, r) for name, (p, r) in turned.items() if all(_is_matrix(n, p.shape[1]) for n in r)}
+    by_muon = {name: (p, r) for name, (p, r) in by_muon.items() if all(_is_matrix(n, p.shape[1]) for n in r)}
     groups: list[dict[str, Any]] = [
-        {"params": [p], "weight_decay": recipe.weight_decay, "rows": r} for p, r in turned.values()
+        {"params": [p], "weight_decay": recipe.weight_decay, "rows": r} for p, r in by_muon.values()
     ]
-    rest = [(name, p) for name, p in named if name not in turned]
+    rest = [(name, p) for name, p in named if name not in by_muon]
     groups += _decaying(rest, decayed, recipe.weight_decay)
     return Muon(groups, lr=recipe.lr, betas=recipe.betas)
 
@@ -120,10 +118,10 @@ def _is_matrix(rows: int, columns: int) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal (Jordan et al. 2024), each part of a fused one by itself, and AdamW for the rest.
+    """Orthogonalised momentum (Jordan et al. 2024) for matrices, each part of a fused one by itself, and AdamW for the rest.
 
-    A group with `rows` holds one parameter: the rows of each matrix in it. An update is as large as AdamW's usually are, .2 a
-    weight (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both take the same rate.
+    A group with `rows` holds one parameter; `rows` are those of each matrix in it. The updates have the usual size of AdamW's, .2
+    a weight (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both take the same rate.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
@@ -135,12 +133,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
             if group["rows"] is None:
-                self._adam(learning, group)
+                self._adam_step(learning, group)
             else:
                 for parameter in learning:
-                    self._turn(parameter, group)
+                    self._orthogonal_step(parameter, group)
 
-    def _turn(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _orthogonal_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
         if "momentum_buffer" not in state:
@@ -150,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         for part, own in zip(parameter.split(group["rows"]), momentum.split(group["rows"]), strict=True):
             part.add_(orthogonal(own), alpha=-group["lr"] * 0.2 * max(own.shape) ** 0.5)
 
-    def _adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _adam_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             state = self.state[parameter]
             if "exp_avg" not in state:
@@ -179,7 +177,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
     A singular value below a thousandth of the largest ones stays smaller.
     """
-    # a CPU without bfloat16 units is 20 times slower by it
+    # bfloat16 is 20 times slower on a CPU without units for it
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     if tall := x.shape[0] > x.shape[1]:
         x = x.T

@@ -1,8 +1,7 @@
-"""Tensors that are shared out over processes, on disk as plain data: every process writes the rows it holds, and readers take
-the rows they need, in any number of processes.
+"""Sharded tensors on disk, without pickle: every process writes the rows it holds, and any number of processes may read them.
 
-pieces/index.json          of each tensor: shape, type, and (shared out) the axis that is cut and how many rows each process holds
-pieces/00000.safetensors   what process 0 holds, by the tensors' names; tensors that are not shared out are here
+pieces/index.json          shape and type of each tensor; of a sharded one also the axis and the number of rows in each process
+pieces/00000.safetensors   the rows of process 0, by the tensors' names, and all tensors that are not sharded
 """
 
 import json
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from multimodal.checkpoint import KINDS, Header, write_tensors
+from multimodal.checkpoint import NAMES_OF_KINDS, Header, local, write_tensors
 from multimodal.files import check_fields, read_json, shown_short
 from multimodal.shapes import CheckpointError
 from multimodal.train.processes import Processes
@@ -25,23 +24,22 @@ INDEX = "index.json"
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
-    """Write `tensors`, some of which are shared out along one axis over all processes; all of them must call this.
+    """Write `tensors`, some of which are sharded along one axis over all processes. All processes must call this.
 
     Raises:
-        OSError: in every process, if it could not be done in one.
+        OSError: in every process, if one of them could not write.
     """
-    kinds = {kind: name for name, kind in KINDS.items()}
     cuts, own = _cuts(tensors, processes), {}
     for name, tensor in tensors.items():
         if name in cuts or processes.rank == 0:
-            own[name] = _local(tensor).detach().cpu().clone().contiguous()
+            own[name] = local(tensor).detach().cpu().clone().contiguous()
     failed = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(own, folder / _file(processes.rank))
         if processes.rank == 0:
             entries = {
-                name: {"shape": list(t.shape), "dtype": kinds[t.dtype], **cuts.get(name, {})}
+                name: {"shape": list(t.shape), "dtype": NAMES_OF_KINDS[t.dtype], **cuts.get(name, {})}
                 for name, t in tensors.items()
             }
             index = {"format": FORMAT, "processes": processes.count, "tensors": entries}
@@ -53,7 +51,7 @@ def write_pieces(folder: Path, tensors: Mapping[str, Tensor], processes: Process
 
 
 class Pieces:
-    """What `write_pieces` wrote. `header`: {name: (shape, type)} of every tensor.
+    """Reads what `write_pieces` wrote. `header`: {name: (shape, type)} of every tensor.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -86,7 +84,7 @@ class Pieces:
                 self._cuts[name] = axis, rows
 
     def read(self, like: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-        """Fresh tensors, shared out as those in `like`; all processes must call this.
+        """New tensors, sharded like those in `like`. All processes must call this.
 
         Raises:
             CheckpointError: a file is missing or damaged, or holds tensors of another shape.
@@ -97,7 +95,7 @@ class Pieces:
             for name, wanted in like.items():
                 cut = cuts.get(name)
                 start = sum(cut["rows"][: processes.rank]) if cut else 0
-                shape = _local(wanted).shape
+                shape = local(wanted).shape
                 axis = cut["axis"] if cut else 0
                 rows = shape[axis] if shape else 1
                 fresh = torch.empty_like(wanted)
@@ -107,7 +105,7 @@ class Pieces:
                         f"{self.folder}: {shown_short(name)} is {tuple(part.shape)} in the files, wanted {tuple(shape)}"
                     )
                 with torch.no_grad():
-                    _local(fresh).copy_(part)
+                    local(fresh).copy_(part)
                 found[name] = fresh
         return found
 
@@ -159,22 +157,18 @@ class Pieces:
 
 
 def _cuts(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, dict[str, Any]]:
-    """{name: {"axis", "rows": of each process}} of the tensors that are shared out."""
+    """{name: {"axis": .., "rows": [of each process]}} of the sharded tensors."""
     shared = [name for name, t in tensors.items() if hasattr(t, "full_tensor")]
     if not shared:
         return {}
     axes = {}
     for name in shared:
-        (placement,) = tensors[name].placements  # type: ignore[attr-defined]  over the processes alone, as `shard` does it
+        (placement,) = tensors[name].placements  # type: ignore[attr-defined]  `shard` uses one mesh axis
         if placement.is_shard():
             axes[name] = placement.dim
-    own = [_local(tensors[name]).shape[axis] for name, axis in axes.items()]
+    own = [local(tensors[name]).shape[axis] for name, axis in axes.items()]
     rows = zip(*processes.gather(own), strict=True)
     return {name: {"axis": axis, "rows": list(sizes)} for (name, axis), sizes in zip(axes.items(), rows, strict=True)}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _are_counts(values: Any) -> bool:

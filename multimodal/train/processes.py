@@ -82,7 +82,7 @@ def found_processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), local)
     finally:
         dist.destroy_process_group()
-        sys.excepthook = hook  # torch puts the rank in front of every line, and leaves that behind
+        sys.excepthook = hook  # torch installs a hook that puts the rank in front of every line, and does not remove it
 
 
 class _Reached(torch.autograd.Function):

@@ -40,7 +40,7 @@ class Recipe(Declared):
     steps: how many times the optimiser changes the weights.
     batch: samples a step, all tasks together.
     accumulate: micro-batches a step in each process; the gradients are the same up to rounding, but for dropout and pairs.
-    tokens: the budget of a pack: samples of any length fill packs of so many tokens; 0: `batch` samples a step.
+    tokens: the token budget of a pack, which samples of any length fill; 0: `batch` samples a step.
     packs: packs a step, all processes together, where there is a token budget.
     look_ahead: samples among which each pack is chosen.
     max_bad: broken samples that are left out, counted and listed; one more ends the run.
@@ -51,18 +51,18 @@ class Recipe(Declared):
     weight_decay: how much of lr times a weight is taken off it in each step; of matrices only.
     betas: the decays of the means of the gradient and of its square.
     clip: the largest norm of a gradient, which is scaled down to it; 0: none.
-    spike: a step whose gradient norm is so many times the usual one is left out, and its batch is kept; 0: none is left out.
+    spike: a step whose gradient norm is above this many times the mean is skipped, and its batch is saved; 0: none is.
     ema: the decay of averaged weights, which then become the model; 0: no average.
     precision: float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it.
     device: cpu, cuda, cuda:1, mps, or auto: the GPU if there is one.
-    activation_checkpointing: whether blocks are computed again in the backward pass instead of being remembered.
+    activation_checkpointing: whether blocks are recomputed in the backward pass, which saves memory.
     compile: whether torch.compile is used; it needs a C++ compiler on CPUs.
-    parallel: "ddp", or "fsdp": several processes share out weights, gradients and the optimiser's state.
+    parallel: "ddp", or "fsdp": weights, gradients and optimiser states are sharded over the processes.
     workers: processes that read and encode data; 0: the main one does.
     evaluate_every: steps between evaluations; 0: at the end only.
     checkpoint_every: steps between checkpoints; 0: at the end only.
-    keep: how many of the last checkpoints are kept.
-    best: a measure, such as "image -> label exact", whose best model is kept as well; "": none.
+    keep: how many checkpoints, the newest ones, stay.
+    best: a measure, such as "image -> label exact", whose best model is saved as well; "": none.
     seed: decides the order of data, augmentation and dropout.
     """
 
@@ -137,7 +137,7 @@ class Recipe(Declared):
             self._refuse(("packs", "look_ahead"), "tokens=0", "give a token budget, such as tokens=4096")
 
     def _refuse(self, names: tuple[str, ...], beside: str, instead: str) -> None:
-        """Raises a ConfigError for the first of these settings that was given: beside that other one it would do nothing."""
+        """Raise a ConfigError for the first of these settings that is not at its default: beside the other one it has no effect."""
         for setting in dataclasses.fields(self):
             if setting.name in names and getattr(self, setting.name) != setting.default:
                 raise ConfigError(
@@ -175,7 +175,7 @@ def choose_device(wanted: str) -> torch.device:
         raise ConfigError(
             "device 'meta' holds shapes without numbers, so nothing can be computed on it; use auto or cpu"
         )
-    return torch.device("cpu") if found.type == "cpu" else found  # torch also takes cpu:3, which is no other
+    return torch.device("cpu") if found.type == "cpu" else found  # torch also takes cpu:3, which is the same device
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -91,7 +91,7 @@ def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Where a run is made: versions, machine, commit of the working folder, command, date; JSON values, no host or user name."""
+    """The environment of a run: versions, machine, commit of the folder, command, date; JSON values, no host or user name."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -101,8 +101,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {
             **{name: _version(name) for name in PACKAGES},
-            "torch": torch.__version__,
-        },  # with its build: +cu130
+            "torch": torch.__version__,  # with its build: +cu130
+        },
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -142,8 +142,8 @@ def _cpu() -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the working folder; None where there is no git. Read from git's files: the program git runs what a repository's
-    own settings name, and the folder may be somebody else's."""
+    """Commit of the working folder; None without git. Read from git's files, because the program git runs commands that the
+    repository's own settings name, and the folder may be somebody else's."""
     try:
         here = Path.cwd()
         place = next(folder / ".git" for folder in (here, *here.parents) if (folder / ".git").exists())

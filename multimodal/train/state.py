@@ -1,4 +1,4 @@
-"""The state of a training run, step by step, in folders that are whole or not there: weights, optimiser, averages, data order.
+"""Saves and restores the state of a training run, atomically: weights, optimiser, averages, data order.
 
 RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: pieces/, a file from each process)
                                 state.json          step, settings, where the data go on
@@ -31,6 +31,7 @@ from multimodal.checkpoint import (
     put_weights,
     read_header,
     read_tensors,
+    short_name,
     with_axis,
     write_tensors,
 )
@@ -43,25 +44,25 @@ from multimodal.train.processes import Processes, whole
 from multimodal.train.recipe import FREE, PRECISIONS, Recipe
 
 CHECKPOINTS, TENSORS, PIECES = "checkpoints", "state.safetensors", "pieces"
-SHARDED = "sharded"  # where earlier versions put shared-out tensors, by torch.distributed.checkpoint, which pickles
-TRUST = "MULTIMODAL_TRUST_PICKLE_IN"  # the variable that names the run folder whose pickle may be read
+SHARDED = "sharded"  # folder of sharded tensors of earlier versions, written by torch.distributed.checkpoint, which uses pickle
+TRUST = "MULTIMODAL_TRUST_PICKLE_IN"  # the environment variable that names the run folder whose pickle may be read
 FACTS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
 OLD = "state"  # where format 1 lies, which had no manifest and one state only
 WRITING, DAMAGED = ".writing", ".damaged"
-RUN_PARTS = {"recipe", "core", "tasks", "tokenizers"}  # what the configuration and the states of a run have
+RUN_PARTS = {"recipe", "core", "tasks", "tokenizers"}  # keys of the configuration and of the states of a run
 
 
 @dataclass
 class Trained:
-    """What a state is made of: a model in training, its optimiser and its averaged weights (None: there are none)."""
+    """The parts of a state: a model in training, its optimiser and its averaged weights (None: no average)."""
 
     model: Model
     optimizer: torch.optim.Optimizer
     ema: Model | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name: "model/..", "ema/..", "optimizer/exp_avg/.."."""
+        """All tensors by name: "model/..", "ema/..", "optimizer/exp_avg/.."."""
         found = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         if self.ema is not None:
             found |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
@@ -71,7 +72,7 @@ class Trained:
         return found
 
     def like(self, header: Header) -> dict[str, Tensor]:
-        """Tensors to read a state into that has these names and shapes, shared out as the weights are."""
+        """Empty tensors with the names and shapes of a header, sharded like the weights, to read a state into."""
         parameters = dict(self._parameters())
         found = self.tensors()
         for name, (shape, kind) in header.items():
@@ -84,10 +85,10 @@ class Trained:
         return {name: found[name] for name in header if name in found}
 
     def check(self, header: Header, where: Path) -> None:
-        """Compare what a state holds with the model and its optimiser, whose kernels would write beyond moments of another shape.
+        """Compare a state with the model and its optimiser, whose kernels would write out of bounds for moments of another shape.
 
         Raises:
-            CheckpointError: names what is missing, foreign, or of another shape or type.
+            CheckpointError: names tensors that are missing, foreign, or of another shape or type.
         """
         check_tensors(below(header, "model/"), self.model.state_dict(), where)
         if self.ema is not None:
@@ -103,7 +104,7 @@ class Trained:
             elif fits[name][part] != (shape, "a number" if kind in FLOATS else kind):
                 problems.append(f"{key} is {kind} {shape}, wanted {' '.join(map(str, reversed(fits[name][part])))}")
         begun = {key.partition("/")[2] for key in there}
-        # a parameter that no step has used has none
+        # a parameter that no step has used has no moments
         problems += [f"missing {key}" for key in _keys(fits) if key.partition("/")[2] in begun and key not in there]
         if fits and not there:
             problems.append("missing: there is nothing of it")
@@ -114,8 +115,8 @@ class Trained:
             )
 
     def _moments(self) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
-        """{parameter: {"exp_avg": (shape, "a number"), ..}}: what the optimiser remembers of each parameter, seen by a step of one
-        that has no memory."""
+        """{parameter: {"exp_avg": (shape, "a number"), ..}}: the optimiser's state for each parameter, found by one step of a copy
+        on the meta device."""
         alike: dict[Any, Tensor] = {}
         groups: list[dict[str, Any]] = []
         named = {parameter: name for name, parameter in self._parameters()}
@@ -123,9 +124,8 @@ class Trained:
             for p in group["params"]:
                 alike[p] = torch.zeros(tuple(p.shape), dtype=p.dtype, device="meta", requires_grad=True)
                 alike[p].grad = torch.zeros_like(alike[p])
-            plain_kernels = {
-                key: False for key in ("fused", "foreach") if key in group
-            }  # the others want a real device
+            # fused and foreach kernels need a real device
+            plain_kernels = {key: False for key in ("fused", "foreach") if key in group}
             groups.append({**group, **plain_kernels, "params": [alike[p] for p in group["params"]]})
         trial = copy.copy(self.optimizer)
         trial.state, trial.param_groups = defaultdict(dict), groups
@@ -139,10 +139,10 @@ class Trained:
         return found
 
     def put(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        """Everything back in its place.
+        """Restore model, averages and optimiser.
 
         Raises:
-            CheckpointError: of another model.
+            CheckpointError: the state is that of another model.
         """
         self.check(header_of(tensors), where)
         put_weights(self.model, below(tensors, "model/"), where)
@@ -164,9 +164,9 @@ class Trained:
 
 
 class Checkpoints:
-    """The states of a run folder: written aside and put in place whole, the last `keep` of them kept, checked when they are read.
+    """The states of a run folder: written atomically, checked by checksums when they are read, and only the last `keep` stay.
 
-    What is to be written is copied, and written by a thread while training goes on: a tenth of the wait (DECISIONS.md).
+    A thread writes a copy of the state while training goes on, which costs a tenth of the waiting time (DECISIONS.md).
     """
 
     def __init__(self, run: Path, keep: int, processes: Processes) -> None:
@@ -187,20 +187,20 @@ class Checkpoints:
         """Write the state after `step`. `facts` are JSON values that must agree when it is read again, `extra` others; `data` is
         where each process's data go on; `also` is done after that, by the same thread.
 
-        What was there is as it was if this fails: a disk that is full, or the like, is told by a warning.
+        If this fails, because the disk is full for instance, the older states stay, and a warning says why.
         """
         parts = self.processes.gather(dict(data))
         data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
         tensors = trained.tensors()
-        shapes = {name: [list(t.shape), _name(t.dtype)] for name, t in tensors.items()}
+        shapes = {name: [list(t.shape), short_name(t.dtype)] for name, t in tensors.items()}
         told = {"format": FORMAT, "step": step, **facts, **extra, "data_state": data, "tensors": shapes}
         self._tell()
         place = self._place(step)
         if self.processes.rank == 0:
-            for left in self.folder.glob(f"step-*{WRITING}*"):  # by a run that was killed
+            for left in self.folder.glob(f"step-*{WRITING}*"):  # left by a run that was killed
                 if re.fullmatch(rf"step-\d+{re.escape(WRITING)}(\.\d+)?", left.name):
                     remove(left)
-        # if it is there now, somebody keeps something in it
+        # a folder that is still there holds foreign files
         aside = self.processes.gather(free_name(place.with_name(place.name + WRITING)))[0]
         sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
@@ -259,7 +259,7 @@ class Checkpoints:
             warnings.warn(f"fit: {error}; what was kept before is as it was, and training goes on", stacklevel=4)
 
     def latest(self) -> Path | None:
-        """The newest state that is whole. Those that are damaged are told, and put aside under another name.
+        """The newest complete state. Damaged ones are renamed, with a warning.
 
         Raises:
             CheckpointError: there are states, and all are damaged.
@@ -283,13 +283,13 @@ class Checkpoints:
     def load(
         self, folder: Path, trained: Trained, facts: Mapping[str, Any], *, parallel: str = "ddp"
     ) -> dict[str, Any]:
-        """Put a state back; returns what was saved with it, of which "step" and "data_state" say where to go on.
+        """Restore a state; returns the facts saved with it, of which "step" and "data_state" say where training resumes.
 
         Raises:
             CheckpointError: damaged, of another model, or made with other facts (named).
         """
         saved = read_facts(folder)
-        if other := list(differences(_as_of_today(saved, facts, folder), dict(facts))):
+        if other := list(differences(_with_new_defaults(saved, facts, folder), dict(facts))):
             raise CheckpointError(
                 f"{folder}: this run was made with other settings: {'; '.join(other)}. Resume with the same, or choose "
                 "another folder"
@@ -312,10 +312,10 @@ class Checkpoints:
         return saved
 
     def _unpickled(self, folder: Path, trained: Trained, saved: Mapping[str, Any], parallel: str) -> dict[str, Tensor]:
-        """The tensors of a state that an earlier version shared out.
+        """The tensors of a sharded state that an earlier version wrote with pickle.
 
         Raises:
-            CheckpointError: unless the user trains shared out, and has named this run as trusted.
+            CheckpointError: parallel is not "fsdp", or the user has not named this run as trusted.
         """
         trusted = os.environ.get(TRUST)
         if parallel != "fsdp" or trusted is None or Path(trusted).resolve() != self.folder.parent.resolve():
@@ -327,7 +327,7 @@ class Checkpoints:
         import torch.distributed.checkpoint as dcp
 
         shapes = saved.get("tensors")
-        kinds = {_name(kind): name for name, kind in KINDS.items()}
+        kinds = {short_name(kind): name for name, kind in KINDS.items()}
         check_fields(folder / FACTS, saved, {"tensors": dict}, CheckpointError)
         header: Header = {name: (tuple(shape), kinds[kind]) for name, (shape, kind) in shapes.items()}  # type: ignore[union-attr]
         trained.check(header, folder)
@@ -360,7 +360,7 @@ def is_of_a_run(path: Path) -> bool:
 
 
 def remove(state: Path) -> None:
-    """Delete the files of a state, and its folder if nothing else is in it. The manifest goes last: without it, it is damaged."""
+    """Delete the files of a state, and its folder if it is then empty. The manifest goes last: without it a state is damaged."""
     if state.is_symlink():
         return
     sharded, pieces = state / SHARDED, state / PIECES
@@ -372,12 +372,12 @@ def remove(state: Path) -> None:
     for path in (state / TENSORS, *parts, state / FACTS, state / MANIFEST):
         path.unlink(missing_ok=True)
     for folder in (sharded, pieces, state):
-        with suppress(OSError):  # it is not there, or somebody keeps something in it
+        with suppress(OSError):  # it does not exist, or holds foreign files
             folder.rmdir()
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a folder, after all else is safely on disk."""
+    """Write the manifest of a folder, after all other files are safely on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
@@ -419,10 +419,10 @@ class _Unreadable(CheckpointError):
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What state.json says, checked as far as every run needs it.
+    """The content of state.json, with the fields that every run needs checked.
 
     Raises:
-        CheckpointError: missing, damaged, of a later version, or with parts missing or of another kind.
+        CheckpointError: missing, damaged, of a later version, or with fields missing or of another type.
     """
     path = folder / FACTS
     saved = read_json(path, CheckpointError)
@@ -443,7 +443,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a state that lacks tensors which it was saved with, such as the moments of a parameter."""
+    """Refuse a state that lacks tensors which its state.json lists, such as the moments of a parameter."""
     if missing := [name for name in saved.get("tensors", ()) if name not in header]:
         raise CheckpointError(
             f"{folder}: {shown_short(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
@@ -454,18 +454,14 @@ def _keys(fits: Mapping[str, Iterable[str]]) -> list[str]:
     return [f"{part}/{name}" for name, parts in fits.items() for part in parts]
 
 
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
-
-
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
-    """'recipe.steps was 120 and is 400', for everything of `now` that is not so in `saved`."""
+    """'recipe.steps was 120 and is 400', for every value of `now` that differs in `saved`."""
     for key, was, found in unequal(saved, now, name):
         yield f"{key} was {was!r} and is {found!r}"
 
 
 def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """('recipe.steps', 120, 400), for everything of `other` that is not so in `one`."""
+    """('recipe.steps', 120, 400), for every value of `other` that differs in `one`."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in other if not name else {**one, **other}:
             yield from unequal(one.get(key), other.get(key), f"{name}.{key}" if name else str(key))
@@ -473,8 +469,8 @@ def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, An
         yield name, one, other
 
 
-def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings that did not exist when a state was saved have their defaults. (Tokenizers with files are left as they were.)"""
+def _with_new_defaults(saved: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A state with the defaults of settings that did not exist when it was saved. Tokenizers with files are unchanged."""
     try:
         recipe = {**Recipe().config(), **saved["recipe"]}
         kinds = {
@@ -495,7 +491,7 @@ def _as_of_today(saved: Mapping[str, Any], facts: Mapping[str, Any], folder: Pat
 
 
 def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tensor]:
-    """Tensors in one piece, shared out as the weights they belong to."""
+    """Whole tensors, sharded like the weights that they belong to."""
     from torch.distributed.tensor import distribute_tensor
 
     spread = trained.like(header_of(tensors))

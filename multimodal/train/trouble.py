@@ -1,4 +1,4 @@
-"""Steps that go wrong: how they are told, what caused them kept for replay, and the samples that are to blame.
+"""Detects loss spikes, saves the batch of a bad step for replay, and ranks its samples.
 
 gradient norm --SpikeWatch--> why --keep_trouble--> RUN/trouble/step-0000123/ --replay--> samples, the worst first
 """
@@ -29,15 +29,15 @@ from multimodal.stream import Reading, Stream
 
 FORMAT = 1
 TROUBLE, DROPPED = "trouble", "dropped.jsonl"
-MOST = 8  # troubles that a run keeps, unless told otherwise
+MOST = 8  # bad steps that a run saves by default
 
 
 @dataclass(kw_only=True)
 class SpikeWatch:
-    """Tells steps that go wrong by their gradient norms: not finite, or above `spike` times the mean of those before.
+    """Detects bad steps by their gradient norms: not finite, or above `spike` times the mean of those before.
 
-    The mean is exponential, each norm counted as at most `spike` times the mean: one bad step hardly moves it, and yet it follows
-    where norms rise for good. spike: 0 finds only what is not finite. warmup: norms that are seen before one can be too large.
+    The mean is exponential, and each norm counts as at most `spike` times the mean: one bad step hardly changes it, but it follows
+    norms that rise for good. spike: 0 finds only norms that are not finite. warmup: norms seen before one can be too large.
     """
 
     spike: float = 10.0
@@ -58,7 +58,7 @@ class SpikeWatch:
         return self.total / self.weight if self.weight else math.nan
 
     def why(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step of this loss and this gradient norm before clipping; None: nothing. Call it once a step."""
+        """Why a step with this loss and this gradient norm before clipping is bad; None if it is not. Call it once a step."""
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"the loss is {loss}, the gradient norm {norm}"
         most, found = math.inf, None
@@ -72,7 +72,7 @@ class SpikeWatch:
         return found
 
     def state_dict(self) -> dict[str, float]:
-        """What must be kept to go on alike; JSON gives these numbers back exactly."""
+        """The state to resume with; JSON restores these numbers exactly."""
         return {"total": self.total, "weight": self.weight, "seen": self.seen}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
@@ -80,7 +80,7 @@ class SpikeWatch:
 
 
 def save_stream(path: Path, stream: Stream) -> None:
-    """Write a stream, packed with answers, to one safetensors file; what is no tensor is JSON in its header."""
+    """Write a stream, packed with answers, to one safetensors file; all but tensors is JSON in its header."""
     tensors = {f"content/{kind}": x for kind, x in stream.content.items()} | {"position_TA": stream.position_TA}
     if stream.order_T is not None:
         tensors["order_T"] = stream.order_T
@@ -103,7 +103,7 @@ def load_stream(path: Path) -> Stream:
     """
     what = "this is no stream that save_stream wrote, or it is damaged"
     try:
-        read_header(path)  # in bounds, before the library reads it
+        read_header(path)  # checks the header before the library reads it
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {what}: {error}") from error
     try:
@@ -126,17 +126,17 @@ def load_stream(path: Path) -> Stream:
             layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**below(tensors, "places/"))),
             readings=readings,
         )
-        if not _holds_together(stream):
+        if not _is_consistent(stream):
             raise ValueError("its parts do not fit each other")
         return stream
     except CheckpointError:
         raise
-    except Exception as error:  # what others made can be wrong in any way
+    except Exception as error:  # a file of others may be wrong in any way
         raise CheckpointError(f"{path}: {what}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def _holds_together(stream: Stream) -> bool:
-    """Whether every length and every row number of a stream is one that its tokens have."""
+def _is_consistent(stream: Stream) -> bool:
+    """Whether all lengths and row indices of a stream agree with the number of its tokens."""
     count = len(stream)
     order_T, spans, places = stream.order_T, stream.layout.spans, list(vars(stream.layout.places).values())
     fits = [
@@ -174,10 +174,10 @@ def keep_trouble(
     process: int = 0,
     most: int = MOST,
 ) -> Path | None:
-    """Write what a step was made of into RUN/trouble/step-0000123, for `replay`; None: there are `most` already.
+    """Write the batch of a step into RUN/trouble/step-0000123, for `replay`; returns None if there are `most` already.
 
-    folder: of the run. streams: the step's micro-batches; every process writes its own. model: with its weights before the step;
-    None where someone else saves it into `model/` there. counts: real targets of each task that the loss was divided by, of all
+    folder: the run folder. streams: the micro-batches of the step; every process writes its own. model: with its weights before the
+    step; None if the caller saves it into `model/` there. counts: real targets of each task that the loss was divided by, of all
     processes. names: what each stream's samples are called in the data, in the order they were packed in.
     A trouble that finds no room is a line in RUN/trouble/dropped.jsonl: the first ones are kept.
     """
@@ -188,7 +188,7 @@ def keep_trouble(
                 file.write(json.dumps({"step": step, "why": why}) + "\n")
         return None
     place.mkdir(parents=True, exist_ok=True)
-    (place / f"trouble-{process}.json").unlink(missing_ok=True)  # of the same step, before the run was resumed
+    (place / f"trouble-{process}.json").unlink(missing_ok=True)  # written for the same step before the run was resumed
     for old in place.glob(f"stream-{process}-*.safetensors"):
         if re.fullmatch(rf"stream-{process}-\d{{3,}}", old.stem):
             old.unlink()
@@ -200,7 +200,7 @@ def keep_trouble(
     facts = {"format": FORMAT, "step": step, "why": why, "precision": precision, "streams": files}
     facts |= {"counts": dict(_counts(streams) if counts is None else counts)}
     facts |= {"names": None if names is None else [list(some) for some in names]}
-    # last, so that what was cut short is not taken for whole
+    # written last, so that an incomplete folder is not taken for a complete one
     put(place / f"trouble-{process}.json", json.dumps(facts, indent=2) + "\n")
     return place
 
@@ -215,7 +215,7 @@ def _counts(streams: Sequence[Stream]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch that was kept: from which process and file, and what its samples are called."""
+    """A saved micro-batch: its process, its file, and the names of its samples."""
 
     process: int
     file: str
@@ -225,7 +225,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
-    """What was kept of a step, but for the model."""
+    """What `keep_trouble` saved of a step, without the model."""
 
     step: int
     why: str
@@ -235,10 +235,10 @@ class Trouble:
 
 
 def load_trouble(place: Path) -> Trouble:
-    """What `keep_trouble` wrote, of all processes.
+    """Read what `keep_trouble` wrote in all processes.
 
     Raises:
-        CheckpointError: nothing is here, or it is damaged.
+        CheckpointError: the folder holds no such step, or it is damaged.
     """
     numbered = [path for path in place.glob("trouble-*.json") if re.fullmatch(r"trouble-[0-9]{1,9}", path.stem)]
     found = sorted(numbered, key=lambda path: int(path.stem.removeprefix("trouble-")))

@@ -13,7 +13,7 @@ from heapq import nlargest
 import torch
 from torch import Tensor
 
-from multimodal.generate.beams import MOST
+from multimodal.generate.beams import MOST_BEAMS
 from multimodal.shapes import ConfigError, check_shapes
 from multimodal.transcription.lexicon import Lexicon, State
 from multimodal.transcription.prior import Prior
@@ -105,10 +105,10 @@ class Beam(Decoder):
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"Beam: width={self.width} keeps nothing; use 1 or more")
-        if self.width > MOST:
+        if self.width > MOST_BEAMS:
             raise ConfigError(
-                f"Beam: width={self.width} is more than {MOST} prefixes, which would be gone through after every row; use fewer: "
-                "more than some tens hardly find another text"
+                f"Beam: width={self.width} is more than {MOST_BEAMS} prefixes, all of which are visited after every row; use "
+                "fewer: more than some tens hardly find another text"
             )
         if not (math.isfinite(self.weight) and math.isfinite(self.bonus)):
             raise ConfigError(f"Beam: weight={self.weight} and bonus={self.bonus} must be finite numbers")

@@ -116,7 +116,7 @@ def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
 def error_rates(references: Sequence[str], hypotheses: "Sequence[str | Transcript]") -> dict[str, float]:
     """Word and character error rates over all texts together: {"wer": .., "cer": ..}; 0 is perfect, and 1 can be passed.
 
-    What is written where nothing was said counts as inserted. If no reference holds a word, the rates are numbers of insertions.
+    Words in the text of a silent sound count as insertions. If no reference holds a word, the rates are numbers of insertions.
 
     Raises:
         ConfigError: lists of different lengths, or no texts.

@@ -177,12 +177,12 @@ def _compare(
 
 
 def _noise(model: Model, subject: _Subject, backend: Backend) -> float:
-    """How far rounding alone moves a logit: each sample by itself in float32 and in float64; 0 if this model has no float64."""
+    """The largest effect of rounding on a logit: each sample alone in float32 and float64; 0 if float64 is not supported."""
     try:
         exact = copy.deepcopy(model).double()
         pairs = [(_logits(model, [x], backend)[0], _logits(exact, [x], backend)[0]) for x in subject.batch]
         gaps = [float((a - b).abs().max()) for a, b in pairs]
-    except (RuntimeError, TypeError):  # a stranger's embedding or layer that knows float32 only
+    except (RuntimeError, TypeError):  # a user's embedding or layer may support float32 only
         return 0.0
     return max(gaps) if all(map(math.isfinite, gaps)) else 0.0
 
@@ -260,7 +260,7 @@ class _Watched(Sampler):
 
 
 class _Answer(NamedTuple):
-    """What was written, what each token and the end were chosen by (see `_read_again`), and the numbers that were chosen."""
+    """Written tokens, the numbers by which each token and the end were chosen (see `_read_again`), and the chosen ids."""
 
     tokens: Tokens
     chosen_by: Tensor
@@ -268,7 +268,7 @@ class _Answer(NamedTuple):
 
 
 def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Answer]:
-    """What is written for each sample, all at once."""
+    """The answers of all samples, written in one batch."""
     head = model.packer.head(task)
     asked = [
         request(
@@ -328,7 +328,7 @@ def _read_again(model: Model, task: str, sample: Sample, written: _Answer, backe
 
 
 def _pointed(stream: Stream, task: str, place_MA: Tensor, ids: list[int]) -> Stream:
-    """A stream whose answer points at these of the places that were read: of twins, its packer takes the first."""
+    """A stream whose answer points at these positions; of equal elements the packer would take the first."""
     reading = stream.readings[task]
     assert reading.pointed_N is not None
     pointed_N, place_TA = torch.tensor(ids), stream.position_TA.clone()
@@ -457,9 +457,8 @@ def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) 
     tokenizer = packer.tokenizers[kinds[name]]
     if name not in [field.name for field in pattern.reads] and not packer.head(task).writes:
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
-    written = (
-        not pattern.pair and name == pattern.answer and tokenizer.length is not None
-    )  # only values of that length are
+    # a kind of fixed length writes only values of that length
+    written = not pattern.pair and name == pattern.answer and tokenizer.length is not None
     seed += sum(map(ord, name))  # two fields of one kind get different values
     if values := plausible_values(tokenizer, seed=seed):
         tokens = [tokenizer(value) for value in values]

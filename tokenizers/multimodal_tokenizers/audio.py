@@ -17,8 +17,8 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats; what "fixed" takes off
 FLOOR = 1e-6  # power added before the logarithm
-CLIP_FLOOR = 1e-7  # the same, as a share of the clip's largest power: 70 dB below it
-SILENCE = 1e-30  # power that no clip is divided by less of
+CLIP_FLOOR = 1e-7  # the floor as a share of the clip's largest power: 70 dB below it
+SILENCE = 1e-30  # the least power that a clip is divided by
 NEWEST = 2  # version of the features
 FIRST_FIELDS = {"rate_hz", "mels", "hop_ms", "window_ms", "stack", "normalise", "causal"}  # of multimodal 0.1
 POWER_ROUNDS, PHASE_ROUNDS = 10, 32  # of the two iterations of `decode`; more change nothing that is measured
@@ -31,8 +31,8 @@ class AudioFrames(Tokenizer):
     Places are seconds, so that the same sound recorded at another rate lies on the same places. `normalise="clip"` takes off
     each clip's own mean and spread (loudness does not matter); "fixed" uses one mean and spread for all.
 
-    version: 2, or 1 for the features of multimodal 0.1, which its checkpoints keep: a floor under the logarithm that is the same
-    for loud and quiet clips, and a shorter filter for resampling.
+    version: 2, or 1 for the features of multimodal 0.1, for its checkpoints: the same floor under the logarithm for loud and quiet
+    clips, and a shorter filter for resampling.
 
     What is written is heard through `decode`: phases are not kept, so a sound does not come back sample by sample, and a clip
     of "clip" gets the mean and spread of "fixed", because its own are gone.

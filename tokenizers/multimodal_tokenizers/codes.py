@@ -38,7 +38,7 @@ class Codes(Tokenizer):
     of: Tokenizer
     book: bytes = field(repr=False)  # safetensors: "codes" (V, F), and "places" (N, 3) where they are remembered
     causal: bool = False
-    lossy = True  # what a code stands for is near the value, and not the value
+    lossy = True  # a code decodes to a value near the encoded one
 
     def __post_init__(self) -> None:
         wanted, came = _written(self.of), self.codes_VF.shape[1]

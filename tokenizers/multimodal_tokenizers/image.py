@@ -194,7 +194,7 @@ def _grid(rows: int, columns: int) -> Tensor:
 class _PatchEmbed(nn.Module):
     """Pixels by a linear layer, plus the position scheme's encoding of (row, column)."""
 
-    full_precision = True  # neighbouring places far from the corner are one number in bfloat16
+    full_precision = True  # bfloat16 would round neighbouring positions far from the corner to one number
 
     def __init__(self, tokenizer: ImagePatches, width: int) -> None:
         super().__init__()

@@ -100,7 +100,7 @@ class TextBPE(Tokenizer):
         hf.pre_tokenizer = in_bytes
         hf.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        with _panics("TextBPE.train: these texts"):
+        with _no_panics("TextBPE.train: these texts"):
             hf.train_from_iterator(
                 texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
             )
@@ -144,7 +144,7 @@ class TextBPE(Tokenizer):
         put(Path(path), self.spec)
 
     def encode(self, value: Any) -> Tokens:
-        with _panics(f"TextBPE.encode: {describe(value)}"):
+        with _no_panics(f"TextBPE.encode: {describe(value)}"):
             ids = self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids
         if not self.lossy and not _is_exact(self.spec):
             back = self._hf.decode(ids, skip_special_tokens=False)
@@ -156,7 +156,7 @@ class TextBPE(Tokenizer):
         return _tokens(ids)
 
     def decode(self, tokens: Tokens) -> str:
-        with _panics("TextBPE.decode: these tokens"):
+        with _no_panics("TextBPE.decode: these tokens"):
             return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
 
     def wanted(self, value: str) -> str:
@@ -175,17 +175,17 @@ class TextBPE(Tokenizer):
             raise CheckpointError("TextBPE: its file tokenizer.json is missing")
         assert files is not None
         spec = files["tokenizer.json"].decode("utf-8")
-        if "lossy" not in config:  # saved before this was asked: it goes on as it was
+        if "lossy" not in config:  # a checkpoint from before this setting keeps its behaviour
             config = {**config, "lossy": bool(_changed(spec))}
         return cls(spec, **config)
 
 
 @contextmanager
-def _panics(what: str) -> Iterator[None]:
-    """The library's panics (of a regular expression that gives up, say) are no Exceptions and would pass every handler.
+def _no_panics(what: str) -> Iterator[None]:
+    """Turns panics of the Rust library (of a regular expression, say), which are no Exceptions, into MediaErrors.
 
     Raises:
-        MediaError: in place of a panic.
+        MediaError: the library panicked.
     """
     try:
         yield
@@ -207,7 +207,7 @@ def _regex(pattern: str) -> Regex:
 def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
     """The library's tokenizer, and how many ids it needs (files of other makers may skip some)."""
     try:
-        with _panics("TextBPE"):
+        with _no_panics("TextBPE"):
             hf = HFTokenizer.from_str(spec)
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"TextBPE: this is no tokenizer.json: {str(error)[:500]}") from error
@@ -245,7 +245,7 @@ PROBES = (
     "🙂 👩\u200d🚀 🇩🇪 👍🏽",
     "<s> </s> <eos> <unk> [UNK] [CLS] <|endoftext|>",
 )
-"""Texts that a tokenizer.json is tried on when it is opened: scripts, white space, digits, marks, and what looks like its own."""
+"""Texts that every opened tokenizer.json is tried on: scripts, white space, digits, marks, and text like special tokens."""
 
 
 def _folded(text: str) -> str:
@@ -253,12 +253,12 @@ def _folded(text: str) -> str:
 
 
 def _same(hf: HFTokenizer, text: str, back: str) -> bool:
-    """Whether a text came back: exactly, or where the file declares a normaliser, but for case and Unicode forms."""
+    """Whether decoding restored a text: exactly, or up to case and Unicode forms if the file declares a normaliser."""
     return back == text or (hf.normalizer is not None and _folded(back) == _folded(text))
 
 
 def _lost(text: str, back: str) -> str:
-    """The part of a text, between what is equal at both ends, that did not come back."""
+    """The part of a text that decoding did not restore, without the equal beginning and end."""
     start = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     ends = zip(text[start:][::-1], back[start:][::-1], strict=False)
     rest = min(len(text), len(back)) - start
@@ -267,11 +267,11 @@ def _lost(text: str, back: str) -> str:
 
 @lru_cache(maxsize=16)
 def _changed(spec: str) -> dict[str, str]:
-    """Those of the probes that do not come back, with what came."""
+    """{probe: decoded text} for the probes that decoding does not restore."""
     if _is_exact(spec):
         return {}
     hf = _hf_from(spec)[0]
-    with _panics("TextBPE"):
+    with _no_panics("TextBPE"):
         backs = {
             text: hf.decode(hf.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) for text in PROBES
         }
@@ -280,7 +280,7 @@ def _changed(spec: str) -> dict[str, str]:
 
 @lru_cache(maxsize=16)
 def _is_exact(spec: str) -> bool:
-    """Whether any text comes back by the way the file is made, as ours are: bytes in, bytes out, and a token for each of them."""
+    """Whether the file restores any text by construction, as ours do: byte-level, with a token for each byte."""
     made = json.loads(spec)
     steps = made.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -299,5 +299,5 @@ def _is_exact(spec: str) -> bool:
 
 
 def _dropout(spec: str) -> float:
-    """The share of merges that the file would leave out by chance."""
+    """The BPE dropout of the file: the share of merges that are skipped at random."""
     return (json.loads(spec).get("model") or {}).get("dropout") or 0.0
