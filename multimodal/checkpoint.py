@@ -19,7 +19,7 @@ import multimodal.masked
 import multimodal.pointer
 import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
-from multimodal.declare import declaration, part_types, rebuild
+from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.files import check_fields, check_inside, file_hash, flush, parse_json, read_json, shown_short
 from multimodal.shapes import CheckpointError, did_you_mean
@@ -32,10 +32,6 @@ _T = TypeVar("_T")
 FORMAT = 1
 CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
 RUN = "model"  # the folder of the model in a run folder
-OURS = (
-    "multimodal",
-    "multimodal_tokenizers",
-)  # packages whose parts can all be built without memory, and then again with it
 MOST_PARTS = 10_000  # tokenizers or tasks in a checkpoint; more would take longer to build than anybody waits
 FEW_LAYERS = 256  # of a core are built (in a second), to tell which tensors are missing
 MOST_HEADER_BYTES, MOST_FILE_BYTES = 2**25, 2**30  # of the weights' header, of a tokenizer's file
