@@ -24,7 +24,7 @@ import multimodal.masked
 import multimodal.pointer
 import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
-from multimodal.declare import declaration, part_types, rebuild
+from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
@@ -41,7 +41,6 @@ CONFIG, WEIGHTS, FILES = "config.json", "weights.safetensors", "tokenizers"
 CHECK = "sha256_of_config"  # the key of config.json that holds the checksum of its other entries
 RUN = "model"  # the folder of the model in a run folder
 TRIES = 20  # attempts to read a checkpoint that is being replaced again and again
-OURS = ("multimodal", "multimodal_tokenizers")  # packages whose parts can all be built on the meta device
 MOST_PARTS = 10_000  # the most tokenizers, or tasks, of a checkpoint; more take too long to build
 FEW_LAYERS = 256  # up to this many layers the model is built (in a second) to name the missing tensors
 MOST_HEADER_BYTES, MOST_FILE_BYTES = 2**25, 2**30  # limits for the header of the weights and for a file of a tokenizer

@@ -3,15 +3,17 @@
 import dataclasses
 import importlib.metadata
 import json
+import types
 import typing
 from collections.abc import Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
-from multimodal.files import check_fields
+from multimodal.files import check_fields, shown_short
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 
 _Part = TypeVar("_Part")
 GROUPS = "multimodal."  # of entry points: multimodal.tokenizers, multimodal.heads, multimodal.parts
+OURS = ("multimodal", "multimodal_tokenizers")  # the packages whose parts we know
 _defined: dict[str, type["Declared"]] = {}
 
 
@@ -45,7 +47,10 @@ class Declared:
                 raise CheckpointError(
                     f"{cls.__name__} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
                 )
-        return cls(**{key: _whole(cls, key, _from_json(value)) for key, value in config.items()})
+        settings = {key: _whole(cls, key, _from_json(value)) for key, value in config.items()}
+        if cls.__module__.partition(".")[0] in OURS:  # others may annotate as they like
+            _check_kinds(cls, settings)
+        return cls(**settings)
 
 
 def check_ordered(where: str, value: Any) -> None:
@@ -171,6 +176,42 @@ def override(part: _Part, **changes: Any) -> _Part:
 def plain(value: Any) -> Any:
     """The value after a trip through JSON: tuples are lists, numbers are keys no longer."""
     return json.loads(json.dumps(value))
+
+
+def _check_kinds(cls: type, settings: Mapping[str, Any]) -> None:
+    """Compare settings that came as JSON with the annotations of a class: one of another kind may fail long after it is loaded.
+
+    Raises:
+        CheckpointError: names the setting, what came and what was wanted.
+    """
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # a name that only a type checker sees
+        return
+    for name, value in settings.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise CheckpointError(f"{cls.__name__}: {name}={shown_short(value)} is no {_kind_name(hints[name])}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inside)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if inside and inside[-1] is Ellipsis:
+            return all(_fits(part, inside[0]) for part in value)
+        return not inside or (len(value) == len(inside) and all(map(_fits, value, inside)))
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, kind) if isinstance(kind, type) and kind is not list else True
+
+
+def _kind_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
 
 def _fields(cls: type) -> list[str]:

@@ -557,7 +557,8 @@ def test_every_option_reaches_the_model(say, artist, typed, options) -> None:
     code, out, err = say(*text(*split(typed)), "--json")
     assert code == 0, err
     assert json.loads(out) == wanted(**options)
-    without = [wanted(**{k: v for k, v in options.items() if k != key}) for key in options]
+    together = {"beams": {"beams", "length_penalty"}}  # without beams there is nothing to rank
+    without = [wanted(**{k: v for k, v in options.items() if k not in together.get(key, {key})}) for key in options]
     assert json.loads(out) not in [*without, wanted()]  # each option makes a difference here
 
 

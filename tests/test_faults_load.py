@@ -463,3 +463,25 @@ def test_fault_80a_what_is_remembered_while_a_model_is_outlined_has_numbers(toke
     with torch.device("meta"):
         assert not multimodal_tokenizers.image._grid(3, 2).is_meta
         assert not multimodal_tokenizers.image._per_channel(0.25).is_meta
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("mask",), "x"),
+        (("mask",), {"type": "multimodal.masks:Or", "config": {"left": "x", "right": {}}}),
+        (("rotary_base",), ["a", "b", "c"]),
+        (("rotary_split",), [1.5, 1, 1]),
+        (("dropout",), "0.1"),
+        (("qk_norm",), 3),
+        (("depth",), True),
+    ],
+)
+def test_fault_83f_a_setting_of_another_kind_is_refused_when_it_is_read(path, value, good, tmp_path):
+    shutil.copytree(good / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["core"]["config"][path[0]] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"=.* is no |mask"):
+        mm.Model.load(tmp_path / "model")

@@ -108,6 +108,6 @@ def test_fault_85_searches_that_would_never_begin_are_refused(model: mm.Model) -
         mm.ConfigError, match="generate: beams=100000 are more than 1000, each of which is a row of memory"
     ):
         model.generate(TASK, text="ab", beams=100_000)
-    with pytest.raises(mm.ConfigError, match="Beam: width=1000000 is more than 1000 prefixes"):
+    with pytest.raises(mm.ConfigError, match="Beam: width=1000000 is more than 10000 prefixes"):
         Beam(width=1_000_000)
     assert len(model.generate(TASK, text="ab", beams=100, max_tokens=1).others) == 99

@@ -1,6 +1,7 @@
 """States on disk: whole or not there, kept by policy, checked when read, readable one version later."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import multimodal as mm
 from multimodal.files import aside
 from multimodal.saving import LOCK, MARK, PLACE
 from multimodal.shapes import CheckpointError
+from multimodal.train.optimizer import rate
 from multimodal.train.processes import Processes
 from multimodal.train.state import Checkpoints, check, seal
 from multimodal_tokenizers import Labels, TextBytes
@@ -231,7 +233,7 @@ def test_what_is_written_beside_training_is_what_was_there(tmp_path, monkeypatch
         assert all(torch.equal(saved[f"model/{name}"], t) for name, t in seen.items())
 
 
-def test_a_run_of_the_version_before_goes_on(tmp_path):
+def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
     shutil.copytree(OLD, tmp_path / "run")
     old = mm.Model.load(tmp_path / "run")
     assert old.predict(TASK, text="cab").value in ("with a", "without")
@@ -239,6 +241,12 @@ def test_a_run_of_the_version_before_goes_on(tmp_path):
     run = mm.fit(model, {TASK: DATA}, folder=tmp_path / "run", resume=True, **{**PLAIN, "steps": 8})
     assert [row["step"] for row in run.history] == list(range(1, 9))
     assert run.finished
+
+    def before(step):  # version 0.1 made the first four steps: half a cosine over eight
+        least = 0.01 * PLAIN["lr"]
+        return least + 0.5 * (PLAIN["lr"] - least) * (1 + math.cos(math.pi * step / 8))
+
+    monkeypatch.setattr("multimodal.train.fit.rate", lambda r, step: before(step) if step < 4 else rate(r, step))
     straight = make()  # without dropout, what came after is the same then and now
     mm.fit(straight, {TASK: DATA}, **{**PLAIN, "steps": 8})
     for a, b in zip(straight.state_dict().values(), model.state_dict().values(), strict=True):

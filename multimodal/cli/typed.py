@@ -130,6 +130,7 @@ def samples_from(
     """
     from multimodal.shapes import TaskError
 
+    model.packer.patterns[task].check_answers()
     kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
     given = _given(fields, kinds)
     absent = list(_given({name.removeprefix("--").replace("-", "_"): [] for name in without}, kinds))
@@ -140,11 +141,9 @@ def samples_from(
     if both := [name for name in absent if name in given]:
         raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
     if missing := [_option(name) for name in kinds if name not in given and name not in absent]:
-        them = "it" if len(missing) == 1 else "them"
-        raise TaskError(
-            f"task {task!r} also reads {' '.join(missing)}; give {them} too, or leave {them} out: "
-            + " ".join(f"--without {name.removeprefix('--')}" for name in missing)
-        )
+        them, also, too = "it" if len(missing) == 1 else "them", "also " if given else "", " too" if given else ""
+        out = f", or leave {them} out: " + " ".join(f"--without {name.removeprefix('--')}" for name in missing)
+        raise TaskError(f"task {task!r} {also}reads {' '.join(missing)}; give {them}{too}{out if given else ''}")
     counts = {name: len(texts) for name, texts in given.items() if len(texts) != 1}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"--{name} {count}" for name, count in counts.items())

@@ -13,12 +13,12 @@ from heapq import nlargest
 import torch
 from torch import Tensor
 
-from multimodal.generate.beams import MOST_BEAMS
 from multimodal.shapes import ConfigError, check_shapes
 from multimodal.transcription.lexicon import Lexicon, State
 from multimodal.transcription.prior import Prior
 
 _NEVER = float("-inf")
+WIDEST = 10_000  # prefixes of a beam search; more take seconds for each row
 
 
 class Search(ABC):
@@ -105,9 +105,9 @@ class Beam(Decoder):
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"Beam: width={self.width} keeps nothing; use 1 or more")
-        if self.width > MOST_BEAMS:
+        if self.width > WIDEST:
             raise ConfigError(
-                f"Beam: width={self.width} is more than {MOST_BEAMS} prefixes, all of which are visited after every row; use "
+                f"Beam: width={self.width} is more than {WIDEST} prefixes, all of which are visited after every row; use "
                 "fewer: more than some tens hardly find another text"
             )
         if not (math.isfinite(self.weight) and math.isfinite(self.bonus)):
