@@ -102,7 +102,7 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
     given = model.state_dict() if weights is None else weights
     tensors = {name: t.detach().clone().contiguous() for name, t in given.items()}
     try:
-        with Saving(folder, CONFIG) as saving:
+        with Saving(folder, CONFIG, _is_written) as saving:
             before = check_room(folder)
             check_names(folder, [CONFIG, WEIGHTS, *files], before)
             for name, data in files.items():
@@ -115,6 +115,11 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
         said = f"{folder}: the model cannot be saved here: {error}"
         raise (OSError(error.errno, said) if error.errno else OSError(said)) from error
     return folder
+
+
+def _is_written(name: str) -> bool:
+    """Whether a save may have written a file of this name, besides config.json."""
+    return name == WEIGHTS or name.startswith(f"{FILES}/")
 
 
 def check_room(folder: Path) -> dict[str, str | None]:
@@ -146,6 +151,7 @@ def own_config(folder: Path) -> dict[str, Any] | None:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         ours = isinstance(config["format"], int) and config["made_by"].startswith("multimodal-stream")
         ours = ours and all(isinstance(t["files"], list) for t in config["tokenizers"].values())
+        ours = ours and all(isinstance(sha256, str) for sha256 in config.get(SHA256, {}).values())
         return config if ours and isinstance(config["core"], dict) and isinstance(config["tasks"], list) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None

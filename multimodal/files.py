@@ -56,8 +56,9 @@ def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
     it leads to is replaced."""
     path = Path(os.path.realpath(path))
     part = part or aside(path.parent)
+    part.unlink(missing_ok=True)  # of a killed process; a link of this name is not followed
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
         flush(part)
         os.replace(part, path)

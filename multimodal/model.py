@@ -18,6 +18,7 @@ from multimodal import checkpoint
 from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
 from multimodal.contrast import matches, side_vectors
 from multimodal.core import Core
+from multimodal.data.frames import as_samples
 from multimodal.data.sources import in_batches, is_indexed
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
@@ -314,7 +315,7 @@ class Model(nn.Module):
         if not self.packer.head(task).writes:
             idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
             options = {**options, "temperature": options["temperature"] or None}  # with 0 nothing is drawn, as here
-            given = [name for name in idle if options[name] not in (1, None, ())]
+            given = [name for name in idle if not _is_left_out(options[name])]
             if given or prefix is not None:
                 raise ConfigError(
                     f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "
@@ -397,9 +398,9 @@ class Model(nn.Module):
         options = {name: option for name, option in options.items() if name != "begins"}
 
         def refuse(count: int | str) -> NoReturn:
+            given = 0 if begins is None else len(begins)
             raise ConfigError(
-                f"task {task!r}: begins has {len(begins or ())} values for {count} samples; give one for each, or one for all as "
-                "begin"
+                f"task {task!r}: begins has {given} values for {count} samples; give one for each, or one for all as begin"
             )
 
         if begins is not None and isinstance(samples, Sized) and len(samples) != len(begins):
@@ -426,7 +427,7 @@ class Model(nn.Module):
             raise ConfigError(
                 f"task {task!r}: begins={describe(begins)} is no list; give a value for each sample, or None"
             )
-        return begins
+        return list(begins)  # by their order: a Series of pandas would be asked by its labels
 
     def _options(self) -> list[str]:
         """The keyword options of `generate`, without the fields of a task."""
@@ -470,7 +471,7 @@ class Model(nn.Module):
                 f"task {task!r}: samples is {type(samples).__name__}; give a list of samples, or anything with a length and "
                 "[index], or that can be iterated"
             )
-        return samples
+        return as_samples(samples)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -530,6 +531,11 @@ class Model(nn.Module):
             CheckpointError: missing or foreign files, tensors or tokenizers, each by name; weights that are no finite numbers.
         """
         return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
+
+
+def _is_left_out(option: Any) -> bool:
+    """Whether an option of `generate` has the value that it has unless given; arrays have none of these."""
+    return option is None or (isinstance(option, (int, float, tuple)) and option in (1, ()))
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

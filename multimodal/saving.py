@@ -93,8 +93,8 @@ class Saving:
         CheckpointError: PLACE holds files of something else, or another process or thread saves here for too long.
     """
 
-    def __init__(self, folder: Path, index: str) -> None:
-        self.folder, self.index, self.place = folder, index, folder / PLACE
+    def __init__(self, folder: Path, index: str, writes: Callable[[str], bool]) -> None:
+        self.folder, self.index, self.place, self.writes = folder, index, folder / PLACE, writes
         self.sums: dict[str, str] = {}
         self.lock: Any = None
         self.committed = False
@@ -176,7 +176,7 @@ class Saving:
             path, parents = self.folder / name, _parents(self.folder, name)
             inside = not any(parent.is_symlink() for parent in parents)
             if name not in after and name != self.index and inside and path.is_file():
-                if sha256 in (None, file_hash(path)):
+                if sha256 == file_hash(path):  # one whose checksum is not known stays
                     path.unlink()
                 for parent in parents:
                     with suppress(OSError):  # it is not empty
@@ -221,8 +221,7 @@ class Saving:
             plan = read_json(self.place / PLAN, CheckpointError)
             check_fields(self.place / PLAN, plan, {"before": dict, "after": dict}, CheckpointError)
             before, after = plan["before"], plan["after"]
-            # the plan may come from anybody, and the files that it names are moved and removed
-            check_inside(self.place / PLAN, [*before, *after], CheckpointError)
+            self._check_plan(before, after)
         except CheckpointError:
             index, before, after = None, {}, {}
         if not after or _sums(index) != after:
@@ -230,8 +229,21 @@ class Saving:
             return
         for name, sha256 in after.items():
             if (self.place / key(name, sha256)).is_file():  # else it was moved already
-                self._keep_if_changed(name, {sha256, before[name]} if name in before else {sha256})
+                # what is not known counts as changed here
+                self._keep_if_changed(name, {sha256, before.get(name)} - {None})
         self._move_into_place(after, before)
+
+    def _check_plan(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Refuse a plan that no save made: it may come from anybody, and the files that it names are moved and removed.
+
+        Raises:
+            CheckpointError: a name that a save does not write, or one that lies outside, also behind a link.
+        """
+        names = {name for name in (*before, *after) if name != self.index}
+        check_inside(self.place / PLAN, names, CheckpointError)
+        linked = [name for name in names if any(parent.is_symlink() for parent in _parents(self.folder, name))]
+        if linked or not all(map(self.writes, names)) or not all(isinstance(sha256, str) for sha256 in after.values()):
+            raise CheckpointError(f"{self.place / PLAN} is of no save")
 
     def _clear(self) -> None:
         for name in self._parts():

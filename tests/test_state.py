@@ -1,5 +1,6 @@
 """States on disk: whole or not there, kept by policy, checked when read, readable one version later."""
 
+import importlib
 import json
 import math
 import os
@@ -246,7 +247,8 @@ def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
         least = 0.01 * PLAIN["lr"]
         return least + 0.5 * (PLAIN["lr"] - least) * (1 + math.cos(math.pi * step / 8))
 
-    monkeypatch.setattr("multimodal.train.fit.rate", lambda r, step: before(step) if step < 4 else rate(r, step))
+    module = importlib.import_module("multimodal.train.fit")
+    monkeypatch.setattr(module, "rate", lambda r, step: before(step) if step < 4 else rate(r, step))
     straight = make()  # without dropout, what came after is the same then and now
     mm.fit(straight, {TASK: DATA}, **{**PLAIN, "steps": 8})
     for a, b in zip(straight.state_dict().values(), model.state_dict().values(), strict=True):

@@ -260,7 +260,7 @@ class Shards:
             if not is_url(folder) and Path(folder, base).exists() and not Path(folder, base).is_file():
                 raise MediaError(f"{shard.name} of {self.folder} is no file")
             file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
-        except OSError as error:
+        except (OSError, ImportError) as error:  # fsspec imports the client of a store
             raise MediaError(f"{shard.name} of {self.folder} cannot be opened: {error}") from error
         while len(self._open) >= self.group:
             _, (_, old) = self._open.popitem(last=False)

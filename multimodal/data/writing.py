@@ -83,7 +83,7 @@ def write_shards(
             f"write_shards: the samples are {type(samples).__name__}; wanted a list of mappings of fields, what has a length and "
             "[index], or what can be iterated"
         )
-    about = source if source is not None else {"samples": len(samples) if hasattr(samples, "__len__") else None}
+    about = source if source is not None else _about(samples)
     settings = json.loads(json.dumps({"format": FORMAT, "shard_bytes": shard_bytes, "source": about}))
     if shard_bytes < 10_000:
         raise ConfigError(f"write_shards: shard_bytes={shard_bytes} must be at least 10000")
@@ -379,7 +379,9 @@ class _Archive:
             self.part.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
-        self.file = self.file or open(self.part, "wb")  # noqa: SIM115
+        if self.file is None:
+            Path(self.part).unlink(missing_ok=True)  # of a killed process; a link of this name is not followed
+            self.file = open(self.part, "xb")  # noqa: SIM115
         self.file.write(data)
         self.digest.update(data)
         self.at += len(data)
@@ -436,11 +438,28 @@ def _check_bad(where: Path, bad: Any) -> None:
             raise ConfigError(f"{where}: 'bad' holds {describe(entry)}, wanted a row and why it was left out")
 
 
+def _about(samples: Any) -> dict[str, Any]:
+    """What tells samples from others of the same number: the bytes of the first one, where it can be asked for."""
+    about: dict[str, Any] = {"samples": len(samples) if hasattr(samples, "__len__") else None}
+    if is_indexed(samples) and len(samples):
+        try:
+            first = {str(field): encoded(value) for field, value in samples[0].items() if value is not None}
+            about["first"] = zlib.crc32(repr(sorted(first.items())).encode("utf-8", "backslashreplace"))
+        except Exception:  # a broken row is a matter of writing
+            about["first"] = None
+    return about
+
+
 def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if (old := before.get(name)) != value:
             if isinstance(old, dict) and isinstance(value, dict):
-                value = {key: part for key, part in value.items() if old.get(key) != part}
+                # earlier versions did not note the first sample
+                value = {
+                    key: part for key, part in value.items() if old.get(key) != part and (key in old or key != "first")
+                }
+                if not value:
+                    continue
                 old = {key: old.get(key) for key in value}
             raise ConfigError(
                 f"write_shards: {folder} was made with {name} {shortened(repr(old))}, and now it is {shortened(repr(value))}; "

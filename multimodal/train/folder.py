@@ -17,6 +17,7 @@ MODEL = RUN
 BEST, LOG, CURVES, CONFIG, BROKEN = "best", "log.jsonl", "curves.png", "config.json", "bad.jsonl"
 TABLE, ENVIRONMENT, LOCK = "log.csv", "environment.json", ".lock"
 BOARD = "tensorboard"  # written by the command line
+FILES = (CONFIG, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, TROUBLE, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 
 
@@ -52,6 +53,10 @@ def check_folder(folder: Path) -> None:
     if own_config(folder) is not None:
         raise ConfigError(
             f"fit: {folder} holds a saved model, and a run would write over its {CONFIG}; choose another folder"
+        )
+    if linked := [name for name in FILES if (folder / name).is_symlink()]:
+        raise ConfigError(
+            f"fit: {folder / linked[0]} is a link, and a run would write to where it leads; remove it, or choose another folder"
         )
     there = [name for name in WRITTEN if os.path.lexists(folder / name)]
     if there and not is_run(folder):
@@ -109,7 +114,7 @@ def make_room(folder: Path, quiet: bool) -> None:
     Raises:
         ConfigError: the files cannot be moved.
     """
-    if not any((folder / name).exists() for name in (CHECKPOINTS, OLD, RUN, LOG)):
+    if not any(os.path.lexists(folder / name) for name in WRITTEN):
         return
     folder = folder.resolve()
     free = free_name(folder)

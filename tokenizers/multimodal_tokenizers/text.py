@@ -291,10 +291,12 @@ def _is_exact(spec: str) -> bool:
         and model.get("type") == "BPE"
         and not any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
         and decoder.get("type") == "ByteLevel"
+        and len(steps) > 0
         and steps[-1].get("type") == "ByteLevel"
         and not steps[-1].get("add_prefix_space")
         and all(step.get("type") == "Split" and step.get("behavior") == "Isolated" for step in steps[:-1])
-        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model.get("vocab", ()))
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocab := model.get("vocab", {}))
+        and len(set(vocab.values())) == len(vocab)  # two pieces of one id would come back as one of them
     )
 
 
