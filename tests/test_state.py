@@ -252,7 +252,8 @@ def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
     straight = make()  # without dropout, what came after is the same then and now
     mm.fit(straight, {TASK: DATA}, **{**PLAIN, "steps": 8})
     for a, b in zip(straight.state_dict().values(), model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        # version 0.1 decayed embeddings and start tokens too: by .05 times the four rates, which add to .0105
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=7e-4)
     assert not (tmp_path / "run" / "state").exists()
     assert kept(tmp_path / "run") == ["step-00000008"]
 
