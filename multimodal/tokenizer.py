@@ -62,7 +62,7 @@ class Tokenizer(Declared, ABC):
     max_tokens: a value of more tokens is refused by name; none is ever cut.
 
     What may be written: `encode`, `decode` with `places` (and for features `written_features` and `fed_back`), `embed`, `picture`
-    and `token_names` for people, `files` and `from_config` for what is too large for `config`.
+    and `token_names` for people, `wanted` for measures, `files` and `from_config` for what is too large for `config`.
     """
 
     vocab_size: int | None = None

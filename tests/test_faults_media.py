@@ -470,10 +470,9 @@ def test_fault_14a_avif_is_read_and_files_of_other_kinds_are_called_by_their_nam
     rgb = np.kron(RANDOM.integers(0, 256, (4, 6, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
     Image.init()
     if "AVIF" in Image.SAVE:
-        assert (
-            np.abs(image(file_of(Image.fromarray(rgb), "AVIF", quality=95)) - rgb.transpose(2, 0, 1) / 255).mean()
-            < 0.02
-        )
+        # with all of its colours: halved ones are further away for some of the random pictures
+        data = file_of(Image.fromarray(rgb), "AVIF", quality=95, subsampling="4:4:4")
+        assert np.abs(image(data) - rgb.transpose(2, 0, 1) / 255).mean() < 0.02
     for data, name in (
         (b"\0\0\0\x18ftypmp42" + bytes(50), "it is MP4"),
         (b"\x1a\x45\xdf\xa3" + bytes(50), "it is WebM"),

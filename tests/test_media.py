@@ -364,6 +364,41 @@ def test_kinds_of_file_with_loss(kind: str, wave: np.ndarray) -> None:
     assert np.corrcoef(got, wave)[0, 1] > 0.98
 
 
+def test_mp3_that_libsndfile_reads_from_a_path_only(
+    wave: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """libsndfile 1.2.2 refuses MP3 from memory at times, whatever it holds; other errors make no copy."""
+    path, plain, tried = tmp_path / "sound.mp3", sound_file(wave), []
+    path.write_bytes(sound_file(wave, "MP3"))
+    (tmp_path / "copies").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "copies"))
+
+    class Refusing(soundfile.SoundFile):
+        def __init__(self, file: object, *args: object, **settings: object) -> None:
+            tried.append(type(file))
+            if not isinstance(file, Path):
+                raise soundfile.LibsndfileError(149, f"Error opening {file!r}: ")
+            super().__init__(file, *args, **settings)
+
+        def __del__(self) -> None:  # one that was refused has nothing to close
+            pass
+
+    wanted = sound(path)
+    monkeypatch.setattr(soundfile, "SoundFile", Refusing)
+    tag = b"ID3\4\0\0\0\0\0\x10" + bytes(16)
+    for data in (path.read_bytes(), tag + path.read_bytes()):
+        np.testing.assert_allclose(sound(data), wanted, atol=1e-6)
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(sound(file), wanted)
+        np.testing.assert_array_equal(sound(file), wanted, err_msg="the same open file, read again")
+    for data, times in ((b"ID3" + bytes(99), 2), (plain, 1)):
+        tried.clear()
+        with pytest.raises(MediaError, match=rf"cannot read {len(data)} bytes as sound: Error opening <_io.BytesIO"):
+            sound(data)
+        assert len(tried) == times
+    assert not list((tmp_path / "copies").iterdir())
+
+
 @pytest.mark.parametrize(
     ("dtype", "zero", "scale"), [("int8", 0, 2**7), ("uint8", 128, 2**7), ("int16", 0, 2**15), ("int32", 0, 2**31)]
 )

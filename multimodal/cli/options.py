@@ -42,7 +42,7 @@ Without = Annotated[
 TAKEN = {
     *("answer", "as_json", "begin", "beams", "checkpoint", "count", "debug", "device", "guidance", "help", "json"),
     *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
-    *("stop", "task", "temperature", "top_k", "top_p", "version", "writing"),
+    *("stop", "task", "temperature", "top_k", "top_p", "version", "without", "writing"),
 }
 """Names of options; a field of the same name is given with FIELD before it."""
 FIELD = "field_"

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,10 @@ def _png(image: Any, file: Any) -> np.ndarray:
     file.seek(0)
     data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     try:
-        deep_YXC = decode_image(data, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+        with warnings.catch_warnings():
+            # torchvision 0.29 announces that its decoders move to torchcodec
+            warnings.simplefilter("ignore", DeprecationWarning)
+            deep_YXC = decode_image(data, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     except RuntimeError:
         raise ValueError("its data are damaged or cut short") from None
     transparent = image.info.get("transparency")

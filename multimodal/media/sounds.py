@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ MOST_CHANNELS = 16  # of an array
 CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size|Riff size|riff) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 STREAMED = 0x7FFF0000  # writers to a pipe do not know the size yet, and put this many bytes or more in the header
 UNKNOWN = 2**62  # the number of samples that libsndfile gives where the header has none
+MP3 = re.compile(rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")  # a tag, or a frame of layer III of MPEG 2.5, 2 or 1
 _LARGEST_FILTER = 2**24  # coefficients; the filter grows with both rates over their common divisor
 
 Filter = Literal["kaiser", "hann"]
@@ -283,12 +286,10 @@ def channels_first(wave: Any, came: str, who: str) -> Any:
 
 
 def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
-    import soundfile
-
     source, name = file_source(value, who)
     label = name if isinstance(source, Path) else "the sound"
     try:
-        file = stack.enter_context(soundfile.SoundFile(source))
+        file = _by_libsndfile(source, stack)
     except Exception as error:  # decoders fail in many ways on damaged files
         return _open_other(source, name, label, who, error, stack)
     # libsndfile raises no error for a file that was cut short: it lowers `frames` and notes that in its log, or reads less
@@ -319,6 +320,25 @@ def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
             )
 
     return _Sound(label, file.samplerate, file.channels, file.frames if known else None, blocks)
+
+
+def _by_libsndfile(source: Any, stack: ExitStack) -> Any:
+    """Open a file by libsndfile, which at times (1.2.2) refuses MP3 from memory, and reads the same bytes from a path."""
+    import soundfile
+
+    try:
+        return stack.enter_context(soundfile.SoundFile(source))
+    except soundfile.LibsndfileError as error:
+        if isinstance(source, Path) or not MP3.match(first_bytes(source)):
+            raise
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sound.mp3"
+        with path.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+        source.seek(0)
+        try:
+            return stack.enter_context(soundfile.SoundFile(path))
+        except soundfile.LibsndfileError:
+            raise error from None  # the second one names the copy
 
 
 def _open_other(source: Any, name: str, label: str, who: str, error: Exception, stack: ExitStack) -> _Sound:

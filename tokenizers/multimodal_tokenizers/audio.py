@@ -31,9 +31,6 @@ class AudioFrames(Tokenizer):
     Places are seconds, so that the same sound recorded at another rate lies on the same places. `normalise="clip"` takes off
     each clip's own mean and spread (loudness does not matter); "fixed" uses one mean and spread for all.
 
-    version: 2, or 1 for the features of multimodal 0.1, for its checkpoints: the same floor under the logarithm for loud and quiet
-    clips, and a shorter filter for resampling.
-
     What is written is heard through `decode`: phases are not kept, so a sound does not come back sample by sample, and a clip
     of "clip" gets the mean and spread of "fixed", because its own are gone.
 
@@ -45,6 +42,9 @@ class AudioFrames(Tokenizer):
     normalise: "clip": each clip's own mean and spread are taken off; "fixed": one mean and spread for all.
     causal: whether a token that is read sees only what came before it; give normalise="fixed" too, as a clip's mean is known at
     its end.
+    max_seconds: a longer sound is refused before it is decoded.
+    version: 2, or 1 for the features of multimodal 0.1, for its checkpoints: the same floor under the logarithm for loud and quiet
+    clips, and a shorter filter for resampling.
     """
 
     rate_hz: int = 16000
