@@ -152,11 +152,13 @@ def test_fault_12_what_is_stored_of_a_broken_row_is_short(tmp_path: Path):
     rows = [{"image": Path(long), "n": 1}, {"image": None, "n": 2}]
     made = write_shards(rows, tmp_path / "out", max_bad=1)
     assert len(made.bad[0][1]) < 400
-    assert "characters)" in made.bad[0][1]
+    assert made.bad[0][1].startswith("image: ")
+    assert "..." in made.bad[0][1]
+    assert made.bad[0][1].endswith("QUJD'")
     assert (tmp_path / "out" / "bad.jsonl").stat().st_size < 600
     assert (tmp_path / "out" / "index.json").stat().st_size < 3000
     assert len(str(made.account)) < 400
-    with pytest.raises(MediaError, match=r"QUJDQUJD.* \(2,000,002 characters\) is not one of the 2 classes") as caught:
+    with pytest.raises(MediaError, match=r"QUJDQUJD.*\.\.\..*QUJD' is not one of the 2 classes") as caught:
         Labels(("a", "b"))(long)
     assert len(str(caught.value)) < 400
     with pytest.raises(ConfigError, match="--files: there is no 'z'; there are c0, c1") as caught:
@@ -319,8 +321,7 @@ def test_fault_06b_names_that_are_no_text(tmp_path: Path):
     ) as caught:
         open_table(str(tmp_path))
     str(caught.value).encode()
-    with pytest.raises(ConfigError, match=r"Labels: the name 'caf\\udce9' is not UTF-8"):
-        Labels(("dog", "caf\udce9"))
+    assert int(Labels(("dog", "caf\udce9"))("caf\udce9").content) == 1  # a model keeps such names, see fault 58
 
 
 # archives
