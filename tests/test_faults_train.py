@@ -268,7 +268,7 @@ def test_fault_20b_what_gives_no_samples_is_refused():
         with pytest.raises(ConfigError, match=r"samples is (int|str|bytes); give a list of samples"):
             model.predict(TASK, wrong)  # type: ignore[arg-type]
     assert model.predict(TASK, iter([])) == []
-    with pytest.raises(ConfigError, match="begin has 2 texts for more samples"):
+    with pytest.raises(ConfigError, match="begins has 2 values for more samples; give one for each"):
         model.generate(WRITE, iter([{"label": "without"}] * 3), begin=["a", "b"], max_tokens=2)
-    with pytest.raises(ConfigError, match="begin has 2 texts for 1 samples"):
+    with pytest.raises(ConfigError, match="begins has 2 values for 1 samples; give one for each"):
         model.generate(WRITE, iter([{"label": "without"}]), begin=["a", "b"], max_tokens=2)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -174,6 +175,7 @@ class Loader:
                 return
             except (RuntimeError, OSError, EOFError):
                 if self.stuck:
+                    self._await_deaths()
                     raise StuckError(self.stuck) from None
                 raise
             self.since = None
@@ -198,6 +200,16 @@ class Loader:
                 )
                 self._kill()
                 return
+
+    def _await_deaths(self) -> None:
+        """Wait until all killed workers are gone, and drop the error that PyTorch's signal handler raises for them.
+
+        It raises it once, wherever the main thread is then: later it would end the run in place of the StuckError.
+        """
+        for worker in self.workers:
+            with suppress(RuntimeError):
+                worker.join()
+            worker.join()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.done.set()

@@ -21,6 +21,7 @@ from multimodal.tokenizer import describe
 
 TEXT = ("txt", "text", "transcript", "cls")  # the last three are WebDataset's
 TENSOR = "tensor.npy"
+NPY = b"\x93NUMPY"  # the beginning of every .npy file
 LIST = "list.tar"  # a list whose parts JSON cannot hold, such as pictures: each part is a member, in order
 WAVE = {"int16": (1, 16), "int32": (1, 32), "uint8": (1, 8), "float32": (3, 32), "float64": (3, 64)}  # PCM 1, float 3
 
@@ -46,6 +47,8 @@ def decoded(extension: str, data: bytes, name: str) -> Any:
     if extension == LIST:
         return _unpacked(data, name)
     if kind == "npy":
+        if not data.startswith(NPY):
+            raise ValueError("it is no .npy file")  # np.load would open a zip, whatever it is called
         array = np.load(io.BytesIO(data), allow_pickle=False)
         return torch.from_numpy(array) if extension == TENSOR else array
     return Media(data, name)
@@ -71,22 +74,20 @@ def encoded(value: Any) -> tuple[str, bytes]:
         return _file(str(getattr(value, "name", "")), value.read())
     if image is not None and isinstance(value, image.Image):
         return "png", _png(value)
-    if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
-        value = value["array"], value["sampling_rate"]
-    if _is_sound(value):
-        return "wav", _wav(np.asarray(value[0]), value[1])
+    if (sound := _as_sound(value)) is not None:
+        return "wav", _wav(np.asarray(sound[0]), sound[1])
     if isinstance(value, (np.ndarray, Tensor)):
         data = io.BytesIO()
         np.save(data, value.detach().cpu().numpy() if isinstance(value, Tensor) else value, allow_pickle=False)
         return TENSOR if isinstance(value, Tensor) else "npy", data.getvalue()
     value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, (list, tuple)) and any(map(_is_more_than_json, value)):
-        return LIST, _packed(value)
     try:
+        if isinstance(value, (list, tuple)) and any(map(_is_more_than_json, value)):
+            return LIST, _packed(value)
         _check_keys(value, describe(value))
         return "json", json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except RecursionError:
-        raise MediaError(f"{type(value).__name__} is nested too deeply for JSON, or holds itself") from None
+        raise MediaError(f"{type(value).__name__} is nested too deeply, or holds itself") from None
 
 
 def _check_keys(value: Any, whole: str) -> None:
@@ -103,17 +104,26 @@ def _check_keys(value: Any, whole: str) -> None:
                 _check_keys(inner, whole)
 
 
-def _is_sound(value: Any) -> bool:
-    """Whether a value is a pair (wave, rate); a pair of two arrays is a list."""
-    pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return pair and isinstance(value[0], (np.ndarray, Tensor)) and not isinstance(value[1], (np.ndarray, Tensor))
+def _as_sound(value: Any) -> tuple[Any, Any] | None:
+    """(wave, rate) of a tuple pair, or of a mapping as Hugging Face has them; None of all others.
+
+    A pair of two arrays, and a list of an array and a number, are lists.
+    """
+    if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value) <= {"array", "sampling_rate", "path"}:
+        wave, rate_hz = value["array"], value["sampling_rate"]
+    elif isinstance(value, tuple) and len(value) == 2:
+        wave, rate_hz = value
+    else:
+        return None
+    arrays = (np.ndarray, Tensor)
+    return (wave, rate_hz) if isinstance(wave, arrays) and not isinstance(rate_hz, arrays) else None
 
 
 def _is_more_than_json(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(map(_is_more_than_json, value))
+        return any(map(_is_more_than_json, value))  # of a sound in a tuple, too: its wave is an array
     if isinstance(value, Mapping):
-        return set(value) == {"bytes", "path"} or {"array", "sampling_rate"} <= set(value)
+        return set(value) == {"bytes", "path"} or _as_sound(value) is not None
     return not isinstance(value, (str, int, float, np.generic, type(None)))
 
 

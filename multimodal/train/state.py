@@ -101,7 +101,7 @@ class Trained:
                 problems.append(
                     f"foreign {shown_short(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
                 )
-            elif fits[name][part] != (shape, "a number" if kind in FLOATS else kind):
+            elif fits[name][part] not in _fitting(shape, "a number" if kind in FLOATS else kind):
                 problems.append(f"{key} is {kind} {shape}, wanted {' '.join(map(str, reversed(fits[name][part])))}")
         begun = {key.partition("/")[2] for key in there}
         # a parameter that no step has used has no moments
@@ -448,6 +448,11 @@ def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> 
         raise CheckpointError(
             f"{folder}: {shown_short(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
         )
+
+
+def _fitting(shape: tuple[int, ...], kind: str) -> list[tuple[tuple[int, ...], str]]:
+    """What moments of this shape and kind are right for; scalars also for one number with an axis, see `with_axis`."""
+    return [(shape, kind), ((1,), kind)] if shape == () else [(shape, kind)]
 
 
 def _keys(fits: Mapping[str, Iterable[str]]) -> list[str]:

@@ -259,6 +259,8 @@ def load_trouble(place: Path) -> Trouble:
             }
             check_fields(path, facts, kinds, CheckpointError)
             check_inside(path, facts["streams"], CheckpointError)
+            if not 0 <= facts["step"] < 2**63:  # it becomes a seed
+                raise CheckpointError(f"{path}: 'step' is {shown_short(facts['step'])}, wanted 0 to 2^63 - 1")
             if not all(type(n) is int and n >= 0 for n in facts["counts"].values()):
                 raise CheckpointError(f"{path}: 'counts' is {shown_short(facts['counts'])}, wanted whole numbers")
             names = facts["names"] or [None] * len(facts["streams"])

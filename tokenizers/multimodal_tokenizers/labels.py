@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.texts import is_text, shortened
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -30,9 +30,6 @@ class Labels(Tokenizer):
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise ConfigError(f"Labels: names={shortened(repr(self.names), 100)} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
-        for name in self.names:
-            if not is_text(name):
-                raise ConfigError(f"Labels: the name {name!r} is not UTF-8, so that it could not be saved; rename it")
         twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
         if twice or not self.names:
             raise ConfigError(
