@@ -15,6 +15,7 @@ from multimodal.data.shards import Shards
 from multimodal.files import aside
 from multimodal.saving import MARK, PLACE, PLAN, key
 from multimodal.shapes import ConfigError, MediaError
+from multimodal.train.state import seal
 from multimodal_tokenizers import Labels, TextBPE, TextBytes
 
 TASK, WRITES = "text -> label", "text -> text"
@@ -179,3 +180,22 @@ def test_fault_15g_two_pieces_of_one_id_are_refused_and_no_steps_at_all_are_read
     none = {**spec, "pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}
     opened = TextBPE.open(written(none), lossy=True)  # the library takes it
     assert opened.vocab_size == 258
+
+
+def test_fault_83j_what_the_fuzzer_found_last(tmp_path):
+    write_shards([{"text": "a"}], tmp_path / "s")
+    index = json.loads((tmp_path / "s" / "index.json").read_text("utf-8"))
+    index["shards"][0]["name"] = "\ud800.tar"
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(MediaError, match="cannot be opened"):
+        Shards(tmp_path / "s")[0]
+    mm.fit(make(), {TASK: DATA}, folder=tmp_path / "run", **PLAIN)
+    state = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    facts = json.loads((state / "state.json").read_text("utf-8"))
+    facts["recipe"]["warmup"] = "x" * 100_000
+    (state / "state.json").write_text(json.dumps(facts), "utf-8")
+    (state / "manifest.json").unlink()
+    seal(state)
+    with pytest.raises(mm.CheckpointError, match=r"recipe\.warmup was 'xxx") as caught:
+        mm.fit(make(), {TASK: DATA}, folder=tmp_path / "run", resume=True, **PLAIN)
+    assert len(str(caught.value)) < 1000

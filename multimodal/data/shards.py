@@ -26,6 +26,7 @@ from multimodal.data.members import decoded
 from multimodal.data.sources import permutation, scattered
 from multimodal.files import check_fields, parse_json, read_at, shown_short
 from multimodal.shapes import ConfigError, MediaError
+from multimodal.texts import shortened
 
 FORMAT = 1
 INDEX = "index.json"
@@ -260,8 +261,10 @@ class Shards:
             if not is_url(folder) and Path(folder, base).exists() and not Path(folder, base).is_file():
                 raise MediaError(f"{shard.name} of {self.folder} is no file")
             file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
-        except (OSError, ImportError) as error:  # fsspec imports the client of a store
-            raise MediaError(f"{shard.name} of {self.folder} cannot be opened: {error}") from error
+        except (OSError, ImportError, UnicodeError) as error:  # fsspec imports the client of a store
+            raise MediaError(
+                f"{shown_short(shard.name)} of {self.folder} cannot be opened: {shortened(error)}"
+            ) from error
         while len(self._open) >= self.group:
             _, (_, old) = self._open.popitem(last=False)
             if old is not None:

@@ -462,7 +462,7 @@ def _keys(fits: Mapping[str, Iterable[str]]) -> list[str]:
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
     """'recipe.steps was 120 and is 400', for every value of `now` that differs in `saved`."""
     for key, was, found in unequal(saved, now, name):
-        yield f"{key} was {was!r} and is {found!r}"
+        yield f"{key} was {shown_short(was)} and is {shown_short(found)}"
 
 
 def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -26,6 +26,7 @@ from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.stream import Reading, Stream
+from multimodal.texts import shortened
 
 FORMAT = 1
 TROUBLE, DROPPED = "trouble", "dropped.jsonl"
@@ -276,7 +277,7 @@ def load_trouble(place: Path) -> Trouble:
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {shortened(error)}") from error
         batches = some + batches
     return Trouble(
         step=facts["step"],
