@@ -366,7 +366,7 @@ def test_fault_71d_a_zip_that_is_called_npy_is_refused(extension):
     data = io.BytesIO()
     np.savez(data, x=np.zeros(3))
     for wrong in (data.getvalue(), data.getvalue()[:40], b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b""):
-        with pytest.raises(ValueError, match=r"it is no .npy file"):
+        with pytest.raises(ValueError, match=r"it is no \.npy file"):
             decoded(extension, wrong, "v")
     data = io.BytesIO()
     np.save(data, np.arange(3))

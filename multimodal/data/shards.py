@@ -78,6 +78,10 @@ class Shard:
             raise ConfigError(f"{shown_short(name)} lies on this machine, and the index elsewhere; refused")
         if not is_url(name) and not os.path.isabs(name) and ("/" in name or "\\" in name or name in ("", ".", "..")):
             raise ConfigError(f"{shown_short(name)} does not lie in the folder; refused")
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            raise ConfigError(f"{shown_short(name)} can be the name of no file; refused") from None
         columns = tuple((field, extension) for field, extension in entry["columns"])
         return cls(
             **{name: entry[name] for name in ("name", "samples", "bytes", "sha256", "table_crc")}, columns=columns
