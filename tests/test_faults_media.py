@@ -359,7 +359,7 @@ SHORTENED: list[tuple[object, str]] = [
         r"'https://example.org/cat.png\?x=.* is a URL.* download it first",
     ),
     ("s3://bucket/" + "y" * 10**5, r"'s3://bucket/y.* is a URL"),
-    ("file:///tmp/cat.png", r"'file:///tmp/cat.png' is a URL of a local file; give its path"),
+    ("file:///pictures/cat.png", r"'file:///pictures/cat.png' is a URL of a local file; give its path"),
     ("no such folder/" + "é" * 10**5, r"there is no file 'no such folder/"),
     ("nul\0" + "y" * 10**5, r"there is no file 'nul"),
     ([LONG, LONG], r"not list \(str 'abc"),
