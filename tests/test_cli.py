@@ -402,7 +402,7 @@ def test_predict_finds_the_task_by_its_fields(say) -> None:
     ("arguments", "messages"),
     [
         (("--imge", "light.png"), ["--imge: task 'image -> label' reads --image; did you mean 'image'?"]),
-        ((), ["task 'image -> label' also reads --image; give it too"]),
+        ((), ["task 'image -> label' reads --image; give it"]),
         (("--image", "dark.png"), ["--image: ", "encode: there is no file 'dark.png'"]),
         (("--image", "drawn.py"), ["--image: ", "cannot read 'drawn.py' as a picture"]),
     ],

@@ -73,7 +73,7 @@ def test_a_given_answer_is_looked_at_as_json(checkpoint, tmp_path, capsys):
         (["--image", "IT"], "several tasks read image; choose one with --task"),
         (["--img", "IT"], "no task reads just img; did you mean 'image'?"),
         (["--image", "IT", "--task", "image -> labels"], "there is no task 'image -> labels'"),
-        (["--task", "image -> label"], "also reads --image; give it too"),
+        (["--task", "image -> label"], "reads --image; give it"),
         (["--image", "IT", "--words", "w", "--task", "image -> label"], "--words: task 'image -> label' reads --image"),
         (["--image", "IT", "--task", "image -> label", "--answer", "a"], "answered at once by Classify"),
         (["--image", "nowhere.png", "--task", "image -> label"], "--image: "),

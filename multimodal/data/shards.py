@@ -267,7 +267,7 @@ class Shards:
             file = None if is_url(folder) else io.FileIO(f"{folder}/{base}")
         except (OSError, ImportError, UnicodeError) as error:  # fsspec imports the client of a store
             raise MediaError(
-                f"{shown_short(shard.name)} of {self.folder} cannot be opened: {shortened(error)}"
+                f"{shortened(shard.name, 100)} of {self.folder} cannot be opened: {shortened(error)}"
             ) from error
         while len(self._open) >= self.group:
             _, (_, old) = self._open.popitem(last=False)
