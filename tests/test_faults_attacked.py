@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import multimodal as mm
+from multimodal import checkpoint
+from multimodal.cli import find
 from multimodal.data import write_shards
 from multimodal.data.shards import Shards
 from multimodal.files import aside
@@ -199,3 +201,9 @@ def test_fault_83j_what_the_fuzzer_found_last(tmp_path):
     with pytest.raises(mm.CheckpointError, match=r"recipe\.warmup was 'xxx") as caught:
         mm.fit(make(), {TASK: DATA}, folder=tmp_path / "run", resume=True, **PLAIN)
     assert len(str(caught.value)) < 1000
+
+
+def test_fault_01n_a_folder_called_model_in_a_checkpoint_is_not_taken_for_it_by_the_commands(tmp_path):
+    make().save(tmp_path / "m")
+    make().save(tmp_path / "m" / "model")  # somebody keeps another one inside
+    assert find.model_folder(tmp_path / "m") == checkpoint.model_folder(tmp_path / "m") == tmp_path / "m"

@@ -59,15 +59,14 @@ def model_folder(checkpoint: Path) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    from multimodal.checkpoint import CONFIG
+    from multimodal.checkpoint import CONFIG, RUN
+    from multimodal.checkpoint import model_folder as found_in
     from multimodal.shapes import CheckpointError, did_you_mean
-    from multimodal.train.folder import MODEL
 
-    for folder in (checkpoint / MODEL, checkpoint):  # a run folder has a configuration of its own
-        if (folder / CONFIG).is_file():
-            return folder
+    if ((folder := found_in(checkpoint)) / CONFIG).is_file():
+        return folder
     if checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there")
+        raise CheckpointError(f"{checkpoint} holds no model: neither {CONFIG} nor {RUN}/{CONFIG} is there")
     if checkpoint.exists():
         raise CheckpointError(
             f"{checkpoint} is a file; give the folder of a run or a model first, and values behind the names of their fields, "
