@@ -148,7 +148,7 @@ def check_room(folder: Path) -> dict[str, str | None]:
 def own_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of a folder, if a save wrote it, else None."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG, ValueError)
         ours = isinstance(config["format"], int) and config["made_by"].startswith("multimodal-stream")
         ours = ours and all(isinstance(t["files"], list) for t in config["tokenizers"].values())
         ours = ours and all(isinstance(sha256, str) for sha256 in config.get(SHA256, {}).values())
