@@ -27,7 +27,8 @@ from captions import DATA, MIRRORED, Photos, histograms, thumbnails
 from PIL import Image
 
 from multimodal import Core, Model, Recipe, Task, fit
-from multimodal.contrast import Contrast, evaluate_pairs, recalls
+from multimodal.heads.contrast import Contrast
+from multimodal.retrieval import evaluate_pairs, recalls
 from multimodal_tokenizers import ImagePatches, TextBPE, TextBytes
 
 TASK = "image <-> text"

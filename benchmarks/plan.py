@@ -34,10 +34,10 @@ from plan_published import CLIPS, RUNS, Row  # noqa: E402
 
 import multimodal as mm  # noqa: E402
 from multimodal.core import recompute  # noqa: E402
+from multimodal.count import Memory, Work, count_stream, find_gpu, rank_memory, token_flops  # noqa: E402
+from multimodal.count.parts import embed_cost, layer_kept, lone_layers, parameters, transformer  # noqa: E402
+from multimodal.count.streams import stream_tensors  # noqa: E402
 from multimodal.layers import Sublayer  # noqa: E402
-from multimodal.plan import Memory, Work, count_stream, find_gpu, rank_memory, token_flops  # noqa: E402
-from multimodal.plan.parts import embed_cost, layer_kept, lone_layers, parameters, transformer  # noqa: E402
-from multimodal.plan.streams import stream_tensors  # noqa: E402
 from multimodal.tokenizer import Tokenizer, Tokens, at_times  # noqa: E402
 
 RESULT = HERE / "results" / "plan.md"

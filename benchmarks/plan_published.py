@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import multimodal as mm
-from multimodal.plan import StreamFacts, Work, find_gpu, given_stream, outlined, rank_memory, token_flops
-from multimodal.plan.speed import step_time, utilisation
+from multimodal.count import StreamFacts, Work, find_gpu, given_stream, outlined, rank_memory, token_flops
+from multimodal.count.speed import step_time, utilisation
 from multimodal.tokenizer import Tokenizer
 
 HOURS = 3600.0
@@ -122,7 +122,7 @@ _PALM = mm.Core(
     heads=48,
     kv_heads=1,
     mlp_width=73728,
-    block=(mm.SelfAttention(key_width=256, value_width=256), mm.MLP()),
+    block=(mm.layers.SelfAttention(key_width=256, value_width=256), mm.layers.MLP()),
 )
 
 

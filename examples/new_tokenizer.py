@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import multimodal as mm
-from multimodal.conformance import check_tokenizer
+from multimodal.check import check_tokenizer
 from multimodal_tokenizers import Labels
 
 ROOT = Path(__file__).resolve().parents[1]

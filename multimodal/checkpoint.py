@@ -19,17 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import multimodal.flow
-import multimodal.masked
-import multimodal.pointer
-import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
 from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
-from multimodal.stream import Task
+from multimodal.task import Task
 from multimodal.texts import shortened
 
 if TYPE_CHECKING:

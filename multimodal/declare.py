@@ -1,6 +1,7 @@
 """Declarations: what a user writes down (core, tokenizer, head, mask rule), through JSON and back, without weights."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import types
@@ -9,11 +10,21 @@ from collections.abc import Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
 from multimodal.files import check_fields, shown_short
+from multimodal.old_names import new_type
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 
 _Part = TypeVar("_Part")
 GROUPS = "multimodal."  # of entry points: multimodal.tokenizers, multimodal.heads, multimodal.parts
 OURS = ("multimodal", "multimodal_tokenizers")  # the packages whose parts we know
+PARTS = {
+    *("attention.priors", "attention.reads", "attention.scores", "core", "encoder_decoder", "masks", "train.recipe"),
+    *(
+        f"heads.{name}"
+        for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "pointer")
+    ),
+    *("layers.attend", "layers.base", "layers.mlp", "layers.recurrent", "zoo.temporal_conv", "zoo.turing_machine"),
+}
+"""Modules below `multimodal` whose parts a checkpoint may name before anybody has imported them."""
 _defined: dict[str, type["Declared"]] = {}
 
 
@@ -104,6 +115,12 @@ def find(name: str) -> type[Declared]:
     """
     if name in _defined:
         return _defined[name]
+    ours = new_type(name)
+    module = ours.partition(":")[0]
+    if module.partition(".")[0] == "multimodal" and module.partition(".")[2] in PARTS:
+        importlib.import_module(module)
+    if ours in _defined:
+        return _defined[ours]
     points = importlib.metadata.entry_points()
     offered = [point for group in points.groups if group.startswith(GROUPS) for point in points.select(group=group)]
     installed = {point.value: point for point in offered}

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 
 from multimodal import checkpoint
 from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
-from multimodal.contrast import matches, side_vectors
+from multimodal.attention.reinforce import choice_loss
 from multimodal.core import Core
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import in_batches, is_indexed
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
-from multimodal.generate.answer import Answer
+from multimodal.generate.request import Answer
 from multimodal.heads import Head, Prediction, Readout
 from multimodal.packer import Packer
-from multimodal.reinforce import choice_loss
+from multimodal.retrieval import matches, side_vectors
 from multimodal.shapes import ConfigError, StreamError, TaskError, check_seed, check_whole, did_you_mean
-from multimodal.stream import Stream, Task
+from multimodal.stream import Stream
 from multimodal.surroundings import left_as_found
+from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
 Sample = Mapping[str, Any]
@@ -211,7 +212,9 @@ class Model(nn.Module):
                 )
                 continue
             nll_N = head.row_losses(head.logits(readout, state_TD[r.row_N], r.lengths, **r.memory(state_TD)), r.target)
-            extra = choice_loss(trace, stream, nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach()))
+            extra = choice_loss(
+                trace, stream.layout, nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach())
+            )
             sums[pattern] = nll_N.sum() + extra - extra.detach()  # a gradient, and no part of the figure
         return sums
 

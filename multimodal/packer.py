@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Layout, Span
-from multimodal.contrast import Contrast, fingerprint
 from multimodal.declare import check_ordered
 from multimodal.heads import Head, default_head
+from multimodal.heads.contrast import Contrast, fingerprint
 from multimodal.masks import Places
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
-from multimodal.stream import Reading, Stream, Task
-from multimodal.task import Pattern
+from multimodal.stream import Reading, Stream
+from multimodal.task import Pattern, Task
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 

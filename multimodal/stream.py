@@ -1,7 +1,6 @@
 """A packed stream: the tokens of many samples end to end, and what the head of each task reads of it."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,28 +8,9 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Layout
-from multimodal.heads import Head, Memory
+from multimodal.heads import Memory
 from multimodal.masks import Places
-from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokens
-
-
-@dataclass(frozen=True)
-class Task:
-    """A pattern, the head that writes its right side, and its weight in the loss of several tasks.
-
-    pattern: what is read and written, such as "image text -> text", or what belongs together, "image <-> text".
-    head: what writes it; None: what the written kind's tokenizer suggests.
-    weight: the share of this task in the loss of all, 0 or more.
-    """
-
-    pattern: str
-    head: Head | None = None  # None: what the written kind's tokenizer suggests
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ConfigError(f"task {self.pattern!r}: weight={self.weight} must be 0 or more")
 
 
 @dataclass(frozen=True)

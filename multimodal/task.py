@@ -1,14 +1,34 @@
 """What is read and what is written, "image text -> text", or which two belong together, "image <-> text"; errors mark the place."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from multimodal.shapes import TaskError, did_you_mean
+from multimodal.heads import Head
+from multimodal.shapes import ConfigError, TaskError, did_you_mean
 from multimodal.texts import shortened
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pattern, the head that writes its right side, and its weight in the loss of several tasks.
+
+    pattern: what is read and written, such as "image text -> text", or what belongs together, "image <-> text".
+    head: what writes it; None: what the written kind's tokenizer suggests.
+    weight: the share of this task in the loss of all, 0 or more.
+    """
+
+    pattern: str
+    head: Head | None = None  # None: what the written kind's tokenizer suggests
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ConfigError(f"task {self.pattern!r}: weight={self.weight} must be 0 or more")
 
 
 @dataclass(frozen=True)

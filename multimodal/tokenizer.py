@@ -46,7 +46,7 @@ class Tokenizer(Declared, ABC):
 
     Declare `vocab_size` (discrete: content is ids) or `feature_size` (continuous: content is features), and write `encode`.
     Everything else has a default: a look-up table or a linear layer embeds, and nothing can be decoded.
-    `multimodal.conformance.check_tokenizer` checks all promises made here, each by name.
+    `multimodal.check.check_tokenizer` checks all promises made here, each by name.
 
     Declared by attributes or fields:
     vocab_size: V, how many ids there are; None: content is features.

@@ -21,8 +21,8 @@ from multimodal.data import Shards
 from multimodal.data.tables import open_table
 from multimodal.data.writing import write_shards
 from multimodal.train.compare import read_runs, table
+from multimodal.train.spikes import keep_trouble, load_trouble, replay
 from multimodal.train.state import seal
-from multimodal.train.trouble import keep_trouble, load_trouble, replay
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBPE, TextBytes
 
 TASK = "text -> label"

@@ -10,7 +10,7 @@ from PIL import Image
 
 import multimodal as mm
 from multimodal.data.adapters import Fields
-from multimodal.data.members import Media
+from multimodal.data.codecs import Media
 from multimodal.data.shards import Shards
 from multimodal.data.writing import write_shards
 from multimodal.shapes import ConfigError, MediaError

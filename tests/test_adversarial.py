@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from multimodal.adversarial import Players, alternate, discriminator_loss, generator_loss
+from multimodal.zoo.adversarial import Players, alternate, discriminator_loss, generator_loss
 
 
 def test_the_losses_are_the_hinges_of_the_paper():

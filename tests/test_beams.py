@@ -42,7 +42,7 @@ class Code(mm.Tokenizer):
 
 CORES = {
     "one core": mm.Core(width=16, depth=2, heads=2, kv_heads=1),
-    "window": mm.Core(width=16, depth=2, heads=2, mask=PREFIX_LM & mm.Window(3)),
+    "window": mm.Core(width=16, depth=2, heads=2, mask=PREFIX_LM & mm.masks.Window(3)),
     "two cores": mm.EncoderDecoder(
         reader=mm.Core(width=16, depth=1, heads=2), writer=mm.Core(width=16, depth=2, heads=2, kv_heads=1)
     ),
@@ -207,7 +207,7 @@ def test_answers_that_would_not_stop_are_cut_and_say_so(make):
     assert [len(a.value) for a in listed(answer)] == [3, 3, 3]
     assert {a.ended for a in listed(answer)} == {"max_tokens"}
     assert not answer.complete
-    never = model.generate(TASK, [SAMPLES[0]], beams=3, max_tokens=3, sampler=mm.AtLeast(9))[0]
+    never = model.generate(TASK, [SAMPLES[0]], beams=3, max_tokens=3, sampler=mm.generate.AtLeast(9))[0]
     expected = sorted(
         ((log_p_of(model, SAMPLES[0], ids, stop=False), list(ids)) for ids in itertools.product(range(3), repeat=3)),
         reverse=True,
@@ -247,7 +247,7 @@ def test_beams_go_on_from_a_begin(make):
 def test_a_dead_end_of_one_beginning_is_not_the_end_of_the_others(make):
     """Under NoRepeat and AtLeast most beginnings run out of tokens; those that do not are still found."""
     model = make(2)
-    rule = mm.NoRepeat(2) | mm.AtLeast(4)
+    rule = mm.NoRepeat(2) | mm.generate.AtLeast(4)
     answer = model.generate(TASK, [SAMPLES[0]], beams=16, max_tokens=6, sampler=rule)[0]
 
     def allowed(ids: Sequence[int]) -> bool:
@@ -260,7 +260,7 @@ def test_a_dead_end_of_one_beginning_is_not_the_end_of_the_others(make):
 
 
 @dataclass(frozen=True)
-class OneWayIn(mm.Sampler):
+class OneWayIn(mm.generate.Sampler):
     """Begins with 1, after which nothing may follow."""
 
     def __call__(self, logits_BV: torch.Tensor, written: Sequence[Written]) -> torch.Tensor:

@@ -24,24 +24,33 @@ TOKENIZERS = {"text": TextBytes(), "story": TextBytes(causal=True), "label": Lab
 SMALL: dict[str, Any] = {"width": 16, "depth": 3, "heads": 2, "dropout": 0.2}
 
 
-def core_of(*block: mm.Layer, **settings: Any) -> mm.Core:
-    return mm.Core(**{**SMALL, "block": block or (mm.SelfAttention(), mm.MLP()), **settings})
+def core_of(*block: mm.layers.Layer, **settings: Any) -> mm.Core:
+    return mm.Core(**{**SMALL, "block": block or (mm.layers.SelfAttention(), mm.layers.MLP()), **settings})
 
 
 CORES: dict[str, mm.Core | mm.EncoderDecoder] = {
     "transformer": core_of(drop_path=0.3),
-    "recurrent": core_of(mm.Recurrent(both_ways=True), mm.SelfAttention(), mm.MLP(merge=Gated())),
-    "LSTM": core_of(mm.Recurrent(cell="lstm", merge=Replace()), depth=2),
-    "convolutions": core_of(mm.TemporalConv(filters=5, merge=Concat()), mm.TemporalConv(filters=4, dilation=2)),
-    "memory": core_of(mm.SelfAttention(), mm.PersistentMemory(slots=5, prior=mm.MixingWeights(5)), drop_path=0.2),
-    "additive": core_of(score=mm.Additive(), prior=mm.ALiBi() + mm.RelativeBias(4)),
-    "window": core_of(mask=PREFIX_LM & mm.Window(3), prior=mm.PredictedWindow(1.5)),
-    "Gumbel": core_of(read=mm.Gumbel(0.5)),
-    "hard": core_of(read=mm.Hard()),
+    "recurrent": core_of(mm.layers.Recurrent(both_ways=True), mm.layers.SelfAttention(), mm.layers.MLP(merge=Gated())),
+    "LSTM": core_of(mm.layers.Recurrent(cell="lstm", merge=Replace()), depth=2),
+    "convolutions": core_of(mm.zoo.TemporalConv(filters=5, merge=Concat()), mm.zoo.TemporalConv(filters=4, dilation=2)),
+    "memory": core_of(
+        mm.layers.SelfAttention(),
+        mm.layers.PersistentMemory(slots=5, prior=mm.attention.MixingWeights(5)),
+        drop_path=0.2,
+    ),
+    "additive": core_of(score=mm.attention.Additive(), prior=mm.attention.ALiBi() + mm.attention.RelativeBias(4)),
+    "window": core_of(mask=PREFIX_LM & mm.masks.Window(3), prior=mm.attention.PredictedWindow(1.5)),
+    "Gumbel": core_of(read=mm.attention.Gumbel(0.5)),
+    "hard": core_of(read=mm.attention.Hard()),
     "Turing machine": core_of(TuringMachine(slots=6, slot_width=4, hidden=8, merge=Add()), depth=2),
     "two cores": mm.EncoderDecoder(
-        reader=core_of(mm.Recurrent(), mm.MLP(), depth=2),
-        writer=core_of(mm.SelfAttention(), mm.CrossAttention(read=mm.Gumbel(1.0)), mm.MLP(), drop_path=0.2),
+        reader=core_of(mm.layers.Recurrent(), mm.layers.MLP(), depth=2),
+        writer=core_of(
+            mm.layers.SelfAttention(),
+            mm.layers.CrossAttention(read=mm.attention.Gumbel(1.0)),
+            mm.layers.MLP(),
+            drop_path=0.2,
+        ),
     ),
 }
 
@@ -56,7 +65,7 @@ def model_of(core: mm.Core | mm.EncoderDecoder) -> mm.Model:
     return model.train()
 
 
-def stream_of(model: mm.Model, *texts: str) -> mm.Stream:
+def stream_of(model: mm.Model, *texts: str) -> mm.stream.Stream:
     return model.packer(
         [
             ((WRITE, CLASS)[i % 3 == 2], {"text": text, "out": text[::-1] + "!", "story": text, "label": "abc"[i % 3]})
@@ -65,7 +74,7 @@ def stream_of(model: mm.Model, *texts: str) -> mm.Stream:
     )
 
 
-def gradients(model: mm.Model, stream: mm.Stream, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: mm.Model, stream: mm.stream.Stream, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(seed)
     model.zero_grad(set_to_none=True)
     loss = model.loss(stream)
@@ -114,7 +123,7 @@ def test_a_trace_is_told_once() -> None:
     assert all(a is b for a, b in zip(trace.seen, told, strict=True))
 
 
-def saved_bytes(model: mm.Model, stream: mm.Stream) -> int:
+def saved_bytes(model: mm.Model, stream: mm.stream.Stream) -> int:
     """What is kept from forward to backward, parameters and the stream itself aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -206,7 +215,7 @@ def test_compiled_pieces_agree_and_are_compiled_once(request: pytest.FixtureRequ
     other = copy.deepcopy(model)
     compile_blocks(other)
     recompute(other)
-    for sublayer in (m for m in other.modules() if isinstance(m, Sublayer) and type(m.layer) is mm.MLP):
+    for sublayer in (m for m in other.modules() if isinstance(m, Sublayer) and type(m.layer) is mm.layers.MLP):
         # made into C++, a draw would give other numbers
         assert (
             (sublayer.dropout > 0)

@@ -23,8 +23,8 @@ soundfile = pytest.importorskip("soundfile")  # GPU machines may lack these, and
 pytest.importorskip("cyclopts")
 
 from multimodal.cli import main  # noqa: E402
+from multimodal.cli.arguments import value_from  # noqa: E402
 from multimodal.cli.showing import harmless, show  # noqa: E402
-from multimodal.cli.typed import value_from  # noqa: E402
 
 RECIPE = '''
 from dataclasses import dataclass
@@ -513,30 +513,30 @@ def text(*options: str) -> tuple[str, ...]:
         ("--begin the", {"begin": "the"}),
         ("--stop on", {"stop": "on"}),
         ("--stop on --stop K", {"stop": ("on", "K")}),
-        ("--only the,cat --only dog", {"sampler": mm.Only(("the", "cat", "dog"))}),
-        ("--one-of cat,~dog,the", {"sampler": mm.OneOf(("cat", "dog", "the"))}),
+        ("--only the,cat --only dog", {"sampler": mm.generate.Only(("the", "cat", "dog"))}),
+        ("--one-of cat,~dog,the", {"sampler": mm.generate.OneOf(("cat", "dog", "the"))}),
         ("--no-repeat 1", {"sampler": mm.NoRepeat(1)}),
-        ("--repetition 2", {"sampler": mm.Repetition(2.0)}),
+        ("--repetition 2", {"sampler": mm.generate.Repetition(2.0)}),
         ("--temperature 0.8 --seed 3", {"temperature": 0.8, "seed": 3}),
         ("--top-k 3 --seed 2", {"sampler": mm.TopK(3), "seed": 2}),
         ("--top-p 0.5 --seed 2", {"sampler": mm.TopP(0.5), "seed": 2}),
-        ("--min-p 0.3 --seed 2", {"sampler": mm.MinP(0.3), "seed": 2}),
+        ("--min-p 0.3 --seed 2", {"sampler": mm.generate.MinP(0.3), "seed": 2}),
         ("--beams 4", {"beams": 4}),
         (
             "--beams 6 --length-penalty 4 --one-of d,the~red~cat",
-            {"beams": 6, "length_penalty": 4.0, "sampler": mm.OneOf(("d", "the red cat"))},
+            {"beams": 6, "length_penalty": 4.0, "sampler": mm.generate.OneOf(("d", "the red cat"))},
         ),
         ("--beams 3 --no-repeat 1", {"beams": 3, "sampler": mm.NoRepeat(1)}),
         ("--guidance 3", {"guidance": 3.0}),
         (
             "--min-p 0.02 --top-p 0.9 --top-k 20 --temperature 1.5 --no-repeat 2 --repetition 2",
             {
-                "sampler": mm.Repetition(2.0)
+                "sampler": mm.generate.Repetition(2.0)
                 | mm.NoRepeat(2)
                 | mm.Temperature(1.5)
                 | mm.TopK(20)
                 | mm.TopP(0.9)
-                | mm.MinP(0.02)
+                | mm.generate.MinP(0.02)
             },
         ),
     ],
@@ -553,7 +553,7 @@ def test_every_option_reaches_the_model(say, artist, typed, options) -> None:
         return {"task": "label -> text", "seed": options.get("seed", 0), **answers[0], **others}
 
     if "sampler" in options and "seed" not in options and "beams" not in options and "top" not in typed:
-        options = {**options, "sampler": options["sampler"] | mm.Greedy()}
+        options = {**options, "sampler": options["sampler"] | mm.generate.Greedy()}
     code, out, err = say(*text(*split(typed)), "--json")
     assert code == 0, err
     assert json.loads(out) == wanted(**options)
@@ -820,7 +820,7 @@ def test_verify_passes(say) -> None:
 
 
 def test_verify_fails_on_a_leak(say, monkeypatch) -> None:
-    leak = mm.Causal() | mm.Prefix()
+    leak = mm.masks.Causal() | mm.masks.Prefix()
     monkeypatch.setattr("multimodal.core.plan_attention", lambda rule, layout, **_: DensePlan(leak, layout))
     code, out, _ = say("verify", "plain", "--json")
     result = json.loads(out)

@@ -14,8 +14,8 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 import multimodal as mm
-from multimodal.conformance import ConformanceError, head_checks, tokenizer_checks
-from multimodal.flow import FlowMatching
+from multimodal.check import ConformanceError, head_checks, tokenizer_checks
+from multimodal.heads.flow import FlowMatching
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 import multimodal as mm
-from multimodal.conformance import (
+from multimodal.check import (
     HEAD_CHECKS,
     TOKENIZER_CHECKS,
     ConformanceError,

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import multimodal as mm
-from multimodal.contrast import Contrast, ContrastReadout, evaluate_pairs, fingerprint, recalls
+from multimodal.check import verify
+from multimodal.heads.contrast import Contrast, ContrastReadout, fingerprint
 from multimodal.look import xray
+from multimodal.retrieval import evaluate_pairs, recalls
 from multimodal.task import Pattern
-from multimodal.verify import verify
 from multimodal_tokenizers import TextBytes
 
 TASK = "image <-> text"

@@ -98,7 +98,7 @@ def test_the_width_that_an_error_suggests_works(width, heads):
 
 def test_cross_attention_in_a_core_that_stands_alone_is_refused():
     with pytest.raises(ConfigError, match="CrossAttention needs another core to look at"):
-        mm.Core(width=32, depth=2, heads=4, block=(mm.CrossAttention(),)).build()
+        mm.Core(width=32, depth=2, heads=4, block=(mm.layers.CrossAttention(),)).build()
 
 
 def test_a_misspelt_setting_is_corrected():
@@ -348,5 +348,5 @@ def test_a_core_survives_json_with_its_mask_and_score():
     from multimodal.attention import Cosine
     from multimodal.declare import declaration, rebuild
 
-    core = mm.Core.tiny().replace(mask=PREFIX_LM & mm.Window(9), score=Cosine(4.0), rotary_split=(1, 1, 2))
+    core = mm.Core.tiny().replace(mask=PREFIX_LM & mm.masks.Window(9), score=Cosine(4.0), rotary_split=(1, 1, 2))
     assert rebuild(json.loads(json.dumps(declaration(core)))) == core

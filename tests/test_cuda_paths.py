@@ -177,8 +177,8 @@ def test_runs_in_float32(lay, rule, fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ALiBi", "RelativeBias"])
 def test_mechanisms_with_priors(lay, name, dtype):
-    prior = {"ALiBi": mm.ALiBi(), "RelativeBias": mm.RelativeBias(8)}[name]
-    mechanism = Mechanism(mm.ScaledDotProduct(), prior, Soft(), 4, 64).to(DEVICE)
+    prior = {"ALiBi": mm.attention.ALiBi(), "RelativeBias": mm.attention.RelativeBias(8)}[name]
+    mechanism = Mechanism(mm.attention.ScaledDotProduct(), prior, Soft(), 4, 64).to(DEVICE)
     layout = lay(ODD, device=DEVICE)
     count = len(layout.places.sample)
     ours = [x.to(dtype) for x in qkv(count, 4, 2, 64)]
@@ -220,8 +220,8 @@ CORE = mm.Core(width=128, depth=3, heads=4, kv_heads=2)
 CORES = {
     "transformer": CORE,
     "window": CORE.replace(mask=PREFIX_LM & Window(9)),
-    "prior": CORE.replace(prior=mm.ALiBi()),
-    "recurrent": CORE.replace(block=(mm.Recurrent(), mm.SelfAttention(), mm.MLP())),
+    "prior": CORE.replace(prior=mm.attention.ALiBi()),
+    "recurrent": CORE.replace(block=(mm.layers.Recurrent(), mm.layers.SelfAttention(), mm.layers.MLP())),
     "two cores": mm.EncoderDecoder(reader=CORE, writer=CORE),
 }
 
@@ -241,7 +241,7 @@ def samples_of(count: int, seed: int = 0) -> list[tuple[str, dict[str, str]]]:
 
 
 def gradients(
-    model: mm.Model, stream: mm.Stream, dtype: torch.dtype = torch.float32
+    model: mm.Model, stream: mm.stream.Stream, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -288,7 +288,7 @@ def test_packed_is_alone(task, dtype):
     model = model_of().eval()
     samples = [(task, sample) for _, sample in samples_of(8)]
 
-    def logits(stream: mm.Stream) -> Tensor:
+    def logits(stream: mm.stream.Stream) -> Tensor:
         with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model.logits(stream.to(DEVICE))[task]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.conformance import check_head
-from multimodal.rows import EachRow, last_rows
+from multimodal.check import check_head
+from multimodal.heads.each_row import EachRow, last_rows
 from multimodal.shapes import ConfigError, StreamError
-from multimodal.stream import Task
+from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 from multimodal_tokenizers import Labels, TextBytes
 

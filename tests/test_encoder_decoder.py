@@ -56,9 +56,9 @@ class Story(Digits):
 CORES = {
     "alike": mm.EncoderDecoder(reader=mm.Core(width=32, depth=2, heads=4), writer=mm.Core(width=32, depth=2, heads=4)),
     "unlike": mm.EncoderDecoder(
-        reader=mm.Core(width=32, depth=1, heads=2, mask=PREFIX_LM & mm.Window(4)),
+        reader=mm.Core(width=32, depth=1, heads=2, mask=PREFIX_LM & mm.masks.Window(4)),
         writer=mm.Core(
-            width=32, depth=2, heads=4, kv_heads=2, qk_norm=False, score=Cosine(), mask=PREFIX_LM & mm.Window(3)
+            width=32, depth=2, heads=4, kv_heads=2, qk_norm=False, score=Cosine(), mask=PREFIX_LM & mm.masks.Window(3)
         ),
     ),
 }
@@ -157,7 +157,7 @@ def test_no_gradient_crosses_from_sample_to_sample(make, core, backend):
             assert torch.count_nonzero(grad[order_T >= stream_read(stream)]) == 0
 
 
-def stream_read(stream: mm.Stream) -> Tensor:
+def stream_read(stream: mm.stream.Stream) -> Tensor:
     """For each token how many its sample reads."""
     return torch.tensor([s.read for s in stream.layout.spans])[stream.layout.places.sample.long()]
 
@@ -181,7 +181,7 @@ def test_the_two_backends_agree_in_states_and_gradients(make, core):
         torch.testing.assert_close(found["runs"][name], value, atol=2e-5, rtol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def double_rows(model: mm.Model, stream: mm.Stream) -> Tensor:
+def double_rows(model: mm.Model, stream: mm.stream.Stream) -> Tensor:
     content = {k: c.double() if c.is_floating_point() else c for k, c in stream.content.items()}
     rows = torch.cat([model.embed(kind, c) for kind, c in content.items()]).detach()
     assert stream.order_T is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.attention import Cache, Cosine, Layout, Span
-from multimodal.attention.kept import StepPlan
+from multimodal.attention.cached import StepPlan
 from multimodal.masks import PREFIX_LM, Chunked, Places
 from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokens, at_times
@@ -42,7 +42,7 @@ class Digits(mm.Tokenizer):
 
 CORES = {
     "prefix": mm.Core(width=32, depth=2, heads=4, kv_heads=2),
-    "window": mm.Core(width=32, depth=2, heads=2, mask=PREFIX_LM & mm.Window(5)),
+    "window": mm.Core(width=32, depth=2, heads=2, mask=PREFIX_LM & mm.masks.Window(5)),
     "cosine": mm.Core(width=32, depth=2, heads=4, kv_heads=1, score=Cosine(sharpness=6.0)),
     "two cores": mm.EncoderDecoder(
         reader=mm.Core(width=32, depth=1, heads=4), writer=mm.Core(width=32, depth=2, heads=4, kv_heads=2)
@@ -106,7 +106,7 @@ def same(one: mm.Prediction, other: mm.Prediction) -> None:
         assert math.log(a.confidence) == pytest.approx(math.log(b.confidence), abs=1e-4)
 
 
-def finish(engine: mm.Engine, pieces: Sequence[mm.Piece] = ()) -> dict[int, mm.Prediction]:
+def finish(engine: mm.Engine, pieces: Sequence[mm.generate.Piece] = ()) -> dict[int, mm.Prediction]:
     found = {}
     for piece in itertools.chain(pieces, engine.run()):
         if piece.error is not None:
@@ -142,13 +142,13 @@ def test_requests_that_join_at_any_time_get_what_they_get_alone(make, core, rows
 
 def test_a_row_forgets_what_an_earlier_request_left_in_it(lively):
     """Under a rule that shows everything read freely, wherever it stands, the rest of a long picture must not be seen."""
-    core = mm.Core(width=32, depth=2, heads=2, mask=mm.Window(99))
+    core = mm.Core(width=32, depth=2, heads=2, mask=mm.masks.Window(99))
     tokenizers = {"story": TextBytes(causal=True), "image": ImagePatches(patch=4, channels=1)}
     model = lively(mm.Model(tokenizers, core, [STORY]))
     engine = mm.Engine(model, rows=2, capacity=64)
     long = {"image": torch.rand(16, 16), "story": "a"}
     engine.submit(STORY, long, max_tokens=1)
-    engine.submit(STORY, long, max_tokens=30, sampler=mm.AtLeast(30))  # moves up, and is still there
+    engine.submit(STORY, long, max_tokens=30, sampler=mm.generate.AtLeast(30))  # moves up, and is still there
     ticket = engine.submit(STORY, {"image": picture(2), "story": "b"}, max_tokens=5)
     expected = model.generate(STORY, image=picture(2), story="b", max_tokens=5)
     same(finish(engine)[ticket], expected)
@@ -203,9 +203,9 @@ def test_a_request_that_fails_leaves_the_others_as_they_are(make):
     engine = mm.Engine(model, rows=4, capacity=64)
     tickets = {engine.submit(t, sample(t, i), **o): (t, i, o) for t, i, o in REQUESTS[:3]}
     runs_out = engine.submit(
-        DIGITS, sample(DIGITS, 1), max_tokens=20, sampler=mm.NoRepeat(1) | mm.AtLeast(20), name="the odd one"
+        DIGITS, sample(DIGITS, 1), max_tokens=20, sampler=mm.NoRepeat(1) | mm.generate.AtLeast(20), name="the odd one"
     )
-    at_once = engine.submit(STORY, sample(STORY, 1), sampler=mm.OneOf(("yes",)), begin="n", max_tokens=9)
+    at_once = engine.submit(STORY, sample(STORY, 1), sampler=mm.generate.OneOf(("yes",)), begin="n", max_tokens=9)
     tickets |= {engine.submit(t, sample(t, i), **o): (t, i, o) for t, i, o in REQUESTS[3:8]}
     pieces = list(engine.run())
     errors = {p.ticket: p.error for p in pieces if p.error is not None}
@@ -628,7 +628,7 @@ def test_copying_a_row_makes_it_the_same_from_where_it_differs():
 
 
 @dataclass(frozen=True)
-class Failing(mm.Sampler):
+class Failing(mm.generate.Sampler):
     """A user's rule with a mistake."""
 
     def __call__(self, logits_BV, written):
@@ -655,7 +655,7 @@ def test_a_prefix_is_of_one_model_and_its_fields_come_once(make):
 
 
 @dataclass(frozen=True)
-class Odd(mm.Sampler):
+class Odd(mm.generate.Sampler):
     """Gives what a sampler must not give, or fails for answers that begin with 1."""
 
     how: str

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multimodal.conformance import tokenizer_checks
+from multimodal.check import tokenizer_checks
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "examples" / "new_tokenizer.py"

@@ -11,7 +11,7 @@ import pytest
 
 import multimodal as mm
 from multimodal import checkpoint
-from multimodal.cli import find
+from multimodal.cli import loading
 from multimodal.data import write_shards
 from multimodal.data.shards import Shards
 from multimodal.files import aside
@@ -206,4 +206,4 @@ def test_fault_83j_what_the_fuzzer_found_last(tmp_path):
 def test_fault_01n_a_folder_called_model_in_a_checkpoint_is_not_taken_for_it_by_the_commands(tmp_path):
     make().save(tmp_path / "m")
     make().save(tmp_path / "m" / "model")  # somebody keeps another one inside
-    assert find.model_folder(tmp_path / "m") == checkpoint.model_folder(tmp_path / "m") == tmp_path / "m"
+    assert loading.model_folder(tmp_path / "m") == checkpoint.model_folder(tmp_path / "m") == tmp_path / "m"

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import multimodal as mm
-from multimodal.conformance import tokenizer_checks
-from multimodal.conformance.models import CHECKS as IN_MODELS
-from multimodal.conformance.report import run_checks
+from multimodal.check import tokenizer_checks
+from multimodal.check.models import CHECKS as IN_MODELS
+from multimodal.check.report import run_checks
 from multimodal_tokenizers import AudioFrames, Codes, Features, ImagePatches, Labels, TextBPE, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -694,7 +694,7 @@ SCRIPT = """
 from dataclasses import dataclass
 import torch
 import multimodal as mm
-from multimodal.conformance import check_tokenizer
+from multimodal.check import check_tokenizer
 
 @dataclass(frozen=True)
 class Hashed(mm.Tokenizer):

@@ -142,7 +142,7 @@ def test_fault_38b_a_plugin_that_defines_the_name_is_taken_and_that_is_said(tmp_
     monkeypatch.setattr(declare, "_defined", dict(declare._defined))
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "moved_halves_here.py").write_text(MOVED, encoding="utf-8")
-    from multimodal.cli.find import import_file
+    from multimodal.cli.loading import import_file
 
     kind = import_file(tmp_path / "moved_halves_here.py").Halves()
     mm.Model({"numbers": kind, "label": Labels(("a", "b"))}, TINY, ["numbers -> label"]).save(tmp_path / "m")

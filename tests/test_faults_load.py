@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import multimodal as mm
 from multimodal.data import Shards, index_archives
-from multimodal.data.members import encoded
+from multimodal.data.codecs import encoded
 from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError
 from multimodal.train.processes import Processes
 from multimodal_tokenizers import Labels, TextBPE, TextBytes
@@ -99,7 +99,7 @@ EVERY_FIELD = pytest.mark.parametrize(
 @pytest.fixture
 def no_curves(monkeypatch):
     """Runs draw no curves, which take most of their time and do not depend on what is read."""
-    monkeypatch.setattr(sys.modules["multimodal.train.fit"], "draw_curves", lambda history, path: None)
+    monkeypatch.setattr(sys.modules["multimodal.train.loop"], "draw_curves", lambda history, path: None)
 
 
 def end_in_our_errors(entries: Sequence[Entry], good: Path, folder: Path) -> None:
@@ -375,7 +375,7 @@ except mm.CheckpointError as error:
 
 
 def test_fault_82a_a_log_that_was_cut_is_read_up_to_there(good, tmp_path):
-    from multimodal.train.folder import read_rows
+    from multimodal.train.run_folder import read_rows
 
     shutil.copytree(good / "run", tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"

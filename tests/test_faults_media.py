@@ -133,7 +133,7 @@ def test_fault_04_no_picture_starts_another_program(monkeypatch: pytest.MonkeyPa
 
 
 def test_fault_04a_shards_do_not_draw_eps_either(monkeypatch: pytest.MonkeyPatch):
-    from multimodal.data.members import encoded
+    from multimodal.data.codecs import encoded
 
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1))

@@ -76,7 +76,7 @@ def test_fault_09a_samples_and_channels_are_told_apart_or_refused(wave: np.ndarr
 
 
 def test_fault_09b_shards_write_samples_by_channels_as_they_are_meant(wave: np.ndarray):
-    from multimodal.data.members import decoded, encoded
+    from multimodal.data.codecs import decoded, encoded
 
     stereo = (np.stack([wave, wave[::-1]]) * 32767).astype(np.int16)
     for array in (stereo, stereo.T):

@@ -49,7 +49,7 @@ def test_fault_11a_nothing_alone_is_nothing_packed_and_may_be_a_choice() -> None
     torch.testing.assert_close(together, torch.stack(alone).sum())
     pointed = model.pack("text -> out:text", [{"text": "abc", "out": ""}])
     assert pointed.readings["text -> out:text"].target_lengths == (1,)  # only the stop
-    written = model.generate("seen -> text", samples, sampler=mm.OneOf(("", "yes")))
+    written = model.generate("seen -> text", samples, sampler=mm.generate.OneOf(("", "yes")))
     assert {answer.value for answer in written} <= {"", "yes"}
 
 

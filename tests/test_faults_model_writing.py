@@ -36,15 +36,23 @@ def model() -> mm.Model:
 
 GIVEN = {TASK: {"text": "ab"}, NOTHING: {}, DRAWN: {"label": "a"}, POINTED: {"seen": "abc"}, CLASS: {"text": "ab"}}
 IDLE: list[tuple[str, dict[str, Any], str]] = [
-    (TASK, {"beams": 2, "sampler": mm.Repetition(2.0)}, "beams=2 rank by the model's own log-prob.*Repetition.* does not change"),
-    (TASK, {"beams": 2, "sampler": mm.NoRepeat(2) | mm.Repetition(2.0)}, "Repetition.* does not change"),
-    (TASK, {"beams": 2, "sampler": mm.Greedy()}, "beams=2 with Greedy.*, which leaves each of them one way on"),
+    (
+        TASK,
+        {"beams": 2, "sampler": mm.generate.Repetition(2.0)},
+        "beams=2 rank by the model's own log-prob.*Repetition.* does not change",
+    ),
+    (TASK, {"beams": 2, "sampler": mm.NoRepeat(2) | mm.generate.Repetition(2.0)}, "Repetition.* does not change"),
+    (TASK, {"beams": 2, "sampler": mm.generate.Greedy()}, "beams=2 with Greedy.*, which leaves each of them one way on"),
     (TASK, {"length_penalty": 0.5}, "length_penalty=0.5 ranks beams, and there is one only"),
     (DRAWN, {"beams": 2, "length_penalty": 0.5}, "every 'codes' has 4 tokens, so length_penalty=0.5 ranks nothing"),
-    (DRAWN, {"sampler": mm.AtLeast(2)}, "every 'codes' has 4 tokens, so AtLeast.* changes nothing"),
+    (DRAWN, {"sampler": mm.generate.AtLeast(2)}, "every 'codes' has 4 tokens, so AtLeast.* changes nothing"),
     (NOTHING, {"guidance": 2.0}, "guidance=2.0 pushes away .*, but this task reads nothing"),
-    (POINTED, {"sampler": mm.OneOf(("ab", "c"))}, "Pointer chooses among the tokens that were read by their number, which OneOf"),
-    (POINTED, {"sampler": mm.Only(("ab",)) | mm.TopK(2)}, "by their number, which Only"),
+    (
+        POINTED,
+        {"sampler": mm.generate.OneOf(("ab", "c"))},
+        "Pointer chooses among the tokens that were read by their number, which OneOf",
+    ),
+    (POINTED, {"sampler": mm.generate.Only(("ab",)) | mm.TopK(2)}, "by their number, which Only"),
     (CLASS, {"temperature": 0.5}, "Classify answers at once, so temperature has no meaning there"),
     (CLASS, {"length_penalty": 2.0}, "Classify answers at once, so length_penalty has no meaning there"),
 ]  # fmt: skip
@@ -59,26 +67,26 @@ def test_fault_17_settings_that_would_do_nothing_are_refused(model, task, option
 @pytest.mark.parametrize(
     ("first", "second", "idle"),
     [
-        (mm.Temperature(0.8), mm.Greedy(), "Temperature"),
-        (mm.Greedy(), mm.Temperature(0.8), "Temperature"),
-        (mm.Greedy(), mm.NoRepeat(2), "NoRepeat"),
+        (mm.Temperature(0.8), mm.generate.Greedy(), "Temperature"),
+        (mm.generate.Greedy(), mm.Temperature(0.8), "Temperature"),
+        (mm.generate.Greedy(), mm.NoRepeat(2), "NoRepeat"),
         (mm.Temperature(0.0), mm.TopP(0.9), "TopP"),
-        (mm.TopK(5) | mm.NoRepeat(2), mm.Greedy(), "TopK"),
+        (mm.TopK(5) | mm.NoRepeat(2), mm.generate.Greedy(), "TopK"),
     ],
     ids=str,
 )
 def test_fault_17a_rules_beside_the_likeliest_alone_are_refused(
-    first: mm.Sampler, second: mm.Sampler, idle: str
+    first: mm.generate.Sampler, second: mm.generate.Sampler, idle: str
 ) -> None:
     with pytest.raises(mm.ConfigError, match=f"leaves the likeliest token only, so {idle}.* would do nothing"):
         first | second
-    assert (mm.NoRepeat(2) | mm.Repetition() | mm.Greedy()).parts()[
+    assert (mm.NoRepeat(2) | mm.generate.Repetition() | mm.generate.Greedy()).parts()[
         -1
-    ] == mm.Greedy()  # which says what is done at the end
+    ] == mm.generate.Greedy()  # which says what is done at the end
 
 
 @dataclass(frozen=True)
-class Liked(mm.Sampler):
+class Liked(mm.generate.Sampler):
     """A rule of one's own that makes one token likelier, or rules it out; then what is left sums to 1 again."""
 
     nats: float

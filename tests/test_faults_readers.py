@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import multimodal as mm
-from multimodal.data.members import Media, decoded, encoded
+from multimodal.data.codecs import Media, decoded, encoded
 from multimodal.data.shards import Shards
 from multimodal.data.tables import open_table
 from multimodal.data.writing import index_archives, write_shards
@@ -631,7 +631,7 @@ class Measured(Noisy):
 
 
 def packs(source, packs: int = 2, **settings):
-    packer = mm.Packer({"text": TextBytes(), "label": Labels(tuple("xy"))}, ["text -> label"])
+    packer = mm.packer.Packer({"text": TextBytes(), "label": Labels(tuple("xy"))}, ["text -> label"])
     return mm.data.Packs(packer, {"text -> label": source}, tokens=24, packs=packs, look_ahead=4, **settings)
 
 

@@ -26,10 +26,9 @@ from multimodal.look import drawing
 from multimodal.look.lens import lens
 from multimodal.saving import MARK, PLACE
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.train import compare
-from multimodal.train import folder as run_folder
+from multimodal.train import compare, run_folder
+from multimodal.train.spikes import keep_trouble
 from multimodal.train.state import remove
-from multimodal.train.trouble import keep_trouble
 from multimodal_tokenizers import ImagePatches, Labels, TextBPE, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]

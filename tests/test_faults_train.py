@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import multimodal as mm
+from multimodal.check import verify
 from multimodal.shapes import ConfigError
-from multimodal.verify import verify
 from multimodal_tokenizers import Labels, TextBytes
 
 TASK, WRITE = "text -> label", "label -> text"

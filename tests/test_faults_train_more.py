@@ -41,7 +41,7 @@ def make(tasks: Any = (TASK,), core: mm.Core = TINY) -> mm.Model:
 
 def moved_by_decay_alone(model: mm.Model, **settings: Any) -> set[str]:
     """Names of the parameters that an optimiser moves whose gradients are all 0."""
-    from multimodal.train.fit import make_optimizer
+    from multimodal.train.loop import make_optimizer
 
     optimizer = make_optimizer(model, mm.Recipe(lr=0.1, weight_decay=0.5, **settings), torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -57,8 +57,8 @@ def test_fault_22_only_what_multiplies_is_decayed(optimizer):
         width=32,
         depth=1,
         heads=2,
-        prior=mm.RelativeBias(4),
-        block=(SelfAttention(score=mm.Additive()), mm.PersistentMemory(slots=8), MLP()),
+        prior=mm.attention.RelativeBias(4),
+        block=(SelfAttention(score=mm.attention.Additive()), mm.layers.PersistentMemory(slots=8), MLP()),
     )
     model = mm.Model(
         {
@@ -92,7 +92,7 @@ def test_fault_22_only_what_multiplies_is_decayed(optimizer):
 
 
 def test_fault_22a_muon_turns_each_part_of_a_fused_matrix(lively):
-    from multimodal.train.fit import make_optimizer
+    from multimodal.train.loop import make_optimizer
 
     core = mm.Core(width=32, depth=1, heads=4, kv_heads=2, block=(SelfAttention(), MLP(), TemporalConv(filters=8)))
     model = lively(make(core=core)).train()
@@ -120,7 +120,7 @@ def test_fault_22a_muon_turns_each_part_of_a_fused_matrix(lively):
 
 
 def test_fault_22b_a_table_of_vectors_is_not_turned_as_a_matrix():
-    core = mm.Core(width=16, depth=1, heads=8, prior=mm.RelativeBias(8))
+    core = mm.Core(width=16, depth=1, heads=8, prior=mm.attention.RelativeBias(8))
     model = make(core=core)
     mm.fit(model, {TASK: DATA}, **{**PLAIN, "optimizer": "muon", "lr": 1e-3, "warmup": 0.0, "steps": 1})
     (table,) = [p for name, p in model.named_parameters() if name.endswith("table")]
@@ -384,15 +384,15 @@ def test_fault_84_what_generate_cannot_take_is_refused_by_name(settings):
         lambda: mm.TopK(2.5),  # type: ignore[arg-type]
         lambda: mm.TopK(True),
         lambda: mm.TopP("0.5"),  # type: ignore[arg-type]
-        lambda: mm.MinP("0.5"),  # type: ignore[arg-type]
-        lambda: mm.Repetition(math.nan),
-        lambda: mm.Repetition("1"),  # type: ignore[arg-type]
-        lambda: mm.Repetition(last=1.5),  # type: ignore[arg-type]
+        lambda: mm.generate.MinP("0.5"),  # type: ignore[arg-type]
+        lambda: mm.generate.Repetition(math.nan),
+        lambda: mm.generate.Repetition("1"),  # type: ignore[arg-type]
+        lambda: mm.generate.Repetition(last=1.5),  # type: ignore[arg-type]
         lambda: mm.NoRepeat(2.5),  # type: ignore[arg-type]
-        lambda: mm.AtLeast(-1),
-        lambda: mm.AtLeast("2"),  # type: ignore[arg-type]
-        lambda: mm.OneOf(5),  # type: ignore[arg-type]
-        lambda: mm.Only((5,)),  # type: ignore[arg-type]
+        lambda: mm.generate.AtLeast(-1),
+        lambda: mm.generate.AtLeast("2"),  # type: ignore[arg-type]
+        lambda: mm.generate.OneOf(5),  # type: ignore[arg-type]
+        lambda: mm.generate.Only((5,)),  # type: ignore[arg-type]
         lambda: mm.Engine(make([WRITE]), rows=2.5),  # type: ignore[arg-type]
         lambda: mm.Engine(make([WRITE]), capacity="9"),  # type: ignore[arg-type]
         lambda: make().predict(TASK, [DATA[0]], batch=1.5),  # type: ignore[arg-type]

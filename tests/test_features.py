@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from multimodal import ConfigError, MediaError
-from multimodal.conformance import tokenizer_checks
-from multimodal.verify.values import plausible_values
+from multimodal.check import tokenizer_checks
+from multimodal.check.values import plausible_values
 from multimodal_tokenizers.features import Features
 
 RANDOM = np.random.default_rng(0)

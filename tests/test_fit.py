@@ -20,7 +20,7 @@ import multimodal as mm
 from multimodal.data import Batches
 from multimodal.data.sources import shares
 from multimodal.shapes import CheckpointError, ConfigError, MediaError, TaskError
-from multimodal.train.trouble import SpikeWatch
+from multimodal.train.spikes import SpikeWatch
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
 TASK = "text -> label"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from multimodal.flow import FlowMatching, FlowReadout
+from multimodal.heads.flow import FlowMatching, FlowReadout
 from multimodal.shapes import ConfigError, ShapeError, StreamError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes

@@ -75,9 +75,12 @@ def without_cache(model: mm.Model, task: str, sample: dict, max_tokens: int) -> 
 
 CORES = {
     "plain": mm.Core(width=32, depth=2, heads=4, kv_heads=2),
-    "window": mm.Core(width=32, depth=2, heads=2, mask=PREFIX_LM & mm.Window(4)),
+    "window": mm.Core(width=32, depth=2, heads=2, mask=PREFIX_LM & mm.masks.Window(4)),
     "fields apart": mm.Core(
-        width=32, depth=2, heads=2, mask=mm.SameSample() & mm.Causal() & (mm.SameSegment() | mm.Window(3))
+        width=32,
+        depth=2,
+        heads=2,
+        mask=mm.masks.SameSample() & mm.masks.Causal() & (mm.masks.SameSegment() | mm.masks.Window(3)),
     ),
 }
 
@@ -138,7 +141,7 @@ def test_max_tokens_leaves_the_answer_incomplete(lively):
     [
         ({"max_tokens": 0}, "max_tokens=0 and beams=1 must be at least 1"),
         ({"temperature": -1.0}, r"temperature=-1\.0 must be at least 0"),
-        ({"temperature": 1.0, "sampler": mm.Greedy()}, "give temperature=1.0 or a sampler, not both"),
+        ({"temperature": 1.0, "sampler": mm.generate.Greedy()}, "give temperature=1.0 or a sampler, not both"),
         ({"beams": 2, "guidance": 3.0}, r"beams=2 with guidance=3\.0; use one of them"),
         ({"beams": 2, "temperature": 1.0}, "beams=2 look for the likeliest answer"),
         ({"stop": "x"}, "stop strings need a kind that is text, and 'digits' is not"),

@@ -26,17 +26,17 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
-    {"texts", "shapes", "declare", "files", "saving", "surroundings", "weights"},
-    {"tokenizer", "masks", "positions", "norm", "cross_entropy", "media"},
+    {"texts", "shapes", "declare", "files", "saving", "surroundings", "weights", "old_names"},
+    {"tokenizer", "masks", "positions", "norm", "media"},
     {"attention"},
-    {"layers", "mixture"},
-    {"core", "encoder_decoder", "heads", "task"},
-    {"contrast", "flow", "masked", "pointer", "rows"},
+    {"layers"},
+    {"core", "encoder_decoder", "heads"},
+    {"task"},
     {"stream", "packer"},
-    {"reinforce"},
-    {"checkpoint", "generate", "model", "data"},
-    {"train", "plan", "look", "transcription", "pruning", "adversarial", "pretrained", "serve"},
-    {"verify", "conformance"},
+    {"checkpoint", "generate", "model", "retrieval", "data"},
+    {"train"},
+    {"count", "look", "transcription", "check", "pretrained", "serve"},
+    {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
 )
@@ -62,7 +62,7 @@ LAZY = (
     "pillow_heif",
     "torchcodec",
 )
-MAY_PRINT = ("cli", "__main__", "verify", "train")
+MAY_PRINT = ("cli", "__main__", "check", "train")
 
 
 def python_files(folder: str) -> Iterator[tuple[str, str]]:
@@ -411,26 +411,28 @@ ALLOWED = {
     ("multimodal", "import_module"): "the public names of this package, from a list of its own",
     ("multimodal.cli.benching", "import_module"): "the benchmarks, under a fixed name",
     ("multimodal.cli.benching", "importlib.import_module"): "the same",
-    ("multimodal.train.host", "CDLL"): "the C library that this process has already",
-    ("multimodal.cli.find", "find_spec"): "a file that the user names on the command line",
-    ("multimodal.cli.find", "spec_from_file_location"): "a file that the user names on the command line",
-    ("multimodal.cli.find", "exec_module"): "a file that the user names on the command line",
-    ("multimodal.cli.find", "import_module"): "a module that the user names on the command line",
-    ("multimodal.conformance.models", "pickle"): "checks that a part of one's own comes through a pickle to a worker",
-    ("multimodal.conformance.cases", "pickle"): "compares values in the process, writes only",
+    ("multimodal.train.runtime", "CDLL"): "the C library that this process has already",
+    ("multimodal.cli.loading", "find_spec"): "a file that the user names on the command line",
+    ("multimodal.cli.loading", "spec_from_file_location"): "a file that the user names on the command line",
+    ("multimodal.cli.loading", "exec_module"): "a file that the user names on the command line",
+    ("multimodal.cli.loading", "import_module"): "a module that the user names on the command line",
+    ("multimodal.check.models", "pickle"): "checks that a part of one's own comes through a pickle to a worker",
+    ("multimodal.check.cases", "pickle"): "compares values in the process, writes only",
     (
-        "multimodal.conformance.fresh",
+        "multimodal.check.fresh",
         "pickle",
     ): "sends the user's own values to the new interpreter that a check starts",
-    ("multimodal.conformance.fresh", "subprocess"): "that interpreter",
-    ("multimodal.conformance.fresh", "os.fork"): "a copy of that interpreter for each question",
-    ("multimodal.conformance.fresh", "find_spec"): "finds there the file of the class that is checked",
-    ("multimodal.conformance.fresh", "spec_from_file_location"): "the same",
-    ("multimodal.conformance.fresh", "exec_module"): "the same",
-    ("multimodal.conformance.fresh", "import_module"): "the same",
+    ("multimodal.check.fresh", "subprocess"): "that interpreter",
+    ("multimodal.check.fresh", "os.fork"): "a copy of that interpreter for each question",
+    ("multimodal.check.fresh", "find_spec"): "finds there the file of the class that is checked",
+    ("multimodal.check.fresh", "spec_from_file_location"): "the same",
+    ("multimodal.check.fresh", "exec_module"): "the same",
+    ("multimodal.check.fresh", "import_module"): "the same",
     ("multimodal.data.fetching", "CDLL"): "the C library that this process has already",
     ("multimodal.data.packs", "pickle"): "what one's own data workers send",
     ("multimodal.data.tables", "import_module"): "optional libraries, under fixed names",
+    ("multimodal.declare", "import_module"): "modules of the framework, from a list of its own",
+    ("multimodal.old_names", "import_module"): "the same",
     ("multimodal.declare", "entry_points"): "installed packages alone: who installs one runs it",
     ("multimodal.train.launch", "subprocess"): "starts this program once more a process, with the user's own arguments",
     ("multimodal.train.processes", "all_gather_object"): "between one's own processes, of one user and one run",

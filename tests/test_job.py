@@ -18,7 +18,7 @@ DATA = {LABEL: [{"image": torch.zeros(1, 8, 8), "label": "a"}], TEXT: [{"image":
 def recipe(patch: int = 4, rate: float = 1e-3, name: str = "a", deep: bool = False, words=None) -> TrainingJob:
     model = mm.Model(
         {"image": ImagePatches(patch=patch, channels=1), "label": Labels((name, "b")), "text": TextBytes()},
-        mm.Core(width=32, depth=2 if deep else 1, heads=2, score=mm.Cosine()),
+        mm.Core(width=32, depth=2 if deep else 1, heads=2, score=mm.attention.Cosine()),
         [mm.Task(LABEL, mm.Classify(label_smoothing=0.1)), TEXT],
         seed=3,
     )
@@ -50,7 +50,7 @@ def test_settings_of_the_recipe_with_and_without_its_name():
 
 def test_the_core_is_rebuilt_as_its_declaration_draws_it():
     made = job("core.depth=3", "core.width=48", "core.heads=4", "core.kv_heads=2", "core.rotary_split=1,1,1")
-    core = mm.Core(width=48, depth=3, heads=4, kv_heads=2, rotary_split=(1, 1, 1), score=mm.Cosine())
+    core = mm.Core(width=48, depth=3, heads=4, kv_heads=2, rotary_split=(1, 1, 1), score=mm.attention.Cosine())
     assert made.model.core.core == core
     before = recipe().model
     tasks = [mm.Task(LABEL, mm.Classify(label_smoothing=0.1)), TEXT]
@@ -84,8 +84,8 @@ def test_tokenizers_tasks_shares_and_seed():
 
 def test_inside_of_a_part_of_the_core():
     core = job("core.block.1.hidden=64", "core.score.sharpness=4", "core.score.learned=true").model.core.core
-    assert core.block == (mm.SelfAttention(), mm.MLP(hidden=64))
-    assert core.score == mm.Cosine(sharpness=4.0, learned=True)
+    assert core.block == (mm.layers.SelfAttention(), mm.layers.MLP(hidden=64))
+    assert core.score == mm.attention.Cosine(sharpness=4.0, learned=True)
 
 
 def test_parameters_of_the_function_come_first():

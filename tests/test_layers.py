@@ -21,72 +21,87 @@ from multimodal.layers import Add, Concat, Context, Gated, Layer, Replace, Turin
 from multimodal.layers.base import Sublayer
 from multimodal.look import usage
 from multimodal.masks import LAW, PREFIX_LM, Places, Rule
-from multimodal.pruning import pruned
 from multimodal.shapes import ConfigError, StreamError
+from multimodal.zoo.pruning import pruned
 from multimodal_tokenizers import Labels, TextBytes
 
 L: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2}
 
 
 def core_of(*block: Layer, **settings: Any) -> mm.Core:
-    return mm.Core(**{**L, "block": block or (mm.SelfAttention(), mm.MLP()), **settings})
+    return mm.Core(**{**L, "block": block or (mm.layers.SelfAttention(), mm.layers.MLP()), **settings})
 
 
 SNAIL = (
-    mm.SelfAttention(heads=1, key_width=6, value_width=5, out=5, merge=Concat()),
-    mm.TemporalConv(filters=4),
-    mm.TemporalConv(filters=3, dilation=4),
+    mm.layers.SelfAttention(heads=1, key_width=6, value_width=5, out=5, merge=Concat()),
+    mm.zoo.TemporalConv(filters=4),
+    mm.zoo.TemporalConv(filters=3, dilation=4),
 )
-BOTH = (mm.Recurrent(both_ways=True), mm.SelfAttention(), mm.MLP())
+BOTH = (mm.layers.Recurrent(both_ways=True), mm.layers.SelfAttention(), mm.layers.MLP())
 BAHDANAU = mm.EncoderDecoder(
-    reader=core_of(mm.Recurrent(both_ways=True), depth=1),
-    writer=core_of(mm.Recurrent(), mm.CrossAttention(score=mm.Additive(), heads=1), depth=1),
+    reader=core_of(mm.layers.Recurrent(both_ways=True), depth=1),
+    writer=core_of(mm.layers.Recurrent(), mm.layers.CrossAttention(score=mm.attention.Additive(), heads=1), depth=1),
 )
 CORES: dict[str, mm.Core | mm.EncoderDecoder] = {
     "transformer": core_of(),
     "grouped": core_of(heads=4, kv_heads=2),
-    "GRU": core_of(mm.Recurrent(hidden=7, merge=Replace())),
+    "GRU": core_of(mm.layers.Recurrent(hidden=7, merge=Replace())),
     "GRU both ways": core_of(*BOTH),
-    "LSTM": core_of(mm.Recurrent(cell="lstm"), mm.MLP()),
-    "LSTM both ways": core_of(mm.Recurrent(cell="lstm", hidden=5, both_ways=True, merge=Concat()), mm.SelfAttention()),
+    "LSTM": core_of(mm.layers.Recurrent(cell="lstm"), mm.layers.MLP()),
+    "LSTM both ways": core_of(
+        mm.layers.Recurrent(cell="lstm", hidden=5, both_ways=True, merge=Concat()), mm.layers.SelfAttention()
+    ),
     "SNAIL": core_of(*SNAIL),
-    "convolutions": core_of(*(mm.TemporalConv(filters=3, dilation=d) for d in (1, 2, 4)), rotary_split=(0, 0, 0)),
-    "convolutions added": core_of(mm.TemporalConv(filters=16, dilation=3, merge=Add()), mm.SelfAttention()),
-    "gated": core_of(mm.SelfAttention(merge=Gated()), mm.MLP(merge=Gated())),
-    "replaced": core_of(mm.SelfAttention(out=10, merge=Replace()), mm.MLP(out=12, merge=Replace())),
-    "memory": core_of(mm.SelfAttention(), mm.PersistentMemory(slots=5, prior=mm.MixingWeights(5))),
-    "memory by distance": core_of(mm.PersistentMemory(slots=9, heads=1, prior=mm.ALiBi(), merge=Concat())),
-    "additive": core_of(score=mm.Additive()),
-    "ALiBi and a table": core_of(prior=mm.ALiBi() + mm.RelativeBias(4), rotary_split=(0, 0, 0)),
-    "local-p": core_of(prior=mm.PredictedWindow(1.5)),
-    "Luong's local-p": core_of(prior=mm.PredictedWindow(1.5, renormalise=False)),
-    "location": core_of(score=mm.LocationBased(40), mask=PREFIX_LM & mm.Window(30)),
-    "hard": core_of(read=mm.Hard()),
-    "Gumbel": core_of(read=mm.Gumbel(0.5)),
-    "Gaussian": core_of(score=mm.Gaussian(), heads=4, kv_heads=2),
-    "Bernoulli": core_of(score=mm.Bernoulli()),
-    "general": core_of(score=mm.General()),
-    "cosine": core_of(score=mm.Cosine(learned=True)),
-    "window": core_of(mask=PREFIX_LM & mm.Window(3), prior=mm.ALiBi()),
-    "rule as prior": core_of(mm.SelfAttention(prior=mm.Window(2) + mm.RelativeBias(3)), mm.SelfAttention()),
+    "convolutions": core_of(*(mm.zoo.TemporalConv(filters=3, dilation=d) for d in (1, 2, 4)), rotary_split=(0, 0, 0)),
+    "convolutions added": core_of(mm.zoo.TemporalConv(filters=16, dilation=3, merge=Add()), mm.layers.SelfAttention()),
+    "gated": core_of(mm.layers.SelfAttention(merge=Gated()), mm.layers.MLP(merge=Gated())),
+    "replaced": core_of(mm.layers.SelfAttention(out=10, merge=Replace()), mm.layers.MLP(out=12, merge=Replace())),
+    "memory": core_of(
+        mm.layers.SelfAttention(), mm.layers.PersistentMemory(slots=5, prior=mm.attention.MixingWeights(5))
+    ),
+    "memory by distance": core_of(
+        mm.layers.PersistentMemory(slots=9, heads=1, prior=mm.attention.ALiBi(), merge=Concat())
+    ),
+    "additive": core_of(score=mm.attention.Additive()),
+    "ALiBi and a table": core_of(prior=mm.attention.ALiBi() + mm.attention.RelativeBias(4), rotary_split=(0, 0, 0)),
+    "local-p": core_of(prior=mm.attention.PredictedWindow(1.5)),
+    "Luong's local-p": core_of(prior=mm.attention.PredictedWindow(1.5, renormalise=False)),
+    "location": core_of(score=mm.attention.LocationBased(40), mask=PREFIX_LM & mm.masks.Window(30)),
+    "hard": core_of(read=mm.attention.Hard()),
+    "Gumbel": core_of(read=mm.attention.Gumbel(0.5)),
+    "Gaussian": core_of(score=mm.attention.Gaussian(), heads=4, kv_heads=2),
+    "Bernoulli": core_of(score=mm.attention.Bernoulli()),
+    "general": core_of(score=mm.attention.General()),
+    "cosine": core_of(score=mm.attention.Cosine(learned=True)),
+    "window": core_of(mask=PREFIX_LM & mm.masks.Window(3), prior=mm.attention.ALiBi()),
+    "rule as prior": core_of(
+        mm.layers.SelfAttention(prior=mm.masks.Window(2) + mm.attention.RelativeBias(3)), mm.layers.SelfAttention()
+    ),
     "Turing machine": core_of(TuringMachine(slots=6, slot_width=4, hidden=8), depth=1),
     "Bahdanau": BAHDANAU,
     "Luong": mm.EncoderDecoder(
-        reader=core_of(mm.Recurrent(cell="lstm")),
+        reader=core_of(mm.layers.Recurrent(cell="lstm")),
         writer=core_of(
-            mm.Recurrent(cell="lstm"),
-            mm.CrossAttention(score=mm.General(), prior=mm.PredictedWindow(1.0), heads=1, merge=Concat()),
-            mm.MLP(out=16, merge=Replace()),
+            mm.layers.Recurrent(cell="lstm"),
+            mm.layers.CrossAttention(
+                score=mm.attention.General(), prior=mm.attention.PredictedWindow(1.0), heads=1, merge=Concat()
+            ),
+            mm.layers.MLP(out=16, merge=Replace()),
             depth=1,
         ),
     ),
     "local-m": mm.EncoderDecoder(
-        reader=core_of(), writer=core_of(mm.SelfAttention(), mm.CrossAttention(prior=mm.Window(3) + mm.ALiBi()))
+        reader=core_of(),
+        writer=core_of(
+            mm.layers.SelfAttention(), mm.layers.CrossAttention(prior=mm.masks.Window(3) + mm.attention.ALiBi())
+        ),
     ),
     "fixed vector": mm.EncoderDecoder(
-        reader=core_of(mm.Recurrent()), writer=core_of(mm.CrossAttention(heads=1), mm.Recurrent()), last=1
+        reader=core_of(mm.layers.Recurrent()),
+        writer=core_of(mm.layers.CrossAttention(heads=1), mm.layers.Recurrent()),
+        last=1,
     ),
-    "last three": mm.EncoderDecoder(reader=core_of(), writer=core_of(prior=mm.ALiBi()), last=3),
+    "last three": mm.EncoderDecoder(reader=core_of(), writer=core_of(prior=mm.attention.ALiBi()), last=3),
 }
 WRITE, CLASS, APPEND = "text -> out:story", "story -> label", "-> out:story"
 TOKENIZERS = {"text": TextBytes(), "story": TextBytes(causal=True), "label": Labels(("a", "b", "c"))}
@@ -305,7 +320,7 @@ LENGTHS = [(2, 3), (0, 4), (5, 0), (1, 0), (3, 3), (0, 1)]
 def test_recurrent_layers_are_those_of_torch_sample_by_sample(cell, both_ways):
     """From its end only what is read freely is read; the rest gets zeros there."""
     layout = layout_of(LENGTHS)
-    body: Any = mm.Recurrent(cell=cell, hidden=5, both_ways=both_ways).build(core_of(), 8)
+    body: Any = mm.layers.Recurrent(cell=cell, hidden=5, both_ways=both_ways).build(core_of(), 8)
     x_TD = torch.randn(len(layout.places.sample), 8, requires_grad=True)
     kind = nn.GRU if cell == "gru" else nn.LSTM
     one = kind(8, 5, batch_first=True, bidirectional=both_ways)
@@ -330,16 +345,16 @@ def test_recurrent_layers_are_those_of_torch_sample_by_sample(cell, both_ways):
 
 
 def test_the_share_of_each_direction_is_half_the_stream():
-    assert mm.Recurrent(both_ways=True).build(core_of(), 16).out_width == 16
-    assert mm.Recurrent().build(core_of(), 16).out_width == 16
-    assert mm.Recurrent(cell="lstm").state(core_of(), 16) == 32
+    assert mm.layers.Recurrent(both_ways=True).build(core_of(), 16).out_width == 16
+    assert mm.layers.Recurrent().build(core_of(), 16).out_width == 16
+    assert mm.layers.Recurrent(cell="lstm").state(core_of(), 16) == 32
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 3, 8])
 def test_temporal_convolutions_are_torchs_and_see_no_future(dilation):
     """Mishra et al. 2018, dense block: causal convolutions of kernel size 2 with gates, each sample padded for itself."""
     layout = layout_of(LENGTHS)
-    body: Any = mm.TemporalConv(filters=4, dilation=dilation).build(core_of(), 6)
+    body: Any = mm.zoo.TemporalConv(filters=4, dilation=dilation).build(core_of(), 6)
     x_TD = torch.randn(len(layout.places.sample), 6, requires_grad=True)
     kernel = torch.stack([body.before.weight, body.now.weight], -1)
     wanted = []
@@ -354,9 +369,9 @@ def test_temporal_convolutions_are_torchs_and_see_no_future(dilation):
         assert set(grad.abs().sum(1).nonzero()[:, 0].tolist()) == sees
 
 
-@pytest.mark.parametrize("prior", [None, mm.MixingWeights(5)], ids=["bare", "mixing"])
+@pytest.mark.parametrize("prior", [None, mm.attention.MixingWeights(5)], ids=["bare", "mixing"])
 def test_a_persistent_memory_is_its_formula(prior):
-    layer = mm.PersistentMemory(slots=5, prior=prior, heads=4, kv_heads=2, key_width=6, value_width=3, out=7)
+    layer = mm.layers.PersistentMemory(slots=5, prior=prior, heads=4, kv_heads=2, key_width=6, value_width=3, out=7)
     body: Any = layer.build(core_of(), 16)
     layout = layout_of(LENGTHS)
     x_TD = torch.randn(len(layout.places.sample), 16)
@@ -387,7 +402,7 @@ def test_what_is_pruned_is_as_if_its_prior_were_nothing():
     for N_k in counts:
         torch.testing.assert_close(N_k.sum(), torch.tensor(float(tokens)), atol=1e-3, rtol=0)
     smaller = pruned(model, used, below=0.5)
-    (layer,) = (x for x in smaller.core.core.block if isinstance(x, mm.PersistentMemory))  # type: ignore[union-attr]
+    (layer,) = (x for x in smaller.core.core.block if isinstance(x, mm.layers.PersistentMemory))  # type: ignore[union-attr]
     keep = [torch.argsort(N_k, descending=True)[: layer.slots] for N_k in counts]
     assert 1 <= layer.slots < 5
     with torch.no_grad():
@@ -400,7 +415,9 @@ def test_what_is_pruned_is_as_if_its_prior_were_nothing():
 
 
 def test_gates_start_closed():
-    core = core_of(mm.SelfAttention(merge=Gated()), mm.MLP(merge=Gated()), mm.Recurrent(merge=Gated()))
+    core = core_of(
+        mm.layers.SelfAttention(merge=Gated()), mm.layers.MLP(merge=Gated()), mm.layers.Recurrent(merge=Gated())
+    )
     built, layout = core.build(), layout_of(LENGTHS)
     x_TD = torch.randn(len(layout.places.sample), 16)
     out = built(x_TD, torch.zeros(len(x_TD), 3), layout)
@@ -481,28 +498,30 @@ def test_of_the_last_states_all_earlier_ones_are_unseen():
 
 
 WINDOWS: dict[str, tuple[Rule, bool]] = {
-    "1": (PREFIX_LM & mm.Window(1), True),
-    "2": (PREFIX_LM & mm.Window(2), True),
-    "5": (PREFIX_LM & mm.Window(5), True),
-    "19": (PREFIX_LM & mm.Window(19), True),
-    "in both directions": (mm.SameSample() & mm.Window(4), True),
-    "of two": (LAW & (mm.Window(3) | mm.Window(6)), True),
-    "with a hole": (LAW & mm.Window(5) & ~mm.Window(2) | LAW & mm.Window(1), True),
-    "no bound": (LAW & ~mm.Window(3), False),
+    "1": (PREFIX_LM & mm.masks.Window(1), True),
+    "2": (PREFIX_LM & mm.masks.Window(2), True),
+    "5": (PREFIX_LM & mm.masks.Window(5), True),
+    "19": (PREFIX_LM & mm.masks.Window(19), True),
+    "in both directions": (mm.masks.SameSample() & mm.masks.Window(4), True),
+    "of two": (LAW & (mm.masks.Window(3) | mm.masks.Window(6)), True),
+    "with a hole": (LAW & mm.masks.Window(5) & ~mm.masks.Window(2) | LAW & mm.masks.Window(1), True),
+    "no bound": (LAW & ~mm.masks.Window(3), False),
 }
 
 
-@pytest.mark.parametrize("score", [mm.ScaledDotProduct(), mm.Additive()], ids=["fused", "written out"])
-@pytest.mark.parametrize("prior", [None, mm.ALiBi() + mm.RelativeBias(3)], ids=["bare", "prior"])
+@pytest.mark.parametrize(
+    "score", [mm.attention.ScaledDotProduct(), mm.attention.Additive()], ids=["fused", "written out"]
+)
+@pytest.mark.parametrize("prior", [None, mm.attention.ALiBi() + mm.attention.RelativeBias(3)], ids=["bare", "prior"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_long_samples_in_blocks_are_the_dense_oracle(window, prior, score):
     """Lengths around the blocks' bounds, two samples of each, one of them read freely; forward and backward."""
     rule, bounded = WINDOWS[window]
-    totals = [n for n in (16, 17, 31, 47, 48, 49, 80, 97) if score == mm.ScaledDotProduct() or n in (17, 80)]
+    totals = [n for n in (16, 17, 31, 47, 48, 49, 80, 97) if score == mm.attention.ScaledDotProduct() or n in (17, 80)]
     samples = [s for n in totals for s in ((0, n), (0, n))] + [(48, 0), (20, 60)]
     layout = layout_of(samples)
     count = len(layout.places.sample)
-    found = Mechanism(score, prior, mm.Soft(), 4, 6)
+    found = Mechanism(score, prior, mm.attention.Soft(), 4, 6)
     for weight in found.parameters():
         nn.init.normal_(weight)
     qkv = [torch.randn(count, heads, 6, requires_grad=True) for heads in (4, 2, 2)]
@@ -525,7 +544,7 @@ def test_long_samples_in_blocks_are_the_dense_oracle(window, prior, score):
 def test_dropout_thins_each_update_and_drop_path_leaves_out_samples():
     layout = layout_of([(0, 7)] * 400)
     x_TD = torch.randn(2800, 16)
-    layer = Sublayer(mm.MLP(), core_of(), 16, 0.0, 0.25)
+    layer = Sublayer(mm.layers.MLP(), core_of(), 16, 0.0, 0.25)
     nn.init.normal_(layer.body.down.weight)  # type: ignore[union-attr, arg-type]
     context = context_of(layout)
     with torch.no_grad():
@@ -548,10 +567,12 @@ def test_drop_path_rises_to_the_last_block_in_every_layer_of_it():
 
 FLOPS = {
     "SNAIL": core_of(*SNAIL),
-    "widths of its own": core_of(mm.SelfAttention(heads=3, kv_heads=1, key_width=6, value_width=4), mm.MLP(hidden=20)),
-    "convolutions": core_of(mm.TemporalConv(filters=5, dilation=2), mm.TemporalConv(filters=5)),
-    "general": core_of(score=mm.General()),
-    "memory": core_of(mm.PersistentMemory(slots=5), mm.MLP()),
+    "widths of its own": core_of(
+        mm.layers.SelfAttention(heads=3, kv_heads=1, key_width=6, value_width=4), mm.layers.MLP(hidden=20)
+    ),
+    "convolutions": core_of(mm.zoo.TemporalConv(filters=5, dilation=2), mm.zoo.TemporalConv(filters=5)),
+    "general": core_of(score=mm.attention.General()),
+    "memory": core_of(mm.layers.PersistentMemory(slots=5), mm.layers.MLP()),
 }
 
 
@@ -581,74 +602,78 @@ def test_a_turned_core_without_places_does_not_turn():
 
 ELMAN: Any = "rnn"
 TURNED = {
-    mm.ScaledDotProduct(): True,
-    mm.Gaussian(): True,
-    mm.Cosine(): True,
-    mm.General(): True,
-    mm.Additive(): False,
-    mm.Bernoulli(): False,
-    mm.LocationBased(8): False,
+    mm.attention.ScaledDotProduct(): True,
+    mm.attention.Gaussian(): True,
+    mm.attention.Cosine(): True,
+    mm.attention.General(): True,
+    mm.attention.Additive(): False,
+    mm.attention.Bernoulli(): False,
+    mm.attention.LocationBased(8): False,
 }
 
 
 @pytest.mark.parametrize("score", TURNED, ids=str)
 def test_places_turn_what_is_compared_by_direction_and_nothing_else(score):
     layout, place_TA = layout_of([(4, 4)]), torch.arange(24.0).view(8, 3)
-    built = core_of(mm.SelfAttention(), score=score, depth=1).build()
+    built = core_of(mm.layers.SelfAttention(), score=score, depth=1).build()
     for weight in built.parameters():
         nn.init.normal_(weight, std=0.5)
     x_TD = torch.randn(8, 16)
     one, shifted, stretched = (built(x_TD, place, layout) for place in (place_TA, place_TA + 5, place_TA * 2))
     assert ((one - stretched).abs().max() > 1e-3) == TURNED[score]
-    if score != mm.General():  # whose matrix mixes the pairs that are turned
+    if score != mm.attention.General():  # whose matrix mixes the pairs that are turned
         torch.testing.assert_close(one, shifted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: core_of(mm.CrossAttention()).build(), ConfigError, r"CrossAttention needs another core to look at"),
         (
-            lambda: mm.Recurrent(cell=ELMAN),
+            lambda: core_of(mm.layers.CrossAttention()).build(),
+            ConfigError,
+            r"CrossAttention needs another core to look at",
+        ),
+        (
+            lambda: mm.layers.Recurrent(cell=ELMAN),
             ConfigError,
             r"Recurrent: cell='rnn' is unknown; there are 'gru' and 'lstm'",
         ),  # type: ignore[arg-type]
-        (lambda: mm.TemporalConv(filters=0), ConfigError, r"filters=0 must be a whole number of at least 1"),
+        (lambda: mm.zoo.TemporalConv(filters=0), ConfigError, r"filters=0 must be a whole number of at least 1"),
         (
-            lambda: mm.TemporalConv(filters=2, dilation=0),
+            lambda: mm.zoo.TemporalConv(filters=2, dilation=0),
             ConfigError,
             r"dilation=0 must be a whole number of at least 1",
         ),
         (
-            lambda: core_of(mm.PersistentMemory(slots=0)).build(),
+            lambda: core_of(mm.layers.PersistentMemory(slots=0)).build(),
             ConfigError,
             r"slots=0 must be a whole number of at least 1",
         ),
         (
-            lambda: core_of(mm.SelfAttention(heads=3, kv_heads=2)).build(),
+            lambda: core_of(mm.layers.SelfAttention(heads=3, kv_heads=2)).build(),
             ConfigError,
             r"SelfAttention: heads=3 is not a multiple of kv_heads=2",
         ),
         (
-            lambda: core_of(mm.SelfAttention(out=7)).build(),
+            lambda: core_of(mm.layers.SelfAttention(out=7)).build(),
             ConfigError,
             r"Add: a stream of width 16 and an update of 7 do not add up",
         ),
         (
-            lambda: core_of(mm.Recurrent(hidden=7, merge=Gated())).build(),
+            lambda: core_of(mm.layers.Recurrent(hidden=7, merge=Gated())).build(),
             ConfigError,
             r"Gated: a stream of width 16 and an update of 7 do not add up",
         ),
-        (lambda: core_of(mm.MLP(), "attention"), ConfigError, r"is no Layer"),  # type: ignore[arg-type]
+        (lambda: core_of(mm.layers.MLP(), "attention"), ConfigError, r"is no Layer"),  # type: ignore[arg-type]
         (lambda: replace(BAHDANAU, last=0), ConfigError, r"last=0 leaves nothing to look at"),
         (
-            lambda: mm.EncoderDecoder(reader=core_of(), writer=core_of(mm.Recurrent())),
+            lambda: mm.EncoderDecoder(reader=core_of(), writer=core_of(mm.layers.Recurrent())),
             ConfigError,
             r"the writer's block has no attention; put a CrossAttention\(\)",
         ),
         (
             lambda: mm.EncoderDecoder(
-                reader=core_of(), writer=core_of(mm.TemporalConv(filters=2), mm.CrossAttention())
+                reader=core_of(), writer=core_of(mm.zoo.TemporalConv(filters=2), mm.layers.CrossAttention())
             ).build(),
             ConfigError,
             r"CrossAttention: the stream is 18 wide here and what was read 16; merge by Add",
@@ -683,13 +708,13 @@ def test_reading_from_the_end_needs_all_at_once():
 
 
 def test_a_cross_attention_without_its_core_says_so():
-    body: Any = mm.CrossAttention().build(core_of(), 16)
+    body: Any = mm.layers.CrossAttention().build(core_of(), 16)
     with pytest.raises(ConfigError, match=r"there is no other core to look at; it belongs in the writer"):
         body(torch.randn(3, 16), context_of(layout_of([(3, 0)])))
 
 
 def test_layers_name_what_they_do_for_the_trace():
-    built = core_of(*SNAIL, mm.PersistentMemory(slots=2, merge=Concat())).build()
+    built = core_of(*SNAIL, mm.layers.PersistentMemory(slots=2, merge=Concat())).build()
     names = [m.name for m in built.modules() if isinstance(m, Mechanism)]
     assert names == ["block 1 self", "block 1 memory", "block 2 self", "block 2 memory"]
     assert isinstance(built, Transformer)
@@ -709,7 +734,7 @@ def _parts(core: mm.Core | mm.EncoderDecoder) -> tuple[mm.Core, ...]:
 
 
 def test_an_engine_goes_on_when_one_request_outgrows_what_a_layer_knows():
-    core = mm.Core(width=16, depth=1, heads=2, score=mm.LocationBased(10))
+    core = mm.Core(width=16, depth=1, heads=2, score=mm.attention.LocationBased(10))
     model = lively(mm.Model(TOKENIZERS, core, [WRITE]))
     engine = mm.Engine(model, rows=3, capacity=40)
     with pytest.raises(
@@ -742,9 +767,9 @@ def test_a_pass_that_fails_ends_those_who_run_and_not_the_engine(monkeypatch):
 @pytest.mark.parametrize(
     "layer",
     [
-        mm.PersistentMemory(slots=4, prior=mm.ALiBi()),
-        mm.PersistentMemory(slots=4, prior=mm.MixingWeights(4) + mm.Window(2)),
-        mm.PersistentMemory(slots=4, score=mm.LocationBased(4)),
+        mm.layers.PersistentMemory(slots=4, prior=mm.attention.ALiBi()),
+        mm.layers.PersistentMemory(slots=4, prior=mm.attention.MixingWeights(4) + mm.masks.Window(2)),
+        mm.layers.PersistentMemory(slots=4, score=mm.attention.LocationBased(4)),
     ],
 )
 def test_components_that_are_known_by_their_number_are_not_pruned(layer):
@@ -755,7 +780,7 @@ def test_components_that_are_known_by_their_number_are_not_pruned(layer):
 
 def test_counts_of_another_memory_are_refused_and_precision_is_kept():
     def of(slots):
-        block = (mm.PersistentMemory(slots=slots),)
+        block = (mm.layers.PersistentMemory(slots=slots),)
         return mm.Model(TOKENIZERS, mm.Core(width=16, depth=1, heads=2, block=block), [WRITE])
 
     used = usage(of(4), WRITE, SAMPLES, quiet=True)
@@ -767,20 +792,23 @@ def test_counts_of_another_memory_are_refused_and_precision_is_kept():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mm.MLP(hidden=0), "MLP: hidden=0 must be a whole number of at least 1"),
-        (lambda: mm.Recurrent(hidden=2.0), "Recurrent: hidden=2.0 must be a whole number"),
-        (lambda: mm.TuringMachine(slots=3.5, slot_width=4), "TuringMachine: slots=3.5 must be a whole number"),
-        (lambda: mm.PersistentMemory(slots="3"), "PersistentMemory: slots='3' must be a whole number"),
-        (lambda: mm.PersistentMemory(slots=5, prior=mm.MixingWeights(3)), "slots=5, but .* knows 3 only"),
-        (lambda: mm.Additive(0), "Additive: hidden=0 must be above 0"),
-        (lambda: mm.Gumbel(temperature=float("inf")), "must be above 0 and finite"),
-        (lambda: mm.Hard(weight=-1.0), "Hard: weight=-1.0 must not be negative"),
-        (lambda: mm.Window(3) & mm.ALiBi(), "Window & other: other=.* is no Rule"),
-        (lambda: mm.ALiBi() + mm.Window, r"ALiBi \+ other: other=Window is no Prior; call it"),
+        (lambda: mm.layers.MLP(hidden=0), "MLP: hidden=0 must be a whole number of at least 1"),
+        (lambda: mm.layers.Recurrent(hidden=2.0), "Recurrent: hidden=2.0 must be a whole number"),
+        (lambda: mm.zoo.TuringMachine(slots=3.5, slot_width=4), "TuringMachine: slots=3.5 must be a whole number"),
+        (lambda: mm.layers.PersistentMemory(slots="3"), "PersistentMemory: slots='3' must be a whole number"),
+        (
+            lambda: mm.layers.PersistentMemory(slots=5, prior=mm.attention.MixingWeights(3)),
+            "slots=5, but .* knows 3 only",
+        ),
+        (lambda: mm.attention.Additive(0), "Additive: hidden=0 must be above 0"),
+        (lambda: mm.attention.Gumbel(temperature=float("inf")), "must be above 0 and finite"),
+        (lambda: mm.attention.Hard(weight=-1.0), "Hard: weight=-1.0 must not be negative"),
+        (lambda: mm.masks.Window(3) & mm.attention.ALiBi(), "Window & other: other=.* is no Rule"),
+        (lambda: mm.attention.ALiBi() + mm.masks.Window, r"ALiBi \+ other: other=Window is no Prior; call it"),
         (lambda: mm.Core(width=16, depth=1, heads=2, score=None), "Core: score=None is no Score"),
         (lambda: mm.EncoderDecoder(reader=None, writer=mm.Core.tiny()), "EncoderDecoder: reader=None is no Core"),
         (
-            lambda: mm.Core(width=16, depth=2, heads=2, drop_path=0.5, block=(mm.MLP(merge=Replace()),)).build(),
+            lambda: mm.Core(width=16, depth=2, heads=2, drop_path=0.5, block=(mm.layers.MLP(merge=Replace()),)).build(),
             "with Replace in MLP nothing of the stream would be left",
         ),
     ],
@@ -793,12 +821,21 @@ def test_settings_that_mean_nothing_are_refused_when_they_are_written(make, mess
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize(
     "score",
-    [mm.DotProduct(), mm.General(), mm.Cosine(learned=True), mm.Gaussian(), mm.Bernoulli()],
+    [
+        mm.attention.DotProduct(),
+        mm.attention.General(),
+        mm.attention.Cosine(learned=True),
+        mm.attention.Gaussian(),
+        mm.attention.Bernoulli(),
+    ],
     ids=lambda score: type(score).__name__,
 )
 def test_every_score_that_factors_runs_on_the_block_sparse_kernel(score):
     """And beside a memory with a prior of its own, which no plan of the stream runs."""
-    block = (mm.SelfAttention(score=score), mm.PersistentMemory(slots=3, prior=mm.MixingWeights(3)))
+    block = (
+        mm.layers.SelfAttention(score=score),
+        mm.layers.PersistentMemory(slots=3, prior=mm.attention.MixingWeights(3)),
+    )
     model = lively(mm.Model(TOKENIZERS, core_of(*block), [WRITE])).eval()
     stream = model.pack(WRITE, SAMPLES)
     with torch.no_grad():

@@ -10,11 +10,11 @@ import torch
 import multimodal as mm
 from multimodal.attention import Layout, Span
 from multimodal.core import Core
+from multimodal.heads.each_row import EachRow
 from multimodal.layers import Context, Replace, SelfAttention, TuringMachine
 from multimodal.masks import Places
-from multimodal.rows import EachRow
 from multimodal.shapes import ConfigError
-from multimodal.stream import Task
+from multimodal.task import Task
 from multimodal_tokenizers import TextBytes
 
 SMALL = TuringMachine(slots=7, slot_width=4, hidden=6, shifts=3, out=5, merge=Replace())

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import multimodal as mm
 from multimodal.attention import Attention
-from multimodal.look.facts import edit_fact, localise, mean_ablated, parts, right_answers, second_moment
-from multimodal.look.roles import roles, value_map, value_maps
-from multimodal.look.sparse import SparseAutoencoder, recovered
-from multimodal.look.words import analogy, angles, near_orthogonal, neighbour_table, neighbours, welch_bound
+from multimodal.look.embeddings import analogy, angles, near_orthogonal, neighbour_table, neighbours, welch_bound
+from multimodal.look.parameter_count import roles, value_map, value_maps
+from multimodal.zoo.fact_editing import edit_fact, localise, mean_ablated, parts, right_answers, second_moment
+from multimodal.zoo.sparse_autoencoder import SparseAutoencoder, recovered
 from multimodal_tokenizers import Labels, TextBytes
 
 
@@ -79,7 +79,12 @@ def test_roles_count_every_parameter_once():
     two = mm.EncoderDecoder(
         reader=mm.Core(width=32, depth=1, heads=2), writer=mm.Core(width=32, depth=2, heads=4, kv_heads=2)
     )
-    many = (mm.SelfAttention(score=mm.General()), mm.PersistentMemory(slots=5), mm.Recurrent(), mm.MLP())
+    many = (
+        mm.layers.SelfAttention(score=mm.attention.General()),
+        mm.layers.PersistentMemory(slots=5),
+        mm.layers.Recurrent(),
+        mm.layers.MLP(),
+    )
     for core in (mm.Core.tiny(), two, mm.Core(width=32, depth=2, heads=2, block=many)):
         model = mm.Model(tokenizers, core, ["text -> label", "text -> text"])
         assert roles(model).total == sum(p.numel() for p in model.parameters())
@@ -106,7 +111,7 @@ def test_gpt_3_is_counted_without_its_weights():
 
 def test_a_heads_values_are_one_map_of_low_rank():
     torch.manual_seed(0)
-    core = mm.Core(width=24, depth=1, heads=4, kv_heads=2, block=(mm.SelfAttention(),)).build()
+    core = mm.Core(width=24, depth=1, heads=4, kv_heads=2, block=(mm.layers.SelfAttention(),)).build()
     attention = next(m for m in core.modules() if isinstance(m, Attention))
     maps = [value_map(attention, head) for head in range(4)]
     x_D = torch.randn(24)

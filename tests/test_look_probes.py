@@ -229,7 +229,7 @@ def test_the_lens_ends_at_the_models_own_answer():
 
 
 def test_a_stream_that_grows_is_looked_at_where_it_can_be(tmp_path):
-    block = (mm.SelfAttention(out=8, merge=mm.Concat()), mm.MLP())
+    block = (mm.layers.SelfAttention(out=8, merge=mm.layers.Concat()), mm.layers.MLP())
     model = make(mm.Core(width=32, depth=2, heads=2, block=block))
     assert [layer.shape[1] for layer in states(model, READ, SAMPLES).layers] == [32, 40, 48]
     found = lens(model, READ, SAMPLES[0])

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.conformance import head_checks
+from multimodal.check import head_checks, verify
 from multimodal.data import Batches
 from multimodal.heads import Readout
-from multimodal.masked import Masked
+from multimodal.heads.masked import Masked
 from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokenizer, Tokens
-from multimodal.verify import verify
 from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, TextBytes
 
 IMAGE, TEXT, SOUND, MIXED = "image -> image", "story -> story", "sound -> sound", "image sound text -> sound"
@@ -28,13 +27,17 @@ TASKS = [
 PICTURES = ImagePatches(patch=4, channels=1)
 
 
+def hiding() -> mm.packer.Packer:
+    return mm.packer.Packer({"text": TextBytes()}, [mm.Task("text -> text", Masked(0.5))])
+
+
 def sounds(*seconds: float) -> list[Any]:
     """Tones that go up."""
     times = [np.arange(int(8000 * s)) / 8000 for s in seconds]
     return [(np.float32(0.3 * np.sin(2 * np.pi * (300 + 900 * t) * t)), 8000) for t in times]
 
 
-def target(stream: mm.Stream, task: str) -> torch.Tensor:
+def target(stream: mm.stream.Stream, task: str) -> torch.Tensor:
     found = stream.readings[task].target
     assert found is not None
     return found
@@ -179,7 +182,7 @@ def test_short_values_are_hidden_in_part_too():
 
 
 def test_what_is_hidden_is_drawn_anew_in_training_and_fixed_otherwise(model: mm.Model):
-    def places(stream: mm.Stream) -> list[list[float]]:
+    def places(stream: mm.stream.Stream) -> list[list[float]]:
         return stream.position_TA[stream.readings[IMAGE].row_N[: stream.readings[IMAGE].lengths[0]]].tolist()
 
     alone = places(model.pack(IMAGE, [values()]))
@@ -289,22 +292,22 @@ class One(Tokenizer):
         (lambda: Masked(0.5).vocab(Labels(("a",), several=True)), ConfigError, "Labels is classes"),
         (lambda: Masked(0.5, normalise="token").vocab(One()), ConfigError, "the single feature of One"),
         (
-            lambda: mm.Packer({"text": TextBytes()}, [mm.Task("seen:text -> text", Masked(0.5))]),
+            lambda: mm.packer.Packer({"text": TextBytes()}, [mm.Task("seen:text -> text", Masked(0.5))]),
             TaskError,
             "does not read 'text'.*'text -> text'",
         ),
         (
-            lambda: mm.Packer({"text": TextBytes()}, [mm.Task("-> text", Masked(0.5))]),
+            lambda: mm.packer.Packer({"text": TextBytes()}, [mm.Task("-> text", Masked(0.5))]),
             TaskError,
             "does not read 'text'",
         ),
         (
-            lambda: mm.Packer({"text": TextBytes()}, [mm.Task("text -> text", Masked(0.5))])([("text -> text", {"text": "a"})]),
+            lambda: hiding()([("text -> text", {"text": "a"})]),
             StreamError,
             "sample 0 of task 'text -> text', field 'text': Masked: a value of one token",
         ),
         (
-            lambda: mm.Packer({"text": TextBytes()}, [mm.Task("text -> text", Masked(0.5))])([("text -> text", {"text": None})]),
+            lambda: hiding()([("text -> text", {"text": None})]),
             StreamError,
             "sample 0 of task 'text -> text', field 'text' is None, but it is what Masked hides",
         ),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from multimodal.attention.reads import Gumbel
 from multimodal.attention.scores import ScaledDotProduct
-from multimodal.mixture import (
+from multimodal.shapes import ConfigError, ShapeError
+from multimodal.zoo.mixture import (
     EM,
     Adam,
     BernoulliMixture,
@@ -34,7 +35,6 @@ from multimodal.mixture import (
     reinforce_elbo,
     score_function_elbo,
 )
-from multimodal.shapes import ConfigError, ShapeError
 
 BITS, COMPONENTS, ANSWERS = 9, 5, 3
 

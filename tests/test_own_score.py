@@ -67,7 +67,7 @@ class Top(Read):
 class Doubled(Layer):
     """One linear map, twice."""
 
-    merge: Merge = field(default_factory=mm.Add)
+    merge: Merge = field(default_factory=mm.layers.Add)
 
     def build(self, core, width):
         return _Doubled(width)
@@ -86,13 +86,20 @@ L: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2}
 CORES = {
     "does not factor": mm.Core(**L, score=Laplace(2.0)),
     "factors": mm.Core(**L, score=Precision()),
-    "with a prior": mm.Core(**L, score=Laplace(2.0), prior=Recent() + mm.Window(4)),
+    "with a prior": mm.Core(**L, score=Laplace(2.0), prior=Recent() + mm.masks.Window(4)),
     "with a read": mm.Core(**L, score=Precision(), read=Top(3)),
-    "in a layer of one's own": mm.Core(**L, block=(Doubled(), mm.SelfAttention(score=Precision()), Doubled(Replace()))),
+    "in a layer of one's own": mm.Core(
+        **L, block=(Doubled(), mm.layers.SelfAttention(score=Precision()), Doubled(Replace()))
+    ),
     "across": mm.EncoderDecoder(
         reader=mm.Core(**L, score=Precision()),
         writer=mm.Core(
-            **L, block=(mm.SelfAttention(), mm.CrossAttention(score=Laplace(), prior=Recent(2.0), read=Top()), mm.MLP())
+            **L,
+            block=(
+                mm.layers.SelfAttention(),
+                mm.layers.CrossAttention(score=Laplace(), prior=Recent(2.0), read=Top()),
+                mm.layers.MLP(),
+            ),
         ),
     ),
 }
@@ -189,7 +196,7 @@ def test_they_are_what_they_say():
 
 
 @dataclass(frozen=True)
-class Sideways(mm.Score):
+class Sideways(mm.attention.Score):
     """A beginner's slip: the axes of queries and heads are mixed up."""
 
     def log_likelihood(self, q_BTHK, k_BMHK, weights):
@@ -197,18 +204,18 @@ class Sideways(mm.Score):
 
 
 @dataclass(frozen=True)
-class Narrow(mm.Read):
+class Narrow(mm.attention.Read):
     def weigh(self, log_joint_BHTM, training):
         return log_joint_BHTM.softmax(-1)[..., 0]
 
 
 @dataclass
-class Thawed(mm.Factored):
+class Thawed(mm.attention.Factored):
     def features(self, q_BTHK, k_BMGK, weights):
         return q_BTHK, k_BMGK, 1.0
 
 
-class Undeclared(mm.Factored):
+class Undeclared(mm.attention.Factored):
     def features(self, q_BTHK, k_BMGK, weights):
         return q_BTHK, k_BMGK, 1.0
 
@@ -216,13 +223,13 @@ class Undeclared(mm.Factored):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score": mm.Cosine}, r"Core: score=Cosine is no Score; call it; give one such as Cosine\(\)"),
+        ({"score": mm.attention.Cosine}, r"Core: score=Cosine is no Score; call it; give one such as Cosine\(\)"),
         ({"score": "cosine"}, r"Core: score='cosine' is no Score; give one such as Cosine\(\)"),
-        ({"score": mm.ALiBi()}, r"Core: score=ALiBi\(\) is no Score"),
-        ({"prior": mm.Cosine()}, r"Core: prior=Cosine\(.*\) is no Prior; give one such as ALiBi\(\)"),
-        ({"read": mm.Soft}, r"Core: read=Soft is no Read; call it"),
-        ({"mask": mm.ALiBi()}, r"Core: mask=ALiBi\(\) is no Rule; give one such as Window\(64\)"),
-        ({"block": (mm.MLP,)}, r"Core: block=MLP is no Layer; call it"),
+        ({"score": mm.attention.ALiBi()}, r"Core: score=ALiBi\(\) is no Score"),
+        ({"prior": mm.attention.Cosine()}, r"Core: prior=Cosine\(.*\) is no Prior; give one such as ALiBi\(\)"),
+        ({"read": mm.attention.Soft}, r"Core: read=Soft is no Read; call it"),
+        ({"mask": mm.attention.ALiBi()}, r"Core: mask=ALiBi\(\) is no Rule; give one such as Window\(64\)"),
+        ({"block": (mm.layers.MLP,)}, r"Core: block=MLP is no Layer; call it"),
         ({"score": Thawed()}, r"Core: score: Thawed is no frozen dataclass.* write @dataclass\(frozen=True\) above it"),
         ({"score": Undeclared()}, r"Core: score: Undeclared is no frozen dataclass"),
     ],
@@ -234,11 +241,11 @@ def test_what_is_no_such_part_is_refused_when_it_is_declared(settings, message):
 
 def test_layers_refuse_them_too():
     with pytest.raises(mm.ConfigError, match="SelfAttention: score=Cosine is no Score; call it"):
-        mm.SelfAttention(score=mm.Cosine)  # type: ignore[arg-type]
+        mm.layers.SelfAttention(score=mm.attention.Cosine)  # type: ignore[arg-type]
     with pytest.raises(mm.ConfigError, match="CrossAttention: merge=Add is no Merge; call it"):
-        mm.CrossAttention(merge=mm.Add)  # type: ignore[arg-type]
+        mm.layers.CrossAttention(merge=mm.layers.Add)  # type: ignore[arg-type]
     with pytest.raises(mm.ConfigError, match="SelfAttention: heads=0 must be a whole number of at least 1"):
-        mm.SelfAttention(heads=0)
+        mm.layers.SelfAttention(heads=0)
 
 
 @pytest.mark.parametrize(

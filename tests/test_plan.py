@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.plan import GPUS, StreamFacts, Work, count_stream, find_gpu, given_stream, outlined, plan, rank_memory
-from multimodal.plan.parts import embed_cost, kept_bytes, layer_kept, parameters, transformer
-from multimodal.plan.planning import ROOM
-from multimodal.plan.speed import FLOAT, bus_bandwidth, sent_bytes, step_time, utilisation
-from multimodal.plan.streams import seen_pairs
+from multimodal.count import GPUS, StreamFacts, Work, count_stream, find_gpu, given_stream, outlined, plan, rank_memory
+from multimodal.count.parts import embed_cost, kept_bytes, layer_kept, parameters, transformer
+from multimodal.count.planning import ROOM
+from multimodal.count.speed import FLOAT, bus_bandwidth, sent_bytes, step_time, utilisation
+from multimodal.count.streams import seen_pairs
 from multimodal.shapes import ConfigError
 from multimodal.train.optimizer import make_optimizer
 
@@ -103,7 +103,7 @@ def test_context_is_how_many_tokens_the_mask_lets_see(rows):
 
 
 def test_pairs_of_a_window_are_those_of_its_dense_mask():
-    core = mm.Core(width=16, depth=1, heads=2, mask=mm.Window(3) & mm.Causal())
+    core = mm.Core(width=16, depth=1, heads=2, mask=mm.masks.Window(3) & mm.masks.Causal())
     model = mm.Model({"id": bench.Ids(9)}, core, [mm.Task("-> id", mm.NextToken())])
     stream = model.pack("-> id", [{"id": torch.zeros(n, dtype=torch.long)} for n in (4, 9, 9)])
     places = stream.layout.places
@@ -164,9 +164,9 @@ def test_counts_without_memory_are_those_with_it():
 
 
 BLOCKS = [
-    (mm.SelfAttention(), mm.PersistentMemory(slots=8), mm.MLP()),
-    (mm.Recurrent(), mm.MLP()),
-    (mm.SelfAttention(score=mm.Additive()), mm.MLP()),
+    (mm.layers.SelfAttention(), mm.layers.PersistentMemory(slots=8), mm.layers.MLP()),
+    (mm.layers.Recurrent(), mm.layers.MLP()),
+    (mm.layers.SelfAttention(score=mm.attention.Additive()), mm.layers.MLP()),
 ]
 
 
@@ -190,7 +190,7 @@ def test_other_layers_are_measured(block):
 
 
 def test_what_is_too_large_to_be_measured_is_said():
-    core = mm.Core(width=8192, depth=1, heads=64, block=(mm.SelfAttention(), mm.Recurrent()))
+    core = mm.Core(width=8192, depth=1, heads=64, block=(mm.layers.SelfAttention(), mm.layers.Recurrent()))
     with outlined():
         model = mm.Model({"id": bench.Ids(50)}, core, [mm.Task("-> id", mm.NextToken())])
     found = plan(model, mm.Recipe(), length=100)

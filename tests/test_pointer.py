@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 import multimodal as mm
 from multimodal.attention import Additive, General, LocationBased, ScaledDotProduct
-from multimodal.conformance import head_checks
+from multimodal.check import head_checks
 from multimodal.heads import Memory
+from multimodal.heads.pointer import Pointer, PointerReadout
 from multimodal.layers import CrossAttention, Recurrent
-from multimodal.pointer import Pointer, PointerReadout
 from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 from multimodal_tokenizers import Labels, TextBytes
@@ -158,7 +158,7 @@ def test_loss_from_states_is_cross_entropy_of_the_logits(repeats: bool, monkeypa
     )
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     grads = torch.autograd.grad(loss, list(readout.parameters())[1:])
-    monkeypatch.setattr("multimodal.pointer.BLOCK", 1)  # row by row
+    monkeypatch.setattr("multimodal.heads.pointer.BLOCK", 1)  # row by row
     blocked = head.state_loss(readout, state, rows, target, rows, memory)
     torch.testing.assert_close(blocked, loss)
     for a, b in zip(grads, torch.autograd.grad(blocked, list(readout.parameters())[1:]), strict=True):
@@ -282,13 +282,13 @@ def test_samples_drawn_never_repeat_unless_they_may(core: str) -> None:
 
 
 @dataclass(frozen=True)
-class Widths(mm.Sampler):
+class Widths(mm.generate.Sampler):
     """Greedy; every answer has as many choices as it has read, and the stop."""
 
     def __call__(self, logits_BV, written):
         assert not logits_BV[:, -1].isneginf().any()
         assert {w.stop for w in written} == {logits_BV.shape[1] - 1}
-        return mm.Greedy()(logits_BV, written)
+        return mm.generate.Greedy()(logits_BV, written)
 
 
 def test_samplers_see_the_choices_of_one_answer_as_if_it_were_alone() -> None:
@@ -299,7 +299,7 @@ def test_samplers_see_the_choices_of_one_answer_as_if_it_were_alone() -> None:
 
 def test_beams_find_what_is_likelier_than_greedy() -> None:
     model = made("recurrent")
-    rule = mm.AtLeast(2)  # else the likeliest is to write nothing
+    rule = mm.generate.AtLeast(2)  # else the likeliest is to write nothing
     greedy = model.generate(TASK, SAMPLES, max_tokens=12, sampler=rule)
     wide = model.generate(TASK, SAMPLES, max_tokens=12, sampler=rule, beams=40, length_penalty=0.0, batch=200)
     better = 0
@@ -334,12 +334,12 @@ def test_text_is_copied_word_by_word_and_twins_in_their_order() -> None:
     assert head.pointed(TextBytes()("abba"), TextBytes()("baab")).tolist() == [1, 0, 3, 2]
     assert Pointer(repeats=True).pointed(TextBytes()("abba"), TextBytes()("baab")).tolist() == [1, 0, 0, 1]
     for text in ("pointer", "noon"):
-        answer = model.generate("text -> copy:text", text=text, sampler=mm.AtLeast(3))
+        answer = model.generate("text -> copy:text", text=text, sampler=mm.generate.AtLeast(3))
         assert answer.tokens is not None
         assert answer.value == TextBytes().decode(answer.tokens)
         assert len(answer.value) >= 3
         assert all(answer.value.count(c) <= text.count(c) for c in answer.value)
-        pieces = list(model.stream("text -> copy:text", text=text, sampler=mm.AtLeast(3)))
+        pieces = list(model.stream("text -> copy:text", text=text, sampler=mm.generate.AtLeast(3)))
         assert "".join(piece.text for piece in pieces) == answer.value
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.declare import declaration, rebuild
-from multimodal.generate.answer import Answer, Options
-from multimodal.generate.choosing import drawn
+from multimodal.generate.next_token import drawn
+from multimodal.generate.request import Answer, Options
 from multimodal.generate.samplers import Then, Written
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokens
@@ -56,7 +56,7 @@ def so_far(ids: Sequence[int], tokenizer: mm.Tokenizer | None = None, stop: int 
     return Written(list(ids), tokenizer, stop)
 
 
-def support(sampler: mm.Sampler, logits_BV: Tensor, written: Written | None = None) -> set[int]:
+def support(sampler: mm.generate.Sampler, logits_BV: Tensor, written: Written | None = None) -> set[int]:
     """What is left of the one row; whatever is left must keep its logit where the rule only rules out."""
     (out_V,) = sampler(logits_BV, [written or so_far([])])
     return {i for i, x in enumerate(out_V.tolist()) if x != NEVER}
@@ -66,7 +66,7 @@ def support(sampler: mm.Sampler, logits_BV: Tensor, written: Written | None = No
 def test_greedy_keeps_the_first_likeliest_alone(seed):
     logits_BV = torch.randn(6, 7, generator=torch.Generator().manual_seed(seed))
     logits_BV[0, 2] = logits_BV[0, 5] = 9.0
-    out_BV = mm.Greedy()(logits_BV, [])
+    out_BV = mm.generate.Greedy()(logits_BV, [])
     for before, after in zip(logits_BV.tolist(), out_BV.tolist(), strict=True):
         best = before.index(max(before))
         assert after == [x if i == best else NEVER for i, x in enumerate(before)]
@@ -88,7 +88,7 @@ def test_entropy_grows_with_the_temperature():
         p = mm.Temperature(temperature)(logits_BV, []).softmax(-1)
         entropies.append(torch.special.entr(p).sum(-1))
     assert (torch.stack(entropies).diff(dim=0) > 0).all()
-    assert torch.equal(mm.Temperature(0.0)(logits_BV, []), mm.Greedy()(logits_BV, []))
+    assert torch.equal(mm.Temperature(0.0)(logits_BV, []), mm.generate.Greedy()(logits_BV, []))
 
 
 def test_top_k_keeps_the_k_likeliest_and_of_equals_the_first():
@@ -145,25 +145,30 @@ def test_top_p_applies_its_temperature_first_and_min_p_afterwards():
     assert support(mm.TopP(0.79, temperature=3.0), logits) == {0, 1, 2}  # flat: two no longer hold 0.79
     assert support(mm.TopP(0.79), logits) == {0, 1}
     torch.testing.assert_close(
-        mm.MinP(0.4, temperature=3.0)(logits, []), (mm.MinP(0.4) | mm.Temperature(3.0))(logits, [])
+        mm.generate.MinP(0.4, temperature=3.0)(logits, []), (mm.generate.MinP(0.4) | mm.Temperature(3.0))(logits, [])
     )
-    assert support(mm.MinP(0.4, temperature=3.0), logits) == {0, 1}
-    assert support(mm.Temperature(3.0) | mm.MinP(0.4), logits) == {0, 1, 2, 3}  # the other order is another rule
+    assert support(mm.generate.MinP(0.4, temperature=3.0), logits) == {0, 1}
+    assert support(mm.Temperature(3.0) | mm.generate.MinP(0.4), logits) == {
+        0,
+        1,
+        2,
+        3,
+    }  # the other order is another rule
 
 
 @pytest.mark.parametrize(
     ("p", "kept"), [(0.0, {0, 1, 2, 3}), (0.09, {0, 1, 2, 3}), (0.11, {0, 1, 2}), (0.59, {0, 1}), (1.0, {0})]
 )
 def test_min_p_keeps_what_is_at_least_p_times_the_likeliest(p, kept):
-    assert support(mm.MinP(p), probable(0.5, 0.3, 0.15, 0.05)) == kept
-    assert support(mm.MinP(p), probable(0.5, 0.3, 0.15, 0.05) + 7.0) == kept  # wherever the zero lies
+    assert support(mm.generate.MinP(p), probable(0.5, 0.3, 0.15, 0.05)) == kept
+    assert support(mm.generate.MinP(p), probable(0.5, 0.3, 0.15, 0.05) + 7.0) == kept  # wherever the zero lies
 
 
 @pytest.mark.parametrize("last", [0, 2, 4, 64])
 def test_repetition_takes_nats_off_what_was_written(last):
     ids = [0, 0, 2, 1, 2]
     logits = torch.randn(2, 4)
-    out = mm.Repetition(1.5, each=0.25, last=last)(logits, [so_far(ids), so_far([])])
+    out = mm.generate.Repetition(1.5, each=0.25, last=last)(logits, [so_far(ids), so_far([])])
     window = ids[len(ids) - min(last or len(ids), len(ids)) :]
     for token in range(4):
         times = window.count(token)
@@ -187,10 +192,12 @@ def test_no_run_is_written_twice_and_nothing_else_is_ruled_out(size):
 def test_at_least_keeps_the_stop_away():
     for count in range(5):
         expected = {0, 1, 2} if count < 3 else {0, 1, 2, 3}
-        assert support(mm.AtLeast(3), torch.zeros(1, 4), so_far([0] * count)) == expected
+        assert support(mm.generate.AtLeast(3), torch.zeros(1, 4), so_far([0] * count)) == expected
 
 
-def reachable(sampler: mm.Sampler, tokenizer: mm.Tokenizer, longest: int) -> tuple[set[str], set[tuple[int, ...]]]:
+def reachable(
+    sampler: mm.generate.Sampler, tokenizer: mm.Tokenizer, longest: int
+) -> tuple[set[str], set[tuple[int, ...]]]:
     """All answers of up to so many tokens that a rule allows, by following every choice; and beginnings that lead nowhere."""
     assert tokenizer.vocab_size is not None
     whole, stuck = set(), set()
@@ -214,7 +221,7 @@ def reachable(sampler: mm.Sampler, tokenizer: mm.Tokenizer, longest: int) -> tup
 
 @pytest.mark.parametrize("tokenizer", [TextBytes(), BPE], ids=["bytes", "bpe"])
 def test_one_of_allows_its_values_and_nothing_else(tokenizer):
-    texts, stuck = reachable(mm.OneOf(WORDS), tokenizer, 20)
+    texts, stuck = reachable(mm.generate.OneOf(WORDS), tokenizer, 20)
     assert texts == set(WORDS)  # "yes" is a beginning of "yesterday", and "no" of "nobody"
     assert not stuck
 
@@ -223,7 +230,7 @@ def test_one_of_allows_its_values_and_nothing_else(tokenizer):
 def test_only_allows_every_row_of_words_and_nothing_else(tokenizer):
     words = ("no", "nobody", "yes") if tokenizer is BPE else ("no", "nob", "yes")
     longest = 7
-    texts, stuck = reachable(mm.Only(words), tokenizer, longest)
+    texts, stuck = reachable(mm.generate.Only(words), tokenizer, longest)
     expected = {
         text
         for count in range(1, longest + 1)
@@ -244,9 +251,9 @@ def test_the_pieces_of_the_bpe_cases_are_what_they_are_meant_to_be():
 
 
 def test_a_value_that_was_left_has_no_way_on():
-    assert support(mm.OneOf(("ab",)), torch.zeros(1, 4), so_far([1])) == set()
-    assert support(mm.OneOf(("ab",)), torch.zeros(1, 4), so_far([0, 1])) == {3}
-    assert support(mm.Only(("xy",)), torch.zeros(1, 257), so_far(b"xz", TextBytes(), 256)) == set()
+    assert support(mm.generate.OneOf(("ab",)), torch.zeros(1, 4), so_far([1])) == set()
+    assert support(mm.generate.OneOf(("ab",)), torch.zeros(1, 4), so_far([0, 1])) == {3}
+    assert support(mm.generate.Only(("xy",)), torch.zeros(1, 257), so_far(b"xz", TextBytes(), 256)) == set()
 
 
 def test_rules_apply_from_left_to_right():
@@ -261,16 +268,16 @@ def test_rules_apply_from_left_to_right():
 
 
 EVERY = [
-    mm.Greedy(),
+    mm.generate.Greedy(),
     mm.Temperature(0.7),
     mm.TopK(2),
     mm.TopP(0.6, 0.9),
-    mm.MinP(0.2),
-    mm.Repetition(0.5, 0.1, 3),
+    mm.generate.MinP(0.2),
+    mm.generate.Repetition(0.5, 0.1, 3),
     mm.NoRepeat(2),
-    mm.AtLeast(2),
-    mm.OneOf(("ab", "c")),
-    mm.Only(("ab", "c")),
+    mm.generate.AtLeast(2),
+    mm.generate.OneOf(("ab", "c")),
+    mm.generate.Only(("ab", "c")),
 ]
 
 
@@ -304,15 +311,15 @@ def test_samplers_go_through_json_and_back(sampler):
         (lambda: mm.TopP(0.0), r"TopP: p=0\.0 must be above 0 and at most 1"),
         (lambda: mm.TopP(1.5), r"TopP: p=1\.5 must be above 0 and at most 1"),
         (lambda: mm.TopP(0.5, temperature=-1.0), r"temperature=-1\.0 must be 0 or more"),
-        (lambda: mm.MinP(-0.1), r"MinP: p=-0\.1 must be from 0 to 1"),
-        (lambda: mm.MinP(0.1, temperature=-1.0), r"temperature=-1\.0 must be 0 or more"),
-        (lambda: mm.Repetition(last=-1), r"Repetition: last=-1 must be 0 \(all\) or more"),
+        (lambda: mm.generate.MinP(-0.1), r"MinP: p=-0\.1 must be from 0 to 1"),
+        (lambda: mm.generate.MinP(0.1, temperature=-1.0), r"temperature=-1\.0 must be 0 or more"),
+        (lambda: mm.generate.Repetition(last=-1), r"Repetition: last=-1 must be 0 \(all\) or more"),
         (lambda: mm.NoRepeat(0), "NoRepeat: size=0 must be at least 1"),
-        (lambda: mm.OneOf("yes"), "OneOf: values='yes' must be one value or more, in a tuple"),
-        (lambda: mm.OneOf(()), r"OneOf: values=\(\) must be one value or more"),
-        (lambda: mm.Only(("a b",)), r"Only: words=\('a b',\) must be one word or more, without blanks"),
-        (lambda: mm.Only(("",)), r"Only: words=\('',\) must be one word or more"),
-        (lambda: mm.Only("yes"), "Only: words='yes' must be one word or more"),
+        (lambda: mm.generate.OneOf("yes"), "OneOf: values='yes' must be one value or more, in a tuple"),
+        (lambda: mm.generate.OneOf(()), r"OneOf: values=\(\) must be one value or more"),
+        (lambda: mm.generate.Only(("a b",)), r"Only: words=\('a b',\) must be one word or more, without blanks"),
+        (lambda: mm.generate.Only(("",)), r"Only: words=\('',\) must be one word or more"),
+        (lambda: mm.generate.Only("yes"), "Only: words='yes' must be one word or more"),
     ],
     ids=range(16),
 )
@@ -381,7 +388,10 @@ def test_what_was_ruled_out_is_never_drawn_and_the_confidence_is_the_models_own(
     model = chooser(BIAS)
     p = torch.tensor(BIAS).softmax(-1).tolist()
     answers = model.generate(
-        "text -> text", [{"text": "a"}] * 100, sampler=mm.AtLeast(2) | mm.TopK(2) | mm.Temperature(5.0), max_tokens=4
+        "text -> text",
+        [{"text": "a"}] * 100,
+        sampler=mm.generate.AtLeast(2) | mm.TopK(2) | mm.Temperature(5.0),
+        max_tokens=4,
     )
     assert {letter for a in answers for letter in a.value} == {"a", "b"}
     for a in answers:
@@ -410,9 +420,9 @@ def test_a_rule_that_leaves_nothing_names_the_sample_and_itself():
     with pytest.raises(StreamError, match=r"sample 0 of task 'text -> text': TopK\(k=1\) \| NoRepeat\(size=1\) leaves"):
         model.generate("text -> text", samples, sampler=mm.TopK(1) | mm.NoRepeat(1), max_tokens=5)
     with pytest.raises(StreamError, match="leaves no candidate after 3 tokens; give it a wider choice"):
-        model.generate("text -> text", samples, sampler=mm.NoRepeat(1) | mm.AtLeast(9), max_tokens=5)
+        model.generate("text -> text", samples, sampler=mm.NoRepeat(1) | mm.generate.AtLeast(9), max_tokens=5)
     with pytest.raises(StreamError, match=r"OneOf\(values=\('ab',\)\) leaves no candidate after 0 tokens"):
-        model.generate("text -> text", samples, sampler=mm.OneOf(("ab",)), begin="b")
+        model.generate("text -> text", samples, sampler=mm.generate.OneOf(("ab",)), begin="b")
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -421,15 +431,15 @@ def test_one_of_and_only_hold_through_generate(lively, beams):
     model = mm.Model({"text": TextBytes()}, mm.Core(width=32, depth=2, heads=2), ["text -> text"])
     model = lively(model)
     samples = [{"text": text} for text in ("a", "Mond", "wer?")]
-    found = model.generate("text -> text", samples, sampler=mm.OneOf(WORDS), beams=beams)
+    found = model.generate("text -> text", samples, sampler=mm.generate.OneOf(WORDS), beams=beams)
     assert {a.value for a in found} <= set(WORDS)
     assert all(a.complete for a in found)
     if beams > 1:
         assert all(len(a.others) == beams - 1 for a in found)
         assert all({o.value for o in a.others} <= set(WORDS) for a in found)
-    begun = model.generate("text -> text", samples, sampler=mm.OneOf(WORDS), beams=beams, begin="n")
+    begun = model.generate("text -> text", samples, sampler=mm.generate.OneOf(WORDS), beams=beams, begin="n")
     assert {a.value for a in begun} <= {"no", "nobody"}
-    for answer in model.generate("text -> text", samples, sampler=mm.Only(WORDS), beams=beams, max_tokens=30):
+    for answer in model.generate("text -> text", samples, sampler=mm.generate.Only(WORDS), beams=beams, max_tokens=30):
         *whole, last = answer.value.split(" ")
         assert set(whole) <= set(WORDS)
         assert any(w.encode().startswith(last.replace("\ufffd", "").encode()) for w in WORDS)
@@ -438,7 +448,7 @@ def test_one_of_and_only_hold_through_generate(lively, beams):
 
 
 @dataclass(frozen=True)
-class Halved(mm.Sampler):
+class Halved(mm.generate.Sampler):
     """Half of every logit; in place, as a stranger may write it."""
 
     in_place: bool

@@ -403,7 +403,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 samples = Shards(sys.argv[1], group=4)
-batches = Batches(mm.Packer({"reading": FirstByte()}, ["-> reading"]), {"-> reading": samples}, batch=1000)
+batches = Batches(mm.packer.Packer({"reading": FirstByte()}, ["-> reading"]), {"-> reading": samples}, batch=1000)
 next(iter(batches.loader(0, 1, 0)))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 held = int(status["VmData"].split()[0]) * 1024

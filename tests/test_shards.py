@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from multimodal.data.members import Media, encoded
+from multimodal.data.codecs import Media, encoded
 from multimodal.data.shards import Shards
 from multimodal.data.writing import index_archives, write_shards
 from multimodal.media import read_image, read_sound

@@ -247,7 +247,7 @@ def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
         least = 0.01 * PLAIN["lr"]
         return least + 0.5 * (PLAIN["lr"] - least) * (1 + math.cos(math.pi * step / 8))
 
-    module = importlib.import_module("multimodal.train.fit")
+    module = importlib.import_module("multimodal.train.loop")
     monkeypatch.setattr(module, "rate", lambda r, step: before(step) if step < 4 else rate(r, step))
     straight = make()  # without dropout, what came after is the same then and now
     mm.fit(straight, {TASK: DATA}, **{**PLAIN, "steps": 8})

@@ -17,10 +17,10 @@ CORES = {
     "grouped": PLAIN.replace(kv_heads=2),
     "no norm of queries and keys": PLAIN.replace(qk_norm=False),
     "not turned": PLAIN.replace(rotary_split=(0, 0, 0)),
-    "window": PLAIN.replace(mask=mm.Window(3) & mm.Causal()),
-    "cosine": PLAIN.replace(score=mm.Cosine()),
-    "general": PLAIN.replace(score=mm.General()),
-    "gaussian": PLAIN.replace(score=mm.Gaussian()),
+    "window": PLAIN.replace(mask=mm.masks.Window(3) & mm.masks.Causal()),
+    "cosine": PLAIN.replace(score=mm.attention.Cosine()),
+    "general": PLAIN.replace(score=mm.attention.General()),
+    "gaussian": PLAIN.replace(score=mm.attention.Gaussian()),
     "wide": PLAIN.replace(block=(SelfAttention(heads=2, key_width=10, value_width=6), MLP(hidden=20), MLP())),
 }
 
@@ -63,9 +63,9 @@ def test_a_step_is_what_the_core_computes(name, lengths):
     [
         PLAIN.replace(block=(SelfAttention(merge=Gated()), MLP())),
         PLAIN.replace(block=(Recurrent(), MLP())),
-        PLAIN.replace(prior=mm.ALiBi()),
-        PLAIN.replace(score=mm.Additive()),
-        PLAIN.replace(read=mm.Gumbel()),
+        PLAIN.replace(prior=mm.attention.ALiBi()),
+        PLAIN.replace(score=mm.attention.Additive()),
+        PLAIN.replace(read=mm.attention.Gumbel()),
         mm.Core(width=512, depth=8, heads=4),
     ],
     ids=["gated", "recurrent", "prior", "pairs", "read", "large"],

@@ -159,7 +159,7 @@ def test_any_mix_packed_is_any_mix_alone(batch, core, lively):
 
 def test_every_row_lands_in_its_place():
     """Each letter, pixel and label of the batch is numbered, and every row of the stream is looked up by hand."""
-    packer = mm.Packer(
+    packer = mm.packer.Packer(
         {
             "image": ImagePatches(patch=1, channels=1, mean=0, std=1, position="rotary"),
             "text": TextBytes(),
@@ -211,7 +211,7 @@ def test_every_row_lands_in_its_place():
 
 
 def test_without_answers_nothing_is_written(tokenizers, values):
-    packer = mm.Packer(tokenizers, ["image text -> story", "text -> label"])
+    packer = mm.packer.Packer(tokenizers, ["image text -> story", "text -> label"])
     sample = values(3)
     stream = packer([("image text -> story", sample), ("text -> label", sample)], answers=False)
     assert "story" not in stream.content
@@ -222,7 +222,7 @@ def test_without_answers_nothing_is_written(tokenizers, values):
 
 
 def test_places_run_on_from_field_to_field(tokenizers, values):
-    packer = mm.Packer(tokenizers, ["sound text image story -> text"])
+    packer = mm.packer.Packer(tokenizers, ["sound text image story -> text"])
     sample = {**values(5), "answer": "xyz"}
     stream = packer([("sound text image story -> text", sample)])
     expected, offset = [], 0.0
@@ -256,7 +256,7 @@ def test_what_follows_a_sound_starts_one_step_after_it_for_every_length(stack, h
         def encode(self, value: int) -> Tokens:
             return Tokens(torch.zeros(value, 1), at_times(torch.arange(value) * self.step[0]))
 
-    packer = mm.Packer({"sound": Given(), "label": Labels(("a", "b"))}, ["sound -> label"])
+    packer = mm.packer.Packer({"sound": Given(), "label": Labels(("a", "b"))}, ["sound -> label"])
     lengths = range(1, 200)
     stream = packer([("sound -> label", {"sound": n, "label": "a"}) for n in lengths])
     queries = stream.position_TA[stream.readings["sound -> label"].row_N, 0]
@@ -337,14 +337,16 @@ GOOD = {
     ids=["long target", "all None, CTC", "no image", "no label", "no task", "not text", "no text", "no class", "no answer"],
 )  # fmt: skip
 def test_a_bad_sample_is_named(error, task, change, message):
-    packer = mm.Packer(SMALL, [*TASKS, "image text -> label", "text -> text", mm.Task("text -> ctc:story", mm.CTC())])
+    packer = mm.packer.Packer(
+        SMALL, [*TASKS, "image text -> label", "text -> text", mm.Task("text -> ctc:story", mm.CTC())]
+    )
     sample = {k: v for k, v in {**GOOD, **change}.items() if not isinstance(v, str) or v != "-"}
     with pytest.raises(error, match=re.escape(message.replace("{sample}", f"sample 1 of task {task!r}"))):
         packer([("text -> label", GOOD), (task, sample)])
 
 
 def test_a_sample_whose_read_fields_are_all_none_is_refused():
-    packer = mm.Packer(SMALL, ["image text -> label", "text -> story"])
+    packer = mm.packer.Packer(SMALL, ["image text -> label", "text -> story"])
     nothing = {**GOOD, "image": None, "text": None}
     with pytest.raises(
         StreamError,
@@ -359,7 +361,7 @@ def test_a_sample_whose_read_fields_are_all_none_is_refused():
 
 def test_an_empty_batch_is_refused():
     with pytest.raises(StreamError, match="Packer: the batch is empty"):
-        mm.Packer(SMALL, ["text -> label"])([])
+        mm.packer.Packer(SMALL, ["text -> label"])([])
 
 
 @pytest.mark.parametrize(
@@ -386,4 +388,4 @@ def test_an_empty_batch_is_refused():
 )
 def test_a_bad_declaration_is_named(error, tokenizers, tasks, message):
     with pytest.raises(error, match=message):
-        mm.Packer(tokenizers, tasks)
+        mm.packer.Packer(tokenizers, tasks)

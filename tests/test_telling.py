@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.generate.telling import Telling
+from multimodal.generate.detokenizer import Telling
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokens
 from multimodal_tokenizers import TextBPE, TextBytes

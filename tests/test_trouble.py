@@ -14,15 +14,15 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.cli import main
-from multimodal.contrast import Contrast
-from multimodal.flow import FlowMatching
-from multimodal.masked import Masked
-from multimodal.pointer import Pointer
-from multimodal.rows import EachRow
+from multimodal.heads.contrast import Contrast
+from multimodal.heads.each_row import EachRow
+from multimodal.heads.flow import FlowMatching
+from multimodal.heads.masked import Masked
+from multimodal.heads.pointer import Pointer
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
-from multimodal.train.trouble import (
+from multimodal.train.spikes import (
     SpikeWatch,
     Trouble,
     keep_trouble,

@@ -10,8 +10,8 @@ from torch import nn
 
 import multimodal as mm
 from multimodal.attention import Cache, DensePlan, plan
+from multimodal.check import CHECKS, plausible_values, verify
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
-from multimodal.verify import CHECKS, plausible_values, verify
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBPE, TextBytes
 
 TASKS = ["image -> label", "image -> text"]
@@ -158,18 +158,18 @@ def test_a_leak_in_training_mode_alone_shows_in_the_gradient_alone(make) -> None
 
 
 def test_attention_across_samples_fails(make) -> None:
-    leak = mm.Causal() | mm.Prefix()
+    leak = mm.masks.Causal() | mm.masks.Prefix()
     result = verify(make(), backend=lambda rule, layout: DensePlan(leak, layout))
     assert {"packed", "mixed", "dense", "gradient"} <= broken(result)
     assert {row.subject for row in result.failures} == set(TASKS)
 
 
-NO_LAW = mm.SameSample() | ~mm.SameSample()
+NO_LAW = mm.masks.SameSample() | ~mm.masks.SameSample()
 
 
 def test_a_mask_without_same_sample_fails_against_the_oracle(make, core, monkeypatch) -> None:
     monkeypatch.setattr(plan, "LAW", NO_LAW)
-    assert "dense" in broken(verify(make(core=core.replace(mask=mm.Causal() | mm.Prefix()))))
+    assert "dense" in broken(verify(make(core=core.replace(mask=mm.masks.Causal() | mm.masks.Prefix()))))
 
 
 def test_a_cache_that_forgets_fails(make, monkeypatch) -> None:
@@ -184,7 +184,7 @@ def test_a_cache_that_forgets_fails(make, monkeypatch) -> None:
 
 def test_written_tokens_that_see_the_future_fail(make, core, monkeypatch) -> None:
     monkeypatch.setattr(plan, "LAW", NO_LAW)
-    assert "cached" in broken(verify(make(core=core.replace(mask=mm.SameSample()))))
+    assert "cached" in broken(verify(make(core=core.replace(mask=mm.masks.SameSample()))))
 
 
 def test_not_a_number_fails(make) -> None:

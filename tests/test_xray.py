@@ -23,19 +23,19 @@ from multimodal.attention import (
 )
 from multimodal.attention.mechanism import Mechanism
 from multimodal.heads import Prediction
+from multimodal.heads.pointer import Pointer
 from multimodal.layers import MLP, CrossAttention, PersistentMemory, Recurrent, SelfAttention
 from multimodal.look import Evidence, looked_at, usage, xray
 from multimodal.look.answers import answer_line
+from multimodal.look.attention_xray import token_labels
 from multimodal.look.drawing import READOUTS, left_out, panels
-from multimodal.look.facts import edit_fact, second_moment
 from multimodal.look.layers import states
 from multimodal.look.lens import lens
 from multimodal.look.page import page
 from multimodal.look.posterior import counted, percent
-from multimodal.look.xray import token_labels
 from multimodal.masks import Pairs
-from multimodal.pointer import Pointer
 from multimodal.tokenizer import Tokens, at_times
+from multimodal.zoo.fact_editing import edit_fact, second_moment
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
 CLASSIFY, WRITE = "image text -> label", "text -> answer:text"
@@ -62,7 +62,7 @@ WRITER = with_block(SelfAttention(), CrossAttention(), MLP())
 CASES = {
     "plain": (SMALL, CLASSIFY),
     "two layers, grouped": (mm.Core(width=16, depth=2, heads=4, kv_heads=2), CLASSIFY),
-    "gaussian, sum of priors": (SMALL.replace(score=Gaussian(2.0), prior=ALiBi() + mm.Window(4)), CLASSIFY),
+    "gaussian, sum of priors": (SMALL.replace(score=Gaussian(2.0), prior=ALiBi() + mm.masks.Window(4)), CLASSIFY),
     "additive": (SMALL.replace(score=Additive(8), prior=RelativeBias(3)), CLASSIFY),
     "window renormalised": (SMALL.replace(prior=PredictedWindow(1.5)), CLASSIFY),
     "window as a factor": (SMALL.replace(prior=PredictedWindow(1.5, renormalise=False)), CLASSIFY),
@@ -241,7 +241,7 @@ def test_a_query_that_sees_one_key_has_no_leave_one_out():
 
 
 def test_a_query_that_sees_nothing_has_zeros():
-    core = SMALL.replace(prior=~mm.Window(100))
+    core = SMALL.replace(prior=~mm.masks.Window(100))
     layer = xray(model_of(core), CLASSIFY, SAMPLE).layers[0]
     assert float(layer.effective_HT.max()) == float(layer.mass_HT.max()) == float(layer.answer_HTK.abs().max()) == 0
     assert bool((layer.evidence_HT == -math.inf).all())

@@ -113,7 +113,7 @@ def _loss_on_noise(vocab: int, steps: int, seed: int, backend: Backend) -> float
 
 
 @dataclass(frozen=True)
-class Seen(mm.Sampler):
+class Seen(mm.generate.Sampler):
     """Changes nothing, and keeps every step's logits."""
 
     kept: list[Tensor] = dataclasses.field(default_factory=list, compare=False)
@@ -158,7 +158,7 @@ def _with_cache(model: mm.Model, count: int) -> tuple[tuple[int, ...], Tensor, f
     times, written, seen = [], (), Seen()
     for _ in range(3):
         seen, start = Seen(), time.process_time()
-        written = model.generate(WRITE, [{}], max_tokens=count, sampler=seen | mm.AtLeast(count + 1))[0].value
+        written = model.generate(WRITE, [{}], max_tokens=count, sampler=seen | mm.generate.AtLeast(count + 1))[0].value
         times.append(time.process_time() - start)
     return written, torch.cat(seen.kept), median(times)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.look.layers import states
 from multimodal.look.probes import direction, probe
-from multimodal.look.sparse import SparseAutoencoder, recovered
 from multimodal.look.steering import random_like, steer
+from multimodal.zoo.sparse_autoencoder import SparseAutoencoder, recovered
 from multimodal_tokenizers import TextBPE
 
 DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))

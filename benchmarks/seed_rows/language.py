@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal.attention import Attention, Layout, Span
+from multimodal.look.embeddings import analogy, angles, near_orthogonal, neighbours, welch_bound
 from multimodal.look.layers import states
+from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, roles, value_map, value_maps
 from multimodal.look.probes import probe
-from multimodal.look.roles import EMBEDDING, HEADS, MLPS, roles, value_map, value_maps
-from multimodal.look.words import analogy, angles, near_orthogonal, neighbours, welch_bound
 from multimodal.masks import Places
 from multimodal_tokenizers import TextBPE
 
@@ -225,7 +225,7 @@ PLACES, SYMBOLS, WIDTH = 12, 16, 32
 class TwoLookUps(nn.Module):
     """Twelve symbols and two pointers in; one attention layer of `heads` heads; a linear read-out of both symbols, in order."""
 
-    def __init__(self, heads: int, block: tuple[mm.Layer, ...]) -> None:
+    def __init__(self, heads: int, block: tuple[mm.layers.Layer, ...]) -> None:
         super().__init__()
         self.core = mm.Core(
             width=WIDTH, depth=1, heads=heads, block=block, rotary_split=(0, 0, 0), qk_norm=False
@@ -254,8 +254,13 @@ def _full(samples: int, size: int) -> Layout:
 
 def measure_multi_head(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """Both symbols right, by number of heads; all with the same parameters but the control, one head with an MLP behind it."""
-    only = (mm.SelfAttention(),)
-    variants = {"1 head": (1, only), "2 heads": (2, only), "4 heads": (4, only), "1 head, MLP": (1, (*only, mm.MLP()))}
+    only = (mm.layers.SelfAttention(),)
+    variants = {
+        "1 head": (1, only),
+        "2 heads": (2, only),
+        "4 heads": (4, only),
+        "1 head, MLP": (1, (*only, mm.layers.MLP())),
+    }
     found: Numbers = {}
     for name, (heads, block) in variants.items():
         torch.manual_seed(seed)
@@ -300,10 +305,10 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
         "GPT-3 norms, not counted above": float(table.total - table.attention - table.counts[MLPS] - words),
     }
     torch.manual_seed(seed)
-    core = mm.Core(width=64, depth=1, heads=4, block=(mm.SelfAttention(),)).build().double()
+    core = mm.Core(width=64, depth=1, heads=4, block=(mm.layers.SelfAttention(),)).build().double()
     attention = next(module for module in core.modules() if isinstance(module, Attention))
     stream_TD = torch.randn(20, 64, dtype=torch.float64)
-    trace = mm.Trace()
+    trace = mm.attention.Trace()
     with torch.no_grad():
         core(stream_TD, torch.zeros(20, 3, dtype=torch.float64), _full(1, 20), trace=trace)
         normed_TD = next(core.sublayers()).norm(stream_TD)

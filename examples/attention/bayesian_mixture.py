@@ -21,7 +21,17 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import BayesianGaussianMixture
 from torch import Tensor
 
-from multimodal.mixture import EM, BernoulliMixture, Beta, Fit, GaussianMixture, GaussWishart, MeanField, Mixture, fit
+from multimodal.zoo.mixture import (
+    EM,
+    BernoulliMixture,
+    Beta,
+    Fit,
+    GaussianMixture,
+    GaussWishart,
+    MeanField,
+    Mixture,
+    fit,
+)
 
 CENTERS, RESTARTS, SPARSE = ((0, 0), (6, 0), (3, 6)), 10, 1e-3
 BARS = {

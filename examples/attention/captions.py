@@ -39,9 +39,12 @@ def learn(read: str, seed: int, quick: bool, out: Path | None) -> dict[str, floa
     """Train with this read ("soft", "hard", "mean") and measure on test digits."""
     images, labels, test, test_labels = mnist()
     rest: dict[str, Any] = {"width": 128, "depth": 1, "heads": 1, "qk_norm": False, "rotary_split": (0, 0, 0)}
-    look = mm.CrossAttention(score=mm.Additive(), read=mm.Hard(weight=0.1, ahead=1) if read == "hard" else None)
+    look = mm.layers.CrossAttention(
+        score=mm.attention.Additive(), read=mm.attention.Hard(weight=0.1, ahead=1) if read == "hard" else None
+    )
     core = mm.EncoderDecoder(
-        reader=mm.Core(**rest, block=(mm.MLP(),)), writer=mm.Core(**rest, block=(mm.Recurrent(), look, mm.MLP()))
+        reader=mm.Core(**rest, block=(mm.layers.MLP(),)),
+        writer=mm.Core(**rest, block=(mm.layers.Recurrent(), look, mm.layers.MLP())),
     )
     model = mm.Model({"canvas": Canvas(read == "mean"), "caption": Caption()}, core, [TASK], seed=seed)
     train, steps = Canvases(images, labels, 10**5, None), 3 if quick else 1200
@@ -53,7 +56,7 @@ def learn(read: str, seed: int, quick: bool, out: Path | None) -> dict[str, floa
         samples, named = [fixed[i] for i in range(len(fixed))], slice(1, 2 * digits, 2)
         said = model.generate(TASK, samples, max_tokens=8, batch=len(samples))
         right["exact"] += [a.value == s["caption"] for a, s in zip(said, samples, strict=True)]
-        trace, stream = mm.Trace(), model.pack(TASK, samples)
+        trace, stream = mm.attention.Trace(), model.pack(TASK, samples)
         with model.resting():
             model(stream, trace=trace)
             ids = model.logits(stream)[TASK].argmax(-1).view(len(samples), -1)

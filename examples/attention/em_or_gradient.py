@@ -16,7 +16,7 @@ from command import run
 from drawing import blank, save
 from sets import binarised_mnist
 
-from multimodal.mixture import EM, Adam, BernoulliMixture, Fit, fit
+from multimodal.zoo.mixture import EM, Adam, BernoulliMixture, Fit, fit
 
 RATES = (0.3, 0.1, 0.03)
 BARS = {

@@ -19,8 +19,8 @@ from command import run
 from drawing import blank, save
 
 import multimodal as mm
-from multimodal.look.facts import edit_fact, localise, parts, right_answers, second_moment
 from multimodal.train.report import bar
+from multimodal.zoo.fact_editing import edit_fact, localise, parts, right_answers, second_moment
 from multimodal_tokenizers import Labels
 
 TASK = "first last -> sport"
@@ -47,7 +47,7 @@ def athletes(count: int, names: int, seed: int) -> list[dict[str, str]]:
 def trained(data: list[dict[str, str]], names: int, steps: int, seed: int, *, mlp: bool = True) -> mm.Model:
     numbers, kinds = range(names), {"sport": Labels(SPORTS)}
     kinds |= {part: Labels(tuple(f"{part}{i}" for i in numbers)) for part in ("first", "last")}
-    block = (mm.SelfAttention(), mm.MLP()) if mlp else (mm.SelfAttention(),)
+    block = (mm.layers.SelfAttention(), mm.layers.MLP()) if mlp else (mm.layers.SelfAttention(),)
     model = mm.Model(kinds, mm.Core(width=64, depth=2, heads=4, block=block), [TASK], seed=seed)
     mm.fit(
         model, {TASK: data}, steps=steps, batch=min(250, len(data)), lr=3e-3, weight_decay=0.0, seed=seed, quiet=True

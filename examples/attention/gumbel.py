@@ -20,7 +20,7 @@ from sets import binarised_mnist
 from torch import Tensor, nn
 
 from multimodal.attention.reads import Gumbel
-from multimodal.mixture import EM, BernoulliMixture, enumerated_elbo, fit, gumbel_elbo, reinforce_elbo
+from multimodal.zoo.mixture import EM, BernoulliMixture, enumerated_elbo, fit, gumbel_elbo, reinforce_elbo
 
 COMPONENTS, BATCH, RATE, CPU_S = 50, 100, 3e-3, 12.0
 HOT, COLD = 1.0, 0.3  # the temperature falls from one to the other

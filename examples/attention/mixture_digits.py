@@ -17,7 +17,7 @@ from drawing import blank, save
 from sets import binarised_mnist
 from torch import Tensor
 
-from multimodal.mixture import EM, BernoulliMixture, fit
+from multimodal.zoo.mixture import EM, BernoulliMixture, fit
 
 UPPER, LOWER = torch.arange(392), torch.arange(392, 784)  # pixels of the halves
 SHOWN = 100  # components of the numbers without a prefix

@@ -17,9 +17,9 @@ from drawing import blank, save
 from kinds import Bits
 
 import multimodal as mm
+from multimodal.heads.each_row import EachRow
 from multimodal.layers import Recurrent, Replace, TuringMachine
-from multimodal.rows import EachRow
-from multimodal.stream import Task
+from multimodal.task import Task
 
 TASK, LENGTHS = "tape -> copy", (10, 20, 30, 40, 60, 80, 120)
 BARS = {f"NTM strings right at {length}": "bar == 1" for length in (20, 40, 60)} | {

@@ -18,8 +18,8 @@ from drawing import blank, save
 
 import multimodal as mm
 from multimodal.attention import Additive
+from multimodal.heads.pointer import Pointer
 from multimodal.layers import CrossAttention, Recurrent
-from multimodal.pointer import Pointer
 from multimodal.tokenizer import Tokens, at_times
 
 TASK, TRAINED, TESTED = "points -> hull:points", range(5, 11), (5, 10, 20)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from multimodal.adversarial import Players, alternate
 from multimodal.attention import Trace
+from multimodal.zoo.adversarial import Players, alternate
 
 NOISE, WIDTH, SIDE, BATCH = 64, 48, 14, 64
 BARS = {

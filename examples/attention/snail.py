@@ -20,9 +20,9 @@ from kinds import Episode, Numbers
 from sets import Episodes, few_shot_characters
 
 import multimodal as mm
+from multimodal.heads.each_row import EachRow
 from multimodal.layers import Concat, Layer, SelfAttention, TemporalConv
-from multimodal.rows import EachRow
-from multimodal.stream import Task
+from multimodal.task import Task
 
 TASK, WAYS = "episode -> names", 5
 BARS = {

@@ -40,16 +40,16 @@ TASKS = {
 TESTED = ((8, "forward"), (8, "backward"), (12, "forward"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
-    "additive": {"score": mm.Additive()},
-    "dot": {"score": mm.DotProduct()},
-    "scaled": {"score": mm.ScaledDotProduct()},
-    "general": {"score": mm.General()},
-    "content": {"score": mm.Cosine(1.0, learned=True)},
-    "location": {"score": mm.LocationBased(16)},
-    "local_m": {"score": mm.ScaledDotProduct(), "prior": mm.Window(2)},
-    "local_p": {"score": mm.General(), "prior": mm.PredictedWindow(1.0)},
-    "hard": {"score": mm.General(), "read": mm.Hard(expected=0.5, weight=0.1, ahead=1)},
-    "hard_bare": {"score": mm.General(), "read": mm.Hard(expected=0.0, weight=0.1, ahead=1)},
+    "additive": {"score": mm.attention.Additive()},
+    "dot": {"score": mm.attention.DotProduct()},
+    "scaled": {"score": mm.attention.ScaledDotProduct()},
+    "general": {"score": mm.attention.General()},
+    "content": {"score": mm.attention.Cosine(1.0, learned=True)},
+    "location": {"score": mm.attention.LocationBased(16)},
+    "local_m": {"score": mm.attention.ScaledDotProduct(), "prior": mm.masks.Window(2)},
+    "local_p": {"score": mm.attention.General(), "prior": mm.attention.PredictedWindow(1.0)},
+    "hard": {"score": mm.attention.General(), "read": mm.attention.Hard(expected=0.5, weight=0.1, ahead=1)},
+    "hard_bare": {"score": mm.attention.General(), "read": mm.attention.Hard(expected=0.0, weight=0.1, ahead=1)},
 }
 GLOBAL = ("additive", "dot", "scaled", "general", "content")
 BARS = {f"{name} n=8 string forward": "bar >= 0.65" for name in GLOBAL} | {
@@ -65,12 +65,12 @@ BARS = {f"{name} n=8 string forward": "bar >= 0.65" for name in GLOBAL} | {
 
 def core(variant: str) -> mm.EncoderDecoder:
     if variant == "none":
-        return recurrent(128, (START, mm.Recurrent()), last=1)
-    look = mm.CrossAttention(**VARIANTS[variant])
+        return recurrent(128, (START, mm.layers.Recurrent()), last=1)
+    look = mm.layers.CrossAttention(**VARIANTS[variant])
     if variant == "local_m":
         # a state read both ways tells of its neighbours, which a window reads in its place: cells alone, placed
-        return recurrent(128, (mm.Recurrent(), look), read_by=(mm.MLP(),), places=(1, 0, 0))
-    return recurrent(128, (mm.Recurrent(), look))
+        return recurrent(128, (mm.layers.Recurrent(), look), read_by=(mm.layers.MLP(),), places=(1, 0, 0))
+    return recurrent(128, (mm.layers.Recurrent(), look))
 
 
 def learn(variant: str, seed: int = 0, quick: bool = False) -> tuple[dict[str, float], list[Tensor]]:
@@ -91,7 +91,7 @@ def learn(variant: str, seed: int = 0, quick: bool = False) -> tuple[dict[str, f
         numbers[f"n={n} string {way}"] = float(np.mean([s[way] == a.value for s, a in zip(samples, said, strict=True)]))
         if variant == "none":
             continue
-        trace = mm.Trace()
+        trace = mm.attention.Trace()
         with model.resting():
             model(model.pack(task, samples), trace=trace)
         seen = trace.seen[-1]

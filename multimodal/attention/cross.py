@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
-from multimodal.attention.kept import reserved
+from multimodal.attention.cached import reserved
 from multimodal.attention.layout import Layout, Plan
 from multimodal.attention.mechanism import Mechanism, Trace
 from multimodal.masks import Pairs, Places

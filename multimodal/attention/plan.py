@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
+from multimodal.attention.cached import AppendPlan, FillingPlan, StepPlan
 from multimodal.attention.gpu import FlexPlan, VarlenPlan
-from multimodal.attention.kept import AppendPlan, FillingPlan, StepPlan
 from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
 from multimodal.attention.mechanism import Mechanism, Trace, rows_of
 from multimodal.masks import LAW, PREFIX_LM, Alone, Pairs, Places, Rule

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from multimodal.cli import benching, console, planning, replaying, sharding, training, typed
-from multimodal.cli.find import load, make_tokenizer
+from multimodal.cli import arguments, benching, console, planning, replaying, sharding, training
+from multimodal.cli.arguments import choose_task, named_samples, samples_from, samples_with, value_from
+from multimodal.cli.loading import load, make_tokenizer
 from multimodal.cli.options import Device, Fields, Json, Out, Plugins, Without
 from multimodal.cli.showing import check_folder, harmless, place, print_json, show
-from multimodal.cli.typed import choose_task, named_samples, samples_from, samples_with, value_from
 from multimodal.cli.writing import Writing, written_live
 
 if TYPE_CHECKING:
@@ -259,9 +259,8 @@ def check(
         A value it can encode: a file, a text, or JSON; give two or more. Without any, the class's examples() or plausible
         pictures, sounds, texts and numbers are tried.
     """
-    from multimodal.conformance import check_tokenizer
+    from multimodal.check import check_tokenizer, plausible_values
     from multimodal.shapes import ConfigError
-    from multimodal.verify import plausible_values
 
     made = make_tokenizer(tokenizer, config)
     values = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
@@ -296,7 +295,7 @@ def verify(
     checkpoint
         A run folder, or the model folder in it.
     """
-    from multimodal.verify import verify as verify_model
+    from multimodal.check import verify as verify_model
 
     model = load(checkpoint, plugin, device)
     result = verify_model(model, samples_with(model, fields))
@@ -348,18 +347,20 @@ def look(
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0: done. 1: a check that was asked for failed, or one file of several. 2: something the user can put right, with one message
     on stderr. 70: a bug, in one line. 130: stopped by Ctrl-C. 141: the reader of the output has ended.
     """
-    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    tokens = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
         with console.prepared():
-            code = app(typed.joined(app, tokens), exit_on_error=False, print_error=False, result_action="return_value")
+            code = app(
+                arguments.joined(app, tokens), exit_on_error=False, print_error=False, result_action="return_value"
+            )
             sys.stdout.flush()
             return code or 0
     except KeyboardInterrupt:

@@ -93,10 +93,10 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{shortened(os.fsdecode(error.filename), 100)}: "
         return place + (error.strerror or str(error) or type(error).__name__)
-    from multimodal import conformance, shapes  # imported late, because it imports PyTorch
+    from multimodal import check, shapes  # imported late, because it imports PyTorch
 
     ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
-    if isinstance(error, (FloatingPointError, conformance.ConformanceError, *ours)):
+    if isinstance(error, (FloatingPointError, check.ConformanceError, *ours)):
         return str(error)
     said = str(error).lower()
     if isinstance(error, MemoryError) or (

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multimodal.cli.arguments import value_from
 from multimodal.cli.showing import harmless, print_json, saved
-from multimodal.cli.typed import value_from
 
 MOST_ROWS = 24  # of the table of heads
 

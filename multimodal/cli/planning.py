@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from multimodal.cli.showing import print_json
 
 if TYPE_CHECKING:
-    from multimodal.plan import Range, TrainingPlan
+    from multimodal.count import Range, TrainingPlan
 
 
 def plan(
@@ -56,9 +56,9 @@ def plan(
     train_tokens
         How many tokens to train on, instead of the recipe's steps.
     """
-    from multimodal.cli.find import import_file
-    from multimodal.plan import outlined
-    from multimodal.plan import plan as make_plan
+    from multimodal.cli.loading import import_file
+    from multimodal.count import outlined
+    from multimodal.count import plan as make_plan
     from multimodal.shapes import ConfigError, did_you_mean
     from multimodal.train.settings import make_job
 

@@ -4,12 +4,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multimodal.cli.find import load
+from multimodal.cli.loading import load
 from multimodal.cli.options import Device, Json, Plugins
 from multimodal.cli.showing import harmless, print_json
 
 if TYPE_CHECKING:
-    from multimodal.train.trouble import Row
+    from multimodal.train.spikes import Row
 
 MOST_ROWS = 12
 
@@ -38,16 +38,16 @@ def replay(
     from rich.progress import Progress
 
     from multimodal.shapes import ConfigError
-    from multimodal.train import trouble as kept
+    from multimodal.train import spikes
 
     if rows < 1:
         raise ConfigError(f"--rows {rows}: list one sample or more")
-    found = kept.load_trouble(trouble)
+    found = spikes.load_trouble(trouble)
     model = load(trouble, plugin, device, finite=False)  # weights that are not finite are to be found here
     count = sum(len(set(r.samples)) for batch in found.batches for r in batch.stream.readings.values())
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
         task = bar.add_task("replaying", total=count)
-        done = kept.replay(model, found, progress=lambda: bar.advance(task))
+        done = spikes.replay(model, found, progress=lambda: bar.advance(task))
     if as_json:
         facts = {
             "step": found.step,

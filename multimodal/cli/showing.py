@@ -120,7 +120,7 @@ def place(out: Path | None, checkpoint: Path) -> Path:
     """The folder for written files: `out`, else the run folder of the checkpoint, else the checkpoint itself."""
     if out is not None:
         return out
-    from multimodal.train.folder import MODEL, is_run
+    from multimodal.train.run_folder import MODEL, is_run
 
     around = checkpoint.resolve().parent
     return checkpoint.parent if checkpoint.name == MODEL and is_run(around) else checkpoint

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from multimodal.cli.find import import_file
+from multimodal.cli.loading import import_file
 from multimodal.cli.showing import check_folder, harmless, print_json, saved
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def train(
 
 def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options: list[str], tensorboard: bool) -> int:
     from multimodal.shapes import ConfigError, did_you_mean
-    from multimodal.train.folder import BOARD
     from multimodal.train.launch import LAUNCHED, STOPPED
+    from multimodal.train.run_folder import BOARD
     from multimodal.train.settings import make_job
     from multimodal.train.trackers import TensorBoard
 
@@ -97,7 +97,7 @@ def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options
 
 def _show(run: "Run", folder: Path, tensorboard: bool) -> None:
     """Where everything is, and how good it is."""
-    from multimodal.train.folder import BEST, BOARD, BROKEN, CURVES, LOG, MODEL
+    from multimodal.train.run_folder import BEST, BOARD, BROKEN, CURVES, LOG, MODEL
 
     print(f"model   {folder / MODEL}")
     if (folder / BEST).is_dir():

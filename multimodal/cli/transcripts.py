@@ -18,7 +18,7 @@ def choose_hearing_task(model: "Model", wanted: str | None) -> str:
     Raises:
         TaskError: none or several, or one that does not; lists what there is.
     """
-    from multimodal.cli.typed import choose_task
+    from multimodal.cli.arguments import choose_task
     from multimodal.shapes import TaskError
     from multimodal.transcription import hearing_tasks
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from multimodal.cli.typed import value_from
+from multimodal.cli.arguments import value_from
 
 if TYPE_CHECKING:
     from multimodal.generate import Sampler

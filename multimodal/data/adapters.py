@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from multimodal.data.account import Account, Tally
+from multimodal.data.codecs import Media
 from multimodal.data.frames import as_samples
-from multimodal.data.members import Media
 from multimodal.data.sources import is_indexed
 from multimodal.declare import check_ordered
 from multimodal.shapes import ConfigError, MediaError

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from multimodal.data.account import Account
-from multimodal.data.members import decoded
+from multimodal.data.codecs import decoded
 from multimodal.data.sources import permutation, scattered
 from multimodal.files import check_fields, parse_json, read_at, shown_short
 from multimodal.shapes import ConfigError, MediaError

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from multimodal.data.account import Account, Tally
+from multimodal.data.codecs import encoded
 from multimodal.data.folders import HIDDEN, is_hidden
 from multimodal.data.frames import as_samples
-from multimodal.data.members import encoded
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shard, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
 from multimodal.files import aside, check_fields, file_hash, flush, is_aside, parse_json, put, put_new, read_json

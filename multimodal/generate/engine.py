@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
-from multimodal.generate.answer import Answer, Options
-from multimodal.generate.choosing import advance
-from multimodal.generate.lineup import Lineup
+from multimodal.generate.decode_batch import Lineup
+from multimodal.generate.next_token import advance
+from multimodal.generate.request import Answer, Options
 from multimodal.generate.step import Step, is_plain
 from multimodal.heads import Prediction
 from multimodal.packer import Packer

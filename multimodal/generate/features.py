@@ -11,7 +11,7 @@ from multimodal.heads import Head, Readout
 from multimodal.shapes import StreamError
 
 if TYPE_CHECKING:
-    from multimodal.generate.answer import Answer
+    from multimodal.generate.request import Answer
 
 
 def draw_features(answers: Sequence["Answer"], states: Mapping["Answer", Tensor], head: Head, readout: Readout) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.attention import Attention, Cache, Layout, plan_attention, sdpa
-from multimodal.attention.kept import StepPlan
+from multimodal.attention.cached import StepPlan
 from multimodal.core import Transformer
 from multimodal.layers import MLP, Add, SelfAttention
 from multimodal.norm import RMSNorm, is_untouched

@@ -17,8 +17,6 @@ from multimodal.layers.base import (
 )
 from multimodal.layers.mlp import MLP
 from multimodal.layers.recurrent import Recurrent
-from multimodal.layers.temporal import TemporalConv
-from multimodal.layers.turing import TuringMachine
 
 __all__ = [
     "MLP",
@@ -38,6 +36,4 @@ __all__ = [
     "SelfAttention",
     "Sequences",
     "Sublayer",
-    "TemporalConv",
-    "TuringMachine",
 ]

@@ -18,7 +18,7 @@ from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
 
 if TYPE_CHECKING:
-    from multimodal.look.xray import XRay
+    from multimodal.look.attention_xray import XRay
 
 MOST_NUMBERS = 100  # of an array that is shown as numbers
 

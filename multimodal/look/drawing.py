@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from multimodal.look.xray import Field, XRay
+    from multimodal.look.attention_xray import Field, XRay
 
 WIDTH = 11.0  # inches
 DPI = 110

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.look.attention_xray import XRay, xray
 from multimodal.look.posterior import LayerXRay
-from multimodal.look.xray import XRay, xray
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, StreamError
 

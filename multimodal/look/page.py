@@ -22,14 +22,14 @@ from multimodal.look.drawing import (
     written_looks,
 )
 from multimodal.look.drawing import strips as strips_panel
+from multimodal.look.embeddings import neighbours
 from multimodal.look.lens import lens
+from multimodal.look.parameter_count import roles
 from multimodal.look.posterior import NAMES, LayerXRay, counted, percent
-from multimodal.look.roles import roles
-from multimodal.look.words import neighbours
 from multimodal.shapes import ConfigError
 
 if TYPE_CHECKING:
-    from multimodal.look.xray import Field, XRay
+    from multimodal.look.attention_xray import Field, XRay
 
 MOST_CELLS = 6000  # of a table; what is larger is a picture
 MOST_ROWS = 120  # of a list; the rest is counted

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, Self
 
 from multimodal.files import read_json
 from multimodal.shapes import ConfigError
-from multimodal.train.folder import CONFIG, CURVES, LOG, read_rows
 from multimodal.train.report import COLUMNS, draw_panel, draw_points, draw_smoothed, finish_panel, is_held_out
+from multimodal.train.run_folder import CONFIG, CURVES, LOG, read_rows
 from multimodal.train.state import CHECKPOINTS, FACTS, OLD
 
 LESS_IS_BETTER = ("loss", "error", "errors", "wer", "cer")  # last words of measures

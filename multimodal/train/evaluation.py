@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from multimodal.contrast import evaluate_pairs
 from multimodal.data import Samples, as_samples, check_samples
 from multimodal.heads import Prediction
 from multimodal.model import Model
+from multimodal.retrieval import evaluate_pairs
 from multimodal.shapes import check_whole
 from multimodal.stream import Stream
 from multimodal.surroundings import left_as_found

@@ -11,7 +11,7 @@ from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.train.compare import Record
-from multimodal.train.fit import Run, Tracker, fit
+from multimodal.train.loop import Run, Tracker, fit
 from multimodal.train.recipe import Recipe
 
 

@@ -13,7 +13,7 @@ import torch
 
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
-from multimodal.stream import Task
+from multimodal.task import Task
 from multimodal.train.job import TrainingJob
 
 SIMPLE = (bool, int, float, str)

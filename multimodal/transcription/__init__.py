@@ -1,6 +1,6 @@
 """Transcription: sounds of any length, or while they come in, to text with the times of its words."""
 
-from multimodal.transcription.align import align
+from multimodal.transcription.alignment import align
 from multimodal.transcription.ctc import Beam, Decoder, Greedy
 from multimodal.transcription.lexicon import Lexicon
 from multimodal.transcription.listen import Listener

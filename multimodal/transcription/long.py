@@ -18,7 +18,7 @@ from multimodal.model import Model
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, check_number, check_whole
 from multimodal.surroundings import left_as_found
 from multimodal.tokenizer import Tokenizer
-from multimodal.transcription.align import Speller, align
+from multimodal.transcription.alignment import Speller, align
 from multimodal.transcription.ctc import Decoder, Greedy, log_p_of
 from multimodal.transcription.reader import Reader
 from multimodal.transcription.sound import Piece, at_quiet_places, overlapping

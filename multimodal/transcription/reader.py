@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from multimodal.tokenizer import Tokenizer
-from multimodal.transcription.align import Speller, Spoken, align
+from multimodal.transcription.alignment import Speller, Spoken, align
 from multimodal.transcription.ctc import Decoder
 from multimodal.transcription.transcript import Word
 

@@ -1,0 +1,469 @@
+"""single = batch = packed = cached, measured on the user's own model; and no gradient between packed samples."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.attention import Backend
+from multimodal.check.values import Ready, plausible_values, random_tokens
+from multimodal.generate import Engine, Greedy, Sampler, request
+from multimodal.generate.samplers import Written
+from multimodal.heads import one_class
+from multimodal.model import Model, Sample
+from multimodal.packer import Packer
+from multimodal.stream import Stream
+from multimodal.surroundings import left_as_found
+from multimodal.task import Pattern
+from multimodal.tokenizer import Tokens
+
+TOLERANCE = 1e-5  # between fp32 logits; times the largest logit where that is above 1 (see also `_noise`)
+MOST_SAMPLES = 8  # of each task
+FEWEST_SAMPLES = 4  # fewer are filled up with invented ones, so that there is something to pack with
+WRITTEN = 16  # tokens of a greedy answer
+
+CHECKS = {
+    "batch": "alone, and four times side by side",
+    "packed": "alone, and packed with all others of its task in shuffled order",
+    "mixed": "alone, and packed with all samples of all tasks",
+    "dense": "packed: the attention in use, and the dense oracle",
+    "cached": "written step by step with the cache, and read in one pass without it",
+    "answers": "answers alone that are not those in a batch of unequal prompts",
+    "gradient": "of one sample with respect to the rows of another in the same pack, in training mode",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check of one subject: the largest difference that was found, and the largest that is allowed."""
+
+    subject: str
+    check: str
+    difference: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.allowed  # not a number: failed
+
+    def __str__(self) -> str:
+        return f"{self.subject}, {self.check} ({CHECKS[self.check]}): {self.difference:.3g}, allowed {self.allowed:.3g}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All rows, how many samples each subject had, and what had to be invented or was left out."""
+
+    rows: tuple[Row, ...]
+    samples: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.passed)
+
+    def cells(self) -> list[list[str]]:
+        """The table as text: a header, then a line for each subject."""
+        checks = [check for check in CHECKS if any(row.check == check for row in self.rows)]
+        lines = [["", "read -> written", "samples", *checks]]
+        for subject, count in self.samples.items():
+            found = {row.check: row for row in self.rows if row.subject == subject}
+            verdict = "ok" if all(row.passed for row in found.values()) else "FAIL"
+            lines.append(
+                [verdict, subject, str(count), *(_cell(found[c]) if c in found else "-" for c in checks)],
+            )
+        return lines
+
+    def remarks(self) -> list[str]:
+        """What the table means, what was invented, what failed."""
+        lines = [
+            f"Largest difference of fp32 logits, of what is allowed: {TOLERANCE:g} times the largest logit (or 1), or four times "
+            "what float32 itself takes from float64, where that is more. The gradient between samples must be 0."
+        ]
+        lines += [f"Note: {note}" for note in self.notes]
+        lines += [f"FAIL: {row}" for row in self.failures]
+        return [*lines, "passed" if self.passed else "FAILED"]
+
+    def __str__(self) -> str:
+        cells = self.cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        return "\n".join([*table, *self.remarks()])
+
+
+def _cell(row: Row) -> str:
+    text = f"{row.difference:.1e} of {row.allowed:.1e}" if row.difference else "0"
+    if row.check == "answers":
+        text = f"{row.difference:.0f} differ" if row.difference else "same"
+    return text if row.passed else text + " !"
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A line of the table: samples of one task, or with only one of its fields read; already as tokens."""
+
+    name: str
+    task: str
+    samples: tuple[dict[str, Tokens | None], ...]
+
+    @property
+    def batch(self) -> list[tuple[str, Sample]]:
+        return [(self.task, sample) for sample in self.samples]
+
+
+@left_as_found()
+def verify(
+    model: Model,
+    samples: Mapping[str, Sequence[Sample]] | None = None,
+    *,
+    backend: Backend = "auto",
+    seed: int = 0,
+) -> Verification:
+    """Run every check of `CHECKS` on every task, and on every kind a task of several fields reads by itself.
+
+    samples: by task, the first eight are used; what is missing (tasks, answers, company for a single sample) is invented,
+    and said so. The model is measured in fp32 and left as it was found.
+
+    Raises:
+        TaskError, MediaError: the samples given do not fit their task.
+    """
+    if next(model.parameters()).dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    subjects, notes = _subjects(model.packer, samples or {}, seed)
+    twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
+    twin.packer = Packer(
+        {name: Ready(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
+    )
+    mixed = [pair for subject in subjects for pair in subject.batch]
+    rows: list[Row] = []
+    with _left_as_found(model, seed):
+        twin.eval()
+        with torch.inference_mode():
+            in_mixed = iter(_logits(twin, mixed, backend, seed))
+            for subject in subjects:
+                here = [next(in_mixed) for _ in subject.samples]
+                rows += _compare(twin, subject, here if len(subjects) > 1 else None, backend, seed)
+        twin.train()
+        for subject, gradient in zip(subjects, _cross_gradients(twin, subjects, backend), strict=True):
+            rows.append(Row(subject.name, "gradient", gradient, 0.0))
+    return Verification(tuple(rows), {s.name: len(s.samples) for s in subjects}, tuple(notes))
+
+
+def _compare(
+    model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backend: Backend, seed: int
+) -> Iterator[Row]:
+    """Everything that needs no gradient."""
+    rows = list(_rows(model, subject, in_mixed, backend, seed))
+    if any(not row.passed and row.check != "answers" for row in rows):
+        noise = _noise(model, subject, backend)
+        yield from (
+            row if row.check == "answers" else dataclasses.replace(row, allowed=max(row.allowed, 4 * noise))
+            for row in rows
+        )
+    else:
+        yield from rows
+
+
+def _noise(model: Model, subject: _Subject, backend: Backend) -> float:
+    """The largest effect of rounding on a logit: each sample alone in float32 and float64; 0 if float64 is not supported."""
+    try:
+        exact = copy.deepcopy(model).double()
+        pairs = [(_logits(model, [x], backend)[0], _logits(exact, [x], backend)[0]) for x in subject.batch]
+        gaps = [float((a - b).abs().max()) for a, b in pairs]
+    except (RuntimeError, TypeError):  # a user's embedding or layer may support float32 only
+        return 0.0
+    return max(gaps) if all(map(math.isfinite, gaps)) else 0.0
+
+
+def _rows(model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backend: Backend, seed: int) -> Iterator[Row]:
+    batch = subject.batch
+    alone = [_logits(model, [pair], backend)[0] for pair in batch]
+    four = [_logits(model, [pair] * 4, backend) for pair in batch]
+    packed = _logits(model, batch, backend, seed)
+    yield _row(subject, "batch", [x for many in four for x in many], [x for x in alone for _ in range(4)])
+    yield _row(subject, "packed", packed, alone)
+    if in_mixed is not None:
+        yield _row(subject, "mixed", in_mixed, alone)
+    yield _row(subject, "dense", packed, _logits(model, batch, "dense", seed))
+    if model.packer.head(subject.task).pairs:
+        return
+    if model.packer.head(subject.task).writes:
+        one_by_one = [_written(model, subject.task, [sample]) for sample in subject.samples]
+        together = _written(model, subject.task, subject.samples)
+        cached = [one for part in one_by_one for one in part] + together
+        uncached = [
+            _read_again(model, subject.task, sample, one, backend)
+            for sample, one in zip(subject.samples * 2, cached, strict=True)
+        ]
+        yield _row(subject, "cached", [one.chosen_by for one in cached], uncached)
+        answers = [part[0].tokens.content for part in one_by_one], [one.tokens.content for one in together]
+    else:
+        single = [model.predict(subject.task, [sample])[0] for sample in subject.samples]
+        both = single, model.predict(subject.task, subject.samples)
+        answers = [[a.value if a.tokens is None else a.tokens.content for a in part] for part in both]
+    yield Row(subject.name, "answers", sum(not _same(a, b) for a, b in zip(*answers, strict=True)), 0)
+
+
+def _logits(
+    model: Model, batch: Sequence[tuple[str, Sample]], backend: Backend, shuffle: int | None = None
+) -> list[Tensor]:
+    """Logits of every sample of a pack, in the order of `batch`; with `shuffle` they are packed in another order."""
+    order = list(range(len(batch)))
+    if shuffle is not None:
+        np.random.default_rng(shuffle).shuffle(order)
+    stream = model.packer([batch[i] for i in order]).to(model.device)
+    found: dict[int, Tensor] = {}
+    for task, logits in model.logits(stream, backend=backend).items():
+        reading = stream.readings[task]
+        for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
+            own = part[:, ~torch.isneginf(part).all(0)]  # a pointer's own, not what its neighbours read
+            before = found.get(order[sample])  # the other side of a pair
+            found[order[sample]] = own if before is None else torch.cat([before, own])
+    return [found[i] for i in range(len(batch))]
+
+
+def _row(subject: _Subject, check: str, ours: list[Tensor], wanted: list[Tensor]) -> Row:
+    fits = all(a.shape == b.shape for a, b in zip(ours, wanted, strict=True))
+    known = [(a[~torch.isneginf(b)], b[~torch.isneginf(b)]) for a, b in zip(ours, wanted, strict=True)] if fits else []
+    gap = torch.stack([(a - b).abs().max() for a, b in known]).max() if fits else torch.inf
+    largest = max(float(x.nan_to_num(neginf=0.0).abs().max()) for x in wanted)
+    return Row(subject.name, check, float(gap), TOLERANCE * max(1.0, largest))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=1e-3 if a.is_floating_point() else 0.0)
+    return bool(np.all(a == b))
+
+
+class _Watched(Sampler):
+    """Greedy, keeping the log-probabilities it chose by."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        self.seen.append(logits_BV[0].clone())
+        return Greedy()(logits_BV, written)
+
+
+class _Answer(NamedTuple):
+    """Written tokens, the numbers by which each token and the end were chosen (see `_read_again`), and the chosen ids."""
+
+    tokens: Tokens
+    chosen_by: Tensor
+    ids: list[int]
+
+
+def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Answer]:
+    """The answers of all samples, written in one batch."""
+    head = model.packer.head(task)
+    asked = [
+        request(
+            model.packer,
+            task,
+            sample,
+            f"sample {i}",
+            None,
+            {"max_tokens": WRITTEN, **({"temperature": 0.0} if head.continuous else {"sampler": _Watched()})},
+        )
+        for i, sample in enumerate(samples)
+    ]
+    engine = Engine(model, rows=len(asked), capacity=max(a.prompt + a.limit for a in asked) + 1)
+    for answer in asked:
+        engine.enter(answer)
+    found = {}
+    for piece in engine.run():
+        if piece.error is not None:
+            raise piece.error
+        if piece.prediction is not None:
+            found[piece.ticket] = piece.prediction.tokens
+    by = [a.options.sampler for a in asked]
+    return [
+        _Answer(
+            tokens,
+            torch.stack(by[i].seen) if isinstance(by[i], _Watched) else _features(model, task, tokens),
+            asked[i].ids,
+        )
+        for i, tokens in sorted(found.items())
+    ]
+
+
+def _features(model: Model, task: str, tokens: Tokens) -> Tensor:
+    tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+    return tokens.content[:, : tokenizer.written_features]
+
+
+def _read_again(model: Model, task: str, sample: Sample, written: _Answer, backend: Backend) -> Tensor:
+    """In one pass without a cache: log-probabilities (ids + 1, V) of a written answer, or features (N, F) drawn without noise."""
+    tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+    head, readout, tokens = model.packer.head(task), model.readout(task), written.tokens
+    begun = tokens if len(tokens) else None
+    stream = model.packer([(task, sample)], answers=False, begun=[begun])
+    if head.points and written.ids:
+        place_MA = model.packer.pointable(task, sample).position_NA / torch.tensor(tokenizer.step)
+        stream = _pointed(stream, task, place_MA, written.ids)
+    stream = stream.to(model.device)
+    if head.continuous:
+        state_ND = model(stream, backend=backend)[stream.readings[task].row_N[: len(tokens)]]
+        noise_NF = state_ND.new_zeros(len(tokens), tokenizer.written_features or 0)
+        return head.draw(readout, state_ND, noise_NF, temperature=0.0)[0].float().cpu()
+    log_p_NV = model.logits(stream, backend=backend)[task].float().log_softmax(-1)
+    if tokenizer.length is not None:  # a kind of a fixed length neither stops before it nor chooses at its end
+        log_p_NV = log_p_NV[: len(tokens)].clone()
+        log_p_NV[:, -1] = float("-inf")
+    return log_p_NV.cpu()
+
+
+def _pointed(stream: Stream, task: str, place_MA: Tensor, ids: list[int]) -> Stream:
+    """A stream whose answer points at these positions; of equal elements the packer would take the first."""
+    reading = stream.readings[task]
+    assert reading.pointed_N is not None
+    pointed_N, place_TA = torch.tensor(ids), stream.position_TA.clone()
+    place_TA[reading.row_N[1:]] += place_MA[pointed_N] - place_MA[reading.pointed_N]
+    readings = {task: dataclasses.replace(reading, pointed_N=pointed_N)}
+    return dataclasses.replace(stream, position_TA=place_TA, readings=readings)
+
+
+def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backend) -> list[float]:
+    """Per subject, the largest gradient of one of its samples with respect to anything of another sample of the mixed pack.
+
+    Looked at are the embedded rows, and the features before they are embedded where there are any: an embedding that
+    mixes values shows only there.
+    """
+    batch = [pair for subject in subjects for pair in subject.batch]
+    stream = model.packer(batch).to(model.device)
+    content = {kind: x.detach().requires_grad_() if x.is_floating_point() else x for kind, x in stream.content.items()}
+    stream = dataclasses.replace(stream, content=content)
+    sample_T = stream.layout.places.sample
+    sample_N = torch.empty_like(sample_T)  # of the rows as they lie in `content`, kind after kind
+    sample_N[slice(None) if stream.order_T is None else stream.order_T] = sample_T
+    sample_of = dict(zip(content, sample_N.split([len(x) for x in content.values()]), strict=True))
+
+    rows: list[Tensor] = []
+    watch = model.core.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    try:
+        logits = model.logits(stream, backend=backend)
+    finally:
+        watch.remove()
+    inputs = [rows[0], *(x for x in content.values() if x.is_floating_point())]
+    owners = [sample_T, *(sample_of[kind] for kind, x in content.items() if x.is_floating_point())]
+    largest = [0.0] * len(batch)
+    for task, reading in stream.readings.items():
+        starts = list(accumulate(reading.lengths, initial=0))
+        for i, sample in enumerate(reading.samples):
+            part = logits[task][starts[i] : starts[i + 1]].float()
+            total = (part * torch.randn(part.shape).to(part.device)).sum()
+            gradients = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            mine = sample_T[reading.row_N[starts[i]]]
+            others = [
+                g[owner != mine].abs().flatten() for g, owner in zip(gradients, owners, strict=True) if g is not None
+            ]
+            others = torch.cat(others) if others else torch.zeros(0)
+            if others.numel() and not float(others.max()) <= largest[sample]:  # also what is not a number
+                largest[sample] = float(others.max())
+    bounds = accumulate((len(s.samples) for s in subjects), initial=0)
+    return [max(largest[start:stop]) for start, stop in pairwise(bounds)]
+
+
+@contextmanager
+def _left_as_found(model: Model, seed: int) -> Iterator[None]:
+    """Put modes, buffers (a batch norm in an embedding changes them) and global generators back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) -> tuple[list[_Subject], list[str]]:
+    """The lines of the table, and notes on what was invented or left out."""
+    for task in given:
+        packer.check_task(task)
+    subjects, notes = [], []
+    invented: dict[str, str] = {}
+    for task, pattern in packer.patterns.items():
+        mine = list(given.get(task, ()))
+        if len(mine) > MOST_SAMPLES:
+            notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
+        ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
+        ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
+        pair = packer.head(task).pairs
+        for name in [field.name for field in pattern.reads] + ([] if pair else [pattern.answer]):
+            lacking = [i for i, sample in enumerate(ready) if name not in sample]
+            if packer.head(task).points and name == pattern.answer:  # its answers are made of what is read
+                for i in lacking:
+                    ready[i][name] = packer.pointable(task, ready[i])
+                continue
+            filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
+            for place, i in enumerate(lacking):
+                ready[i][name] = filling[place % len(filling)]
+            if lacking and how:
+                invented[name] = how + (", beside what was given" if len(lacking) < len(ready) else "")
+        subjects.append(_Subject(task, task, tuple(ready)))
+        if pair:
+            notes.append(
+                f"{task!r}: compared are the unit vectors of both sides; it answers nothing, so there is nothing to write"
+            )
+        for field in pattern.reads if len(pattern.reads) > 1 and not packer.head(task).points and not pair else ():
+            others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
+            only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
+            if only and (field.name == pattern.answer or not packer.head(task).hides):
+                subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
+    if invented:
+        notes.append("invented: " + ", ".join(f"{name} ({how})" for name, how in invented.items()))
+    return subjects, notes
+
+
+def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | None]:
+    """Encode what a given sample has of its task's fields; an answer matters only where it is read back (`writes`)."""
+    pattern = packer.patterns[task]
+    pattern.check_sample(sample, answer=False)
+    fields = {field.name: field.kind for field in pattern.reads}
+    if packer.head(task).writes and pattern.answer in sample:
+        fields[pattern.answer] = pattern.writes.kind
+    return {
+        name: None
+        if sample[name] is None
+        else packer.tokenizers[kind](sample[name], empty=not pattern.pair and name == pattern.answer)
+        for name, kind in fields.items()
+    }
+
+
+def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) -> tuple[list[Tokens], str]:
+    """Tokens for a field that was not given, and in a few words where they come from ('': they change nothing)."""
+    kinds = {field.name: field.kind for field in pattern.reads}
+    if not pattern.pair:
+        kinds |= {pattern.answer: pattern.writes.kind}
+    tokenizer = packer.tokenizers[kinds[name]]
+    if name not in [field.name for field in pattern.reads] and not packer.head(task).writes:
+        return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
+    # a kind of fixed length writes only values of that length
+    written = not pattern.pair and name == pattern.answer and tokenizer.length is not None
+    seed += sum(map(ord, name))  # two fields of one kind get different values
+    if values := plausible_values(tokenizer, seed=seed):
+        tokens = [tokenizer(value) for value in values]
+        if packer.head(task).hides and name == pattern.answer:  # of one token no part can be hidden
+            tokens = [t for t in tokens if len(t) > 1] or random_tokens(tokenizer, seed)
+        if not written or all(len(t) == tokenizer.length for t in tokens):
+            return tokens, f"{type(values[0]).__name__} values"
+    return random_tokens(tokenizer, seed), "random tokens, as no candidate value was accepted"

@@ -1,0 +1,81 @@
+"""What stays the same from pass to pass while the same answers are written: made once each time one of them joins or leaves."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import Layout, Span
+from multimodal.generate.request import Answer
+from multimodal.masks import Places
+
+if TYPE_CHECKING:
+    from multimodal.model import Model
+
+AHEAD = 32  # passes whose places are worked out at once
+
+
+class Lineup:
+    """The answers that are being written, in the order of their rows as far as each has its rows side by side.
+
+    sizes: rows of each answer, one after the other in what `states` gives.
+    """
+
+    def __init__(self, answers: Sequence[Answer], model: "Model") -> None:
+        self.answers = sorted(answers, key=lambda answer: answer.rows[0])
+        self.sizes = [answer.width for answer in self.answers]
+        self.model, device = model, model.device
+        self.kinds: dict[str, list[Answer]] = {}
+        for answer in self.answers:
+            self.kinds.setdefault(answer.kind, []).append(answer)
+        self.place_of = _order(
+            [row for group in self.kinds.values() for a in group for row in a.rows], device, back=True
+        )
+        rows = [row for answer in self.answers for row in answer.rows]
+        self.of_answers = _order(rows, device)
+        self.rows, count = range(len(rows)), len(rows)
+        segment = {row: a.segments[i % len(a.segments)] for a in self.answers for i, row in enumerate(a.rows)}
+        self.segment_B = torch.tensor([segment[row] for row in self.rows], dtype=torch.int32, device=device)
+        self.sample_B = torch.arange(count, dtype=torch.int32, device=device)
+        self.free_B = torch.zeros(count, dtype=torch.int32, device=device)
+        self.spans = (Span(0, 1),) * count
+        self._positions = self._ahead()
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """The newest tokens, embedded, and their places: of each row of the cache."""
+        device = self.model.device
+        parts = [self.model.embed(kind, _newest(group).to(device)) for kind, group in self.kinds.items()]
+        stream_BD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return stream_BD if self.place_of is None else stream_BD[self.place_of], next(self._positions)
+
+    def layout(self, lengths: Sequence[int]) -> Layout:
+        """One more token in every row, each of which holds so many."""
+        order_B = torch.tensor(lengths, dtype=torch.int32, device=self.sample_B.device)
+        return Layout(self.spans, Places(self.sample_B, order_B, self.free_B, self.segment_B))
+
+    def states(self, state_BD: Tensor) -> Tensor:
+        """The rows of each answer, answer after answer."""
+        return state_BD if self.of_answers is None else state_BD[self.of_answers]
+
+    def _ahead(self) -> Iterator[Tensor]:
+        while True:
+            # what is pointed at next is not known, so such an answer tells one place at a time
+            parts = [answer.ahead(AHEAD) for group in self.kinds.values() for answer in group]
+            place_NBA = torch.cat([part[: min(map(len, parts))] for part in parts], 1)
+            yield from place_NBA if self.place_of is None else place_NBA[:, self.place_of]
+
+
+def _newest(group: Sequence[Answer]) -> Tensor:
+    """Content of the newest tokens of answers of one kind."""
+    if any(answer.head.continuous or answer.read is not None for answer in group):
+        return torch.cat([answer.newest() for answer in group])
+    return torch.tensor([token for answer in group for token in answer.newest_ids()])
+
+
+def _order(rows: Sequence[int], device: torch.device, *, back: bool = False) -> Tensor | None:
+    """Rows in another order as an index, or the way back; None: it is the same."""
+    if list(rows) == list(range(len(rows))):
+        return None
+    index = torch.tensor(rows)
+    return (torch.argsort(index) if back else index).to(device)

@@ -1,0 +1,349 @@
+"""One answer while it is being written: what it has so far, how its next token is chosen, and what became of it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multimodal.generate.beams import MOST_BEAMS, Beams
+from multimodal.generate.detokenizer import Telling
+from multimodal.generate.samplers import AtLeast, Greedy, OneOf, Only, Sampler, Temperature, Written
+from multimodal.heads import Head, Prediction
+from multimodal.packer import Packer
+from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole
+from multimodal.tokenizer import Tokens
+
+if TYPE_CHECKING:
+    from multimodal.generate.engine import Prefix
+
+Copies = list[tuple[int, int, int]]  # (source, target, from which token on) among an answer's rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an answer is written; `Model.generate` documents each."""
+
+    max_tokens: int = 256
+    sampler: Sampler | None = None
+    temperature: float | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    guidance: float = 1.0
+    stop: Sequence[str] = ()
+    begin: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.begin, str) and not self.begin:
+            object.__setattr__(self, "begin", None)  # nothing is there to begin with
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_whole("generate", max_tokens=self.max_tokens, beams=self.beams)
+        check_number("generate", guidance=self.guidance, length_penalty=self.length_penalty)
+        check_seed("generate", self.seed)
+        if self.temperature is not None:
+            check_number("generate", temperature=self.temperature)
+        if self.max_tokens < 1 or self.beams < 1:
+            raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
+        if self.beams > MOST_BEAMS:
+            raise ConfigError(
+                f"generate: beams={self.beams} are more than {MOST_BEAMS}, each of which is a row of memory and of every pass; "
+                "use fewer: more than some tens hardly find another answer"
+            )
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"generate: temperature={self.temperature} must be at least 0")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.length_penalty)):
+            raise ConfigError(
+                f"generate: guidance={self.guidance} and length_penalty={self.length_penalty} must be finite numbers"
+            )
+        if self.sampler is not None and not isinstance(self.sampler, Sampler):
+            raise ConfigError(f"generate: sampler={self.sampler!r} is no Sampler; give for instance TopP(0.9)")
+        if self.sampler is not None and self.temperature is not None:
+            raise ConfigError(
+                f"generate: give temperature={self.temperature} or a sampler, not both; TopP and MinP take one"
+            )
+        if not isinstance(self.stop, (list, tuple)) or not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError(f"generate: stop={self.stop!r} must be a text, or a list of texts")
+        if any(not text for text in self.stop):
+            raise ConfigError("generate: a stop string is empty")
+        if self.beams == 1 and self.length_penalty != 1.0:
+            raise ConfigError(
+                f"generate: length_penalty={self.length_penalty} ranks beams, and there is one only; give beams too, "
+                "or leave it out"
+            )
+        if self.beams > 1 and self.guidance != 1.0:
+            raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
+        if self.beams > 1 and self.stop:
+            raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
+        if self.beams > 1 and (self.temperature or (self.sampler is not None and self.sampler.draws)):
+            what = "a temperature" if self.sampler is None else str(self.sampler)
+            raise ConfigError(
+                f"generate: beams={self.beams} look for the likeliest answer; {what} has no meaning there"
+            )
+        for part in self.sampler.parts() if self.sampler is not None and self.beams > 1 else ():
+            if type(part) is Greedy:
+                raise ConfigError(
+                    f"generate: beams={self.beams} with {part}, which leaves each of them one way on; use one of them"
+                )
+            if part.reweighs:
+                raise ConfigError(
+                    f"generate: beams={self.beams} rank by the model's own log-probabilities, which {part} does not change; "
+                    "use a rule that rules tokens out, such as NoRepeat(3)"
+                )
+
+    @cached_property
+    def rule(self) -> Sampler:
+        """The sampler in force."""
+        if self.sampler is not None:
+            return self.sampler
+        if self.beams > 1:
+            return Temperature(1.0)  # leaves everything as it is
+        return Temperature(self.temperature) if self.temperature else Greedy()
+
+
+class Answer:
+    """The state of one request; the engine gives it rows and states, it gives back what to feed next."""
+
+    def __init__(
+        self,
+        task: str,
+        encoded: Mapping[str, Tokens | None],
+        name: str,
+        options: Options,
+        packer: Packer,
+        prefix: "Prefix | None",
+    ) -> None:
+        self.ticket = -1  # until it is entered
+        self.task, self.name, self.options, self.prefix = task, name, options, prefix
+        self.head: Head = packer.head(task)
+        self.pattern = packer.patterns[task]
+        self.kind = self.pattern.writes.kind
+        self.tokenizer = packer.tokenizers[self.kind]
+        self.encoded = encoded
+        # a head that points writes numbers of these; any other head the ids of its kind
+        self.read: Tokens | None = packer.pointable(task, encoded) if self.head.points else None
+        self.state_MD = torch.empty(0)  # what such a head looks at, after the prefill
+        self.begin: Tokens | None = None
+        if options.begin is not None:
+            self.begin = packer.encode(self.kind, options.begin, f"{name} of task {task!r}", "begin")
+        begun = 0 if self.begin is None else len(self.begin)
+        self.begun: list[int] = []
+        if self.begin is not None:
+            self.begun = self._numbers(self.begin)
+        if (
+            self.begin is not None
+            and self.read is None
+            and not torch.allclose(self.begin.position_NA, self.tokenizer.places(begun), atol=1e-4)
+        ):
+            raise ConfigError(
+                f"{name} of task {task!r}: begin lies at other places than the first {begun} tokens of what is written; "
+                "give its first part in full width"
+            )
+        self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - begun
+        self.prompt = sum(len(t) for t in encoded.values() if t is not None) + self.head.queries + begun
+        self.width = options.beams * (1 if options.guidance == 1.0 else 2)
+        self._check(begun)
+        self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
+        self.stop = -1 if self.head.continuous else self.head.vocab(self.tokenizer) - 1
+        if self.read is not None:
+            self.stop += len(self.read)
+        self.ids: list[int] = []
+        self.features: list[Tensor] = []
+        self.log_p = 0.0
+        self.ended = ""
+        self.error: Exception | None = None
+        self.random = torch.Generator().manual_seed(options.seed)
+        self.beams = Beams(options.beams, options.length_penalty, self.limit) if options.beams > 1 else None
+        # what each row of the cache holds of the answer
+        self.hypotheses: list[list[int]] = [[] for _ in range(options.beams)]
+        self.seats = [0]  # the row of each live hypothesis
+        self.telling = Telling(self.tokenizer, options.stop) if self.tokenizer.text and self.beams is None else None
+        self.unsaid = ""
+        if self.telling is not None and self.begin is not None:
+            self.unsaid = self.telling.push(self.begin.content.tolist())
+            if self.telling.stopped:
+                raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
+        self.rows: list[int] = []
+        self.cached = 0  # tokens of the prompt in the cache
+        self.place_NA = torch.empty(0, 3) if self.read is not None else self.tokenizer.places(begun)
+        self.step_A = torch.tensor(self.tokenizer.step)
+        self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
+        self.segments: list[int] = []
+
+    def _check(self, begun: int) -> None:
+        options, where = self.options, f"{self.name} of task {self.task!r}"
+        if self.head.continuous and (options.beams > 1 or options.sampler is not None):
+            raise ConfigError(
+                f"{where}: {type(self.head).__name__} writes features; beams and samplers choose among tokens"
+            )
+        if self.head.points and (options.guidance != 1.0 or self.prefix is not None):
+            what = "a prefix" if self.prefix is not None else f"guidance={options.guidance}"
+            raise ConfigError(
+                f"{where}: {type(self.head).__name__} points at what is read with the answer, so {what} has no meaning there; "
+                "give the whole sample, without guidance"
+            )
+        if options.guidance != 1.0 and self.prefix is not None:
+            raise ConfigError(
+                f"{where}: guidance needs the task's fields themselves, not a prefix that was read before"
+            )
+        if options.guidance != 1.0 and not self.pattern.reads:
+            raise ConfigError(
+                f"{where}: guidance={options.guidance} pushes away from what is written if nothing is read, but this task reads "
+                "nothing; leave it out"
+            )
+        if self.tokenizer.length is not None and options.length_penalty != 1.0:
+            raise ConfigError(
+                f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so length_penalty={options.length_penalty} "
+                "ranks nothing; leave it out"
+            )
+        for part in options.rule.parts():
+            if isinstance(part, AtLeast) and self.tokenizer.length is not None:
+                raise ConfigError(
+                    f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so {part} changes nothing; leave it out"
+                )
+            if isinstance(part, (OneOf, Only)) and self.read is not None:
+                raise ConfigError(
+                    f"{where}: {type(self.head).__name__} chooses among the tokens that were read by their number, which {part} "
+                    "does not know; leave it out"
+                )
+        if options.stop and not self.tokenizer.text:
+            raise ConfigError(f"{where}: stop strings need a kind that is text, and {self.kind!r} is not")
+        if self.limit < 1:
+            raise StreamError(
+                f"{where}: begin has {begun} tokens, but a value of {self.kind!r} has {self.tokenizer.length}; begin with fewer"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether a row that reads nothing runs beside it."""
+        return self.options.guidance != 1.0
+
+    @property
+    def count(self) -> int:
+        """Tokens written, without those it began with."""
+        if self.beams is not None:
+            return len(self.beams.live[0])
+        return len(self.features) if self.head.continuous else len(self.ids)
+
+    def prompts(self) -> list[Mapping[str, Tokens | None]]:
+        """The samples to read: one, and with guidance one more of which nothing is read."""
+        blank = [dict.fromkeys(self.encoded)] if self.options.guidance != 1.0 else []
+        return [self.encoded, *blank]
+
+    def start(self, query_A: Tensor, segment: int) -> None:
+        """Told after the prefill, prompt by prompt: the place of the learned start, and the number of the written segment."""
+        step = query_A.new_tensor([1.0, 0.0, 0.0])
+        self.after.append(query_A * step + step)
+        self.segments.append(segment)
+
+    def written(self, rows: int) -> list[Written]:
+        """What samplers may know of each row."""
+        return [Written(ids, self.tokenizer, self.stop) for ids in self.so_far(rows)]
+
+    def so_far(self, rows: int) -> list[list[int]]:
+        """Of each row the ids that are written, those it began with counted."""
+        ids = self.hypotheses[:rows] if self.beams is not None else [self.ids]
+        return [self.begun + part for part in ids]
+
+    def _numbers(self, tokens: Tokens) -> list[int]:
+        """Tokens as they are chosen: by their ids, or by which of those read they are."""
+        if self.read is None:
+            return [] if self.head.continuous else tokens.content.tolist()
+        try:
+            return self.head.pointed(tokens, self.read).tolist()
+        except StreamError as error:
+            raise StreamError(f"{self.name} of task {self.task!r}, begin: {error}") from None
+
+    def content(self, ids: Sequence[int]) -> Tensor:
+        """Content of the tokens that were chosen."""
+        chosen = torch.tensor(ids, dtype=torch.long)
+        return chosen if self.read is None else self.read.content[chosen]
+
+    def take(self, token: int, log_p: float) -> None:
+        """Write this token, or end with it."""
+        if token == self.stop:
+            self.log_p += log_p
+            self.ended = "stop"
+            return
+        if len(self.ids) == self.limit:
+            self.ended = "max_tokens"
+            return
+        self.log_p += log_p
+        self.ids.append(token)
+        if self.telling is not None:
+            self.unsaid += self.telling.push(self.content([token]).tolist())
+            if self.telling.stopped:
+                self.ended = "stop string"
+        if not self.ended and len(self.ids) == self.fixed:
+            self.ended = "length"
+
+    def ahead(self, most: int) -> Tensor:
+        """The places (N, rows, 3) in steps of the newest tokens and of those after them, `most` in all or as many as are known."""
+        device = self.after[0].device
+        if self.read is not None:
+            place_BA = (self.read.position_NA[self.newest_ids()] / self.step_A).to(device)
+            return (self.after[0] + place_BA)[None]
+        begun = 0 if self.begin is None else len(self.begin)
+        first = begun + self.count - 1
+        place_NA = self.placed(min(first + most, begun + self.limit))[first:] / self.step_A
+        after_BA = torch.stack([self.after[i if i < len(self.after) else 0] for i in range(self.width)])
+        return after_BA + place_NA.to(device)[:, None]
+
+    def placed(self, count: int) -> Tensor:
+        """Places (count, 3) of the first tokens, those it began with counted; made in growing parts, as max_tokens may be vast."""
+        if count > len(self.place_NA):
+            begun = 0 if self.begin is None else len(self.begin)
+            self.place_NA = self.tokenizer.places(min(begun + self.limit, max(64, 2 * count)))
+        return self.place_NA[:count]
+
+    def newest(self) -> Tensor:
+        """Content of the newest tokens, one a row."""
+        if self.head.continuous:
+            return self.features[-1].expand(self.width, -1)
+        return self.content(self.newest_ids())
+
+    def newest_ids(self) -> list[int]:
+        """Ids of the newest tokens, one a row; of a head that points, which of those read they are."""
+        if self.beams is not None:
+            return [ids[-1] for ids in self.hypotheses]
+        return self.ids[-1:] * self.width
+
+    def news(self) -> str:
+        """Text that has become sure since the last time."""
+        if self.beams is not None and self.tokenizer.text and self.ended:
+            best = self.prediction()
+            return "" if best is None else best.value
+        if self.telling is None or self.error:
+            return ""
+        text, self.unsaid = self.unsaid, ""
+        return text + (self.telling.finish() if self.ended else "")
+
+    def prediction(self) -> Prediction | None:
+        """The whole answer, once it has ended; plain tensors, whatever mode the model runs in."""
+        if not self.ended or self.error:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._whole()
+
+    def _whole(self) -> Prediction:
+        if self.beams is not None:
+            cut = "max_tokens" if self.fixed is None else "length"
+            found = [self._prediction(ids, log_p, "stop" if own else cut) for ids, log_p, own in self.beams.found()]
+            return dataclasses.replace(found[0], others=tuple(found[1:]))
+        return self._prediction(self.ids, self.log_p, self.ended)
+
+    def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
+        content = torch.cat(self.features) if self.head.continuous and self.features else self.content(ids)
+        if self.head.continuous and not self.features:
+            content = torch.zeros(0, self.tokenizer.feature_size or 0)
+        if self.begin is not None:
+            content = torch.cat([self.begin.content, content])
+        place_NA = self.placed(len(content)) if self.read is None else self.read.position_NA[self.begun + ids]
+        tokens = Tokens(content, place_NA)
+        value = self.tokenizer.decode(tokens) if self.telling is None else self.telling.told  # beams tell nothing
+        return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)

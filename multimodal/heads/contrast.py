@@ -1,0 +1,137 @@
+"""A head that learns which two belong together: contrastive pairs across any two sides, "image <-> text".
+
+left side,  its learned token --core--> state --left map---> unit vector --+
+                                                                           +--> scale * cosine (+ bias), each left with each right
+right side, its learned token --core--> state --right map--> unit vector --+
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.heads.base import Head, Prediction, Readout
+from multimodal.shapes import ConfigError, StreamError, check_shapes
+from multimodal.tokenizer import Tokenizer, Tokens
+
+FORMS = ("softmax", "sigmoid")
+LARGEST_SCALE = 100.0  # of the softmax form, as in section 2.5 of Radford et al.
+
+
+@final
+@dataclass(frozen=True)
+class Contrast(Head):
+    """Vectors of two sides that are close where they belong together; the others of the micro-batch are what they are told from.
+
+    form: "softmax", which of all rights goes with this left and the other way round (CLIP, Radford et al. 2021, arXiv 2103.00020,
+    figure 3; first scale 1 / 0.07), or "sigmoid", whether these two go together (SigLIP, Zhai et al. 2023, arXiv 2303.15343,
+    algorithm 1; first scale 10 and bias -10).
+    Two whose left sides, or whose right sides, have exactly the same tokens are not told from each other. The same photo under
+    another crop is another side: where a photo has five captions, draw one of them each time the photo comes.
+    width: F, numbers of a vector.
+    """
+
+    width: int = 256  # F, numbers of a vector
+    form: str = "softmax"
+    queries: ClassVar[int] = 2
+    pairs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
+            raise ConfigError(f"Contrast: width={self.width!r} must be a whole number, 1 or more")
+        if self.form not in FORMS:
+            raise ConfigError(f"Contrast: form={self.form!r} is neither {' nor '.join(map(repr, FORMS))}")
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        return self.width
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> "ContrastReadout":
+        return ContrastReadout(width, self.width, self.form)
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], left: int | None = None) -> Tensor:
+        """Unit vectors (rows, F), of the `left` first rows (None: half of them) as left sides and of the others as right ones."""
+        assert isinstance(readout, ContrastReadout)
+        left = len(state_ND) // 2 if left is None else left
+        return torch.cat([readout.vectors(state_ND[:left], "left"), readout.vectors(state_ND[left:], "right")])
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        raise ConfigError("Contrast: its loss needs the learned scale as well; use state_loss")
+
+    def state_loss(
+        self,
+        readout: Readout,
+        state_ND: Tensor,
+        lengths: Sequence[int],
+        target: Tensor,
+        target_lengths: Sequence[int],
+        left: int | None = None,
+    ) -> Tensor:
+        """Nats a pair, summed over the pairs; target (pairs, 2): what tells each left and each right side from others."""
+        pairs = len(target)
+        if len(state_ND) != 2 * pairs or left not in (None, pairs):
+            raise StreamError(
+                f"Contrast: {len(state_ND)} rows, {left} of them left, for {pairs} pairs; two each are wanted"
+            )
+        assert isinstance(readout, ContrastReadout)
+        left_NF, right_NF = self.logits(readout, state_ND, lengths).split(pairs)
+        same_NN = (target[:, None] == target[None]).any(-1)
+        return self.pair_loss(readout.scores(left_NF, right_NF), same_NN)
+
+    def pair_loss(self, score_NM: Tensor, same_NM: Tensor) -> Tensor:
+        """The sum over pairs, which are the diagonal of the scores; whoever else is the `same` is left out."""
+        own = torch.eye(len(score_NM), dtype=torch.bool, device=score_NM.device)
+        if self.form == "sigmoid":
+            nll_NM = -F.logsigmoid(torch.where(own, score_NM, -score_NM))
+            return nll_NM.masked_fill(same_NM & ~own, 0.0).sum()
+        score_NM = score_NM.masked_fill(same_NM & ~own, -torch.inf)
+        found = score_NM.diagonal()
+        return (score_NM.logsumexp(1) - found + score_NM.logsumexp(0) - found).sum() / 2
+
+    def probability(self, score_NM: Tensor) -> Tensor:
+        """Of each right for each left: all rights of a left share 1 (softmax), or each has its own (sigmoid)."""
+        return score_NM.softmax(1) if self.form == "softmax" else score_NM.sigmoid()
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        raise ConfigError("Contrast: a pair has no answer; use Model.vectors or Model.matches")
+
+
+class ContrastReadout(Readout):
+    """The learned token that ends each side, a linear map for each, the scale, and the bias of the sigmoid form."""
+
+    def __init__(self, width: int, vector: int, form: str) -> None:
+        super().__init__(width, 1, 2)
+        del self.linear  # in its place are those of the sides
+        self.left, self.right = (nn.Linear(width, vector, bias=False) for _ in range(2))
+        for linear in (self.left, self.right):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+        self.largest = LARGEST_SCALE if form == "softmax" else math.inf
+        # one number each, but with an axis: FSDP2 cannot share out a scalar
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if form == "softmax" else 10.0)))
+        self.bias = nn.Parameter(torch.full((1,), -10.0)) if form == "sigmoid" else None
+
+    def vectors(self, state_ND: Tensor, side: str) -> Tensor:
+        """Unit vectors (N, F) of states that are all of one side."""
+        vector_NF = (self.left if side == "left" else self.right)(state_ND)
+        return F.normalize(vector_NF.to(torch.promote_types(vector_NF.dtype, torch.float32)), dim=-1)
+
+    def scores(self, left_NF: Tensor, right_MF: Tensor) -> Tensor:
+        """(N, M): how well each left goes with each right, on the scale of the loss."""
+        check_shapes("Contrast", left_NF=left_NF, right_MF=right_MF)
+        with torch.autocast(left_NF.device.type, enabled=False):  # bfloat16 knows a score of 100 to half a nat only
+            score_NM = left_NF @ right_MF.T * self.log_scale.to(left_NF.dtype).exp().clamp(max=self.largest)
+        return score_NM if self.bias is None else score_NM + self.bias
+
+
+def fingerprint(values: Iterable[Tokens]) -> int:
+    """A number of 64 bits that tells one side from another: of equal tokens it is equal."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tokens in values:
+        for part in (tokens.content, tokens.position_NA):
+            digest.update(f"{tuple(part.shape)} {part.dtype}".encode())
+            digest.update(part.detach().contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)

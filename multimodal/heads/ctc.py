@@ -1,0 +1,56 @@
+"""A head that transcribes: a symbol or a blank for every row of what was read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.heads.base import Head, Prediction, Readout, vocabulary
+from multimodal.shapes import StreamError
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class CTC(Head):
+    """Connectionist temporal classification (Graves et al. 2006): a symbol or a blank (class V) for every row of the context."""
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        return vocabulary(self, tokenizer) + 1
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        ids = tokens.content
+        needed = len(ids) + int((ids[1:] == ids[:-1]).sum())
+        if needed > rows:
+            raise StreamError(
+                f"CTC: {len(ids)} symbols need at least {needed} rows (one each, one more between equal neighbours), but the "
+                f"context has {rows}; use shorter hops or stack fewer frames, or a tokenizer with longer symbols"
+            )
+        return ids
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        return readout.linear(state_ND)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        # PyTorch's CTC wants (time, batch, class): the one place where rows of unequal samples are laid side by side
+        rows = nn.utils.rnn.pad_sequence(list(logits.float().log_softmax(-1).split(list(lengths))))
+        return F.ctc_loss(
+            rows,
+            target,
+            torch.tensor(lengths),
+            torch.tensor(target_lengths),
+            blank=logits.shape[-1] - 1,
+            reduction="sum",
+        )
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        blank = logits.shape[-1] - 1
+        answers = []
+        for rows in logits.float().log_softmax(-1).split(list(lengths)):
+            best, path = rows.max(-1)
+            ids = torch.unique_consecutive(path)
+            ids = ids[ids != blank].cpu()
+            value = tokenizer.decode(Tokens(ids, tokenizer.places(len(ids))))
+            answers.append(Prediction(value, float(best.sum().exp())))
+        return answers

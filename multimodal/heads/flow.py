@@ -1,0 +1,228 @@
+"""A head that writes features: each token is drawn by a small flow from noise, given the core's state; no codebook is needed.
+
+After Li et al. 2024 (arXiv 2406.11838), "Autoregressive Image Generation without Vector Quantization": the core writes token
+after token, and a small network beside it draws each. Theirs is a diffusion; this one is flow matching (Lipman et al. 2023,
+arXiv 2210.02747) along straight lines (Liu et al. 2023, arXiv 2209.03003).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.heads.base import Head, Prediction, Readout
+from multimodal.positions import sine_cosine
+from multimodal.shapes import ConfigError, StreamError, check_shapes
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class FlowMatching(Head):
+    """Writes continuous tokens, from a learned start to a learned stop, or to the `length` that their kind has.
+
+    The states of a written segment are [start, x_1 .. x_n]: state i draws x_(i+1), and the last one says that it ends.
+    Features should be of about unit size, as tokenizers normalise them; `spread` puts right those that are not.
+    In evaluation the loss draws the same noise every time, so that losses can be compared.
+
+    width: hidden width of the flow's network.
+    depth: residual blocks of that network.
+    draws: times and noises a token in training; the core's state is used so often.
+    steps: steps from noise to features, each of two evaluations (Heun).
+    spread: standard deviation of the written features, which are divided by it.
+    """
+
+    width: int = 256  # hidden width of the flow's network
+    depth: int = 3  # residual blocks of it
+    draws: int = 4  # times and noises a token in training: the core's state is used so often
+    steps: int = 16  # from noise to features, each of two evaluations (Heun)
+    spread: float = 1.0  # standard deviation of the written features, which are divided by it
+    queries: ClassVar[int] = 1
+    writes: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "draws", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"FlowMatching: {name}={getattr(self, name)} must be at least 1")
+        if self.width % 2:
+            raise ConfigError(f"FlowMatching: width={self.width} is odd; try width={self.width + 1}")
+        if self.spread <= 0:
+            raise ConfigError(f"FlowMatching: spread={self.spread} must be more than 0")
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        """The written features, and one more for the stop unless all values have one length."""
+        name, features = type(tokenizer).__name__, tokenizer.written_features
+        if features is None or tokenizer.vocab_size is not None or tokenizer.classes:
+            what = "its values are classes; use Classify" if tokenizer.classes else "it has no features; use NextToken"
+            raise ConfigError(f"FlowMatching writes features, which {name} has not: {what}")
+        if type(tokenizer).decode is Tokenizer.decode:
+            raise ConfigError(f"FlowMatching: {name} has no decode, so nobody could read what is written")
+        try:
+            tokenizer.places(1)
+        except ConfigError as error:
+            raise ConfigError(f"FlowMatching cannot write it: {error}") from error
+        return features + (tokenizer.length is None)
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        if tokenizer.length not in (None, len(tokens)):
+            raise StreamError(
+                f"FlowMatching: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
+                f"{tokenizer.length}; bring it to that size first"
+            )
+        if not len(tokens):
+            raise StreamError(
+                "FlowMatching: the answer is empty, but features are written one at least, as only then it may stop; "
+                "leave this sample out"
+            )
+        return tokens.content[:, : tokenizer.written_features]
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> "FlowReadout":
+        features = self.vocab(tokenizer) - (tokenizer.length is None)
+        return FlowReadout(self, width, features, stops=tokenizer.length is None)
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The mean (N, F) of the features that each state could draw, and where values may end the logit of the stop.
+
+        Along straight lines the velocity at time 0 is E[x] - noise (Liu et al. 2023, section 2.1), so without noise it is
+        the mean: one number a feature that says, without drawing, what a state stands for.
+        """
+        assert isinstance(readout, FlowReadout)
+        none_NF = state_ND.new_zeros(len(state_ND), readout.features)
+        mean_NF = readout.velocity(none_NF, none_NF[:, :1], readout.linear(state_ND)) * self.spread
+        return mean_NF if readout.stop is None else torch.cat([mean_NF, readout.stop(state_ND)], 1)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        raise ConfigError("FlowMatching: it is learned from states, not from logits; use state_loss")
+
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        """Squared errors of velocities, a mean over features and draws, summed over tokens; and of the stop, in nats."""
+        assert isinstance(readout, FlowReadout)
+        ended_N = torch.zeros(len(state_ND), dtype=torch.bool)
+        ended_N[torch.tensor(lengths).cumsum(0) - 1] = True
+        ended_N = ended_N.to(state_ND.device)
+        if len(state_ND) != sum(lengths) or [n - 1 for n in lengths] != list(target_lengths):
+            raise StreamError(
+                f"FlowMatching: {list(target_lengths)} written tokens were read from {list(lengths)} states; one more is wanted"
+            )
+        x_NF = target.float().repeat(self.draws, 1) / self.spread
+        time_N, noise_NF = self._chance(readout, target, target_lengths)
+        between_NF = noise_NF + time_N * (x_NF - noise_NF)
+        condition_NF = readout.linear(state_ND[~ended_N]).repeat(self.draws, 1)
+        velocity_NF = readout.velocity(between_NF, time_N, condition_NF).float()
+        total = (velocity_NF - (x_NF - noise_NF)).square().mean(1).sum() / self.draws
+        if readout.stop is not None:
+            stop_N = readout.stop(state_ND)[:, 0].float()
+            total = total + F.binary_cross_entropy_with_logits(stop_N, ended_N.float(), reduction="sum")
+        return total
+
+    def _chance(self, readout: nn.Module, target: Tensor, target_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Times (N, 1) and noises (N, F), the first draw of every token first; a token's times are spread evenly over 0..1."""
+
+        def drawn(count: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
+            first = torch.rand(1, count, 1, generator=generator, device=device)
+            noise = torch.randn(self.draws, count, target.shape[1], generator=generator, device=device)
+            return (first + torch.arange(self.draws, device=device)[:, None, None]) / self.draws, noise
+
+        if readout.training:
+            time, noise = drawn(len(target), None, target.device)
+        else:  # each sample draws what it draws alone
+            parts = [drawn(n, torch.Generator().manual_seed(0), torch.device("cpu")) for n in target_lengths]
+            time, noise = (torch.cat(part, 1).to(target.device) for part in zip(*parts, strict=True))
+        return time.flatten(0, 1), noise.flatten(0, 1)
+
+    def draw(
+        self,
+        readout: Readout,
+        state_ND: Tensor,
+        noise_NF: Tensor,
+        *,
+        guide_ND: Tensor | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The features (N, F) that follow each state, and the logit (N,) that nothing does: -infinity where a length says so.
+
+        A function of the noise, which `temperature` scales: with 0 every state draws what lies in the middle. With guide_ND,
+        the states of the same samples without what they read, the velocity goes from theirs `guidance` times as far
+        (Ho & Salimans 2022, arXiv 2207.12598).
+        """
+        assert isinstance(readout, FlowReadout)
+        check_shapes(
+            "FlowMatching.draw", {"F": readout.features}, state_ND=state_ND, noise_NF=noise_NF,
+            guide_ND=state_ND if guide_ND is None else guide_ND,
+        )  # fmt: skip
+        condition, guide = readout.linear(state_ND), None if guide_ND is None else readout.linear(guide_ND)
+
+        def velocity(x_NF: Tensor, time: float) -> Tensor:
+            time_N = x_NF.new_full((len(x_NF), 1), time)
+            v_NF = readout.velocity(x_NF, time_N, condition).float()
+            if guide is None:
+                return v_NF
+            away_NF = readout.velocity(x_NF, time_N, guide).float()
+            return away_NF + guidance * (v_NF - away_NF)
+
+        x_NF, step = noise_NF.float() * temperature, 1 / self.steps
+        for i in range(self.steps):
+            first = velocity(x_NF, i * step)
+            second = velocity(x_NF + step * first, (i + 1) * step)
+            x_NF = x_NF + step * (first + second) / 2
+        stop_N = (
+            x_NF.new_full((len(x_NF),), -torch.inf) if readout.stop is None else readout.stop(state_ND)[:, 0].float()
+        )
+        return x_NF * self.spread, stop_N
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        raise ConfigError("FlowMatching: an answer is written step by step; use Model.generate")
+
+
+class FlowReadout(Readout):
+    """The learned start, the flow's network, and the layer that says whether a value has ended.
+
+    `linear` turns a state into the network's condition.
+    """
+
+    def __init__(self, head: FlowMatching, width: int, features: int, *, stops: bool) -> None:
+        super().__init__(width, head.width, head.queries)
+        self.features = features
+        self.enter = nn.Linear(features, head.width)
+        self.time = nn.Sequential(nn.Linear(head.width, head.width), nn.SiLU(), nn.Linear(head.width, head.width))
+        self.blocks = nn.ModuleList(_Block(head.width) for _ in range(head.depth))
+        self.scale_shift = nn.Linear(head.width, 2 * head.width)
+        self.leave = nn.Linear(head.width, features)
+        self.stop = nn.Linear(width, 1) if stops else None
+        for module in (self.scale_shift, self.leave):  # the first velocity is 0 everywhere
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def velocity(self, x_NF: Tensor, time_N: Tensor, condition_NF: Tensor) -> Tensor:
+        """Where points (N, F) go at times (N, 1) in 0..1, by condition (N, width of the network)."""
+        x_NF = x_NF.to(self.enter.weight.dtype)
+        time_N = time_N.to(torch.promote_types(x_NF.dtype, torch.float32))
+        # 100 to 0.1 radians in all
+        turns = sine_cosine(100 * time_N, condition_NF.shape[1], base=1000.0).to(x_NF)
+        condition_NF = F.silu(condition_NF + self.time(turns))
+        h = self.enter(x_NF)
+        for block in self.blocks:
+            h = block(h, condition_NF)
+        scale, shift = self.scale_shift(condition_NF).chunk(2, -1)
+        return self.leave(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
+
+
+class _Block(nn.Module):
+    """A residual MLP whose norm and gate are set by the condition, shut at first (Peebles & Xie 2023, "adaLN-Zero")."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.adapt = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        nn.init.zeros_(self.adapt.weight)
+        nn.init.zeros_(self.adapt.bias)
+
+    def forward(self, h: Tensor, condition_NF: Tensor) -> Tensor:
+        scale, shift, gate = self.adapt(condition_NF).chunk(3, -1)
+        return h + gate * self.mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)

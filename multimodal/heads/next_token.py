@@ -1,0 +1,63 @@
+"""A head that writes one token after the other: language models, captions, codes of pictures and sounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.heads.base import Head, Prediction, Readout, check_smoothing, computes_as, vocabulary
+from multimodal.heads.cross_entropy import linear_cross_entropy
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class NextToken(Head):
+    """Writes token after token, from a learned start to a learned stop: class V of the V + 1 that it chooses among.
+
+    label_smoothing: the share of the target that is spread evenly over all tokens, from 0 to below 1.
+    """
+
+    label_smoothing: float = 0.0
+    queries: ClassVar[int] = 1
+    writes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_smoothing(self)
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        symbols = vocabulary(self, tokenizer)
+        try:
+            tokenizer.places(1)
+        except ConfigError as error:
+            raise ConfigError(f"NextToken cannot write {type(tokenizer).__name__}: {error}") from error
+        return symbols + 1
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        return readout.linear(state_ND)
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        if tokenizer.length not in (None, len(tokens)):
+            raise StreamError(
+                f"NextToken: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
+                f"{tokenizer.length}; bring it to that size first"
+            )
+        return F.pad(tokens.content, (0, 1), value=self.vocab(tokenizer) - 1)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        if not computes_as(self, NextToken):
+            return super().state_loss(readout, state_ND, lengths, target, target_lengths)
+        return linear_cross_entropy(readout.linear, state_ND, target, self.label_smoothing)
+
+    def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        raise ConfigError("NextToken: an answer is written step by step; use Model.generate")

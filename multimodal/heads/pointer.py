@@ -1,0 +1,195 @@
+"""A head whose answers are made of what was read: it points at tokens, one after the other (Vinyals et al. 2015, arXiv 1506.03134).
+
+states of what was read --keys--+
+learned stop ------------key----+--> score --> which of them comes next, or that nothing does
+state of a written row --query--+
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from multimodal.attention import Additive, Score
+from multimodal.attention.mechanism import BLOCK
+from multimodal.heads.base import Head, Memory, Prediction, Readout
+from multimodal.shapes import ConfigError, StreamError, check_shapes
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Pointer(Head):
+    """Writes tokens that were read, from a learned start to a learned stop: an attention whose weights are the answer.
+
+    The kind written is one of those read ("points -> hull:points"); each written row's state is the query, the states of what
+    was read of that kind are the keys, and behind them comes the key of the stop: logits (rows, keys + 1), minus infinity
+    beyond a sample's own. What was pointed at is fed back as that token, with its content and its place.
+    repeats: whether a token may be pointed at twice; if not, that is ruled out in training as in writing.
+    score: how likely a query finds a token that was read; the default is equation 3 of the paper.
+    """
+
+    score: Score = field(default_factory=Additive)  # equation 3 of the paper
+    repeats: bool = False
+    queries: ClassVar[int] = 1
+    writes: ClassVar[bool] = True
+    points: ClassVar[bool] = True
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        """The stop; each token that was read is one more to choose."""
+        name = type(tokenizer).__name__
+        if tokenizer.vocab_size is None and tokenizer.feature_size is None:
+            raise ConfigError(f"Pointer: {name} declares neither vocab_size nor feature_size, so it cannot be read")
+        if type(tokenizer).decode is Tokenizer.decode:
+            raise ConfigError(f"Pointer: {name} has no decode, so nobody could read what is written")
+        return 1
+
+    def pointed(self, tokens: Tokens, read: Tokens) -> Tensor:
+        same_NM = torch.zeros(len(tokens), 0, dtype=torch.bool)
+        if len(read) and len(tokens):
+            same_NM = tokens.content[:, None] == read.content[None]
+            same_NM = same_NM.all(-1) if same_NM.dim() == 3 else same_NM
+        there_N = same_NM.any(1)
+        if not there_N.all():
+            lost = int(there_N.int().argmin())
+            raise StreamError(
+                f"Pointer: token {lost} of the answer, {tokens.content[lost].tolist()}, is none of the {len(read)} that "
+                "were read; an answer is made of tokens that are read, with exactly their content"
+            )
+        index_N = same_NM.int().argmax(1) if len(tokens) else torch.zeros(0, dtype=torch.long)
+        if self.repeats or len(set(index_N.tolist())) == len(index_N):
+            return index_N
+        free_M = torch.ones(len(read), dtype=torch.bool)  # twins are pointed at in the order in which they were read
+        for i, same_M in enumerate(same_NM):
+            left_M = same_M & free_M
+            if not left_M.any():
+                raise StreamError(
+                    f"Pointer: token {i} of the answer, {tokens.content[i].tolist()}, is there more often than it was read; "
+                    "Pointer(repeats=True) may point at a token again"
+                )
+            index_N[i] = left_M.int().argmax()
+            free_M[index_N[i]] = False
+        return index_N
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        """What `pointed` found, and then the stop, which is number `rows` behind so many tokens that were read."""
+        if tokenizer.length not in (None, len(tokens)):
+            raise StreamError(
+                f"Pointer: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
+                f"{tokenizer.length}; bring it to that size first"
+            )
+        return F.pad(tokens.content, (0, 1), value=rows)
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> "PointerReadout":
+        return PointerReadout(self.score, width, self.queries)
+
+    def logits(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], memory: Memory | None = None
+    ) -> Tensor:
+        memory = _there(memory)
+        logits_NV = state_ND.new_full((len(state_ND), max(memory.lengths, default=0) + 1), -torch.inf)
+        logits_NV = logits_NV.to(_full(state_ND.dtype))
+        for _, row_BT, logits in self._runs(readout, state_ND, lengths, memory):
+            logits_NV[row_BT, : logits.shape[-1]] = logits
+        return logits_NV
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    def state_loss(
+        self,
+        readout: Readout,
+        state_ND: Tensor,
+        lengths: Sequence[int],
+        target: Tensor,
+        target_lengths: Sequence[int],
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """log sum exp(score) - score of the target: the weights themselves are never made."""
+        if list(lengths) != list(target_lengths):
+            raise StreamError(
+                f"Pointer: {list(target_lengths)} targets for {list(lengths)} written rows; one each is wanted"
+            )
+        total = state_ND.new_zeros((), dtype=_full(state_ND.dtype))
+        for _, row_BT, logits in self._runs(readout, state_ND, lengths, _there(memory)):
+            of_target = logits.gather(-1, target[row_BT][..., None])[..., 0]
+            total = total + (logits.logsumexp(-1) - of_target).sum()
+        return total
+
+    def _runs(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], memory: Memory
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """(samples, their rows (B, T), their logits (B, T, keys + 1)) of all samples that are equally long, side by side."""
+        assert isinstance(readout, PointerReadout)
+        check_shapes("Pointer", state_ND=state_ND, state_MD=memory.state_MD)
+        sums = sum(lengths), sum(memory.lengths), sum(memory.pointed_lengths)
+        came = len(state_ND), len(memory.state_MD), len(memory.pointed_N)
+        if sums != came or len({len(lengths), len(memory.lengths), len(memory.pointed_lengths)}) > 1:
+            raise StreamError(f"Pointer: {came} rows, keys and pointed at came, but their lengths add up to {sums}")
+        shapes: dict[tuple[int, int, int], list[int]] = {}
+        for i, shape in enumerate(zip(lengths, memory.lengths, memory.pointed_lengths, strict=True)):
+            shapes.setdefault(shape, []).append(i)
+        starts = [torch.tensor([0, *x]).cumsum(0) for x in (lengths, memory.lengths, memory.pointed_lengths)]
+        for shape, samples in shapes.items():
+            row_BT, row_BM, row_BN = (
+                (start[samples][:, None] + torch.arange(size)).to(state_ND.device)
+                for start, size in zip(starts, shape, strict=True)
+            )
+            logits = self._scored(readout, state_ND[row_BT], memory.state_MD[row_BM])
+            if not self.repeats and shape[2]:
+                logits = logits.masked_fill(_before(memory.pointed_N[row_BN], *logits.shape[1:]), -torch.inf)
+            yield samples, row_BT, logits
+
+    def _scored(self, readout: "PointerReadout", state_BTD: Tensor, key_BMD: Tensor) -> Tensor:
+        """Log-likelihoods (B, T, M + 1) of rows under the keys and, last, the stop; many rows are scored block by block."""
+        stop_BMD = readout.stop.to(key_BMD.dtype).expand(len(key_BMD), 1, -1)
+        k_BMGK = torch.cat([key_BMD, stop_BMD], 1)[:, :, None]
+        order_M = torch.arange(1, k_BMGK.shape[1] + 1, device=key_BMD.device)
+        order_M[-1] = 0  # where a score asks for places the stop has always the same
+        k_BMGK = self.score.keys(k_BMGK, order_M[None])
+
+        def scored(q_BTHK: Tensor) -> Tensor:
+            score_BHTM = self.score.log_likelihood(q_BTHK, k_BMGK, readout.weights)
+            return score_BHTM[:, 0].to(_full(score_BHTM.dtype))
+
+        q_BTHK = state_BTD[:, :, None]
+        block = max(1, BLOCK // k_BMGK.numel())
+        if block >= q_BTHK.shape[1]:
+            return scored(q_BTHK)
+        parts = [checkpoint(scored, q, use_reentrant=False) for q in q_BTHK.split(block, 1)]
+        return torch.cat([part for part in parts if isinstance(part, Tensor)], 1)
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        raise ConfigError("Pointer: an answer is written step by step; use Model.generate")
+
+
+class PointerReadout(Readout):
+    """The learned start, the key of the stop, and what the score learns, for one head as wide as the core."""
+
+    def __init__(self, score: Score, width: int, queries: int) -> None:
+        super().__init__(width, 1, queries)
+        del self.linear  # in its place is the score
+        self.weights = score.weights(1, width)
+        self.stop = nn.Parameter(torch.randn(width))  # as large as a state, which is normed
+
+
+def _before(pointed_BN: Tensor, rows: int, keys: int) -> Tensor:
+    """(B, rows, keys): what was pointed at before each row, when the last row comes after all of it."""
+    hit = F.one_hot(pointed_BN, keys).cumsum(1) > 0
+    none = torch.zeros_like(hit[:, :1])
+    return torch.cat([none, hit], 1)[:, -rows:]
+
+
+def _there(memory: Memory | None) -> Memory:
+    if memory is None:
+        raise ConfigError(
+            "Pointer: it also needs the states of what was read, as memory=Reading.memory(states)['memory']"
+        )
+    return memory
+
+
+def _full(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,114 @@
+"""Retrieval with a model that was trained on pairs: vectors of one side, how well two sides fit, recall at k."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multimodal.heads.contrast import Contrast, ContrastReadout
+from multimodal.shapes import ConfigError, TaskError
+from multimodal.surroundings import left_as_found
+
+if TYPE_CHECKING:
+    from multimodal.model import Model
+
+BLOCK = 1024  # queries that are compared at once
+
+
+def side_vectors(model: "Model", task: str, parts: Iterable[Sequence[Mapping[str, Any]]], side: str | None) -> Tensor:
+    """Unit vectors (N, F) of one side of each sample, which come in batches; the other side is not looked at."""
+    model.packer.check_task(task)
+    head, readout = _parts(model, task)
+    sides = model.packer.patterns[task].sides
+    names = {name: [field.name for field in fields] for name, fields in sides.items()}
+    if side not in (None, *sides):
+        raise ConfigError(f"task {task!r}: side={side!r} is neither 'left' nor 'right'")
+    found, count, given = [torch.empty(0, head.width, device=model.device)], 0, set[str]()
+
+    def chosen() -> str:
+        if side is None and len(given) != 1:
+            raise TaskError(
+                f"task {task!r}: {'both sides' if given else 'no side'} came; give one, {' or '.join(names['left'])} "
+                f"(left) or {' or '.join(names['right'])} (right), or say side='left' or side='right'"
+            )
+        return side or next(iter(given))
+
+    with left_as_found(), model.resting():
+        for part in parts:
+            given |= {name for name in names if any(field in sample for sample in part for field in names[name])}
+            own = names[chosen()]
+            other = dict.fromkeys(name for names_of in names.values() for name in names_of if name not in own)
+            stream = model.pack(task, [{**sample, **other} for sample in part], answers=False, first=count)
+            found.append(readout.vectors(model(stream)[stream.readings[task].row_N], chosen()))
+            count += len(part)
+    chosen()  # of no samples at all
+    return torch.cat(found)
+
+
+def matches(model: "Model", task: str, left_NF: Tensor, right_MF: Tensor) -> Tensor:
+    """(N, M): the probabilities of a pair's head."""
+    head, readout = _parts(model, task)
+    with torch.no_grad():
+        return head.probability(readout.scores(left_NF, right_MF))
+
+
+def _parts(model: "Model", task: str) -> tuple[Contrast, ContrastReadout]:
+    """Both halves of a pair's head.
+
+    Raises:
+        TaskError: no pair.
+    """
+    head, readout = model.packer.head(task), model.readout(task)
+    if not isinstance(head, Contrast) or not isinstance(readout, ContrastReadout):
+        raise TaskError(f"task {task!r} is no pair; a pair has two sides, as in 'image <-> text'")
+    return head, readout
+
+
+def evaluate_pairs(model: "Model", task: str, samples: Any, *, batch: int = 64) -> dict[str, float]:
+    """Mean loss of a pair in nats, told from the others of its batch, and recall at 1 and 10 among all samples, both ways.
+
+    "R@10 right" is the share of left sides that have a right side of theirs among their 10 nearest. Sides that occur more than once
+    count once: a photo with five captions is one photo, and any of the five is right.
+    """
+    head, readout = _parts(model, task)
+    total, vectors, targets = 0.0, [], []
+    with model.resting():
+        for start in range(0, len(samples), batch):
+            part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
+            stream = model.pack(task, part, first=start)
+            r = stream.readings[task]
+            assert r.target is not None
+            state_ND = model(stream)[r.row_N]
+            total += float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths))
+            vectors.append(head.logits(readout, state_ND, r.lengths).split(len(part)))
+            targets.append(r.target)
+    left_NF, right_NF = (torch.cat(side) for side in zip(*vectors, strict=True))
+    return {"loss": total / len(samples), **recalls(left_NF, right_NF, torch.cat(targets))}
+
+
+def recalls(left_NF: Tensor, right_NF: Tensor, target: Tensor, at: Sequence[int] = (1, 10)) -> dict[str, float]:
+    """Recall both ways of pairs (N, F) and (N, F); target (N, 2): equal numbers are equal sides. A tie counts against it."""
+    sides, places = [], []
+    for vector_NF, number_N in zip((left_NF, right_NF), target.T, strict=True):
+        unique, place_N = number_N.unique(return_inverse=True)
+        sides.append(vector_NF.new_empty(len(unique), vector_NF.shape[1]).index_copy(0, place_N, vector_NF))
+        places.append(place_N)
+    fits = torch.zeros(len(sides[0]), len(sides[1]), dtype=torch.bool, device=left_NF.device)
+    fits[places[0], places[1]] = True
+    right, left = _ranks(sides[0], sides[1], fits), _ranks(sides[1], sides[0], fits.T)
+    return {
+        f"R@{k} {name}": float((rank_N < k).double().mean())
+        for name, rank_N in (("right", right), ("left", left))
+        for k in at
+    }
+
+
+def _ranks(query_NF: Tensor, key_MF: Tensor, fits_NM: Tensor) -> Tensor:
+    """How many keys that do not fit come before the first that does, for each query: (N,)."""
+    ranks = []
+    for q_NF, fit_NM in zip(query_NF.split(BLOCK), fits_NM.split(BLOCK), strict=True):
+        score_NM = q_NF @ key_MF.T
+        best = score_NM.masked_fill(~fit_NM, -torch.inf).amax(1, keepdim=True)
+        ranks.append(((score_NM >= best) & ~fit_NM).sum(1))
+    return torch.cat(ranks)
