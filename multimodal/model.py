@@ -25,10 +25,10 @@ from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, req
 from multimodal.generate.request import Answer
 from multimodal.heads import Head, Prediction, Readout
 from multimodal.packer import Packer
+from multimodal.process_state import preserved_state
 from multimodal.retrieval import matches, side_vectors
 from multimodal.shapes import ConfigError, StreamError, TaskError, check_seed, check_whole, did_you_mean
 from multimodal.stream import Stream
-from multimodal.surroundings import left_as_found
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
@@ -245,7 +245,7 @@ class Model(nn.Module):
         if self.packer.head(task).writes:
             return self.generate(task, samples, batch=batch)
         answers: list[Prediction] = []
-        with left_as_found(), self.resting():
+        with preserved_state(), self.resting():
             for part in in_batches(samples, batch):
                 stream = self.pack(task, part, answers=False, first=len(answers))
                 r = stream.readings[task]
@@ -326,7 +326,7 @@ class Model(nn.Module):
                 )
             return self.predict(task, samples, batch=batch)
         found: dict[int, Prediction] = {}
-        with left_as_found(), self.resting():
+        with preserved_state(), self.resting():
             for piece in self._written(task, samples, prefix, batch, options):
                 if piece.prediction is not None:
                     found[piece.ticket] = piece.prediction

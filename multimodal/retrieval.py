@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from multimodal.heads.contrast import Contrast, ContrastReadout
+from multimodal.process_state import preserved_state
 from multimodal.shapes import ConfigError, TaskError
-from multimodal.surroundings import left_as_found
 
 if TYPE_CHECKING:
     from multimodal.model import Model
@@ -34,7 +34,7 @@ def side_vectors(model: "Model", task: str, parts: Iterable[Sequence[Mapping[str
             )
         return side or next(iter(given))
 
-    with left_as_found(), model.resting():
+    with preserved_state(), model.resting():
         for part in parts:
             given |= {name for name in names if any(field in sample for sample in part for field in names[name])}
             own = names[chosen()]

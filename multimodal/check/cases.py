@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multimodal.check.process_settings import IMPORTS_MAY_CHANGE, changed, kept_settings, settings
 from multimodal.check.report import want
-from multimodal.check.surroundings import IMPORTS_MAY_CHANGE, changed, kept_settings, settings
 from multimodal.core import Core
 from multimodal.heads import Head, Prediction
 from multimodal.model import Model

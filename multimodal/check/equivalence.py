@@ -20,8 +20,8 @@ from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
+from multimodal.process_state import preserved_state
 from multimodal.stream import Stream
-from multimodal.surroundings import left_as_found
 from multimodal.task import Pattern
 from multimodal.tokenizer import Tokens
 
@@ -123,7 +123,7 @@ class _Subject:
         return [(self.task, sample) for sample in self.samples]
 
 
-@left_as_found()
+@preserved_state()
 def verify(
     model: Model,
     samples: Mapping[str, Sequence[Sample]] | None = None,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from multimodal.check.surroundings import kept_settings
-from multimodal.data import kept_generators
+from multimodal.check.process_settings import kept_settings
+from multimodal.data import preserved_rng
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.tokenizer import Tokenizer, describe
 
@@ -62,7 +62,7 @@ class BoundCheck:
             raise CheckedAgain
         status, detail = OK, ""
         try:
-            with kept_generators(), kept_settings():
+            with preserved_rng(), kept_settings():
                 torch.manual_seed(0)
                 self.check.run(self.case)
         except unittest.SkipTest as skip:

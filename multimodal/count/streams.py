@@ -9,7 +9,7 @@ from torch import Tensor
 
 from multimodal.attention import Layout
 from multimodal.attention.plan import is_split
-from multimodal.data import kept_generators
+from multimodal.data import preserved_rng
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import is_indexed, weighed
 from multimodal.masks import LAW, PREFIX_LM, Alone, Rule
@@ -67,7 +67,7 @@ def count_stream(
         wanted = max(1, round(samples * weight[pattern] / sum(weight.values())))
         streams = []
         for chunk in _chunks(_some(source, wanted)):
-            with kept_generators():
+            with preserved_rng():
                 streams.append(model.packer([(pattern, sample) for sample in chunk]))
             if progress is not None:
                 progress(len(chunk))

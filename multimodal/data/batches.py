@@ -8,8 +8,8 @@ from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, Loader
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
 from multimodal.packer import Packer, Prepared
+from multimodal.process_state import preserved_rng
 from multimodal.shapes import ConfigError, MediaError, StreamError
-from multimodal.surroundings import kept_generators
 
 
 class Batches(Dataset):
@@ -52,7 +52,7 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         found = Batch([], [], [], [])
         size = self.turns.block
-        with kept_generators():
+        with preserved_rng():
             for part in range(self.rank, self.parts, self.ranks):
                 samples = [self._sample(step, slot, found.bad) for slot in range(part, size, self.parts)]
                 found.streams.append(self.fetch.packer.lay([sample for sample, _ in samples]))

@@ -21,8 +21,8 @@ from multimodal.data.frames import as_samples
 from multimodal.data.sources import BLOCK, Flow, Source, Turns, check_source, is_indexed, shares, weighed
 from multimodal.files import check_fields
 from multimodal.packer import Packer, Prepared
+from multimodal.process_state import preserved_rng
 from multimodal.shapes import ConfigError, MediaError, StreamError
-from multimodal.surroundings import kept_generators
 from multimodal.texts import shortened
 
 CHUNK = 8  # samples that go to a worker and come back together
@@ -96,7 +96,7 @@ class Packs(Dataset):
     def __getitem__(self, tickets: list[_Ticket]) -> bytes:
         """In a worker: some samples, encoded. As bytes, since a tensor sent to another process costs an open file."""
         found = []
-        with kept_generators():
+        with preserved_rng():
             for t in tickets:
                 try:
                     sample, name = self.fetch(t.pattern, t.turn, f"place {t.place} of lane {t.lane}", t.given)
@@ -163,7 +163,7 @@ class Packs(Dataset):
         """The next samples to ask a worker for: of the lane that has the fewest."""
         lane = min(self.lanes, key=lambda lane: len(lane.waiting) + lane.owed)
         found = []
-        with kept_generators():
+        with preserved_rng():
             for _ in range(CHUNK):
                 if lane.again:
                     place = lane.again.popleft()

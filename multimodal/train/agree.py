@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multimodal.checkpoint import declarations
-from multimodal.data import Batches, Packs, is_indexed, kept_generators, seed_generators
+from multimodal.data import Batches, Packs, is_indexed, preserved_rng, seed_generators
 from multimodal.declare import plain
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
@@ -125,7 +125,7 @@ def _samples(feed: Batches | Packs) -> dict[str, dict[str, str]]:
 
 
 def _sample(source: Any, index: int) -> str:
-    with kept_generators():
+    with preserved_rng():
         seed_generators("agreement", index)
         try:
             return f"{crc32(repr(_identity(source[index])).encode()):08x}"

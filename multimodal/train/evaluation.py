@@ -7,14 +7,14 @@ import torch
 from multimodal.data import Samples, as_samples, check_samples
 from multimodal.heads import Prediction
 from multimodal.model import Model
+from multimodal.process_state import preserved_state
 from multimodal.retrieval import evaluate_pairs
 from multimodal.shapes import check_whole
 from multimodal.stream import Stream
-from multimodal.surroundings import left_as_found
 from multimodal.train.processes import Processes
 
 
-@left_as_found()
+@preserved_state()
 def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
     """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`).
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from multimodal.data import Batches, Packs, Samples, Source, as_samples, check_samples, is_indexed, kept_generators
+from multimodal.data import Batches, Packs, Samples, Source, as_samples, check_samples, is_indexed, preserved_rng
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.train.processes import Processes
@@ -62,7 +62,7 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
         samples = as_samples(samples)
         model.packer.check_task(pattern)
         check_samples("evaluation", pattern, samples)
-        with kept_generators():
+        with preserved_rng():
             model.packer([(pattern, samples[0])], names=["held-out sample 0"])
     known = {f"{pattern} {name}" for pattern in evaluation for name in _measures(model, pattern)}
     if recipe.best and recipe.best not in known:

@@ -23,8 +23,8 @@ from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError
 from multimodal.declare import override, plain
 from multimodal.files import check_fields, put
 from multimodal.model import Model
+from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
-from multimodal.surroundings import left_as_found
 from multimodal.train.agree import agreement, facts_of
 from multimodal.train.evaluation import measured
 from multimodal.train.loaders import check_evaluation, make_feed, size
@@ -130,7 +130,7 @@ def fit(
     learned_before = model.training
     training: _Training | None = None
     try:
-        with left_as_found(draws=True), found_processes(device) as processes:
+        with preserved_state(draws=True), found_processes(device) as processes:
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
                 training.trackers, training.go_on = list(trackers), go_on

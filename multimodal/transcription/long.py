@@ -15,8 +15,8 @@ from torch import Tensor
 from multimodal.heads import CTC
 from multimodal.media import sound_blocks
 from multimodal.model import Model
+from multimodal.process_state import preserved_state
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, check_number, check_whole
-from multimodal.surroundings import left_as_found
 from multimodal.tokenizer import Tokenizer
 from multimodal.transcription.alignment import Speller, align
 from multimodal.transcription.ctc import Decoder, Greedy, log_p_of
@@ -28,7 +28,7 @@ Progress = Callable[[int, float, float], None]
 """Called with: which sound, seconds of it that are read, seconds it has."""
 
 
-@left_as_found()
+@preserved_state()
 def transcribe(
     model: Model,
     task: str,

@@ -18,7 +18,7 @@ Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read it, how 
 
 
 @contextmanager
-def left_as_found(*, draws: bool = False) -> Iterator[None]:
+def preserved_state(*, draws: bool = False) -> Iterator[None]:
     """Restores every setting that changed inside the block, also after an error.
 
     Outside the main thread only autograd's mode is restored. The rest belongs to the whole process, where other threads go on: from
@@ -37,7 +37,7 @@ def left_as_found(*, draws: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def kept_generators() -> Iterator[None]:
+def preserved_rng() -> Iterator[None]:
     """Restores the global generators of random, numpy and torch's CPU."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
