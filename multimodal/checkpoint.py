@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,13 +23,11 @@ from multimodal.core import Core
 from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
+from multimodal.network import Network
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.task import Task
 from multimodal.texts import shortened
-
-if TYPE_CHECKING:
-    from multimodal.model import Model
 
 _T = TypeVar("_T")
 FORMAT = 1
@@ -63,7 +61,7 @@ Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type by its n
 FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 
 
-def declarations(model: "Model") -> dict[str, Any]:
+def declarations(model: Network) -> dict[str, Any]:
     """Everything about a model but its weights and its tokenizers' files, as JSON values."""
     tokenizers = model.packer.tokenizers.items()
     return {
@@ -77,7 +75,7 @@ def declarations(model: "Model") -> dict[str, Any]:
     }
 
 
-def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+def save(model: Network, folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write a checkpoint, or replace the one that is there; the old or the new one is complete at any moment.
 
     weights: saved instead of the model's own, with the same names. Only files that a save wrote are replaced; other files
@@ -183,7 +181,7 @@ def model_folder(folder: Path) -> Path:
     return folder / RUN if inner.is_file() and own_config(folder) is None else folder
 
 
-def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
+def load(cls: type[Network], folder: Path, *, finite: bool = True) -> Any:
     """Read a checkpoint, again if it is replaced meanwhile. finite: refuse weights that are NaN or infinite.
 
     Raises:
@@ -203,7 +201,7 @@ def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
     raise AssertionError
 
 
-def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
+def _load(cls: type[Network], folder: Path, finite: bool) -> Any:
     """Rebuild declarations, then the model, then its weights. The header of the weights is compared with the config first, before
     large tensors cost time and memory."""
     config = read_config(folder)
@@ -251,7 +249,7 @@ def _check_depth(core: Any, tensors: int) -> None:
             )
 
 
-def _outline(build: Callable[[], "Model"], config: Any) -> "Model | None":
+def _outline(build: Callable[[], Network], config: Any) -> Network | None:
     """The model without memory for its weights; None where a part is not ours, which may remember tensors that it made there."""
     if not all(name.partition(":")[0].partition(".")[0] in OURS for name in part_types(config)):
         return None
@@ -422,7 +420,7 @@ def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:
     return tensor.reshape(1) if tensor.dim() == 0 and wanted.shape == (1,) else tensor
 
 
-def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, finite: bool = True) -> None:
+def put_weights(model: Network, weights: dict[str, Tensor], where: Path, *, finite: bool = True) -> None:
     """Load weights that must match the model one for one.
 
     Raises:

@@ -1,22 +1,20 @@
 """Retrieval with a model that was trained on pairs: vectors of one side, how well two sides fit, recall at k."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from multimodal.heads.contrast import Contrast, ContrastReadout
+from multimodal.network import Network
 from multimodal.process_state import preserved_state
 from multimodal.shapes import ConfigError, TaskError
-
-if TYPE_CHECKING:
-    from multimodal.model import Model
 
 BLOCK = 1024  # queries that are compared at once
 
 
-def side_vectors(model: "Model", task: str, parts: Iterable[Sequence[Mapping[str, Any]]], side: str | None) -> Tensor:
+def side_vectors(model: Network, task: str, parts: Iterable[Sequence[Mapping[str, Any]]], side: str | None) -> Tensor:
     """Unit vectors (N, F) of one side of each sample, which come in batches; the other side is not looked at."""
     model.packer.check_task(task)
     head, readout = _parts(model, task)
@@ -34,7 +32,7 @@ def side_vectors(model: "Model", task: str, parts: Iterable[Sequence[Mapping[str
             )
         return side or next(iter(given))
 
-    with preserved_state(), model.resting():
+    with preserved_state(), model.inference_mode():
         for part in parts:
             given |= {name for name in names if any(field in sample for sample in part for field in names[name])}
             own = names[chosen()]
@@ -46,14 +44,14 @@ def side_vectors(model: "Model", task: str, parts: Iterable[Sequence[Mapping[str
     return torch.cat(found)
 
 
-def matches(model: "Model", task: str, left_NF: Tensor, right_MF: Tensor) -> Tensor:
+def match_probabilities(model: Network, task: str, left_NF: Tensor, right_MF: Tensor) -> Tensor:
     """(N, M): the probabilities of a pair's head."""
     head, readout = _parts(model, task)
     with torch.no_grad():
         return head.probability(readout.scores(left_NF, right_MF))
 
 
-def _parts(model: "Model", task: str) -> tuple[Contrast, ContrastReadout]:
+def _parts(model: Network, task: str) -> tuple[Contrast, ContrastReadout]:
     """Both halves of a pair's head.
 
     Raises:
@@ -65,7 +63,7 @@ def _parts(model: "Model", task: str) -> tuple[Contrast, ContrastReadout]:
     return head, readout
 
 
-def evaluate_pairs(model: "Model", task: str, samples: Any, *, batch: int = 64) -> dict[str, float]:
+def evaluate_pairs(model: Network, task: str, samples: Any, *, batch: int = 64) -> dict[str, float]:
     """Mean loss of a pair in nats, told from the others of its batch, and recall at 1 and 10 among all samples, both ways.
 
     "R@10 right" is the share of left sides that have a right side of theirs among their 10 nearest. Sides that occur more than once
@@ -73,7 +71,7 @@ def evaluate_pairs(model: "Model", task: str, samples: Any, *, batch: int = 64) 
     """
     head, readout = _parts(model, task)
     total, vectors, targets = 0.0, [], []
-    with model.resting():
+    with model.inference_mode():
         for start in range(0, len(samples), batch):
             part = [samples[i] for i in range(start, min(start + batch, len(samples)))]
             stream = model.pack(task, part, first=start)

@@ -1,53 +1,14 @@
-"""A packed stream: the tokens of many samples end to end, and what the head of each task reads of it."""
+"""A packed stream: the tokens of many samples end to end, and which rows of it each task's head reads."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from multimodal.attention import Layout
-from multimodal.heads import Memory
+from multimodal.heads.base import Reading
 from multimodal.masks import Places
-from multimodal.tokenizer import Tokens
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What one task's head reads of a stream.
-
-    row_N: rows of the stream, sample after sample; lengths: rows of each sample; samples: which sample of the batch each is;
-    target and target_lengths: what should have been answered (None when nobody knows yet).
-    key_N: of a head that points, the rows it may point at, and pointed_N: which of these each written row is; both with lengths.
-    left: of a pair, how many rows are of left sides; they come first, and the right ones follow in the same order of samples.
-    hidden: of a head that hides, each sample's tokens and which of them (N,) are hidden; on the host, and without answers only.
-    """
-
-    row_N: Tensor
-    lengths: tuple[int, ...]
-    samples: tuple[int, ...]
-    target: Tensor | None
-    target_lengths: tuple[int, ...]
-    key_N: Tensor | None = None
-    key_lengths: tuple[int, ...] = ()
-    pointed_N: Tensor | None = None
-    pointed_lengths: tuple[int, ...] = ()
-    left: int | None = None
-    hidden: tuple[tuple[Tokens, Tensor], ...] = ()
-
-    def memory(self, state_TD: Tensor) -> dict[str, Any]:
-        """What a head that points (its memory) or a pair (left) gets beside its rows, by name; other heads get nothing."""
-        if self.left is not None:
-            return {"left": self.left}
-        if self.key_N is None or self.pointed_N is None:
-            return {}
-        return {"memory": Memory(state_TD[self.key_N], self.key_lengths, self.pointed_N, self.pointed_lengths)}
-
-    @property
-    def count(self) -> int:
-        """Real targets."""
-        return sum(self.target_lengths)
 
 
 @dataclass(frozen=True)

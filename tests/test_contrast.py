@@ -12,8 +12,8 @@ import multimodal as mm
 from multimodal.check import verify
 from multimodal.heads.contrast import Contrast, ContrastReadout, fingerprint
 from multimodal.look import xray
+from multimodal.pattern import Pattern
 from multimodal.retrieval import evaluate_pairs, recalls
-from multimodal.task import Pattern
 from multimodal_tokenizers import TextBytes
 
 TASK = "image <-> text"

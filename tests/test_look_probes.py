@@ -180,7 +180,7 @@ def test_what_is_written_under_steering_is_the_same_with_and_without_a_cache(cor
         whole: list[int] = []
         for _ in range(len(cached)):
             tokens = mm.Tokens(torch.tensor(whole, dtype=torch.long), TextBytes().places(len(whole)))
-            stream = model.packer([(WRITE, {"text": "hi"})], answers=False, begun=[tokens if whole else None])
+            stream = model.packer([(WRITE, {"text": "hi"})], answers=False, begins=[tokens if whole else None])
             whole.append(int(model.logits(stream)[WRITE][-1].argmax()))
     assert cached == whole
     assert plain.tokens.content.tolist() != cached

@@ -85,13 +85,13 @@ def test_nothing_hidden_is_seen(task: str, model: mm.Model):
     tokenizer = model.packer.tokenizers[field.kind]
     whole = tokenizer(values()[field.name])
     torch.manual_seed(3)
-    hidden_N = model.packer.head(task).hidden(whole, tokenizer.step, drawn=True)
+    hidden_N = model.packer.head(task).hidden(whole, tokenizer.step, random=True)
     assert 0 < int(hidden_N.sum()) < len(whole)
 
     def packed(content: torch.Tensor):
         torch.manual_seed(3)
         sample = {**values(), field.name: Tokens(content, whole.position_NA)}
-        return model.packer([(task, sample), (task, values(1))], drawn=True)
+        return model.packer([(task, sample), (task, values(1))], random=True)
 
     other = (whole.content + 1) % 256 if whole.content.dim() == 1 else whole.content * 0.5 + 0.25
     hidden_too = hidden_N.reshape(-1, *[1] * (other.dim() - 1))
@@ -117,9 +117,9 @@ def test_hidden_tokens_keep_their_places_and_later_fields_theirs(model: mm.Model
     counts = [len(t) for t in tokens.values()]
     for seed in range(4):  # the last token of the sound is hidden in some
         torch.manual_seed(seed)
-        stream = model.packer([(MIXED, values())], drawn=True)
+        stream = model.packer([(MIXED, values())], random=True)
         torch.manual_seed(seed)
-        hidden_N = TASKS[3].head.hidden(tokens["sound"], model.packer.tokenizers["sound"].step, drawn=True)
+        hidden_N = TASKS[3].head.hidden(tokens["sound"], model.packer.tokenizers["sound"].step, random=True)
         n = len(hidden_N)
         found = torch.empty(n, 3)
         seen = int((~hidden_N).sum())
@@ -147,7 +147,7 @@ def test_every_token_is_hidden_with_the_share(count: int, share: float, span: in
     step = 0.04
     tokens = Tokens(torch.zeros(count, 2), mm.at_times(torch.arange(count) * step))
     draws = 1500
-    drawn = torch.stack([Masked(share, span).hidden(tokens, (step, 1, 1), drawn=True) for _ in range(draws)])
+    drawn = torch.stack([Masked(share, span).hidden(tokens, (step, 1, 1), random=True) for _ in range(draws)])
     error = 4.5 * (share * (1 - share) / draws) ** 0.5
     assert float((drawn.float().mean(0) - share).abs().max()) < error
     assert (drawn[:, 1:] != drawn[:, :-1]).any(0).all()  # a span may begin anywhere
@@ -162,7 +162,7 @@ def test_spans_of_pictures_are_squares():
     tokens = PICTURES(np.zeros((32, 32), np.float32))
     torch.manual_seed(0)
     for _ in range(50):
-        grid = Masked(0.5, span=2).hidden(tokens, PICTURES.step, drawn=True).reshape(8, 8).tolist()
+        grid = Masked(0.5, span=2).hidden(tokens, PICTURES.step, random=True).reshape(8, 8).tolist()
         tops = [y for y in range(1, 8) if grid[y] != grid[y - 1]]  # rows where another row of squares begins
         sides = [x for x in range(1, 8) if any(row[x] != row[x - 1] for row in grid)]
         assert len({y % 2 for y in tops}) <= 1
@@ -175,10 +175,10 @@ def test_short_values_are_hidden_in_part_too():
     for count in (2, 3, 5):
         tokens = Tokens(torch.zeros(count, 1), mm.at_times(torch.arange(count)))
         for share in (0.01, 0.99):
-            some = [int(Masked(share, span=10).hidden(tokens, (1, 1, 1), drawn=True).sum()) for _ in range(50)]
+            some = [int(Masked(share, span=10).hidden(tokens, (1, 1, 1), random=True).sum()) for _ in range(50)]
             assert 0 < min(some) <= max(some) < count
     together = Tokens(torch.zeros(6, 1), torch.zeros(6, 3))  # all in one place: no span can part them
-    assert 0 < int(Masked(0.5, span=3).hidden(together, (1, 1, 1), drawn=True).sum()) < 6
+    assert 0 < int(Masked(0.5, span=3).hidden(together, (1, 1, 1), random=True).sum()) < 6
 
 
 def test_what_is_hidden_is_drawn_anew_in_training_and_fixed_otherwise(model: mm.Model):
@@ -189,7 +189,7 @@ def test_what_is_hidden_is_drawn_anew_in_training_and_fixed_otherwise(model: mm.
     before = torch.get_rng_state()
     assert places(model.pack(IMAGE, [values(), values(1)])) == alone
     assert torch.equal(torch.get_rng_state(), before)
-    assert len({str(places(model.packer([(IMAGE, values())], drawn=True))) for _ in range(20)}) > 10
+    assert len({str(places(model.packer([(IMAGE, values())], random=True))) for _ in range(20)}) > 10
 
     def trained(seed: int) -> list[list[list[float]]]:
         batches = Batches(model.packer, {IMAGE: [values()]}, batch=1, seed=seed)
@@ -224,7 +224,7 @@ def test_predict_fills_in_what_was_hidden(model: mm.Model, tmp_path):
         tokenizer, value = model.packer.tokenizers[field.kind], values()[field.name]
         answer = model.predict(task, **{field.name: value})
         whole = tokenizer(value)
-        hidden_N = model.packer.head(task).hidden(whole, tokenizer.step, drawn=False)
+        hidden_N = model.packer.head(task).hidden(whole, tokenizer.step, random=False)
         assert torch.equal(answer.tokens.content[~hidden_N], whole.content[~hidden_N])
         stream = model.pack(task, [{field.name: value}], answers=False)
         with torch.no_grad():
@@ -260,7 +260,7 @@ def test_training_beats_the_mean_and_the_weights_go_on(lively):
     mm.fit(model, {IMAGE: data}, steps=120, batch=16, lr=1e-2, quiet=True, device="cpu", precision="float32")
     unseen = [bars(1000 + i) for i in range(32)]
     stream = model.pack(IMAGE, unseen)
-    with model.resting():
+    with model.inference_mode():
         loss = float(model.loss(stream))
     mean = float(target(stream, IMAGE).var(0, correction=0).mean())
     assert mean > 0.9
@@ -315,11 +315,6 @@ class One(Tokenizer):
             lambda: Masked(0.5).answer(torch.zeros(1, 256), [1], TextBytes()),
             ConfigError,
             "use Model.predict",
-        ),
-        (
-            lambda: mm.Classify().hidden(Tokens(torch.zeros(1), torch.zeros(1, 3)), (1, 1, 1), drawn=True),
-            ConfigError,
-            "Classify hides nothing",
         ),
         (
             lambda: mm.Model(

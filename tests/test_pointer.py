@@ -228,7 +228,7 @@ def uncached(model: mm.Model, value: dict[str, Any], limit: int = 99) -> tuple[l
     log_p = 0.0
     while True:
         begun = Tokens(read.content[chosen], at_times(torch.arange(len(chosen)))) if chosen else None
-        stream = model.packer([(TASK, value)], answers=False, begun=[begun])
+        stream = model.packer([(TASK, value)], answers=False, begins=[begun])
         with torch.no_grad():
             score_V = model.logits(stream)[TASK][-1].double()
         if not head.repeats:
@@ -441,6 +441,4 @@ def test_what_makes_no_sense_is_refused() -> None:
         head.logits(readout, state, [1], memory)
     with pytest.raises(ConfigError, match=r"use Model\.generate"):
         head.answer(torch.zeros(1, 2), [1], Points())
-    with pytest.raises(ConfigError, match="NextToken points at nothing"):
-        mm.NextToken().pointed(Points()(points(1, 0)), Points()(points(1, 0)))
     assert Pointer().vocab(Labels(("a", "b"))) == 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.attention import Hard, Layout, Mechanism, ScaledDotProduct, Soft, Span, Trace
-from multimodal.attention.reinforce import choice_loss
+from multimodal.attention.reinforce import reward_loss
 from multimodal.masks import PREFIX_LM, Pairs, Places
 from multimodal_tokenizers import Labels, TextBytes
 
@@ -88,7 +88,7 @@ def estimate(qkv: list[Tensor], found: Mechanism, before: int = 1) -> list[Tenso
     trace = Trace()
     nll_BT = losses(found(*qkv, pairs_of(samples), trace))
     nll_T = torch.cat([nll_BT.new_zeros(samples, before), nll_BT], 1).flatten()
-    total = nll_T.sum() + choice_loss(trace, stream_of(samples, before).layout, nll_T)
+    total = nll_T.sum() + reward_loss(trace, stream_of(samples, before).layout, nll_T)
     return list(torch.autograd.grad(total, qkv))
 
 
@@ -173,7 +173,7 @@ def test_a_choice_is_paid_by_its_own_sample_from_its_row_on(ahead):
         trace = Trace()
         found.read_weights.mean.zero_()  # type: ignore[union-attr, operator]
         found(*qkv, pairs_of(3), trace)
-        (grad,) = torch.autograd.grad(choice_loss(trace, stream_of(3).layout, nll_T), [qkv[0]])
+        (grad,) = torch.autograd.grad(reward_loss(trace, stream_of(3).layout, nll_T), [qkv[0]])
         sample, step = row // (1 + STEPS), row % (1 + STEPS) - 1
         paid = {(b, t) for b in range(3) for t in range(STEPS) if torch.count_nonzero(grad[b, t])}
         assert paid == {(sample, t) for t in range(max(0, step + 1 - (ahead or STEPS)), step + 1)}
@@ -187,7 +187,7 @@ def test_the_rewards_weight_multiplies_its_gradient_and_nothing_else():
         torch.manual_seed(0)
         found, trace = mechanism_of(Hard(expected=0.0, entropy=0.0, weight=weight), -1.0), Trace()
         found(*qkv, pairs_of(2), trace)
-        (grads[weight],) = torch.autograd.grad(choice_loss(trace, stream_of(2).layout, nll_T), [qkv[0]])
+        (grads[weight],) = torch.autograd.grad(reward_loss(trace, stream_of(2).layout, nll_T), [qkv[0]])
     assert grads[1.0].abs().max() > 0.01
     torch.testing.assert_close(grads[0.25], 0.25 * grads[1.0])
 
@@ -198,9 +198,9 @@ def test_the_baseline_is_a_moving_average_of_the_reward_of_one_row():
     found = mechanism_of(Hard(), baseline=-1.0)
     trace = Trace()
     nll_BT = losses(found(*qkv, pairs_of(2), trace)).detach()
-    choice_loss(trace, stream_of(2, before=0).layout, nll_BT.flatten())
+    reward_loss(trace, stream_of(2, before=0).layout, nll_BT.flatten())
     torch.testing.assert_close(found.read_weights.mean, -0.9 - 0.1 * nll_BT.mean())  # type: ignore[union-attr]
-    choice_loss(trace, stream_of(2, before=0).layout, 0 * nll_BT.flatten())
+    reward_loss(trace, stream_of(2, before=0).layout, 0 * nll_BT.flatten())
     torch.testing.assert_close(found.read_weights.mean, -0.9 - 0.1 * nll_BT.mean())  # type: ignore[union-attr]
 
 
@@ -267,7 +267,7 @@ def test_in_a_model_its_expectation_is_the_gradient_of_the_expected_loss(monkeyp
         seen.choice.log_p_BHT.register_hook(lambda grad: grad * p_B.detach()[:, None, None])  # type: ignore[union-attr]
         seen.choice.entropy_BHT.register_hook(lambda grad: grad * p_B.detach()[:, None, None])  # type: ignore[union-attr]
     nll = -logits.log_softmax(-1)[order, 1]
-    total = (p_B.detach() * nll).sum() + choice_loss(trace, stream.layout, nll_T)
+    total = (p_B.detach() * nll).sum() + reward_loss(trace, stream.layout, nll_T)
     found = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
     assert max(float(grad.abs().max()) for grad in wanted if grad is not None) > 0.01
     for ours, theirs, extra in zip(found, wanted, bonus, strict=True):
@@ -326,7 +326,7 @@ def test_every_plan_and_core_pays_the_rows_it_should(core, backend):
         nll_T = torch.zeros(len(stream))
         nll_T[n] = 1.0
         grads = torch.autograd.grad(
-            choice_loss(trace, stream.layout, nll_T),
+            reward_loss(trace, stream.layout, nll_T),
             [seen.choice.log_p_BHT for seen in chosen],  # type: ignore[union-attr]
             retain_graph=True,
         )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.declare import declaration, rebuild
-from multimodal.generate.next_token import drawn
-from multimodal.generate.request import Answer, Options
+from multimodal.generate.next_token import draw_tokens
+from multimodal.generate.request import Options, Request
 from multimodal.generate.samplers import Then, Written
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokens
@@ -340,10 +340,10 @@ def chooser(bias: Sequence[float]) -> mm.Model:
 BIAS = (1.0, 0.2, -0.7, -1.5)
 
 
-def answer_for(model: mm.Model, **options) -> Answer:
+def answer_for(model: mm.Model, **options) -> Request:
     packer = model.packer
     encoded = packer.encoded("text -> text", {"text": "a"}, "x")
-    return Answer("text -> text", encoded, "x", Options(**options), packer, None)
+    return Request("text -> text", encoded, "x", Options(**options), packer, None)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -354,13 +354,13 @@ def test_tokens_are_drawn_as_often_as_the_formula_says(temperature):
     chances_V = answer.options.rule(logits_V[None], [])[0]
     count = Counter()
     for _ in range(20_000):
-        answer.take(int(drawn([answer], [1], chances_V[None])), 0.0)
+        answer.take(int(draw_tokens([answer], [1], chances_V[None])), 0.0)
         if answer.ended:
             answer.ended = ""
             count[3] += 1
         else:
             count[answer.ids.pop()] += 1
-            answer.telling = None
+            answer.detokenizer = None
     weight = [math.exp(x / temperature) for x in BIAS]
     expected = [20_000 * w / sum(weight) for w in weight]
     assert stats.chisquare([count[i] for i in range(4)], expected).pvalue > 0.001
@@ -403,7 +403,7 @@ def test_what_was_ruled_out_is_never_drawn_and_the_confidence_is_the_models_own(
 def test_the_smallest_random_number_draws_nothing_that_was_ruled_out(monkeypatch):
     answer = answer_for(chooser(BIAS), temperature=1.0)
     monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros((), dtype=torch.float64))
-    assert drawn([answer], [1], torch.tensor([[NEVER, NEVER, 0.0, 1.0]])).tolist() == [2]
+    assert draw_tokens([answer], [1], torch.tensor([[NEVER, NEVER, 0.0, 1.0]])).tolist() == [2]
 
 
 def test_a_small_temperature_is_greedy():

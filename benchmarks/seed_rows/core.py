@@ -90,7 +90,7 @@ def measure_causal(seed: int = 0, quick: bool = False, out: Path | None = None) 
 def _after(model: mm.Model, ids: Tensor, backend: Backend) -> Tensor:
     """The logits (V + 1,) of what follows these symbols, from a pass over nothing else."""
     begun = [mm.Tokens(ids, Symbols().places(len(ids)))] if len(ids) else None
-    stream = model.packer([(WRITE, {})], answers=False, begun=begun)
+    stream = model.packer([(WRITE, {})], answers=False, begins=begun)
     return model.logits(stream, backend=backend)[WRITE][-1]
 
 

@@ -12,7 +12,7 @@ from multimodal.attention.reads import Hard, _Baseline
 from multimodal.masks import Places
 
 
-def choice_loss(trace: Trace, layout: Layout, nll_T: Tensor) -> Tensor:
+def reward_loss(trace: Trace, layout: Layout, nll_T: Tensor) -> Tensor:
     """What to add to a loss so that its gradient also reaches the choices in `trace`; its value means nothing.
 
     nll_T: minus the log-likelihood of what each row of the stream answers, 0 where it answers nothing. The reward of a choice is

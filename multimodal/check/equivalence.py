@@ -20,9 +20,9 @@ from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
+from multimodal.pattern import Pattern
 from multimodal.process_state import preserved_state
 from multimodal.stream import Stream
-from multimodal.task import Pattern
 from multimodal.tokenizer import Tokens
 
 TOLERANCE = 1e-5  # between fp32 logits; times the largest logit where that is above 1 (see also `_noise`)
@@ -311,7 +311,7 @@ def _read_again(model: Model, task: str, sample: Sample, written: _Answer, backe
     tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
     head, readout, tokens = model.packer.head(task), model.readout(task), written.tokens
     begun = tokens if len(tokens) else None
-    stream = model.packer([(task, sample)], answers=False, begun=[begun])
+    stream = model.packer([(task, sample)], answers=False, begins=[begun])
     if head.points and written.ids:
         place_MA = model.packer.pointable(task, sample).position_NA / torch.tensor(tokenizer.step)
         stream = _pointed(stream, task, place_MA, written.ids)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cyclopts import App
 
     from multimodal.model import Model
-    from multimodal.task import Pattern
+    from multimodal.pattern import Pattern
     from multimodal.tokenizer import Tokenizer
 
 _Typed = TypeVar("_Typed")  # a text or several
@@ -63,8 +63,8 @@ def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, wr
     Raises:
         TaskError: none or several; lists what there is.
     """
+    from multimodal.pattern import Pattern
     from multimodal.shapes import TaskError
-    from multimodal.task import Pattern
 
     patterns = model.packer.patterns
     if wanted is not None:

@@ -1,6 +1,7 @@
-"""Writing answers: rules of choice, beams, and the engine that decodes many requests at once."""
+"""Decoding: samplers, beam search, and the engine that decodes many requests at once."""
 
-from multimodal.generate.engine import Engine, Piece, Prefix, read_prefix, request
+from multimodal.generate.engine import Engine, Piece
+from multimodal.generate.prefix import CachedPrefix, read_prefix
 from multimodal.generate.samplers import (
     AtLeast,
     Greedy,
@@ -17,6 +18,7 @@ from multimodal.generate.samplers import (
 
 __all__ = [
     "AtLeast",
+    "CachedPrefix",
     "Engine",
     "Greedy",
     "MinP",
@@ -24,12 +26,10 @@ __all__ = [
     "OneOf",
     "Only",
     "Piece",
-    "Prefix",
     "Repetition",
     "Sampler",
     "Temperature",
     "TopK",
     "TopP",
     "read_prefix",
-    "request",
 ]

@@ -1,41 +1,38 @@
 """What stays the same from pass to pass while the same answers are written: made once each time one of them joins or leaves."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from multimodal.attention import Layout, Span
-from multimodal.generate.request import Answer
+from multimodal.generate.request import Request
 from multimodal.masks import Places
-
-if TYPE_CHECKING:
-    from multimodal.model import Model
+from multimodal.network import Network
 
 AHEAD = 32  # passes whose places are worked out at once
 
 
-class Lineup:
+class DecodeBatch:
     """The answers that are being written, in the order of their rows as far as each has its rows side by side.
 
     sizes: rows of each answer, one after the other in what `states` gives.
     """
 
-    def __init__(self, answers: Sequence[Answer], model: "Model") -> None:
-        self.answers = sorted(answers, key=lambda answer: answer.rows[0])
-        self.sizes = [answer.width for answer in self.answers]
+    def __init__(self, requests: Sequence[Request], model: Network) -> None:
+        self.requests = sorted(requests, key=lambda request: request.rows[0])
+        self.sizes = [request.width for request in self.requests]
         self.model, device = model, model.device
-        self.kinds: dict[str, list[Answer]] = {}
-        for answer in self.answers:
-            self.kinds.setdefault(answer.kind, []).append(answer)
+        self.kinds: dict[str, list[Request]] = {}
+        for request in self.requests:
+            self.kinds.setdefault(request.kind, []).append(request)
         self.place_of = _order(
             [row for group in self.kinds.values() for a in group for row in a.rows], device, back=True
         )
-        rows = [row for answer in self.answers for row in answer.rows]
+        rows = [row for request in self.requests for row in request.rows]
         self.of_answers = _order(rows, device)
         self.rows, count = range(len(rows)), len(rows)
-        segment = {row: a.segments[i % len(a.segments)] for a in self.answers for i, row in enumerate(a.rows)}
+        segment = {row: a.segments[i % len(a.segments)] for a in self.requests for i, row in enumerate(a.rows)}
         self.segment_B = torch.tensor([segment[row] for row in self.rows], dtype=torch.int32, device=device)
         self.sample_B = torch.arange(count, dtype=torch.int32, device=device)
         self.free_B = torch.zeros(count, dtype=torch.int32, device=device)
@@ -61,16 +58,16 @@ class Lineup:
     def _ahead(self) -> Iterator[Tensor]:
         while True:
             # what is pointed at next is not known, so such an answer tells one place at a time
-            parts = [answer.ahead(AHEAD) for group in self.kinds.values() for answer in group]
+            parts = [request.ahead(AHEAD) for group in self.kinds.values() for request in group]
             place_NBA = torch.cat([part[: min(map(len, parts))] for part in parts], 1)
             yield from place_NBA if self.place_of is None else place_NBA[:, self.place_of]
 
 
-def _newest(group: Sequence[Answer]) -> Tensor:
+def _newest(group: Sequence[Request]) -> Tensor:
     """Content of the newest tokens of answers of one kind."""
-    if any(answer.head.continuous or answer.read is not None for answer in group):
-        return torch.cat([answer.newest() for answer in group])
-    return torch.tensor([token for answer in group for token in answer.newest_ids()])
+    if any(request.head.draws_features or request.source is not None for request in group):
+        return torch.cat([request.newest() for request in group])
+    return torch.tensor([token for request in group for token in request.newest_ids()])
 
 
 def _order(rows: Sequence[int], device: torch.device, *, back: bool = False) -> Tensor | None:

@@ -11,7 +11,7 @@ LONGEST_CHARACTER = 4  # bytes
 LOOK_BACK = 8  # tokens decoded again before new ones: more than an incomplete character has, and for pieces that join
 
 
-class Telling:
+class Detokenizer:
     """The text of one growing answer; each token is decoded a bounded number of times."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
@@ -19,8 +19,8 @@ class Telling:
         self.ids: list[int] = []
         self.start = 0  # the first token that is decoded again
         self.settled = ""  # of what is decoded from there, the text that has gone into `kept`
-        self.kept = ""  # settled text that is held back
-        self.told = ""
+        self.held = ""  # settled text that is held back
+        self.text = ""
         self.stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
@@ -34,14 +34,14 @@ class Telling:
             return ""
         broken = len(now) - len(now.rstrip(UNFINISHED))  # bytes that may yet become one character, or stay broken
         sure = now[: len(now) - min(broken, LONGEST_CHARACTER)]
-        self.kept += sure[len(self.settled) :]
+        self.held += sure[len(self.settled) :]
         self.settled = max(self.settled, sure, key=len)
         self._move_on(now)
-        found = [at for stop in self.stops if (at := self.kept.find(stop)) >= 0]
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
-            self.stopped, self.kept = True, self.kept[: min(found)]
-            return self._tell(len(self.kept))
-        return self._tell(len(self.kept) - self._risky())
+            self.stopped, self.held = True, self.held[: min(found)]
+            return self._emit(len(self.held))
+        return self._emit(len(self.held) - self._possible_stop())
 
     def _move_on(self, now: str) -> None:
         """Leave settled tokens behind, from a place on where the text without them is the end of the text with them."""
@@ -63,20 +63,20 @@ class Telling:
         """The rest, once nothing more will be written."""
         if not self.stopped:
             now = self._decode()
-            self.kept += now[len(self.settled) :] if now.startswith(self.settled) else UNFINISHED
+            self.held += now[len(self.settled) :] if now.startswith(self.settled) else UNFINISHED
             self.settled = now
-        return self._tell(len(self.kept))
+        return self._emit(len(self.held))
 
-    def _tell(self, count: int) -> str:
-        new, self.kept = self.kept[:count], self.kept[count:]
-        self.told += new
+    def _emit(self, count: int) -> str:
+        new, self.held = self.held[:count], self.held[count:]
+        self.text += new
         return new
 
-    def _risky(self) -> int:
+    def _possible_stop(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
         longest = max((len(stop) for stop in self.stops), default=1) - 1
-        for count in range(min(longest, len(self.kept)), 0, -1):
-            if any(stop.startswith(self.kept[-count:]) for stop in self.stops):
+        for count in range(min(longest, len(self.held)), 0, -1):
+            if any(stop.startswith(self.held[-count:]) for stop in self.stops):
                 return count
         return 0
 

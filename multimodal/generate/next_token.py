@@ -1,121 +1,113 @@
 """What every answer writes next: the logits of many at once, each rule asked once for all who follow it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.generate.beams import Beams
-from multimodal.generate.features import draw_features
-from multimodal.generate.request import Answer, Copies
+from multimodal.generate.request import Copies, Request
 from multimodal.generate.samplers import NEVER, Greedy, Sampler
-from multimodal.heads import Head, Memory, Readout
+from multimodal.heads import Head, Readout
 from multimodal.shapes import StreamError
 from multimodal.tokenizer import describe
 
 
-def advance(
-    answers: Sequence[Answer], state_ND: Tensor, sizes: Sequence[int], head: Head, readout: Readout
-) -> Iterator[tuple[Answer, Copies]]:
+def choose_next(
+    requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int], head: Head, readout: Readout
+) -> Iterator[tuple[Request, Copies]]:
     """Choose the next token of each of these answers of one task, from the states of each, so many rows, one after the other.
 
     Yields each with what its rows of the cache must take over from each other.
     """
-    if head.continuous:
-        draw_features(answers, dict(zip(answers, state_ND.split(list(sizes)), strict=True)), head, readout)
-        yield from ((answer, []) for answer in answers)
+    if head.draws_features:
+        draw_features(requests, dict(zip(requests, state_ND.split(list(sizes)), strict=True)), head, readout)
+        yield from ((request, []) for request in requests)
         return
-    logits = head.logits(readout, state_ND, [1] * len(state_ND), **_memory(answers, sizes, head)).float().cpu()
+    sources, chosen = [], []
+    for request, size in zip(requests, sizes, strict=True):
+        sources += [request.source_MD] * size
+        chosen += request.so_far(size)
+    logits = head.next_logits(readout, state_ND, sources, chosen).float().cpu()
     alike: dict[Any, list[int]] = {}
-    for i, answer in enumerate(answers):
-        alike.setdefault((_alike(answer.options.rule), answer.stop), []).append(i)
-    if len(alike) == 1 and not any(answer.guided for answer in answers):
-        yield from _chosen(answers, sizes, logits[:, : answers[0].stop + 1].log_softmax(-1))
+    for i, request in enumerate(requests):
+        alike.setdefault((_key(request.options.rule), request.stop), []).append(i)
+    if len(alike) == 1 and not any(request.guided for request in requests):
+        yield from _chosen(requests, sizes, logits[:, : requests[0].stop + 1].log_softmax(-1))
         return
     parts = logits.split(list(sizes))
     for group in alike.values():
-        logits = [_guided(answers[i], parts[i]) for i in group]
-        yield from _chosen([answers[i] for i in group], list(map(len, logits)), torch.cat(logits).log_softmax(-1))
+        logits = [_guided(requests[i], parts[i]) for i in group]
+        yield from _chosen([requests[i] for i in group], list(map(len, logits)), torch.cat(logits).log_softmax(-1))
 
 
-def _guided(answer: Answer, logits_BV: Tensor) -> Tensor:
+def _guided(request: Request, logits_BV: Tensor) -> Tensor:
     """The answer's own logits; with guidance one row of two."""
-    logits_BV = logits_BV[:, : answer.stop + 1]  # a head that points has as many as this answer has read
-    if not answer.guided:
+    logits_BV = logits_BV[:, : request.stop + 1]  # a head that points has as many as this answer has read
+    if not request.guided:
         return logits_BV
     read, blank = logits_BV.log_softmax(-1)
-    return (blank + answer.options.guidance * (read - blank))[None]
+    return (blank + request.options.guidance * (read - blank))[None]
 
 
-def _chosen(answers: Sequence[Answer], sizes: Sequence[int], log_p_BV: Tensor) -> Iterator[tuple[Answer, Copies]]:
+def _chosen(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor) -> Iterator[tuple[Request, Copies]]:
     """`advance` for answers under one rule, which is asked once for all; if it fails, for each alone, as the others go on."""
     wrong = [math.isnan(x) for x in log_p_BV.amax(-1).tolist()]  # NaN is the largest of any row it is in
     if any(wrong):
-        for answer, part in _each(answers, sizes, log_p_BV):
+        for request, part in _each(requests, sizes, log_p_BV):
             if not part.isnan().any():
-                yield from _chosen([answer], [len(part)], part)
+                yield from _chosen([request], [len(part)], part)
                 continue
-            answer.error = StreamError(
-                f"{answer.name} of task {answer.task!r}: the model's logits are not numbers after {answer.count} tokens; look at "
-                "its weights, or use a smaller guidance"
+            request.error = StreamError(
+                f"{request.name} of task {request.task!r}: the model's logits are not numbers after {request.count} tokens; look "
+                "at its weights, or use a smaller guidance"
             )
-            yield answer, []
+            yield request, []
         return
-    rule = answers[0].options.rule
+    rule = requests[0].options.rule
     try:
-        chances_BV = _chances(rule, answers, sizes, log_p_BV)
+        allowed_BV = _apply_rule(rule, requests, sizes, log_p_BV)
     except Exception as error:  # a stranger's rule may fail in any way
-        if len(answers) > 1:
-            for answer, part in _each(answers, sizes, log_p_BV):
-                yield from _chosen([answer], [len(part)], part)
+        if len(requests) > 1:
+            for request, part in _each(requests, sizes, log_p_BV):
+                yield from _chosen([request], [len(part)], part)
         else:
             failed = f"the sampler {rule} failed: {type(error).__name__}: {error}"
-            answers[0].error = StreamError(f"{answers[0].name} of task {answers[0].task!r}: {failed}")
-            yield answers[0], []
+            requests[0].error = StreamError(f"{requests[0].name} of task {requests[0].task!r}: {failed}")
+            yield requests[0], []
         return
-    best_B, token_B = chances_BV.max(-1)  # of equals the first
+    best_B, token_B = allowed_BV.max(-1)  # of equals the first
     stuck = [best == NEVER for best in best_B.tolist()]
-    if rule.draws and any(answer.beams is None for answer in answers):
-        token_B = drawn(answers, sizes, chances_BV)
+    if rule.draws and any(request.beams is None for request in requests):
+        token_B = draw_tokens(requests, sizes, allowed_BV)
     tokens, log_p = token_B.tolist(), log_p_BV.gather(1, token_B[:, None])[:, 0].tolist()
     start = 0
-    for answer, size in zip(answers, sizes, strict=True):
+    for request, size in zip(requests, sizes, strict=True):
         rows = slice(start, start + size)
         try:
             # rows without a hypothesis may be anything
-            if all(stuck[start + seat] for seat in answer.seats) and not (answer.beams and answer.beams.ended):
-                raise StreamError(f"{rule} leaves no candidate after {answer.count} tokens; give it a wider choice")
+            if all(stuck[start + seat] for seat in request.live_rows) and not (request.beams and request.beams.ended):
+                raise StreamError(f"{rule} leaves no candidate after {request.count} tokens; give it a wider choice")
             copies: Copies = []
-            if answer.beams is not None:
-                copies = _extend_beams(answer, answer.beams, log_p_BV[rows], chances_BV[rows])
+            if request.beams is not None:
+                copies = _extend_beams(request, request.beams, log_p_BV[rows], allowed_BV[rows])
             else:
-                answer.take(tokens[start], log_p[start])
-            yield answer, copies
+                request.take(tokens[start], log_p[start])
+            yield request, copies
         except Exception as error:  # a stranger's decode may fail in any way; the other answers go on
-            answer.error = StreamError(f"{answer.name} of task {answer.task!r}: {error}")
-            yield answer, []
+            request.error = StreamError(f"{request.name} of task {request.task!r}: {error}")
+            yield request, []
         start += size
 
 
-def _each(answers: Sequence[Answer], sizes: Sequence[int], log_p_BV: Tensor) -> Iterator[tuple[Answer, Tensor]]:
-    return zip(answers, log_p_BV.split(list(sizes)), strict=True)
+def _each(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor) -> Iterator[tuple[Request, Tensor]]:
+    return zip(requests, log_p_BV.split(list(sizes)), strict=True)
 
 
-def _memory(answers: Sequence[Answer], sizes: Sequence[int], head: Head) -> dict[str, Any]:
-    """What a head that points gets beside the states: of each row what it may point at, and what it has pointed at."""
-    if not head.points:
-        return {}
-    rows = [(answer, ids) for answer, size in zip(answers, sizes, strict=True) for ids in answer.so_far(size)]
-    pointed = [ids for _, ids in rows]
-    state_MD = torch.cat([answer.state_MD for answer, _ in rows])
-    pointed_N = torch.tensor([i for ids in pointed for i in ids], dtype=torch.long, device=state_MD.device)
-    lengths = tuple(len(answer.state_MD) for answer, _ in rows)
-    return {"memory": Memory(state_MD, lengths, pointed_N, tuple(map(len, pointed)))}
-
-
-def _alike(rule: Sampler) -> Any:
+def _key(rule: Sampler) -> Any:
     """What equal rules have in common, so that they are asked once."""
     try:
         hash(rule)
@@ -124,71 +116,112 @@ def _alike(rule: Sampler) -> Any:
     return rule
 
 
-def _chances(rule: Sampler, answers: Sequence[Answer], sizes: Sequence[int], log_p_BV: Tensor) -> Tensor:
+def _apply_rule(rule: Sampler, requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor) -> Tensor:
     """What the rule makes of the answers' log-probabilities."""
-    log_p_BV = _within_length(log_p_BV, answers, sizes)
+    log_p_BV = _within_length(log_p_BV, requests, sizes)
     if type(rule) is Greedy:
         return log_p_BV  # the largest is taken anyway
-    written = [w for answer, size in zip(answers, sizes, strict=True) for w in answer.written(size)]
-    chances_BV = rule(log_p_BV.clone(), written)  # it may write into what it is given
-    if not isinstance(chances_BV, Tensor) or chances_BV.shape != log_p_BV.shape:
-        raise TypeError(f"it gave {describe(chances_BV)}, wanted logits {tuple(log_p_BV.shape)}")
-    if chances_BV.isnan().any():
+    written = [w for request, size in zip(requests, sizes, strict=True) for w in request.written(size)]
+    allowed_BV = rule(log_p_BV.clone(), written)  # it may write into what it is given
+    if not isinstance(allowed_BV, Tensor) or allowed_BV.shape != log_p_BV.shape:
+        raise TypeError(f"it gave {describe(allowed_BV)}, wanted logits {tuple(log_p_BV.shape)}")
+    if allowed_BV.isnan().any():
         raise ValueError("it gave NaN")
-    return chances_BV
+    return allowed_BV
 
 
-def _within_length(logits_BV: Tensor, answers: Sequence[Answer], sizes: Sequence[int]) -> Tensor:
+def _within_length(logits_BV: Tensor, requests: Sequence[Request], sizes: Sequence[int]) -> Tensor:
     """Kinds of a fixed length do not stop before it."""
-    if all(answer.tokenizer.length is None for answer in answers):
+    if all(request.tokenizer.length is None for request in requests):
         return logits_BV
     logits_BV = logits_BV.clone()
-    for answer, part in zip(answers, logits_BV.split(list(sizes)), strict=True):
-        if answer.tokenizer.length is not None:
-            part[:, answer.stop] = NEVER
+    for request, part in zip(requests, logits_BV.split(list(sizes)), strict=True):
+        if request.tokenizer.length is not None:
+            part[:, request.stop] = NEVER
     return logits_BV
 
 
-def drawn(answers: Sequence[Answer], sizes: Sequence[int], chances_BV: Tensor) -> Tensor:
+def draw_tokens(requests: Sequence[Request], sizes: Sequence[int], allowed_BV: Tensor) -> Tensor:
     """For each row (B,) a token in proportion to its chances, by the answer's own random numbers, whoever else is in the batch."""
-    up_to_BV = chances_BV.double().softmax(-1).cumsum(-1)
+    up_to_BV = allowed_BV.double().softmax(-1).cumsum(-1)
     points = [
-        torch.rand((), generator=answer.random, dtype=torch.float64).expand(size)
-        for answer, size in zip(answers, sizes, strict=True)
+        torch.rand((), generator=request.random, dtype=torch.float64).expand(size)
+        for request, size in zip(requests, sizes, strict=True)
     ]
     token_B1 = torch.searchsorted(up_to_BV, torch.cat(points)[:, None] * up_to_BV[:, -1:], right=True)
     return token_B1[:, 0].clamp(max=up_to_BV.shape[1] - 1)
 
 
-def _extend_beams(answer: Answer, beams: Beams, log_p_BV: Tensor, chances_BV: Tensor) -> Copies:
+def _extend_beams(request: Request, beams: Beams, log_p_BV: Tensor, allowed_BV: Tensor) -> Copies:
     """Carry the likeliest beginnings on; a row whose hypothesis dies takes over a living one's from where they part."""
-    out_BV = torch.isneginf(chances_BV)
-    shift_BV = torch.where(out_BV | torch.isneginf(log_p_BV), torch.nan, chances_BV - log_p_BV)
+    out_BV = torch.isneginf(allowed_BV)
+    shift_BV = torch.where(out_BV | torch.isneginf(log_p_BV), torch.nan, allowed_BV - log_p_BV)
     # a user's rule may change probabilities without declaring `reweighs`
     if bool((shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()):
         raise StreamError(
-            f"{answer.options.rule} changes chances, but beams rank by the model's own log-probabilities; use a rule that only "
+            f"{request.options.rule} changes chances, but beams rank by the model's own log-probabilities; use a rule that only "
             "rules tokens out, or beams=1"
         )
     log_p_BV = log_p_BV.masked_fill(out_BV, NEVER)
-    parents = beams.advance(log_p_BV[answer.seats], answer.stop)
-    if beams.done or not parents or len(beams.live[0]) == answer.fixed:
-        answer.ended = "stop"
+    parents = beams.advance(log_p_BV[request.live_rows], request.stop)
+    if beams.done or not parents or len(beams.live[0]) == request.fixed:
+        request.ended = "stop"
         return []
-    held, seats = answer.hypotheses, answer.seats
-    taken = {seats[parent] for parent in parents}  # the first child of a hypothesis stays in its row
-    spare = [row for row in range(answer.width) if row not in taken]
+    held, live_rows = request.hypotheses, request.live_rows
+    taken = {live_rows[parent] for parent in parents}  # the first child of a hypothesis stays in its row
+    spare = [row for row in range(request.width) if row not in taken]
     placed: list[int] = []
     copies: Copies = []
     for parent in parents:
-        row = seats[parent]
+        row = live_rows[parent]
         if row in placed:
             source, row = row, spare.pop(0)
             alike = (i for i, (a, b) in enumerate(zip(held[row], held[source], strict=True)) if a != b)
-            copies.append((source, row, answer.cached + next(alike, len(held[row]))))
+            copies.append((source, row, request.cached + next(alike, len(held[row]))))
         placed.append(row)
     new = dict(zip(placed, beams.live, strict=True))
     # rows without a hypothesis go on with any token
-    answer.hypotheses = [new.get(row, [*held[row], 0]) for row in range(answer.width)]
-    answer.seats = placed
+    request.hypotheses = [new.get(row, [*held[row], 0]) for row in range(request.width)]
+    request.live_rows = placed
     return copies
+
+
+def draw_features(requests: Sequence[Request], states: Mapping[Request, Tensor], head: Head, readout: Readout) -> None:
+    """The next token's features of each answer, from its own noise; answers that are drawn alike in one call."""
+    alike: dict[tuple[float, float | None], list[Request]] = {}
+    for request in requests:
+        alike.setdefault((request.options.guidance, request.options.temperature), []).append(request)
+    for (guidance, temperature), group in alike.items():
+        state_BD = torch.stack([states[request][0] for request in group])
+        noise = [torch.randn(1, a.tokenizer.written_features or 0, generator=a.random) for a in group]
+        features_BF, stop_B = head.draw(
+            readout,
+            state_BD,
+            torch.cat(noise).to(state_BD.device),
+            guide_ND=None if guidance == 1.0 else torch.stack([states[request][1] for request in group]),
+            guidance=guidance,
+            temperature=1.0 if temperature is None else temperature,
+        )
+        for request, wrong in zip(group, features_BF.isnan().any(-1).tolist(), strict=True):
+            if wrong:
+                request.error = StreamError(
+                    f"{request.name} of task {request.task!r}: the features drawn are not numbers"
+                )
+        for request, features_NF, stop in zip(group, features_BF.float().cpu().split(1), stop_B.tolist(), strict=True):
+            _take_features(request, features_NF, stop)
+
+
+def _take_features(request: Request, features_NF: Tensor, stop: float) -> None:
+    """Add what was drawn, unless the answer ends here."""
+    if request.fixed is None and request.count:
+        request.log_p += float(F.logsigmoid(torch.tensor(abs(stop))))
+        if stop > 0:
+            request.ended = "stop"
+            return
+    if request.count == request.limit:
+        request.ended = "max_tokens"
+        return
+    at = (0 if request.begin is None else len(request.begin)) + request.count
+    request.features.append(request.tokenizer.fed_back(features_NF, request.placed(at + 1)[at:]))
+    if request.count == request.fixed:
+        request.ended = "length"

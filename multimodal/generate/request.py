@@ -5,21 +5,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from multimodal.generate.beams import MOST_BEAMS, Beams
-from multimodal.generate.detokenizer import Telling
-from multimodal.generate.samplers import AtLeast, Greedy, OneOf, Only, Sampler, Temperature, Written
+from multimodal.generate.detokenizer import Detokenizer
+from multimodal.generate.prefix import CachedPrefix
+from multimodal.generate.samplers import AtLeast, Greedy, Sampler, Temperature, Written
 from multimodal.heads import Head, Prediction
+from multimodal.heads.base import EncodedSample, encode_field
 from multimodal.packer import Packer
-from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole
+from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole, did_you_mean
 from multimodal.tokenizer import Tokens
-
-if TYPE_CHECKING:
-    from multimodal.generate.engine import Prefix
 
 Copies = list[tuple[int, int, int]]  # (source, target, from which token on) among an answer's rows
 
@@ -106,52 +105,52 @@ class Options:
         return Temperature(self.temperature) if self.temperature else Greedy()
 
 
-class Answer:
+class Request:
     """The state of one request; the engine gives it rows and states, it gives back what to feed next."""
 
     def __init__(
         self,
         task: str,
-        encoded: Mapping[str, Tokens | None],
+        sample: EncodedSample,
         name: str,
         options: Options,
         packer: Packer,
-        prefix: "Prefix | None",
+        prefix: CachedPrefix | None,
     ) -> None:
         self.ticket = -1  # until it is entered
         self.task, self.name, self.options, self.prefix = task, name, options, prefix
         self.head: Head = packer.head(task)
-        self.pattern = packer.patterns[task]
+        self.pattern = sample.pattern
         self.kind = self.pattern.writes.kind
-        self.tokenizer = packer.tokenizers[self.kind]
-        self.encoded = encoded
-        # a head that points writes numbers of these; any other head the ids of its kind
-        self.read: Tokens | None = packer.pointable(task, encoded) if self.head.points else None
-        self.state_MD = torch.empty(0)  # what such a head looks at, after the prefill
+        self.tokenizer = sample.tokenizer
+        self.tokens = sample.tokens
+        # a pointer chooses among tokens that were read, by their number; any other head chooses ids of its kind
+        self.source = self.head.source(sample)
+        self.source_MD = torch.empty(0)  # the states of these, after the prefill
         self.begin: Tokens | None = None
         if options.begin is not None:
-            self.begin = packer.encode(self.kind, options.begin, f"{name} of task {task!r}", "begin")
-        begun = 0 if self.begin is None else len(self.begin)
-        self.begun: list[int] = []
+            self.begin = encode_field(self.tokenizer, options.begin, sample.where, "begin")
+        self.begin_count = count = 0 if self.begin is None else len(self.begin)
+        self.begin_ids: list[int] = []
         if self.begin is not None:
-            self.begun = self._numbers(self.begin)
+            self.begin_ids = self._choices(self.begin)
         if (
             self.begin is not None
-            and self.read is None
-            and not torch.allclose(self.begin.position_NA, self.tokenizer.places(begun), atol=1e-4)
+            and self.source is None
+            and not torch.allclose(self.begin.position_NA, self.tokenizer.places(count), atol=1e-4)
         ):
             raise ConfigError(
-                f"{name} of task {task!r}: begin lies at other places than the first {begun} tokens of what is written; "
+                f"{name} of task {task!r}: begin lies at other places than the first {count} tokens of what is written; "
                 "give its first part in full width"
             )
-        self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - begun
-        self.prompt = sum(len(t) for t in encoded.values() if t is not None) + self.head.queries + begun
+        self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count
+        self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + self.head.queries + count
         self.width = options.beams * (1 if options.guidance == 1.0 else 2)
-        self._check(begun)
+        self._check()
         self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
-        self.stop = -1 if self.head.continuous else self.head.vocab(self.tokenizer) - 1
-        if self.read is not None:
-            self.stop += len(self.read)
+        self.stop = -1 if self.head.draws_features else self.head.vocab(self.tokenizer) - 1
+        if self.source is not None:
+            self.stop += len(self.source)
         self.ids: list[int] = []
         self.features: list[Tensor] = []
         self.log_p = 0.0
@@ -161,32 +160,25 @@ class Answer:
         self.beams = Beams(options.beams, options.length_penalty, self.limit) if options.beams > 1 else None
         # what each row of the cache holds of the answer
         self.hypotheses: list[list[int]] = [[] for _ in range(options.beams)]
-        self.seats = [0]  # the row of each live hypothesis
-        self.telling = Telling(self.tokenizer, options.stop) if self.tokenizer.text and self.beams is None else None
-        self.unsaid = ""
-        if self.telling is not None and self.begin is not None:
-            self.unsaid = self.telling.push(self.begin.content.tolist())
-            if self.telling.stopped:
+        self.live_rows = [0]  # the row of each live hypothesis
+        self.detokenizer = (
+            Detokenizer(self.tokenizer, options.stop) if self.tokenizer.text and self.beams is None else None
+        )
+        self.pending_text = ""
+        if self.detokenizer is not None and self.begin is not None:
+            self.pending_text = self.detokenizer.push(self.begin.content.tolist())
+            if self.detokenizer.stopped:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
         self.cached = 0  # tokens of the prompt in the cache
-        self.place_NA = torch.empty(0, 3) if self.read is not None else self.tokenizer.places(begun)
+        self.place_NA = torch.empty(0, 3) if self.source is not None else self.tokenizer.places(count)
         self.step_A = torch.tensor(self.tokenizer.step)
         self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
         self.segments: list[int] = []
 
-    def _check(self, begun: int) -> None:
+    def _check(self) -> None:
         options, where = self.options, f"{self.name} of task {self.task!r}"
-        if self.head.continuous and (options.beams > 1 or options.sampler is not None):
-            raise ConfigError(
-                f"{where}: {type(self.head).__name__} writes features; beams and samplers choose among tokens"
-            )
-        if self.head.points and (options.guidance != 1.0 or self.prefix is not None):
-            what = "a prefix" if self.prefix is not None else f"guidance={options.guidance}"
-            raise ConfigError(
-                f"{where}: {type(self.head).__name__} points at what is read with the answer, so {what} has no meaning there; "
-                "give the whole sample, without guidance"
-            )
+        self.head.check_decoding(where, options, self.prefix)
         if options.guidance != 1.0 and self.prefix is not None:
             raise ConfigError(
                 f"{where}: guidance needs the task's fields themselves, not a prefix that was read before"
@@ -206,16 +198,12 @@ class Answer:
                 raise ConfigError(
                     f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so {part} changes nothing; leave it out"
                 )
-            if isinstance(part, (OneOf, Only)) and self.read is not None:
-                raise ConfigError(
-                    f"{where}: {type(self.head).__name__} chooses among the tokens that were read by their number, which {part} "
-                    "does not know; leave it out"
-                )
         if options.stop and not self.tokenizer.text:
             raise ConfigError(f"{where}: stop strings need a kind that is text, and {self.kind!r} is not")
         if self.limit < 1:
             raise StreamError(
-                f"{where}: begin has {begun} tokens, but a value of {self.kind!r} has {self.tokenizer.length}; begin with fewer"
+                f"{where}: begin has {self.begin_count} tokens, but a value of {self.kind!r} has {self.tokenizer.length}; "
+                "begin with fewer"
             )
 
     @property
@@ -228,12 +216,12 @@ class Answer:
         """Tokens written, without those it began with."""
         if self.beams is not None:
             return len(self.beams.live[0])
-        return len(self.features) if self.head.continuous else len(self.ids)
+        return len(self.features) if self.head.draws_features else len(self.ids)
 
     def prompts(self) -> list[Mapping[str, Tokens | None]]:
         """The samples to read: one, and with guidance one more of which nothing is read."""
-        blank = [dict.fromkeys(self.encoded)] if self.options.guidance != 1.0 else []
-        return [self.encoded, *blank]
+        blank = [dict.fromkeys(self.tokens)] if self.options.guidance != 1.0 else []
+        return [self.tokens, *blank]
 
     def start(self, query_A: Tensor, segment: int) -> None:
         """Told after the prefill, prompt by prompt: the place of the learned start, and the number of the written segment."""
@@ -248,21 +236,19 @@ class Answer:
     def so_far(self, rows: int) -> list[list[int]]:
         """Of each row the ids that are written, those it began with counted."""
         ids = self.hypotheses[:rows] if self.beams is not None else [self.ids]
-        return [self.begun + part for part in ids]
+        return [self.begin_ids + part for part in ids]
 
-    def _numbers(self, tokens: Tokens) -> list[int]:
-        """Tokens as they are chosen: by their ids, or by which of those read they are."""
-        if self.read is None:
-            return [] if self.head.continuous else tokens.content.tolist()
+    def _choices(self, tokens: Tokens) -> list[int]:
+        """Tokens as they are chosen: by their ids, or by their number among those read."""
         try:
-            return self.head.pointed(tokens, self.read).tolist()
+            return self.head.choices(tokens, self.source)
         except StreamError as error:
             raise StreamError(f"{self.name} of task {self.task!r}, begin: {error}") from None
 
     def content(self, ids: Sequence[int]) -> Tensor:
         """Content of the tokens that were chosen."""
         chosen = torch.tensor(ids, dtype=torch.long)
-        return chosen if self.read is None else self.read.content[chosen]
+        return chosen if self.source is None else self.source.content[chosen]
 
     def take(self, token: int, log_p: float) -> None:
         """Write this token, or end with it."""
@@ -275,9 +261,9 @@ class Answer:
             return
         self.log_p += log_p
         self.ids.append(token)
-        if self.telling is not None:
-            self.unsaid += self.telling.push(self.content([token]).tolist())
-            if self.telling.stopped:
+        if self.detokenizer is not None:
+            self.pending_text += self.detokenizer.push(self.content([token]).tolist())
+            if self.detokenizer.stopped:
                 self.ended = "stop string"
         if not self.ended and len(self.ids) == self.fixed:
             self.ended = "length"
@@ -285,25 +271,23 @@ class Answer:
     def ahead(self, most: int) -> Tensor:
         """The places (N, rows, 3) in steps of the newest tokens and of those after them, `most` in all or as many as are known."""
         device = self.after[0].device
-        if self.read is not None:
-            place_BA = (self.read.position_NA[self.newest_ids()] / self.step_A).to(device)
+        if self.source is not None:
+            place_BA = (self.source.position_NA[self.newest_ids()] / self.step_A).to(device)
             return (self.after[0] + place_BA)[None]
-        begun = 0 if self.begin is None else len(self.begin)
-        first = begun + self.count - 1
-        place_NA = self.placed(min(first + most, begun + self.limit))[first:] / self.step_A
+        first = self.begin_count + self.count - 1
+        place_NA = self.placed(min(first + most, self.begin_count + self.limit))[first:] / self.step_A
         after_BA = torch.stack([self.after[i if i < len(self.after) else 0] for i in range(self.width)])
         return after_BA + place_NA.to(device)[:, None]
 
     def placed(self, count: int) -> Tensor:
         """Places (count, 3) of the first tokens, those it began with counted; made in growing parts, as max_tokens may be vast."""
         if count > len(self.place_NA):
-            begun = 0 if self.begin is None else len(self.begin)
-            self.place_NA = self.tokenizer.places(min(begun + self.limit, max(64, 2 * count)))
+            self.place_NA = self.tokenizer.places(min(self.begin_count + self.limit, max(64, 2 * count)))
         return self.place_NA[:count]
 
     def newest(self) -> Tensor:
         """Content of the newest tokens, one a row."""
-        if self.head.continuous:
+        if self.head.draws_features:
             return self.features[-1].expand(self.width, -1)
         return self.content(self.newest_ids())
 
@@ -313,15 +297,15 @@ class Answer:
             return [ids[-1] for ids in self.hypotheses]
         return self.ids[-1:] * self.width
 
-    def news(self) -> str:
+    def new_text(self) -> str:
         """Text that has become sure since the last time."""
         if self.beams is not None and self.tokenizer.text and self.ended:
             best = self.prediction()
             return "" if best is None else best.value
-        if self.telling is None or self.error:
+        if self.detokenizer is None or self.error:
             return ""
-        text, self.unsaid = self.unsaid, ""
-        return text + (self.telling.finish() if self.ended else "")
+        text, self.pending_text = self.pending_text, ""
+        return text + (self.detokenizer.finish() if self.ended else "")
 
     def prediction(self) -> Prediction | None:
         """The whole answer, once it has ended; plain tensors, whatever mode the model runs in."""
@@ -338,12 +322,47 @@ class Answer:
         return self._prediction(self.ids, self.log_p, self.ended)
 
     def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
-        content = torch.cat(self.features) if self.head.continuous and self.features else self.content(ids)
-        if self.head.continuous and not self.features:
+        content = torch.cat(self.features) if self.head.draws_features and self.features else self.content(ids)
+        if self.head.draws_features and not self.features:
             content = torch.zeros(0, self.tokenizer.feature_size or 0)
         if self.begin is not None:
             content = torch.cat([self.begin.content, content])
-        place_NA = self.placed(len(content)) if self.read is None else self.read.position_NA[self.begun + ids]
+        place_NA = self.placed(len(content)) if self.source is None else self.source.position_NA[self.begin_ids + ids]
         tokens = Tokens(content, place_NA)
-        value = self.tokenizer.decode(tokens) if self.telling is None else self.telling.told  # beams tell nothing
+        value = (
+            self.tokenizer.decode(tokens) if self.detokenizer is None else self.detokenizer.text
+        )  # beams tell nothing
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
+
+
+def new_request(
+    packer: Packer,
+    task: str,
+    sample: Mapping[str, Any],
+    name: str,
+    prefix: CachedPrefix | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """Check and encode what is asked for."""
+    packer.check_task(task, answers=True)
+    if not packer.head(task).autoregressive:
+        raise ConfigError(f"task {task!r}: {type(packer.head(task)).__name__} answers at once; use Model.predict")
+    if prefix is not None:
+        if prefix.task != task:
+            raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")
+        if twice := [field for field in prefix.fields if field in sample]:
+            raise ConfigError(
+                f"{name} of task {task!r}: {', '.join(twice)} came with the sample and with the prefix; give it once"
+            )
+        if prefix.model.packer is not packer:
+            raise ConfigError(f"{name} of task {task!r}: the prefix was read by another model")
+        sample = {**sample, **prefix.fields}
+    packer.patterns[task].check_sample(sample, False)
+    known = [field.name for field in dataclasses.fields(Options)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"{name} of task {task!r}: {option!r} is neither a field that it reads nor an option of writing"
+                + did_you_mean(option, [*known, *sample])
+            )
+    return Request(task, packer.encoded(task, sample, name), name, Options(**options), packer, prefix)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,10 +39,12 @@ class Sampler(Declared, ABC):
 
     draws: whether a token is drawn from what the rule leaves; otherwise the likeliest is taken.
     reweighs: whether it changes probabilities without ruling tokens out; beams ignore such changes.
+    spells: whether it knows values, which it spells in the ids of their kind.
     """
 
     draws: bool = False
     reweighs: bool = False
+    spells: ClassVar[bool] = False
 
     def parts(self) -> "tuple[Sampler, ...]":
         """The rules that this one is made of, in their order."""
@@ -284,6 +287,7 @@ class OneOf(Sampler):
     """
 
     values: tuple[str, ...]
+    spells: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, (list, tuple)) or not self.values:
@@ -318,6 +322,7 @@ class Only(Sampler):
     """
 
     words: tuple[str, ...]
+    spells: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = self.words if isinstance(self.words, (list, tuple)) else ()

@@ -1,6 +1,6 @@
 """Heads: each says what it reads of the stream, how it is learned, and what it answers; one file a head."""
 
-from multimodal.heads.base import Head, Memory, Prediction, Readout
+from multimodal.heads.base import Head, Prediction, Reading, Readout
 from multimodal.heads.classify import Classify, one_class
 from multimodal.heads.contrast import Contrast
 from multimodal.heads.ctc import CTC
@@ -8,7 +8,7 @@ from multimodal.heads.each_row import EachRow
 from multimodal.heads.flow import FlowMatching
 from multimodal.heads.masked import Masked
 from multimodal.heads.next_token import NextToken
-from multimodal.heads.pointer import Pointer
+from multimodal.heads.pointer import Memory, Pointer
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer
 
@@ -24,6 +24,7 @@ __all__ = [
     "NextToken",
     "Pointer",
     "Prediction",
+    "Reading",
     "Readout",
     "default_head",
     "one_class",

@@ -1,15 +1,19 @@
 """Heads read the answer off the stream's states: two verbs, `logits` and `loss`, and `answer` for people."""
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError
+from multimodal.old_names import warn
+from multimodal.pattern import Field, Pattern
+from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -30,10 +34,12 @@ class Prediction:
 
     value: Any
     confidence: float
-    probability: dict[str, float] = field(default_factory=dict, repr=False)
+    probability: dict[str, float] = dataclasses.field(default_factory=dict, repr=False)
     ended: str = "stop"  # what ended the writing: stop, stop string, length (this kind has a fixed one), max_tokens
-    tokens: Tokens | None = field(default=None, repr=False, compare=False)  # what was written
-    others: "tuple[Prediction, ...]" = field(default=(), repr=False)  # from the second best on, of a beam search
+    tokens: Tokens | None = dataclasses.field(default=None, repr=False, compare=False)  # what was written
+    others: "tuple[Prediction, ...]" = dataclasses.field(
+        default=(), repr=False
+    )  # from the second best on, of a beam search
 
     @property
     def complete(self) -> bool:
@@ -44,18 +50,167 @@ class Prediction:
         return str(self.value)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a head that points looks at, sample after sample.
+@dataclass
+class Segment:
+    """Tokens of one kind, end to end in a sample: a field that is read, learned tokens of a head, or an answer.
 
-    state_MD: states of what was read of the kind it writes; pointed_N: which of them each written token was. The last row of a
-    sample comes after all that was pointed at in it, the row before it after all but one, and so on.
+    kind: the tokenizer's name, or "head:..." for learned tokens.
+    step: how much of (time, row, column) is one step of its positions.
+    bidirectional: whether its tokens see each other, or each only what came before it.
+    within: the number of the segment whose time it shares; None: it comes after all before it.
     """
 
-    state_MD: Tensor
+    kind: str
+    tokens: Tokens
+    step: tuple[float, float, float]
+    bidirectional: bool
+    within: int | None = None
+
+
+@dataclass
+class EncodedSample:
+    """One sample of a task, encoded: what a head lays out.
+
+    where: what errors call it, such as "sample 0 of task 'image -> label'".
+    values: the sample as it was given; the answer among them is encoded when the head asks for it.
+    tokens: by field read, its tokens; None or absent: the sample lacks it.
+    start: the head's learned tokens.
+    learn: whether the answer is known and to be learned.
+    begin: the first tokens of the answer, if it is written from there on.
+    random: whether a head that hides tokens draws anew which ones; else the same value is hidden alike every time.
+    """
+
+    where: str
+    pattern: Pattern
+    tokenizers: Mapping[str, Tokenizer]
+    values: Mapping[str, Any]
+    tokens: Mapping[str, Tokens | None]
+    start: Segment
+    learn: bool = False
+    begin: Tokens | None = None
+    random: bool = False
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the written kind."""
+        return self.tokenizers[self.pattern.writes.kind]
+
+    def read(self, fields: Iterable[Field] | None = None) -> list[Segment]:
+        """The segments of the fields read (or of some of them), without those that the sample lacks."""
+        segments = []
+        for field in self.pattern.reads if fields is None else fields:
+            tokens, tokenizer = self.tokens.get(field.name), self.tokenizers[field.kind]
+            if tokens is not None:
+                segments.append(Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+        return segments
+
+    def read_of_kind(self) -> tuple[Tokens, Tensor]:
+        """All tokens read of the kind that is written, end to end, and their rows (N,) in the sample."""
+        found, rows, start = [], [], 0
+        for segment in self.read():
+            stop = start + len(segment.tokens)
+            if segment.kind == self.pattern.writes.kind:
+                found.append(segment.tokens)
+                rows.append(torch.arange(start, stop))
+            start = stop
+        if len(found) == 1:
+            return found[0], rows[0]
+        if not found:
+            return Tokens(torch.empty(0), torch.empty(0, 3)), torch.empty(0, dtype=torch.long)
+        content, position_NA = torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])
+        return Tokens(content, position_NA), torch.cat(rows)
+
+    def answer(self) -> Tokens | None:
+        """The tokens to be learned, or those that the answer begins with; None: nothing is written yet.
+
+        Raises:
+            StreamError: the answer is to be learned, and is None.
+        """
+        if not self.learn:
+            return self.begin
+        name, tokenizer = self.pattern.answer, self.tokenizer
+        if self.values[name] is None:
+            nothing = " ('' is an answer too: nothing is written)" if tokenizer.text else ""
+            raise StreamError(
+                f"{self.where}: field {name!r} is None, that is not given, but it is what is learned; "
+                f"give its value{nothing}, or leave this sample out"
+            )
+        return encode_field(tokenizer, self.values[name], self.where, name, empty=True)
+
+    def written(self, tokens: Tokens) -> Segment:
+        """The segment of an answer, each of whose tokens sees those before it."""
+        return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
+
+
+def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
+    """The tokens of one value of one field; only with `empty` may there be none.
+
+    Raises:
+        MediaError: says where the value stands.
+    """
+    if isinstance(value, Tokens):
+        return value
+    try:
+        return tokenizer(value, empty=empty)
+    except ValueError as error:
+        raise MediaError(f"{where}, field {name!r}: {shortened(error, 500)}") from error
+
+
+@dataclass
+class LaidOut:
+    """One sample of the stream: its segments, the rows that its head reads, and what they should say.
+
+    read: tokens of the context, which come first. first: the first row that the head reads; it reads all from there to `last`.
+    target: what is learned; None: nothing is.
+    key_N, pointed_N: of a pointer, the rows it may point at, and which of these each written token is.
+    side: of a pair, 0 for the left side and 1 for the right one.
+    hidden: of a head that hides tokens, the whole value and which of its tokens (N,) are hidden.
+    """
+
+    segments: list[Segment]
+    read: int
+    first: int
+    last: int
+    target: Tensor | None = None
+    key_N: Tensor | None = None
+    pointed_N: Tensor | None = None
+    side: int = 0
+    hidden: tuple[Tokens, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one task's head reads of a stream.
+
+    row_N: rows of the stream, sample after sample.
+    lengths: number of rows of each sample.
+    samples: which sample of the batch each is.
+    target: what should be answered; None: nobody knows yet.
+    target_lengths: number of targets of each sample.
+    key_N: of a pointer, the rows that it may point at.
+    key_lengths: number of these of each sample.
+    pointed_N: of a pointer, which of its keys each written row is.
+    pointed_lengths: number of written rows of each sample.
+    left: of a pair, the number of rows of left sides; they come first, and the right ones follow in the same order of samples.
+    hidden: of a head that hides tokens, each sample's tokens and which of them (N,) are hidden; on the host, without answers only.
+    """
+
+    row_N: Tensor
     lengths: tuple[int, ...]
-    pointed_N: Tensor
-    pointed_lengths: tuple[int, ...]
+    samples: tuple[int, ...]
+    target: Tensor | None
+    target_lengths: tuple[int, ...]
+    key_N: Tensor | None = None
+    key_lengths: tuple[int, ...] = ()
+    pointed_N: Tensor | None = None
+    pointed_lengths: tuple[int, ...] = ()
+    left: int | None = None
+    hidden: tuple[tuple[Tokens, Tensor], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of targets."""
+        return sum(self.target_lengths)
 
 
 class Readout(nn.Module):
@@ -70,24 +225,94 @@ class Readout(nn.Module):
 
 
 class Head(Declared, ABC):
-    """How one kind of answer is written. Subclass as a frozen dataclass.
+    """How one kind of answer is read off the stream and learned. Subclass as a frozen dataclass.
 
-    queries: learned tokens that stand at the start of the written segment; with none, the head reads the context's states.
-    writes: whether the target's tokens follow them in the stream, each seeing those before (teacher forcing).
-    continuous: whether what it writes are features, drawn by `draw`, and not ids chosen by their logits.
-    points: whether it writes tokens that were read, chosen by their number; its `logits` and `state_loss` also get a `memory`.
-    hides: whether it writes what `hidden` hides of a field that is read: its one query stands for each hidden token; its `answer`
-    also gets what is `hidden`.
-    pairs: whether it answers nothing, but tells which two sides of a task "a <-> b" belong together; those also get `left`, how
-    many of the rows are of left sides.
+    queries: number of learned tokens that the head reads; with none it reads the states of the context.
+    autoregressive: whether it writes token by token: the answer's tokens follow the learned ones in the stream, each seeing those
+    before it (teacher forcing), and `Model.generate` decodes it.
+    measures: what held-out data are measured by, beside what it is compared with.
+    smallest_batch: samples of one micro-batch that its loss needs.
     """
 
     queries: ClassVar[int] = 0
-    writes: ClassVar[bool] = False
-    continuous: ClassVar[bool] = False
-    points: ClassVar[bool] = False
-    hides: ClassVar[bool] = False
-    pairs: ClassVar[bool] = False
+    autoregressive: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("loss", "exact")
+    smallest_batch: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "writes" in vars(cls):  # goes with version 0.3
+            warn(f"{cls.__name__}.writes", f"{cls.__name__}.autoregressive", 1)
+            cls.autoregressive = bool(vars(cls)["writes"])
+
+    # TEMP
+    writes = property(lambda self: self.autoregressive)
+    continuous = property(lambda self: self.draws_features)
+    points = property(lambda self: type(self).__name__ == "Pointer")
+    hides = property(lambda self: type(self).__name__ == "Masked")
+    pairs = property(lambda self: type(self).__name__ == "Contrast")
+
+    def bind(self, pattern: Pattern) -> Pattern:
+        """The pattern of a task as this head uses it.
+
+        Raises:
+            TaskError: this head cannot answer such a task.
+        """
+        if pattern.pair:
+            raise TaskError(
+                f"task {pattern.text!r}: '<->' wants a head that tells which two belong together, such as Contrast, and those "
+                f"want '<->', but the head is {type(self).__name__}"
+            )
+        if not pattern.reads and not self.queries:
+            raise TaskError(
+                f"task {pattern.text!r} reads nothing, and {type(self).__name__} answers only from what was read"
+            )
+        return pattern
+
+    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
+        """Where the sample's tokens go, which rows this head reads, and what it learns there; a pair gives two.
+
+        The context comes first, then the learned tokens, then, if the head is autoregressive, the answer.
+
+        Raises:
+            StreamError: nothing to read, or a target that cannot be learned.
+            TaskError: an answer is to be continued, and this head answers at once.
+        """
+        segments = sample.read()
+        read = tokens_of(segments)
+        self.check_read(sample, read)
+        if sample.begin is not None and not self.autoregressive:
+            raise TaskError(
+                f"task {sample.pattern.text!r}: {type(self).__name__} answers at once; nothing can be begun for it"
+            )
+        if self.queries:
+            segments.append(sample.start)
+        answer, target = sample.answer(), None
+        if sample.learn and answer is not None:
+            target = self.checked_target(sample, answer, read)
+        if self.autoregressive and answer is not None and len(answer):
+            segments.append(sample.written(answer))
+        # with learned tokens their rows are read, and those after them; else those of the context
+        first, last = (read, tokens_of(segments)) if self.queries else (0, read)
+        return [LaidOut(segments, read, first, last, target)]
+
+    def check_read(self, sample: EncodedSample, read: int) -> None:
+        """Raise a StreamError if nothing is read and the head needs something."""
+        if sample.pattern.reads and not read and not self.autoregressive:
+            raise StreamError(
+                f"{sample.where}: every field that is read is None; give at least one, "
+                f"as {type(self).__name__} answers only from what was read"
+            )
+
+    def checked_target(self, sample: EncodedSample, tokens: Tokens, rows: int) -> Tensor:
+        """`target`, whose errors then say which sample it is."""
+        try:
+            return self.target(tokens, rows, sample.tokenizer)
+        except StreamError as error:
+            raise StreamError(f"{sample.where}: {error}") from None
+
+    def check_core(self, pattern: str, core: Any) -> None:
+        """Raise a ConfigError if a task of this head cannot be answered by this core."""
 
     @abstractmethod
     def vocab(self, tokenizer: Tokenizer) -> int:
@@ -134,6 +359,37 @@ class Head(Declared, ABC):
         """
         raise ConfigError(f"{type(self).__name__} writes no features")
 
+    def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
+        """What `logits` and `state_loss` get by name beside the rows of a reading."""
+        return {}
+
+    @property
+    def draws_features(self) -> bool:
+        """Whether it writes features, drawn by `draw`, and not ids chosen by their logits."""
+        return type(self).draw is not Head.draw
+
+    def source(self, sample: EncodedSample) -> Tokens | None:
+        """The tokens read that an answer is made of, which it then chooses by their number; None: it chooses ids of its kind."""
+        return None
+
+    def choices(self, tokens: Tokens, source: Tokens | None) -> list[int]:
+        """Tokens as they are chosen: by their ids; features are drawn and not chosen."""
+        return [] if self.draws_features else tokens.content.tolist()
+
+    def next_logits(
+        self, readout: Readout, state_ND: Tensor, sources: Sequence[Tensor], chosen: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Logits (N, V) of the next token of N answers, from the newest state of each.
+
+        sources: of each answer the states (M, D) of its `source`. chosen: of each answer what was chosen so far.
+        """
+        return self.logits(readout, state_ND, [1] * len(state_ND))
+
+    def check_decoding(self, where: str, options: Any, prefix: Any) -> None:
+        """Raise a ConfigError for options of `Model.generate` that have no meaning for this head."""
+        if self.draws_features and (options.beams > 1 or options.sampler is not None):
+            raise ConfigError(f"{where}: {type(self).__name__} writes features; beams and samplers choose among tokens")
+
     @abstractmethod
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         """One answer a sample."""
@@ -145,24 +401,6 @@ class Head(Declared, ABC):
             StreamError: this target cannot be learned from so few rows.
         """
         return tokens.content
-
-    def pointed(self, tokens: Tokens, read: Tokens) -> Tensor:
-        """Which of the tokens that were read (of the written kind) each of these is: (N,), for a head that points.
-
-        Raises:
-            StreamError: one that was not read.
-        """
-        raise ConfigError(f"{type(self).__name__} points at nothing")
-
-    def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, drawn: bool) -> Tensor:
-        """Which tokens (N,) of a value are hidden, of a head that hides; some are and some are not.
-
-        drawn: anew, from torch's global CPU generator; else the same ones for the same value.
-
-        Raises:
-            StreamError: a value of which no part can be hidden.
-        """
-        raise ConfigError(f"{type(self).__name__} hides nothing")
 
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the learnable half for a core of this width."""
@@ -187,3 +425,8 @@ def vocabulary(head: Head, tokenizer: Tokenizer) -> int:
 def check_smoothing(head: Any) -> None:
     if not 0 <= head.label_smoothing < 1:
         raise ConfigError(f"{type(head).__name__}: label_smoothing={head.label_smoothing} is not in 0 to 1")
+
+
+def tokens_of(segments: Iterable[Segment]) -> int:
+    """Number of tokens."""
+    return sum(len(segment.tokens) for segment in segments)

@@ -9,15 +9,16 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.heads.base import Head, Prediction, Readout
-from multimodal.shapes import ConfigError, StreamError, check_shapes
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Reading, Readout, Segment, tokens_of
+from multimodal.pattern import Pattern
+from multimodal.shapes import ConfigError, StreamError, TaskError, check_shapes
+from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 FORMS = ("softmax", "sigmoid")
 LARGEST_SCALE = 100.0  # of the softmax form, as in section 2.5 of Radford et al.
@@ -39,13 +40,45 @@ class Contrast(Head):
     width: int = 256  # F, numbers of a vector
     form: str = "softmax"
     queries: ClassVar[int] = 2
-    pairs: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left")
+    smallest_batch: ClassVar[int] = 2  # a pair is told from the others of its micro-batch
 
     def __post_init__(self) -> None:
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
             raise ConfigError(f"Contrast: width={self.width!r} must be a whole number, 1 or more")
         if self.form not in FORMS:
             raise ConfigError(f"Contrast: form={self.form!r} is neither {' nor '.join(map(repr, FORMS))}")
+
+    def bind(self, pattern: Pattern) -> Pattern:
+        if not pattern.pair:
+            raise TaskError(
+                f"task {pattern.text!r}: '<->' wants a head that tells which two belong together, such as Contrast, and those "
+                f"want '<->', but the head is {type(self).__name__}"
+            )
+        return pattern
+
+    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
+        """Both sides, each a sample of its own that its learned token ends; without answers one side may lack."""
+        if sample.begin is not None:
+            sample.pattern.check_answers()
+        sides: list[LaidOut] = []
+        prints: list[int] = []
+        for side, fields in enumerate(sample.pattern.sides.values()):
+            segments = sample.read(fields)
+            if not segments and not sample.learn and side == len(sides):
+                continue
+            if not segments:
+                raise StreamError(
+                    f"{sample.where}: every field of the side {' '.join(f.name for f in fields)!r} is None; give at least one"
+                )
+            read = tokens_of(segments)
+            prints.append(fingerprint(s.tokens for s in segments))
+            query = Tokens(torch.tensor([side]), at_times(torch.zeros(1)))
+            segments.append(Segment(sample.start.kind, query, (1.0, 1.0, 1.0), False))
+            sides.append(LaidOut(segments, read, read, read + 1, side=side))
+        if sample.learn:
+            sides[0].target = torch.tensor([prints])
+        return sides
 
     def vocab(self, tokenizer: Tokenizer) -> int:
         return self.width
@@ -95,6 +128,9 @@ class Contrast(Head):
     def probability(self, score_NM: Tensor) -> Tensor:
         """Of each right for each left: all rights of a left share 1 (softmax), or each has its own (sigmoid)."""
         return score_NM.softmax(1) if self.form == "softmax" else score_NM.sigmoid()
+
+    def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
+        return {"left": reading.left}
 
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         raise ConfigError("Contrast: a pair has no answer; use Model.vectors or Model.matches")

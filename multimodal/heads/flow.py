@@ -40,8 +40,10 @@ class FlowMatching(Head):
     steps: int = 16  # from noise to features, each of two evaluations (Heun)
     spread: float = 1.0  # standard deviation of the written features, which are divided by it
     queries: ClassVar[int] = 1
-    writes: ClassVar[bool] = True
-    continuous: ClassVar[bool] = True
+    autoregressive: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = (
+        "loss",
+    )  # features are never exactly right; the loss measures their distance
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "draws", "steps"):

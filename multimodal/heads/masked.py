@@ -9,16 +9,17 @@ head reads                       t1 t4
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, final
 from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.heads.base import Head, Prediction, Readout
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Readout, Segment, tokens_of
+from multimodal.pattern import Pattern
+from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokenizer, Tokens
 
 NORMALISE = ("none", "token")
@@ -47,7 +48,7 @@ class Masked(Head):
     span: int = 1  # steps
     normalise: Literal["none", "token"] = "none"  # features
     queries: ClassVar[int] = 1
-    hides: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -70,14 +71,65 @@ class Masked(Head):
             )
         return size
 
-    def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, drawn: bool) -> Tensor:
+    def bind(self, pattern: Pattern) -> Pattern:
+        pattern = replace(super().bind(pattern), hides=True)
+        if (pattern.writes.name, pattern.writes.kind) not in [(field.name, field.kind) for field in pattern.reads]:
+            raise TaskError(
+                f"task {pattern.text!r} does not read {pattern.writes.name!r}, but {type(self).__name__} writes what is "
+                f"hidden of a field that is read, as in '{pattern.writes.kind} -> {pattern.writes.kind}'"
+            )
+        return pattern
+
+    def check_core(self, pattern: str, core: Any) -> None:
+        # an EncoderDecoder has no rotary_split of its own
+        if not any(getattr(core, "rotary_split", ())):
+            raise ConfigError(
+                f"Model: task {pattern!r}: hidden tokens know their places by rotary positions in the core that reads the others; "
+                "give one Core, whose rotary_split is not all 0"
+            )
+
+    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
+        """The hidden tokens leave the segment they are in; the learned token stands in their places, as the last segment."""
+        if sample.begin is not None:
+            return super().lay_out(sample)  # which refuses it
+        segments, pattern = sample.read(), sample.pattern
+        where = f"{sample.where}, field {pattern.writes.name!r}"
+        whole, step = sample.tokens[pattern.writes.name], sample.tokenizer.step
+        if whole is None:
+            raise StreamError(f"{where} is None, but it is what {type(self).__name__} hides and rebuilds")
+        try:
+            hidden_N = self.hidden(whole, step, random=sample.random)
+        except StreamError as error:
+            raise StreamError(f"{where}: {error}") from None
+        present = [field.name for field in pattern.reads if sample.tokens[field.name] is not None]
+        at = present.index(pattern.writes.name)
+        visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
+        segments[at] = Segment(pattern.writes.kind, visible, step, True)
+        read = tokens_of(segments)
+        self.check_read(sample, read)
+        place_NA = whole.position_NA[hidden_N]
+        query = Tokens(torch.zeros(len(place_NA), dtype=torch.long), place_NA)
+        segments.append(Segment(sample.start.kind, query, step, True, within=at))
+        target = None
+        if sample.learn:
+            target = self.checked_target(sample, Tokens(whole.content[hidden_N], place_NA), read)
+        return [LaidOut(segments, read, read, read + len(query), target, hidden=(whole, hidden_N))]
+
+    def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, random: bool) -> Tensor:
+        """Which tokens (N,) of a value are hidden; some are and some are not.
+
+        random: drawn anew, from torch's global CPU generator; else the same ones for the same value.
+
+        Raises:
+            StreamError: a value of which no part can be hidden.
+        """
         count = len(tokens)
         if count < 2:
             raise StreamError(
                 "Masked: a value of one token cannot be hidden in part; leave it out, or use finer tokens"
             )
         generator = None
-        if not drawn:  # of the value alone, so that it is hidden alike beside any others
+        if not random:  # of the value alone, so that it is hidden alike beside any others
             key = tokens.content.detach().cpu().contiguous().numpy().tobytes()
             generator = torch.Generator().manual_seed(crc32(key))
         block_N = self._blocks(tokens.position_NA / torch.tensor(step), generator)

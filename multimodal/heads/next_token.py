@@ -22,7 +22,7 @@ class NextToken(Head):
 
     label_smoothing: float = 0.0
     queries: ClassVar[int] = 1
-    writes: ClassVar[bool] = True
+    autoregressive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_smoothing(self)

@@ -7,7 +7,7 @@ state of a written row --query--+
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,25 @@ from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import Additive, Score
 from multimodal.attention.mechanism import BLOCK
-from multimodal.heads.base import Head, Memory, Prediction, Readout
-from multimodal.shapes import ConfigError, StreamError, check_shapes
+from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Reading, Readout, tokens_of
+from multimodal.pattern import Pattern
+from multimodal.shapes import ConfigError, StreamError, TaskError, check_shapes
 from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The tokens that a pointer may point at, sample after sample.
+
+    state_MD: their states; lengths: number of them of each sample.
+    pointed_N: which of its sample's each written token is; pointed_lengths: number of written tokens of each sample. The last row
+    of a sample comes after all that was pointed at in it, the row before it after all but one, and so on.
+    """
+
+    state_MD: Tensor
+    lengths: tuple[int, ...]
+    pointed_N: Tensor
+    pointed_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,7 @@ class Pointer(Head):
     score: Score = field(default_factory=Additive)  # equation 3 of the paper
     repeats: bool = False
     queries: ClassVar[int] = 1
-    writes: ClassVar[bool] = True
-    points: ClassVar[bool] = True
+    autoregressive: ClassVar[bool] = True
 
     def vocab(self, tokenizer: Tokenizer) -> int:
         """The stop; each token that was read is one more to choose."""
@@ -47,7 +62,39 @@ class Pointer(Head):
             raise ConfigError(f"Pointer: {name} has no decode, so nobody could read what is written")
         return 1
 
+    def bind(self, pattern: Pattern) -> Pattern:
+        pattern = super().bind(pattern)
+        if pattern.writes.kind not in [field.kind for field in pattern.reads]:
+            raise TaskError(
+                f"task {pattern.text!r} reads nothing of kind {pattern.writes.kind!r}, but {type(self).__name__} writes "
+                f"tokens that were read; read some, as in 'seen:{pattern.writes.kind} -> {pattern.text.split('->')[1].strip()}'"
+            )
+        return pattern
+
+    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
+        """As other heads that write, but the answer's tokens are at the places of those that they point at."""
+        segments = sample.read()
+        read = tokens_of(segments)
+        segments.append(sample.start)
+        there, key_N = sample.read_of_kind()
+        answer, target, pointed_N = sample.answer(), None, key_N[:0]
+        if answer is not None:
+            try:
+                pointed_N = self.pointed(answer, there)
+            except StreamError as error:
+                raise StreamError(f"{sample.where}: {error}") from None
+            if sample.learn:
+                target = self.checked_target(sample, Tokens(pointed_N, answer.position_NA), len(there))
+            if len(answer):
+                segments.append(sample.written(Tokens(answer.content, there.position_NA[pointed_N])))
+        return [LaidOut(segments, read, read, tokens_of(segments), target, key_N, pointed_N)]
+
     def pointed(self, tokens: Tokens, read: Tokens) -> Tensor:
+        """Which of the tokens that were read, of the written kind, each of these is: (N,).
+
+        Raises:
+            StreamError: one that was not read, or is there more often than it was read.
+        """
         same_NM = torch.zeros(len(tokens), 0, dtype=torch.bool)
         if len(read) and len(tokens):
             same_NM = tokens.content[:, None] == read.content[None]
@@ -162,6 +209,41 @@ class Pointer(Head):
         parts = [checkpoint(scored, q, use_reentrant=False) for q in q_BTHK.split(block, 1)]
         return torch.cat([part for part in parts if isinstance(part, Tensor)], 1)
 
+    def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
+        assert reading.key_N is not None
+        assert reading.pointed_N is not None
+        keys = state_TD[reading.key_N]
+        return {"memory": Memory(keys, reading.key_lengths, reading.pointed_N, reading.pointed_lengths)}
+
+    def source(self, sample: EncodedSample) -> Tokens:
+        return sample.read_of_kind()[0]
+
+    def choices(self, tokens: Tokens, source: Tokens | None) -> list[int]:
+        assert source is not None
+        return self.pointed(tokens, source).tolist()
+
+    def next_logits(
+        self, readout: Readout, state_ND: Tensor, sources: Sequence[Tensor], chosen: Sequence[Sequence[int]]
+    ) -> Tensor:
+        pointed_N = torch.tensor([i for ids in chosen for i in ids], dtype=torch.long, device=state_ND.device)
+        lengths, pointed_lengths = tuple(map(len, sources)), tuple(map(len, chosen))
+        memory = Memory(torch.cat(list(sources)), lengths, pointed_N, pointed_lengths)
+        return self.logits(readout, state_ND, [1] * len(state_ND), memory)
+
+    def check_decoding(self, where: str, options: Any, prefix: Any) -> None:
+        if options.guidance != 1.0 or prefix is not None:
+            what = "a prefix" if prefix is not None else f"guidance={options.guidance}"
+            raise ConfigError(
+                f"{where}: {type(self).__name__} points at what is read with the answer, so {what} has no meaning there; "
+                "give the whole sample, without guidance"
+            )
+        for part in options.rule.parts():
+            if part.spells:
+                raise ConfigError(
+                    f"{where}: {type(self).__name__} chooses among the tokens that were read by their number, which {part} "
+                    "does not know; leave it out"
+                )
+
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         raise ConfigError("Pointer: an answer is written step by step; use Model.generate")
 
@@ -186,7 +268,7 @@ def _before(pointed_BN: Tensor, rows: int, keys: int) -> Tensor:
 def _there(memory: Memory | None) -> Memory:
     if memory is None:
         raise ConfigError(
-            "Pointer: it also needs the states of what was read, as memory=Reading.memory(states)['memory']"
+            "Pointer: it also needs the states of what was read, as memory=Pointer.inputs(reading, states)['memory']"
         )
     return memory
 

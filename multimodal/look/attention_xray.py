@@ -18,9 +18,9 @@ from multimodal.heads import Prediction
 from multimodal.look.layers import START, token_labels, transformers
 from multimodal.look.posterior import NAMES, LayerXRay
 from multimodal.model import Model
+from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.stream import Stream
-from multimodal.task import Pattern
 from multimodal.tokenizer import Tokenizer, Tokens
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.generate.detokenizer import Telling
+from multimodal.generate.detokenizer import Detokenizer
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokens
 from multimodal_tokenizers import TextBPE, TextBytes
@@ -32,17 +32,17 @@ def whole(tokenizer: mm.Tokenizer, ids: Sequence[int]) -> str:
 
 def tell(tokenizer: mm.Tokenizer, ids: Sequence[int], stops: Sequence[str] = (), sizes: Sequence[int] = (1,)):
     """Push ids in parts of these sizes; the pieces, and what `stopped` said in the end."""
-    telling, pieces, at = Telling(tokenizer, stops), [], 0
+    detokenizer, pieces, at = Detokenizer(tokenizer, stops), [], 0
     for i in range(len(ids)):
         size = sizes[i % len(sizes)]
-        pieces.append(telling.push(list(ids[at : at + size])))
+        pieces.append(detokenizer.push(list(ids[at : at + size])))
         at += size
-        assert telling.told == "".join(pieces)
-        if telling.stopped or at >= len(ids):
+        assert detokenizer.text == "".join(pieces)
+        if detokenizer.stopped or at >= len(ids):
             break
-    pieces.append(telling.finish())
-    assert telling.told == "".join(pieces)
-    return pieces, telling.stopped
+    pieces.append(detokenizer.finish())
+    assert detokenizer.text == "".join(pieces)
+    return pieces, detokenizer.stopped
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -130,11 +130,11 @@ def test_stop_strings_cut_where_a_search_of_the_whole_text_finds_them(stops, nam
 
 
 def test_what_may_become_a_stop_string_is_held_back_and_told_when_it_does_not():
-    telling = Telling(TextBytes(), ("END", "ENOUGH"))
-    pieces = [telling.push([byte]) for byte in b"xENENOxEN"]
+    detokenizer = Detokenizer(TextBytes(), ("END", "ENOUGH"))
+    pieces = [detokenizer.push([byte]) for byte in b"xENENOxEN"]
     assert pieces == ["x", "", "", "EN", "", "", "ENOx", "", ""]
-    assert telling.finish() == "EN"
-    assert telling.told == "xENENOxEN"
+    assert detokenizer.finish() == "EN"
+    assert detokenizer.text == "xENENOxEN"
 
 
 def test_the_same_token_is_decoded_only_a_few_times():
@@ -146,10 +146,10 @@ def test_the_same_token_is_decoded_only_a_few_times():
             decoded += len(tokens)
             return super().decode(tokens)
 
-    telling = Telling(Counting(), ())
+    detokenizer = Detokenizer(Counting(), ())
     ids = ("lang😀" * 60).encode() + b"\xff" * 300
-    told = "".join(telling.push([byte]) for byte in ids) + telling.finish()
-    assert told == ids.decode(errors="replace")
+    text = "".join(detokenizer.push([byte]) for byte in ids) + detokenizer.finish()
+    assert text == ids.decode(errors="replace")
     assert decoded < 64 * len(ids)  # a bound that does not grow with the text
 
 
@@ -266,9 +266,9 @@ def test_characters_that_a_decoder_holds_back_by_runs_of_bytes(text):
     tokenizer = byte_fallback()
     letters = {c: 256 + i for i, c in enumerate("abc ")}
     ids = [i for c in text for i in ([letters[c]] if c in letters else c.encode())]
-    telling = Telling(tokenizer, ())
-    assert "".join(telling.push([i]) for i in ids) + telling.finish() == text
-    stopping = Telling(tokenizer, (text[-1],))
-    told = "".join(stopping.push([i]) for i in ids)
+    detokenizer = Detokenizer(tokenizer, ())
+    assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.finish() == text
+    stopping = Detokenizer(tokenizer, (text[-1],))
+    pushed = "".join(stopping.push([i]) for i in ids)
     assert stopping.stopped
-    assert told == text[: text.index(text[-1])]
+    assert pushed == text[: text.index(text[-1])]

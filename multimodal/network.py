@@ -1,0 +1,261 @@
+"""The weights of a model and what is computed with them: embedded tokens -> core -> states -> logits and losses."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
+from multimodal.attention.reinforce import reward_loss
+from multimodal.core import Core
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.heads import Head, Readout
+from multimodal.packer import Packer
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.stream import Reading, Stream
+from multimodal.task import Task
+from multimodal.tokenizer import Tokenizer
+
+Sample = Mapping[str, Any]
+
+
+class Network(nn.Module):
+    """The learnable half of a model: an embedding for each kind, the core, and a readout for each head.
+
+    `Model` adds what users do with it: predict, generate, save. Everything here works on packed streams.
+    """
+
+    def __init__(
+        self,
+        tokenizers: Mapping[str, Tokenizer],
+        core: Core | EncoderDecoder,
+        tasks: Sequence[str | Task],
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._inferring = False
+        if isinstance(tasks, (str, Task)):
+            tasks = [tasks]
+        if not isinstance(core, (Core, EncoderDecoder)):
+            raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
+        _check_names(tokenizers)
+        self.packer = Packer(tokenizers, tasks)
+        self.seed = seed
+        # each part draws its weights from the seed and its own name, so one more tokenizer changes no other part
+        self.embeds = nn.ModuleDict()
+        for name, tokenizer in self.packer.tokenizers.items():
+            with _seeded(seed, "embed", name):
+                self.embeds[name] = tokenizer.embed(core.width)
+        with _seeded(seed, "core"):
+            self.core = core.build()
+        self.readouts = nn.ModuleDict()
+        heads: dict[str, Head] = {}
+        for pattern in self.packer.tasks:
+            key, head = self.packer.head_key(pattern), self.packer.head(pattern)
+            head.check_core(pattern, core)
+            made_for = heads.setdefault(key, head)
+            with _seeded(seed, "head", key):
+                kind = self.packer.patterns[pattern].fields[-1].kind  # of a pair either would do
+                made = head.readout(core.width, self.packer.tokenizers[kind])
+            if key not in self.readouts:
+                self.readouts[key] = made
+            if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
+                raise ConfigError(
+                    f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
+                    "tasks that write one kind by one class of head share its weights, so give the class another name"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.core.norm.weight.device
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks by pattern."""
+        return self.packer.tasks
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens of a sample, read and written, that its attention has positions for; None: any number."""
+        if isinstance(self.core.core, EncoderDecoder):
+            return None
+        parts = [
+            part
+            for m in self.core.modules()
+            if isinstance(m, Mechanism) and m.name.endswith(" self")
+            for part in (m.score, *m.priors, *m.factors)
+        ]
+        return min((part.most for part in parts if part.most is not None), default=None)
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether an attention layer reads one sampled key (`Hard`), which no gradient reaches but that of a reward."""
+        return any(isinstance(m, Mechanism) and isinstance(m.read, Hard) for m in self.core.modules())
+
+    def readout(self, pattern: str) -> Readout:
+        """The learnable half of a task's head."""
+        module = self.readouts[self.packer.head_key(pattern)]
+        assert isinstance(module, Readout)
+        return module
+
+    def pack(self, task: str, samples: Sequence[Sample], *, answers: bool = True, first: int = 0) -> Stream:
+        """Pack samples of one task, on this model's device; errors count them from `first`."""
+        names = [f"sample {first + i}" for i in range(len(samples))]
+        return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
+
+    def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
+        """Weighted sum over tasks of the mean loss of a target, in nats.
+
+        counts: number of targets to divide by, instead of this stream's own: those of all micro-batches of a step.
+        """
+        counts = counts or {pattern: r.count for pattern, r in stream.readings.items()}
+        parts = [self.tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
+        return torch.stack(parts).sum()
+
+    def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
+        """Sum of the losses of all targets, by task, in nats; their number is `stream.readings[task].count`."""
+        if self.training and self.learns_from_rewards:
+            return self._losses_and_rewards(stream, backend)
+        wanted_N, readings = stream.narrowed()
+        state_TD = self(stream, backend=backend, wanted_N=wanted_N)
+        sums = {}
+        for pattern, r in readings.items():
+            target = _target(pattern, r)
+            head, rows_ND = self.packer.head(pattern), state_TD[r.row_N]
+            sums[pattern] = head.state_loss(
+                self.readout(pattern), rows_ND, r.lengths, target, r.target_lengths, **head.inputs(r, state_TD)
+            )
+        return sums
+
+    def _losses_and_rewards(self, stream: Stream, backend: Backend) -> dict[str, Tensor]:
+        """`losses`, with the gradient of what `Hard` reads chose: it learns from the loss of each row."""
+        trace = Trace()
+        state_TD = self(stream, backend=backend, trace=trace)
+        sums = {}
+        for pattern, r in stream.readings.items():
+            head = self.packer.head(pattern)
+            logits = head.logits(self.readout(pattern), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD))
+            nll_N = head.row_losses(logits, _target(pattern, r))
+            nll_T = nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach())
+            extra = reward_loss(trace, stream.layout, nll_T)
+            sums[pattern] = nll_N.sum() + extra - extra.detach()  # a gradient, and no part of the figure
+        return sums
+
+    def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
+        """Logits (rows, V) by task, in the order of `stream.readings`."""
+        wanted_N, readings = stream.narrowed()
+        state_TD = self(stream, backend=backend, wanted_N=wanted_N)
+        logits = {}
+        for pattern, r in readings.items():
+            head = self.packer.head(pattern)
+            logits[pattern] = head.logits(
+                self.readout(pattern), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD)
+            )
+        return logits
+
+    def forward(
+        self,
+        stream: Stream,
+        *,
+        cache: Cache | None = None,
+        backend: Backend = "auto",
+        trace: Trace | None = None,
+        wanted_N: Tensor | None = None,
+    ) -> Tensor:
+        """States (T, D) of a packed stream, or (N, D) of wanted rows alone; a trace collects what every attention layer does."""
+        options = {"cache": cache, "backend": backend, "trace": trace, "wanted_N": wanted_N}
+        return self.core(self.rows(stream), stream.position_TA, stream.layout, **options)
+
+    def rows(self, stream: Stream) -> Tensor:
+        """The embedded tokens (T, D) of a packed stream: what the core reads.
+
+        Raises:
+            StreamError: an embedding that gives another number of rows than tokens.
+        """
+        rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
+        if rows.shape[0] != len(stream):
+            raise StreamError(
+                f"Model: the tokenizers embedded {rows.shape[0]} tokens of {len(stream)}; an embed must give one row a token"
+            )
+        return rows if stream.order_T is None else rows[stream.order_T]
+
+    def embed(self, kind: str, content: Tensor) -> Tensor:
+        """Embedded tokens (N, D) of one kind; those of "head:..." are the learned tokens of a head."""
+        if kind.startswith("head:"):
+            query = self.readouts[kind.removeprefix("head:")].query
+            assert isinstance(query, Tensor)
+            return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
+        module, dtype = self.embeds[kind], self.core.norm.weight.dtype
+        if content.is_floating_point():
+            full = getattr(module, "full_precision", False)
+            content = content.to(torch.promote_types(dtype, torch.float32) if full else dtype)
+        rows = module(content)
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(dtype)
+
+    @contextmanager
+    def inference_mode(self) -> Iterator[None]:
+        """Evaluation mode without gradients, and back; within another one nothing is left to do."""
+        if self._inferring and torch.is_inference_mode_enabled():
+            yield
+            return
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        self._inferring = True
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self._inferring = False
+            for module in training:
+                module.training = True
+
+    resting = inference_mode
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters by part, and of "all"."""
+        parts = {f"tokenizer {name}": part for name, part in self.embeds.items()}
+        parts |= {"core": self.core} | {f"head {key}": part for key, part in self.readouts.items()}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counts["all"] = sum(counts.values())
+        return counts
+
+
+def _target(pattern: str, reading: Reading) -> Tensor:
+    if reading.target is None:
+        raise StreamError(f"task {pattern!r}: this stream was packed without answers; pack it with answers=True")
+    return reading.target
+
+
+def _check_names(tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise a ConfigError for names that a pattern cannot hold, or that torch has taken."""
+    for name in tokenizers:
+        if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+            raise ConfigError(
+                f"Model: a tokenizer cannot be named {name!r}: tasks name it, as one word of the letters a to z, digits and "
+                "underscores; use a plain word such as 'image'"
+            )
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(
+                f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
+                f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
+                f"'{name}:{name.strip('_')}_kind -> ...'"
+            )
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in module.named_parameters()}
+
+
+@contextmanager
+def _seeded(seed: int, *names: str) -> Iterator[None]:
+    """Random numbers that are a function of the seed and these names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32("/".join((str(seed), *names)).encode()))
+        yield
