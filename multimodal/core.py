@@ -1,23 +1,21 @@
 """The one transformer: a declaration (`Core`) with presets, and the module it makes (`Transformer`)."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import (
-    Attention,
     Backend,
     Cache,
     Layout,
     Mechanism,
-    Plan,
     Read,
     ScaledDotProduct,
     Score,
@@ -26,11 +24,11 @@ from multimodal.attention import (
     plan_attention,
 )
 from multimodal.declare import Declared, check_part, override
-from multimodal.layers import MLP, Context, CrossAttention, Layer, SelfAttention, Sublayer
+from multimodal.layers import MLP, Attention, Context, CrossAttention, Crossing, Keys, Layer, SelfAttention, Sublayer
 from multimodal.layers.attend import check_parts
 from multimodal.masks import PREFIX_LM, Prior, Rule
 from multimodal.norm import RMSNorm
-from multimodal.positions import rotary_frequencies, rotary_turns
+from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, check_shapes
 
 
@@ -58,23 +56,20 @@ class Core(Declared):
     """
 
     width: int  # D
-    depth: int  # L, blocks
-    heads: int  # H, query heads
-    kv_heads: int | None = None  # G, key-value heads; None: as many as heads
-    mlp_width: int | None = None  # hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16
-    qk_norm: bool = True  # RMSNorm on queries and keys: keeps attention logits bounded (Dehghani et al. 2023)
-    dropout: float = 0.0  # share of each block's output that is dropped in training
-    drop_path: float = (
-        0.0  # share of samples whose block is skipped in training, rising linearly to this at the last block
-    )
-    # ratio in which a head's pairs are turned by time, row, column; all 0: no turning
+    depth: int
+    heads: int
+    kv_heads: int | None = None
+    mlp_width: int | None = None
+    qk_norm: bool = True
+    dropout: float = 0.0
+    drop_path: float = 0.0
     rotary_split: tuple[int, ...] = (2, 1, 1)
-    rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)  # slowest turn of each axis, steps / radian
+    rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)
     mask: Rule = PREFIX_LM
     score: Score = field(default_factory=ScaledDotProduct)
     prior: Prior | None = None
     read: Read = field(default_factory=Soft)
-    block: tuple[Layer, ...] = (SelfAttention(), MLP())  # layers of one block, which is repeated `depth` times
+    block: tuple[Layer, ...] = (SelfAttention(), MLP())
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
@@ -167,16 +162,8 @@ class Core(Declared):
 
     def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32, crossed: int | None = None) -> Cache:
         """Room for decoding `rows` samples of up to `capacity` tokens; if the core crosses, with a memory of `crossed` tokens."""
-        kept, seen, states = [], [], []
-        for layer in self.outline(crossed is not None).sublayers():
-            keys, state = layer.layer.keys(self), layer.layer.state(self, layer.norm.weight.shape[0])
-            if keys is not None:
-                (seen if layer.layer.crosses else kept).append(tuple(keys))
-            if state is not None:
-                states.append(state)
-        place = {"batch": rows, "device": device, "dtype": dtype}
-        memory = None if crossed is None else Cache(keys=seen, capacity=crossed, **place)
-        return Cache(keys=kept, capacity=capacity, states=states, memory=memory, **place)
+        outline = self.outline(crossed is not None)
+        return outline.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=crossed)
 
     def replace(self, **changes) -> Self:
         """A copy with some settings changed."""
@@ -221,8 +208,8 @@ class Core(Declared):
 class Block(nn.Module):
     """The layers of one block, one after the other.
 
-    recompute: in training keep only what comes in, and compute the rest again for the gradient (Chen et al. 2016); changes memory,
-    not results, so no declaration has it.
+    recompute: in training only what comes in is stored, and the rest is computed again for the gradient (Chen et al. 2016);
+    changes memory, not results, so no declaration has it.
     """
 
     recompute: bool = False
@@ -238,37 +225,23 @@ class Block(nn.Module):
         self.mixing = max((i for i, layer in enumerate(layers) if type(layer) is not MLP), default=0)
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
-        if not self.recompute or not self.training or not torch.is_grad_enabled() or context.cache is not None:
-            return self._run(stream_TD, context, wanted_N)
-        out = checkpoint(
-            self._run,
-            stream_TD,
-            context,
-            wanted_N,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _untold(context.trace)),
-        )
-        assert isinstance(out, Tensor)
-        return out
-
-    def _run(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None) -> Tensor:
         for i, layer in enumerate(self.layers):
             if i != self.mixing or wanted_N is None:
                 stream_TD = layer(stream_TD, context)
-            else:  # from here on every token is by itself
+            else:  # from here on no token looks at another
                 stream_TD, context = layer(stream_TD, context, wanted_N), context.at(wanted_N)
         return stream_TD
 
 
 @contextmanager
-def _untold(trace: Trace | None) -> Iterator[None]:
-    """What layers do again for the gradient, a trace has been told already."""
-    told = len(trace.seen) if trace else 0
+def _not_traced(trace: Trace | None) -> Iterator[None]:
+    """What layers compute again for the gradient, a trace has already."""
+    count = len(trace.seen) if trace else 0
     try:
         yield
     finally:
         if trace:
-            del trace.seen[told:]
+            del trace.seen[count:]
 
 
 def recompute(model: nn.Module, on: bool = True) -> None:
@@ -306,14 +279,6 @@ def compile_blocks(model: nn.Module) -> None:
                 (module.body if module.dropout or module.drop_path else module).compile(dynamic=True)
 
 
-class Crossing(NamedTuple):
-    """What a core that writes looks at: states (M, D) with their turns, and how."""
-
-    memory_MD: Tensor
-    turns: Callable[[int], Tensor | None]
-    plan: Plan
-
-
 class Transformer(nn.Module):
     """The core's weights: reads a stream (T, D) and gives its states (T, D)."""
 
@@ -328,11 +293,17 @@ class Transformer(nn.Module):
             width = block.width
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = RMSNorm(core.width)
-        self._count()
+        self._number_layers()
         if not self.norm.weight.is_meta:  # a model on the meta device needs no weights
             for sublayer in self.sublayers():
-                sublayer.body.draw(core.depth)
-        self._turning: dict[int, tuple[Tensor, Tensor]] = {}
+                sublayer.body.init_weights(core.depth)
+        self._frequencies: dict[int, tuple[Tensor, Tensor]] = {}  # by width of a head
+        if any(core.rotary_split):
+            widths = {m.key_width for m in self.modules() if isinstance(m, Attention) and m.turned}
+            with torch.device("cpu"):  # also of a model that is made on the meta device
+                self._frequencies = {
+                    w: rotary_frequencies(w, core.rotary_split, core.rotary_base) for w in sorted(widths)
+                }
 
     def sublayers(self) -> Iterator[Sublayer]:
         """All layers, in order."""
@@ -342,9 +313,12 @@ class Transformer(nn.Module):
                 assert isinstance(layer, Sublayer)
                 yield layer
 
-    def _count(self) -> None:
-        """Number the layers that keep something in a cache, and name the mechanisms for the trace."""
-        counts = {"keys": 0, "memory": 0, "state": 0}
+    def _number_layers(self) -> None:
+        """Number the layers that cache something, note how much, and name the mechanisms for the trace."""
+        # of each such layer: key-value heads and their widths, of the stream or of what another core has read; size of a state
+        self.key_sizes: list[Keys] = []
+        self.memory_sizes: list[Keys] = []
+        self.state_sizes: list[int] = []
         width = self.core.width
         for depth, block in enumerate(self.blocks, 1):
             assert isinstance(block, Block)
@@ -354,16 +328,23 @@ class Transformer(nn.Module):
                 for module in sublayer.body.modules():
                     if isinstance(module, Mechanism):
                         module.name = f"block {depth} {module.name}"
-                for what, kept in (
-                    ("memory" if layer.crosses else "keys", layer.keys(self.core)),
-                    ("state", layer.state(self.core, width)),
-                ):
-                    if kept is not None:
-                        sublayer.body.index = counts[what]
-                        counts[what] += 1
+                keys, state = layer.keys(self.core), layer.state(self.core, width)
+                if keys is not None:
+                    sizes = self.memory_sizes if layer.crosses else self.key_sizes
+                    sublayer.body.index = len(sizes)
+                    sizes.append(keys)
+                if state is not None:
+                    sublayer.body.index = len(self.state_sizes)
+                    self.state_sizes.append(state)
                 width = sublayer.width
         # what looks elsewhere than at its own stream does not go through the stream's plan
         self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism) and m.name.endswith(" self"))
+
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32, crossed: int | None = None) -> Cache:
+        """An empty cache for `rows` samples of up to `capacity` tokens, and of `crossed` tokens that another core has read."""
+        where: dict[str, Any] = {"batch": rows, "device": device, "dtype": dtype}
+        memory = None if crossed is None else Cache(keys=self.memory_sizes, capacity=crossed, **where)
+        return Cache(keys=self.key_sizes, capacity=capacity, states=self.state_sizes, memory=memory, **where)
 
     def forward(
         self,
@@ -398,29 +379,24 @@ class Transformer(nn.Module):
         plan = plan_attention(
             self.core.mask, layout, backend=backend, dtype=dtype, cache=cache, bare=self.bare, trace=trace
         )
-        context = Context(layout, plan, self.turns(position_TA), cache=cache, trace=trace, fresh=fresh)
-        if crossing is not None:
-            context.memory_MD, context.memory_turns, context.crossing = crossing
-        *blocks, last = self.blocks
-        for block in blocks:
-            stream_TD = block(stream_TD, context)
-        stream_TD = last(stream_TD, context, wanted_N)
+        context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh)
+        for block in self.blocks:
+            rows_N = wanted_N if block is self.blocks[-1] else None
+            assert isinstance(block, Block)
+            if block.recompute and self.training and torch.is_grad_enabled() and cache is None:
+                contexts = lambda: (nullcontext(), _not_traced(trace))  # noqa: E731  of the forward pass, and of its repetition
+                stream_TD = checkpoint(block, stream_TD, context, rows_N, use_reentrant=False, context_fn=contexts)
+            else:
+                stream_TD = block(stream_TD, context, rows_N)
         return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
-    def turns(self, position_TA: Tensor) -> Callable[[int], Tensor | None]:
-        """How far every pair of a head is turned at these places, for a width of heads."""
-
-        @lru_cache(None)
-        def turns(head_width: int) -> Tensor | None:
-            if not any(self.core.rotary_split):
-                return None
-            if head_width not in self._turning:
-                axis_K, frequency_K = rotary_frequencies(head_width, self.core.rotary_split, self.core.rotary_base)
-                self._turning[head_width] = axis_K.to(position_TA.device), frequency_K.to(position_TA.device)
-            axis_K, frequency_K = (x.to(position_TA.device) for x in self._turning[head_width])
-            return rotary_turns(position_TA, axis_K, frequency_K)
-
-        return turns
+    def rotations(self, position_TA: Tensor) -> dict[int, Tensor]:
+        """By width of a head, how far each of its pairs is rotated at these positions; none where nothing is rotated."""
+        device = position_TA.device
+        for width, pair in self._frequencies.items():
+            if pair[0].device != device:
+                self._frequencies[width] = pair[0].to(device), pair[1].to(device)
+        return {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
 
 
 @lru_cache(64)

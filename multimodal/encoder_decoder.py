@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import Backend, Cache, Layout, Span, Trace, plan_cross_attention
-from multimodal.core import Core, Crossing, Transformer
+from multimodal.core import Core, Transformer
 from multimodal.declare import Declared, check_part, override
+from multimodal.layers import Crossing
 from multimodal.masks import Places
 from multimodal.norm import RMSNorm
 from multimodal.shapes import ConfigError, StreamError
@@ -94,6 +95,10 @@ class TwoCores(nn.Module):
         self.reader = Transformer(core.reader)
         self.writer = Transformer(core.writer, crosses=True)
 
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
+        """As `EncoderDecoder.cache`."""
+        return self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=capacity)
+
     @property
     def norm(self) -> RMSNorm:
         """The last norm."""
@@ -150,7 +155,7 @@ class TwoCores(nn.Module):
             read = Layout(spans, Places(places.sample, places.order - first, places.free, places.segment))
         crossing = Crossing(
             seen_MD,
-            self.writer.turns(position_TA[seen_rows]),
+            self.writer.rotations(position_TA[seen_rows]),
             plan_cross_attention(written, read, backend=backend, cache=cache, trace=trace),
         )
         states = self.writer(
@@ -174,7 +179,7 @@ class TwoCores(nn.Module):
             )
         place_TA = position_TA - cache.origin_BA[cache.row_index(layout.places.sample)]
         plan = plan_cross_attention(layout, None, backend="auto", cache=cache, trace=trace)
-        crossing = Crossing(stream_TD[:0], self.writer.turns(position_TA[:0]), plan)
+        crossing = Crossing(stream_TD[:0], self.writer.rotations(position_TA[:0]), plan)
         return self.writer(stream_TD, place_TA, layout, cache=cache, crossing=crossing, trace=trace)
 
 

@@ -6,7 +6,7 @@ matrix, the block-sparse backend for single index pairs, the cached decoder for 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -297,3 +297,25 @@ PREFIX_LM: Rule = SameSample() & (Causal() | Prefix())
 
 LAW: Rule = SameSample() & InTurn()
 """Holds under every rule: nobody sees another sample, and nobody sees a token that is not read freely before its turn."""
+
+
+class Span(NamedTuple):
+    """One sample of a pack: its tokens, how many at its start are read freely (-1: not only at its start), and how many are read
+    at all, freely or in order, before what is written (only a core that reads and writes apart asks)."""
+
+    free: int
+    total: int
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who lies where in a stream: spans on the host, places (T,) on the device."""
+
+    spans: tuple[Span, ...]
+    places: Places
+
+
+def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
+    """Whether this is the default rule, with what is read freely at the start of every sample."""
+    return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)

@@ -65,7 +65,7 @@ class Model(Network):
         """
         self.packer.check_task(task, answers=True)
         one, samples = self._samples(task, "predict", samples, fields, batch)
-        if self.packer.head(task).autoregressive:
+        if self.packer.heads[task].autoregressive:
             answers = self._write_all(task, samples, None, batch, {})
         else:
             answers = self._answer_all(task, samples, batch)
@@ -128,7 +128,7 @@ class Model(Network):
         }
         self.packer.check_task(task, answers=True)
         one, samples = self._samples(task, "generate", samples, fields, batch, prefix)
-        if self.packer.head(task).autoregressive:
+        if self.packer.heads[task].autoregressive:
             answers = self._write_all(task, samples, prefix, batch, options)
         else:
             self._check_answers_at_once(task, options, prefix)
@@ -238,7 +238,7 @@ class Model(Network):
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
         """Answers of a head that answers at once, in the order of the samples."""
-        head, kind = self.packer.head(task), self.packer.patterns[task].writes.kind
+        head, kind = self.packer.heads[task], self.packer.patterns[task].writes.kind
         answers: list[Prediction] = []
         with preserved_state(), self.inference_mode():
             for part in in_batches(samples, batch):
@@ -332,8 +332,10 @@ class Model(Network):
         begin: Any = options.get("begin")
         begins: Any = options.get("begins")
         if begins is None:
-            tokenizer = self.packer.tokenizers[self.packer.patterns[task].writes.kind]
-            return begin if isinstance(begin, list) and tokenizer.text else None
+            if not isinstance(begin, list):
+                return None
+            text = self.packer.tokenizers[self.packer.patterns[task].writes.kind].text
+            return begin if text else None  # no text is a list
         if begin is not None:
             raise ConfigError(f"task {task!r}: give begin, for every sample, or begins, one for each; not both")
         if isinstance(begins, (str, bytes, Mapping)) or not hasattr(begins, "__len__"):
@@ -349,7 +351,7 @@ class Model(Network):
         given = [name for name in idle if not _is_default(options[name])]
         if given or prefix is not None:
             raise ConfigError(
-                f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "
+                f"task {task!r}: {type(self.packer.heads[task]).__name__} answers at once, so {', '.join(given) or 'prefix'} "
                 "has no meaning there"
             )
 

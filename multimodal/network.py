@@ -16,7 +16,7 @@ from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
 from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError
-from multimodal.stream import Reading, Stream
+from multimodal.stream import Stream
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
@@ -27,6 +27,9 @@ class Network(nn.Module):
     """The learnable half of a model: an embedding for each kind, the core, and a readout for each head.
 
     `Model` adds what users do with it: predict, generate, save. Everything here works on packed streams.
+
+    most_tokens: the most tokens of a sample, read and written, that its attention has positions for; None: any number.
+    learns_from_rewards: whether an attention layer reads one sampled key (`Hard`), which no gradient reaches.
     """
 
     def __init__(
@@ -53,10 +56,14 @@ class Network(nn.Module):
                 self.embeds[name] = tokenizer.embed(core.width)
         with _seeded(seed, "core"):
             self.core = core.build()
+        mechanisms = [m for m in self.core.modules() if isinstance(m, Mechanism)]
+        # an attention layer that reads one sampled key learns from a reward: no gradient reaches what it chose
+        self.learns_from_rewards = any(isinstance(m.read, Hard) for m in mechanisms)
+        self.most_tokens = None if isinstance(core, EncoderDecoder) else _most_tokens(mechanisms)
         self.readouts = nn.ModuleDict()
         heads: dict[str, Head] = {}
         for pattern in self.packer.tasks:
-            key, head = self.packer.head_key(pattern), self.packer.head(pattern)
+            key, head = self.packer.keys[pattern], self.packer.heads[pattern]
             head.check_core(pattern, core)
             made_for = heads.setdefault(key, head)
             with _seeded(seed, "head", key):
@@ -80,27 +87,9 @@ class Network(nn.Module):
         """Tasks by pattern."""
         return self.packer.tasks
 
-    @property
-    def most_tokens(self) -> int | None:
-        """The most tokens of a sample, read and written, that its attention has positions for; None: any number."""
-        if isinstance(self.core.core, EncoderDecoder):
-            return None
-        parts = [
-            part
-            for m in self.core.modules()
-            if isinstance(m, Mechanism) and m.name.endswith(" self")
-            for part in (m.score, *m.priors, *m.factors)
-        ]
-        return min((part.most for part in parts if part.most is not None), default=None)
-
-    @property
-    def learns_from_rewards(self) -> bool:
-        """Whether an attention layer reads one sampled key (`Hard`), which no gradient reaches but that of a reward."""
-        return any(isinstance(m, Mechanism) and isinstance(m.read, Hard) for m in self.core.modules())
-
     def readout(self, pattern: str) -> Readout:
         """The learnable half of a task's head."""
-        module = self.readouts[self.packer.head_key(pattern)]
+        module = self.readouts[self.packer.keys[pattern]]
         assert isinstance(module, Readout)
         return module
 
@@ -115,7 +104,8 @@ class Network(nn.Module):
         counts: number of targets to divide by, instead of this stream's own: those of all micro-batches of a step.
         """
         counts = counts or {pattern: r.count for pattern, r in stream.readings.items()}
-        parts = [self.tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
+        tasks = self.packer.tasks
+        parts = [tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
         return torch.stack(parts).sum()
 
     def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
@@ -126,10 +116,11 @@ class Network(nn.Module):
         state_TD = self(stream, backend=backend, wanted_N=wanted_N)
         sums = {}
         for pattern, r in readings.items():
-            target = _target(pattern, r)
-            head, rows_ND = self.packer.head(pattern), state_TD[r.row_N]
+            if r.target is None:
+                raise StreamError(_no_answers(pattern))
+            head, rows_ND = self.packer.heads[pattern], state_TD[r.row_N]
             sums[pattern] = head.state_loss(
-                self.readout(pattern), rows_ND, r.lengths, target, r.target_lengths, **head.inputs(r, state_TD)
+                self.readout(pattern), rows_ND, r.lengths, r.target, r.target_lengths, **head.inputs(r, state_TD)
             )
         return sums
 
@@ -139,9 +130,11 @@ class Network(nn.Module):
         state_TD = self(stream, backend=backend, trace=trace)
         sums = {}
         for pattern, r in stream.readings.items():
-            head = self.packer.head(pattern)
+            if r.target is None:
+                raise StreamError(_no_answers(pattern))
+            head = self.packer.heads[pattern]
             logits = head.logits(self.readout(pattern), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD))
-            nll_N = head.row_losses(logits, _target(pattern, r))
+            nll_N = head.row_losses(logits, r.target)
             nll_T = nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach())
             extra = reward_loss(trace, stream.layout, nll_T)
             sums[pattern] = nll_N.sum() + extra - extra.detach()  # a gradient, and no part of the figure
@@ -153,7 +146,7 @@ class Network(nn.Module):
         state_TD = self(stream, backend=backend, wanted_N=wanted_N)
         logits = {}
         for pattern, r in readings.items():
-            head = self.packer.head(pattern)
+            head = self.packer.heads[pattern]
             logits[pattern] = head.logits(
                 self.readout(pattern), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD)
             )
@@ -227,10 +220,14 @@ class Network(nn.Module):
         return counts
 
 
-def _target(pattern: str, reading: Reading) -> Tensor:
-    if reading.target is None:
-        raise StreamError(f"task {pattern!r}: this stream was packed without answers; pack it with answers=True")
-    return reading.target
+def _most_tokens(mechanisms: Sequence[Mechanism]) -> int | None:
+    """The most tokens of a sample, read and written, that attention has positions for; None: any number."""
+    parts = [part for m in mechanisms if m.name.endswith(" self") for part in (m.score, *m.priors, *m.factors)]
+    return min((part.most for part in parts if part.most is not None), default=None)
+
+
+def _no_answers(pattern: str) -> str:
+    return f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
 
 
 def _check_names(tokenizers: Mapping[str, Tokenizer]) -> None:

@@ -25,7 +25,7 @@ MODULES = {
     "adversarial": "zoo.adversarial",
     "conformance": "check",
     "contrast": "heads.contrast",
-    "cross_entropy": "heads.cross_entropy",
+    "cross_entropy": "heads.base",
     "flow": "heads.flow",
     "generate.answer": "generate.request",
     "layers.temporal": "zoo.temporal_conv",

@@ -73,6 +73,8 @@ class Packer:
                 )
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
+        self.heads: dict[str, Head] = {}
+        self.keys: dict[str, str] = {}  # of each task, the name of its head's weights
         for task in tasks:
             task = Task(task) if isinstance(task, str) else task
             pattern = Pattern.parse(task.pattern)
@@ -83,27 +85,24 @@ class Packer:
             pattern = head.bind(pattern)
             head.vocab(self.tokenizers[pattern.fields[-1].kind])
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
-            self.patterns[task.pattern] = pattern
+            self.patterns[task.pattern], self.heads[task.pattern] = pattern, head
+            self.keys[task.pattern] = _head_key(pattern, head)
         self._starts = {pattern: self._start(pattern) for pattern in self.tasks}
 
     def head(self, pattern: str) -> Head:
-        head = self.tasks[pattern].head
-        assert head is not None
-        return head
+        """A task's head."""
+        return self.heads[pattern]
 
     def head_key(self, pattern: str) -> str:
-        """Tasks that write the same kind by the same head share its weights: they have the same key."""
-        fields = self.patterns[pattern]
-        sides = fields.sides.values() if fields.pair else [[fields.writes]]
-        kinds = "__".join("_".join(field.kind for field in side) for side in sides)
-        return f"{kinds}_{type(self.head(pattern)).__name__}"
+        """The name of the weights of a task's head; tasks that write the same kind by the same head share them."""
+        return self.keys[pattern]
 
     def _start(self, pattern: str) -> Segment:
         """The learned tokens of a task's head: the same in every sample."""
         with torch.device("cpu"):  # where samples are, also of a model that is made without memory
-            time_N = torch.arange(self.head(pattern).queries)
+            time_N = torch.arange(self.heads[pattern].queries)
             tokens = Tokens(time_N, at_times(time_N))
-        return Segment("head:" + self.head_key(pattern), tokens, (1.0, 1.0, 1.0), False)
+        return Segment("head:" + self.keys[pattern], tokens, (1.0, 1.0, 1.0), False)
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
         """Raises a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
@@ -112,8 +111,8 @@ class Packer:
                 f"there is no task {shortened(repr(pattern), 100)}; there are {', '.join(map(repr, self.tasks))}"
                 f"{did_you_mean(pattern, self.tasks)}"
             )
-        if answers:
-            self.patterns[pattern].check_answers()
+        if answers and self.patterns[pattern].written is None:
+            self.patterns[pattern].check_answers()  # raises
 
     def __call__(
         self,
@@ -167,7 +166,10 @@ class Packer:
         pattern = self.patterns[pattern_text]
         pattern.check_sample(values, answers)
         sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
-        return Prepared(pattern_text, self.head(pattern_text).lay_out(sample))
+        try:
+            return Prepared(pattern_text, self.heads[pattern_text].lay_out(sample))
+        except StreamError as error:
+            raise StreamError(f"{sample.where}: {error}") from None
 
     def encoded(
         self,
@@ -193,22 +195,25 @@ class Packer:
         }
         if begin is not None and not answers:
             begin = encode_field(self.tokenizers[pattern.writes.kind], begin, where, f"begin ({pattern.answer})")
+        tokenizer = self.tokenizers[(pattern.written or pattern.reads[-1]).kind]
         start = self._starts[pattern_text]
-        return EncodedSample(where, pattern, self.tokenizers, values, tokens, start, answers, begin, random)
+        return EncodedSample(where, pattern, self.tokenizers, values, tokens, tokenizer, start, answers, begin, random)
 
     def encode(self, kind, value, where, name, *, empty=False):  # TEMP
         return encode_field(self.tokenizers[kind], value, where, name, empty=empty)
 
     def pointable(self, pattern_text, tokens):  # TEMP
         tokens = tokens if isinstance(tokens, Mapping) else tokens.tokens
-        return EncodedSample(
-            "", self.patterns[pattern_text], self.tokenizers, {}, tokens, self._starts[pattern_text]
-        ).read_of_kind()[0]
+        return self._bare(pattern_text, tokens).read_of_kind()[0]
+
+    def _bare(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> EncodedSample:
+        pattern = self.patterns[pattern_text]
+        tokenizer, start = self.tokenizers[pattern.fields[-1].kind], self._starts[pattern_text]
+        return EncodedSample("", pattern, self.tokenizers, {}, tokens, tokenizer, start)
 
     def prompt(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> Stream:
         """A stream of one sample that holds some fields of a task, by their tokens, and nothing to be written."""
-        pattern = self.patterns[pattern_text]
-        segments = EncodedSample("", pattern, self.tokenizers, {}, tokens, self._starts[pattern_text]).read()
+        segments = self._bare(pattern_text, tokens).read()
         read = tokens_of(segments)
         if not read:
             raise StreamError(f"task {pattern_text!r}: there is nothing to read, as every field is None")
@@ -263,7 +268,7 @@ class Packer:
             mine = [(p, start) for p, start in zip(placed, starts, strict=True) if p.task == pattern]
             if not mine:
                 continue
-            pair = self.patterns[pattern].pair
+            pair = self.patterns[pattern].written is None
             if pair:  # all left sides first, and both sides in the same order of samples
                 mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
             parts = [p.part for p, _ in mine]
@@ -311,3 +316,9 @@ def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
     """[start, start + 1, .., start + size - 1] of each, end to end."""
     within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return starts.repeat_interleave(sizes) + within
+
+
+def _head_key(pattern: Pattern, head: Head) -> str:
+    sides = pattern.sides.values() if pattern.pair else [[pattern.writes]]
+    kinds = "__".join("_".join(field.kind for field in side) for side in sides)
+    return f"{kinds}_{type(head).__name__}"

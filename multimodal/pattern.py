@@ -1,5 +1,6 @@
 """The pattern of a task, parsed: "image text -> text" (what is read -> what is written) or "image <-> text" (a pair)."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ class Pattern:
     written: Field | None  # None: a pair, for which nothing is written
     right: tuple[Field, ...] = ()  # of a pair, the last of `reads`
     hides: bool = False  # whether what is written is part of what is read, so that a sample carries it once
+    answer: str = dataclasses.field(init=False)  # the name under which a sample carries what is written; "" of a pair
+
+    def __post_init__(self) -> None:
+        name = "" if self.written is None else self.written.name
+        if not self.hides and any(field.name == name for field in self.reads):
+            name = "answer"  # "text -> text" reads 'text' and wants 'answer'
+        object.__setattr__(self, "answer", name)
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
@@ -120,11 +128,6 @@ class Pattern:
                 "makes of one side, and Model.matches for how well two sides fit"
             )
 
-    @property
-    def answer(self) -> str:
-        """The name under which a sample carries what is written ("text -> text" reads 'text' and wants 'answer')."""
-        return "answer" if not self.hides and any(f.name == self.writes.name for f in self.reads) else self.writes.name
-
     def check_kinds(self, tokenizers: Mapping[str, Any]) -> None:
         """Check that every field's kind has a tokenizer.
 
@@ -148,7 +151,7 @@ class Pattern:
         """
         if not isinstance(sample, Mapping):
             raise TaskError(f"task {self.text!r}: a sample is a mapping of fields, not {type(sample).__name__}")
-        wanted = [f.name for f in self.reads] + ([self.answer] if answer and not self.pair else [])
+        wanted = [f.name for f in self.reads] + ([self.answer] if answer and self.written is not None else [])
         for name in wanted:
             if name not in sample:
                 close = (

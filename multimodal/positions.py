@@ -21,26 +21,26 @@ def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[floa
     return axis_K, torch.cat(frequency)
 
 
-def rotary_turns(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Tensor:
-    """Every token's turns (T, 1, K/2): complex numbers of length 1."""
+def rotations(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Tensor:
+    """The rotation of each pair of a head at each token's position: complex numbers (T, 1, K/2) of length 1."""
     angle_TK = position_TA.float()[:, axis_K] * frequency_K
     return torch.polar(torch.ones_like(angle_TK), angle_TK)[:, None]
 
 
-def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six.
+def rotate(x_THK: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six.
 
-    The compiler makes one pass of anything but has no code for complex numbers: it is given turns as reals, (T, 1, K/2, 2).
+    The compiler makes one pass of anything but has no code for complex numbers: it gets rotations as reals, (T, 1, K/2, 2).
     """
     x_THK = x_THK if x_THK.dtype == torch.float64 else x_THK.float()
     pairs = x_THK.view(*x_THK.shape[:-1], x_THK.shape[-1] // 2, 2)
-    if not turns.is_complex():
-        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    if not rotation.is_complex():
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     # complex numbers need an even offset and even strides
     if x_THK.storage_offset() % 2 or any(step % 2 for step in x_THK.stride()[:-1]):
         pairs = pairs.contiguous()
-    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2)
 
 
 def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:

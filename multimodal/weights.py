@@ -5,11 +5,11 @@ from torch import nn
 SPREAD = 0.02  # standard deviation
 
 
-def draw_in(linear: nn.Linear) -> None:
+def init_in(linear: nn.Linear) -> None:
     """Initialise an input projection of a layer."""
     nn.init.normal_(linear.weight, std=SPREAD)
 
 
-def draw_out(linear: nn.Linear, depth: int) -> None:
+def init_out(linear: nn.Linear, depth: int) -> None:
     """Initialise the output projection of a layer in a core of `depth` blocks, each of which adds two updates to the stream."""
     nn.init.normal_(linear.weight, std=SPREAD / (2 * depth) ** 0.5)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from multimodal.attention import (
     ALiBi,
-    Attention,
     Cache,
     Cosine,
     Factored,
@@ -22,9 +21,10 @@ from multimodal.attention import (
     plan_attention,
 )
 from multimodal.attention.gpu import VarlenPlan
+from multimodal.layers import Attention
 from multimodal.masks import LAW, PREFIX_LM, Causal, Places, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.norm import RMSNorm, _RMSNormCPU
-from multimodal.positions import rotary_frequencies, rotary_turns
+from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, StreamError
 
 PREFIX_FIRST = {  # layouts that the variable-length kernel can run: what is read freely stands first
@@ -259,8 +259,9 @@ def layer_and_mha(rule: Rule, layout: Layout, backend: str) -> tuple[Tensor, Ten
         ours.qkv.weight.copy_(theirs.in_proj_weight)
         ours.out.weight.copy_(theirs.out_proj.weight)
     stream_TD = torch.randn(size(layout), width)
-    turns = rotary_turns(torch.zeros(size(layout), 3), *rotary_frequencies(6, (2, 1, 1), (1e4, 1e2, 1e2)))
-    mine = ours(stream_TD, turns, plan_attention(rule, layout, backend=backend), 0)
+    turns = rotations(torch.zeros(size(layout), 3), *rotary_frequencies(6, (2, 1, 1), (1e4, 1e2, 1e2)))
+    plan = plan_attention(rule, layout, backend=backend)
+    mine = ours.out(plan.attend(*ours(stream_TD, turns), ours.mechanism, 0).flatten(1))
     places = layout.places
     hidden = torch.tensor(
         [[not bool(rule.allows(places[t], places[m])) for m in range(size(layout))] for t in range(size(layout))]

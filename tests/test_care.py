@@ -15,8 +15,9 @@ import multimodal as mm
 from multimodal.attention import Trace
 from multimodal.attention.layer import _compiled
 from multimodal.core import compile_blocks, recompute
-from multimodal.layers import Add, Concat, Gated, Replace, Sublayer, TuringMachine
+from multimodal.layers import Add, Concat, Gated, Replace, Sublayer
 from multimodal.masks import PREFIX_LM
+from multimodal.zoo import TuringMachine
 from multimodal_tokenizers import Labels, TextBytes
 
 WRITE, CLASS = "text -> out:story", "story -> label"

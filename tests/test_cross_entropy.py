@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal import cross_entropy
-from multimodal.heads.cross_entropy import linear_cross_entropy
+from multimodal.heads.base import linear_cross_entropy
 from multimodal_tokenizers import Labels, TextBytes
 
 ROWS, WIDTH, VOCAB = 37, 6, 11

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal.attention import (
-    Attention,
     Cosine,
     Layout,
     Mechanism,
@@ -23,9 +22,9 @@ from multimodal.attention import (
 )
 from multimodal.core import Block
 from multimodal.encoder_decoder import TwoCores
-from multimodal.layers import Context, Sublayer
+from multimodal.layers import Attention, Context, Sublayer
 from multimodal.masks import PREFIX_LM, Places
-from multimodal.positions import rotary_frequencies, rotary_turns
+from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokens
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
@@ -225,11 +224,12 @@ def test_cross_attention_is_pytorch_multihead_attention(case, backend):
     lone_T = ~(sample_T[:, None] == sample_M).any(1)
 
     def turns(count: int) -> Tensor:
-        return rotary_turns(torch.zeros(count, 3), *rotary_frequencies(width // heads, (2, 1, 1), (1e4, 1e2, 1e2)))
+        return rotations(torch.zeros(count, 3), *rotary_frequencies(width // heads, (2, 1, 1), (1e4, 1e2, 1e2)))
 
     inputs = [x.clone().requires_grad_() for x in (q_TD, k_MD)]
     plan = plan_cross_attention(written, read, backend=backend, cache=None)
-    mine = ours(inputs[0], turns(len(q_TD)), plan, 0, (inputs[1], turns(len(k_MD))))
+    qkv = ours(inputs[0], turns(len(q_TD)), (inputs[1], turns(len(k_MD))))
+    mine = ours.out(plan.attend(*qkv, ours.mechanism, 0).flatten(1))
     others = [x.clone().requires_grad_() for x in (q_TD, k_MD)]
     hidden = (sample_T[:, None] != sample_M)[~lone_T]
     other, _ = theirs(others[0][None, ~lone_T], others[1][None], others[1][None], attn_mask=hidden, need_weights=False)

@@ -17,11 +17,12 @@ from multimodal.attention import Layout, Mechanism, Span, Trace, plan_attention
 from multimodal.attention.plan import _RunsPlan
 from multimodal.core import Transformer
 from multimodal.encoder_decoder import TwoCores
-from multimodal.layers import Add, Concat, Context, Gated, Layer, Replace, TuringMachine
+from multimodal.layers import Add, Concat, Context, Gated, Layer, Replace
 from multimodal.layers.base import Sublayer
 from multimodal.look import usage
 from multimodal.masks import LAW, PREFIX_LM, Places, Rule
 from multimodal.shapes import ConfigError, StreamError
+from multimodal.zoo import TuringMachine
 from multimodal.zoo.pruning import pruned
 from multimodal_tokenizers import Labels, TextBytes
 

@@ -304,12 +304,12 @@ class One(Tokenizer):
         (
             lambda: hiding()([("text -> text", {"text": "a"})]),
             StreamError,
-            "sample 0 of task 'text -> text', field 'text': Masked: a value of one token",
+            "sample 0 of task 'text -> text': field 'text': Masked: a value of one token",
         ),
         (
             lambda: hiding()([("text -> text", {"text": None})]),
             StreamError,
-            "sample 0 of task 'text -> text', field 'text' is None, but it is what Masked hides",
+            "sample 0 of task 'text -> text': field 'text' is None, but it is what Masked hides",
         ),
         (
             lambda: Masked(0.5).answer(torch.zeros(1, 256), [1], TextBytes()),

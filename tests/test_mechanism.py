@@ -35,7 +35,6 @@ from multimodal.attention import (
     Trace,
     mechanism,
     reweighted,
-    sdpa,
     with_column,
 )
 from multimodal.masks import Pairs, Places, Prior, Window, everyone
@@ -46,6 +45,13 @@ PLACES = 9
 
 Formula = Callable[[Tensor, Tensor, Any, int], Tensor]
 """(q (T, K), k (M, K), learned weights, head) -> (T, M), in float64."""
+
+
+def sdpa(q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's fused attention with our axes."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BMGK, v_BMGK))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
 def gaussian(variance: float) -> Formula:

@@ -2,9 +2,7 @@
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.cross import plan_cross_attention
-from multimodal.attention.layer import Attention
-from multimodal.attention.layout import Layout, Plan, Span
-from multimodal.attention.mechanism import Mechanism, Seen, Trace, sdpa
+from multimodal.attention.mechanism import Mechanism, Plan, Seen, Trace
 from multimodal.attention.plan import BACKENDS, Backend, DensePlan, plan_attention
 from multimodal.attention.priors import ALiBi, MixingWeights, PredictedWindow, RelativeBias
 from multimodal.attention.reads import Choice, Gumbel, Hard, Read, Soft, reweighted
@@ -21,12 +19,12 @@ from multimodal.attention.scores import (
     Score,
     with_column,
 )
+from multimodal.masks import Layout, Span
 
 __all__ = [
     "BACKENDS",
     "ALiBi",
     "Additive",
-    "Attention",
     "Backend",
     "Bernoulli",
     "Cache",
@@ -56,6 +54,13 @@ __all__ = [
     "plan_attention",
     "plan_cross_attention",
     "reweighted",
-    "sdpa",
     "with_column",
 ]
+
+
+def __getattr__(name):  # TEMP
+    from multimodal.layers import attend
+
+    if name == "Attention":
+        return attend.Attention
+    raise AttributeError(name)

@@ -38,18 +38,13 @@ class Cache:
         self.k = [torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys]
         self.v = [torch.zeros(batch, capacity, heads, width, **place) for heads, _, width in keys]
         self.state = [torch.zeros(batch, size, **place) for size in states]
-        self._capacity = capacity
+        self.capacity = capacity  # tokens that a row has room for
         self.free_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.segment_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.origin_BA = torch.zeros(batch, 3, device=device)
         self.length = [0] * batch
         self.rows: Sequence[int] = range(batch)
         self.memory = memory
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row has room for."""
-        return self._capacity
 
     def at(self, rows: Sequence[int]) -> Self:
         """The same storage for a stream whose samples are these rows."""

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
-from multimodal.attention.layout import Layout, Plan
-from multimodal.attention.mechanism import Mechanism
-from multimodal.masks import PREFIX_LM, Pairs, Places, Rule
+from multimodal.attention.mechanism import Mechanism, Plan
+from multimodal.masks import PREFIX_LM, Layout, Pairs, Places, Rule
 from multimodal.shapes import StreamError
 
 

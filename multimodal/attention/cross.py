@@ -7,9 +7,8 @@ from torch import Tensor
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.cached import reserved
-from multimodal.attention.layout import Layout, Plan
-from multimodal.attention.mechanism import Mechanism, Trace
-from multimodal.masks import Pairs, Places
+from multimodal.attention.mechanism import Mechanism, Plan, Trace
+from multimodal.masks import Layout, Pairs, Places
 
 
 class _CrossPlan(Plan):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
-from multimodal.attention.mechanism import Mechanism
-from multimodal.masks import Rule
+from multimodal.attention.mechanism import Mechanism, Plan
+from multimodal.attention.scores import Factored
+from multimodal.masks import Layout, Rule, Span, is_prefix_lm
 from multimodal.shapes import ConfigError
 
 
@@ -113,7 +113,8 @@ def _widened(x_THK: Tensor, width: int) -> Tensor:
 
 def _features(mechanism: Mechanism, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
     """What a bare mechanism multiplies, of a stream as it lies: scores are written for samples side by side."""
-    q_BTHK, k_BMGK, scale = mechanism.features(q_THK[None], k_TGK[None])
+    assert isinstance(mechanism.score, Factored)
+    q_BTHK, k_BMGK, scale = mechanism.score.features(q_THK[None], k_TGK[None], mechanism.score_weights)
     return q_BTHK[0], k_BMGK[0], scale
 
 

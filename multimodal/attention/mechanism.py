@@ -5,6 +5,7 @@ places --prior--> log prior -----+--> posterior --read--> what is read of v
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -69,40 +70,42 @@ class Mechanism(nn.Module):
             p.weights(heads, width) or nn.Identity() for p in (*self.priors, *self.factors)
         )
         self.read_weights = read.weights()
+        self.changes_keys = type(score).keys is not Score.keys
+        # whether a fused kernel can run it, and whether that kernel needs nothing but features: no prior, no positions
+        self.fused = isinstance(score, Factored) and isinstance(read, Soft) and not self.factors
+        self.bare = self.fused and prior is None and not self.changes_keys
         if self.factors and not isinstance(read, Soft):
             raise ConfigError(
                 f"{type(self.factors[0]).__name__}: it does not renormalise, so it is a factor on the mean; "
                 f"{type(read).__name__} needs a prior"
             )
 
-    @property
-    def fused(self) -> bool:
-        """Whether a fused kernel can run it."""
-        return isinstance(self.score, Factored) and isinstance(self.read, Soft) and not self.factors
-
-    @property
-    def bare(self) -> bool:
-        """Whether the kernel needs nothing but features: no prior, no places."""
-        return self.fused and self.prior is None and type(self.score).keys is Score.keys
-
-    def features(self, q_BTHK: Tensor, k_BMGK: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(q', k', scale) of a score that factors."""
-        assert isinstance(self.score, Factored)
-        return self.score.features(q_BTHK, k_BMGK, self.score_weights)
-
     def forward(
         self, q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, pairs: Pairs, trace: Trace | None = None
     ) -> Tensor:
         """What every query reads: (B, T, H, K)."""
-        k_BMGK = self.score.keys(k_BMGK, pairs.k.order[:, 0])
+        if self.changes_keys:
+            k_BMGK = self.score.keys(k_BMGK, pairs.k.order[:, 0])
         if self.fused and trace is None:
-            q, k, scale = self.features(q_BTHK, k_BMGK)
-            if self.prior is None:
-                mask = None if pairs.allowed is None else pairs.allowed[:, None]
-                return sdpa(q, k, v_BMGK, scale, mask, pairs.causal)
-            bias, empty = self._log_prior(pairs, q_BTHK)
-            read = sdpa(q, k, v_BMGK, scale, bias.to(q.dtype))
-            return read.masked_fill(empty.transpose(1, 2), 0.0)
+            assert isinstance(self.score, Factored)
+            q, k, scale = self.score.features(q_BTHK, k_BMGK, self.score_weights)
+            mask, empty = None, None
+            if self.prior is not None:
+                mask, empty = self._log_prior(pairs, q_BTHK)
+                mask = mask.to(q.dtype)
+            elif pairs.allowed is not None:
+                mask = pairs.allowed[:, None]
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v_BMGK.transpose(1, 2)
+            read = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=pairs.causal and self.prior is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            ).transpose(1, 2)
+            return read if empty is None else read.masked_fill(empty.transpose(1, 2), 0.0)
         groups = q_BTHK.shape[2] // k_BMGK.shape[2]
         k_BMHK, v_BMHK = k_BMGK.repeat_interleave(groups, 2), v_BMGK.repeat_interleave(groups, 2)
         size = max(1, BLOCK // (k_BMHK.numel() if not isinstance(self.score, Factored) else k_BMHK[..., 0].numel()))
@@ -168,20 +171,21 @@ def _check(part: object, method: str, found: Tensor, wanted: tuple[int, ...]) ->
 
 def rows_of(pairs: Pairs, rows: slice | Tensor) -> Pairs:
     """The same for some of the queries."""
-
-    def some(x: Tensor) -> Tensor:
-        return x[:, rows] if x.shape[1] > 1 else x
-
-    allowed = None if pairs.allowed is None else some(pairs.allowed)
+    allowed = pairs.allowed
+    if allowed is not None and allowed.shape[1] > 1:  # else it broadcasts over queries
+        allowed = allowed[:, rows]
     return Pairs(pairs.q[:, rows], pairs.k, allowed, pairs.causal)
 
 
-def sdpa(
-    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """PyTorch's fused attention with our axes."""
-    q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
+class Plan(ABC):
+    """One way to attend a stream. A `trace`, if there is one, collects what every layer does."""
+
+    trace: Trace | None = None
+
+    @abstractmethod
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
+        """What every query reads: (T, H, K). `layer` counts the layers that keep keys and values."""
+
+    def narrowed(self, row_N: Tensor) -> "Plan | None":
+        """The same where these rows of the stream alone ask, of all keys; None: not by this plan, so let all rows ask."""
+        return None

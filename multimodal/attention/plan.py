@@ -19,9 +19,8 @@ from torch import Tensor
 from multimodal.attention.cache import Cache
 from multimodal.attention.cached import AppendPlan, FillingPlan, StepPlan
 from multimodal.attention.gpu import FlexPlan, VarlenPlan
-from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
-from multimodal.attention.mechanism import Mechanism, Trace, rows_of
-from multimodal.masks import LAW, PREFIX_LM, Alone, Pairs, Places, Rule
+from multimodal.attention.mechanism import Mechanism, Plan, Trace, rows_of
+from multimodal.masks import LAW, PREFIX_LM, Alone, Layout, Pairs, Places, Rule, Span, is_prefix_lm
 from multimodal.shapes import ConfigError, did_you_mean
 
 LONG = 1024  # tokens, from which on a prefix-LM is read in two calls: masks of shorter samples are small, and cost less

@@ -6,10 +6,9 @@ Williams 1992 (REINFORCE); for attention Xu et al. 2015, equations 11 and 12.
 import torch
 from torch import Tensor
 
-from multimodal.attention.layout import Layout
 from multimodal.attention.mechanism import Trace
 from multimodal.attention.reads import Hard, _Baseline
-from multimodal.masks import Places
+from multimodal.masks import Layout, Places
 
 
 def reward_loss(trace: Trace, layout: Layout, nll_T: Tensor) -> Tensor:

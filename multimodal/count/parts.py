@@ -231,7 +231,7 @@ def _measured(layer: Layer, core: Core, width: int, half: bool) -> tuple[float, 
         places = Places(sample, order, torch.zeros_like(order), torch.zeros_like(order))
         layout = Layout(spans, places)
         position_TA = torch.zeros(2 * length, 3)
-        context = Context(layout, plan_attention(core.mask, layout, bare=False), core.outline().turns(position_TA))
+        context = Context(layout, plan_attention(core.mask, layout, bare=False), core.outline().rotations(position_TA))
         stream_TD = torch.randn(2 * length, width, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half), kept_bytes(list(sublayer.parameters())) as kept:
             sublayer(stream_TD, context)

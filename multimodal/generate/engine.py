@@ -28,11 +28,10 @@ from multimodal.stream import Stream
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one request: text that has become sure (none for kinds that are no text),
-    at the end the whole prediction or the error.
+    """What a step brought for one request: final text (none for kinds that are no text), at the end the prediction or the error.
 
     ticket: which request or sample it is of.
-    text: what is sure now and was not before.
+    text: the text that has become final since the piece before it.
     prediction: the whole answer, with the last piece.
     error: what went wrong, in the place of an answer.
     """
@@ -59,7 +58,7 @@ class Engine:
         self.rows, self.capacity = rows, capacity
         dtype = next(model.core.parameters()).dtype
         try:
-            self.cache = model.core.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
+            self.cache = model.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
         except RuntimeError as error:
             raise ConfigError(
                 f"Engine: there is no memory for rows={rows} of capacity={capacity} tokens; lower max_tokens, the capacity or "

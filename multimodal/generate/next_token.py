@@ -1,4 +1,4 @@
-"""What every answer writes next: the logits of many at once, each rule asked once for all who follow it."""
+"""The next token of every request: logits of many at once, and one call of a sampler for all requests that have it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +19,10 @@ from multimodal.tokenizer import describe
 def choose_next(
     requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int], head: Head, readout: Readout
 ) -> Iterator[tuple[Request, Copies]]:
-    """Choose the next token of each of these answers of one task, from the states of each, so many rows, one after the other.
+    """Choose the next token of each of these requests of one task.
 
-    Yields each with what its rows of the cache must take over from each other.
+    state_ND: their newest states, end to end; sizes: number of rows of each.
+    Yields each request with the copies that its rows of the cache must make of each other (beams).
     """
     if head.draws_features:
         draw_features(requests, dict(zip(requests, state_ND.split(list(sizes)), strict=True)), head, readout)
@@ -29,12 +30,14 @@ def choose_next(
         return
     sources, chosen = [], []
     for request, size in zip(requests, sizes, strict=True):
-        sources += [request.source_MD] * size
-        chosen += request.so_far(size)
+        if request.source is not None:  # a pointer needs to know what it chooses among, and what it has chosen
+            sources += [request.source_MD] * size
+            chosen += request.ids_by_row(size)
     logits = head.next_logits(readout, state_ND, sources, chosen).float().cpu()
+    # requests that choose by equal rules are answered by one call of the rule
     alike: dict[Any, list[int]] = {}
     for i, request in enumerate(requests):
-        alike.setdefault((_key(request.options.rule), request.stop), []).append(i)
+        alike.setdefault((request.rule_key, request.stop), []).append(i)
     if len(alike) == 1 and not any(request.guided for request in requests):
         yield from _chosen(requests, sizes, logits[:, : requests[0].stop + 1].log_softmax(-1))
         return
@@ -54,7 +57,7 @@ def _guided(request: Request, logits_BV: Tensor) -> Tensor:
 
 
 def _chosen(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor) -> Iterator[tuple[Request, Copies]]:
-    """`advance` for answers under one rule, which is asked once for all; if it fails, for each alone, as the others go on."""
+    """`choose_next` for requests with one sampler, called once for all; if it fails, for each alone, so that the others go on."""
     wrong = [math.isnan(x) for x in log_p_BV.amax(-1).tolist()]  # NaN is the largest of any row it is in
     if any(wrong):
         for request, part in _each(requests, sizes, log_p_BV):
@@ -107,18 +110,13 @@ def _each(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor) -
     return zip(requests, log_p_BV.split(list(sizes)), strict=True)
 
 
-def _key(rule: Sampler) -> Any:
-    """What equal rules have in common, so that they are asked once."""
-    try:
-        hash(rule)
-    except TypeError:
-        return id(rule)
-    return rule
-
-
 def _apply_rule(rule: Sampler, requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor) -> Tensor:
     """What the rule makes of the answers' log-probabilities."""
-    log_p_BV = _within_length(log_p_BV, requests, sizes)
+    if any(request.tokenizer.length is not None for request in requests):
+        log_p_BV = log_p_BV.clone()
+        for request, part in zip(requests, log_p_BV.split(list(sizes)), strict=True):
+            if request.tokenizer.length is not None:  # a kind of a fixed length does not stop before it
+                part[:, request.stop] = NEVER
     if type(rule) is Greedy:
         return log_p_BV  # the largest is taken anyway
     written = [w for request, size in zip(requests, sizes, strict=True) for w in request.written(size)]
@@ -128,17 +126,6 @@ def _apply_rule(rule: Sampler, requests: Sequence[Request], sizes: Sequence[int]
     if allowed_BV.isnan().any():
         raise ValueError("it gave NaN")
     return allowed_BV
-
-
-def _within_length(logits_BV: Tensor, requests: Sequence[Request], sizes: Sequence[int]) -> Tensor:
-    """Kinds of a fixed length do not stop before it."""
-    if all(request.tokenizer.length is None for request in requests):
-        return logits_BV
-    logits_BV = logits_BV.clone()
-    for request, part in zip(requests, logits_BV.split(list(sizes)), strict=True):
-        if request.tokenizer.length is not None:
-            part[:, request.stop] = NEVER
-    return logits_BV
 
 
 def draw_tokens(requests: Sequence[Request], sizes: Sequence[int], allowed_BV: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def read_prefix(model: Network, task: str, fields: Mapping[str, Any]) -> CachedP
     }
     with model.inference_mode():
         stream = packer.prompt(task, tokens).to(model.device)
-        cache = model.core.core.cache(
+        cache = model.core.cache(
             rows=1, capacity=len(stream), device=model.device, dtype=next(model.core.parameters()).dtype
         )
         if cache.memory is not None:

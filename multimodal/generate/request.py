@@ -1,4 +1,4 @@
-"""One answer while it is being written: what it has so far, how its next token is chosen, and what became of it."""
+"""A request: one answer while it is written, from its options to its prediction."""
 
 import dataclasses
 import math
@@ -151,6 +151,11 @@ class Request:
         self.stop = -1 if self.head.draws_features else self.head.vocab(self.tokenizer) - 1
         if self.source is not None:
             self.stop += len(self.source)
+        self.rule_key: Any = options.rule
+        try:
+            hash(options.rule)
+        except TypeError:  # a sampler with a list in it
+            self.rule_key = id(options.rule)
         self.ids: list[int] = []
         self.features: list[Tensor] = []
         self.log_p = 0.0
@@ -213,7 +218,7 @@ class Request:
 
     @property
     def count(self) -> int:
-        """Tokens written, without those it began with."""
+        """Number of tokens written, without those of `begin`."""
         if self.beams is not None:
             return len(self.beams.live[0])
         return len(self.features) if self.head.draws_features else len(self.ids)
@@ -224,17 +229,17 @@ class Request:
         return [self.tokens, *blank]
 
     def start(self, query_A: Tensor, segment: int) -> None:
-        """Told after the prefill, prompt by prompt: the place of the learned start, and the number of the written segment."""
+        """Called after the prefill for each prompt: the position of the learned start, and the number of the written segment."""
         step = query_A.new_tensor([1.0, 0.0, 0.0])
         self.after.append(query_A * step + step)
         self.segments.append(segment)
 
     def written(self, rows: int) -> list[Written]:
         """What samplers may know of each row."""
-        return [Written(ids, self.tokenizer, self.stop) for ids in self.so_far(rows)]
+        return [Written(ids, self.tokenizer, self.stop) for ids in self.ids_by_row(rows)]
 
-    def so_far(self, rows: int) -> list[list[int]]:
-        """Of each row the ids that are written, those it began with counted."""
+    def ids_by_row(self, rows: int) -> list[list[int]]:
+        """The ids written by each row, those of `begin` first."""
         ids = self.hypotheses[:rows] if self.beams is not None else [self.ids]
         return [self.begin_ids + part for part in ids]
 
@@ -269,7 +274,7 @@ class Request:
             self.ended = "length"
 
     def ahead(self, most: int) -> Tensor:
-        """The places (N, rows, 3) in steps of the newest tokens and of those after them, `most` in all or as many as are known."""
+        """Positions (N, rows, 3) in steps of the newest tokens and of those after them: at most `most`, as far as known."""
         device = self.after[0].device
         if self.source is not None:
             place_BA = (self.source.position_NA[self.newest_ids()] / self.step_A).to(device)
@@ -280,7 +285,7 @@ class Request:
         return after_BA + place_NA.to(device)[:, None]
 
     def placed(self, count: int) -> Tensor:
-        """Places (count, 3) of the first tokens, those it began with counted; made in growing parts, as max_tokens may be vast."""
+        """Positions (count, 3) of the first tokens, from those of `begin` on; made in growing parts, as max_tokens may be vast."""
         if count > len(self.place_NA):
             self.place_NA = self.tokenizer.places(min(self.begin_count + self.limit, max(64, 2 * count)))
         return self.place_NA[:count]
@@ -292,13 +297,13 @@ class Request:
         return self.content(self.newest_ids())
 
     def newest_ids(self) -> list[int]:
-        """Ids of the newest tokens, one a row; of a head that points, which of those read they are."""
+        """Ids of the newest tokens, one a row; of a pointer, their numbers among the tokens read."""
         if self.beams is not None:
             return [ids[-1] for ids in self.hypotheses]
         return self.ids[-1:] * self.width
 
     def new_text(self) -> str:
-        """Text that has become sure since the last time."""
+        """Text that has become final since the last call."""
         if self.beams is not None and self.tokenizer.text and self.ended:
             best = self.prediction()
             return "" if best is None else best.value
@@ -312,14 +317,11 @@ class Request:
         if not self.ended or self.error:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            return self._whole()
-
-    def _whole(self) -> Prediction:
-        if self.beams is not None:
+            if self.beams is None:
+                return self._prediction(self.ids, self.log_p, self.ended)
             cut = "max_tokens" if self.fixed is None else "length"
             found = [self._prediction(ids, log_p, "stop" if own else cut) for ids, log_p, own in self.beams.found()]
             return dataclasses.replace(found[0], others=tuple(found[1:]))
-        return self._prediction(self.ids, self.log_p, self.ended)
 
     def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
         content = torch.cat(self.features) if self.head.draws_features and self.features else self.content(ids)
@@ -329,9 +331,8 @@ class Request:
             content = torch.cat([self.begin.content, content])
         place_NA = self.placed(len(content)) if self.source is None else self.source.position_NA[self.begin_ids + ids]
         tokens = Tokens(content, place_NA)
-        value = (
-            self.tokenizer.decode(tokens) if self.detokenizer is None else self.detokenizer.text
-        )  # beams tell nothing
+        # beams have no detokenizer: their text may change until the end
+        value = self.tokenizer.decode(tokens) if self.detokenizer is None else self.detokenizer.text
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
 
 

@@ -5,16 +5,17 @@ weights of norms are folded into the products behind them, and kept column by co
 itself is the oracle.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Cache, Layout, plan_attention, sdpa
+from multimodal.attention import Cache, Layout, plan_attention
 from multimodal.attention.cached import StepPlan
 from multimodal.core import Transformer
-from multimodal.layers import MLP, Add, SelfAttention
+from multimodal.layers import MLP, Add, Attention, SelfAttention
 from multimodal.norm import RMSNorm, is_untouched
 from multimodal.positions import rotate
 
@@ -64,9 +65,9 @@ class Step:
         """States (B, D) of one more token in each of the cache's neighbouring rows."""
         plan = plan_attention(self.core.core.mask, layout, cache=cache)
         assert isinstance(plan, StepPlan)
-        turns = self.core.turns(position_BA)
+        rotations = self.core.rotations(position_BA)
         for layer in self.layers:
-            stream_BD = layer(stream_BD, plan, turns)
+            stream_BD = layer(stream_BD, plan, rotations)
         return _normed(stream_BD, self.eps).mul_(self.last)
 
 
@@ -75,7 +76,7 @@ class _Attention:
         self.eps, self.index = _number(norm.eps, norm.weight), index
         score: Any = attention.mechanism.score
         self.features, self.weights = score.features, attention.mechanism.score_weights
-        self.qkv_DN, self.out_ND = _folded(attention.qkv, norm), _columns(attention.out.weight)
+        self.qkv_DN, self.out_ND = _columns(attention.qkv.weight * norm.weight), _columns(attention.out.weight)
         self.heads, self.groups, self.width = attention.heads, attention.kv_heads, attention.key_width
         self.turned = attention.turned
         self.norm_HK: Tensor | None = None
@@ -84,30 +85,32 @@ class _Attention:
             self.norm_HK = torch.cat(parts).detach()
             self.norm_eps = _number(attention.norm_q.eps, self.norm_HK)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, turns) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
         rows = len(stream_BD)
         both = (self.heads + self.groups) * self.width
         qkv = torch.mm(_normed(stream_BD, self.eps), self.qkv_DN)
         qk_BHK, v_BGK = qkv[:, :both].view(rows, -1, self.width), qkv[:, both:].view(rows, self.groups, -1)
         if self.norm_HK is not None:
             qk_BHK = _normed(qk_BHK, self.norm_eps).mul_(self.norm_HK)
-        turn = turns(self.width) if self.turned else None
-        if turn is not None:
-            qk_BHK = rotate(qk_BHK, turn)
+        rotation = rotations.get(self.width) if self.turned else None
+        if rotation is not None:
+            qk_BHK = rotate(qk_BHK, rotation)
         cache = plan.cache
         cache.write(self.index, *plan.where, qk_BHK[:, self.heads :], v_BGK)
         k_BMGK, v_BMGK = cache.k[self.index][plan.window], cache.v[self.index][plan.window]
         q_B1HK, k_BMGK, scale = self.features(qk_BHK[:, None, : self.heads], k_BMGK, self.weights)
-        read = sdpa(q_B1HK, k_BMGK, v_BMGK, scale, plan.mask)
-        return torch.addmm(stream_BD, read.reshape(rows, -1), self.out_ND)
+        q, k, v = q_B1HK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
+        grouped = self.heads != self.groups
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, scale=scale, enable_gqa=grouped)
+        return torch.addmm(stream_BD, read.transpose(1, 2).reshape(rows, -1), self.out_ND)
 
 
 class _MLP:
     def __init__(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
         self.eps = _number(norm.eps, norm.weight)
-        self.gate_up_DN, self.down_ND = _folded(gate_up, norm), _columns(down.weight)
+        self.gate_up_DN, self.down_ND = _columns(gate_up.weight * norm.weight), _columns(down.weight)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, turns) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
         gate, up = torch.mm(_normed(stream_BD, self.eps), self.gate_up_DN).chunk(2, -1)
         return torch.addmm(stream_BD, F.silu(gate).mul_(up), self.down_ND)
 
@@ -120,11 +123,6 @@ def _normed(x: Tensor, eps: Tensor) -> Tensor:
 
 def _number(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=like.dtype, device=like.device)
-
-
-def _folded(linear: nn.Linear, norm: RMSNorm) -> Tensor:
-    """A product's weights with those of the norm before it."""
-    return _columns(linear.weight * norm.weight)
 
 
 def _columns(weight: Tensor) -> Tensor:

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
+from multimodal.norm import is_untouched
 from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
+
+CHUNK = 2**20  # numbers of the logits that are there at the same time: on CPUs what stays in their caches
+CHUNK_CUDA = 2**27  # there a matrix must be large to be multiplied at full speed
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class EncodedSample:
     where: what errors call it, such as "sample 0 of task 'image -> label'".
     values: the sample as it was given; the answer among them is encoded when the head asks for it.
     tokens: by field read, its tokens; None or absent: the sample lacks it.
+    tokenizer: that of the written kind; of a pair, of its last field.
     start: the head's learned tokens.
     learn: whether the answer is known and to be learned.
     begin: the first tokens of the answer, if it is written from there on.
@@ -85,15 +91,11 @@ class EncodedSample:
     tokenizers: Mapping[str, Tokenizer]
     values: Mapping[str, Any]
     tokens: Mapping[str, Tokens | None]
+    tokenizer: Tokenizer
     start: Segment
     learn: bool = False
     begin: Tokens | None = None
     random: bool = False
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """That of the written kind."""
-        return self.tokenizers[self.pattern.writes.kind]
 
     def read(self, fields: Iterable[Field] | None = None) -> list[Segment]:
         """The segments of the fields read (or of some of them), without those that the sample lacks."""
@@ -132,7 +134,7 @@ class EncodedSample:
         if self.values[name] is None:
             nothing = " ('' is an answer too: nothing is written)" if tokenizer.text else ""
             raise StreamError(
-                f"{self.where}: field {name!r} is None, that is not given, but it is what is learned; "
+                f"field {name!r} is None, that is not given, but it is what is learned; "
                 f"give its value{nothing}, or leave this sample out"
             )
         return encode_field(tokenizer, self.values[name], self.where, name, empty=True)
@@ -207,6 +209,15 @@ class Reading:
     left: int | None = None
     hidden: tuple[tuple[Tokens, Tensor], ...] = ()
 
+    def memory(self, state_TD):  # TEMP
+        from multimodal.heads.pointer import Memory
+
+        if self.left is not None:
+            return {"left": self.left}
+        if self.key_N is None:
+            return {}
+        return {"memory": Memory(state_TD[self.key_N], self.key_lengths, self.pointed_N, self.pointed_lengths)}
+
     @property
     def count(self) -> int:
         """Number of targets."""
@@ -275,12 +286,15 @@ class Head(Declared, ABC):
         The context comes first, then the learned tokens, then, if the head is autoregressive, the answer.
 
         Raises:
-            StreamError: nothing to read, or a target that cannot be learned.
+            StreamError: nothing to read, or a target that cannot be learned; the packer says which sample it is.
             TaskError: an answer is to be continued, and this head answers at once.
         """
         segments = sample.read()
         read = tokens_of(segments)
-        self.check_read(sample, read)
+        if sample.pattern.reads and not read and not self.autoregressive:
+            raise StreamError(
+                f"every field that is read is None; give at least one, as {type(self).__name__} answers only from what was read"
+            )
         if sample.begin is not None and not self.autoregressive:
             raise TaskError(
                 f"task {sample.pattern.text!r}: {type(self).__name__} answers at once; nothing can be begun for it"
@@ -289,27 +303,12 @@ class Head(Declared, ABC):
             segments.append(sample.start)
         answer, target = sample.answer(), None
         if sample.learn and answer is not None:
-            target = self.checked_target(sample, answer, read)
+            target = self.target(answer, read, sample.tokenizer)
         if self.autoregressive and answer is not None and len(answer):
             segments.append(sample.written(answer))
         # with learned tokens their rows are read, and those after them; else those of the context
         first, last = (read, tokens_of(segments)) if self.queries else (0, read)
         return [LaidOut(segments, read, first, last, target)]
-
-    def check_read(self, sample: EncodedSample, read: int) -> None:
-        """Raise a StreamError if nothing is read and the head needs something."""
-        if sample.pattern.reads and not read and not self.autoregressive:
-            raise StreamError(
-                f"{sample.where}: every field that is read is None; give at least one, "
-                f"as {type(self).__name__} answers only from what was read"
-            )
-
-    def checked_target(self, sample: EncodedSample, tokens: Tokens, rows: int) -> Tensor:
-        """`target`, whose errors then say which sample it is."""
-        try:
-            return self.target(tokens, rows, sample.tokenizer)
-        except StreamError as error:
-            raise StreamError(f"{sample.where}: {error}") from None
 
     def check_core(self, pattern: str, core: Any) -> None:
         """Raise a ConfigError if a task of this head cannot be answered by this core."""
@@ -405,6 +404,82 @@ class Head(Declared, ABC):
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the learnable half for a core of this width."""
         return Readout(width, self.vocab(tokenizer), self.queries)
+
+
+def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats and float32 at least.
+
+    Of a large vocabulary the logits are made, used and forgotten some rows at a time, gradients in the same pass: they are softmax
+    minus target (Bridle 1990), so nothing has to be kept for the backward pass but the gradients themselves.
+    """
+    chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
+    if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
+        logits = linear(state_ND)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
+    size = max(1, chunk // linear.out_features)
+    given = (state_ND, linear.weight, linear.bias)
+    if not torch.is_grad_enabled():  # which a Function is not told
+        given = tuple(None if x is None else x.detach() for x in given)
+    return _Chunked.apply(*given, target_N, smoothing, size)  # type: ignore[return-value]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        state_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        smoothing: float,
+        size: int,
+    ) -> Tensor:
+        device = state_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        exact = torch.promote_types(dtype, torch.float32)  # of the loss, and of what is added up over chunks
+        for_state, for_weight, for_bias = ctx.needs_input_grad[:3]
+        grad_ND = torch.empty_like(state_ND) if for_state else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
+        grad_V = torch.zeros_like(bias_V, dtype=exact) if for_bias and bias_V is not None else None
+        total = torch.zeros((), dtype=exact, device=state_ND.device)
+        with torch.autocast(device, enabled=False):
+            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            for start in range(0, len(state_ND), size):
+                state, target_N1 = state_ND[start : start + size].to(dtype), target_N[start : start + size, None]
+                log_p = F.linear(state, weight, bias).to(exact).log_softmax(-1)
+                total -= (1 - smoothing) * log_p.gather(1, target_N1).sum()
+                if smoothing:
+                    total -= smoothing * log_p.mean(-1).sum()
+                if not any(ctx.needs_input_grad[:3]):
+                    continue
+                grad = log_p.exp_()  # of the logits: softmax - target
+                if smoothing:
+                    grad -= smoothing / grad.shape[1]
+                grad.scatter_add_(1, target_N1, torch.full_like(target_N1, smoothing - 1, dtype=exact))
+                if grad_V is not None:
+                    grad_V += grad.sum(0)
+                grad = grad.to(dtype)
+                if grad_ND is not None:
+                    grad_ND[start : start + size] = grad @ weight
+                if grad_VD is not None:
+                    if dtype == exact:
+                        grad_VD.addmm_(grad.T, state)
+                    else:
+                        grad_VD += grad.T @ state
+        ctx.grads = grad_ND, grad_VD, grad_V
+        ctx.dtypes = state_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True; the gradients below would count as constants in silence
+            raise RuntimeError(
+                "linear_cross_entropy: gradients of a large vocabulary are made in the forward pass and cannot be differentiated "
+                "again; for second derivatives use the head's loss of its logits"
+            )
+        scaled = (None if g is None else (g * grads[0]).to(d) for g, d in zip(ctx.grads, ctx.dtypes, strict=True))
+        return *scaled, None, None, None
 
 
 def computes_as(head: Head, kind: type[Head]) -> bool:

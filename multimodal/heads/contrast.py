@@ -69,7 +69,7 @@ class Contrast(Head):
                 continue
             if not segments:
                 raise StreamError(
-                    f"{sample.where}: every field of the side {' '.join(f.name for f in fields)!r} is None; give at least one"
+                    f"every field of the side {' '.join(f.name for f in fields)!r} is None; give at least one"
                 )
             read = tokens_of(segments)
             prints.append(fingerprint(s.tokens for s in segments))

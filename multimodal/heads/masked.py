@@ -93,7 +93,7 @@ class Masked(Head):
         if sample.begin is not None:
             return super().lay_out(sample)  # which refuses it
         segments, pattern = sample.read(), sample.pattern
-        where = f"{sample.where}, field {pattern.writes.name!r}"
+        where = f"field {pattern.writes.name!r}"
         whole, step = sample.tokens[pattern.writes.name], sample.tokenizer.step
         if whole is None:
             raise StreamError(f"{where} is None, but it is what {type(self).__name__} hides and rebuilds")
@@ -106,13 +106,12 @@ class Masked(Head):
         visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
         segments[at] = Segment(pattern.writes.kind, visible, step, True)
         read = tokens_of(segments)
-        self.check_read(sample, read)
         place_NA = whole.position_NA[hidden_N]
         query = Tokens(torch.zeros(len(place_NA), dtype=torch.long), place_NA)
         segments.append(Segment(sample.start.kind, query, step, True, within=at))
         target = None
         if sample.learn:
-            target = self.checked_target(sample, Tokens(whole.content[hidden_N], place_NA), read)
+            target = self.target(Tokens(whole.content[hidden_N], place_NA), read, sample.tokenizer)
         return [LaidOut(segments, read, read, read + len(query), target, hidden=(whole, hidden_N))]
 
     def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, random: bool) -> Tensor:

@@ -7,8 +7,15 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.heads.base import Head, Prediction, Readout, check_smoothing, computes_as, vocabulary
-from multimodal.heads.cross_entropy import linear_cross_entropy
+from multimodal.heads.base import (
+    Head,
+    Prediction,
+    Readout,
+    check_smoothing,
+    computes_as,
+    linear_cross_entropy,
+    vocabulary,
+)
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 

@@ -79,12 +79,9 @@ class Pointer(Head):
         there, key_N = sample.read_of_kind()
         answer, target, pointed_N = sample.answer(), None, key_N[:0]
         if answer is not None:
-            try:
-                pointed_N = self.pointed(answer, there)
-            except StreamError as error:
-                raise StreamError(f"{sample.where}: {error}") from None
+            pointed_N = self.pointed(answer, there)
             if sample.learn:
-                target = self.checked_target(sample, Tokens(pointed_N, answer.position_NA), len(there))
+                target = self.target(Tokens(pointed_N, answer.position_NA), len(there), sample.tokenizer)
             if len(answer):
                 segments.append(sample.written(Tokens(answer.content, there.position_NA[pointed_N])))
         return [LaidOut(segments, read, read, tokens_of(segments), target, key_N, pointed_N)]

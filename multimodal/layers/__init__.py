@@ -1,12 +1,13 @@
 """What a core's blocks can be made of."""
 
-from multimodal.layers.attend import CrossAttention, PersistentMemory, SelfAttention
+from multimodal.layers.attend import Attention, CrossAttention, PersistentMemory, SelfAttention
 from multimodal.layers.base import (
     Add,
     Body,
     Concat,
     Context,
     CoreSettings,
+    Crossing,
     Gated,
     Keys,
     Layer,
@@ -21,11 +22,13 @@ from multimodal.layers.recurrent import Recurrent
 __all__ = [
     "MLP",
     "Add",
+    "Attention",
     "Body",
     "Concat",
     "Context",
     "CoreSettings",
     "CrossAttention",
+    "Crossing",
     "Gated",
     "Keys",
     "Layer",

@@ -1,18 +1,22 @@
 """Attention as a layer of a block: over the stream itself, over what another core has read, over learned components."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Mechanism, Read, Score
+from multimodal.attention import Mechanism, Read, Score
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes
 from multimodal.masks import Pairs, Prior, everyone
-from multimodal.norm import is_untouched
+from multimodal.norm import RMSNorm, is_untouched
+from multimodal.positions import rotate
 from multimodal.shapes import ConfigError
-from multimodal.weights import draw_in, draw_out
+from multimodal.weights import init_in, init_out
 
 
 def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read | None) -> None:
@@ -23,6 +27,91 @@ def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read
         check_part(f"{where}: prior", prior, Prior, "ALiBi()")
     if read is not None:
         check_part(f"{where}: read", read, Read, "Soft()")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a packed stream (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
+
+    It holds the projections and the mechanism. A layer of a block calls it for queries, keys and values, lets the stream's plan
+    attend them, and projects what was read by `out`.
+
+    width: of what comes in, out: of what goes out; key_width and value_width: of one head. compiled: in training, what comes before
+    the plan is one compiled piece; the plan itself goes by the lists of spans of its stream.
+    """
+
+    compiled: bool = False
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        mechanism: Mechanism,
+        qk_norm: bool,
+        *,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        out: int | None = None,
+        turned: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.turned = heads, kv_heads, turned
+        self.key_width = key_width or width // heads
+        self.value_width = value_width or self.key_width
+        self.mechanism = mechanism
+        self.rows = [heads * self.key_width, kv_heads * self.key_width, kv_heads * self.value_width]
+        self.qkv = nn.Linear(width, sum(self.rows), bias=False)
+        self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias=False)
+        self.norm_q = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+
+    def fused(self) -> dict[str, list[int]]:
+        """For Muon: the projections of queries, keys and values are three matrices."""
+        return {"qkv.weight": self.rows}
+
+    def init_weights(self, depth: int) -> None:
+        """Initialise the weights, for a core of `depth` blocks."""
+        init_in(self.qkv)
+        init_out(self.out, depth)
+
+    def forward(
+        self, stream_TD: Tensor, rotation: Tensor | None, memory: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, K), keys and values (M, G, K) of the stream, or those of a `memory` (M, D) with its own rotations."""
+        if not (self.compiled and self.training):
+            return self.project(stream_TD, rotation, memory)
+        if memory is not None:
+            memory = (memory[0], _real(memory[1]))
+        return _compiled()(self, stream_TD, _real(rotation), memory)
+
+    def project(
+        self, stream_TD: Tensor, rotation: Tensor | None, memory: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` without the compiler."""
+        if memory is None:
+            q, k, v = self.qkv(stream_TD).split(self.rows, -1)
+            k_rotation = rotation
+        else:
+            q_rows, kv_rows = self.qkv.weight.split([self.rows[0], self.rows[1] + self.rows[2]])
+            q = F.linear(stream_TD, q_rows)
+            k, v = F.linear(memory[0], kv_rows).split(self.rows[1:], -1)
+            k_rotation = memory[1]
+        q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
+        v_TGK = v.view(len(v), self.kv_heads, self.value_width)
+        q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
+        if self.turned and rotation is not None and k_rotation is not None:
+            q_THK, k_TGK = rotate(q_THK, rotation), rotate(k_TGK, k_rotation)
+        return q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype), v_TGK
+
+
+def _real(rotation: Tensor | None) -> Tensor | None:
+    """As the compiler takes it, which has no code for complex numbers."""
+    return None if rotation is None else torch.view_as_real(rotation)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(Attention.project, dynamic=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +201,26 @@ class _Self(Body):
         super().__init__(out)
         self.attention = attention
 
-    def draw(self, depth: int) -> None:
-        self.attention.draw(depth)
+    def init_weights(self, depth: int) -> None:
+        self.attention.init_weights(depth)
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
-        turns, plan = context.turns(self.attention.key_width), None
-        if wanted_N is None:
-            return self.attention(stream_TD, turns, context.plan, self.index)
+        attention, plan, memory = self.attention, context.plan, None
+        rotation = context.rotations.get(attention.key_width)
+        narrow = None
         # what reads by chance draws for all, and a matrix that somebody replaced or watches has to be called
-        if 4 * len(wanted_N) <= len(stream_TD) and self.attention.mechanism.fused and is_untouched(self.attention.qkv):
-            plan = context.plan.narrowed(wanted_N)
-        if plan is None:
-            return self.attention(stream_TD, turns, context.plan, self.index)[wanted_N]
-        own = None if turns is None else turns[wanted_N]
-        return self.attention(stream_TD[wanted_N], own, plan, self.index, (stream_TD, turns))
+        few = wanted_N is not None and 4 * len(wanted_N) <= len(stream_TD)
+        if few and wanted_N is not None and attention.mechanism.fused and is_untouched(attention.qkv):
+            narrow = plan.narrowed(wanted_N)
+        if narrow is not None and wanted_N is not None:
+            # queries of the wanted rows alone, keys and values of all
+            plan, memory = narrow, (stream_TD, rotation)
+            stream_TD = stream_TD[wanted_N]
+            rotation = None if rotation is None else rotation[wanted_N]
+        q_THK, k_MGK, v_MGK = attention(stream_TD, rotation, memory)
+        read_THK = plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
+        update_TD = attention.out(read_THK.flatten(1).to(stream_TD.dtype))
+        return update_TD if wanted_N is None or narrow is not None else update_TD[wanted_N]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +242,20 @@ class _Cross(Body):
         super().__init__(out)
         self.attention = attention
 
-    def draw(self, depth: int) -> None:
-        self.attention.draw(depth)
+    def init_weights(self, depth: int) -> None:
+        self.attention.init_weights(depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
-        if context.crossing is None or context.memory_MD is None or context.memory_turns is None:
+        crossing, attention = context.crossing, self.attention
+        if crossing is None:
             raise ConfigError(
                 "CrossAttention: there is no other core to look at; it belongs in the writer of an EncoderDecoder"
             )
-        width = self.attention.key_width
-        memory = (context.memory_MD, context.memory_turns(width))
-        return self.attention(stream_TD, context.turns(width), context.crossing, self.index, memory)
+        width = attention.key_width
+        memory = (crossing.memory_MD, crossing.rotations.get(width))
+        q_THK, k_MGK, v_MGK = attention(stream_TD, context.rotations.get(width), memory)
+        read_THK = crossing.plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
+        return attention.out(read_THK.flatten(1).to(stream_TD.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +298,9 @@ class _Persistent(Body):
         self.value_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, value) * key**-0.5)
         self.out = nn.Linear(self.heads * value, self.out_width, bias=False)
 
-    def draw(self, depth: int) -> None:
-        draw_in(self.query)
-        draw_out(self.out, depth)
+    def init_weights(self, depth: int) -> None:
+        init_in(self.query)
+        init_out(self.out, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))

@@ -6,7 +6,7 @@ stream --norm--> layer --> update
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -19,6 +19,7 @@ from multimodal.attention import Cache, Layout, Plan, Read, Score, Trace
 from multimodal.declare import Declared
 from multimodal.masks import Prior
 from multimodal.norm import RMSNorm
+from multimodal.old_names import warn
 from multimodal.shapes import ConfigError
 
 
@@ -181,27 +182,37 @@ class Body(nn.Module):
         super().__init__()
         self.out_width = out_width
 
-    def draw(self, depth: int) -> None:
+    def init_weights(self, depth: int) -> None:
         """Initialise the weights once the whole core of `depth` blocks is built; by default those of the constructor stay."""
+
+
+class Crossing(NamedTuple):
+    """What a core that writes looks at: the states (M, D) of what another core has read, and how.
+
+    rotations: by width of a head, the rotations at their positions. plan: who looks at whom.
+    """
+
+    memory_MD: Tensor
+    rotations: Mapping[int, Tensor]
+    plan: Plan
 
 
 @dataclass
 class Context:
     """What a stream's layers share.
 
-    turns: how far each pair of a head of this width is turned at each place; None: not at all. memory: states (M, D) that another
-    core has read, and their turns, and `crossing`: how to look at them.
+    rotations: by width of a head, how far each of its pairs is rotated at each position; no entry: not at all.
+    crossing: what another core has read, for cross-attention.
+    fresh: whether nothing of these samples was read before; else the cache holds what was.
     """
 
     layout: Layout
     plan: Plan
-    turns: Callable[[int], Tensor | None]
+    rotations: Mapping[int, Tensor]
     cache: Cache | None = None
     trace: Trace | None = None
-    memory_MD: Tensor | None = None
-    memory_turns: Callable[[int], Tensor | None] | None = None
-    crossing: Plan | None = None
-    fresh: bool = True  # nothing of these samples was read before; else the cache holds what was
+    crossing: Crossing | None = None
+    fresh: bool = True
 
     @property
     def sample_T(self) -> Tensor:
@@ -223,11 +234,16 @@ class Context:
         rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=like.device)
         return self.cache.state[index][rows].to(like.dtype)
 
-    def keep(self, index: int, state_BF: Tensor) -> None:
-        """Remember the state after each sample's last token, if there is a cache."""
+    def save_state(self, index: int, state_BF: Tensor) -> None:
+        """Cache the state after each sample's last token, if there is a cache."""
         if self.cache is not None:
             rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=state_BF.device)
             self.cache.state[index][rows] = state_BF.to(self.cache.state[index].dtype)
+
+    def keep(self, index: int, state_BF: Tensor) -> None:
+        """The name of `save_state` in version 0.1; goes with 0.3."""
+        warn("Context.keep", "Context.save_state", 1)
+        self.save_state(index, state_BF)
 
 
 class Sequences:
@@ -281,12 +297,15 @@ class Sublayer(nn.Module):
             narrows = self.body.narrows
             update_TD = self.body(normed_TD, context, wanted_N) if narrows else self.body(normed_TD, context)[wanted_N]
             stream_TD, context = stream_TD[wanted_N], context.at(wanted_N)
-        return self.layer.merge.merge(stream_TD, self._drop(update_TD, context), self.merge_weights)
+        if self.training and (self.dropout or self.drop_path):
+            update_TD = self._drop(update_TD, context)
+        return self.layer.merge.merge(stream_TD, update_TD, self.merge_weights)
 
     def _drop(self, update_TD: Tensor, context: Context) -> Tensor:
-        if self.training and self.dropout:
+        """The update with some of its numbers dropped, and that of whole samples."""
+        if self.dropout:
             update_TD = F.dropout(update_TD, self.dropout)
-        if self.training and self.drop_path:
+        if self.drop_path:
             place = {"device": update_TD.device, "dtype": update_TD.dtype}
             keep = torch.rand(len(context.layout.spans), 1, **place) >= self.drop_path
             sample_T = context.sample_T

@@ -52,7 +52,7 @@ class _Recurrent(Body):
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         state_BF = context.state(self.index, self.size, stream_TD)
         out_TD, state_BF = _run(self.forwards, stream_TD, context.sequences, state_BF)
-        context.keep(self.index, state_BF)
+        context.save_state(self.index, state_BF)
         if self.backwards is None:
             return out_TD
         return torch.cat([out_TD, self._from_the_end(self.backwards, stream_TD, context)], -1)

@@ -61,5 +61,5 @@ class _TemporalConv(Body):
             last = torch.arange(self.dilation, device=stream_TD.device) + totals[:, None] - self.dilation
             old = torch.arange(count, device=stream_TD.device)[:, None] * self.dilation + last + self.dilation
             new = count * self.dilation + start_B[:, None] + last
-            context.keep(self.index, rows[torch.where(last < 0, old, new)].flatten(1))
+            context.save_state(self.index, rows[torch.where(last < 0, old, new)].flatten(1))
         return signal.tanh() * gate.sigmoid()

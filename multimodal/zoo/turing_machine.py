@@ -100,7 +100,7 @@ class _TuringMachine(Body):
             end = _Tape(*(torch.cat(part) for part in zip(tape, *reversed(ended), strict=True)))
             begun = [end.read_BK.new_ones(len(end.read_BK), 1)]
             state_BF = torch.cat(begun + [part.flatten(1) for part in end], 1).to(kept_BS.dtype)
-            context.keep(self.index, kept_BS.index_copy(0, context.sequences.sample_B, state_BF))
+            context.save_state(self.index, kept_BS.index_copy(0, context.sequences.sample_B, state_BF))
         return update_TD[context.sequences.back_T].to(stream_TD.dtype)
 
     def _begin(self, state_BF: Tensor) -> _Tape:
