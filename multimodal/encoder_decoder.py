@@ -27,7 +27,7 @@ class EncoderDecoder(Declared):
 
     What a task reads goes through `reader`, what it writes (from the head's learned start on) through `writer`, which looks at
     all that its sample read. The writer counts places from its own start.
-    last: of what was read only so many last states are looked at; 1 is a fixed vector, as before attention (Sutskever et al. 2014).
+    last: the writer looks at the last n states of what was read; 1 is a fixed vector, as before attention (Sutskever et al. 2014).
     reader: the core that reads.
     writer: the core that writes; as wide as the reader.
     """

@@ -1,4 +1,4 @@
-"""Where queries look before anything is compared: priors that add, and the rules among them that combine with & | ~.
+"""Mask rules and priors: which keys a query may look at, and how much it expects of each. Priors add; rules combine by & | ~.
 
 A rule sees the places of queries and of keys and answers yes or no, elementwise. The dense oracle asks it for a whole
 matrix, the block-sparse backend for single index pairs, the cached decoder for new queries against old keys.
@@ -17,9 +17,11 @@ from multimodal.shapes import ConfigError
 
 @dataclass(frozen=True)
 class Places:
-    """What a rule may ask about tokens; integer tensors that broadcast together.
+    """What a rule may know of tokens; integer tensors that broadcast together.
 
-    sample: which sample of the pack; order: index within its sample; free: read without direction (1) or causally (0);
+    sample: which sample of the pack.
+    order: index within its sample.
+    bidirectional: 1 for tokens that see each other in both directions, 0 for causal ones.
     segment: which field of the sample.
     """
 
@@ -33,15 +35,16 @@ class Places:
 
     @property
     def alone(self) -> "Places":
-        """These places with the sample index 0: the answer of a rule must not depend on the position of a sample in its pack."""
+        """The same with the sample index 0: the answer of a rule must not depend on the position of a sample in its pack."""
         return replace(self, sample=torch.zeros_like(self.sample))
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The queries (B, T, 1) and keys (B, 1, M) that meet: their places, and who may look at whom.
+    """Queries (B, T, 1) and keys (B, 1, M), and which query may look at which key.
 
-    allowed: (B, T, M), or what broadcasts to it; None: everyone. causal: everyone at what is not after it, and `allowed` is None.
+    allowed: (B, T, M), or what broadcasts to it; None: every query at every key.
+    causal: every query at the keys that are not after it; then `allowed` is None.
     """
 
     q: Places
@@ -51,12 +54,12 @@ class Pairs:
 
     @property
     def distance(self) -> Tensor:
-        """How far each key lies after each query, in tokens: (B, 1, T, M), negative before it."""
+        """How far each key is after each query, in tokens: (B, 1, T, M); negative before it."""
         return (self.k.order - self.q.order)[:, None]
 
     @property
     def count(self) -> Tensor:
-        """How many keys each query may look at: broadcasts to (B, T, 1)."""
+        """Number of keys that each query may look at: broadcasts to (B, T, 1)."""
         if self.causal:
             return self.q.order + 1
         if self.allowed is None:
@@ -70,14 +73,14 @@ class Pairs:
 
     @property
     def closed(self) -> Tensor | None:
-        """Where nobody looks, (B, T, M); None: nowhere."""
+        """The pairs that are masked out, (B, T, M); None: no pair is."""
         if self.causal:
             return self.k.order > self.q.order
         return None if self.allowed is None else ~self.allowed
 
 
 def everyone(count: int, keys: int, device: torch.device) -> Pairs:
-    """So many queries of one sample, each of which sees every one of so many keys."""
+    """`count` queries of one sample, each of which may look at all of `keys` keys."""
 
     def places(order: Tensor) -> Places:
         nothing = torch.zeros_like(order)
@@ -96,7 +99,7 @@ class Prior(Declared, ABC):
 
     @property
     def most(self) -> int | None:
-        """How many keys there may be; None: any number."""
+        """The largest number of keys; None: any number."""
         return None
 
     @property
@@ -105,7 +108,7 @@ class Prior(Declared, ABC):
         return True
 
     def weights(self, heads: int, width: int) -> nn.Module | None:
-        """What is learned, for so many query heads of this width; it comes back as the last argument of `log_prior`."""
+        """What is learned, for `heads` query heads of this width; it comes back as the last argument of `log_prior`."""
         return None
 
     @abstractmethod
@@ -144,7 +147,7 @@ class Rule(Prior):
 
     @property
     def reach(self) -> int | None:
-        """No query looks further than so many tokens away; None: no such bound is known."""
+        """The largest distance, in tokens, at which a query looks; None: no bound is known."""
         return None
 
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
@@ -225,7 +228,7 @@ class Causal(Rule):
 
 @dataclass(frozen=True)
 class Prefix(Rule):
-    """Tokens that are read freely look at each other in both directions."""
+    """Bidirectional tokens look at each other in both directions."""
 
     def allows(self, q: Places, k: Places) -> Tensor:
         return (q.free & k.free) != 0
@@ -233,7 +236,7 @@ class Prefix(Rule):
 
 @dataclass(frozen=True)
 class InTurn(Rule):
-    """Look at nothing before its turn, but for what is read freely."""
+    """Look at oneself, at what came before, and at bidirectional tokens."""
 
     def allows(self, q: Places, k: Places) -> Tensor:
         return (k.order <= q.order) | (k.free != 0)
@@ -293,29 +296,33 @@ class Alone(Rule):
 
 
 PREFIX_LM: Rule = SameSample() & (Causal() | Prefix())
-"""The default: what is read freely sees all that is read freely, everything else sees its past, nobody sees another sample."""
+"""The default, prefix-LM: bidirectional tokens see each other, every other token sees its past, no token sees another sample."""
 
 LAW: Rule = SameSample() & InTurn()
-"""Holds under every rule: nobody sees another sample, and nobody sees a token that is not read freely before its turn."""
+"""Holds under every rule: no token sees another sample, and none sees a causal token that comes after it."""
 
 
 class Span(NamedTuple):
-    """One sample of a pack: its tokens, how many at its start are read freely (-1: not only at its start), and how many are read
-    at all, freely or in order, before what is written (only a core that reads and writes apart asks)."""
+    """One sample of a pack, by numbers of tokens.
 
-    free: int
+    bidirectional: at its start; -1: there are some elsewhere too.
+    total: all of them.
+    read: of the context, which comes before what is written; only a core that reads and writes apart needs it.
+    """
+
+    bidirectional: int
     total: int
     read: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who lies where in a stream: spans on the host, places (T,) on the device."""
+    """Which rows of a stream belong to which sample: spans on the host, and what rules may know of each row (T,) on the device."""
 
     spans: tuple[Span, ...]
     places: Places
 
 
 def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
-    """Whether this is the default rule, with what is read freely at the start of every sample."""
+    """Whether this is the default rule, with bidirectional tokens only at the start of every sample."""
     return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)

@@ -64,7 +64,7 @@ def _parts(model: Network, task: str) -> tuple[Contrast, ContrastReadout]:
 
 
 def evaluate_pairs(model: Network, task: str, samples: Any, *, batch: int = 64) -> dict[str, float]:
-    """Mean loss of a pair in nats, told from the others of its batch, and recall at 1 and 10 among all samples, both ways.
+    """Mean loss of a pair in nats, against the others of its batch, and recall at 1 and 10 among all samples, both ways.
 
     "R@10 right" is the share of left sides that have a right side of theirs among their 10 nearest. Sides that occur more than once
     count once: a photo with five captions is one photo, and any of the five is right.

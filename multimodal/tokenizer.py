@@ -94,7 +94,7 @@ class Tokenizer(Declared, ABC):
 
     @property
     def written_features(self) -> int | None:
-        """How many of the features are written, the first so many; the others follow from the place (see `fed_back`)."""
+        """Number of features that are written, the first ones; the others follow from the position (see `fed_back`)."""
         return self.feature_size
 
     def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Tokenizer(Declared, ABC):
             tokens = self.encode(value)
         except (MediaError, ConfigError):
             raise
-        except Exception as error:  # a stranger's encode may fail in any way; say where and on what
+        except Exception as error:  # a user's encode may fail in any way; say where and on what
             raise MediaError(
                 f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {shortened(str(error), 200)}"
             ) from error

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.attention import Trace
-from multimodal.attention.layer import _compiled
 from multimodal.core import compile_blocks, recompute
 from multimodal.layers import Add, Concat, Gated, Replace, Sublayer
+from multimodal.layers.attend import _compiled
 from multimodal.masks import PREFIX_LM
 from multimodal.zoo import TuringMachine
 from multimodal_tokenizers import Labels, TextBytes

@@ -319,7 +319,7 @@ LENGTHS = [(2, 3), (0, 4), (5, 0), (1, 0), (3, 3), (0, 1)]
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_recurrent_layers_are_those_of_torch_sample_by_sample(cell, both_ways):
-    """From its end only what is read freely is read; the rest gets zeros there."""
+    """From its end only what is bidirectional is read; the rest gets zeros there."""
     layout = layout_of(LENGTHS)
     body: Any = mm.layers.Recurrent(cell=cell, hidden=5, both_ways=both_ways).build(core_of(), 8)
     x_TD = torch.randn(len(layout.places.sample), 8, requires_grad=True)
@@ -693,7 +693,7 @@ def test_what_cannot_be_built_says_why(make, error, message):
 
 def test_reading_from_the_end_needs_what_is_read_freely_first():
     model = mm.Model(TOKENIZERS, core_of(*BOTH), ["story text -> label"])
-    with pytest.raises(StreamError, match=r"both_ways=True.*name the free fields first in the task"):
+    with pytest.raises(StreamError, match=r"both_ways=True.*name the bidirectional fields first in the task"):
         model(model.pack("story text -> label", [{"story": "ab", "text": "cd", "label": "a"}]))
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of tokens already read, kept for decoding: explicit, allocated once, never a hook."""
+"""The KV cache: keys and values of tokens already read, and states of recurrent layers; allocated once, and passed explicitly."""
 
 import copy
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Cache:
     a core that writes by cross-attention; origin_BA: where such a core counts its places from. state: what layers that carry a
     state (recurrent ones, convolutions, tapes) remember of each row.
 
-    keys: for each layer that keeps keys and values, (key-value heads, width of a key, width of a value); states: for each that
+    keys: for each layer that caches keys and values, (key-value heads, width of a key, width of a value); states: for each that
     carries a state, how many numbers.
     """
 
@@ -74,7 +74,7 @@ class Cache:
             self.length[row] += count
 
     def write(self, layer: int, row: Tensor | slice, order: Tensor | int, k_TGK: Tensor, v_TGK: Tensor) -> None:
-        """Keep keys and values at (row, order) of each token; a slice and a number where that says it, which costs less."""
+        """Store keys and values at (row, order) of each token; a slice and a number where that says it, which costs less."""
         self.k[layer][row, order] = k_TGK.to(self.k[layer].dtype)
         self.v[layer][row, order] = v_TGK.to(self.v[layer].dtype)
 

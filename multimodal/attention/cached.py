@@ -1,4 +1,4 @@
-"""Attending with a cache: a prompt that fills it, one new token a sample, and any number of new tokens a sample."""
+"""Cached attention: a prompt that fills the cache, one new token a sample, and any number of new tokens a sample."""
 
 from functools import cached_property
 from itertools import accumulate
@@ -13,7 +13,7 @@ from multimodal.shapes import StreamError
 
 
 class FillingPlan(Plan):
-    """A prompt: attend it by another plan and keep its keys and values."""
+    """A prompt: attend it by another plan and cache its keys and values."""
 
     def __init__(self, inner: Plan, layout: Layout, cache: Cache) -> None:
         self.inner, self.cache = inner, cache

@@ -65,8 +65,8 @@ class _DenseCrossPlan(Plan):
         return mechanism(q_THK[None], k_TGK[None], v_TGK[None], self.pairs, trace)[0]
 
 
-class _KeptCrossPlan(Plan):
-    """Cross-attention to a memory that is kept: a prompt's `inner` plan fills it, later tokens find it there."""
+class _CachedCrossPlan(Plan):
+    """Cached cross-attention: a prompt's `inner` plan fills the memory, and later tokens read it."""
 
     def __init__(self, written: Layout, memory: Cache, inner: Plan | None, read: Layout | None) -> None:
         self.memory, self.inner = memory, inner
@@ -116,6 +116,6 @@ def plan_cross_attention(
     if cache is None or cache.memory is None:
         assert inner is not None
         return inner
-    plan = _KeptCrossPlan(written, cache.memory, inner, read)
+    plan = _CachedCrossPlan(written, cache.memory, inner, read)
     plan.trace = trace
     return plan

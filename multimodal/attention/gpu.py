@@ -20,7 +20,7 @@ class VarlenPlan(Plan):
     """Prefix-LM as two calls of the variable-length kernel over the stream as it lies: context over context, the rest over all.
 
     Each call parts the whole stream into sequences, such that its own queries meet their keys and all others meet none; of those
-    the kernel reads 0. So the two reads add up, and no row is moved. For a sample of f free tokens and r others:
+    the kernel reads 0. So the two reads add up, and no row is moved. For a sample of f bidirectional tokens and r others:
 
                             queries      keys
     context over context    f | r |      f |   | r      both directions
@@ -30,17 +30,17 @@ class VarlenPlan(Plan):
     def __init__(self, rule: Rule, layout: Layout) -> None:
         if not is_prefix_lm(rule, layout):
             raise ConfigError(
-                "attention backend 'varlen' runs only the default rule, with what is read freely at the start; use 'flex'"
+                "attention backend 'varlen' runs only the default rule, with bidirectional tokens at the start; use 'flex'"
             )
         sizes = _call_sizes(layout.spans)
         bounds = [list(accumulate(lengths, initial=0)) for q, k, _ in sizes for lengths in (q, k)]
         device = layout.places.sample.device
-        # one copy that nobody waits for; a copy for each would make the host wait for the device as often
+        # one copy that does not block; one for each would make the host wait for the device as often
         flat = torch.tensor([b for each in bounds for b in each], dtype=torch.int32, pin_memory=device.type == "cuda")
         parts = flat.to(device, non_blocking=True).split([len(each) for each in bounds])
         self.calls = [
             # a lone query sees the same either way, and of grouped heads the kernel has a shortcut for one full query each
-            _Call(bounds_q, bounds_k, max(q), max(k), causal or max(q) == 1, _told_of_groups())
+            _Call(bounds_q, bounds_k, max(q), max(k), causal or max(q) == 1, _takes_enable_gqa())
             for (q, k, causal), bounds_q, bounds_k in zip(sizes, parts[::2], parts[1::2], strict=True)
         ]
 
@@ -59,7 +59,7 @@ class VarlenPlan(Plan):
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if call.causal else (-1, -1)
-        grouped: dict[str, Any] = {"enable_gqa": True} if call.told and q.shape[1] != k.shape[1] else {}
+        grouped: dict[str, Any] = {"enable_gqa": True} if call.enable_gqa and q.shape[1] != k.shape[1] else {}
         out = varlen_attn(q, k, v, *call[:4], scale=scale, window_size=window, **grouped)
         assert isinstance(out, Tensor)
         return out
@@ -67,14 +67,14 @@ class VarlenPlan(Plan):
 
 class _Call(NamedTuple):
     """One call of the kernel: where its sequences of queries and of keys lie, the longest of each, which way they look, and
-    whether it is to be told of grouped heads."""
+    whether it has an argument for grouped heads."""
 
     bounds_q: Tensor
     bounds_k: Tensor
     max_q: int
     max_k: int
     causal: bool
-    told: bool
+    enable_gqa: bool
 
 
 def _call_sizes(spans: Sequence[Span]) -> list[tuple[list[int], list[int], bool]]:
@@ -85,11 +85,11 @@ def _call_sizes(spans: Sequence[Span]) -> list[tuple[list[int], list[int], bool]
     if all(span.free == span.total for span in spans):
         return [(totals, totals, False)]
     context, rest = [], []
-    for free, total, _ in spans:
-        after = total - free
-        if free:
-            context.append((free, free))
-            rest.append((free, 0))
+    for first, total, _ in spans:
+        after = total - first
+        if first:
+            context.append((first, first))
+            rest.append((first, 0))
         if after:
             context += [(after, 0), (0, after)]
         rest.append((after, total))
@@ -100,8 +100,8 @@ def _call_sizes(spans: Sequence[Span]) -> list[tuple[list[int], list[int], bool]
 
 
 @lru_cache(1)
-def _told_of_groups() -> bool:
-    """Whether the kernel wants to be told that keys have fewer heads than queries; torch 2.11's takes them as they are."""
+def _takes_enable_gqa() -> bool:
+    """Whether the kernel has an argument for keys with fewer heads than queries; torch 2.11's takes them as they are."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -23,7 +23,7 @@ BLOCK = 2**24  # numbers that a block of queries may hold at once, where pairs a
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention layer did with one batch of queries; log_prior is minus infinity where nobody may look.
+    """What one attention layer did with one batch of queries; log_prior is minus infinity where the query may not look.
 
     weight_BHTM: what the values were weighed by; value_BMHK: those values.
     """
@@ -142,9 +142,9 @@ class Mechanism(nn.Module):
             read = mean_of(v_BMHK, weight)
         read = read.masked_fill(empty.transpose(1, 2), 0.0)
         if trace is not None:
-            kept = log_prior.expand_as(score).masked_fill(empty, -math.inf)
+            visible = log_prior.expand_as(score).masked_fill(empty, -math.inf)
             trace.seen.append(
-                Seen(self.name, pairs, score, kept, weight.masked_fill(empty, 0.0), v_BMHK, read, choice, self)
+                Seen(self.name, pairs, score, visible, weight.masked_fill(empty, 0.0), v_BMHK, read, choice, self)
             )
         return read
 

@@ -75,7 +75,7 @@ def plan_attention(
             "factor; use 'auto'"
         )
     make = _PLANS[backend] if isinstance(backend, str) else backend
-    # what is told is told in one piece, and with a prior there is a matrix anyway
+    # a trace records a sample in one piece, and with a prior there is a matrix anyway
     plan = _RunsPlan(rule, layout, split=bare and trace is None) if backend == "runs" else make(rule, layout)
     plan.trace = trace
     return plan if cache is None else FillingPlan(plan, layout, cache)
@@ -149,7 +149,7 @@ class _RunsPlan(Plan):
     def narrowed(self, row_N: Tensor) -> Plan | None:
         """Where they rise, and are as many and as far from the start in every sample of a run."""
         if self.trace is not None or row_N.device.type != "cpu" or not bool((row_N.diff() > 0).all()):
-            return None  # a device would have to tell the host where the rows lie
+            return None  # the host would have to wait for the device to know the rows
         plan = copy(self)
         plan.runs, plan.asking = [], []
         *starts, _ = accumulate(self.sizes, initial=0)
@@ -173,19 +173,19 @@ def is_split(span: Span) -> bool:
 
 
 class _Split:
-    """Long samples (B, T) that begin with free tokens, read in two calls without a mask, whose size would be T x T.
+    """Long samples (B, T) that begin with bidirectional tokens, read in two calls without a mask, whose size would be T x T.
 
-    What is free looks at what is free; then everything looks back, of which the rows behind the free ones are kept.
+    The first call is over the bidirectional tokens; the second is causal over all, and the rows after the first ones are taken from it.
     """
 
-    def __init__(self, q: Places, k: Places, free: int) -> None:
-        self.free = free
-        self.context, self.causal = Pairs(q[:, :free], k[:, :, :free]), Pairs(q, k, causal=True)
+    def __init__(self, q: Places, k: Places, first: int) -> None:
+        self.first = first
+        self.context, self.causal = Pairs(q[:, :first], k[:, :, :first]), Pairs(q, k, causal=True)
 
     def read(self, mechanism: Mechanism, q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
-        some = slice(self.free)
+        some = slice(self.first)
         context = mechanism(q_BTHK[:, some], k_BMGK[:, some], v_BMGK[:, some], self.context)
-        return torch.cat([context, mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, self.free :]], 1)
+        return torch.cat([context, mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, self.first :]], 1)
 
 
 class _Blocks:

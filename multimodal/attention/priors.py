@@ -1,4 +1,4 @@
-"""Log-priors over keys: what depends on where a key lies and not on what it holds. They add, and rules are priors too."""
+"""Log-priors over keys: what depends on the position of a key and not on its content. They add, and rules are priors too."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class RelativeBias(Prior):
 
     def __post_init__(self) -> None:
         if self.reach < 1:
-            raise ConfigError(f"RelativeBias: reach={self.reach} tells no distances apart; use 1 or more")
+            raise ConfigError(f"RelativeBias: reach={self.reach} distinguishes no distances; use 1 or more")
 
     def weights(self, heads: int, width: int) -> nn.Module:
         return _Table(heads, 2 * self.reach + 1)

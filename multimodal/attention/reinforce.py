@@ -46,7 +46,7 @@ def reward_loss(trace: Trace, layout: Layout, nll_T: Tensor) -> Tensor:
 def _rows(q: Places, layout: Layout) -> tuple[Tensor, Tensor]:
     """Which row of the stream each query (B, T) is, and whether it is one: where a block is filled up its order is -1.
 
-    A core that only writes counts from its own start; what it counts from there is told by the field that its first token is of.
+    A core that only writes counts from its own start, which is known by the field of its first token.
     """
     spans, places = layout.spans, layout.places
     sample_BT, order_BT, segment_BT = (x[..., 0].long() for x in (q.sample, q.order, q.segment))

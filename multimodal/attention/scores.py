@@ -31,11 +31,11 @@ class Score(Declared, ABC):
         return None
 
     def weights(self, heads: int, width: int) -> nn.Module | None:
-        """What is learned, for so many query heads of this width; it comes back as the last argument of the methods below."""
+        """What is learned, for `heads` query heads of this width; it comes back as the last argument of the methods below."""
         return None
 
     def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
-        """What a key is compared by: what it holds, unless a score says: where it lies."""
+        """What a key is compared by: its content, or its position where a score says so."""
         return k_BMGK
 
     @abstractmethod
@@ -149,7 +149,7 @@ class Bernoulli(Factored):
 class LocationBased(Factored):
     """softmax(W q) over places: Luong et al. 2015, equation 8. It looks at the query alone, so it can point but not search.
 
-    places: keys are numbered from 0 in their sample; it knows so many.
+    places: the largest number of keys of a sample, which are numbered from 0.
     """
 
     places: int

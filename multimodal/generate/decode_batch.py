@@ -1,4 +1,4 @@
-"""What stays the same from pass to pass while the same answers are written: made once each time one of them joins or leaves."""
+"""The requests that are decoded together: what stays the same from step to step, made anew when one of them joins or leaves."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,13 +10,16 @@ from multimodal.generate.request import Request
 from multimodal.masks import Places
 from multimodal.network import Network
 
-AHEAD = 32  # passes whose places are worked out at once
+AHEAD = 32  # steps whose positions are computed at once
 
 
 class DecodeBatch:
-    """The answers that are being written, in the order of their rows as far as each has its rows side by side.
+    """Running requests as one batch, one new token a row.
 
-    sizes: rows of each answer, one after the other in what `states` gives.
+    The rows of the cache are in use from 0 on, but in another order than the requests and the kinds of their tokens; three orders
+    meet here: rows of the cache, requests, kinds.
+
+    sizes: number of rows of each request, in the order of what `states` returns.
     """
 
     def __init__(self, requests: Sequence[Request], model: Network) -> None:
@@ -47,7 +50,7 @@ class DecodeBatch:
         return stream_BD if self.place_of is None else stream_BD[self.place_of], next(self._positions)
 
     def layout(self, lengths: Sequence[int]) -> Layout:
-        """One more token in every row, each of which holds so many."""
+        """The layout of one more token in every row; lengths: number of tokens that each row holds."""
         order_B = torch.tensor(lengths, dtype=torch.int32, device=self.sample_B.device)
         return Layout(self.spans, Places(self.sample_B, order_B, self.free_B, self.segment_B))
 
@@ -57,7 +60,7 @@ class DecodeBatch:
 
     def _ahead(self) -> Iterator[Tensor]:
         while True:
-            # what is pointed at next is not known, so such an answer tells one place at a time
+            # a pointer's next position is not known, so it gives one at a time
             parts = [request.ahead(AHEAD) for group in self.kinds.values() for request in group]
             place_NBA = torch.cat([part[: min(map(len, parts))] for part in parts], 1)
             yield from place_NBA if self.place_of is None else place_NBA[:, self.place_of]

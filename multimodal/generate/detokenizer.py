@@ -1,4 +1,4 @@
-"""Text that is being written, told piece by piece: whole characters only, and nothing that may yet turn out to be a stop string."""
+"""Incremental detokenization: whole characters only, and nothing that may yet turn out to be the start of a stop string."""
 
 from collections.abc import Sequence
 
@@ -18,13 +18,13 @@ class Detokenizer:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.ids: list[int] = []
         self.start = 0  # the first token that is decoded again
-        self.settled = ""  # of what is decoded from there, the text that has gone into `kept`
-        self.held = ""  # settled text that is held back
-        self.text = ""
+        self.settled = ""  # the final part of what is decoded from there on
+        self.held = ""  # final text that may be the start of a stop string, so that it is not returned yet
+        self.text = ""  # all text returned so far
         self.stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
-        """Text that has become sure by these further tokens; afterwards `stopped` says whether a stop string came."""
+        """Decode further tokens; returns the text that is final now. Afterwards `stopped` says whether a stop string came."""
         if self.stopped:
             return ""
         self.ids += ids
@@ -33,18 +33,18 @@ class Detokenizer:
         if not now.startswith(self.settled):
             return ""
         broken = len(now) - len(now.rstrip(UNFINISHED))  # bytes that may yet become one character, or stay broken
-        sure = now[: len(now) - min(broken, LONGEST_CHARACTER)]
-        self.held += sure[len(self.settled) :]
-        self.settled = max(self.settled, sure, key=len)
-        self._move_on(now)
+        final = now[: len(now) - min(broken, LONGEST_CHARACTER)]
+        self.held += final[len(self.settled) :]
+        self.settled = max(self.settled, final, key=len)
+        self._skip_settled(now)
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.stopped, self.held = True, self.held[: min(found)]
             return self._emit(len(self.held))
         return self._emit(len(self.held) - self._possible_stop())
 
-    def _move_on(self, now: str) -> None:
-        """Leave settled tokens behind, from a place on where the text without them is the end of the text with them."""
+    def _skip_settled(self, now: str) -> None:
+        """Decode no more tokens than needed: start from the first token whose text is the end of the whole text."""
         held = len(self.ids) - self.start
         if held < 4 * LOOK_BACK:
             return
@@ -60,7 +60,7 @@ class Detokenizer:
         self.start = before
 
     def finish(self) -> str:
-        """The rest, once nothing more will be written."""
+        """Returns the remaining text, once nothing more will be written."""
         if not self.stopped:
             now = self._decode()
             self.held += now[len(self.settled) :] if now.startswith(self.settled) else UNFINISHED
@@ -68,12 +68,13 @@ class Detokenizer:
         return self._emit(len(self.held))
 
     def _emit(self, count: int) -> str:
+        """Returns the first `count` characters that are held."""
         new, self.held = self.held[:count], self.held[count:]
         self.text += new
         return new
 
     def _possible_stop(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Number of characters at the end that may be the start of a stop string."""
         longest = max((len(stop) for stop in self.stops), default=1) - 1
         for count in range(min(longest, len(self.held)), 0, -1):
             if any(stop.startswith(self.held[-count:]) for stop in self.stops):

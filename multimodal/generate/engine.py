@@ -45,7 +45,7 @@ class Piece:
 class Engine:
     """Writes the answers of many requests at once, of any tasks of one model that write; each as if it were alone.
 
-    rows: how many answers (beams, guided twins) are written at the same time; others wait. capacity: tokens a row has room for,
+    rows: number of answers (of beams, two with guidance) that are written at the same time; others wait. capacity: tokens of a row,
     prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model must not be
     trained while answers are being written; new weights count from when all of them have ended.
     """
@@ -143,7 +143,7 @@ class Engine:
         return False
 
     def step(self) -> list[Piece]:
-        """One token further for every request that has rows, after letting in those for whom rows are free."""
+        """Decode one token of every running request, after admitting those that fit into the rows left."""
         with self.model.inference_mode():
             pieces = self._admit()
             if self._running:
@@ -184,7 +184,7 @@ class Engine:
                 self._batch = None
                 try:
                     states = self._read(group)
-                except Exception as error:  # a stranger's embedding may fail; those who wrote before are not to suffer
+                except Exception as error:  # a user's embedding may fail; the requests that ran before go on
                     for request in group:
                         request.error = error
                         self._leave(request)
@@ -260,7 +260,7 @@ class Engine:
         )
 
     def _pass(self) -> tuple[list[Request], Tensor, list[int]]:
-        """One pass of the core: every running answer, and the states of each, so many rows, one after the other."""
+        """One pass of the core: the running requests, their states end to end, and the number of rows of each."""
         batch = self._batch = self._batch or DecodeBatch(self._running, self.model)
         stream_BD, position_BA = batch.inputs()
         layout = batch.layout(self.cache.length[: len(batch.rows)])
@@ -286,7 +286,7 @@ class Engine:
                     self.cache.copy(request.rows[source], request.rows[target], start=start)
                 try:
                     text, prediction = request.new_text(), request.prediction()
-                except Exception as error:  # a stranger's decode may fail in any way; the other answers go on
+                except Exception as error:  # a user's decode may fail in any way; the other answers go on
                     text, prediction = "", None
                     request.error = StreamError(
                         f"{request.name} of task {request.task!r}: {type(request.tokenizer).__name__}.decode failed: "

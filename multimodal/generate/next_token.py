@@ -73,7 +73,7 @@ def _chosen(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor)
     rule = requests[0].options.rule
     try:
         allowed_BV = _apply_rule(rule, requests, sizes, log_p_BV)
-    except Exception as error:  # a stranger's rule may fail in any way
+    except Exception as error:  # a user's rule may fail in any way
         if len(requests) > 1:
             for request, part in _each(requests, sizes, log_p_BV):
                 yield from _chosen([request], [len(part)], part)
@@ -92,7 +92,7 @@ def _chosen(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor)
         rows = slice(start, start + size)
         try:
             # rows without a hypothesis may be anything
-            if all(stuck[start + seat] for seat in request.live_rows) and not (request.beams and request.beams.ended):
+            if all(stuck[start + row] for row in request.live_rows) and not (request.beams and request.beams.ended):
                 raise StreamError(f"{rule} leaves no candidate after {request.count} tokens; give it a wider choice")
             copies: Copies = []
             if request.beams is not None:
@@ -100,7 +100,7 @@ def _chosen(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor)
             else:
                 request.take(tokens[start], log_p[start])
             yield request, copies
-        except Exception as error:  # a stranger's decode may fail in any way; the other answers go on
+        except Exception as error:  # a user's decode may fail in any way; the other answers go on
             request.error = StreamError(f"{request.name} of task {request.task!r}: {error}")
             yield request, []
         start += size
@@ -129,7 +129,7 @@ def _apply_rule(rule: Sampler, requests: Sequence[Request], sizes: Sequence[int]
 
 
 def draw_tokens(requests: Sequence[Request], sizes: Sequence[int], allowed_BV: Tensor) -> Tensor:
-    """For each row (B,) a token in proportion to its chances, by the answer's own random numbers, whoever else is in the batch."""
+    """For each row (B,) a token drawn by its probability, from the request's own generator, whatever else is in the batch."""
     up_to_BV = allowed_BV.double().softmax(-1).cumsum(-1)
     points = [
         torch.rand((), generator=request.random, dtype=torch.float64).expand(size)
@@ -146,7 +146,7 @@ def _extend_beams(request: Request, beams: Beams, log_p_BV: Tensor, allowed_BV: 
     # a user's rule may change probabilities without declaring `reweighs`
     if bool((shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()):
         raise StreamError(
-            f"{request.options.rule} changes chances, but beams rank by the model's own log-probabilities; use a rule that only "
+            f"{request.options.rule} changes probabilities, but beams rank by the model's own log-probabilities; use a rule that only "
             "rules tokens out, or beams=1"
         )
     log_p_BV = log_p_BV.masked_fill(out_BV, NEVER)

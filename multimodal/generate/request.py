@@ -140,7 +140,7 @@ class Request:
             and not torch.allclose(self.begin.position_NA, self.tokenizer.places(count), atol=1e-4)
         ):
             raise ConfigError(
-                f"{name} of task {task!r}: begin lies at other places than the first {count} tokens of what is written; "
+                f"{name} of task {task!r}: begin is at other positions than the first {count} tokens of what is written; "
                 "give its first part in full width"
             )
         self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count

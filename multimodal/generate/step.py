@@ -1,7 +1,7 @@
 """One new token a row through a small core of plain blocks: what `Transformer.forward` computes, in as few calls as can be.
 
 A step of a small model costs calls, not arithmetic: about 20 us a layer are for modules, and 20 us for each RMSNorm. So the
-weights of norms are folded into the products behind them, and kept column by column, which is faster for few rows. The core
+weights of norms are folded into the products behind them, and stored column by column, which is faster for few rows. The core
 itself is the oracle.
 """
 

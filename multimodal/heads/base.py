@@ -1,4 +1,4 @@
-"""Heads read the answer off the stream's states: two verbs, `logits` and `loss`, and `answer` for people."""
+"""The contract of heads: where a sample's tokens go, which states are read, what is learned from them and what is answered."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -187,7 +187,7 @@ class Reading:
     row_N: rows of the stream, sample after sample.
     lengths: number of rows of each sample.
     samples: which sample of the batch each is.
-    target: what should be answered; None: nobody knows yet.
+    target: what should be answered; None: it is not known.
     target_lengths: number of targets of each sample.
     key_N: of a pointer, the rows that it may point at.
     key_lengths: number of these of each sample.
@@ -297,7 +297,7 @@ class Head(Declared, ABC):
             )
         if sample.begin is not None and not self.autoregressive:
             raise TaskError(
-                f"task {sample.pattern.text!r}: {type(self).__name__} answers at once; nothing can be begun for it"
+                f"task {sample.pattern.text!r}: {type(self).__name__} answers at once; there is nothing to begin"
             )
         if self.queries:
             segments.append(sample.start)
@@ -338,7 +338,7 @@ class Head(Declared, ABC):
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of each row (rows,), in nats, of a head whose targets are one a row: what choices in attention learn from."""
         raise ConfigError(
-            f"{type(self).__name__}: a Hard read is learned from the loss of each row, which this head does not tell; use Soft "
+            f"{type(self).__name__}: a Hard read is learned from the loss of each row, which this head does not give; use Soft "
             "or Gumbel, or a head such as Classify or NextToken"
         )
 
@@ -410,7 +410,7 @@ def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, 
     """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats and float32 at least.
 
     Of a large vocabulary the logits are made, used and forgotten some rows at a time, gradients in the same pass: they are softmax
-    minus target (Bridle 1990), so nothing has to be kept for the backward pass but the gradients themselves.
+    minus target (Bridle 1990), so only the gradients themselves are stored for the backward pass.
     """
     chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
     if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
@@ -419,7 +419,7 @@ def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, 
         return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
     size = max(1, chunk // linear.out_features)
     given = (state_ND, linear.weight, linear.bias)
-    if not torch.is_grad_enabled():  # which a Function is not told
+    if not torch.is_grad_enabled():  # an autograd Function does not know
         given = tuple(None if x is None else x.detach() for x in given)
     return _Chunked.apply(*given, target_N, smoothing, size)  # type: ignore[return-value]
 

@@ -27,12 +27,12 @@ LARGEST_SCALE = 100.0  # of the softmax form, as in section 2.5 of Radford et al
 @final
 @dataclass(frozen=True)
 class Contrast(Head):
-    """Vectors of two sides that are close where they belong together; the others of the micro-batch are what they are told from.
+    """Vectors of two sides that are close where they belong together; the others of the micro-batch are the negatives.
 
     form: "softmax", which of all rights goes with this left and the other way round (CLIP, Radford et al. 2021, arXiv 2103.00020,
     figure 3; first scale 1 / 0.07), or "sigmoid", whether these two go together (SigLIP, Zhai et al. 2023, arXiv 2303.15343,
     algorithm 1; first scale 10 and bias -10).
-    Two whose left sides, or whose right sides, have exactly the same tokens are not told from each other. The same photo under
+    Two whose left sides, or whose right sides, have exactly the same tokens are no negatives of each other. The same photo under
     another crop is another side: where a photo has five captions, draw one of them each time the photo comes.
     width: F, numbers of a vector.
     """
@@ -41,7 +41,7 @@ class Contrast(Head):
     form: str = "softmax"
     queries: ClassVar[int] = 2
     measures: ClassVar[tuple[str, ...]] = ("loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left")
-    smallest_batch: ClassVar[int] = 2  # a pair is told from the others of its micro-batch
+    smallest_batch: ClassVar[int] = 2  # the other pair is the negative
 
     def __post_init__(self) -> None:
         if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
@@ -104,7 +104,7 @@ class Contrast(Head):
         target_lengths: Sequence[int],
         left: int | None = None,
     ) -> Tensor:
-        """Nats a pair, summed over the pairs; target (pairs, 2): what tells each left and each right side from others."""
+        """Nats a pair, summed over the pairs; target (pairs, 2): the fingerprint of each left and each right side."""
         pairs = len(target)
         if len(state_ND) != 2 * pairs or left not in (None, pairs):
             raise StreamError(
@@ -164,7 +164,7 @@ class ContrastReadout(Readout):
 
 
 def fingerprint(values: Iterable[Tokens]) -> int:
-    """A number of 64 bits that tells one side from another: of equal tokens it is equal."""
+    """A number of 64 bits of a side's tokens; equal tokens have equal numbers."""
     digest = hashlib.blake2b(digest_size=8)
     for tokens in values:
         for part in (tokens.content, tokens.position_NA):

@@ -52,10 +52,10 @@ class EachRow(Head):
         return readout.linear(state_ND)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        kept = logits[last_rows(lengths, target_lengths).to(logits.device, non_blocking=True)].float()
+        answered = logits[last_rows(lengths, target_lengths).to(logits.device, non_blocking=True)].float()
         if target.is_floating_point():  # mean over bits, so that its size is that of a single decision
-            return F.binary_cross_entropy_with_logits(kept, target, reduction="none").mean(-1).sum()
-        return F.cross_entropy(kept, target, reduction="sum")
+            return F.binary_cross_entropy_with_logits(answered, target, reduction="none").mean(-1).sum()
+        return F.cross_entropy(answered, target, reduction="sum")
 
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         answers = []
@@ -75,7 +75,7 @@ class EachRow(Head):
 
 
 def last_rows(lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Which rows are the last so many of each sample, for samples of these lengths laid end to end."""
+    """The last counts[i] rows of each sample i, for samples of these lengths end to end."""
     ends, counted = torch.tensor(lengths).cumsum(0), torch.tensor(counts)
     within = torch.arange(int(counted.sum())) - (counted.cumsum(0) - counted).repeat_interleave(counted)
     return (ends - counted).repeat_interleave(counted) + within

@@ -61,7 +61,7 @@ class FlowMatching(Head):
             what = "its values are classes; use Classify" if tokenizer.classes else "it has no features; use NextToken"
             raise ConfigError(f"FlowMatching writes features, which {name} has not: {what}")
         if type(tokenizer).decode is Tokenizer.decode:
-            raise ConfigError(f"FlowMatching: {name} has no decode, so nobody could read what is written")
+            raise ConfigError(f"FlowMatching: {name} has no decode, so what is written could not be read")
         try:
             tokenizer.places(1)
         except ConfigError as error:

@@ -36,7 +36,7 @@ class Masked(Head):
 
     Ids are learned by cross-entropy, features by the squared error. normalise="token" takes off each hidden token's own mean and
     spread first (He et al. 2022, table 1d), so that the pattern counts and not how bright it is; that is for pixels. In the frames
-    of a sound a token's own mean is how loud it is then, which tells speech from silence, and the noise of silence would be made
+    of a sound a token's own mean is its loudness, which separates speech from silence, and the noise of silence would be made
     as large as speech: there the tokenizer's normalisation, by the whole value, is the right one ("none").
 
     share: the probability that a token is hidden, above 0 and below 1.

@@ -59,7 +59,7 @@ class Pointer(Head):
         if tokenizer.vocab_size is None and tokenizer.feature_size is None:
             raise ConfigError(f"Pointer: {name} declares neither vocab_size nor feature_size, so it cannot be read")
         if type(tokenizer).decode is Tokenizer.decode:
-            raise ConfigError(f"Pointer: {name} has no decode, so nobody could read what is written")
+            raise ConfigError(f"Pointer: {name} has no decode, so what is written could not be read")
         return 1
 
     def bind(self, pattern: Pattern) -> Pattern:
@@ -119,7 +119,7 @@ class Pointer(Head):
         return index_N
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
-        """What `pointed` found, and then the stop, which is number `rows` behind so many tokens that were read."""
+        """What `pointed` returned, and then the stop, whose number is that of the tokens read (`rows`)."""
         if tokenizer.length not in (None, len(tokens)):
             raise StreamError(
                 f"Pointer: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "

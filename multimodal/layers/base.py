@@ -130,7 +130,7 @@ class CoreSettings(Protocol):
 
 
 class Keys(NamedTuple):
-    """What a layer keeps of every token it has read: key-value heads, width of a key, width of a value."""
+    """What a layer caches of every token it has read: key-value heads, width of a key, width of a value."""
 
     heads: int
     key_width: int
@@ -151,7 +151,7 @@ class Layer(Declared, ABC):
         """The module, for a stream of this width."""
 
     def keys(self, core: CoreSettings) -> Keys | None:
-        """What is kept of each token while decoding; None: nothing."""
+        """What is cached of each token while decoding; None: nothing."""
         return None
 
     def state(self, core: CoreSettings, width: int) -> int | None:
@@ -170,7 +170,7 @@ def check_sizes(layer: Layer, *names: str) -> None:
 class Body(nn.Module):
     """A layer's module: (normed stream (T, D), context) -> update (T, `out_width`).
 
-    index: its number among the layers that keep the same thing in a cache. narrows: `forward` takes `wanted_N`, the rows whose
+    index: its number among the layers that cache the same thing. narrows: `forward` takes `wanted_N`, the rows whose
     update is wanted, and gives theirs alone, which costs less than all.
     """
 

@@ -14,10 +14,9 @@ from multimodal.shapes import ConfigError, StreamError
 class Recurrent(Layer):
     """A GRU (Cho et al. 2014) or an LSTM (Hochreiter & Schmidhuber 1997) from token to token of each sample.
 
-    hidden: width of the state; None: that of the stream, shared between the directions if there are two. both_ways: what is read
-    freely is also read from its end; what is written is not, and gets zeros there.
-
     cell: "gru" or "lstm".
+    hidden: width of the state; None: that of the stream, shared between the directions if there are two.
+    both_ways: whether bidirectional tokens are also read from their end; causal and written tokens get zeros there.
     merge: how the update joins the stream.
     """
 
@@ -61,25 +60,25 @@ class _Recurrent(Body):
         spans = context.layout.spans
         if any(span.free < 0 for span in spans):
             raise StreamError(
-                "Recurrent(both_ways=True): something that is read freely comes after something that is read in order; "
-                "name the free fields first in the task"
+                "Recurrent(both_ways=True): a bidirectional field comes after a causal one; "
+                "name the bidirectional fields first in the task"
             )
-        free = [span.free for span in spans]
+        first = [span.free for span in spans]  # bidirectional tokens, at the start of each sample
         out_TD = stream_TD.new_zeros(len(stream_TD), cell.hidden_size)
-        if not any(free):
+        if not any(first):
             return out_TD
         if not context.fresh:
             raise StreamError(
                 "Recurrent(both_ways=True) reads from the end, so all must be read together, not piece by piece"
             )
         places = context.layout.places
-        free_T = torch.tensor(free, device=stream_TD.device).repeat_interleave(
+        first_T = torch.tensor(first, device=stream_TD.device).repeat_interleave(
             torch.tensor([span.total for span in spans], device=stream_TD.device)
         )
-        (row_T,) = (places.order < free_T).nonzero(as_tuple=True)
-        mirror_T = row_T - places.order[row_T] + free_T[row_T] - 1 - places.order[row_T]
-        some = Sequences(free, stream_TD.device)
-        start = stream_TD.new_zeros(len(free), self.size)
+        (row_T,) = (places.order < first_T).nonzero(as_tuple=True)
+        mirror_T = row_T - places.order[row_T] + first_T[row_T] - 1 - places.order[row_T]
+        some = Sequences(first, stream_TD.device)
+        start = stream_TD.new_zeros(len(first), self.size)
         read, _ = _run(cell, stream_TD[mirror_T], some, start)
         return out_TD.index_copy(0, mirror_T, read.to(out_TD.dtype))
 
