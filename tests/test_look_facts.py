@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import multimodal as mm
 from multimodal.attention import Attention
-from multimodal.look.embeddings import analogy, angles, near_orthogonal, neighbour_table, neighbours, welch_bound
+from multimodal.look.embeddings import angles, near_orthogonal, neighbour_table, neighbours, welch_bound
 from multimodal.look.parameter_count import roles, value_map, value_maps
+from multimodal.zoo.analogies import analogy
 from multimodal.zoo.fact_editing import edit_fact, localise, mean_ablated, parts, right_answers, second_moment
 from multimodal.zoo.sparse_autoencoder import SparseAutoencoder, recovered
 from multimodal_tokenizers import Labels, TextBytes

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal.attention import Attention, Layout, Span
-from multimodal.look.embeddings import analogy, angles, near_orthogonal, neighbours, welch_bound
+from multimodal.look.embeddings import angles, near_orthogonal, neighbours, welch_bound
 from multimodal.look.layers import states
 from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, roles, value_map, value_maps
 from multimodal.look.probes import probe
 from multimodal.masks import Places
+from multimodal.zoo.analogies import analogy
 from multimodal_tokenizers import TextBPE
 
 __all__ = ["measure_features"]  # of a file of its own
