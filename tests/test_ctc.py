@@ -106,7 +106,7 @@ def test_shallow_fusion_is_brute_force(ngram: NGramLM, seed: int, weight: float,
     assert search.commit(last=True) == list(max(wanted, key=lambda text: wanted[text]))
 
 
-def test_a_prior_is_asked_once_a_history():
+def test_a_language_model_is_called_once_for_each_history():
     prior = Endless()
     Beam(width=50, prior=prior, cutoff=math.inf)(rows(6, 4, 0))
     assert len(prior.asked) == len(set(prior.asked)) > 10
@@ -124,7 +124,7 @@ def test_pieces_read_as_the_whole(decoder):
     assert whole.commit(last=True) == parts.commit(last=True)
 
 
-def test_what_is_settled_stays():
+def test_settled_symbols_do_not_change():
     log_p_NV = rows(60, 4, 3) * 2
     search = Beam(width=6, cutoff=math.inf).search()
     before: list[int] = []
@@ -236,7 +236,7 @@ def writer(request: pytest.FixtureRequest) -> mm.Model:
     return model.eval()
 
 
-def test_the_models_own_prior_is_its_loss(writer: mm.Model):
+def test_the_models_own_language_model_is_its_loss(writer: mm.Model):
     prior = ModelLM(writer, "-> text")
     for text in ("abcab", "abd", "xyz"):  # the second shares a part with the first, and is shorter
         ids = list(text.encode())
@@ -247,7 +247,7 @@ def test_the_models_own_prior_is_its_loss(writer: mm.Model):
         assert nats == pytest.approx(wanted, abs=1e-3)
 
 
-def test_the_models_own_prior_jumps_between_histories(writer: mm.Model):
+def test_the_models_own_language_model_jumps_between_histories(writer: mm.Model):
     prior, fresh = ModelLM(writer, "-> text"), ModelLM(writer, "-> text", remembered=1)
     histories = [b"", b"abcdef", b"abx", b"ab", b"abcdeg", b"q", b""]
     for history in histories:
@@ -256,13 +256,13 @@ def test_the_models_own_prior_jumps_between_histories(writer: mm.Model):
         assert fresh.log_p(list(history)).tolist() == pytest.approx(alone.tolist(), abs=1e-4)
 
 
-def test_the_models_own_prior_forgets_what_is_far(writer: mm.Model):
+def test_the_models_own_language_model_forgets_what_is_far(writer: mm.Model):
     prior = ModelLM(writer, "-> text", context=6)
     assert torch.equal(prior.log_p(list(b"abcdefgh")), prior.log_p(list(b"defgh")))
     assert prior.log_p(list(b"abcdefghijklmnop")).shape == (257,)
 
 
-def test_the_models_own_prior_writes_from_nothing(writer: mm.Model):
+def test_the_models_own_language_model_writes_from_nothing(writer: mm.Model):
     with pytest.raises(ConfigError, match=r"'text -> answer:text' must write from nothing"):
         ModelLM(writer, "text -> answer:text")
 

@@ -141,7 +141,7 @@ def test_a_sample_in_a_pack_is_the_sample_alone():
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
 
 
-def test_decoding_with_its_state_kept_is_reading_all_again():
+def test_decoding_with_a_cached_state_equals_a_full_pass():
     model = stirred(model_of(8))
     samples = [{"text": "abcabc"}, {"text": "b"}, {"text": "aab"}]
     written = model.generate("text -> copy", samples, max_tokens=6)

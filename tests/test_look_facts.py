@@ -1,4 +1,4 @@
-"""Words, sparse autoencoders, roles and edits of facts: against brute force, planted truth and formulas."""
+"""Embeddings, analogies, sparse autoencoders, parameter counts and ROME: against brute force, planted truth and formulas."""
 
 import math
 
@@ -158,11 +158,11 @@ def test_a_mean_ablated_part_adds_the_same_everywhere(knowing):
         model(model.pack(TASK, data))
     hook.remove()
     with mean_ablated(model, ["block 2 attention"], TASK, data), model.resting():
-        kept: list[torch.Tensor] = []
-        hook = body.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        recorded: list[torch.Tensor] = []
+        hook = body.register_forward_hook(lambda module, inputs, output: recorded.append(output))
         model(model.pack(TASK, data[:3]))
         hook.remove()
-    torch.testing.assert_close(kept[0], outputs[0].mean(0).expand(9, -1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(recorded[0], outputs[0].mean(0).expand(9, -1), atol=1e-5, rtol=1e-4)
     shares = localise(model, TASK, data)
     assert shares["whole"] == 1.0
     assert min(shares.values()) < 0.8

@@ -151,7 +151,7 @@ def test_long_sounds_lose_and_double_no_word(ear: mm.Model):
         assert transcript.complete
 
 
-def test_words_have_the_times_at_which_they_were_said(ear: mm.Model):
+def test_words_have_the_times_at_which_they_were_spoken(ear: mm.Model):
     text = text_of(40, 5)
     wave_S, label_S = said(text, 5)
     (transcript,) = transcribe(ear, TASK, [(wave_S, RATE)], window_s=4, overlap_s=1)
@@ -209,7 +209,7 @@ def test_passages_forget_rows_and_no_words(ear: mm.Model, monkeypatch: pytest.Mo
     assert max(held) < 20
 
 
-def test_three_hours_are_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_three_hours_are_never_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seconds = 3 * 3600
     with wave.open(str(tmp_path / "long.wav"), "wb") as file:
         file.setnchannels(1)
@@ -461,7 +461,7 @@ def test_streamed_rows_are_those_of_the_whole(lively, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("decoder", "latest"), [(GreedyCTC(), 1.0), (Beam(width=4), 4.0)])
-def test_words_come_while_they_are_said(ear: mm.Model, decoder, latest: float):
+def test_words_arrive_while_they_are_spoken(ear: mm.Model, decoder, latest: float):
     text = text_of(20, 31)
     wave_S = torch.from_numpy(said(text, 31)[0])
     listener = Listener(ear, TASK, decoder=decoder)

@@ -247,7 +247,7 @@ def test_a_query_that_sees_nothing_has_zeros():
     assert bool((layer.evidence_HT == -math.inf).all())
 
 
-def test_one_layers_heat_is_what_the_answer_looked_at():
+def test_one_layers_heat_is_its_attention_rollout():
     model = model_of(SMALL)
     ray = xray(model, CLASSIFY, SAMPLE)
     shares = attention_rollout(model, CLASSIFY, SAMPLE)
@@ -286,7 +286,7 @@ def test_keys_of_cross_attention_are_the_last_states():
         ray["block 1 cross"]
 
 
-def test_the_models_own_answer_is_the_one_that_is_looked_at():
+def test_the_xray_shows_the_models_own_answer():
     model = model_of(SMALL, WRITE)
     said = model.predict(WRITE, [{"text": "some"}])[0]
     own = xray(model, WRITE, {"text": "some"})
@@ -321,7 +321,7 @@ def pictures(count: int, seed: int, *, scale: float = 1.0) -> list[dict]:
     return [{"image": (scale * draw.random((4, 6))).astype(np.float32), "text": "why"} for _ in range(count)]
 
 
-def test_evidence_tells_the_unusual_from_the_usual_at_the_promised_rate():
+def test_evidence_finds_unusual_inputs_at_the_promised_rate():
     model = model_of(SMALL)
     known = Evidence.fit(model, CLASSIFY, pictures(120, 1), quiet=True)
     usual = [known.judge(xray(model, CLASSIFY, s), alpha=0.1) for s in pictures(60, 2)]
@@ -561,7 +561,7 @@ def test_a_fact_of_a_model_that_points_can_be_edited():
         (np.zeros((3, 4, 4)), "a label"),
     ],
 )
-def test_what_was_answered_is_said_in_a_line(value, said):
+def test_an_answer_is_summarised_in_a_line(value, said):
     ray = xray_of("plain")[1]
     assert answer_line(replace(ray, prediction=Prediction(value, math.nan))) == f"→ {said}"
 
