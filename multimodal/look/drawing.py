@@ -140,6 +140,7 @@ def overlay(picture_YXC: Tensor, heat_N: Tensor, grid: tuple[int, int], *, longe
     columns = np.arange(wide) * grid[1] // wide
     heat = heat[rows][:, columns]
     colour = colormaps["inferno"](heat)[:, :, :3]
+    # a grey picture, so that every colour in the result stands for a share
     grey = picture.mean(2, keepdims=True).repeat(3, 2)
     alpha = 0.35 + 0.35 * heat[:, :, None]
     return np.rint(255 * ((1 - alpha) * grey + alpha * colour)).astype(np.uint8)
@@ -240,6 +241,7 @@ def _beside(figure: "Figure", right: float, middle: float, text: str) -> None:
 def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
     """For every layer the text, each token on the shade of the mean of the heads."""
     labels = [visible(label) for label in field.labels[:MOST_TOKENS]]
+    # lines are broken between tokens, at LINE characters of a monospaced font
     places, line, column = [], 0, 0
     for label in labels:
         if column and column + len(label) > LINE:
@@ -274,11 +276,12 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
     """A row for each head, a column for each token; under the picture where there is one, such as a spectrogram."""
     if heads is not None:
         looks = [(layer, heat[list(heads[layer.name])]) for layer, heat in looks]
+    # each head is shaded up to its own largest share: a head that spreads evenly would be white otherwise
     heat_HN = torch.cat([heat / heat.amax(-1, keepdim=True).clamp(min=1e-12) for _, heat in looks])
     rows, tokens = heat_HN.shape
     row, label, above = 0.16, 1.5, 0.0 if field.picture_YXC is None else 1.6
     below = 0.0
-    if tokens <= 60:
+    if tokens <= 60:  # more labels would overlap
         below = min(0.9, 0.12 + 0.07 * max(map(len, field.labels)))
 
     upright = max(map(len, field.labels)) <= 2

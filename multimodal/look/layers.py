@@ -196,6 +196,7 @@ def whole_layers(model: Model, layers: Sequence[Tensor], stream: Stream) -> list
     if len(cores) == 1:
         return [state_TD.float().cpu().clone() for state_TD in layers]
     places = stream.layout.places
+    # the reader has the first rows of each sample, the writer the others
     reads = torch.tensor([span.read for span in stream.layout.spans], device=places.order.device)
     is_read_T = (places.order < reads[places.sample.long()]).cpu()
     whole, at = [], 0

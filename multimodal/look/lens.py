@@ -89,6 +89,7 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
                 continue
             other_T = state_TD.isnan().all(-1)  # rows of the other core, which have no state in this layer
             if core.narrow is not None:
+                # blocks whose layers concatenate widen the stream, and `narrow` takes the last width alone
                 if state_TD.shape[1] != core.narrow.in_features:
                     continue
                 state_TD = core.narrow(state_TD)

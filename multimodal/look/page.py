@@ -254,6 +254,7 @@ def _written(ray: "XRay", field: "XRayField") -> str:
         '<p class="note">Rows: what is written; columns: what is read. Darker: looked at more when the row was about to '
         "be written. Point at a cell for its share.</p>"
     )
+    # the last layer comes first and open; the others are folded
     for i, (layer, part_HTN) in enumerate(reversed(looks)):
         tables = [_matrix(ray, field, part_TN, f"{layer.name}, head {h}", layer) for h, part_TN in enumerate(part_HTN)]
         if len(part_HTN) > 1:
@@ -289,6 +290,7 @@ def _matrix(ray: "XRay", field: "XRayField", part_TN: Tensor, name: str, layer: 
 def _heads(ray: "XRay") -> str:
     rows = ray.table()
     names = [name for name in HINTS if name != "mass" or any(abs(row["mass"] - 1) > 1e-6 for row in rows)]
+    # each column is shaded from its smallest number, or from 0 if none is negative
     low = {name: min(0.0, min(row[name] for row in rows)) for name in names}
     top = {name: max(max(row[name] for row in rows), 1e-12) for name in names}
     head = "".join(f'<th title="{escape(HINTS[name][1])}">{HINTS[name][0]}</th>' for name in names)

@@ -136,6 +136,7 @@ class WordJoiner:
         text = self.text([s.symbol for s in spoken]).strip()
         if not text:
             return []
+        # geometric mean of the probabilities of the word's rows
         sure = math.exp(sum(s.nats for s in spoken) / sum(s.rows for s in spoken))
         return [Word(text, spoken[0].start_s, spoken[-1].end_s, min(sure, 1.0))]
 
@@ -174,6 +175,7 @@ class WordDecoder:
     def _end(self, log_p_NV: Tensor) -> int | None:
         """The number of these rows after which the passage ends; None: it goes on."""
         after = max(self.passage - self._stored, 0)
+        # at a blank no symbol is open, so the search loses nothing there
         sure = (log_p_NV[after:, -1].exp() >= SURE).nonzero()
         if len(sure):
             return after + int(sure[0]) + 1
@@ -200,6 +202,7 @@ class WordDecoder:
         return align(torch.cat(self._rows), ids, torch.cat(self._times), self.step_s) if ids else []
 
     def _commit(self, last: bool) -> None:
+        # a word may go on in the next passage, so its symbols stay aligned while their rows are dropped
         self._before += self._align(self.search.commit(last))
         self._add_words(self._before, last)
         self._before, self._used = self._before[self._used :], 0

@@ -185,17 +185,19 @@ class BeamSearch(Search):
         tried_NV[:, blank] = False
         for row, tried in zip(log_p_NV, tried_NV, strict=True):
             classes = tried.nonzero()[:, 0]
-            # one transfer for the symbols that may stay, one for those that may come, instead of one for each number
+            # numbers leave torch as two lists: a call for each of them would take most of the time
             needed = {node.symbol for node in self.live if node.symbol >= 0}
             stay = dict(zip(needed, row[list(needed)].tolist(), strict=True)) if needed else {}
             self._row(float(row[blank]), stay, list(zip(classes.tolist(), row[classes].tolist(), strict=True)))
 
     def _row(self, blank: float, stay: Mapping[int, float], classes: Sequence[tuple[int, float]]) -> None:
+        """Extend the live prefixes by one row: nats of the blank, of the symbols that prefixes end with, of the classes to try."""
         mass: dict[_Node, list[float]] = {}
         for node, (ended, open_) in self.live.items():
             both = _plus(ended, open_)
             here = mass.setdefault(node, [_NEVER, _NEVER])
             here[0] = _plus(here[0], both + blank)
+            # the same symbol once more belongs to the same run, so the text does not change
             if node.symbol in stay:
                 here[1] = _plus(here[1], open_ + stay[node.symbol])
             for symbol, nats in classes:
@@ -210,11 +212,12 @@ class BeamSearch(Search):
         self.live = {node: (ended, open_) for node, (ended, open_) in best}
 
     def _child(self, node: _Node, symbol: int) -> _Node | None:
+        """The prefix with one more symbol; None where the lexicon has no such word."""
         if symbol not in node.children:
             lexicon = self.beam.lexicon
             state = lexicon.step(node.state, symbol) if lexicon and node.state is not None else None
             if lexicon and state is None:
-                node.children[symbol] = None  # no word goes on so
+                node.children[symbol] = None
             else:
                 extra = node.extra + self.beam.bonus
                 if self.beam.prior is not None and self.beam.weight:
@@ -223,6 +226,7 @@ class BeamSearch(Search):
         return node.children[symbol]
 
     def _ahead(self, node: _Node) -> list[float]:
+        """Log-probabilities of the next symbol under the prior, computed once for each prefix."""
         if node.ahead is None:
             assert self.beam.prior is not None
             node.ahead = self.beam.prior.log_p(node.path(None)).tolist()
@@ -233,7 +237,8 @@ class BeamSearch(Search):
                 )
         return node.ahead
 
-    def _score(self, node: _Node, last: bool, symbols: int | None = None) -> float:
+    def _score(self, node: _Node, last: bool) -> float:
+        """Nats of a prefix; last: including the end of the text under the prior."""
         score = _plus(*self.live[node]) + node.extra
         prior = self.beam.prior
         if last and prior is not None and prior.ends and self.beam.weight:
@@ -269,7 +274,8 @@ class BeamSearch(Search):
             ranked = self.ranked()
             ids = ranked[0][0] if ranked else self._cut_back(best)
         node = best
-        while node is not self.root and node.parent is not None:  # the branches not taken are forgotten
+        # the other branches are dropped, so that memory does not grow with the sound
+        while node is not self.root and node.parent is not None:
             node = node.parent
             node.children = {}
         best.children = {}

@@ -99,12 +99,12 @@ def transcripts(
     check_number("transcribe", window_s=window_s, **({} if overlap_s is None else {"overlap_s": overlap_s}))
     if batch < 1:
         raise ConfigError(f"transcribe: batch={batch} must be at least 1")
-    window, overlap = _tokens(spec, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
+    length, overlap = _tokens(spec, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
     if decoder is not None and not spec.ctc:
         raise ConfigError(f"transcribe: task {task!r} writes token by token and takes no decoder; leave it out")
     if overlap_s is not None and not spec.ctc:
         raise ConfigError(
-            f"transcribe: task {task!r} reads pieces that end at quiet places and share nothing; leave overlap_s={overlap_s} out"
+            f"transcribe: task {task!r} reads windows that end at quiet places and share nothing; leave overlap_s={overlap_s} out"
         )
 
     def windows() -> Iterator[tuple[int, SoundWindow | MediaError]]:
@@ -117,34 +117,33 @@ def transcripts(
                     resampling=getattr(spec.tokenizer, "resampling", "kaiser"),
                 )
                 if spec.ctc:
-                    parts = overlapping_windows(blocks, window=window, overlap=overlap, unit=spec.unit)
+                    parts = overlapping_windows(blocks, window=length, overlap=overlap, unit=spec.unit)
                 else:
-                    parts = windows_between_pauses(blocks, window=window, search=max(window // 4, 1), unit=spec.unit)
-                for piece in parts:
-                    spec.tokenizer(
-                        (piece.wave_S, spec.rate_hz)
-                    )  # an error here is that of one sound, and the others go on
-                    yield index, piece
+                    parts = windows_between_pauses(blocks, window=length, search=max(length // 4, 1), unit=spec.unit)
+                for window in parts:
+                    # encoding raises an error here, for this sound alone, instead of for the whole batch
+                    spec.tokenizer((window.wave_S, spec.rate_hz))
+                    yield index, window
             except MediaError as error:
                 yield index, error
 
-    # sounds are shorter than a batch, or longer: several transcripts are open at once
+    # a batch may hold windows of several sounds, so several transcripts are open at once
     open_: dict[int, _CTCTranscript | _GeneratedTranscript] = {}
     for group in _batched(windows(), batch):
-        good = [piece for _, piece in group if isinstance(piece, SoundWindow)]
+        good = [window for _, window in group if isinstance(window, SoundWindow)]
         results = iter(_read(model, spec, good, max_tokens))
-        for index, piece in group:
-            if isinstance(piece, MediaError):
+        for index, window in group:
+            if isinstance(window, MediaError):
                 open_.pop(index, None)
-                yield index, piece
+                yield index, window
                 continue
             if index not in open_:
                 open_[index] = _CTCTranscript(spec, decoder or GreedyCTC()) if spec.ctc else _GeneratedTranscript(spec)
-            open_[index].add(piece, next(results))
-            end = piece.start + len(piece.wave_S)
+            open_[index].add(window, next(results))
+            end = window.start + len(window.wave_S)
             if progress is not None:
-                progress(index, end / spec.rate_hz, max(piece.total, end) / spec.rate_hz)
-            if piece.last:
+                progress(index, end / spec.rate_hz, max(window.total, end) / spec.rate_hz)
+            if window.last:
                 yield index, open_.pop(index).finish(end / spec.rate_hz)
 
 
@@ -317,11 +316,11 @@ def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _read(model: Model, spec: TranscriptionTask, pieces: list[SoundWindow], max_tokens: int) -> list[Any]:
+def _read(model: Model, spec: TranscriptionTask, windows: list[SoundWindow], max_tokens: int) -> list[Any]:
     """For each window its rows and their times, or a prediction with the rows of the CTC task that gives times."""
-    if not pieces:
+    if not windows:
         return []
-    samples = [{spec.name: (piece.wave_S, spec.rate_hz)} for piece in pieces]
+    samples = [{spec.name: (window.wave_S, spec.rate_hz)} for window in windows]
     if spec.ctc:
         return _ctc_rows(model, spec, samples)
     answers = model.generate(spec.task, samples, max_tokens=max_tokens, batch=len(samples))
@@ -357,9 +356,9 @@ class _CTCTranscript:
     def __init__(self, spec: TranscriptionTask, decoder: Decoder) -> None:
         self.rate_hz, self.decoder = spec.rate_hz, WordDecoder(decoder, spec.writes, spec.step_s)
 
-    def add(self, piece: SoundWindow, rows: tuple[Tensor, Tensor]) -> None:
-        log_p_NV, time_N = (x[piece.first : piece.stop] for x in rows)
-        self.decoder.push(log_p_NV, time_N + piece.start / self.rate_hz)
+    def add(self, window: SoundWindow, rows: tuple[Tensor, Tensor]) -> None:
+        log_p_NV, time_N = (x[window.first : window.stop] for x in rows)
+        self.decoder.push(log_p_NV, time_N + window.start / self.rate_hz)
 
     def finish(self, seconds: float) -> Transcript:
         words = _within(self.decoder.finish(), seconds)
@@ -373,17 +372,17 @@ class _GeneratedTranscript:
         self.spec, self.words, self.complete = spec, [], True
         self.joiner = WordJoiner(spec.timing.writes) if spec.timing else None
 
-    def add(self, piece: SoundWindow, result: tuple[Any, tuple[Tensor, Tensor] | None]) -> None:
+    def add(self, window: SoundWindow, result: tuple[Any, tuple[Tensor, Tensor] | None]) -> None:
         answer, rows = result
         if not isinstance(answer.value, str):
             raise ConfigError(
                 f"transcribe: task {self.spec.task!r} writes {type(answer.value).__name__}, and text was wanted"
             )
         self.complete &= answer.complete
-        start_s = piece.start / self.spec.rate_hz
+        start_s = window.start / self.spec.rate_hz
         words = self._aligned(answer.value, rows, start_s) if rows else None
         if words is None:
-            end_s = (piece.start + len(piece.wave_S)) / self.spec.rate_hz
+            end_s = (window.start + len(window.wave_S)) / self.spec.rate_hz
             count = len(self.spec.writes(answer.value)) + 1 if answer.value else 1  # the stop is a token too
             sure = answer.confidence ** (1 / count)
             words = [Word(text, start_s, end_s, sure) for text in answer.value.split()]
