@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 11.0  # inches
 DPI = 110
+MARGIN = 1.5  # inches to the left of tables and pictures, for the names of layers
 SHADE = (0.85, 0.37, 0.01)
 """The colour that attention has on white."""
 LINE = 96  # characters in a line of shaded words
@@ -208,15 +209,15 @@ def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel
     assert picture_YXC is not None
     most = max(len(heads[layer.name]) for layer, _ in looks)
     high, wide = picture_YXC.shape[:2]
-    label, gap = 1.5, 0.06
-    size = min(1.25, (WIDTH - 0.7 - label) / (most + 2) - gap)
+    gap = 0.06
+    size = min(1.25, (WIDTH - 0.7 - MARGIN) / (most + 2) - gap)
     tall, above = size * min(high / wide, 2.0), 0.34
 
     def picture(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
         for i, (layer, heat_HN) in enumerate(looks):
             under = bottom + height - (i + 1) * (tall + above)
-            _beside(figure, left + label - 0.1, under + tall / 2, layer.name)
+            _name_layer(figure, left, under + tall / 2, layer)
             tiles = [("mean", heat_HN.mean(0))] if layer.heads > 1 else []
             tiles += [(f"head {h}", heat_HN[h]) for h in heads[layer.name]]
             tiles = [(f"{name} {percent(float(x.sum()))}\nup to {percent(float(x.max()))}", x) for name, x in tiles]
@@ -225,7 +226,7 @@ def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel
             if i == 0:
                 pictures.insert(0, (field.name, shown_picture(picture_YXC)))
             for j, (title, pixels) in enumerate(pictures, start=min(i, 1)):
-                axes = _photograph(figure, (left + label + j * (size + gap), under, size, tall), pixels)
+                axes = _photograph(figure, (left + MARGIN + j * (size + gap), under, size, tall), pixels)
                 lines = "\n".join(map(plain, title.split("\n")))
                 axes.set_title(lines, fontsize=6.5 if size > 0.7 else 4.5, pad=2, color="0.3")
 
@@ -233,9 +234,10 @@ def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel
     return Panel(title, len(looks) * (tall + above), picture)
 
 
-def _beside(figure: "Figure", right: float, middle: float, text: str) -> None:
+def _name_layer(figure: "Figure", left: float, middle: float, layer: LayerXRay) -> None:
+    """Write the name of a layer into the margin of a box that begins at `left`."""
     wide, high = figure.get_size_inches()
-    figure.text(right / wide, middle / high, plain(text), fontsize=8, ha="right", va="center")
+    figure.text((left + MARGIN - 0.1) / wide, middle / high, plain(layer.name), fontsize=8, ha="right", va="center")
 
 
 def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
@@ -249,7 +251,6 @@ def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
         places.append((line, column))
         column += len(label)
     lines, step = line + 1, 0.22
-    label_width = 1.5
 
     def words(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         from matplotlib.patches import Rectangle
@@ -257,8 +258,8 @@ def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
         left, bottom, width, height = box
         for i, (layer, heat_HN) in enumerate(looks):
             under = bottom + height - (i + 1) * lines * step - i * 0.08
-            axes = _axes(figure, (left + label_width, under, width - label_width, lines * step))
-            _beside(figure, left + label_width - 0.1, under + lines * step - step / 2, layer.name)
+            axes = _axes(figure, (left + MARGIN, under, width - MARGIN, lines * step))
+            _name_layer(figure, left, under + lines * step - step / 2, layer)
             axes.set(xlim=(0, LINE), ylim=(lines, 0), xticks=[], yticks=[])
             mean_N = heat_HN.mean(0)
             strength = (mean_N / mean_N.max().clamp(min=1e-12)).tolist()
@@ -279,7 +280,7 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
     # each head is shaded up to its own largest share: a head that spreads evenly would be white otherwise
     heat_HN = torch.cat([heat / heat.amax(-1, keepdim=True).clamp(min=1e-12) for _, heat in looks])
     rows, tokens = heat_HN.shape
-    row, label, above = 0.16, 1.5, 0.0 if field.picture_YXC is None else 1.6
+    row, above = 0.16, 0.0 if field.picture_YXC is None else 1.6
     below = 0.0
     if tokens <= 60:  # more labels would overlap
         below = min(0.9, 0.12 + 0.07 * max(map(len, field.labels)))
@@ -288,16 +289,16 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
 
     def rows_of_heads(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, width, height = box
-        width = min(width, label + max(0.3 * tokens, 4.0)) if field.picture_YXC is None else width
+        width = min(width, MARGIN + max(0.3 * tokens, 4.0)) if field.picture_YXC is None else width
         if field.picture_YXC is not None:
-            axes = _axes(figure, (left + label, bottom + height - above, width - label, above - 0.05))
+            axes = _axes(figure, (left + MARGIN, bottom + height - above, width - MARGIN, above - 0.05))
             axes.imshow(field.picture_YXC.numpy(), aspect="auto", cmap="magma", interpolation="nearest", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
-        axes = _shaded(figure, (left + label, bottom + below, width - label, rows * row), heat_HN, most=1)
+        axes = _shaded(figure, (left + MARGIN, bottom + below, width - MARGIN, rows * row), heat_HN, most=1)
         at = 0
         for layer, heat in looks:
             middle = bottom + below + rows * row - (at + len(heat) / 2) * row
-            _beside(figure, left + label - 0.1, middle, layer.name)
+            _name_layer(figure, left, middle, layer)
             at += len(heat)
             if at < rows:
                 axes.axhline(at - 0.5, color="0.6", linewidth=0.6)
@@ -369,8 +370,7 @@ def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> 
     """Rows: tokens written, columns: tokens read. Large the mean over the heads of the last layer, small every head."""
     written, read = ray.written_labels, field.labels
     names = len(read) <= 80 and len(written) <= 80
-    label = 1.5
-    large = (WIDTH - 0.7 - label) * min(1.0, max(0.35, len(read) / 45))
+    large = (WIDTH - 0.7 - MARGIN) * min(1.0, max(0.35, len(read) / 45))
     cell = large / len(read)
     tall = min(6.0, max(0.8, len(written) * (min(cell, 0.22) if names else cell)))
     below = min(1.1, 0.12 + 0.065 * max(map(len, read))) if names else 0.15
@@ -379,13 +379,13 @@ def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> 
         tiles = tiles[:-1]
     counts = [sum(i == j for j, _ in tiles) for i in range(len(looks))]
     across = max(4, min(max(counts), 8))
-    small = (WIDTH - 0.7 - label) / across - 0.1
+    small = (WIDTH - 0.7 - MARGIN) / across - 0.1
     small_tall = min(small * max(len(written) / len(read), 0.2), 1.6)
     lines = sum(-(-count // across) for count in counts)
 
     def alignment(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
-        axes = _shaded(figure, (left + label, bottom + height - tall, large, tall), looks[-1][1].mean(0))
+        axes = _shaded(figure, (left + MARGIN, bottom + height - tall, large, tall), looks[-1][1].mean(0))
         if names:
             axes.set_xticks(
                 range(len(read)), [plain(shown(x)) for x in read], rotation=90, fontsize=6.5, family="monospace"
@@ -397,8 +397,8 @@ def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> 
             if column == across or i != before:
                 column, under = 0, under - (small_tall + 0.2)
                 if i != before:
-                    _beside(figure, left + label - 0.1, under + small_tall / 2, layer.name)
-            axes = _shaded(figure, (left + label + column * (small + 0.1), under, small, small_tall), part_HTN[h])
+                    _name_layer(figure, left, under + small_tall / 2, layer)
+            axes = _shaded(figure, (left + MARGIN + column * (small + 0.1), under, small, small_tall), part_HTN[h])
             axes.set_title(f"head {h}, up to {percent(float(part_HTN[h].max()))}", fontsize=6.5, pad=2, color="0.3")
             column, before = column + 1, i
 
@@ -410,11 +410,11 @@ def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> 
 
 def _slots(layer: LayerXRay, heads: Sequence[int]) -> Panel:
     """The usage of each slot of a memory, by head."""
-    usage_HM, label = layer.usage_HM[list(heads)], 1.5
+    usage_HM = layer.usage_HM[list(heads)]
 
     def slots(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, width, height = box
-        axes = _axes(figure, (left + label, bottom + 0.2, width - label, height - 0.2))
+        axes = _axes(figure, (left + MARGIN, bottom + 0.2, width - MARGIN, height - 0.2))
         axes.imshow(usage_HM.numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
         axes.set(yticks=range(len(heads)), yticklabels=[f"head {h}" for h in heads])
         for side in axes.spines.values():
@@ -430,9 +430,9 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
     drawn = [layer for layer in ray.layers if chosen[layer.name]]
     summaries = [layer.summary() for layer in drawn]
     heads, layers = max(map(len, summaries)), len(summaries)
-    row, label = 0.2, 1.5
+    row = 0.2
     columns = 4 if heads <= 5 else 2 if heads <= 10 else 1
-    width = (WIDTH - 0.7 - label) / columns - 0.12
+    width = (WIDTH - 0.7 - MARGIN) / columns - 0.12
     lines = -(-len(READOUTS) // columns)
 
     def tables(figure: "Figure", box: tuple[float, float, float, float]) -> None:
@@ -443,7 +443,7 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
             for j, summary in enumerate(summaries):
                 for h in chosen[drawn[j].name]:
                     numbers[j, h] = summary[h][name]
-            axes = _axes(figure, (left + label + i % columns * (width + 0.12), under, width, layers * row))
+            axes = _axes(figure, (left + MARGIN + i % columns * (width + 0.12), under, width, layers * row))
             low, top = np.nanmin(numbers), np.nanmax(numbers)
             scale = (numbers - min(low, 0.0)) / max(top - min(low, 0.0), 1e-12)
             axes.imshow(0.6 * scale, aspect="auto", cmap=_shades(), vmin=0, vmax=1)
@@ -454,7 +454,7 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
             axes.set_title(title, fontsize=8, pad=3)
             if i % columns == 0:
                 for j, layer in enumerate(drawn):
-                    _beside(figure, left + label - 0.1, under + (layers - j - 0.5) * row, layer.name)
+                    _name_layer(figure, left, under + (layers - j - 0.5) * row, layer)
 
     title = "the heads (across) of each layer: means over all its queries"
     return Panel(title, lines * (layers * row + 0.35), tables)
