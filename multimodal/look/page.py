@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from multimodal.look.lens import lens
 from multimodal.look.parameter_count import count_parameters
 from multimodal.look.posterior import NAMES, LayerXRay, counted, percent
 from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from multimodal.look.attention_xray import XRay, XRayField
@@ -390,7 +391,7 @@ def _neighbours(ray: "XRay") -> str:
         ids = list(dict.fromkeys(tokens.content.tolist()))[:12]
         table_VD = embed.weight.detach().cpu()
         found_NK, cosine_NK = neighbours(table_VD, ids, 5)
-        names = _pieces(tokenizer, [*ids, *found_NK.flatten().tolist()])
+        names = _token_texts(tokenizer, [*ids, *found_NK.flatten().tolist()])
         for i, (near, cosines) in enumerate(zip(found_NK.tolist(), cosine_NK.tolist(), strict=True)):
             said = "".join(_numbered(names[j], f"{c:.2f}") for j, c in zip(near, cosines, strict=True))
             out.append(f'<tr><td>{escape(names[ids[i]])}</td><td class="left">{said}</td></tr>')
@@ -402,9 +403,8 @@ def _neighbours(ray: "XRay") -> str:
     )
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    from multimodal.tokenizer import Tokens
-
+def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[int, str]:
+    """Each id with its text."""
     return {i: visible(tokenizer.decode(Tokens(torch.tensor([i]), tokenizer.places(1)))) for i in ids}
 
 
