@@ -144,6 +144,7 @@ class XRay:
         the `most` sharpest others, whose asked queries have the smallest effective number of keys."""
         every = [(layer, h) for layer in self.layers for h in range(layer.heads)]
         if len(every) > most:
+            # the task's head reads the output of the last block, so all heads of it are shown
             last = _block(self.layers[-1])
             effective = {layer.name: layer.effective_HT[:, self.asked(layer)].mean(1).tolist() for layer in self.layers}
             others = [(layer, h) for layer, h in every if _block(layer) != last]
@@ -307,6 +308,7 @@ def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]
 
 
 def _layer(seen: Seen, name: str, query_T: Tensor, key_M: Tensor | None) -> LayerXRay:
+    # float64, so that differences of nearly equal reads have digits
     def alone(x: Tensor) -> Tensor:
         return x[0].detach().double().cpu()
 

@@ -84,6 +84,7 @@ class Evidence:
             numbers.append(_numbers(ray))
             names, heads = tuple(layer.name for layer in ray.layers), tuple(layer.heads for layer in ray.layers)
         all_BN = torch.stack(numbers)
+        # mean and deviation come from other samples than the distances, since p would be too small for those that were fitted
         first_BN, second_BN = all_BN[::2], all_BN[1::2]
         mean_N, deviation_N = first_BN.mean(0), first_BN.std(0).clamp(min=1e-6)
         distance_B = ((second_BN - mean_N) / deviation_N).square().mean(1).sqrt()
@@ -104,6 +105,7 @@ class Evidence:
         z_N = (new_N - self.mean_N) / self.deviation_N
         below_N = (self.known_BN < new_N).double().mean(0)
         distance = float(z_N.square().mean().sqrt())
+        # the input itself counts among the held-out samples, which makes p exact and never 0
         at_least = int((self.distance_B >= distance).sum())
         return Novelty(
             dict(zip(self.layers, z_N.split(list(self.heads)), strict=True)),

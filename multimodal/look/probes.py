@@ -82,6 +82,7 @@ def probe(
     most = int(torch.bincount(target_N[~test_N]).argmax())
     chance = None
     if control is not None:
+        # one label for each type, drawn from the rows so that frequent labels stay frequent
         types = list(dict.fromkeys(control))
         drawn_N = target_N[torch.randint(count, (len(types),), generator=generator)]
         number = {kind: i for i, kind in enumerate(types)}
@@ -105,6 +106,7 @@ def fit_linear(
 
     Decay applies to the weights for standardised states; the weights returned are for the states as given.
     """
+    # decay then weighs all dimensions alike, and L-BFGS converges in few steps
     mean_D, spread_D = state_ND.mean(0), state_ND.std(0, correction=0).clamp(min=1e-6)
     x_ND = (state_ND - mean_D) / spread_D
     weight_VD = torch.zeros(classes, state_ND.shape[1], requires_grad=True)

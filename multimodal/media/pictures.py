@@ -255,6 +255,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     kind, raw = image.format, raw_mode(image)
     tags = getattr(image, "tag_v2", {})
     _check_pixels(image.width, image.height, max_pixels, who, name)
+    # a tile is decoded whole, however small the picture is that it belongs to
     _check_pixels(
         tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), max(4 * max_pixels, 2**20), who, f"a tile of {name}"
     )
@@ -270,6 +271,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
             f"{who}: {name} has 16 bits a channel; of {kind} files with colours 8 are read", key=f"8 of 16 bits {kind}"
         )
     image = upright(image)
+    # decoding may have changed the size, as of icons
     _check_pixels(image.width, image.height, max_pixels, who, name)
     return _floats(image, kind, raw, tags, max_pixels, who)
 

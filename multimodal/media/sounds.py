@@ -157,6 +157,7 @@ def _one_channel(sound: _Sound, rate: int, max_seconds: float, who: str) -> Iter
         if wave_CS.numel() == 0:
             continue
         came += wave_CS.shape[1]
+        # headers may lie, so the length is checked again while samples come
         _check_length(sound, came, rate, max_seconds, who)
         flat = (wave_CS if wave_CS.is_contiguous() else wave_CS.T).reshape(-1)  # in the order of memory, without a copy
         _check_range(flat, sound.name, who)
@@ -179,6 +180,7 @@ def _check_range(wave: Tensor, name: str, who: str) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise MediaError(f"{who}: {name} has samples that are not finite (NaN or infinity)")
     peak = max(-low, high)
+    # floats that are all whole numbers were integers, which nobody has divided by their range
     if peak > LOUDEST or (peak > 1.5 and bool((wave == wave.round()).all())):
         raise MediaError(
             f"{who}: {name} runs from {low:g} to {high:g}, but floats are wanted in -1..1; whole numbers of 16 bits are divided "

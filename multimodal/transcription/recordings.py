@@ -401,6 +401,7 @@ class _GeneratedTranscript:
         except (StreamError, MediaError):  # too long for the rows, or letters that the CTC task does not have
             return None
         words = self.joiner.join(spoken, last=True)[0]
+        # the CTC task may spell words in another way, and times of other words would be wrong
         return words if [word.text for word in words] == text.split() else None
 
     def finish(self, seconds: float) -> Transcript:

@@ -97,6 +97,7 @@ class Listener:
             )
         self._wave_S = torch.cat([self._wave_S, wave_S.detach().float().cpu()])
         self._samples += len(wave_S)
+        # whole chunks only: a token of an unfinished chunk may still look at samples that are to come
         ready = self._samples // self.spec.unit - self.right  # tokens that no later sample changes
         self._feed(ready // self.chunk * self.chunk)
         self.decoder.settle()
@@ -142,6 +143,7 @@ class Listener:
     def _log_p(self, content: Tensor, position_TA: Tensor) -> Tensor:
         model, spec, count = self.model, self.spec, len(content)
         if self._fed + count > self._cache.capacity:
+            # doubling, so that copying costs a constant time a token
             larger = self._new_cache(max(2 * self._cache.capacity, self._fed + count))
             larger.copy(0, 0, of=self._cache)
             self._cache = larger

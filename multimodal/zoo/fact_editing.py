@@ -170,6 +170,7 @@ def edit_fact(
     row = int(reading.row_N[0])
     key_F = _keys(model, matrix, stream)[row]
     delta_D = _value_change(model, matrix, stream, task, row, target_N, steps, lr, decay, confident)
+    # C may be singular: few facts, many features
     c_FF = moment_FF.double()
     c_FF = c_FF + ridge * c_FF.diagonal().mean() * torch.eye(len(c_FF), dtype=torch.float64)
     solved_F = torch.linalg.solve(c_FF, key_F.double().cpu())
@@ -205,6 +206,7 @@ def _value_change(
 
     hook = matrix.register_forward_hook(add)
     training = model.training
+    # only the change of the output is learned, so no other gradient is needed
     frozen = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()

@@ -129,7 +129,7 @@ def fit(
     for step, latest in zip(range(steps + 1), objective.rounds(memory, x_BK), strict=False):
         bounds.append(latest.bound)
         cpu_s.append(time.process_time() - started)
-        if latest.bound != latest.bound:
+        if latest.bound != latest.bound:  # true of NaN alone
             raise ConfigError(f"fit: the bound is not a number after {step} steps; look for nan in the samples")
         if watch is not None:
             watch(step, latest)

@@ -80,6 +80,7 @@ class MeanField(Objective):
         while True:
             used_M = posterior_BM.sum(0)
             weights = torch.distributions.Dirichlet(self.concentration + used_M.double())
+            # expectations of logarithms take the place of the logarithms in an ordinary E-step
             alpha_M = weights.concentration
             parameters = self.parameters.absorb(x_BK, posterior_BM)
             expected_log_prior_M = alpha_M.digamma() - alpha_M.sum().digamma()
