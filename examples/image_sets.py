@@ -33,7 +33,7 @@ class Pictures:
         return {"image": image, "label": self.labels[index]}
 
     def some(self, count: int) -> "Pictures":
-        """So many samples, one of each class in turn: those of a folder come class by class."""
+        """The first `count` samples, one of each class in turn; a folder lists its classes one after the other."""
         by_class: dict[str, list[int]] = {}
         for i, label in enumerate(self.labels):
             by_class.setdefault(label, []).append(i)

@@ -14,7 +14,7 @@ import multimodal as mm
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.masks import PREFIX_LM, Chunked, SameSample, Window
 from multimodal.shapes import CheckpointError, ConfigError, StreamError
-from multimodal.transcription import Beam, Greedy, Lexicon, ModelPrior, NGram, align
+from multimodal.transcription import Beam, GreedyCTC, Lexicon, ModelLM, NGramLM, align
 from multimodal_tokenizers import TextBPE, TextBytes
 
 
@@ -38,8 +38,8 @@ def rows(count: int, classes: int, seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def ngram() -> NGram:
-    return NGram.train([[0, 1, 2], [0, 1], [1, 0, 2, 2], [2]], order=3, vocab=3)
+def ngram() -> NGramLM:
+    return NGramLM.train([[0, 1, 2], [0, 1], [1, 0, 2, 2], [2]], order=3, vocab=3)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def test_greedy_is_the_likeliest_path(seed: int):
         itertools.product(range(4), repeat=6),
         key=lambda path: sum(float(log_p_NV[n, symbol]) for n, symbol in enumerate(path)),
     )
-    assert Greedy()(log_p_NV) == list(collapsed(path, 3))
+    assert GreedyCTC()(log_p_NV) == list(collapsed(path, 3))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -86,14 +86,14 @@ def test_a_wide_beam_has_every_text_with_its_probability(seed: int):
 
 def test_a_narrow_beam_differs_from_greedy_where_alignments_add_up():
     log_p_NV = torch.tensor([[0.4, 0.0, 0.6], [0.4, 0.0, 0.6]]).log()  # 'a' in three ways: 0.64, nothing: 0.36
-    assert Greedy()(log_p_NV) == []
+    assert GreedyCTC()(log_p_NV) == []
     assert Beam(width=3)(log_p_NV) == [0]
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("weight", "bonus"), [(0.8, 0.0), (1.5, 1.2)])
 @pytest.mark.parametrize("ends", [True, False])
-def test_shallow_fusion_is_brute_force(ngram: NGram, seed: int, weight: float, bonus: float, ends: bool):
+def test_shallow_fusion_is_brute_force(ngram: NGramLM, seed: int, weight: float, bonus: float, ends: bool):
     prior = ngram if ends else Endless()
     log_p_NV = rows(5, 4, seed)
     wanted = {text: nats + fused(text, prior, weight, bonus) for text, nats in every_text(log_p_NV).items()}
@@ -106,13 +106,13 @@ def test_shallow_fusion_is_brute_force(ngram: NGram, seed: int, weight: float, b
     assert search.commit(last=True) == list(max(wanted, key=lambda text: wanted[text]))
 
 
-def test_a_prior_is_asked_once_a_history():
+def test_a_language_model_is_called_once_for_each_history():
     prior = Endless()
     Beam(width=50, prior=prior, cutoff=math.inf)(rows(6, 4, 0))
     assert len(prior.asked) == len(set(prior.asked)) > 10
 
 
-@pytest.mark.parametrize("decoder", [Greedy(), Beam(width=8), Beam(width=8, prior=Endless(), weight=0.5)])
+@pytest.mark.parametrize("decoder", [GreedyCTC(), Beam(width=8), Beam(width=8, prior=Endless(), weight=0.5)])
 def test_pieces_read_as_the_whole(decoder):
     log_p_NV = rows(40, 4, 1)
     whole, parts = decoder.search(), decoder.search()
@@ -124,7 +124,7 @@ def test_pieces_read_as_the_whole(decoder):
     assert whole.commit(last=True) == parts.commit(last=True)
 
 
-def test_what_is_settled_stays():
+def test_settled_symbols_do_not_change():
     log_p_NV = rows(60, 4, 3) * 2
     search = Beam(width=6, cutoff=math.inf).search()
     before: list[int] = []
@@ -141,7 +141,7 @@ def test_what_is_settled_stays():
 
 def test_a_commit_goes_on_from_its_state():
     a, b, blank = (torch.eye(3)[i] * 20 for i in range(3))
-    for decoder in (Greedy(), Beam(width=4)):
+    for decoder in (GreedyCTC(), Beam(width=4)):
         search = decoder.search()
         search.push(torch.stack([a, a]).log_softmax(-1))
         assert search.commit() == [0]
@@ -201,17 +201,17 @@ def test_a_lexicon_needs_words(words):
 
 
 def test_witten_bell_by_hand():
-    ngram = NGram.train([[0, 1]], order=2, vocab=2)  # 0, 1, end once each; the start is followed by 0
+    ngram = NGramLM.train([[0, 1]], order=2, vocab=2)  # 0, 1, end once each; the start is followed by 0
     base = [(1 + 3 / 3) / 6] * 3
     assert ngram.log_p([]).exp().tolist() == pytest.approx([(1 + base[0]) / 2, base[1] / 2, base[2] / 2])
     assert ngram.log_p([0]).exp().tolist() == pytest.approx([base[0] / 2, (1 + base[1]) / 2, base[2] / 2])
-    ngram = NGram.train([[0, 0, 1, 2], [0]], order=1, vocab=4)  # 0 three times, end twice, 1 and 2 once: 4 kinds of 7
+    ngram = NGramLM.train([[0, 0, 1, 2], [0]], order=1, vocab=4)  # 0 three times, end twice, 1 and 2 once: 4 kinds of 7
     assert ngram.log_p([3]).exp().tolist() == pytest.approx([(n + 4 / 5) / 11 for n in (3, 1, 1, 0, 2)])
 
 
-def test_ngrams_are_probabilities_and_survive_json(ngram: NGram, tmp_path):
+def test_ngrams_are_probabilities_and_survive_json(ngram: NGramLM, tmp_path):
     ngram.save(tmp_path / "prior.json")
-    again = NGram.load(tmp_path / "prior.json")
+    again = NGramLM.load(tmp_path / "prior.json")
     for length in range(4):
         for history in itertools.product(range(3), repeat=length):
             assert float(ngram.log_p(history).exp().sum()) == pytest.approx(1)
@@ -219,9 +219,9 @@ def test_ngrams_are_probabilities_and_survive_json(ngram: NGram, tmp_path):
             assert torch.equal(ngram.log_p(history), ngram.log_p(history[-2:]) if length > 1 else ngram.log_p(history))
     assert not torch.equal(ngram.log_p([0]), ngram.log_p([1, 0]))  # the start of a text is a place of its own
     with pytest.raises(CheckpointError, match="not made by to_dict"):
-        NGram.from_dict({"order": 2})
+        NGramLM.from_dict({"order": 2})
     with pytest.raises(ConfigError, match=r"ids run from 0 to 5, outside 0\.\.2"):
-        NGram.train([[0, 5]], order=2, vocab=3)
+        NGramLM.train([[0, 5]], order=2, vocab=3)
 
 
 @pytest.fixture(scope="module", params=["one core", "two cores"])
@@ -236,8 +236,8 @@ def writer(request: pytest.FixtureRequest) -> mm.Model:
     return model.eval()
 
 
-def test_the_models_own_prior_is_its_loss(writer: mm.Model):
-    prior = ModelPrior(writer, "-> text")
+def test_the_models_own_language_model_is_its_loss(writer: mm.Model):
+    prior = ModelLM(writer, "-> text")
     for text in ("abcab", "abd", "xyz"):  # the second shares a part with the first, and is shorter
         ids = list(text.encode())
         nats = sum(float(prior.log_p(ids[:i])[symbol]) for i, symbol in enumerate([*ids, 256]))
@@ -247,24 +247,24 @@ def test_the_models_own_prior_is_its_loss(writer: mm.Model):
         assert nats == pytest.approx(wanted, abs=1e-3)
 
 
-def test_the_models_own_prior_jumps_between_histories(writer: mm.Model):
-    prior, fresh = ModelPrior(writer, "-> text"), ModelPrior(writer, "-> text", remembered=1)
+def test_the_models_own_language_model_jumps_between_histories(writer: mm.Model):
+    prior, fresh = ModelLM(writer, "-> text"), ModelLM(writer, "-> text", remembered=1)
     histories = [b"", b"abcdef", b"abx", b"ab", b"abcdeg", b"q", b""]
     for history in histories:
-        alone = ModelPrior(writer, "-> text").log_p(list(history))
+        alone = ModelLM(writer, "-> text").log_p(list(history))
         assert prior.log_p(list(history)).tolist() == pytest.approx(alone.tolist(), abs=1e-4)
         assert fresh.log_p(list(history)).tolist() == pytest.approx(alone.tolist(), abs=1e-4)
 
 
-def test_the_models_own_prior_forgets_what_is_far(writer: mm.Model):
-    prior = ModelPrior(writer, "-> text", context=6)
+def test_the_models_own_language_model_forgets_what_is_far(writer: mm.Model):
+    prior = ModelLM(writer, "-> text", context=6)
     assert torch.equal(prior.log_p(list(b"abcdefgh")), prior.log_p(list(b"defgh")))
     assert prior.log_p(list(b"abcdefghijklmnop")).shape == (257,)
 
 
-def test_the_models_own_prior_writes_from_nothing(writer: mm.Model):
+def test_the_models_own_language_model_writes_from_nothing(writer: mm.Model):
     with pytest.raises(ConfigError, match=r"'text -> answer:text' must write from nothing"):
-        ModelPrior(writer, "text -> answer:text")
+        ModelLM(writer, "text -> answer:text")
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -267,7 +267,7 @@ def test_fault_40_look_calls_a_token_by_the_name_that_its_tokenizer_gives(tmp_pa
 
     seen = xray(model, "row -> label", {"row": [1.0, 2.0, 3.0]})
     assert seen.fields["row"].labels == names
-    assert "row mean smoothness" in [name for layer in seen.layers for name, _ in seen.mattered(layer)]
+    assert "row mean smoothness" in [name for layer in seen.layers for name, _ in seen.influential_keys(layer)]
     seen.page(tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert "mean smoothness" in page

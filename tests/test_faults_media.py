@@ -181,7 +181,7 @@ def frames_of(kind: str) -> bytes:
 def test_fault_08_frames_after_the_first_are_announced(kind: str, caplog: pytest.LogCaptureFixture, tmp_path: Path):
     from multimodal.media import sources
 
-    sources.announced.clear()
+    sources.warned.clear()
     path = tmp_path / "moving.bin"
     path.write_bytes(frames_of(kind))
     with caplog.at_level(logging.WARNING, logger="multimodal"):
@@ -196,7 +196,7 @@ def test_fault_08_frames_after_the_first_are_announced(kind: str, caplog: pytest
 def test_fault_08a_an_icon_of_several_sizes_says_which_is_read(caplog: pytest.LogCaptureFixture):
     from multimodal.media import sources
 
-    sources.announced.clear()
+    sources.warned.clear()
     data = file_of(Image.new("RGB", (64, 64), "red"), "ICO", sizes=[(16, 16), (64, 64)])
     with caplog.at_level(logging.WARNING, logger="multimodal"):
         assert image(data).shape == (3, 64, 64)
@@ -489,14 +489,14 @@ def test_fault_14a_avif_is_read_and_files_of_other_kinds_are_called_by_their_nam
 def test_fault_14b_a_decoder_of_a_video_gives_its_first_frame_and_says_so(caplog: pytest.LogCaptureFixture):
     from multimodal.media import sources
 
-    sources.announced.clear()
+    sources.warned.clear()
     frames = torch.from_numpy(RANDOM.integers(0, 256, (5, 3, 8, 12), dtype=np.uint8))
-    facts = types.SimpleNamespace(width=12, height=8, num_frames=5)
-    video = types.SimpleNamespace(metadata=facts, get_frame_at=lambda i: types.SimpleNamespace(data=frames[i]))
+    metadata = types.SimpleNamespace(width=12, height=8, num_frames=5)
+    video = types.SimpleNamespace(metadata=metadata, get_frame_at=lambda i: types.SimpleNamespace(data=frames[i]))
     with caplog.at_level(logging.WARNING, logger="multimodal"):
         np.testing.assert_array_equal(image(video), frames[0] / 255)
     assert "a video of 5 frames; only the first is read" in caplog.text
-    facts.width = 10**5
+    metadata.width = 10**5
     with pytest.raises(MediaError, match="is 8x100000 pixels"):
         image(video, max_pixels=1000)
     with pytest.raises(MediaError, match="a decoder of a video is no sound"):

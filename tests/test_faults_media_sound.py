@@ -60,14 +60,14 @@ def test_fault_09_floats_in_the_range_of_whole_numbers_are_refused(wave: np.ndar
         AudioFrames()((RANDOM.uniform(-20_000, 20_000, 9999), RATE))
 
 
-def test_fault_09a_samples_and_channels_are_told_apart_or_refused(wave: np.ndarray):
+def test_fault_09a_samples_and_channels_are_distinguished_or_refused(wave: np.ndarray):
     stereo = np.stack([wave, wave[::-1]])
     for array in (stereo, stereo.T, torch.from_numpy(stereo), torch.from_numpy(stereo.T.copy())):
         np.testing.assert_allclose(sound((array, RATE)), stereo.mean(0), atol=1e-7)
         np.testing.assert_allclose(sound({"array": array, "sampling_rate": RATE}), stereo.mean(0), atol=1e-7)
     for shape in ((12, 2), (2, 12), (16, 16)):
         with pytest.raises(
-            MediaError, match=r"which of its axes are channels cannot be told.* average the channels first"
+            MediaError, match=r"which of its axes are channels is ambiguous.* average the channels first"
         ):
             sound((np.zeros(shape, np.float32), RATE))
     assert sound((np.zeros((1, 12)), RATE)).shape == sound((np.zeros((12, 1)), RATE)).shape == (12,)
@@ -85,16 +85,16 @@ def test_fault_09b_shards_write_samples_by_channels_as_they_are_meant(wave: np.n
         assert rate == RATE
         np.testing.assert_array_equal(written, stereo.T)
         np.testing.assert_allclose(sound(decoded(extension, data, "x.wav")), stereo.mean(0) / 32768, atol=1e-4)
-    with pytest.raises(MediaError, match="cannot be told"):
+    with pytest.raises(MediaError, match="is ambiguous"):
         encoded((np.zeros((12, 2), np.int16), RATE))
 
 
 def test_fault_09c_channels_that_cancel_are_announced(
     wave: np.ndarray, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ):
-    from multimodal.media import say_once
+    from multimodal.media.sources import warned
 
-    say_once.cache_clear()
+    warned.clear()
     path = tmp_path / "turned.wav"
     path.write_bytes(sound_file(np.stack([wave, -0.98 * wave], 1)))
     with caplog.at_level(logging.WARNING, logger="multimodal"):
@@ -352,10 +352,10 @@ def test_fault_14d_what_a_file_is_instead_of_a_sound():
 def fake_decoder(wave: np.ndarray, rate: int = RATE, seconds: float | None = None) -> types.SimpleNamespace:
     """What torchcodec's AudioDecoder offers, as the data sets of Hugging Face hand it out."""
     samples = types.SimpleNamespace(data=torch.from_numpy(wave[None] if wave.ndim == 1 else wave), sample_rate=rate)
-    facts = types.SimpleNamespace(
+    metadata = types.SimpleNamespace(
         sample_rate=rate, num_channels=len(samples.data), duration_seconds_from_header=seconds
     )
-    return types.SimpleNamespace(metadata=facts, get_all_samples=lambda: samples)
+    return types.SimpleNamespace(metadata=metadata, get_all_samples=lambda: samples)
 
 
 def test_fault_14e_decoders_of_data_sets_are_sounds(wave: np.ndarray):

@@ -106,7 +106,7 @@ def test_fault_17b_a_rule_of_ones_own_that_beams_would_not_heed_is_named(model: 
 
 def test_fault_17c_an_overlap_that_no_window_has_is_refused(model: mm.Model) -> None:
     with pytest.raises(
-        mm.ConfigError, match=r"reads pieces that end at quiet places and share nothing; leave overlap_s=1\.0 out"
+        mm.ConfigError, match=r"reads windows that end at quiet places and share nothing; leave overlap_s=1\.0 out"
     ):
         transcribe(model, "sound -> text", [(torch.zeros(8000), 8000)], overlap_s=1.0)
 

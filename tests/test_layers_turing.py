@@ -11,10 +11,11 @@ import multimodal as mm
 from multimodal.attention import Layout, Span
 from multimodal.core import Core
 from multimodal.heads.each_row import EachRow
-from multimodal.layers import Context, Replace, SelfAttention, TuringMachine
+from multimodal.layers import Context, Replace, SelfAttention
 from multimodal.masks import Places
 from multimodal.shapes import ConfigError
 from multimodal.task import Task
+from multimodal.zoo import TuringMachine
 from multimodal_tokenizers import TextBytes
 
 SMALL = TuringMachine(slots=7, slot_width=4, hidden=6, shifts=3, out=5, merge=Replace())
@@ -35,7 +36,7 @@ def body_of(layer: TuringMachine):
 
 
 def layout_of(lengths: list[int], first: list[int] | None = None) -> Layout:
-    """Samples of these lengths that are read in order; of each, so many tokens were there before."""
+    """Samples of these lengths that are read in order; first: tokens of each that were read before."""
     sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     order = torch.cat(
         [torch.arange(start, start + n) for start, n in zip(first or [0] * len(lengths), lengths, strict=True)]
@@ -140,7 +141,7 @@ def test_a_sample_in_a_pack_is_the_sample_alone():
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
 
 
-def test_decoding_with_its_state_kept_is_reading_all_again():
+def test_decoding_with_a_cached_state_equals_a_full_pass():
     model = stirred(model_of(8))
     samples = [{"text": "abcabc"}, {"text": "b"}, {"text": "aab"}]
     written = model.generate("text -> copy", samples, max_tokens=6)

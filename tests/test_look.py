@@ -5,7 +5,7 @@ import torch
 
 import multimodal as mm
 from multimodal.attention import DensePlan
-from multimodal.look import looked_at
+from multimodal.look import attention_rollout
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
 TASK = "image text -> label"
@@ -35,7 +35,7 @@ SAMPLE = {"image": np.random.default_rng(0).random((4, 6), dtype=np.float32), "t
 
 def test_one_layer_is_the_answers_own_attention():
     model = make(depth=1)
-    shares = looked_at(model, TASK, SAMPLE)
+    shares = attention_rollout(model, TASK, SAMPLE)
     with torch.inference_mode():
         model(model.pack(TASK, [SAMPLE], answers=False), backend=Spy)
     q, k, scale = Spy.seen
@@ -47,6 +47,6 @@ def test_one_layer_is_the_answers_own_attention():
 
 def test_shares_cover_the_fields_that_are_there_and_sum_to_one():
     for sample, sizes in ((SAMPLE, {"image": 6, "text": 3}), ({**SAMPLE, "image": None}, {"text": 3})):
-        shares = looked_at(make(depth=3), TASK, sample)
+        shares = attention_rollout(make(depth=3), TASK, sample)
         assert {name: len(share) for name, share in shares.items()} == sizes
         assert abs(sum(float(share.sum()) for share in shares.values()) - 1) < 1e-5

@@ -1,4 +1,4 @@
-"""Words, sparse autoencoders, roles and edits of facts: against brute force, planted truth and formulas."""
+"""Embeddings, analogies, sparse autoencoders, parameter counts and ROME: against brute force, planted truth and formulas."""
 
 import math
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import multimodal as mm
 from multimodal.attention import Attention
-from multimodal.look.embeddings import analogy, angles, near_orthogonal, neighbour_table, neighbours, welch_bound
-from multimodal.look.parameter_count import roles, value_map, value_maps
+from multimodal.look.embeddings import angles, near_orthogonal, neighbour_table, neighbours, welch_bound
+from multimodal.look.parameter_count import count_parameters, value_map, value_maps
+from multimodal.zoo.analogies import analogy
 from multimodal.zoo.fact_editing import edit_fact, localise, mean_ablated, parts, right_answers, second_moment
 from multimodal.zoo.sparse_autoencoder import SparseAutoencoder, recovered
 from multimodal_tokenizers import Labels, TextBytes
@@ -87,24 +88,24 @@ def test_roles_count_every_parameter_once():
     )
     for core in (mm.Core.tiny(), two, mm.Core(width=32, depth=2, heads=2, block=many)):
         model = mm.Model(tokenizers, core, ["text -> label", "text -> text"])
-        assert roles(model).total == sum(p.numel() for p in model.parameters())
-        declared = roles(core, vocab=10)
+        assert count_parameters(model).total == sum(p.numel() for p in model.parameters())
+        declared = count_parameters(core, vocab=10)
         assert declared.total - declared.counts["embedding"] - declared.counts["heads"] == core.parameters
         assert declared.counts["embedding"] == declared.counts["heads"] == 10 * core.width
-    counts = roles(mm.Core(width=32, depth=2, heads=4, kv_heads=2)).counts
+    counts = count_parameters(mm.Core(width=32, depth=2, heads=4, kv_heads=2)).counts
     assert counts["attention query"] == counts["attention output"] == 2 * 32 * 32
     assert counts["attention key"] == counts["attention value"] == 2 * 32 * 16
-    assert "attention score and prior" in roles(mm.Core(width=32, depth=2, heads=2, block=many)).counts
+    assert "attention score and prior" in count_parameters(mm.Core(width=32, depth=2, heads=2, block=many)).counts
 
 
 def test_gpt_3_is_counted_without_its_weights():
     core = mm.Core(width=12_288, depth=96, heads=96)
-    table = roles(core, vocab=50_257)
+    table = count_parameters(core, vocab=50_257)
     assert table.attention == 57_982_058_496
     assert table.counts["MLP"] == 115_964_116_992
     assert table.counts["embedding"] + table.counts["heads"] == 1_235_116_032
     assert table.total - table.counts["norms"] == 175_181_291_520
-    assert roles(core, vocab=50_257, tied=True).total == table.total - 617_558_016
+    assert count_parameters(core, vocab=50_257, tied=True).total == table.total - 617_558_016
     assert value_maps(core) == (150_994_944, 1_572_864)
     assert "66.20%" in str(table)
 
@@ -157,11 +158,11 @@ def test_a_mean_ablated_part_adds_the_same_everywhere(knowing):
         model(model.pack(TASK, data))
     hook.remove()
     with mean_ablated(model, ["block 2 attention"], TASK, data), model.resting():
-        kept: list[torch.Tensor] = []
-        hook = body.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        recorded: list[torch.Tensor] = []
+        hook = body.register_forward_hook(lambda module, inputs, output: recorded.append(output))
         model(model.pack(TASK, data[:3]))
         hook.remove()
-    torch.testing.assert_close(kept[0], outputs[0].mean(0).expand(9, -1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(recorded[0], outputs[0].mean(0).expand(9, -1), atol=1e-5, rtol=1e-4)
     shares = localise(model, TASK, data)
     assert shares["whole"] == 1.0
     assert min(shares.values()) < 0.8

@@ -127,7 +127,7 @@ def test_a_probe_reads_what_is_there_and_its_control_only_types():
     right = [a == b for a, b in zip(found.predict(state_ND), labels, strict=True)]
     assert abs(np.mean(right) - found.accuracy) < 0.1
     types = [f"{label}" for label in labels]
-    assert probe(state_ND, labels, control=types, seed=1).control > 0.6  # three types that can be told apart by a line
+    assert probe(state_ND, labels, control=types, seed=1).control > 0.6  # a line separates three types
 
 
 def test_groups_stay_on_one_side():

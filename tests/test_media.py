@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from multimodal.media import read_image, read_sound, say_once
+from multimodal.media import read_image, read_sound
+from multimodal.media.sources import warned
 from multimodal.shapes import MediaError
 from multimodal_tokenizers import AudioFrames
 
@@ -437,8 +438,8 @@ def test_resampling_keeps_a_sine(rate: int) -> None:
     np.testing.assert_allclose(got[500:-500], wanted[500:-500], atol=0.01)
 
 
-def test_resampling_is_said_once(wave: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+def test_resampling_is_logged_once(wave: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    warned.clear()
     with caplog.at_level(logging.WARNING, logger="multimodal"):
         for _ in range(2):
             sound((wave, 8000))

@@ -198,7 +198,7 @@ def test_every_objective_climbs_and_only_the_objective_changes(make):
 @KINDS
 def test_unconstrained_parameters_are_the_same_mixture(make):
     memory, x_BK = make()
-    again = memory.bind(memory.free())
+    again = memory.constrained(memory.unconstrained())
     assert (again.log_joint(x_BK) - memory.log_joint(x_BK)).abs().max() < 1e-10
 
 

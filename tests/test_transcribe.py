@@ -25,22 +25,22 @@ from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.transcription import (
     Beam,
     Decoder,
-    Greedy,
+    GreedyCTC,
     Lexicon,
     Listener,
-    NGram,
+    NGramLM,
     Transcript,
     Word,
     align,
     error_rates,
-    hearing_tasks,
+    formatted,
     transcribe,
+    transcription_tasks,
     transcripts,
-    written,
 )
-from multimodal.transcription import reader as reader_module
-from multimodal.transcription.reader import Reader
-from multimodal.transcription.sound import at_quiet_places, overlapping
+from multimodal.transcription import alignment as alignment_module
+from multimodal.transcription.alignment import WordDecoder
+from multimodal.transcription.recordings import overlapping_windows, windows_between_pauses
 from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
 
 soundfile = pytest.importorskip("soundfile")
@@ -98,12 +98,12 @@ def ear() -> mm.Model:
 
 @dataclass(frozen=True)
 class Spy(Decoder):
-    """Greedy, and keeps the rows that were pushed."""
+    """GreedyCTC, and keeps the rows that were pushed."""
 
     rows: list[Tensor] = field(default_factory=list)
 
     def search(self):
-        inner, rows = Greedy().search(), self.rows
+        inner, rows = GreedyCTC().search(), self.rows
 
         class Search(type(inner)):
             def push(self, log_p_NV: Tensor) -> None:
@@ -151,7 +151,7 @@ def test_long_sounds_lose_and_double_no_word(ear: mm.Model):
         assert transcript.complete
 
 
-def test_words_have_the_times_at_which_they_were_said(ear: mm.Model):
+def test_words_have_the_times_at_which_they_were_spoken(ear: mm.Model):
     text = text_of(40, 5)
     wave_S, label_S = said(text, 5)
     (transcript,) = transcribe(ear, TASK, [(wave_S, RATE)], window_s=4, overlap_s=1)
@@ -173,10 +173,10 @@ def test_fusion_and_words_choose_between_texts(ear: mm.Model):
     assert transcript.text != "ab ba ab"
     assert set(transcript.text.split()) <= set(other.words)
     assert transcript.text
-    prior = NGram.train([list(b"cd cd cd")] * 50, order=3, vocab=256)
+    prior = NGramLM.train([list(b"cd cd cd")] * 50, order=3, vocab=256)
     (swayed,) = transcribe(ear, TASK, [(wave_S, RATE)], decoder=Beam(prior=prior, weight=40.0, cutoff=math.inf))
     assert swayed.text != "ab ba ab"
-    helped = NGram.train([list(b"ab ba ab")], order=3, vocab=256)
+    helped = NGramLM.train([list(b"ab ba ab")], order=3, vocab=256)
     (helped_by,) = transcribe(ear, TASK, [(wave_S, RATE)], decoder=Beam(prior=helped))
     assert helped_by.text == "ab ba ab"
 
@@ -188,28 +188,28 @@ def test_passages_forget_rows_and_no_words(ear: mm.Model, monkeypatch: pytest.Mo
     held = []
 
     def read(decoder, passage: int = 10_000) -> list[Word]:
-        reader = Reader(decoder, TextBytes(), 0.04, passage)
+        reader = WordDecoder(decoder, TextBytes(), 0.04, passage)
         for part in torch.arange(len(log_p_NV)).split(7):
             reader.push(log_p_NV[part], time_N[part])
-            held.append(reader._held)
+            held.append(reader._stored)
         return reader.finish()
 
-    whole = [read(Greedy()), read(Beam(width=4))]
+    whole = [read(GreedyCTC()), read(Beam(width=4))]
     assert max(held) == len(log_p_NV)
     assert " ".join(word.text for word in whole[0]) == text
     held.clear()
-    for before, decoder in zip(whole, (Greedy(), Beam(width=4)), strict=True):
+    for before, decoder in zip(whole, (GreedyCTC(), Beam(width=4)), strict=True):
         after = read(decoder, 20)
         assert [w.text for w in after] == [w.text for w in before]
         assert [w.start_s for w in after] == pytest.approx([w.start_s for w in before], abs=0.041)
     assert max(held) < 60
-    monkeypatch.setattr(reader_module, "SURE", 2.0)  # never sure: passages end all the same
+    monkeypatch.setattr(alignment_module, "SURE", 2.0)  # never sure: passages end all the same
     held.clear()
-    assert [w.text for w in read(Greedy(), 5)] == [w.text for w in whole[0]]
+    assert [w.text for w in read(GreedyCTC(), 5)] == [w.text for w in whole[0]]
     assert max(held) < 20
 
 
-def test_three_hours_are_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_three_hours_are_never_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seconds = 3 * 3600
     with wave.open(str(tmp_path / "long.wav"), "wb") as file:
         file.setnchannels(1)
@@ -300,7 +300,7 @@ def test_files_bytes_and_waves_agree(ear: mm.Model, tmp_path: Path):
 def test_windows_and_pieces_lie_on_tokens():
     wave_S = torch.arange(1000.0)
     blocks = [(part, 1000) for part in wave_S.split(77)]
-    pieces = list(overlapping(iter(blocks), window=20, overlap=6, unit=10))
+    pieces = list(overlapping_windows(iter(blocks), window=20, overlap=6, unit=10))
     rows = []
     for piece in pieces:
         assert torch.equal(piece.wave_S, wave_S[piece.start : piece.start + len(piece.wave_S)])
@@ -309,8 +309,8 @@ def test_windows_and_pieces_lie_on_tokens():
         rows += list(range(piece.start // 10, piece.start // 10 + tokens))[piece.first : piece.stop]
     assert rows == list(range(100))
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert len(list(overlapping(iter([(wave_S[:200], 200)]), window=20, overlap=6, unit=10))) == 1
-    pieces = list(at_quiet_places(iter(blocks), window=20, search=5, unit=10))
+    assert len(list(overlapping_windows(iter([(wave_S[:200], 200)]), window=20, overlap=6, unit=10))) == 1
+    pieces = list(windows_between_pauses(iter(blocks), window=20, search=5, unit=10))
     assert torch.equal(torch.cat([piece.wave_S for piece in pieces]), wave_S)
     assert all(piece.start % 10 == 0 and len(piece.wave_S) <= 200 for piece in pieces)
 
@@ -318,7 +318,7 @@ def test_windows_and_pieces_lie_on_tokens():
 def test_pieces_end_where_it_is_quiet():
     wave_S = torch.randn(2000)
     wave_S[1750:1850] *= 0.001
-    first = next(at_quiet_places(iter([(wave_S, 2000)]), window=190, search=48, unit=10))
+    first = next(windows_between_pauses(iter([(wave_S, 2000)]), window=190, search=48, unit=10))
     assert 1750 < len(first.wave_S) < 1850
 
 
@@ -362,13 +362,13 @@ def test_calls_that_cannot_be_are_refused(ear: mm.Model, lively):
         ["image -> text", "sound image -> text", mm.Task("sound -> text", mm.NextToken())],
         image=ImagePatches(patch=4, channels=1),
     )
-    assert hearing_tasks(model) == [TASK]
+    assert transcription_tasks(model) == [TASK]
     with pytest.raises(TaskError, match="'image', which is no sound"):
         transcribe(model, "image -> text", [])
     with pytest.raises(TaskError, match="reads 2 fields; wanted one sound"):
         transcribe(model, "sound image -> text", [])
     with pytest.raises(ConfigError, match="takes no decoder"):
-        transcribe(model, TASK, [], decoder=Greedy())
+        transcribe(model, TASK, [], decoder=GreedyCTC())
     odd = a_model(mm.Core(width=8, depth=1, heads=1), lively, sound=Uneven())
     with pytest.raises(ConfigError, match=r"lasts 10\.5 samples"):
         transcribe(odd, TASK, [])
@@ -395,7 +395,7 @@ def test_a_task_that_writes_reads_pieces(lively, twin: bool):
     sounds = [(wave_S, RATE), (wave_S[:4000], RATE)]
     found = transcribe(model, "sound -> written:text", sounds, window_s=2.0, max_tokens=9, batch=3)
     assert [t.seconds for t in found] == [len(wave_S) / RATE, 0.5]
-    pieces = list(at_quiet_places(iter([(torch.from_numpy(wave_S), 0)]), window=50, search=12, unit=UNIT))
+    pieces = list(windows_between_pauses(iter([(torch.from_numpy(wave_S), 0)]), window=50, search=12, unit=UNIT))
     assert len(pieces) > 3
     words: list[Word] = []
     for piece in pieces:
@@ -410,7 +410,7 @@ def test_a_task_that_writes_reads_pieces(lively, twin: bool):
     assert found[0].words == tuple(words)
     assert found[0].text == " ".join(w.text for w in words)
     assert found[0].complete is False  # random weights seldom stop
-    assert written(found[0], "srt")
+    assert formatted(found[0], "srt")
 
 
 def test_written_words_take_the_times_of_ctc(ear: mm.Model, monkeypatch: pytest.MonkeyPatch):
@@ -441,7 +441,7 @@ STREAMS = {
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("pushed", [97, 1600, 20_000])
 def test_streamed_rows_are_those_of_the_whole(lively, monkeypatch: pytest.MonkeyPatch, name: str, pushed: int):
-    monkeypatch.setattr("multimodal.transcription.listen._CAPACITY", 16)  # so that the cache has to grow
+    monkeypatch.setattr("multimodal.transcription.streaming._CAPACITY", 16)  # so that the cache has to grow
     tokenizer, core = STREAMS[name]
     model = a_model(core, lively, sound=tokenizer)
     wave_S = torch.from_numpy(said(text_of(5, 1), 1)[0])[:20_000]
@@ -460,8 +460,8 @@ def test_streamed_rows_are_those_of_the_whole(lively, monkeypatch: pytest.Monkey
     assert listener.text == whole.text == " ".join(word.text for word in heard)
 
 
-@pytest.mark.parametrize(("decoder", "latest"), [(Greedy(), 1.0), (Beam(width=4), 4.0)])
-def test_words_come_while_they_are_said(ear: mm.Model, decoder, latest: float):
+@pytest.mark.parametrize(("decoder", "latest"), [(GreedyCTC(), 1.0), (Beam(width=4), 4.0)])
+def test_words_arrive_while_they_are_spoken(ear: mm.Model, decoder, latest: float):
     text = text_of(20, 31)
     wave_S = torch.from_numpy(said(text, 31)[0])
     listener = Listener(ear, TASK, decoder=decoder)
@@ -506,7 +506,7 @@ def test_models_that_cannot_listen_say_what_to_change(ear: mm.Model, lively):
     )
     refused(r"depends on all of it; .*normalise='fixed'", chunked, sound=frames(normalise="clip"))
     refused(r"writes after the whole sound; .* CTC\(\)", chunked, [mm.Task(TASK, mm.NextToken())])
-    refused(r"a core that reads and writes apart", EncoderDecoder(reader=chunked, writer=plain))
+    refused(r"an EncoderDecoder has no cache of what it reads", EncoderDecoder(reader=chunked, writer=plain))
     for wrong in (torch.zeros(2, 5), torch.zeros(5, dtype=torch.int16), torch.tensor([float("nan")])):
         with pytest.raises(MediaError, match=r"wanted one channel .* at 8000 Hz"):
             Listener(ear, TASK).push(wrong)
@@ -584,9 +584,9 @@ def test_json_has_everything():
     assert data["text"] == TALK.text
     assert tuple(Word(**word) for word in data["words"]) == TALK.words
     assert (data["seconds"], data["complete"]) == (3730.0, True)
-    assert written(TALK, "text") == TALK.text + "\n"
+    assert formatted(TALK, "text") == TALK.text + "\n"
     with pytest.raises(ConfigError, match="no transcript format 'doc'; there are text, srt, vtt, json"):
-        written(TALK, "doc")
+        formatted(TALK, "doc")
 
 
 def test_error_rates_by_hand():

@@ -25,7 +25,7 @@ from multimodal.attention.mechanism import Mechanism
 from multimodal.heads import Prediction
 from multimodal.heads.pointer import Pointer
 from multimodal.layers import MLP, CrossAttention, PersistentMemory, Recurrent, SelfAttention
-from multimodal.look import Evidence, looked_at, usage, xray
+from multimodal.look import Evidence, attention_rollout, usage, xray
 from multimodal.look.answers import answer_line
 from multimodal.look.attention_xray import token_labels
 from multimodal.look.drawing import READOUTS, left_out, panels
@@ -237,7 +237,7 @@ def test_a_query_that_sees_one_key_has_no_leave_one_out():
     assert float(layer.change_HTM[:, 0, 1:].abs().max()) == 0
     assert torch.equal(layer.effective_HT[:, 0], torch.ones(2, dtype=torch.float64))
     others = layer.change_HTM[:, 1:, 0].square().sum(0).sqrt().mean()
-    assert dict(ray.mattered(layer))["start"] == pytest.approx(float(others))
+    assert dict(ray.influential_keys(layer))["start"] == pytest.approx(float(others))
 
 
 def test_a_query_that_sees_nothing_has_zeros():
@@ -247,10 +247,10 @@ def test_a_query_that_sees_nothing_has_zeros():
     assert bool((layer.evidence_HT == -math.inf).all())
 
 
-def test_one_layers_heat_is_what_the_answer_looked_at():
+def test_one_layers_heat_is_its_attention_rollout():
     model = model_of(SMALL)
     ray = xray(model, CLASSIFY, SAMPLE)
-    shares = looked_at(model, CLASSIFY, SAMPLE)
+    shares = attention_rollout(model, CLASSIFY, SAMPLE)
     heats = {}
     for name in shares:
         heat_HN = ray.heat(ray.layers[0], name)
@@ -286,7 +286,7 @@ def test_keys_of_cross_attention_are_the_last_states():
         ray["block 1 cross"]
 
 
-def test_the_models_own_answer_is_the_one_that_is_looked_at():
+def test_the_xray_shows_the_models_own_answer():
     model = model_of(SMALL, WRITE)
     said = model.predict(WRITE, [{"text": "some"}])[0]
     own = xray(model, WRITE, {"text": "some"})
@@ -321,13 +321,13 @@ def pictures(count: int, seed: int, *, scale: float = 1.0) -> list[dict]:
     return [{"image": (scale * draw.random((4, 6))).astype(np.float32), "text": "why"} for _ in range(count)]
 
 
-def test_evidence_tells_the_unusual_from_the_usual_at_the_promised_rate():
+def test_evidence_finds_unusual_inputs_at_the_promised_rate():
     model = model_of(SMALL)
     known = Evidence.fit(model, CLASSIFY, pictures(120, 1), quiet=True)
     usual = [known.judge(xray(model, CLASSIFY, s), alpha=0.1) for s in pictures(60, 2)]
-    strange = [known.judge(xray(model, CLASSIFY, s), alpha=0.1) for s in pictures(10, 3, scale=0.05)]
-    assert sum(n.strange for n in usual) <= 12  # 6 expected; 13 or more happen once in 200 runs
-    assert all(n.strange for n in strange)
+    unusual = [known.judge(xray(model, CLASSIFY, s), alpha=0.1) for s in pictures(10, 3, scale=0.05)]
+    assert sum(n.unusual for n in usual) <= 12  # 6 expected; 13 or more happen once in 200 runs
+    assert all(n.unusual for n in unusual)
     assert np.mean([n.p for n in usual]) == pytest.approx(0.5, abs=0.12)  # p is uniform, which is what calibrated means
     first = [known.judge(xray(model, CLASSIFY, s)) for s in pictures(120, 1)[::2]]
     z = torch.stack([n.z["block 1 self"] for n in first])
@@ -336,8 +336,8 @@ def test_evidence_tells_the_unusual_from_the_usual_at_the_promised_rate():
     assert sorted(float(n.percentile["block 1 self"][0]) for n in first) == pytest.approx(np.arange(60) / 60)
     percentile = torch.stack([n.percentile["block 1 self"] for n in first])
     assert torch.equal(percentile[:, 1].argsort(), z[:, 1].argsort())
-    assert strange[0].p == pytest.approx(1 / 61)
-    assert "strange" in str(strange[0])
+    assert unusual[0].p == pytest.approx(1 / 61)
+    assert "unusual" in str(unusual[0])
 
 
 def test_length_alone_is_not_unusual():
@@ -561,7 +561,7 @@ def test_a_fact_of_a_model_that_points_can_be_edited():
         (np.zeros((3, 4, 4)), "a label"),
     ],
 )
-def test_what_was_answered_is_said_in_a_line(value, said):
+def test_an_answer_is_summarised_in_a_line(value, said):
     ray = xray_of("plain")[1]
     assert answer_line(replace(ray, prediction=Prediction(value, math.nan))) == f"→ {said}"
 

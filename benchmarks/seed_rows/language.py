@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal.attention import Attention, Layout, Span
-from multimodal.look.embeddings import analogy, angles, near_orthogonal, neighbours, welch_bound
+from multimodal.look.embeddings import angles, near_orthogonal, neighbours, welch_bound
 from multimodal.look.layers import states
-from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, roles, value_map, value_maps
+from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, count_parameters, value_map, value_maps
 from multimodal.look.probes import probe
 from multimodal.masks import Places
+from multimodal.zoo.analogies import analogy
 from multimodal_tokenizers import TextBPE
 
 __all__ = ["measure_features"]  # of a file of its own
@@ -293,7 +294,7 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
     """GPT-3's parameters from a declared core, and one head's values by one full matrix against value-down and value-up."""
     # its gated MLP of 8/3 D has the parameters of GPT-3's plain one of 4 D
     gpt3 = mm.Core(width=12_288, depth=96, heads=96)
-    table = roles(gpt3, vocab=50_257)
+    table = count_parameters(gpt3, vocab=50_257)
     full, down = value_maps(gpt3)
     words = table.counts[EMBEDDING] + table.counts[HEADS]
     found = {

@@ -1,4 +1,4 @@
-"""A memory that finds its number of components: free-form variational inference with a sparse prior on the weights.
+"""A memory that finds its number of components: mean-field variational inference with a sparse prior on the weights.
 
     uv run examples/attention/bayesian_mixture.py          about 0.5 CPU-minutes on one thread
     uv run examples/attention/bayesian_mixture.py --quick  a reduced form, seconds
@@ -103,7 +103,7 @@ def measure_dynamic(seed: int = 0, quick: bool = False, out: Path | None = None)
         "components kept of 400": float(len(found.alive())),
         "digit accuracy": right(memory),
         "kept by usage": right(by_usage),
-        "kept at random": float(np.mean([right(kept) for kept in by_chance])),
+        "kept at random": float(np.mean([right(memory) for memory in by_chance])),
         "largest fall of the ELBO": found.largest_fall,
         "test log-likelihood": memory.log_likelihood(test).double().mean().item(),
         "fit CPU-s": found.cpu_s[-1],

@@ -4,7 +4,7 @@
     uv run examples/attention/em_or_gradient.py --quick   a reduced form, seconds
 
 Target: the log-likelihood that EM has after 40 iterations, less 0.5 nat. Expected: EM reaches it in 15 to 21 steps (0.2 to 0.4
-CPU-s), the best of three rates of Adam in 33 to 35 (0.6 to 0.7), and Adam ends higher: its means are free, EM's stay
+CPU-s), the best of three rates of Adam in 33 to 35 (0.6 to 0.7), and Adam ends higher: its means are unconstrained, EM's stay
 0.002 off 0 and 1.
 """
 

@@ -35,17 +35,17 @@ BARS = {
 
 
 def trained(kind: str, x: Tensor, seed: int, cpu_s: float) -> tuple[nn.Module, BernoulliMixture, int]:
-    """Encoder, mixture and how many steps fitted into so many CPU-seconds."""
+    """Encoder, mixture and the number of steps within a budget of CPU-seconds."""
     torch.manual_seed(seed)  # of the encoder and of Gumbel's noise
     generator = torch.Generator().manual_seed(seed)
     start = BernoulliMixture.around(x, COMPONENTS, generator)
     encoder = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, COMPONENTS), nn.LogSoftmax(-1))
-    free = {name: value.clone().requires_grad_() for name, value in start.free().items()}
-    optimiser = torch.optim.Adam([*encoder.parameters(), *free.values()], lr=RATE)
+    parameters = {name: value.clone().requires_grad_() for name, value in start.unconstrained().items()}
+    optimiser = torch.optim.Adam([*encoder.parameters(), *parameters.values()], lr=RATE)
     baseline, steps, started = -200.0, 0, time.process_time()
     while (gone := (time.process_time() - started) / cpu_s) < 1:
         x_BK = x[torch.randint(len(x), (BATCH,), generator=generator)]
-        memory, log_q_BM = start.bind(free), encoder(x_BK)
+        memory, log_q_BM = start.constrained(parameters), encoder(x_BK)
         if kind == "enumeration":
             bound_B = enumerated_elbo(memory.log_joint(x_BK), log_q_BM)
         elif kind == "REINFORCE":
@@ -58,7 +58,7 @@ def trained(kind: str, x: Tensor, seed: int, cpu_s: float) -> tuple[nn.Module, B
         (-bound_B.mean()).backward()
         optimiser.step()
         steps += 1
-    return encoder, start.bind({name: value.detach() for name, value in free.items()}), steps
+    return encoder, start.constrained({name: value.detach() for name, value in parameters.items()}), steps
 
 
 def painted(memory: BernoulliMixture, weights_BM: Tensor, x_BK: Tensor) -> Tensor:

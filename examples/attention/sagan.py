@@ -70,7 +70,8 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
     train, test = (F.avg_pool2d(x[:, None] / 127.5 - 1, 2) for x in (pixels, test_pixels))
     judge = Judge(train, labels.long(), test, epochs=0 if quick else 4)
     makes, judges = generator(), discriminator()
-    kept = AveragedModel(makes, multi_avg_fn=get_ema_multi_avg_fn(0.995))  # the vectors of spectral norms are no means
+    # the vectors of spectral norms are buffers and are not averaged
+    averaged = AveragedModel(makes, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     fixed = torch.randn(count, NOISE)
     drawn = torch.randint(len(train), (count, SIDE * SIDE))
     numbers = {
@@ -84,12 +85,12 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
     start = time.process_time()
     alternate(
         Players(makes, judges, slow, fast), endless(train), lambda size: torch.randn(size, NOISE), steps,
-        after=lambda _: kept.update_parameters(makes), quiet=not sys.stdout.isatty(),
+        after=lambda _: averaged.update_parameters(makes), quiet=not sys.stdout.isatty(),
     )  # fmt: skip
     numbers["SAGAN CPU-s of training"] = time.process_time() - start
-    images, seen = made(kept.module, fixed), {}
+    images, seen = made(averaged.module, fixed), {}
     numbers |= judge.score("SAGAN", images)
-    for name, net, value in (("generator", kept.module, fixed[:64]), ("discriminator", judges, images[:64])):
+    for name, net, value in (("generator", averaged.module, fixed[:64]), ("discriminator", judges, images[:64])):
         attention = next(part for part in net.modules() if isinstance(part, MapAttention))
         attention.trace = Trace()
         with torch.no_grad():

@@ -30,7 +30,7 @@ def recurrent(
     read_by: tuple[mm.layers.Layer, ...] = (mm.layers.Recurrent(both_ways=True),),
     places: tuple[int, int, int] = (0, 0, 0),
 ) -> mm.EncoderDecoder:
-    """A GRU that reads both ways, and a writer of these layers; neither has (rotary) places unless told.
+    """A GRU that reads both ways, and a writer of these layers; neither has (rotary) places unless given.
 
     (START, Recurrent(), CrossAttention(..)) is RNNsearch (Bahdanau et al. 2015); (START, Recurrent()) with last=1 has nothing but
     the last state (Sutskever et al. 2014).

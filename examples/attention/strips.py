@@ -6,7 +6,7 @@
 Strips of 3 to 8 MNIST digits (test digits unseen), a GRU that reads both ways, a GRU that writes, and one cross-attention with the
 variant's score, prior or read. Each direction has a learned start of its own: all else that the writer knows of the strip is what
 it looks at ("none": the last state read). "align" is the share of written digits whose largest weight is on their own cell (chance
-1/8). Expected: string .8, align 1; but location, which is not told the length, aligns .88 forwards; it and
+1/8). Expected: string .8, align 1; but location, which does not know the length, aligns .88 forwards; it and
 local_m do not align backwards.
 """
 

@@ -201,14 +201,14 @@ def transcribe(
     max_tokens
         The longest text of one window, where it is written token by token.
     """
-    from multimodal.cli.transcripts import bar, choose_hearing_task, make_beam, places_for, put
+    from multimodal.cli.transcripts import bar, choose_transcription_task, make_beam, places_for, put
     from multimodal.shapes import ConfigError, MediaError
     from multimodal.transcription import FORMATS, transcripts
 
     if not files:
         raise ConfigError("transcribe: give one sound file or more behind the checkpoint")
     model = load(checkpoint, plugin, device)
-    chosen = choose_hearing_task(model, task)
+    chosen = choose_transcription_task(model, task)
     decoder = make_beam(model, chosen, beam, prior, words)
     places = places_for(files, out, FORMATS[form])
     failed = 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from multimodal.transcription import Beam, Transcript
 
 
-def choose_hearing_task(model: "Model", wanted: str | None) -> str:
+def choose_transcription_task(model: "Model", wanted: str | None) -> str:
     """The task that is named, or the only one that turns a sound into text.
 
     Raises:
@@ -20,11 +20,11 @@ def choose_hearing_task(model: "Model", wanted: str | None) -> str:
     """
     from multimodal.cli.arguments import choose_task
     from multimodal.shapes import TaskError
-    from multimodal.transcription import hearing_tasks
+    from multimodal.transcription import transcription_tasks
 
     if wanted is not None:
         return choose_task(model, wanted, ())
-    there = hearing_tasks(model)
+    there = transcription_tasks(model)
     if not there:
         raise TaskError(
             "this checkpoint transcribes nothing: no task reads one sound and writes text by CTC or NextToken; there are "
@@ -43,7 +43,7 @@ def make_beam(model: "Model", task: str, width: int, prior: float, words: Path |
     """
     from multimodal.heads import CTC
     from multimodal.shapes import ConfigError, MediaError
-    from multimodal.transcription import Beam, Lexicon, ModelPrior
+    from multimodal.transcription import Beam, Lexicon, ModelLM
 
     if not width and not prior and not words:
         return None
@@ -63,7 +63,7 @@ def make_beam(model: "Model", task: str, width: int, prior: float, words: Path |
         ]
         if not writing:
             raise ConfigError(f"--prior {prior:g}: this model has no task '-> {kind}' that says how likely a text is")
-        source = ModelPrior(model, writing[0])
+        source = ModelLM(model, writing[0])
     lexicon = None
     if words is not None:
         try:
@@ -99,9 +99,9 @@ def places_for(files: Sequence[Path], folder: Path | None, ending: str) -> list[
 def put(file: Path, transcript: "Transcript", form: str, place: Path | None, several: bool) -> None:
     """Write or print one transcript."""
     from multimodal.cli.showing import print_json, saved
-    from multimodal.transcription import written
+    from multimodal.transcription import formatted
 
-    text = written(transcript, form)
+    text = formatted(transcript, form)
     if place is not None:
         print(saved(place.suffix, text.encode("utf-8"), place.stem, place.parent))
     elif several and form == "json":

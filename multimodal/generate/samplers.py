@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from multimodal.declare import Declared
+from multimodal.generate.lexicon import Node, State, WordTree, id_tree
 from multimodal.shapes import ConfigError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer
 
@@ -297,21 +298,17 @@ class OneOf(Sampler):
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         out_BV = torch.full_like(logits_BV, NEVER)
         for row_V, new_V, so_far in zip(logits_BV, out_BV, written, strict=True):
-            after = _continuations(self.values, so_far.tokenizer).get(tuple(so_far.ids), ())
-            ids = [so_far.stop if i is None else i for i in after]
+            node: Node | None = _value_tree(self.values, so_far.tokenizer)
+            for token in so_far.ids:
+                node = node and node.children.get(token)
+            if node is None:  # it began with what is none of the values
+                continue
+            ids = [*node.children, *([so_far.stop] if node.whole else ())]
             new_V[ids] = row_V[ids]
         return out_BV
 
 
-@lru_cache(maxsize=64)
-def _continuations(values: tuple[str, ...], tokenizer: Tokenizer) -> dict[tuple[int, ...], set[int | None]]:
-    """For each beginning of one of the values, what may follow; None stands for the end."""
-    after: dict[tuple[int, ...], set[int | None]] = {}
-    for value in values:
-        ids = tokenizer(value, empty=True).content.tolist()
-        for i in range(len(ids) + 1):
-            after.setdefault(tuple(ids[:i]), set()).add(ids[i] if i < len(ids) else None)
-    return after
+_value_tree = lru_cache(maxsize=64)(id_tree)
 
 
 @dataclass(frozen=True)
@@ -333,34 +330,15 @@ class Only(Sampler):
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         out_BV = torch.full_like(logits_BV, NEVER)
         for row_V, new_V, so_far in zip(logits_BV, out_BV, written, strict=True):
-            ids = _next_ids(self.words, so_far)
+            tree = _word_tree(self.words, so_far.tokenizer)
+            state: State | None = tree.start
+            for token in so_far.ids:
+                state = state and tree.step(state, token)
+            if state is None:
+                continue
+            ids = [*tree.following(state), *([so_far.stop] if tree.word_ends(state) else ())]
             new_V[ids] = row_V[ids]
         return out_BV
 
 
-def _next_ids(words: tuple[str, ...], so_far: Written) -> list[int]:
-    """Ids that keep the answer a beginning of words of the list, by the two ways a word is encoded: first, and after a blank."""
-    first, later = _word_tries(words, so_far.tokenizer)
-    states: list[tuple[bool, tuple[int, ...]]] = [(True, ())]  # (is it the first word, ids of the unfinished word)
-    for token in so_far.ids:
-        moved = []
-        for is_first, part in states:
-            trie = first if is_first else later
-            if token in trie.get(part, ()):
-                moved.append((is_first, (*part, token)))
-            if None in trie.get(part, ()) and token in later[()]:
-                moved.append((False, (token,)))
-        states = moved
-    found: set[int] = set()
-    for is_first, part in states:
-        trie = first if is_first else later
-        after = trie.get(part, set())
-        found |= {i for i in after if i is not None}
-        if None in after:
-            found |= {so_far.stop} | {i for i in later[()] if i is not None}
-    return sorted(found)
-
-
-@lru_cache(maxsize=64)
-def _word_tries(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[dict, dict]:
-    return _continuations(words, tokenizer), _continuations(tuple(" " + word for word in words), tokenizer)
+_word_tree = lru_cache(maxsize=64)(WordTree)

@@ -12,6 +12,18 @@ from multimodal.shapes import StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
+def collapse(path_N: Tensor, blank: int, before: int | None = None) -> Tensor:
+    """The symbols that a path of classes writes: repeats are merged, then blanks removed (Graves et al. 2006, section 3.1).
+
+    before: the class of the row before the path's first, where the path is read in pieces.
+    """
+    changed_N = torch.ones_like(path_N, dtype=torch.bool)
+    changed_N[1:] = path_N[1:] != path_N[:-1]
+    if before is not None:
+        changed_N[:1] = path_N[:1] != before
+    return path_N[changed_N & (path_N != blank)]
+
+
 @dataclass(frozen=True)
 class CTC(Head):
     """Connectionist temporal classification (Graves et al. 2006): a symbol or a blank (class V) for every row of the context."""
@@ -49,8 +61,7 @@ class CTC(Head):
         answers = []
         for rows in logits.float().log_softmax(-1).split(list(lengths)):
             best, path = rows.max(-1)
-            ids = torch.unique_consecutive(path)
-            ids = ids[ids != blank].cpu()
+            ids = collapse(path, blank).cpu()
             value = tokenizer.decode(Tokens(ids, tokenizer.places(len(ids))))
             answers.append(Prediction(value, float(best.sum().exp())))
         return answers

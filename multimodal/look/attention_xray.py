@@ -1,4 +1,4 @@
-"""The X-ray: what every attention head did with one input, read off its posterior. Each number is an identity, not a heuristic.
+"""The X-ray: what every attention head did with one input, from its posterior. Each number is an identity, not a heuristic.
 
 sample --one pass--> Trace --> LayerXRay of every attention layer --> pictures (drawing.py), a page (page.py)
 """
@@ -25,8 +25,18 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
-class Field:
-    """One field of the sample as tokens: the rows they are, a name for each, and what people see of it."""
+class XRayField:
+    """The tokens of one field of the sample.
+
+    name: of the field.
+    kind: of the field.
+    row_N: the row of the stream that each token is.
+    labels: a short name for each token.
+    text: whether the kind is text.
+    written: whether the field is the answer.
+    picture_YXC: the field as a picture in 0..1, where its tokenizer makes one.
+    grid: rows and columns of the tokens in the picture.
+    """
 
     name: str
     kind: str
@@ -35,7 +45,7 @@ class Field:
     text: bool = False
     written: bool = False
     picture_YXC: Tensor | None = None
-    grid: tuple[int, int] = (1, 1)  # rows and columns of the tokens in the picture
+    grid: tuple[int, int] = (1, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,15 +58,21 @@ class Field:
 
 @dataclass(frozen=True)
 class XRay:
-    """All attention layers of one pass over one sample.
+    """All attention layers of one forward pass over one sample.
 
-    fields: what was read, then the start of what is written, then what is written; asked_N: the rows that the task's head reads.
+    task: the task that was answered.
+    fields: the fields in the order of their rows: those that are read, the start token, the answer.
+    asked_N: the rows of the stream that the task's head reads; their queries are the asked queries.
+    layers: every attention layer, in the order of the pass.
+    prediction: the model's answer.
+    model: the model.
+    sample: the fields that were read, and the answer's tokens.
     """
 
     STOP: ClassVar[str] = "[stop]"
 
     task: str
-    fields: dict[str, Field]
+    fields: dict[str, XRayField]
     asked_N: Tensor
     layers: tuple[LayerXRay, ...]
     prediction: Prediction
@@ -76,29 +92,29 @@ class XRay:
         raise ConfigError(f"XRay: there is no layer {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}")
 
     @property
-    def reads(self) -> list[Field]:
+    def reads(self) -> list[XRayField]:
         """The fields that were read."""
         return [f for f in self.fields.values() if not f.written and f.name != START]
 
     @property
-    def written(self) -> Field | None:
-        """What is written, if anything was."""
+    def written(self) -> XRayField | None:
+        """The answer's field; None of a head that answers at once."""
         return next((f for f in self.fields.values() if f.written), None)
 
     @property
     def written_labels(self) -> list[str]:
-        """What each row that the head reads says: the tokens written, then the stop; "answer" of a head that answers at once."""
+        """A label for each row that the head reads: the tokens written, then the stop; "answer" of a head that answers at once."""
         if self.written is None:
             return ["answer"] if len(self.asked_N) == 1 else [str(i) for i in range(len(self.asked_N))]
         return [*self.written.labels, self.STOP][: len(self.asked_N)]
 
     def asked(self, layer: LayerXRay) -> Tensor:
-        """Which queries of a layer are rows that the task's head reads; all where none is: those of a core that only reads."""
+        """Indices of a layer's asked queries: the rows that the task's head reads, or all queries in a core without such rows."""
         (index_N,) = torch.isin(layer.query_T, self.asked_N).nonzero(as_tuple=True)
         return index_N if len(index_N) else torch.arange(len(layer.query_T))
 
     def onto(self, layer: LayerXRay, name: str) -> Tensor | None:
-        """Responsibilities (H, T, N) of the asked queries for the tokens of a field; None: this layer cannot look at it."""
+        """Responsibilities (H, T, N) of the asked queries for the tokens of a field; None: no key of the layer is one of them."""
         if layer.key_M is None:
             return None
         row_N = self.fields[name].row_N
@@ -109,36 +125,37 @@ class XRay:
         return part @ where_NM.double().T
 
     def heat(self, layer: LayerXRay, name: str) -> Tensor | None:
-        """How much of each head's attention each token of a field got (H, N), averaged over the asked queries."""
+        """The share of each head's attention (H, N) on each token of a field, averaged over the asked queries."""
         part = self.onto(layer, name)
         return None if part is None else part.mean(1)
 
     def looking_at(self, name: str) -> Iterator[tuple[LayerXRay, Tensor]]:
-        """The layers that look at a field, with `heat`."""
+        """The layers that attend to a field, with `heat`."""
         for layer in self.layers:
             if (heat_HN := self.heat(layer, name)) is not None:
                 yield layer, heat_HN
 
     def even(self, layer: LayerXRay) -> float:
-        """The share that each key would have got of an asked query that spreads its attention evenly over all it may see."""
+        """The share of each key under uniform attention: the mean over asked queries of 1 / (keys they may see)."""
         count_HN = layer.seen_HTM[:, self.asked(layer)].sum(-1)
         return float(torch.where(count_HN > 0, 1 / count_HN.clamp(min=1), 0.0).mean())
 
     def chosen_heads(self, most: int = 16) -> dict[str, tuple[int, ...]]:
-        """The heads of each layer that a small picture shows: all where there are at most `most`, otherwise those of the last
-        block and so many others, the sharpest: those whose asked queries read the fewest keys."""
+        """The heads of each layer that a picture shows: all if there are at most `most`, otherwise those of the last block and
+        the `most` sharpest others, whose asked queries have the smallest effective number of keys."""
         every = [(layer, h) for layer in self.layers for h in range(layer.heads)]
         if len(every) > most:
+            # the task's head reads the output of the last block, so all heads of it are shown
             last = _block(self.layers[-1])
             effective = {layer.name: layer.effective_HT[:, self.asked(layer)].mean(1).tolist() for layer in self.layers}
             others = [(layer, h) for layer, h in every if _block(layer) != last]
             others.sort(key=lambda head: effective[head[0].name][head[1]])
-            kept = {(layer.name, h) for layer, h in others[:most]}
-            every = [(layer, h) for layer, h in every if _block(layer) == last or (layer.name, h) in kept]
+            sharpest = {(layer.name, h) for layer, h in others[:most]}
+            every = [(layer, h) for layer, h in every if _block(layer) == last or (layer.name, h) in sharpest]
         return {layer.name: tuple(h for other, h in every if other is layer) for layer in self.layers}
 
     def key_label(self, layer: LayerXRay, key: int) -> str:
-        """The name of one key: "text 'cat' (token 3)", counted from 0, 'image row 2, column 0', 'slot 7'."""
+        """The name of a key: "text 'cat' (token 3)", 'image row 2, column 0', 'slot 7'; all counted from 0."""
         if layer.key_M is None:
             return f"slot {key}"
         row = int(layer.key_M[key])
@@ -151,10 +168,10 @@ class XRay:
                 )
         return f"row {row}"
 
-    def mattered(self, layer: LayerXRay, most: int = 5) -> list[tuple[str, float]]:
-        """The keys without which a layer would have read most differently: |o_-j - o| over all heads, mean of the asked queries.
+    def influential_keys(self, layer: LayerXRay, most: int = 5) -> list[tuple[str, float]]:
+        """The keys whose removal changes a layer's read most, with the change |o_-j - o| over all heads: mean of asked queries.
 
-        A query that sees no other key has no such number, and is left out.
+        A query that sees no other key is excluded from the mean.
         """
         change_TM = layer.only(self.asked(layer)).change_HTM.square().sum(0).sqrt()
         mean_M = change_TM.nanmean(0).nan_to_num(0.0)
@@ -163,7 +180,7 @@ class XRay:
         return [(self.key_label(layer, j), change) for j, change in pairs if change > 0]
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a head: layer, head, and the means of its read-outs over all queries of the layer."""
+        """A row for each head: layer, head, and the means of its read-outs over all queries of the layer."""
         return [
             {"layer": layer.name, "head": h, **numbers}
             for layer in self.layers
@@ -171,11 +188,11 @@ class XRay:
         ]
 
     def __str__(self) -> str:
-        """The table of heads in lines."""
+        """The table of heads as text."""
         return self.lines(self.table())
 
     def lines(self, rows: list[dict[str, Any]]) -> str:
-        """Some rows of `table` as text, under a heading."""
+        """Rows of `table` as text, under a heading."""
         width = max(len(row["layer"]) for row in rows)
         columns = ("effective", "evidence", "prior", "score")
         lines = [f"{'layer':<{width}}  head  " + "  ".join(NAMES[name] for name in columns)]
@@ -185,33 +202,33 @@ class XRay:
         return "\n".join(lines)
 
     def draw(self, path: str | Path) -> None:
-        """One picture of the heads (of more than 16 those of `chosen_heads`): .png, .jpg, .pdf or .svg.
+        """Write one picture of the heads (of more than 16 those of `chosen_heads`): .png, .jpg, .pdf or .svg.
 
         Raises:
-            ConfigError: another ending, or a folder that is not there.
+            ConfigError: another suffix, or a folder that does not exist.
         """
         from multimodal.look.drawing import draw
 
-        _check_place("XRay.draw", path, (".png", ".jpg", ".pdf", ".svg"))
+        _check_path("XRay.draw", path, (".png", ".jpg", ".pdf", ".svg"))
         draw(self, path)
 
     def page(self, path: str | Path) -> None:
-        """One HTML file that holds everything, for any browser, without a network.
+        """Write one HTML file with everything, for any browser; it needs no network.
 
         Raises:
-            ConfigError: another ending than .html or .htm, or a folder that is not there.
+            ConfigError: another suffix than .html or .htm, or a folder that does not exist.
         """
         from multimodal.look.page import page
 
-        _check_place("XRay.page", path, (".html", ".htm"))
+        _check_path("XRay.page", path, (".html", ".htm"))
         put(Path(path), page(self).encode("utf-8", "replace"))
 
 
 def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = None) -> XRay:
-    """Look through every attention layer while the model answers one sample.
+    """Record every attention layer while the model answers one sample.
 
-    sample: the fields that the task reads; the one that it writes, which samples of a data set have too, is not looked at.
-    answer: of a task that writes, what is written: a value of that kind; the model's own answer unless given.
+    sample: the fields that the task reads; the field that it writes, which samples of a data set have too, is ignored.
+    answer: the answer of a task that writes, a value of that kind; the model's own answer unless given.
 
     Raises:
         TaskError: there is no such task, a field is missing, or the task has no such field. ConfigError: several samples; a model
@@ -224,24 +241,27 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         raise ConfigError(
             f"xray: task {task!r} is answered at once by {type(head).__name__}, which never sees an answer; leave answer= out"
         )
-    _check_sample(pattern, sample)
+    if isinstance(sample, (list, tuple)):
+        raise ConfigError("xray: give one sample, not a list of them")
+    pattern.check_sample(sample, answer=False)
     sample = {f.name: sample[f.name] for f in pattern.reads}
-    said = None
+    prediction = None
     if answer is not None:
         tokens = packer.encode(pattern.writes.kind, answer, "xray", pattern.answer)
-        said = Prediction(answer, math.nan, tokens=tokens)
+        prediction = Prediction(answer, math.nan, tokens=tokens)
     elif head.writes:
-        said = model.predict(task, [sample])[0]
-    if said is not None and said.tokens is not None and len(said.tokens):
-        sample[pattern.answer] = said.tokens
+        prediction = model.predict(task, [sample])[0]
+    if prediction is not None and prediction.tokens is not None and len(prediction.tokens):
+        sample[pattern.answer] = prediction.tokens
     trace = Trace()
+    # the dense backend has the whole table of weights, which fused kernels never write down
     with model.resting():
         stream = model.pack(task, [sample], answers=pattern.answer in sample)
         state_TD = model(stream, backend="dense", trace=trace)
-        if said is None:
+        if prediction is None:
             r, tokenizer = stream.readings[task], packer.tokenizers[pattern.writes.kind]
             logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths, **r.memory(state_TD))
-            said = head.answer(logits, r.lengths, tokenizer)[0]
+            prediction = head.answer(logits, r.lengths, tokenizer)[0]
     if not trace.seen:
         raise ConfigError(
             "xray: no layer of this model attends, so there is no posterior to look at; a core's block needs SelfAttention, "
@@ -249,16 +269,10 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         )
     fields = _fields(model, task, sample, stream)
     layers = _layers(model, trace, stream)
-    return XRay(task, fields, stream.readings[task].row_N.cpu(), layers, said, model, sample)
+    return XRay(task, fields, stream.readings[task].row_N.cpu(), layers, prediction, model, sample)
 
 
-def _check_sample(pattern: Pattern, sample: Mapping[str, Any]) -> None:
-    if isinstance(sample, (list, tuple)):
-        raise ConfigError("xray: give one sample, not a list of them")
-    pattern.check_sample(sample, answer=False)
-
-
-def _check_place(who: str, path: str | Path, endings: tuple[str, ...]) -> None:
+def _check_path(who: str, path: str | Path, endings: tuple[str, ...]) -> None:
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise ConfigError(
@@ -269,14 +283,14 @@ def _check_place(who: str, path: str | Path, endings: tuple[str, ...]) -> None:
 
 
 def _block(layer: LayerXRay) -> str:
-    """The block that a layer is of: 'writer block 2' of 'writer block 2 cross'."""
+    """The block of a layer: 'writer block 2' of 'writer block 2 cross'."""
     core, _, rest = layer.name.partition("block ")
     return f"{core}block {rest.split()[0]}"
 
 
 def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]:
-    """One for every record of the trace, with the rows that its queries and keys are."""
-    # reader and writer give their layers the same names, so modules are told apart by id
+    """A LayerXRay for every record of the trace, with the rows of the stream that its queries and keys are."""
+    # reader and writer give their layers the same names, so modules are identified by id
     core_of = {id(module): name for name, core in transformers(model).items() for module in core.modules()}
     total, read = stream.layout.spans[0].total, stream.layout.spans[0].read
     ranges = {"": range(total), "reader": range(read), "writer": range(read, total)}
@@ -285,6 +299,7 @@ def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]
         core = core_of[id(seen.mechanism)]
         queries = torch.tensor(ranges[core])
         count = seen.value_BMHK.shape[1]
+        # a writer's memory may be the last states of the reader only, so its keys are the last `count` rows that were read
         kind = seen.name.rsplit(" ", 1)[-1]
         keys = {"memory": None, "cross": torch.arange(read - count, read)}.get(kind, queries)
         title = f"{core} {seen.name}".strip()
@@ -294,6 +309,7 @@ def _layers(model: Model, trace: Trace, stream: Stream) -> tuple[LayerXRay, ...]
 
 
 def _layer(seen: Seen, name: str, query_T: Tensor, key_M: Tensor | None) -> LayerXRay:
+    # float64, so that differences of nearly equal reads have digits
     def alone(x: Tensor) -> Tensor:
         return x[0].detach().double().cpu()
 
@@ -313,11 +329,11 @@ def _layer(seen: Seen, name: str, query_T: Tensor, key_M: Tensor | None) -> Laye
     )
 
 
-def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) -> dict[str, Field]:
+def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) -> dict[str, XRayField]:
     """The sample's fields in the order of its rows."""
     packer = model.packer
     pattern, head = packer.patterns[task], packer.head(task)
-    fields: dict[str, Field] = {}
+    fields: dict[str, XRayField] = {}
     start = 0
     for f in pattern.reads:
         if sample[f.name] is not None:
@@ -326,7 +342,7 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
             start += len(tokens)
     if head.queries:
         rows = torch.arange(start, start + head.queries)
-        fields[START] = Field(START, START, rows, (START,) * head.queries)
+        fields[START] = XRayField(START, START, rows, (START,) * head.queries)
         start += head.queries
     if pattern.answer in sample and head.writes:
         kind, tokens = pattern.writes.kind, sample[pattern.answer]
@@ -340,18 +356,18 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
     return fields
 
 
-def _pointed(fields: Mapping[str, Field], rows: list[int]) -> tuple[str, ...]:
-    """What was pointed at, by the names that it has where it was read."""
+def _pointed(fields: Mapping[str, XRayField], rows: list[int]) -> tuple[str, ...]:
+    """The names of the rows that were pointed at, as the field that was read names them."""
     names = {row: label for f in fields.values() for row, label in zip(f.row_N.tolist(), f.labels, strict=True)}
     return tuple(names[row] for row in rows)
 
 
-def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> Field:
+def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> XRayField:
     tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
     picture_YXC = tokenizer.picture(tokens)
     rows = len(tokens.position_NA[:, 1].unique())
     whole = len(tokens) % rows == 0  # a written picture may stop in the middle of a row
-    return Field(
+    return XRayField(
         name,
         kind,
         torch.arange(start, start + len(tokens)),

@@ -1,4 +1,4 @@
-"""The logit lens (nostalgebraist 2020): what the head would say if the core ended after each layer."""
+"""The logit lens (nostalgebraist 2020): the head's prediction from the states of each layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +18,11 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True)
 class Lens:
-    """What the head says after each layer.
+    """The head's prediction from the states of each layer.
 
-    layers: their names; probability_LNV: of each class, by layer and row that the head reads; classes: their names.
+    layers: names of the layers.
+    probability_LNV: of each class, by layer and row that the head reads.
+    classes: names of the classes.
     """
 
     layers: tuple[str, ...]
@@ -29,7 +31,7 @@ class Lens:
 
     @property
     def entropy_LN(self) -> Tensor:
-        """Nats: how unsure the head is after each layer."""
+        """Entropy of the prediction in nats, by layer and row."""
         return torch.special.entr(self.probability_LNV).sum(-1)
 
     def best(self) -> list[list[str]]:
@@ -37,7 +39,7 @@ class Lens:
         return [[self.classes[i] for i in row] for row in self.probability_LNV.argmax(-1).tolist()]
 
     def draw(self, path: str | Path) -> None:
-        """A picture: layers upwards, rows to the right, the likeliest class in each cell, brighter where it is surer."""
+        """Write a picture: layers upwards, rows to the right; each cell names the likeliest class, brighter where it is surer."""
         from matplotlib.figure import Figure
 
         p_LN = self.probability_LNV.amax(-1)
@@ -59,10 +61,10 @@ class Lens:
 def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     """Apply the last norm and the head to every layer's states, at the rows that the head reads.
 
-    With the answer among the sample's fields a head that writes is read at each of its tokens, otherwise at the first only.
-    Where the classes are several at once, probabilities are each class's own. Layers whose states are not as wide as what the
-    core's end takes (its blocks widen the stream) are left out. A head that points chooses among the states of the same layer,
-    or, where it writes in a core of its own, among those that the other core ends with; its classes are what was read.
+    A head that writes is applied at each token of the answer if the sample has one, otherwise at the first row only. Of a kind
+    with several classes at once, each class has a probability of its own. Layers whose states have another width than the last
+    norm (blocks can widen the stream) are left out. A head that points chooses among the states of the same layer or, in an
+    EncoderDecoder, among the reader's last states; its classes are the tokens that were read.
 
     Raises:
         ConfigError: a head that writes features has no classes to look at.
@@ -85,8 +87,9 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
             state_TD = state_TD.to(model.device, core.norm.weight.dtype)
             if bool(state_TD[reading.row_N].isnan().all()):  # the head reads rows of the other core
                 continue
-            other_T = state_TD.isnan().all(-1)
+            other_T = state_TD.isnan().all(-1)  # rows of the other core, which have no state in this layer
             if core.narrow is not None:
+                # blocks whose layers concatenate widen the stream, and `narrow` takes the last width alone
                 if state_TD.shape[1] != core.narrow.in_features:
                     continue
                 state_TD = core.narrow(state_TD)
@@ -104,7 +107,7 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
 
 
 def _classes(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:
-    """The name of each class; those that stand for no value of the kind (the stop, the blank) have their number in brackets."""
+    """The name of each class; a class that is no value of the kind (the stop, the blank) is its number in brackets."""
     found = []
     for c in range(count):
         try:

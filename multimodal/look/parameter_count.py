@@ -1,4 +1,4 @@
-"""Where a model's parameters are: a table by role, exact, and for a declared core without building its weights."""
+"""Counts the parameters of a model by part, exactly; those of a declared core without allocating its weights."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,33 +25,37 @@ OTHERS = {"PersistentMemory": "persistent memory", "TemporalConv": "temporal con
 
 
 @dataclass(frozen=True)
-class Roles:
-    """Parameters by role. Printed, it is a table with shares."""
+class ParameterCount:
+    """Parameters by part, printed as a table with shares.
+
+    counts: the number of parameters of each part that has any.
+    """
 
     counts: dict[str, int]
 
     @property
     def total(self) -> int:
+        """The number of all parameters."""
         return sum(self.counts.values())
 
     @property
     def attention(self) -> int:
-        """All that is of attention's own."""
-        return sum(count for role, count in self.counts.items() if role.startswith("attention"))
+        """The parameters of all parts of attention."""
+        return sum(count for part, count in self.counts.items() if part.startswith("attention"))
 
     def __str__(self) -> str:
         width = max(map(len, self.counts), default=0) + 2
         lines = [
-            f"{role:<{width}}{count:>20,}{count / max(self.total, 1):>9.2%}" for role, count in self.counts.items()
+            f"{part:<{width}}{count:>20,}{count / max(self.total, 1):>9.2%}" for part, count in self.counts.items()
         ]
         return "\n".join([*lines, f"{'all':<{width}}{self.total:>20,}{1:>9.2%}"])
 
 
-def roles(model: Model | Core | EncoderDecoder, *, vocab: int = 0, tied: bool = False) -> Roles:
-    """Count parameters by role.
+def count_parameters(model: Model | Core | EncoderDecoder, *, vocab: int = 0, tied: bool = False) -> ParameterCount:
+    """Count parameters by part.
 
-    A `Core` is counted without making its weights, so that any size can be. A core alone has no embedding; `vocab` adds one of
-    that many rows, and a head of as many unless it is `tied` to the embedding.
+    The weights of a declared core are not allocated, so that a core of any size can be counted. A core alone has no embedding:
+    `vocab` adds one of `vocab` rows, and a head of `vocab` rows unless it is `tied` to the embedding.
     """
     counts: Counter[str] = Counter(dict.fromkeys((EMBEDDING, QUERY, KEY, VALUE, OUTPUT, SCORE, MLPS, NORMS, HEADS), 0))
     if isinstance(model, Model):
@@ -64,11 +68,11 @@ def roles(model: Model | Core | EncoderDecoder, *, vocab: int = 0, tied: bool = 
         counts[EMBEDDING] += vocab * model.width
         counts[HEADS] += 0 if tied else vocab * model.width
     _count(core, MLPS, counts)
-    return Roles({role: count for role, count in counts.items() if count})
+    return ParameterCount({part: count for part, count in counts.items() if count})
 
 
 def value_maps(core: Core) -> tuple[int, int]:
-    """Parameters of one head's map of values: of a full matrix from stream to stream, and of the factored one's value-down half.
+    """Parameters of one head's value map, as a full matrix and as the value-down factor that attention has.
 
     W_full = W_up W_down with rank at most K: D x D against K x D (Elhage et al. 2021 call the product the OV circuit).
     """
@@ -76,7 +80,7 @@ def value_maps(core: Core) -> tuple[int, int]:
 
 
 def value_map(attention: Attention, head: int) -> torch.Tensor:
-    """W_up W_down of one head: the whole linear map (D, D) from a token's norm to what its read adds to the stream."""
+    """W_up W_down of one head: the linear map (D, D) from a normalised token to what reading it adds to the stream."""
     _, width = _widths(attention)
     group = head * attention.kv_heads // attention.heads
     value_rows = attention.qkv.weight[-attention.kv_heads * width :]
@@ -85,13 +89,14 @@ def value_map(attention: Attention, head: int) -> torch.Tensor:
     return up_DK @ down_KD
 
 
-def _count(module: nn.Module, role: str, counts: Counter[str]) -> None:
-    """Add what a module holds, by the role of the part that it stands in."""
+def _count(module: nn.Module, part: str, counts: Counter[str]) -> None:
+    """Add the parameters of a module and its children to `counts`; `part` is that of the enclosing module."""
     if isinstance(module, RMSNorm):
-        role = NORMS
+        part = NORMS
     elif isinstance(module, Sublayer) and not isinstance(module.layer, MLP):
-        role = OTHERS.get(type(module.layer).__name__, type(module.layer).__name__)
+        part = OTHERS.get(type(module.layer).__name__, type(module.layer).__name__)
     if isinstance(module, Attention):
+        # queries, keys and values share one matrix, which is counted by its rows
         (key_width, value_width), width = _widths(module), module.qkv.in_features
         counts[QUERY] += module.heads * key_width * width
         counts[KEY] += module.kv_heads * key_width * width
@@ -101,9 +106,9 @@ def _count(module: nn.Module, role: str, counts: Counter[str]) -> None:
             if name not in ("qkv", "out"):
                 _count(child, SCORE, counts)
         return
-    counts[role] += sum(p.numel() for p in module.parameters(recurse=False))
+    counts[part] += sum(p.numel() for p in module.parameters(recurse=False))
     for child in module.children():
-        _count(child, role, counts)
+        _count(child, part, counts)
 
 
 def _widths(attention: Attention) -> tuple[int, int]:

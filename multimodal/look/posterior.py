@@ -1,4 +1,4 @@
-"""What the heads of one attention layer did, read off their posterior; every number is an identity, not a heuristic."""
+"""The read-outs of one attention layer, from its posterior; every number is an identity, not a heuristic."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -9,9 +9,8 @@ from torch import Tensor
 
 from multimodal.attention import Read, Soft
 
-LEAST = math.log(torch.finfo(torch.float32).tiny)
-BLOCK = 2**22  # numbers that what is left without each key may hold at once
-
+LEAST = math.log(torch.finfo(torch.float32).tiny)  # below it float32 has no logarithm of a factor
+BLOCK = 2**22  # numbers that the reads without each key may hold at once
 
 NAMES = {
     "effective": "effective",
@@ -22,17 +21,24 @@ NAMES = {
     "spread": "spread",
     "mass": "mass",
 }
-"""What the columns of `summary` are called wherever people read them."""
+"""The column headings of `summary` in tables and pages."""
 
 
 @dataclass(frozen=True, repr=False)
 class LayerXRay:
     """What the heads of one attention layer did with the queries of one sample, in float64 on the CPU.
 
-    query_T: the row of the sample that each query is; key_M: that of each key, None where keys are slots of a memory.
-    log_prior_HTM is minus infinity where nobody may look. weight_HTM: what the values were weighed by; read_THK: what the layer
-    itself read. how: the layer's read; chosen_HT: the key that a hard read chose. factored: a factor that does not renormalise
-    was multiplied onto the posterior, as Luong et al. 2015, equation 10.
+    name: of the layer, such as "block 1 self".
+    query_T: the row of the sample that each query is.
+    key_M: the row of the sample that each key is; None where keys are slots of a memory.
+    score_HTM: log-likelihood of each key, in nats.
+    log_prior_HTM: log-prior of each key, in nats; minus infinity where the mask hides it.
+    weight_HTM: the weights that the layer gave the values.
+    value_MHK: the values.
+    read_THK: the output of the layer's heads.
+    how: the layer's read.
+    chosen_HT: the key that a hard read chose.
+    factored: whether a factor was multiplied onto the posterior without renormalising it, as in Luong et al. 2015, equation 10.
     """
 
     name: str
@@ -55,11 +61,12 @@ class LayerXRay:
 
     @property
     def heads(self) -> int:
+        """The number of heads."""
         return self.score_HTM.shape[0]
 
     @property
     def seen_HTM(self) -> Tensor:
-        """Which keys each query may look at."""
+        """Which keys each query may see."""
         return self.log_prior_HTM > -math.inf
 
     @cached_property
@@ -74,7 +81,7 @@ class LayerXRay:
 
     @cached_property
     def factor_HTM(self) -> Tensor | None:
-        """What was multiplied onto the posterior without renormalising it; None: nothing."""
+        """The factor that was multiplied onto the posterior without renormalising it; None: there is none."""
         if not self.factored:
             return None
         posterior = self.log_joint_HTM.float().softmax(-1).nan_to_num(0.0).double()  # as the layer had it
@@ -82,7 +89,7 @@ class LayerXRay:
 
     @cached_property
     def responsibility_HTM(self) -> Tensor:
-        """The posterior, times the factor where there is one; then the sum is `mass_HT` and not 1."""
+        """The posterior, times the factor if there is one, which makes the sum `mass_HT` instead of 1."""
         return self.posterior_HTM if self.factor_HTM is None else self.posterior_HTM * self.factor_HTM
 
     @property
@@ -92,29 +99,29 @@ class LayerXRay:
 
     @cached_property
     def share_HTM(self) -> Tensor:
-        """Responsibilities brought to sum to 1."""
+        """Responsibilities normalised to sum to 1."""
         mass_HT1 = self.mass_HT[..., None]
         return torch.where(mass_HT1 > 0, self.responsibility_HTM / mass_HT1, 0.0)
 
     @cached_property
     def effective_HT(self) -> Tensor:
-        """exp H(r): how many keys a query really reads; 1 is hard, the number of keys is averaging, 0 sees nothing."""
+        """exp H(r), the effective number of keys: 1 is a hard read, the number of keys is averaging, 0 sees no key."""
         entropy_HT = torch.special.entr(self.share_HTM).sum(-1)
         return torch.where(self.mass_HT > 0, entropy_HT.exp(), 0.0)
 
     @cached_property
     def evidence_HT(self) -> Tensor:
-        """LSE_j(log prior + score), in nats: log of what the memory expected this query to be, up to a constant of the layer."""
+        """LSE_j(log prior + score), in nats: log p(query) under the mixture of keys, up to a constant of the layer."""
         return self.log_joint_HTM.logsumexp(-1)
 
     @property
     def price_HT(self) -> Tensor:
-        """LSE - max >= 0, in nats: the gap of the bound when the likeliest key alone is read instead of the mean."""
+        """LSE - max >= 0, in nats: the gap of the bound when the likeliest key alone is read."""
         return self.evidence_HT - self.log_joint_HTM.amax(-1)
 
     @cached_property
     def prior_variance_HT(self) -> Tensor:
-        """Var_j of the log-prior (and of a factor's logarithm) over the keys that may be seen: large where place decides."""
+        """Var_j of the log-prior (plus the factor's logarithm) over the visible keys: large where position decides."""
         log_prior = self.log_prior_HTM
         if self.factor_HTM is not None:
             log_prior = log_prior + self.factor_HTM.log().clamp(min=LEAST)
@@ -122,7 +129,7 @@ class LayerXRay:
 
     @cached_property
     def score_variance_HT(self) -> Tensor:
-        """Var_j of the score over the keys that may be seen: large where content decides (or a rotary place)."""
+        """Var_j of the score over the visible keys: large where content (or a rotary position) decides."""
         return self._variance(self.score_HTM)
 
     def _variance(self, x_HTM: Tensor) -> Tensor:
@@ -132,12 +139,12 @@ class LayerXRay:
 
     @property
     def usage_HM(self) -> Tensor:
-        """N_k = sum_i r_ik: how many queries' worth of reading each key got (the sufficient statistic of EM)."""
+        """N_k = sum_i r_ik: the usage of each key in queries (the sufficient statistic of EM)."""
         return self.responsibility_HTM.sum(1)
 
     @property
     def answer_HTK(self) -> Tensor:
-        """What each query reads, in float64."""
+        """The result of each query, computed in float64."""
         weight = self.responsibility_HTM if isinstance(self.how, Soft) else self.weight_HTM
         return weight @ self._value_HMK
 
@@ -147,7 +154,7 @@ class LayerXRay:
 
     @cached_property
     def spread_HT(self) -> Tensor:
-        """sum_j r_j |v_j - o|^2, o the mean under r (brought to sum to 1): law of total variance; 0 where the values agree."""
+        """sum_j r_j |v_j - o|^2 with o the mean under normalised r: the variance of what is read; 0 where the values agree."""
         value = self._value_HMK
         mean_HTK = self.share_HTM @ value
         # differences written out: products would lose digits where values agree
@@ -155,10 +162,11 @@ class LayerXRay:
         return (self.share_HTM * away_HTM).sum(-1)
 
     def without(self, head: int) -> Tensor:
-        """What each query of a head would read were one key absent, for each key: (T, M, K); NaN: it sees no other.
+        """The result of each query of a head without each key: (T, M, K); NaN where a query sees no other key.
 
-        A soft read: o_-j = (o - r_j v_j) / (1 - r_j), no second pass (under a factor w_j v_j in the place of r_j v_j). That loses
-        digits as r_j nears 1, so for each query's largest, and for reads that are not soft, the rest is weighed anew.
+        Of a soft read: o_-j = (o - r_j v_j) / (1 - r_j), without a second pass (with a factor, w_j v_j instead of r_j v_j). This
+        loses digits as r_j nears 1, so the weights without each query's largest key, and those of reads that are not soft, are
+        computed anew.
         """
         joint_TM, value_MK = self.log_joint_HTM[head], self._value_HMK[head]
         answer_TK = self.answer_HTK[head]
@@ -181,9 +189,10 @@ class LayerXRay:
 
     @cached_property
     def change_HTM(self) -> Tensor:
-        """|o_-j - o|: how far each query's read would move were key j absent; NaN: undefined, as it sees no other."""
+        """|o_-j - o|: the change of each query's result without key j; NaN where it sees no other key."""
         keys, _, width = self.value_MHK.shape
         parts = []
+        # a table (T, M, K) for each head would not fit in memory for long texts, so queries come in blocks
         for rows in torch.arange(len(self.query_T)).split(max(1, BLOCK // (keys * width))):
             part = self.only(rows)
             moved = [part.without(h) - part.answer_HTK[h][:, None] for h in range(self.heads)]
@@ -191,14 +200,14 @@ class LayerXRay:
         return torch.cat(parts, 1)
 
     def only(self, index_N: Tensor) -> "LayerXRay":
-        """The same for some of the queries."""
+        """The layer with these queries alone."""
         some = {name: getattr(self, name)[:, index_N] for name in ("score_HTM", "log_prior_HTM", "weight_HTM")}
         chosen_HT = None if self.chosen_HT is None else self.chosen_HT[:, index_N]
         rows = {"query_T": self.query_T[index_N], "read_THK": self.read_THK[index_N], "chosen_HT": chosen_HT}
         return replace(self, **some, **rows)
 
     def summary(self) -> list[dict[str, float]]:
-        """For each head the mean of its read-outs over the queries that see anything."""
+        """For each head the means of its read-outs over the queries that see a key."""
         sees_T = self.seen_HTM.any(-1).any(0)
         numbers = {
             "effective": self.effective_HT,

@@ -1,7 +1,7 @@
-"""Two players who train against each other: the hinge losses, and the step in which they take turns.
+"""Adversarial training of a generator and a discriminator with hinge losses, which take turns (SAGAN, Zhang et al. 2019).
 
-noise --generator--> made ---+
-                             +--discriminator--> real (above 0) or made (below 0)
+noise --generator--> fake ---+
+                             +--discriminator--> real (above 0) or fake (below 0)
 data ------------------------+
 """
 
@@ -15,21 +15,24 @@ from torch import Tensor, nn
 from multimodal.train.report import bar
 
 
-def discriminator_loss(real_B: Tensor, made_B: Tensor) -> Tensor:
+def discriminator_loss(real_B: Tensor, fake_B: Tensor) -> Tensor:
     """E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))): Zhang et al. 2019, equation 4, the discriminator's half."""
-    return (1 - real_B).relu().mean() + (1 + made_B).relu().mean()
+    return (1 - real_B).relu().mean() + (1 + fake_B).relu().mean()
 
 
-def generator_loss(made_B: Tensor) -> Tensor:
+def generator_loss(fake_B: Tensor) -> Tensor:
     """-E D(G(z)): the generator's half of equation 4."""
-    return -made_B.mean()
+    return -fake_B.mean()
 
 
 @dataclass
 class Players:
-    """Two players and their optimisers; each owns its own parameters.
+    """The generator, the discriminator and their optimisers, each of which owns the parameters of its network.
 
-    make: so many samples of the generator (it draws its own noise); judge: real values -> a score for each.
+    generator: noise -> samples, one a row.
+    discriminator: samples -> a score for each, above 0 for real.
+    generator_optimizer: steps the generator's parameters.
+    discriminator_optimizer: steps the discriminator's parameters.
     """
 
     generator: nn.Module
@@ -38,21 +41,21 @@ class Players:
     discriminator_optimizer: torch.optim.Optimizer
 
     def step(self, real: Tensor, noise: Callable[[int], Tensor]) -> tuple[float, float]:
-        """One turn each, the discriminator first: their losses. Neither moves the other's parameters.
+        """One step of the discriminator, then one of the generator; returns their losses. Neither changes the other's parameters.
 
-        real: what the discriminator should believe, one a row; noise: so many rows of what the generator starts from.
+        real: samples of the data, one a row; noise: n -> n rows of noise for the generator.
         """
         with torch.no_grad():
-            made = self.generator(noise(len(real)))
+            fake = self.generator(noise(len(real)))
         # one pass over both halves: the same weights, and half the overhead of two
-        real_B, made_B = self.discriminator(torch.cat([real, made])).flatten().split(len(real))
-        loss = discriminator_loss(real_B, made_B)
+        real_B, fake_B = self.discriminator(torch.cat([real, fake])).flatten().split(len(real))
+        loss = discriminator_loss(real_B, fake_B)
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.discriminator_optimizer.step()
         learning = [p for p in self.discriminator.parameters() if p.requires_grad]
         for parameter in learning:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False)  # gradients pass through the discriminator, and none is accumulated in it
         try:
             against = generator_loss(self.discriminator(self.generator(noise(len(real)))).flatten())
             self.generator_optimizer.zero_grad(set_to_none=True)
@@ -73,9 +76,9 @@ def alternate(
     after: Callable[[int], None] | None = None,
     quiet: bool = False,
 ) -> list[tuple[float, float]]:
-    """So many turns of both players over endless batches of real values: (discriminator's loss, generator's) of each.
+    """Take `steps` steps of both players over endless batches of real samples: (discriminator's loss, generator's) of each.
 
-    after: called with the number of steps done after each, to average weights or to draw what is made so far.
+    after: called after each step with the number of steps done, to average weights or to draw samples.
 
     Raises:
         FloatingPointError: a loss is not finite.

@@ -1,4 +1,4 @@
-"""Where a model keeps what it knows, and how to change one fact: mean-ablation of parts, and ROME's rank-one edit of a matrix."""
+"""Where a model stores facts, and how to change one: mean-ablation of parts, and ROME's rank-one edit of a matrix."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from multimodal.core import Block
 from multimodal.layers import MLP, Sublayer
-from multimodal.look.layers import transformers
+from multimodal.look.layers import block_name, transformers
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Stream
@@ -30,7 +30,8 @@ def parts(model: Model) -> dict[str, Sublayer]:
             for layer in block.layers:
                 assert isinstance(layer, Sublayer)
                 kind = type(layer.layer).__name__
-                title = f"{name} block {i + 1} {KINDS.get(kind, kind)}".strip()
+                title = f"{block_name(name, i)} {KINDS.get(kind, kind)}"
+                # a block may hold several layers of one kind
                 again = sum(known.startswith(title) for known in found)
                 found[f"{title} {again + 1}" if again else title] = layer
     return found
@@ -38,9 +39,9 @@ def parts(model: Model) -> dict[str, Sublayer]:
 
 @contextmanager
 def mean_ablated(model: Model, names: Sequence[str], task: str, samples: Sequence[Sample]) -> Iterator[Model]:
-    """While the context lasts, these parts add their mean over all rows of the samples, whatever they read.
+    """While the context lasts, the output of these parts is their mean over all rows of the samples, whatever their input.
 
-    A part that is set to 0 instead leaves the stream far from anything the later parts have seen.
+    Setting a part's output to 0 instead would take the stream far from anything the later parts have seen.
 
     Raises:
         ConfigError: there is no such part.
@@ -64,7 +65,7 @@ def mean_ablated(model: Model, names: Sequence[str], task: str, samples: Sequenc
 
 
 def localise(model: Model, task: str, samples: Sequence[Sample], *, batch: int = 256) -> dict[str, float]:
-    """The share of answers that `predict` still gets right when each part alone is mean-ablated; "whole": when none is."""
+    """The share of correct answers while each part alone is mean-ablated; "whole": while none is."""
     rights = {"whole": right_answers(model, task, samples, batch=batch).float().mean()}
     for name in parts(model):
         with mean_ablated(model, [name], task, samples):
@@ -75,7 +76,7 @@ def localise(model: Model, task: str, samples: Sequence[Sample], *, batch: int =
 def right_answers(model: Model, task: str, samples: Sequence[Sample] | Stream, *, batch: int = 256) -> Tensor:
     """Whether each sample's answer (N,) has the largest logit at every row that its head reads (teacher forcing).
 
-    A stream that was packed with answers is read as it is: many edits can be scored on one.
+    samples: samples, or a stream packed with answers, on which many edits can be scored.
     """
     streams = (
         [samples]
@@ -96,7 +97,13 @@ def right_answers(model: Model, task: str, samples: Sequence[Sample] | Stream, *
 
 @dataclass(frozen=True)
 class Edit:
-    """A rank-one change of one matrix: W + left_D right_F^T. `undo` puts the old matrix back, bit for bit."""
+    """A rank-one change of one matrix: W + left_D right_F^T.
+
+    matrix: the layer that was changed.
+    left_D: what is added to its output per unit of right_F . key.
+    right_F: the direction of keys that the change answers to.
+    before_DF: the weight before the change.
+    """
 
     matrix: nn.Linear
     left_D: Tensor
@@ -104,6 +111,7 @@ class Edit:
     before_DF: Tensor
 
     def undo(self) -> None:
+        """Put the old matrix back, bit for bit."""
         with torch.no_grad():
             self.matrix.weight.copy_(self.before_DF)
 
@@ -111,7 +119,10 @@ class Edit:
 def second_moment(
     model: Model, task: str, samples: Sequence[Sample], *, part: str | None = None, batch: int = 256
 ) -> Tensor:
-    """C = E[k k^T] (F, F) of what goes into a part's matrix, over the rows that the head reads; ROME's "what else is kept here"."""
+    """C = E[k k^T] (F, F) of the inputs of a part's matrix, over the rows that the head reads.
+
+    ROME weighs its change by C^-1, so that it moves the other keys least.
+    """
     matrix = _matrix(model, part)
     total_FF, count = torch.zeros(matrix.in_features, matrix.in_features, dtype=torch.float64), 0
     for start in range(0, len(samples), batch):
@@ -141,8 +152,8 @@ def edit_fact(
     under which the answer is likely, W' = W + (v - W k) (C^-1 k)^T / (k^T C^-1 k), the least change, as the other keys see it,
     that maps k to v. v is found by Adam on -log p(answer) + decay |v - W k|^2 and stops where p(answer) > `confident`.
 
-    moment_FF: C, from `second_moment` on facts that are to be kept. part: a name of `parts`, the last MLP unless given. ridge:
-    share of C's mean eigenvalue that is added to all. Whether the edit worked is for `right_answers` to say.
+    moment_FF: C, from `second_moment` on facts that should not change. part: a name of `parts`, the last MLP unless given. ridge:
+    share of C's mean eigenvalue that is added to all. `right_answers` says whether the edit worked.
 
     Raises:
         ConfigError: there is no such part, or it is no matrix. StreamError: C is of another width, or the head has no classes.
@@ -159,6 +170,7 @@ def edit_fact(
     row = int(reading.row_N[0])
     key_F = _keys(model, matrix, stream)[row]
     delta_D = _value_change(model, matrix, stream, task, row, target_N, steps, lr, decay, confident)
+    # C may be singular: few facts, many features
     c_FF = moment_FF.double()
     c_FF = c_FF + ridge * c_FF.diagonal().mean() * torch.eye(len(c_FF), dtype=torch.float64)
     solved_F = torch.linalg.solve(c_FF, key_F.double().cpu())
@@ -194,6 +206,7 @@ def _value_change(
 
     hook = matrix.register_forward_hook(add)
     training = model.training
+    # only the change of the output is learned, so no other gradient is needed
     frozen = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
@@ -229,7 +242,7 @@ def _matrix(model: Model, name: str | None) -> nn.Linear:
     """The matrix that writes an MLP's update, the last MLP's unless named."""
     mlps = [part for part, layer in parts(model).items() if isinstance(layer.layer, MLP)]
     if not mlps:
-        raise ConfigError("this model has no MLP, so there is no matrix of facts to edit")
+        raise ConfigError("this model has no MLP, so there is no matrix to edit")
     if name is not None and name not in mlps:
         raise ConfigError(f"part {name!r} is no MLP of this model; there are {', '.join(mlps)}")
     matrix = _part(model, name or mlps[-1]).body.down
@@ -240,22 +253,24 @@ def _matrix(model: Model, name: str | None) -> nn.Linear:
 def _targets(task: str, stream: Stream) -> Tensor:
     target = stream.readings[task].target
     if target is None or target.is_floating_point() or len(target) != len(stream.readings[task].row_N):
-        raise StreamError(f"task {task!r}: its head does not choose one class a row, so no fact can be told from it")
+        raise StreamError(
+            f"task {task!r}: its head does not choose one class a row, so it states no fact that could be edited"
+        )
     return target
 
 
 def _keys(model: Model, matrix: nn.Linear, stream: Stream) -> Tensor:
     """What goes into a matrix: a row (T, F) for every row of the stream."""
-    kept: list[Tensor] = []
-    hook = matrix.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].detach()))
+    seen: list[Tensor] = []
+    hook = matrix.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     try:
         with model.resting():
             model(stream)
     finally:
         hook.remove()
-    if len(kept) != 1 or len(kept[0]) != len(stream):
-        raise StreamError("facts: the matrix does not see every row of the stream once; of two cores neither does")
-    return kept[0].clone()
+    if len(seen) != 1 or len(seen[0]) != len(stream):
+        raise StreamError("edit_fact: the matrix does not see every row of the stream once; of two cores neither does")
+    return seen[0].clone()
 
 
 def _means(

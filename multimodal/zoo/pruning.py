@@ -1,4 +1,4 @@
-"""Learned components that nothing uses are taken out of a trained model: what `PersistentMemory` holds and usage says is empty."""
+"""Removes learned components that no token uses from the `PersistentMemory` layers of a trained model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from multimodal.shapes import ConfigError
 
 
 def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Model:
-    """A model without the components that answer for fewer than `below` tokens; every other weight is the same.
+    """The model without the components that fewer than `below` tokens use; every other weight is the same.
 
-    used: what `multimodal.look.usage` counted. The layers of one declaration stay equally large: each keeps its most used
-    components, as many as the fullest of them needs.
+    used: the result of `multimodal.look.usage`. Layers of one declaration stay equally large: each retains its most used
+    components, and the layer that needs most of them gives the number.
 
     Raises:
         ConfigError: a core that is not a single `Core`, or counts of another model.
@@ -48,6 +48,7 @@ def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Mo
             raise ConfigError(
                 "pruned: the counts are of memories of another size; give what multimodal.look.usage says of this model"
             )
+    # one declaration builds a memory in every block, so all of these have one size
     sizes = {}
     for n, place in enumerate(places):  # block after block
         sizes[place] = max(1, *(int((N_k >= below).sum()) for N_k in counts[n :: len(places)]))
@@ -64,13 +65,13 @@ def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Mo
     bodies = [(name, body) for name, body in model.named_modules() if isinstance(body, _Persistent)]
     for (name, body), N_k, layer in zip(bodies, counts, [block[i] for i in places] * core.depth, strict=True):
         assert isinstance(layer, PersistentMemory)
-        keep = torch.argsort(N_k, descending=True)[: layer.slots].sort().values
+        index_N = torch.argsort(N_k, descending=True)[: layer.slots].sort().values
         for key in (f"{name}.key_MGK", f"{name}.value_MGK"):
-            state[key] = state[key][keep]
+            state[key] = state[key][index_N]
         for n, prior in enumerate(body.mechanism.priors):
             if isinstance(prior, MixingWeights):
                 key = f"{name}.mechanism.prior_weights.{n}.table"
-                state[key] = state[key][:, keep]
+                state[key] = state[key][:, index_N]
     smaller.load_state_dict(state)
     return smaller.train(model.training)
 

@@ -10,8 +10,8 @@ from multimodal.shapes import ConfigError, check_shapes
 class SparseAutoencoder(nn.Module):
     """f = relu(encoder (x - centre) + bias), x' = decoder f + centre; every row of the decoder has length 1.
 
-    The decoder's rows are the directions found (F, D); f says how much of each is in a state. Make a trained one by
-    `SparseAutoencoder.train_on(states, features=..)`.
+    The decoder's rows are the directions found (F, D); f is how much of each a state contains. `SparseAutoencoder.train_on(states,
+    features=..)` returns a trained one.
     """
 
     def __init__(self, width: int, features: int, *, seed: int = 0) -> None:
@@ -30,11 +30,11 @@ class SparseAutoencoder(nn.Module):
         return F.normalize(self.decoder_FD.detach(), dim=-1)
 
     def encode(self, state_ND: Tensor) -> Tensor:
-        """How much of each direction (N, F) is in each state; none is negative, most are 0."""
+        """The features (N, F) of states (N, D): none is negative, most are 0."""
         return F.relu((state_ND - self.centre_D) @ self.encoder_FD.T + self.bias_F)
 
     def forward(self, state_ND: Tensor) -> Tensor:
-        """The states again, of their features."""
+        """The states (N, D), reconstructed from their features."""
         return self.encode(state_ND) @ F.normalize(self.decoder_FD, dim=-1) + self.centre_D
 
     @classmethod
@@ -51,8 +51,8 @@ class SparseAutoencoder(nn.Module):
     ) -> "SparseAutoencoder":
         """Learn from states (N, D) by Adam: mean |x - x'|^2 + sparsity * mean |f|_1, of states scaled to mean square length 1.
 
-        A quarter, a half and three quarters through, directions that no state of the last 100 steps used are drawn anew from
-        the states that are explained worst (Bricken et al. 2023, appendix). Afterwards it is for the states as they are.
+        After a quarter, a half and three quarters of the steps, directions that no state used in the last 100 steps are drawn
+        anew from the states that are reconstructed worst (Bricken et al. 2023, appendix). The result takes unscaled states.
 
         Raises:
             ConfigError: settings that train nothing.
@@ -72,7 +72,7 @@ class SparseAutoencoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(made.parameters(), lr=lr, betas=(0.9, 0.99))
         used_F = torch.zeros(features, dtype=torch.bool)
-        again = {round(steps * part) for part in (0.25, 0.5, 0.75)}
+        redraws = {round(steps * part) for part in (0.25, 0.5, 0.75)}
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, 4 * (1 - (step - 1) / steps))  # the last quarter falls to 0
@@ -83,9 +83,9 @@ class SparseAutoencoder(nn.Module):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if any(0 <= point - step < 100 for point in again):
+            if any(0 <= point - step < 100 for point in redraws):
                 used_F |= (feature_NF > 0).any(0)
-            if step in again:
+            if step in redraws:
                 made._draw_anew(~used_F, x_ND, optimizer, generator)
                 used_F.zero_()
         with torch.no_grad():
@@ -98,7 +98,7 @@ class SparseAutoencoder(nn.Module):
     def _draw_anew(
         self, dead_F: Tensor, state_ND: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
     ) -> None:
-        """Point unused directions at states that are explained badly, each with a chance of its squared error."""
+        """Point unused directions at states drawn with probability proportional to their squared error."""
         dead = dead_F.nonzero()[:, 0]
         if not len(dead):
             return
@@ -110,12 +110,13 @@ class SparseAutoencoder(nn.Module):
         self.decoder_FD[dead] = new_FD
         self.encoder_FD[dead] = new_FD
         self.bias_F[dead] = 0.0
+        # Adam's moments are those of the old directions
         for part in (self.decoder_FD, self.encoder_FD, self.bias_F):
             for moment in ("exp_avg", "exp_avg_sq"):
                 optimizer.state[part][moment][dead] = 0.0
 
 
 def recovered(found_FD: Tensor, true_ND: Tensor, *, cosine: float = 0.9) -> float:
-    """The share of true directions to which one of the directions found has at least this cosine."""
+    """The share of true directions (N, D) that some found direction (F, D) matches with at least this cosine."""
     cos_NF = F.normalize(true_ND, dim=-1) @ F.normalize(found_FD, dim=-1).T
     return float((cos_NF.amax(-1) >= cosine).float().mean())

@@ -1,4 +1,4 @@
-"""Causal dilated convolutions over packed streams (SNAIL's temporal convolution): nothing crosses from sample to sample."""
+"""SNAIL's causal dilated convolution over packed streams, in which no sample sees another."""
 
 from dataclasses import dataclass, field
 
@@ -12,9 +12,10 @@ from multimodal.layers.base import Body, Concat, Context, CoreSettings, Layer, M
 class TemporalConv(Layer):
     """tanh(x * f) sigmoid(x * g) with kernels of 2 tokens, `dilation` apart: Mishra et al. 2018, figure 2a (the dense block).
 
-    filters: width of the update, which they concatenate. A TC block of theirs is one after the other with dilations 1, 2, 4, ..
+    SNAIL's TC block is a sequence of these with dilations 1, 2, 4, ..
 
-    dilation: tokens between the two that a kernel sees.
+    filters: width of the update, which is concatenated to the stream unless `merge` says otherwise.
+    dilation: distance in tokens of the two that a kernel sees.
     merge: how the update joins the stream.
     """
 

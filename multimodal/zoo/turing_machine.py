@@ -84,11 +84,13 @@ class _TuringMachine(Body):
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         sizes = context.sequences.sizes.tolist()
-        kept_BS = context.state(self.index, sum(_sizes(self.layer)), stream_TD)
+        state_BS = context.state(self.index, sum(_sizes(self.layer)), stream_TD)
+        # the loop multiplies weights by one another step after step, which loses too many digits in half precision
         with torch.autocast(stream_TD.device.type, enabled=False):
             rows_TD = stream_TD.to(self.slot_K.dtype)[context.sequences.order_T]
-            tape = self._begin(kept_BS[context.sequences.sample_B].to(rows_TD.dtype))
+            tape = self._begin(state_BS[context.sequences.sample_B].to(rows_TD.dtype))
             out, ended = [], []
+            # samples are sorted by length, so that those that have ended are the last rows of the tape
             for seen_BF in self.seen(rows_TD).split(sizes):
                 if len(seen_BF) < len(tape.read_BK):
                     ended.append(tape.after(len(seen_BF)))
@@ -98,17 +100,17 @@ class _TuringMachine(Body):
             update_TD = self.update(torch.cat(out) if out else rows_TD.new_zeros(0, self.update.in_features))
         if context.cache is not None:
             end = _Tape(*(torch.cat(part) for part in zip(tape, *reversed(ended), strict=True)))
-            begun = [end.read_BK.new_ones(len(end.read_BK), 1)]
-            state_BF = torch.cat(begun + [part.flatten(1) for part in end], 1).to(kept_BS.dtype)
-            context.save_state(self.index, kept_BS.index_copy(0, context.sequences.sample_B, state_BF))
+            started = [end.read_BK.new_ones(len(end.read_BK), 1)]
+            state_BF = torch.cat(started + [part.flatten(1) for part in end], 1).to(state_BS.dtype)
+            context.save_state(self.index, state_BS.index_copy(0, context.sequences.sample_B, state_BF))
         return update_TD[context.sequences.back_T].to(stream_TD.dtype)
 
     def _begin(self, state_BF: Tensor) -> _Tape:
-        """What is carried on; where nothing was read yet: equal slots, both heads at slot 0."""
-        begun, memory, weight, read = state_BF.split(_sizes(self.layer), 1)
-        new = begun == 0
+        """The tape that the cache holds; of a sample of which nothing was read yet: equal slots, both heads at slot 0."""
+        started, memory, weight, read = state_BF.split(_sizes(self.layer), 1)
+        new = started == 0
         slots, slot = self.layer.slots, self.layer.slot_width
-        at_first = F.one_hot(torch.zeros(2, dtype=torch.long, device=begun.device), slots).to(begun.dtype)
+        at_first = F.one_hot(torch.zeros(2, dtype=torch.long, device=started.device), slots).to(started.dtype)
         return _Tape(
             torch.where(new[..., None], self.slot_K, memory.view(-1, slots, slot)),
             torch.where(new[..., None], at_first, weight.view(-1, 2, slots)),

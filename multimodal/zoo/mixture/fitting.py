@@ -1,4 +1,4 @@
-"""Learning a mixture: `fit(memory, data, EM())`, and the objective is the only thing that changes."""
+"""Fits mixtures: `fit(memory, data, EM())`; the methods differ in their objective alone."""
 
 import math
 import time
@@ -16,22 +16,27 @@ from multimodal.zoo.mixture.memory import Mixture, split
 
 @dataclass(frozen=True)
 class Round:
-    """One evaluation of all samples."""
+    """One evaluation of all samples.
 
-    bound: float  # nats a sample: the log-likelihood, or what bounds it from below
-    memory: Mixture  # with the parameters that have this bound
-    usage_M: Tensor  # samples that each component answers for
+    bound: nats a sample: the log-likelihood, or a lower bound of it.
+    memory: the mixture with the parameters that have this bound.
+    usage_M: sum over samples of each component's responsibility.
+    """
+
+    bound: float
+    memory: Mixture
+    usage_M: Tensor
 
 
 class Objective(ABC):
-    """What is climbed, and how."""
+    """What a fit maximises, and how."""
 
     @abstractmethod
     def rounds(self, memory: Mixture, x_BK: Tensor) -> Iterator[Round]:
-        """Evaluate, yield, update, and so on without end."""
+        """Evaluates, yields, updates, without end."""
 
     def check(self, memory: Mixture) -> None:  # noqa: B027  most objectives take any mixture
-        """Raise ConfigError where this cannot be climbed with such a mixture."""
+        """Raises a ConfigError unless such a mixture can be fitted by this objective."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,19 @@ class EM(Objective):
 
 @dataclass(frozen=True)
 class Adam(Objective):
-    """Gradient ascent on the log-likelihood with all samples in each step; Kingma & Ba 2015 choose its length."""
+    """Gradient ascent by Adam (Kingma & Ba 2015) on the log-likelihood of all samples.
+
+    rate: the learning rate.
+    """
 
     rate: float = 0.1
 
     def rounds(self, memory: Mixture, x_BK: Tensor) -> Iterator[Round]:
-        free = {name: value.detach().clone().requires_grad_() for name, value in memory.free().items()}
-        optimiser = torch.optim.Adam(free.values(), lr=self.rate)
+        parameters = {name: value.detach().clone().requires_grad_() for name, value in memory.unconstrained().items()}
+        optimiser = torch.optim.Adam(parameters.values(), lr=self.rate)
         while True:
-            evidence_B, posterior_BM = split(memory.bind(free).log_joint(x_BK))
-            now = memory.bind({name: value.detach().clone() for name, value in free.items()})
+            evidence_B, posterior_BM = split(memory.constrained(parameters).log_joint(x_BK))
+            now = memory.constrained({name: value.detach().clone() for name, value in parameters.items()})
             yield Round(evidence_B.detach().double().mean().item(), now, posterior_BM.sum(0))
             optimiser.zero_grad()
             (-evidence_B.mean()).backward()
@@ -65,28 +73,34 @@ class Adam(Objective):
 
 @dataclass(frozen=True, repr=False)
 class Fit:
-    """What came of a fit: `bounds[i]` and `cpu_s[i]` belong to the memory after i steps."""
+    """The result of a fit.
+
+    memory: the fitted mixture.
+    usage_M: sum over samples of each component's responsibility.
+    bounds: nats a sample after 0, 1, 2, .. steps.
+    cpu_s: CPU-seconds of this process after 0, 1, 2, .. steps.
+    """
 
     memory: Mixture
-    usage_M: Tensor  # samples that each component answers for
-    bounds: list[float] = field(default_factory=list)  # nats a sample
-    cpu_s: list[float] = field(default_factory=list)  # process CPU-seconds since the start
+    usage_M: Tensor
+    bounds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
 
     def __repr__(self) -> str:
         steps, bound, cpu_s = len(self.bounds) - 1, self.bounds[-1], self.cpu_s[-1]
         return f"Fit({self.memory}, {steps} steps, {bound:.6g} nats a sample, {cpu_s:.2f} CPU-s)"
 
     def alive(self, least: float = 1.0) -> Mixture:
-        """The memory without the components that answer for `least` samples or fewer."""
+        """The mixture without the components whose usage is at most `least` samples."""
         return self.memory.prune(self.usage_M > least)
 
     @property
     def largest_fall(self) -> float:
-        """By how much the bound fell in the worst step; 0 if it never did."""
+        """The largest decrease of the bound in one step; 0 if it never decreased."""
         return max([0.0, *(before - after for before, after in pairwise(self.bounds))])
 
     def reached(self, target: float) -> tuple[float, float]:
-        """(steps, CPU-seconds) until the bound first was `target`; both infinite where it never was."""
+        """(steps, CPU-seconds) until the bound first reached `target`; both infinite where it never did."""
         for step, bound in enumerate(self.bounds):
             if bound >= target:
                 return step, self.cpu_s[step]
@@ -102,9 +116,9 @@ def fit(
     tolerance: float = 0.0,
     watch: Callable[[int, Round], None] | None = None,
 ) -> Fit:
-    """Take `steps` steps from `memory`, or fewer when one gains less than `tolerance` nats a sample.
+    """Take `steps` steps from `memory`; stops early when a step gains less than `tolerance` nats a sample.
 
-    watch: is called with each step and what came of it, for a progress bar or a picture.
+    watch: called after each step with its number and the evaluation, for a progress bar or a picture.
 
     Raises:
         ConfigError: memory, samples and objective do not go together, or the bound is not a number.
@@ -115,7 +129,7 @@ def fit(
     for step, latest in zip(range(steps + 1), objective.rounds(memory, x_BK), strict=False):
         bounds.append(latest.bound)
         cpu_s.append(time.process_time() - started)
-        if latest.bound != latest.bound:
+        if latest.bound != latest.bound:  # true of NaN alone
             raise ConfigError(f"fit: the bound is not a number after {step} steps; look for nan in the samples")
         if watch is not None:
             watch(step, latest)

@@ -1,4 +1,4 @@
-"""Free-form variational inference: q(components) q(weights) q(parameters), each the best there is given the others.
+"""Mean-field variational inference: q(components) q(weights) q(parameters), each optimal given the others.
 
 The E-step is a softmax of log-prior + log-likelihood as in attention, with expectations in place of both (Bishop 2006, section
 10.2). A sparse Dirichlet prior on the weights starves the components that the data do not need.
@@ -35,10 +35,10 @@ class Posterior(ABC):
 
 
 class Conjugate(ABC):
-    """A prior over the parameters of each component, of the family that its posterior has too."""
+    """A conjugate prior over the parameters of each component: its posterior is of the same family."""
 
-    mixture: ClassVar[type[Mixture]]  # whose components have such parameters
-    usual: ClassVar[str]  # how it is usually made, for error messages
+    mixture: ClassVar[type[Mixture]]  # the class of mixtures with such parameters
+    usual: ClassVar[str]  # the usual call, for error messages
 
     @abstractmethod
     def absorb(self, x_BK: Tensor, posterior_BM: Tensor) -> Posterior:
@@ -47,10 +47,14 @@ class Conjugate(ABC):
 
 @dataclass(frozen=True)
 class MeanField(Objective):
-    """Coordinate ascent on the evidence lower bound; Bishop 2006, equations 10.49 to 10.70."""
+    """Coordinate ascent on the evidence lower bound; Bishop 2006, equations 10.49 to 10.70.
+
+    parameters: the prior over each component's parameters.
+    concentration: of the Dirichlet prior on the weights; below 1 it prefers few components.
+    """
 
     parameters: Conjugate
-    concentration: float = 1e-3  # of the Dirichlet prior on the weights; below 1 it prefers few components
+    concentration: float = 1e-3
 
     def __post_init__(self) -> None:
         if not isinstance(self.parameters, Conjugate):
@@ -76,6 +80,7 @@ class MeanField(Objective):
         while True:
             used_M = posterior_BM.sum(0)
             weights = torch.distributions.Dirichlet(self.concentration + used_M.double())
+            # expectations of logarithms take the place of the logarithms in an ordinary E-step
             alpha_M = weights.concentration
             parameters = self.parameters.absorb(x_BK, posterior_BM)
             expected_log_prior_M = alpha_M.digamma() - alpha_M.sum().digamma()
@@ -91,7 +96,11 @@ class MeanField(Objective):
 
 @dataclass(frozen=True)
 class Beta(Conjugate):
-    """A prior on every bit of every component, as if so many ones and zeros had been seen; 1/2 is Jeffreys'."""
+    """A Beta prior on every bit of every component; 1/2 and 1/2 is Jeffreys'.
+
+    ones: pseudo-count of ones.
+    zeros: pseudo-count of zeros.
+    """
 
     mixture, usual = BernoulliMixture, "Beta()"
     ones: float = 0.5

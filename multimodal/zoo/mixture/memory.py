@@ -20,10 +20,14 @@ from multimodal.shapes import ConfigError, check_shapes
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Mixture(ABC):
-    """M components: their parameters (fields of the subclass), mixing weights, and what each answers."""
+    """M components: their parameters (fields of the subclass), mixing weights, and the value of each.
 
-    log_prior_M: Tensor  # log of the mixing weights
-    values_MF: Tensor  # the answer of each component: p(label | component), pixels, anything
+    log_prior_M: log of the mixing weights.
+    values_MF: what a read returns of each component: p(label | component), pixels, anything.
+    """
+
+    log_prior_M: Tensor
+    values_MF: Tensor
 
     @property
     @abstractmethod
@@ -39,12 +43,12 @@ class Mixture(ABC):
         """The M-step: parameters and weights of highest expected log-likelihood."""
 
     @abstractmethod
-    def free(self) -> dict[str, Tensor]:
-        """The same parameters without constraints, for gradient descent."""
+    def unconstrained(self) -> dict[str, Tensor]:
+        """The parameters mapped to unconstrained values, for gradient descent."""
 
     @abstractmethod
-    def bind(self, free: dict[str, Tensor]) -> Self:
-        """The mixture of such parameters."""
+    def constrained(self, parameters: dict[str, Tensor]) -> Self:
+        """The mixture whose `unconstrained` parameters these are."""
 
     def __len__(self) -> int:
         return len(self.log_prior_M)
@@ -94,7 +98,9 @@ class Mixture(ABC):
         """E[value | x] = sum of responsibility * value, by one fused attention: (B, F)."""
         query_BF, key_MF, bias_M = self.factors(x_BK)
         column_M = bias_M + self.log_prior_M
-        column_M = column_M - column_M.mean()  # what all share does not matter, and float32 has digits for the rest
+        column_M = (
+            column_M - column_M.mean()
+        )  # a constant changes no softmax, and float32 has more digits for small numbers
         q, k, scale = with_column(query_BF[None, :, None], key_MF[None, :, None], column_M[None, :, None], 1.0)
         v = self.values_MF.to(q.dtype)[None, None]
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v, scale=scale)[0, 0]
@@ -111,10 +117,10 @@ class Mixture(ABC):
         Raises:
             ConfigError: nothing would be left.
         """
-        kept = {field.name: getattr(self, field.name)[keep_M] for field in fields(self)}
-        if not len(kept["log_prior_M"]):
+        chosen = {field.name: getattr(self, field.name)[keep_M] for field in fields(self)}
+        if not len(chosen["log_prior_M"]):
             raise ConfigError(f"prune: none of {len(self)} components would be left; lower the threshold of usage")
-        return replace(self, **kept | {"log_prior_M": kept["log_prior_M"].log_softmax(-1)})
+        return replace(self, **chosen | {"log_prior_M": chosen["log_prior_M"].log_softmax(-1)})
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -168,11 +174,11 @@ class BernoulliMixture(Mixture):
         mean_MK = (posterior_BM.T @ x_BK / used_M[:, None]).clamp(self.RAREST, 1 - self.RAREST)
         return replace(self, log_prior_M=(used_M / used_M.sum()).log(), keys_MK=mean_MK.logit())
 
-    def free(self) -> dict[str, Tensor]:
+    def unconstrained(self) -> dict[str, Tensor]:
         return {"keys_MK": self.keys_MK, "log_prior_M": self.log_prior_M}
 
-    def bind(self, free: dict[str, Tensor]) -> Self:
-        return replace(self, keys_MK=free["keys_MK"], log_prior_M=free["log_prior_M"].log_softmax(-1))
+    def constrained(self, parameters: dict[str, Tensor]) -> Self:
+        return replace(self, keys_MK=parameters["keys_MK"], log_prior_M=parameters["log_prior_M"].log_softmax(-1))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -213,18 +219,20 @@ class GaussianMixture(Mixture):
         prior = (used_M / used_M.sum()).log()
         return replace(self, log_prior_M=prior, means_MK=means_MK, precision_MKK=torch.linalg.inv(cov_MKK + least_KK))
 
-    def free(self) -> dict[str, Tensor]:
+    def unconstrained(self) -> dict[str, Tensor]:
         root = torch.linalg.cholesky(self.precision_MKK)
         root_MKK = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=1, dim2=2).log())
         return {"means_MK": self.means_MK, "root_MKK": root_MKK, "log_prior_M": self.log_prior_M}
 
-    def bind(self, free: dict[str, Tensor]) -> Self:
-        root_MKK = free["root_MKK"].tril(-1) + torch.diag_embed(free["root_MKK"].diagonal(dim1=1, dim2=2).exp())
+    def constrained(self, parameters: dict[str, Tensor]) -> Self:
+        root_MKK = parameters["root_MKK"].tril(-1) + torch.diag_embed(
+            parameters["root_MKK"].diagonal(dim1=1, dim2=2).exp()
+        )
         return replace(
             self,
-            means_MK=free["means_MK"],
+            means_MK=parameters["means_MK"],
             precision_MKK=root_MKK @ root_MKK.mT,
-            log_prior_M=free["log_prior_M"].log_softmax(-1),
+            log_prior_M=parameters["log_prior_M"].log_softmax(-1),
         )
 
 

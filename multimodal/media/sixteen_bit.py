@@ -1,4 +1,4 @@
-"""Colour pictures of 16 bits a channel, exactly: Pillow has no mode for them and cuts them to 8."""
+"""Reads colour pictures of 16 bits a channel exactly; Pillow has no mode for them and cuts them to 8 bits."""
 
 import io
 import struct
@@ -24,8 +24,8 @@ def raw_mode(image: Any) -> str:
     return first if isinstance(first, str) else ""
 
 
-def deep_pixels(image: Any) -> np.ndarray | None:
-    """(Y, X, C) float32 in 0..1 with C of 3 or 4, not yet upright; None: the file has no colours of 16 bits.
+def sixteen_bit_pixels(image: Any) -> np.ndarray | None:
+    """(Y, X, C) float32 in 0..1 with C of 3 or 4, not yet upright; None: the picture has no colours of 16 bits.
 
     image: opened by Pillow and not yet decoded.
     """
@@ -56,13 +56,13 @@ def _png(image: Any, file: Any) -> np.ndarray:
         with warnings.catch_warnings():
             # torchvision 0.29 announces that its decoders move to torchcodec
             warnings.simplefilter("ignore", DeprecationWarning)
-            deep_YXC = decode_image(data, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+            levels_YXC = decode_image(data, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     except RuntimeError:
         raise ValueError("its data are damaged or cut short") from None
     transparent = image.info.get("transparency")
-    pixels = deep_YXC.astype(np.float32) / 65535
-    if transparent is not None and deep_YXC.shape[2] == 3:  # the one transparent colour
-        seen = (deep_YXC != np.asarray(transparent)).any(2, keepdims=True)
+    pixels = levels_YXC.astype(np.float32) / 65535
+    if transparent is not None and levels_YXC.shape[2] == 3:  # the one transparent colour
+        seen = (levels_YXC != np.asarray(transparent)).any(2, keepdims=True)
         pixels = np.concatenate([pixels, seen.astype(np.float32)], 2)
     return pixels if pixels.shape[2] > 2 else pixels[:, :, [0, 0, 0, 1]]
 
@@ -89,16 +89,17 @@ def _tiff(tags: Any, file: Any) -> np.ndarray:
     for offset, size in zip(where, sizes, strict=True):
         file.seek(offset)
         parts.append(file.read(size))
+    # each plane, or all channels together, is read as one grey picture
     planes = [parts] if together else np.array_split(np.arange(len(parts)), count)
     side_by_side = count if together else 1
     read = []
     for plane in planes:
-        mine = parts if together else [parts[i] for i in plane]
-        grey_YX = _grey(tags, mine, width * side_by_side, side_by_side)
+        strips = parts if together else [parts[i] for i in plane]
+        grey_YX = _grey(tags, strips, width * side_by_side, side_by_side)
         read.append(grey_YX.reshape(height, width, side_by_side))
-    deep_YXC = np.concatenate(read, 2)
+    levels_YXC = np.concatenate(read, 2)
     extra = tags.get(EXTRA, ())
-    pixels = deep_YXC[:, :, : 3 if extra == (0,) else count].astype(np.float32) / 65535
+    pixels = levels_YXC[:, :, : 3 if extra == (0,) else count].astype(np.float32) / 65535
     if extra == (1,):  # colours are premultiplied by alpha
         alpha = pixels[:, :, 3:]
         pixels[:, :, :3] = np.divide(
@@ -108,6 +109,7 @@ def _tiff(tags: Any, file: Any) -> np.ndarray:
 
 
 def _grey(tags: Any, parts: list[bytes], width: int, channels: int) -> np.ndarray:
+    """The levels (Y, width) of compressed parts, decoded by Pillow from a grey TIFF that is written around them."""
     from PIL import Image
 
     order = "<" if tags.prefix == b"II" else ">"

@@ -1,4 +1,4 @@
-"""How likely a text is before anything is heard: counts of n-grams, or the model's own text task."""
+"""Language models that rank texts in a beam search: n-grams, or a text task of the model itself."""
 
 import json
 import math
@@ -16,39 +16,41 @@ from multimodal.masks import Places
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
 
-_START = -1  # stands before a text, so that beginnings have counts of their own
+_START = -1  # a symbol before the text, so that beginnings have counts of their own
 
 
-class Prior(Protocol):
-    """Log-probabilities of the next symbol; `ends`: the last of them is that of the text's end."""
+class LanguageModel(Protocol):
+    """Log-probabilities of the next symbol."""
 
     @property
-    def ends(self) -> bool: ...
+    def ends(self) -> bool:
+        """Whether the last log-probability is that of the text's end."""
+        ...
 
     def log_p(self, history: Sequence[int]) -> Tensor:
-        """(V,) nats of every symbol after these ids, or V of them and the end's."""
+        """Nats of every symbol after these ids (V,), and then of the text's end if `ends` (V + 1,)."""
         ...
 
 
-class NGram:
-    """Interpolated Witten-Bell n-grams over ids (Chen & Goodman 1998, section 2.5); make one with `NGram.train`.
+class NGramLM:
+    """Interpolated Witten-Bell n-grams over ids (Chen & Goodman 1998, section 2.5); `NGramLM.train` counts one.
 
-    p(w | h) = (count(h w) + kinds(h) * p(w | shorter h)) / (count(h) + kinds(h)), down to the same for all; kinds(h) is how
-    many different symbols followed h.
+    p(w | h) = (count(h w) + kinds(h) * p(w | shorter h)) / (count(h) + kinds(h)), down to a uniform distribution; kinds(h) is the
+    number of different symbols that followed h.
     """
 
     ends = True
 
     def __init__(self, order: int, vocab: int, counts: Mapping[tuple[int, ...], Mapping[int, int]]) -> None:
         if order < 1 or vocab < 1:
-            raise ConfigError(f"NGram: order={order} and vocab={vocab} must be at least 1")
+            raise ConfigError(f"NGramLM: order={order} and vocab={vocab} must be at least 1")
         self.order, self.vocab = order, vocab
         self.counts = {history: dict(follow) for history, follow in counts.items()}
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._cached: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def train(cls, sequences: Iterable[Sequence[int]], order: int, vocab: int) -> Self:
-        """Count sequences of ids in 0..vocab-1; order 3 looks at the last two.
+        """Count sequences of ids in 0..vocab-1; a model of order 3 predicts from the last two.
 
         Raises:
             ConfigError: no sequences, or an id outside the vocabulary.
@@ -58,7 +60,7 @@ class NGram:
             ids = [int(i) for i in sequence]
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 raise ConfigError(
-                    f"NGram.train: ids run from {min(ids)} to {max(ids)}, outside 0..{vocab - 1}; "
+                    f"NGramLM.train: ids run from {min(ids)} to {max(ids)}, outside 0..{vocab - 1}; "
                     "give vocab=tokenizer.vocab_size"
                 )
             padded = [_START] * (order - 1) + ids + [vocab]
@@ -66,53 +68,58 @@ class NGram:
                 for n in range(order):
                     counts.setdefault(tuple(padded[at - n : at]), Counter())[padded[at]] += 1
         if not counts:
-            raise ConfigError("NGram.train: there are no sequences to count; give texts as lists of ids")
+            raise ConfigError("NGramLM.train: there are no sequences to count; give texts as lists of ids")
         return cls(order, vocab, counts)
 
     def log_p(self, history: Sequence[int]) -> Tensor:
-        """(vocab + 1,) nats, float64; the last is the end's."""
+        """Nats (vocab + 1,) of every next symbol and of the text's end, float64."""
         room = self.order - 1
         seen = (*[_START] * room, *history)[-room:] if room else ()
-        if seen not in self._known:
+        if seen not in self._cached:
             p = torch.full((self.vocab + 1,), 1 / (self.vocab + 1), dtype=torch.float64)
             for n in range(self.order):
                 follow = self.counts.get(seen[room - n :])
-                if follow is None:  # nor was any longer history met
+                if follow is None:  # longer histories were not counted either
                     break
                 p = len(follow) * p
                 p[list(follow)] += torch.tensor(list(follow.values()), dtype=torch.float64)
                 p = p / (len(follow) + sum(follow.values()))
-            self._known[seen] = p.log()
-        return self._known[seen]
+            self._cached[seen] = p.log()
+        return self._cached[seen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` takes them back."""
+        """JSON values, from which `from_dict` makes the same model."""
         counts = [[list(h), list(f), list(f.values())] for h, f in self.counts.items()]
         return {"order": self.order, "vocab": self.vocab, "counts": counts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The model of which these are the JSON values.
+
+        Raises:
+            CheckpointError: they were not made by `to_dict`.
+        """
         try:
             counts = {tuple(h): dict(zip(ids, many, strict=True)) for h, ids, many in data["counts"]}
             return cls(data["order"], data["vocab"], counts)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"NGram.from_dict: this was not made by to_dict: {error!r}") from error
+            raise CheckpointError(f"NGramLM.from_dict: this was not made by to_dict: {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write a JSON file."""
         put(Path(path), json.dumps(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote."""
+        """Read a file of `save`."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-class ModelPrior:
-    """The model's own text task that writes the kind from nothing, such as "-> text".
+class ModelLM:
+    """A task of the model that writes the kind from nothing, such as "-> text", as a language model.
 
-    One cache holds the history asked for last; another history is read from where the two part, so that the prefixes of a
-    beam, which part late, cost a few tokens each. Answers are remembered, the newest `remembered` of them.
+    One KV cache holds the newest history. Another history shares its cached prefix and is read from the first difference on; so
+    the prefixes of a beam, which differ late, cost a few tokens each. The results of the last `remembered` histories are cached.
 
     Raises:
         ConfigError, TaskError: the task reads something, or does not write token by token.
@@ -125,50 +132,51 @@ class ModelPrior:
         pattern, head = model.packer.patterns[task], model.packer.head(task)
         if pattern.reads or not head.writes:
             raise ConfigError(
-                f"ModelPrior: task {task!r} must write from nothing token by token, "
+                f"ModelLM: task {task!r} must write from nothing token by token, "
                 f"such as Task('-> {pattern.writes.kind}', NextToken())"
             )
         if context < 2:
-            raise ConfigError(f"ModelPrior: context={context} ids is too short; use 2 or more")
+            raise ConfigError(f"ModelLM: context={context} ids is too short; use 2 or more")
         self.model, self.task, self.context, self.remembered = model, task, context, remembered
         self.kind, self.head = pattern.writes.kind, head
-        self._known: dict[tuple[int, ...], Tensor] = {}
-        self._held: list[int] = []
+        self._cached: dict[tuple[int, ...], Tensor] = {}
+        self._history: list[int] = []
         self._cache: Cache | None = None
 
     def log_p(self, history: Sequence[int]) -> Tensor:
-        """(V + 1,) nats, the last being the end's; of a long history only the last `context` ids or fewer are read."""
+        """Nats (V + 1,) of every next symbol and of the text's end; of a long history at most the last `context` ids are read."""
+        # the start of a long history moves by half a context at a time, so that most histories share a cached prefix
         half = max(self.context // 2, 1)
         cut = 0 if len(history) <= self.context else math.ceil((len(history) - self.context) / half) * half
         key = tuple(history[cut:])
-        if key not in self._known:
+        if key not in self._cached:
             with self.model.resting():
                 state_D = self._state(list(key))
                 logits_NV = self.head.logits(self.model.readout(self.task), state_D[None], [1])
-            if len(self._known) >= self.remembered:
-                del self._known[next(iter(self._known))]
-            self._known[key] = logits_NV[0].float().log_softmax(-1).cpu().clone()
-        return self._known[key]
+            if len(self._cached) >= self.remembered:
+                del self._cached[next(iter(self._cached))]
+            self._cached[key] = logits_NV[0].float().log_softmax(-1).cpu().clone()
+        return self._cached[key]
 
     def _state(self, ids: list[int]) -> Tensor:
         if self._cache is None:
             self._cache = self._prompt()
         shared = 0
-        while shared < min(len(ids) - 1, len(self._held)) and ids[shared] == self._held[shared]:
+        while shared < min(len(ids) - 1, len(self._history)) and ids[shared] == self._history[shared]:
             shared += 1
         if not ids:
             return self._first_D
         self._cache.length = [self._prompted + shared]
-        self._held = ids[:shared]  # should a step fail, the cache holds no more than this
+        self._history = ids[:shared]  # should a step fail, no more than this is valid in the cache
         state_TD = self._first_D[None]
-        step = 1 if self._cache.memory is not None else len(ids)  # a core that writes apart takes one token at a time
+        step = 1 if self._cache.memory is not None else len(ids)  # an EncoderDecoder's writer takes one token at a time
         for start in range(shared, len(ids), step):
             state_TD = self._step(ids[start : start + step], start, self._cache)
-        self._held = ids
+        self._history = ids
         return state_TD[-1]
 
     def _step(self, ids: list[int], start: int, cache: Cache) -> Tensor:
-        """States of some more ids, which stand at `start` of the text."""
+        """States (T, D) of more ids, the first of which is number `start` of the text."""
         device = self.model.device
         order_T = torch.arange(start, start + len(ids), dtype=torch.int32, device=device) + self._prompted
         nothing = torch.zeros_like(order_T)
@@ -178,7 +186,7 @@ class ModelPrior:
         return self.model.core(rows_TD, position_TA, layout, cache=cache)
 
     def _prompt(self) -> Cache:
-        """A cache that holds what opens the written segment."""
+        """A cache with the start of the written segment, from which all histories go on."""
         model, core = self.model, self.model.core.core
         stream = model.pack(self.task, [{}], answers=False)
         tokenizer = model.packer.tokenizers[self.kind]
