@@ -119,11 +119,11 @@ class Study:
 
     def _states(self, model: mm.Model, items: Sequence[Item]) -> np.ndarray:
         found = []
-        with model.resting():
+        with model.inference_mode():
             for i in range(0, len(items), 200):
                 stream = model.pack(self.read, [item.sample(self.field) for item in items[i : i + 200]], answers=False)
-                sample_T = stream.layout.places.sample.long()
-                read_T = (stream.layout.places.segment == 0).float()
+                sample_T = stream.layout.info.sample.long()
+                read_T = (stream.layout.info.segment == 0).float()
                 sums = torch.zeros(stream.samples, self.core.width).index_add_(
                     0, sample_T, model(stream) * read_T[:, None]
                 )

@@ -73,7 +73,7 @@ def score(model: Model, text: str, size: int, stride: int, batch: int = 32) -> f
     """Nats per character; each window of `size` scores its last `stride` characters (the first window all of its own)."""
     starts = list(range(0, len(text) - size + 1, stride))
     nats = count = 0.0
-    with model.resting():
+    with model.inference_mode():
         for at in range(0, len(starts), batch):
             part = starts[at : at + batch]
             stream = model.pack(TASK, [{"text": text[s : s + size]} for s in part])

@@ -78,7 +78,7 @@ def heard(
 ) -> list[str]:
     """Transcripts by CTC; `decode` makes text of log-probabilities (N, V), the blank last: greedily, or by a beam search."""
     found = [""] * len(samples)
-    with model.resting():
+    with model.inference_mode():
         for start in range(0, len(samples), batch):
             stream = model.pack(BY_CTC, samples[start : start + batch], answers=False)
             reading = stream.readings[BY_CTC]

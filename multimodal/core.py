@@ -366,7 +366,7 @@ class Transformer(nn.Module):
         Raises:
             ShapeError: stream, places and layout disagree.
         """
-        sample_T = layout.places.sample
+        sample_T = layout.info.sample
         check_shapes(
             "Core", {"D": self.core.width, "A": 3}, stream_TD=stream_TD, position_TA=position_TA, sample_T=sample_T
         )

@@ -16,7 +16,7 @@ from multimodal.attention import Backend, Cache, Layout, Span, Trace, plan_cross
 from multimodal.core import Core, Transformer
 from multimodal.declare import Declared, check_part, override
 from multimodal.layers import Crossing
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.norm import RMSNorm
 from multimodal.shapes import ConfigError, StreamError
 
@@ -125,9 +125,9 @@ class TwoCores(nn.Module):
             state_TD = self._step(stream_TD, position_TA, layout, cache, trace)
             return state_TD if wanted_N is None else state_TD[wanted_N]
         reads = torch.tensor([span.read for span in layout.spans], device=stream_TD.device)
-        is_read_T = layout.places.order < reads[layout.places.sample.long()]
+        is_read_T = layout.info.order < reads[layout.info.sample.long()]
         read_rows, written_rows = is_read_T.nonzero()[:, 0], (~is_read_T).nonzero()[:, 0]
-        read = Layout(tuple(Span(s.free, s.read, s.read) for s in layout.spans), layout.places[read_rows])
+        read = Layout(tuple(Span(s.bidirectional, s.read, s.read) for s in layout.spans), layout.info[read_rows])
         state_TD = torch.empty_like(stream_TD)
         memory_MD = stream_TD[:0]
         if len(read_rows):
@@ -135,11 +135,11 @@ class TwoCores(nn.Module):
             memory_MD = self.reader(stream_TD[read_rows], position_TA[read_rows], there, backend=backend, trace=trace)
         if not len(written_rows):
             return memory_MD if wanted_N is None else memory_MD[wanted_N]
-        places = layout.places[written_rows]
+        places = layout.info[written_rows]
         order_T = places.order - reads[places.sample.long()].to(places.order.dtype)
         written = Layout(
             tuple(Span(0, s.total - s.read) for s in layout.spans),
-            Places(places.sample, order_T, torch.zeros_like(places.free), places.segment),
+            MaskInfo(places.sample, order_T, torch.zeros_like(places.bidirectional), places.segment),
         )
         origin_BA = _origins(position_TA[written_rows], written)
         if cache is not None:
@@ -147,12 +147,12 @@ class TwoCores(nn.Module):
         place_TA = position_TA[written_rows] - origin_BA[places.sample.long()]
         seen_MD, seen_rows = memory_MD, read_rows
         if self.core.last is not None:
-            (late,) = (read.places.order >= (reads - self.core.last)[read.places.sample.long()]).nonzero(as_tuple=True)
+            (late,) = (read.info.order >= (reads - self.core.last)[read.info.sample.long()]).nonzero(as_tuple=True)
             seen_MD, seen_rows = memory_MD[late], read_rows[late]
             spans = tuple(Span(0, min(s.total, self.core.last)) for s in read.spans)
-            places = read.places[late]
+            places = read.info[late]
             first = (reads - self.core.last).clamp(min=0)[places.sample.long()].to(places.order.dtype)
-            read = Layout(spans, Places(places.sample, places.order - first, places.free, places.segment))
+            read = Layout(spans, MaskInfo(places.sample, places.order - first, places.bidirectional, places.segment))
         crossing = Crossing(
             seen_MD,
             self.writer.rotations(position_TA[seen_rows]),
@@ -173,11 +173,11 @@ class TwoCores(nn.Module):
     def _step(
         self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, cache: Cache, trace: Trace | None
     ) -> Tensor:
-        if any(span.total != 1 or span.free for span in layout.spans):
+        if any(span.total != 1 or span.bidirectional for span in layout.spans):
             raise StreamError(
                 "EncoderDecoder: more to read came after the prompt; the reader sees all of it at once, so read it together"
             )
-        place_TA = position_TA - cache.origin_BA[cache.row_index(layout.places.sample)]
+        place_TA = position_TA - cache.origin_BA[cache.row_index(layout.info.sample)]
         plan = plan_cross_attention(layout, None, backend="auto", cache=cache, trace=trace)
         crossing = Crossing(stream_TD[:0], self.writer.rotations(position_TA[:0]), plan)
         return self.writer(stream_TD, place_TA, layout, cache=cache, crossing=crossing, trace=trace)
@@ -185,11 +185,11 @@ class TwoCores(nn.Module):
 
 def _without_empty(layout: Layout) -> Layout:
     """Samples that lack this half are no samples of it: kernels see only shapes with tokens, and numbers have no gaps."""
-    spans, sample_T = tuple(span for span in layout.spans if span.total), layout.places.sample
+    spans, sample_T = tuple(span for span in layout.spans if span.total), layout.info.sample
     if len(spans) == len(layout.spans):
         return layout
     number_T = (sample_T.diff(prepend=sample_T[:1]) != 0).cumsum(0).to(sample_T.dtype)
-    return Layout(spans, replace(layout.places, sample=number_T))
+    return Layout(spans, replace(layout.info, sample=number_T))
 
 
 def _origins(position_TA: Tensor, written: Layout) -> Tensor:

@@ -16,7 +16,7 @@ from multimodal.shapes import ConfigError
 
 
 @dataclass(frozen=True)
-class Places:
+class MaskInfo:
     """What a rule may know of tokens; integer tensors that broadcast together.
 
     sample: which sample of the pack.
@@ -27,14 +27,14 @@ class Places:
 
     sample: Tensor
     order: Tensor
-    free: Tensor
+    bidirectional: Tensor
     segment: Tensor
 
-    def __getitem__(self, index) -> "Places":
-        return Places(*(getattr(self, f.name)[index] for f in fields(self)))
+    def __getitem__(self, index) -> "MaskInfo":
+        return MaskInfo(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @property
-    def alone(self) -> "Places":
+    def alone(self) -> "MaskInfo":
         """The same with the sample index 0: the answer of a rule must not depend on the position of a sample in its pack."""
         return replace(self, sample=torch.zeros_like(self.sample))
 
@@ -47,8 +47,8 @@ class Pairs:
     causal: every query at the keys that are not after it; then `allowed` is None.
     """
 
-    q: Places
-    k: Places
+    q: MaskInfo
+    k: MaskInfo
     allowed: Tensor | None = None
     causal: bool = False
 
@@ -82,9 +82,9 @@ class Pairs:
 def everyone(count: int, keys: int, device: torch.device) -> Pairs:
     """`count` queries of one sample, each of which may look at all of `keys` keys."""
 
-    def places(order: Tensor) -> Places:
+    def places(order: Tensor) -> MaskInfo:
         nothing = torch.zeros_like(order)
-        return Places(nothing, order, nothing, nothing)
+        return MaskInfo(nothing, order, nothing, nothing)
 
     q = places(torch.arange(count, device=device)[None, :, None])
     k = places(torch.arange(keys, device=device)[None, None])
@@ -142,7 +142,7 @@ class Rule(Prior):
     """A mask rule. Subclass as a frozen dataclass and write `allows`."""
 
     @abstractmethod
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         """True where query q may look at key k; elementwise, with no branch on values."""
 
     @property
@@ -176,7 +176,7 @@ class And(Rule):
         bounds = [r for r in (self.left.reach, self.right.reach) if r is not None]
         return min(bounds, default=None)
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return self.left.allows(q, k) & self.right.allows(q, k)
 
 
@@ -190,7 +190,7 @@ class Or(Rule):
         left, right = self.left.reach, self.right.reach
         return None if left is None or right is None else max(left, right)
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return self.left.allows(q, k) | self.right.allows(q, k)
 
 
@@ -198,7 +198,7 @@ class Or(Rule):
 class Not(Rule):
     rule: Rule
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return ~self.rule.allows(q, k)
 
 
@@ -206,7 +206,7 @@ class Not(Rule):
 class SameSample(Rule):
     """Stay inside one's own sample: what makes packing invisible."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return q.sample == k.sample
 
 
@@ -214,7 +214,7 @@ class SameSample(Rule):
 class SameSegment(Rule):
     """Stay inside one's own field of the sample."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return (q.sample == k.sample) & (q.segment == k.segment)
 
 
@@ -222,7 +222,7 @@ class SameSegment(Rule):
 class Causal(Rule):
     """Look at oneself and at what came before."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return k.order <= q.order
 
 
@@ -230,16 +230,16 @@ class Causal(Rule):
 class Prefix(Rule):
     """Bidirectional tokens look at each other in both directions."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
-        return (q.free & k.free) != 0
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
+        return (q.bidirectional & k.bidirectional) != 0
 
 
 @dataclass(frozen=True)
 class InTurn(Rule):
     """Look at oneself, at what came before, and at bidirectional tokens."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
-        return (k.order <= q.order) | (k.free != 0)
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
+        return (k.order <= q.order) | (k.bidirectional != 0)
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Window(Rule):
     def reach(self) -> int:
         return self.size - 1
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         distance = q.order - k.order
         return (distance < self.size) & (distance > -self.size)
 
@@ -277,7 +277,7 @@ class Chunked(Rule):
         if self.size < 1:
             raise ConfigError(f"Chunked: size={self.size} makes no chunks; use 1 or more")
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return k.order // self.size <= q.order // self.size
 
 
@@ -291,7 +291,7 @@ class Alone(Rule):
     def reach(self) -> int | None:
         return self.rule.reach
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return self.rule.allows(q.alone, k.alone)
 
 
@@ -320,9 +320,9 @@ class Layout:
     """Which rows of a stream belong to which sample: spans on the host, and what rules may know of each row (T,) on the device."""
 
     spans: tuple[Span, ...]
-    places: Places
+    info: MaskInfo
 
 
 def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
     """Whether this is the default rule, with bidirectional tokens only at the start of every sample."""
-    return rule == PREFIX_LM and all(span.free >= 0 for span in layout.spans)
+    return rule == PREFIX_LM and all(span.bidirectional >= 0 for span in layout.spans)

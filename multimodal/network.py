@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from multimodal.attention.reinforce import reward_loss
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
+from multimodal.old_names import warn
 from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Stream
@@ -209,7 +210,16 @@ class Network(nn.Module):
             for module in training:
                 module.training = True
 
-    resting = inference_mode
+    def resting(self) -> AbstractContextManager[None]:
+        """The name of `inference_mode` in version 0.1; goes with 0.3."""
+        warn("Model.resting", "Model.inference_mode", 1)
+        return self.inference_mode()
+
+    @property
+    def chooses(self) -> bool:
+        """The name of `learns_from_rewards` in version 0.1; goes with 0.3."""
+        warn("Model.chooses", "Model.learns_from_rewards", 1)
+        return self.learns_from_rewards
 
     def parameter_counts(self) -> dict[str, int]:
         """Number of parameters by part, and of "all"."""

@@ -19,7 +19,7 @@ from multimodal.attention import Layout, Span
 from multimodal.declare import check_ordered
 from multimodal.heads import Contrast, Head, default_head
 from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, tokens_of
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
@@ -247,10 +247,10 @@ class Packer:
             torch.tensor([len(p.part.segments) for p in placed])
         )
         first_segment = torch.searchsorted(sample_of_segment, sample_of_segment)
-        places = Places(
+        places = MaskInfo(
             sample=torch.arange(len(placed), dtype=torch.int32).repeat_interleave(total_B),
             order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
-            free=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
+            bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
             segment=(torch.arange(len(segments)) - first_segment).int().repeat_interleave(sizes),
         )
         return Stream(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from multimodal.attention import Layout
 from multimodal.heads.base import Reading
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Stream:
             content={kind: move(x) for kind, x in self.content.items()},
             order_T=None if self.order_T is None else move(self.order_T),
             position_TA=move(self.position_TA),
-            layout=Layout(self.layout.spans, Places(**{name: move(x) for name, x in vars(self.layout.places).items()})),
+            layout=Layout(self.layout.spans, MaskInfo(**{name: move(x) for name, x in vars(self.layout.info).items()})),
             readings={
                 pattern: dataclasses.replace(
                     r, **{name: move(x) for name, x in vars(r).items() if isinstance(x, Tensor)}

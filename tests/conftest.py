@@ -14,7 +14,7 @@ import torch
 
 import multimodal as mm
 from multimodal.attention import Layout, Span
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def lay() -> Callable[..., Layout]:
                 for order, (flag, segment) in enumerate(zip(flags, segments, strict=True))
             ]
         columns = torch.tensor(rows, dtype=torch.int32, device=device).T
-        return Layout(tuple(spans), Places(*columns))
+        return Layout(tuple(spans), MaskInfo(*columns))
 
     return make
 

@@ -22,7 +22,7 @@ from multimodal.attention import (
 )
 from multimodal.attention.gpu import VarlenPlan
 from multimodal.layers import Attention
-from multimodal.masks import LAW, PREFIX_LM, Causal, Places, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import LAW, PREFIX_LM, Causal, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.norm import RMSNorm, _RMSNormCPU
 from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, StreamError
@@ -68,7 +68,7 @@ def scaled(scale: float) -> Mechanism:
     return Mechanism(ScaledBy(scale), None, Soft(), 4, 8)
 
 
-def by_loop(rule: Rule, places: Places, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float) -> Tensor:
+def by_loop(rule: Rule, places: MaskInfo, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, scale: float) -> Tensor:
     """Softmax attention of each head and query alone, in float64."""
     q, k, v = (x.double() for x in (q_THK, k_TGK, v_TGK))
     share = q.shape[1] // k.shape[1]  # query heads that read the same keys
@@ -89,7 +89,7 @@ def qkv(count: int, heads: int, kv_heads: int, width: int = 8, **kwargs) -> tupl
 
 
 def size(layout: Layout) -> int:
-    return len(layout.places.sample)
+    return len(layout.info.sample)
 
 
 @quiet_flex
@@ -100,7 +100,7 @@ def test_every_plan_is_the_loop(lay, case, rule, backend):
     layout = lay(LAYOUTS[case])
     q, k, v = qkv(size(layout), 4, 2)
     read = plan_attention(RULES[rule], layout, backend=backend).attend(q, k, v, scaled(0.4), 0)
-    expected = by_loop(RULES[rule], layout.places, q, k, v, 0.4)
+    expected = by_loop(RULES[rule], layout.info, q, k, v, 0.4)
     torch.testing.assert_close(read.double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_the_loop(lay, case, rule, heads, kv_heads, backe
     theirs = [x.detach().clone().requires_grad_() for x in ours]
     push = torch.randn(size(layout), heads, 8)
     plan_attention(RULES[rule], layout, backend=backend).attend(*ours, scaled(0.4), 0).backward(push)
-    by_loop(RULES[rule], layout.places, *theirs, 0.4).backward(push.double())
+    by_loop(RULES[rule], layout.info, *theirs, 0.4).backward(push.double())
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.grad is not None
         torch.testing.assert_close(mine.grad, other.grad, atol=5e-6, rtol=1e-4)
@@ -126,7 +126,7 @@ def test_no_gradient_crosses_from_sample_to_sample(lay, case, backend):
     layout = lay(LAYOUTS[case])
     inputs = [x.requires_grad_() for x in qkv(size(layout), 4, 2)]
     read = plan_attention(PREFIX_LM, layout, backend=backend).attend(*inputs, scaled(0.4), 0)
-    sample_T = layout.places.sample
+    sample_T = layout.info.sample
     for sample in range(len(layout.spans)):
         grads = torch.autograd.grad(read[sample_T == sample].square().sum(), inputs, retain_graph=True)
         for grad in grads:
@@ -160,7 +160,7 @@ def test_the_variable_length_plan_keeps_its_books(lay, monkeypatch, case, heads,
     layout = lay(PREFIX_FIRST[case])
     q, k, v = (x.requires_grad_() for x in qkv(size(layout), heads, kv_heads))
     read = plan_attention(PREFIX_LM, layout, backend="varlen").attend(q, k, v, scaled(0.4), 0)
-    expected = by_loop(PREFIX_LM, layout.places, q, k, v, 0.4)
+    expected = by_loop(PREFIX_LM, layout.info, q, k, v, 0.4)
     torch.testing.assert_close(read.double(), expected, atol=2e-6, rtol=1e-5)
     mine, other = (torch.autograd.grad(x.double().square().sum(), (q, k, v)) for x in (read, expected))
     for ours, theirs in zip(mine, other, strict=True):
@@ -176,7 +176,7 @@ def test_the_variable_length_plan_pads_widths_to_eights(lay, monkeypatch):
     layout = lay(PREFIX_FIRST["prefix"])
     q, k, v = qkv(size(layout), 4, 2, 10)
     read = plan_attention(PREFIX_LM, layout, backend="varlen").attend(q, k, v, scaled(0.4), 0)
-    torch.testing.assert_close(read.double(), by_loop(PREFIX_LM, layout.places, q, k, v, 0.4), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(read.double(), by_loop(PREFIX_LM, layout.info, q, k, v, 0.4), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_one_cached_token_at_a_time_is_the_whole_pass(lay, backend, rule):
     prompts = [[(3, True), (1, False)], [(2, False)], [(2, False), (3, True), (1, False)]]
     whole = lay([[*fields, (3, False)] for fields in prompts])
     q, k, v = qkv(size(whole), 4, 2)
-    expected = by_loop(RULES[rule], whole.places, q, k, v, 0.4)
+    expected = by_loop(RULES[rule], whole.info, q, k, v, 0.4)
     lengths = [sum(n for n, _ in fields) for fields in prompts]
     starts = [0, lengths[0] + 3, lengths[0] + lengths[1] + 6]
 
@@ -212,9 +212,10 @@ def test_one_cached_token_at_a_time_is_the_whole_pass(lay, backend, rule):
     assert cache.length == lengths
     for step in range(3):
         rows = torch.tensor([s + n + step for s, n in zip(starts, lengths, strict=True)])
-        layout = Layout(lay([[(1, False)]] * 3).spans, whole.places[rows])
+        layout = Layout(lay([[(1, False)]] * 3).spans, whole.info[rows])
         layout = Layout(
-            layout.spans, Places(torch.arange(3), *(getattr(layout.places, n) for n in ("order", "free", "segment")))
+            layout.spans,
+            MaskInfo(torch.arange(3), *(getattr(layout.info, n) for n in ("order", "bidirectional", "segment"))),
         )
         plan = plan_attention(RULES[rule], layout, backend=backend, cache=cache)
         read = plan.attend(q[rows], k[rows], v[rows], scaled(0.4), 0)
@@ -262,7 +263,7 @@ def layer_and_mha(rule: Rule, layout: Layout, backend: str) -> tuple[Tensor, Ten
     turns = rotations(torch.zeros(size(layout), 3), *rotary_frequencies(6, (2, 1, 1), (1e4, 1e2, 1e2)))
     plan = plan_attention(rule, layout, backend=backend)
     mine = ours.out(plan.attend(*ours(stream_TD, turns), ours.mechanism, 0).flatten(1))
-    places = layout.places
+    places = layout.info
     hidden = torch.tensor(
         [[not bool(rule.allows(places[t], places[m])) for m in range(size(layout))] for t in range(size(layout))]
     )

@@ -34,7 +34,7 @@ class Code(mm.Tokenizer):
         return self.size
 
     def encode(self, value: Sequence[int]) -> Tokens:
-        return Tokens(torch.tensor(value), self.places(len(value)))
+        return Tokens(torch.tensor(value), self.info(len(value)))
 
     def decode(self, tokens: Tokens) -> list[int]:
         return tokens.content.tolist()

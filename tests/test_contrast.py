@@ -160,7 +160,7 @@ def test_a_pair_lies_in_the_stream_as_two_samples_in_order(tokenizers, core):
     pairs = [{"a": "abcdefgh"[: 1 + i * 3 % 8], "b": "zyxwvuts"[: 8 - i * 3 % 8] + str(i)} for i in range(8)]
     prepared = [model.packer.prepare(task, pair, "") for pair in pairs]
     stream = model.packer.lay(prepared)
-    reading, sample_T = stream.readings[task], stream.layout.places.sample
+    reading, sample_T = stream.readings[task], stream.layout.info.sample
     assert list(stream.layout.spans) == sorted(stream.layout.spans)
     assert sum(map(len, prepared)) == len(stream)
     assert (reading.count, reading.left, reading.lengths) == (8, 8, (1,) * 16)
@@ -193,7 +193,7 @@ def test_packed_is_alone_and_no_gradient_crosses(model, values: Callable):
     torch.testing.assert_close(both_NF.norm(dim=1), torch.ones(12))
     rows_TD = model.rows(stream).detach().requires_grad_()
     state_TD = model.core(rows_TD, stream.position_TA, stream.layout)
-    reading, sample_T = stream.readings[TASK], stream.layout.places.sample
+    reading, sample_T = stream.readings[TASK], stream.layout.info.sample
     for row in reading.row_N:
         (gradient,) = torch.autograd.grad((state_TD[row] * torch.randn(32)).sum(), rows_TD, retain_graph=True)
         assert (gradient[sample_T != sample_T[row]] == 0).all()

@@ -314,7 +314,7 @@ def context_of(layout: Layout) -> Context:
 def test_drop_path_skips_a_block_for_whole_samples_and_keeps_the_mean(lay):
     counts = [3, 1, 4, 2] * 50
     layout = lay([[(n, True)] for n in counts])
-    sample_T = layout.places.sample
+    sample_T = layout.info.sample
     block = mm.Core(width=8, depth=2, heads=1, drop_path=0.25).build().blocks[-1].layers[0].train()
     assert block.drop_path == 0.25
     kept = torch.zeros(len(counts))

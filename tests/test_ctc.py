@@ -303,7 +303,7 @@ def test_a_beam_that_cannot_work_is_refused(settings, problem: str):
 
 
 def test_chunks_see_themselves_and_the_past(lay):
-    places = lay([[(5, True)], [(4, True)]]).places
+    places = lay([[(5, True)], [(4, True)]]).info
     allowed = Chunked(2).allows(places[:, None], places[None]) & SameSample().allows(places[:, None], places[None])
     assert allowed[:5, :5].int().tolist() == [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 0]] * 2 + [[1, 1, 1, 1, 1]]
     assert allowed[5:, 5:].int().tolist() == [[1, 1, 0, 0]] * 2 + [[1, 1, 1, 1]] * 2

@@ -20,7 +20,7 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.attention import Cache, Cosine, Factored, Layout, Mechanism, Soft, plan_attention
 from multimodal.core import compile_blocks, recompute
-from multimodal.masks import PREFIX_LM, Causal, Chunked, Places, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import PREFIX_LM, Causal, Chunked, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.shapes import ConfigError
 from multimodal.train.optimizer import make_optimizer
 from multimodal.train.recipe import Recipe
@@ -97,7 +97,7 @@ def against_the_oracle(
     mechanism: Mechanism | None = None,
 ) -> None:
     mechanism = mechanism or plainly()
-    count = len(layout.places.sample)
+    count = len(layout.info.sample)
     ours = [x.to(dtype).requires_grad_() for x in qkv(count, heads, kv_heads, width)]
     theirs = [x.detach().double().requires_grad_() for x in ours]
     mine = plan_attention(rule, layout, backend=backend, dtype=dtype).attend(*ours, mechanism, 0)
@@ -133,9 +133,9 @@ def test_a_score_that_factors_runs_on_the_variable_length_kernel(lay):
 
 def test_no_gradient_crosses_samples_in_the_variable_length_kernel(lay):
     layout = lay(ODD, device=DEVICE)
-    inputs = [x.bfloat16().requires_grad_() for x in qkv(len(layout.places.sample), 4, 4, 64)]
+    inputs = [x.bfloat16().requires_grad_() for x in qkv(len(layout.info.sample), 4, 4, 64)]
     read = plan_attention(PREFIX_LM, layout, backend="varlen", dtype=torch.bfloat16).attend(*inputs, plainly(), 0)
-    sample_T = layout.places.sample
+    sample_T = layout.info.sample
     for sample in range(len(layout.spans)):
         for grad in torch.autograd.grad(read[sample_T == sample].float().square().sum(), inputs, retain_graph=True):
             assert torch.count_nonzero(grad[sample_T != sample]) == 0
@@ -180,7 +180,7 @@ def test_mechanisms_with_priors(lay, name, dtype):
     prior = {"ALiBi": mm.attention.ALiBi(), "RelativeBias": mm.attention.RelativeBias(8)}[name]
     mechanism = Mechanism(mm.attention.ScaledDotProduct(), prior, Soft(), 4, 64).to(DEVICE)
     layout = lay(ODD, device=DEVICE)
-    count = len(layout.places.sample)
+    count = len(layout.info.sample)
     ours = [x.to(dtype) for x in qkv(count, 4, 2, 64)]
     mine = plan_attention(PREFIX_LM, layout, dtype=dtype, bare=mechanism.bare).attend(*ours, mechanism, 0)
     exact = copy.deepcopy(mechanism).double()
@@ -195,7 +195,7 @@ def test_mechanisms_with_priors(lay, name, dtype):
 def test_cached_tokens_are_the_whole_pass(lay, rule, dtype, many):
     prompts = [[(130, True), (1, False)], [(2, False)], [(65, True), (8, False)]]
     whole = lay([[*fields, (3, False)] for fields in prompts], device=DEVICE)
-    q, k, v = (x.to(dtype) for x in qkv(len(whole.places.sample), 4, 2, 64))
+    q, k, v = (x.to(dtype) for x in qkv(len(whole.info.sample), 4, 2, 64))
     exact = (x.double() for x in (q, k, v))
     expected = plan_attention(RULES[rule], whole, backend="dense").attend(*exact, plainly(), 0)
     lengths = [sum(n for n, _ in fields) for fields in prompts]
@@ -211,7 +211,7 @@ def test_cached_tokens_are_the_whole_pass(lay, rule, dtype, many):
     for step in range(0, 3, many):
         rows = torch.cat([torch.arange(many) + s + n + step for s, n in zip(starts, lengths, strict=True)])
         spans = lay([[(many, False)]] * 3).spans
-        attended(rows, Layout(spans, Places(**{n: x[rows.to(DEVICE)] for n, x in vars(whole.places).items()})))
+        attended(rows, Layout(spans, MaskInfo(**{n: x[rows.to(DEVICE)] for n, x in vars(whole.info).items()})))
 
 
 TASKS = ("text -> out:story", "text -> label")
@@ -303,7 +303,7 @@ def test_no_gradient_crosses_samples_of_a_model():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         rows = model.rows(stream).detach().requires_grad_()
         state = model.core(rows, stream.position_TA, stream.layout)
-    sample_T = stream.layout.places.sample
+    sample_T = stream.layout.info.sample
     (grad,) = torch.autograd.grad(state[sample_T == 1].float().square().sum(), rows)
     assert torch.count_nonzero(grad[sample_T != 1]) == 0
     assert torch.count_nonzero(grad[sample_T == 1]) > 0

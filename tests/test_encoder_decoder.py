@@ -23,7 +23,7 @@ from multimodal.attention import (
 from multimodal.core import Block
 from multimodal.encoder_decoder import TwoCores
 from multimodal.layers import Attention, Context, Sublayer
-from multimodal.masks import PREFIX_LM, Places
+from multimodal.masks import PREFIX_LM, MaskInfo
 from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokens
@@ -39,7 +39,7 @@ class Digits(mm.Tokenizer):
     vocab_size = 4
 
     def encode(self, value: Sequence[int]) -> Tokens:
-        return Tokens(torch.tensor(value), self.places(len(value)))
+        return Tokens(torch.tensor(value), self.info(len(value)))
 
     def decode(self, tokens: Tokens) -> list[int]:
         return tokens.content.tolist()
@@ -137,7 +137,7 @@ def test_no_gradient_crosses_from_sample_to_sample(make, core, backend):
     stream = model.packer(PACK)
     rows_TD = model.rows(stream).detach().requires_grad_()
     state_TD = model.core(rows_TD, stream.position_TA, stream.layout, backend=backend)
-    sample_T, order_T = stream.layout.places.sample, stream.layout.places.order
+    sample_T, order_T = stream.layout.info.sample, stream.layout.info.order
     for number, span in enumerate(stream.layout.spans):
         mine = sample_T == number
         (grad,) = torch.autograd.grad(state_TD[mine].square().sum(), rows_TD, retain_graph=True)
@@ -158,7 +158,7 @@ def test_no_gradient_crosses_from_sample_to_sample(make, core, backend):
 
 def stream_read(stream: mm.stream.Stream) -> Tensor:
     """For each token how many its sample reads."""
-    return torch.tensor([s.read for s in stream.layout.spans])[stream.layout.places.sample.long()]
+    return torch.tensor([s.read for s in stream.layout.spans])[stream.layout.info.sample.long()]
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -202,7 +202,7 @@ def halves(case: Sequence[tuple[int, int]]) -> tuple[Layout, Layout]:
         rows = [(s, i, free, 0) for s, n in enumerate(sizes) for i in range(n)]
         return Layout(
             tuple(Span(n if free else 0, n, n if free else 0) for n in sizes),
-            Places(*torch.tensor(rows, dtype=torch.int32).T),
+            MaskInfo(*torch.tensor(rows, dtype=torch.int32).T),
         )
 
     return layout([q for q, _ in case], 0), layout([k for _, k in case], 1)
@@ -219,7 +219,7 @@ def test_cross_attention_is_pytorch_multihead_attention(case, backend):
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)
         ours.out.weight.copy_(theirs.out_proj.weight)
-    sample_T, sample_M = written.places.sample, read.places.sample
+    sample_T, sample_M = written.info.sample, read.info.sample
     q_TD, k_MD = torch.randn(len(sample_T), width), torch.randn(len(sample_M), width)
     lone_T = ~(sample_T[:, None] == sample_M).any(1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.attention import Cache, Cosine, Layout, Span
 from multimodal.attention.cached import StepPlan
-from multimodal.masks import PREFIX_LM, Chunked, Places
+from multimodal.masks import PREFIX_LM, Chunked, MaskInfo
 from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokens, at_times
 from multimodal_tokenizers import ImagePatches, TextBytes
@@ -31,7 +31,7 @@ class Digits(mm.Tokenizer):
     vocab_size = STOP
 
     def encode(self, value: Sequence[int]) -> Tokens:
-        return Tokens(torch.tensor(value), self.places(len(value)))
+        return Tokens(torch.tensor(value), self.info(len(value)))
 
     def decode(self, tokens: Tokens) -> list[int]:
         return tokens.content.tolist()
@@ -540,7 +540,7 @@ def whole_and_parts(
         expected = module(stream_TD, position_TA, layout, backend="dense")
         for sizes in parts:
             pick = torch.cat([torch.arange(s + d, s + d + n) for s, d, n in zip(starts, done, sizes, strict=True)])
-            new = Layout(tuple(Span(0, n) for n in sizes), layout.places[pick])
+            new = Layout(tuple(Span(0, n) for n in sizes), layout.info[pick])
             out_TD[pick] = module(stream_TD[pick], position_TA[pick], new, cache=cache.at(rows_of))
             done = [d + n for d, n in zip(done, sizes, strict=True)]
     assert done == list(totals)
@@ -583,7 +583,7 @@ def test_new_tokens_that_the_cached_ones_should_have_seen_are_refused(lay):
     def places(order: Sequence[int], free: int) -> Layout:
         order_T = torch.tensor(order, dtype=torch.int32)
         zero = torch.zeros_like(order_T)
-        return Layout((Span(len(order) if free else 0, len(order)),), Places(zero, order_T, zero + free, zero))
+        return Layout((Span(len(order) if free else 0, len(order)),), MaskInfo(zero, order_T, zero + free, zero))
 
     core = CORES["prefix"]
     for rule, message in ((PREFIX_LM, True), (Chunked(4), False)):
@@ -608,7 +608,7 @@ def test_copying_a_row_makes_it_the_same_from_where_it_differs():
     cache = Cache(keys=[(1, 2, 2), (2, 4, 3)], states=[5], batch=3, capacity=6)
     for x in (*cache.k, *cache.v, *cache.state, cache.origin_BA):
         x.normal_()
-    cache.free_BM.random_(0, 2)
+    cache.bidirectional_BM.random_(0, 2)
     cache.length = [5, 3, 2]
     before = [x.clone() for x in (*cache.k, *cache.v)]
     state_BF = cache.state[0].clone()

@@ -55,7 +55,7 @@ class Numbers(mm.Tokenizer):
     def encode(self, value):
         if type(value) is not list or not value:
             raise mm.MediaError(f"{type(self).__name__}.encode: {value!r} is no list of numbers")
-        return mm.Tokens(torch.tensor(value), self.places(len(value)))
+        return mm.Tokens(torch.tensor(value), self.info(len(value)))
 
     def decode(self, tokens):
         return tokens.content.tolist()
@@ -71,7 +71,7 @@ class Wave(mm.Tokenizer):
         if not isinstance(value, np.ndarray) or value.ndim != 1 or not len(value):
             raise mm.MediaError(f"{type(self).__name__}.encode: {value!r} is no array (n,)")
         x = torch.tensor(value, dtype=torch.float32)
-        return mm.Tokens(torch.stack([x, x**2], 1), self.places(len(x)))
+        return mm.Tokens(torch.stack([x, x**2], 1), self.info(len(x)))
 
     def decode(self, tokens):
         return tokens.content[:, 0].numpy()
@@ -130,7 +130,7 @@ class Words(mm.Tokenizer):
     def encode(self, value):
         if not isinstance(value, str) or not value:
             raise mm.MediaError(f"{type(self).__name__}.encode: {value!r} is no text")
-        return mm.Tokens(torch.tensor([self.number(word) for word in value.split()]), self.places(len(value.split())))
+        return mm.Tokens(torch.tensor([self.number(word) for word in value.split()]), self.info(len(value.split())))
 
     def number(self, word):
         raise NotImplementedError
@@ -261,7 +261,7 @@ class CutsNormalised(mm.Tokenizer):
         if not isinstance(value, np.ndarray) or value.ndim != 1 or not len(value):
             raise mm.MediaError(f"CutsNormalised.encode: {value!r} is no array (n,)")
         x = torch.tensor(value - value.mean(), dtype=torch.float32)[:200, None]
-        return mm.Tokens(x, self.places(len(x)))
+        return mm.Tokens(x, self.info(len(x)))
 
 
 class CutsTheLastOne(Numbers):
@@ -413,7 +413,7 @@ class IsAView(Wave):
     def encode(self, value):
         if not isinstance(value, np.ndarray) or not len(value):
             raise mm.MediaError("IsAView.encode: wanted an array")
-        return mm.Tokens(torch.from_numpy(value)[:, None], self.places(len(value)))
+        return mm.Tokens(torch.from_numpy(value)[:, None], self.info(len(value)))
 
 
 class IsAViewOfASound(IsAView):
@@ -472,7 +472,7 @@ class EmbedsByTable(mm.Tokenizer):
     def encode(self, value):
         if type(value) is not list or not value:
             raise mm.MediaError(f"EmbedsByTable.encode: {value!r} is no list of numbers")
-        return mm.Tokens(torch.tensor(value, dtype=torch.float32)[:, None] * 2 + 1, self.places(len(value)))
+        return mm.Tokens(torch.tensor(value, dtype=torch.float32)[:, None] * 2 + 1, self.info(len(value)))
 
     def embed(self, width):
         return LooksNumbersUp(width)
@@ -606,7 +606,7 @@ class Bag(mm.Tokenizer):
         if not isinstance(value, str) or not value:
             raise mm.MediaError(f"Bag.encode: {value!r} is no text")
         counts = torch.bincount(torch.tensor([ord(c) % 256 for c in value]), minlength=256)
-        return mm.Tokens(counts[None].float(), self.places(1))
+        return mm.Tokens(counts[None].float(), self.info(1))
 
 
 @dataclass(frozen=True)
@@ -629,7 +629,7 @@ class Steps(mm.Tokenizer):
     def encode(self, value):
         if not isinstance(value, float) or not 0 <= value <= 1:
             raise mm.MediaError(f"Steps.encode: {value!r} is no number in 0..1")
-        return mm.Tokens(torch.tensor([min(int(value * 8), 7)]), self.places(1))
+        return mm.Tokens(torch.tensor([min(int(value * 8), 7)]), self.info(1))
 
     def decode(self, tokens):
         return (int(tokens.content[0]) + 0.5) / 8 if len(tokens) else 0.0
@@ -703,7 +703,7 @@ class Hashed(mm.Tokenizer):
     def encode(self, value):
         if not isinstance(value, str) or not value:
             raise mm.MediaError(f"Hashed.encode: {value!r} is no text")
-        return mm.Tokens(torch.tensor([hash(word) % 100 for word in value.split()]), self.places(len(value.split())))
+        return mm.Tokens(torch.tensor([hash(word) % 100 for word in value.split()]), self.info(len(value.split())))
 
 print("started")
 report = check_tokenizer(Hashed(), ["good day", "bad tune"], raises=False)

@@ -27,7 +27,7 @@ class Numbers(mm.Tokenizer):
     def encode(self, value):
         if type(value) is not list or not value:
             raise mm.MediaError(f"Numbers.encode: {value!r} is no list of numbers")
-        return mm.Tokens(torch.tensor(value), self.places(len(value)))
+        return mm.Tokens(torch.tensor(value), self.info(len(value)))
 
     def decode(self, tokens):
         return tokens.content.tolist()
@@ -134,7 +134,7 @@ class Halves(mm.Tokenizer):
     def encode(self, value):
         if type(value) is not list or not value:
             raise mm.MediaError(f"Halves.encode: {value!r} is no list of numbers")
-        return mm.Tokens(torch.tensor(value), self.places(len(value)))
+        return mm.Tokens(torch.tensor(value), self.info(len(value)))
 '''
 
 
@@ -248,7 +248,7 @@ class Columns(mm.Tokenizer):
     def encode(self, value):
         if type(value) is not list or len(value) != len(self.columns):
             raise mm.MediaError(f"Columns.encode: {value!r} is no list of {len(self.columns)} numbers")
-        return mm.Tokens(torch.tensor(value, dtype=torch.float32)[:, None], self.places(len(value)))
+        return mm.Tokens(torch.tensor(value, dtype=torch.float32)[:, None], self.info(len(value)))
 
     def token_names(self, tokens):
         return [self.columns[int(time)] for time in tokens.position_NA[:, 0]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import multimodal as mm
 from multimodal.check import verify
 from multimodal.layers import Add, Body, Concat, Context, Gated, Layer, Merge, Replace
-from multimodal.masks import PREFIX_LM, InTurn, Places, Prior, Rule
+from multimodal.masks import PREFIX_LM, InTurn, MaskInfo, Prior, Rule
 from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, TextBytes
 
 
@@ -19,7 +19,7 @@ from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, T
 class FirstSample(Rule):
     """A rule of one's own that asks which sample of the pack a token is of."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return (q.sample == 0) & (k.order <= q.order + 2)
 
 

@@ -524,7 +524,7 @@ def test_evaluate_looks_once_at_what_is_answered_at_once(lively):
     samples = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
     stream = model.pack(TASK, samples)
     assert stream.readings[TASK].samples != (0, 1, 2, 3)
-    with model.resting():
+    with model.inference_mode():
         loss = float(model.losses(stream)[TASK]) / 4
     passes: list[int] = []
     with model.core.register_forward_hook(lambda *_: passes.append(1)):

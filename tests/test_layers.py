@@ -20,7 +20,7 @@ from multimodal.encoder_decoder import TwoCores
 from multimodal.layers import Add, Concat, Context, Gated, Layer, Replace
 from multimodal.layers.base import Sublayer
 from multimodal.look import usage
-from multimodal.masks import LAW, PREFIX_LM, Places, Rule
+from multimodal.masks import LAW, PREFIX_LM, MaskInfo, Rule
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.zoo import TuringMachine
 from multimodal.zoo.pruning import pruned
@@ -156,7 +156,7 @@ def test_packing_is_invisible(name):
     stream = model.packer(batch_of())
     rows = model.rows(stream).detach().requires_grad_()
     states = model.core(rows, stream.position_TA, stream.layout)
-    sample_T = stream.layout.places.sample
+    sample_T = stream.layout.info.sample
     laid = {}  # samples of equal shape are laid side by side
     for r in stream.readings.values():
         first = [int(rows[0]) for rows in r.row_N.split(list(r.lengths))]
@@ -182,7 +182,7 @@ def test_permuting_samples_permutes_answers(name):
 
 
 def cut(layout: Layout, rows: Tensor, spans: Sequence[Span]) -> Layout:
-    return Layout(tuple(spans), layout.places[rows])
+    return Layout(tuple(spans), layout.info[rows])
 
 
 @every_core
@@ -199,14 +199,14 @@ def test_a_cache_gives_the_states_of_the_whole_pass_at_every_length(name):
         whole = model.core(rows, position, stream.layout, backend="dense")
         cache = model.core.core.cache(rows=3, capacity=40)
         prompt = torch.cat([torch.arange(s, s + span.read + 1) for s, span in zip(starts.tolist(), spans, strict=True)])
-        layout = cut(stream.layout, prompt, [Span(s.free, s.read + 1, s.read) for s in spans])
+        layout = cut(stream.layout, prompt, [Span(s.bidirectional, s.read + 1, s.read) for s in spans])
         found = model.core(rows[prompt], position[prompt], layout, cache=cache)
         torch.testing.assert_close(found, whole[prompt], atol=2e-5, rtol=0)
         for step in range(1, count):
             new = starts + torch.tensor([s.read for s in spans]) + step
             layout = cut(stream.layout, new, [Span(0, 1)] * 3)
             if isinstance(model.core, TwoCores):  # it counts what is written from its own start
-                layout = Layout(layout.spans, replace(layout.places, order=torch.full((3,), step, dtype=torch.int32)))
+                layout = Layout(layout.spans, replace(layout.info, order=torch.full((3,), step, dtype=torch.int32)))
             found = model.core(rows[new], position[new], layout, cache=cache)
             torch.testing.assert_close(found, whole[new], atol=2e-5, rtol=0)
     last = starts + torch.tensor([s.total for s in spans]) - 1
@@ -239,7 +239,7 @@ def test_what_is_read_in_order_can_be_read_piece_by_piece(name):
     model = model_of(name)
     stream = model.pack(APPEND, [{"out": "0123456789"}, {"out": "abcdefg"}])
     totals = [span.total for span in stream.layout.spans]
-    assert all(span.free == 0 for span in stream.layout.spans)
+    assert all(span.bidirectional == 0 for span in stream.layout.spans)
     with torch.no_grad():
         rows, position = model.rows(stream), stream.position_TA
         whole = model.core(rows, position, stream.layout, backend="dense")
@@ -302,7 +302,7 @@ def test_half_precision_is_near_and_learns(name):
 def layout_of(samples: Sequence[tuple[int, int]]) -> Layout:
     """(read freely, read in order) of each sample."""
     rows = [(i, t, int(t < free), int(t >= free)) for i, (free, rest) in enumerate(samples) for t in range(free + rest)]
-    return Layout(tuple(Span(free, free + rest) for free, rest in samples), Places(*torch.tensor(rows).T))
+    return Layout(tuple(Span(free, free + rest) for free, rest in samples), MaskInfo(*torch.tensor(rows).T))
 
 
 def context_of(layout: Layout) -> Context:
@@ -322,7 +322,7 @@ def test_recurrent_layers_are_those_of_torch_sample_by_sample(cell, both_ways):
     """From its end only what is bidirectional is read; the rest gets zeros there."""
     layout = layout_of(LENGTHS)
     body: Any = mm.layers.Recurrent(cell=cell, hidden=5, both_ways=both_ways).build(core_of(), 8)
-    x_TD = torch.randn(len(layout.places.sample), 8, requires_grad=True)
+    x_TD = torch.randn(len(layout.info.sample), 8, requires_grad=True)
     kind = nn.GRU if cell == "gru" else nn.LSTM
     one = kind(8, 5, batch_first=True, bidirectional=both_ways)
     one.load_state_dict(
@@ -334,8 +334,8 @@ def test_recurrent_layers_are_those_of_torch_sample_by_sample(cell, both_ways):
         out = one(x[None])[0][0]
         if both_ways:
             back = x.new_zeros(span.total, 5)
-            if span.free:
-                back = torch.cat([one(x[None, : span.free])[0][0][:, 5:], back[span.free :]])
+            if span.bidirectional:
+                back = torch.cat([one(x[None, : span.bidirectional])[0][0][:, 5:], back[span.bidirectional :]])
             out = torch.cat([out[:, :5], back], 1)
         wanted.append(out)
     found = body(x_TD, context_of(layout))
@@ -356,7 +356,7 @@ def test_temporal_convolutions_are_torchs_and_see_no_future(dilation):
     """Mishra et al. 2018, dense block: causal convolutions of kernel size 2 with gates, each sample padded for itself."""
     layout = layout_of(LENGTHS)
     body: Any = mm.zoo.TemporalConv(filters=4, dilation=dilation).build(core_of(), 6)
-    x_TD = torch.randn(len(layout.places.sample), 6, requires_grad=True)
+    x_TD = torch.randn(len(layout.info.sample), 6, requires_grad=True)
     kernel = torch.stack([body.before.weight, body.now.weight], -1)
     wanted = []
     for x in split(x_TD, layout):
@@ -366,7 +366,7 @@ def test_temporal_convolutions_are_torchs_and_see_no_future(dilation):
     torch.testing.assert_close(found, torch.cat(wanted), atol=1e-6, rtol=0)
     for t in range(len(x_TD)):
         (grad,) = torch.autograd.grad(found[t].sum(), x_TD, retain_graph=True)
-        sees = {t, t - dilation} if layout.places.order[t] >= dilation else {t}
+        sees = {t, t - dilation} if layout.info.order[t] >= dilation else {t}
         assert set(grad.abs().sum(1).nonzero()[:, 0].tolist()) == sees
 
 
@@ -375,7 +375,7 @@ def test_a_persistent_memory_is_its_formula(prior):
     layer = mm.layers.PersistentMemory(slots=5, prior=prior, heads=4, kv_heads=2, key_width=6, value_width=3, out=7)
     body: Any = layer.build(core_of(), 16)
     layout = layout_of(LENGTHS)
-    x_TD = torch.randn(len(layout.places.sample), 16)
+    x_TD = torch.randn(len(layout.info.sample), 16)
     with torch.no_grad():
         for weight in body.parameters():
             weight += torch.randn_like(weight)
@@ -420,7 +420,7 @@ def test_gates_start_closed():
         mm.layers.SelfAttention(merge=Gated()), mm.layers.MLP(merge=Gated()), mm.layers.Recurrent(merge=Gated())
     )
     built, layout = core.build(), layout_of(LENGTHS)
-    x_TD = torch.randn(len(layout.places.sample), 16)
+    x_TD = torch.randn(len(layout.info.sample), 16)
     out = built(x_TD, torch.zeros(len(x_TD), 3), layout)
     torch.testing.assert_close(out, built.norm(x_TD))
     out.square().sum().backward()
@@ -521,7 +521,7 @@ def test_long_samples_in_blocks_are_the_dense_oracle(window, prior, score):
     totals = [n for n in (16, 17, 31, 47, 48, 49, 80, 97) if score == mm.attention.ScaledDotProduct() or n in (17, 80)]
     samples = [s for n in totals for s in ((0, n), (0, n))] + [(48, 0), (20, 60)]
     layout = layout_of(samples)
-    count = len(layout.places.sample)
+    count = len(layout.info.sample)
     found = Mechanism(score, prior, mm.attention.Soft(), 4, 6)
     for weight in found.parameters():
         nn.init.normal_(weight)

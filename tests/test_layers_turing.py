@@ -12,7 +12,7 @@ from multimodal.attention import Layout, Span
 from multimodal.core import Core
 from multimodal.heads.each_row import EachRow
 from multimodal.layers import Context, Replace, SelfAttention
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.shapes import ConfigError
 from multimodal.task import Task
 from multimodal.zoo import TuringMachine
@@ -42,7 +42,7 @@ def layout_of(lengths: list[int], first: list[int] | None = None) -> Layout:
         [torch.arange(start, start + n) for start, n in zip(first or [0] * len(lengths), lengths, strict=True)]
     )
     return Layout(
-        tuple(Span(0, n, n) for n in lengths), Places(sample, order, torch.zeros_like(order), torch.zeros_like(order))
+        tuple(Span(0, n, n) for n in lengths), MaskInfo(sample, order, torch.zeros_like(order), torch.zeros_like(order))
     )
 
 
@@ -165,8 +165,8 @@ def test_pieces_through_a_cache_give_the_states_of_one_pass():
 
     def states(pieces: list[tuple[int, int]], cache=None) -> list[torch.Tensor]:
         layout = layout_of([stop - start for start, stop in pieces], [start for start, _ in pieces])
-        position_TA = torch.zeros(len(layout.places.order), 3)
-        position_TA[:, 0] = layout.places.order
+        position_TA = torch.zeros(len(layout.info.order), 3)
+        position_TA[:, 0] = layout.info.order
         stream_TD = torch.cat([x[start:stop] for x, (start, stop) in zip(rows, pieces, strict=True)])
         return list(module(stream_TD, position_TA, layout, cache=cache).split([stop - start for start, stop in pieces]))
 

@@ -154,10 +154,10 @@ def test_a_mean_ablated_part_adds_the_same_everywhere(knowing):
     body = parts(model)["block 2 attention"].body
     outputs: list[torch.Tensor] = []
     hook = body.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    with model.resting():
+    with model.inference_mode():
         model(model.pack(TASK, data))
     hook.remove()
-    with mean_ablated(model, ["block 2 attention"], TASK, data), model.resting():
+    with mean_ablated(model, ["block 2 attention"], TASK, data), model.inference_mode():
         recorded: list[torch.Tensor] = []
         hook = body.register_forward_hook(lambda module, inputs, output: recorded.append(output))
         model(model.pack(TASK, data[:3]))
@@ -179,7 +179,7 @@ def test_an_edit_changes_one_fact_by_rank_one_and_can_be_undone(knowing):
     matrix = parts(model)["block 2 mlp"].body.down
     hook = matrix.register_forward_pre_hook(lambda module, inputs: keys.append(inputs[0]))
     stream = model.pack(TASK, data)
-    with model.resting():
+    with model.inference_mode():
         model(stream)
     hook.remove()
     key_NF = keys[0][stream.readings[TASK].row_N].double()

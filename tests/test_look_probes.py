@@ -175,7 +175,7 @@ def test_what_is_written_under_steering_is_the_same_with_and_without_a_cache(cor
     model = make(core)
     push_D = torch.randn(32) * 3
     plain = model.generate(WRITE, text="hi", max_tokens=6)
-    with steer(model, -1, push_D), model.resting():
+    with steer(model, -1, push_D), model.inference_mode():
         cached = model.generate(WRITE, text="hi", max_tokens=6).tokens.content.tolist()
         whole: list[int] = []
         for _ in range(len(cached)):

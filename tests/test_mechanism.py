@@ -37,7 +37,7 @@ from multimodal.attention import (
     reweighted,
     with_column,
 )
-from multimodal.masks import Pairs, Places, Prior, Window, everyone
+from multimodal.masks import MaskInfo, Pairs, Prior, Window, everyone
 from multimodal.shapes import ConfigError, StreamError
 
 H, G, K, WIDE = 4, 2, 6, 5  # query heads, key-value heads, width of a key, width of a value
@@ -160,8 +160,8 @@ def one_hot(key: Tensor, like: Tensor) -> Tensor:
     return F.one_hot(key, like.shape[-1]).to(like.dtype)
 
 
-def places(sample: Tensor, order: Tensor) -> Places:
-    return Places(sample, order, torch.zeros_like(order), torch.zeros_like(order))
+def places(sample: Tensor, order: Tensor) -> MaskInfo:
+    return MaskInfo(sample, order, torch.zeros_like(order), torch.zeros_like(order))
 
 
 def cross(count: int = 3, queries: int = 4, keys: int = 7) -> Pairs:

@@ -132,7 +132,7 @@ def test_packed_is_alone_is_dense(name):
     stream = model.pack(TASK, SAMPLES)
     rows = model.rows(stream).detach().requires_grad_()
     states = model.core(rows, stream.position_TA, stream.layout)
-    sample_T = stream.layout.places.sample
+    sample_T = stream.layout.info.sample
     (grad,) = torch.autograd.grad(states[sample_T == 2].square().sum(), rows)
     assert torch.count_nonzero(grad[sample_T != 2]) == 0
     assert torch.count_nonzero(grad) > 0

@@ -106,7 +106,7 @@ def test_pairs_of_a_window_are_those_of_its_dense_mask():
     core = mm.Core(width=16, depth=1, heads=2, mask=mm.masks.Window(3) & mm.masks.Causal())
     model = mm.Model({"id": bench.Ids(9)}, core, [mm.Task("-> id", mm.NextToken())])
     stream = model.pack("-> id", [{"id": torch.zeros(n, dtype=torch.long)} for n in (4, 9, 9)])
-    places = stream.layout.places
+    places = stream.layout.info
     dense = (core.mask.allows(places[:, None], places[None]) & (places.sample[:, None] == places.sample[None])).sum()
     assert seen_pairs(core.mask, stream.layout) == int(dense)
 

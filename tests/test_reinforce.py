@@ -13,7 +13,7 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.attention import Hard, Layout, Mechanism, ScaledDotProduct, Soft, Span, Trace
 from multimodal.attention.reinforce import reward_loss
-from multimodal.masks import PREFIX_LM, Pairs, Places
+from multimodal.masks import PREFIX_LM, MaskInfo, Pairs
 from multimodal_tokenizers import Labels, TextBytes
 
 HEADS, KEYS, WIDTH, STEPS = 2, 3, 2, 2
@@ -24,13 +24,13 @@ def stream_of(samples: int, before: int = 1) -> Any:
     return SimpleNamespace(
         layout=Layout(
             (Span(before, before + STEPS, before),) * samples,
-            Places(*[torch.tensor(([0] * before + [1] * STEPS) * samples)] * 4),  # only fields are asked for
+            MaskInfo(*[torch.tensor(([0] * before + [1] * STEPS) * samples)] * 4),  # only fields are asked for
         )
     )
 
 
 def pairs_of(samples: int) -> Pairs:
-    at = lambda count: Places(  # noqa: E731
+    at = lambda count: MaskInfo(  # noqa: E731
         torch.arange(samples)[:, None].expand(-1, count),
         torch.arange(count).expand(samples, -1),
         *[torch.ones(samples, count, dtype=torch.long)] * 2,
@@ -226,10 +226,10 @@ def test_in_a_model_its_expectation_is_the_gradient_of_the_expected_loss(monkeyp
     sample = {"text": "x", "label": "b"}
     probe = model.pack("text -> label", [sample])
     count = len(probe)
-    sizes = [int(n) for n in (core.mask.allows(probe.layout.places[:, None], probe.layout.places[None])).sum(-1)] * 2
+    sizes = [int(n) for n in (core.mask.allows(probe.layout.info[:, None], probe.layout.info[None])).sum(-1)] * 2
     choices = torch.stack(list(_choices(sizes)))
     stream = model.pack("text -> label", [sample] * len(choices))
-    visible = core.mask.allows(probe.layout.places[:, None], probe.layout.places[None])
+    visible = core.mask.allows(probe.layout.info[:, None], probe.layout.info[None])
     which = [visible[t].nonzero()[:, 0] for t in range(count)]
     layer = itertools.count()
 

@@ -34,7 +34,7 @@ class Letters(mm.Tokenizer):
     vocab_size = 3
 
     def encode(self, value: str) -> Tokens:
-        return Tokens(torch.tensor(["abc".index(letter) for letter in value]), self.places(len(value)))
+        return Tokens(torch.tensor(["abc".index(letter) for letter in value]), self.info(len(value)))
 
     def decode(self, tokens: Tokens) -> str:
         return "".join("abc"[i] for i in tokens.content.tolist())

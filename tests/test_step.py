@@ -8,7 +8,7 @@ from multimodal.attention import Layout, Span
 from multimodal.generate.engine import Engine
 from multimodal.generate.step import Step, is_plain
 from multimodal.layers import MLP, Gated, Recurrent, SelfAttention
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal_tokenizers import TextBytes
 
 PLAIN = mm.Core(width=32, depth=3, heads=4)
@@ -29,7 +29,7 @@ def layout(lengths: list[int], starts: list[int]) -> Layout:
     """New causal tokens of samples that hold some already."""
     sample = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], dtype=torch.int32)
     order = torch.tensor([s + t for s, n in zip(starts, lengths, strict=True) for t in range(n)], dtype=torch.int32)
-    places = Places(sample, order, torch.zeros_like(order), torch.zeros_like(order))
+    places = MaskInfo(sample, order, torch.zeros_like(order), torch.zeros_like(order))
     return Layout(tuple(Span(0, n) for n in lengths), places)
 
 

@@ -92,11 +92,11 @@ def test_the_gradient_of_a_sample_with_respect_to_its_neighbours_is_zero(core, l
     batch[1][1]["image"] = None  # lacks a kind
     batch[2][1]["text"] = None
     stream = model.packer(batch)
-    assert len({span.free < span.total for span in stream.layout.spans}) >= 1
+    assert len({span.bidirectional < span.total for span in stream.layout.spans}) >= 1
     rows = torch.cat([model.embed(kind, content) for kind, content in stream.content.items()]).detach()
     stream_TD = rows[stream.order_T].requires_grad_()
     state_TD = model.core(stream_TD, stream.position_TA, stream.layout, backend=backend)
-    sample_T = stream.layout.places.sample
+    sample_T = stream.layout.info.sample
     for sample in range(len(batch)):
         mine = sample_T == sample
         (grad,) = torch.autograd.grad(state_TD[mine].square().sum(), stream_TD, retain_graph=True)
@@ -192,11 +192,13 @@ def test_every_row_lands_in_its_place():
     }
     assert set(stream.layout.spans) == set(expected)
     assert laid == [name for span in stream.layout.spans for name in expected[span]]
-    places = stream.layout.places
+    places = stream.layout.info
     totals = [span.total for span in stream.layout.spans]
     assert places.sample.tolist() == [s for s, n in enumerate(totals) for _ in range(n)]
     assert places.order.tolist() == [i for n in totals for i in range(n)]
-    assert places.free.tolist() == [int(i < s.free) for s in stream.layout.spans for i in range(s.total)]
+    assert places.bidirectional.tolist() == [
+        int(i < s.bidirectional) for s in stream.layout.spans for i in range(s.total)
+    ]
     by_name = dict(zip(laid, places.segment.tolist(), strict=True))
     assert [by_name[n] for n in ("p1", "p6", "A", "C")] == [0, 0, 1, 1]
     assert [by_name[n] for n in ("D", "p7", "T", "F")] == [0, 1, 2, 3]
@@ -281,7 +283,7 @@ def test_an_embed_that_loses_rows_is_named(model, batch):
 def test_to_moves_everything_and_changes_nothing(model, batch):
     stream = model.packer(batch)
     moved = stream.to("meta")
-    tensors = [*moved.content.values(), moved.order_T, moved.position_TA, *vars(moved.layout.places).values()]
+    tensors = [*moved.content.values(), moved.order_T, moved.position_TA, *vars(moved.layout.info).values()]
     tensors += [t for r in moved.readings.values() for t in (r.row_N, r.target)]
     assert all(t.device.type == "meta" for t in tensors)
     same = stream.to("cpu")

@@ -69,8 +69,8 @@ def test_what_goes_to_cuda_by_copies_that_do_not_wait_arrives_whole():
     torch.cuda.synchronize()
     assert all(torch.equal(back.content[kind], x) for kind, x in packed.content.items())
     assert torch.equal(back.position_TA, packed.position_TA)
-    for name, x in vars(packed.layout.places).items():
-        assert torch.equal(getattr(back.layout.places, name), x)
+    for name, x in vars(packed.layout.info).items():
+        assert torch.equal(getattr(back.layout.info, name), x)
     for pattern, reading in packed.readings.items():
         target = back.readings[pattern].target
         assert target is not None

@@ -24,7 +24,7 @@ from multimodal.look.embeddings import angles, near_orthogonal, neighbours, welc
 from multimodal.look.layers import states
 from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, count_parameters, value_map, value_maps
 from multimodal.look.probes import probe
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.zoo.analogies import analogy
 from multimodal_tokenizers import TextBPE
 
@@ -249,7 +249,7 @@ class TwoLookUps(nn.Module):
 def _full(samples: int, size: int) -> Layout:
     """Samples of equal size whose tokens all see each other."""
     at = torch.arange(samples * size, dtype=torch.int32)
-    places = Places(at // size, at % size, torch.ones_like(at), torch.zeros_like(at))
+    places = MaskInfo(at // size, at % size, torch.ones_like(at), torch.zeros_like(at))
     return Layout(tuple(Span(size, size) for _ in range(samples)), places)
 
 

@@ -399,7 +399,7 @@ def measure_synthesis(seed: int = 0, quick: bool = False, out: Path | None = Non
     found["nats a frame, unigram"] = float(-np.log(unigram[np.concatenate(held)]).mean())
     pairs = [{**row, "sound": mm.Tokens(torch.from_numpy(ids), codes.places(len(ids)))} for row, ids in
              zip(test, held, strict=True)]  # fmt: skip
-    with model.resting():
+    with model.inference_mode():
         streams = [model.pack(task, pairs[i : i + 50]) for i in range(0, len(pairs), 50)]
         nats = sum(float(model.losses(s)[task]) for s in streams) / sum(s.readings[task].count for s in streams)
     return found | {"nats a frame": nats}

@@ -155,7 +155,7 @@ class Reader:
         import torch
 
         right = 0
-        with self.model.resting(), halved(place):
+        with self.model.inference_mode(), halved(place):
             for index in torch.arange(len(pictures), device=pictures.label_N.device).split(self.batch):
                 filled = index.repeat(-(-self.batch // len(index)))[: self.batch]
                 found = self.logits(pictures.image_NCYX[filled]).argmax(-1)[: len(index)]

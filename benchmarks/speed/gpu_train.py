@@ -94,8 +94,10 @@ def causal(stream: Any) -> Any:
     import torch
 
     layout = stream.layout
-    places = replace(layout.places, free=torch.zeros_like(layout.places.free))
-    return replace(stream, layout=replace(layout, spans=tuple(s._replace(free=0) for s in layout.spans), places=places))
+    info = replace(layout.info, bidirectional=torch.zeros_like(layout.info.bidirectional))
+    return replace(
+        stream, layout=replace(layout, spans=tuple(s._replace(bidirectional=0) for s in layout.spans), info=info)
+    )
 
 
 def step_flops(model: Any, streams: Sequence[Any], vocab: int) -> float:

@@ -57,7 +57,7 @@ def learn(read: str, seed: int, quick: bool, out: Path | None) -> dict[str, floa
         said = model.generate(TASK, samples, max_tokens=8, batch=len(samples))
         right["exact"] += [a.value == s["caption"] for a, s in zip(said, samples, strict=True)]
         trace, stream = mm.attention.Trace(), model.pack(TASK, samples)
-        with model.resting():
+        with model.inference_mode():
             model(stream, trace=trace)
             ids = model.logits(stream)[TASK].argmax(-1).view(len(samples), -1)
         true = torch.tensor([[WORDS.index(word) for word in s["caption"].split()] for s in samples])

@@ -57,7 +57,7 @@ def leak(model: mm.Model, count: int = 16) -> float:
         {**s, "seen": np.concatenate([s["seen"][: LENGTH // 2], SYMBOLS - 1 - s["seen"][LENGTH // 2 :]])}
         for s in before
     ]
-    with model.resting():
+    with model.inference_mode():
         one, other = (model.logits(model.pack(TASK, x))[TASK].view(count, LENGTH, -1) for x in (before, after))
     assert not torch.equal(one, other)
     return float((one - other)[:, : LENGTH // 2].abs().max())

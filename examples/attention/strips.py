@@ -92,7 +92,7 @@ def learn(variant: str, seed: int = 0, quick: bool = False) -> tuple[dict[str, f
         if variant == "none":
             continue
         trace = mm.attention.Trace()
-        with model.resting():
+        with model.inference_mode():
             model(model.pack(task, samples), trace=trace)
         seen = trace.seen[-1]
         true = torch.arange(n) if way == "forward" else torch.arange(n).flip(0)

@@ -93,7 +93,7 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
 def draw(model: mm.Model, pair: tuple[str, str], numbers: dict[str, float], path: Path) -> None:
     """BLEU by length, and where the last cross-attention looks while it writes the right translation of one sentence."""
     trace, text = mm.attention.Trace(), model.packer.tokenizers["text"]
-    with model.resting():
+    with model.inference_mode():
         model(model.pack(TASK, [{"en": pair[0], "de": pair[1]}]), trace=trace)
     pieces = [[text.decode(mm.Tokens(i[None], torch.zeros(1, 3))) for i in text(line).content] for line in pair]
     figure = blank(10, 5)

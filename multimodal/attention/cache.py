@@ -39,7 +39,7 @@ class Cache:
         self.v = [torch.zeros(batch, capacity, heads, width, **place) for heads, _, width in keys]
         self.state = [torch.zeros(batch, size, **place) for size in states]
         self.capacity = capacity  # tokens that a row has room for
-        self.free_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
+        self.bidirectional_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.segment_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.origin_BA = torch.zeros(batch, 3, device=device)
         self.length = [0] * batch
@@ -100,7 +100,7 @@ class Cache:
             ours[target, start:stop] = theirs[source, start:stop].to(ours.dtype)
         for ours, theirs in zip(self.state, of.state, strict=True):
             ours[target] = theirs[source].to(ours.dtype)
-        for ours, theirs in ((self.free_BM, of.free_BM), (self.segment_BM, of.segment_BM)):
+        for ours, theirs in ((self.bidirectional_BM, of.bidirectional_BM), (self.segment_BM, of.segment_BM)):
             ours[target, start:stop] = theirs[source, start:stop]
         self.origin_BA[target] = of.origin_BA[source]
         self.length[target] = stop

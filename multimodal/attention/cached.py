@@ -8,7 +8,7 @@ from torch import Tensor
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.mechanism import Mechanism, Plan
-from multimodal.masks import PREFIX_LM, Layout, Pairs, Places, Rule
+from multimodal.masks import PREFIX_LM, Layout, MaskInfo, Pairs, Rule
 from multimodal.shapes import StreamError
 
 
@@ -32,23 +32,25 @@ def reserved(layout: Layout, cache: Cache, where: Where | None = None) -> Where:
     """Make room for a stream's tokens and note what rules ask of them: their (row, order) in the cache, if it is not known."""
     cache.reserve([span.total for span in layout.spans])
     if where is None:
-        where = (cache.row_index(layout.places.sample), layout.places.order.long())
-    cache.free_BM[where] = layout.places.free.to(cache.free_BM.dtype)
-    cache.segment_BM[where] = layout.places.segment.to(cache.segment_BM.dtype)
+        where = (cache.row_index(layout.info.sample), layout.info.order.long())
+    cache.bidirectional_BM[where] = layout.info.bidirectional.to(cache.bidirectional_BM.dtype)
+    cache.segment_BM[where] = layout.info.segment.to(cache.segment_BM.dtype)
     return where
 
 
-def _held(cache: Cache, row: int, count: int, places: Places) -> Places:
+def _held(cache: Cache, row: int, count: int, places: MaskInfo) -> MaskInfo:
     """What rules may ask about the first `count` tokens of a row, for the sample of these places."""
     order_M = torch.arange(count, dtype=places.order.dtype, device=places.order.device)
-    return Places(places.sample[:1].expand(count), order_M, cache.free_BM[row, :count], cache.segment_BM[row, :count])
+    return MaskInfo(
+        places.sample[:1].expand(count), order_M, cache.bidirectional_BM[row, :count], cache.segment_BM[row, :count]
+    )
 
 
 class StepPlan(Plan):
     """One new token a sample, in neighbouring rows, against everything that each row holds: one call, no copy of the cache."""
 
     def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
-        places = layout.places
+        places = layout.info
         self.cache = cache
         first, count = cache.rows[0], len(layout.spans)
         rows = slice(first, first + count)
@@ -58,20 +60,20 @@ class StepPlan(Plan):
         else:
             self.where = reserved(layout, cache)
         self.window = (rows, slice(0, max(cache.length[rows])))
-        self.rule, self.places = rule, places
+        self.rule, self.info = rule, places
         # rows of equal length hold nothing that comes later, and the default rule hides nothing else
         self.full = rule == PREFIX_LM and isinstance(self.where[1], int)
 
     @cached_property
     def pairs(self) -> Pairs:
         """Who meets whom."""
-        places, cache = self.places, self.cache
+        places, cache = self.info, self.cache
         order_M = torch.arange(self.window[1].stop, device=places.order.device)
         q = places[:, None]
-        k = Places(
+        k = MaskInfo(
             q.sample.expand(-1, len(order_M)),
             order_M.expand(len(places.order), -1),
-            cache.free_BM[self.window],
+            cache.bidirectional_BM[self.window],
             cache.segment_BM[self.window],
         )
         q, k = q[:, :, None], k[:, None]
@@ -96,7 +98,7 @@ class AppendPlan(Plan):
         sizes = [span.total for span in layout.spans]
         self.sizes = [size for size in sizes if size]  # a sample may have nothing new
         rows = [row for row, size in zip(cache.rows, sizes, strict=False) if size]
-        new = [layout.places[stop - size : stop] for stop, size in zip(accumulate(self.sizes), self.sizes, strict=True)]
+        new = [layout.info[stop - size : stop] for stop, size in zip(accumulate(self.sizes), self.sizes, strict=True)]
         for row, places in zip(rows, new, strict=True):
             before, size = cache.length[row], len(places.order)
             if before and rule.allows(_held(cache, row, before, places)[:, None], places[None]).any():

@@ -8,7 +8,7 @@ from torch import Tensor
 from multimodal.attention.cache import Cache
 from multimodal.attention.cached import reserved
 from multimodal.attention.mechanism import Mechanism, Plan, Trace
-from multimodal.masks import Layout, Pairs, Places
+from multimodal.masks import Layout, MaskInfo, Pairs
 
 
 class _CrossPlan(Plan):
@@ -22,8 +22,8 @@ class _CrossPlan(Plan):
             count = len(list(group))
             pairs = None
             if q_size and k_size:
-                q = _side_by_side(written.places[q_start : q_start + count * q_size], count)
-                k = _side_by_side(read.places[k_start : k_start + count * k_size], count)
+                q = _side_by_side(written.info[q_start : q_start + count * q_size], count)
+                k = _side_by_side(read.info[k_start : k_start + count * k_size], count)
                 pairs = Pairs(q[:, :, None], k[:, None])
             self.runs.append((count, count * q_size, count * k_size, pairs))
             q_start, k_start = q_start + count * q_size, k_start + count * k_size
@@ -47,15 +47,15 @@ class _CrossPlan(Plan):
         return torch.cat(out)
 
 
-def _side_by_side(places: Places, count: int) -> Places:
-    return Places(**{name: x.reshape(count, -1) for name, x in vars(places).items()})
+def _side_by_side(places: MaskInfo, count: int) -> MaskInfo:
+    return MaskInfo(**{name: x.reshape(count, -1) for name, x in vars(places).items()})
 
 
 class _DenseCrossPlan(Plan):
     """The same, everybody against everybody, written out: the oracle."""
 
     def __init__(self, written: Layout, read: Layout) -> None:
-        q, k = written.places[None, :, None], read.places[None, None]
+        q, k = written.info[None, :, None], read.info[None, None]
         self.pairs = Pairs(q, k, q.sample == k.sample)
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
@@ -73,8 +73,8 @@ class _CachedCrossPlan(Plan):
         if inner is not None and read is not None:
             self.where = reserved(read, memory)
             return
-        q = written.places[:, None, None]
-        row_T = memory.row_index(written.places.sample)
+        q = written.info[:, None, None]
+        row_T = memory.row_index(written.info.sample)
         rows = row_T.tolist()
         length_T = torch.tensor([memory.length[row] for row in rows], device=row_T.device)
         self.longest = max(1, int(length_T.max()))
@@ -82,10 +82,10 @@ class _CachedCrossPlan(Plan):
         self.rows = slice(rows[0], rows[0] + len(rows)) if step else row_T
         self.empty_T = length_T == 0
         order_M = torch.arange(self.longest, device=row_T.device)
-        k = Places(
+        k = MaskInfo(
             q.sample[:, :, 0].expand(-1, self.longest),
             order_M.expand(len(rows), -1),
-            memory.free_BM[self.rows, : self.longest],
+            memory.bidirectional_BM[self.rows, : self.longest],
             memory.segment_BM[self.rows, : self.longest],
         )[:, None]
         there = order_M < length_T[:, None, None]

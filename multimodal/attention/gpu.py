@@ -34,7 +34,7 @@ class VarlenPlan(Plan):
             )
         sizes = _call_sizes(layout.spans)
         bounds = [list(accumulate(lengths, initial=0)) for q, k, _ in sizes for lengths in (q, k)]
-        device = layout.places.sample.device
+        device = layout.info.sample.device
         # one copy that does not block; one for each would make the host wait for the device as often
         flat = torch.tensor([b for each in bounds for b in each], dtype=torch.int32, pin_memory=device.type == "cuda")
         parts = flat.to(device, non_blocking=True).split([len(each) for each in bounds])
@@ -80,9 +80,9 @@ class _Call(NamedTuple):
 def _call_sizes(spans: Sequence[Span]) -> list[tuple[list[int], list[int], bool]]:
     """For each call the lengths of its sequences of queries and of keys, and whether it is causal."""
     totals = [span.total for span in spans]
-    if not any(span.free for span in spans):
+    if not any(span.bidirectional for span in spans):
         return [(totals, totals, True)]
-    if all(span.free == span.total for span in spans):
+    if all(span.bidirectional == span.total for span in spans):
         return [(totals, totals, False)]
     context, rest = [], []
     for first, total, _ in spans:
@@ -122,7 +122,7 @@ class FlexPlan(Plan):
     """Any rule as a block mask; compiled where CUDA is, eager (forward only) elsewhere."""
 
     def __init__(self, rule: Rule, layout: Layout) -> None:
-        places = layout.places
+        places = layout.info
         count = len(places.sample)
         make_mask, self.flex = _flex(places.sample.is_cuda)
         self.mask = make_mask(

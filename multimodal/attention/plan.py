@@ -20,7 +20,7 @@ from multimodal.attention.cache import Cache
 from multimodal.attention.cached import AppendPlan, FillingPlan, StepPlan
 from multimodal.attention.gpu import FlexPlan, VarlenPlan
 from multimodal.attention.mechanism import Mechanism, Plan, Trace, rows_of
-from multimodal.masks import LAW, PREFIX_LM, Alone, Layout, Pairs, Places, Rule, Span, is_prefix_lm
+from multimodal.masks import LAW, PREFIX_LM, Alone, Layout, MaskInfo, Pairs, Rule, Span, is_prefix_lm
 from multimodal.shapes import ConfigError, did_you_mean
 
 LONG = 1024  # tokens, from which on a prefix-LM is read in two calls: masks of shorter samples are small, and cost less
@@ -59,7 +59,7 @@ def plan_attention(
             held = (StepPlan if single else AppendPlan)(rule, layout, cache)
             held.trace = trace
             return held
-    device = layout.places.sample.device
+    device = layout.info.sample.device
     if backend == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
         standard = is_prefix_lm(rule, layout)
@@ -85,7 +85,7 @@ class DensePlan(Plan):
     """Everybody against everybody of the whole stream, the mechanism written out: the oracle."""
 
     def __init__(self, rule: Rule, layout: Layout) -> None:
-        places = layout.places
+        places = layout.info
         q, k = places[None, :, None], places[None, None]
         self.pairs = Pairs(q, k, rule.allows(q, k))
 
@@ -108,18 +108,18 @@ class _RunsPlan(Plan):
         for span, group in groupby(layout.spans):
             count = len(list(group))
             size = count * span.total
-            here = Places(
-                **{name: x.view(count, span.total) for name, x in vars(layout.places[start : start + size]).items()}
+            here = MaskInfo(
+                **{name: x.view(count, span.total) for name, x in vars(layout.info[start : start + size]).items()}
             )
             q, k = here[:, :, None], here[:, None]
             blocks: _Blocks | _Split | None = None
-            if standard and span.free in (0, span.total):
-                pairs = Pairs(q, k, causal=span.free == 0)
+            if standard and span.bidirectional in (0, span.total):
+                pairs = Pairs(q, k, causal=span.bidirectional == 0)
             elif standard and split and is_split(span):
-                pairs, blocks = Pairs(q, k, causal=True), _Split(q, k, span.free)
+                pairs, blocks = Pairs(q, k, causal=True), _Split(q, k, span.bidirectional)
             elif standard:
-                mask = torch.ones(1, span.total, span.total, dtype=torch.bool, device=layout.places.order.device).tril()
-                mask[:, : span.free, : span.free] = True
+                mask = torch.ones(1, span.total, span.total, dtype=torch.bool, device=layout.info.order.device).tril()
+                mask[:, : span.bidirectional, : span.bidirectional] = True
                 pairs = Pairs(q, k, mask)
             elif rule.reach is not None and span.total >= 4 * (rule.reach + 1):
                 blocks = _Blocks(rule, here, rule.reach)
@@ -169,16 +169,16 @@ class _RunsPlan(Plan):
 
 def is_split(span: Span) -> bool:
     """Whether a prefix-LM sample of bare attention is read in two calls instead of with a mask."""
-    return span.total >= LONG and 0 < 3 * span.free <= 2 * span.total
+    return span.total >= LONG and 0 < 3 * span.bidirectional <= 2 * span.total
 
 
 class _Split:
     """Long samples (B, T) that begin with bidirectional tokens, read in two calls without a mask, whose size would be T x T.
 
-    The first call is over the bidirectional tokens; the second is causal over all, and the rows after the first ones are taken from it.
+    The first call is over the bidirectional tokens; the second is causal over all, of which the other rows are taken.
     """
 
-    def __init__(self, q: Places, k: Places, first: int) -> None:
+    def __init__(self, q: MaskInfo, k: MaskInfo, first: int) -> None:
         self.first = first
         self.context, self.causal = Pairs(q[:, :first], k[:, :, :first]), Pairs(q, k, causal=True)
 
@@ -191,13 +191,13 @@ class _Split:
 class _Blocks:
     """Samples (B, T) cut into blocks of queries, each with the keys within reach of them as one sample of a larger batch."""
 
-    def __init__(self, rule: Rule, places: Places, reach: int) -> None:
+    def __init__(self, rule: Rule, places: MaskInfo, reach: int) -> None:
         self.count, self.total = places.order.shape
         self.size, self.reach = max(reach, 16), reach
         self.blocks = -(-self.total // self.size)
-        q = Places(**{name: self.queries(x) for name, x in vars(places).items()})
+        q = MaskInfo(**{name: self.queries(x) for name, x in vars(places).items()})
         q = replace(q, order=self.queries(places.order + 1) - 1)  # -1 where a block is filled up
-        k = Places(**{name: self.keys(x) for name, x in vars(places).items()})
+        k = MaskInfo(**{name: self.keys(x) for name, x in vars(places).items()})
         there = self.keys(torch.ones_like(places.order))[:, None] != 0  # beyond a sample's ends nothing is
         asks = self.queries(torch.ones_like(places.order))[:, :, None] != 0
         q, k = q[:, :, None], k[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from multimodal.attention.mechanism import Trace
 from multimodal.attention.reads import Hard, _Baseline
-from multimodal.masks import Layout, Places
+from multimodal.masks import Layout, MaskInfo
 
 
 def reward_loss(trace: Trace, layout: Layout, nll_T: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ def reward_loss(trace: Trace, layout: Layout, nll_T: Tensor) -> Tensor:
     return loss
 
 
-def _rows(q: Places, layout: Layout) -> tuple[Tensor, Tensor]:
+def _rows(q: MaskInfo, layout: Layout) -> tuple[Tensor, Tensor]:
     """Which row of the stream each query (B, T) is, and whether it is one: where a block is filled up its order is -1.
 
     A core that only writes counts from its own start, which is known by the field of its first token.
     """
-    spans, places = layout.spans, layout.places
+    spans, places = layout.spans, layout.info
     sample_BT, order_BT, segment_BT = (x[..., 0].long() for x in (q.sample, q.order, q.segment))
     totals = torch.tensor([span.total for span in spans], device=order_BT.device)
     reads = torch.tensor([span.read for span in spans], device=order_BT.device)

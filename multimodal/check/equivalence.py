@@ -347,7 +347,7 @@ def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backen
     stream = model.packer(batch).to(model.device)
     content = {kind: x.detach().requires_grad_() if x.is_floating_point() else x for kind, x in stream.content.items()}
     stream = dataclasses.replace(stream, content=content)
-    sample_T = stream.layout.places.sample
+    sample_T = stream.layout.info.sample
     sample_N = torch.empty_like(sample_T)  # of the rows as they lie in `content`, kind after kind
     sample_N[slice(None) if stream.order_T is None else stream.order_T] = sample_T
     sample_of = dict(zip(content, sample_N.split([len(x) for x in content.values()]), strict=True))

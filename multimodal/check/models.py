@@ -72,7 +72,7 @@ class _Pack:
         self.model = self.case.model().train()
         self.stream: Stream = self.model.pack(self.case.task, [*samples, samples[0]])  # equal shapes run as one batch
         self.count = self.stream.samples
-        sample_T = self.stream.layout.places.sample
+        sample_T = self.stream.layout.info.sample
         self.sample_N = torch.empty_like(sample_T)
         self.sample_N[slice(None) if self.stream.order_T is None else self.stream.order_T] = sample_T
 

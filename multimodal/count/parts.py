@@ -14,7 +14,7 @@ from multimodal.core import Core, Transformer
 from multimodal.count.streams import StreamFacts
 from multimodal.layers import Add, Context, Layer, SelfAttention, Sublayer
 from multimodal.layers.mlp import _MLP
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer
@@ -228,7 +228,7 @@ def _measured(layer: Layer, core: Core, width: int, half: bool) -> tuple[float, 
         spans = (Span(0, length), Span(0, length))
         order = torch.arange(length).repeat(2)
         sample = torch.arange(2).repeat_interleave(length)
-        places = Places(sample, order, torch.zeros_like(order), torch.zeros_like(order))
+        places = MaskInfo(sample, order, torch.zeros_like(order), torch.zeros_like(order))
         layout = Layout(spans, places)
         position_TA = torch.zeros(2 * length, 3)
         context = Context(layout, plan_attention(core.mask, layout, bare=False), core.outline().rotations(position_TA))

@@ -76,7 +76,7 @@ def count_stream(
             raise ConfigError(f"plan: the data of task {pattern!r} hold no samples to count; give a length instead")
         for stream in streams:
             lengths += [span.total for span in stream.layout.spans]
-            shapes |= {(span.free, span.total) for span in stream.layout.spans}
+            shapes |= {(span.bidirectional, span.total) for span in stream.layout.spans}
             _add(sums, kinds, rows, stream, model, weight[pattern] / counted)
     total = sums["tokens"]
     return StreamFacts(
@@ -125,7 +125,7 @@ def seen_pairs(rule: Rule, layout: Layout) -> int:
     rule = rule if rule == PREFIX_LM else LAW & Alone(rule)
     found, start = 0, 0
     for span in layout.spans:
-        here = layout.places[start : start + span.total]
+        here = layout.info[start : start + span.total]
         for first in range(0, span.total, ROWS):
             found += int(rule.allows(here[first : first + ROWS][:, None], here[None]).sum())
         start += span.total
@@ -144,9 +144,11 @@ def _add(
     found = {
         "tokens": len(stream),
         "pairs": seen_pairs(model.core.core.mask, stream.layout),
-        "free": int((stream.layout.places.free != 0).sum()),
+        "free": int((stream.layout.info.bidirectional != 0).sum()),
         # samples of one shape lie side by side, and share a mask
-        "mixed": sum(s.total**2 for s in set(spans) if (0 < s.free < s.total or s.free < 0) and not is_split(s)),
+        "mixed": sum(
+            s.total**2 for s in set(spans) if (0 < s.bidirectional < s.total or s.bidirectional < 0) and not is_split(s)
+        ),
         "bytes": sum(t.nbytes for t in stream_tensors(stream)),
         "wanted": sum(len(x) for r in stream.readings.values() for x in (r.row_N, r.key_N) if x is not None),
     }
@@ -162,7 +164,7 @@ def _add(
 def stream_tensors(stream: Stream) -> Iterable[Tensor]:
     """Everything that a packed stream holds."""
     yield from stream.content.values()
-    yield from vars(stream.layout.places).values()
+    yield from vars(stream.layout.info).values()
     yield stream.position_TA
     for reading in stream.readings.values():
         yield from (value for value in vars(reading).values() if isinstance(value, Tensor))

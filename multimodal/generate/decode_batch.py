@@ -7,7 +7,7 @@ from torch import Tensor
 
 from multimodal.attention import Layout, Span
 from multimodal.generate.request import Request
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.network import Network
 
 AHEAD = 32  # steps whose positions are computed at once
@@ -38,7 +38,7 @@ class DecodeBatch:
         segment = {row: a.segments[i % len(a.segments)] for a in self.requests for i, row in enumerate(a.rows)}
         self.segment_B = torch.tensor([segment[row] for row in self.rows], dtype=torch.int32, device=device)
         self.sample_B = torch.arange(count, dtype=torch.int32, device=device)
-        self.free_B = torch.zeros(count, dtype=torch.int32, device=device)
+        self.bidirectional_B = torch.zeros(count, dtype=torch.int32, device=device)
         self.spans = (Span(0, 1),) * count
         self._positions = self._ahead()
 
@@ -52,7 +52,7 @@ class DecodeBatch:
     def layout(self, lengths: Sequence[int]) -> Layout:
         """The layout of one more token in every row; lengths: number of tokens that each row holds."""
         order_B = torch.tensor(lengths, dtype=torch.int32, device=self.sample_B.device)
-        return Layout(self.spans, Places(self.sample_B, order_B, self.free_B, self.segment_B))
+        return Layout(self.spans, MaskInfo(self.sample_B, order_B, self.bidirectional_B, self.segment_B))
 
     def states(self, state_BD: Tensor) -> Tensor:
         """The rows of each answer, answer after answer."""

@@ -22,6 +22,7 @@ from multimodal.generate.request import Request, new_request
 from multimodal.generate.step import Step, is_plain
 from multimodal.heads import Prediction
 from multimodal.network import Network
+from multimodal.old_names import warn
 from multimodal.shapes import ConfigError, StreamError, check_whole
 from multimodal.stream import Stream
 
@@ -81,6 +82,12 @@ class Engine:
     def free_rows(self) -> int:
         """Rows that no answer has or waits for."""
         return self.rows - len(self._owner) - sum(request.width for request in self._waiting)
+
+    @property
+    def free(self) -> int:
+        """The name of `free_rows` in version 0.1; goes with 0.3."""
+        warn("Engine.free", "Engine.free_rows", 1)
+        return self.free_rows
 
     def has_room(self, request: Request) -> bool:
         """Whether a row is long enough for an answer."""
@@ -165,10 +172,10 @@ class Engine:
 
     def _admit(self) -> list[Piece]:
         joining: list[Request] = []
-        free = self.rows - len(self._owner)
-        while self._waiting and self._waiting[0].width <= free:
+        left = self.rows - len(self._owner)
+        while self._waiting and self._waiting[0].width <= left:
             request = self._waiting.popleft()
-            free -= request.width
+            left -= request.width
             first = len(self._owner)
             request.rows = list(range(first, first + request.width))
             self._owner += [request] * request.width
@@ -209,7 +216,7 @@ class Engine:
             rows = reading.row_N.tolist()
             for prompt, end, length in zip(reading.samples, ends.tolist(), reading.lengths, strict=True):
                 newest = rows[end - 1]
-                where[prompt] = (int(stream.layout.places.sample[newest]), rows[end - length], newest)
+                where[prompt] = (int(stream.layout.info.sample[newest]), rows[end - length], newest)
         # by sample of the stream: its row of the cache; the second prompt of a request (guidance) has its second row
         cache_rows, prompts_of = [0] * len(batch), dict.fromkeys(requests, 0)
         for prompt, (request, _) in enumerate(batch):
@@ -219,7 +226,7 @@ class Engine:
         found: dict[Request, list[Tensor]] = {request: [] for request in requests}
         for prompt, (request, _) in enumerate(batch):
             _, start, newest = where[prompt]
-            request.start(stream.position_TA[start], int(stream.layout.places.segment[start]) + 1)
+            request.start(stream.position_TA[start], int(stream.layout.info.segment[start]) + 1)
             found[request].append(states_TD[newest])
         for reading in stream.readings.values():
             if reading.key_N is not None:
@@ -248,7 +255,7 @@ class Engine:
             assert request.prefix is not None
             counts[where[prompt][0]] = request.prefix.count
             self.cache.copy(0, rows[where[prompt][0]], of=request.prefix.cache)
-        places = stream.layout.places
+        places = stream.layout.info
         counts_T = torch.tensor(counts, device=self.model.device)[places.sample.long()]
         new = (places.order >= counts_T).nonzero()[:, 0]
         spans = tuple(Span(0, s.total - c) for s, c in zip(stream.layout.spans, counts, strict=True))

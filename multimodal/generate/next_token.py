@@ -146,8 +146,8 @@ def _extend_beams(request: Request, beams: Beams, log_p_BV: Tensor, allowed_BV: 
     # a user's rule may change probabilities without declaring `reweighs`
     if bool((shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()):
         raise StreamError(
-            f"{request.options.rule} changes probabilities, but beams rank by the model's own log-probabilities; use a rule that only "
-            "rules tokens out, or beams=1"
+            f"{request.options.rule} changes probabilities, but beams rank by the model's own log-probabilities; use a rule that "
+            "only rules tokens out, or beams=1"
         )
     log_p_BV = log_p_BV.masked_fill(out_BV, NEVER)
     parents = beams.advance(log_p_BV[request.live_rows], request.stop)

@@ -306,6 +306,6 @@ class _Persistent(Body):
         q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))
         k_MGK, v_MGK = (x.to(q_THK.dtype) for x in (self.key_MGK, self.value_MGK))
         slots = everyone(1, len(k_MGK), q_THK.device).k
-        pairs = Pairs(context.layout.places[None, :, None], slots)
+        pairs = Pairs(context.layout.info[None, :, None], slots)
         read = self.mechanism(q_THK[None], k_MGK[None], v_MGK[None], pairs, context.trace)
         return self.out(read[0].flatten(1))

@@ -216,11 +216,11 @@ class Context:
 
     @property
     def sample_T(self) -> Tensor:
-        return self.layout.places.sample
+        return self.layout.info.sample
 
     def at(self, row_N: Tensor) -> Self:
         """The same for some rows of the stream, which look at nothing any more."""
-        return replace(self, layout=Layout(self.layout.spans, self.layout.places[row_N]))
+        return replace(self, layout=Layout(self.layout.spans, self.layout.info[row_N]))
 
     @cached_property
     def sequences(self) -> "Sequences":

@@ -58,12 +58,12 @@ class _Recurrent(Body):
 
     def _from_the_end(self, cell: nn.RNNBase, stream_TD: Tensor, context: Context) -> Tensor:
         spans = context.layout.spans
-        if any(span.free < 0 for span in spans):
+        if any(span.bidirectional < 0 for span in spans):
             raise StreamError(
                 "Recurrent(both_ways=True): a bidirectional field comes after a causal one; "
                 "name the bidirectional fields first in the task"
             )
-        first = [span.free for span in spans]  # bidirectional tokens, at the start of each sample
+        first = [span.bidirectional for span in spans]  # bidirectional tokens, at the start of each sample
         out_TD = stream_TD.new_zeros(len(stream_TD), cell.hidden_size)
         if not any(first):
             return out_TD
@@ -71,7 +71,7 @@ class _Recurrent(Body):
             raise StreamError(
                 "Recurrent(both_ways=True) reads from the end, so all must be read together, not piece by piece"
             )
-        places = context.layout.places
+        places = context.layout.info
         first_T = torch.tensor(first, device=stream_TD.device).repeat_interleave(
             torch.tensor([span.total for span in spans], device=stream_TD.device)
         )

@@ -32,7 +32,7 @@ def attention_rollout(model: Model, task: str, sample: Mapping[str, Any]) -> dic
         TaskError: a field of the task is missing in the sample.
     """
     trace = Trace()
-    with model.resting():
+    with model.inference_mode():
         stream = model.pack(task, [sample], answers=False)
         model(stream, backend="dense", trace=trace)
     identity_TM = torch.eye(len(stream), device=model.device)
@@ -45,7 +45,7 @@ def attention_rollout(model: Model, task: str, sample: Mapping[str, Any]) -> dic
     parts, start = {}, 0
     for field in model.packer.patterns[task].reads:
         if sample[field.name] is not None:
-            size = int((stream.layout.places.segment == len(parts)).sum())  # fields that are None have no segment
+            size = int((stream.layout.info.segment == len(parts)).sum())  # fields that are None have no segment
             parts[field.name] = share_M[start : start + size]
             start += size
     total = sum(float(part.sum()) for part in parts.values())

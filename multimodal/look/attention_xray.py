@@ -18,7 +18,6 @@ from multimodal.heads import Prediction
 from multimodal.look.layers import START, token_labels, transformers
 from multimodal.look.posterior import NAMES, LayerXRay
 from multimodal.model import Model
-from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokenizer, Tokens
@@ -255,7 +254,7 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         sample[pattern.answer] = prediction.tokens
     trace = Trace()
     # the dense backend has the whole table of weights, which fused kernels never write down
-    with model.resting():
+    with model.inference_mode():
         stream = model.pack(task, [sample], answers=pattern.answer in sample)
         state_TD = model(stream, backend="dense", trace=trace)
         if prediction is None:

@@ -102,11 +102,11 @@ def states(
     sample_of, field_of, reading, offset = [], [], [], 0
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        with model.resting(), recorded(model) as layers:
+        with model.inference_mode(), recorded(model) as layers:
             stream = model.pack(task, part, answers=answers, first=start)
             model(stream)
         batches.append(whole_layers(model, layers, stream))
-        r, places = stream.readings[task], stream.layout.places
+        r, places = stream.readings[task], stream.layout.info
         index_N = torch.tensor(r.samples) + start
         sample_of.append(index_N[places.sample.long().cpu()])
         numbers = torch.tensor([_segments(reads, sample, fields) for sample in part])
@@ -195,7 +195,7 @@ def whole_layers(model: Model, layers: Sequence[Tensor], stream: Stream) -> list
     cores = transformers(model)
     if len(cores) == 1:
         return [state_TD.float().cpu().clone() for state_TD in layers]
-    places = stream.layout.places
+    places = stream.layout.info
     # the reader has the first rows of each sample, the writer the others
     reads = torch.tensor([span.read for span in stream.layout.spans], device=places.order.device)
     is_read_T = (places.order < reads[places.sample.long()]).cpu()

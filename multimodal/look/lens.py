@@ -77,7 +77,7 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     tokenizer = packer.tokenizers[pattern.writes.kind]
     several = tokenizer.classes and tokenizer.vocab_size is None
     probabilities, names = [], []
-    with model.resting(), recorded(model) as layers:
+    with model.inference_mode(), recorded(model) as layers:
         stream = model.pack(task, [sample], answers=head.writes and sample.get(pattern.answer) is not None)
         end_TD = model(stream)
         reading = stream.readings[task]

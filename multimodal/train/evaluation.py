@@ -41,7 +41,7 @@ def measured(model: Model, task: str, samples: Samples, processes: Processes, ba
         stream = model.pack(task, part, first=mine[start])
         count += stream.readings[task].count
         if head.writes or head.hides:
-            with model.resting():
+            with model.inference_mode():
                 total += float(model.losses(stream)[task])
             if not exact:
                 continue
@@ -69,7 +69,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _at_once(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction]]:
     """Sum of the losses, and the answers in the order of the samples, of a head that needs one pass for both."""
     head, readout = model.packer.head(task), model.readout(task)
-    with model.resting():
+    with model.inference_mode():
         wanted_N, readings = stream.narrowed()
         r = readings[task]
         assert r.target is not None  # it was packed with answers

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from multimodal.attention import Layout, Span
 from multimodal.checkpoint import RUN, below, read_header
 from multimodal.files import check_fields, check_inside, parse_json, put, read_json, shown_short
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.stream import Reading, Stream
@@ -85,7 +85,7 @@ def save_stream(path: Path, stream: Stream) -> None:
     tensors = {f"content/{kind}": x for kind, x in stream.content.items()} | {"position_TA": stream.position_TA}
     if stream.order_T is not None:
         tensors["order_T"] = stream.order_T
-    tensors |= {f"places/{name}": x for name, x in vars(stream.layout.places).items()}
+    tensors |= {f"places/{name}": x for name, x in vars(stream.layout.info).items()}
     readings = []
     for number, (pattern, reading) in enumerate(stream.readings.items()):
         tensors |= {f"reading {number}/{name}": x for name, x in vars(reading).items() if isinstance(x, Tensor)}
@@ -124,7 +124,7 @@ def load_stream(path: Path) -> Stream:
             content={kind: tensors[f"content/{kind}"] for kind in facts["kinds"]},
             order_T=tensors.get("order_T"),
             position_TA=tensors["position_TA"],
-            layout=Layout(tuple(Span(*span) for span in facts["spans"]), Places(**below(tensors, "places/"))),
+            layout=Layout(tuple(Span(*span) for span in facts["spans"]), MaskInfo(**below(tensors, "places/"))),
             readings=readings,
         )
         if not _is_consistent(stream):
@@ -139,14 +139,15 @@ def load_stream(path: Path) -> Stream:
 def _is_consistent(stream: Stream) -> bool:
     """Whether all lengths and row indices of a stream agree with the number of its tokens."""
     count = len(stream)
-    order_T, spans, places = stream.order_T, stream.layout.spans, list(vars(stream.layout.places).values())
+    order_T, spans, places = stream.order_T, stream.layout.spans, list(vars(stream.layout.info).values())
     fits = [
         stream.position_TA.dim() == 2
         and stream.position_TA.is_floating_point()
         and bool(stream.position_TA.isfinite().all()),
         order_T is None or torch.equal(order_T.sort().values, torch.arange(count)),
         sum(len(x) for x in stream.content.values()) == count,
-        all(type(n) is int for span in spans for n in span) and all(-1 <= s.free <= s.total > 0 for s in spans),
+        all(type(n) is int for span in spans for n in span)
+        and all(-1 <= s.bidirectional <= s.total > 0 for s in spans),
         sum(span.total for span in spans) == count,
         all(isinstance(x, Tensor) and x.shape == (count,) and x.dtype == torch.int32 for x in places),
     ]
@@ -310,7 +311,7 @@ def _alone(stream: Stream, task: str, which: list[int], spans: list[int], starts
             found.append((int(at[0]), kind, x[from_T[at] - before], at))
         before += len(x)
     found.sort(key=lambda part: part[0])
-    places = stream.layout.places[row_T]
+    places = stream.layout.info[row_T]
     layout = Layout(
         tuple(stream.layout.spans[i] for i in spans),
         replace(places, sample=torch.searchsorted(torch.tensor(spans, dtype=torch.int32), places.sample).int()),

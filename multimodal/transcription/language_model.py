@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
 from multimodal.files import put
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
 
@@ -150,7 +150,7 @@ class ModelLM:
         cut = 0 if len(history) <= self.context else math.ceil((len(history) - self.context) / half) * half
         key = tuple(history[cut:])
         if key not in self._cached:
-            with self.model.resting():
+            with self.model.inference_mode():
                 state_D = self._state(list(key))
                 logits_NV = self.head.logits(self.model.readout(self.task), state_D[None], [1])
             if len(self._cached) >= self.remembered:
@@ -180,7 +180,7 @@ class ModelLM:
         device = self.model.device
         order_T = torch.arange(start, start + len(ids), dtype=torch.int32, device=device) + self._prompted
         nothing = torch.zeros_like(order_T)
-        layout = Layout((Span(0, len(ids)),), Places(nothing, order_T, nothing, nothing + self._segment))
+        layout = Layout((Span(0, len(ids)),), MaskInfo(nothing, order_T, nothing, nothing + self._segment))
         rows_TD = self.model.embed(self.kind, torch.tensor(ids, device=device))
         position_TA = self._after_A + self._place_NA[start : start + len(ids)]
         return self.model.core(rows_TD, position_TA, layout, cache=cache)
@@ -193,7 +193,7 @@ class ModelLM:
         dtype = model.readout(self.task).linear.weight.dtype
         cache = core.cache(rows=1, capacity=len(stream) + self.context, device=model.device, dtype=dtype)
         self._prompted = len(stream)
-        self._segment = int(stream.layout.places.segment[-1]) + 1
+        self._segment = int(stream.layout.info.segment[-1]) + 1
         self._place_NA = (tokenizer.places(self.context) / torch.tensor(tokenizer.step)).to(model.device)
         last_A = stream.position_TA[-1]
         self._after_A = (last_A + 1) * last_A.new_tensor([1, 0, 0])  # one step after the last token in time, as packed

@@ -331,7 +331,7 @@ def _read(model: Model, spec: TranscriptionTask, windows: list[SoundWindow], max
 def _ctc_rows(model: Model, spec: TranscriptionTask, samples: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities (N, V) and times (N,) in seconds, float64, of each sample."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    with model.resting():
+    with model.inference_mode():
         stream = model.pack(spec.task, samples, answers=False)
         r = stream.readings[spec.task]
         log_p_NV = log_probabilities(model.logits(stream)[spec.task])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
-from multimodal.masks import And, Causal, Chunked, Or, Places, Rule
+from multimodal.masks import And, Causal, Chunked, MaskInfo, Or, Rule
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, MediaError, StreamError
 from multimodal.tokenizer import Tokenizer
@@ -149,9 +149,9 @@ class Listener:
             self._cache = larger
         order_T = torch.arange(self._fed, self._fed + count, dtype=torch.int32, device=model.device)
         nothing, bidirectional = torch.zeros_like(order_T), not spec.tokenizer.causal
-        places = Places(sample=nothing, order=order_T, free=nothing + int(bidirectional), segment=nothing)
+        places = MaskInfo(sample=nothing, order=order_T, bidirectional=nothing + int(bidirectional), segment=nothing)
         layout = Layout((Span(count if bidirectional else 0, count),), places)
-        with model.resting():
+        with model.inference_mode():
             rows_TD = model.embed(spec.kind, content.to(model.device))
             state_TD = model.core(rows_TD, position_TA.to(model.device), layout, cache=self._cache)
             readout = model.readout(spec.task)

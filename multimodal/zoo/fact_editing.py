@@ -84,7 +84,7 @@ def right_answers(model: Model, task: str, samples: Sequence[Sample] | Stream, *
         else (model.pack(task, samples[start : start + batch], first=start) for start in range(0, len(samples), batch))
     )
     found = []
-    with model.resting():
+    with model.inference_mode():
         for stream in streams:
             reading = stream.readings[task]
             hit_N = (model.logits(stream)[task].argmax(-1) == _targets(task, stream)).cpu()
@@ -264,7 +264,7 @@ def _keys(model: Model, matrix: nn.Linear, stream: Stream) -> Tensor:
     seen: list[Tensor] = []
     hook = matrix.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     try:
-        with model.resting():
+        with model.inference_mode():
             model(stream)
     finally:
         hook.remove()
@@ -291,7 +291,7 @@ def _means(
     hooks = []
     try:
         hooks += [module.register_forward_hook(adder(i)) for i, module in enumerate(chosen)]
-        with model.resting():
+        with model.inference_mode():
             for start in range(0, len(samples), batch):
                 model(model.pack(task, samples[start : start + batch], first=start))
     finally:
