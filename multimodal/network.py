@@ -2,7 +2,8 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -260,9 +261,25 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in module.named_parameters()}
 
 
+_ON_META: ContextVar[bool] = ContextVar("_ON_META", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Every Model that is constructed inside has its weights on device "meta", where they take no memory.
+
+    For a recipe file, which constructs its model itself: inside `torch.device("meta")` its data would have no contents either.
+    """
+    token = _ON_META.set(True)
+    try:
+        yield
+    finally:
+        _ON_META.reset(token)
+
+
 @contextmanager
 def _seeded(seed: int, *names: str) -> Iterator[None]:
     """Random numbers that are a function of the seed and these names."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if _ON_META.get() else nullcontext():
         torch.manual_seed(zlib.crc32("/".join((str(seed), *names)).encode()))
         yield

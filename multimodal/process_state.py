@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,21 @@ def preserved_state(*, draws: bool = False) -> Iterator[None]:
     seeds them.
     """
     alone = threading.current_thread() is threading.main_thread()
-    settings = [*_AUTOGRAD, *(_generators() if alone or draws else ()), *(_process() if alone else ())]
+    settings = [*AUTOGRAD.values(), *(_generators() if alone or draws else ()), *(_process() if alone else ())]
+    with restored(settings):
+        yield
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restores the global generators of random, numpy and torch's CPU."""
+    with restored(_CPU_GENERATORS):
+        yield
+
+
+@contextmanager
+def restored(settings: Iterable[Setting]) -> Iterator[None]:
+    """Restores those of these settings that changed inside the block, also after an error."""
     before = [(read(), read, put) for read, put in settings]
     try:
         yield
@@ -34,18 +48,6 @@ def preserved_state(*, draws: bool = False) -> Iterator[None]:
         for value, read, put in before:
             if not _same(value, read()):
                 put(value)
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Restores the global generators of random, numpy and torch's CPU."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -56,13 +58,16 @@ def _same(one: Any, other: Any) -> bool:
     return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
-_AUTOGRAD: tuple[Setting, ...] = ((torch.is_grad_enabled, torch.set_grad_enabled),)
+AUTOGRAD: dict[str, Setting] = {"autograd (torch.is_grad_enabled)": (torch.is_grad_enabled, torch.set_grad_enabled)}
+_CPU_GENERATORS: tuple[Setting, ...] = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+)
 
 
 def _generators() -> Iterator[Setting]:
-    yield random.getstate, random.setstate
-    yield np.random.get_state, np.random.set_state
-    yield torch.get_rng_state, torch.set_rng_state
+    yield from _CPU_GENERATORS
     if torch.cuda.is_initialized():
         yield torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
     if torch.backends.mps.is_available():
@@ -70,11 +75,7 @@ def _generators() -> Iterator[Setting]:
 
 
 def _process() -> Iterator[Setting]:
-    yield _folder, lambda folder: folder is None or os.chdir(folder)
-    yield torch.get_default_dtype, torch.set_default_dtype
-    yield torch.get_num_threads, torch.set_num_threads
-    yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    yield _deterministic, lambda flags: torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
+    yield from PROCESS.values()
     for name in ("enabled", "benchmark", "deterministic"):
         yield _attribute(torch.backends.cudnn, name)
     if torch.cuda.is_initialized():
@@ -97,6 +98,19 @@ def _folder() -> str | None:
 
 def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+PROCESS: dict[str, Setting] = {
+    "the current folder": (_folder, lambda folder: folder is None or os.chdir(folder)),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch's deterministic algorithms": (
+        _deterministic,
+        lambda flags: torch.use_deterministic_algorithms(flags[0], warn_only=flags[1]),
+    ),
+}
+"""Settings of the whole process, by name."""
 
 
 def _attribute(owner: Any, name: str) -> Setting:

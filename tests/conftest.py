@@ -176,3 +176,33 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
     with server:  # closes its stdin, and so ends it
         yield run
+
+
+@pytest.fixture
+def say(capsys, home, monkeypatch):
+    """say("predict", ...) -> (exit code, stdout, stderr), in the folder that the test module's fixture `home` gives."""
+    from multimodal.cli import main  # GPU machines may lack what it needs
+
+    monkeypatch.chdir(home)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(say):
+    """The one message on stderr of a command that ends with exit code 2."""
+
+    def run(*arguments: str) -> str:
+        code, out, err = say(*arguments)
+        assert code == 2, out + err
+        assert "Traceback" not in err
+        assert err.startswith("multimodal: ")
+        return err
+
+    return run

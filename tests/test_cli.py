@@ -24,7 +24,7 @@ pytest.importorskip("cyclopts")
 
 from multimodal.cli import main  # noqa: E402
 from multimodal.cli.arguments import value_from  # noqa: E402
-from multimodal.cli.showing import harmless, show  # noqa: E402
+from multimodal.cli.output import printable, show  # noqa: E402
 
 RECIPE = '''
 from dataclasses import dataclass
@@ -120,34 +120,6 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def say(capsys, home, monkeypatch):
-    """say("predict", ...) -> (exit code, stdout, stderr), with the folder `home` as the current one."""
-    monkeypatch.chdir(home)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
-def refused(say):
-    """The one message on stderr of a command that ends with exit code 2."""
-
-    def run(*arguments: str) -> str:
-        code, out, err = say(*arguments)
-        assert code == 2, out + err
-        assert "Traceback" not in err
-        assert err.startswith("multimodal: ")
-        return err
-
-    return run
-
-
 PLUGIN = ("--plugin", "drawn.py")
 ASK = ("predict", "run", *PLUGIN, "--task", "image -> label")
 
@@ -189,10 +161,10 @@ def test_train_saves_and_says_where(say, tmp_path) -> None:
     for line in (f"model   {folder / 'model'}", f"curves  {folder / 'curves.png'}", f"log     {folder / 'log.jsonl'}"):
         assert line in out
     assert "exactly right on held-out data: image -> label" in out
-    facts = json.loads((folder / "config.json").read_text())
-    assert (facts["recipe"]["steps"], facts["recipe"]["batch"], facts["recipe"]["betas"]) == (2, 4, [0.8, 0.9])
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["recipe"]["steps"], config["recipe"]["batch"], config["recipe"]["betas"]) == (2, 4, [0.8, 0.9])
     model = json.loads((folder / "model" / "config.json").read_text())
-    assert facts["core"]["config"]["depth"] == model["core"]["config"]["depth"] == 2
+    assert config["core"]["config"]["depth"] == model["core"]["config"]["depth"] == 2
     assert [task["weight"] for task in model["tasks"]] == [2.0, 1.0, 1.0]
 
 
@@ -278,9 +250,9 @@ def test_runs_are_compared(say, refused, home, tmp_path) -> None:
     assert any(line.split() == ["recipe.lr", "0.001", "0.5"] for line in out.splitlines())
     with Image.open(out_file) as picture:
         assert picture.size[0] > 800
-    facts = json.loads(say("report", "run", str(tmp_path / "other"), "--out", str(out_file), "--json")[1])
-    assert [run["steps"] for run in facts["runs"]] == [3, 2]
-    assert facts["differences"] == {"recipe.steps": [3, 2], "recipe.lr": [0.001, 0.5]}
+    shown = json.loads(say("report", "run", str(tmp_path / "other"), "--out", str(out_file), "--json")[1])
+    assert [run["steps"] for run in shown["runs"]] == [3, 2]
+    assert shown["differences"] == {"recipe.steps": [3, 2], "recipe.lr": [0.001, 0.5]}
     assert "plain holds no log.jsonl" in refused("report", "plain")
     assert "wanted the name of a picture that ends in .png" in refused("report", "run", "--out", "both.jpg")
 
@@ -379,11 +351,11 @@ def test_predict_shows_classes_as_bars(say, home) -> None:
 
 def test_predict_as_json(say, home) -> None:
     code, out, _ = say(*ASK, "--image", "light.png", "--json")
-    facts = json.loads(out)
+    shown = json.loads(out)
     assert code == 0
-    assert facts["task"] == "image -> label"
-    assert facts["answer"] == max(facts["probability"], key=facts["probability"].get)
-    assert sum(facts["probability"].values()) == pytest.approx(1)
+    assert shown["task"] == "image -> label"
+    assert shown["answer"] == max(shown["probability"], key=shown["probability"].get)
+    assert sum(shown["probability"].values()) == pytest.approx(1)
 
 
 def test_predict_takes_the_run_or_the_model_folder_and_arrays(say) -> None:
@@ -572,13 +544,13 @@ def test_temperature_comes_before_the_choice_of_candidates(say, artist) -> None:
     assert json.loads(say(*typed)[1])["answer"] == first != last
 
 
-def test_how_an_answer_ended_is_told(say, artist) -> None:
-    told = {}
+def test_how_an_answer_ended_is_reported(say, artist) -> None:
+    ended = {}
     for typed in ("--max-tokens 3", "--stop on", "--one-of cat"):
-        facts = json.loads(say(*text(*typed.split()), "--json")[1])
-        told[facts["ended"]] = (facts["complete"], facts["tokens"])
+        shown = json.loads(say(*text(*typed.split()), "--json")[1])
+        ended[shown["ended"]] = (shown["complete"], shown["tokens"])
     cat = len(artist.packer.tokenizers["text"]("cat"))
-    assert told == {"max_tokens": (False, 3), "stop string": (True, told["stop string"][1]), "stop": (True, cat)}
+    assert ended == {"max_tokens": (False, 3), "stop string": (True, ended["stop string"][1]), "stop": (True, cat)}
 
 
 @pytest.mark.parametrize(
@@ -590,7 +562,7 @@ def test_a_terminal_sees_the_text_while_it_is_written(say, artist, monkeypatch, 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdout, "write", lambda text: (parts.append(text), write(text))[1])
     _, seen, err = say(*text(*options))
-    assert seen == harmless(whole)
+    assert seen == printable(whole)
     assert len([part for part in parts if part]) > (2 if "--beams" in options else 5) - ("--beams" in options)
     assert ("before its end" in err) == ("--stop" not in options)
     parts.clear()
@@ -599,7 +571,7 @@ def test_a_terminal_sees_the_text_while_it_is_written(say, artist, monkeypatch, 
 
 
 def test_what_would_steer_a_terminal_is_shown(say, artist, monkeypatch) -> None:
-    assert harmless("a\tb\n\x1b[31m\x07\x7f\x9b ä") == "a\tb\n␛[31m␇␡\ufffd ä"
+    assert printable("a\tb\n\x1b[31m\x07\x7f\x9b ä") == "a\tb\n␛[31m␇␡\ufffd ä"
     evil = "\x1b]0;owned\x07"
     typed = text("--begin", evil, "--max-tokens", "1")
     assert evil in say(*typed)[1]
@@ -659,12 +631,12 @@ def test_pictures_are_files(say, artist, tmp_path, kind, mode, command) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "predict"])
 def test_sounds_are_files_named_by_their_field(say, artist, tmp_path, command) -> None:
-    facts = json.loads(say(*asked("speech:sound", command), "--out", str(tmp_path), "--json")[1])
+    shown = json.loads(say(*asked("speech:sound", command), "--out", str(tmp_path), "--json")[1])
     wanted, rate_hz = artist.generate("label -> speech:sound", label="a").value
-    assert facts["file"] == str(tmp_path / "speech.wav")
-    assert "answer" not in facts
-    assert facts["tokens"] > 3
-    wave, rate = soundfile.read(facts["file"], dtype="float32")
+    assert shown["file"] == str(tmp_path / "speech.wav")
+    assert "answer" not in shown
+    assert shown["tokens"] > 3
+    wave, rate = soundfile.read(shown["file"], dtype="float32")
     assert rate == rate_hz == 8000
     assert np.allclose(wave, wanted.numpy(), atol=2**-15)
     assert np.abs(wave).max() > 100 * 2**-15
@@ -684,10 +656,10 @@ def test_no_file_is_overwritten(say, artist, home, monkeypatch, tmp_path) -> Non
         wanted = artist.generate("label -> drawing", label="a", temperature=1.0, seed=seed).value
         with Image.open(json.loads(row)["file"]) as image:
             assert np.array_equal(np.asarray(image), pixels(wanted))
-    facts = json.loads(say(*ask, "--beams", "2", "--json")[1])
-    assert [facts["file"], facts["others"][0]["file"]] == ["drawing-6.png", "drawing-7.png"]
-    assert (facts["ended"], facts["tokens"]) == ("length", 6)
-    assert 0 < facts["others"][0]["confidence"] <= facts["confidence"]
+    shown = json.loads(say(*ask, "--beams", "2", "--json")[1])
+    assert [shown["file"], shown["others"][0]["file"]] == ["drawing-6.png", "drawing-7.png"]
+    assert (shown["ended"], shown["tokens"]) == ("length", 6)
+    assert 0 < shown["others"][0]["confidence"] <= shown["confidence"]
 
 
 def test_features_are_drawn_by_their_seed(say, artist, tmp_path) -> None:
@@ -713,8 +685,8 @@ def test_with_a_folder_texts_are_files_too(say, artist, tmp_path) -> None:
     whole = say(*text())[1]
     assert say(*text(), "--out", str(tmp_path))[1] == f"{tmp_path / 'text.txt'}\n"
     assert (tmp_path / "text.txt").read_bytes().decode() + "\n" == whole
-    facts = json.loads(say(*text(), "--out", str(tmp_path), "--json")[1])
-    assert (facts["answer"] + "\n", facts["file"]) == (whole, str(tmp_path / "text-2.txt"))
+    shown = json.loads(say(*text(), "--out", str(tmp_path), "--json")[1])
+    assert (shown["answer"] + "\n", shown["file"]) == (whole, str(tmp_path / "text-2.txt"))
 
 
 @pytest.mark.parametrize(

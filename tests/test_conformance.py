@@ -575,7 +575,7 @@ def test_planted_fault_of_a_head_is_named(name, faulty, problem):
         _one(head_checks(faulty, Labels(("cat", "dog", "cow")), ["cat", "dog"]), name)()
 
 
-def test_the_error_lists_every_failed_check_and_the_table_says_it_too():
+def test_the_error_and_the_table_list_every_failed_check():
     class Twice(PlacesFromOne, Strict):
         pass
 
@@ -590,7 +590,7 @@ def test_the_error_lists_every_failed_check_and_the_table_says_it_too():
     assert all(result.says in str(report) for result in report)
 
 
-def test_what_rests_on_broken_tokens_is_not_tried():
+def test_checks_that_need_unbroken_tokens_are_skipped():
     report = check_tokenizer(LosesPlace(), waves(), raises=False)
     assert [result.name for result in report.failed] == ["one_place_a_token"]
     later = [result for result in report if result.name == "trains"]

@@ -88,9 +88,9 @@ def home(tmp_path_factory) -> Path:
     label = Labels(("yes", "no"))
     own = {"things": kinds.Things(), "walk": kinds.Walk(), "grid": kinds.Grid(), "label": label}
     mm.Model(own, core, ["things -> label", "walk -> label", "grid -> label"]).save(folder / "own")
-    said = {"text": TextBytes(), "note": TextBytes(), "label": label, "tags": Labels(("red", "blue"), several=True)}
+    texts = {"text": TextBytes(), "note": TextBytes(), "label": label, "tags": Labels(("red", "blue"), several=True)}
     tasks = ["text -> label", "text note -> tags", "text -> note", "-> note"]
-    mm.Model(said, core, tasks).save(folder / "said")
+    mm.Model(texts, core, tasks).save(folder / "texts")
     (folder / "badrow.json").write_text('{"x": [1, 2], "y": [1, "two"]}')
     (folder / "broken.json").write_text('{"x": [1, 2')
     (folder / "empty.npy").write_bytes(b"")
@@ -99,35 +99,7 @@ def home(tmp_path_factory) -> Path:
     del sys.modules["fault_kinds"]
 
 
-@pytest.fixture
-def say(capsys, home, monkeypatch):
-    """say("predict", ...) -> (exit code, stdout, stderr), with the folder `home` as the current one."""
-    monkeypatch.chdir(home)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
-def refused(say):
-    """The one message on stderr of a command that ends with exit code 2."""
-
-    def run(*arguments: str) -> str:
-        code, out, err = say(*arguments)
-        assert code == 2, out + err
-        assert "Traceback" not in err
-        assert err.startswith("multimodal: ")
-        return err
-
-    return run
-
-
-TAGS = ("predict", "said", "--task", "text note -> tags")
+TAGS = ("predict", "texts", "--task", "text note -> tags")
 
 
 def test_fault_32_a_kind_that_raises_anything_refuses_the_value_in_one_message(refused, say) -> None:
@@ -159,7 +131,7 @@ def test_fault_34_a_field_can_be_left_out(say, refused) -> None:
     whole = json.loads(say(*TAGS, "--text", "a", "--note", "b", "--json")[1])
     code, out, _ = say(*TAGS, "--text", "a", "--without", "note", "--json")
     assert code == 0
-    model = mm.Model.load("said")
+    model = mm.Model.load("texts")
     wanted = model.predict("text note -> tags", [{"text": "a", "note": None}])[0]
     assert json.loads(out)["probability"] == pytest.approx({str(c): p for c, p in wanted.probability.items()})
     assert json.loads(out)["probability"] != whole["probability"]
@@ -171,14 +143,14 @@ def test_fault_34_a_field_can_be_left_out(say, refused) -> None:
 
 
 def test_fault_35_a_value_may_begin_with_a_dash(say, refused) -> None:
-    ask = ("generate", "said", "--max-tokens", "2", "--json")
+    ask = ("generate", "texts", "--max-tokens", "2", "--json")
     assert json.loads(say(*ask, "--task", "-> note")[1])["task"] == "-> note"
     for text in ("-> note", "-hello", "--two dashes and blanks", "-3"):
-        plain = say("predict", "said", "--task", "text -> label", "--text", text, "--json")
-        joined = say("predict", "said", "--task", "text -> label", f"--text={text}", "--json")
+        plain = say("predict", "texts", "--task", "text -> label", "--text", text, "--json")
+        joined = say("predict", "texts", "--task", "text -> label", f"--text={text}", "--json")
         assert plain == joined
         assert plain[0] == 0
-    err = refused("predict", "said", "--task", "text -> label", "--text", "--json")
+    err = refused("predict", "texts", "--task", "text -> label", "--text", "--json")
     assert "--text requires an argument" in err
     assert "--text=VALUE" in err
 
@@ -189,14 +161,14 @@ def test_fault_36_out_writes_a_list_and_what_is_printed_can_be_given_back(say, t
     out = say(*ask, "--out", str(tmp_path))[1].strip()
     assert out == str(tmp_path / "tags.json")
     assert json.loads((tmp_path / "tags.json").read_text()) == json.loads(printed)
-    facts = json.loads(say(*ask, "--out", str(tmp_path), "--json")[1])
-    assert facts["answer"] == json.loads(printed)
-    assert facts["file"] == str(tmp_path / "tags-2.json")
-    assert say("verify", "said", "--text", "a", "--note", "b", "--tags", printed)[0] == 0
+    shown = json.loads(say(*ask, "--out", str(tmp_path), "--json")[1])
+    assert shown["answer"] == json.loads(printed)
+    assert shown["file"] == str(tmp_path / "tags-2.json")
+    assert say("verify", "texts", "--text", "a", "--note", "b", "--tags", printed)[0] == 0
 
 
 def test_fault_36a_an_answer_that_no_file_can_hold_is_shown_and_that_is_said(capsys, tmp_path) -> None:
-    from multimodal.cli.showing import show
+    from multimodal.cli.output import show
 
     class Odd:
         def __str__(self) -> str:
@@ -212,7 +184,7 @@ def test_fault_36a_an_answer_that_no_file_can_hold_is_shown_and_that_is_said(cap
 
 
 def test_fault_52_several_values_are_several_samples(say, refused) -> None:
-    ask = ("predict", "said", "--task", "text -> label")
+    ask = ("predict", "texts", "--task", "text -> label")
     alone = [json.loads(say(*ask, "--text", text, "--json")[1]) for text in "abc"]
     for typed in (("--text", "a", "b", "c"), ("--text", "a", "--text", "b", "--text", "c")):
         rows = [json.loads(line) for line in say(*ask, *typed, "--json")[1].splitlines()]
@@ -225,24 +197,24 @@ def test_fault_52_several_values_are_several_samples(say, refused) -> None:
     assert "different numbers of values: --text 2, --note 3" in refused(
         *TAGS, "--text", "a", "b", "--note", "1", "2", "3"
     )
-    written = say("generate", "said", "--task", "text -> note", "--text", "a", "b", "--max-tokens", "2", "--json")[1]
+    written = say("generate", "texts", "--task", "text -> note", "--text", "a", "b", "--max-tokens", "2", "--json")[1]
     assert [json.loads(row)["sample"] for row in written.splitlines()] == [{"text": "a"}, {"text": "b"}]
     assert "look shows one sample, and 2 were given" in refused(
-        "look", "said", "--task", "text -> label", "--text", "a", "b"
+        "look", "texts", "--task", "text -> label", "--text", "a", "b"
     )
-    assert say("predict", "--task", "text -> label", "--text", "a", "said")[0] == 0  # the checkpoint may stand last
+    assert say("predict", "--task", "text -> label", "--text", "a", "texts")[0] == 0  # the checkpoint may stand last
 
 
 def test_fault_85_a_file_is_no_checkpoint_and_a_value_that_is_not_used_is_refused(refused, say) -> None:
     err = refused("predict", "light.png")
     assert "light.png is a file; give the folder of a run or a model first" in err
     assert "did you mean" not in err
-    assert "did you mean 'said'?" in refused("predict", "sait", "--text", "a")
+    assert "did you mean 'texts'?" in refused("predict", "text", "--text", "a")
     assert "light.png" not in refused("predict", "light.pn", "--text", "a")  # what is meant is a folder
     assert "--label alone makes no sample of any task; give --things or --walk or --grid too" in refused(
         "verify", "own", "--label", "yes"
     )
-    assert "'zzz' is not one of the 2 classes" in refused("verify", "said", "--text", "a", "--label", "zzz")
+    assert "'zzz' is not one of the 2 classes" in refused("verify", "texts", "--text", "a", "--label", "zzz")
 
 
 def test_fault_82_errors_of_configurations_and_names_are_one_message(refused) -> None:
@@ -275,7 +247,7 @@ def test_fault_82b_more_than_there_is_memory_is_said(refused, say, monkeypatch) 
         )
 
     monkeypatch.setattr(mm.Model, "predict", greedy)
-    assert "out of memory" in refused("predict", "said", "--task", "text -> label", "--text", "a")
+    assert "out of memory" in refused("predict", "texts", "--task", "text -> label", "--text", "a")
 
 
 def test_fault_82c_a_bug_is_one_line_and_its_traceback_a_file(say, monkeypatch, tmp_path) -> None:
@@ -287,20 +259,20 @@ def test_fault_82c_a_bug_is_one_line_and_its_traceback_a_file(say, monkeypatch, 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(broken, "__code__", broken.__code__.replace(co_filename=commands.__file__))
     monkeypatch.setattr(mm.Model, "predict", broken)
-    code, _, err = say("predict", "said", "--task", "text -> label", "--text", "a")
+    code, _, err = say("predict", "texts", "--task", "text -> label", "--text", "a")
     assert code == 70
     assert err.count("\n") == 1
     assert "this is a bug: ZeroDivisionError: division by zero" in err
     (trace,) = tmp_path.iterdir()
     assert str(trace) in err
     assert "Traceback" in trace.read_text()
-    code, _, err = say("predict", "said", "--task", "text -> label", "--text", "a", "--debug")
+    code, _, err = say("predict", "texts", "--task", "text -> label", "--text", "a", "--debug")
     assert code == 70
     assert "Traceback" in err
 
 
 class Full(io.TextIOWrapper):
-    """Standard output on a disk that is full: what was printed is not written, and that is said when it is flushed."""
+    """Standard output on a disk that is full: what was printed is not written, which flushing reports."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), encoding="utf-8")
@@ -309,7 +281,7 @@ class Full(io.TextIOWrapper):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-ASK = ("predict", "said", "--task", "text -> label", "--text", "a")
+ASK = ("predict", "texts", "--task", "text -> label", "--text", "a")
 
 
 def test_fault_82d_standard_output_that_is_closed_or_full_is_said(home, monkeypatch, capsys) -> None:
@@ -376,7 +348,7 @@ def test_fault_78a_without_arguments_with_a_near_miss_and_with_words_too_many(sa
     assert code == 0
     assert "predict" in out
     assert 'Did you mean "predict"?' in refused("predcit")
-    err = refused("predict", "said", "one", "two")
+    err = refused("predict", "texts", "one", "two")
     assert "'one', 'two'" in err
     assert "quotes" in err
     assert re.fullmatch(r"\d+\.\d+.*\n", say("--version")[1])

@@ -152,9 +152,9 @@ def test_fault_38b_a_plugin_that_defines_the_name_is_taken_and_that_is_said(tmp_
     assert "--plugin FILE.py" in capsys.readouterr().err
     plugin = ["--plugin", str(tmp_path / "moved_halves_here.py")]
     assert main(["predict", str(tmp_path / "m"), *plugin, "--numbers", "[1, 2]", "--json"]) == 0
-    said = capsys.readouterr()
-    assert "first_file:Halves is not there any more; Halves is taken from" in said.err
-    assert json.loads(said.out)
+    shown = capsys.readouterr()
+    assert "first_file:Halves is not there any more; Halves is taken from" in shown.err
+    assert json.loads(shown.out)
 
 
 # 39: names of kinds and fields
@@ -223,7 +223,7 @@ def test_fault_39b_on_the_command_line_a_field_with_an_options_name_is_reachable
     assert main(["predict", str(tmp_path / "m"), "--field-out", "x"]) == 2
     assert "also reads --field-device --field-task" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "m"), *fields]) == 0
-    from multimodal.cli.options import TAKEN
+    from multimodal.cli.arguments import OPTION_NAMES
 
     for command in ("predict", "generate", "look", "verify"):
         options = {
@@ -232,7 +232,7 @@ def test_fault_39b_on_the_command_line_a_field_with_an_options_name_is_reachable
             for name in argument.names
             if name.startswith("--")
         }
-        assert {name for name in options if name.isidentifier()} <= TAKEN, command
+        assert {name for name in options if name.isidentifier()} <= OPTION_NAMES, command
 
 
 # 40: names of tokens

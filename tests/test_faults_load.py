@@ -439,7 +439,7 @@ def test_fault_83d_the_fuzzer_finds_nothing(tmp_path):
 
 
 def test_fault_69b_json_never_prints_what_json_does_not_have(capsys):
-    from multimodal.cli.showing import as_json, show
+    from multimodal.cli.output import as_json, show
     from multimodal.heads import Prediction
 
     show(
@@ -462,7 +462,7 @@ def test_fault_69b_json_never_prints_what_json_does_not_have(capsys):
 
 def test_fault_83e_labels_and_names_do_not_steer_a_terminal(monkeypatch, capsys, good, tmp_path):
     from multimodal.cli import main
-    from multimodal.cli.showing import show
+    from multimodal.cli.output import show
     from multimodal.heads import Prediction
 
     shutil.copytree(good / "run", tmp_path / "x\x1b[31m$\\frac{$")

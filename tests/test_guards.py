@@ -409,8 +409,8 @@ CALLS = (
 """Calls that run, load or unpickle what they are given."""
 ALLOWED = {
     ("multimodal", "import_module"): "the public names of this package, from a list of its own",
-    ("multimodal.cli.benching", "import_module"): "the benchmarks, under a fixed name",
-    ("multimodal.cli.benching", "importlib.import_module"): "the same",
+    ("multimodal.cli.checks", "import_module"): "the benchmarks, under a fixed name",
+    ("multimodal.cli.checks", "importlib.import_module"): "the same",
     ("multimodal.train.runtime", "CDLL"): "the C library that this process has already",
     ("multimodal.cli.loading", "find_spec"): "a file that the user names on the command line",
     ("multimodal.cli.loading", "spec_from_file_location"): "a file that the user names on the command line",

@@ -246,7 +246,7 @@ def test_replay_finds_a_planted_nan(tmp_path: Path, values, monkeypatch, capsys)
     assert found.notes == found.weights == ()
 
     monkeypatch.chdir(tmp_path)
-    importlib.import_module("multimodal.cli.replaying")
+    importlib.import_module("multimodal.cli.train")
     assert main(["replay", str(place), "--device", "cpu", "--rows", "2"]) == 1
     text = capsys.readouterr().out
     assert text.startswith("step 123: it was strange\n")

@@ -17,7 +17,7 @@ from typing import Any
 from multimodal.check import encoding, heads, information, models, tokenizers
 from multimodal.check.cases import HeadCase, TokenizerCase
 from multimodal.check.equivalence import CHECKS as MODEL_CHECKS
-from multimodal.check.equivalence import Row, Verification, verify
+from multimodal.check.equivalence import Measurement, Verification, verify
 from multimodal.check.report import (
     BoundCheck,
     Check,
@@ -42,9 +42,9 @@ __all__ = [
     "BoundCheck",
     "Check",
     "ConformanceError",
+    "Measurement",
     "Report",
     "Result",
-    "Row",
     "Verification",
     "check_head",
     "check_tokenizer",

@@ -12,22 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.check.process_settings import IMPORTS_MAY_CHANGE, changed, kept_settings, settings
-from multimodal.check.report import want
+from multimodal.check.measure import TOLERANCE, allowed, difference
+from multimodal.check.report import IMPORTS_MAY_CHANGE, changed, preserved_settings, settings, want
 from multimodal.core import Core
-from multimodal.heads import Head, Prediction
+from multimodal.heads import Head
 from multimodal.model import Model
-from multimodal.stream import Stream
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
 # 48 is a multiple of 2, 3, 4, 6, 8, 12, 16 and 24, whichever an embedding wants
 CORE = Core(width=48, depth=2, heads=2)
-TOLERANCE = 1e-5  # fp32, of the largest logit or of 1
 
 
 @dataclass(frozen=True)
-class Answer(Tokenizer):
+class Number(Tokenizer):
     """A number below `size`: what the models of these checks write."""
 
     size: int
@@ -46,7 +44,7 @@ class Answer(Tokenizer):
 
 @dataclass(frozen=True)
 class Signal(Tokenizer):
-    """A pair (seed, count): as many tokens of noise, for heads to read."""
+    """A pair (seed, count): `count` tokens of noise, for heads to read."""
 
     feature_size = 4
 
@@ -57,7 +55,7 @@ class Signal(Tokenizer):
 
 
 @dataclass(frozen=True)
-class Nothing(Tokenizer):
+class Sizeless(Tokenizer):
     """A kind that declares no size: no head can write it."""
 
     def encode(self, value: Any) -> Tokens:
@@ -104,8 +102,9 @@ class TokenizerCase:
     @cached_property
     def tokens(self) -> list[Tokens]:
         """Every value as `encode` gives it, unchecked."""
+        # the first call may import a library, which sets up what belongs to it: that is no fault of the tokenizer
         before = settings()
-        with kept_settings():
+        with preserved_settings():
             tokens = [_copied(self.tokenizer.encode(value)) for value in self.values]
             self.changed = [name for name in changed(before) if name not in IMPORTS_MAY_CHANGE]
         return tokens
@@ -116,7 +115,7 @@ class TokenizerCase:
 
     @property
     def batch(self) -> list[tuple[str, dict[str, Any]]]:
-        """The samples among strangers: of other tasks, and beside another field."""
+        """The samples among others: of other tasks, and beside another field."""
         batch: list[tuple[str, dict[str, Any]]] = []
         for i, sample in enumerate(self.samples):
             batch += [(self.task, sample), ("signal -> answer", {"signal": (i, 3 + i), "answer": 0})]
@@ -129,7 +128,7 @@ class TokenizerCase:
         return {"tokenizers": {"value": self.tokenizer}, "tasks": [self.task, "signal value -> answer"]}
 
     def model(self) -> Model:
-        return stirred(plain_model().extended(**self.addition))
+        return perturbed(plain_model().extended(**self.addition))
 
     def check_same(self, again: Tokenizer, how: str) -> None:
         for value, tokens in zip(self.values, self.tokens, strict=True):
@@ -165,15 +164,15 @@ class HeadCase:
 
     @property
     def batch(self) -> list[tuple[str, dict[str, Any]]]:
-        strangers = [("signal -> answer", {"signal": (i, 3 + i), "answer": i}) for i in range(len(self.samples))]
-        return [item for i, sample in enumerate(self.samples) for item in ((self.task, sample), strangers[i])]
+        others = [("signal -> answer", {"signal": (i, 3 + i), "answer": i}) for i in range(len(self.samples))]
+        return [item for i, sample in enumerate(self.samples) for item in ((self.task, sample), others[i])]
 
     @property
     def addition(self) -> dict[str, Any]:
         return {"tokenizers": {"value": self.tokenizer}, "tasks": [Task(self.task, self.head)]}
 
     def model(self) -> Model:
-        return stirred(plain_model().extended(**self.addition))
+        return perturbed(plain_model().extended(**self.addition))
 
     def check_same(self, again: Head, how: str) -> None:
         want(again.vocab(self.tokenizer) == self.head.vocab(self.tokenizer), f"the head has another vocabulary {how}")
@@ -196,11 +195,11 @@ def contents(value: Any) -> Any:
 
 
 def plain_model() -> Model:
-    return Model({"signal": Signal(), "answer": Answer(4)}, CORE, ["signal -> answer"])
+    return Model({"signal": Signal(), "answer": Number(4)}, CORE, ["signal -> answer"])
 
 
-def stirred(model: Model) -> Model:
-    """Weights moved away from their first values, as if trained, so that logits and what is wrong with them are not tiny."""
+def perturbed(model: Model) -> Model:
+    """The model with noise added to its weights, so that logits, and errors of logits, are as large as in a trained model."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -218,35 +217,11 @@ def close_tokens(a: Tokens, b: Tokens) -> bool:
     return all(x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5) for x, y in pairs)
 
 
-def logits_by_sample(model: Model, stream: Stream) -> list[Tensor]:
-    """Logits of each sample, in the order of the batch.
-
-    Of a head that points, those of what its sample has read and of the stop, with 0 for what it may not point at.
-    """
-    found: dict[int, Tensor] = {}
-    for pattern, logits in model.logits(stream).items():
-        reading = stream.readings[pattern]
-        parts = list(logits.split(list(reading.lengths)))
-        if reading.key_N is not None:
-            parts = [part[:, : keys + 1] for part, keys in zip(parts, reading.key_lengths, strict=True)]
-            parts = [part.masked_fill(part == -math.inf, 0.0) for part in parts]
-        found |= dict(zip(reading.samples, parts, strict=True))
-    return [found[i] for i in sorted(found)]
-
-
-def same_answer(a: Prediction, b: Prediction) -> bool:
-    """Whether two answers are one: the same tokens where they were written as such, features within 1e-3, else the same value."""
-    if a.tokens is None or b.tokens is None:
-        return bool(a.value == b.value)
-    x, y = a.tokens.content, b.tokens.content
-    return x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-3, atol=1e-3)
-
-
 def check_close(got: Tensor, wanted: Tensor, what: str) -> None:
     want(got.shape == wanted.shape, f"{what}: {tuple(got.shape)} is not {tuple(wanted.shape)}")
-    got, wanted = got.detach(), wanted.detach()
-    error, scale = float((got - wanted).abs().max()), max(1.0, float(wanted.abs().max()))
-    want(error <= TOLERANCE * scale, f"{what}: they differ by {error:.2g}, more than {TOLERANCE:g} of {scale:.2g}")
+    error, bound = difference(got, wanted), allowed(wanted)
+    scale = bound / TOLERANCE
+    want(error <= bound, f"{what}: they differ by {error:.2g}, more than {TOLERANCE:g} of {scale:.2g}")
 
 
 def check_gradients(module: nn.Module) -> None:

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from multimodal.check.cases import TokenizerCase, close_tokens, contents, equal_tokens
 from multimodal.check.fresh import CannotAsk, fresh_answers, names_a_file
-from multimodal.check.process_settings import changed, settings
-from multimodal.check.report import Check, ConformanceError, promise, want
+from multimodal.check.report import Check, ConformanceError, changed, promise, settings, want
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []

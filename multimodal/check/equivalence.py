@@ -6,15 +6,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from multimodal.attention import Backend
-from multimodal.check.values import Ready, plausible_values, random_tokens
+from multimodal.check.measure import (
+    TOLERANCE,
+    allowed,
+    content_or_value,
+    difference,
+    logits_by_sample,
+    same_answer,
+    sample_gradients,
+)
+from multimodal.check.values import Encoded, plausible_values, random_tokens
 from multimodal.generate import Engine, Greedy, Sampler, request
 from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
@@ -25,9 +33,8 @@ from multimodal.process_state import preserved_state
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokens
 
-TOLERANCE = 1e-5  # between fp32 logits; times the largest logit where that is above 1 (see also `_noise`)
 MOST_SAMPLES = 8  # of each task
-FEWEST_SAMPLES = 4  # fewer are filled up with invented ones, so that there is something to pack with
+FEWEST_SAMPLES = 4  # invented ones are added up to this number, so that there is something to pack with
 WRITTEN = 16  # tokens of a greedy answer
 
 CHECKS = {
@@ -42,8 +49,14 @@ CHECKS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One check of one subject: the largest difference that was found, and the largest that is allowed."""
+class Measurement:
+    """One check of one subject.
+
+    subject: the task, and the only field that was read where it is one of several.
+    check: a name in `CHECKS`.
+    difference: the largest difference found: of logits or gradients; for "answers" the number of answers that differ.
+    allowed: the largest difference that passes.
+    """
 
     subject: str
     check: str
@@ -52,7 +65,8 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.allowed  # not a number: failed
+        """Whether the difference is allowed; NaN is not."""
+        return self.difference <= self.allowed
 
     def __str__(self) -> str:
         return f"{self.subject}, {self.check} ({CHECKS[self.check]}): {self.difference:.3g}, allowed {self.allowed:.3g}"
@@ -60,18 +74,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """All rows, how many samples each subject had, and what had to be invented or was left out."""
+    """What `verify` found; prints as a table.
 
-    rows: tuple[Row, ...]
+    rows: one measurement for each check of each subject.
+    samples: number of samples of each subject.
+    notes: what was invented or left out.
+    """
+
+    rows: tuple[Measurement, ...]
     samples: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
+        """Whether every measurement passed."""
         return all(row.passed for row in self.rows)
 
     @property
-    def failures(self) -> tuple[Row, ...]:
+    def failures(self) -> tuple[Measurement, ...]:
+        """The measurements that did not pass."""
         return tuple(row for row in self.rows if not row.passed)
 
     def cells(self) -> list[list[str]]:
@@ -103,7 +124,7 @@ class Verification:
         return "\n".join([*table, *self.remarks()])
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Measurement) -> str:
     text = f"{row.difference:.1e} of {row.allowed:.1e}" if row.difference else "0"
     if row.check == "answers":
         text = f"{row.difference:.0f} differ" if row.difference else "same"
@@ -133,8 +154,9 @@ def verify(
 ) -> Verification:
     """Run every check of `CHECKS` on every task, and on every kind a task of several fields reads by itself.
 
-    samples: by task, the first eight are used; what is missing (tasks, answers, company for a single sample) is invented,
-    and said so. The model is measured in fp32 and left as it was found.
+    samples: by task; the first eight are used. What is missing (tasks, answers, other samples to pack with) is invented, which the
+    notes say. The model is measured in fp32, and its modes, buffers and weights are unchanged afterwards.
+    seed: of what is invented and of the order of packs.
 
     Raises:
         TaskError, MediaError: the samples given do not fit their task.
@@ -144,11 +166,12 @@ def verify(
     subjects, notes = _subjects(model.packer, samples or {}, seed)
     twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
     twin.packer = Packer(
-        {name: Ready(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
+        {name: Encoded(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
     )
+    # everything in one pack, once, and then each subject by itself
     mixed = [pair for subject in subjects for pair in subject.batch]
-    rows: list[Row] = []
-    with _left_as_found(model, seed):
+    rows: list[Measurement] = []
+    with _preserved(model, seed):
         twin.eval()
         with torch.inference_mode():
             in_mixed = iter(_logits(twin, mixed, backend, seed))
@@ -157,15 +180,16 @@ def verify(
                 rows += _compare(twin, subject, here if len(subjects) > 1 else None, backend, seed)
         twin.train()
         for subject, gradient in zip(subjects, _cross_gradients(twin, subjects, backend), strict=True):
-            rows.append(Row(subject.name, "gradient", gradient, 0.0))
+            rows.append(Measurement(subject.name, "gradient", gradient, 0.0))
     return Verification(tuple(rows), {s.name: len(s.samples) for s in subjects}, tuple(notes))
 
 
 def _compare(
     model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backend: Backend, seed: int
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Everything that needs no gradient."""
     rows = list(_rows(model, subject, in_mixed, backend, seed))
+    # large logits lose digits in float32 by themselves, which is no fault of packing: the bound is widened to what rounding does
     if any(not row.passed and row.check != "answers" for row in rows):
         noise = _noise(model, subject, backend)
         yield from (
@@ -187,7 +211,9 @@ def _noise(model: Model, subject: _Subject, backend: Backend) -> float:
     return max(gaps) if all(map(math.isfinite, gaps)) else 0.0
 
 
-def _rows(model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backend: Backend, seed: int) -> Iterator[Row]:
+def _rows(
+    model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backend: Backend, seed: int
+) -> Iterator[Measurement]:
     batch = subject.batch
     alone = [_logits(model, [pair], backend)[0] for pair in batch]
     four = [_logits(model, [pair] * 4, backend) for pair in batch]
@@ -199,6 +225,7 @@ def _rows(model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backen
     yield _row(subject, "dense", packed, _logits(model, batch, "dense", seed))
     if model.packer.head(subject.task).pairs:
         return
+    # alone and in a batch of unequal prompts: a cache that mixes rows or counts positions wrongly shows in one of them
     if model.packer.head(subject.task).writes:
         one_by_one = [_written(model, subject.task, [sample]) for sample in subject.samples]
         together = _written(model, subject.task, subject.samples)
@@ -211,9 +238,10 @@ def _rows(model: Model, subject: _Subject, in_mixed: list[Tensor] | None, backen
         answers = [part[0].tokens.content for part in one_by_one], [one.tokens.content for one in together]
     else:
         single = [model.predict(subject.task, [sample])[0] for sample in subject.samples]
-        both = single, model.predict(subject.task, subject.samples)
-        answers = [[a.value if a.tokens is None else a.tokens.content for a in part] for part in both]
-    yield Row(subject.name, "answers", sum(not _same(a, b) for a, b in zip(*answers, strict=True)), 0)
+        together = model.predict(subject.task, subject.samples)
+        answers = list(map(content_or_value, single)), list(map(content_or_value, together))
+    different = sum(not same_answer(a, b) for a, b in zip(*answers, strict=True))
+    yield Measurement(subject.name, "answers", different, 0)
 
 
 def _logits(
@@ -223,33 +251,18 @@ def _logits(
     order = list(range(len(batch)))
     if shuffle is not None:
         np.random.default_rng(shuffle).shuffle(order)
-    stream = model.packer([batch[i] for i in order]).to(model.device)
-    found: dict[int, Tensor] = {}
-    for task, logits in model.logits(stream, backend=backend).items():
-        reading = stream.readings[task]
-        for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
-            own = part[:, ~torch.isneginf(part).all(0)]  # a pointer's own, not what its neighbours read
-            before = found.get(order[sample])  # the other side of a pair
-            found[order[sample]] = own if before is None else torch.cat([before, own])
+    packed = logits_by_sample(model, model.packer([batch[i] for i in order]).to(model.device), backend)
+    found = dict(zip(order, packed, strict=True))
     return [found[i] for i in range(len(batch))]
 
 
-def _row(subject: _Subject, check: str, ours: list[Tensor], wanted: list[Tensor]) -> Row:
-    fits = all(a.shape == b.shape for a, b in zip(ours, wanted, strict=True))
-    known = [(a[~torch.isneginf(b)], b[~torch.isneginf(b)]) for a, b in zip(ours, wanted, strict=True)] if fits else []
-    gap = torch.stack([(a - b).abs().max() for a, b in known]).max() if fits else torch.inf
-    largest = max(float(x.nan_to_num(neginf=0.0).abs().max()) for x in wanted)
-    return Row(subject.name, check, float(gap), TOLERANCE * max(1.0, largest))
+def _row(subject: _Subject, check: str, ours: list[Tensor], wanted: list[Tensor]) -> Measurement:
+    gaps = torch.tensor([difference(a, b) for a, b in zip(ours, wanted, strict=True)])
+    return Measurement(subject.name, check, float(gaps.max()), allowed(*wanted))  # max() of tensors lets NaN through
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=1e-3 if a.is_floating_point() else 0.0)
-    return bool(np.all(a == b))
-
-
-class _Watched(Sampler):
-    """Greedy, keeping the log-probabilities it chose by."""
+class _Recorded(Sampler):
+    """Greedy; records the log-probabilities it chose by."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -259,7 +272,7 @@ class _Watched(Sampler):
         return Greedy()(logits_BV, written)
 
 
-class _Answer(NamedTuple):
+class _Written(NamedTuple):
     """Written tokens, the numbers by which each token and the end were chosen (see `_read_again`), and the chosen ids."""
 
     tokens: Tokens
@@ -267,7 +280,7 @@ class _Answer(NamedTuple):
     ids: list[int]
 
 
-def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Answer]:
+def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Written]:
     """The answers of all samples, written in one batch."""
     head = model.packer.head(task)
     asked = [
@@ -277,10 +290,11 @@ def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Answer
             sample,
             f"sample {i}",
             None,
-            {"max_tokens": WRITTEN, **({"temperature": 0.0} if head.continuous else {"sampler": _Watched()})},
+            {"max_tokens": WRITTEN, **({"temperature": 0.0} if head.continuous else {"sampler": _Recorded()})},
         )
         for i, sample in enumerate(samples)
     ]
+    # a sampler for each request records only its own rows, where one for all would not know whose they are
     engine = Engine(model, rows=len(asked), capacity=max(a.prompt + a.limit for a in asked) + 1)
     for answer in asked:
         engine.enter(answer)
@@ -292,9 +306,9 @@ def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Answer
             found[piece.ticket] = piece.prediction.tokens
     by = [a.options.sampler for a in asked]
     return [
-        _Answer(
+        _Written(
             tokens,
-            torch.stack(by[i].seen) if isinstance(by[i], _Watched) else _features(model, task, tokens),
+            torch.stack(by[i].seen) if isinstance(by[i], _Recorded) else _features(model, task, tokens),
             asked[i].ids,
         )
         for i, tokens in sorted(found.items())
@@ -306,12 +320,12 @@ def _features(model: Model, task: str, tokens: Tokens) -> Tensor:
     return tokens.content[:, : tokenizer.written_features]
 
 
-def _read_again(model: Model, task: str, sample: Sample, written: _Answer, backend: Backend) -> Tensor:
+def _read_again(model: Model, task: str, sample: Sample, written: _Written, backend: Backend) -> Tensor:
     """In one pass without a cache: log-probabilities (ids + 1, V) of a written answer, or features (N, F) drawn without noise."""
     tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
     head, readout, tokens = model.packer.head(task), model.readout(task), written.tokens
-    begun = tokens if len(tokens) else None
-    stream = model.packer([(task, sample)], answers=False, begins=[begun])
+    stream = model.packer([(task, sample)], answers=False, begins=[tokens if len(tokens) else None])
+    # a value does not say which of two equal elements was pointed at, but the written ids do
     if head.points and written.ids:
         place_MA = model.packer.pointable(task, sample).position_NA / torch.tensor(tokenizer.step)
         stream = _pointed(stream, task, place_MA, written.ids)
@@ -337,50 +351,20 @@ def _pointed(stream: Stream, task: str, place_MA: Tensor, ids: list[int]) -> Str
     return dataclasses.replace(stream, position_TA=place_TA, readings=readings)
 
 
-def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backend) -> list[float]:
-    """Per subject, the largest gradient of one of its samples with respect to anything of another sample of the mixed pack.
-
-    Looked at are the embedded rows, and the features before they are embedded where there are any: an embedding that
-    mixes values shows only there.
-    """
+def _cross_gradients(model: Model, subjects: Sequence[_Subject], backend: Backend) -> Iterator[float]:
+    """Per subject, the largest gradient of one of its samples with respect to anything of another sample of the mixed pack."""
     batch = [pair for subject in subjects for pair in subject.batch]
-    stream = model.packer(batch).to(model.device)
-    content = {kind: x.detach().requires_grad_() if x.is_floating_point() else x for kind, x in stream.content.items()}
-    stream = dataclasses.replace(stream, content=content)
-    sample_T = stream.layout.info.sample
-    sample_N = torch.empty_like(sample_T)  # of the rows as they lie in `content`, kind after kind
-    sample_N[slice(None) if stream.order_T is None else stream.order_T] = sample_T
-    sample_of = dict(zip(content, sample_N.split([len(x) for x in content.values()]), strict=True))
-
-    rows: list[Tensor] = []
-    watch = model.core.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
-    try:
-        logits = model.logits(stream, backend=backend)
-    finally:
-        watch.remove()
-    inputs = [rows[0], *(x for x in content.values() if x.is_floating_point())]
-    owners = [sample_T, *(sample_of[kind] for kind, x in content.items() if x.is_floating_point())]
-    largest = [0.0] * len(batch)
-    for task, reading in stream.readings.items():
-        starts = list(accumulate(reading.lengths, initial=0))
-        for i, sample in enumerate(reading.samples):
-            part = logits[task][starts[i] : starts[i + 1]].float()
-            total = (part * torch.randn(part.shape).to(part.device)).sum()
-            gradients = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
-            mine = sample_T[reading.row_N[starts[i]]]
-            others = [
-                g[owner != mine].abs().flatten() for g, owner in zip(gradients, owners, strict=True) if g is not None
-            ]
-            others = torch.cat(others) if others else torch.zeros(0)
-            if others.numel() and not float(others.max()) <= largest[sample]:  # also what is not a number
-                largest[sample] = float(others.max())
-    bounds = accumulate((len(s.samples) for s in subjects), initial=0)
-    return [max(largest[start:stop]) for start, stop in pairwise(bounds)]
+    largest = torch.zeros(len(batch))
+    for sample, by_kind in sample_gradients(model, model.packer(batch).to(model.device), backend):
+        gaps = torch.tensor([0.0, *(others for _, others in by_kind.values())])
+        largest[sample] = torch.maximum(largest[sample], gaps.max())
+    for part in largest.split([len(subject.samples) for subject in subjects]):
+        yield float(part.max())
 
 
 @contextmanager
-def _left_as_found(model: Model, seed: int) -> Iterator[None]:
-    """Put modes, buffers (a batch norm in an embedding changes them) and global generators back."""
+def _preserved(model: Model, seed: int) -> Iterator[None]:
+    """Restores modes, buffers (a batch norm in an embedding changes them) and global generators."""
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -424,6 +408,7 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
             notes.append(
                 f"{task!r}: compared are the unit vectors of both sides; it answers nothing, so there is nothing to write"
             )
+        # each field of several is also read alone, as the others could hide what is wrong with it
         for field in pattern.reads if len(pattern.reads) > 1 and not packer.head(task).points and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
             only = [{**sample, **others} for sample in ready if sample[field.name] is not None]

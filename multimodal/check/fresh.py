@@ -36,12 +36,12 @@ class CannotAsk(Exception):
     """A fresh process cannot encode with this tokenizer; the message says why."""
 
 
-Answer = Tokens | str  # the tokens, or the error of encode
+Reply = Tokens | str  # the tokens, or the error message of encode
 
 
 def fresh_answers(
     tokenizer: Tokenizer, values: Sequence[Any], *, other_seed: bool, elsewhere: bool, backwards: bool
-) -> list[Answer]:
+) -> list[Reply]:
     """The tokens of copies of these values, in their order, from a tokenizer that is rebuilt from its configuration.
 
     other_seed: use another hash seed than the first server; elsewhere: in an empty folder; backwards: encode the last value first.
@@ -52,6 +52,7 @@ def fresh_answers(
     job = _job(tokenizer, values) | {"backwards": backwards, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         (empty := Path(folder) / "empty").mkdir()
+        # an empty folder: relative paths and files that only lie here are not found
         job["folder"] = str(empty) if elsewhere else os.getcwd()
         (Path(folder) / "job").write_bytes(pickle.dumps(job))
         seed = _seed() + 1 if other_seed else _seed()
@@ -150,7 +151,7 @@ class _Server:
         atexit.unregister(self.close)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # the server has ended
                 pipe.close()
         self.process.wait()
 
@@ -222,6 +223,7 @@ def _import(name: str, file: str, package: str | None) -> None:
     """Import a module by its name if that leads to this file, else by its file; the main program as multiprocessing does."""
     if name in sys.modules and name != "__main__":
         return
+    # another module of the same name may come first on the path
     spec = None if name == "__main__" else importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == Path(file):
         try:

@@ -3,14 +3,14 @@
 import torch
 
 from multimodal.check.cases import (
-    Answer,
     HeadCase,
-    Nothing,
+    Number,
     Signal,
+    Sizeless,
     check_close,
     check_gradients,
-    same_answer,
 )
+from multimodal.check.measure import content_or_value, same_answer
 from multimodal.check.report import Check, promise, want
 from multimodal.heads import Head
 from multimodal.shapes import ConfigError
@@ -64,7 +64,7 @@ def one_answer_a_sample(case: HeadCase) -> None:
         want(-1e-6 <= answer.confidence <= 1 + 1e-6, f"confidence is {answer.confidence}, wanted 0 to 1")
         alone = model.generate(case.task, [sample], max_tokens=4, temperature=0.0)[0]
         want(
-            same_answer(alone, answer),
+            same_answer(content_or_value(alone), content_or_value(answer)),
             f"beside others the answer is {answer.value!r}, alone {alone.value!r}",
         )
 
@@ -72,14 +72,14 @@ def one_answer_a_sample(case: HeadCase) -> None:
 @promise(CHECKS)
 def unwritable_refused(case: HeadCase) -> None:
     """A kind that this head cannot write raises a ConfigError that names the head."""
-    for kind in (Nothing(), Signal(), Answer(3)):
+    for kind in (Sizeless(), Signal(), Number(3)):
         try:
             vocab = case.head.vocab(kind)
         except ConfigError as error:
             names = [cls.__name__ for cls in type(case.head).__mro__ if issubclass(cls, Head) and cls is not Head]
             want(any(name in str(error) for name in names), f"the error does not name {names[0]}: {error}")
         else:
-            want(not isinstance(kind, Nothing), "a kind that declares neither vocab_size nor feature_size was taken")
+            want(not isinstance(kind, Sizeless), "a kind that declares neither vocab_size nor feature_size was taken")
             want(
                 type(vocab) is int and vocab > 0,
                 f"vocab gives {vocab!r} for {type(kind).__name__}, wanted a positive int",

@@ -30,6 +30,7 @@ def nothing_lost(case: TokenizerCase) -> None:
             if spread and spread < 4:  # the channels of a picture: a change of one may leave its codes as they are
                 continue
             tried |= _compared(case.tokenizer, value, (put(x) for x in _ends_changed(part, axis, spread, case.values)))
+            # limits that cut, such as 512 tokens, show on long values only
             if (long := _long(part, axis)) is not None:
                 changed = (put(x) for x in _ends_changed(long, axis, spread and _length(long, axis) // 8, case.values))
                 _compared(case.tokenizer, put(long), changed)
@@ -96,6 +97,7 @@ def causal_prefix(case: TokenizerCase) -> None:
             cut = _length(whole, axis) * 7 // 10
             if tokens is None or cut < 1:
                 continue
+            # a value without its end, and values with other ends: the first tokens must not know
             for shorter in (_upto(whole, axis, cut), *_ends_changed(whole, axis, _length(whole, axis) - cut, [value])):
                 try:
                     found = case.tokenizer(put(shorter))

@@ -5,15 +5,14 @@ import dataclasses
 import json
 import pickle
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from multimodal.check.cases import Answer, check_close, logits_by_sample, plain_model, stirred
+from multimodal.check.cases import Number, check_close, perturbed, plain_model
+from multimodal.check.measure import logits_by_sample, owners, sample_gradients
 from multimodal.check.report import Check, promise, want
 from multimodal.declare import declaration, rebuild
 from multimodal.model import Model
@@ -61,73 +60,43 @@ def order_of_pack(case: Any) -> None:
         check_close(a, b, f"sample {i} of a pack and of the same pack turned round")
 
 
-@dataclass
-class _Pack:
-    """Samples of one task in training mode, with the sample that each row of embedded content belongs to."""
-
-    case: Any
-
-    def __post_init__(self) -> None:
-        samples = self.case.samples[:3]
-        self.model = self.case.model().train()
-        self.stream: Stream = self.model.pack(self.case.task, [*samples, samples[0]])  # equal shapes run as one batch
-        self.count = self.stream.samples
-        sample_T = self.stream.layout.info.sample
-        self.sample_N = torch.empty_like(sample_T)
-        self.sample_N[slice(None) if self.stream.order_T is None else self.stream.order_T] = sample_T
-
-    def logits(self, content: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Logits by sample, as they lie in the stream."""
-        torch.manual_seed(0)  # an embed may drop out
-        logits = self.model.logits(dataclasses.replace(self.stream, content=dict(content)))[self.case.task]
-        return logits.split(list(self.stream.readings[self.case.task].lengths))
-
-    def owners(self) -> dict[str, Tensor]:
-        """By kind, the sample of each row of content."""
-        sizes = [len(x) for x in self.stream.content.values()]
-        return dict(zip(self.stream.content, self.sample_N.split(sizes), strict=True))
+def _training_pack(case: Any) -> tuple[Model, Stream]:
+    """A model in training mode and a pack of one task; two samples are equal, as equal shapes run as one batch."""
+    samples, model = case.samples[:3], case.model().train()
+    return model, model.pack(case.task, [*samples, samples[0]])
 
 
 @promise(CHECKS)
 def neighbour_unseen(case: Any) -> None:
     """Changing the contents of a neighbour in the pack changes no bit of a sample's logits, in training too."""
-    pack = _Pack(case)
-    content, owners = pack.stream.content, pack.owners()
+    model, stream = _training_pack(case)
+
+    def logits(content: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)  # an embed may drop out
+        found = model.logits(dataclasses.replace(stream, content=content))[case.task]
+        return found.split(list(stream.readings[case.task].lengths))
+
+    sample_of = owners(stream)
     with torch.no_grad():
-        before = pack.logits(content)
-        for own in range(pack.count):
-            changed = dict(content)
-            for kind, x in content.items():
-                if x.is_floating_point():
-                    other = x * 0.5 + 0.25
-                else:
-                    other = x if kind.startswith("head:") else (x + 1) % pack.model.packer.tokenizers[kind].vocab_size
-                changed[kind] = torch.where((owners[kind] == own).reshape(-1, *[1] * (x.dim() - 1)), x, other)
-            want(torch.equal(pack.logits(changed)[own], before[own]), f"sample {own} sees what is in its neighbours")
+        before = logits(dict(stream.content))
+        for own in range(stream.samples):
+            changed = dict(stream.content)
+            for kind, x in stream.content.items():
+                vocab = None if kind.startswith("head:") else model.packer.tokenizers[kind].vocab_size
+                other = x * 0.5 + 0.25 if x.is_floating_point() else x if vocab is None else (x + 1) % vocab
+                changed[kind] = torch.where((sample_of[kind] == own).reshape(-1, *[1] * (x.dim() - 1)), x, other)
+            want(torch.equal(logits(changed)[own], before[own]), f"sample {own} sees what is in its neighbours")
 
 
 @promise(CHECKS)
 def neighbour_gradient(case: Any) -> None:
     """The gradient of a sample's logits by a neighbour's content (ids: by its rows) is exactly 0, and by its own it is not."""
-    pack = _Pack(case)
-    leaves = {k: x.clone().requires_grad_() for k, x in pack.stream.content.items() if x.is_floating_point()}
-    embed, rows = pack.model.embed, {}
-    pack.model.embed = lambda kind, x: rows.setdefault(kind, embed(kind, x))  # type: ignore[method-assign]
-    logits = pack.logits({**pack.stream.content, **leaves})
-    inputs, owners = {**rows, **leaves}, pack.owners()
-    for own in range(pack.count):
-        scalar = (logits[own] * torch.randn_like(logits[own])).sum()
-        grads = torch.autograd.grad(scalar, list(inputs.values()), retain_graph=True, allow_unused=True)
-        reached = False
-        for kind, grad in zip(inputs, grads, strict=True):
-            if grad is not None:
-                leak = grad[owners[kind] != own]
-                want(
-                    not leak.any(),
-                    f"sample {own} has a gradient of {float(leak.abs().max()):.2g} by its neighbours' {kind}",
-                )
-                reached |= bool(grad[owners[kind] == own].any()) and not kind.startswith("head:")
-        want(reached, f"sample {own} has no gradient by its own content")
+    for sample, by_kind in sample_gradients(*_training_pack(case)):
+        for kind, (_, others) in by_kind.items():
+            want(others == 0, f"sample {sample} has a gradient of {others:.2g} by its neighbours' {kind}")
+        # the start token of what is written is no content of the sample
+        reached = any(own for kind, (own, _) in by_kind.items() if not kind.startswith("head:"))
+        want(reached, f"sample {sample} has no gradient by its own content")
 
 
 @promise(CHECKS)
@@ -148,13 +117,13 @@ def save_load(case: Any) -> None:
 def extends_trained_model(case: Any) -> None:
     """Added to a trained model it changes no old weight, answer or checkpoint; so does what is added after it."""
     old_batch = [("signal -> answer", {"signal": (i, 4 + i), "answer": i}) for i in range(3)]
-    plain = stirred(plain_model())
+    plain = perturbed(plain_model())
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         plain.save(Path(folder) / "old")
         more = plain.extended(**case.addition).eval()
         steps = [(plain, more, old_batch), (plain, Model.load(Path(folder) / "old").eval(), old_batch)]
-        stirred(trained := copy.deepcopy(more))
-        steps.append((trained, trained.extended({"later": Answer(2)}, ["signal -> later"]).eval(), case.batch))
+        perturbed(trained := copy.deepcopy(more))
+        steps.append((trained, trained.extended({"later": Number(2)}, ["signal -> later"]).eval(), case.batch))
         for before, after, batch in steps:
             now = after.state_dict()
             changed = [name for name, x in before.state_dict().items() if not torch.equal(now[name], x)]

@@ -1,21 +1,64 @@
-"""What a check is, how a list of them is tried, and the table of what came of it."""
+"""What a check is, how checks are run, and the table of results."""
 
+import locale
+import os
+import sys
 import unittest
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from multimodal.check.process_settings import kept_settings
-from multimodal.data import preserved_rng
+from multimodal.process_state import AUTOGRAD, PROCESS, Setting, preserved_rng, restored
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.tokenizer import Tokenizer, describe
 
 OK, FAILED, SKIPPED, EXPECTED = "ok", "FAILED", "skipped", "expected failure"
-
-
 in_fresh_process = False  # whether this process was started by `fresh` to encode with an imported class
+
+
+def _set_environment(before: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _set_path(before: list[str]) -> None:
+    sys.path[:] = before
+
+
+# what a tokenizer could change for the whole process
+SETTINGS: dict[str, Setting] = {
+    **PROCESS,
+    **AUTOGRAD,
+    "torch's default device": (lambda: str(torch.get_default_device()), torch.set_default_device),
+    "numpy's handling of errors": (np.geterr, lambda before: np.seterr(**before)),
+    "the locale": (lambda: locale.setlocale(locale.LC_ALL), lambda before: locale.setlocale(locale.LC_ALL, before)),
+    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "environment variables": (lambda: dict(os.environ), _set_environment),
+    "sys.path": (lambda: list(sys.path), _set_path),
+}
+IMPORTS_MAY_CHANGE = ("environment variables", "sys.path", "the recursion limit")  # a library on its first import
+
+
+def settings() -> dict[str, Any]:
+    """The value of every setting in SETTINGS."""
+    return {name: read() for name, (read, _) in SETTINGS.items()}
+
+
+def changed(before: dict[str, Any]) -> list[str]:
+    """The names of the settings that differ from `before`."""
+    return [name for name, now in settings().items() if now != before[name]]
+
+
+@contextmanager
+def preserved_settings() -> Iterator[None]:
+    """Restores SETTINGS and the filters of warnings."""
+    with warnings.catch_warnings(), restored(SETTINGS.values()):
+        yield
 
 
 class CheckedAgain(BaseException):
@@ -23,12 +66,18 @@ class CheckedAgain(BaseException):
 
 
 class ConformanceError(ValueError):
-    """Something of a stranger's does not keep the contract; lists every check that failed."""
+    """A tokenizer or head breaks the contract; lists every check that failed."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One promise: its name, its statement in a line, and the function that checks it. All later checks need the `basic` ones."""
+    """One promise of the contract.
+
+    name: the check's name, as in `expected_failures`.
+    says: the promise in one line.
+    run: the function that checks it; raises ConformanceError.
+    basic: whether all later checks need it.
+    """
 
     name: str
     says: str
@@ -41,11 +90,16 @@ class Check:
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """A check and what it is about; calling it raises ConformanceError, or unittest.SkipTest, which pytest knows too."""
+    """A check and its subject; calling it raises ConformanceError if it fails, or unittest.SkipTest, which pytest knows too.
+
+    check: the check.
+    case: the tokenizer or head with its values.
+    reason: why it is expected to fail; empty if it is not.
+    """
 
     check: Check
     case: Any
-    excuse: str = ""  # why it is expected to fail
+    reason: str = ""
 
     def __str__(self) -> str:
         return self.check.name
@@ -62,29 +116,37 @@ class BoundCheck:
             raise CheckedAgain
         status, detail = OK, ""
         try:
-            with preserved_rng(), kept_settings():
+            # every check starts from the same state, whatever an earlier one did
+            with preserved_rng(), preserved_settings():
                 torch.manual_seed(0)
                 self.check.run(self.case)
         except unittest.SkipTest as skip:
             status, detail = SKIPPED, str(skip)
         except ConformanceError as error:
             status, detail = FAILED, str(error)
-        except Exception as error:  # a stranger's code may fail in any way
+        except Exception as error:  # a user's code may fail in any way
             status, detail = FAILED, f"{type(error).__name__}: {error}"
-        if self.excuse:
+        # an expected failure that passes is a failure: the list must not outlive the fault
+        if self.reason:
             if status == OK:
                 status, detail = (
                     FAILED,
-                    f"passes, but is listed in expected_failures ({self.excuse}); take it off the list",
+                    f"passes, but is listed in expected_failures ({self.reason}); take it off the list",
                 )
             elif status == FAILED:
-                status, detail = EXPECTED, self.excuse
+                status, detail = EXPECTED, self.reason
         return Result(self.check.name, self.check.says, status, detail)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one check; `detail` says why it failed or was skipped."""
+    """The result of one check.
+
+    name: the check's name.
+    says: the promise in one line.
+    status: "ok", "FAILED", "skipped" or "expected failure".
+    detail: why it failed or was skipped.
+    """
 
     name: str
     says: str
@@ -132,9 +194,9 @@ def promise(checks: list[Check], *, basic: bool = False) -> Callable[[Callable],
     return put
 
 
-def bind(checks: Sequence[Check], case: Any, excuses: Mapping[str, str]) -> list[BoundCheck]:
+def bind(checks: Sequence[Check], case: Any, reasons: Mapping[str, str]) -> list[BoundCheck]:
     names = [check.name for check in checks]
-    for name in excuses:
+    for name in reasons:
         if name not in names:
             raise ConfigError(
                 f"expected_failures: there is no check {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}"
@@ -143,14 +205,14 @@ def bind(checks: Sequence[Check], case: Any, excuses: Mapping[str, str]) -> list
         raise ConfigError(f"conformance: {describe(case.tokenizer)} is not a Tokenizer made by its constructor")
     if len(case.values) < 2:
         raise ConfigError(f"conformance: {len(case.values)} values came; give two or more that differ")
-    return [BoundCheck(check, case, excuses.get(check.name, "")) for check in checks]
+    return [BoundCheck(check, case, reasons.get(check.name, "")) for check in checks]
 
 
 def run_checks(who: str, checks: Sequence[BoundCheck], raises: bool) -> Report:
     results: list[Result] = []
     broken: list[str] = []
     for bound in checks:
-        if broken:  # what fails later would be a symptom
+        if broken:  # a later failure would be a symptom of this one
             results.append(Result(bound.check.name, bound.check.says, SKIPPED, f"needs {broken[0]}"))
             continue
         results.append(bound.result())

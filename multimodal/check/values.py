@@ -1,4 +1,4 @@
-"""Values that a tokenizer accepts, found by trial: something to check it with when nobody gave anything."""
+"""Values that a tokenizer accepts, found by trial: to check it with where no values are given."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def _decoded(tokenizer: Tokenizer, tokens: Sequence[Tokens]) -> list[Any]:
 
 
 def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
-    """Tokens that no value stands behind, of the declared size."""
+    """Random tokens of the declared size; they need not be those of any value."""
     random = torch.Generator().manual_seed(seed)
     tokens = []
     for count in (3, 5, 5, 8) if tokenizer.length is None else [tokenizer.length] * 4:
@@ -102,7 +102,7 @@ def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
 
 
 @dataclass(frozen=True)
-class Ready(Tokenizer):
+class Encoded(Tokenizer):
     """A tokenizer for values that are tokens already; it answers with ids, so that answers can be compared exactly."""
 
     inner: Tokenizer

@@ -1,13 +1,14 @@
-"""Parses a command line into options, a task and the values of its fields."""
+"""The options that several commands have, and parsing: a command line into options, a task, and the values of its fields."""
 
 import json
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from multimodal.cli.options import FIELD, TAKEN
+from cyclopts import Parameter
+
 from multimodal.texts import shortened
 
 if TYPE_CHECKING:
@@ -17,6 +18,47 @@ if TYPE_CHECKING:
     from multimodal.pattern import Pattern
     from multimodal.tokenizer import Tokenizer
 
+Plugins = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--plugin",
+        negative="",
+        help="A Python file that defines a tokenizer or head of the checkpoint. It is imported, not run as a script. "
+        "Repeat it for more files.",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
+Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
+Out = Annotated[
+    Path | None,
+    Parameter(
+        help="The folder for pictures and sounds that are written; the run's unless given. With it texts are files too. "
+        "No file is overwritten: the next gets a number."
+    ),
+]
+Fields = Annotated[
+    list[str],
+    Parameter(
+        negative="",
+        help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
+        "arrays are .npy or .json files, or JSON. Several values are several samples: --image cats/*.jpg. "
+        "A value that begins like an option is written --text='--no'. A field that has the name of an option is given as "
+        "--field-NAME.",
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    Parameter(
+        negative="", help="A field that the task reads and this sample lacks: --without image. Repeat it for more."
+    ),
+]
+OPTION_NAMES = {
+    *("answer", "as_json", "begin", "beams", "checkpoint", "count", "debug", "device", "guidance", "help", "json"),
+    *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
+    *("stop", "task", "temperature", "top_k", "top_p", "version", "without", "writing"),
+}
+"""Names of options; a field of the same name is given with FIELD_PREFIX before it."""
+FIELD_PREFIX = "field_"
 _Typed = TypeVar("_Typed")  # a text or several
 OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
@@ -35,6 +77,7 @@ def joined(app: "App", tokens: Sequence[str]) -> list[str]:
     found = [tokens[0]]
     waiting = field = ""  # an option that still needs its value; the field of the last value
     placed = False  # whether the checkpoint was given
+    # cyclopts takes a value with a dash for an option, and a second value for a positional argument: both are joined by `=`
     for i, token in enumerate(tokens[1:], 1):
         name = token.partition("=")[0]
         if token == "--":
@@ -99,7 +142,7 @@ def _listed(tasks: Iterable[str]) -> str:
 def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _Typed]:
     """Fields by name, from the typed options; --field-out is the field `out`, because --out is an option."""
     names = {option: option.replace("-", "_") for option in options}
-    short = {option: name.removeprefix(FIELD) for option, name in names.items()}
+    short = {option: name.removeprefix(FIELD_PREFIX) for option, name in names.items()}
     return {
         short[option] if names[option] not in known and short[option] in known else names[option]: text
         for option, text in options.items()
@@ -108,7 +151,7 @@ def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _T
 
 def _option(field: str) -> str:
     """The option that gives a field."""
-    return f"--{FIELD.replace('_', '-')}{field}" if field in TAKEN else f"--{field}"
+    return f"--{FIELD_PREFIX.replace('_', '-')}{field}" if field in OPTION_NAMES else f"--{field}"
 
 
 def _closest(given: Iterable[str], names: Sequence[str]) -> str:
@@ -221,6 +264,7 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
 
     from multimodal.shapes import MediaError
 
+    # the tokenizer itself decides which reading is meant; of several refusals the one closest to its kind is shown
     refused: list[tuple[bool, str, Exception]] = []
     for value in _readings(text):
         if isinstance(value, MediaError):  # a file that holds nothing to read
@@ -229,18 +273,18 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
         try:
             tokenizer(value)
         except Exception as error:  # a user's tokenizer may raise anything
-            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             # an error that names the type of the value wants another type, not another content
-            fits = re.search(rf"\b{re.escape(type(value).__name__)}\b", said) is None
-            # the error for the number 7 says the same as that for "7"
+            fits = re.search(rf"\b{re.escape(type(value).__name__)}\b", message) is None
+            # the error for the number 7 has the same message as that for "7"
             if not refused or isinstance(value, (list, dict, np.ndarray)):
-                refused.append((fits, said, error))
+                refused.append((fits, message, error))
         else:
             return value
     first, *others = refused
     fitting = [one for one in others if one[0]]
-    _, said, error = fitting[-1] if fitting else others[-1] if others and not first[0] else first
-    raise MediaError(f"{option}: {said.replace(text, shortened(text, 100)) if text else said}") from error
+    _, message, error = fitting[-1] if fitting else others[-1] if others and not first[0] else first
+    raise MediaError(f"{option}: {message.replace(text, shortened(text, 100)) if text else message}") from error
 
 
 def _readings(text: str) -> Iterator[Any]:

@@ -65,10 +65,10 @@ def _set_errors(errors: str | None) -> None:
 
 def say(message: str) -> None:
     """Print one message on standard error; ignore it if nobody reads it."""
-    from multimodal.cli.showing import harmless
+    from multimodal.cli.output import printable
 
     with suppress(OSError, ValueError):
-        print(f"multimodal: {harmless(message)}", file=sys.stderr, flush=True)
+        print(f"multimodal: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def output_error() -> OSError | None:
@@ -98,9 +98,9 @@ def message_of(error: Exception) -> str | None:
     ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
     if isinstance(error, (FloatingPointError, check.ConformanceError, *ours)):
         return str(error)
-    said = str(error).lower()
+    message = str(error).lower()
     if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(text in message for text in OUT_OF_MEMORY)
     ):
         size = next((f" ({part.strip()})" for part in str(error).split(".") if "bytes" in part or "iB" in part), "")
         return f"out of memory{size}; take a smaller model, fewer tokens at once, or shorter samples"

@@ -3,9 +3,9 @@
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from multimodal.texts import shortened
 
@@ -51,6 +51,21 @@ def import_file(path: Path) -> "ModuleType":
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     return module
+
+
+def import_recipe(path: Path) -> Callable[..., Any]:
+    """The function recipe() of a Python file.
+
+    Raises:
+        ConfigError: as of `import_file`, or the file defines no such function.
+    """
+    from multimodal.shapes import ConfigError, did_you_mean
+
+    module = import_file(path)
+    make = getattr(module, "recipe", None)
+    if not callable(make):
+        raise ConfigError(f"{path} defines no function recipe(){did_you_mean('recipe', vars(module))}")
+    return make
 
 
 def model_folder(checkpoint: Path) -> Path:

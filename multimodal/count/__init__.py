@@ -1,26 +1,22 @@
-"""What a training run will need, before it is started: memory by part, tokens/s, days. docs/plan.md states the model."""
+"""What a training run needs, before it is started: parameters, FLOPs, and memory by part. docs/plan.md states the model."""
 
-from multimodal.count.gpus import GPU, GPUS, find_gpu
-from multimodal.count.memory import Memory, Work, rank_memory
-from multimodal.count.parts import Flops, outlined, token_flops
-from multimodal.count.planning import TrainingPlan, plan
-from multimodal.count.speed import Range
-from multimodal.count.streams import StreamFacts, count_stream, given_stream
+from multimodal.count.flops import Flops, token_flops
+from multimodal.count.memory import MemoryUse, Work, rank_memory
+from multimodal.count.planning import GPU, GPUS, TrainingPlan, find_gpu, plan
+from multimodal.count.streams import StreamStats, count_stream, stream_of_length
 
 __all__ = [
     "GPU",
     "GPUS",
     "Flops",
-    "Memory",
-    "Range",
-    "StreamFacts",
+    "MemoryUse",
+    "StreamStats",
     "TrainingPlan",
     "Work",
     "count_stream",
     "find_gpu",
-    "given_stream",
-    "outlined",
     "plan",
     "rank_memory",
+    "stream_of_length",
     "token_flops",
 ]

@@ -1,4 +1,4 @@
-"""What a recipe's data look like once they are packed: lengths, who sees how many, how many rows the heads read; per token."""
+"""Statistics of packed data, a token: lengths, how many tokens see how many, how many rows the heads read."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,30 +17,37 @@ from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
 
-CHUNK = 16  # samples packed at once while they are counted
-ROWS = 1024  # queries whose mask is written out at once
+CHUNK = 16  # samples that are packed at once
+ROWS = 1024  # queries whose mask is computed at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamFacts:
-    """Means over a packed stream; everything is a token unless its name says otherwise.
+class StreamStats:
+    """Means over a packed stream.
 
-    context: tokens that a token sees. mixed: numbers of the masks that the CPU's fused kernel needs where a sample is neither all
-    free nor all causal. kinds: share of the tokens that are embedded as each kind ("head:..." opens what is written).
-    rows: rows that each head's readout reads, by its key; wanted: rows that any head reads, or 1 where `Stream.narrowed` keeps all.
+    samples: number of samples that were counted; 0 where a length was given instead.
+    length: mean number of tokens of a sample.
+    longest: number of tokens of the longest sample counted.
+    context: mean number of tokens that a token sees.
+    bidirectional: share of the tokens that see in both directions.
+    mixed: mask entries a token that the CPU's fused kernel needs for samples that are neither all bidirectional nor all causal.
+    kinds: share of the tokens that are embedded as each kind; "head:..." is the start token of what is written.
+    rows: rows that each head reads, a token, by the head's key.
+    wanted: rows that any head reads, a token, or 1 where `Stream.narrowed` keeps all.
+    content: bytes of the stream a token: content, places, targets.
     runs: whether a pack holds samples of more than one shape.
     """
 
-    samples: int  # that were counted; 0: given, not counted
-    length: float  # tokens of a sample, mean
-    longest: int  # of those counted
+    samples: int
+    length: float
+    longest: int
     context: float
-    free: float = 0.0  # share of the tokens that see in both directions
+    bidirectional: float = 0.0
     mixed: float = 0.0
     kinds: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, float] = field(default_factory=dict)
     wanted: float = 1.0
-    content: float = 0.0  # bytes of the stream: content, places, targets
+    content: float = 0.0
     runs: bool = True
 
 
@@ -51,10 +58,13 @@ def count_stream(
     samples: int = 256,
     mix: Mapping[str, float] | float | None = None,
     progress: Callable[[int], None] | None = None,
-) -> StreamFacts:
-    """Pack up to `samples` samples of the data, the tasks in equal shares or as `fit` takes `mix`, and count.
+) -> StreamStats:
+    """Statistics of up to `samples` samples of the data, the tasks in equal shares or as `fit` takes `mix`.
 
-    progress: is told how many samples have been packed since it was last called.
+    progress: called with the number of samples packed since its last call.
+
+    Raises:
+        ConfigError: the data of a task hold no samples.
     """
     weight = weighed(data, mix, "plan")
     lengths: list[int] = []
@@ -62,6 +72,7 @@ def count_stream(
     sums: dict[str, float] = {}
     kinds: dict[str, float] = {}
     rows: dict[str, float] = {}
+    # each task is averaged by itself and then weighed, so that the number of its samples does not matter
     for pattern, source in data.items():
         model.packer.check_task(pattern)
         wanted = max(1, round(samples * weight[pattern] / sum(weight.values())))
@@ -79,12 +90,12 @@ def count_stream(
             shapes |= {(span.bidirectional, span.total) for span in stream.layout.spans}
             _add(sums, kinds, rows, stream, model, weight[pattern] / counted)
     total = sums["tokens"]
-    return StreamFacts(
+    return StreamStats(
         samples=len(lengths),
         length=total / sum(weight[pattern] for pattern in data),
         longest=max(lengths),
         context=sums["pairs"] / total,
-        free=sums["free"] / total,
+        bidirectional=sums["bidirectional"] / total,
         mixed=sums["mixed"] / total,
         kinds={kind: count / total for kind, count in kinds.items()},
         rows={key: count / total for key, count in rows.items()},
@@ -94,16 +105,22 @@ def count_stream(
     )
 
 
-def given_stream(model: Model, length: int) -> StreamFacts:
-    """Facts of samples of `length` tokens, none of which are at hand: all causal, embedded as what the first task writes, and all
-    read by its head if it writes token by token; else by one row a sample."""
+def stream_of_length(model: Model, length: int) -> StreamStats:
+    """Statistics of samples of `length` tokens where there are no data: causal, and all of the first task.
+
+    A head that writes token by token reads every row, and all tokens are embedded as what it writes; any other head reads one row
+    a sample.
+
+    Raises:
+        ConfigError: a length below 1.
+    """
     if length < 1:
         raise ConfigError(f"plan: length={length} must be at least 1 token")
     pattern = next(iter(model.tasks))
     written, head = model.packer.patterns[pattern].writes.kind, model.packer.head(pattern)
     kinds = [f.kind for f in model.packer.patterns[pattern].reads] if not head.writes else [written]
     key, rows = model.packer.head_key(pattern), 1.0 if head.writes else 1.0 / length
-    return StreamFacts(
+    return StreamStats(
         samples=0,
         length=length,
         longest=length,
@@ -121,9 +138,10 @@ def _wanted(share: float) -> float:
 
 
 def seen_pairs(rule: Rule, layout: Layout) -> int:
-    """How many (query, key) pairs of a pack the mask lets meet, by the mask itself."""
+    """Number of (query, key) pairs of a pack that the mask allows, by the mask itself."""
     rule = rule if rule == PREFIX_LM else LAW & Alone(rule)
     found, start = 0, 0
+    # a sample at a time and some rows at a time: the mask of a whole pack may not fit into memory
     for span in layout.spans:
         here = layout.info[start : start + span.total]
         for first in range(0, span.total, ROWS):
@@ -144,7 +162,7 @@ def _add(
     found = {
         "tokens": len(stream),
         "pairs": seen_pairs(model.core.core.mask, stream.layout),
-        "free": int((stream.layout.info.bidirectional != 0).sum()),
+        "bidirectional": int((stream.layout.info.bidirectional != 0).sum()),
         # samples of one shape lie side by side, and share a mask
         "mixed": sum(
             s.total**2 for s in set(spans) if (0 < s.bidirectional < s.total or s.bidirectional < 0) and not is_split(s)

@@ -250,7 +250,8 @@ def _refuse_to_lose(model: Model) -> None:
     tasks = [Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()]
     fresh = type(model)(model.packer.tokenizers, model.core.core, tasks, seed=model.seed)
     drawn = fresh.state_dict()
-    other = [name for name, t in model.state_dict().items() if not torch.equal(t.cpu(), drawn[name])]
+    # weights without memory, as of a plan, cannot be lost
+    other = [name for name, t in model.state_dict().items() if not t.is_meta and not torch.equal(t.cpu(), drawn[name])]
     free = {name for name, p in fresh.named_parameters() if p.requires_grad}
     other += [name for name, p in model.named_parameters() if (name in free) != p.requires_grad]
     if other:

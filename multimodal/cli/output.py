@@ -1,15 +1,17 @@
-"""An answer as it is shown: printed, as JSON, or as a file that other programs open."""
+"""Output of the commands: answers as text, JSON or files that other programs open, and progress bars."""
 
 import io
 import json
 import math
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from multimodal.heads import Prediction
 
 _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
@@ -57,21 +59,22 @@ def show(
     home: Path | None = None,
     heading: str = "",
     sample: Mapping[str, str] | None = None,
-    **facts: Any,
+    **entries: Any,
 ) -> None:
     """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
     anything else only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given.
 
-    heading: a line above the answer. sample: the typed values of this sample. facts: further entries of the JSON.
+    heading: a line above the answer. sample: the typed values of this sample. entries: more entries of the JSON.
     """
-    folder = place(out, home or Path())
+    # texts and numbers are read in the terminal; pictures and sounds only from files
+    folder = folder_for(out, home or Path())
     if as_json:
-        facts = {"sample": dict(sample), **facts} if sample else facts
-        print_json({"task": task, **facts, **_facts(answer, name, folder, texts=out is not None)})
+        entries = {"sample": dict(sample), **entries} if sample else entries
+        print_json({"task": task, **entries, **_entries(answer, name, folder, texts=out is not None)})
         return
     file = _as_file(answer.value, texts=out is not None, arrays=True)
     if heading and (file is None or sample):
-        print(harmless(heading))
+        print(printable(heading))
     if file is not None:
         print(saved(*file, name, folder))
         return
@@ -81,42 +84,42 @@ def show(
         print(f"(--out {out}: {what} is shown only; no file can hold it)", file=sys.stderr)
 
 
-def _facts(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
+def _entries(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
     value = answer.value
     file = _as_file(value, texts=texts, arrays=False)
-    facts: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if file is None or file[0] in (".txt", ".json"):
-        facts["answer"] = value
+        entries["answer"] = value
     if file is not None:
-        facts["file"] = str(saved(*file, name, folder))
-    facts |= {"confidence": answer.confidence, "complete": answer.complete}
+        entries["file"] = str(saved(*file, name, folder))
+    entries |= {"confidence": answer.confidence, "complete": answer.complete}
     if answer.tokens is not None:
-        facts |= {"ended": answer.ended, "tokens": len(answer.tokens)}
+        entries |= {"ended": answer.ended, "tokens": len(answer.tokens)}
     if answer.others:
-        facts["others"] = [_facts(other, name, folder, texts=texts) for other in answer.others]
-    return facts | {"probability": {str(c): p for c, p in answer.probability.items()}}
+        entries["others"] = [_entries(other, name, folder, texts=texts) for other in answer.others]
+    return entries | {"probability": {str(c): p for c, p in answer.probability.items()}}
 
 
 def _print(answer: "Prediction", most: int = 5) -> None:
     """The answer; where there are classes, the likeliest with their probabilities as bars."""
     text = as_json(answer.value) if isinstance(answer.value, (list, dict)) else str(answer.value)
-    print(harmless(text) if sys.stdout.isatty() else text)
-    top = [(harmless(str(name)) if sys.stdout.isatty() else str(name), p) for name, p in answer.probability.items()][
+    print(printable(text) if sys.stdout.isatty() else text)
+    top = [(printable(str(name)) if sys.stdout.isatty() else str(name), p) for name, p in answer.probability.items()][
         :most
     ]
     width = max((len(name) for name, _ in top), default=0)
     for name, p in top:
         print(f"  {name:<{width}}  {'█' * round(24 * p):<24} {100 * p:5.1f} %")
-    if rest := len(answer.probability) - len(top):
-        print(f"  and {rest} more")
+    if more := len(answer.probability) - len(top):
+        print(f"  and {more} more")
 
 
-def harmless(text: str) -> str:
-    """Text for a terminal: what would steer it (colours, cursor, window title) is seen instead of obeyed."""
+def printable(text: str) -> str:
+    """Text for a terminal: control characters (colours, cursor, window title) are shown as symbols, so that they have no effect."""
     return text.translate(_CONTROLS)
 
 
-def place(out: Path | None, checkpoint: Path) -> Path:
+def folder_for(out: Path | None, checkpoint: Path) -> Path:
     """The folder for written files: `out`, else the run folder of the checkpoint, else the checkpoint itself."""
     if out is not None:
         return out
@@ -177,7 +180,7 @@ def _is_picture(array: Any) -> bool:
 
 
 def saved(ending: str, data: bytes, name: str, folder: Path) -> Path:
-    """Where it was written: NAME.png, or the first free one of NAME-2.png, NAME-3.png, ...
+    """Where it was written: NAME.png, or the first unused one of NAME-2.png, NAME-3.png, ...
 
     Raises:
         ConfigError: nothing can be written there.
@@ -209,3 +212,37 @@ def _written(ending: str, data: bytes, name: str, folder: Path) -> Path:
             path.unlink(missing_ok=True)  # a disk that is full
             raise
         return path
+
+
+@contextmanager
+def progress_bars(quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A function (what, done, total, note="", key=None) that draws progress on stderr; nothing where there is no terminal.
+
+    Each `key`, or else each `what`, has a bar of its own.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda *_, **__: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # where stdout is a pipe, rich would send what is printed to stderr
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        tasks: dict[Any, TaskID] = {}
+
+        def show(what: str, done: float, total: float, note: str = "", key: Any = None) -> None:
+            key = what if key is None else key
+            if key not in tasks:
+                tasks[key] = progress.add_task(what, total=total, note=note)
+            progress.update(tasks[key], completed=done, total=total, note=note)
+
+        yield show

@@ -1,15 +1,13 @@
-"""`multimodal shards`: data as archives that need not fit anywhere, and a check of them."""
+"""`shards` packs data into archives that are read in place, and checks them."""
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from multimodal.cli.showing import check_folder
+from multimodal.cli.output import check_folder, progress_bars
 
 SHOWN = 5  # bad rows
 
@@ -46,7 +44,7 @@ def shards(
     out
         The folder of the shards.
     fields
-        A column that is kept, or field=column to give it another name; all columns unless given. Repeat it for more.
+        A column to take, or field=column to give it another name; all columns unless given. Repeat it for more.
     files
         A field whose values are paths of files (relative to the table), which are packed in place of the paths. Repeat it for more.
     split
@@ -56,9 +54,9 @@ def shards(
     quotes
         Whether quotation marks enclose cells; by default they do in a .csv and not in a .tsv.
     shard_mb
-        An archive is at most so long, in megabytes.
+        The largest size of an archive, in megabytes.
     max_bad
-        So many broken rows may be left out; they are listed in bad.jsonl.
+        The largest number of broken rows that are left out; they are listed in bad.jsonl.
     verify
         Read all shards and compare their checksums. Exit code 1: some are damaged.
     """
@@ -75,14 +73,14 @@ def shards(
     check_folder(out, "shards:")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
     table = open_table(source, split, encoding=encoding, quotes=quotes).choosing(chosen, files or [])
-    with _bar("packing", table.total) as tell:
+    with progress_bars() as bars:
         made = write_shards(
             table,
             out,
             shard_bytes=int(shard_mb * 1e6),
             max_bad=max_bad,
             source=table.about,
-            progress=lambda at: tell(at.rows, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
+            progress=lambda at: bars("packing", at.rows, table.total, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
         )
     for row, why in made.bad[:SHOWN]:
         print(f"row {row}: {why}", file=sys.stderr)
@@ -102,12 +100,12 @@ def _verify(folder: str) -> int:
     found = Shards(folder)
     total = sum(shard.bytes for shard in found.shards)
     read = 0
-    with _bar("reading", total) as tell:
+    with progress_bars() as bars:
 
         def more(count: int) -> None:
             nonlocal read
             read += count
-            tell(read, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+            bars("reading", read, total, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
         faults = found.check(more)
     for fault in faults:
@@ -116,20 +114,3 @@ def _verify(folder: str) -> int:
     if unknown := sum(shard.sha256 is None for shard in found.shards):
         print(f"{unknown} of them are archives of others, of which only the length is known")
     return 1 if faults else 0
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr; nothing where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, note: None
-        return
-    note = TextColumn("{task.fields[note]}")
-    columns = (TextColumn(what), BarColumn(), note, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        task = progress.add_task(what, total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)
