@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import reprlib
 import secrets
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.shapes import ConfigError
+from multimodal.texts import short_repr
 
 # errors of a lock that another process holds; any other error means that locks do not work here
 LOCK_HELD = (errno.EACCES, errno.EAGAIN)
@@ -37,7 +37,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def aside(folder: Path, of: str | None = None) -> Path:
+def part_path(folder: Path, of: str | None = None) -> Path:
     """A name in a folder that nobody else uses, for a file that gets its own name once it is whole.
 
     of: a text that always gives the same name, so that the file of a killed process is overwritten; None: a random name.
@@ -46,16 +46,16 @@ def aside(folder: Path, of: str | None = None) -> Path:
     return folder / f".{name}.part"
 
 
-def is_aside(name: str) -> bool:
+def is_part_path(name: str) -> bool:
     """Whether a name is one that `aside` gives."""
     return re.fullmatch(r"\.[0-9a-f]{24}\.part", name) is not None
 
 
-def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
+def write_atomic(path: Path, data: bytes | str, part: Path | None = None) -> None:
     """Write a file under another name (`part`), then move it to its path, where it replaces an older one. Of a link, the file that
     it leads to is replaced."""
     path = Path(os.path.realpath(path))
-    part = part or aside(path.parent)
+    part = part or part_path(path.parent)
     part.unlink(missing_ok=True)  # of a killed process; a link of this name is not followed
     try:
         with part.open("xb") as file:
@@ -67,14 +67,14 @@ def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
     flush(path.parent)
 
 
-def put_figure(path: str | Path, figure: Any, dpi: float) -> None:
+def save_figure(path: str | Path, figure: Any, dpi: float) -> None:
     """Save a matplotlib figure by `put`, in the format that the path's suffix names."""
     data = io.BytesIO()
     figure.savefig(data, dpi=dpi, format=Path(path).suffix[1:] or "png")
-    put(Path(path), data.getvalue())
+    write_atomic(Path(path), data.getvalue())
 
 
-def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
+def write_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
     """Like `put`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
 
     Raises:
@@ -87,7 +87,7 @@ def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
         raise ConfigError(
             f"{path} is there already, and is not what would be written; move it away, or use another folder"
         )
-    put(path, data, part)
+    write_atomic(path, data, part)
 
 
 def file_hash(path: Path) -> str:
@@ -113,16 +113,16 @@ def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def free_name(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """The path if nothing is there, else the first free one of path.1, path.2, .."""
     numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
 
 
-def keep_copy(path: Path) -> Path:
+def back_up(path: Path) -> Path:
     """Copy a file to the first free one of path.1, path.2, .., and return that path."""
     while True:
-        copy = free_name(path)
+        copy = unused_path(path)
         try:
             with path.open("rb") as source, copy.open("xb") as target:
                 while block := source.read(2**20):
@@ -205,13 +205,6 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
     return found
 
 
-def shown_short(value: Any) -> str:
-    """A value as errors show it; a long or deep one is shortened in the middle."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 160
-    return short.repr(value)
-
-
 _TOO_DEEP = f"it is nested more than {MOST_JSON_DEPTH} deep"
 
 
@@ -220,7 +213,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown_short(twice)} comes twice")
+        raise ValueError(f"the key {short_repr(twice)} comes twice")
     return found
 
 
@@ -239,7 +232,7 @@ def check_fields(where: Any, data: Any, kinds: Mapping[str, type | tuple[type, .
         value = data[name]
         if not isinstance(value, some) or (isinstance(value, bool) and bool not in some):
             wanted = " or ".join(_NAMES.get(one, one.__name__) for one in some)
-            raise error(f"{where}: {name!r} is {shown_short(value)}, wanted {wanted}")
+            raise error(f"{where}: {name!r} is {short_repr(value)}, wanted {wanted}")
 
 
 _NAMES = {
@@ -262,4 +255,4 @@ def check_inside(where: Any, names: Iterable[Any], error: type[ValueError]) -> N
     for name in names:
         parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [".."]
         if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in str(name):
-            raise error(f"{where}: the file {shown_short(name)} would lie outside the folder; refused")
+            raise error(f"{where}: the file {short_repr(name)} would lie outside the folder; refused")

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from multimodal.files import (
-    aside,
+    back_up,
     check_fields,
     check_inside,
     file_hash,
     flush,
-    is_aside,
-    keep_copy,
+    is_part_path,
     lock,
-    put,
+    part_path,
     read_json,
+    write_atomic,
 )
 from multimodal.shapes import CheckpointError
 
@@ -123,7 +123,7 @@ class Saving:
 
     def add(self, name: str, write: Callable[[Path], Any]) -> None:
         """Add a file to the new version. `write` is called with the path to write it to."""
-        folder = aside(self.place)  # a folder of its own, as `write` may make temporary files too: safetensors does
+        folder = part_path(self.place)  # a folder of its own, as `write` may make temporary files too: safetensors does
         folder.mkdir()
         part = folder / "part"
         write(part)
@@ -140,10 +140,10 @@ class Saving:
         for name, sha256 in before.items():
             if name in self.sums or name == self.index:
                 self._keep_if_changed(name, {sha256})
-        put(self.place / PLAN, json.dumps({"before": dict(before), "after": self.sums}))
+        write_atomic(self.place / PLAN, json.dumps({"before": dict(before), "after": self.sums}))
         for name in self.sums:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        part = aside(self.place)
+        part = part_path(self.place)
         part.write_bytes(index)
         flush(part)
         flush(self.place)
@@ -159,7 +159,7 @@ class Saving:
     def _keep_if_changed(self, name: str, known: set[str | None]) -> None:
         path = self.folder / name
         if path.is_file() and None not in known and file_hash(path) not in known:
-            copy = keep_copy(path)
+            copy = back_up(path)
             warnings.warn(
                 f"{path} was changed since it was saved; what was in it is now in {copy.name} beside it", stacklevel=5
             )
@@ -248,7 +248,7 @@ class Saving:
     def _clear(self) -> None:
         for name in self._parts():
             path = self.place / name
-            if is_aside(name) and path.is_dir() and not path.is_symlink():
+            if is_part_path(name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -278,7 +278,7 @@ def _sums(index: Any) -> dict[str, str]:
 
 
 def _is_part(name: str) -> bool:
-    return is_aside(name) or re.fullmatch(r"[0-9a-f]{64}", name) is not None
+    return is_part_path(name) or re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 def _parents(folder: Path, name: str) -> list[Path]:

@@ -1,6 +1,8 @@
 """Shortens texts for errors and reports, and makes them printable anywhere."""
 
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 def shortened(text: object, most: int = 300) -> str:
@@ -13,6 +15,14 @@ def shortened(text: object, most: int = 300) -> str:
         end = (most - 3) // 3
         text = text[: most - 3 - end] + "..." + text[len(text) - end :]
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def short_repr(value: Any) -> str:
+    """A value as Python writes it, shortened in the middle. Unlike `shortened(repr(value))` it is fast for large values, and
+    possible for deeply nested ones."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 160
+    return short.repr(value)
 
 
 def is_text(name: str) -> bool:

@@ -18,9 +18,9 @@ from PIL import Image
 
 import multimodal as mm
 from multimodal.data.codecs import Media, decoded, encoded
+from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.tables import open_table
-from multimodal.data.writing import index_archives, write_shards
 from multimodal.shapes import ConfigError, MediaError
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 

@@ -214,7 +214,7 @@ def test_fault_63_a_stuck_data_worker_outlives_no_run(tmp_path, way):
         said = run.communicate(timeout=60)[0]
         assert gone(worker)
         if way == "SIGTERM":  # a run that is asked once saves what it has
-            assert re.search(r"fit: stopped after step [12] of 9; everything is kept in ", said)
+            assert re.search(r"fit: stopped after step [12] of 9; everything is saved in ", said)
             assert (tmp_path / "run" / "model" / "weights.safetensors").is_file()
     finally:
         run.kill()
@@ -316,10 +316,10 @@ def test_fault_73a_gates_that_were_saved_without_an_axis_are_read(tmp_path):
         for n, t in load_file(state / "state.safetensors").items()
     }
     save_file(old, state / "state.safetensors")
-    from multimodal.train.state import seal
+    from multimodal.train.state import write_manifest
 
     (state / "manifest.json").unlink()
-    seal(state)
+    write_manifest(state)
     resumed = make(core=core)
     mm.fit(resumed, {TASK: DATA}, **settings, folder=tmp_path / "run", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))

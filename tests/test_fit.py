@@ -229,7 +229,7 @@ def test_ctrl_c_leaves_a_model_a_state_and_the_old_handler(tmp_path, capsys):
     assert same(mm.Model.load(tmp_path / "run" / "model").state_dict(), model.state_dict())
     assert kept_state(tmp_path / "run")[1]["step"] == 3
     said = capsys.readouterr().out
-    assert "fit: stopped after step 3 of 20; everything is kept in " in said
+    assert "fit: stopped after step 3 of 20; everything is saved in " in said
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_its_batch(tmp_path):
     kept = Path(re.search(wanted, str(told.value)).group(1))
     assert json.loads((kept / "trouble-0.json").read_text())["names"][0][0].startswith("sample ")
     assert mm.Model.load(kept / "model", finite=False).core.norm.weight.isnan().all()
-    with pytest.raises(FloatingPointError, match="its batch is not kept"):
+    with pytest.raises(FloatingPointError, match="its batch is not saved"):
         mm.fit(model, {TASK: DATA}, **PLAIN)
 
 

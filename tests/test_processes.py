@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from multimodal.shapes import ConfigError
-from multimodal.train.processes import found_processes
+from multimodal.train.processes import connected_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {"steps": 6, "batch": 8, "ema": 0.9, "checkpoint_every": 3}
@@ -92,7 +92,7 @@ def test_half_of_the_variables_are_refused(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with (
         pytest.raises(ConfigError, match="but MASTER_ADDR are not set; start it by torchrun"),
-        found_processes(torch.device("cpu")),
+        connected_processes(torch.device("cpu")),
     ):
         pass
 

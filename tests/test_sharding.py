@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal.data.shard_writer import write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.tables import open_table
-from multimodal.data.writing import write_shards
 from multimodal.shapes import ConfigError, MediaError
 
 pytest.importorskip("cyclopts")  # GPU machines may lack it, and run the tests marked cuda alone
@@ -25,7 +25,7 @@ KILLED = '''
 """A writer that kills itself in its n-th step, for every n: at each sample, before each new name, after each new name."""
 import json, os, signal, sys
 from pathlib import Path
-from multimodal.data.writing import write_shards
+from multimodal.data.shard_writer import write_shards
 
 real = os.replace
 
@@ -369,7 +369,7 @@ def test_verify_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 RECORDS = '''
 import sys
 import numpy as np
-from multimodal.data.writing import write_shards
+from multimodal.data.shard_writer import write_shards
 
 class Records:
     """3.5 KB of noise each, behind one byte that says which."""

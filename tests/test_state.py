@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import multimodal as mm
-from multimodal.files import aside
+from multimodal.files import part_path
 from multimodal.saving import LOCK, MARK, PLACE
 from multimodal.shapes import CheckpointError
 from multimodal.train.optimizer import rate
 from multimodal.train.processes import Processes
-from multimodal.train.state import Checkpoints, check, seal
+from multimodal.train.state import Checkpoints, check_manifest, write_manifest
 from multimodal_tokenizers import Labels, TextBytes
 
 TASK = "text -> label"
@@ -104,14 +104,14 @@ def test_a_damaged_state_is_noticed_and_the_one_before_is_used(tmp_path, damage,
     assert all(
         torch.equal(a, b) for a, b in zip(straight.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    check(tmp_path / "run" / "checkpoints" / "step-00000012")
+    check_manifest(tmp_path / "run" / "checkpoints" / "step-00000012")
 
 
 def test_damaged_states_never_push_out_the_good_ones(tmp_path):
     """With keep=1: the state of step 12 is damaged, training goes on from step 9, is stopped at 10, and that one is there."""
     train(tmp_path, keep=2)
     flip(tmp_path / "checkpoints" / "step-00000012" / "state.json")
-    with pytest.warns(UserWarning, match="put aside"):
+    with pytest.warns(UserWarning, match="is renamed"):
         mm.fit(make(), {TASK: DATA}, folder=tmp_path, resume=True, keep=1, trackers=[press_at(10)], **PLAIN)
     assert kept(tmp_path) == ["step-00000010", "step-00000012.damaged"]
 
@@ -137,16 +137,16 @@ def test_a_finished_run_is_not_written_again(tmp_path):
 
 
 def test_what_goes_wrong_in_the_writing_thread_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("multimodal.train.state.seal", lambda folder: 1 / 0)
+    monkeypatch.setattr("multimodal.train.state.write_manifest", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path)
 
 
 def test_the_weights_are_put_back_even_if_the_last_state_cannot_be_kept(tmp_path, monkeypatch):
     straight = train(tmp_path / "straight")
-    monkeypatch.setattr("multimodal.train.state.seal", full)
+    monkeypatch.setattr("multimodal.train.state.write_manifest", full)
     model = make()
-    with pytest.raises(OSError, match="could not be kept"):
+    with pytest.raises(OSError, match="could not be saved"):
         mm.fit(model, {TASK: DATA}, folder=tmp_path / "run", **PLAIN)
     assert all(
         torch.equal(a, b) for a, b in zip(straight.state_dict().values(), model.state_dict().values(), strict=True)
@@ -165,7 +165,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_that_is_called_alike(
     left = tmp_path / "model" / PLACE
     left.mkdir(parents=True)
     (left / LOCK).write_text(MARK)
-    (left / aside(left)).write_bytes(b"half a file")
+    (left / part_path(left)).write_bytes(b"half a file")
     make().save(tmp_path / "model")
     assert all(folder.is_dir() for folder in others)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "weights.safetensors"]
@@ -194,7 +194,7 @@ def full(row):
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     mm.fit(make(), {{TASK: DATA}}, folder=sys.argv[1], trackers=[full], keep=9, checkpoint_every=3, **PLAIN)
-print([str(w.message) for w in told if "could not be kept" in str(w.message)])
+print([str(w.message) for w in told if "could not be saved" in str(w.message)])
 """
     root = Path(__file__).resolve().parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tokenizers"))), "OMP_NUM_THREADS": "1"}
@@ -202,24 +202,27 @@ print([str(w.message) for w in told if "could not be kept" in str(w.message)])
         [sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "could not be kept" in done.stdout
+    assert "could not be saved" in done.stdout
     assert "training goes on" in done.stdout
     assert kept(tmp_path) == [f"step-{step:08d}" for step in (3, 9, 12)]
     for folder in (tmp_path / "checkpoints").iterdir():
-        check(folder)
+        check_manifest(folder)
     mm.Model.load(tmp_path / "model")
 
 
 def test_the_end_of_a_run_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("multimodal.train.state.write_tensors", full)
-    with pytest.raises(OSError, match=r"state after step 12 could not be kept .*No space left"):
+    with pytest.raises(OSError, match=r"state after step 12 could not be saved .*No space left"):
         train(tmp_path, checkpoint_every=0)
     assert kept(tmp_path) == []
 
 
 def test_what_is_written_beside_training_is_what_was_there(tmp_path, monkeypatch):
     """The writing thread waits until two more steps have changed the weights."""
-    monkeypatch.setattr("multimodal.train.state.seal", lambda folder, seal=seal: (time.sleep(0.3), seal(folder)))
+    monkeypatch.setattr(
+        "multimodal.train.state.write_manifest",
+        lambda folder, real=write_manifest: (time.sleep(0.3), real(folder)),
+    )
     train(tmp_path / "run", keep=9)
     for step in (3, 6):
         saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
@@ -264,7 +267,7 @@ def test_a_state_of_the_future_is_refused(tmp_path):
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({**saved, "format": 3}))
     (path.parent / "manifest.json").unlink()
-    seal(path.parent)
+    write_manifest(path.parent)
     with pytest.raises(CheckpointError, match="format 3, but this version reads 1 and 2; update"):
         train(tmp_path, resume=True)
 

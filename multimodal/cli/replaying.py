@@ -9,7 +9,7 @@ from multimodal.cli.options import Device, Json, Plugins
 from multimodal.cli.showing import harmless, print_json
 
 if TYPE_CHECKING:
-    from multimodal.train.spikes import Row
+    from multimodal.train.spikes import ReplayRow
 
 MOST_ROWS = 12
 
@@ -42,7 +42,7 @@ def replay(
 
     if rows < 1:
         raise ConfigError(f"--rows {rows}: list one sample or more")
-    found = spikes.load_trouble(trouble)
+    found = spikes.load_spike(trouble)
     model = load(trouble, plugin, device, finite=False)  # weights that are not finite are to be found here
     count = sum(len(set(r.samples)) for batch in found.batches for r in batch.stream.readings.values())
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
@@ -52,8 +52,8 @@ def replay(
         facts = {
             "step": found.step,
             "why": found.why,
-            "batches": [row.facts() for row in done.batches],
-            "samples": [row.facts() for row in done.samples],
+            "batches": [row.to_json() for row in done.batches],
+            "samples": [row.to_json() for row in done.samples],
             "weights": list(done.weights),
             "notes": list(done.notes),
         }
@@ -70,7 +70,7 @@ def replay(
     return 0 if all(row.finite for row in (*done.batches, *done.samples)) and not done.weights else 1
 
 
-def _table(rows: "tuple[Row, ...]") -> str:
+def _table(rows: "tuple[ReplayRow, ...]") -> str:
     """Rows as text in columns; what is not finite says where it began."""
     lines = [
         ["micro-batch", "sample", "task", "tokens", "loss", "grad norm", "first not finite", "gradients not finite"]

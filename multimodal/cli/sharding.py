@@ -62,8 +62,8 @@ def shards(
     verify
         Read all shards and compare their checksums. Exit code 1: some are damaged.
     """
+    from multimodal.data.shard_writer import BAD, write_shards
     from multimodal.data.tables import open_table
-    from multimodal.data.writing import BAD, write_shards
     from multimodal.shapes import ConfigError
 
     if verify:

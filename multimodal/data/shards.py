@@ -24,9 +24,9 @@ import numpy as np
 from multimodal.data.account import Account
 from multimodal.data.codecs import decoded
 from multimodal.data.sources import permutation, scattered
-from multimodal.files import check_fields, parse_json, read_at, shown_short
+from multimodal.files import check_fields, parse_json, read_at
 from multimodal.shapes import ConfigError, MediaError
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 
 FORMAT = 1
 INDEX = "index.json"
@@ -66,22 +66,20 @@ class Shard:
         check_fields(INDEX, entry, kinds, ConfigError)
         name = entry["name"]
         if not 1 <= entry["samples"] < 2**40 or not 0 <= entry["bytes"] < 2**62:
-            raise ConfigError(f"{shown_short(name)} has {entry['samples']} samples in {entry['bytes']} bytes")
+            raise ConfigError(f"{short_repr(name)} has {entry['samples']} samples in {entry['bytes']} bytes")
         if not entry["columns"] or not all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
             for pair in entry["columns"]
         ):
-            raise ConfigError(
-                f"{shown_short(name)}: 'columns' is {shown_short(entry['columns'])}, wanted pairs of texts"
-            )
+            raise ConfigError(f"{short_repr(name)}: 'columns' is {short_repr(entry['columns'])}, wanted pairs of texts")
         if is_url(folder) and os.path.isabs(name):
-            raise ConfigError(f"{shown_short(name)} lies on this machine, and the index elsewhere; refused")
+            raise ConfigError(f"{short_repr(name)} lies on this machine, and the index elsewhere; refused")
         if not is_url(name) and not os.path.isabs(name) and ("/" in name or "\\" in name or name in ("", ".", "..")):
-            raise ConfigError(f"{shown_short(name)} does not lie in the folder; refused")
+            raise ConfigError(f"{short_repr(name)} does not lie in the folder; refused")
         try:
             os.fsencode(name)
         except UnicodeEncodeError:
-            raise ConfigError(f"{shown_short(name)} can be the name of no file; refused") from None
+            raise ConfigError(f"{short_repr(name)} can be the name of no file; refused") from None
         columns = tuple((field, extension) for field, extension in entry["columns"])
         return cls(
             **{name: entry[name] for name in ("name", "samples", "bytes", "sha256", "table_crc")}, columns=columns
@@ -114,7 +112,7 @@ class Shards:
             index = parse_json(self._read(self.folder, INDEX))
             check_fields(INDEX, index, {"shards": list, "fields": list, "format": int}, ConfigError)
             if not all(isinstance(field, str) for field in index["fields"]):
-                raise ConfigError(f"'fields' is {shown_short(index['fields'])}, wanted names")
+                raise ConfigError(f"'fields' is {short_repr(index['fields'])}, wanted names")
             self.shards = tuple(Shard.of(entry, self.folder) for entry in index["shards"])
             self.fields: tuple[str, ...] = tuple(index["fields"])
             made_as = index["format"]

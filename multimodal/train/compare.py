@@ -10,7 +10,7 @@ from multimodal.files import read_json
 from multimodal.shapes import ConfigError
 from multimodal.train.report import COLUMNS, draw_panel, draw_points, draw_smoothed, finish_panel, is_held_out
 from multimodal.train.run_folder import CONFIG, CURVES, LOG, read_rows
-from multimodal.train.state import CHECKPOINTS, FACTS, OLD
+from multimodal.train.state import CHECKPOINTS, OLD, STATE
 
 LESS_IS_BETTER = ("loss", "error", "errors", "wer", "cer")  # last words of measures
 MOST_COLORS = 10
@@ -30,7 +30,7 @@ class Record:
         """What is there; of a log that was cut while it was written, the whole rows."""
         names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
         steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
-        old = _json(folder / OLD / FACTS).get("step")
+        old = _json(folder / OLD / STATE).get("step")
         steps += [old] if isinstance(old, int) else []
         return cls(folder, read_rows(folder / LOG, numbers=True), _json(folder / CONFIG), max(steps, default=None))
 

@@ -1,4 +1,4 @@
-"""What `fit` is given, checked, and turned into steps."""
+"""Builds the data set of `fit` out of sources by task, and checks the held-out data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +10,25 @@ from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
 
 
-def make_feed(
+def make_dataset(
     model: Model,
     data: Mapping[str, Source],
     recipe: Recipe,
     mix: Mapping[str, float] | float | None,
     processes: Processes,
 ) -> Batches | Packs:
+    """Batches of a fixed number of samples, or packs of a token budget, as the recipe says.
+
+    Raises:
+        ConfigError: no data, or data that do not fit the recipe.
+    """
     if not data:
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
     for pattern in data:
         each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
         if pattern in model.tasks and model.packer.head(pattern).pairs and each < 2:
             raise ConfigError(
-                f"fit: task {pattern!r} tells a pair from the others of its micro-batch, which would have {each}; "
+                f"fit: task {pattern!r} compares a pair with the others of its micro-batch, which would have {each}; "
                 + (
                     "raise look_ahead"
                     if recipe.tokens
@@ -49,11 +54,12 @@ def make_feed(
     return Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, **rest)  # type: ignore[arg-type]
 
 
-def size(source: Any) -> int | None:
-    return len(source) if is_indexed(source) else None
-
-
 def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Recipe) -> None:
+    """Pack the first held-out sample of each task, and check the name of the measure `best`.
+
+    Raises:
+        ConfigError, TaskError, MediaError: held-out data or a name that cannot be used.
+    """
     if not isinstance(evaluation, Mapping):
         raise ConfigError(
             f"fit: evaluation is {type(evaluation).__name__}; give held-out data by task, as the data are"

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.files import put, put_figure
+from multimodal.files import save_figure, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
     table = csv.DictWriter(text, columns)
     table.writeheader()
     table.writerows(history)
-    put(path, text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
 def environment() -> dict[str, Any]:
@@ -220,7 +220,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in panels[:count]:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    put_figure(path, figure, 110)
+    save_figure(path, figure, 110)
 
 
 def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from multimodal.files import put
+from multimodal.files import write_atomic
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
@@ -141,7 +141,7 @@ class TextBPE(Tokenizer):
 
     def write(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        put(Path(path), self.spec)
+        write_atomic(Path(path), self.spec)
 
     def encode(self, value: Any) -> Tokens:
         with _no_panics(f"TextBPE.encode: {describe(value)}"):

@@ -20,7 +20,17 @@ from multimodal.data.folders import HIDDEN, is_hidden
 from multimodal.data.frames import as_samples
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shard, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
-from multimodal.files import aside, check_fields, file_hash, flush, is_aside, parse_json, put, put_new, read_json
+from multimodal.files import (
+    check_fields,
+    file_hash,
+    flush,
+    is_part_path,
+    parse_json,
+    part_path,
+    read_json,
+    write_atomic,
+    write_new,
+)
 from multimodal.media.sources import log
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.texts import listed, shortened
@@ -96,7 +106,7 @@ def write_shards(
         if _read(folder / MAKING) == settings:
             (folder / MAKING).unlink()
         return _made(index, samples, already=True)
-    part = aside(folder, json.dumps(settings))  # the file that is being written, until it is complete
+    part = part_path(folder, json.dumps(settings))  # the file that is being written, until it is complete
     entries = _begun(folder, settings, part)
     bad = [(row, why) for entry in entries for row, why in entry["bad"]]
     if len(bad) > max_bad:
@@ -132,7 +142,9 @@ def write_shards(
     if not entries:
         raise MediaError(f"write_shards: there is no sample to write{'; ' + _too_many(bad, max_bad) if bad else ''}")
     if bad:
-        put_new(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode(), part)
+        write_new(
+            folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode(), part
+        )
     index = _finish(folder, entries, settings, bad, part)
     (folder / MAKING).unlink()
     return _made(index, samples)
@@ -180,7 +192,7 @@ def index_archives(
         if table.rows:
             here = not is_url(archive) and Path(archive).resolve().parent == folder.resolve()
             name = archive if is_url(archive) else Path(archive).name if here else Path(archive).resolve().as_posix()
-            entries.append(table.put(folder, len(entries), name=name, bytes=length, sha256=None))
+            entries.append(table.write(folder, len(entries), name=name, bytes=length, sha256=None))
     if not entries:
         raise ConfigError(
             f"index_archives: no member ends in {', '.join(chosen)}; there are "
@@ -327,7 +339,7 @@ class _Table:
         column = self.columns.setdefault((field, extension), len(self.columns))
         self.rows[-1].append((column, offset, size, crc))
 
-    def put(self, folder: Path, number: int, part: Path | None = None, **about: Any) -> dict[str, Any]:
+    def write(self, folder: Path, number: int, part: Path | None = None, **about: Any) -> dict[str, Any]:
         """Write it, and give what the index says of the archive."""
         numbers = np.full((len(self.rows), len(self.columns), 3), ABSENT, "<i8")
         for row, members in enumerate(self.rows):
@@ -335,7 +347,7 @@ class _Table:
                 numbers[row, column] = where
         body = numbers.tobytes()
         entry = {**about, "samples": len(self.rows), "columns": list(self.columns), "table_crc": zlib.crc32(body)}
-        put_new(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body, part)
+        write_new(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body, part)
         return json.loads(json.dumps(entry))
 
 
@@ -371,7 +383,7 @@ class _Archive:
         os.replace(self.part, place)
         flush(self.folder)
         about = {"name": self.name, "bytes": self.at, "sha256": self.digest.hexdigest(), "read": read, "bad": list(bad)}
-        return self.table.put(self.folder, self.number, self.part, **about)
+        return self.table.write(self.folder, self.number, self.part, **about)
 
     def abandon(self) -> None:
         if self.file is not None and not self.file.closed:
@@ -394,10 +406,10 @@ def _padded(size: int) -> int:
 def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[str, Any]]:
     """What whole shards there are, in a folder that is made if there is none."""
     if not (folder / MAKING).exists():
-        if os.path.lexists(folder) and (not folder.is_dir() or any(not is_aside(x.name) for x in folder.iterdir())):
+        if os.path.lexists(folder) and (not folder.is_dir() or any(not is_part_path(x.name) for x in folder.iterdir())):
             raise ConfigError(f"write_shards: {folder} holds other things; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        put(folder / MAKING, json.dumps(settings).encode(), part)
+        write_atomic(folder / MAKING, json.dumps(settings).encode(), part)
     _check_same(folder, _read(folder / MAKING, "shards that are being made"), settings)
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
@@ -478,7 +490,7 @@ def _finish(
     shards = [{name: value for name, value in entry.items() if name != "bad"} for entry in entries]
     total = sum(entry["samples"] for entry in entries)
     index = {**settings, "samples": total, "fields": fields, "bad": list(bad), "shards": shards}
-    put_new(folder / INDEX, json.dumps(index, indent=1).encode(), part)
+    write_new(folder / INDEX, json.dumps(index, indent=1).encode(), part)
     return index
 
 
