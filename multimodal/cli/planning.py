@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from multimodal.cli.showing import print_json
+from multimodal.progress import progress_bar
 
 if TYPE_CHECKING:
     from multimodal.count import Range, TrainingPlan
@@ -72,7 +71,7 @@ def plan(
         job = make_job(make, setting or [], f"recipe() of {recipe}")
     if train_tokens is not None:
         train_tokens = float(round(train_tokens))
-    with _counting(samples, quiet=as_json or length is not None) as progress:
+    with progress_bar("packing samples", samples, quiet=as_json or length is not None) as bar:
         found = make_plan(
             job.model,
             job.recipe,
@@ -84,28 +83,13 @@ def plan(
             tokens=tokens,
             length=length,
             train_tokens=train_tokens,
-            progress=progress,
+            progress=bar.advance,
         )
     if as_json:
         print_json(facts(found), indent=2)
     else:
         show_plan(found)
     return 0 if found.fits else 1
-
-
-@contextmanager
-def _counting(samples: int, quiet: bool) -> Iterator[Any]:
-    """A bar for the samples that are packed."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("packing samples", total=samples)
-        yield lambda count: progress.advance(task, count)
 
 
 def facts(plan: "TrainingPlan") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from multimodal.cli.loading import load
 from multimodal.cli.options import Device, Json, Plugins
 from multimodal.cli.showing import harmless, print_json
+from multimodal.progress import progress_bar
 
 if TYPE_CHECKING:
     from multimodal.train.spikes import ReplayRow
@@ -34,9 +35,6 @@ def replay(
     rows
         How many samples to list; with --json all are.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from multimodal.shapes import ConfigError
     from multimodal.train import spikes
 
@@ -45,9 +43,8 @@ def replay(
     found = spikes.load_spike(trouble)
     model = load(trouble, plugin, device, finite=False)  # weights that are not finite are to be found here
     count = sum(len(set(r.samples)) for batch in found.batches for r in batch.stream.readings.values())
-    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bar:
-        task = bar.add_task("replaying", total=count)
-        done = spikes.replay(model, found, progress=lambda: bar.advance(task))
+    with progress_bar("replaying", count, quiet=as_json) as bar:
+        done = spikes.replay(model, found, progress=bar.advance)
     if as_json:
         facts = {
             "step": found.step,

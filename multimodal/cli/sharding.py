@@ -2,14 +2,13 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from multimodal.cli.showing import check_folder
+from multimodal.progress import progress_bar
 
 SHOWN = 5  # bad rows
 
@@ -75,14 +74,14 @@ def shards(
     check_folder(out, "shards:")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
     table = open_table(source, split, encoding=encoding, quotes=quotes).choosing(chosen, files or [])
-    with _bar("packing", table.total) as tell:
+    with progress_bar("packing", table.total) as bar:
         made = write_shards(
             table,
             out,
             shard_bytes=int(shard_mb * 1e6),
             max_bad=max_bad,
             source=table.about,
-            progress=lambda at: tell(at.rows, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
+            progress=lambda at: bar.update(at.rows, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
         )
     for row, why in made.bad[:SHOWN]:
         print(f"row {row}: {why}", file=sys.stderr)
@@ -102,12 +101,12 @@ def _verify(folder: str) -> int:
     found = Shards(folder)
     total = sum(shard.bytes for shard in found.shards)
     read = 0
-    with _bar("reading", total) as tell:
+    with progress_bar("reading", total) as bar:
 
         def more(count: int) -> None:
             nonlocal read
             read += count
-            tell(read, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+            bar.update(read, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
         faults = found.check(more)
     for fault in faults:
@@ -116,20 +115,3 @@ def _verify(folder: str) -> int:
     if unknown := sum(shard.sha256 is None for shard in found.shards):
         print(f"{unknown} of them are archives of others, of which only the length is known")
     return 1 if faults else 0
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr; nothing where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, note: None
-        return
-    note = TextColumn("{task.fields[note]}")
-    columns = (TextColumn(what), BarColumn(), note, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        task = progress.add_task(what, total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)

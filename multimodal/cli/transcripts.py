@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from multimodal.progress import progress_bar
+
 if TYPE_CHECKING:
     from multimodal.model import Model
     from multimodal.transcription import Beam, Transcript
@@ -114,30 +116,11 @@ def put(file: Path, transcript: "Transcript", form: str, place: Path | None, sev
 
 @contextmanager
 def bar(files: Sequence[Path]) -> Iterator[Callable[[int, float, float], None]]:
-    """A bar on stderr with the minutes of sound that are read; nothing where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda index, done_s, total_s: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[minutes]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # where stdout is a pipe, rich would send what is printed to stderr
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        tasks = {}
+    """A line for each file that is read, with the minutes of sound that are done."""
+    with progress_bar("reading", 0) as progress:
 
         def show(index: int, done_s: float, total_s: float) -> None:
-            if index not in tasks:
-                tasks[index] = progress.add_task(files[index].name, total=total_s, minutes="")
             minutes = f"{done_s / 60:.1f} of {total_s / 60:.1f} min"
-            progress.update(tasks[index], completed=done_s, total=total_s, minutes=minutes)
+            progress.update(done_s, minutes, key=index, name=files[index].name, total=total_s)
 
         yield show

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multimodal.files import save_figure, write_atomic
+from multimodal.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,52 +33,23 @@ COLUMNS = 3  # of panels
 
 @contextmanager
 def bar(steps: int, start: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A progress bar with loss, tokens a second and time left; lines of text where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console()
-    if quiet or not console.is_terminal:
-        every = max(1, steps // 10)
-
-        def say(row: dict[str, Any]) -> None:
-            if not quiet and (row["step"] % every == 0 or _exact(row)):
-                print(
-                    f"  step {row['step']}/{steps}  loss {row['loss']:.4f}  {row['tokens_per_s']:,} tokens/s{_exact(row)}",
-                    flush=True,
-                )
-
-        yield say
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps, completed=start, loss=float("nan"), speed=0)
+    """Yields a function that shows a row of the log: a progress bar, or ten lines of text where there is no terminal."""
+    every = max(1, steps // 10)
+    with progress_bar("training", steps, start=start, quiet=quiet, on_stdout=True) as progress:
 
         def show(row: dict[str, Any]) -> None:
-            progress.update(task, completed=row["step"], loss=row["loss"], speed=row["tokens_per_s"])
-            if _exact(row):
-                progress.console.print(f"step {row['step']}{_exact(row)}")
+            step, loss, speed = row["step"], row["loss"], row["tokens_per_s"]
+            measures = "".join(
+                f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact") or " R@" in key
+            )
+            if progress.visible:
+                progress.update(step, f"{step}/{steps}  loss {loss:.4f}  {speed:,} tokens/s")
+                if measures:
+                    print(f"step {step}{measures}")
+            elif not quiet and (step % every == 0 or measures):
+                print(f"  step {step}/{steps}  loss {loss:.4f}  {speed:,} tokens/s{measures}", flush=True)
 
         yield show
-
-
-def _exact(row: dict[str, Any]) -> str:
-    return "".join(f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact") or " R@" in key)
 
 
 def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
