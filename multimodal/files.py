@@ -189,7 +189,7 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
     if len(data) > MOST_JSON_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_JSON_VALUES:
         raise ValueError(f"more than {MOST_JSON_BYTES} bytes or {MOST_JSON_VALUES} values of JSON are not read")
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [found]
@@ -208,7 +208,8 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
 _TOO_DEEP = f"it is nested more than {MOST_JSON_DEPTH} deep"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(.., object_pairs_hook=unique_keys)`: a ValueError for a key that comes twice in an object."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()

@@ -12,7 +12,7 @@ import torch
 import multimodal as mm
 from multimodal.data import Batches, Mixed, Packs
 from multimodal.data.packs import fullest
-from multimodal.data.sources import Flow, Turns, index_at, permutation, scattered, shares, weighed
+from multimodal.data.sources import IterableReader, Schedule, index_at, permutation, scattered, shares, weighed
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
@@ -95,7 +95,7 @@ def test_packs_hold_their_budget_and_every_sample_comes_once_a_round():
 
 
 def test_each_round_has_each_sample_once():
-    order = [index_at(TEXTS, "0/text", turn) for turn in range(100)]
+    order = [index_at(TEXTS, "0/text", visit) for visit in range(100)]
     assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))
     assert order[:50] != order[50:]
 
@@ -118,30 +118,30 @@ def test_packs_go_on_from_a_state_with_other_workers_and_processes(words):
 
 
 def test_a_source_with_a_state_is_not_read_again_from_its_start():
-    flow = Flow(Words(1000))
-    for turn in range(700):
-        assert flow.at(turn)["text"] == f"word {turn + 1}"
-    state = json.loads(json.dumps(flow.state(650)))
-    assert 650 - Flow.EVERY < state["turn"] <= 650
+    reader = IterableReader(Words(1000))
+    for visit in range(700):
+        assert reader.at(visit)["text"] == f"word {visit + 1}"
+    state = json.loads(json.dumps(reader.state(650)))
+    assert 650 - IterableReader.EVERY < state["turn"] <= 650
     words = Words(1000)
-    other = Flow(words)
+    other = IterableReader(words)
     other.restore(state)
     assert other.at(690)["text"] == "word 691"
-    assert other.source.read < 2 * Flow.EVERY
+    assert other.source.read < 2 * IterableReader.EVERY
     assert words.read == 0  # the user's own is left alone
 
 
 def test_a_stream_begins_again_when_it_ends_also_right_after_a_state():
-    flow = Flow(Words(64))
-    assert [flow.at(turn)["text"] for turn in (63, 64, 127, 128)] == ["word 64", "word 1", "word 64", "word 1"]
-    flow = Flow(Words(64))
-    flow.at(64)
-    other = Flow(Words(64))
-    other.restore(flow.state(64))
-    assert other.turn == 64
+    reader = IterableReader(Words(64))
+    assert [reader.at(visit)["text"] for visit in (63, 64, 127, 128)] == ["word 64", "word 1", "word 64", "word 1"]
+    reader = IterableReader(Words(64))
+    reader.at(64)
+    other = IterableReader(Words(64))
+    other.restore(reader.state(64))
+    assert other.visit == 64
     assert other.at(64)["text"] == "word 1"
     with pytest.raises(MediaError, match="Words: the data have no samples"):
-        Flow(Words(0)).at(0)
+        IterableReader(Words(0)).at(0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000, 4099])
@@ -155,14 +155,14 @@ def test_an_order_without_memory_is_a_permutation(size):
 
 
 def test_turns_are_counted_and_shares_kept_in_every_block():
-    turns = Turns({"a": 6, "b": 3, "c": 1}, "key")
-    drawn = [turns(position) for position in range(40)]
+    schedule = Schedule({"a": 6, "b": 3, "c": 1}, "key")
+    drawn = [schedule(position) for position in range(40)]
     for who, share in (("a", 6), ("b", 3), ("c", 1)):
-        assert [turn for name, turn in drawn if name == who] == list(range(4 * share))
+        assert [visit for name, visit in drawn if name == who] == list(range(4 * share))
         assert [name for name, _ in drawn[10:20]].count(who) == share
     assert [name for name, _ in drawn[:10]] != [name for name, _ in drawn[10:20]]
-    assert Turns({"a": 6, "b": 3, "c": 1}, "key")(37) == drawn[37]  # in any order of asking
-    assert [name for name, _ in map(Turns({"a": 2, "b": 1}), range(6))] == list("aabaab")
+    assert Schedule({"a": 6, "b": 3, "c": 1}, "key")(37) == drawn[37]  # in any order of asking
+    assert [name for name, _ in map(Schedule({"a": 2, "b": 1}), range(6))] == list("aabaab")
 
 
 def test_a_temperature_weighs_by_length():

@@ -136,8 +136,8 @@ def test_fault_05a_json_lines_name_their_line_and_hide_no_key(tmp_path: Path):
     found = rows_of(source)
     assert [found[0], found[-1]] == [{"a": 1}, {"a": 3}]
     wanted = (
-        "line 3: it has keys that come twice: a",
-        "line 4: it has keys that come twice: c",
+        "line 3: the key 'a' comes twice",
+        "line 4: the key 'c' comes twice",
         "line 5: ",
         "line 6: ",
     )

@@ -12,7 +12,7 @@ from multimodal.texts import listed
 
 
 class Frame:
-    """The rows of a DataFrame or of an Arrow table, by position, as {column: value}; a missing value is None.
+    """The rows of a DataFrame or of an Arrow table by position, as {column: value}; a missing value is None.
 
     Raises:
         ConfigError: column names that are no str, or that repeat.
