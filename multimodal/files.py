@@ -18,7 +18,7 @@ from typing import Any
 from multimodal.shapes import ConfigError
 from multimodal.texts import short_repr
 
-# errors of a lock that another process holds; any other error means that locks do not work here
+# errors of a lock that another process has; any other error means that this disk has no locks
 LOCK_HELD = (errno.EACCES, errno.EAGAIN)
 # limits of a JSON file that others made: about 1 GiB of memory and two seconds in the worst case
 MOST_JSON_BYTES, MOST_JSON_VALUES, MOST_JSON_DEPTH = 2**26, 2_000_000, 100
@@ -27,7 +27,7 @@ _SEEK_LOCK = threading.Lock()
 
 
 def flush(path: Path) -> None:
-    """Write a file, or the list of files of a folder, through to the disk, so that it survives a power cut."""
+    """Flush a file, or the entries of a folder, to the disk, so that it survives a power cut."""
     if os.name == "nt":
         return  # folders cannot be opened there, and files are flushed when they are closed
     handle = os.open(path, os.O_RDONLY)
@@ -38,22 +38,22 @@ def flush(path: Path) -> None:
 
 
 def part_path(folder: Path, of: str | None = None) -> Path:
-    """A name in a folder that nobody else uses, for a file that gets its own name once it is whole.
+    """A path for an incomplete file, which is renamed when it is complete.
 
-    of: a text that always gives the same name, so that the file of a killed process is overwritten; None: a random name.
+    of: a text; the same text gives the same name, so that the file of a killed process is overwritten. None: a random name.
     """
     name = secrets.token_hex(12) if of is None else hashlib.sha256(of.encode()).hexdigest()[:24]
     return folder / f".{name}.part"
 
 
 def is_part_path(name: str) -> bool:
-    """Whether a name is one that `aside` gives."""
+    """Whether a name is one that `part_path` gives."""
     return re.fullmatch(r"\.[0-9a-f]{24}\.part", name) is not None
 
 
 def write_atomic(path: Path, data: bytes | str, part: Path | None = None) -> None:
-    """Write a file under another name (`part`), then move it to its path, where it replaces an older one. Of a link, the file that
-    it leads to is replaced."""
+    """Write a file under another name (`part`), flush it, and rename it to `path`, where it replaces an older file. If `path` is a
+    link, the file that it leads to is replaced."""
     path = Path(os.path.realpath(path))
     part = part or part_path(path.parent)
     part.unlink(missing_ok=True)  # of a killed process; a link of this name is not followed
@@ -68,14 +68,14 @@ def write_atomic(path: Path, data: bytes | str, part: Path | None = None) -> Non
 
 
 def save_figure(path: str | Path, figure: Any, dpi: float) -> None:
-    """Save a matplotlib figure by `put`, in the format that the path's suffix names."""
+    """Save a matplotlib figure by `write_atomic`, in the format that the path's suffix names."""
     data = io.BytesIO()
     figure.savefig(data, dpi=dpi, format=Path(path).suffix[1:] or "png")
     write_atomic(Path(path), data.getvalue())
 
 
 def write_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
-    """Like `put`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
+    """Like `write_atomic`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
 
     Raises:
         ConfigError: another file is there.
@@ -114,13 +114,13 @@ def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
 
 
 def unused_path(path: Path) -> Path:
-    """The path if nothing is there, else the first free one of path.1, path.2, .."""
+    """The path if nothing is there, else the first of path.1, path.2, .. that does not exist."""
     numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
 
 
 def back_up(path: Path) -> Path:
-    """Copy a file to the first free one of path.1, path.2, .., and return that path."""
+    """Copy a file to the first of path.1, path.2, .. that does not exist; returns that path."""
     while True:
         copy = unused_path(path)
         try:
@@ -134,7 +134,7 @@ def back_up(path: Path) -> Path:
 
 
 def lock(path: Path, patience_s: float = 15.0) -> Any:
-    """Lock a file, which is made if needed, for this process alone, until it ends or closes the returned file.
+    """Lock a file, which is created if needed, for this process until it ends or closes the returned file.
 
     On a disk without locks it warns at once and locks nothing. Threads of one process do not exclude each other.
 
@@ -166,7 +166,7 @@ def lock(path: Path, patience_s: float = 15.0) -> Any:
 
 
 def read_json(path: Path, error: type[ValueError], wanted: type = dict) -> Any:
-    """The value of a JSON file, which anybody may have made.
+    """The value of a JSON file, which is not trusted.
 
     Raises:
         error: the file is missing, cannot be read, is no JSON, or does not hold a `wanted`; the message names it.
@@ -181,7 +181,7 @@ def read_json(path: Path, error: type[ValueError], wanted: type = dict) -> Any:
 
 
 def parse_json(data: bytes, wanted: type = dict) -> Any:
-    """The value of a JSON text, which anybody may have written; time and memory are bounded.
+    """The value of a JSON text, which is not trusted; time and memory are bounded.
 
     Raises:
         ValueError: no JSON, a key that comes twice in an object, too large, too deeply nested, or no `wanted`.

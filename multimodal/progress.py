@@ -12,7 +12,7 @@ class Bar:
     visible: whether anything is shown.
     """
 
-    def __init__(self, what: str, total: float, start: float, progress: Any) -> None:
+    def __init__(self, what: str, total: float | None, start: float, progress: Any) -> None:
         self.visible = progress is not None
         self._what, self._total, self._start, self._progress = what, total, start, progress
         self._lines: dict[Any, Any] = {}
@@ -39,9 +39,12 @@ class Bar:
 
 @contextmanager
 def progress_bar(
-    what: str, total: float, *, start: float = 0, quiet: bool = False, on_stdout: bool = False
+    what: str, total: float | None, *, start: float = 0, quiet: bool = False, on_stdout: bool = False
 ) -> Iterator[Bar]:
-    """A bar for the block, on stderr, which disappears at its end. quiet: show nothing. on_stdout: on stdout, and it stays."""
+    """Yields a bar on stderr, which disappears at the end of the block.
+
+    total: None if it is not known. start: what is done before the block. quiet: show nothing. on_stdout: on stdout, and it stays.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Shortens texts for errors and reports, and makes them printable anywhere."""
+"""Shortens texts and values for errors and reports."""
 
 import reprlib
 from collections.abc import Iterable

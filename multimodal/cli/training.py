@@ -148,7 +148,7 @@ def report(
     out = runs[0] / "report.png" if out is None else out
     out = saved(out.suffix, picture.getvalue(), out.stem, out.parent)
     if as_json:
-        facts = {"runs": [r.facts() for r in records], "differences": differences(records), "picture": str(out)}
+        facts = {"runs": [r.to_json() for r in records], "differences": differences(records), "picture": str(out)}
         print_json(facts, indent=2)
     else:
         print(harmless(f"{table(records)}\n\npicture  {out}"))

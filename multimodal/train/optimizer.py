@@ -1,4 +1,4 @@
-"""The optimisers of a recipe: which weights are decayed, which matrices Muon orthogonalises, and the learning rate."""
+"""Learning rate, AdamW and Muon: decides which weights are decayed and which matrices Muon orthogonalises."""
 
 import math
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def make_optimizer(
         )
     if sharded:
         raise ConfigError(
-            "Recipe: optimizer='muon' needs whole matrices, which parallel='fsdp' shares out; use one of them"
+            "Recipe: optimizer='muon' needs unsharded matrices, which parallel='fsdp' shards; use one of them"
         )
     rows = parts(model)
     by_muon = {

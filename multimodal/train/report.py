@@ -1,4 +1,4 @@
-"""What people see of a run: a bar while it goes, a table and a picture of the curves when it ends, and where it was made."""
+"""The display of a run: progress bar, table, curves, and the environment it ran in."""
 
 import csv
 import io
@@ -53,7 +53,7 @@ def bar(steps: int, start: int, quiet: bool) -> Iterator[Callable[[dict[str, Any
 
 
 def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """The log as a table: a row a step, a column for every key that any row has, empty where a row has it not."""
+    """The log as a table with a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in history for key in row))
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns)
@@ -86,7 +86,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line, without what stands before the program's name, and with the home folder as ~, which names the user."""
+    """The command line without the path of the program, and with ~ for the home folder, which contains the user's name."""
     program, *arguments = sys.argv
     name = Path(program).name
     name = f"python -m {Path(program).parent.name}" if name == "__main__.py" else name
@@ -196,7 +196,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any) -> None:
-    """The course of one of PANELS."""
+    """Draw the values of one of PANELS."""
     if key == "grad_norm":
         draw_smoothed(axes, rows, key, color, None)
     else:
@@ -205,7 +205,7 @@ def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: An
 
 
 def finish_panel(axes: "Axes", key: str) -> None:
-    """Title and scale of one of PANELS, once everything is drawn."""
+    """Set title and scale of one of PANELS, after everything is drawn."""
     from matplotlib.ticker import LogFormatter
 
     title, unit, logarithmic = PANELS[key]
@@ -221,7 +221,7 @@ def finish_panel(axes: "Axes", key: str) -> None:
 
 
 def draw_smoothed(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any, label: str | None) -> None:
-    """Every value, pale, and their smoothed course."""
+    """Draw every value, pale, and their smoothed curve."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     steps, values = zip(*points, strict=True) if points else ((), ())
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -231,13 +231,13 @@ def draw_smoothed(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color:
 def draw_points(
     axes: "Axes", history: Sequence[dict[str, Any]], key: str, label: str | None, color: Any = None
 ) -> None:
-    """Values that are measured now and then."""
+    """Draw values that not every step has."""
     points = [(row["step"], row[key]) for row in history if key in row]
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=color)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a fiftieth of all values, at least one, before each and as many behind it; over fewer at the ends."""
+    """Centred moving average: half the window is a fiftieth of all values, at least one; at the ends it is smaller."""
     half, total = max(1, len(values) // 50), [0.0, *accumulate(values)]
     reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return [(total[i + n + 1] - total[i - n]) / (2 * n + 1) for i, n in enumerate(reach)]

@@ -1,4 +1,4 @@
-"""Labels: one class of a fixed set, or several of them at once."""
+"""One class of a fixed set, or several of them at once."""
 
 from collections import Counter
 from collections.abc import Iterable
