@@ -91,7 +91,7 @@ def _process() -> Iterator[Setting]:
 def _folder() -> str | None:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # somebody has deleted it
+    except FileNotFoundError:  # it was deleted
         return None
 
 

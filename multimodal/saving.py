@@ -124,7 +124,7 @@ class Saving:
 
     def add(self, name: str, write: Callable[[Path], Any]) -> None:
         """Add a file to the new version. `write` is called with the path to write it to."""
-        folder = part_path(self.place)  # a folder of its own, as `write` may make temporary files too: safetensors does
+        folder = part_path(self.place)  # a separate folder, as `write` may make temporary files too: safetensors does
         folder.mkdir()
         part = folder / "part"
         write(part)
@@ -236,10 +236,10 @@ class Saving:
         self._move_into_place(after, before)
 
     def _check_plan(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Refuse a plan that no save made: it may come from anybody, and the files that it names are moved and removed.
+        """Refuse a plan that no save made: it is not trusted, and the files that it names are moved and removed.
 
         Raises:
-            CheckpointError: a name that a save does not write, or one that lies outside, also behind a link.
+            CheckpointError: a name that a save does not write, or one that lies outside, also through a link.
         """
         names = {name for name in (*before, *after) if name != self.index}
         check_inside(self.place / PLAN, names, CheckpointError)

@@ -428,12 +428,12 @@ def _named(cases, make):
 
 
 @pytest.mark.parametrize("check", _named(KINDS, tokenizer_checks))
-def test_written_kinds_keep_the_contract(check) -> None:
+def test_written_kinds_meet_the_contract(check) -> None:
     check()
 
 
 @pytest.mark.parametrize("check", _named(HEADS, head_checks))
-def test_heads_that_write_them_keep_the_contract(check) -> None:
+def test_heads_that_write_them_meet_the_contract(check) -> None:
     check()
 
 
@@ -489,7 +489,7 @@ def test_a_planted_fault_of_writing_is_named(name: str, faulty: Tokenizer, value
         check()
 
 
-def test_codes_far_from_zero_are_told_apart():
+def test_codes_far_from_zero_are_distinguished():
     """Squares of large numbers must not swallow the differences."""
     rows_NF = 101325.0 + torch.arange(16.0)[:, None].repeat(1, 2)
     ids, distance = nearest(rows_NF, rows_NF)

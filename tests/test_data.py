@@ -1,4 +1,4 @@
-"""Data: mixing as declared, packs that are full, states from which everything goes on, broken samples told and counted."""
+"""Data: mixing as declared, packs that are full, states to resume from, broken samples reported and counted."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ PICTURES = [{"image": torch.rand(4 * DRAWN.randint(1, 5), 8), "label": "b"} for 
 
 
 class Words:
-    """Can only be iterated, and goes on from a state, unless told not to."""
+    """Can only be iterated, and resumes from a state."""
 
     def __init__(self, size: int = 31) -> None:
         self.at, self.size, self.read = 0, size, 0
@@ -58,17 +58,17 @@ def packs(*, words=None, start=0, stop=12, state=None, workers=0, **changes) -> 
     """What each step has, by lane, and the state after each."""
     data = {READ: TEXTS, SEE: PICTURES, WRITE: words or Words()}
     settings = {"tokens": 160, "packs": 2, "look_ahead": 16, **changes}
-    feed = Packs(PACKER, data, **settings)
+    source = Packs(PACKER, data, **settings)
     if state is not None:
-        feed.restore(json.loads(json.dumps(state)))
+        source.restore(json.loads(json.dumps(state)))
     found, states = [], []
-    for batch in feed.loader(start, stop, workers):
+    for batch in source.loader(start, stop, workers):
         found.append(dict(zip(batch.numbers, zip(batch.names, batch.streams, strict=True), strict=True)))
-        states.append(copy.deepcopy(feed.state()))
+        states.append(copy.deepcopy(source.state()))
     return found, states
 
 
-def told(found: list) -> list:
+def content(found: list) -> list:
     return [{lane: names for lane, (names, _) in step.items()} for step in found]
 
 
@@ -101,15 +101,15 @@ def test_each_round_has_each_sample_once():
 
 
 @pytest.mark.parametrize("words", [Words, Plain])
-def test_packs_go_on_from_a_state_with_other_workers_and_processes(words):
+def test_packs_resume_from_a_state_with_other_workers_and_processes(words):
     whole, states = packs(words=words())
-    assert told(packs(words=words(), workers=2)[0]) == told(whole)
+    assert content(packs(words=words(), workers=2)[0]) == content(whole)
     ranks = [packs(words=words(), rank=rank, ranks=2) for rank in range(2)]
-    assert [{**a, **b} for a, b in zip(*(told(found) for found, _ in ranks), strict=True)] == told(whole)
+    assert [{**a, **b} for a, b in zip(*(content(found) for found, _ in ranks), strict=True)] == content(whole)
     merged = {"lanes": {**ranks[0][1][5]["lanes"], **ranks[1][1][5]["lanes"]}}
     assert merged == states[5]
     again, later = packs(words=words(), start=6, state=merged, workers=1)
-    assert told(again) == told(whole)[6:]
+    assert content(again) == content(whole)[6:]
     assert later == states[6:]
     for step, other in zip(again, whole[6:], strict=True):
         for lane, (_, stream) in step.items():
@@ -154,7 +154,7 @@ def test_an_order_without_memory_is_a_permutation(size):
         assert 0.25 * size < moved < 0.42 * size  # a third of the size, as of an order drawn evenly
 
 
-def test_turns_are_counted_and_shares_kept_in_every_block():
+def test_visits_are_counted_and_every_block_has_the_shares():
     schedule = Schedule({"a": 6, "b": 3, "c": 1}, "key")
     drawn = [schedule(position) for position in range(40)]
     for who, share in (("a", 6), ("b", 3), ("c", 1)):
@@ -175,7 +175,7 @@ def test_a_temperature_weighs_by_length():
     assert weighed(data, {"a": 3.0}, "fit") == {"a": 3.0, "b": 1.0}
 
 
-def test_mixed_data_sets_keep_their_shares():
+def test_mixed_data_sets_have_their_shares():
     mixed = Mixed([{"n": i} for i in range(10)], [{"n": i} for i in range(100, 400)], weights=[1, 3])
     order = mixed.shuffled("key")
     drawn = [mixed[order(place)]["n"] for place in range(len(mixed))]
@@ -193,7 +193,7 @@ class Broken(list):
         return super().__getitem__(index)
 
 
-def test_broken_samples_are_left_out_and_told():
+def test_broken_samples_are_left_out_and_reported():
     settings = {"batch": 12, "max_bad": 9}
     batches = Batches(PACKER, {READ: Broken(TEXTS)}, **settings)
     found = [batches[step] for step in range(20)]
@@ -207,16 +207,16 @@ def test_broken_samples_are_left_out_and_told():
         _ = [strict[step] for step in range(20)]
 
 
-def test_packs_pass_over_broken_samples_and_go_on_exactly():
-    def feed(state=None, start=0):
+def test_packs_skip_broken_samples_and_resume_exactly():
+    def run(state=None, start=0):
         made = Packs(PACKER, {READ: Broken(TEXTS)}, tokens=200, look_ahead=8, max_bad=9)
         if state:
             made.restore(state)
         return [(b.names, [bad.sample for bad in b.bad], made.state()) for b in made.loader(start, 20, 0)]
 
-    whole = feed()
+    whole = run()
     assert {s for _, bad, _ in whole for s in bad} == {f"sample {n}" for n in range(50) if n % 7 == 3}
-    assert feed(whole[8][2], 9) == whole[9:]
+    assert run(whole[8][2], 9) == whole[9:]
 
 
 def test_what_is_longer_than_the_budget_counts_as_broken():
@@ -255,9 +255,9 @@ def test_a_run_lists_its_broken_samples_and_ends_at_one_too_many(tmp_path):
 
 
 def test_workers_get_no_sources_of_the_main_process():
-    feed = Packs(PACKER, {READ: TEXTS}, tokens=200)
-    next(iter(feed.loader(0, 1, 0)))
-    assert pickle.loads(pickle.dumps(feed)).lanes == []
+    source = Packs(PACKER, {READ: TEXTS}, tokens=200)
+    next(iter(source.loader(0, 1, 0)))
+    assert pickle.loads(pickle.dumps(source)).lanes == []
 
 
 @pytest.mark.parametrize(

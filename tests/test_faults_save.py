@@ -120,7 +120,7 @@ def test_fault_01a_what_a_user_keeps_in_a_checkpoint_stays(tmp_path):
     assert same(mm.Model.load(tmp_path / "shapes"), other)
 
 
-def test_fault_01b_of_our_files_that_a_user_changed_a_copy_is_kept(tmp_path):
+def test_fault_01b_files_that_a_user_changed_are_copied_first(tmp_path):
     written().save(tmp_path / "m")
     for name in ("config.json", "tokenizers/text/tokenizer.json"):
         path = tmp_path / "m" / name
@@ -340,7 +340,7 @@ def test_fault_57_a_run_that_was_killed_before_its_model_was_written_writes_it(t
     assert same(mm.Model.load(tmp_path / "model"), model)
 
 
-def test_fault_57a_the_best_model_that_could_not_be_kept_does_not_count_as_the_best(tmp_path, monkeypatch):
+def test_fault_57a_a_best_model_that_could_not_be_saved_does_not_count_as_the_best(tmp_path, monkeypatch):
     save, tried = checkpoint.save, []
 
     def once_full(model: mm.Model, folder: Path, weights: object = None) -> Path:

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.layers import MLP, Gated, SelfAttention, TemporalConv
+from multimodal.layers import MLP, Gated, SelfAttention
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.train import launch as launching
 from multimodal.train.recipe import choose_device
+from multimodal.zoo import TemporalConv
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -437,7 +438,7 @@ def test_fault_84b_however_cold_the_likeliest_is_taken(lively, cold):
             "best='text -> label loss' would do nothing beside no run folder",
         ),
         ({"evaluate_every": 2}, "evaluate_every=2 would do nothing beside no held-out data"),
-        ({"resume": True}, "resume=True goes on with the run in a folder, and none was given"),
+        ({"resume": True}, "resume=True resumes the run in a folder, and none was given"),
     ],
     ids=lambda x: str(x)[:30],
 )

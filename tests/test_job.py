@@ -185,7 +185,7 @@ def test_a_part_and_what_is_inside_of_it(settings):
         job(*settings)
 
 
-def test_a_function_that_needs_something_is_told():
+def test_a_function_without_defaults_is_an_error():
     with pytest.raises(ConfigError, match=r"recipe\(\) of mine.py needs 'size'; give that parameter a default"):
         job(make=lambda size: recipe())
 

@@ -200,7 +200,7 @@ def test_norms_that_rise_for_good_are_followed() -> None:
     assert not any(found[150:])
 
 
-def test_the_watch_goes_on_exactly_after_json() -> None:
+def test_the_watch_resumes_exactly_after_json() -> None:
     norms = torch.randn(120, generator=torch.Generator().manual_seed(0)).exp().mul(3).tolist()
     one = SpikeWatch(spike=3.0, warmup=5)
     for norm in norms[:60]:
@@ -315,7 +315,7 @@ def test_a_loss_across_samples_is_said(tmp_path: Path, values) -> None:
     assert "goes across samples" in note
 
 
-def test_keeping_is_bounded_and_what_is_dropped_is_noted(tmp_path: Path, values) -> None:
+def test_the_number_of_saved_steps_is_bounded_and_dropped_ones_are_listed(tmp_path: Path, values) -> None:
     model = model_of()
     stream = model.packer(tidy(model, values, 2))
     places = [save_spike(tmp_path, step, [stream], f"why {step}", model, most=2) for step in (5, 9, 9, 11, 12)]
@@ -324,7 +324,7 @@ def test_keeping_is_bounded_and_what_is_dropped_is_noted(tmp_path: Path, values)
     assert [json.loads(line) for line in lines] == [{"step": 11, "why": "why 11"}, {"step": 12, "why": "why 12"}]
 
 
-def test_every_process_keeps_its_own_part(tmp_path: Path, values) -> None:
+def test_every_process_saves_its_own_part(tmp_path: Path, values) -> None:
     model = model_of()
     streams = [model.packer(tidy(model, values, n)) for n in (2, 3, 4)]
     counts = {"image text -> label": 50, "text -> out:story": 70}

@@ -1,4 +1,4 @@
-"""States on disk: whole or not there, kept by policy, checked when read, readable one version later."""
+"""States on disk: complete or absent, the newest ones stay, checked when read, readable one version later."""
 
 import importlib
 import json
@@ -44,17 +44,17 @@ def train(folder: Path, **settings) -> mm.Model:
     return model
 
 
-def kept(folder: Path) -> list[str]:
+def states(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("keep", "steps"), [(1, [12]), (2, [9, 12]), (9, [3, 6, 9, 12])])
-def test_the_last_ones_are_kept(tmp_path, keep, steps):
+def test_the_last_states_stay(tmp_path, keep, steps):
     train(tmp_path, keep=keep)
-    assert kept(tmp_path) == [f"step-{step:08d}" for step in steps]
+    assert states(tmp_path) == [f"step-{step:08d}" for step in steps]
 
 
-def test_the_best_model_is_kept(tmp_path):
+def test_the_best_model_is_saved(tmp_path):
     held_out = {TASK: DATA[:5]}
     name = f"{TASK} loss"
     model = make()
@@ -113,7 +113,7 @@ def test_damaged_states_never_push_out_the_good_ones(tmp_path):
     flip(tmp_path / "checkpoints" / "step-00000012" / "state.json")
     with pytest.warns(UserWarning, match="is renamed"):
         mm.fit(make(), {TASK: DATA}, folder=tmp_path, resume=True, keep=1, trackers=[press_at(10)], **PLAIN)
-    assert kept(tmp_path) == ["step-00000010", "step-00000012.damaged"]
+    assert states(tmp_path) == ["step-00000010", "step-00000012.damaged"]
 
 
 def press_at(step: int):
@@ -142,7 +142,7 @@ def test_what_goes_wrong_in_the_writing_thread_is_not_lost(tmp_path, monkeypatch
         train(tmp_path)
 
 
-def test_the_weights_are_put_back_even_if_the_last_state_cannot_be_kept(tmp_path, monkeypatch):
+def test_the_result_is_copied_even_if_the_last_state_cannot_be_saved(tmp_path, monkeypatch):
     straight = train(tmp_path / "straight")
     monkeypatch.setattr("multimodal.train.state.write_manifest", full)
     model = make()
@@ -180,7 +180,7 @@ def test_a_state_that_was_being_written_is_no_state(tmp_path):
     assert not half.exists()
 
 
-def test_a_full_disk_harms_nothing_that_was_kept(tmp_path):
+def test_a_full_disk_damages_no_saved_state(tmp_path):
     """The limit on file sizes stands for a full disk: the write fails half-way."""
     program = f"""
 import resource, signal, sys, warnings
@@ -191,10 +191,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def full(row):
     if row["step"] in (6, 9):
         resource.setrlimit(resource.RLIMIT_FSIZE, (600 if row["step"] == 6 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     mm.fit(make(), {{TASK: DATA}}, folder=sys.argv[1], trackers=[full], keep=9, checkpoint_every=3, **PLAIN)
-print([str(w.message) for w in told if "could not be saved" in str(w.message)])
+print([str(w.message) for w in caught if "could not be saved" in str(w.message)])
 """
     root = Path(__file__).resolve().parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tokenizers"))), "OMP_NUM_THREADS": "1"}
@@ -204,17 +204,17 @@ print([str(w.message) for w in told if "could not be saved" in str(w.message)])
     assert done.returncode == 0, done.stderr
     assert "could not be saved" in done.stdout
     assert "training goes on" in done.stdout
-    assert kept(tmp_path) == [f"step-{step:08d}" for step in (3, 9, 12)]
+    assert states(tmp_path) == [f"step-{step:08d}" for step in (3, 9, 12)]
     for folder in (tmp_path / "checkpoints").iterdir():
         check_manifest(folder)
     mm.Model.load(tmp_path / "model")
 
 
-def test_the_end_of_a_run_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
+def test_a_last_state_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("multimodal.train.state.write_tensors", full)
     with pytest.raises(OSError, match=r"state after step 12 could not be saved .*No space left"):
         train(tmp_path, checkpoint_every=0)
-    assert kept(tmp_path) == []
+    assert states(tmp_path) == []
 
 
 def test_what_is_written_beside_training_is_what_was_there(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_what_is_written_beside_training_is_what_was_there(tmp_path, monkeypatch
         assert all(torch.equal(saved[f"model/{name}"], t) for name, t in seen.items())
 
 
-def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
+def test_a_run_of_the_version_before_is_resumed(tmp_path, monkeypatch):
     shutil.copytree(OLD, tmp_path / "run")
     old = mm.Model.load(tmp_path / "run")
     assert old.predict(TASK, text="cab").value in ("with a", "without")
@@ -258,7 +258,7 @@ def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
         # version 0.1 decayed embeddings and start tokens too: by .05 times the four rates, which add to .0105
         torch.testing.assert_close(a, b, atol=1e-5, rtol=7e-4)
     assert not (tmp_path / "run" / "state").exists()
-    assert kept(tmp_path / "run") == ["step-00000008"]
+    assert states(tmp_path / "run") == ["step-00000008"]
 
 
 def test_a_state_of_the_future_is_refused(tmp_path):

@@ -73,7 +73,7 @@ def shards(
         raise ConfigError("shards: give the folder of the shards behind the source")
     check_folder(out, "shards:")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
-    table = open_table(source, split, encoding=encoding, quotes=quotes).choosing(chosen, files or [])
+    table = open_table(source, split, encoding=encoding, quotes=quotes).select(chosen, files or [])
     with progress_bar("packing", table.total) as bar:
         made = write_shards(
             table,

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from multimodal.texts import shortened
 
 FIRST = 3  # number of names shown for each reason
-REASONS = 40  # the most reasons; further ones are counted together, since each file may have a suffix of its own
+REASONS = (
+    40  # the largest number of reasons; further ones are counted together, since every file may have another suffix
+)
 
 
 @dataclass(frozen=True)

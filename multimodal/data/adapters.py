@@ -36,7 +36,7 @@ class Fields:
         self.samples, self.fields, self.names = samples, fields, {k: tuple(v) for k, v in (names or {}).items()}
         if unknown := set(self.names) - set(fields or self.names):
             raise ConfigError(f"Fields: names are given for {', '.join(sorted(unknown))}, which is none of {fields}")
-        if hasattr(samples, "shuffled"):  # sources that have an order of their own say so by this method
+        if hasattr(samples, "shuffled"):  # a source that prefers some orders has this method
             self.shuffled = samples.shuffled
 
     def __len__(self) -> int:

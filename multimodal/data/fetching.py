@@ -204,7 +204,7 @@ class Loader:
     def _end_stuck_wait(self) -> None:
         """Runs in a thread. If the run is to stop and no data come, kills the workers, which ends the main thread's wait.
 
-        The main thread may be blocked in half a message, or in memory that a worker shares, so it cannot check by itself.
+        The main thread may be blocked in half a message, or in memory that a worker shares, so it cannot check.
         """
         stopping_since = None
         while not self.done.wait(CHECK_S):

@@ -14,7 +14,7 @@ KINDS = {
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"),
 }
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-SYSTEM = (  # files and folders that other programs leave behind, besides names that begin with a dot
+SYSTEM = (  # files and folders that other programs create, besides names that begin with a dot
     *("__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "@recycle", "$recycle.bin", "lost+found"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 )

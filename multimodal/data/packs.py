@@ -135,7 +135,7 @@ class Packs(Dataset):
         return {**vars(self), "lanes": []}  # workers only encode
 
     def loader(self, start: int, stop: int, workers: int, asked: Callable[[], bool] = lambda: False) -> Loader:
-        """Steps start .. stop - 1; after each, `state` says from where the next one goes on."""
+        """Steps start .. stop - 1; after each, `state` is the position of the next one."""
         # workers are asked for more whenever one of them has room
         requests, make = iter(self.requests, None), partial(self._packed, stop - start)
         return Loader(self, requests, self.fetch, workers, make=make, asked=asked)
@@ -207,7 +207,7 @@ class Packs(Dataset):
             at = lane.readers[pattern].visit
             raise MediaError(
                 f"task {pattern!r}: sample {at} of its stream cannot be read: {type(error).__name__}: {shortened(error)}; an "
-                "iterator does not go on after an error, so max_bad cannot pass over it: catch the error in the source, or give "
+                "iterator ends with an error, so max_bad cannot skip it: catch the error in the source, or give "
                 "one that has a length and [index]"
             ) from error
 

@@ -238,9 +238,7 @@ class _Headers:
     def account(self, samples: int) -> Account:
         notes = []
         if self.twice:
-            notes.append(
-                f"{len(self.twice)} keys come again, each time as a sample of its own: {listed(self.twice, 3)}"
-            )
+            notes.append(f"{len(self.twice)} keys come again, each time as another sample: {listed(self.twice, 3)}")
         if self.endless:
             notes.append(
                 f"{len(self.endless)} archives have no mark at their end and may be cut short: {listed(self.endless, 3)}"
@@ -566,7 +564,7 @@ def _rows(samples: Any, start: int) -> Iterator[Any]:
         except Exception as error:
             raise MediaError(
                 f"write_shards: the source failed at row {at}: {type(error).__name__}: {shortened(error)}; what is iterated does "
-                "not go on after an error, so max_bad cannot pass over it; what is written stays, and the same call resumes there"
+                "not continue after an error, so max_bad cannot skip it; what is written stays, and the same call resumes there"
             ) from error
         yield row
         at += 1

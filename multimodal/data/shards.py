@@ -58,7 +58,7 @@ class Shard:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], folder: str = "") -> "Shard":
-        """A shard from its entry in an index, which anybody may have made.
+        """A shard from its entry in an index, which is not trusted.
 
         Raises:
             ConfigError: a part is missing or of another type, or the archive's name leads out of the folder.
@@ -352,7 +352,7 @@ def _hint(folder: str) -> str:
     if is_url(folder) or not Path(folder).is_dir():
         return "; wanted a folder that `multimodal shards` made"
     if Path(folder, MAKING).exists():
-        return "; it was not finished: give the same command again, which goes on from there"
+        return "; it was not finished: give the same command again, which resumes there"
     if any(Path(folder).glob("*.tar")):
         return "; archives that others made are read after index_archives(archives, fields, folder)"
     return "; wanted a folder that `multimodal shards` made"

@@ -222,7 +222,7 @@ def shares(total: int, weight: Mapping[Any, float]) -> dict[Any, int]:
 
 
 def index_at(samples: Samples, key: str, visit: int) -> int:
-    """The index of the sample at a visit; every epoch has an order of its own."""
+    """The index of the sample at a visit; every epoch has another order."""
     epoch, place = divmod(visit, len(samples))
     return _order(_ById(samples), f"{key}/{epoch}", len(samples))(place)
 

@@ -63,7 +63,7 @@ class Table:
         rows = enumerate(self.rows(0))
         return self.seen().without(BROKEN, (f"row {at}: {row}" for at, row in rows if isinstance(row, Exception)))
 
-    def choosing(self, fields: Mapping[str, str], files: Sequence[str]) -> "Table":
+    def select(self, fields: Mapping[str, str], files: Sequence[str]) -> "Table":
         """A table of these columns only. fields: {field: column}; empty: all columns. files: fields with paths of files as values.
 
         Raises:

@@ -8,7 +8,15 @@ from typing import Any, BinaryIO, Self
 
 from multimodal.files import read_json
 from multimodal.shapes import ConfigError
-from multimodal.train.report import COLUMNS, draw_panel, draw_points, draw_smoothed, finish_panel, is_held_out
+from multimodal.train.report import (
+    draw_panel,
+    draw_points,
+    draw_smoothed,
+    finish_grid,
+    finish_panel,
+    is_held_out,
+    make_panels,
+)
 from multimodal.train.run_folder import CONFIG, CURVES, LOG, read_rows
 from multimodal.train.state import CHECKPOINTS, OLD, STATE
 
@@ -192,17 +200,10 @@ def draw(records: Sequence[Record], picture: BinaryIO) -> None:
     """Draw loss, held-out measures, gradient norm and speed over steps, one colour for each run, as a PNG."""
     import numpy as np
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     measures = list(dict.fromkeys(key for record in records for key in record.measures))
     below = [key for key in ("grad_norm", "tokens_per_s") if any(record.last(key) is not None for record in records)]
-    count = 1 + len(measures) + len(below)
-    columns = min(count, COLUMNS)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines + 0.4 + 0.2 * len(records)), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for empty in panels[count:]:
-        empty.remove()
+    figure, panels = make_panels(1 + len(measures) + len(below), legend_height=0.4 + 0.2 * len(records))
     colors = colormaps["tab10" if len(records) <= MOST_COLORS else "turbo"]
     spread = range(len(records)) if len(records) <= MOST_COLORS else np.linspace(0, 1, len(records))
     for name, record, place in zip(names(records), records, spread, strict=True):
@@ -223,9 +224,8 @@ def draw(records: Sequence[Record], picture: BinaryIO) -> None:
         axes.set(title=f"held out: {measure}")
     for axes, key in zip(panels[1 + len(measures) :], below, strict=False):
         finish_panel(axes, key)
-    for axes in panels[:count]:
-        axes.set_xlabel("step")
+    for axes in panels[1:]:
         axes.set_xlim(panels[0].get_xlim())
-        axes.grid(alpha=0.3)
+    finish_grid(panels)
     figure.legend(loc="outside lower left", ncols=1 if len(records) < 5 else 3, fontsize=8, frameon=False)
     figure.savefig(picture, dpi=110)

@@ -88,7 +88,7 @@ def end_with_launcher(grace_s: float = ORPHAN_S) -> None:
 
 def _environment(processes: int) -> dict[str, str]:
     """The environment of every process, without its rank."""
-    with socket.socket() as unused:  # the system chooses a port that nobody uses
+    with socket.socket() as unused:  # the system chooses an unused port
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

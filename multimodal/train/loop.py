@@ -101,13 +101,14 @@ def fit(
 ) -> Run:
     """Train `model` in place on data by task: {"image -> label": samples}.
 
-    recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: the
-    tasks' shares of the samples by weight, equal unless given; a number is a temperature: len ** (1 / temperature).
-    folder: keeps the model, states to resume from, the log and a picture of the curves. resume: go on from the newest state if
-    there is one. trackers: called with each row of the log. Ctrl-C and SIGTERM end after the current step, with everything saved;
-    a second one ends at once. go_on: how to resume, as the message about a stopped run says it.
-    Started by torchrun or `multimodal train --processes`, it trains in all processes together, after they have compared their
-    settings, data and weights.
+    recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: weights
+    of the tasks, in whose ratio samples are drawn, equal unless given; a number is a temperature: len ** (1 / temperature).
+    folder: where the model, states to resume from, the log and the curves are saved; None: nowhere. resume: load the newest state
+    in the folder if there is one. trackers: functions that are called with each row of the log. quiet: print nothing. go_on: how
+    to resume, for the message about a stopped run.
+
+    Ctrl-C and SIGTERM end the run after the current step, with everything saved; a second one ends it at once. Started by torchrun
+    or `multimodal train --processes`, it trains in all processes together, after they have compared settings, data and weights.
 
     Random generators, number of threads and other settings of the process are restored afterwards, with one exception: on Linux,
     training on a CPU tells the C library to keep freed memory for the next step, which cannot be undone. If MALLOC_TRIM_THRESHOLD_,
@@ -166,7 +167,7 @@ def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: boo
     if not isinstance(folder, (str, Path, type(None))):
         raise ConfigError(f"fit: folder is {type(folder).__name__}, wanted a path")
     if resume and folder is None:
-        raise ConfigError("fit: resume=True goes on with the run in a folder, and none was given; give folder=")
+        raise ConfigError("fit: resume=True resumes the run in a folder, and none was given; give folder=")
     if not isinstance(trackers, Iterable) or not all(callable(tracker) for tracker in trackers):
         raise ConfigError("fit: trackers are called with each row of the log; give a list of functions")
 
@@ -272,7 +273,7 @@ class _Training:
         self.step, self.dtype, self.dtype_reason = int(saved["step"]), getattr(torch, saved["computed_in"]), "as before"
         self.parallel.dtype = self.dtype
         self.resumed_at = self.step if "data_state" in saved else -1  # a state of version 0.1 is written anew
-        # a folder may come from anybody, and these parts of state.json were not checked before
+        # the folder is not trusted, and these parts of state.json were not checked before
         try:
             self.best = saved.get("best")
             if self.best is not None:

@@ -118,7 +118,7 @@ def _is_matrix(rows: int, columns: int) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) for matrices, each part of a fused one by itself, and AdamW for the rest.
+    """Orthogonalised momentum (Jordan et al. 2024) for matrices, each part of a fused one separately, and AdamW for the rest.
 
     A group with `rows` holds one parameter; `rows` are those of each matrix in it. The updates have the usual size of AdamW's, .2
     a weight (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both take the same rate.

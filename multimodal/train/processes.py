@@ -219,7 +219,7 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 def shard(model: Model, root: nn.Module) -> nn.Module:
     """Shard the weights below `root`, which is or contains the model: each block of the core is a unit, the rest is another.
 
-    The blocks of an encoder are not units of their own: they do not run in a process whose batch has nothing for the encoder,
+    The blocks of an encoder are not separate units: they do not run in a process whose batch has nothing for the encoder,
     and FSDP gathers a unit in all processes at once.
     """
     from torch.distributed.fsdp import fully_shard

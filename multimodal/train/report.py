@@ -115,7 +115,7 @@ def _cpu() -> str:
 
 def _git() -> dict[str, Any] | None:
     """Commit of the working folder; None without git. Read from git's files, because the program git runs commands that the
-    repository's own settings name, and the folder may be somebody else's."""
+    repository's own settings name, and the folder may not be the user's."""
     try:
         here = Path.cwd()
         place = next(folder / ".git" for folder in (here, *here.parents) if (folder / ".git").exists())
@@ -156,21 +156,13 @@ def is_held_out(key: str) -> bool:
 
 def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss (raw and smoothed) and held-out measures over steps; below them gradient norm, learning rate, speed. As a PNG."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in history if "loss" in row]
     measured = sorted({key for row in history for key in row if is_held_out(key)})
     losses = [key for key in measured if key.endswith(" loss")]
     answers = [key for key in measured if key not in losses]
     below = [key for key in PANELS if sum(key in row for row in rows) > 1]
-    count = 1 + bool(answers) + len(below)
-    columns = min(count, COLUMNS)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for empty in panels[count:]:
-        empty.remove()
-    loss, *others = panels[:count]
+    figure, panels = make_panels(1 + bool(answers) + len(below))
+    loss, *others = panels
     draw_smoothed(loss, rows, "loss", "tab:blue", "training (weighted sum of tasks), smoothed")
     tasks = list(dict.fromkeys(key.rpartition(" ")[0] for key in measured))
     colors = {key: f"C{1 + tasks.index(key.rpartition(' ')[0])}" for key in measured}
@@ -189,10 +181,28 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, key in zip(others, below, strict=True):
         draw_panel(axes, rows, key, "tab:blue")
         finish_panel(axes, key)
-    for axes in panels[:count]:
+    finish_grid(panels)
+    save_figure(path, figure, 110)
+
+
+def make_panels(count: int, legend_height: float = 0.0) -> tuple[Any, "list[Axes]"]:
+    """A figure with `count` panels in rows of COLUMNS. legend_height: inches below them."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, COLUMNS)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines + legend_height), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.remove()
+    return figure, panels[:count]
+
+
+def finish_grid(panels: "Sequence[Axes]") -> None:
+    """Label the steps of all panels."""
+    for axes in panels:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    save_figure(path, figure, 110)
 
 
 def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any) -> None:

@@ -109,7 +109,7 @@ def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def move_old_run(folder: Path, quiet: bool) -> None:
-    """Move the files of a run to the first free folder name beside it. Other files stay, and nothing is overwritten.
+    """Move the files of a run to FOLDER.1, or the next unused number, beside it. Other files stay, and nothing is overwritten.
 
     Raises:
         ConfigError: the files cannot be moved.

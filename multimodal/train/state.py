@@ -199,7 +199,7 @@ class Checkpoints:
 
         If writing fails, because the disk is full for instance, the older states stay, and the next call warns.
         """
-        # each process knows the lanes of its own; a state must be readable by any number of processes
+        # each process has its own lanes; a state must be readable by any number of processes
         parts = self.processes.all_gather(dict(data))
         data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
         tensors = state.tensors()
