@@ -1,6 +1,7 @@
 """Shortens texts and values for errors and reports."""
 
 import reprlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,11 @@ def short_repr(value: Any) -> str:
 def is_text(name: str) -> bool:
     """Whether a name can be encoded in UTF-8. File names may hold other bytes, for which Python has surrogates."""
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once, in the order of their first occurrence."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def listed(names: Iterable[object], most: int = 10) -> str:

@@ -66,6 +66,7 @@ class Batches(Dataset):
 
     def _sample(self, step: int, slot: int, bad: list[Bad]) -> tuple[Prepared, str]:
         pattern, visit = self.schedule(step * self.schedule.block + slot)
+        # a spare is a visit so far ahead that training never gets there, and the same in every process
         for spare in range(TRIES):
             try:
                 return self.fetch(pattern, visit + spare * 2**48, f"step {step + 1}")

@@ -148,6 +148,7 @@ class Packs(Dataset):
                 while not self._ready(lane, batch.bad):
                     number, found = pickle.loads(next(replies))
                     by_number[number].encoded.extend(found)
+                # the worker encodes ahead, but a pack is chosen among exactly `look_ahead` samples, however fast workers are
                 chosen = fullest([len(sample) for _, sample, _ in lane.waiting], self.tokens)
                 pack = [lane.waiting[i] for i in chosen]
                 lane.waiting = [entry for i, entry in enumerate(lane.waiting) if i not in set(chosen)]
@@ -178,6 +179,7 @@ class Packs(Dataset):
 
     def requests(self) -> list[_Request]:
         """The next requests to a worker: samples of the lane that has the fewest."""
+        # balanced lanes, because a step needs a pack of each
         lane = min(self.lanes, key=lambda lane: len(lane.waiting) + lane.pending)
         found = []
         with preserved_rng():
@@ -226,6 +228,7 @@ class Packs(Dataset):
 
     def _reader_states(self, lane: _Lane) -> dict[str, Any]:
         """For each reader, a state from which the samples that still wait can be read again."""
+        # samples that wait were read from the source already and have to be read again after a resume
         oldest = min([place for place, _, _ in lane.waiting[:1]] + [lane.reached])
         states = {}
         for pattern, reader in lane.readers.items():
@@ -246,6 +249,7 @@ class Packs(Dataset):
             check_fields(f"lane {lane.number}", saved, {"next": int, "waiting": list, "flows": dict}, ConfigError)
             if not all(type(place) is int and 0 <= place < saved["next"] for place in saved["waiting"]):
                 raise ConfigError(f"lane {lane.number}: 'waiting' must be places before 'next'={saved['next']}")
+            # a new lane, so that no sample that this one has read stays
             fresh = self._lane(lane.number)
             fresh.next = fresh.reached = saved["next"]
             fresh.again = deque(saved["waiting"])

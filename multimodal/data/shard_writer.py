@@ -113,6 +113,7 @@ def write_shards(
     settings = json.loads(json.dumps({"format": FORMAT, "shard_bytes": shard_bytes, "source": about}))
     if shard_bytes < 10_000:
         raise ConfigError(f"write_shards: shard_bytes={shard_bytes} must be at least 10000")
+    # complete already: check that it is the same work, and remove what an interruption left
     if (folder / INDEX).exists():
         index = _read(folder / INDEX, "shards")
         _check_same(folder, index, settings)
@@ -435,6 +436,7 @@ def _shards_there(folder: Path, settings: Mapping[str, Any], part: Path) -> list
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / MAKING, json.dumps(settings).encode(), part)
     _check_same(folder, _read(folder / MAKING, "shards that are being made"), settings)
+    # a shard is complete if its table is there, because the table is written last
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
         try:

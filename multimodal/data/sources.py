@@ -210,6 +210,7 @@ def shares(total: int, weight: Mapping[Any, float]) -> dict[Any, int]:
     """Whole numbers that sum to `total`, at least 1 each, in the ratio of the weights (largest remainder)."""
     if len(weight) > total:
         raise ConfigError(f"{len(weight)} sources cannot each have a share of {total} samples")
+    # round down, then give what is left to those that lost most; take from the largest if each had to have one
     exact = {name: total * w / sum(weight.values()) for name, w in weight.items()}
     share = {name: max(1, int(x)) for name, x in exact.items()}
     by_need = sorted(exact, key=lambda p: share[p] - exact[p])
@@ -242,6 +243,7 @@ class _ById:
 
 @lru_cache(maxsize=64)
 def _order(source: _ById, key: str, size: int) -> Callable[[int], int]:
+    # the order of a source of shards reads neighbours together
     if hasattr(source.samples, "shuffled"):
         return source.samples.shuffled(key)
     if size > LARGEST_STORED:

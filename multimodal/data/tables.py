@@ -5,8 +5,7 @@ import csv
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from multimodal.data.folders import read_folder
 from multimodal.data.frames import check_columns, class_features, named
 from multimodal.files import unique_keys
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.texts import listed, shortened
+from multimodal.texts import listed, repeated, shortened
 
 HUB = "hf:"
 LONGEST_CELL = 2**27  # characters; the csv module's own limit is 131,072
@@ -214,7 +213,7 @@ def _of_cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Table:
 
     _, _, header = next(cells(), (0, 0, []))
     if isinstance(header, str) or not header or len(set(header)) < len(header):
-        twice = listed(_repeated(header)) if not isinstance(header, str) else ""
+        twice = listed(repeated(header)) if not isinstance(header, str) else ""
         shown = header if isinstance(header, str) else listed(header) or "nothing"
         raise ConfigError(
             f"{path}: wanted a first line that names the columns, each once, not {shown}{twice and f'; {twice} comes twice'}"
@@ -346,10 +345,6 @@ def _of_json(path: Path, encoding: str) -> Table:
     )
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
 def _about_encoding(encoding: str) -> dict[str, str]:
     return {} if encoding.startswith("utf-8") else {"encoding": encoding}
 
@@ -387,6 +382,7 @@ def _of_parquet(path: Path) -> Table:
                     yield from _group(file, group, start, count)
                 start = max(0, start - count)
 
+    # a damaged group hides how many of its rows are readable, so its number of rows comes from the file's own counts
     def _group(file: Any, group: int, start: int, count: int) -> Iterator[Any]:
         """The rows of a group; one error for each row that cannot be read, so that all are counted."""
         at = 0

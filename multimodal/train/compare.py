@@ -43,6 +43,7 @@ class Record:
     def read(cls, folder: Path) -> Self:
         """Read a run folder, or as much as there is of one; an incomplete last row of the log is left out."""
         names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
+        # only complete states have a name of digits alone
         steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
         old = _json(folder / OLD / STATE).get("step")
         steps += [old] if isinstance(old, int) else []

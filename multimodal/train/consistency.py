@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,6 +19,7 @@ from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
 from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
+from multimodal.train.report import installed_version
 from multimodal.train.state import unequal
 
 PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")
@@ -92,13 +92,8 @@ def settings_of(
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, "torch": torch.__version__, **{name: installed_version(name) for name in PACKAGES}}
 
 
 def _digest(tensor: Tensor) -> str:

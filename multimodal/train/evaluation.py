@@ -58,6 +58,7 @@ def evaluate_share(
             total += loss
         for sample, answer in zip(part, answers, strict=True):
             right += _equal(answer.value, written.wanted(sample[pattern.answer]))
+    # sums and not means, because shares of the samples differ in size
     total, count, right = processes.all_reduce(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
     return {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
 

@@ -66,6 +66,7 @@ class TrainingJob:
         for name in ("model", "data"):
             if name not in given:
                 raise ConfigError(f"{where} returned no {name!r}; it returned {', '.join(given) or 'nothing'}")
+        # a recipe file may give only the settings that differ from the defaults
         recipe = given.get("recipe", Recipe())
         if isinstance(recipe, Mapping):
             recipe = override(Recipe(), **recipe)

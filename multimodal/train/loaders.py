@@ -24,6 +24,7 @@ def make_dataset(
     """
     if not data:
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
+    # a contrastive loss needs a pair to compare with
     for pattern in data:
         each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
         if pattern in model.tasks and model.packer.head(pattern).pairs and each < 2:
@@ -35,7 +36,8 @@ def make_dataset(
                     else "raise batch, or lower accumulate or the number of processes"
                 )
             )
-    rest: dict[str, Any] = {
+    # what both kinds of steps take
+    common: dict[str, Any] = {
         "seed": recipe.seed,
         "mix": mix,
         "max_bad": recipe.max_bad,
@@ -43,15 +45,15 @@ def make_dataset(
         "ranks": processes.count,
     }
     if recipe.tokens:
-        room = {"tokens": recipe.tokens, "packs": recipe.packs, "look_ahead": recipe.look_ahead}
-        return Packs(model.packer, data, **room, **rest)
+        budget = {"tokens": recipe.tokens, "packs": recipe.packs, "look_ahead": recipe.look_ahead}
+        return Packs(model.packer, data, **budget, **common)
     for pattern, source in data.items():
         if not is_indexed(source) and hasattr(source, "__iter__"):
             raise ConfigError(
                 f"fit: the data of task {pattern!r} are {type(source).__name__}, which has no length and [index]; what can only be "
                 "iterated is packed to a token budget: set tokens=4096"
             )
-    return Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, **rest)  # type: ignore[arg-type]
+    return Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, **common)  # type: ignore[arg-type]
 
 
 def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Recipe) -> None:
@@ -68,6 +70,7 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
         samples = as_samples(samples)
         model.packer.check_task(pattern)
         check_samples("evaluation", pattern, samples)
+        # one sample is packed now, so that a wrong declaration is an error before training, not after it
         with preserved_rng():
             model.packer([(pattern, samples[0])], names=["held-out sample 0"])
     known = {f"{pattern} {name}" for pattern in evaluation for name in _measures(model, pattern)}

@@ -49,7 +49,7 @@ from multimodal.train.run_folder import (
     write_rows,
 )
 from multimodal.train.runtime import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
-from multimodal.train.spikes import SpikeWatch, save_spike
+from multimodal.train.spikes import SpikeWatch, count_targets, save_spike
 from multimodal.train.state import Checkpoints, TrainingState
 
 Tracker = Callable[[Mapping[str, Any]], Any]
@@ -190,7 +190,7 @@ class _Training:
         self.model, self.recipe, self.evaluation, self.processes = model, recipe, evaluation, processes
         self.run = Run(Path(folder) if folder is not None else None)
         self.quiet = quiet or processes.rank > 0
-        self.writes = self.run.folder is not None and processes.rank == 0  # whether this process writes the run folder
+        self.out = self.run.folder if processes.rank == 0 else None  # the run folder, in the process that writes it
         self.trackers: list[Tracker] = []
         self.go_on, self.finished = "", False
         self.lock: Any = None
@@ -241,7 +241,7 @@ class _Training:
             return
         self.checkpoints = Checkpoints(folder, self.recipe.keep, self.processes)
         newest = None
-        if self.writes:
+        if self.out:
             check_folder(folder)
             check_room(folder / MODEL)
             check_room(folder / BEST)
@@ -254,7 +254,7 @@ class _Training:
         newest = self.processes.all_gather(newest)[0]
         if newest is not None:
             self._load(newest, folder)
-        if self.writes:
+        if self.out:
             config = {**self.metadata, "recipe": plain(self.recipe.config()), "processes": self.processes.count}
             # written first, because it shows that a run wrote the other files
             write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -293,7 +293,7 @@ class _Training:
             check_fields(folder / BROKEN, row, {"task": str, "sample": str, "error": str}, CheckpointError)
         self.run.bad = [Bad(row["task"], row["sample"], row["error"]) for row in broken]
         self.bad = {(bad.task, bad.sample) for bad in self.run.bad}
-        if self.writes and (folder / BROKEN).is_file():
+        if self.out and (folder / BROKEN).is_file():
             write_rows(folder / BROKEN, broken)
 
     def train(self) -> None:
@@ -367,12 +367,12 @@ class _Training:
             self._log({"step": self.step, **measures})
             if not self.quiet:
                 print("fit: held out: " + ", ".join(f"{key} {value:.4f}" for key, value in measures.items()))
-        if self.writes and self.run.history:
-            write_rows(self.run.folder / LOG, self.run.history)  # type: ignore[operator]
-            write_csv(self.run.history, self.run.folder / TABLE)  # type: ignore[operator]
-            draw_curves(self.run.history, self.run.folder / CURVES)  # type: ignore[operator]
+        if self.out and self.run.history:
+            write_rows(self.out / LOG, self.run.history)
+            write_csv(self.run.history, self.out / TABLE)
+            draw_curves(self.run.history, self.out / CURVES)
         if not self.run.finished and not self.quiet:
-            where = f"; everything is saved in {self.run.folder}. To go on: {self.go_on}" if self.writes else ""
+            where = f"; everything is saved in {self.run.folder}. To go on: {self.go_on}" if self.out else ""
             print(f"fit: stopped after step {self.step} of {self.recipe.steps}{where}")
 
     def join(self) -> None:
@@ -388,10 +388,7 @@ class _Training:
         """
         new = [bad for bad in batch.bad if (bad.task, bad.sample) not in self.bad]
         patterns = list(self.model.tasks)
-        counts = dict.fromkeys(patterns, 0)
-        for stream in batch.streams:
-            for pattern, reading in stream.readings.items():
-                counts[pattern] += reading.count
+        counts = dict.fromkeys(patterns, 0) | count_targets(batch.streams)
         tokens = sum(len(stream) for stream in batch.streams)
         # one tensor, so that a step waits for the other processes once
         local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked], dtype=torch.float64)
@@ -411,9 +408,8 @@ class _Training:
         found = {key: bad for key, bad in found.items() if key not in self.bad}
         self.bad |= found.keys()
         self.run.bad += found.values()
-        if self.writes:
-            rows = [{"step": self.step + 1, **asdict(bad)} for bad in found.values()]
-            add_rows(self.run.folder / BROKEN, rows)  # type: ignore[operator]
+        if self.out:
+            add_rows(self.out / BROKEN, [{"step": self.step + 1, **asdict(bad)} for bad in found.values()])
         if len(self.bad) > self.recipe.max_bad:
             where = f", listed in {self.run.folder / BROKEN}" if self.run.folder else ""
             raise MediaError(
@@ -455,7 +451,7 @@ class _Training:
             rest: dict[str, Any] = {"counts": counts, "names": batch.names, "process": self.processes.rank}
             try:
                 saved = save_spike(folder, step, batch.streams, why, None, precision=short_name(self.dtype), **rest)
-                if saved and self.writes:
+                if saved and self.out:
                     checkpoint.save(self.model, saved / MODEL, weights)
             except (OSError, CheckpointError) as error:
                 warnings.warn(f"fit: the batch of step {step} could not be saved ({error})", stacklevel=3)
@@ -484,7 +480,7 @@ class _Training:
 
         if self.step == self.resumed_at:
             # the state exists, but the run may have been killed, or the disk full, before its model was written
-            if self.writes and not holds(folder / MODEL, weights):
+            if self.out and not holds(folder / MODEL, weights):
                 save_model()
             return
 
@@ -516,8 +512,8 @@ class _Training:
             weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
             saved = True
             try:
-                if self.writes:
-                    checkpoint.save(self.model, self.run.folder / BEST, weights)  # type: ignore[operator]
+                if self.out:
+                    checkpoint.save(self.model, self.out / BEST, weights)
             except (OSError, CheckpointError) as error:
                 saved = False
                 warnings.warn(f"fit: the best model, of step {self.step}, could not be saved ({error})", stacklevel=3)
@@ -528,8 +524,8 @@ class _Training:
 
     def _log(self, row: dict[str, Any]) -> None:
         self.run.history.append(row)
-        if self.writes:
-            add_rows(self.run.folder / LOG, [row])  # type: ignore[operator]
+        if self.out:
+            add_rows(self.out / LOG, [row])
         if self.processes.rank == 0:
             for tracker in self.trackers:
                 tracker(row)

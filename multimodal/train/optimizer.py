@@ -89,6 +89,7 @@ def make_optimizer(
         raise ConfigError(
             "Recipe: optimizer='muon' needs unsharded matrices, which parallel='fsdp' shards; use one of them"
         )
+    # as in Jordan et al. embeddings and heads stay with AdamW: Muon takes matrices of the core only
     rows = parts(model)
     by_muon = {
         name: (p, rows.get(name, [p.shape[0]]))

@@ -98,6 +98,7 @@ class Recipe(Declared):
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             check_whole("Recipe", least=least, **{name: getattr(self, name)})
+        # the type of the default is that of the setting; an int is a valid float, but True is no valid int
         for setting in dataclasses.fields(self):
             value, kind = getattr(self, setting.name), type(setting.default)
             if not isinstance(value, (int, float) if kind is float else kind) or (

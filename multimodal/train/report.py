@@ -72,7 +72,7 @@ def environment() -> dict[str, Any]:
         "command": _command(),
         "python": platform.python_version(),
         "packages": {
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed_version(name) for name in PACKAGES},
             "torch": torch.__version__,  # with its build: +cu130
         },
         "platform": platform.platform(),
@@ -98,7 +98,8 @@ def _command() -> str:
     return command.replace(home, "~") if len(home) > 1 else command
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None: it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -59,6 +59,7 @@ def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> T
     arguments: dict[str, Any] = {}
     rest: list[Setting] = []
     parameters = inspect.signature(make).parameters
+    # a parameter of the function comes before a setting of the Recipe with the same name
     for setting in map(Setting.parse, settings):
         name = setting.path[0]
         if len(setting.path) == 1 and name in parameters:
@@ -113,6 +114,7 @@ def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[
         _file_setting(changes, path, setting)
     temperature = _read(changes.pop("mix"), float) if isinstance(changes.get("mix"), Setting) else None
     new = _changed_part(parts, changes, "")
+    # a model is built from its declarations, so a changed part needs a new model
     if any(part in changes for part in ("core", "tokenizers", "tasks", "model")):
         _check_initial_weights(model)
         tasks = list(new["tasks"].values())
@@ -151,6 +153,7 @@ def _changed_part(part: Any, changes: Mapping[str, Any], where: str) -> Any:
         value = values[name]
         if isinstance(change, dict):
             new[name] = _changed_part(value, change, here)
+        # a whole part, such as a score, would need a name for a class
         elif _fields_of(value)[0] and not isinstance(value, tuple):
             raise ConfigError(
                 f"--set {typed}: {here} is {type(value).__name__}, which is chosen in the file; here is set what is inside of it: "
@@ -238,6 +241,7 @@ def _converted(text: str, kind: Any) -> Any:
     if origin is typing.Literal:
         choices = {str(choice): choice for choice in inside}
         return choices[text] if text in choices else _fail(text)
+    # "0.9,0.95", with or without brackets
     if kind is tuple or origin is tuple:
         parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
         if not inside or inside[-1] is Ellipsis:

@@ -91,6 +91,7 @@ class ShardedTensors:
             CheckpointError: a file is missing or damaged, or holds tensors of another shape.
         """
         shards, found = _shards_of(like, processes), {}
+        # a file has rows of many tensors, so it stays open
         with ExitStack() as stack:
             files: dict[int, Any] = {}
             for name, wanted in like.items():

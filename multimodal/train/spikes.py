@@ -205,14 +205,15 @@ def save_spike(
     if model is not None:
         model.save(place / RUN)
     metadata = {"format": FORMAT, "step": step, "why": why, "precision": precision, "streams": files}
-    metadata |= {"counts": dict(_counts(streams) if counts is None else counts)}
+    metadata |= {"counts": dict(count_targets(streams) if counts is None else counts)}
     metadata |= {"names": None if names is None else [list(some) for some in names]}
     # written last, so that an incomplete folder is not taken for a complete one
     write_atomic(place / f"trouble-{process}.json", json.dumps(metadata, indent=2) + "\n")
     return place
 
 
-def _counts(streams: Sequence[Stream]) -> dict[str, int]:
+def count_targets(streams: Sequence[Stream]) -> dict[str, int]:
+    """The number of real targets of each task."""
     counts: dict[str, int] = {}
     for stream in streams:
         for task, reading in stream.readings.items():
