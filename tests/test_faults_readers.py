@@ -681,7 +681,7 @@ class Fails:
 def test_fault_82_a_stream_that_fails_names_its_task_and_place(tmp_path: Path, workers: int):
     with pytest.raises(
         MediaError,
-        match=r"task 'text -> label': sample 7 of its stream .*OSError: the connection was reset; an iterator does",
+        match=r"task 'text -> label': sample 7 of its stream .*OSError: the connection was reset; an iterator ends",
     ):
         list(packs(Fails(), packs=1, max_bad=50).loader(0, 9, workers))
     if not workers:
