@@ -33,7 +33,7 @@ sys.path[:0] = [str(path) for path in PATHS if str(path) not in sys.path]
 
 from seed_rows.table import NOT_CLAIMED, ROWS, Bar, Row  # noqa: E402
 
-from multimodal.files import put  # noqa: E402
+from multimodal.files import write_atomic  # noqa: E402
 
 PROGRAM = Path(__file__).resolve()
 KEPT = HERE / "results" / "seeds.json"
@@ -120,7 +120,7 @@ def keep(path: Path, row: Row, seed: int, found: Mapping[str, Any]) -> Kept:
     facts = {"date": str(date.today()), "command": f"uv run benchmarks/seeds.py {row.name} --seeds {seed}"}
     kept.setdefault(row.name, {})[str(seed)] = {**found, **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    put(path, json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    write_atomic(path, json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return kept
 
 

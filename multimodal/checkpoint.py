@@ -22,12 +22,12 @@ from torch import Tensor
 from multimodal.core import Core
 from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
+from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
 from multimodal.network import Network
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.task import Task
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 
 _T = TypeVar("_T")
 FORMAT = 1
@@ -261,7 +261,7 @@ def _tokenizer(folder: Path, name: str, entry: dict[str, Any], config: dict[str,
     check_fields(f"tokenizer {name!r}", entry, {"type": str, "config": dict}, CheckpointError)
     named = entry.get("files", [])
     if not isinstance(named, list) or not all(isinstance(file, str) for file in named):
-        raise CheckpointError(f"tokenizer {name!r}: 'files' is {shown_short(named)}, wanted a list of names")
+        raise CheckpointError(f"tokenizer {name!r}: 'files' is {short_repr(named)}, wanted a list of names")
     files = {}
     for file in named:
         inside = Path(name, file)
@@ -297,7 +297,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, CheckpointError)
     if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format {shown_short(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
+            f"{path}: format {short_repr(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
         )
     check_fields(path, config, {"tokenizers": dict, "core": dict, "tasks": list, "seed": int}, CheckpointError)
     for task in config["tasks"]:
@@ -308,7 +308,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: it has {len(config[name])} {name}, and {MOST_PARTS} are read at most")
     hashes = config.get("sha256", {})
     if not isinstance(hashes, dict) or not all(isinstance(sha256, str) for sha256 in hashes.values()):
-        raise CheckpointError(f"{path}: 'sha256' is {shown_short(hashes)}, wanted a checksum by the name of each file")
+        raise CheckpointError(f"{path}: 'sha256' is {short_repr(hashes)}, wanted a checksum by the name of each file")
     check_inside(path, hashes, CheckpointError)
     return config
 
@@ -332,7 +332,7 @@ def read_header(path: Path) -> Header:
             if name != "__metadata__":
                 shape, kind = tuple(entry["shape"]), entry["dtype"]
                 if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in shape):
-                    raise ValueError(f"the header of {shown_short(name)} is {shown_short(entry)}")
+                    raise ValueError(f"the header of {short_repr(name)} is {short_repr(entry)}")
                 found[name] = shape, kind
         return found
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -385,13 +385,13 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
         if name in header:
             shape, kind = header[name]
             if shape != tuple(tensor.shape) and (shape, tuple(tensor.shape)) != ((), (1,)):  # see `with_axis`
-                problems.append((f"{name} is {shown_short(shape)}, wanted {tuple(tensor.shape)}", ""))
+                problems.append((f"{name} is {short_repr(shape)}, wanted {tuple(tensor.shape)}", ""))
             elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
                 wanted_kind = "floating-point numbers" if tensor.is_floating_point() else short_name(tensor.dtype)
                 problems.append((f"{name} holds {short_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
     if problems:
         shown = [  # close names are looked for only among those shown, since that takes long
-            f"{what} {shown_short(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
+            f"{what} {short_repr(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
             if name
             else what
             for what, name in problems[:6]

@@ -9,9 +9,10 @@ import typing
 from collections.abc import Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
-from multimodal.files import check_fields, shown_short
+from multimodal.files import check_fields
 from multimodal.old_names import new_type
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
+from multimodal.texts import short_repr
 
 _Part = TypeVar("_Part")
 GROUPS = "multimodal."  # of entry points: multimodal.tokenizers, multimodal.heads, multimodal.parts
@@ -207,7 +208,7 @@ def _check_kinds(cls: type, settings: Mapping[str, Any]) -> None:
         return
     for name, value in settings.items():
         if name in hints and not _fits(value, hints[name]):
-            raise CheckpointError(f"{cls.__name__}: {name}={shown_short(value)} is no {_kind_name(hints[name])}")
+            raise CheckpointError(f"{cls.__name__}: {name}={short_repr(value)} is no {_kind_name(hints[name])}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

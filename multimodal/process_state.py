@@ -21,9 +21,9 @@ Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how to read it, how 
 def preserved_state(*, draws: bool = False) -> Iterator[None]:
     """Restores every setting that changed inside the block, also after an error.
 
-    Outside the main thread only autograd's mode is restored. The rest belongs to the whole process, where other threads go on: from
-    a restored generator they would draw the same numbers twice. draws: restore the generators there too, for a call that itself
-    seeds them.
+    Outside the main thread only autograd's mode is restored. The other settings belong to the process, in which other threads
+    run: from a restored generator they would draw the same numbers twice. draws: restore the generators there too, for a call that
+    seeds them itself.
     """
     alone = threading.current_thread() is threading.main_thread()
     settings = [*AUTOGRAD.values(), *(_generators() if alone or draws else ()), *(_process() if alone else ())]
@@ -92,7 +92,7 @@ def _process() -> Iterator[Setting]:
 def _folder() -> str | None:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # somebody has deleted it
+    except FileNotFoundError:  # it was deleted
         return None
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 import multimodal as mm
 from multimodal.data.adapters import Fields
 from multimodal.data.codecs import Media
+from multimodal.data.shard_writer import write_shards
 from multimodal.data.shards import Shards
-from multimodal.data.writing import write_shards
 from multimodal.shapes import ConfigError, MediaError
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 

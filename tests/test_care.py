@@ -102,7 +102,7 @@ def test_recomputing_blocks_changes_no_bit(name: str) -> None:
     assert not torch.equal(gradients(model, stream, 5)[0], loss)  # dropout is really there
 
 
-def test_the_generator_goes_on_as_if_nothing_were_recomputed() -> None:
+def test_recomputation_does_not_change_the_generator() -> None:
     model = model_of(CORES["transformer"])
     stream = stream_of(model, "abc", "hey you")
     gradients(model, stream)
@@ -112,37 +112,37 @@ def test_the_generator_goes_on_as_if_nothing_were_recomputed() -> None:
     assert torch.equal(torch.rand(4), drawn)
 
 
-def test_a_trace_is_told_once() -> None:
+def test_a_trace_is_recorded_once() -> None:
     model = model_of(CORES["hard"])
     recompute(model)
     trace = Trace()
     states = model(stream_of(model, "abc", "hey you"), trace=trace)
-    told = list(trace.seen)
-    assert len(told) == 3 * 2  # blocks, and samples of two lengths
+    before = list(trace.seen)
+    assert len(before) == 3 * 2  # blocks, and samples of two lengths
     states.square().sum().backward()
-    assert len(trace.seen) == len(told)
-    assert all(a is b for a, b in zip(trace.seen, told, strict=True))
+    assert len(trace.seen) == len(before)
+    assert all(a is b for a, b in zip(trace.seen, before, strict=True))
 
 
 def saved_bytes(model: mm.Model, stream: mm.stream.Stream) -> int:
-    """What is kept from forward to backward, parameters and the stream itself aside."""
+    """What is stored from forward to backward, parameters and the stream itself aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    stored: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            stored[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = model.loss(stream)
-    total = sum(kept.values())
+    total = sum(stored.values())
     loss.backward()
     return total
 
 
-def test_recomputing_blocks_keeps_little() -> None:
+def test_recomputing_blocks_saves_memory() -> None:
     model = model_of(mm.Core(width=32, depth=6, heads=2))
     stream = stream_of(model, "a longer text than most", "hey you there, are you well", "so so")
     before = saved_bytes(model, stream)

@@ -147,7 +147,7 @@ def test_pictures_of_one_size_can_be_written(digits) -> None:
     tiles = codes.codes_VF[[3, 1, 4, 1]].reshape(2, 2, 4, 4) / 2 + 0.5
     torch.testing.assert_close(written[0], tiles.permute(0, 2, 1, 3).reshape(8, 8).clamp(0, 1))
     assert codes.picture(codes(digits[0])).shape == (8, 8, 1)
-    with pytest.raises(ConfigError, match=r"^Codes: places\(5\), but what is written has length=4$"):
+    with pytest.raises(ConfigError, match=r"^Codes: places\(5\), but a written value has length=4$"):
         codes.places(5)
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_coded(digits) -> None:
     for of, message in [
         (TextBytes(), "Codes: TextBytes has no features to code; its values are ids"),
         (Labels(("a",), several=True), "Codes: Labels has no features to code; its values are classes"),
-        (ReadOnly(), "Codes: ReadOnly has no decode, so nobody could read what is written in its codes"),
+        (ReadOnly(), "Codes: ReadOnly has no decode, so its codes could not be decoded"),
         (ImagePatches, "Codes: of is .*ImagePatches.*, not a Tokenizer made by its constructor"),
     ]:
         with pytest.raises(ConfigError, match=f"^{message}$"):
@@ -428,12 +428,12 @@ def _named(cases, make):
 
 
 @pytest.mark.parametrize("check", _named(KINDS, tokenizer_checks))
-def test_written_kinds_keep_the_contract(check) -> None:
+def test_written_kinds_meet_the_contract(check) -> None:
     check()
 
 
 @pytest.mark.parametrize("check", _named(HEADS, head_checks))
-def test_heads_that_write_them_keep_the_contract(check) -> None:
+def test_heads_that_write_them_meet_the_contract(check) -> None:
     check()
 
 
@@ -489,7 +489,7 @@ def test_a_planted_fault_of_writing_is_named(name: str, faulty: Tokenizer, value
         check()
 
 
-def test_codes_far_from_zero_are_told_apart():
+def test_codes_far_from_zero_are_distinguished():
     """Squares of large numbers must not swallow the differences."""
     rows_NF = 101325.0 + torch.arange(16.0)[:, None].repeat(1, 2)
     ids, distance = nearest(rows_NF, rows_NF)

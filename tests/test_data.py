@@ -1,4 +1,4 @@
-"""Data: mixing as declared, packs that are full, states from which everything goes on, broken samples told and counted."""
+"""Data: mixing as declared, packs that are full, states to resume from, broken samples reported and counted."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ import torch
 import multimodal as mm
 from multimodal.data import Batches, Mixed, Packs
 from multimodal.data.packs import fullest
-from multimodal.data.sources import Flow, Turns, index_at, permutation, scattered, shares, weighed
+from multimodal.data.sources import IterableReader, Schedule, index_at, permutation, scattered, shares, weighed
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
@@ -31,7 +31,7 @@ PICTURES = [{"image": torch.rand(4 * DRAWN.randint(1, 5), 8), "label": "b"} for 
 
 
 class Words:
-    """Can only be iterated, and goes on from a state, unless told not to."""
+    """Can only be iterated, and resumes from a state."""
 
     def __init__(self, size: int = 31) -> None:
         self.at, self.size, self.read = 0, size, 0
@@ -58,17 +58,17 @@ def packs(*, words=None, start=0, stop=12, state=None, workers=0, **changes) -> 
     """What each step has, by lane, and the state after each."""
     data = {READ: TEXTS, SEE: PICTURES, WRITE: words or Words()}
     settings = {"tokens": 160, "packs": 2, "look_ahead": 16, **changes}
-    feed = Packs(PACKER, data, **settings)
+    source = Packs(PACKER, data, **settings)
     if state is not None:
-        feed.restore(json.loads(json.dumps(state)))
+        source.restore(json.loads(json.dumps(state)))
     found, states = [], []
-    for batch in feed.loader(start, stop, workers):
+    for batch in source.loader(start, stop, workers):
         found.append(dict(zip(batch.numbers, zip(batch.names, batch.streams, strict=True), strict=True)))
-        states.append(copy.deepcopy(feed.state()))
+        states.append(copy.deepcopy(source.state()))
     return found, states
 
 
-def told(found: list) -> list:
+def content(found: list) -> list:
     return [{lane: names for lane, (names, _) in step.items()} for step in found]
 
 
@@ -95,21 +95,21 @@ def test_packs_hold_their_budget_and_every_sample_comes_once_a_round():
 
 
 def test_each_round_has_each_sample_once():
-    order = [index_at(TEXTS, "0/text", turn) for turn in range(100)]
+    order = [index_at(TEXTS, "0/text", visit) for visit in range(100)]
     assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))
     assert order[:50] != order[50:]
 
 
 @pytest.mark.parametrize("words", [Words, Plain])
-def test_packs_go_on_from_a_state_with_other_workers_and_processes(words):
+def test_packs_resume_from_a_state_with_other_workers_and_processes(words):
     whole, states = packs(words=words())
-    assert told(packs(words=words(), workers=2)[0]) == told(whole)
+    assert content(packs(words=words(), workers=2)[0]) == content(whole)
     ranks = [packs(words=words(), rank=rank, ranks=2) for rank in range(2)]
-    assert [{**a, **b} for a, b in zip(*(told(found) for found, _ in ranks), strict=True)] == told(whole)
+    assert [{**a, **b} for a, b in zip(*(content(found) for found, _ in ranks), strict=True)] == content(whole)
     merged = {"lanes": {**ranks[0][1][5]["lanes"], **ranks[1][1][5]["lanes"]}}
     assert merged == states[5]
     again, later = packs(words=words(), start=6, state=merged, workers=1)
-    assert told(again) == told(whole)[6:]
+    assert content(again) == content(whole)[6:]
     assert later == states[6:]
     for step, other in zip(again, whole[6:], strict=True):
         for lane, (_, stream) in step.items():
@@ -118,30 +118,30 @@ def test_packs_go_on_from_a_state_with_other_workers_and_processes(words):
 
 
 def test_a_source_with_a_state_is_not_read_again_from_its_start():
-    flow = Flow(Words(1000))
-    for turn in range(700):
-        assert flow.at(turn)["text"] == f"word {turn + 1}"
-    state = json.loads(json.dumps(flow.state(650)))
-    assert 650 - Flow.EVERY < state["turn"] <= 650
+    reader = IterableReader(Words(1000))
+    for visit in range(700):
+        assert reader.at(visit)["text"] == f"word {visit + 1}"
+    state = json.loads(json.dumps(reader.state(650)))
+    assert 650 - IterableReader.EVERY < state["turn"] <= 650
     words = Words(1000)
-    other = Flow(words)
+    other = IterableReader(words)
     other.restore(state)
     assert other.at(690)["text"] == "word 691"
-    assert other.source.read < 2 * Flow.EVERY
+    assert other.source.read < 2 * IterableReader.EVERY
     assert words.read == 0  # the user's own is left alone
 
 
 def test_a_stream_begins_again_when_it_ends_also_right_after_a_state():
-    flow = Flow(Words(64))
-    assert [flow.at(turn)["text"] for turn in (63, 64, 127, 128)] == ["word 64", "word 1", "word 64", "word 1"]
-    flow = Flow(Words(64))
-    flow.at(64)
-    other = Flow(Words(64))
-    other.restore(flow.state(64))
-    assert other.turn == 64
+    reader = IterableReader(Words(64))
+    assert [reader.at(visit)["text"] for visit in (63, 64, 127, 128)] == ["word 64", "word 1", "word 64", "word 1"]
+    reader = IterableReader(Words(64))
+    reader.at(64)
+    other = IterableReader(Words(64))
+    other.restore(reader.state(64))
+    assert other.visit == 64
     assert other.at(64)["text"] == "word 1"
     with pytest.raises(MediaError, match="Words: the data have no samples"):
-        Flow(Words(0)).at(0)
+        IterableReader(Words(0)).at(0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000, 4099])
@@ -154,15 +154,15 @@ def test_an_order_without_memory_is_a_permutation(size):
         assert 0.25 * size < moved < 0.42 * size  # a third of the size, as of an order drawn evenly
 
 
-def test_turns_are_counted_and_shares_kept_in_every_block():
-    turns = Turns({"a": 6, "b": 3, "c": 1}, "key")
-    drawn = [turns(position) for position in range(40)]
+def test_visits_are_counted_and_every_block_has_the_shares():
+    schedule = Schedule({"a": 6, "b": 3, "c": 1}, "key")
+    drawn = [schedule(position) for position in range(40)]
     for who, share in (("a", 6), ("b", 3), ("c", 1)):
-        assert [turn for name, turn in drawn if name == who] == list(range(4 * share))
+        assert [visit for name, visit in drawn if name == who] == list(range(4 * share))
         assert [name for name, _ in drawn[10:20]].count(who) == share
     assert [name for name, _ in drawn[:10]] != [name for name, _ in drawn[10:20]]
-    assert Turns({"a": 6, "b": 3, "c": 1}, "key")(37) == drawn[37]  # in any order of asking
-    assert [name for name, _ in map(Turns({"a": 2, "b": 1}), range(6))] == list("aabaab")
+    assert Schedule({"a": 6, "b": 3, "c": 1}, "key")(37) == drawn[37]  # in any order of asking
+    assert [name for name, _ in map(Schedule({"a": 2, "b": 1}), range(6))] == list("aabaab")
 
 
 def test_a_temperature_weighs_by_length():
@@ -175,7 +175,7 @@ def test_a_temperature_weighs_by_length():
     assert weighed(data, {"a": 3.0}, "fit") == {"a": 3.0, "b": 1.0}
 
 
-def test_mixed_data_sets_keep_their_shares():
+def test_mixed_data_sets_have_their_shares():
     mixed = Mixed([{"n": i} for i in range(10)], [{"n": i} for i in range(100, 400)], weights=[1, 3])
     order = mixed.shuffled("key")
     drawn = [mixed[order(place)]["n"] for place in range(len(mixed))]
@@ -193,7 +193,7 @@ class Broken(list):
         return super().__getitem__(index)
 
 
-def test_broken_samples_are_left_out_and_told():
+def test_broken_samples_are_left_out_and_reported():
     settings = {"batch": 12, "max_bad": 9}
     batches = Batches(PACKER, {READ: Broken(TEXTS)}, **settings)
     found = [batches[step] for step in range(20)]
@@ -207,16 +207,16 @@ def test_broken_samples_are_left_out_and_told():
         _ = [strict[step] for step in range(20)]
 
 
-def test_packs_pass_over_broken_samples_and_go_on_exactly():
-    def feed(state=None, start=0):
+def test_packs_skip_broken_samples_and_resume_exactly():
+    def run(state=None, start=0):
         made = Packs(PACKER, {READ: Broken(TEXTS)}, tokens=200, look_ahead=8, max_bad=9)
         if state:
             made.restore(state)
         return [(b.names, [bad.sample for bad in b.bad], made.state()) for b in made.loader(start, 20, 0)]
 
-    whole = feed()
+    whole = run()
     assert {s for _, bad, _ in whole for s in bad} == {f"sample {n}" for n in range(50) if n % 7 == 3}
-    assert feed(whole[8][2], 9) == whole[9:]
+    assert run(whole[8][2], 9) == whole[9:]
 
 
 def test_what_is_longer_than_the_budget_counts_as_broken():
@@ -255,9 +255,9 @@ def test_a_run_lists_its_broken_samples_and_ends_at_one_too_many(tmp_path):
 
 
 def test_workers_get_no_sources_of_the_main_process():
-    feed = Packs(PACKER, {READ: TEXTS}, tokens=200)
-    next(iter(feed.loader(0, 1, 0)))
-    assert pickle.loads(pickle.dumps(feed)).lanes == []
+    source = Packs(PACKER, {READ: TEXTS}, tokens=200)
+    next(iter(source.loader(0, 1, 0)))
+    assert pickle.loads(pickle.dumps(source)).lanes == []
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from tests.hostile import (
     open_report,
     open_run,
     open_shards,
-    open_trouble,
+    open_spike,
 )
 
 OURS = (CheckpointError, ConfigError, MediaError, ShapeError, StreamError)
@@ -91,7 +91,7 @@ EVERY_FIELD = pytest.mark.parametrize(
         ("run/checkpoints/*/manifest.json", open_run, False),
         ("run/config.json", open_report, False),
         ("shards/index.json", open_shards, False),
-        ("trouble/trouble-0.json", open_trouble, False),
+        ("trouble/trouble-0.json", open_spike, False),
     ],
 )
 
@@ -148,7 +148,7 @@ def test_fault_03_a_pickle_is_refused_by_name_and_read_only_where_trusted(good, 
 
 
 def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
-    from multimodal.train.pieces import Pieces, write_pieces
+    from multimodal.train.sharded_tensors import ShardedTensors, write_sharded
 
     whole = {
         "a": torch.arange(15.0).reshape(5, 3),
@@ -156,7 +156,7 @@ def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
         "c": torch.arange(6.0).reshape(2, 3),
         "d": torch.zeros(0, 3),
     }
-    write_pieces(tmp_path / "one", whole, Processes())
+    write_sharded(tmp_path / "one", whole, Processes())
     assert not list(tmp_path.rglob(".metadata"))
     index = {
         "a": {"shape": [5, 3], "dtype": "F32", "axis": 0, "rows": [2, 2, 1]},
@@ -172,16 +172,16 @@ def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
     (tmp_path / "three" / "index.json").write_text(json.dumps({"format": 1, "processes": 3, "tensors": index}))
     like = {name: torch.full_like(t, -1) for name, t in whole.items()}
     for folder in ("one", "three"):
-        found = Pieces(tmp_path / folder).read(like, Processes())
+        found = ShardedTensors(tmp_path / folder).read(like, Processes())
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[name], t) for name, t in whole.items())
     (tmp_path / "three" / "00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"00001\.safetensors: missing, damaged or cut short"):
-        Pieces(tmp_path / "three").read(like, Processes())
+        ShardedTensors(tmp_path / "three").read(like, Processes())
     index["a"]["rows"] = [2, 2, 2]
     (tmp_path / "three" / "index.json").write_text(json.dumps({"format": 1, "processes": 3, "tensors": index}))
     with pytest.raises(CheckpointError, match="do not make the shape"):
-        Pieces(tmp_path / "three")
+        ShardedTensors(tmp_path / "three")
 
 
 def test_fault_59_no_program_is_run_in_a_users_folder(tmp_path, monkeypatch):

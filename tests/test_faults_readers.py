@@ -18,9 +18,9 @@ from PIL import Image
 
 import multimodal as mm
 from multimodal.data.codecs import Media, decoded, encoded
+from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.tables import open_table
-from multimodal.data.writing import index_archives, write_shards
 from multimodal.shapes import ConfigError, MediaError
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
@@ -136,8 +136,8 @@ def test_fault_05a_json_lines_name_their_line_and_hide_no_key(tmp_path: Path):
     found = rows_of(source)
     assert [found[0], found[-1]] == [{"a": 1}, {"a": 3}]
     wanted = (
-        "line 3: it has keys that come twice: a",
-        "line 4: it has keys that come twice: c",
+        "line 3: the key 'a' comes twice",
+        "line 4: the key 'c' comes twice",
         "line 5: ",
         "line 6: ",
     )
@@ -162,7 +162,7 @@ def test_fault_12_what_is_stored_of_a_broken_row_is_short(tmp_path: Path):
         Labels(("a", "b"))(long)
     assert len(str(caught.value)) < 400
     with pytest.raises(ConfigError, match="--files: there is no 'z'; there are c0, c1") as caught:
-        open_table(table(tmp_path, "wide.csv", ",".join(f"c{i}" for i in range(100_000)) + "\n")).choosing({}, ["z"])
+        open_table(table(tmp_path, "wide.csv", ",".join(f"c{i}" for i in range(100_000)) + "\n")).select({}, ["z"])
     assert len(str(caught.value)) < 300
 
     class Broken:
@@ -416,7 +416,7 @@ def test_fault_07_a_key_that_comes_twice_hides_nothing(tmp_path: Path, caplog):
         (b"3", None),
         (b"4", None),
     ]
-    assert "2 keys come again, each time as a sample of its own" in str(shards.account)
+    assert "2 keys come again, each time as another sample" in str(shards.account)
     assert "keys come again" in caplog.text
     apart = [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"x"), ("b.cls", b"y")]
     with pytest.raises(MediaError, match=r"the members of '/a' in .*a2\.tar do not lie side by side.*--sort=name"):
@@ -681,7 +681,7 @@ class Fails:
 def test_fault_82_a_stream_that_fails_names_its_task_and_place(tmp_path: Path, workers: int):
     with pytest.raises(
         MediaError,
-        match=r"task 'text -> label': sample 7 of its stream .*OSError: the connection was reset; an iterator does",
+        match=r"task 'text -> label': sample 7 of its stream .*OSError: the connection was reset; an iterator ends",
     ):
         list(packs(Fails(), packs=1, max_bad=50).loader(0, 9, workers))
     if not workers:

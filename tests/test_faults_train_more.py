@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.layers import MLP, Gated, SelfAttention, TemporalConv
+from multimodal.layers import MLP, Gated, SelfAttention
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.train import launch as launching
 from multimodal.train.recipe import choose_device
+from multimodal.zoo import TemporalConv
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,7 +215,7 @@ def test_fault_63_a_stuck_data_worker_outlives_no_run(tmp_path, way):
         said = run.communicate(timeout=60)[0]
         assert gone(worker)
         if way == "SIGTERM":  # a run that is asked once saves what it has
-            assert re.search(r"fit: stopped after step [12] of 9; everything is kept in ", said)
+            assert re.search(r"fit: stopped after step [12] of 9; everything is saved in ", said)
             assert (tmp_path / "run" / "model" / "weights.safetensors").is_file()
     finally:
         run.kill()
@@ -316,10 +317,10 @@ def test_fault_73a_gates_that_were_saved_without_an_axis_are_read(tmp_path):
         for n, t in load_file(state / "state.safetensors").items()
     }
     save_file(old, state / "state.safetensors")
-    from multimodal.train.state import seal
+    from multimodal.train.state import write_manifest
 
     (state / "manifest.json").unlink()
-    seal(state)
+    write_manifest(state)
     resumed = make(core=core)
     mm.fit(resumed, {TASK: DATA}, **settings, folder=tmp_path / "run", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
@@ -437,7 +438,7 @@ def test_fault_84b_however_cold_the_likeliest_is_taken(lively, cold):
             "best='text -> label loss' would do nothing beside no run folder",
         ),
         ({"evaluate_every": 2}, "evaluate_every=2 would do nothing beside no held-out data"),
-        ({"resume": True}, "resume=True goes on with the run in a folder, and none was given"),
+        ({"resume": True}, "resume=True resumes the run in a folder, and none was given"),
     ],
     ids=lambda x: str(x)[:30],
 )

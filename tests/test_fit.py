@@ -132,7 +132,7 @@ def test_augmentation_is_a_function_of_seed_and_place():
     assert len({tuple(row.tolist()) for step in range(8) for row in pictures(step)}) == 32  # never the same twice
 
 
-def kept_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
+def saved_state(folder: Path) -> tuple[dict[str, Tensor], dict]:
     newest = max((folder / "checkpoints").glob("step-*"))
     return load_file(newest / "state.safetensors"), json.loads((newest / "state.json").read_text())
 
@@ -158,25 +158,25 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, way, ema, optimizer):
 
         with pytest.raises(MediaError, match="the lights went out"):
             mm.fit(make(), {TASK: Stopping(DATA, in_step(13), power_cut)}, **settings, folder=tmp_path / "cut")
-    assert kept_state(tmp_path / "cut")[1]["step"] == 10
+    assert saved_state(tmp_path / "cut")[1]["step"] == 10
 
     torch.manual_seed(99)
     resumed = make(seed=5)  # other first weights: all of them come from the state
     run = mm.fit(resumed, {TASK: DATA}, **settings, folder=tmp_path / "cut", resume=True)
     assert run.finished
     assert same(resumed.state_dict(), straight.state_dict())
-    (mine, facts), (other, other_facts) = kept_state(tmp_path / "cut"), kept_state(tmp_path / "straight")
+    (mine, facts), (other, other_facts) = saved_state(tmp_path / "cut"), saved_state(tmp_path / "straight")
     assert same(mine, other)
     assert any(name.startswith("ema/") for name in mine) == bool(ema)
     assert {name.split("/")[0] for name in mine} >= {"model", "optimizer"}
     assert facts == other_facts
 
-    def told(history: list[dict]) -> list[dict]:
+    def without_times(history: list[dict]) -> list[dict]:
         return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds")} for row in history]
 
-    assert told(run.history) == told(whole.history)
+    assert without_times(run.history) == without_times(whole.history)
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert told(log) == told(whole.history)
+    assert without_times(log) == without_times(whole.history)
 
 
 def test_a_token_budget_is_resumed_exactly(tmp_path):
@@ -227,9 +227,9 @@ def test_ctrl_c_leaves_a_model_a_state_and_the_old_handler(tmp_path, capsys):
     assert signal.getsignal(signal.SIGINT) is before
     assert (run.finished, run.last("step")) == (False, 3)
     assert same(mm.Model.load(tmp_path / "run" / "model").state_dict(), model.state_dict())
-    assert kept_state(tmp_path / "run")[1]["step"] == 3
+    assert saved_state(tmp_path / "run")[1]["step"] == 3
     said = capsys.readouterr().out
-    assert "fit: stopped after step 3 of 20; everything is kept in " in said
+    assert "fit: stopped after step 3 of 20; everything is saved in " in said
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_resume_without_a_state_starts_anew(tmp_path):
     assert [row["step"] for row in run.history] == [1, 2]
 
 
-def test_a_loss_that_is_not_finite_names_its_step_and_keeps_its_batch(tmp_path):
+def test_a_loss_that_is_not_finite_names_its_step_and_saves_its_batch(tmp_path):
     model = make()
 
     def poison() -> None:
@@ -311,16 +311,16 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_its_batch(tmp_path):
     wanted = (
         r"step 4: the loss is nan, the gradient norm nan; multimodal replay (\S+) shows its samples; lower lr=0\.003"
     )
-    with pytest.raises(FloatingPointError, match=wanted) as told:
+    with pytest.raises(FloatingPointError, match=wanted) as caught:
         mm.fit(model, {TASK: Stopping(DATA, in_step(4), poison)}, **PLAIN, folder=tmp_path)
-    kept = Path(re.search(wanted, str(told.value)).group(1))
-    assert json.loads((kept / "trouble-0.json").read_text())["names"][0][0].startswith("sample ")
-    assert mm.Model.load(kept / "model", finite=False).core.norm.weight.isnan().all()
-    with pytest.raises(FloatingPointError, match="its batch is not kept"):
+    place = Path(re.search(wanted, str(caught.value)).group(1))
+    assert json.loads((place / "trouble-0.json").read_text())["names"][0][0].startswith("sample ")
+    assert mm.Model.load(place / "model", finite=False).core.norm.weight.isnan().all()
+    with pytest.raises(FloatingPointError, match="its batch is not saved"):
         mm.fit(model, {TASK: DATA}, **PLAIN)
 
 
-def test_a_spike_is_left_out_and_kept(tmp_path, capsys, monkeypatch):
+def test_a_spike_is_left_out_and_saved(tmp_path, capsys, monkeypatch):
     """What a spike is, is for SpikeWatch to say; the gradient norm that it sees in step 30 is 10,000 times as large."""
     model, before = make(), {}
     seen = SpikeWatch.why
@@ -576,7 +576,7 @@ def test_averaged_weights_are_the_formula_and_become_the_model(tmp_path):
     seen: list[Tensor] = []
     model.core.register_forward_pre_hook(lambda *_: seen.append(model.core.norm.weight.detach().clone()))
     mm.fit(model, {TASK: DATA}, **{**PLAIN, "steps": 4, "ema": 0.5, "lr": 1e-2}, folder=tmp_path)
-    weights = [*seen, kept_state(tmp_path)[0]["model/core.norm.weight"]]
+    weights = [*seen, saved_state(tmp_path)[0]["model/core.norm.weight"]]
     assert len(weights) == 5
     mean = weights[0]
     for k, weight in enumerate(weights[1:]):

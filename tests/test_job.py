@@ -48,7 +48,7 @@ def test_settings_of_the_recipe_with_and_without_its_name():
     assert type(plain.recipe.steps) is int
 
 
-def test_the_core_is_rebuilt_as_its_declaration_draws_it():
+def test_a_changed_core_has_the_initial_weights_of_its_declaration():
     made = job("core.depth=3", "core.width=48", "core.heads=4", "core.kv_heads=2", "core.rotary_split=1,1,1")
     core = mm.Core(width=48, depth=3, heads=4, kv_heads=2, rotary_split=(1, 1, 1), score=mm.attention.Cosine())
     assert made.model.core.core == core
@@ -123,8 +123,8 @@ def frozen() -> TrainingJob:
 
 @pytest.mark.parametrize("make", [loaded, frozen])
 @pytest.mark.parametrize("setting", ["core.depth=2", "tokenizers.image.patch=8", "model.seed=1"])
-def test_weights_that_were_put_in_are_not_lost(make, setting):
-    with pytest.raises(ConfigError, match=r"not as they were drawn \(loaded, trained or frozen\), such as "):
+def test_loaded_weights_are_not_lost(make, setting):
+    with pytest.raises(ConfigError, match=r"not initial ones \(loaded, trained or frozen\), such as "):
         job(setting, make=make)
     assert job("lr=1", make=make).recipe.lr == 1
 
@@ -147,7 +147,7 @@ def test_weights_that_were_put_in_are_not_lost(make, setting):
         ("core.depth.x=8", "no setting 'x'; it has nothing to set: it is 1"),
         ("core.score.scale.x.y=8", "--set core.score.scale.x.y=8: "),
         ("core.score=Cosine", "core.score is Cosine, which is chosen in the file; here is set what is inside of it"),
-        ("core.block=MLP", "cannot be typed; it is chosen in the file"),
+        ("core.block=MLP", "cannot be set here; it is chosen in the file"),
         ("core.block.7.x=1", "core.block has no setting '7'; it has 0, 1"),
         ("core.mask=Causal", "--set core.mask=Causal: "),
         (
@@ -185,7 +185,7 @@ def test_a_part_and_what_is_inside_of_it(settings):
         job(*settings)
 
 
-def test_a_function_that_needs_something_is_told():
+def test_a_function_without_defaults_is_an_error():
     with pytest.raises(ConfigError, match=r"recipe\(\) of mine.py needs 'size'; give that parameter a default"):
         job(make=lambda size: recipe())
 

@@ -104,19 +104,19 @@ def test_each_knows_who_it_is_and_only_the_first_is_heard(tmp_path, capfd, monke
         f"open(f'{tmp_path}/' + e['RANK'], 'w').write(json.dumps({{n: e[n] for n in {names}}})); print('rank', e['RANK'])"
     )
     assert launch([sys.executable, "-S", "-c", code], 3) == 0
-    told = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    environments = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for rank, facts in enumerate(told):
-        assert facts["RANK"] == facts["LOCAL_RANK"] == str(rank)
-        assert facts["WORLD_SIZE"] == facts["LOCAL_WORLD_SIZE"] == "3"
-        assert (facts["MASTER_ADDR"], facts["OMP_NUM_THREADS"]) == ("127.0.0.1", str(max(1, cores // 3)))
-    assert len({facts["MASTER_PORT"] for facts in told}) == 1
+    for rank, environment in enumerate(environments):
+        assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank)
+        assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "3"
+        assert (environment["MASTER_ADDR"], environment["OMP_NUM_THREADS"]) == ("127.0.0.1", str(max(1, cores // 3)))
+    assert len({environment["MASTER_PORT"] for environment in environments}) == 1
     assert capfd.readouterr().out == "rank 0\n"
 
 
-def test_threads_that_were_asked_for_are_kept(monkeypatch):
+def test_requested_threads_stay(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert launching._shared(2)["OMP_NUM_THREADS"] == "7"
+    assert launching._environment(2)["OMP_NUM_THREADS"] == "7"
 
 
 def test_one_that_fails_ends_the_others_and_says_why(command, tmp_path, capfd):
@@ -155,7 +155,7 @@ def test_one_that_does_not_listen_is_killed_after_a_time(command, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_being_asked_to_stop_reaches_all_and_all_save(command, tmp_path, capfd, number):
+def test_a_request_to_stop_reaches_all_and_all_save(command, tmp_path, capfd, number):
     before = signal.getsignal(number)
     meanwhile(lambda _: os.kill(os.getpid(), number), tmp_path, 2)
     assert launch(command("saves", "saves"), 2) == STOPPED

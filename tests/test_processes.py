@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from multimodal.shapes import ConfigError
-from multimodal.train.processes import found_processes
+from multimodal.train.processes import connected_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {"steps": 6, "batch": 8, "ema": 0.9, "checkpoint_every": 3}
@@ -54,7 +54,7 @@ def test_each_process_holds_one_kind_and_the_gradients_are_those_of_one(tmp_path
 @pytest.mark.parametrize(
     ("before", "after"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp")), ((2, "fsdp"), (4, "ddp"))]
 )
-def test_a_run_goes_on_in_another_number_of_processes(tmp_path, run: Run, straight, before, after):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path, run: Run, straight, before, after):
     """The same samples, the same dropout: the losses are those of a run that was never stopped, up to rounding."""
     out = tmp_path / "run"
     for (count, parallel), steps in ((before, 3), (after, 6)):
@@ -92,7 +92,7 @@ def test_half_of_the_variables_are_refused(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with (
         pytest.raises(ConfigError, match="but MASTER_ADDR are not set; start it by torchrun"),
-        found_processes(torch.device("cpu")),
+        connected_processes(torch.device("cpu")),
     ):
         pass
 

@@ -199,13 +199,13 @@ def test_best_is_the_best_and_not_the_last(tmp_path):
         (lambda run: (run / CONFIG).unlink(), False),
     ],
 )
-def test_finished_means_that_the_last_step_is_kept(tmp_path, change, finished):
+def test_finished_means_that_the_last_step_is_saved(tmp_path, change, finished):
     run = write_run(tmp_path / "a", history(10), steps=10)
     change(run)
     assert Record.read(run).finished is finished
 
 
-def test_names_tell_runs_apart(tmp_path):
+def test_names_of_runs_differ(tmp_path):
     def at(*folders: str) -> list[str]:
         return names([Record(Path(folder), [], {}, None) for folder in folders])
 

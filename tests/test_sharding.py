@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from multimodal.data.shard_writer import write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.tables import open_table
-from multimodal.data.writing import write_shards
 from multimodal.shapes import ConfigError, MediaError
 
 pytest.importorskip("cyclopts")  # GPU machines may lack it, and run the tests marked cuda alone
@@ -25,7 +25,7 @@ KILLED = '''
 """A writer that kills itself in its n-th step, for every n: at each sample, before each new name, after each new name."""
 import json, os, signal, sys
 from pathlib import Path
-from multimodal.data.writing import write_shards
+from multimodal.data.shard_writer import write_shards
 
 real = os.replace
 
@@ -123,7 +123,7 @@ def interrupted(count: int, broken: int = -1):
     raise RuntimeError("stopped")
 
 
-def test_what_is_unfinished_is_checked_before_it_goes_on(tmp_path: Path):
+def test_unfinished_work_is_checked_before_it_is_resumed(tmp_path: Path):
     class Once:
         def __iter__(self):
             return interrupted(9)
@@ -200,9 +200,9 @@ def test_a_folder_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "photos" / "dog" / "notes.md").write_text("x")
     out = tmp_path / "out"
     assert main(["shards", str(tmp_path / "photos"), str(out)]) == 0
-    told = capsys.readouterr()
-    assert told.out == f"samples  5\nfields   image, label, audio\nshards   1, 0.0 MB\nfolder   {out}\n"
-    assert told.err == "saw 6 entries: 5 are used, 1 left out\n  of another format (.md): 1 (dog/notes.md)\n"
+    output = capsys.readouterr()
+    assert output.out == f"samples  5\nfields   image, label, audio\nshards   1, 0.0 MB\nfolder   {out}\n"
+    assert output.err == "saw 6 entries: 5 are used, 1 left out\n  of another format (.md): 1 (dog/notes.md)\n"
     read = [{k: v if k == "label" else v and v.getvalue() for k, v in sample.items()} for sample in Shards(out)]
     folder = tmp_path / "photos"
     assert read == [
@@ -246,9 +246,9 @@ def test_a_table_of_files(tmp_path: Path, suffix: str, capsys: pytest.CaptureFix
     assert main(command) == 2
     assert "row 1: image: [Errno 2] No such file" in capsys.readouterr().err
     assert main([*command, "--max-bad", "2"]) == 0
-    told = capsys.readouterr()
-    assert "row 2: line 6: it has 1 columns, and the first line names 3" in told.err
-    assert "broken rows that were left out: 2; they are listed in" in told.err
+    output = capsys.readouterr()
+    assert "row 2: line 6: it has 1 columns, and the first line names 3" in output.err
+    assert "broken rows that were left out: 2; they are listed in" in output.err
     first, second = Shards(out)
     assert (first["image"].getvalue(), first["words"]) == ((tmp_path / "a.png").read_bytes(), 'two "lines",\nä')
     assert second == {"image": None, "words": "no picture"}
@@ -284,7 +284,7 @@ def test_json_lines_keep_their_types(tmp_path: Path):
         '{"n": 4}',
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n")
-    made = write_shards(open_table(str(tmp_path / "t.jsonl")).choosing({}, ["file"]), tmp_path / "out", max_bad=3)
+    made = write_shards(open_table(str(tmp_path / "t.jsonl")).select({}, ["file"]), tmp_path / "out", max_bad=3)
     assert [row for row, _ in made.bad] == [1, 2, 3]
     first, last = Shards(tmp_path / "out")
     assert first.pop("file").getvalue() == (tmp_path / "a.png").read_bytes()
@@ -360,16 +360,16 @@ def test_verify_finds_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     archive = tmp_path / "s" / "000001.tar"
     archive.write_bytes(archive.read_bytes()[:-1] + b"x")
     assert main(["shards", str(tmp_path / "s"), "--verify"]) == 1
-    told = capsys.readouterr()
-    assert told.out == f"{count - 1} of {count} shards are as they were written\n"
-    assert told.err == "000001.tar: its sha256 is not the one in index.json\n"
+    output = capsys.readouterr()
+    assert output.out == f"{count - 1} of {count} shards are as they were written\n"
+    assert output.err == "000001.tar: its sha256 is not the one in index.json\n"
     assert main(["shards", str(tmp_path / "s")]) == 2
 
 
 RECORDS = '''
 import sys
 import numpy as np
-from multimodal.data.writing import write_shards
+from multimodal.data.shard_writer import write_shards
 
 class Records:
     """3.5 KB of noise each, behind one byte that says which."""

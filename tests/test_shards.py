@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from multimodal.data.codecs import Media, encoded
+from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
-from multimodal.data.writing import index_archives, write_shards
 from multimodal.media import read_image, read_sound
 from multimodal.shapes import ConfigError, MediaError
 

@@ -1,4 +1,4 @@
-"""States on disk: whole or not there, kept by policy, checked when read, readable one version later."""
+"""States on disk: complete or absent, the newest ones stay, checked when read, readable one version later."""
 
 import importlib
 import json
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import multimodal as mm
-from multimodal.files import aside
+from multimodal.files import part_path
 from multimodal.saving import LOCK, MARK, PLACE
 from multimodal.shapes import CheckpointError
 from multimodal.train.optimizer import rate
 from multimodal.train.processes import Processes
-from multimodal.train.state import Checkpoints, check, seal
+from multimodal.train.state import Checkpoints, check_manifest, write_manifest
 from multimodal_tokenizers import Labels, TextBytes
 
 TASK = "text -> label"
@@ -44,17 +44,17 @@ def train(folder: Path, **settings) -> mm.Model:
     return model
 
 
-def kept(folder: Path) -> list[str]:
+def states(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(("keep", "steps"), [(1, [12]), (2, [9, 12]), (9, [3, 6, 9, 12])])
-def test_the_last_ones_are_kept(tmp_path, keep, steps):
+def test_the_last_states_stay(tmp_path, keep, steps):
     train(tmp_path, keep=keep)
-    assert kept(tmp_path) == [f"step-{step:08d}" for step in steps]
+    assert states(tmp_path) == [f"step-{step:08d}" for step in steps]
 
 
-def test_the_best_model_is_kept(tmp_path):
+def test_the_best_model_is_saved(tmp_path):
     held_out = {TASK: DATA[:5]}
     name = f"{TASK} loss"
     model = make()
@@ -104,16 +104,16 @@ def test_a_damaged_state_is_noticed_and_the_one_before_is_used(tmp_path, damage,
     assert all(
         torch.equal(a, b) for a, b in zip(straight.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    check(tmp_path / "run" / "checkpoints" / "step-00000012")
+    check_manifest(tmp_path / "run" / "checkpoints" / "step-00000012")
 
 
 def test_damaged_states_never_push_out_the_good_ones(tmp_path):
     """With keep=1: the state of step 12 is damaged, training goes on from step 9, is stopped at 10, and that one is there."""
     train(tmp_path, keep=2)
     flip(tmp_path / "checkpoints" / "step-00000012" / "state.json")
-    with pytest.warns(UserWarning, match="put aside"):
+    with pytest.warns(UserWarning, match="is renamed"):
         mm.fit(make(), {TASK: DATA}, folder=tmp_path, resume=True, keep=1, trackers=[press_at(10)], **PLAIN)
-    assert kept(tmp_path) == ["step-00000010", "step-00000012.damaged"]
+    assert states(tmp_path) == ["step-00000010", "step-00000012.damaged"]
 
 
 def press_at(step: int):
@@ -137,16 +137,16 @@ def test_a_finished_run_is_not_written_again(tmp_path):
 
 
 def test_what_goes_wrong_in_the_writing_thread_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("multimodal.train.state.seal", lambda folder: 1 / 0)
+    monkeypatch.setattr("multimodal.train.state.write_manifest", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path)
 
 
-def test_the_weights_are_put_back_even_if_the_last_state_cannot_be_kept(tmp_path, monkeypatch):
+def test_the_result_is_copied_even_if_the_last_state_cannot_be_saved(tmp_path, monkeypatch):
     straight = train(tmp_path / "straight")
-    monkeypatch.setattr("multimodal.train.state.seal", full)
+    monkeypatch.setattr("multimodal.train.state.write_manifest", full)
     model = make()
-    with pytest.raises(OSError, match="could not be kept"):
+    with pytest.raises(OSError, match="could not be saved"):
         mm.fit(model, {TASK: DATA}, folder=tmp_path / "run", **PLAIN)
     assert all(
         torch.equal(a, b) for a, b in zip(straight.state_dict().values(), model.state_dict().values(), strict=True)
@@ -165,7 +165,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_that_is_called_alike(
     left = tmp_path / "model" / PLACE
     left.mkdir(parents=True)
     (left / LOCK).write_text(MARK)
-    (left / aside(left)).write_bytes(b"half a file")
+    (left / part_path(left)).write_bytes(b"half a file")
     make().save(tmp_path / "model")
     assert all(folder.is_dir() for folder in others)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "weights.safetensors"]
@@ -180,7 +180,7 @@ def test_a_state_that_was_being_written_is_no_state(tmp_path):
     assert not half.exists()
 
 
-def test_a_full_disk_harms_nothing_that_was_kept(tmp_path):
+def test_a_full_disk_damages_no_saved_state(tmp_path):
     """The limit on file sizes stands for a full disk: the write fails half-way."""
     program = f"""
 import resource, signal, sys, warnings
@@ -191,10 +191,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def full(row):
     if row["step"] in (6, 9):
         resource.setrlimit(resource.RLIMIT_FSIZE, (600 if row["step"] == 6 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     mm.fit(make(), {{TASK: DATA}}, folder=sys.argv[1], trackers=[full], keep=9, checkpoint_every=3, **PLAIN)
-print([str(w.message) for w in told if "could not be kept" in str(w.message)])
+print([str(w.message) for w in caught if "could not be saved" in str(w.message)])
 """
     root = Path(__file__).resolve().parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tokenizers"))), "OMP_NUM_THREADS": "1"}
@@ -202,24 +202,27 @@ print([str(w.message) for w in told if "could not be kept" in str(w.message)])
         [sys.executable, "-c", program, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "could not be kept" in done.stdout
+    assert "could not be saved" in done.stdout
     assert "training goes on" in done.stdout
-    assert kept(tmp_path) == [f"step-{step:08d}" for step in (3, 9, 12)]
+    assert states(tmp_path) == [f"step-{step:08d}" for step in (3, 9, 12)]
     for folder in (tmp_path / "checkpoints").iterdir():
-        check(folder)
+        check_manifest(folder)
     mm.Model.load(tmp_path / "model")
 
 
-def test_the_end_of_a_run_that_cannot_be_kept_is_an_error(tmp_path, monkeypatch):
+def test_a_last_state_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("multimodal.train.state.write_tensors", full)
-    with pytest.raises(OSError, match=r"state after step 12 could not be kept .*No space left"):
+    with pytest.raises(OSError, match=r"state after step 12 could not be saved .*No space left"):
         train(tmp_path, checkpoint_every=0)
-    assert kept(tmp_path) == []
+    assert states(tmp_path) == []
 
 
 def test_what_is_written_beside_training_is_what_was_there(tmp_path, monkeypatch):
     """The writing thread waits until two more steps have changed the weights."""
-    monkeypatch.setattr("multimodal.train.state.seal", lambda folder, seal=seal: (time.sleep(0.3), seal(folder)))
+    monkeypatch.setattr(
+        "multimodal.train.state.write_manifest",
+        lambda folder, real=write_manifest: (time.sleep(0.3), real(folder)),
+    )
     train(tmp_path / "run", keep=9)
     for step in (3, 6):
         saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
@@ -234,7 +237,7 @@ def test_what_is_written_beside_training_is_what_was_there(tmp_path, monkeypatch
         assert all(torch.equal(saved[f"model/{name}"], t) for name, t in seen.items())
 
 
-def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
+def test_a_run_of_the_version_before_is_resumed(tmp_path, monkeypatch):
     shutil.copytree(OLD, tmp_path / "run")
     old = mm.Model.load(tmp_path / "run")
     assert old.predict(TASK, text="cab").value in ("with a", "without")
@@ -255,7 +258,7 @@ def test_a_run_of_the_version_before_goes_on(tmp_path, monkeypatch):
         # version 0.1 decayed embeddings and start tokens too: by .05 times the four rates, which add to .0105
         torch.testing.assert_close(a, b, atol=1e-5, rtol=7e-4)
     assert not (tmp_path / "run" / "state").exists()
-    assert kept(tmp_path / "run") == ["step-00000008"]
+    assert states(tmp_path / "run") == ["step-00000008"]
 
 
 def test_a_state_of_the_future_is_refused(tmp_path):
@@ -264,7 +267,7 @@ def test_a_state_of_the_future_is_refused(tmp_path):
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({**saved, "format": 3}))
     (path.parent / "manifest.json").unlink()
-    seal(path.parent)
+    write_manifest(path.parent)
     with pytest.raises(CheckpointError, match="format 3, but this version reads 1 and 2; update"):
         train(tmp_path, resume=True)
 

@@ -1,4 +1,4 @@
-"""Steps that go wrong: found, kept, and traced to the sample that is to blame."""
+"""Steps that go wrong: detected, saved, and traced to the sample that caused them."""
 
 import importlib
 import json
@@ -23,13 +23,13 @@ from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 from multimodal.train.spikes import (
+    SavedStep,
     SpikeWatch,
-    Trouble,
-    keep_trouble,
+    load_spike,
     load_stream,
-    load_trouble,
     replay,
     samples_of,
+    save_spike,
     save_stream,
 )
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
@@ -200,7 +200,7 @@ def test_norms_that_rise_for_good_are_followed() -> None:
     assert not any(found[150:])
 
 
-def test_the_watch_goes_on_exactly_after_json() -> None:
+def test_the_watch_resumes_exactly_after_json() -> None:
     norms = torch.randn(120, generator=torch.Generator().manual_seed(0)).exp().mul(3).tolist()
     one = SpikeWatch(spike=3.0, warmup=5)
     for norm in norms[:60]:
@@ -217,14 +217,14 @@ def tidy(model: mm.Model, values: Any, count: int = 6) -> list[tuple[str, dict[s
     return [(tasks[i % 2], sample(values, i)) for i in range(count)]
 
 
-def kept(tmp_path: Path, model: mm.Model, streams: list[Stream], **options: Any) -> Path:
-    place = keep_trouble(tmp_path, 123, streams, "it was strange", model, **options)
+def save(tmp_path: Path, model: mm.Model, streams: list[Stream], **options: Any) -> Path:
+    place = save_spike(tmp_path, 123, streams, "the norm is too large", model, **options)
     assert place == tmp_path / "trouble" / "step-0000123"
     return place
 
 
-def loaded(place: Path) -> tuple[mm.Model, Trouble]:
-    return mm.Model.load(place / "model", finite=False), load_trouble(place)
+def loaded(place: Path) -> tuple[mm.Model, SavedStep]:
+    return mm.Model.load(place / "model", finite=False), load_spike(place)
 
 
 def test_replay_finds_a_planted_nan(tmp_path: Path, values, monkeypatch, capsys) -> None:
@@ -235,7 +235,7 @@ def test_replay_finds_a_planted_nan(tmp_path: Path, values, monkeypatch, capsys)
     image = streams[0].content["image"]
     image[(image[:, None] == bad).all(-1).any(1)] = torch.nan
     names = [[f"round 0, sample {i}" for i in part] for part in ((10, 11, 12, 13), (14, 15))]
-    place = kept(tmp_path, model, streams, names=names)
+    place = save(tmp_path, model, streams, names=names)
     found = replay(*loaded(place))
     assert [row.finite for row in found.batches] == [False, True]
     worst = found.samples[0]
@@ -249,7 +249,7 @@ def test_replay_finds_a_planted_nan(tmp_path: Path, values, monkeypatch, capsys)
     importlib.import_module("multimodal.cli.train")
     assert main(["replay", str(place), "--device", "cpu", "--rows", "2"]) == 1
     text = capsys.readouterr().out
-    assert text.startswith("step 123: it was strange\n")
+    assert text.startswith("step 123: the norm is too large\n")
     table = text.split("\n\n")[2].splitlines()
     assert "sample 12" in table[1]
     assert "content of image" in table[1]
@@ -268,12 +268,12 @@ def test_replay_names_the_layer_where_it_began(tmp_path: Path, values) -> None:
     with torch.no_grad():
         model.core.blocks[1].layers[1].body.gate_up.weight.mul_(1e3)  # pyright: ignore
         model.core.blocks[1].layers[1].body.down.weight.fill_(3e38)  # pyright: ignore
-    found = replay(*loaded(kept(tmp_path, model, [stream])))
+    found = replay(*loaded(save(tmp_path, model, [stream])))
     assert {row.first for row in found.samples} == {"core.blocks.1.layers.1.body.down"}
     assert found.weights == ()
     with torch.no_grad():
         model.core.blocks[0].layers[0].body.attention.out.weight[0, 0] = torch.nan  # pyright: ignore
-    found = replay(*loaded(kept(tmp_path, model, [stream])))
+    found = replay(*loaded(save(tmp_path, model, [stream])))
     assert {row.first for row in found.samples} == {"core.blocks.0.layers.0.body.attention.out"}
     assert found.weights == ("core.blocks.0.layers.0.body.attention.out.weight",)
 
@@ -287,7 +287,7 @@ def test_replay_ranks_a_huge_sample_first_and_measures_gradients(tmp_path: Path,
         readout.linear.bias.copy_(torch.tensor([0.0, 0.0, -300.0]))
     assert batch[2][1]["label"] == "star"
     streams = [model.packer(batch[:3]), model.packer(batch[3:])]
-    found = replay(*loaded(kept(tmp_path, model, streams)))
+    found = replay(*loaded(save(tmp_path, model, streams)))
     assert found.samples[0].sample == 2
     assert found.samples[0].file.startswith("stream-0-000")
     assert found.samples[0].loss > 250
@@ -311,46 +311,46 @@ def test_replay_ranks_a_huge_sample_first_and_measures_gradients(tmp_path: Path,
 def test_a_loss_across_samples_is_said(tmp_path: Path, values) -> None:
     model = model_of()
     pairs = [("image <-> text", sample(values, i)) for i in range(4)]
-    (note,) = replay(*loaded(kept(tmp_path, model, [model.packer(pairs)]))).notes
+    (note,) = replay(*loaded(save(tmp_path, model, [model.packer(pairs)]))).notes
     assert "goes across samples" in note
 
 
-def test_keeping_is_bounded_and_what_is_dropped_is_noted(tmp_path: Path, values) -> None:
+def test_the_number_of_saved_steps_is_bounded_and_dropped_ones_are_listed(tmp_path: Path, values) -> None:
     model = model_of()
     stream = model.packer(tidy(model, values, 2))
-    places = [keep_trouble(tmp_path, step, [stream], f"why {step}", model, most=2) for step in (5, 9, 9, 11, 12)]
+    places = [save_spike(tmp_path, step, [stream], f"why {step}", model, most=2) for step in (5, 9, 9, 11, 12)]
     assert [place and place.name for place in places] == ["step-0000005", "step-0000009", "step-0000009", None, None]
     lines = (tmp_path / "trouble" / "dropped.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 11, "why": "why 11"}, {"step": 12, "why": "why 12"}]
 
 
-def test_every_process_keeps_its_own_part(tmp_path: Path, values) -> None:
+def test_every_process_saves_its_own_part(tmp_path: Path, values) -> None:
     model = model_of()
     streams = [model.packer(tidy(model, values, n)) for n in (2, 3, 4)]
     counts = {"image text -> label": 50, "text -> out:story": 70}
     for process, mine in enumerate((streams[:1], streams[1:])):
-        keep_trouble(
+        save_spike(
             tmp_path,
             7,
             mine,
-            "strange",
+            "too large",
             model if process == 0 else None,
             counts=counts,
             precision="bfloat16",
             process=process,
             most=1,
         )
-    trouble = load_trouble(tmp_path / "trouble" / "step-0000007")
-    assert (trouble.step, trouble.why, trouble.precision, trouble.counts) == (7, "strange", "bfloat16", counts)
-    assert [(b.process, b.file) for b in trouble.batches] == [
+    saved = load_spike(tmp_path / "trouble" / "step-0000007")
+    assert (saved.step, saved.why, saved.precision, saved.counts) == (7, "too large", "bfloat16", counts)
+    assert [(b.process, b.file) for b in saved.batches] == [
         (0, "stream-0-000.safetensors"),
         (1, "stream-1-000.safetensors"),
         (1, "stream-1-001.safetensors"),
     ]
-    for batch, stream in zip(trouble.batches, streams, strict=True):
+    for batch, stream in zip(saved.batches, streams, strict=True):
         assert list(differences(batch.stream, stream)) == []
-    with pytest.raises(CheckpointError, match="no trouble was kept here"):
-        load_trouble(tmp_path)
+    with pytest.raises(CheckpointError, match="no step is saved here"):
+        load_spike(tmp_path)
     (tmp_path / "trouble" / "step-0000007" / "trouble-1.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"trouble-1\.json: damaged"):
-        load_trouble(tmp_path / "trouble" / "step-0000007")
+        load_spike(tmp_path / "trouble" / "step-0000007")

@@ -55,12 +55,12 @@ def test_a_step_on_cuda_waits_for_nothing(precision):
     step(stream(trained, 0))  # what is made once (turns, kernels, the optimiser's state) may wait
     packed = stream(trained, 1)
     with no_waits():
-        told = step(packed)
-    assert torch.isfinite(told).all()
+        loss = step(packed)
+    assert torch.isfinite(loss).all()
 
 
 @pytest.mark.cuda
-def test_what_goes_to_cuda_by_copies_that_do_not_wait_arrives_whole():
+def test_copies_to_cuda_that_do_not_wait_arrive_complete():
     packed = stream(model(), 0)
     torch.cuda._sleep(10**8)  # the copies come to pass long after the call
     moved, again = packed.to("cuda"), packed.to("cuda")

@@ -23,7 +23,7 @@ from multimodal.check.measure import (
     sample_gradients,
 )
 from multimodal.check.values import Encoded, plausible_values, random_tokens
-from multimodal.generate import Engine, Greedy, Sampler, request
+from multimodal.generate import Engine, Greedy, Sampler
 from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample
@@ -284,7 +284,7 @@ def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Writte
     """The answers of all samples, written in one batch."""
     head = model.packer.head(task)
     asked = [
-        request(
+        new_request(
             model.packer,
             task,
             sample,

@@ -4,14 +4,12 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from multimodal.heads import Prediction
 
 _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
@@ -212,37 +210,3 @@ def _written(ending: str, data: bytes, name: str, folder: Path) -> Path:
             path.unlink(missing_ok=True)  # a disk that is full
             raise
         return path
-
-
-@contextmanager
-def progress_bars(quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A function (what, done, total, note="", key=None) that draws progress on stderr; nothing where there is no terminal.
-
-    Each `key`, or else each `what`, has a bar of its own.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda *_, **__: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # where stdout is a pipe, rich would send what is printed to stderr
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        tasks: dict[Any, TaskID] = {}
-
-        def show(what: str, done: float, total: float, note: str = "", key: Any = None) -> None:
-            key = what if key is None else key
-            if key not in tasks:
-                tasks[key] = progress.add_task(what, total=total, note=note)
-            progress.update(tasks[key], completed=done, total=total, note=note)
-
-        yield show

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from multimodal.cli.output import check_folder, progress_bars
+from multimodal.cli.output import check_folder
+from multimodal.progress import progress_bar
 
 SHOWN = 5  # bad rows
 
@@ -60,8 +61,8 @@ def shards(
     verify
         Read all shards and compare their checksums. Exit code 1: some are damaged.
     """
+    from multimodal.data.shard_writer import BAD, write_shards
     from multimodal.data.tables import open_table
-    from multimodal.data.writing import BAD, write_shards
     from multimodal.shapes import ConfigError
 
     if verify:
@@ -72,15 +73,15 @@ def shards(
         raise ConfigError("shards: give the folder of the shards behind the source")
     check_folder(out, "shards:")
     chosen = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
-    table = open_table(source, split, encoding=encoding, quotes=quotes).choosing(chosen, files or [])
-    with progress_bars() as bars:
+    table = open_table(source, split, encoding=encoding, quotes=quotes).select(chosen, files or [])
+    with progress_bar("packing", table.total) as bar:
         made = write_shards(
             table,
             out,
             shard_bytes=int(shard_mb * 1e6),
             max_bad=max_bad,
             source=table.about,
-            progress=lambda at: bars("packing", at.rows, table.total, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
+            progress=lambda at: bar.update(at.rows, f"{at.shards} shards, {at.bytes / 1e6:,.1f} MB"),
         )
     for row, why in made.bad[:SHOWN]:
         print(f"row {row}: {why}", file=sys.stderr)
@@ -100,12 +101,12 @@ def _verify(folder: str) -> int:
     found = Shards(folder)
     total = sum(shard.bytes for shard in found.shards)
     read = 0
-    with progress_bars() as bars:
+    with progress_bar("reading", total) as bar:
 
         def more(count: int) -> None:
             nonlocal read
             read += count
-            bars("reading", read, total, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+            bar.update(read, f"{read / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
         faults = found.check(more)
     for fault in faults:

@@ -13,12 +13,13 @@ from cyclopts import Parameter
 
 from multimodal.cli.arguments import Device, Json, Plugins
 from multimodal.cli.loading import import_recipe, load
-from multimodal.cli.output import check_folder, print_json, printable, progress_bars, saved
+from multimodal.cli.output import check_folder, print_json, printable, saved
+from multimodal.progress import progress_bar
 
 if TYPE_CHECKING:
     from multimodal.count import TrainingPlan
     from multimodal.train import Run
-    from multimodal.train.spikes import Row
+    from multimodal.train.spikes import ReplayRow
 
 SHOWN = 12  # samples that `replay` lists
 
@@ -173,14 +174,7 @@ def plan(
         job = make_job(make, setting or [], f"recipe() of {recipe}")
     if train_tokens is not None:
         train_tokens = float(round(train_tokens))
-    packed = 0
-    with progress_bars(quiet=as_json or length is not None) as bars:
-
-        def progress(count: int) -> None:
-            nonlocal packed
-            packed += count
-            bars("packing samples", packed, samples)
-
+    with progress_bar("packing samples", samples, quiet=as_json or length is not None) as bar:
         found = make_plan(
             job.model,
             job.recipe,
@@ -192,7 +186,7 @@ def plan(
             tokens=tokens,
             length=length,
             train_tokens=train_tokens,
-            progress=progress,
+            progress=bar.advance,
         )
     if as_json:
         print_json(_plan_as_json(found), indent=2)
@@ -329,7 +323,7 @@ def report(
     out = runs[0] / "report.png" if out is None else out
     out = saved(out.suffix, picture.getvalue(), out.stem, out.parent)
     if as_json:
-        found = {"runs": [r.facts() for r in records], "differences": differences(records), "picture": str(out)}
+        found = {"runs": [r.to_json() for r in records], "differences": differences(records), "picture": str(out)}
         print_json(found, indent=2)
     else:
         print(printable(f"{table(records)}\n\npicture  {out}"))
@@ -361,24 +355,17 @@ def replay(
 
     if rows < 1:
         raise ConfigError(f"--rows {rows}: list one sample or more")
-    found = spikes.load_trouble(folder)
+    found = spikes.load_spike(folder)
     model = load(folder, plugin, device, finite=False)  # weights that are not finite are to be found here
     count = sum(len(set(r.samples)) for batch in found.batches for r in batch.stream.readings.values())
-    finished = 0
-    with progress_bars(quiet=as_json) as bars:
-
-        def progress() -> None:
-            nonlocal finished
-            finished += 1
-            bars("replaying", finished, count)
-
-        done = spikes.replay(model, found, progress=progress)
+    with progress_bar("replaying", count, quiet=as_json) as bar:
+        done = spikes.replay(model, found, progress=bar.advance)
     if as_json:
         entries = {
             "step": found.step,
             "why": found.why,
-            "batches": [row.facts() for row in done.batches],
-            "samples": [row.facts() for row in done.samples],
+            "batches": [row.to_json() for row in done.batches],
+            "samples": [row.to_json() for row in done.samples],
             "weights": list(done.weights),
             "notes": list(done.notes),
         }
@@ -395,7 +382,7 @@ def replay(
     return 0 if all(row.finite for row in (*done.batches, *done.samples)) and not done.weights else 1
 
 
-def _replay_table(rows: "tuple[Row, ...]") -> str:
+def _replay_table(rows: "tuple[ReplayRow, ...]") -> str:
     """Rows as text in columns; a column says where the first number that is not finite came up."""
     lines = [
         ["micro-batch", "sample", "task", "tokens", "loss", "grad norm", "first not finite", "gradients not finite"]

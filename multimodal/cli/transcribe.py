@@ -10,7 +10,8 @@ from cyclopts import Parameter
 
 from multimodal.cli.arguments import Device, Plugins, choose_task
 from multimodal.cli.loading import load
-from multimodal.cli.output import check_folder, print_json, progress_bars, saved
+from multimodal.cli.output import check_folder, print_json, saved
+from multimodal.progress import progress_bar
 
 if TYPE_CHECKING:
     from multimodal.model import Model
@@ -77,11 +78,11 @@ def transcribe(
     decoder = _make_beam(model, chosen, beam, prior, words)
     paths = _paths_for(files, out, FORMATS[form])
     failed = 0
-    with progress_bars() as bars:
+    with progress_bar("reading", 0) as bar:
 
         def progress(index: int, done_s: float, total_s: float) -> None:
             note = f"{done_s / 60:.1f} of {total_s / 60:.1f} min"
-            bars(files[index].name, done_s, total_s, note, key=index)
+            bar.update(done_s, note, key=index, name=files[index].name, total=total_s)
 
         done = transcripts(
             model,

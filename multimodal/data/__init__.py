@@ -7,10 +7,10 @@ from multimodal.data.fetching import Bad, Batch, StuckError, seed_generators
 from multimodal.data.folders import read_folder
 from multimodal.data.frames import as_samples
 from multimodal.data.packs import Packs
+from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
 from multimodal.data.tables import Table, open_table
-from multimodal.data.writing import index_archives, write_shards
 from multimodal.process_state import preserved_rng
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""One value as the bytes of an archive's member, and back: media keep their bytes, and nothing is pickled."""
+"""Encodes a value as the bytes of an archive's member, and decodes it. Media stay as they are, and nothing is pickled."""
 
 import io
 import json
@@ -27,7 +27,7 @@ WAVE = {"int16": (1, 16), "int32": (1, 32), "uint8": (1, 8), "float32": (3, 32),
 
 
 class Media(io.BytesIO):
-    """The undecoded bytes of a picture or a sound, with the name that errors say."""
+    """The undecoded bytes of an image or a sound, with a name for error messages."""
 
     def __init__(self, data: bytes = b"", name: str = "") -> None:
         super().__init__(data)
@@ -35,7 +35,11 @@ class Media(io.BytesIO):
 
 
 def decoded(extension: str, data: bytes, name: str) -> Any:
-    """The value of a member: text, JSON, an array or a tensor, a list of such; of all other extensions undecoded Media."""
+    """The value of a member: a text, JSON value, array, tensor or a list of these; for any other extension undecoded `Media`.
+
+    Raises:
+        ValueError: the bytes are not what the extension says.
+    """
     kind = extension.rpartition(".")[2]
     if kind in TEXT:
         return data.decode()
@@ -55,10 +59,10 @@ def decoded(extension: str, data: bytes, name: str) -> Any:
 
 
 def encoded(value: Any) -> tuple[str, bytes]:
-    """Extension and bytes of a value, from which `decoded` makes it again.
+    """Extension and bytes of a value, for `decoded`.
 
     Raises:
-        MediaError or another ValueError, TypeError or OSError: what cannot be kept.
+        MediaError or another ValueError, TypeError or OSError: a value that would come back as another one.
     """
     image = sys.modules.get("PIL.Image")
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:  # Hugging Face's undecoded pictures and sounds
@@ -162,7 +166,7 @@ def _file(name: str, data: bytes) -> tuple[str, bytes]:
     if not data:
         raise MediaError(f"{name or 'the value'} is empty")
     if extension in (*TEXT, "json", "npy"):
-        decoded(extension, data, name)  # complain now
+        decoded(extension, data, name)  # an error now, not when it is read
     return extension, data
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Trace
-from multimodal.files import put_figure
+from multimodal.files import save_figure
 from multimodal.heads import Prediction
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
@@ -91,7 +91,7 @@ def draw_answers(
         title = "\n".join(textwrap.fill(textwrap.shorten(line, 60, placeholder=" ..."), 20) for line in lines)
         axes[row, column].set_title(title, fontsize=8, color="tab:red" if wrong else "black")
     figure.supxlabel("below each: the same with where the model looked (bright: more)", fontsize=8)
-    put_figure(path, figure, 110)
+    save_figure(path, figure, 110)
     return answers
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Seen, Trace
-from multimodal.files import put
+from multimodal.files import write_atomic
 from multimodal.heads import Prediction
 from multimodal.look.layers import START, token_labels, transformers
 from multimodal.look.posterior import NAMES, LayerXRay
@@ -220,7 +220,7 @@ class XRay:
         from multimodal.look.page import page
 
         _check_path("XRay.page", path, (".html", ".htm"))
-        put(Path(path), page(self).encode("utf-8", "replace"))
+        write_atomic(Path(path), page(self).encode("utf-8", "replace"))
 
 
 def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = None) -> XRay:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.files import put_figure
+from multimodal.files import save_figure
 from multimodal.look.answers import answer_line
 from multimodal.look.posterior import NAMES, LayerXRay, percent
 
@@ -76,7 +76,7 @@ def draw(ray: "XRay", path: "str | Path | io.BytesIO") -> None:
         part.draw(figure, (0.35, at, WIDTH - 0.7, part.height))
         at -= gap
     if isinstance(path, str | Path):
-        put_figure(path, figure, DPI)
+        save_figure(path, figure, DPI)
     else:
         figure.savefig(path, dpi=DPI)
 

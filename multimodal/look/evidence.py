@@ -1,6 +1,6 @@
 """Attention over many samples: whether an input is unusual by its evidence, and which memory slots no query reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from multimodal.look.attention_xray import XRay, xray
 from multimodal.look.posterior import LayerXRay
 from multimodal.model import Model
+from multimodal.progress import progress_bar
 from multimodal.shapes import ConfigError, StreamError
 
 Sample = Mapping[str, Any]
@@ -166,10 +167,9 @@ def usage(model: Model, task: str, samples: Sequence[Sample], *, quiet: bool = F
     return sums
 
 
-def _with_bar(samples: Sequence[Sample], quiet: bool) -> Any:
-    """The samples, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console()
-    return track(samples, "looking", console=console, disable=quiet or not console.is_terminal, transient=True)
+def _with_bar(samples: Sequence[Sample], quiet: bool) -> Iterator[Sample]:
+    """The samples, with a progress bar where there is a terminal."""
+    with progress_bar("looking", len(samples), quiet=quiet) as bar:
+        for sample in samples:
+            yield sample
+            bar.advance()

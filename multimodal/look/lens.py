@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.files import put_figure
+from multimodal.files import save_figure
 from multimodal.heads import one_class
 from multimodal.look.layers import layer_names, recorded, token_labels, transformers, whole_layers
 from multimodal.model import Model
@@ -55,7 +55,7 @@ class Lens:
         axes.set_yticks(range(layers), self.layers)
         axes.set(xlabel="row that the head reads", title="what the head would say after each layer")
         figure.colorbar(image, label="probability")
-        put_figure(path, figure, 110)
+        save_figure(path, figure, 110)
 
 
 def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:

@@ -8,9 +8,17 @@ from typing import Any, BinaryIO, Self
 
 from multimodal.files import read_json
 from multimodal.shapes import ConfigError
-from multimodal.train.report import COLUMNS, draw_panel, draw_points, draw_smoothed, finish_panel, is_held_out
+from multimodal.train.report import (
+    draw_panel,
+    draw_points,
+    draw_smoothed,
+    finish_grid,
+    finish_panel,
+    is_held_out,
+    make_panels,
+)
 from multimodal.train.run_folder import CONFIG, CURVES, LOG, read_rows
-from multimodal.train.state import CHECKPOINTS, FACTS, OLD
+from multimodal.train.state import CHECKPOINTS, OLD, STATE
 
 LESS_IS_BETTER = ("loss", "error", "errors", "wer", "cer")  # last words of measures
 MOST_COLORS = 10
@@ -18,38 +26,45 @@ MOST_COLORS = 10
 
 @dataclass(frozen=True)
 class Record:
-    """What a run folder tells: rows of its log, its configuration, the step that its newest checkpoint was made at."""
+    """The content of a run folder.
+
+    folder: the folder.
+    history: the rows of its log.
+    config: its configuration; {} if there is none.
+    step: the step of its newest checkpoint; None: it has none.
+    """
 
     folder: Path
     history: list[dict[str, Any]]
     config: dict[str, Any]
-    step: int | None  # None: there is nothing to go on from
+    step: int | None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What is there; of a log that was cut while it was written, the whole rows."""
+        """Read a run folder, or as much as there is of one; an incomplete last row of the log is left out."""
         names = [path.name for path in (folder / CHECKPOINTS).glob("step-*")]
+        # only complete states have a name of digits alone
         steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
-        old = _json(folder / OLD / FACTS).get("step")
+        old = _json(folder / OLD / STATE).get("step")
         steps += [old] if isinstance(old, int) else []
         return cls(folder, read_rows(folder / LOG, numbers=True), _json(folder / CONFIG), max(steps, default=None))
 
     @property
     def wanted(self) -> int | None:
-        """Steps of a whole run."""
+        """The number of steps of the finished run; None: not known."""
         recipe = self.config.get("recipe")
         steps = recipe.get("steps") if isinstance(recipe, dict) else None
         return steps if isinstance(steps, int) else None
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was kept and the curves drawn, which comes last."""
-        whole = self.wanted is not None and self.step is not None and self.step >= self.wanted
-        return whole and (self.folder / CURVES).is_file()
+        """Whether the last step was saved and the curves drawn, which is done last."""
+        saved = self.wanted is not None and self.step is not None and self.step >= self.wanted
+        return saved and (self.folder / CURVES).is_file()
 
     @property
     def steps(self) -> int:
-        """Steps that the log knows of."""
+        """The last step in the log."""
         return max((row["step"] for row in self.history), default=0)
 
     @property
@@ -61,13 +76,13 @@ class Record:
         return next((row[key] for row in reversed(self.history) if key in row), None)
 
     def best(self, measure: str) -> tuple[float, int] | None:
-        """(best value of a measure on held-out data, step)."""
+        """(best value of a held-out measure, its step); None: it was never measured."""
         sign = -1 if measure.rsplit(" ", 1)[-1] in LESS_IS_BETTER else 1
         found = [(row[measure], row["step"]) for row in self.history if measure in row]
         return max(found, key=lambda pair: sign * pair[0]) if found else None
 
-    def facts(self) -> dict[str, Any]:
-        """The line of the table, as JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """The row of the table, as JSON values."""
         seconds = self.last("seconds")
         return {
             "folder": str(self.folder),
@@ -108,7 +123,7 @@ def read_runs(folders: Sequence[Path]) -> list[Record]:
 
 
 def names(records: Sequence[Record]) -> list[str]:
-    """The runs' folder names, or as much of their paths as tells them apart."""
+    """The names of the run folders, or as much of their paths as makes them differ."""
     longest = max(len(record.folder.parts) for record in records)
     candidates = [["/".join(record.folder.parts[-n:]) for record in records] for n in range(1, longest + 1)]
     return next((found for found in candidates if len(set(found)) == len(found)), candidates[-1])
@@ -139,21 +154,21 @@ def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A line a run, then a line for every setting in which they differ."""
+    """A row for each run, then a row for each setting in which the runs differ, as text."""
     measures = list(dict.fromkeys(key for record in records for key in record.measures))
     shown = names(records)
     lines = [["run", "steps", "last loss", *(f"best {key}" for key in measures), "tokens/s", "minutes"]]
     for name, record in zip(shown, records, strict=True):
-        facts = record.facts()
-        best = [facts["best"].get(key) for key in measures]
+        row = record.to_json()
+        best = [row["best"].get(key) for key in measures]
         lines.append(
             [
                 name,
-                f"{facts['steps']} of {facts['of'] or '?'}{'' if record.finished else ', unfinished'}",
-                _number(facts["loss"]),
+                f"{row['steps']} of {row['of'] or '?'}{'' if record.finished else ', unfinished'}",
+                _number(row["loss"]),
                 *("-" if b is None else f"{_number(b['value'])} at {b['step']}" for b in best),
-                "-" if facts["tokens_per_s"] is None else f"{facts['tokens_per_s']:,}",
-                "-" if facts["minutes"] is None else f"{facts['minutes']:.1f}",
+                "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,}",
+                "-" if row["minutes"] is None else f"{row['minutes']:.1f}",
             ]
         )
     text = _aligned(lines)
@@ -183,20 +198,13 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def draw(records: Sequence[Record], picture: BinaryIO) -> None:
-    """Loss, held-out measures, gradient norm and speed over steps, a colour a run."""
+    """Draw loss, held-out measures, gradient norm and speed over steps, one colour for each run, as a PNG."""
     import numpy as np
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     measures = list(dict.fromkeys(key for record in records for key in record.measures))
     below = [key for key in ("grad_norm", "tokens_per_s") if any(record.last(key) is not None for record in records)]
-    count = 1 + len(measures) + len(below)
-    columns = min(count, COLUMNS)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines + 0.4 + 0.2 * len(records)), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for empty in panels[count:]:
-        empty.remove()
+    figure, panels = make_panels(1 + len(measures) + len(below), legend_height=0.4 + 0.2 * len(records))
     colors = colormaps["tab10" if len(records) <= MOST_COLORS else "turbo"]
     spread = range(len(records)) if len(records) <= MOST_COLORS else np.linspace(0, 1, len(records))
     for name, record, place in zip(names(records), records, spread, strict=True):
@@ -217,9 +225,8 @@ def draw(records: Sequence[Record], picture: BinaryIO) -> None:
         axes.set(title=f"held out: {measure}")
     for axes, key in zip(panels[1 + len(measures) :], below, strict=False):
         finish_panel(axes, key)
-    for axes in panels[:count]:
-        axes.set_xlabel("step")
+    for axes in panels[1:]:
         axes.set_xlim(panels[0].get_xlim())
-        axes.grid(alpha=0.3)
+    finish_grid(panels)
     figure.legend(loc="outside lower left", ncols=1 if len(records) < 5 else 3, fontsize=8, frameon=False)
     figure.savefig(picture, dpi=110)

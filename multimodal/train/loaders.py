@@ -1,4 +1,4 @@
-"""What `fit` is given, checked, and turned into steps."""
+"""Builds the data set of `fit` out of sources by task, and checks the held-out data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,27 +10,34 @@ from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
 
 
-def make_feed(
+def make_dataset(
     model: Model,
     data: Mapping[str, Source],
     recipe: Recipe,
     mix: Mapping[str, float] | float | None,
     processes: Processes,
 ) -> Batches | Packs:
+    """Batches of a fixed number of samples, or packs of a token budget, as the recipe says.
+
+    Raises:
+        ConfigError: no data, or data that do not fit the recipe.
+    """
     if not data:
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
+    # a contrastive loss needs a pair to compare with
     for pattern in data:
         each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
         if pattern in model.tasks and model.packer.head(pattern).pairs and each < 2:
             raise ConfigError(
-                f"fit: task {pattern!r} tells a pair from the others of its micro-batch, which would have {each}; "
+                f"fit: task {pattern!r} compares a pair with the others of its micro-batch, which would have {each}; "
                 + (
                     "raise look_ahead"
                     if recipe.tokens
                     else "raise batch, or lower accumulate or the number of processes"
                 )
             )
-    rest: dict[str, Any] = {
+    # what both kinds of steps take
+    common: dict[str, Any] = {
         "seed": recipe.seed,
         "mix": mix,
         "max_bad": recipe.max_bad,
@@ -38,22 +45,23 @@ def make_feed(
         "ranks": processes.count,
     }
     if recipe.tokens:
-        room = {"tokens": recipe.tokens, "packs": recipe.packs, "look_ahead": recipe.look_ahead}
-        return Packs(model.packer, data, **room, **rest)
+        budget = {"tokens": recipe.tokens, "packs": recipe.packs, "look_ahead": recipe.look_ahead}
+        return Packs(model.packer, data, **budget, **common)
     for pattern, source in data.items():
         if not is_indexed(source) and hasattr(source, "__iter__"):
             raise ConfigError(
                 f"fit: the data of task {pattern!r} are {type(source).__name__}, which has no length and [index]; what can only be "
                 "iterated is packed to a token budget: set tokens=4096"
             )
-    return Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, **rest)  # type: ignore[arg-type]
-
-
-def size(source: Any) -> int | None:
-    return len(source) if is_indexed(source) else None
+    return Batches(model.packer, data, batch=recipe.batch, accumulate=recipe.accumulate, **common)  # type: ignore[arg-type]
 
 
 def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Recipe) -> None:
+    """Pack the first held-out sample of each task, and check the name of the measure `best`.
+
+    Raises:
+        ConfigError, TaskError, MediaError: held-out data or a name that cannot be used.
+    """
     if not isinstance(evaluation, Mapping):
         raise ConfigError(
             f"fit: evaluation is {type(evaluation).__name__}; give held-out data by task, as the data are"
@@ -62,6 +70,7 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
         samples = as_samples(samples)
         model.packer.check_task(pattern)
         check_samples("evaluation", pattern, samples)
+        # one sample is packed now, so that a wrong declaration is an error before training, not after it
         with preserved_rng():
             model.packer([(pattern, samples[0])], names=["held-out sample 0"])
     known = {f"{pattern} {name}" for pattern in evaluation for name in _measures(model, pattern)}

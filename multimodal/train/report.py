@@ -1,4 +1,4 @@
-"""What people see of a run: a bar while it goes, a table and a picture of the curves when it ends, and where it was made."""
+"""The display of a run: progress bar, table, curves, and the environment it ran in."""
 
 import csv
 import io
@@ -15,7 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from multimodal.files import put, put_figure
+from multimodal.files import save_figure, write_atomic
+from multimodal.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,62 +33,33 @@ COLUMNS = 3  # of panels
 
 @contextmanager
 def bar(steps: int, start: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A progress bar with loss, tokens a second and time left; lines of text where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console()
-    if quiet or not console.is_terminal:
-        every = max(1, steps // 10)
-
-        def say(row: dict[str, Any]) -> None:
-            if not quiet and (row["step"] % every == 0 or _exact(row)):
-                print(
-                    f"  step {row['step']}/{steps}  loss {row['loss']:.4f}  {row['tokens_per_s']:,} tokens/s{_exact(row)}",
-                    flush=True,
-                )
-
-        yield say
-        return
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps, completed=start, loss=float("nan"), speed=0)
+    """Yields a function that shows a row of the log: a progress bar, or ten lines of text where there is no terminal."""
+    every = max(1, steps // 10)
+    with progress_bar("training", steps, start=start, quiet=quiet, on_stdout=True) as progress:
 
         def show(row: dict[str, Any]) -> None:
-            progress.update(task, completed=row["step"], loss=row["loss"], speed=row["tokens_per_s"])
-            if _exact(row):
-                progress.console.print(f"step {row['step']}{_exact(row)}")
+            step, loss, speed = row["step"], row["loss"], row["tokens_per_s"]
+            measures = "".join(
+                f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact") or " R@" in key
+            )
+            if progress.visible:
+                progress.update(step, f"{step}/{steps}  loss {loss:.4f}  {speed:,} tokens/s")
+                if measures:
+                    print(f"step {step}{measures}")
+            elif not quiet and (step % every == 0 or measures):
+                print(f"  step {step}/{steps}  loss {loss:.4f}  {speed:,} tokens/s{measures}", flush=True)
 
         yield show
 
 
-def _exact(row: dict[str, Any]) -> str:
-    return "".join(f"  {key} {value:.4f}" for key, value in row.items() if key.endswith(" exact") or " R@" in key)
-
-
 def write_csv(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """The log as a table: a row a step, a column for every key that any row has, empty where a row has it not."""
+    """The log as a table with a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in history for key in row))
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns)
     table.writeheader()
     table.writerows(history)
-    put(path, text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
 def environment() -> dict[str, Any]:
@@ -100,7 +72,7 @@ def environment() -> dict[str, Any]:
         "command": _command(),
         "python": platform.python_version(),
         "packages": {
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed_version(name) for name in PACKAGES},
             "torch": torch.__version__,  # with its build: +cu130
         },
         "platform": platform.platform(),
@@ -114,7 +86,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line, without what stands before the program's name, and with the home folder as ~, which names the user."""
+    """The command line without the path of the program, and with ~ for the home folder, which contains the user's name."""
     program, *arguments = sys.argv
     name = Path(program).name
     name = f"python -m {Path(program).parent.name}" if name == "__main__.py" else name
@@ -126,7 +98,8 @@ def _command() -> str:
     return command.replace(home, "~") if len(home) > 1 else command
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None: it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -143,7 +116,7 @@ def _cpu() -> str:
 
 def _git() -> dict[str, Any] | None:
     """Commit of the working folder; None without git. Read from git's files, because the program git runs commands that the
-    repository's own settings name, and the folder may be somebody else's."""
+    repository's own settings name, and the folder may not be the user's."""
     try:
         here = Path.cwd()
         place = next(folder / ".git" for folder in (here, *here.parents) if (folder / ".git").exists())
@@ -184,21 +157,13 @@ def is_held_out(key: str) -> bool:
 
 def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss (raw and smoothed) and held-out measures over steps; below them gradient norm, learning rate, speed. As a PNG."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in history if "loss" in row]
     measured = sorted({key for row in history for key in row if is_held_out(key)})
     losses = [key for key in measured if key.endswith(" loss")]
     answers = [key for key in measured if key not in losses]
     below = [key for key in PANELS if sum(key in row for row in rows) > 1]
-    count = 1 + bool(answers) + len(below)
-    columns = min(count, COLUMNS)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for empty in panels[count:]:
-        empty.remove()
-    loss, *others = panels[:count]
+    figure, panels = make_panels(1 + bool(answers) + len(below))
+    loss, *others = panels
     draw_smoothed(loss, rows, "loss", "tab:blue", "training (weighted sum of tasks), smoothed")
     tasks = list(dict.fromkeys(key.rpartition(" ")[0] for key in measured))
     colors = {key: f"C{1 + tasks.index(key.rpartition(' ')[0])}" for key in measured}
@@ -217,14 +182,32 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, key in zip(others, below, strict=True):
         draw_panel(axes, rows, key, "tab:blue")
         finish_panel(axes, key)
-    for axes in panels[:count]:
+    finish_grid(panels)
+    save_figure(path, figure, 110)
+
+
+def make_panels(count: int, legend_height: float = 0.0) -> tuple[Any, "list[Axes]"]:
+    """A figure with `count` panels in rows of COLUMNS. legend_height: inches below them."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, COLUMNS)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines + legend_height), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for empty in panels[count:]:
+        empty.remove()
+    return figure, panels[:count]
+
+
+def finish_grid(panels: "Sequence[Axes]") -> None:
+    """Label the steps of all panels."""
+    for axes in panels:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    put_figure(path, figure, 110)
 
 
 def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any) -> None:
-    """The course of one of PANELS."""
+    """Draw the values of one of PANELS."""
     if key == "grad_norm":
         draw_smoothed(axes, rows, key, color, None)
     else:
@@ -233,7 +216,7 @@ def draw_panel(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: An
 
 
 def finish_panel(axes: "Axes", key: str) -> None:
-    """Title and scale of one of PANELS, once everything is drawn."""
+    """Set title and scale of one of PANELS, after everything is drawn."""
     from matplotlib.ticker import LogFormatter
 
     title, unit, logarithmic = PANELS[key]
@@ -249,7 +232,7 @@ def finish_panel(axes: "Axes", key: str) -> None:
 
 
 def draw_smoothed(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color: Any, label: str | None) -> None:
-    """Every value, pale, and their smoothed course."""
+    """Draw every value, pale, and their smoothed curve."""
     points = [(row["step"], row[key]) for row in rows if key in row]
     steps, values = zip(*points, strict=True) if points else ((), ())
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
@@ -259,13 +242,13 @@ def draw_smoothed(axes: "Axes", rows: Sequence[dict[str, Any]], key: str, color:
 def draw_points(
     axes: "Axes", history: Sequence[dict[str, Any]], key: str, label: str | None, color: Any = None
 ) -> None:
-    """Values that are measured now and then."""
+    """Draw values that not every step has."""
     points = [(row["step"], row[key]) for row in history if key in row]
     axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=color)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a fiftieth of all values, at least one, before each and as many behind it; over fewer at the ends."""
+    """Centred moving average: half the window is a fiftieth of all values, at least one; at the ends it is smaller."""
     half, total = max(1, len(values) // 50), [0.0, *accumulate(values)]
     reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return [(total[i + n + 1] - total[i - n]) / (2 * n + 1) for i, n in enumerate(reach)]

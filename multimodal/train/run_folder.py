@@ -1,4 +1,4 @@
-"""What lies in a run folder, and the files in it that are rows of JSON."""
+"""The files of a run folder, its lock, and files of JSON rows."""
 
 import json
 import os
@@ -8,21 +8,21 @@ from typing import Any
 
 from multimodal import files
 from multimodal.checkpoint import RUN, own_config
-from multimodal.files import check_fields, free_name, parse_json, put
+from multimodal.files import check_fields, parse_json, unused_path, write_atomic
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.train.spikes import TROUBLE
-from multimodal.train.state import CHECKPOINTS, FACTS, OLD, is_of_a_run
+from multimodal.train.spikes import FOLDER as SPIKES
+from multimodal.train.state import CHECKPOINTS, OLD, STATE, is_of_a_run
 
 MODEL = RUN
 BEST, LOG, CURVES, CONFIG, BROKEN = "best", "log.jsonl", "curves.png", "config.json", "bad.jsonl"
 TABLE, ENVIRONMENT, LOCK = "log.csv", "environment.json", ".lock"
 BOARD = "tensorboard"  # written by the command line
 FILES = (CONFIG, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
-WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, TROUBLE, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
+WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, SPIKES, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 
 
 def lock(folder: Path, patience_s: float = 15.0) -> Any:
-    """Make this the only process that trains in a folder, until it ends or closes what is returned; a dead one holds no lock.
+    """Lock a run folder, so that no other process trains in it, until this process ends or closes the returned file.
 
     Raises:
         ConfigError: another one trains there.
@@ -38,7 +38,7 @@ def lock(folder: Path, patience_s: float = 15.0) -> Any:
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run: `fit` wrote its configuration or a state in it."""
     return any(
-        map(is_of_a_run, (folder / CONFIG, folder / OLD / FACTS, *(folder / CHECKPOINTS).glob(f"step-*/{FACTS}")))
+        map(is_of_a_run, (folder / CONFIG, folder / OLD / STATE, *(folder / CHECKPOINTS).glob(f"step-*/{STATE}")))
     )
 
 
@@ -96,11 +96,11 @@ def _is_number(value: Any) -> bool:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    put(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append; a disk that is full is told by a warning, as the rows are written once more at the end of a run."""
+    """Append rows. A full disk is only a warning, since all rows are written again at the end of a run."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,8 +108,8 @@ def add_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         warnings.warn(f"fit: {path} could not be written to ({error}); training goes on", stacklevel=3)
 
 
-def make_room(folder: Path, quiet: bool) -> None:
-    """Move the files of a run to the first free folder name beside it. Other files stay, and nothing is overwritten.
+def move_old_run(folder: Path, quiet: bool) -> None:
+    """Move the files of a run to FOLDER.1, or the next unused number, beside it. Other files stay, and nothing is overwritten.
 
     Raises:
         ConfigError: the files cannot be moved.
@@ -117,15 +117,15 @@ def make_room(folder: Path, quiet: bool) -> None:
     if not any(os.path.lexists(folder / name) for name in WRITTEN):
         return
     folder = folder.resolve()
-    free = free_name(folder)
+    target = unused_path(folder)
     try:
-        free.mkdir()
+        target.mkdir()
         for name in (BOARD, *reversed(WRITTEN)):  # the configuration last: it shows that a run wrote the others
             if os.path.lexists(folder / name):
-                os.rename(folder / name, free / name)
+                os.rename(folder / name, target / name)
     except OSError as error:
         raise ConfigError(
-            f"fit: a run is in {folder}, and it cannot be moved to {free} to make room ({error}); choose another folder"
+            f"fit: a run is in {folder}, and it cannot be moved to {target} to make room ({error}); choose another folder"
         ) from error
     if not quiet:
-        print(f"fit: the run that was in {folder} is now in {free}; resume=True would have gone on with it")
+        print(f"fit: the run that was in {folder} is now in {target}; resume=True would have gone on with it")

@@ -1,4 +1,4 @@
-"""What training does to the process it runs in: its memory, its threads, its signals."""
+"""Settings of the training process: malloc, threads, signals."""
 
 import ctypes
 import os
@@ -20,8 +20,8 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc not to map and unmap each large tensor; does nothing elsewhere.
 
     A training step frees and asks for the same sizes again. By default every block of more than 32 MB at most is mapped
-    anew, and the kernel clears it page by page. Measured in DECISIONS.md. malloc does not tell its settings, so this
-    cannot be restored; settings in the environment are left alone.
+    anew, and the kernel clears it page by page. Measured in DECISIONS.md. malloc has no way to read its settings, so this
+    cannot be undone; settings in the environment are left alone.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in MALLOC):
         return
@@ -32,12 +32,13 @@ def keep_freed_memory() -> None:
 
 
 def threads_beside(workers: int) -> int:
-    """Threads to compute with while workers prepare data: more threads than free cores wait for each other at every product."""
+    """Threads to compute with while workers prepare data: more threads than unused cores wait for each other at every product."""
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - workers))
 
 
 @contextmanager
 def cores_shared(threads: int) -> Iterator[None]:
+    """Computes with this number of threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -48,7 +49,8 @@ def cores_shared(threads: int) -> Iterator[None]:
 
 @contextmanager
 def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two; a second one of its kind stops at once."""
+    """Yields an event that Ctrl-C and SIGTERM set, so that the current step is finished; a second signal of the same kind stops at
+    once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

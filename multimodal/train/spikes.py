@@ -1,6 +1,6 @@
 """Detects loss spikes, saves the batch of a bad step for replay, and ranks its samples.
 
-gradient norm --SpikeWatch--> why --keep_trouble--> RUN/trouble/step-0000123/ --replay--> samples, the worst first
+gradient norm --SpikeWatch--> why --save_spike--> RUN/trouble/step-0000123/ --replay--> samples, the worst first
 """
 
 import json
@@ -21,16 +21,18 @@ from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span
 from multimodal.checkpoint import RUN, below, read_header
-from multimodal.files import check_fields, check_inside, parse_json, put, read_json, shown_short
+from multimodal.files import check_fields, check_inside, parse_json, read_json, write_atomic
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.stream import Reading, Stream
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 
 FORMAT = 1
-TROUBLE, DROPPED = "trouble", "dropped.jsonl"
-MOST = 8  # bad steps that a run saves by default
+FOLDER, DROPPED = "trouble", "dropped.jsonl"  # in the run folder; the names of version 0.1
+MOST = 8  # number of bad steps that a run saves by default
+_ON_DISK = {"bidirectional": "free"}  # files have the names of version 0.1
+_IN_MEMORY = {old: new for new, old in _ON_DISK.items()}
 
 
 @dataclass(kw_only=True)
@@ -38,21 +40,26 @@ class SpikeWatch:
     """Detects bad steps by their gradient norms: not finite, or above `spike` times the mean of those before.
 
     The mean is exponential, and each norm counts as at most `spike` times the mean: one bad step hardly changes it, but it follows
-    norms that rise for good. spike: 0 finds only norms that are not finite. warmup: norms seen before one can be too large.
+    norms that rise for good.
+
+    spike: the factor; 0: only norms that are not finite are bad.
+    decay: of the mean, per step.
+    warmup: the number of norms before one can be too large.
+    total: the sum of the norms, each times decay ** (its age in steps).
+    weight: the sum of these factors.
+    seen: the number of finite norms.
     """
 
     spike: float = 10.0
     decay: float = 0.98
     warmup: int = 20
-    total: float = 0.0  # of norms, each weighed by decay ** age
-    weight: float = 0.0  # of those
+    total: float = 0.0
+    weight: float = 0.0
     seen: int = 0
 
     def __post_init__(self) -> None:
         if self.spike and not 1 < self.spike < math.inf:
-            raise ConfigError(
-                f"spike={self.spike} must be above 1 (so many times the mean gradient norm), or 0 for none"
-            )
+            raise ConfigError(f"spike={self.spike} must be above 1 (times the mean gradient norm), or 0 for none")
 
     @property
     def mean(self) -> float:
@@ -85,15 +92,15 @@ def save_stream(path: Path, stream: Stream) -> None:
     tensors = {f"content/{kind}": x for kind, x in stream.content.items()} | {"position_TA": stream.position_TA}
     if stream.order_T is not None:
         tensors["order_T"] = stream.order_T
-    tensors |= {f"places/{name}": x for name, x in vars(stream.layout.info).items()}
+    tensors |= {f"places/{_ON_DISK.get(name, name)}": x for name, x in vars(stream.layout.info).items()}
     readings = []
     for number, (pattern, reading) in enumerate(stream.readings.items()):
         tensors |= {f"reading {number}/{name}": x for name, x in vars(reading).items() if isinstance(x, Tensor)}
         readings.append({"task": pattern, **{n: x for n, x in vars(reading).items() if not isinstance(x, Tensor)}})
-    facts = {"format": FORMAT, "kinds": list(stream.content), "spans": stream.layout.spans, "readings": readings}
+    metadata = {"format": FORMAT, "kinds": list(stream.content), "spans": stream.layout.spans, "readings": readings}
     # clones, because safetensors refuses tensors that share memory
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
-    save_file(whole, path, metadata={"stream": json.dumps(facts)})
+    save_file(whole, path, metadata={"stream": json.dumps(metadata)})
 
 
 def load_stream(path: Path) -> Stream:
@@ -109,22 +116,25 @@ def load_stream(path: Path) -> Stream:
         raise CheckpointError(f"{path}: {what}: {error}") from error
     try:
         with safe_open(path, framework="pt") as file:
-            facts = parse_json((file.metadata() or {})["stream"].encode())
+            metadata = parse_json((file.metadata() or {})["stream"].encode())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        if facts["format"] != FORMAT:
+        if metadata["format"] != FORMAT:
             raise CheckpointError(
-                f"{path}: format {facts['format']!r}, but this version reads {FORMAT}; update multimodal-stream"
+                f"{path}: format {metadata['format']!r}, but this version reads {FORMAT}; update multimodal-stream"
             )
         readings = {}
-        for number, entry in enumerate(facts["readings"]):
+        for number, entry in enumerate(metadata["readings"]):
             made: dict[str, Any] = below(tensors, f"reading {number}/")
             made |= {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items() if name != "task"}
             readings[entry["task"]] = Reading(**made)
         stream = Stream(
-            content={kind: tensors[f"content/{kind}"] for kind in facts["kinds"]},
+            content={kind: tensors[f"content/{kind}"] for kind in metadata["kinds"]},
             order_T=tensors.get("order_T"),
             position_TA=tensors["position_TA"],
-            layout=Layout(tuple(Span(*span) for span in facts["spans"]), MaskInfo(**below(tensors, "places/"))),
+            layout=Layout(
+                tuple(Span(*span) for span in metadata["spans"]),
+                MaskInfo(**{_IN_MEMORY.get(name, name): x for name, x in below(tensors, "places/").items()}),
+            ),
             readings=readings,
         )
         if not _is_consistent(stream):
@@ -163,7 +173,7 @@ def _is_consistent(stream: Stream) -> bool:
     return all(fits)
 
 
-def keep_trouble(
+def save_spike(
     folder: Path,
     step: int,
     streams: Sequence[Stream],
@@ -176,17 +186,18 @@ def keep_trouble(
     process: int = 0,
     most: int = MOST,
 ) -> Path | None:
-    """Write the batch of a step into RUN/trouble/step-0000123, for `replay`; returns None if there are `most` already.
+    """Write the batch of a step into RUN/trouble/step-0000123, for `replay`; returns None if `most` steps are saved already.
 
-    folder: the run folder. streams: the micro-batches of the step; every process writes its own. model: with its weights before the
-    step; None if the caller saves it into `model/` there. counts: real targets of each task that the loss was divided by, of all
-    processes. names: what each stream's samples are called in the data, in the order they were packed in.
-    A trouble that finds no room is a line in RUN/trouble/dropped.jsonl: the first ones are kept.
+    folder: the run folder. streams: the micro-batches of the step; every process writes its own. why: the reason, as text.
+    model: with its weights before the step; None if the caller saves it into `model/` there. counts: the number of real targets of
+    each task, of all processes, by which the loss was divided. names: the names of the samples of each stream, in packing order.
+    precision: the type in which the step was computed. process: the rank. most: the number of steps that are saved, the first
+    ones; each further step is a line in RUN/trouble/dropped.jsonl.
     """
-    place = folder / TROUBLE / f"step-{step:07}"
-    if sum(other != place for other in (folder / TROUBLE).glob("step-*")) >= most:
+    place = folder / FOLDER / f"step-{step:07}"
+    if sum(other != place for other in (folder / FOLDER).glob("step-*")) >= most:
         if process == 0:
-            with (folder / TROUBLE / DROPPED).open("a", encoding="utf-8") as file:
+            with (folder / FOLDER / DROPPED).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "why": why}) + "\n")
         return None
     place.mkdir(parents=True, exist_ok=True)
@@ -199,15 +210,16 @@ def keep_trouble(
         save_stream(place / file, stream)
     if model is not None:
         model.save(place / RUN)
-    facts = {"format": FORMAT, "step": step, "why": why, "precision": precision, "streams": files}
-    facts |= {"counts": dict(_counts(streams) if counts is None else counts)}
-    facts |= {"names": None if names is None else [list(some) for some in names]}
+    metadata = {"format": FORMAT, "step": step, "why": why, "precision": precision, "streams": files}
+    metadata |= {"counts": dict(count_targets(streams) if counts is None else counts)}
+    metadata |= {"names": None if names is None else [list(some) for some in names]}
     # written last, so that an incomplete folder is not taken for a complete one
-    put(place / f"trouble-{process}.json", json.dumps(facts, indent=2) + "\n")
+    write_atomic(place / f"trouble-{process}.json", json.dumps(metadata, indent=2) + "\n")
     return place
 
 
-def _counts(streams: Sequence[Stream]) -> dict[str, int]:
+def count_targets(streams: Sequence[Stream]) -> dict[str, int]:
+    """The number of real targets of each task."""
     counts: dict[str, int] = {}
     for stream in streams:
         for task, reading in stream.readings.items():
@@ -216,8 +228,14 @@ def _counts(streams: Sequence[Stream]) -> dict[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A saved micro-batch: its process, its file, and the names of its samples."""
+class SavedBatch:
+    """A saved micro-batch.
+
+    process: the rank of the process that trained it.
+    file: its name in the folder.
+    stream: the packed samples.
+    names: the names of the samples; None: not saved.
+    """
 
     process: int
     file: str
@@ -226,18 +244,25 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trouble:
-    """What `keep_trouble` saved of a step, without the model."""
+class SavedStep:
+    """A step as `save_spike` saved it, without the model.
+
+    step: its number, from 1.
+    why: the reason why it is bad.
+    precision: "float32" or "bfloat16".
+    counts: the number of real targets of each task, of all processes.
+    batches: the micro-batches of all processes.
+    """
 
     step: int
     why: str
     precision: str
     counts: dict[str, int]
-    batches: tuple[Batch, ...]
+    batches: tuple[SavedBatch, ...]
 
 
-def load_trouble(place: Path) -> Trouble:
-    """Read what `keep_trouble` wrote in all processes.
+def load_spike(place: Path) -> SavedStep:
+    """Read a folder that `save_spike` wrote, the batches of all processes.
 
     Raises:
         CheckpointError: the folder holds no such step, or it is damaged.
@@ -245,12 +270,12 @@ def load_trouble(place: Path) -> Trouble:
     numbered = [path for path in place.glob("trouble-*.json") if re.fullmatch(r"trouble-[0-9]{1,9}", path.stem)]
     found = sorted(numbered, key=lambda path: int(path.stem.removeprefix("trouble-")))
     if not found:
-        raise CheckpointError(f"{place}: no trouble was kept here; give a folder such as RUN/{TROUBLE}/step-0000123")
-    batches: list[Batch] = []
-    facts: dict[str, Any] = {}
-    for path in reversed(found):  # the facts are those of the first process
+        raise CheckpointError(f"{place}: no step is saved here; give a folder such as RUN/{FOLDER}/step-0000123")
+    batches: list[SavedBatch] = []
+    metadata: dict[str, Any] = {}
+    for path in reversed(found):  # the metadata that stay are those of the first process
         try:
-            facts = read_json(path, CheckpointError)
+            metadata = read_json(path, CheckpointError)
             kinds = {
                 "step": int,
                 "why": str,
@@ -259,44 +284,44 @@ def load_trouble(place: Path) -> Trouble:
                 "streams": list,
                 "names": (list, type(None)),
             }
-            check_fields(path, facts, kinds, CheckpointError)
-            check_inside(path, facts["streams"], CheckpointError)
-            if not 0 <= facts["step"] < 2**63:  # it becomes a seed
-                raise CheckpointError(f"{path}: 'step' is {shown_short(facts['step'])}, wanted 0 to 2^63 - 1")
-            if not all(type(n) is int and n >= 0 for n in facts["counts"].values()):
-                raise CheckpointError(f"{path}: 'counts' is {shown_short(facts['counts'])}, wanted whole numbers")
-            names = facts["names"] or [None] * len(facts["streams"])
-            some = [
-                Batch(
+            check_fields(path, metadata, kinds, CheckpointError)
+            check_inside(path, metadata["streams"], CheckpointError)
+            if not 0 <= metadata["step"] < 2**63:  # it becomes a seed
+                raise CheckpointError(f"{path}: 'step' is {short_repr(metadata['step'])}, wanted 0 to 2^63 - 1")
+            if not all(type(n) is int and n >= 0 for n in metadata["counts"].values()):
+                raise CheckpointError(f"{path}: 'counts' is {short_repr(metadata['counts'])}, wanted whole numbers")
+            names = metadata["names"] or [None] * len(metadata["streams"])
+            saved = [
+                SavedBatch(
                     process=int(path.stem.removeprefix("trouble-")),
                     file=file,
                     stream=load_stream(place / file),
-                    names=None if called is None else tuple(map(str, called)),
+                    names=None if some is None else tuple(map(str, some)),
                 )
-                for file, called in zip(facts["streams"], names, strict=True)
+                for file, some in zip(metadata["streams"], names, strict=True)
             ]
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {shortened(error)}") from error
-        batches = some + batches
-    return Trouble(
-        step=facts["step"],
-        why=facts["why"],
-        precision=facts["precision"],
-        counts=facts["counts"],
+        batches = saved + batches
+    return SavedStep(
+        step=metadata["step"],
+        why=metadata["why"],
+        precision=metadata["precision"],
+        counts=metadata["counts"],
         batches=tuple(batches),
     )
 
 
 def samples_of(stream: Stream) -> Iterator[tuple[str, int, Stream]]:
-    """(task, number in the batch, a stream of it alone) of every sample: what the packer would have made of it by itself."""
+    """Yields (task, number in the batch, a stream of this sample only) for every sample; the packer would have made the same."""
     stream = stream.to("cpu")
     starts = list(accumulate((span.total for span in stream.layout.spans), initial=0))
     for task, reading in stream.readings.items():
         span_of = [bisect_right(starts, int(rows_N[0])) - 1 for rows_N in reading.row_N.split(list(reading.lengths))]
         for number in dict.fromkeys(reading.samples):
-            which = [i for i, sample in enumerate(reading.samples) if sample == number]  # of a pair two: its sides
+            which = [i for i, sample in enumerate(reading.samples) if sample == number]  # a pair has two, its sides
             yield task, number, _alone(stream, task, which, sorted({span_of[i] for i in which}), starts)
 
 
@@ -321,7 +346,7 @@ def _alone(stream: Stream, task: str, which: list[int], spans: list[int], starts
         if x is None:
             return None
         parts = x.split(list(lengths))
-        return torch.cat([parts[i] for i in which if i < len(parts)])  # of a pair the left side alone has a target
+        return torch.cat([parts[i] for i in which if i < len(parts)])  # only the left side of a pair has a target
 
     def chosen(lengths: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(lengths[i] for i in which if i < len(lengths))
@@ -348,12 +373,18 @@ def _alone(stream: Stream, task: str, which: list[int], spans: list[int], starts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one sample, or (sample=None) a whole micro-batch, did to the step.
+class ReplayRow:
+    """Loss and gradient of one sample of a step, or of a whole micro-batch.
 
-    loss: mean of its real targets, in nats (of a micro-batch: its share of the step's weighted loss); norm: of its part of the
-    step's gradient. first: the part of the model, or of the sample, where something was first not finite; parameters: those whose
-    gradient is not finite.
+    file: the file of its micro-batch.
+    sample: its number in the micro-batch; None: the whole micro-batch.
+    name: the sample's name in the data.
+    task: its task.
+    tokens: the number of its tokens.
+    loss: the mean over its real targets, in nats; of a micro-batch its share of the step's weighted loss.
+    norm: the norm of its part of the step's gradient.
+    first: the part of the model, or of the sample, with the first value that is not finite; None: all are finite.
+    parameters: the names of those whose gradient is not finite.
     """
 
     file: str
@@ -370,87 +401,94 @@ class Row:
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.norm) and self.first is None
 
-    def facts(self) -> dict[str, Any]:
-        """As JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; numbers that are not finite as text."""
         numbers = {name: x if math.isfinite(x) else str(x) for name, x in (("loss", self.loss), ("norm", self.norm))}
         return {**asdict(self), **numbers, "finite": self.finite, "parameters": list(self.parameters)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """The micro-batches, the samples from the worst on, weights that were not finite before the step, and what else was noticed."""
+    """The result of `replay`.
 
-    batches: tuple[Row, ...]
-    samples: tuple[Row, ...]
+    batches: the micro-batches.
+    samples: all samples, the worst first: those with values that are not finite, then by gradient norm.
+    weights: the names of parameters that were not finite before the step.
+    notes: what limits the result, as text.
+    """
+
+    batches: tuple[ReplayRow, ...]
+    samples: tuple[ReplayRow, ...]
     weights: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def replay(model: Model, trouble: Trouble, *, progress: Callable[[], None] = lambda: None) -> Replay:
+def replay(model: Model, saved: SavedStep, *, progress: Callable[[], None] = lambda: None) -> Replay:
     """Run the step again, forward and backward, micro-batch by micro-batch and sample by sample, without dropout.
 
-    As nothing flows between the samples of a pack, a sample alone does what it did in there. progress: called after each sample.
+    Samples of a pack do not see each other, so a sample alone has the same loss and gradient as in the pack.
+    progress: called after each sample.
 
     Raises:
         CheckpointError: the batches are of another model.
     """
     try:
-        return _replayed(model, trouble, progress)
+        return _replay(model, saved, progress)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"the batch that was kept does not fit the model: {type(error).__name__}: {str(error)[:300]}"
+            f"the saved batch does not fit the model: {type(error).__name__}: {str(error)[:300]}"
         ) from error
 
 
-def _replayed(model: Model, trouble: Trouble, progress: Callable[[], None]) -> Replay:
+def _replay(model: Model, saved: SavedStep, progress: Callable[[], None]) -> Replay:
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.train()  # cuDNN has no backward for others; they drop nothing
     weights = tuple(name for name, p in model.named_parameters() if not bool(p.isfinite().all()))
-    for batch in trouble.batches:
+    for batch in saved.batches:
         for task, reading in batch.stream.readings.items():
-            if task not in model.tasks or task not in trouble.counts:
+            if task not in model.tasks or task not in saved.counts:
                 raise CheckpointError(
-                    f"{batch.file}: task {shown_short(task)} is none of this model's, or not in the counts"
+                    f"{batch.file}: task {short_repr(task)} is none of this model's, or not in the counts"
                 )
             if batch.names is not None and any(number >= len(batch.names) for number in reading.samples):
                 raise CheckpointError(f"{batch.file}: it has more samples than the {len(batch.names)} that have names")
     whole, rows, notes = [], [], []
-    for batch in trouble.batches:
+    for batch in saved.batches:
         where = f"process {batch.process}, {batch.file}" if batch.process else batch.file
-        row = _measured(model, batch.stream, trouble, where, None, "", ", ".join(batch.stream.readings))
+        row = _replay_one(model, batch.stream, saved, where, None, "", ", ".join(batch.stream.readings))
         whole.append(row)
         total = 0.0
         for task, number, alone in samples_of(batch.stream):
             name = "" if batch.names is None else batch.names[number]
-            rows.append(_measured(model, alone, trouble, where, number, name, task))
-            total += _share(model, trouble, task, rows[-1].loss, alone)
+            rows.append(_replay_one(model, alone, saved, where, number, name, task))
+            total += _share(model, saved, task, rows[-1].loss, alone)
             progress()
         if math.isfinite(total) and math.isfinite(row.loss) and abs(total - row.loss) > 1e-2 * max(1.0, abs(row.loss)):
             notes.append(
                 f"{where}: the samples' losses add up to {total:.4f}, not to {row.loss:.4f}, so this loss goes across samples "
-                "(or its noise differs); a sample alone does not tell it"
+                "(or its noise differs); a sample alone does not show it"
             )
     model.zero_grad(set_to_none=True)
     rows.sort(key=lambda row: (row.finite, -row.norm if math.isfinite(row.norm) else -math.inf))
     return Replay(batches=tuple(whole), samples=tuple(rows), weights=weights, notes=tuple(notes))
 
 
-def _share(model: Model, trouble: Trouble, task: str, loss: float, alone: Stream) -> float:
-    return model.tasks[task].weight * loss * alone.readings[task].count / max(trouble.counts[task], 1)
+def _share(model: Model, saved: SavedStep, task: str, loss: float, alone: Stream) -> float:
+    return model.tasks[task].weight * loss * alone.readings[task].count / max(saved.counts[task], 1)
 
 
-def _measured(
-    model: Model, stream: Stream, trouble: Trouble, file: str, sample: int | None, name: str, task: str
-) -> Row:
+def _replay_one(
+    model: Model, stream: Stream, saved: SavedStep, file: str, sample: int | None, name: str, task: str
+) -> ReplayRow:
     first: list[str] = [f"content of {kind}" for kind, x in stream.content.items() if not _is_finite(x)][:1]
-    torch.manual_seed(trouble.step)  # heads that learn from noise get the same one each time
+    torch.manual_seed(saved.step)  # heads that learn from noise get the same one each time
     model.zero_grad(set_to_none=True)
     device = model.device
-    half = trouble.precision == "bfloat16"
-    with _watched(model, first), torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        loss = model.loss(stream.to(device), counts=trouble.counts)
+    bfloat16 = saved.precision == "bfloat16"
+    with _find_not_finite(model, first), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+        loss = model.loss(stream.to(device), counts=saved.counts)
     if not _is_finite(loss) and not first:
         first.append("loss")
     loss.backward()
@@ -458,8 +496,8 @@ def _measured(
     norm = float(torch.stack([grad.float().norm() for grad in grads.values()]).norm())
     value = float(loss.detach())
     if sample is not None:
-        value /= max(_share(model, trouble, task, 1.0, stream), 1e-30)
-    return Row(
+        value /= max(_share(model, saved, task, 1.0, stream), 1e-30)
+    return ReplayRow(
         file=file,
         sample=sample,
         name=name,
@@ -473,8 +511,8 @@ def _measured(
 
 
 @contextmanager
-def _watched(model: Model, first: list[str]) -> Iterator[None]:
-    """Note the first part of the model that gives something not finite; parts inside it end before it."""
+def _find_not_finite(model: Model, first: list[str]) -> Iterator[None]:
+    """Append to `first` the first module with an output that is not finite; inner modules end before outer ones."""
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, given: Any, out: Any) -> None:

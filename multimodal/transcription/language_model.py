@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
-from multimodal.files import put
+from multimodal.files import write_atomic
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, ConfigError
@@ -107,7 +107,7 @@ class NGramLM:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
-        put(Path(path), json.dumps(self.to_dict()))
+        write_atomic(Path(path), json.dumps(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -1,6 +1,5 @@
-"""Labels: one class of a fixed set, or several of them at once."""
+"""One class of a fixed set, or several of them at once."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.texts import shortened
+from multimodal.texts import repeated, shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -30,7 +29,7 @@ class Labels(Tokenizer):
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise ConfigError(f"Labels: names={shortened(repr(self.names), 100)} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
-        twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
+        twice = sorted(repeated(self.names))
         if twice or not self.names:
             raise ConfigError(
                 f"Labels: {'names occur twice: ' + shortened(', '.join(twice), 300) if twice else 'no names were given'}"

@@ -1,9 +1,8 @@
-"""Compares the settings, data and weights of all processes before the first step; a difference ends all with an error."""
+"""Compares settings, data and weights of all processes before the first step; a difference is an error in all of them."""
 
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,28 +19,29 @@ from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
 from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
+from multimodal.train.report import installed_version
 from multimodal.train.state import unequal
 
 PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")
-OWN = ("workers", "device")  # settings that may differ between processes
+LOCAL = ("workers", "device")  # settings that may differ between processes
 MOST_SHOWN, LONGEST_SHOWN = 4, 60  # differences in a message, characters of a value
 FAILED = "failed"
 
 
 @contextmanager
-def agreement(processes: Processes) -> Iterator[dict[str, Any]]:
-    """Yields a dictionary for the facts of this process (JSON values by name); after the block the facts of all are compared.
+def equal_in_all_processes(processes: Processes) -> Iterator[dict[str, Any]]:
+    """Yields a dictionary for the settings of this process (JSON values by name); after the block those of all are compared.
 
     Raises:
         ConfigError: in every process; it names the differences, or the error of another process inside the block.
     """
-    facts: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     try:
-        yield facts
+        yield settings
     except Exception as error:
-        processes.gather({FAILED: f"{type(error).__name__}: {error}"})  # else the others would wait for this one
+        processes.all_gather({FAILED: f"{type(error).__name__}: {error}"})  # else the others would wait for this one
         raise
-    found = processes.gather(facts)
+    found = processes.all_gather(settings)
     for rank, other in enumerate(found):
         if FAILED in other:
             raise ConfigError(f"fit: process {rank} of {processes.count} cannot begin: {other[FAILED]}")
@@ -69,11 +69,11 @@ def _difference(name: str, one: Any, two: Any, rank: int) -> str:
     return f"{name} is {first} in process 0 and {second} in process {rank}"
 
 
-def facts_of(
+def settings_of(
     model: Model,
     recipe: Recipe,
     device: torch.device,
-    feed: Batches | Packs,
+    dataset: Batches | Packs,
     sizes: Mapping[str, Mapping[str, int | None]],
 ) -> dict[str, Any]:
     """What must be equal in every process: declarations, settings, sizes and some samples of the data, versions, weights."""
@@ -81,10 +81,10 @@ def facts_of(
         {
             "versions": _versions(),
             **declarations(model),
-            "recipe": {name: value for name, value in recipe.config().items() if name not in OWN},
+            "recipe": {name: value for name, value in recipe.config().items() if name not in LOCAL},
             "device": device.type,
             **sizes,
-            "samples": _samples(feed),
+            "samples": _samples(dataset),
             "weights": {name: _digest(tensor) for name, tensor in model.state_dict().items()},
             "trained": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         }
@@ -92,13 +92,8 @@ def facts_of(
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, "torch": torch.__version__, **{name: installed_version(name) for name in PACKAGES}}
 
 
 def _digest(tensor: Tensor) -> str:
@@ -107,26 +102,28 @@ def _digest(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {crc32(raw):08x}"  # type: ignore[arg-type]
 
 
-def _samples(feed: Batches | Packs) -> dict[str, dict[str, str]]:
+def _samples(dataset: Batches | Packs) -> dict[str, dict[str, str]]:
     """Checksums of the first, middle and last sample of each task; sizes alone would not show files in another order.
 
     Samples that differ when they are read again with the same seed are not compared.
     """
     found = {}
-    for pattern, source in feed.fetch.data.items():
+    for pattern, source in dataset.fetch.data.items():
         if not is_indexed(source):
-            continue  # reading would advance it
+            continue  # reading would advance an iterator
         found[pattern] = {
             f"sample {index}": text
             for index in sorted({0, len(source) // 2, len(source) - 1})
+            # a source may draw from a generator that is not seeded here
             if (text := _sample(source, index)) == _sample(source, index)
         }
     return found
 
 
 def _sample(source: Any, index: int) -> str:
+    """A checksum of a sample, or the name of the error that reading it raised."""
     with preserved_rng():
-        seed_generators("agreement", index)
+        seed_generators("agreement", index)  # the key only has to be the same in both readings
         try:
             return f"{crc32(repr(_identity(source[index])).encode()):08x}"
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Any samples as shards: whole archives or none, and the same bytes however often the work is interrupted."""
+"""Writes samples to shards: an archive is complete or absent, and interruptions do not change a byte of the result."""
 
 import hashlib
 import json
@@ -20,7 +20,17 @@ from multimodal.data.folders import HIDDEN, is_hidden
 from multimodal.data.frames import as_samples
 from multimodal.data.shards import ABSENT, FORMAT, HEADER, INDEX, MAKING, UNKNOWN, Shard, Shards, is_url, table_name
 from multimodal.data.sources import is_indexed
-from multimodal.files import aside, check_fields, file_hash, flush, is_aside, parse_json, put, put_new, read_json
+from multimodal.files import (
+    check_fields,
+    file_hash,
+    flush,
+    is_part_path,
+    parse_json,
+    part_path,
+    read_json,
+    write_atomic,
+    write_new,
+)
 from multimodal.media.sources import log
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.texts import listed, shortened
@@ -32,24 +42,39 @@ SHOWN = 5  # bad rows in an error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What a folder of shards holds. already: nothing had to be done. account: counts of the source: seen, used and left out."""
+class ShardsWritten:
+    """The content of a folder of shards.
+
+    samples: their number.
+    shards: the number of archives.
+    bytes: the size of all archives.
+    fields: the names of the fields.
+    bad: rows of the source that were left out, each with its reason.
+    account: counts of the source: seen, used and left out.
+    already: whether the folder was complete before the call.
+    """
 
     samples: int
     shards: int
     bytes: int
     fields: tuple[str, ...]
-    bad: tuple[tuple[int, str], ...]  # row of the source and why it was left out
+    bad: tuple[tuple[int, str], ...]
     account: Account
     already: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the writing is."""
+    """How much is written.
 
-    rows: int  # read from the source
-    shards: int  # whole
+    rows: rows read from the source.
+    shards: complete archives.
+    bytes: written to archives.
+    bad: rows left out.
+    """
+
+    rows: int
+    shards: int
     bytes: int
     bad: int
 
@@ -62,18 +87,19 @@ def write_shards(
     max_bad: int = 0,
     source: Any = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Made:
-    """Write samples (mappings of fields) into a new folder, or go on behind its last whole shard.
+) -> ShardsWritten:
+    """Write samples (mappings of fields) to a new folder, or resume after its last complete shard.
 
     samples: has a length and [index] (a DataFrame too), or `rows(start)`, or can be iterated; the same each time. Texts become txt
     members, numbers and lists json, arrays npy; a Path, bytes, an open file or a mapping of "bytes" and "path" keeps its bytes; a
     PIL image becomes a PNG, a pair (wave, rate_hz) a WAV, a list of such a tar; None is left out. A member's key is its row in the
     source.
-    shard_bytes: an archive is at most so long, unless one sample is longer. max_bad: so many rows may be left out; they are listed
-    in bad.jsonl. source: what the samples are, in JSON; a folder that was begun with another is refused.
+    shard_bytes: the largest size of an archive, unless one sample is larger. max_bad: the largest number of rows that may be left
+    out; they are listed in bad.jsonl. source: JSON that identifies the samples; a folder that was started with another is refused.
+    progress: called after each row.
 
     Raises:
-        ConfigError: the folder holds something else, or was begun with other settings. MediaError: more than max_bad bad rows.
+        ConfigError: the folder holds something else, or was started with other settings. MediaError: more than max_bad bad rows.
     """
     folder, samples = Path(folder), as_samples(samples)
     if isinstance(samples, (str, bytes, Mapping)) or not any(
@@ -87,6 +113,7 @@ def write_shards(
     settings = json.loads(json.dumps({"format": FORMAT, "shard_bytes": shard_bytes, "source": about}))
     if shard_bytes < 10_000:
         raise ConfigError(f"write_shards: shard_bytes={shard_bytes} must be at least 10000")
+    # complete already: check that it is the same work, and remove what an interruption left
     if (folder / INDEX).exists():
         index = _read(folder / INDEX, "shards")
         _check_same(folder, index, settings)
@@ -95,15 +122,16 @@ def write_shards(
         _check_bad(folder / INDEX, index["bad"])
         if _read(folder / MAKING) == settings:
             (folder / MAKING).unlink()
-        return _made(index, samples, already=True)
-    part = aside(folder, json.dumps(settings))  # the file that is being written, until it is complete
-    entries = _begun(folder, settings, part)
+        return _result(index, samples, already=True)
+    # the name of an incomplete file is always the same, so that the file of a killed process is overwritten
+    part = part_path(folder, json.dumps(settings))
+    entries = _shards_there(folder, settings, part)
     bad = [(row, why) for entry in entries for row, why in entry["bad"]]
     if len(bad) > max_bad:
-        raise MediaError(_too_many(bad, max_bad))
-    told, written = len(bad), sum(entry["bytes"] for entry in entries)
+        raise MediaError(_broken_rows(bad, max_bad))
+    saved_bad, written = len(bad), sum(entry["bytes"] for entry in entries)
     start = stop = entries[-1]["read"] if entries else 0
-    shard = _Archive(folder, len(entries), part)
+    shard = _ArchiveWriter(folder, len(entries), part)
     try:
         for row, sample in enumerate(_rows(samples, start), start):
             try:
@@ -113,29 +141,32 @@ def write_shards(
             except Exception as error:
                 bad.append((row, shortened(" ".join(str(error).split()) or type(error).__name__)))
                 if len(bad) > max_bad:
-                    raise MediaError(_too_many(bad, max_bad)) from error
+                    raise MediaError(_broken_rows(bad, max_bad)) from error
                 members = []
             size = sum(_padded(len(data)) for *_, data in members)
+            # a sample is never split, so the archive is closed before it would get too large
             if members and shard.table.rows and shard.at + size + END > shard_bytes:
-                entries.append(shard.whole(row, bad[told:]))
-                told, written = len(bad), written + entries[-1]["bytes"]
-                shard = _Archive(folder, len(entries), part)
+                entries.append(shard.close(row, bad[saved_bad:]))
+                saved_bad, written = len(bad), written + entries[-1]["bytes"]
+                shard = _ArchiveWriter(folder, len(entries), part)
             if members:
                 shard.add(f"{row:09d}", members)
             stop = row + 1
             if progress is not None:
                 progress(Progress(rows=stop, shards=len(entries), bytes=written + shard.at, bad=len(bad)))
         if shard.table.rows:
-            entries.append(shard.whole(stop, bad[told:]))
+            entries.append(shard.close(stop, bad[saved_bad:]))
     finally:
         shard.abandon()
     if not entries:
-        raise MediaError(f"write_shards: there is no sample to write{'; ' + _too_many(bad, max_bad) if bad else ''}")
+        raise MediaError(f"write_shards: there is no sample to write{'; ' + _broken_rows(bad, max_bad) if bad else ''}")
     if bad:
-        put_new(folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode(), part)
+        write_new(
+            folder / BAD, "".join(json.dumps({"row": row, "error": why}) + "\n" for row, why in bad).encode(), part
+        )
     index = _finish(folder, entries, settings, bad, part)
     (folder / MAKING).unlink()
-    return _made(index, samples)
+    return _result(index, samples)
 
 
 def index_archives(
@@ -145,14 +176,15 @@ def index_archives(
     *,
     storage: Mapping[str, Any] | None = None,
 ) -> Shards:
-    """Index tar archives that others made, by reading their headers once, and open them.
+    """Index tar archives of other programs, by reading their headers once, and open them.
 
     archives: paths or URLs; they stay where they are. fields: which extension is which field, as in {"image": ("jpg", "png"),
     "label": "cls"}; neighbours KEY.EXTENSION of one KEY are one sample, and other extensions are not read. As in WebDataset, the
-    key ends at the first dot of the name: the extension of a.1.jpg is 1.jpg. folder: where the index is put. Damage is seen less
-    well than in shards of our own, as such archives have no checksums.
+    key ends at the first dot of the name: the extension of a.1.jpg is 1.jpg. folder: where the index is written. storage: as of
+    `Shards`. As such archives have no checksums, less damage is detected than in shards of `write_shards`.
 
-    The result's `account` says which members are in samples, and which were left out and why; what is not usual is logged as well.
+    The result's `account` counts the members that are in samples, and those that were left out, with reasons; unusual ones are also
+    logged.
 
     Raises:
         ConfigError: nothing to index. MediaError: an archive that is no plain tar, is damaged or cut short, or in which the members
@@ -180,7 +212,7 @@ def index_archives(
         if table.rows:
             here = not is_url(archive) and Path(archive).resolve().parent == folder.resolve()
             name = archive if is_url(archive) else Path(archive).name if here else Path(archive).resolve().as_posix()
-            entries.append(table.put(folder, len(entries), name=name, bytes=length, sha256=None))
+            entries.append(table.write(folder, len(entries), name=name, bytes=length, sha256=None))
     if not entries:
         raise ConfigError(
             f"index_archives: no member ends in {', '.join(chosen)}; there are "
@@ -195,7 +227,7 @@ def index_archives(
 
 
 class _Headers:
-    """Reads the headers of archives, and counts which members are used and which are left out.
+    """Reads the headers of archives, and counts the members that are used and left out.
 
     met: extensions that belong to no field. unusual: whether a member was left out that is probably part of a sample.
     """
@@ -207,9 +239,7 @@ class _Headers:
     def account(self, samples: int) -> Account:
         notes = []
         if self.twice:
-            notes.append(
-                f"{len(self.twice)} keys come again, each time as a sample of its own: {listed(self.twice, 3)}"
-            )
+            notes.append(f"{len(self.twice)} keys come again, each time as another sample: {listed(self.twice, 3)}")
         if self.endless:
             notes.append(
                 f"{len(self.endless)} archives have no mark at their end and may be cut short: {listed(self.endless, 3)}"
@@ -252,7 +282,11 @@ class _Headers:
         return length
 
     def _begin(self, archive: str, key: str, field: str, keys: dict[str, set[str]], beside: bool) -> None:
-        """Begin a sample. A key may come again only with a field that it already had; else one sample lies in separate places."""
+        """Begin a sample.
+
+        A key may come again only with a field that it had before, as another sample; with a new field the members of one sample
+        would not lie side by side.
+        """
         if key in keys:
             if not beside and field not in keys[key]:
                 raise MediaError(
@@ -270,7 +304,7 @@ class _Headers:
         return f"{folder}/{key}", dot, extension.lower()
 
     def _why_not(self, member: tarfile.TarInfo, extension: str) -> str | None:
-        """Why a member is in no sample."""
+        """The reason why a member is in no sample; None: it is in one."""
         last = extension.rpartition(".")[2]
         if any(map(is_hidden, member.name.split("/"))):
             return HIDDEN
@@ -292,7 +326,7 @@ class _Headers:
 
 
 def _is_ended(archive: str, file: Any, offset: int, length: int) -> bool:
-    """Whether the end mark of an archive lies where tarfile stopped; it stops at a damaged header, too, without an error.
+    """Whether the end mark of an archive lies where tarfile stopped, which also stops at a damaged header without an error.
 
     Raises:
         MediaError: a damaged header, or a second archive, follows.
@@ -316,7 +350,10 @@ def _is_ended(archive: str, file: Any, offset: int, length: int) -> bool:
 
 
 class _Table:
-    """Where the members of each sample of an archive are."""
+    """Offset, size and checksum of the members of each sample of an archive.
+
+    columns: the number of each (field, extension). rows: for each sample (column, offset, size, CRC-32) of its members.
+    """
 
     def __init__(self) -> None:
         self.columns: dict[tuple[str, str], int] = {}
@@ -327,20 +364,20 @@ class _Table:
         column = self.columns.setdefault((field, extension), len(self.columns))
         self.rows[-1].append((column, offset, size, crc))
 
-    def put(self, folder: Path, number: int, part: Path | None = None, **about: Any) -> dict[str, Any]:
-        """Write it, and give what the index says of the archive."""
+    def write(self, folder: Path, number: int, part: Path | None = None, **about: Any) -> dict[str, Any]:
+        """Write the table file of an archive, and return the entry of the archive for the index."""
         numbers = np.full((len(self.rows), len(self.columns), 3), ABSENT, "<i8")
         for row, members in enumerate(self.rows):
             for column, *where in members:
                 numbers[row, column] = where
         body = numbers.tobytes()
         entry = {**about, "samples": len(self.rows), "columns": list(self.columns), "table_crc": zlib.crc32(body)}
-        put_new(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body, part)
+        write_new(folder / table_name(number), json.dumps(entry).encode() + b"\n" + body, part)
         return json.loads(json.dumps(entry))
 
 
-class _Archive:
-    """The archive that is being written, under another name until it is whole."""
+class _ArchiveWriter:
+    """Writes an archive, under another name until it is complete."""
 
     def __init__(self, folder: Path, number: int, part: Path) -> None:
         self.folder, self.number, self.name = folder, number, f"{number:06d}.tar"
@@ -357,8 +394,8 @@ class _Archive:
             self.table.add(field, extension, self.at, len(data), zlib.crc32(data))
             self._write(data + bytes(-len(data) % HEADER))
 
-    def whole(self, read: int, bad: Sequence[tuple[int, str]]) -> dict[str, Any]:
-        """Close it and give it its name; its table, which comes last, says that it is whole."""
+    def close(self, read: int, bad: Sequence[tuple[int, str]]) -> dict[str, Any]:
+        """Finish and rename the archive, then write its table, which marks it as complete; returns its entry for the index."""
         self._write(bytes(END))
         assert self.file is not None
         self.file.close()
@@ -371,7 +408,7 @@ class _Archive:
         os.replace(self.part, place)
         flush(self.folder)
         about = {"name": self.name, "bytes": self.at, "sha256": self.digest.hexdigest(), "read": read, "bad": list(bad)}
-        return self.table.put(self.folder, self.number, self.part, **about)
+        return self.table.write(self.folder, self.number, self.part, **about)
 
     def abandon(self) -> None:
         if self.file is not None and not self.file.closed:
@@ -391,14 +428,15 @@ def _padded(size: int) -> int:
     return HEADER + size + -size % HEADER
 
 
-def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[str, Any]]:
-    """What whole shards there are, in a folder that is made if there is none."""
+def _shards_there(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[str, Any]]:
+    """The entries of the complete shards in a folder, which is created if it does not exist."""
     if not (folder / MAKING).exists():
-        if os.path.lexists(folder) and (not folder.is_dir() or any(not is_aside(x.name) for x in folder.iterdir())):
+        if os.path.lexists(folder) and (not folder.is_dir() or any(not is_part_path(x.name) for x in folder.iterdir())):
             raise ConfigError(f"write_shards: {folder} holds other things; give a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        put(folder / MAKING, json.dumps(settings).encode(), part)
+        write_atomic(folder / MAKING, json.dumps(settings).encode(), part)
     _check_same(folder, _read(folder / MAKING, "shards that are being made"), settings)
+    # a shard is complete if its table is there, because the table is written last
     entries: list[dict[str, Any]] = []
     while (table := folder / table_name(len(entries))).exists():
         try:
@@ -420,7 +458,7 @@ def _begun(folder: Path, settings: Mapping[str, Any], part: Path) -> list[dict[s
 
 
 def _read(path: Path, what: str = "") -> dict[str, Any]:
-    """A JSON object that we wrote; for any other, a ConfigError that says `what` was wanted, or {} without `what`."""
+    """A JSON object that `write_shards` wrote; for any other file {}, or with `what`, its description, a ConfigError."""
     try:
         found = read_json(path, ConfigError)
     except ConfigError:
@@ -439,13 +477,13 @@ def _check_bad(where: Path, bad: Any) -> None:
 
 
 def _about(samples: Any) -> dict[str, Any]:
-    """What tells samples from others of the same number: the bytes of the first one, where it can be asked for."""
+    """JSON that identifies the samples: their number, and a checksum of the first one if it can be read by index."""
     about: dict[str, Any] = {"samples": len(samples) if hasattr(samples, "__len__") else None}
     if is_indexed(samples) and len(samples):
         try:
             first = {str(field): encoded(value) for field, value in samples[0].items() if value is not None}
             about["first"] = zlib.crc32(repr(sorted(first.items())).encode("utf-8", "backslashreplace"))
-        except Exception:  # a broken row is a matter of writing
+        except Exception:  # writing reports a broken row
             about["first"] = None
     return about
 
@@ -478,15 +516,15 @@ def _finish(
     shards = [{name: value for name, value in entry.items() if name != "bad"} for entry in entries]
     total = sum(entry["samples"] for entry in entries)
     index = {**settings, "samples": total, "fields": fields, "bad": list(bad), "shards": shards}
-    put_new(folder / INDEX, json.dumps(index, indent=1).encode(), part)
+    write_new(folder / INDEX, json.dumps(index, indent=1).encode(), part)
     return index
 
 
-def _made(index: Mapping[str, Any], samples: Any, already: bool = False) -> Made:
+def _result(index: Mapping[str, Any], samples: Any, already: bool = False) -> ShardsWritten:
     bad = [(row, why) for row, why in index["bad"]]
     rows = index["samples"] + len(bad)
     seen = samples.seen() if hasattr(samples, "seen") else Account(unit="rows", saw=rows, yields=rows)
-    return Made(
+    return ShardsWritten(
         samples=index["samples"],
         shards=len(index["shards"]),
         bytes=sum(entry["bytes"] for entry in index["shards"]),
@@ -497,14 +535,14 @@ def _made(index: Mapping[str, Any], samples: Any, already: bool = False) -> Made
     )
 
 
-def _too_many(bad: Sequence[tuple[int, str]], max_bad: int) -> str:
+def _broken_rows(bad: Sequence[tuple[int, str]], max_bad: int) -> str:
     shown = "".join(f"\n  row {row}: {why}" for row, why in bad[:SHOWN])
     more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
     return f"broken rows: {len(bad)}, and max_bad={max_bad}; put them right, or allow more:{shown}{more}"
 
 
 def _rows(samples: Any, start: int) -> Iterator[Any]:
-    """The rows from `start` on; the exception in place of a row that failed.
+    """Yields the rows from `start` on, and the exception in place of a row that cannot be read.
 
     Raises:
         MediaError: a source that can only be iterated failed, and gives no further rows.
@@ -528,7 +566,7 @@ def _rows(samples: Any, start: int) -> Iterator[Any]:
         except Exception as error:
             raise MediaError(
                 f"write_shards: the source failed at row {at}: {type(error).__name__}: {shortened(error)}; what is iterated does "
-                "not go on after an error, so max_bad cannot pass over it; what is written is kept, and the same call goes on"
+                "not continue after an error, so max_bad cannot skip it; what is written stays, and the same call resumes there"
             ) from error
         yield row
         at += 1
