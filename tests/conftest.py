@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-KEPT = ("benchmarks/results", "examples/data", "tests/data")  # what programs write, and tests must not
+KEPT = ("benchmarks/results", "examples/data", "tests/fixtures")  # what programs write, and tests must not
 _before: dict[Path, bytes] = {}
 
 

@@ -29,9 +29,9 @@ class Mutation(NamedTuple):
 
 
 MECHANISM, LAYERS, REINFORCE = (
-    "tests/test_mechanism.py::test_",
-    "tests/test_layers.py::test_",
-    "tests/test_reinforce.py::test_",
+    "tests/attention/test_mechanism.py::test_",
+    "tests/layers/test_layers.py::test_",
+    "tests/attention/test_reinforce.py::test_",
 )
 FORMULA = MECHANISM + "every_score_under_every_prior_by_every_read_is_its_formula[{}]"
 DENSE = LAYERS + "the_plain_version_is_the_oracle_of_the_fast_one[{}]"
@@ -704,41 +704,41 @@ _XRAY = (
         "leave-one-out denominator",
         "(answer_TK[:, None] - w_TM * value_MK) / (1 - r_TM)",
         "(answer_TK[:, None] - w_TM * value_MK) / (1 + r_TM)",
-        ("tests/test_xray.py::test_leave_one_out_is_a_second_pass_without_the_key",),
+        ("tests/look/test_xray.py::test_leave_one_out_is_a_second_pass_without_the_key",),
     ),
     (
         "nearly all taken from nearly all",
         "            out[torch.arange(len(out)), top_T] = weight_TM @ value_MK\n",
         "",
-        ("tests/test_xray.py::test_leaving_out_keeps_its_digits_where_one_key_is_nearly_all",),
+        ("tests/look/test_xray.py::test_leaving_out_keeps_its_digits_where_one_key_is_nearly_all",),
     ),
     (
         "entropy for effective number",
         "torch.where(self.mass_HT > 0, entropy_HT.exp(), 0.0)",
         "torch.where(self.mass_HT > 0, entropy_HT, 0.0)",
-        ("tests/test_xray.py::test_read_outs_are_the_plain_sums",),
+        ("tests/look/test_xray.py::test_read_outs_are_the_plain_sums",),
     ),
     (
         "price without the prior",
         "return self.evidence_HT - self.log_joint_HTM.amax(-1)",
         "return self.evidence_HT - self.score_HTM.amax(-1)",
-        ("tests/test_xray.py::test_read_outs_are_the_plain_sums",),
+        ("tests/look/test_xray.py::test_read_outs_are_the_plain_sums",),
     ),
     (
         "spread around zero",
         "mean_HTK = self.share_HTM @ value\n",
         "mean_HTK = 0 * self.share_HTM @ value\n",
-        ("tests/test_xray.py::test_read_outs_are_the_plain_sums",),
+        ("tests/look/test_xray.py::test_read_outs_are_the_plain_sums",),
     ),
     (
         "usage averaged",
         "return self.responsibility_HTM.sum(1)",
         "return self.responsibility_HTM.mean(1)",
-        ("tests/test_xray.py::test_read_outs_are_the_plain_sums",),
+        ("tests/look/test_xray.py::test_read_outs_are_the_plain_sums",),
     ),
 )
 
-_DATA, _STATE = "tests/test_data.py::test_", "tests/test_state.py::test_"
+_DATA, _STATE = "tests/data/test_data.py::test_", "tests/train/test_state.py::test_"
 
 _PACKS = (
     (
@@ -793,13 +793,13 @@ _FIT = (
         "the data begin anew",
         '                self.feed.restore(saved["data_state"])\n',
         "                pass\n",
-        ("tests/test_fit.py::test_a_token_budget_is_resumed_exactly",),
+        ("tests/train/test_fit.py::test_a_token_budget_is_resumed_exactly",),
     ),
     (
         "dropout of the same micro-batch differs from step to step only by its number",
         "/dropout/{self.step}/{number}",
         "/dropout/{number}",
-        ("tests/test_fit.py::test_dropout_is_drawn_anew_in_every_step",),
+        ("tests/train/test_fit.py::test_dropout_is_drawn_anew_in_every_step",),
     ),
     (
         "the worst model is the best",
@@ -814,19 +814,19 @@ _STEP = (
         "the norm's weights forgotten in the step",
         "return _columns(linear.weight * norm.weight)",
         "return _columns(linear.weight)",
-        ("tests/test_step.py::test_a_step_is_what_the_core_computes[default-alike]",),
+        ("tests/generate/test_step.py::test_a_step_is_what_the_core_computes[default-alike]",),
     ),
     (
         "rows of unequal length step without a mask",
         "sdpa(q_B1HK, k_BMGK, v_BMGK, scale, plan.mask)",
         "sdpa(q_B1HK, k_BMGK, v_BMGK, scale)",
-        ("tests/test_step.py::test_a_step_is_what_the_core_computes[default-unlike]",),
+        ("tests/generate/test_step.py::test_a_step_is_what_the_core_computes[default-unlike]",),
     ),
     (
         "a product with a bias is plain",
         " and module.bias is None and ",
         " and ",
-        ("tests/test_step.py::test_what_was_put_into_a_core_is_not_passed_by[with_a_bias]",),
+        ("tests/generate/test_step.py::test_what_was_put_into_a_core_is_not_passed_by[with_a_bias]",),
     ),
 )
 _ENTROPY = (
@@ -834,13 +834,13 @@ _ENTROPY = (
         "no smoothing in the gradient",
         "                    grad -= smoothing / grad.shape[1]\n",
         "                    grad -= 0\n",
-        ("tests/test_cross_entropy.py::test_heads_lose_the_same_in_chunks[0.1]",),
+        ("tests/heads/test_cross_entropy.py::test_heads_lose_the_same_in_chunks[0.1]",),
     ),
     (
         "gradients where nothing is learned",
         "    if not torch.is_grad_enabled():  # which",
         "    if False:  # which",
-        ("tests/test_cross_entropy.py::test_an_evaluation_makes_no_gradients",),
+        ("tests/heads/test_cross_entropy.py::test_an_evaluation_makes_no_gradients",),
     ),
 )
 _CHOOSING = (
@@ -848,7 +848,7 @@ _CHOOSING = (
         "a rule may write into what others read",
         "chances_BV = rule(log_p_BV.clone(), written)",
         "chances_BV = rule(log_p_BV, written)",
-        ("tests/test_samplers.py::test_a_rule_that_writes_into_what_it_is_given_changes_nothing_else",),
+        ("tests/generate/test_samplers.py::test_a_rule_that_writes_into_what_it_is_given_changes_nothing_else",),
     ),
 )
 _SPLIT = (
@@ -856,7 +856,7 @@ _SPLIT = (
         "what is free looks at everything",
         "context = mechanism(q_BTHK[:, some], k_BMGK[:, some], v_BMGK[:, some], self.context)",
         "context = mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, some]",
-        ("tests/test_attention.py::test_long_samples_are_read_in_two_calls_without_a_mask[bare-4]",),
+        ("tests/attention/test_attention.py::test_long_samples_are_read_in_two_calls_without_a_mask[bare-4]",),
     ),
 )
 

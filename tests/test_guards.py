@@ -3,7 +3,6 @@
 import ast
 import importlib
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -45,23 +44,6 @@ LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
-LAZY = (
-    "matplotlib",
-    "timm",
-    "torchvision",
-    "soundfile",
-    "rich",
-    "cyclopts",
-    "torchaudio",
-    "PIL",
-    "jiwer",
-    "fsspec",
-    "datasets",
-    "pyarrow",
-    "av",
-    "pillow_heif",
-    "torchcodec",
-)
 MAY_PRINT = ("cli", "__main__", "check", "train")
 
 
@@ -309,30 +291,6 @@ def test_a_checkpoint_finds_entry_points_that_nobody_imported():
     assert in_new_python(code).split() == list(ENTRY_POINTS)
 
 
-def test_importing_does_nothing():
-    code = f"""
-import os, random, sys
-import numpy, torch
-def state():
-    return [
-        dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_num_interop_threads(),
-        torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist(),
-        torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
-        torch.cuda.is_initialized(),
-    ]
-before = state()
-import multimodal, multimodal_tokenizers
-after = state()
-import json
-print(json.dumps({{
-    "changed": [i for i, (x, y) in enumerate(zip(before, after)) if x != y],
-    "cuda": torch.cuda.is_initialized(),
-    "loaded": [name for name in {LAZY!r} if name in sys.modules],
-}}))
-"""
-    assert json.loads(in_new_python(code)) == {"changed": [], "cuda": False, "loaded": []}
-
-
 def test_the_version_has_one_owner_and_a_changelog():
     headings = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] == PYPROJECT["project"]["version"]
@@ -526,5 +484,5 @@ def test_fault_03_planted_lines_that_run_code_are_found(line: str, what: str):
     assert any(what in text for text in found), found
 
 
-def test_fault_03_harmless_lines_are_not():
+def test_fault_03_safe_lines_are_not_found():
     assert code_violations({"m": "model.eval()\nnp.load(p, allow_pickle=False)\nre.compile('x')\njson.load(f)"}) == []

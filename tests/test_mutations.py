@@ -39,7 +39,7 @@ def test_every_test_that_must_fail_exists():
     wanted = {test.split("[")[0] for mutation in mutations.MUTATIONS for test in mutation.tests}
     there = {
         f"{path.relative_to(ROOT)}::{node.name}"
-        for path in HERE.glob("test_*.py")
+        for path in HERE.rglob("test_*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
     }
