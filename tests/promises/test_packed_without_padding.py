@@ -24,7 +24,6 @@ def test_the_gradient_of_a_sample_with_respect_to_its_neighbours_is_zero(core, l
     batch[1][1]["image"] = None  # lacks a kind
     batch[2][1]["text"] = None
     stream = model.packer(batch)
-    assert len({span.free < span.total for span in stream.layout.spans}) >= 1
     rows = torch.cat([model.embed(kind, content) for kind, content in stream.content.items()]).detach()
     stream_TD = rows[stream.order_T].requires_grad_()
     state_TD = model.core(stream_TD, stream.position_TA, stream.layout, backend=backend)
