@@ -46,7 +46,7 @@ def test_every_test_that_must_fail_exists():
     assert wanted <= there
 
 
-def test_mutations_are_told_apart_by_symbol_and_name():
+def test_symbol_and_name_identify_a_mutation():
     names = [(mutation.symbol, mutation.name) for mutation in mutations.MUTATIONS]
     assert len(set(names)) == len(names)
 
