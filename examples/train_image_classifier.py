@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> float:
     if not run.finished:
         sys.exit(130)
     accuracy = run.last(f"{TASK} exact")
-    shown = list(test.some(24))
+    some = test.some(24)
+    shown = [some[i] for i in range(len(some))]
     draw_answers(model, TASK, shown, args.folder / "answers.png")
     mine = args.folder / "one_test_picture.png"
     (shown[0]["image"] if hasattr(shown[0]["image"], "save") else image_sets.Image.open(shown[0]["image"])).save(mine)

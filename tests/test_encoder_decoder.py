@@ -39,7 +39,7 @@ class Digits(mm.Tokenizer):
     vocab_size = 4
 
     def encode(self, value: Sequence[int]) -> Tokens:
-        return Tokens(torch.tensor(value), self.info(len(value)))
+        return Tokens(torch.tensor(value), self.places(len(value)))
 
     def decode(self, tokens: Tokens) -> list[int]:
         return tokens.content.tolist()

@@ -36,7 +36,7 @@ class Symbols(mm.Tokenizer):
     vocab_size: int = 16
 
     def encode(self, value: Sequence[int]) -> mm.Tokens:
-        return mm.Tokens(torch.as_tensor(value), self.info(len(value)))
+        return mm.Tokens(torch.as_tensor(value), self.places(len(value)))
 
     def decode(self, tokens: mm.Tokens) -> tuple[int, ...]:
         return tuple(tokens.content.tolist())

@@ -57,7 +57,7 @@ def ours(place: Place) -> Job:
         vocab_size = shape.vocab - 1
 
         def encode(self, value: list[int]) -> Tokens:
-            return Tokens(torch.tensor(value), self.info(len(value)))
+            return Tokens(torch.tensor(value), self.places(len(value)))
 
         def decode(self, tokens: Tokens) -> Tensor:
             return tokens.content

@@ -60,7 +60,7 @@ def scaled(x: Tensor) -> MeanField:
 def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict[str, float]:
     random = np.random.default_rng(seed)
     clusters = torch.tensor(np.concatenate([random.normal(center, 1, (100, 2)) for center in CENTERS]))
-    flowers, kinds = load_iris(return_X_y=True)
+    flowers, kinds = (np.asarray(part) for part in load_iris(return_X_y=True))
     flowers = torch.tensor((flowers - flowers.mean(0)) / flowers.std(0))
     of_clusters = restarts(clusters, 12, scaled(clusters), seed, quick)
     of_iris = restarts(flowers, 10, scaled(flowers), seed, quick)

@@ -57,7 +57,8 @@ def trained(data: list[dict[str, str]], names: int, steps: int, seed: int, *, ml
 
 def sgd(model: mm.Model, sample: dict[str, str], lr: float, sure: float, most: int) -> Undo:
     """Plain gradient steps on the last MLP's matrix until the new answer is as probable."""
-    weight = [layer for name, layer in parts(model).items() if name.endswith("mlp")][-1].body.down.weight
+    last = [layer for name, layer in parts(model).items() if name.endswith("mlp")][-1]
+    weight = last.get_parameter("body.down.weight")
     before, stream = weight.detach().clone(), model.pack(TASK, [sample])
     for _ in range(most):
         loss = model.loss(stream)

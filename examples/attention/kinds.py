@@ -111,7 +111,7 @@ class Caption(Tokenizer):
 
     def encode(self, value: str) -> Tokens:
         ids = [WORDS.index(word) for word in value.split()]
-        return Tokens(torch.tensor(ids), self.info(len(ids)))
+        return Tokens(torch.tensor(ids), self.places(len(ids)))
 
     def decode(self, tokens: Tokens) -> str:
         return " ".join(WORDS[i] for i in tokens.content.tolist())

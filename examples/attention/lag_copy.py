@@ -18,8 +18,9 @@ from kinds import Numbers
 
 import multimodal as mm
 from multimodal.heads.each_row import EachRow
-from multimodal.layers import Concat, Layer, SelfAttention, TemporalConv
+from multimodal.layers import Concat, Layer, SelfAttention
 from multimodal.task import Task
+from multimodal.zoo import TemporalConv
 
 TASK, SYMBOLS, LAG, LENGTH = "seen -> copied", 8, 5, 24
 ATTENTION = SelfAttention(heads=1, key_width=32, value_width=32, out=32, merge=Concat())

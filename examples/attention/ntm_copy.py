@@ -18,8 +18,9 @@ from kinds import Bits
 
 import multimodal as mm
 from multimodal.heads.each_row import EachRow
-from multimodal.layers import Recurrent, Replace, TuringMachine
+from multimodal.layers import Recurrent, Replace
 from multimodal.task import Task
+from multimodal.zoo import TuringMachine
 
 TASK, LENGTHS = "tape -> copy", (10, 20, 30, 40, 60, 80, 120)
 BARS = {f"NTM strings right at {length}": "bar == 1" for length in (20, 40, 60)} | {

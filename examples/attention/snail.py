@@ -21,8 +21,9 @@ from sets import Episodes, few_shot_characters
 
 import multimodal as mm
 from multimodal.heads.each_row import EachRow
-from multimodal.layers import Concat, Layer, SelfAttention, TemporalConv
+from multimodal.layers import Concat, Layer, SelfAttention
 from multimodal.task import Task
+from multimodal.zoo import TemporalConv
 
 TASK, WAYS = "episode -> names", 5
 BARS = {

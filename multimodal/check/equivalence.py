@@ -24,6 +24,7 @@ from multimodal.check.measure import (
 )
 from multimodal.check.values import Encoded, plausible_values, random_tokens
 from multimodal.generate import Engine, Greedy, Sampler
+from multimodal.generate.request import new_request
 from multimodal.generate.samplers import Written
 from multimodal.heads import one_class
 from multimodal.model import Model, Sample

@@ -107,7 +107,7 @@ class AudioFrames(Tokenizer):
         frames_NF = self.spectrogram(wave_S)
         frames_NF = F.pad(frames_NF[None], (0, 0, 0, -len(frames_NF) % self.stack), mode="replicate")[0]
         stacked_NF = rearrange(frames_NF, "(n s) f -> n (s f)", s=self.stack)
-        return Tokens(stacked_NF, self.info(len(stacked_NF)))
+        return Tokens(stacked_NF, self.places(len(stacked_NF)))
 
     def places(self, count: int) -> Tensor:
         return at_times(torch.arange(count) * self.step[0])
