@@ -1,8 +1,8 @@
-"""Rows on words and what a model makes of them: pieces, embeddings, directions, heads, value maps, words in context, features.
+"""Rows on words and what a model makes of them: pieces, embeddings, directions, heads, value maps, words in context.
 
-    uv run benchmarks/seeds.py bpe analogies orthogonal multi-head low-rank words-in-context features
+    uv run benchmarks/seeds.py bpe analogies orthogonal multi-head low-rank words-in-context
 
-Each `measure_...` returns its numbers by name; table.py has their bars. CPU-minutes on one thread: words-in-context 5, features 3,
+Each `measure_...` returns its numbers by name; table.py has their bars. CPU-minutes on one thread: words-in-context 5,
 multi-head 0.5, the others below 0.3 each.
 """
 
@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from seed_rows.features import Numbers, lines_of, measure_features
 from torch import Tensor, nn
 
 import multimodal as mm
+from benchmarks.data import example, lines_of
 from multimodal.attention import Attention, Layout, Span
 from multimodal.look.embeddings import angles, near_orthogonal, neighbours, welch_bound
 from multimodal.look.layers import states
@@ -28,10 +29,8 @@ from multimodal.masks import MaskInfo
 from multimodal.zoo.analogies import analogy
 from multimodal_tokenizers import TextBPE
 
-__all__ = ["measure_features"]  # of a file of its own
-
 TRANSLATE = "en:text -> de:text"
-
+Numbers = dict[str, float]
 
 TOY = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
 TOY_MERGES = ["e+s", "es+t", "est+</w>", "l+o", "lo+w", "n+e", "ne+w", "new+est</w>", "low+</w>", "w+i"]
@@ -42,7 +41,9 @@ def algorithm_1(words: dict[str, int], merges: int, end: str = "</w>") -> list[s
     parts = {(*word, end): count for word, count in words.items()}
     found = []
     for _ in range(merges):
-        pairs: Counter[tuple[str, str]] = Counter()  # keeps the order of first sight, which `max` then keeps too
+        pairs: Counter[tuple[str, str]] = (
+            Counter()
+        )  # in the order of first sight, by which `max` decides between equals
         for word, count in parts.items():
             for pair in pairwise(word):
                 pairs[pair] += count
@@ -100,7 +101,7 @@ def measure_bpe(seed: int = 0, quick: bool = False, out: Path | None = None) -> 
 
 
 def _by_gpt2(text: str, merges: int) -> TextBPE:
-    """What `TextBPE.train` makes unless told otherwise: white space, letters, digits and punctuation never share a piece."""
+    """What `TextBPE.train` makes by default: white space, letters, digits and punctuation never share a piece."""
     return TextBPE.train([text], vocab_size=256 + merges)
 
 
@@ -160,7 +161,9 @@ def embeddings(sentences: Sequence[Sequence[str]], least: int, width: int, windo
     row = np.asarray(near.sum(1)).ravel()
     column = np.asarray(near.sum(0)).ravel() ** 0.75
     ppmi = np.maximum(np.log(near.data * column.sum() / (row[near.row] * column[near.col])), 0)
-    u, s, _ = svds(csr_matrix((ppmi, (near.row, near.col)), shape=near.shape), k=width, v0=np.ones(len(words)))
+    weighted = csr_matrix((ppmi, (near.row, near.col)), shape=near.shape)
+    factors: Any = svds(weighted, k=width, v0=np.ones(len(words)))  # typed as if parts of it could be left out
+    u, s, _ = factors
     return torch.tensor(u * s**0.5, dtype=torch.float32), words
 
 
@@ -215,7 +218,7 @@ def measure_orthogonal(seed: int = 0, quick: bool = False, out: Path | None = No
     return found
 
 
-def _r2(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
+def _r2(x: np.ndarray, y: Sequence[Any]) -> float:
     left = np.asarray(y) - np.polyval(np.polyfit(x, y, 1), x)
     return float(1 - left.var() / np.var(y))
 
@@ -317,7 +320,11 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
         maps = [value_map(attention, head) for head in range(4)]
         full_TD = torch.stack([weight_HTM[h] @ (normed_TD @ maps[h].T) for h in range(4)]).sum(0)
         last: list[Tensor] = []
-        hook = attention.register_forward_hook(lambda module, inputs, output: last.append(output))
+
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            last.append(output)
+
+        hook = attention.register_forward_hook(record)
         core(stream_TD, torch.zeros(20, 3, dtype=torch.float64), _full(1, 20))
         hook.remove()
     found["max |full - factored|"] = float((full_TD - last[0]).abs().max())
@@ -357,15 +364,13 @@ def measure_context(seed: int = 0, quick: bool = False, out: Path | None = None)
 
     Means over the words (types). The static probe sees the word's embedding alone, which is the same each time.
     """
-    from sets import multi30k  # pyright: ignore[reportMissingImports]  # examples/attention/sets.py
-
-    train, _ = multi30k()
+    train, _ = example("sets").multi30k()
     pairs = [(en.lower(), de.lower()) for en, de in train][: 1500 if quick else None]
     bpe = TextBPE.train([text for pair in pairs for text in pair], vocab_size=600 if quick else 4256)
     core = mm.Core(width=32, depth=1, heads=2) if quick else mm.Core(width=128, depth=3, heads=4)
     model = mm.Model({"text": bpe}, core, [TRANSLATE], seed=seed)
     samples = [{"en": en, "de": de} for en, de in pairs]
-    recipe = {"steps": 2, "batch": 8} if quick else {"steps": 350, "batch": 64}
+    recipe: dict[str, Any] = {"steps": 2, "batch": 8} if quick else {"steps": 350, "batch": 64}
     mm.fit(model, {TRANSLATE: samples}, lr=4e-3, seed=seed, device="cpu", quiet=quick, **recipe)
     scores: dict[str, list[float]] = {"majority": []}
     for word, (first, second) in _ambiguous(pairs, 40 if quick else 100).items():
@@ -381,10 +386,10 @@ def measure_context(seed: int = 0, quick: bool = False, out: Path | None = None)
         asked, labels = asked[:800], labels[:800]
         found = states(model, TRANSLATE, [{"en": en} for en, _ in asked])
         row_N = torch.stack([found.rows("en", i)[len(bpe(en[:end])) - 1] for i, (en, end) in enumerate(asked)])
-        for name, state_TD in zip(found.names, found.layers, strict=True):
-            one = probe(state_TD[row_N], labels, decay=0.1, seed=seed)
+        probes = [probe(state_TD[row_N], labels, decay=0.1, seed=seed) for state_TD in found.layers]
+        for name, one in zip(found.names, probes, strict=True):
             scores.setdefault(name, []).append(one.accuracy)
-        scores["majority"].append(one.majority)
+        scores["majority"].append(probes[-1].majority)
     means = {name: float(np.mean(values)) for name, values in scores.items()}
     last = list(scores)[-1]
     found_numbers = {"contextual probe": means[last], "static probe": means["embedding"], "majority": means["majority"]}

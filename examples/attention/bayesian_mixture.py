@@ -34,15 +34,6 @@ from multimodal.zoo.mixture import (
 )
 
 CENTERS, RESTARTS, SPARSE = ((0, 0), (6, 0), (3, 6)), 10, 1e-3
-BARS = {
-    "largest fall of the ELBO": "bar <= 1e-6",
-    "three clusters found": "bar >= 0.9 of the restarts",
-    "iris components": "bar == 3; baselines: scikit-learn's default prior as sparse, and EM, which empties none of 10",
-    "iris ARI": "bar >= 0.85",
-    "components kept of 400": "bar <= 320; baseline EM",
-    "digit accuracy": "bar >= 0.87",
-    "kept by usage": "bar >= kept at random + 0.03",
-}
 
 
 def restarts(x: Tensor, components: int, objective: MeanField | EM, seed: int, quick: bool) -> list[Fit]:
@@ -121,4 +112,4 @@ def draw(x: Tensor, seed: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda *given: measure(*given) | measure_dynamic(*given[:2]), "bayesian_mixture", __doc__, BARS)
+    run(lambda *given: measure(*given) | measure_dynamic(*given[:2]), "bayesian_mixture", __doc__)

@@ -19,12 +19,6 @@ from sets import binarised_mnist
 from multimodal.zoo.mixture import EM, Adam, BernoulliMixture, Fit, fit
 
 RATES = (0.3, 0.1, 0.03)
-BARS = {
-    "EM CPU-s to target": "bar <= half of the best gradient's",
-    "gradient final log-likelihood": "bar >= EM's - 1 (nats a picture)",
-    "largest fall of EM": "bar <= 0",
-    "one component log-likelihood": "baseline",
-}
 
 
 def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict[str, float]:
@@ -71,4 +65,4 @@ def draw(fits: dict[str, Fit], target: float, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(measure, "em_or_gradient", __doc__, BARS)
+    run(measure, "em_or_gradient", __doc__)

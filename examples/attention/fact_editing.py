@@ -26,12 +26,7 @@ from multimodal_tokenizers import Labels
 TASK = "first last -> sport"
 SPORTS = ("tennis", "rowing", "judo", "golf", "hockey", "diving", "boxing", "polo")
 SURE = 0.98  # an edit, ROME's or SGD's, ends when the new answer is as probable
-BARS = {
-    "edit success": "bar >= 0.8",
-    "others kept": "bar >= 0.995",
-    "others kept, SGD": "baseline, below 0.9",
-    "recall, model without MLPs": "as high as recall: recalling says nothing of MLPs",
-}
+REMARKS = {"recall, model without MLPs": "as high as recall: recalling says nothing of MLPs"}
 Undo = Callable[[], None]
 
 
@@ -128,4 +123,4 @@ def draw(unchanged: dict[str, list[float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(measure, "fact_editing", __doc__, BARS)
+    run(measure, "fact_editing", __doc__, REMARKS)

@@ -25,13 +25,6 @@ from multimodal.zoo.mixture import EM, BernoulliMixture, enumerated_elbo, fit, g
 COMPONENTS, BATCH, RATE, CPU_S = 50, 100, 3e-3, 12.0
 HOT, COLD = 1.0, 0.3  # the temperature falls from one to the other
 ESTIMATORS = ("Gumbel-softmax", "straight-through Gumbel", "enumeration", "REINFORCE")
-BARS = {
-    "ELBO": "bar >= -152, and >= REINFORCE ELBO + 20 at equal CPU",
-    "clusters used": "bar >= 35",
-    "ELBO - log p, largest": "bar <= 0, of all pictures and estimators",
-    "one component": "baseline, test log-likelihood",
-    "EM": "baseline: closed form on the same model, test log-likelihood",
-}
 
 
 def trained(kind: str, x: Tensor, seed: int, cpu_s: float) -> tuple[nn.Module, BernoulliMixture, int]:
@@ -110,4 +103,4 @@ def draw(memories: dict[str, BernoulliMixture], path: Path, shown: int = 20) -> 
 
 
 if __name__ == "__main__":
-    run(measure, "gumbel", __doc__, BARS)
+    run(measure, "gumbel", __doc__)

@@ -31,12 +31,6 @@ BLOCKS: dict[str, tuple[Layer, ...]] = {
     "two attentions": (ATTENTION, ATTENTION),
     "TC and attention": (*CONVOLUTIONS, ATTENTION),
 }
-BARS = {
-    "TC share right": "bar == 1",
-    "attention share right": "bar <= 0.4",
-    "TC future leak": "bar == 0",
-    "chance": "baseline",
-}
 
 
 def samples(count: int, seed: int) -> list[dict[str, np.ndarray]]:
@@ -98,4 +92,4 @@ def draw(by_row: dict[str, np.ndarray], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(measure, "lag_copy", __doc__, BARS)
+    run(measure, "lag_copy", __doc__)

@@ -27,16 +27,7 @@ from multimodal.attention import Trace
 from multimodal.zoo.adversarial import Players, alternate
 
 NOISE, WIDTH, SIDE, BATCH = 64, 48, 14, 64
-BARS = {
-    "SAGAN FD": "bar <= 40",
-    "SAGAN IS": "bar >= 5.5",
-    "SAGAN smallest class": "bar >= 0.01",
-    "gamma of the generator": "bar: more than 0.01 from 0",
-    "gamma of the discriminator": "bar: more than 0.01 from 0",
-    "untrained FD": "baseline",
-    "pixel marginals FD": "baseline",
-    "mean digit FD": "baseline",
-}
+REMARKS = {f"{name} FD": "baseline" for name in ("untrained", "pixel marginals", "mean digit")}
 
 
 def conv(before: int, after: int, size: int = 3, stride: int = 1) -> nn.Module:
@@ -112,4 +103,4 @@ def made(net: nn.Module, noise: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    run(measure, "sagan", __doc__, BARS)
+    run(measure, "sagan", __doc__, REMARKS)

@@ -26,13 +26,6 @@ from multimodal.task import Task
 from multimodal.zoo import TemporalConv
 
 TASK, WAYS = "episode -> names", 5
-BARS = {
-    "SNAIL share right": "bar >= 0.72",
-    "without attention share right": "bar <= 0.30",
-    "chance": "baseline",
-    "pixel 1-NN L2 share right": "baseline",
-    "pixel 1-NN cosine share right": "baseline",
-}
 
 
 def model_of(block: tuple[Layer, ...], seed: int) -> mm.Model:
@@ -99,4 +92,4 @@ def draw(episodes: list[dict[str, Any]], answers: list[np.ndarray], path: Path) 
 
 
 if __name__ == "__main__":
-    run(measure, "snail", __doc__, BARS)
+    run(measure, "snail", __doc__)

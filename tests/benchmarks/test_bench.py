@@ -91,10 +91,8 @@ def test_a_rows_quick_form_does_the_same_work_on_both_sides(name, tmp_path):
         assert found["lines"]
         assert found["met"] in (True, False, None)
         return
-    assert row.theirs is not None
-    assert row.ours is not None
-    theirs = row.theirs(place)
-    ours = row.ours(place)
+    theirs = row.job("theirs", place)
+    ours = row.job("ours", place)
     if row.tolerance is not None:
         difference(row, outputs(ours), outputs(theirs))
     for job in (theirs, ours):
@@ -156,13 +154,13 @@ def test_the_ratio_is_the_median_of_neighbouring_rounds():
 def line(row: str, ratio: float, goal: float | None) -> dict:
     side = {"wall": 0.5, "cpu": 1.0, "peak_mb": 3, "facts": {}}
     facts = {"unit": "tokens", "difference": None, "ours": side, "theirs": side, "ratio": ratio, "ratio_cpu": ratio}
-    return {**results.kept(Row(name=row, what="", peer="them", goal=goal), facts | {"ratios": [ratio]}, 2, 1)}
+    return {**results.record(Row(name=row, what="", peer="them", goal=goal), facts | {"ratios": [ratio]}, 2, 1)}
 
 
 def test_results_are_added_and_the_table_shows_the_newest_of_each_row(tmp_path):
     for one in (line("a", 1.0, 1.2), line("b", 2.5, 2.0), line("a", 1.15, 1.2)):
         results.add(one, tmp_path)
-    results.add(results.kept(Row(name="c", what=""), {"lines": ["a curve"], "met": None}, 1, 1), tmp_path)
+    results.add(results.record(Row(name="c", what=""), {"lines": ["a curve"], "met": None}, 1, 1), tmp_path)
     assert [json.loads(x)["row"] for x in (tmp_path / "bench.jsonl").read_text("utf-8").splitlines()] == [*"abac"]
     page = (tmp_path / "bench.md").read_text("utf-8")
     assert (
@@ -173,7 +171,7 @@ def test_results_are_added_and_the_table_shows_the_newest_of_each_row(tmp_path):
     assert "**c**\n\na curve\n" in page
 
 
-def test_the_machine_is_told_without_its_name():
+def test_the_machine_is_reported_without_its_name():
     import platform
 
     assert platform.node() not in results.machine() or not platform.node()
@@ -182,7 +180,7 @@ def test_the_machine_is_told_without_its_name():
 def test_the_command_lists_rows_and_refuses_what_it_does_not_know(capsys):
     assert multimodal(["bench", "--list"]) == 0
     listed = capsys.readouterr().out
-    assert [name for name in ROWS if not any(told.split()[0] == name for told in listed.splitlines())] == []
+    assert [name for name in ROWS if not any(text.split()[0] == name for text in listed.splitlines())] == []
     assert multimodal(["bench", "vitt"]) != 0
     assert "there is no row vitt; there are" in capsys.readouterr().err
     assert multimodal(["bench", "--rounds", "0"]) != 0
@@ -197,6 +195,6 @@ def test_a_row_whose_peer_is_not_there_is_left_out(monkeypatch, capsys):
     assert "no-such-distribution not installed: uv sync --group peers" in capsys.readouterr().out
 
 
-def test_kept_results_can_be_read():
+def test_saved_results_can_be_read():
     lines = results.read(Path(__file__).parents[2] / "benchmarks" / "results")
     assert {one["row"] for one in lines} <= set(ROWS)

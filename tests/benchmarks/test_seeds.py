@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import seeds
+from benchmarks.seed_rows.table import Bar, Row, remarks_of
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import seeds  # noqa: E402
-from seed_rows.row import Bar, Row  # noqa: E402
-
 ROWS = [row for row in seeds.ROWS if not row.of]
 
 
@@ -84,8 +82,8 @@ def test_rows_have_names_bars_and_programs_that_agree():
         (Bar("a", "<=", 0, over="b"), False, "a <= (b): 0.75, missed by 0.25"),
         (Bar("a", ">=", 1.5, times="b"), True, "a >= 1.5 x (b): 0.75"),
         (Bar("a", ">=", 2, times="b"), False, "a >= 2 x (b): 0.75, missed by 0.25"),
-        (Bar("e", ">=", 0.5, size=True), True, "|e| >= 0.5: 0.75"),
-        (Bar("e", ">=", 1, size=True), False, "|e| >= 1: 0.75, missed by 0.25"),
+        (Bar("e", ">=", 0.5, absolute=True), True, "|e| >= 0.5: 0.75"),
+        (Bar("e", ">=", 1, absolute=True), False, "|e| >= 1: 0.75, missed by 0.25"),
         (Bar("c", "<=", 1), False, "c <= 1: c is nan"),
         (Bar("a", ">=", 0, over="c"), False, "a >= (c): c is nan"),
         (Bar("d", ">=", 1), False, "d >= 1: nothing named 'd' was measured"),
@@ -93,6 +91,16 @@ def test_rows_have_names_bars_and_programs_that_agree():
 )
 def test_a_bar_says_by_how_much_it_is_missed(bar, met, text):
     assert seeds.judged(bar, {"a": 0.75, "b": 0.5, "c": float("nan"), "e": -0.75}) == (met, text)
+    declared = text.partition(":")[0].replace("|e|", "abs(e)")
+    assert Bar.parse(declared) == bar
+
+
+def test_a_bar_may_name_numbers_whose_names_look_like_bars():
+    bar = Bar("BLEU >= 16 words", ">=", 1.4, times="BLEU >= 16 words, no attention")
+    assert Bar.parse(str(bar)) == bar
+    assert Bar.parse("|ELBO - log p| <= 1e-3") == Bar("|ELBO - log p|", "<=", 1e-3)
+    with pytest.raises(ValueError, match=r"'share above 0.5' is no bar; write for example \"a >= 0.5\""):
+        Bar.parse("share above 0.5")
 
 
 PROGRAM = """
@@ -128,8 +136,8 @@ def made(tmp_path, monkeypatch):
         """`seeds.run`, but its child knows these rows as well."""
         script = tmp_path / "child.py"
         script.write_text(
-            f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport seeds\nfrom pathlib import Path\n"
-            f"seeds.ROOT = Path({str(tmp_path)!r})\nfrom seed_rows.row import Bar, Row\n"
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom benchmarks import seeds\nfrom pathlib import Path\n"
+            f"seeds.ROOT = Path({str(tmp_path)!r})\nfrom benchmarks.seed_rows.table import Row\n"
             f"row = Row(name={row.name!r}, program={row.program!r}, title='', section='', seam='', bars=())\n"
             "seeds.BY_NAME[row.name] = row\nsys.exit(seeds.main())\n",
             encoding="utf-8",
@@ -142,40 +150,40 @@ def made(tmp_path, monkeypatch):
     return rows
 
 
-def test_a_row_that_fails_ends_no_other_and_is_not_kept(made, tmp_path, capsys):
-    kept_at = tmp_path / "results" / "seeds.json"
+def test_a_row_that_fails_ends_no_other_and_is_not_saved(made, tmp_path, capsys):
+    path = tmp_path / "results" / "seeds.json"
     rows = [made["crashes"], made["leaves"], made["fine"]]
-    assert not seeds.run_all(rows, [0], False, kept_at, tmp_path / "logs")
+    assert not seeds.run_all(rows, [0], False, path, tmp_path / "logs")
     out = capsys.readouterr().out
     assert "crashes, seed 0: FAILED, ended with status 1: ValueError: the ninth head fell off" in out
     assert "leaves, seed 0: FAILED, ended with status 7: it printed nothing" in out
     assert "fine, seed 0: MISSED" in out
     assert "missed  share >= 0.6: 0.5, missed by 0.1" in out
     assert "chance: 0.1  (baseline)" in out
-    kept = json.loads(kept_at.read_text(encoding="utf-8"))
-    assert set(kept) == {"fine"}
-    assert kept["fine"]["0"]["values"] == {"share": 0.5, "chance": 0.1}
-    assert 0 <= kept["fine"]["0"]["cpu_s"] < 30
-    assert kept["fine"]["0"]["command"] == "uv run benchmarks/seeds.py fine --seeds 0"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert set(saved) == {"fine"}
+    assert saved["fine"]["0"]["values"] == {"share": 0.5, "chance": 0.1}
+    assert 0 <= saved["fine"]["0"]["cpu_s"] < 30
+    assert saved["fine"]["0"]["command"] == "uv run benchmarks/seeds.py fine --seeds 0"
 
 
 def test_runs_are_merged_by_row_and_seed(made, tmp_path):
-    kept_at = tmp_path / "seeds.json"
+    path = tmp_path / "seeds.json"
     first = {"values": {"share": 0.1}, "cpu_s": 60.0}
-    seeds.keep(kept_at, made["crashes"], 0, first)
-    seeds.keep(kept_at, made["fine"], 0, first)
-    seeds.keep(kept_at, made["fine"], 2, {"values": {"share": 0.3}, "cpu_s": 120.0})
-    kept = seeds.keep(kept_at, made["fine"], 0, {"values": {"share": 0.7}, "cpu_s": 60.0})
-    assert kept == json.loads(kept_at.read_text(encoding="utf-8"))
-    assert {row: {seed: e["values"]["share"] for seed, e in by.items()} for row, by in kept.items()} == {
+    seeds.save(path, made["crashes"], 0, first)
+    seeds.save(path, made["fine"], 0, first)
+    seeds.save(path, made["fine"], 2, {"values": {"share": 0.3}, "cpu_s": 120.0})
+    saved = seeds.save(path, made["fine"], 0, {"values": {"share": 0.7}, "cpu_s": 60.0})
+    assert saved == json.loads(path.read_text(encoding="utf-8"))
+    assert {row: {seed: e["values"]["share"] for seed, e in by.items()} for row, by in saved.items()} == {
         "crashes": {"0": 0.1},
         "fine": {"0": 0.7, "2": 0.3},
     }
 
 
-def test_quick_forms_are_shown_and_never_kept(made, tmp_path, capsys):
-    kept_at = tmp_path / "seeds.json"
-    assert seeds.run_all([made["fine"]], [0], True, kept_at, tmp_path / "logs")
+def test_quick_forms_are_shown_and_never_saved(made, tmp_path, capsys):
+    path = tmp_path / "seeds.json"
+    assert seeds.run_all([made["fine"]], [0], True, path, tmp_path / "logs")
     out = capsys.readouterr().out
     assert out.count("too short for the bars") == 1
     assert "fine, seed 0: ran, 0." in out
@@ -183,8 +191,8 @@ def test_quick_forms_are_shown_and_never_kept(made, tmp_path, capsys):
     assert "chance: 0.1  (baseline)" in out
     assert "MISSED" not in out
     assert ">=" not in out
-    assert not kept_at.exists()
-    assert not seeds.run_all([made["crashes"]], [0], True, kept_at, tmp_path / "logs")
+    assert not path.exists()
+    assert not seeds.run_all([made["crashes"]], [0], True, path, tmp_path / "logs")
     assert "crashes, seed 0: FAILED" in capsys.readouterr().out
 
 
@@ -216,6 +224,31 @@ def test_a_program_shows_its_bars_and_what_was_not_reached_and_no_bars_when_quic
         printed("--help")
 
 
+def test_a_program_of_the_table_shows_the_bars_and_baselines_of_its_rows(tmp_path, monkeypatch, capsys):
+    import command  # pyright: ignore[reportMissingImports]  # examples/attention
+
+    numbers = {
+        "hard exact": 0.9,
+        "soft exact": 0.8,
+        "hard pointing": 1.0,
+        "soft mean-pooled exact": 0.1,
+        "seconds": 2.0,
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["captions.py"])
+    command.run(
+        lambda *_: numbers, "captions", "What it is.", {"hard pointing": "one look a word", "seconds": "of CPU"}
+    )
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=3)[-1] for line in out[:3]] == [
+        "bar >= 0.85, and >= (mean-pooled exact)",
+        "bar >= 0.9, and >= (mean-pooled exact) +0.2",
+        "bar >= 0.95; one look a word",
+    ]
+    assert [line.split()[-1] for line in out[3:5]] == ["baseline", "CPU"]
+    assert all(remarks_of(Path(row.file).stem) for row in seeds.ROWS if row.file.startswith("examples/"))
+
+
 def test_gradients_that_never_reach_the_target_are_not_the_best(monkeypatch):
     program = sys.modules[seeds.measure_of(seeds.BY_NAME["em-or-gradient"]).__module__]
     bits = (torch.rand(60, 784, generator=torch.Generator().manual_seed(0)) < 0.5).float().numpy()
@@ -241,8 +274,8 @@ def test_the_table_shows_means_ranges_misses_and_what_is_not_run(made):
 
     rows = [made["fine"], made["crashes"], made["leaves"]]
     rows[1] = Row(**{**vars(rows[1]), "title": "second", "tried": "Another seed.", "notes": "Toy data."})
-    kept = {"fine": {"0": entry(0.7, 1), "1": entry(0.9, 2)}, "crashes": {"0": entry(0.5, 1), "1": entry(0.7, 1)}}
-    text = seeds.markdown(rows, kept)
+    saved = {"fine": {"0": entry(0.7, 1), "1": entry(0.9, 2)}, "crashes": {"0": entry(0.5, 1), "1": entry(0.7, 1)}}
+    text = seeds.markdown(rows, saved)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     met, some, absent = (dict(zip(lines[0], line, strict=True)) for line in lines[1:])
     assert (met["measured"], met["beside"]) == ("share 0.8 (0.7 to 0.9)", "chance 0.1 (0.1 to 0.1)")
