@@ -10,8 +10,7 @@ from torch import nn
 
 import multimodal as mm
 from multimodal.attention import Cache, DensePlan, plan
-from multimodal.check import MODEL_CHECKS as CHECKS
-from multimodal.check import plausible_values, verify
+from multimodal.check import MODEL_CHECKS, plausible_values, verify
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBPE, TextBytes
 
@@ -98,19 +97,19 @@ def test_passes_for_every_kind_and_head(make) -> None:
         "-> story",
     ]
     checks = {(row.subject, row.check) for row in result.rows}
-    assert all((subject, check) in checks for subject in subjects for check in set(CHECKS) - {"cached"})
+    assert all((subject, check) in checks for subject in subjects for check in set(MODEL_CHECKS) - {"cached"})
     written = {"image -> text", "image sound -> story", "-> story"}
     assert {s for s, check in checks if check == "cached"} == {s for s in subjects if s.split(" (")[0] in written}
 
 
 def test_single_task_needs_no_mixed_pack(make) -> None:
-    assert {row.check for row in verify(make(["image -> text"])).rows} == set(CHECKS) - {"mixed"}
+    assert {row.check for row in verify(make(["image -> text"])).rows} == set(MODEL_CHECKS) - {"mixed"}
 
 
 def test_prints_a_line_for_each_subject_and_what_was_invented(make) -> None:
     text = str(verify(make()))
     lines = text.splitlines()
-    assert lines[0].split() == ["read", "->", "written", "samples", *CHECKS]
+    assert lines[0].split() == ["read", "->", "written", "samples", *MODEL_CHECKS]
     assert lines[1].startswith("ok  image -> label")
     assert "invented: image (ndarray values), text (str values)" in text
     assert lines[-1] == "passed"
