@@ -41,7 +41,7 @@ def theirs(place: Place) -> Job:
     ids = texts(place).to(place.device)
     target = stream.readings[TASK].target
     position_TA = stream.position_TA[: shape.length]  # the same for every sample
-    turns = model.core.turns(position_TA)(shape.width // shape.heads)
+    rotation = model.core.rotations(position_TA)[shape.width // shape.heads]
 
     def logits() -> Tensor:
         opening = state[f"{head}.query"].expand(len(ids), 1, -1)
@@ -50,7 +50,7 @@ def theirs(place: Place) -> Job:
             attention, mlp = block.layers[0].body.attention, block.layers[1].body
             q, k, v = F.linear(block.layers[0].norm(x), attention.qkv.weight).chunk(3, -1)
             q, k, v = (y.unflatten(-1, (shape.heads, -1)) for y in (q, k, v))
-            q, k = rotate(attention.norm_q(q), turns), rotate(attention.norm_k(k), turns)
+            q, k = rotate(attention.norm_q(q), rotation), rotate(attention.norm_k(k), rotation)
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))
             read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + F.linear(read.transpose(1, 2).flatten(2), attention.out.weight)
