@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared, check_part
+from multimodal.old_names import moved
 from multimodal.shapes import ConfigError
 
 
@@ -326,3 +327,6 @@ class Layout:
 def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
     """Whether this is the default rule, with bidirectional tokens only at the start of every sample."""
     return rule == PREFIX_LM and all(span.bidirectional >= 0 for span in layout.spans)
+
+
+__getattr__ = moved(__name__)  # goes with version 0.3

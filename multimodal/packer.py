@@ -199,13 +199,6 @@ class Packer:
         start = self._starts[pattern_text]
         return EncodedSample(where, pattern, self.tokenizers, values, tokens, tokenizer, start, answers, begin, random)
 
-    def encode(self, kind, value, where, name, *, empty=False):  # TEMP
-        return encode_field(self.tokenizers[kind], value, where, name, empty=empty)
-
-    def pointable(self, pattern_text, tokens):  # TEMP
-        tokens = tokens if isinstance(tokens, Mapping) else tokens.tokens
-        return self._bare(pattern_text, tokens).read_of_kind()[0]
-
     def _bare(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> EncodedSample:
         pattern = self.patterns[pattern_text]
         tokenizer, start = self.tokenizers[pattern.fields[-1].kind], self._starts[pattern_text]

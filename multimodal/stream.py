@@ -9,6 +9,7 @@ from torch import Tensor
 from multimodal.attention import Layout
 from multimodal.heads.base import Reading
 from multimodal.masks import MaskInfo
+from multimodal.old_names import moved
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,6 @@ class Stream:
                 for pattern, r in self.readings.items()
             },
         )
+
+
+__getattr__ = moved(__name__)  # goes with version 0.3

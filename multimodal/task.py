@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from multimodal.heads import Head
+from multimodal.old_names import moved
 from multimodal.shapes import ConfigError
 
 
@@ -23,3 +24,6 @@ class Task:
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
             raise ConfigError(f"task {self.pattern!r}: weight={self.weight} must be 0 or more")
+
+
+__getattr__ = moved(__name__)  # goes with version 0.3

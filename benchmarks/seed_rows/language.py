@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from benchmarks.data import example, lines_of
-from multimodal.attention import Attention, Layout, Span
+from multimodal.attention import Layout, Span
+from multimodal.layers import Attention
 from multimodal.look.embeddings import angles, near_orthogonal, neighbours, welch_bound
 from multimodal.look.layers import states
 from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, count_parameters, value_map, value_maps

@@ -20,6 +20,7 @@ from multimodal.attention.scores import (
     with_column,
 )
 from multimodal.masks import Layout, Span
+from multimodal.old_names import moved
 
 __all__ = [
     "BACKENDS",
@@ -57,10 +58,4 @@ __all__ = [
     "with_column",
 ]
 
-
-def __getattr__(name):  # TEMP
-    from multimodal.layers import attend
-
-    if name == "Attention":
-        return attend.Attention
-    raise AttributeError(name)
+__getattr__ = moved(__name__)  # goes with version 0.3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multimodal.check.measure import TOLERANCE, allowed, difference
 from multimodal.check.report import IMPORTS_MAY_CHANGE, changed, preserved_settings, settings, want
 from multimodal.core import Core
-from multimodal.heads import Head
+from multimodal.heads import Head, Masked, Pointer
 from multimodal.model import Model
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
@@ -151,13 +151,13 @@ class HeadCase:
 
     @property
     def task(self) -> str:
-        if self.head.hides:
+        if isinstance(self.head, Masked):
             return "value -> value"
-        return "seen:value -> value" if self.head.points else "signal -> value"
+        return "seen:value -> value" if isinstance(self.head, Pointer) else "signal -> value"
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        if self.head.points or self.head.hides:
+        if isinstance(self.head, (Masked, Pointer)):
             return [{"seen": value, "value": value} for value in self.values[:4]]
         lengths = [2 * len(self.tokenizer(value)) + 2 + i for i, value in enumerate(self.values[:4])]
         return [{"signal": (i, n), "value": v} for i, (n, v) in enumerate(zip(lengths, self.values, strict=False))]

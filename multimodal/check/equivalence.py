@@ -26,7 +26,7 @@ from multimodal.check.values import Encoded, plausible_values, random_tokens
 from multimodal.generate import Engine, Greedy, Sampler
 from multimodal.generate.request import new_request
 from multimodal.generate.samplers import Written
-from multimodal.heads import one_class
+from multimodal.heads import Pointer, one_class
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
 from multimodal.pattern import Pattern
@@ -224,10 +224,10 @@ def _rows(
     if in_mixed is not None:
         yield _row(subject, "mixed", in_mixed, alone)
     yield _row(subject, "dense", packed, _logits(model, batch, "dense", seed))
-    if model.packer.head(subject.task).pairs:
+    if model.packer.patterns[subject.task].pair:
         return
     # alone and in a batch of unequal prompts: a cache that mixes rows or counts positions wrongly shows in one of them
-    if model.packer.head(subject.task).writes:
+    if model.packer.head(subject.task).autoregressive:
         one_by_one = [_written(model, subject.task, [sample]) for sample in subject.samples]
         together = _written(model, subject.task, subject.samples)
         cached = [one for part in one_by_one for one in part] + together
@@ -291,7 +291,7 @@ def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Writte
             sample,
             f"sample {i}",
             None,
-            {"max_tokens": WRITTEN, **({"temperature": 0.0} if head.continuous else {"sampler": _Recorded()})},
+            {"max_tokens": WRITTEN, **({"temperature": 0.0} if head.draws_features else {"sampler": _Recorded()})},
         )
         for i, sample in enumerate(samples)
     ]
@@ -327,11 +327,12 @@ def _read_again(model: Model, task: str, sample: Sample, written: _Written, back
     head, readout, tokens = model.packer.head(task), model.readout(task), written.tokens
     stream = model.packer([(task, sample)], answers=False, begins=[tokens if len(tokens) else None])
     # a value does not say which of two equal elements was pointed at, but the written ids do
-    if head.points and written.ids:
-        place_MA = model.packer.pointable(task, sample).position_NA / torch.tensor(tokenizer.step)
+    source = head.source(model.packer.encoded(task, sample, "verify"))
+    if source is not None and written.ids:
+        place_MA = source.position_NA / torch.tensor(tokenizer.step)
         stream = _pointed(stream, task, place_MA, written.ids)
     stream = stream.to(model.device)
-    if head.continuous:
+    if head.draws_features:
         state_ND = model(stream, backend=backend)[stream.readings[task].row_N[: len(tokens)]]
         noise_NF = state_ND.new_zeros(len(tokens), tokenizer.written_features or 0)
         return head.draw(readout, state_ND, noise_NF, temperature=0.0)[0].float().cpu()
@@ -392,12 +393,12 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
             notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
         ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
         ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
-        pair = packer.head(task).pairs
+        pair, pointer = pattern.pair, isinstance(packer.head(task), Pointer)
         for name in [field.name for field in pattern.reads] + ([] if pair else [pattern.answer]):
             lacking = [i for i, sample in enumerate(ready) if name not in sample]
-            if packer.head(task).points and name == pattern.answer:  # its answers are made of what is read
+            if pointer and name == pattern.answer:  # its answers are made of what is read
                 for i in lacking:
-                    ready[i][name] = packer.pointable(task, ready[i])
+                    ready[i][name] = packer.head(task).source(packer.encoded(task, ready[i], "verify"))
                 continue
             filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
             for place, i in enumerate(lacking):
@@ -410,10 +411,10 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
                 f"{task!r}: compared are the unit vectors of both sides; it answers nothing, so there is nothing to write"
             )
         # each field of several is also read alone, as the others could hide what is wrong with it
-        for field in pattern.reads if len(pattern.reads) > 1 and not packer.head(task).points and not pair else ():
+        for field in pattern.reads if len(pattern.reads) > 1 and not pointer and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
             only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
-            if only and (field.name == pattern.answer or not packer.head(task).hides):
+            if only and (field.name == pattern.answer or not pattern.hides):
                 subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
     if invented:
         notes.append("invented: " + ", ".join(f"{name} ({how})" for name, how in invented.items()))
@@ -425,7 +426,7 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
     pattern = packer.patterns[task]
     pattern.check_sample(sample, answer=False)
     fields = {field.name: field.kind for field in pattern.reads}
-    if packer.head(task).writes and pattern.answer in sample:
+    if packer.head(task).autoregressive and pattern.answer in sample:
         fields[pattern.answer] = pattern.writes.kind
     return {
         name: None
@@ -441,14 +442,14 @@ def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) 
     if not pattern.pair:
         kinds |= {pattern.answer: pattern.writes.kind}
     tokenizer = packer.tokenizers[kinds[name]]
-    if name not in [field.name for field in pattern.reads] and not packer.head(task).writes:
+    if name not in [field.name for field in pattern.reads] and not packer.head(task).autoregressive:
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
     # a kind of fixed length writes only values of that length
     written = not pattern.pair and name == pattern.answer and tokenizer.length is not None
     seed += sum(map(ord, name))  # two fields of one kind get different values
     if values := plausible_values(tokenizer, seed=seed):
         tokens = [tokenizer(value) for value in values]
-        if packer.head(task).hides and name == pattern.answer:  # of one token no part can be hidden
+        if pattern.hides and name == pattern.answer:  # of one token no part can be hidden
             tokens = [t for t in tokens if len(t) > 1] or random_tokens(tokenizer, seed)
         if not written or all(len(t) == tokenizer.length for t in tokens):
             return tokens, f"{type(values[0]).__name__} values"

@@ -12,7 +12,7 @@ from multimodal.check.cases import (
 )
 from multimodal.check.measure import content_or_value, same_answer
 from multimodal.check.report import Check, promise, want
-from multimodal.heads import Head
+from multimodal.heads import Head, Pointer
 from multimodal.shapes import ConfigError
 
 CHECKS: list[Check] = []
@@ -29,7 +29,7 @@ def logits_shape(case: HeadCase) -> None:
     logits, reading = model.logits(stream)[case.task], stream.readings[case.task]
     wanted = (sum(reading.lengths), case.head.vocab(case.tokenizer) + max(reading.key_lengths, default=0))
     want(tuple(logits.shape) == wanted, f"logits are {tuple(logits.shape)}, wanted {wanted}")
-    if case.head.points and reading.target is not None:
+    if isinstance(case.head, Pointer) and reading.target is not None:
         want(not logits.isnan().any(), "logits are not numbers")
         logits = logits.gather(1, reading.target[:, None])
     want(logits.isfinite().all(), "logits are not finite")

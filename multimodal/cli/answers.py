@@ -97,13 +97,13 @@ class GenerateOptions:
         from multimodal.shapes import ConfigError
 
         head = model.packer.head(task)
-        if not head.writes:
+        if not head.autoregressive:
             raise ConfigError(f"task {task!r}: {type(head).__name__} answers at once; use predict")
         for name in ("repetition", "length_penalty", "guidance"):
             if not math.isfinite(getattr(self, name) or 0):
                 raise ConfigError(f"{_option(name)} {getattr(self, name)} is not finite")
         drawing = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
-        drawn = self.temperature != 0 if head.continuous else bool(self.temperature or drawing)
+        drawn = self.temperature != 0 if head.draws_features else bool(self.temperature or drawing)
         if self.temperature == 0 and drawing:
             raise ConfigError(f"--temperature 0 draws nothing, so {_options(drawing)} must be left out, or it raised")
         if self.temperature:

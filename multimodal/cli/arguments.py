@@ -115,7 +115,7 @@ def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, wr
             if "->" in wanted and _named(Pattern.parse(wanted)) == _named(pattern):  # however it is spaced
                 return text
         model.packer.check_task(wanted)
-    possible = [text for text in patterns if not writing or model.packer.head(text).writes]
+    possible = [text for text in patterns if not writing or model.packer.head(text).autoregressive]
     if not possible:
         raise TaskError(f"no task of this model writes token by token; use predict. There are {_listed(patterns)}")
     if len(possible) == 1:

@@ -150,7 +150,7 @@ def _look_at(
     from multimodal.look.page import page
 
     kind = model.packer.patterns[task].writes.kind
-    writes = model.packer.head(task).writes
+    writes = model.packer.head(task).autoregressive
     given = value_from(model.packer.tokenizers[kind], answer, "--answer") if answer is not None and writes else answer
     ray = xray(model, task, sample, answer=given)
     picture = io.BytesIO()

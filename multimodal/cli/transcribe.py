@@ -152,7 +152,7 @@ def _make_beam(model: "Model", task: str, width: int, prior: float, words: Path 
         writing = [
             name
             for name, pattern in model.packer.patterns.items()
-            if not pattern.reads and pattern.writes.kind == kind and model.packer.head(name).writes
+            if not pattern.reads and pattern.writes.kind == kind and model.packer.head(name).autoregressive
         ]
         if not writing:
             raise ConfigError(f"--prior {prior:g}: this model has no task '-> {kind}' that says how likely a text is")

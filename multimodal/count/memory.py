@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from multimodal.attention import Attention, Layout, Span, plan_attention
+from multimodal.attention import Layout, Span, plan_attention
 from multimodal.core import Core
 from multimodal.count.flops import embed_cost, parameters, rowwise_layers, saved_bytes, transformer
 from multimodal.count.streams import StreamStats
-from multimodal.layers import Add, Context, Layer, SelfAttention, Sublayer
+from multimodal.layers import Add, Attention, Context, Layer, SelfAttention, Sublayer
 from multimodal.layers.mlp import _MLP
 from multimodal.masks import MaskInfo
 from multimodal.model import Model

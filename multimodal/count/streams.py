@@ -118,8 +118,8 @@ def stream_of_length(model: Model, length: int) -> StreamStats:
         raise ConfigError(f"plan: length={length} must be at least 1 token")
     pattern = next(iter(model.tasks))
     written, head = model.packer.patterns[pattern].writes.kind, model.packer.head(pattern)
-    kinds = [f.kind for f in model.packer.patterns[pattern].reads] if not head.writes else [written]
-    key, rows = model.packer.head_key(pattern), 1.0 if head.writes else 1.0 / length
+    kinds = [f.kind for f in model.packer.patterns[pattern].reads] if not head.autoregressive else [written]
+    key, rows = model.packer.head_key(pattern), 1.0 if head.autoregressive else 1.0 / length
     return StreamStats(
         samples=0,
         length=length,

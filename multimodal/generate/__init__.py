@@ -15,6 +15,7 @@ from multimodal.generate.samplers import (
     TopK,
     TopP,
 )
+from multimodal.old_names import moved
 
 __all__ = [
     "AtLeast",
@@ -33,3 +34,5 @@ __all__ = [
     "TopP",
     "read_prefix",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

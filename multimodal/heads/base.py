@@ -209,15 +209,6 @@ class Reading:
     left: int | None = None
     hidden: tuple[tuple[Tokens, Tensor], ...] = ()
 
-    def memory(self, state_TD):  # TEMP
-        from multimodal.heads.pointer import Memory
-
-        if self.left is not None:
-            return {"left": self.left}
-        if self.key_N is None:
-            return {}
-        return {"memory": Memory(state_TD[self.key_N], self.key_lengths, self.pointed_N, self.pointed_lengths)}
-
     @property
     def count(self) -> int:
         """Number of targets."""
@@ -253,15 +244,8 @@ class Head(Declared, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "writes" in vars(cls):  # goes with version 0.3
-            warn(f"{cls.__name__}.writes", f"{cls.__name__}.autoregressive", 1)
+            warn(f"{cls.__name__}.writes", f"{cls.__name__}.autoregressive", 2)
             cls.autoregressive = bool(vars(cls)["writes"])
-
-    # TEMP
-    writes = property(lambda self: self.autoregressive)
-    continuous = property(lambda self: self.draws_features)
-    points = property(lambda self: type(self).__name__ == "Pointer")
-    hides = property(lambda self: type(self).__name__ == "Masked")
-    pairs = property(lambda self: type(self).__name__ == "Contrast")
 
     def bind(self, pattern: Pattern) -> Pattern:
         """The pattern of a task as this head uses it.

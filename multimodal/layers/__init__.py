@@ -18,6 +18,7 @@ from multimodal.layers.base import (
 )
 from multimodal.layers.mlp import MLP
 from multimodal.layers.recurrent import Recurrent
+from multimodal.old_names import moved
 
 __all__ = [
     "MLP",
@@ -40,3 +41,5 @@ __all__ = [
     "Sequences",
     "Sublayer",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

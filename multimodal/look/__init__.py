@@ -15,6 +15,7 @@ from multimodal.look.answers import attention_rollout, draw_answers
 from multimodal.look.attention_xray import XRay, XRayField, xray
 from multimodal.look.evidence import Evidence, Novelty, Usage, usage
 from multimodal.look.posterior import LayerXRay
+from multimodal.old_names import moved
 
 __all__ = [
     "Evidence",
@@ -28,3 +29,5 @@ __all__ = [
     "usage",
     "xray",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

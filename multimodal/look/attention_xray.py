@@ -15,6 +15,7 @@ from torch import Tensor
 from multimodal.attention import Seen, Trace
 from multimodal.files import write_atomic
 from multimodal.heads import Prediction
+from multimodal.heads.base import encode_field
 from multimodal.look.layers import START, token_labels, transformers
 from multimodal.look.posterior import NAMES, LayerXRay
 from multimodal.model import Model
@@ -236,7 +237,7 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
     packer = model.packer
     packer.check_task(task)
     pattern, head = packer.patterns[task], packer.head(task)
-    if answer is not None and not head.writes:
+    if answer is not None and not head.autoregressive:
         raise ConfigError(
             f"xray: task {task!r} is answered at once by {type(head).__name__}, which never sees an answer; leave answer= out"
         )
@@ -246,9 +247,9 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
     sample = {f.name: sample[f.name] for f in pattern.reads}
     prediction = None
     if answer is not None:
-        tokens = packer.encode(pattern.writes.kind, answer, "xray", pattern.answer)
+        tokens = encode_field(packer.tokenizers[pattern.writes.kind], answer, "xray", pattern.answer)
         prediction = Prediction(answer, math.nan, tokens=tokens)
-    elif head.writes:
+    elif head.autoregressive:
         prediction = model.predict(task, [sample])[0]
     if prediction is not None and prediction.tokens is not None and len(prediction.tokens):
         sample[pattern.answer] = prediction.tokens
@@ -259,7 +260,7 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         state_TD = model(stream, backend="dense", trace=trace)
         if prediction is None:
             r, tokenizer = stream.readings[task], packer.tokenizers[pattern.writes.kind]
-            logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths, **r.memory(state_TD))
+            logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD))
             prediction = head.answer(logits, r.lengths, tokenizer)[0]
     if not trace.seen:
         raise ConfigError(
@@ -336,14 +337,14 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
     start = 0
     for f in pattern.reads:
         if sample[f.name] is not None:
-            tokens = packer.encode(f.kind, sample[f.name], "xray", f.name)
+            tokens = encode_field(packer.tokenizers[f.kind], sample[f.name], "xray", f.name)
             fields[f.name] = _field(f.name, f.kind, packer.tokenizers[f.kind], tokens, start, written=False)
             start += len(tokens)
     if head.queries:
         rows = torch.arange(start, start + head.queries)
         fields[START] = XRayField(START, START, rows, (START,) * head.queries)
         start += head.queries
-    if pattern.answer in sample and head.writes:
+    if pattern.answer in sample and head.autoregressive:
         kind, tokens = pattern.writes.kind, sample[pattern.answer]
         written = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)
         reading = stream.readings[task]

@@ -63,7 +63,7 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
 
     A head that writes is applied at each token of the answer if the sample has one, otherwise at the first row only. Of a kind
     with several classes at once, each class has a probability of its own. Layers whose states have another width than the last
-    norm (blocks can widen the stream) are left out. A head that points chooses among the states of the same layer or, in an
+    norm (blocks can widen the stream) are left out. A pointer chooses among the states of the same layer or, in an
     EncoderDecoder, among the reader's last states; its classes are the tokens that were read.
 
     Raises:
@@ -72,13 +72,13 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     packer = model.packer
     packer.check_task(task)
     pattern, head = packer.patterns[task], packer.head(task)
-    if head.continuous:
+    if head.draws_features:
         raise ConfigError(f"lens: task {task!r} writes features by {type(head).__name__}, which has no classes")
     tokenizer = packer.tokenizers[pattern.writes.kind]
     several = tokenizer.classes and tokenizer.vocab_size is None
     probabilities, names = [], []
     with model.inference_mode(), recorded(model) as layers:
-        stream = model.pack(task, [sample], answers=head.writes and sample.get(pattern.answer) is not None)
+        stream = model.pack(task, [sample], answers=head.autoregressive and sample.get(pattern.answer) is not None)
         end_TD = model(stream)
         reading = stream.readings[task]
         whole = whole_layers(model, layers, stream)
@@ -94,15 +94,15 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
                     continue
                 state_TD = core.narrow(state_TD)
             state_TD = torch.where(other_T[:, None], end_TD, core.norm(state_TD))
-            memory = reading.memory(state_TD)
-            logits = head.logits(model.readout(task), state_TD[reading.row_N], reading.lengths, **memory).float()
+            inputs = head.inputs(reading, state_TD)
+            logits = head.logits(model.readout(task), state_TD[reading.row_N], reading.lengths, **inputs).float()
             probabilities.append(logits.sigmoid() if several else logits.softmax(-1))
             names.append(name)
     probability_LNV = torch.stack(probabilities).cpu().clone()
     count = probability_LNV.shape[-1]
-    if head.points:
-        read = packer.pointable(task, packer.encoded(task, sample, "lens"))
-        return Lens(tuple(names), probability_LNV, (*token_labels(tokenizer, read), f"[{count - 1}]"))
+    source = head.source(packer.encoded(task, sample, "lens"))
+    if source is not None:
+        return Lens(tuple(names), probability_LNV, (*token_labels(tokenizer, source), f"[{count - 1}]"))
     return Lens(tuple(names), probability_LNV, _classes(tokenizer, count))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multimodal.heads.base import encode_field
 from multimodal.look.answers import answer_line
 from multimodal.look.drawing import (
     Panel,
@@ -361,7 +362,7 @@ def _lens(ray: "XRay") -> str:
     except ConfigError:  # features have no classes
         return ""
     best, p_LN = seen.best(), seen.probability_LNV.amax(-1)
-    stop = f"[{len(seen.classes) - 1}]" if ray.model.packer.head(ray.task).writes else ""
+    stop = f"[{len(seen.classes) - 1}]" if ray.model.packer.head(ray.task).autoregressive else ""
     count = min(p_LN.shape[1], 40)
     labels = ray.written_labels if len(ray.written_labels) == p_LN.shape[1] else [str(i) for i in range(p_LN.shape[1])]
     head = "".join(f"<th>{escape(shown(label))}</th>" for label in labels[:count])
@@ -387,7 +388,7 @@ def _neighbours(ray: "XRay") -> str:
         if not field.text or not isinstance(embed, nn.Embedding) or embed.num_embeddings < SMALLEST_TABLE:
             continue
         tokenizer = ray.model.packer.tokenizers[field.kind]
-        tokens = ray.model.packer.encode(field.kind, ray.sample[field.name], "xray", field.name)
+        tokens = encode_field(ray.model.packer.tokenizers[field.kind], ray.sample[field.name], "xray", field.name)
         ids = list(dict.fromkeys(tokens.content.tolist()))[:12]
         table_VD = embed.weight.detach().cpu()
         found_NK, cosine_NK = neighbours(table_VD, ids, 5)

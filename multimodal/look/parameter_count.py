@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from multimodal.attention import Attention
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.layers import MLP, Sublayer
+from multimodal.layers import MLP, Attention, Sublayer
 from multimodal.model import Model
 from multimodal.norm import RMSNorm
 

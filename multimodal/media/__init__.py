@@ -11,6 +11,7 @@ Libraries decode every format in this process; no file starts another program.
 from multimodal.media.pictures import check_decoder, read_image, upright
 from multimodal.media.sounds import channels_first, read_sound, sound_blocks
 from multimodal.media.sources import file_source, is_file_like, warn_once
+from multimodal.old_names import moved
 
 __all__ = [
     "channels_first",
@@ -23,3 +24,5 @@ __all__ = [
     "upright",
     "warn_once",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

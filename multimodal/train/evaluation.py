@@ -39,14 +39,14 @@ def evaluate_share(
     if pattern.pair:  # recall compares all samples, so each process computes all
         return evaluate_pairs(model, task, samples, batch=batch)
     written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)
-    exact = not (head.hides or head.continuous)  # features are never exactly right; the loss measures their distance
+    exact = "exact" in head.measures
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
     for start in range(0, len(mine), batch):
         part = [samples[i] for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
         count += stream.readings[task].count
-        if head.writes or head.hides:
+        if head.autoregressive or not exact:
             with model.inference_mode():
                 total += float(model.losses(stream)[task])
             if not exact:

@@ -24,10 +24,9 @@ def make_dataset(
     """
     if not data:
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
-    # a contrastive loss needs a pair to compare with
     for pattern in data:
         each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
-        if pattern in model.tasks and model.packer.head(pattern).pairs and each < 2:
+        if pattern in model.tasks and each < model.packer.head(pattern).smallest_batch:
             raise ConfigError(
                 f"fit: task {pattern!r} compares a pair with the others of its micro-batch, which would have {each}; "
                 + (
@@ -73,7 +72,7 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
         # one sample is packed now, so that a wrong declaration is an error before training, not after it
         with preserved_rng():
             model.packer([(pattern, samples[0])], names=["held-out sample 0"])
-    known = {f"{pattern} {name}" for pattern in evaluation for name in _measures(model, pattern)}
+    known = {f"{pattern} {name}" for pattern in evaluation for name in model.packer.head(pattern).measures}
     if recipe.best and recipe.best not in known:
         raise ConfigError(
             f"fit: best={recipe.best!r} is no measure of the held-out data; "
@@ -83,10 +82,3 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
                 else "there are none: give some as evaluation="
             )
         )
-
-
-def _measures(model: Model, pattern: str) -> tuple[str, ...]:
-    head = model.packer.head(pattern)
-    if head.pairs:
-        return "loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left"
-    return ("loss",) if head.hides else ("loss", "exact")

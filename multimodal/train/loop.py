@@ -222,7 +222,7 @@ class _Training:
         self.spikes = SpikeWatch(spike=recipe.spike)
         self.resumed_at = -1  # the step of the state that this run was resumed from
         # a contrastive head compares the pairs of one micro-batch, so there its size changes the loss
-        fixed = {"accumulate"} if any(model.packer.head(pattern).pairs for pattern in data) else set()
+        fixed = {"accumulate"} if any(model.packer.head(pattern).smallest_batch > 1 for pattern in data) else set()
         # what must be equal when a run is resumed
         self.metadata = {
             # without the seed: weights are in the state

@@ -8,6 +8,7 @@ alignment.py         forced alignment, and rows to words with times
 transcript.py        the result, its file formats, and error rates
 """
 
+from multimodal.old_names import moved
 from multimodal.transcription.alignment import align
 from multimodal.transcription.ctc import Beam, Decoder, GreedyCTC, Lexicon
 from multimodal.transcription.language_model import LanguageModel, ModelLM, NGramLM
@@ -34,3 +35,5 @@ __all__ = [
     "transcription_tasks",
     "transcripts",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

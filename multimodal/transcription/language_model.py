@@ -130,7 +130,7 @@ class ModelLM:
     def __init__(self, model: Model, task: str, *, context: int = 512, remembered: int = 4096) -> None:
         model.packer.check_task(task)
         pattern, head = model.packer.patterns[task], model.packer.head(task)
-        if pattern.reads or not head.writes:
+        if pattern.reads or not head.autoregressive:
             raise ConfigError(
                 f"ModelLM: task {task!r} must write from nothing token by token, "
                 f"such as Task('-> {pattern.writes.kind}', NextToken())"

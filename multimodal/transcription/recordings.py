@@ -201,7 +201,7 @@ class TranscriptionTask:
             raise TaskError(
                 f"transcribe: task {task!r} reads {read.kind!r}, which is no sound: {type(tokenizer).__name__} has no rate_hz"
             )
-        if not isinstance(head, CTC) and not head.writes:
+        if not isinstance(head, CTC) and not head.autoregressive:
             raise TaskError(
                 f"transcribe: task {task!r} answers by {type(head).__name__}, which writes no text; wanted CTC or NextToken"
             )

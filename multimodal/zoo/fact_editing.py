@@ -215,8 +215,8 @@ def _value_change(
         with torch.enable_grad():
             for _ in range(steps):
                 state_TD = model(stream)
-                state_ND, memory = state_TD[reading.row_N], reading.memory(state_TD)
-                logits = head.logits(model.readout(task), state_ND, reading.lengths, **memory).float()
+                state_ND, inputs = state_TD[reading.row_N], head.inputs(reading, state_TD)
+                logits = head.logits(model.readout(task), state_ND, reading.lengths, **inputs).float()
                 nats = nn.functional.cross_entropy(logits, target_N)
                 if float(nats.detach()) < -math.log(confident):
                     break

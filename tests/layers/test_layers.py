@@ -470,7 +470,7 @@ def test_a_fixed_vector_is_the_last_state_of_what_was_read():
     hook.remove()
     reads = torch.tensor([span.read for span in stream.layout.spans])
     last = memory[0][reads.cumsum(0) - 1]
-    cross: list[Any] = [m for m in model.core.writer.modules() if isinstance(m, mm.attention.Attention)]
+    cross: list[Any] = [m for m in model.core.writer.modules() if isinstance(m, mm.layers.Attention)]
     for depth, attention in enumerate(cross):
         seen = [s for s in trace.seen if s.name == f"block {depth + 1} cross"]
         value = torch.cat([s.value_BMHK for s in seen])

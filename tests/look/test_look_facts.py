@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import multimodal as mm
-from multimodal.attention import Attention
+from multimodal.layers import Attention
 from multimodal.look.embeddings import angles, near_orthogonal, neighbour_table, neighbours, welch_bound
 from multimodal.look.parameter_count import count_parameters, value_map, value_maps
 from multimodal.zoo.analogies import analogy

@@ -537,7 +537,9 @@ def test_the_lens_of_a_model_that_points_ends_at_its_logits(core):
         state_TD = model.core.norm(layers[0]) if core == "one core" else model(stream)
         if core == "two cores":  # what was read is read to the end before anything is written
             state_TD[r.row_N] = model.core.get_submodule("writer.norm")(layers[-2][r.row_N])
-        logits = model.packer.head(HULL).logits(model.readout(HULL), state_TD[r.row_N], r.lengths, **r.memory(state_TD))
+        logits = model.packer.head(HULL).logits(
+            model.readout(HULL), state_TD[r.row_N], r.lengths, **model.packer.head(HULL).inputs(r, state_TD)
+        )
     torch.testing.assert_close(found.probability_LNV[0 if core == "one core" else -2], logits.softmax(-1))
 
 
