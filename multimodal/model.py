@@ -19,6 +19,7 @@ from multimodal.generate.request import Options, Request, new_request
 from multimodal.generate.samplers import Sampler
 from multimodal.heads import Prediction
 from multimodal.network import Network, Sample
+from multimodal.notebook import short_form
 from multimodal.process_state import preserved_state
 from multimodal.retrieval import match_probabilities, side_vectors
 from multimodal.shapes import ConfigError, TaskError, check_seed, check_whole, did_you_mean
@@ -205,8 +206,8 @@ class Model(Network):
         return "\n".join(f"{name:<32}{count:>14,}" for name, count in self.parameter_counts().items())
 
     def __repr__(self) -> str:
-        tasks = [f"    {pattern}  by {self.packer.head(pattern)}" for pattern in self.tasks]
-        kinds = [f"    {name}: {tokenizer}" for name, tokenizer in self.packer.tokenizers.items()]
+        tasks = [f"    {pattern}  by {short_form(head)}" for pattern, head in self.packer.heads.items()]
+        kinds = [f"    {name}: {short_form(tokenizer)}" for name, tokenizer in self.packer.tokenizers.items()]
         parameters = [f"    {line}" for line in self.report().split("\n")]
         return "\n".join(
             [
@@ -215,7 +216,7 @@ class Model(Network):
                 *tasks,
                 "  tokenizers",
                 *kinds,
-                f"  core\n    {self.core.core}",
+                f"  core\n    {short_form(self.core.core)}",
                 "  parameters",
                 *parameters,
             ]

@@ -26,7 +26,17 @@ def preserved_state(*, draws: bool = False) -> Iterator[None]:
     seeds them itself.
     """
     alone = threading.current_thread() is threading.main_thread()
-    settings = [*AUTOGRAD.values(), *(_generators() if alone or draws else ()), *(_process() if alone else ())]
+    settings = list(AUTOGRAD.values())
+    if alone or draws:
+        settings += _CPU_GENERATORS
+        if torch.cuda.is_initialized():
+            settings.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+        if torch.backends.mps.is_available():
+            settings.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
+    if alone:
+        settings += [*PROCESS.values(), *_LIBRARIES]
+        if torch.cuda.is_initialized():
+            settings.append((torch.cuda.current_device, torch.cuda.set_device))
     with restored(settings):
         yield
 
@@ -66,38 +76,11 @@ _CPU_GENERATORS: tuple[Setting, ...] = (
 )
 
 
-def _generators() -> Iterator[Setting]:
-    yield from _CPU_GENERATORS
-    if torch.cuda.is_initialized():
-        yield torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all
-    if torch.backends.mps.is_available():
-        yield torch.mps.get_rng_state, torch.mps.set_rng_state
-
-
-def _process() -> Iterator[Setting]:
-    yield from PROCESS.values()
-    for name in ("enabled", "benchmark", "deterministic"):
-        yield _attribute(torch.backends.cudnn, name)
-    if torch.cuda.is_initialized():
-        yield torch.cuda.current_device, torch.cuda.set_device
-    for number in (signal.SIGINT, signal.SIGTERM):
-        yield _handler(number)
-    yield _attribute(sys, "excepthook")
-    yield lambda: list(warnings.filters), _put_filters
-    yield _attribute(logging.root.manager, "disable")
-    yield lambda: logging.root.level, logging.root.setLevel
-    yield lambda: list(logging.root.handlers), _put_handlers
-
-
 def _folder() -> str | None:
     try:
         return os.getcwd()
     except FileNotFoundError:  # it was deleted
         return None
-
-
-def _deterministic() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 PROCESS: dict[str, Setting] = {
@@ -106,7 +89,7 @@ PROCESS: dict[str, Setting] = {
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "torch's deterministic algorithms": (
-        _deterministic,
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda flags: torch.use_deterministic_algorithms(flags[0], warn_only=flags[1]),
     ),
 }
@@ -130,3 +113,15 @@ def _put_filters(filters: list[Any]) -> None:
 
 def _put_handlers(handlers: list[logging.Handler]) -> None:
     logging.root.handlers[:] = handlers
+
+
+_LIBRARIES: tuple[Setting, ...] = (
+    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+    *(_handler(number) for number in (signal.SIGINT, signal.SIGTERM)),
+    _attribute(sys, "excepthook"),
+    (lambda: list(warnings.filters), _put_filters),
+    _attribute(logging.root.manager, "disable"),
+    (lambda: logging.root.level, logging.root.setLevel),
+    (lambda: list(logging.root.handlers), _put_handlers),
+)
+"""Settings of libraries, signals and Python's own."""

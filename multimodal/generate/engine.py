@@ -75,12 +75,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is waiting or being written."""
+        """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
     @property
     def free_rows(self) -> int:
-        """Rows that no answer has or waits for."""
+        """Number of rows that no request has or waits for."""
         return self.rows - len(self._owner) - sum(request.width for request in self._waiting)
 
     @property
@@ -90,7 +90,7 @@ class Engine:
         return self.free_rows
 
     def has_room(self, request: Request) -> bool:
-        """Whether a row is long enough for an answer."""
+        """Whether a row is long enough for a request."""
         return request.prompt + request.limit <= self.capacity
 
     def submit(
@@ -114,7 +114,7 @@ class Engine:
         return self.enter(request)
 
     def enter(self, request: Request) -> int:
-        """`submit` for what `request` made."""
+        """`submit` for a request that `new_request` made."""
         needed = request.prompt + request.limit
         if not self.has_room(request):
             raise StreamError(
@@ -155,14 +155,14 @@ class Engine:
             pieces = self._admit()
             if self._running:
                 try:
-                    passed = self._pass()
+                    decoded = self._decode_step()
                 except Exception as error:  # one that outgrows what a layer knows stops the pass; those that wait go on
                     pieces += [Piece(request.ticket, error=error) for request in self._running]
                     for request in list(self._running):
                         request.error = error
                         self._leave(request)
                 else:
-                    pieces += self._choose(*passed)
+                    pieces += self._choose(*decoded)
         return pieces
 
     def run(self) -> Iterator[Piece]:
@@ -266,7 +266,7 @@ class Engine:
             0, new, states_TD
         )
 
-    def _pass(self) -> tuple[list[Request], Tensor, list[int]]:
+    def _decode_step(self) -> tuple[list[Request], Tensor, list[int]]:
         """One pass of the core: the running requests, their states end to end, and the number of rows of each."""
         batch = self._batch = self._batch or DecodeBatch(self._running, self.model)
         stream_BD, position_BA = batch.inputs()
@@ -277,7 +277,7 @@ class Engine:
         return batch.requests, batch.states(state_BD), batch.sizes
 
     def _choose(self, requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int]) -> list[Piece]:
-        """Let every answer choose its next token, from its states; those that end leave."""
+        """Choose the next token of each request, from its newest states; requests that end give their rows back."""
         pieces: list[Piece] = []
         by_task: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -285,7 +285,7 @@ class Engine:
         parts = state_ND.split(list(sizes)) if len(by_task) > 1 else []
         for task, group in by_task.items():
             state_ND = torch.cat([parts[i] for i in group]) if parts else state_ND
-            head, readout = self.model.packer.head(task), self.model.readout(task)
+            head, readout = self.model.packer.heads[task], self.model.readout(task)
             for request, copies in choose_next(
                 [requests[i] for i in group], state_ND, [sizes[i] for i in group], head, readout
             ):
@@ -306,7 +306,7 @@ class Engine:
         return pieces
 
     def _leave(self, request: Request) -> None:
-        """Free an answer's rows; the last rows in use move into the gap."""
+        """Give a request's rows back; the last rows in use move into the gap."""
         self._running.remove(request)
         self._batch = None
         for row in sorted(request.rows, reverse=True):

@@ -119,9 +119,10 @@ class Request:
     ) -> None:
         self.ticket = -1  # until it is entered
         self.task, self.name, self.options, self.prefix = task, name, options, prefix
-        self.head: Head = packer.head(task)
+        self.head: Head = packer.heads[task]
         self.pattern = sample.pattern
-        self.kind = self.pattern.writes.kind
+        assert self.pattern.written is not None
+        self.kind = self.pattern.written.kind
         self.tokenizer = sample.tokenizer
         self.tokens = sample.tokens
         # a pointer chooses among tokens that were read, by their number; any other head chooses ids of its kind
@@ -145,7 +146,8 @@ class Request:
             )
         self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count
         self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + self.head.queries + count
-        self.width = options.beams * (1 if options.guidance == 1.0 else 2)
+        self.guided = options.guidance != 1.0  # a row that reads nothing runs beside it
+        self.width = options.beams * (2 if self.guided else 1)
         self._check()
         self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
         self.stop = -1 if self.head.draws_features else self.head.vocab(self.tokenizer) - 1
@@ -212,11 +214,6 @@ class Request:
             )
 
     @property
-    def guided(self) -> bool:
-        """Whether a row that reads nothing runs beside it."""
-        return self.options.guidance != 1.0
-
-    @property
     def count(self) -> int:
         """Number of tokens written, without those of `begin`."""
         if self.beams is not None:
@@ -225,7 +222,7 @@ class Request:
 
     def prompts(self) -> list[Mapping[str, Tokens | None]]:
         """The samples to read: one, and with guidance one more of which nothing is read."""
-        blank = [dict.fromkeys(self.tokens)] if self.options.guidance != 1.0 else []
+        blank = [dict.fromkeys(self.tokens)] if self.guided else []
         return [self.tokens, *blank]
 
     def start(self, query_A: Tensor, segment: int) -> None:
@@ -346,8 +343,8 @@ def new_request(
 ) -> Request:
     """Check and encode what is asked for."""
     packer.check_task(task, answers=True)
-    if not packer.head(task).autoregressive:
-        raise ConfigError(f"task {task!r}: {type(packer.head(task)).__name__} answers at once; use Model.predict")
+    if not packer.heads[task].autoregressive:
+        raise ConfigError(f"task {task!r}: {type(packer.heads[task]).__name__} answers at once; use Model.predict")
     if prefix is not None:
         if prefix.task != task:
             raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")

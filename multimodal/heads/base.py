@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from multimodal.declare import Declared
 from multimodal.norm import is_untouched
+from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
@@ -53,6 +54,10 @@ class Prediction:
 
     def __str__(self) -> str:
         return str(self.value)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the answer, and a bar for each of the most probable classes."""
+        return prediction_html(self.value, self.confidence, self.probability)
 
 
 @dataclass

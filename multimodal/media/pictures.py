@@ -361,17 +361,18 @@ def _first_of_video(video: Any, max_pixels: int, who: str) -> Tensor:
 
 def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> Tensor:
     """(C, Y, X) float32 in 0..1 of an array (Y, X) or (Y, X, C), or of a tensor (Y, X) or (C, Y, X)."""
-    came, tensor = describe(value), as_tensor(value, who)
+    tensor = as_tensor(value, who)
     if tensor.dim() == 2:
         tensor = tensor[None]
     elif tensor.dim() == 3 and isinstance(value, np.ndarray):
         tensor = tensor.permute(2, 0, 1)
     if tensor.dim() != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
         raise MediaError(
-            f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), "
+            f"{who}: {describe(value)} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), "
             "with C of 1, 3 or 4"
         )
-    _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, came)
+    if tensor.shape[1] * tensor.shape[2] > max_pixels:
+        _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, describe(value))  # raises
     if tensor.dtype == torch.uint8:
         return tensor.float() / 255
     if tensor.dtype == torch.uint16:
@@ -379,10 +380,12 @@ def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> 
     if tensor.dtype == torch.bool:
         return tensor.float()
     if not tensor.is_floating_point():
+        came = describe(value)
         raise MediaError(f"{who}: {came} has no known range; give uint8 (0..255), uint16 (0..65535) or floats in 0..1")
     tensor = tensor.float()
     low, high = (float(x) for x in tensor.aminmax())
     if not -0.01 <= low <= high <= 1.01:
+        came = describe(value)
         if not torch.isfinite(tensor).all():
             raise MediaError(f"{who}: {came} has pixels that are not finite (NaN or infinity)")
         raise MediaError(

@@ -23,6 +23,7 @@ from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError, is_i
 from multimodal.declare import override, plain
 from multimodal.files import check_fields, write_atomic
 from multimodal.model import Model
+from multimodal.notebook import run_html
 from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.train.consistency import equal_in_all_processes, settings_of
@@ -83,6 +84,10 @@ class Run:
         parts += [f"{len(self.bad)} broken samples"] if self.bad else []
         parts += [] if self.folder is None else [str(self.folder)]
         return f"Run({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the summary, the curve of the loss and the last rows."""
+        return run_html(repr(self), self.history)
 
 
 def fit(
