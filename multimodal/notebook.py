@@ -43,9 +43,9 @@ def run_html(summary: str, history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def short_form(part: Any) -> str:
-    """A frozen dataclass by the fields whose values are not the defaults: "ImagePatches(patch=4)"."""
+    """A declaration by the fields whose values are not the defaults: "ImagePatches(patch=4)"."""
     shown = []
-    for field in dataclasses.fields(part):
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         value, default = getattr(part, field.name), field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
