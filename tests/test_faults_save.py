@@ -33,7 +33,7 @@ from multimodal_tokenizers import ImagePatches, Labels, TextBPE, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its own forks")
-OLD = ROOT / "tests" / "data" / "run_v1"  # of version 0.1
+OLD = ROOT / "tests" / "fixtures" / "run_v1"  # of version 0.1
 TASK = "text -> label"
 WORDS = ["ab", "cab", "dad", "abba", "bed", "face", "deaf", "bad", "a", "fed", "cafe"]
 DATA = [{"text": word, "label": "with a" if "a" in word else "without"} for word in WORDS]

@@ -325,7 +325,7 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
         def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
             last.append(output)
 
-        hook = attention.register_forward_hook(record)
+        hook = attention.out.register_forward_hook(record)
         core(stream_TD, torch.zeros(20, 3, dtype=torch.float64), _full(1, 20))
         hook.remove()
     found["max |full - factored|"] = float((full_TD - last[0]).abs().max())

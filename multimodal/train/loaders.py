@@ -26,7 +26,8 @@ def make_dataset(
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
     for pattern in data:
         each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
-        if pattern in model.tasks and each < model.packer.head(pattern).smallest_batch:
+        needed = model.packer.heads[pattern].smallest_batch if pattern in model.tasks else 1
+        if needed > 1 and each < needed:
             raise ConfigError(
                 f"fit: task {pattern!r} compares a pair with the others of its micro-batch, which would have {each}; "
                 + (

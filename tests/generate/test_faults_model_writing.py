@@ -98,7 +98,7 @@ class Liked(mm.generate.Sampler):
 
 
 def test_fault_17b_a_rule_of_ones_own_that_beams_would_not_heed_is_named(model: mm.Model) -> None:
-    with pytest.raises(mm.StreamError, match=r"Liked.* changes chances, but beams rank by the model's own"):
+    with pytest.raises(mm.StreamError, match=r"Liked.* changes probabilities, but beams rank by the model's own"):
         model.generate(TASK, text="ab", max_tokens=3, beams=2, sampler=Liked(9.0))
     kept = model.generate(TASK, text="ab", max_tokens=3, beams=2, sampler=Liked(-torch.inf))
     assert "a" not in kept.value

@@ -296,7 +296,7 @@ def test_rows_and_targets_must_agree() -> None:
         (TextBytes(), r"^FlowMatching writes features, which TextBytes has not: it has no features; use NextToken$"),
         (Labels(("a",), several=True), "which Labels has not: its values are classes; use Classify$"),
         (Labels(("a",)), "which Labels has not: its values are classes; use Classify$"),
-        (ReadOnly(), r"^FlowMatching: ReadOnly has no decode, so nobody could read what is written$"),
+        (ReadOnly(), r"^FlowMatching: ReadOnly has no decode, so what is written could not be read$"),
         (
             ImagePatches(),
             r"^FlowMatching cannot write it: ImagePatches: to write pictures, give it size=\(rows, columns\)",

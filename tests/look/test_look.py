@@ -17,7 +17,7 @@ class Spy(DensePlan):
     seen: tuple[torch.Tensor, torch.Tensor, float]
 
     def attend(self, q_THK, k_TGK, v_TGK, mechanism, layer):
-        Spy.seen = mechanism.features(q_THK, k_TGK)
+        Spy.seen = mechanism.score.features(q_THK, k_TGK, mechanism.score_weights)
         return super().attend(q_THK, k_TGK, v_TGK, mechanism, layer)
 
 
