@@ -235,7 +235,7 @@ class NeverEmpty(TextBytes):
 
 class PlacesFromOne(TextBytes):
     def places(self, count):
-        return super().info(count) + 1
+        return super().places(count) + 1
 
 
 class Rows(nn.Module):

@@ -179,7 +179,7 @@ def test_what_is_written_under_steering_is_the_same_with_and_without_a_cache(cor
         cached = model.generate(WRITE, text="hi", max_tokens=6).tokens.content.tolist()
         whole: list[int] = []
         for _ in range(len(cached)):
-            tokens = mm.Tokens(torch.tensor(whole, dtype=torch.long), TextBytes().info(len(whole)))
+            tokens = mm.Tokens(torch.tensor(whole, dtype=torch.long), TextBytes().places(len(whole)))
             stream = model.packer([(WRITE, {"text": "hi"})], answers=False, begins=[tokens if whole else None])
             whole.append(int(model.logits(stream)[WRITE][-1].argmax()))
     assert cached == whole

@@ -367,7 +367,7 @@ def test_pictures_without_a_size_are_not_written() -> None:
         ):
             call()
     with pytest.raises(ConfigError, match=r"^ImagePatches: places\(7\), but a picture of size=\(8, 12\) has 6$"):
-        ImagePatches(patch=4, size=(8, 12)).info(7)
+        ImagePatches(patch=4, size=(8, 12)).places(7)
 
 
 def ramp(side: int, level: float) -> np.ndarray:
@@ -444,7 +444,7 @@ class ForgetsRows(ImagePatches):
 
 class Transposed(ImagePatches):
     def places(self, count):
-        return super().info(count).flip(1).roll(1, 1)
+        return super().places(count).flip(1).roll(1, 1)
 
 
 class Whispers(AudioFrames):

@@ -499,7 +499,7 @@ def test_words_that_end_at_white_space_only_may_hold_punctuation():
     texts = ["end, end, end, end,"]
     plain = TextBPE.train(texts, vocab_size=262)
     whole = TextBPE.train(texts, vocab_size=262, words=r"\s?\S+|\s")
-    pieces = {whole.decode(Tokens(torch.tensor([i]), whole.info(1))) for i in range(256, 262)}
+    pieces = {whole.decode(Tokens(torch.tensor([i]), whole.places(1))) for i in range(256, 262)}
     assert any(piece.endswith(",") and len(piece) > 1 for piece in pieces)
     assert not any(
         "d," in plain.decode(Tokens(torch.tensor([i]), plain.places(1))) for i in range(256, plain.vocab_size)
