@@ -201,9 +201,7 @@ def load(cls: type[Network], folder: Path, *, finite: bool = True) -> Any:
         except CheckpointError:
             if version_of(folder, CONFIG) == before or attempt == TRIES - 1:
                 raise
-        time.sleep(
-            random.random() * 0.01 * attempt
-        )  # random, so that reads do not stay in step with a periodic writer
+        time.sleep(random.random() * 0.01 * attempt)  # random, so that reads do not stay in step with a periodic writer
     raise AssertionError
 
 
