@@ -641,7 +641,7 @@ def test_the_place_a_location_based_score_points_at_does_not_depend_on_what_is_t
         (lambda: Cosine(sharpness=0.0), "Cosine: sharpness=0.0 must be above 0"),
         (lambda: Gaussian(variance=-1.0), "Gaussian: variance=-1.0 must be above 0"),
         (lambda: LocationBased(0), "LocationBased: places=0 must be above 0"),
-        (lambda: RelativeBias(0), "RelativeBias: reach=0 tells no distances apart"),
+        (lambda: RelativeBias(0), "RelativeBias: reach=0 distinguishes no distances"),
         (lambda: PredictedWindow(0.0), "PredictedWindow: sigma=0.0 must be above 0"),
         (lambda: MixingWeights(0), "MixingWeights: size=0 has no components"),
         (lambda: Hard(expected=1.5), "Hard: expected=1.5 is not in 0 to 1"),
