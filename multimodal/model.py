@@ -1,4 +1,4 @@
-"""Tokenizers + core + heads = a model: what users do with it. Its weights and losses are in network.py."""
+"""The model as users see it: predict, generate, save. Its weights and losses are in network.py."""
 
 import dataclasses
 from collections import deque
@@ -27,42 +27,47 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
-BY_KEYWORD = [*OPTIONS, "begins", "prefix", "batch"]  # what `generate` takes by name beside the fields of a sample
+BY_KEYWORD = [*OPTIONS, "begins", "prefix", "batch"]  # the keywords of `generate` that are no fields of a sample
 
 
 class Model(Network):
     """One model for many kinds of data.
 
-    tokenizers: name of a kind -> its tokenizer; core: the transformer; tasks: "image -> label" or Task("...", head, weight).
-    Every part draws its first weights from `seed` and its own name, so one more tokenizer changes no other part.
+    tokenizers: by name of a kind, its tokenizer.
+    core: the declaration of the transformer, a `Core` or an `EncoderDecoder`.
+    tasks: patterns such as "image -> label", or Task("...", head, weight).
+    seed: every part initialises its weights from this seed and its own name, so that one more tokenizer changes no other part.
 
         model = mm.Model({"image": ImagePatches(patch=4), "label": Labels(names)}, mm.Core.tiny(), ["image -> label"])
         mm.fit(model, {"image -> label": samples})
         model.predict("image -> label", image="cat.png")
 
-    What is done with it; what else help() lists comes from torch.nn.Module:
+    Methods (everything else that help() lists comes from torch.nn.Module):
         predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
         read                        read the first fields of a task once, for many answers
-        vectors, matches            what a pair such as "image <-> text" makes of its sides, and how well they fit
-        save, load, extended        a folder with its declarations and weights, and a model with more kinds and tasks
-        pack, logits, losses, loss  a packed stream of samples, and its logits and losses
-        forward, embed, rows        the states of a stream, and the tokens that the core reads
-        readout, report             the learned half of a task's head, and the number of parameters by part
-        tasks, device, most_tokens, learns_from_rewards   what it declares, where it is, and what its attention can do
-        inference_mode              a context without training mode and gradients
-    Training is `multimodal.fit`, measuring is `multimodal.evaluate`.
+        vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
+        save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
+        pack, logits, losses, loss  pack samples as a stream, and compute its logits and losses
+        forward, embed, rows        the core's states of a stream, and its embedded tokens
+        readout, report             the module of a task's head, and the number of parameters by part
+        tasks, device, most_tokens, learns_from_rewards   properties of the model
+        inference_mode              a context in evaluation mode and without gradients
+    `multimodal.fit` trains a model, `multimodal.evaluate` measures it.
 
     Raises:
-        ConfigError, TaskError: something declared does not fit together.
+        ConfigError, TaskError: the declarations do not fit together.
     """
 
     def predict(self, task: str, /, samples: Iterable[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
-        """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
+        """The most probable answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
 
-        Samples are read `batch` at a time, so that they may be any number of files, or something that can only be iterated.
+        Samples are read `batch` at a time, so that they may be any number of files, or an iterator.
 
         Returns:
-            A Prediction, or a list of them.
+            A Prediction, or a list of them for samples.
+
+        Raises:
+            TaskError, ConfigError, StreamError, MediaError: an unknown task, or a sample that does not fit it.
         """
         self.packer.check_task(task, answers=True)
         one, samples = self._samples(task, "predict", samples, fields, batch)
@@ -92,28 +97,29 @@ class Model(Network):
         batch: int = 64,
         **fields: Any,
     ) -> Any:
-        """Write an answer token by token. One answer, or a list for a list of samples, each as if it were alone.
+        """Write an answer token by token: one Prediction for one sample, or a list of them for a list of samples.
 
-        The likeliest token is taken each time, unless a sampler or a temperature above 0 says otherwise (for kinds that are
-        features temperature scales the noise they are drawn from, 1 unless given). An option that would change nothing is refused.
+        An answer does not depend on the other samples. Decoding is greedy unless a sampler or a temperature above 0 is given; for
+        features, temperature scales the noise from which they are sampled (default 1). Options without effect raise an error.
 
         Args:
-            max_tokens: an answer ends after this many tokens. A kind of a fixed length is written whole.
+            max_tokens: the most tokens of an answer. A kind of a fixed length is always written whole.
             sampler: how the next token is chosen, such as `TopP(0.9)` or `NoRepeat(3) | Temperature(0.8)`.
             temperature: short for `sampler=Temperature(..)`; 0 is greedy.
-            beams: number of hypotheses; the likeliest whole answer wins, by log p / tokens ** length_penalty, and the others
-                are its `others`.
-            guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans 2022).
-            stop: texts that end a text, and are not part of it.
-            begin: a value that every answer begins with; max_tokens does not count it. A list of texts is one for each sample.
-            begins: such a value for each sample, of any kind; None for one that begins with nothing.
-            seed: of sample i it is seed + i.
-            prefix: what `read` returned.
-            batch: rows written at the same time.
+            beams: number of hypotheses of beam search; the answer is the best by log p / tokens ** length_penalty, and the
+                others are in its `others`.
+            length_penalty: above 1 favours long answers, below 1 short ones; only with beams.
+            guidance: above 1 moves away from what would be written if nothing were read (Ho & Salimans 2022).
+            stop: strings that end a text and are not part of it.
+            begin: a value with which every answer begins; max_tokens does not count it. A list of texts is one for each sample.
+            begins: such a value for each sample, of any kind; None for an answer that begins with nothing.
+            seed: sample i is drawn with seed + i.
+            prefix: the result of `read`.
+            batch: number of rows that are decoded at the same time.
 
         Raises:
             ConfigError: options that do not fit the task.
-            StreamError: a sampler that leaves no candidate.
+            StreamError: a sampler rules out every token.
         """
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
@@ -146,11 +152,12 @@ class Model(Network):
         batch: int = 64,
         **options: Any,
     ) -> Iterator[Piece]:
-        """Write like `generate`, and yield each piece as soon as it is final.
+        """Write like `generate`, and yield each `Piece` of text as soon as it is final.
+
+        The `ticket` of a piece is the number of its sample. The texts of a sample's pieces together are its answer, and its last
+        piece has the whole `prediction`.
 
         options: those of `generate`, or the fields of one sample.
-        A piece says by its `ticket` which sample it is of; the texts of a sample's pieces together are its answer, and its last
-        piece carries the whole `prediction`.
         """
         self.packer.check_task(task, answers=True)
         names = {field.name for field in self.packer.patterns[task].reads}
@@ -159,32 +166,35 @@ class Model(Network):
         return self._write(task, chosen, prefix, batch, options)
 
     def read(self, task: str, /, **fields: Any) -> CachedPrefix:
-        """Read the first fields of a task once, to be given to `generate` or `stream` as `prefix` with many different others.
+        """Read the first fields of a task once, and cache their keys and values; `generate` and `stream` take them as `prefix`.
 
         Raises:
-            ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
+            ConfigError: the fields are not the first of the task, or they would attend to a later, bidirectional field.
         """
         return read_prefix(self, task, fields)
 
     def vectors(self, task: str, samples: Sequence[Sample], *, side: str | None = None, batch: int = 64) -> Tensor:
-        """Unit vectors (N, F) of one side of a pair such as "image <-> text", the one that the samples have.
+        """Unit vectors (N, F) of one side of each sample, for a pair such as "image <-> text".
 
-        side: "left" or "right", if they have both.
+        side: "left" or "right"; None: the side whose fields the samples have.
+
+        Raises:
+            TaskError: the task is no pair, or the samples have both sides or none and `side` is None.
         """
         _, samples_given = self._samples(task, "vectors", samples, {}, batch)
         return side_vectors(self, task, in_batches(samples_given, batch), side)
 
     def matches(self, task: str, left: Sequence[Sample], right: Sequence[Sample], *, batch: int = 64) -> Tensor:
-        """(N, M): the probability that each left side of a pair goes with each right one.
+        """(N, M): the probability that each left side of a pair matches each right side.
 
-        A softmax `Contrast` shares 1 among all the rights of a left; a sigmoid one judges each two by themselves.
+        With a softmax `Contrast` the probabilities of each left side sum to 1; with a sigmoid one each pair has its own.
         """
         sides = ("left", left), ("right", right)
         vectors = [self.vectors(task, samples, side=side, batch=batch) for side, samples in sides]
         return match_probabilities(self, task, *vectors)
 
     def extended(self, tokenizers: Mapping[str, Tokenizer] | None = None, tasks: Sequence[str | Task] = ()) -> "Model":
-        """A model with more kinds and tasks; every weight this one has is there, bit for bit.
+        """A model with more kinds and tasks, which has all weights of this one, bit for bit.
 
         Raises:
             ConfigError: a name that is already taken.
@@ -202,7 +212,7 @@ class Model(Network):
         return more.train(self.training)
 
     def report(self) -> str:
-        """Parameters by part, in lines."""
+        """The number of parameters by part, as lines of text."""
         return "\n".join(f"{name:<32}{count:>14,}" for name, count in self.parameter_counts().items())
 
     def __repr__(self) -> str:
@@ -223,22 +233,27 @@ class Model(Network):
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write config.json, weights.safetensors and the tokenizers' files; whole or not at all. Returns the folder."""
+        """Write config.json, weights.safetensors and the tokenizers' files, or replace them, all or none; return the folder.
+
+        Raises:
+            CheckpointError: the folder has other files and is no checkpoint.
+            OSError: writing fails, for instance because the disk is full.
+        """
         return checkpoint.save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
-        """Read what `save` wrote; runs no code but installed entry points.
+        """Read what `save` wrote, in evaluation mode; a checkpoint can run no code but that of installed entry points.
 
-        finite: refuse weights that are NaN or infinite; False allows to inspect such a model.
+        finite: raise on weights that are NaN or infinite; False lets you inspect such a model.
 
         Raises:
-            CheckpointError: missing or foreign files, tensors or tokenizers, each by name; weights that are no finite numbers.
+            CheckpointError: files, tensors or classes that are missing, damaged or foreign; weights that are not finite.
         """
         return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
-        """Answers of a head that answers at once, in the order of the samples."""
+        """The answers of a head that is not autoregressive, in the order of the samples."""
         head, kind = self.packer.heads[task], self.packer.patterns[task].writes.kind
         answers: list[Prediction] = []
         with preserved_state(), self.inference_mode():
@@ -260,7 +275,7 @@ class Model(Network):
         batch: int,
         options: Mapping[str, Any],
     ) -> list[Prediction]:
-        """Answers that are written token by token, in the order of the samples."""
+        """The answers of an autoregressive head, in the order of the samples."""
         found: dict[int, Prediction] = {}
         with preserved_state(), self.inference_mode():
             for piece in self._write(task, samples, prefix, batch, options):
@@ -276,13 +291,13 @@ class Model(Network):
         batch: int,
         options: Mapping[str, Any],
     ) -> Iterator[Piece]:
-        """The pieces of all answers; at most one batch of samples is encoded ahead."""
+        """The pieces of all answers, as they are decoded; at most one batch of samples is encoded ahead."""
         requests = self._requests(task, samples, prefix, options)
         waiting: deque[Request] = deque()
         before = 0  # number of requests of earlier engines
         while waiting.extend(islice(requests, batch + 1 - len(waiting))) or waiting:
             width, more = waiting[0].width, len(waiting) > batch
-            # room for somewhat longer answers, since one that does not fit waits until all others have ended
+            # some spare capacity if more requests follow: one that does not fit has to wait for a new engine
             capacity = max(request.prompt + request.limit for request in waiting) + 1
             engine = Engine(
                 self,
@@ -305,7 +320,7 @@ class Model(Network):
     def _requests(
         self, task: str, samples: Iterable[Sample], prefix: CachedPrefix | None, options: Mapping[str, Any]
     ) -> Iterator[Request]:
-        """A request for each sample; samples are encoded lazily."""
+        """A request for each sample, which is encoded only when its request is taken."""
         seed, begins = options.get("seed", 0), self._begins(task, options)
         check_seed("generate", seed)
         options = {name: option for name, option in options.items() if name != "begins"}
@@ -329,26 +344,26 @@ class Model(Network):
             refuse(number + 1)
 
     def _begins(self, task: str, options: Mapping[str, Any]) -> Sequence[Any] | None:
-        """The beginning of each answer, one for each sample; None if `begin` holds for all."""
+        """By sample, the value with which its answer begins; None if `begin` is the same for all."""
         begin: Any = options.get("begin")
         begins: Any = options.get("begins")
         if begins is None:
             if not isinstance(begin, list):
                 return None
             text = self.packer.tokenizers[self.packer.patterns[task].writes.kind].text
-            return begin if text else None  # no text is a list
+            return begin if text else None  # of other kinds one value may be a list itself
         if begin is not None:
             raise ConfigError(f"task {task!r}: give begin, for every sample, or begins, one for each; not both")
         if isinstance(begins, (str, bytes, Mapping)) or not hasattr(begins, "__len__"):
             raise ConfigError(
                 f"task {task!r}: begins={describe(begins)} is no list; give a value for each sample, or None"
             )
-        return list(begins)  # by their order: a Series of pandas would be asked by its labels
+        return list(begins)  # a pandas Series would be indexed by its labels
 
     def _check_answers_at_once(self, task: str, options: Mapping[str, Any], prefix: CachedPrefix | None) -> None:
-        """Refuse options of writing that would change nothing."""
+        """Raise a ConfigError for options of decoding, which have no effect on a head that is not autoregressive."""
         idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
-        options = {**options, "temperature": options["temperature"] or None}  # with 0 nothing is drawn, as here
+        options = {**options, "temperature": options["temperature"] or None}  # 0 is greedy, as is predicting
         given = [name for name in idle if not _is_default(options[name])]
         if given or prefix is not None:
             raise ConfigError(
@@ -365,7 +380,7 @@ class Model(Network):
         batch: int,
         prefix: CachedPrefix | None = None,
     ) -> tuple[bool, Iterable[Sample]]:
-        """(whether it is a single sample, given by its fields; the samples), checked."""
+        """Checks the arguments of a method, and returns (whether they are one sample given by keywords, the samples)."""
         self.packer.check_task(task)
         if samples is None:
             self._check_fields(task, verb, fields, prefix.fields if prefix else ())
@@ -386,7 +401,7 @@ class Model(Network):
         return False, as_samples(samples)
 
     def _check_fields(self, task: str, verb: str, fields: Mapping[str, Any], read: Iterable[str]) -> None:
-        """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
+        """Raise a TaskError for a keyword that is neither a field of the task nor an option; else it would be ignored silently."""
         pattern = self.packer.patterns[task]
         known = [field.name for field in pattern.reads]
         taken = ["samples", "batch"] if verb == "predict" else ["samples", *BY_KEYWORD]
@@ -396,7 +411,7 @@ class Model(Network):
                 f"mapping: {verb}({task!r}, [{{{', '.join(f'{name!r}: ...' for name in known)}}}])"
             )
         if not set(fields) | set(read) >= set(known):
-            return  # a field is missing, which is the better clue, and is said where samples are checked
+            return  # a field is missing; the error of `check_sample` says more than one about the other keyword
         for name in fields:
             if name in known:
                 continue
@@ -409,5 +424,5 @@ class Model(Network):
 
 
 def _is_default(option: Any) -> bool:
-    """Whether an option of `generate` has the value that it has unless given; arrays have none of these."""
+    """Whether an option of `generate` has its default value; the types come first, since == of an array is no bool."""
     return option is None or (isinstance(option, (int, float, tuple)) and option in (1, ()))

@@ -1,4 +1,4 @@
-"""The weights of a model and what is computed with them: embedded tokens -> core -> states -> logits and losses."""
+"""The weights of a model, and its passes over packed streams: embedded tokens -> core -> states -> logits and losses."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +26,12 @@ Sample = Mapping[str, Any]
 
 
 class Network(nn.Module):
-    """The learnable half of a model: an embedding for each kind, the core, and a readout for each head.
+    """The modules of a model: an embedding for each kind, the core, and a readout for each head.
 
-    `Model` adds what users do with it: predict, generate, save. Everything here works on packed streams.
+    Everything here works on packed streams. `Model` adds what users do with a model: predict, generate, save.
 
-    most_tokens: the most tokens of a sample, read and written, that its attention has positions for; None: any number.
-    learns_from_rewards: whether an attention layer reads one sampled key (`Hard`), which no gradient reaches.
+    most_tokens: the most tokens of a sample, read and written, for which its attention has positions; None: any number.
+    learns_from_rewards: whether an attention layer samples one key (`Hard`) and is therefore trained by REINFORCE.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Network(nn.Module):
         _check_names(tokenizers)
         self.packer = Packer(tokenizers, tasks)
         self.seed = seed
-        # each part draws its weights from the seed and its own name, so one more tokenizer changes no other part
+        # each part has its own random numbers, by the seed and its name, so that one more tokenizer changes no other part
         self.embeds = nn.ModuleDict()
         for name, tokenizer in self.packer.tokenizers.items():
             with _seeded(seed, "embed", name):
@@ -59,7 +59,7 @@ class Network(nn.Module):
         with _seeded(seed, "core"):
             self.core = core.build()
         mechanisms = [m for m in self.core.modules() if isinstance(m, Mechanism)]
-        # an attention layer that reads one sampled key learns from a reward: no gradient reaches what it chose
+        # the choice of a key has no gradient, so that such layers learn from a reward
         self.learns_from_rewards = any(isinstance(m.read, Hard) for m in mechanisms)
         self.most_tokens = None if isinstance(core, EncoderDecoder) else _most_tokens(mechanisms)
         self.readouts = nn.ModuleDict()
@@ -69,8 +69,11 @@ class Network(nn.Module):
             head.check_core(pattern, core)
             made_for = heads.setdefault(key, head)
             with _seeded(seed, "head", key):
-                kind = self.packer.patterns[pattern].fields[-1].kind  # of a pair either would do
+                kind = (
+                    self.packer.patterns[pattern].fields[-1].kind
+                )  # the written one; the readout of a pair needs none
                 made = head.readout(core.width, self.packer.tokenizers[kind])
+            # tasks of one key share the readout of the first, so the others must be of the same class and shapes
             if key not in self.readouts:
                 self.readouts[key] = made
             if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
@@ -81,7 +84,7 @@ class Network(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.core.norm.weight.device
 
     @property
@@ -90,20 +93,27 @@ class Network(nn.Module):
         return self.packer.tasks
 
     def readout(self, pattern: str) -> Readout:
-        """The learnable half of a task's head."""
+        """The module of a task's head."""
         module = self.readouts[self.packer.keys[pattern]]
         assert isinstance(module, Readout)
         return module
 
     def pack(self, task: str, samples: Sequence[Sample], *, answers: bool = True, first: int = 0) -> Stream:
-        """Pack samples of one task, on this model's device; errors count them from `first`."""
+        """Pack samples of one task as a stream on this model's device.
+
+        answers: whether the samples have answers, which become targets. first: the number that errors give the first sample.
+
+        Raises:
+            TaskError, StreamError, MediaError: as `Packer` does.
+        """
         names = [f"sample {first + i}" for i in range(len(samples))]
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
     def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
-        """Weighted sum over tasks of the mean loss of a target, in nats.
+        """The mean loss of a target of each task, in nats, summed over tasks with their weights.
 
-        counts: number of targets to divide by, instead of this stream's own: those of all micro-batches of a step.
+        counts: by task, the number of targets to divide by; a training step gives those of all its micro-batches. None: this
+        stream's own.
         """
         counts = counts or {pattern: r.count for pattern, r in stream.readings.items()}
         tasks = self.packer.tasks
@@ -111,7 +121,11 @@ class Network(nn.Module):
         return torch.stack(parts).sum()
 
     def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
-        """Sum of the losses of all targets, by task, in nats; their number is `stream.readings[task].count`."""
+        """By task, the sum of the losses of all targets, in nats; their number is `stream.readings[task].count`.
+
+        Raises:
+            StreamError: the stream was packed without answers.
+        """
         if self.training and self.learns_from_rewards:
             return self._losses_and_rewards(stream, backend)
         wanted_N, readings = stream.narrowed()
@@ -127,7 +141,7 @@ class Network(nn.Module):
         return sums
 
     def _losses_and_rewards(self, stream: Stream, backend: Backend) -> dict[str, Tensor]:
-        """`losses`, with the gradient of what `Hard` reads chose: it learns from the loss of each row."""
+        """`losses`, with gradients for the choices of `Hard` reads, whose reward is minus the loss of each row."""
         trace = Trace()
         state_TD = self(stream, backend=backend, trace=trace)
         sums = {}
@@ -139,11 +153,11 @@ class Network(nn.Module):
             nll_N = head.row_losses(logits, r.target)
             nll_T = nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach())
             extra = reward_loss(trace, stream.layout, nll_T)
-            sums[pattern] = nll_N.sum() + extra - extra.detach()  # a gradient, and no part of the figure
+            sums[pattern] = nll_N.sum() + extra - extra.detach()  # adds 0 to the loss, and its gradient
         return sums
 
     def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
-        """Logits (rows, V) by task, in the order of `stream.readings`."""
+        """By task, the logits (N, V) of the rows that its head reads, in the order of `stream.readings`."""
         wanted_N, readings = stream.narrowed()
         state_TD = self(stream, backend=backend, wanted_N=wanted_N)
         logits = {}
@@ -163,15 +177,22 @@ class Network(nn.Module):
         trace: Trace | None = None,
         wanted_N: Tensor | None = None,
     ) -> Tensor:
-        """States (T, D) of a packed stream, or (N, D) of wanted rows alone; a trace collects what every attention layer does."""
+        """The core's states (T, D) of a packed stream.
+
+        Args:
+            cache: the KV cache that a prompt fills and later tokens extend.
+            backend: the attention backend, see `plan_attention`.
+            trace: collects a record of every attention layer.
+            wanted_N: rows of the stream; if given, only their states (N, D) are returned, in this order.
+        """
         options = {"cache": cache, "backend": backend, "trace": trace, "wanted_N": wanted_N}
         return self.core(self.rows(stream), stream.position_TA, stream.layout, **options)
 
     def rows(self, stream: Stream) -> Tensor:
-        """The embedded tokens (T, D) of a packed stream: what the core reads.
+        """The embedded tokens (T, D) of a packed stream, which are the core's input.
 
         Raises:
-            StreamError: an embedding that gives another number of rows than tokens.
+            StreamError: an embedding returns another number of rows than there are tokens.
         """
         rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
         if rows.shape[0] != len(stream):
@@ -181,11 +202,11 @@ class Network(nn.Module):
         return rows if stream.order_T is None else rows[stream.order_T]
 
     def embed(self, kind: str, content: Tensor) -> Tensor:
-        """Embedded tokens (N, D) of one kind; those of "head:..." are the learned tokens of a head."""
+        """The embedded tokens (N, D) of one kind; "head:NAME" are the learned tokens of the head with these weights."""
         if kind.startswith("head:"):
             query = self.readouts[kind.removeprefix("head:")].query
             assert isinstance(query, Tensor)
-            return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
+            return F.embedding(content, query)  # indexing would sum gradients in an arbitrary order on several threads
         module, dtype = self.embeds[kind], self.core.norm.weight.dtype
         if content.is_floating_point():
             full = getattr(module, "full_precision", False)
@@ -195,10 +216,11 @@ class Network(nn.Module):
 
     @contextmanager
     def inference_mode(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and back; within another one nothing is left to do."""
+        """A context in evaluation mode and without gradients; afterwards every module has its former mode again."""
         if self._inferring and torch.is_inference_mode_enabled():
             yield
             return
+        # by module, because a user may have set some of them to evaluation mode
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
@@ -223,7 +245,7 @@ class Network(nn.Module):
         return self.learns_from_rewards
 
     def parameter_counts(self) -> dict[str, int]:
-        """Number of parameters by part, and of "all"."""
+        """The number of parameters of each part ("core", "tokenizer NAME", "head NAME"), and of "all"."""
         parts = {f"tokenizer {name}": part for name, part in self.embeds.items()}
         parts |= {"core": self.core} | {f"head {key}": part for key, part in self.readouts.items()}
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -232,7 +254,7 @@ class Network(nn.Module):
 
 
 def _most_tokens(mechanisms: Sequence[Mechanism]) -> int | None:
-    """The most tokens of a sample, read and written, that attention has positions for; None: any number."""
+    """The most tokens of a sample for which every self-attention layer has positions; None: any number."""
     parts = [part for m in mechanisms if m.name.endswith(" self") for part in (m.score, *m.priors, *m.factors)]
     return min((part.most for part in parts if part.most is not None), default=None)
 
@@ -242,7 +264,7 @@ def _no_answers(pattern: str) -> str:
 
 
 def _check_names(tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Raise a ConfigError for names that a pattern cannot hold, or that torch has taken."""
+    """Raise a ConfigError for names that a pattern cannot have, or that are attributes of torch's ModuleDict."""
     for name in tokenizers:
         if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
             raise ConfigError(
@@ -266,9 +288,9 @@ _ON_META: ContextVar[bool] = ContextVar("_ON_META", default=False)
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Every Model that is constructed inside has its weights on device "meta", where they take no memory.
+    """Within this context, new models have their weights on the meta device, where they take no memory.
 
-    For a recipe file, which constructs its model itself: inside `torch.device("meta")` its data would have no contents either.
+    It serves recipe files, which construct model and data: within `torch.device("meta")` the data would have no contents either.
     """
     token = _ON_META.set(True)
     try:
@@ -279,7 +301,7 @@ def without_weights() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, *names: str) -> Iterator[None]:
-    """Random numbers that are a function of the seed and these names."""
+    """Seeds torch's CPU generator from the seed and these names, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]), torch.device("meta") if _ON_META.get() else nullcontext():
         torch.manual_seed(zlib.crc32("/".join((str(seed), *names)).encode()))
         yield

@@ -1,4 +1,4 @@
-"""Many samples laid end to end as one packed stream: no padding, no placeholders; made in the data workers.
+"""Packing: many samples end to end as one stream, without padding and placeholders; this runs in the data workers.
 
 sample {"image": .., "text": ..}                    task "image -> text"
     | tokenizers                                        | which fields, in which order, and the head
@@ -30,21 +30,22 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 @dataclass
 class Prepared:
-    """One sample of a task, laid out by its head: everything about it that does not depend on its neighbours.
+    """One sample of a task, laid out by its head; nothing in it depends on the samples that it will be packed with.
 
-    parts: what it is in the stream: one sample, or the two sides of a pair.
+    task: the pattern of its task.
+    parts: its samples of the stream: one, or two for the sides of a pair.
     """
 
     task: str
     parts: list[LaidOut]
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return sum(tokens_of(part.segments) for part in self.parts)
 
 
 class _Placed(NamedTuple):
-    """A part of a prepared sample: which sample of the batch it is of, its task, itself, and its span in the stream."""
+    """A part of a prepared sample, with the number of this sample in the batch, its task, and its numbers of tokens."""
 
     sample: int
     task: str
@@ -54,14 +55,18 @@ class _Placed(NamedTuple):
 
 def _span(part: LaidOut) -> Span:
     segments, total = part.segments, tokens_of(part.segments)
-    ordered = next((i for i, s in enumerate(segments) if not s.bidirectional), len(segments))
-    if any(s.bidirectional for s in segments[ordered:]):
+    causal = next((i for i, s in enumerate(segments) if not s.bidirectional), len(segments))
+    if any(s.bidirectional for s in segments[causal:]):
         return Span(-1, total, part.read)
-    return Span(tokens_of(segments[:ordered]), total, part.read)
+    return Span(tokens_of(segments[:causal]), total, part.read)
 
 
 class Packer:
-    """Turns (task, sample) pairs into a Stream. Holds declarations only, so it is cheap to send to data workers."""
+    """Turns (task, sample) pairs into a Stream. It has no weights, so it is cheap to send to data workers.
+
+    tokenizers: by name of a kind, its tokenizer; tasks, patterns, heads: by pattern, the task, its parsed pattern and its head.
+    keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
+    """
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
         self.tokenizers = dict(tokenizers)
@@ -74,7 +79,7 @@ class Packer:
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
-        self.keys: dict[str, str] = {}  # of each task, the name of its head's weights
+        self.keys: dict[str, str] = {}
         for task in tasks:
             task = Task(task) if isinstance(task, str) else task
             pattern = Pattern.parse(task.pattern)
@@ -90,7 +95,7 @@ class Packer:
         self._starts = {pattern: self._start(pattern) for pattern in self.tasks}
 
     def head(self, pattern: str) -> Head:
-        """A task's head."""
+        """The head of a task."""
         return self.heads[pattern]
 
     def head_key(self, pattern: str) -> str:
@@ -98,14 +103,14 @@ class Packer:
         return self.keys[pattern]
 
     def _start(self, pattern: str) -> Segment:
-        """The learned tokens of a task's head: the same in every sample."""
-        with torch.device("cpu"):  # where samples are, also of a model that is made without memory
+        """The learned tokens of a task's head, which are the same in every sample."""
+        with torch.device("cpu"):  # samples are on the CPU, even if the model is being built on the meta device
             time_N = torch.arange(self.heads[pattern].queries)
             tokens = Tokens(time_N, at_times(time_N))
         return Segment("head:" + self.keys[pattern], tokens, (1.0, 1.0, 1.0), False)
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
-        """Raises a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
+        """Raise a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
         if pattern not in self.tasks:
             raise TaskError(
                 f"there is no task {shortened(repr(pattern), 100)}; there are {', '.join(map(repr, self.tasks))}"
@@ -123,17 +128,20 @@ class Packer:
         begins: Sequence[Any] | None = None,
         random: bool = False,
     ) -> Stream:
-        """Pack a batch; with answers=False nothing is written yet (prediction, the prompt of generation).
+        """Pack a batch of (task, sample) as one stream.
 
-        A field may also be given as the Tokens that its tokenizer made of it. names: what errors call each sample; "sample 0",
-        "sample 1", .. unless given. begins: for each sample the beginning of its answer, if that much is written already (None:
-        nothing is), which the reading's last row of the sample then continues. random: heads that hide tokens draw anew which
-        ones; else the same value is hidden alike every time, also alone.
+        The value of a field may also be the Tokens that its tokenizer made of it.
+
+        Args:
+            answers: whether samples have answers, which become targets; False for prediction and the prompt of generation.
+            names: what errors call each sample; None: "sample 0", "sample 1", ...
+            begins: for each sample, the first tokens of its answer, from where decoding goes on; None: nothing is written yet.
+            random: heads that hide tokens draw them from torch's global generator; else the value alone decides which.
 
         Raises:
             TaskError: an unknown task or a missing field.
-            StreamError: a sample with nothing to read, a target that cannot be learned.
-            MediaError: from the tokenizer of a field; says which sample of the batch.
+            StreamError: a sample with nothing to read, or a target that cannot be learned.
+            MediaError: a tokenizer cannot encode a field; the message names the sample.
         """
         if not batch:
             raise StreamError("Packer: the batch is empty")
@@ -157,10 +165,10 @@ class Packer:
         begin: Any = None,
         random: bool = True,
     ) -> Prepared:
-        """One sample encoded and laid out by its task's head, to be laid beside others.
+        """Encode one sample and lay it out by its task's head; `lay` makes a stream of several.
 
         Raises:
-            As calling the packer does.
+            TaskError, StreamError, MediaError: as when the packer is called.
         """
         self.check_task(pattern_text)
         pattern = self.patterns[pattern_text]
@@ -181,10 +189,10 @@ class Packer:
         begin: Any = None,
         random: bool = False,
     ) -> EncodedSample:
-        """A sample with the tokens of every field that its task reads, as heads take it.
+        """A sample with the tokens of every field that its task reads, which is what `Head.lay_out` takes.
 
         Raises:
-            MediaError: from the tokenizer of a field.
+            MediaError: a tokenizer cannot encode a field.
         """
         pattern, where = self.patterns[pattern_text], f"{name} of task {pattern_text!r}"
         tokens = {
@@ -199,48 +207,50 @@ class Packer:
         start = self._starts[pattern_text]
         return EncodedSample(where, pattern, self.tokenizers, values, tokens, tokenizer, start, answers, begin, random)
 
-    def _bare(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> EncodedSample:
+    def prompt(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> Stream:
+        """A stream of one sample that has some of the fields of a task, given by their tokens, and no rows for a head.
+
+        Raises:
+            StreamError: every field is None.
+        """
         pattern = self.patterns[pattern_text]
         tokenizer, start = self.tokenizers[pattern.fields[-1].kind], self._starts[pattern_text]
-        return EncodedSample("", pattern, self.tokenizers, {}, tokens, tokenizer, start)
-
-    def prompt(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> Stream:
-        """A stream of one sample that holds some fields of a task, by their tokens, and nothing to be written."""
-        segments = self._bare(pattern_text, tokens).read()
+        segments = EncodedSample("", pattern, self.tokenizers, {}, tokens, tokenizer, start).read()
         read = tokens_of(segments)
         if not read:
             raise StreamError(f"task {pattern_text!r}: there is nothing to read, as every field is None")
         return self.lay([Prepared("", [LaidOut(segments, read, 0, read)])], answers=False)
 
     def lay(self, prepared: Sequence[Prepared], *, answers: bool = True) -> Stream:
-        """One stream of samples that were prepared, in any order."""
+        """Pack prepared samples as one stream, which reorders them by size."""
         placed = [
             _Placed(i, sample.task, part, _span(part)) for i, sample in enumerate(prepared) for part in sample.parts
         ]
-        placed.sort(key=lambda p: p.span)  # equal shapes side by side: they run as one batch of the fused kernel
+        placed.sort(key=lambda p: p.span)  # neighbours of equal shape run as one batch of the fused kernel
         segments = [segment for p in placed for segment in p.part.segments]
         sizes = torch.tensor([len(s.tokens) for s in segments])
-        starts_of = sizes.cumsum(0) - sizes
+        segment_starts = sizes.cumsum(0) - sizes
         total_B = torch.tensor([p.span.total for p in placed])
         start_B = total_B.cumsum(0) - total_B
         stream_size = int(total_B.sum())
 
-        # everything of a kind lies in one piece, so that one call embeds it; order_T then puts the rows where they belong
+        # all tokens of a kind are one tensor, so that one call embeds them; order_T then brings the rows into the stream's order
         by_kind: dict[str, list[int]] = {}
         for i, segment in enumerate(segments):
             by_kind.setdefault(segment.kind, []).append(i)
         content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
         order_T = None
         if len(by_kind) > 1:
-            row_T = torch.cat([_ranges(starts_of[which], sizes[which]) for which in by_kind.values()])
+            row_T = torch.cat([_ranges(segment_starts[which], sizes[which]) for which in by_kind.values()])
             order_T = torch.empty_like(row_T)
             order_T[row_T] = torch.arange(stream_size)
 
         sample_of_segment = torch.arange(len(placed)).repeat_interleave(
             torch.tensor([len(p.part.segments) for p in placed])
         )
+        # rules see segments numbered from 0 in each sample, so that they do not depend on the pack
         first_segment = torch.searchsorted(sample_of_segment, sample_of_segment)
-        places = MaskInfo(
+        info = MaskInfo(
             sample=torch.arange(len(placed), dtype=torch.int32).repeat_interleave(total_B),
             order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
             bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
@@ -250,19 +260,19 @@ class Packer:
             content=content,
             order_T=order_T,
             position_TA=_positions(placed, segments, sizes),
-            layout=Layout(tuple(p.span for p in placed), places),
+            layout=Layout(tuple(p.span for p in placed), info),
             readings=self._readings(placed, start_B.tolist(), answers),
         )
 
     def _readings(self, placed: list[_Placed], starts: list[int], answers: bool) -> dict[str, Reading]:
-        """By task, the rows that its head reads and what they should say."""
+        """By task, the rows that its head reads and their targets."""
         readings = {}
         for pattern in self.tasks:
             mine = [(p, start) for p, start in zip(placed, starts, strict=True) if p.task == pattern]
             if not mine:
                 continue
             pair = self.patterns[pattern].written is None
-            if pair:  # all left sides first, and both sides in the same order of samples
+            if pair:  # the loss compares row i of the left sides with row i of the right sides
                 mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
             parts = [p.part for p, _ in mine]
             first = torch.tensor([start + p.part.first for p, start in mine])
@@ -287,12 +297,13 @@ class Packer:
 
 
 def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) -> Tensor:
-    """Positions (T, 3) in steps; the time 0 of each field is one step after the last token of the field before it."""
+    """Positions (T, 3) in steps; time 0 of each field is one step after the last token of the field before it."""
     step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
     position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
     last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
     offsets, at = [], 0
     for p in placed:
+        # by segment that begins a time of its own, one step after its last token; tokens hidden within a segment share its time
         ends: dict[int, float] = {}
         for i, segment in enumerate(p.part.segments):
             i = i if segment.within is None else segment.within
@@ -306,12 +317,13 @@ def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) ->
 
 
 def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """[start, start + 1, .., start + size - 1] of each, end to end."""
+    """start, start + 1, .., start + size - 1 of each, concatenated: (sum of sizes,)."""
     within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return starts.repeat_interleave(sizes) + within
 
 
 def _head_key(pattern: Pattern, head: Head) -> str:
+    """A name without the fields' names, so that tasks over the same kinds share one readout; it is part of the weights' names."""
     sides = pattern.sides.values() if pattern.pair else [[pattern.writes]]
     kinds = "__".join("_".join(field.kind for field in side) for side in sides)
     return f"{kinds}_{type(head).__name__}"

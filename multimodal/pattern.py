@@ -14,28 +14,41 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a sample: its name and the tokenizer that reads or writes it ("photo:image"; "image" is both)."""
+    """One field of a pattern: "photo:image" has the name photo and the kind image; "image" is both.
+
+    name: the key under which a sample has it.
+    kind: the name of the tokenizer that encodes it.
+    column: its index in the text of the pattern, which errors mark.
+    """
 
     name: str
     kind: str
-    column: int  # where it stands in the pattern, for errors
+    column: int
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed task: fields read, in stream order, and the one field written; or the fields of two sides that belong together."""
+    """A parsed task: the fields that are read and the one that is written; or, of a pair, the fields of both sides.
+
+    text: the pattern as the user wrote it.
+    reads: the fields that are read, in the order of the stream; of a pair, those of the left side, then those of the right.
+    written: the field that is written; None: a pair, for which nothing is written.
+    right: of a pair, the fields of the right side, which are the last of `reads`; else empty.
+    hides: whether the written field is one of `reads`, parts of which the head hides, so that a sample has it only once.
+    answer: the key under which a sample has what is written; "" for a pair.
+    """
 
     text: str
-    reads: tuple[Field, ...]  # of a pair, those of both sides
-    written: Field | None  # None: a pair, for which nothing is written
-    right: tuple[Field, ...] = ()  # of a pair, the last of `reads`
-    hides: bool = False  # whether what is written is part of what is read, so that a sample carries it once
-    answer: str = dataclasses.field(init=False)  # the name under which a sample carries what is written; "" of a pair
+    reads: tuple[Field, ...]
+    written: Field | None
+    right: tuple[Field, ...] = ()
+    hides: bool = False
+    answer: str = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         name = "" if self.written is None else self.written.name
         if not self.hides and any(field.name == name for field in self.reads):
-            name = "answer"  # "text -> text" reads 'text' and wants 'answer'
+            name = "answer"  # in "text -> text" a sample needs two keys: 'text' is read and 'answer' is written
         object.__setattr__(self, "answer", name)
 
     @classmethod
@@ -45,7 +58,7 @@ class Pattern:
         "photo:image <-> caption:text" is a pair: each side is one field or more, and a model learns which belong together.
 
         Raises:
-            TaskError: shows the pattern, marks the place, and says what was wanted.
+            TaskError: the pattern is malformed; the message marks the column and says what was expected.
         """
         if not isinstance(text, str):
             raise TaskError(f"a task is a text such as 'image -> label', not {type(text).__name__} {text!r}")
@@ -90,7 +103,7 @@ class Pattern:
 
     @property
     def pair(self) -> bool:
-        """Whether this task says which two belong together, and writes nothing."""
+        """Whether this is a pair ("image <-> text"), which matches two sides and writes nothing."""
         return self.written is None
 
     @property
@@ -106,7 +119,7 @@ class Pattern:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """All of them, from left to right."""
+        """All fields, from left to right."""
         return self.reads if self.written is None else (*self.reads, self.written)
 
     @property
@@ -114,25 +127,25 @@ class Pattern:
         """The field that is written.
 
         Raises:
-            TaskError: a pair, for which nothing is written.
+            TaskError: this is a pair, for which nothing is written.
         """
         self.check_answers()
         assert self.written is not None
         return self.written
 
     def check_answers(self) -> None:
-        """Raises a TaskError where this is a pair."""
+        """Raise a TaskError if this is a pair, for which nothing is written."""
         if self.pair:
             raise TaskError(
-                f"task {self.text!r} writes nothing, as it tells which two belong together; use Model.vectors for what it "
-                "makes of one side, and Model.matches for how well two sides fit"
+                f"task {self.text!r} writes nothing, because it is a pair; use Model.vectors for the vectors of one side, and "
+                "Model.matches for the probability that two sides match"
             )
 
     def check_kinds(self, tokenizers: Mapping[str, Any]) -> None:
         """Check that every field's kind has a tokenizer.
 
         Raises:
-            TaskError: shows the pattern, marks the field, lists the tokenizers that exist.
+            TaskError: a kind has no tokenizer; the message marks the field and lists the tokenizers.
         """
         for field in self.fields:
             if field.kind not in tokenizers:
@@ -144,16 +157,19 @@ class Pattern:
                 )
 
     def check_sample(self, sample: Mapping[str, Any], answer: bool) -> None:
-        """Check that a sample has every field this task reads (and writes, if `answer`); None means left out on purpose.
+        """Check that a sample has a key for every field that is read, and with `answer` for the one that is written.
+
+        A value may be None, which leaves the field out of this sample.
 
         Raises:
-            TaskError: names the missing field and the fields that came.
+            TaskError: names the missing field and the fields that the sample has.
         """
         if not isinstance(sample, Mapping):
             raise TaskError(f"task {self.text!r}: a sample is a mapping of fields, not {type(sample).__name__}")
         wanted = [f.name for f in self.reads] + ([self.answer] if answer and self.written is not None else [])
         for name in wanted:
             if name not in sample:
+                # a close name is probably a misspelt key, so the repair is to rename it
                 close = (
                     did_you_mean(name, map(str, sample)).replace("did you mean", "rename").replace("?", f" to {name!r}")
                 )
@@ -165,6 +181,7 @@ class Pattern:
 
 
 def _fields(text: str, start: int, stop: int) -> list[Field]:
+    """The fields in text[start:stop]; scanned by index, because errors mark the column."""
     fields: list[Field] = []
     at = start
     while True:

@@ -1,4 +1,4 @@
-"""Retrieval with a model that was trained on pairs: vectors of one side, how well two sides fit, recall at k."""
+"""Retrieval with a model of pairs: the vectors of one side, the probability that two sides match, recall at k."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,13 +11,20 @@ from multimodal.network import Network
 from multimodal.process_state import preserved_state
 from multimodal.shapes import ConfigError, TaskError
 
-BLOCK = 1024  # queries that are compared at once
+BLOCK = 1024  # queries that are ranked at once, to bound the matrix of scores
 
 
 def side_vectors(model: Network, task: str, parts: Iterable[Sequence[Mapping[str, Any]]], side: str | None) -> Tensor:
-    """Unit vectors (N, F) of one side of each sample, which come in batches; the other side is not looked at."""
+    """Unit vectors (N, F) of one side of each sample; the samples come in batches, and their other side is not encoded.
+
+    side: "left" or "right"; None: the only side whose fields the samples have.
+
+    Raises:
+        ConfigError: another name of a side.
+        TaskError: no pair, or `side` is None and the samples have both sides or none.
+    """
     model.packer.check_task(task)
-    head, readout = _parts(model, task)
+    head, readout = _contrast(model, task)
     sides = model.packer.patterns[task].sides
     names = {name: [field.name for field in fields] for name, fields in sides.items()}
     if side not in (None, *sides):
@@ -40,22 +47,22 @@ def side_vectors(model: Network, task: str, parts: Iterable[Sequence[Mapping[str
             stream = model.pack(task, [{**sample, **other} for sample in part], answers=False, first=count)
             found.append(readout.vectors(model(stream)[stream.readings[task].row_N], chosen()))
             count += len(part)
-    chosen()  # of no samples at all
+    chosen()  # raises, if there were no samples and no side was given
     return torch.cat(found)
 
 
 def match_probabilities(model: Network, task: str, left_NF: Tensor, right_MF: Tensor) -> Tensor:
-    """(N, M): the probabilities of a pair's head."""
-    head, readout = _parts(model, task)
+    """(N, M): the probability that each left vector matches each right vector, by the head of this pair."""
+    head, readout = _contrast(model, task)
     with torch.no_grad():
         return head.probability(readout.scores(left_NF, right_MF))
 
 
-def _parts(model: Network, task: str) -> tuple[Contrast, ContrastReadout]:
-    """Both halves of a pair's head.
+def _contrast(model: Network, task: str) -> tuple[Contrast, ContrastReadout]:
+    """The head of a pair and its module.
 
     Raises:
-        TaskError: no pair.
+        TaskError: the task is no pair.
     """
     head, readout = model.packer.head(task), model.readout(task)
     if not isinstance(head, Contrast) or not isinstance(readout, ContrastReadout):
@@ -64,12 +71,12 @@ def _parts(model: Network, task: str) -> tuple[Contrast, ContrastReadout]:
 
 
 def evaluate_pairs(model: Network, task: str, samples: Any, *, batch: int = 64) -> dict[str, float]:
-    """Mean loss of a pair in nats, against the others of its batch, and recall at 1 and 10 among all samples, both ways.
+    """The mean loss of a pair in nats, with the others of its batch as negatives, and recall at 1 and 10 among all samples.
 
-    "R@10 right" is the share of left sides that have a right side of theirs among their 10 nearest. Sides that occur more than once
-    count once: a photo with five captions is one photo, and any of the five is right.
+    "R@10 right" is the share of left sides for which a matching right side is among the 10 nearest. Sides that occur more than
+    once count once: a photo with five captions is one photo, and each of the five matches it.
     """
-    head, readout = _parts(model, task)
+    head, readout = _contrast(model, task)
     total, vectors, targets = 0.0, [], []
     with model.inference_mode():
         for start in range(0, len(samples), batch):
@@ -86,15 +93,19 @@ def evaluate_pairs(model: Network, task: str, samples: Any, *, batch: int = 64) 
 
 
 def recalls(left_NF: Tensor, right_NF: Tensor, target: Tensor, at: Sequence[int] = (1, 10)) -> dict[str, float]:
-    """Recall both ways of pairs (N, F) and (N, F); target (N, 2): equal numbers are equal sides. A tie counts against it."""
-    sides, places = [], []
+    """Recall at k in both directions, for the vectors (N, F) of both sides of N pairs.
+
+    target: fingerprints (N, 2) of the left and right sides; sides with equal numbers are the same. A tie counts as a miss.
+    """
+    sides, indices = [], []
     for vector_NF, number_N in zip((left_NF, right_NF), target.T, strict=True):
-        unique, place_N = number_N.unique(return_inverse=True)
-        sides.append(vector_NF.new_empty(len(unique), vector_NF.shape[1]).index_copy(0, place_N, vector_NF))
-        places.append(place_N)
-    fits = torch.zeros(len(sides[0]), len(sides[1]), dtype=torch.bool, device=left_NF.device)
-    fits[places[0], places[1]] = True
-    right, left = _ranks(sides[0], sides[1], fits), _ranks(sides[1], sides[0], fits.T)
+        # equal sides have equal vectors, so that it does not matter which copy is stored
+        unique, index_N = number_N.unique(return_inverse=True)
+        sides.append(vector_NF.new_empty(len(unique), vector_NF.shape[1]).index_copy(0, index_N, vector_NF))
+        indices.append(index_N)
+    match = torch.zeros(len(sides[0]), len(sides[1]), dtype=torch.bool, device=left_NF.device)
+    match[indices[0], indices[1]] = True
+    right, left = _ranks(sides[0], sides[1], match), _ranks(sides[1], sides[0], match.T)
     return {
         f"R@{k} {name}": float((rank_N < k).double().mean())
         for name, rank_N in (("right", right), ("left", left))
@@ -102,11 +113,11 @@ def recalls(left_NF: Tensor, right_NF: Tensor, target: Tensor, at: Sequence[int]
     }
 
 
-def _ranks(query_NF: Tensor, key_MF: Tensor, fits_NM: Tensor) -> Tensor:
-    """How many keys that do not fit come before the first that does, for each query: (N,)."""
+def _ranks(query_NF: Tensor, key_MF: Tensor, match_NM: Tensor) -> Tensor:
+    """For each query (N,), the number of keys that do not match and are at least as near as the nearest that does."""
     ranks = []
-    for q_NF, fit_NM in zip(query_NF.split(BLOCK), fits_NM.split(BLOCK), strict=True):
+    for q_NF, own_NM in zip(query_NF.split(BLOCK), match_NM.split(BLOCK), strict=True):
         score_NM = q_NF @ key_MF.T
-        best = score_NM.masked_fill(~fit_NM, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((score_NM >= best) & ~fit_NM).sum(1))
+        best = score_NM.masked_fill(~own_NM, -torch.inf).amax(1, keepdim=True)
+        ranks.append(((score_NM >= best) & ~own_NM).sum(1))
     return torch.cat(ranks)

@@ -16,12 +16,11 @@ from multimodal.old_names import moved
 class Stream:
     """One packed stream, ready for the device.
 
-    content: everything of a kind, in one piece, so that it is embedded by one call; `order_T` then puts the rows of all
-    kinds, one after the other, into the stream's order (None: they already are).
-    position_TA: places in steps, time running on from field to field of a sample.
-    order_T: the order of the rows in the stream, of those of `content` end to end; None: they are in order.
-    layout: which rows belong to which sample and field, and who may look at whom.
-    readings: by task, the rows that its head reads, and what they should say.
+    content: by kind, the contents of all its tokens as one tensor, so that one call embeds them: ids (N,) or features (N, F).
+    order_T: for each row of the stream, its index in the contents of all kinds end to end; None: they are in order already.
+    position_TA: positions (T, 3) of the tokens in steps; within a sample, time goes on from field to field.
+    layout: which rows belong to which sample and field, and which are bidirectional.
+    readings: by task, the rows that its head reads, and their targets.
     """
 
     content: dict[str, Tensor]
@@ -31,28 +30,33 @@ class Stream:
     readings: dict[str, Reading]
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens, T."""
         return self.position_TA.shape[0]
 
     @property
     def samples(self) -> int:
+        """Number of samples; a pair counts as two, one for each side."""
         return len(self.layout.spans)
 
     def narrowed(self) -> tuple[Tensor | None, dict[str, Reading]]:
-        """The rows (N,) that heads read, and what they read of those rows alone; None: more than half, so all as they lie."""
+        """The rows (N,) that heads read, and the readings renumbered to these rows alone.
+
+        The rows are None if heads read more than half of the stream: then nothing is saved, and the readings stay as they are.
+        """
         parts = [row_N for r in self.readings.values() for row_N in (r.row_N, r.key_N) if row_N is not None]
         if not parts or 2 * sum(map(len, parts)) > len(self):
             return None, self.readings
         wanted_N = torch.cat(parts)
-        lies = iter(torch.arange(len(wanted_N), device=wanted_N.device).split([len(row_N) for row_N in parts]))
+        # after narrowing, each part lies where it was concatenated; `parts` has row_N before key_N of each reading, as below
+        index = iter(torch.arange(len(wanted_N), device=wanted_N.device).split([len(row_N) for row_N in parts]))
         return wanted_N, {
-            pattern: dataclasses.replace(r, row_N=next(lies), key_N=None if r.key_N is None else next(lies))
+            pattern: dataclasses.replace(r, row_N=next(index), key_N=None if r.key_N is None else next(index))
             for pattern, r in self.readings.items()
         }
 
     def to(self, device: str | torch.device) -> "Stream":
         """The same stream on a device; the host does not wait for the copies."""
-        # copies from pinned memory alone are left to the device; torch keeps pinned memory for the next stream
+        # only copies from pinned memory are asynchronous; torch caches pinned memory, so the next stream reuses it
         pinned = torch.device(device).type == "cuda"
 
         def move(x: Tensor) -> Tensor:

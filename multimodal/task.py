@@ -10,11 +10,11 @@ from multimodal.shapes import ConfigError
 
 @dataclass(frozen=True)
 class Task:
-    """A pattern, the head that writes its right side, and its weight in the loss of several tasks.
+    """A pattern, the head that answers it, and its weight in the loss of several tasks.
 
-    pattern: what is read and written, such as "image text -> text", or what belongs together, "image <-> text".
-    head: what writes it; None: what the written kind's tokenizer suggests.
-    weight: the share of this task in the loss of all, 0 or more.
+    pattern: what is read and written, such as "image text -> text", or the two sides of a pair, "image <-> text".
+    head: what answers it; None: the default of the written kind (see `default_head`), and `Contrast` for a pair.
+    weight: factor of this task's mean loss in the sum over all tasks, 0 or more.
     """
 
     pattern: str

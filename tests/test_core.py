@@ -97,7 +97,7 @@ def test_the_width_that_an_error_suggests_works(width, heads):
 
 
 def test_cross_attention_in_a_core_that_stands_alone_is_refused():
-    with pytest.raises(ConfigError, match="CrossAttention needs another core to look at"):
+    with pytest.raises(ConfigError, match="CrossAttention needs another core to attend to"):
         mm.Core(width=32, depth=2, heads=4, block=(mm.layers.CrossAttention(),)).build()
 
 

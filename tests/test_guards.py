@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
-    {"texts", "shapes", "declare", "files", "notebook", "progress", "saving", "process_state", "weights", "old_names"},
+    {"texts", "shapes", "declare", "files", "notebook", "progress", "saving", "process_state", "old_names"},
     {"tokenizer", "masks", "positions", "norm", "media"},
     {"attention"},
     {"layers"},

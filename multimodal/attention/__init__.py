@@ -1,4 +1,4 @@
-"""The seam that users swap most: scores, priors, reads, the kernels that run them, and the cache."""
+"""Attention: scores, priors and reads, which users swap; the plans and kernels that run them; and the KV cache."""
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.cross import plan_cross_attention

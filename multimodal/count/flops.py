@@ -78,7 +78,7 @@ def token_flops(model: Model, stats: StreamStats) -> Flops:
 def rowwise_layers(model: Model) -> list[Sublayer]:
     """Layers behind the last one that mixes tokens: of them only the rows that heads read are computed (`StreamStats.wanted`)."""
     block: Any = transformer(model).blocks[-1]
-    return list(block.layers)[block.mixing + 1 :]
+    return list(block.layers)[block.last_mixing + 1 :]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from multimodal.attention import Mechanism, Read, Score
 from multimodal.declare import check_part
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes, init_in, init_out
 from multimodal.masks import Pairs, Prior, everyone
 from multimodal.norm import RMSNorm, is_untouched
 from multimodal.positions import rotate
 from multimodal.shapes import ConfigError
-from multimodal.weights import init_in, init_out
 
 
 def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read | None) -> None:
@@ -249,7 +248,7 @@ class _Cross(Body):
         crossing, attention = context.crossing, self.attention
         if crossing is None:
             raise ConfigError(
-                "CrossAttention: there is no other core to look at; it belongs in the writer of an EncoderDecoder"
+                "CrossAttention: there is no other core to attend to; it belongs in the writer of an EncoderDecoder"
             )
         width = attention.key_width
         memory = (crossing.memory_MD, crossing.rotations.get(width))

@@ -104,6 +104,22 @@ class _Gamma(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
 
+SPREAD = 0.02  # standard deviation of initial weights (Radford et al. 2019)
+
+
+def init_in(linear: nn.Linear) -> None:
+    """Initialise an input projection of a layer."""
+    nn.init.normal_(linear.weight, std=SPREAD)
+
+
+def init_out(linear: nn.Linear, depth: int) -> None:
+    """Initialise the output projection of a layer in a core of `depth` blocks.
+
+    It is smaller, because each block adds two updates to the stream, whose variances add up (Radford et al. 2019).
+    """
+    nn.init.normal_(linear.weight, std=SPREAD / (2 * depth) ** 0.5)
+
+
 class CoreSettings(Protocol):
     """What a layer may ask the core it is part of."""
 

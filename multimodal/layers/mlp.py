@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes
-from multimodal.weights import init_in, init_out
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes, init_in, init_out
 
 
 @dataclass(frozen=True, kw_only=True)

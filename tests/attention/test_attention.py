@@ -225,7 +225,7 @@ def test_one_cached_token_at_a_time_is_the_whole_pass(lay, backend, rule):
 def test_a_full_cache_says_so():
     cache = Cache(keys=[(1, 2, 2)], batch=2, capacity=3)
     cache.reserve([3, 1])
-    with pytest.raises(StreamError, match=r"sample 0 needs 4 places, but capacity=3"):
+    with pytest.raises(StreamError, match=r"sample 0 needs 4 tokens, but capacity=3"):
         cache.reserve([1, 1])
     assert cache.length == [3, 1]
 

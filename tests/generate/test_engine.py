@@ -573,7 +573,7 @@ def test_new_tokens_that_the_cached_ones_should_have_seen_are_refused(lay):
             module(stream_TD[:4], position_TA[:4], places(range(4), 1), cache=cache)
             if message:
                 with pytest.raises(
-                    StreamError, match="sample 0 has 4 tokens in the cache that would have had to see the 4 new"
+                    StreamError, match="sample 0 has 4 tokens in the cache that would have had to attend to the 4 new"
                 ):
                     module(stream_TD[4:], position_TA[4:], places(range(4, 8), 1), cache=cache)
                 assert cache.length == [4]  # as it was

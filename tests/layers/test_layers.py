@@ -631,7 +631,7 @@ def test_places_turn_what_is_compared_by_direction_and_nothing_else(score):
         (
             lambda: core_of(mm.layers.CrossAttention()).build(),
             ConfigError,
-            r"CrossAttention needs another core to look at",
+            r"CrossAttention needs another core to attend to",
         ),
         (
             lambda: mm.layers.Recurrent(cell=ELMAN),
@@ -665,7 +665,7 @@ def test_places_turn_what_is_compared_by_direction_and_nothing_else(score):
             r"Gated: a stream of width 16 and an update of 7 do not add up",
         ),
         (lambda: core_of(mm.layers.MLP(), "attention"), ConfigError, r"is no Layer"),  # type: ignore[arg-type]
-        (lambda: replace(BAHDANAU, last=0), ConfigError, r"last=0 leaves nothing to look at"),
+        (lambda: replace(BAHDANAU, last=0), ConfigError, r"last=0 leaves nothing to attend to"),
         (
             lambda: mm.EncoderDecoder(reader=core_of(), writer=core_of(mm.layers.Recurrent())),
             ConfigError,
@@ -703,13 +703,13 @@ def test_reading_from_the_end_needs_all_at_once():
     first = cut(layout, torch.arange(2), [Span(2, 2)])
     built(torch.randn(2, 16), torch.zeros(2, 3), first, cache=cache)
     later = cut(layout, torch.arange(2, 4), [Span(2, 2)])
-    with pytest.raises(StreamError, match=r"all must be read together, not piece by piece|would have had to see"):
+    with pytest.raises(StreamError, match=r"all must be read together, not piece by piece|would have had to attend to"):
         built(torch.randn(2, 16), torch.zeros(2, 3), later, cache=cache)
 
 
 def test_a_cross_attention_without_its_core_says_so():
     body: Any = mm.layers.CrossAttention().build(core_of(), 16)
-    with pytest.raises(ConfigError, match=r"there is no other core to look at; it belongs in the writer"):
+    with pytest.raises(ConfigError, match=r"there is no other core to attend to; it belongs in the writer"):
         body(torch.randn(3, 16), context_of(layout_of([(3, 0)])))
 
 

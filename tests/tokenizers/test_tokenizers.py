@@ -76,7 +76,7 @@ BROKEN = [
     (Ids, Tokens(ids(1, 2), torch.zeros(3, 3)), r"position is torch.float32 \(3, 3\), wanted float32 \(2, 3\)"),
     (Ids, Tokens(ids(1), torch.zeros(1, 3).double()), r"position is torch.float64 \(1, 3\), wanted float32 \(1, 3\)"),
     (Ids, Tokens(ids(1), torch.zeros(1, 3).long()), r"position is torch.int64 \(1, 3\), wanted float32"),
-    (Ids, Tokens(ids(1), torch.full((1, 3), torch.nan)), "gave places that are not finite"),
+    (Ids, Tokens(ids(1), torch.full((1, 3), torch.nan)), "gave positions that are not finite"),
     (Ids, Tokens(ids(1).int(), torch.zeros(1, 3)), r"content is torch.int32 \(1,\), wanted ids: int64 \(N,\)"),
     (Ids, Tokens(torch.ones(1), torch.zeros(1, 3)), r"content is torch.float32 \(1,\), wanted ids"),
     (Ids, Tokens(ids(1)[None], torch.zeros(1, 3)), r"content is torch.int64 \(1, 1\), wanted ids"),
@@ -112,7 +112,7 @@ BROKEN = [
     (Rows, Tokens(torch.full((2, 4), torch.inf), torch.zeros(2, 3)), "not finite"),
     (Rows, Tokens(torch.tensor([[3e38, 3e38, 0, torch.nan]]), torch.zeros(1, 3)), "gave features that are not finite"),
     (Rows, Tokens(torch.tensor([[torch.inf, -torch.inf, 0, 0]]), torch.zeros(1, 3)), "features that are not finite"),
-    (Rows, Tokens(torch.zeros(1, 4), torch.tensor([[3e38, 3e38, -torch.inf]])), "gave places that are not finite"),
+    (Rows, Tokens(torch.zeros(1, 4), torch.tensor([[3e38, 3e38, -torch.inf]])), "gave positions that are not finite"),
 ]
 
 
