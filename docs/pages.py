@@ -82,7 +82,15 @@ def reference(room: str) -> str:
     if room != "multimodal":
         modules = [f"multimodal.{room}", *(f"multimodal.{room}.{name}" for name in ROOMS[room])]
         return f"# {room}\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
-    lines = ["# multimodal", "", "| name | |", "|---|---|"]
+    lines = [
+        "# multimodal",
+        "",
+        "What `import multimodal as mm` has by itself; all else is in its room. Examples run in `tests/test_docstring_examples.py`,",
+        "which makes what they use: a small trained `model`, its `samples`, the pictures `square` and `circle`, a `wave` of 8 kHz.",
+        "",
+        "| name | |",
+        "|---|---|",
+    ]
     own = []
     for name, module in sorted(top_names().items()):
         path = f"multimodal.{module}.{name}"

@@ -53,6 +53,12 @@ class Core(Declared):
     prior: what a query expects of a key before it compares them; None: all places alike.
     read: what becomes of the posterior; Soft() averages the values.
     block: the layers of one block, which is repeated `depth` times.
+
+    Examples:
+        >>> core = mm.Core(width=64, depth=2, heads=4)
+        >>> deeper = core.replace(depth=8, mask=mm.masks.SameSample() & mm.masks.Causal())
+        >>> deeper.parameters > 3 * core.parameters
+        True
     """
 
     width: int  # D

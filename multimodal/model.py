@@ -35,10 +35,6 @@ class Model(Network):
     tokenizers: name of a kind -> its tokenizer; core: the transformer; tasks: "image -> label" or Task("...", head, weight).
     Every part draws its first weights from `seed` and its own name, so one more tokenizer changes no other part.
 
-        model = mm.Model({"image": ImagePatches(patch=4), "label": Labels(names)}, mm.Core.tiny(), ["image -> label"])
-        mm.fit(model, {"image -> label": samples})
-        model.predict("image -> label", image="cat.png")
-
     What is done with it; what else help() lists comes from torch.nn.Module:
         predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
         read                        read the first fields of a task once, for many answers
@@ -53,6 +49,12 @@ class Model(Network):
 
     Raises:
         ConfigError, TaskError: something declared does not fit together.
+
+    Examples:
+        >>> shapes = Labels(("circle", "square"))
+        >>> model = mm.Model({"image": ImagePatches(patch=4, channels=1), "label": shapes}, mm.Core.tiny(), ["image -> label"])
+        >>> run = mm.fit(model, {"image -> label": samples}, steps=2, batch=4, quiet=True)
+        >>> answer = model.predict("image -> label", image="square.png")
     """
 
     def predict(self, task: str, /, samples: Iterable[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
@@ -62,6 +64,12 @@ class Model(Network):
 
         Returns:
             A Prediction, or a list of them.
+
+        Examples:
+            >>> model.predict("image -> label", image=square).value
+            'square'
+            >>> [answer.value for answer in model.predict("image -> label", [{"image": circle}, {"image": square}])]
+            ['circle', 'square']
         """
         self.packer.check_task(task, answers=True)
         one, samples = self._samples(task, "predict", samples, fields, batch)
@@ -113,6 +121,12 @@ class Model(Network):
         Raises:
             ConfigError: options that do not fit the task.
             StreamError: a sampler that leaves no candidate.
+
+        Examples:
+            >>> model.generate("image -> text", image=square, max_tokens=8).value
+            'square'
+            >>> bold = model.generate("image -> text", image=square, sampler=mm.TopP(0.9), seed=1, max_tokens=8)
+            >>> best = model.generate("image -> text", image=square, beams=3, max_tokens=8)
         """
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
@@ -222,7 +236,13 @@ class Model(Network):
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write config.json, weights.safetensors and the tokenizers' files; whole or not at all. Returns the folder."""
+        """Write config.json, weights.safetensors and the tokenizers' files; whole or not at all. Returns the folder.
+
+        Examples:
+            >>> folder = model.save("shapes")
+            >>> sorted(path.name for path in folder.iterdir() if path.is_file())
+            ['config.json', 'weights.safetensors']
+        """
         return checkpoint.save(self, Path(folder))
 
     @classmethod
@@ -233,6 +253,11 @@ class Model(Network):
 
         Raises:
             CheckpointError: missing or foreign files, tensors or tokenizers, each by name; weights that are no finite numbers.
+
+        Examples:
+            >>> folder = model.save("shapes")
+            >>> mm.Model.load("shapes").predict("image -> label", image=square).value
+            'square'
         """
         return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
 

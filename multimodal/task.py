@@ -15,6 +15,12 @@ class Task:
     pattern: what is read and written, such as "image text -> text", or what belongs together, "image <-> text".
     head: what writes it; None: what the written kind's tokenizer suggests.
     weight: the share of this task in the loss of all, 0 or more.
+
+    Examples:
+        >>> task = mm.Task("audio -> text", head=mm.CTC(), weight=0.5)
+        >>> model = mm.Model({"audio": AudioFrames(), "text": TextBytes()}, mm.Core.tiny(), [task, "audio -> said:text"])
+        >>> list(model.tasks)
+        ['audio -> text', 'audio -> said:text']
     """
 
     pattern: str
