@@ -85,8 +85,9 @@ def reference(room: str) -> str:
     lines = [
         "# multimodal",
         "",
-        "What `import multimodal as mm` has by itself; all else is in its room. Examples run in `tests/test_docstring_examples.py`,",
-        "which makes what they use: a small trained `model`, its `samples`, the pictures `square` and `circle`, a `wave` of 8 kHz.",
+        "What `import multimodal as mm` has by itself; all else is in its room.",
+        "Examples run in `tests/test_docstring_examples.py`, which makes what they use: a small trained `model`, its `samples`,",
+        "the pictures `square` and `circle`, and a `wave` of 8 kHz.",
         "",
         "| name | |",
         "|---|---|",
