@@ -53,6 +53,12 @@ class Core(Declared):
     prior: the log-probability of each key before contents are compared, such as ALiBi; None: uniform.
     read: how values are read from the posterior over keys; Soft() averages them.
     block: the layers of one block, which is repeated `depth` times.
+
+    Examples:
+        >>> core = mm.Core(width=64, depth=2, heads=4)
+        >>> deeper = core.replace(depth=8, mask=mm.masks.SameSample() & mm.masks.Causal())
+        >>> deeper.parameters > 3 * core.parameters
+        True
     """
 
     width: int

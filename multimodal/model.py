@@ -38,10 +38,6 @@ class Model(Network):
     tasks: patterns such as "image -> label", or Task("...", head, weight).
     seed: every part initialises its weights from this seed and its own name, so that one more tokenizer changes no other part.
 
-        model = mm.Model({"image": ImagePatches(patch=4), "label": Labels(names)}, mm.Core.tiny(), ["image -> label"])
-        mm.fit(model, {"image -> label": samples})
-        model.predict("image -> label", image="cat.png")
-
     Methods (everything else that help() lists comes from torch.nn.Module):
         predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
         read                        read the first fields of a task once, for many answers
@@ -56,6 +52,12 @@ class Model(Network):
 
     Raises:
         ConfigError, TaskError: the declarations do not fit together.
+
+    Examples:
+        >>> shapes = Labels(("circle", "square"))
+        >>> model = mm.Model({"image": ImagePatches(patch=4, channels=1), "label": shapes}, mm.Core.tiny(), ["image -> label"])
+        >>> run = mm.fit(model, {"image -> label": samples}, steps=2, batch=4, quiet=True)
+        >>> answer = model.predict("image -> label", image="square.png")
     """
 
     def predict(self, task: str, /, samples: Iterable[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
@@ -68,6 +70,12 @@ class Model(Network):
 
         Raises:
             TaskError, ConfigError, StreamError, MediaError: an unknown task, or a sample that does not fit it.
+
+        Examples:
+            >>> model.predict("image -> label", image=square).value
+            'square'
+            >>> [answer.value for answer in model.predict("image -> label", [{"image": circle}, {"image": square}])]
+            ['circle', 'square']
         """
         self.packer.check_task(task, answers=True)
         one, samples = self._samples(task, "predict", samples, fields, batch)
@@ -120,6 +128,12 @@ class Model(Network):
         Raises:
             ConfigError: options that do not fit the task.
             StreamError: a sampler rules out every token.
+
+        Examples:
+            >>> model.generate("image -> text", image=square, max_tokens=8).value
+            'square'
+            >>> bold = model.generate("image -> text", image=square, sampler=mm.TopP(0.9), seed=1, max_tokens=8)
+            >>> best = model.generate("image -> text", image=square, beams=3, max_tokens=8)
         """
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
@@ -238,6 +252,11 @@ class Model(Network):
         Raises:
             CheckpointError: the folder has other files and is no checkpoint.
             OSError: writing fails, for instance because the disk is full.
+
+        Examples:
+            >>> folder = model.save("shapes")
+            >>> sorted(path.name for path in folder.iterdir() if path.is_file())
+            ['config.json', 'weights.safetensors']
         """
         return checkpoint.save(self, Path(folder))
 
@@ -249,6 +268,11 @@ class Model(Network):
 
         Raises:
             CheckpointError: files, tensors or classes that are missing, damaged or foreign; weights that are not finite.
+
+        Examples:
+            >>> folder = model.save("shapes")
+            >>> mm.Model.load("shapes").predict("image -> label", image=square).value
+            'square'
         """
         return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
 

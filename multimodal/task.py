@@ -15,6 +15,12 @@ class Task:
     pattern: what is read and written, such as "image text -> text", or the two sides of a pair, "image <-> text".
     head: what answers it; None: the default of the written kind (see `default_head`), and `Contrast` for a pair.
     weight: factor of this task's mean loss in the sum over all tasks, 0 or more.
+
+    Examples:
+        >>> task = mm.Task("audio -> text", head=mm.CTC(), weight=0.5)
+        >>> model = mm.Model({"audio": AudioFrames(), "text": TextBytes()}, mm.Core.tiny(), [task, "audio -> said:text"])
+        >>> list(model.tasks)
+        ['audio -> text', 'audio -> said:text']
     """
 
     pattern: str

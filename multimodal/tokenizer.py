@@ -25,6 +25,11 @@ class Tokens:
 
     content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
     position_NA: (N, 3) float32, the position of each token: time, row, column, in the tokenizer's own units.
+
+    Examples:
+        >>> tokens = mm.Tokens(torch.tensor([4, 0, 7]), mm.at_times(torch.arange(3)))
+        >>> len(tokens), tokens.position_NA[-1].tolist()
+        (3, [2.0, 0.0, 0.0])
     """
 
     content: Tensor
@@ -63,6 +68,15 @@ class Tokenizer(Declared, ABC):
 
     Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
     `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
+
+    Examples:
+        >>> @dataclass(frozen=True)
+        ... class Digits(mm.Tokenizer):
+        ...     vocab_size = 10
+        ...     def encode(self, value):
+        ...         return mm.Tokens(torch.tensor([int(digit) for digit in str(value)]), self.places(len(str(value))))
+        >>> Digits()(407).content.tolist()
+        [4, 0, 7]
     """
 
     vocab_size: int | None = None

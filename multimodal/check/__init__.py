@@ -68,6 +68,11 @@ def check_tokenizer(
 
     Raises:
         ConformanceError: lists every failed check by name.
+
+    Examples:
+        >>> report = check_tokenizer(Labels(("cat", "dog")), ["cat", "dog"])
+        >>> report.failed
+        []
     """
     return run_checks(repr(tokenizer), tokenizer_checks(tokenizer, values, expected_failures=expected_failures), raises)
 

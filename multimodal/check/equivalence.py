@@ -161,6 +161,11 @@ def verify(
 
     Raises:
         TaskError, MediaError: the samples given do not fit their task.
+
+    Examples:
+        >>> found = verify(model, {"image -> label": samples, "image -> text": samples})
+        >>> found.passed
+        True
     """
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()

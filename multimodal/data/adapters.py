@@ -26,6 +26,11 @@ class Fields:
 
     Raises:
         ConfigError: no data set with a length and [index], or (at a sample) other parts than were named.
+
+    Examples:
+        >>> pairs = [(square, 1), (circle, 0)]  # as a data set of torchvision gives them
+        >>> mm.Fields(pairs, "image", "label", names={"label": ("circle", "square")})[0]["label"]
+        'square'
     """
 
     def __init__(self, samples: Any, *fields: str | None, names: Mapping[str, Sequence[str]] | None = None) -> None:

@@ -100,6 +100,11 @@ def write_shards(
 
     Raises:
         ConfigError: the folder holds something else, or was started with other settings. MediaError: more than max_bad bad rows.
+
+    Examples:
+        >>> made = mm.write_shards(samples, "shape-shards", shard_bytes=20_000)
+        >>> made.samples
+        12
     """
     folder, samples = Path(folder), as_samples(samples)
     if isinstance(samples, (str, bytes, Mapping)) or not any(

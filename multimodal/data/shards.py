@@ -106,6 +106,12 @@ class Shards:
 
     Raises:
         ConfigError: no index, or one that cannot be read.
+
+    Examples:
+        >>> made = mm.write_shards(samples, "shape-shards")
+        >>> shards = mm.Shards("shape-shards")
+        >>> len(shards), shards[0]["label"]
+        (12, 'circle')
     """
 
     def __init__(

@@ -49,6 +49,13 @@ class Engine:
     rows: number of answers (of beams, two with guidance) that are written at the same time; others wait. capacity: tokens of a row,
     prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model must not be
     trained while answers are being written; new weights count from when all of them have ended.
+
+    Examples:
+        >>> engine = mm.Engine(model, rows=8, capacity=64)
+        >>> first = engine.submit("image -> text", {"image": square}, max_tokens=8)
+        >>> second = engine.submit("image -> text", {"image": circle}, max_tokens=8)
+        >>> [piece.prediction.value for piece in engine.run() if piece.prediction]
+        ['square', 'circle']
     """
 
     def __init__(self, model: Network, *, rows: int = 16, capacity: int = 1024) -> None:

@@ -155,6 +155,11 @@ class TopP(Sampler):
 
     p: the probability that those left hold together, above 0 and at most 1.
     temperature: what logits are divided by first.
+
+    Examples:
+        >>> sampler = mm.NoRepeat(4) | mm.TopP(0.9, temperature=0.8)
+        >>> model.generate("image -> text", image=square, sampler=sampler, seed=7, max_tokens=8).value
+        'square'
     """
 
     p: float

@@ -36,6 +36,11 @@ class Prediction:
     ended: what ended the writing: stop, stop string, length (this kind has a fixed one), or max_tokens.
     tokens: what was written, as tokens; None where an answer was given at once.
     others: of a beam search, the answers from the second best on.
+
+    Examples:
+        >>> answer = model.predict("image -> label", image=square)
+        >>> answer.value, answer.confidence > 0.9, sorted(answer.probability)
+        ('square', True, ['circle', 'square'])
     """
 
     value: Any

@@ -35,6 +35,12 @@ class Contrast(Head):
     Two whose left sides, or whose right sides, have exactly the same tokens are no negatives of each other. The same photo under
     another crop is another side: where a photo has five captions, draw one of them each time the photo comes.
     width: F, numbers of a vector.
+
+    Examples:
+        >>> task = mm.Task("image <-> text", mm.Contrast(form="sigmoid", width=64))
+        >>> model = mm.Model({"image": ImagePatches(patch=4, channels=1), "text": TextBytes()}, mm.Core.tiny(), [task])
+        >>> tuple(model.matches("image <-> text", [{"image": square}], [{"text": "square"}, {"text": "circle"}]).shape)
+        (1, 2)
     """
 
     width: int = 256  # F, numbers of a vector

@@ -26,7 +26,13 @@ def collapse(path_N: Tensor, blank: int, before: int | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class CTC(Head):
-    """Connectionist temporal classification (Graves et al. 2006): a symbol or a blank (class V) for every row of the context."""
+    """Connectionist temporal classification (Graves et al. 2006): a symbol or a blank (class V) for every row of the context.
+
+    Examples:
+        >>> task = mm.Task("audio -> text", mm.CTC())
+        >>> model = mm.Model({"audio": AudioFrames(rate_hz=8000), "text": TextBytes()}, mm.Core.tiny(), [task])
+        >>> run = mm.fit(model, {"audio -> text": [{"audio": (wave, 8000), "text": "la la"}]}, steps=2, batch=1, quiet=True)
+    """
 
     def vocab(self, tokenizer: Tokenizer) -> int:
         return vocabulary(self, tokenizer) + 1

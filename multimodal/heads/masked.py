@@ -42,6 +42,11 @@ class Masked(Head):
     share: the probability that a token is hidden, above 0 and below 1.
     span: the side of a block, in steps of the kind's places.
     normalise: what is taken off hidden features before they are learned: "none", or "token", each token's own mean and spread.
+
+    Examples:
+        >>> task = mm.Task("image -> image", mm.Masked(share=0.75, normalise="token"))
+        >>> model = mm.Model({"image": ImagePatches(patch=4, channels=1)}, mm.Core.tiny(), [task])
+        >>> run = mm.fit(model, {"image -> image": samples}, steps=2, batch=4, quiet=True)
     """
 
     share: float

@@ -233,6 +233,12 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
     Raises:
         TaskError: there is no such task, a field is missing, or the task has no such field. ConfigError: several samples; a model
         without attention; an answer for a task that answers at once.
+
+    Examples:
+        >>> ray = xray(model, "image -> label", {"image": square})
+        >>> ray["block 1 self"].posterior_HTM.shape[0]  # query heads
+        2
+        >>> picture, page = ray.draw("xray.png"), ray.page("xray.html")
     """
     packer = model.packer
     packer.check_task(task)

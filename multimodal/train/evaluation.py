@@ -24,6 +24,11 @@ def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> d
 
     Raises:
         ConfigError, TaskError: no such task, no samples, or batch below 1.
+
+    Examples:
+        >>> found = mm.evaluate(model, "image -> label", samples)
+        >>> found["exact"]
+        1.0
     """
     model.packer.check_task(task)
     check_whole("evaluate", least=1, batch=batch)

@@ -64,6 +64,11 @@ class Run:
     history: a row {"step", "loss", ...} for each report.
     finished: whether all steps were done.
     bad: the broken samples that were left out, each with its reason.
+
+    Examples:
+        >>> run = mm.fit(model, {"image -> label": samples}, steps=5, batch=4, quiet=True)
+        >>> run.last("loss") == run.history[-1]["loss"]
+        True
     """
 
     folder: Path | None
@@ -122,6 +127,11 @@ def fit(
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
         MediaError: more broken samples than max_bad. StreamError: a data worker died.
+
+    Examples:
+        >>> run = mm.fit(model, {"image -> label": samples}, steps=5, batch=4, lr=1e-3, folder="runs/shapes", quiet=True)
+        >>> run.finished
+        True
     """
     recipe = override(recipe or Recipe(), **settings)
     trackers = list(trackers) if isinstance(trackers, Iterable) else trackers

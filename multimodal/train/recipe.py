@@ -65,6 +65,11 @@ class Recipe(Declared):
     keep: number of checkpoints that stay, the newest ones.
     best: a measure, such as "image -> label exact", whose best model is saved as well; "": none.
     seed: decides the order of data, augmentation and dropout.
+
+    Examples:
+        >>> recipe = mm.Recipe(steps=5, batch=4, lr=1e-3)
+        >>> run = mm.fit(model, {"image -> label": samples}, recipe, quiet=True)
+        >>> again = mm.fit(model, {"image -> label": samples}, recipe, seed=1, quiet=True)
     """
 
     steps: int = 1000

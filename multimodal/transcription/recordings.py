@@ -46,6 +46,12 @@ def transcribe(
 
     Raises:
         MediaError: a sound that cannot be read. ConfigError, TaskError: a task or settings that cannot transcribe.
+
+    Examples:
+        >>> transcript = mm.transcribe(model, "audio -> text", [(wave, 8000)])[0]  # or ["talk.flac"]
+        >>> transcript.seconds
+        2.0
+        >>> subtitles = transcript.srt()
     """
     if not isinstance(sounds, (list, tuple)) or (
         len(sounds) == 2 and isinstance(sounds[1], int)  # a pair (wave, rate) is one sound
