@@ -381,7 +381,7 @@ _ALL = (
      "_update * ((torch.rand_like(_update[:, :1]) >= self.drop_path) / (1 - self.drop_path))",
      (LAYERS + "dropout_thins_each_update_and_drop_path_leaves_out_samples",)),
     ("read from the end as from the start", "layers.recurrent:_Recurrent._from_the_end",
-     "_row - _places.order[_row] + _free[_row] - 1 - _places.order[_row]", "_row",
+     "_row - _order[_row] + _length[_row] - 1 - _order[_row]", "_row",
      (RECURRENT,)),
     ("what is written read from its end", "layers.recurrent:_Recurrent._from_the_end",
      "[_span.bidirectional for _span in _spans]", "[_span.total for _span in _spans]",

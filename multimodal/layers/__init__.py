@@ -1,4 +1,4 @@
-"""What a core's blocks can be made of."""
+"""The layers of which a core's blocks are made, and the merges that add their updates to the stream."""
 
 from multimodal.layers.attend import Attention, CrossAttention, PersistentMemory, SelfAttention
 from multimodal.layers.base import (

@@ -1,4 +1,4 @@
-"""The gated MLP: what every token does by itself."""
+"""The gated MLP, which runs on each token alone."""
 
 from dataclasses import dataclass, field
 
@@ -35,7 +35,7 @@ class _MLP(Body):
         self.down = nn.Linear(hidden, out, bias=False)
 
     def fused(self) -> dict[str, list[int]]:
-        """For Muon: gate and up are two matrices."""
+        """For Muon, the numbers of rows of the matrices that `gate_up` consists of."""
         return {"gate_up.weight": [self.down.in_features] * 2}
 
     def init_weights(self, depth: int) -> None:

@@ -676,7 +676,7 @@ def test_places_turn_what_is_compared_by_direction_and_nothing_else(score):
                 reader=core_of(), writer=core_of(mm.zoo.TemporalConv(filters=2), mm.layers.CrossAttention())
             ).build(),
             ConfigError,
-            r"CrossAttention: the stream is 18 wide here and what was read 16; merge by Add",
+            r"CrossAttention: the stream is 18 wide here and the reader.s states 16; merge by Add",
         ),
         (
             lambda: mm.EncoderDecoder(reader=BAHDANAU.writer, writer=core_of()),
@@ -797,7 +797,7 @@ def test_counts_of_another_memory_are_refused_and_precision_is_kept():
         (lambda: mm.layers.PersistentMemory(slots="3"), "PersistentMemory: slots='3' must be a whole number"),
         (
             lambda: mm.layers.PersistentMemory(slots=5, prior=mm.attention.MixingWeights(3)),
-            "slots=5, but .* knows 3 only",
+            "slots=5, but .* is defined for 3 only",
         ),
         (lambda: mm.attention.Additive(0), "Additive: hidden=0 must be above 0"),
         (lambda: mm.attention.Gumbel(temperature=float("inf")), "must be above 0 and finite"),
