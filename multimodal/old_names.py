@@ -32,6 +32,7 @@ MODULES = {
     "layers.temporal": "zoo.temporal_conv",
     "layers.turing": "zoo.turing_machine",
     "look.facts": "zoo.fact_editing",
+    "look.posterior": "look.layer_xray",
     "look.roles": "look.parameter_count",
     "look.sparse": "zoo.sparse_autoencoder",
     "look.words": "look.embeddings",

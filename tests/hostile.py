@@ -20,7 +20,7 @@ import multimodal as mm
 from multimodal.data import Shards
 from multimodal.data.shard_writer import write_shards
 from multimodal.data.tables import open_table
-from multimodal.train.compare import read_runs, table
+from multimodal.train.run_report import read_runs, table
 from multimodal.train.spikes import load_spike, replay, save_spike
 from multimodal.train.state import write_manifest
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBPE, TextBytes

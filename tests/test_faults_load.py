@@ -185,7 +185,7 @@ def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
 
 
 def test_fault_59_no_program_is_run_in_a_users_folder(tmp_path, monkeypatch):
-    from multimodal.train.report import environment
+    from multimodal.train.display import environment
 
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     hook = tmp_path / "hook"
@@ -301,7 +301,7 @@ def test_fault_71a_a_value_that_holds_itself_is_refused():
 
 
 def test_fault_76_no_home_and_no_entry_for_the_user(monkeypatch):
-    from multimodal.train.report import environment
+    from multimodal.train.display import environment
 
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")

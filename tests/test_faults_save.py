@@ -26,7 +26,7 @@ from multimodal.look import drawing
 from multimodal.look.lens import lens
 from multimodal.saving import MARK, PLACE
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.train import compare, run_folder
+from multimodal.train import run_folder, run_report
 from multimodal.train.spikes import save_spike
 from multimodal.train.state import remove_state
 from multimodal_tokenizers import ImagePatches, Labels, TextBPE, TextBytes
@@ -575,7 +575,7 @@ def test_fault_46_commands_write_into_the_run_and_not_into_the_current_folder(tm
         assert json.loads(capsys.readouterr().out).get("file", str(run / name)) == str(run / name)
     monkeypatch.setattr(drawing, "draw", lambda ray, file: file.write(b"a picture"))  # which take seconds
     monkeypatch.setattr("multimodal.look.page.page", lambda ray: "a page")
-    monkeypatch.setattr(compare, "draw", lambda records, file: file.write(b"curves"))
+    monkeypatch.setattr(run_report, "draw", lambda records, file: file.write(b"curves"))
     assert main(["look", str(run), "--image", str(tmp_path / "p.npy")]) == 0
     assert (run / "xray.png").is_file()
     lay(run, {"report.png": "mine"})

@@ -19,7 +19,7 @@ from command import run
 from drawing import blank, save
 
 import multimodal as mm
-from multimodal.train.report import bar
+from multimodal.train.display import bar
 from multimodal.zoo.fact_editing import edit_fact, localise, parts, right_answers, second_moment
 from multimodal_tokenizers import Labels
 

@@ -16,7 +16,7 @@ from command import run
 from drawing import blank, save
 from torch import Tensor
 
-from multimodal.train.report import bar
+from multimodal.train.display import bar
 
 RUNS, FEATURES, WIDTH = 16, 5, 2
 SETTINGS = {"S=0": (0.0, True), "S=0.97": (0.97, True), "S=0.99": (0.99, True), "S=0.97 linear": (0.97, False)}

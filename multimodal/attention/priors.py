@@ -1,4 +1,4 @@
-"""Log-priors over keys, which depend on the position of a key and not on its content. They add; mask rules are priors too."""
+"""Priors that weigh keys by their position: ALiBi, relative bias, windows. Mask rules, which shut keys out, are in masks.py."""
 
 import math
 from dataclasses import dataclass

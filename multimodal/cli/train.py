@@ -313,7 +313,7 @@ def report(
         The picture; unless given, report.png in the first of the folders. No file is overwritten: the next gets a number.
     """
     from multimodal.shapes import ConfigError
-    from multimodal.train.compare import differences, draw, read_runs, table
+    from multimodal.train.run_report import differences, draw, read_runs, table
 
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: wanted the name of a picture that ends in .png")

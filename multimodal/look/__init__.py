@@ -14,7 +14,7 @@ parameter_count.py                 parameters by part
 from multimodal.look.answers import attention_rollout, draw_answers
 from multimodal.look.attention_xray import XRay, XRayField, xray
 from multimodal.look.evidence import Evidence, Novelty, Usage, usage
-from multimodal.look.posterior import LayerXRay
+from multimodal.look.layer_xray import LayerXRay
 from multimodal.old_names import moved
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The X-ray: what every attention head did with one input, from its posterior. Each number is an identity, not a heuristic.
+"""The X-ray of one input: runs the model, collects what each attention layer did, and saves it as picture, page or JSON.
 
 sample --one pass--> Trace --> LayerXRay of every attention layer --> pictures (drawing.py), a page (page.py)
 """
@@ -16,8 +16,8 @@ from multimodal.attention import Seen, Trace
 from multimodal.files import write_atomic
 from multimodal.heads import Prediction
 from multimodal.heads.base import encode_field
+from multimodal.look.layer_xray import NAMES, LayerXRay
 from multimodal.look.layers import START, token_labels, transformers
-from multimodal.look.posterior import NAMES, LayerXRay
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.stream import Stream

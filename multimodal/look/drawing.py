@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multimodal.files import save_figure
 from multimodal.look.answers import answer_line
-from multimodal.look.posterior import NAMES, LayerXRay, percent
+from multimodal.look.layer_xray import NAMES, LayerXRay, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multimodal.look.attention_xray import XRay, xray
-from multimodal.look.posterior import LayerXRay
+from multimodal.look.layer_xray import LayerXRay
 from multimodal.model import Model
 from multimodal.progress import progress_bar
 from multimodal.shapes import ConfigError, StreamError

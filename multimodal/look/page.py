@@ -24,9 +24,9 @@ from multimodal.look.drawing import (
 )
 from multimodal.look.drawing import strips as strips_panel
 from multimodal.look.embeddings import neighbours
+from multimodal.look.layer_xray import NAMES, LayerXRay, counted, percent
 from multimodal.look.lens import lens
 from multimodal.look.parameter_count import count_parameters
-from multimodal.look.posterior import NAMES, LayerXRay, counted, percent
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens
 

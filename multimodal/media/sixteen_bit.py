@@ -1,4 +1,4 @@
-"""Reads colour pictures of 16 bits a channel exactly; Pillow has no mode for them and cuts them to 8 bits."""
+"""Reads colour pictures of more than 8 bits a channel exactly (PNG, TIFF, PPM of 16); Pillow cuts them to 8."""
 
 import io
 import struct

@@ -17,9 +17,9 @@ from multimodal.declare import plain
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
+from multimodal.train.display import installed_version
 from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
-from multimodal.train.report import installed_version
 from multimodal.train.state import unequal
 
 PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")

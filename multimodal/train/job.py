@@ -10,9 +10,9 @@ from multimodal.data import Samples, Source
 from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
-from multimodal.train.compare import Record
 from multimodal.train.loop import Run, Tracker, fit
 from multimodal.train.recipe import Recipe
+from multimodal.train.run_report import Record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,12 @@ from multimodal.notebook import run_html
 from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.train.consistency import equal_in_all_processes, settings_of
+from multimodal.train.display import bar, draw_curves, environment, is_held_out, write_csv
 from multimodal.train.evaluation import evaluate_share
 from multimodal.train.loaders import check_evaluation, make_dataset
 from multimodal.train.optimizer import make_optimizer, rate
 from multimodal.train.processes import ParallelModel, Processes, connected_processes, cpu_copy, full
 from multimodal.train.recipe import MAY_CHANGE, Recipe, choose_device, choose_precision
-from multimodal.train.report import bar, draw_curves, environment, is_held_out, write_csv
 from multimodal.train.run_folder import (
     BEST,
     BROKEN,

@@ -1,4 +1,5 @@
-"""Saves and restores the state of a training run, atomically: weights, optimiser, averaged weights, position in the data.
+"""Saves and restores the state of a training run, atomically: weights, optimiser, averages, position in the data;
+a run is resumed only with the settings that it was saved with.
 
 RUN/checkpoints/step-00000100/  state.safetensors   tensors (sharded ones: pieces/, a file from each process)
                                 state.json          step, settings, position in the data

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.shapes import ConfigError
-from multimodal.train.report import is_held_out
+from multimodal.train.display import is_held_out
 
 
 class TensorBoard:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multimodal.train.report import bar
+from multimodal.train.display import bar
 
 
 def discriminator_loss(real_B: Tensor, fake_B: Tensor) -> Tensor:

@@ -29,10 +29,10 @@ from multimodal.look import Evidence, attention_rollout, usage, xray
 from multimodal.look.answers import answer_line
 from multimodal.look.attention_xray import token_labels
 from multimodal.look.drawing import READOUTS, left_out, panels
+from multimodal.look.layer_xray import counted, percent
 from multimodal.look.layers import states
 from multimodal.look.lens import lens
 from multimodal.look.page import page
-from multimodal.look.posterior import counted, percent
 from multimodal.masks import Pairs
 from multimodal.tokenizer import Tokens, at_times
 from multimodal.zoo.fact_editing import edit_fact, second_moment
@@ -224,7 +224,7 @@ def test_leaving_out_by_blocks_of_queries_changes_nothing(monkeypatch):
     layer = xray_of("window as a factor")[1].layers[0]
     whole = layer.change_HTM
     assert whole.shape == (2, 10, 10)
-    monkeypatch.setattr("multimodal.look.posterior.BLOCK", 3 * layer.value_MHK[:, 0].numel())
+    monkeypatch.setattr("multimodal.look.layer_xray.BLOCK", 3 * layer.value_MHK[:, 0].numel())
     torch.testing.assert_close(replace(layer).change_HTM, whole, atol=1e-12, rtol=1e-9)
     assert layer.only(torch.tensor([2, 4])).query_T.tolist() == [2, 4]
 

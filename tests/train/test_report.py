@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from multimodal.shapes import ConfigError
-from multimodal.train import compare
-from multimodal.train.compare import CONFIG, Record, differences, draw, names, read_runs, table
-from multimodal.train.report import draw_curves, environment, smooth, write_csv
+from multimodal.train import run_report
+from multimodal.train.display import draw_curves, environment, smooth, write_csv
+from multimodal.train.run_report import CONFIG, Record, differences, draw, names, read_runs, table
 from multimodal.train.trackers import TensorBoard
 
 LABEL = "image -> label"
@@ -293,4 +293,4 @@ def test_no_config_is_said(tmp_path):
     run = write_run(tmp_path / "a", history(10), steps=10)
     (run / CONFIG).unlink()
     assert f"(no {CONFIG}: a)" in table([Record.read(run)])
-    assert compare.settings({}) == {}
+    assert run_report.settings({}) == {}

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Self
 
 from multimodal.files import read_json
 from multimodal.shapes import ConfigError
-from multimodal.train.report import (
+from multimodal.train.display import (
     draw_panel,
     draw_points,
     draw_smoothed,

@@ -1,4 +1,4 @@
-"""The read-outs of one attention layer, from its posterior; every number is an identity, not a heuristic."""
+"""What one attention layer did: entropy, evidence, prices and the other columns of the table of heads, exact from its posterior."""
 
 import math
 from dataclasses import dataclass, field, replace
