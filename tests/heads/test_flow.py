@@ -182,7 +182,7 @@ def test_the_loss_is_its_formula() -> None:
     states, target = torch.randn(5, 8), torch.randn(3, 3)
     with torch.no_grad():
         got = head.state_loss(readout, states, lengths, target, counts)
-    time_N, noise_NF = head._chance(readout, target, counts)
+    time_N, noise_NF = head._times_and_noises(readout, target, counts)
     assert time_N.shape == (12, 1)
     quarter = (time_N.reshape(4, 3) * 4).long()
     assert torch.equal(quarter, torch.arange(4)[:, None].expand(4, 3))
@@ -296,7 +296,7 @@ def test_rows_and_targets_must_agree() -> None:
         (TextBytes(), r"^FlowMatching writes features, which TextBytes has not: it has no features; use NextToken$"),
         (Labels(("a",), several=True), "which Labels has not: its values are classes; use Classify$"),
         (Labels(("a",)), "which Labels has not: its values are classes; use Classify$"),
-        (ReadOnly(), r"^FlowMatching: ReadOnly has no decode, so nobody could read what is written$"),
+        (ReadOnly(), r"^FlowMatching: ReadOnly has no decode, so what is written could not be read$"),
         (
             ImagePatches(),
             r"^FlowMatching cannot write it: ImagePatches: to write pictures, give it size=\(rows, columns\)",
