@@ -158,12 +158,12 @@ class TwoCores(nn.Module):
         written_position_TA = position_TA[written_rows] - origin_BA[info.sample.long()]
         key_MD, key_rows = encoded_MD, context_rows
         if self.core.last is not None:  # the writer attends to the last states alone, renumbered from 0
-            start_B = context_B - self.core.last
-            (late,) = (context.info.order >= start_B[context.info.sample.long()]).nonzero(as_tuple=True)
+            is_late = context.info.order >= (context_B - self.core.last)[context.info.sample.long()]
+            (late,) = is_late.nonzero(as_tuple=True)
             key_MD, key_rows = encoded_MD[late], context_rows[late]
             spans = tuple(Span(0, min(s.total, self.core.last)) for s in context.spans)
             info = context.info[late]
-            first = start_B.clamp(min=0)[info.sample.long()].to(info.order.dtype)
+            first = (context_B - self.core.last).clamp(min=0)[info.sample.long()].to(info.order.dtype)
             context = Layout(spans, MaskInfo(info.sample, info.order - first, info.bidirectional, info.segment))
         crossing = Crossing(
             key_MD,

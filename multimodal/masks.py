@@ -82,7 +82,7 @@ class Pairs:
         return None if self.allowed is None else ~self.allowed
 
 
-def everyone(queries: int, keys: int, device: torch.device) -> Pairs:
+def all_pairs(queries: int, keys: int, device: torch.device) -> Pairs:
     """`queries` queries of one sample, each of which may attend to all of `keys` keys."""
 
     def info(order: Tensor) -> MaskInfo:

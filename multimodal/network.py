@@ -115,7 +115,7 @@ class Network(nn.Module):
         counts: by task, the number of targets to divide by; a training step gives those of all its micro-batches. None: this
         stream's own.
         """
-        counts = counts or {pattern: r.count for pattern, r in stream.readings.items()}
+        counts = counts or {pattern: sum(r.target_lengths) for pattern, r in stream.readings.items()}
         tasks = self.packer.tasks
         parts = [tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
         return torch.stack(parts).sum()

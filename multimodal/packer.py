@@ -18,7 +18,7 @@ from torch import Tensor
 from multimodal.attention import Layout, Span
 from multimodal.declare import check_ordered
 from multimodal.heads import Contrast, Head, default_head
-from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, tokens_of
+from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
@@ -170,9 +170,9 @@ class Packer:
         Raises:
             TaskError, StreamError, MediaError: as when the packer is called.
         """
-        self.check_task(pattern_text)
-        pattern = self.patterns[pattern_text]
-        pattern.check_sample(values, answers)
+        if pattern_text not in self.tasks:
+            self.check_task(pattern_text)  # raises
+        self.patterns[pattern_text].check_sample(values, answers)
         sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
         try:
             return Prepared(pattern_text, self.heads[pattern_text].lay_out(sample))
@@ -241,7 +241,7 @@ class Packer:
         content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
         order_T = None
         if len(by_kind) > 1:
-            row_T = torch.cat([_ranges(segment_starts[which], sizes[which]) for which in by_kind.values()])
+            row_T = torch.cat([ranges(segment_starts[which], sizes[which]) for which in by_kind.values()])
             order_T = torch.empty_like(row_T)
             order_T[row_T] = torch.arange(stream_size)
 
@@ -281,7 +281,7 @@ class Packer:
             keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
             pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=_ranges(first, torch.tensor(lengths)),
+                row_N=ranges(first, torch.tensor(lengths)),
                 lengths=tuple(lengths),
                 samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
@@ -314,12 +314,6 @@ def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) ->
         offsets += [starts[i if s.within is None else s.within] for i, s in enumerate(p.part.segments)]
     position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
     return position_TA
-
-
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """start, start + 1, .., start + size - 1 of each, concatenated: (sum of sizes,)."""
-    within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return starts.repeat_interleave(sizes) + within
 
 
 def _head_key(pattern: Pattern, head: Head) -> str:

@@ -350,7 +350,7 @@ _ALL = (
      "_layer.prior", "None",
      (LAYERS + "a_persistent_memory_is_its_formula[mixing]",)),
     ("memory's queries numbered over the pack", "layers.attend:_Persistent.forward",
-     "Pairs(_context.layout._info[None, :, None], _slots)", "Pairs(everyone(len(_arg1), 1, _arg1.device).q, _slots)",
+     "Pairs(_context.layout._info[None, :, None], _slots)", "Pairs(all_pairs(len(_arg1), 1, _arg1.device).q, _slots)",
      (PACKED.format("memory by distance"), CACHED.format("memory by distance"), PAID.format("memory-auto"))),
     ("gamma ignored", "layers.base:Gated.merge",
      "_weights.gamma * _update", "_update",

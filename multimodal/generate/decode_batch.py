@@ -19,7 +19,7 @@ class DecodeBatch:
     The rows of the cache are in use from 0 on, but in another order than the requests and the kinds of their tokens; three orders
     meet here: rows of the cache, requests, kinds.
 
-    sizes: number of rows of each request, in the order of what `states` returns.
+    sizes: number of rows of each request, in this order.
     """
 
     def __init__(self, requests: Sequence[Request], model: Network) -> None:
@@ -33,7 +33,7 @@ class DecodeBatch:
             [row for group in self.kinds.values() for a in group for row in a.rows], device, back=True
         )
         rows = [row for request in self.requests for row in request.rows]
-        self.of_answers = _order(rows, device)
+        self.order_of_requests = _order(rows, device)
         self.rows, count = range(len(rows)), len(rows)
         segment = {row: a.segments[i % len(a.segments)] for a in self.requests for i, row in enumerate(a.rows)}
         self.segment_B = torch.tensor([segment[row] for row in self.rows], dtype=torch.int32, device=device)
@@ -53,10 +53,6 @@ class DecodeBatch:
         """The layout of one more token in every row; lengths: number of tokens that each row holds."""
         order_B = torch.tensor(lengths, dtype=torch.int32, device=self.sample_B.device)
         return Layout(self.spans, MaskInfo(self.sample_B, order_B, self.bidirectional_B, self.segment_B))
-
-    def states(self, state_BD: Tensor) -> Tensor:
-        """The rows of each answer, answer after answer."""
-        return state_BD if self.of_answers is None else state_BD[self.of_answers]
 
     def _ahead(self) -> Iterator[Tensor]:
         while True:

@@ -36,18 +36,17 @@ class Detokenizer:
         final = now[: len(now) - min(broken, LONGEST_CHARACTER)]
         self.held += final[len(self.settled) :]
         self.settled = max(self.settled, final, key=len)
-        self._skip_settled(now)
+        if len(self.ids) - self.start >= 4 * LOOK_BACK:
+            self._skip_settled(now)
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.stopped, self.held = True, self.held[: min(found)]
             return self._emit(len(self.held))
-        return self._emit(len(self.held) - self._possible_stop())
+        return self._emit(len(self.held) - (self._possible_stop() if self.stops else 0))
 
     def _skip_settled(self, now: str) -> None:
         """Decode no more tokens than needed: start from the first token whose text is the end of the whole text."""
         held = len(self.ids) - self.start
-        if held < 4 * LOOK_BACK:
-            return
         before = self.start
         for start in range(len(self.ids) - LOOK_BACK, len(self.ids) - 2 * LOOK_BACK, -1):
             self.start = start

@@ -209,7 +209,7 @@ class Engine:
 
     def _read(self, requests: Sequence[Request]) -> list[Tensor]:
         """Prefill: the states (rows, D) that each answer starts from."""
-        batch = [(request, tokens) for request in requests for tokens in request.prompts()]
+        batch = [(request, tokens) for request in requests for tokens in request.prompts]
         stream = self.model.packer(
             [(request.task, tokens) for request, tokens in batch],
             answers=False,
@@ -281,7 +281,9 @@ class Engine:
         exact = not torch.is_autocast_enabled(self.model.device.type)  # which would round the stream itself in a step
         core, cache = (self._step if exact else None) or self.model.core, self.cache.at(batch.rows)
         state_BD = core(stream_BD, position_BA, layout, cache=cache)
-        return batch.requests, batch.states(state_BD), batch.sizes
+        if batch.order_of_requests is not None:
+            state_BD = state_BD[batch.order_of_requests]
+        return batch.requests, state_BD, batch.sizes
 
     def _choose(self, requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int]) -> list[Piece]:
         """Choose the next token of each request, from its newest states; requests that end give their rows back."""

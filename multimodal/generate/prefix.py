@@ -1,4 +1,4 @@
-"""The first fields of a task, read once for many answers: their tokens and the keys and values that the core cached."""
+"""Prefix caching: the first fields of a task are read once for many answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from multimodal.tokenizer import Tokens
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """What `Model.read` returns: the first fields of a task, read.
+    """The result of `Model.read`: the first fields of a task, with the keys and values of their tokens.
 
     model: the model that read them.
-    task: the task that they are of.
-    fields: by name, their tokens; None: a field that is left out.
-    cache: the core's keys and values of these tokens, in row 0.
+    task: the pattern of the task.
+    fields: by name of a field, its tokens; None: a field that is left out.
+    cache: the KV cache, with these tokens in row 0.
     count: number of tokens.
     """
 
@@ -30,10 +30,10 @@ class CachedPrefix:
 
 
 def read_prefix(model: Network, task: str, fields: Mapping[str, Any]) -> CachedPrefix:
-    """Read the first fields of a task once, for many answers that differ in the others.
+    """Read the first fields of a task once, for many answers that differ in the other fields.
 
     Raises:
-        ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
+        ConfigError: the fields are not the first of the task, or they would attend to a later, bidirectional field.
     """
     packer = model.packer
     packer.check_task(task, answers=True)
@@ -43,11 +43,12 @@ def read_prefix(model: Network, task: str, fields: Mapping[str, Any]) -> CachedP
         raise ConfigError(
             f"task {task!r}: a prefix is one or more of its first fields, of {', '.join(names)}; not {', '.join(fields) or 'none'}"
         )
+    # the cached states are final, so that the prefix must not attend to later fields
     for field in pattern.reads[len(fields) :]:
         if not packer.tokenizers[field.kind].causal:
             raise ConfigError(
                 f"task {task!r}: what comes before {field.name!r} cannot be read once for all, because tokenizer "
-                f"{field.kind!r} is bidirectional, so what comes before looks at it; make that tokenizer with causal=True"
+                f"{field.kind!r} is bidirectional, so what comes before attends to it; make that tokenizer with causal=True"
             )
     tokens = {
         name: None

@@ -146,7 +146,9 @@ class Request:
             )
         self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count
         self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + self.head.queries + count
-        self.guided = options.guidance != 1.0  # a row that reads nothing runs beside it
+        self.guided = options.guidance != 1.0
+        # what is read: the sample, and with guidance one more of which nothing is read
+        self.prompts = [self.tokens, dict.fromkeys(self.tokens)] if self.guided else [self.tokens]
         self.width = options.beams * (2 if self.guided else 1)
         self._check()
         self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
@@ -219,11 +221,6 @@ class Request:
         if self.beams is not None:
             return len(self.beams.live[0])
         return len(self.features) if self.head.draws_features else len(self.ids)
-
-    def prompts(self) -> list[Mapping[str, Tokens | None]]:
-        """The samples to read: one, and with guidance one more of which nothing is read."""
-        blank = [dict.fromkeys(self.tokens)] if self.guided else []
-        return [self.tokens, *blank]
 
     def start(self, query_A: Tensor, segment: int) -> None:
         """Called after the prefill for each prompt: the position of the learned start, and the number of the written segment."""

@@ -1,8 +1,8 @@
-"""One new token a row through a small core of plain blocks: what `Transformer.forward` computes, in as few calls as can be.
+"""A decoding step (one new token for each row) of a small core of plain blocks, in as few calls of PyTorch as possible.
 
-A step of a small model costs calls, not arithmetic: about 20 us a layer are for modules, and 20 us for each RMSNorm. So the
-weights of norms are folded into the products behind them, and stored column by column, which is faster for few rows. The core
-itself is the oracle.
+A step of a small model is bound by calls and not by arithmetic: modules cost about 20 us a layer, and each RMSNorm 20 us. So the
+weights of norms are folded into the matrices after them, which are stored by columns, since that is faster for few rows. The tests
+compare with `Transformer.forward`.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from multimodal.layers import MLP, Add, Attention, SelfAttention
 from multimodal.norm import RMSNorm, is_untouched
 from multimodal.positions import rotate
 
-MOST = 2**24  # weights; those of a larger core are not copied, and its calls cost little beside its arithmetic
+MOST = 2**24  # parameters; in a larger core calls cost little beside arithmetic, and its copies would cost memory
 
 
 def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
-    """Whether a core can be stepped through here: bare attention and gated MLPs that add, in float32 or float64, and small.
+    """Whether `Step` can run a core: bare self-attention and gated MLPs with `Add`, in float32 or float64, and small.
 
-    And with nothing put into it: hooks, other modules, other weights than its own.
+    Nobody may have changed it by hooks, by replaced modules or by replaced `forward` methods, which `Step` would not call.
     """
     return (
         type(core) is Transformer
@@ -41,6 +41,7 @@ def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
 
 
 def _as_made(module: nn.Module) -> bool:
+    """Whether a module is of one of our classes, without hooks and with its own `forward`."""
     if isinstance(module, nn.Linear):
         return is_untouched(module) and module.bias is None and "forward" not in vars(module)
     ours = type(module).__module__.startswith("multimodal.") or type(module) in (nn.Identity, nn.ModuleList)
@@ -48,7 +49,7 @@ def _as_made(module: nn.Module) -> bool:
 
 
 class Step:
-    """A plain core's weights, made ready. They are copies: what is trained later is not seen."""
+    """The weights of a plain core, prepared for decoding. They are copies, so later training does not change them."""
 
     def __init__(self, core: Transformer) -> None:
         self.core = core
@@ -62,7 +63,7 @@ class Step:
                 self.layers.append(_Attention(sublayer.norm, body.attention, body.index))
 
     def __call__(self, stream_BD: Tensor, position_BA: Tensor, layout: Layout, cache: Cache) -> Tensor:
-        """States (B, D) of one more token in each of the cache's neighbouring rows."""
+        """The states (B, D) of one new token in each of B neighbouring rows of the cache."""
         plan = plan_attention(self.core.core.mask, layout, cache=cache)
         assert isinstance(plan, StepPlan)
         rotations = self.core.rotations(position_BA)
@@ -72,6 +73,8 @@ class Step:
 
 
 class _Attention:
+    """Norm, self-attention and residual connection of one layer."""
+
     def __init__(self, norm: RMSNorm, attention: Attention, index: int) -> None:
         self.eps, self.index = _number(norm.eps, norm.weight), index
         score: Any = attention.mechanism.score
@@ -79,6 +82,7 @@ class _Attention:
         self.qkv_DN, self.out_ND = _columns(attention.qkv.weight * norm.weight), _columns(attention.out.weight)
         self.heads, self.groups, self.width = attention.heads, attention.kv_heads, attention.key_width
         self.turned = attention.turned
+        # queries and keys are normed and rotated as one tensor, so their weights are one too
         self.norm_HK: Tensor | None = None
         if isinstance(attention.norm_q, RMSNorm) and isinstance(attention.norm_k, RMSNorm):
             parts = attention.norm_q.weight.expand(self.heads, -1), attention.norm_k.weight.expand(self.groups, -1)
@@ -106,6 +110,8 @@ class _Attention:
 
 
 class _MLP:
+    """Norm, gated MLP and residual connection of one layer."""
+
     def __init__(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
         self.eps = _number(norm.eps, norm.weight)
         self.gate_up_DN, self.down_ND = _columns(gate_up.weight * norm.weight), _columns(down.weight)
@@ -116,14 +122,16 @@ class _MLP:
 
 
 def _normed(x: Tensor, eps: Tensor) -> Tensor:
-    """x / rms(x)."""
+    """x / rms(x), without the weight of the norm, which is folded into the matrix after it."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
 
 
 def _number(value: float, like: Tensor) -> Tensor:
+    """A number as a tensor, made once, because addcmul takes no Python number."""
     return torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _columns(weight: Tensor) -> Tensor:
+    """A copy of a weight (out, in) as (in, out), for x @ weight."""
     return weight.detach().t().contiguous()

@@ -1,4 +1,4 @@
-"""Heads: each says what it reads of the stream, how it is learned, and what it answers; one file a head."""
+"""Heads: each says which states it reads, how it is trained, and what it answers; one file for each head."""
 
 from multimodal.heads.base import Head, Prediction, Reading, Readout
 from multimodal.heads.classify import Classify, one_class
@@ -32,7 +32,11 @@ __all__ = [
 
 
 def default_head(tokenizer: Tokenizer) -> Head:
-    """What a kind is written with unless its task says otherwise: classes by `Classify`, other discrete kinds by `NextToken`."""
+    """The head of a task that names none: `Classify` if the written kind is classes, `NextToken` if it has another vocabulary.
+
+    Raises:
+        ConfigError: the written kind is continuous, for which there is no default.
+    """
     if tokenizer.classes:
         return Classify()
     if tokenizer.vocab_size is not None:

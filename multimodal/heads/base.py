@@ -1,4 +1,4 @@
-"""The contract of heads: where a sample's tokens go, which states are read, what is learned from them and what is answered."""
+"""The contract of heads: how a sample is laid out, which states are read, and what loss and answers are computed from them."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -19,23 +19,23 @@ from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
-CHUNK = 2**20  # numbers of the logits that are there at the same time: on CPUs what stays in their caches
-CHUNK_CUDA = 2**27  # there a matrix must be large to be multiplied at full speed
+CHUNK = 2**20  # logits (numbers) in memory at the same time: as many as fit into the caches of CPUs
+CHUNK_CUDA = 2**27  # on GPUs, where only large matrix products reach full speed
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer, how sure the head is of it, and every class's probability where there are classes.
+    """An answer, its probability, and the probability of every class if there are classes.
 
-    Probabilities are the model's own, as it was trained, and not calibrated: with `label_smoothing=s` over V classes a model is
-    taught to give its answer 1 - s + s / V at most (91 % of ten classes with 0.1), however sure it could be.
+    Probabilities are the model's own and not calibrated: with `label_smoothing=s` over V classes a model is trained to give its
+    answer a probability of at most 1 - s + s / V (91 % for ten classes and 0.1).
 
-    value: the answer, as the kind's `decode` gives it.
-    confidence: the probability that the head gives its answer, from 0 to 1.
-    probability: the probability of each class by its name; empty where there are no classes.
-    ended: what ended the writing: stop, stop string, length (this kind has a fixed one), or max_tokens.
-    tokens: what was written, as tokens; None where an answer was given at once.
-    others: of a beam search, the answers from the second best on.
+    value: the answer, as the kind's `decode` returns it.
+    confidence: the probability of the answer under the model, from 0 to 1.
+    probability: by name of a class, its probability; empty if there are no classes.
+    ended: why writing ended: stop, stop string, length (the fixed one of this kind), or max_tokens.
+    tokens: the written tokens; None if the head is not autoregressive.
+    others: the other answers of a beam search, from the second best on.
 
     Examples:
         >>> answer = model.predict("image -> label", image=square)
@@ -46,15 +46,13 @@ class Prediction:
     value: Any
     confidence: float
     probability: dict[str, float] = dataclasses.field(default_factory=dict, repr=False)
-    ended: str = "stop"  # what ended the writing: stop, stop string, length (this kind has a fixed one), max_tokens
-    tokens: Tokens | None = dataclasses.field(default=None, repr=False, compare=False)  # what was written
-    others: "tuple[Prediction, ...]" = dataclasses.field(
-        default=(), repr=False
-    )  # from the second best on, of a beam search
+    ended: str = "stop"
+    tokens: Tokens | None = dataclasses.field(default=None, repr=False, compare=False)
+    others: "tuple[Prediction, ...]" = dataclasses.field(default=(), repr=False)
 
     @property
     def complete(self) -> bool:
-        """False: writing was ended by max_tokens before the head chose to stop."""
+        """Whether the answer ended by itself; False if max_tokens cut it off."""
         return self.ended != "max_tokens"
 
     def __str__(self) -> str:
@@ -67,12 +65,13 @@ class Prediction:
 
 @dataclass
 class Segment:
-    """Tokens of one kind, end to end in a sample: a field that is read, learned tokens of a head, or an answer.
+    """Consecutive tokens of one kind in a sample: a field that is read, the learned tokens of a head, or an answer.
 
-    kind: the tokenizer's name, or "head:..." for learned tokens.
-    step: how much of (time, row, column) is one step of its positions.
-    bidirectional: whether its tokens see each other, or each only what came before it.
-    within: the number of the segment whose time it shares; None: it comes after all before it.
+    kind: the name of the tokenizer, or "head:NAME" for learned tokens.
+    tokens: its tokens.
+    step: the distance in (time, row, column) that is one step of its positions.
+    bidirectional: whether its tokens attend to each other in both directions; else each attends to those before it.
+    within: the index of the segment in whose time its positions are; None: its time starts after the segments before it.
     """
 
     kind: str
@@ -84,16 +83,18 @@ class Segment:
 
 @dataclass
 class EncodedSample:
-    """One sample of a task, encoded: what a head lays out.
+    """One sample of a task with its fields encoded: the input of `Head.lay_out`.
 
-    where: what errors call it, such as "sample 0 of task 'image -> label'".
-    values: the sample as it was given; the answer among them is encoded when the head asks for it.
-    tokens: by field read, its tokens; None or absent: the sample lacks it.
-    tokenizer: that of the written kind; of a pair, of its last field.
-    start: the head's learned tokens.
-    learn: whether the answer is known and to be learned.
-    begin: the first tokens of the answer, if it is written from there on.
-    random: whether a head that hides tokens draws anew which ones; else the same value is hidden alike every time.
+    where: the name of the sample in errors, such as "sample 0 of task 'image -> label'".
+    pattern: the pattern of the task.
+    tokenizers: by name of a kind, its tokenizer.
+    values: the sample as it was given; its answer is encoded when `answer` is called.
+    tokens: by name of a field that is read, its tokens; None or no entry: the sample does not have it.
+    tokenizer: that of the written kind; for a pair, that of its last field.
+    start: the learned tokens of the head.
+    learn: whether the sample has an answer, which becomes the target.
+    begin: the first tokens of the answer, from where decoding goes on; None: nothing is written yet.
+    random: whether a head that hides tokens draws the hidden ones at random; else they are a function of the value.
     """
 
     where: str
@@ -108,7 +109,7 @@ class EncodedSample:
     random: bool = False
 
     def read(self, fields: Iterable[Field] | None = None) -> list[Segment]:
-        """The segments of the fields read (or of some of them), without those that the sample lacks."""
+        """The segments of the fields that are read (or of some of them), as far as the sample has them."""
         segments = []
         for field in self.pattern.reads if fields is None else fields:
             tokens, tokenizer = self.tokens.get(field.name), self.tokenizers[field.kind]
@@ -117,7 +118,7 @@ class EncodedSample:
         return segments
 
     def read_of_kind(self) -> tuple[Tokens, Tensor]:
-        """All tokens read of the kind that is written, end to end, and their rows (N,) in the sample."""
+        """All tokens that are read and are of the written kind, concatenated, and their rows (N,) in the sample."""
         found, rows, start = [], [], 0
         for segment in self.read():
             stop = start + len(segment.tokens)
@@ -132,14 +133,12 @@ class EncodedSample:
         content, position_NA = torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])
         return Tokens(content, position_NA), torch.cat(rows)
 
-    def answer(self) -> Tokens | None:
-        """The tokens to be learned, or those that the answer begins with; None: nothing is written yet.
+    def answer(self) -> Tokens:
+        """The tokens of the target.
 
         Raises:
-            StreamError: the answer is to be learned, and is None.
+            StreamError: the answer should be the target, but is None.
         """
-        if not self.learn:
-            return self.begin
         name, tokenizer = self.pattern.answer, self.tokenizer
         if self.values[name] is None:
             nothing = " ('' is an answer too: nothing is written)" if tokenizer.text else ""
@@ -150,15 +149,17 @@ class EncodedSample:
         return encode_field(tokenizer, self.values[name], self.where, name, empty=True)
 
     def written(self, tokens: Tokens) -> Segment:
-        """The segment of an answer, each of whose tokens sees those before it."""
+        """The segment of an answer, whose tokens are causal."""
         return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
 
 
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
-    """The tokens of one value of one field; only with `empty` may there be none.
+    """The tokens of a field's value, which may be Tokens already.
+
+    empty: accept a value without tokens.
 
     Raises:
-        MediaError: says where the value stands.
+        MediaError: the tokenizer cannot encode the value; the message names the sample and the field.
     """
     if isinstance(value, Tokens):
         return value
@@ -170,13 +171,16 @@ def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, emp
 
 @dataclass
 class LaidOut:
-    """One sample of the stream: its segments, the rows that its head reads, and what they should say.
+    """One sample of the stream: its segments, the rows that its head reads, and their target.
 
-    read: tokens of the context, which come first. first: the first row that the head reads; it reads all from there to `last`.
-    target: what is learned; None: nothing is.
-    key_N, pointed_N: of a pointer, the rows it may point at, and which of these each written token is.
-    side: of a pair, 0 for the left side and 1 for the right one.
-    hidden: of a head that hides tokens, the whole value and which of its tokens (N,) are hidden.
+    segments: its tokens, in order; the context comes first.
+    read: number of tokens of the context.
+    first, last: the head reads the rows from `first` to before `last`, counted in this sample.
+    target: what the loss compares with; None: nothing is learned.
+    key_N: for a pointer, the rows at which it may point.
+    pointed_N: for a pointer, the index in `key_N` of each written token.
+    side: for a pair, 0 for the left side and 1 for the right one.
+    hidden: for a head that hides tokens, all tokens of the value and which of them (N,) are hidden.
     """
 
     segments: list[Segment]
@@ -192,19 +196,20 @@ class LaidOut:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one task's head reads of a stream.
+    """The rows of a stream that the head of one task reads, and their targets.
 
-    row_N: rows of the stream, sample after sample.
-    lengths: number of rows of each sample.
-    samples: which sample of the batch each is.
-    target: what should be answered; None: it is not known.
-    target_lengths: number of targets of each sample.
-    key_N: of a pointer, the rows that it may point at.
-    key_lengths: number of these of each sample.
-    pointed_N: of a pointer, which of its keys each written row is.
-    pointed_lengths: number of written rows of each sample.
-    left: of a pair, the number of rows of left sides; they come first, and the right ones follow in the same order of samples.
-    hidden: of a head that hides tokens, each sample's tokens and which of them (N,) are hidden; on the host, without answers only.
+    row_N: the rows, sample after sample.
+    lengths: by sample, the number of its rows.
+    samples: by sample, its number in the batch.
+    target: the targets, sample after sample; None: the stream was packed without answers.
+    target_lengths: by sample, the number of its targets.
+    key_N: for a pointer, the rows at which it may point.
+    key_lengths: by sample, the number of these rows.
+    pointed_N: for a pointer, the index of each written token among the sample's keys.
+    pointed_lengths: by sample, the number of its written tokens.
+    left: for a pair, the number of rows of left sides, which come first; right sides follow in the same order of samples.
+    hidden: for a head that hides tokens, by sample its tokens and which of them (N,) are hidden; on the host, and only without
+        answers.
     """
 
     row_N: Tensor
@@ -226,7 +231,7 @@ class Reading:
 
 
 class Readout(nn.Module):
-    """The learnable half of a head: a linear layer onto the vocabulary, and the learned tokens that open a written segment."""
+    """The module of a head: a linear layer onto the vocabulary, and `queries` learned tokens that precede what is written."""
 
     def __init__(self, width: int, vocab: int, queries: int) -> None:
         super().__init__()
@@ -237,37 +242,37 @@ class Readout(nn.Module):
 
 
 class Head(Declared, ABC):
-    """How one kind of answer is read off the stream and learned. Subclass as a frozen dataclass.
+    """How an answer is computed from the states of the stream, and its loss. Subclass as a frozen dataclass.
 
-    queries: number of learned tokens that the head reads; with none it reads the states of the context.
-    autoregressive: whether it writes token by token: the answer's tokens follow the learned ones in the stream, each seeing those
-    before it (teacher forcing), and `Model.generate` decodes it.
-    measures: what held-out data are measured by, beside what it is compared with.
-    smallest_batch: samples of one micro-batch that its loss needs.
+    queries: number of learned tokens, whose states the head reads; with 0 it reads the states of the context.
+    autoregressive: whether it writes token by token: in training the causal tokens of the answer follow the learned ones (teacher
+    forcing), and `Model.generate` decodes it.
+    measures: names of the measures on held-out data.
+    smallest_batch: the least number of samples in a micro-batch for which its loss is defined.
+    draws_features: whether it writes features, drawn by `draw`, and not ids chosen by their logits; true where `draw` is written.
     """
 
     queries: ClassVar[int] = 0
     autoregressive: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = ("loss", "exact")
     smallest_batch: ClassVar[int] = 1
+    draws_features: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.draws_features = cls.draw is not Head.draw
         if "writes" in vars(cls):  # goes with version 0.3
             warn(f"{cls.__name__}.writes", f"{cls.__name__}.autoregressive", 2)
             cls.autoregressive = bool(vars(cls)["writes"])
 
     def bind(self, pattern: Pattern) -> Pattern:
-        """The pattern of a task as this head uses it.
+        """Check the pattern of a task for this head, and return it with what the head adds.
 
         Raises:
             TaskError: this head cannot answer such a task.
         """
         if pattern.pair:
-            raise TaskError(
-                f"task {pattern.text!r}: '<->' wants a head that tells which two belong together, such as Contrast, and those "
-                f"want '<->', but the head is {type(self).__name__}"
-            )
+            raise wrong_arrow(pattern, self)
         if not pattern.reads and not self.queries:
             raise TaskError(
                 f"task {pattern.text!r} reads nothing, and {type(self).__name__} answers only from what was read"
@@ -275,13 +280,13 @@ class Head(Declared, ABC):
         return pattern
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
-        """Where the sample's tokens go, which rows this head reads, and what it learns there; a pair gives two.
+        """The segments of a sample, the rows that this head reads, and their target; a pair returns one for each side.
 
         The context comes first, then the learned tokens, then, if the head is autoregressive, the answer.
 
         Raises:
-            StreamError: nothing to read, or a target that cannot be learned; the packer says which sample it is.
-            TaskError: an answer is to be continued, and this head answers at once.
+            StreamError: nothing to read, or a target that cannot be learned; the packer adds the name of the sample.
+            TaskError: the sample has the beginning of an answer, but this head is not autoregressive.
         """
         segments = sample.read()
         read = tokens_of(segments)
@@ -295,42 +300,46 @@ class Head(Declared, ABC):
             )
         if self.queries:
             segments.append(sample.start)
-        answer, target = sample.answer(), None
+        answer, target = sample.answer() if sample.learn else sample.begin, None
         if sample.learn and answer is not None:
             target = self.target(answer, read, sample.tokenizer)
         if self.autoregressive and answer is not None and len(answer):
             segments.append(sample.written(answer))
-        # with learned tokens their rows are read, and those after them; else those of the context
+        # a head with learned tokens reads their rows and those of the answer; others read the context
         first, last = (read, tokens_of(segments)) if self.queries else (0, read)
         return [LaidOut(segments, read, first, last, target)]
 
     def check_core(self, pattern: str, core: Any) -> None:
-        """Raise a ConfigError if a task of this head cannot be answered by this core."""
+        """Raise a ConfigError if a task of this head cannot be answered with this core."""
 
     @abstractmethod
     def vocab(self, tokenizer: Tokenizer) -> int:
         """V, the width of the logits.
 
         Raises:
-            ConfigError: this head cannot write that kind.
+            ConfigError: this head cannot write values of this tokenizer.
         """
 
     @abstractmethod
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits (rows, V) of the rows this head reads; `lengths` are the rows of each sample."""
+        """The logits (N, V) of the states of the rows that this head reads; `lengths` is the number of rows of each sample."""
 
     @abstractmethod
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        """Sum of the losses of all real targets, in nats."""
+        """The sum of the losses of all targets, in nats."""
 
     def state_loss(
         self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
     ) -> Tensor:
-        """The loss from the states; a head whose loss needs more than logits overrides this."""
+        """The loss as a function of the states; override it if the loss needs more than logits, or can avoid computing them."""
         return self.loss(self.logits(readout, state_ND, lengths), lengths, target, target_lengths)
 
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of each row (rows,), in nats, of a head whose targets are one a row: what choices in attention learn from."""
+        """The loss of each row (N,), in nats, if there is one target for each row; `Hard` attention learns from it.
+
+        Raises:
+            ConfigError: this head has no loss of single rows.
+        """
         raise ConfigError(
             f"{type(self).__name__}: a Hard read is learned from the loss of each row, which this head does not give; use Soft "
             "or Gumbel, or a head such as Classify or NextToken"
@@ -346,65 +355,66 @@ class Head(Declared, ABC):
         guidance: float = 1.0,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """The next features (N, F) of a continuous head and the logit (N,) of stopping instead; a function of the noise.
+        """Sample the next features (N, F) of a continuous head, and the logit (N,) of stopping; a function of the noise.
 
-        With guide_ND, the states of the same samples without what they read, what is drawn is pushed away from theirs.
+        noise_NF: standard normal noise. temperature: factor of this noise.
+        guide_ND: the states of the same samples without their context; the samples are moved away from theirs by `guidance`.
+
+        Raises:
+            ConfigError: this head does not write features.
         """
         raise ConfigError(f"{type(self).__name__} writes no features")
 
     def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
-        """What `logits` and `state_loss` get by name beside the rows of a reading."""
+        """Further keyword arguments of `logits` and `state_loss`, besides the rows of a reading."""
         return {}
 
-    @property
-    def draws_features(self) -> bool:
-        """Whether it writes features, drawn by `draw`, and not ids chosen by their logits."""
-        return type(self).draw is not Head.draw
-
     def source(self, sample: EncodedSample) -> Tokens | None:
-        """The tokens read that an answer is made of, which it then chooses by their number; None: it chooses ids of its kind."""
+        """The tokens of the context among which the head chooses by their index, as a pointer does; None: it chooses ids."""
         return None
 
     def choices(self, tokens: Tokens, source: Tokens | None) -> list[int]:
-        """Tokens as they are chosen: by their ids; features are drawn and not chosen."""
+        """What the head would choose to write these tokens: their ids, or indices in `source`; empty for features."""
         return [] if self.draws_features else tokens.content.tolist()
 
     def next_logits(
         self, readout: Readout, state_ND: Tensor, sources: Sequence[Tensor], chosen: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Logits (N, V) of the next token of N answers, from the newest state of each.
+        """The logits (N, V) of the next token of N answers, from the newest state of each.
 
-        sources: of each answer the states (M, D) of its `source`. chosen: of each answer what was chosen so far.
+        sources: by answer, the states (M, D) of its `source`. chosen: by answer, what was chosen so far.
         """
         return self.logits(readout, state_ND, [1] * len(state_ND))
 
     def check_decoding(self, where: str, options: Any, prefix: Any) -> None:
-        """Raise a ConfigError for options of `Model.generate` that have no meaning for this head."""
+        """Raise a ConfigError for options of `Model.generate` that do not apply to this head."""
         if self.draws_features and (options.beams > 1 or options.sampler is not None):
             raise ConfigError(f"{where}: {type(self).__name__} writes features; beams and samplers choose among tokens")
 
     @abstractmethod
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
-        """One answer a sample."""
+        """The answer of each sample."""
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
-        """What the loss compares with, one entry a real target, made in the data workers; `rows` are those it is learned from.
+        """The targets of the loss, from the tokens of an answer; this runs in the data workers.
+
+        rows: number of rows of the context.
 
         Raises:
-            StreamError: this target cannot be learned from so few rows.
+            StreamError: this answer cannot be learned, for instance because it has more tokens than there are rows.
         """
         return tokens.content
 
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
-        """Make the learnable half for a core of this width."""
+        """Make the module of this head, for a core of this width."""
         return Readout(width, self.vocab(tokenizer), self.queries)
 
 
 def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats and float32 at least.
+    """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats, in float32 at least.
 
-    Of a large vocabulary the logits are made, used and forgotten some rows at a time, gradients in the same pass: they are softmax
-    minus target (Bridle 1990), so only the gradients themselves are stored for the backward pass.
+    For a large vocabulary the logits are computed for some rows at a time, and freed. Their gradient, which is softmax minus target
+    (Bridle 1990), is computed in the same pass, so that only gradients of states, weight and bias are stored.
     """
     chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
     if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
@@ -413,12 +423,14 @@ def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, 
         return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
     size = max(1, chunk // linear.out_features)
     given = (state_ND, linear.weight, linear.bias)
-    if not torch.is_grad_enabled():  # an autograd Function does not know
+    if not torch.is_grad_enabled():  # within an autograd.Function, needs_input_grad is True even under no_grad
         given = tuple(None if x is None else x.detach() for x in given)
     return _Chunked.apply(*given, target_N, smoothing, size)  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):
+    """`linear_cross_entropy` for `size` rows at a time."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -431,7 +443,7 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         device = state_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        exact = torch.promote_types(dtype, torch.float32)  # of the loss, and of what is added up over chunks
+        exact = torch.promote_types(dtype, torch.float32)  # for the loss, and for sums over chunks
         for_state, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_ND = torch.empty_like(state_ND) if for_state else None
         grad_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
@@ -467,7 +479,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True; the gradients below would count as constants in silence
+        if torch.is_grad_enabled():  # create_graph=True, where the stored gradients would silently count as constants
             raise RuntimeError(
                 "linear_cross_entropy: gradients of a large vocabulary are made in the forward pass and cannot be differentiated "
                 "again; for second derivatives use the head's loss of its logits"
@@ -477,12 +489,16 @@ class _Chunked(torch.autograd.Function):
 
 
 def computes_as(head: Head, kind: type[Head]) -> bool:
-    """Whether logits and loss are those of this class, and not what somebody derived from it."""
+    """Whether a head inherits the logits and the loss of this class, so that a faster path computes the same."""
     return type(head).loss is kind.loss and type(head).logits is kind.logits
 
 
 def vocabulary(head: Head, tokenizer: Tokenizer) -> int:
-    """How many symbols a head that writes one after the other can choose among."""
+    """The number of symbols, for a head that writes sequences of them.
+
+    Raises:
+        ConfigError: values of this tokenizer are classes, or have no vocabulary.
+    """
     if tokenizer.vocab_size is None or tokenizer.classes:
         what = "its values are classes; use Classify" if tokenizer.classes else "it has no vocabulary"
         raise ConfigError(
@@ -491,11 +507,45 @@ def vocabulary(head: Head, tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size
 
 
+def class_count(head: Head, tokenizer: Tokenizer) -> int:
+    """The number of classes, as ids or as features; a ConfigError if there are neither."""
+    classes = tokenizer.vocab_size or tokenizer.feature_size
+    if not classes:
+        raise ConfigError(
+            f"{type(head).__name__}: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from"
+        )
+    return classes
+
+
+def check_length(head: Head, tokens: Tokens, tokenizer: Tokenizer) -> None:
+    """Raise a StreamError unless an answer has the fixed length of its kind, if there is one."""
+    if tokenizer.length not in (None, len(tokens)):
+        raise StreamError(
+            f"{type(head).__name__}: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
+            f"{tokenizer.length}; bring it to that size first"
+        )
+
+
+def wrong_arrow(pattern: Pattern, head: Head) -> TaskError:
+    """The error of a pair whose head is none for pairs, and the other way round."""
+    return TaskError(
+        f"task {pattern.text!r}: '<->' needs a head for pairs, such as Contrast, and such a head needs '<->', but the head is "
+        f"{type(head).__name__}"
+    )
+
+
+def ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """start, start + 1, .., start + size - 1 of each, concatenated: (sum of sizes,)."""
+    within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return starts.repeat_interleave(sizes) + within
+
+
 def check_smoothing(head: Any) -> None:
+    """Raise a ConfigError unless a head's `label_smoothing` is from 0 to below 1."""
     if not 0 <= head.label_smoothing < 1:
         raise ConfigError(f"{type(head).__name__}: label_smoothing={head.label_smoothing} is not in 0 to 1")
 
 
 def tokens_of(segments: Iterable[Segment]) -> int:
-    """Number of tokens."""
+    """The number of tokens of segments."""
     return sum(len(segment.tokens) for segment in segments)

@@ -1,4 +1,4 @@
-"""A head that answers with one class, or with several at once."""
+"""A head that answers with one class, or with a set of classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.heads.base import Head, Prediction, Readout, check_smoothing, computes_as, linear_cross_entropy
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.heads.base import (
+    Head,
+    Prediction,
+    Readout,
+    check_smoothing,
+    class_count,
+    computes_as,
+    linear_cross_entropy,
+)
+from multimodal.shapes import StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
 class Classify(Head):
-    """One class, or several at once where the tokenizer declares a multi-hot feature for each class.
+    """One class; or a set of classes, if the tokenizer has a feature of 0 or 1 for each class.
 
-    The answer is read from a learned token that looks at the whole context.
+    The answer is computed from a learned token that attends to the whole context.
 
     label_smoothing: the share of the target that is spread evenly over all classes, from 0 to below 1 (Szegedy et al. 2016).
     """
@@ -40,18 +48,13 @@ class Classify(Head):
         return tokens.content
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        classes = tokenizer.vocab_size or tokenizer.feature_size
-        if not classes:
-            raise ConfigError(
-                f"Classify: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from"
-            )
-        return classes
+        return class_count(self, tokenizer)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
         return readout.linear(state_ND)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        if target.is_floating_point():  # multi-hot: mean over classes, so that its size is that of a single decision
+        if target.is_floating_point():  # multi-hot: the mean over classes is comparable with the loss of one class
             return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1).sum()
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
 
@@ -68,7 +71,7 @@ class Classify(Head):
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")
 
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
-        several = tokenizer.vocab_size is None
+        several = tokenizer.vocab_size is None  # features of 0 and 1, which are independent decisions
         probability = logits.float().sigmoid() if several else logits.float().softmax(-1)
         if several:
             names = tokenizer.decode(Tokens(torch.ones(1, logits.shape[-1]), torch.zeros(1, 3)))
@@ -79,7 +82,7 @@ class Classify(Head):
             by_name = dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1]))
             if several:
                 chosen = [name for name, p in zip(names, row, strict=True) if p >= 0.5]  # in the order of decode
-                sure = min(max(p, 1 - p) for p in row)
+                sure = min(max(p, 1 - p) for p in row)  # the confidence of the least certain decision
                 answers.append(Prediction(chosen, sure, by_name))
             else:
                 best = next(iter(by_name))

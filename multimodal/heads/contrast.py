@@ -1,4 +1,4 @@
-"""A head that learns which two belong together: contrastive pairs across any two sides, "image <-> text".
+"""A head for contrastive learning of pairs such as "image <-> text".
 
 left side,  its learned token --core--> state --left map---> unit vector --+
                                                                            +--> scale * cosine (+ bias), each left with each right
@@ -15,9 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Reading, Readout, Segment, tokens_of
+from multimodal.heads.base import (
+    EncodedSample,
+    Head,
+    LaidOut,
+    Prediction,
+    Reading,
+    Readout,
+    Segment,
+    tokens_of,
+    wrong_arrow,
+)
 from multimodal.pattern import Pattern
-from multimodal.shapes import ConfigError, StreamError, TaskError, check_shapes
+from multimodal.shapes import ConfigError, StreamError, check_shapes
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 FORMS = ("softmax", "sigmoid")
@@ -27,14 +37,15 @@ LARGEST_SCALE = 100.0  # of the softmax form, as in section 2.5 of Radford et al
 @final
 @dataclass(frozen=True)
 class Contrast(Head):
-    """Vectors of two sides that are close where they belong together; the others of the micro-batch are the negatives.
+    """Learns vectors of two sides that are close if the sides match; the other pairs of the micro-batch are the negatives.
 
-    form: "softmax", which of all rights goes with this left and the other way round (CLIP, Radford et al. 2021, arXiv 2103.00020,
-    figure 3; first scale 1 / 0.07), or "sigmoid", whether these two go together (SigLIP, Zhai et al. 2023, arXiv 2303.15343,
-    algorithm 1; first scale 10 and bias -10).
-    Two whose left sides, or whose right sides, have exactly the same tokens are no negatives of each other. The same photo under
-    another crop is another side: where a photo has five captions, draw one of them each time the photo comes.
-    width: F, numbers of a vector.
+    Two pairs whose left sides, or whose right sides, have exactly the same tokens are no negatives of each other. Another crop of
+    the same photo is another side: if a photo has five captions, draw one of them each time the photo comes.
+
+    width: F, size of a vector.
+    form: "softmax" classifies which right side matches a left one among all, and vice versa (CLIP, Radford et al. 2021, arXiv
+        2103.00020, figure 3; initial scale 1 / 0.07). "sigmoid" decides for each two whether they match (SigLIP, Zhai et al. 2023,
+        arXiv 2303.15343, algorithm 1; initial scale 10 and bias -10).
 
     Examples:
         >>> task = mm.Task("image <-> text", mm.Contrast(form="sigmoid", width=64))
@@ -43,7 +54,7 @@ class Contrast(Head):
         (1, 2)
     """
 
-    width: int = 256  # F, numbers of a vector
+    width: int = 256
     form: str = "softmax"
     queries: ClassVar[int] = 2
     measures: ClassVar[tuple[str, ...]] = ("loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left")
@@ -57,16 +68,13 @@ class Contrast(Head):
 
     def bind(self, pattern: Pattern) -> Pattern:
         if not pattern.pair:
-            raise TaskError(
-                f"task {pattern.text!r}: '<->' wants a head that tells which two belong together, such as Contrast, and those "
-                f"want '<->', but the head is {type(self).__name__}"
-            )
+            raise wrong_arrow(pattern, self)
         return pattern
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
-        """Both sides, each a sample of its own that its learned token ends; without answers one side may lack."""
+        """Each side is a sample of its own, with a learned token at its end; without answers one side may be missing."""
         if sample.begin is not None:
-            sample.pattern.check_answers()
+            sample.pattern.check_answers()  # raises, since a pair writes nothing
         sides: list[LaidOut] = []
         prints: list[int] = []
         for side, fields in enumerate(sample.pattern.sides.values()):
@@ -93,7 +101,7 @@ class Contrast(Head):
         return ContrastReadout(width, self.width, self.form)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], left: int | None = None) -> Tensor:
-        """Unit vectors (rows, F), of the `left` first rows (None: half of them) as left sides and of the others as right ones."""
+        """Unit vectors (N, F): the first `left` rows (None: half of them) are left sides, the others right ones."""
         assert isinstance(readout, ContrastReadout)
         left = len(state_ND) // 2 if left is None else left
         return torch.cat([readout.vectors(state_ND[:left], "left"), readout.vectors(state_ND[left:], "right")])
@@ -110,11 +118,11 @@ class Contrast(Head):
         target_lengths: Sequence[int],
         left: int | None = None,
     ) -> Tensor:
-        """Nats a pair, summed over the pairs; target (pairs, 2): the fingerprint of each left and each right side."""
+        """The loss of each pair in nats, summed over pairs; target: the fingerprints (pairs, 2) of left and right sides."""
         pairs = len(target)
         if len(state_ND) != 2 * pairs or left not in (None, pairs):
             raise StreamError(
-                f"Contrast: {len(state_ND)} rows, {left} of them left, for {pairs} pairs; two each are wanted"
+                f"Contrast: {len(state_ND)} rows, {left} of them left, for {pairs} pairs; each pair needs two"
             )
         assert isinstance(readout, ContrastReadout)
         left_NF, right_NF = self.logits(readout, state_ND, lengths).split(pairs)
@@ -122,7 +130,7 @@ class Contrast(Head):
         return self.pair_loss(readout.scores(left_NF, right_NF), same_NN)
 
     def pair_loss(self, score_NM: Tensor, same_NM: Tensor) -> Tensor:
-        """The sum over pairs, which are the diagonal of the scores; whoever else is the `same` is left out."""
+        """The loss summed over pairs, which are the diagonal of the scores; others that are the `same` are no negatives."""
         own = torch.eye(len(score_NM), dtype=torch.bool, device=score_NM.device)
         if self.form == "sigmoid":
             nll_NM = -F.logsigmoid(torch.where(own, score_NM, -score_NM))
@@ -132,7 +140,7 @@ class Contrast(Head):
         return (score_NM.logsumexp(1) - found + score_NM.logsumexp(0) - found).sum() / 2
 
     def probability(self, score_NM: Tensor) -> Tensor:
-        """Of each right for each left: all rights of a left share 1 (softmax), or each has its own (sigmoid)."""
+        """The probability that each left matches each right (N, M): a row sums to 1 (softmax), or each has its own (sigmoid)."""
         return score_NM.softmax(1) if self.form == "softmax" else score_NM.sigmoid()
 
     def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
@@ -143,34 +151,36 @@ class Contrast(Head):
 
 
 class ContrastReadout(Readout):
-    """The learned token that ends each side, a linear map for each, the scale, and the bias of the sigmoid form."""
+    """A learned token and a linear map for each side, the scale, and the bias of the sigmoid form."""
 
     def __init__(self, width: int, vector: int, form: str) -> None:
         super().__init__(width, 1, 2)
-        del self.linear  # in its place are those of the sides
+        del self.linear  # the maps of both sides replace it
         self.left, self.right = (nn.Linear(width, vector, bias=False) for _ in range(2))
         for linear in (self.left, self.right):
             nn.init.normal_(linear.weight, std=width**-0.5)
         self.largest = LARGEST_SCALE if form == "softmax" else math.inf
-        # one number each, but with an axis: FSDP2 cannot share out a scalar
+        # single numbers have an axis, because FSDP2 cannot shard a scalar
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if form == "softmax" else 10.0)))
         self.bias = nn.Parameter(torch.full((1,), -10.0)) if form == "sigmoid" else None
 
     def vectors(self, state_ND: Tensor, side: str) -> Tensor:
-        """Unit vectors (N, F) of states that are all of one side."""
+        """Unit vectors (N, F) of states (N, D) of one side, "left" or "right"."""
         vector_NF = (self.left if side == "left" else self.right)(state_ND)
         return F.normalize(vector_NF.to(torch.promote_types(vector_NF.dtype, torch.float32)), dim=-1)
 
     def scores(self, left_NF: Tensor, right_MF: Tensor) -> Tensor:
-        """(N, M): how well each left goes with each right, on the scale of the loss."""
+        """The scores (N, M) of each left with each right, which are the logits of the loss."""
         check_shapes("Contrast", left_NF=left_NF, right_MF=right_MF)
-        with torch.autocast(left_NF.device.type, enabled=False):  # bfloat16 knows a score of 100 to half a nat only
+        with torch.autocast(
+            left_NF.device.type, enabled=False
+        ):  # bfloat16 rounds a score of 100 by up to a quarter of a nat
             score_NM = left_NF @ right_MF.T * self.log_scale.to(left_NF.dtype).exp().clamp(max=self.largest)
         return score_NM if self.bias is None else score_NM + self.bias
 
 
 def fingerprint(values: Iterable[Tokens]) -> int:
-    """A number of 64 bits of a side's tokens; equal tokens have equal numbers."""
+    """A hash of 64 bits of a side's tokens, by which equal sides are recognised across data workers."""
     digest = hashlib.blake2b(digest_size=8)
     for tokens in values:
         for part in (tokens.content, tokens.position_NA):

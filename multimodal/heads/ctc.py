@@ -1,4 +1,4 @@
-"""A head that transcribes: a symbol or a blank for every row of what was read."""
+"""CTC: a head that transcribes, with a symbol or a blank for every row of the context."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 
 def collapse(path_N: Tensor, blank: int, before: int | None = None) -> Tensor:
-    """The symbols that a path of classes writes: repeats are merged, then blanks removed (Graves et al. 2006, section 3.1).
+    """The symbols of a path of classes (N,): repeats are merged, then blanks removed (Graves et al. 2006, section 3.1).
 
-    before: the class of the row before the path's first, where the path is read in pieces.
+    before: the class of the row before the path, if the path comes in pieces.
     """
     changed_N = torch.ones_like(path_N, dtype=torch.bool)
     changed_N[1:] = path_N[1:] != path_N[:-1]
@@ -39,7 +39,7 @@ class CTC(Head):
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         ids = tokens.content
-        needed = len(ids) + int((ids[1:] == ids[:-1]).sum())
+        needed = len(ids) + int((ids[1:] == ids[:-1]).sum())  # equal neighbours need a blank between them
         if needed > rows:
             raise StreamError(
                 f"CTC: {len(ids)} symbols need at least {needed} rows (one each, one more between equal neighbours), but the "
@@ -51,7 +51,7 @@ class CTC(Head):
         return readout.linear(state_ND)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        # PyTorch's CTC wants (time, batch, class): the one place where rows of unequal samples are laid side by side
+        # PyTorch's CTC wants (time, batch, class), so here, and only here, samples are padded
         rows = nn.utils.rnn.pad_sequence(list(logits.float().log_softmax(-1).split(list(lengths))))
         return F.ctc_loss(
             rows,

@@ -1,4 +1,4 @@
-"""A head that answers row by row: labels of a sequence, the copy on a tape, the queries of an episode."""
+"""A head with an answer for each row of the context: sequence labelling, copying tasks, few-shot episodes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.heads.base import Head, Prediction, Readout
+from multimodal.heads.base import Head, Prediction, Readout, class_count, ranges
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 
@@ -16,9 +16,11 @@ from multimodal.tokenizer import Tokenizer, Tokens
 @final
 @dataclass(frozen=True)
 class EachRow(Head):
-    """An answer for each row of the context: a class where the kind is ids, independent bits where it is features of 0 and 1.
+    """An answer for each row of the context: a class if the kind has ids, independent bits if it has features of 0 and 1.
 
-    An answer of n tokens belongs to the context's last n rows, in order. last: how many rows are answered at test; None: all.
+    An answer of n tokens is for the last n rows of the context, in order.
+
+    last: number of rows that are answered; None: all of the context in prediction, and as many as targets in training.
     """
 
     last: int | None = None
@@ -28,12 +30,7 @@ class EachRow(Head):
             raise ConfigError(f"EachRow: last={self.last} answers nothing; use 1 or more, or None for every row")
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        classes = tokenizer.vocab_size or tokenizer.feature_size
-        if not classes:
-            raise ConfigError(
-                f"EachRow: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from"
-            )
-        return classes
+        return class_count(self, tokenizer)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         if len(tokens) > rows:
@@ -53,7 +50,7 @@ class EachRow(Head):
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         answered = logits[last_rows(lengths, target_lengths).to(logits.device, non_blocking=True)].float()
-        if target.is_floating_point():  # mean over bits, so that its size is that of a single decision
+        if target.is_floating_point():  # the mean over bits is comparable with the loss of one class
             return F.binary_cross_entropy_with_logits(answered, target, reduction="none").mean(-1).sum()
         return F.cross_entropy(answered, target, reduction="sum")
 
@@ -75,7 +72,6 @@ class EachRow(Head):
 
 
 def last_rows(lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The last counts[i] rows of each sample i, for samples of these lengths end to end."""
-    ends, counted = torch.tensor(lengths).cumsum(0), torch.tensor(counts)
-    within = torch.arange(int(counted.sum())) - (counted.cumsum(0) - counted).repeat_interleave(counted)
-    return (ends - counted).repeat_interleave(counted) + within
+    """The last counts[i] rows of each sample i, for concatenated samples of these lengths."""
+    count_B = torch.tensor(counts)
+    return ranges(torch.tensor(lengths).cumsum(0) - count_B, count_B)

@@ -1,8 +1,8 @@
-"""A head that writes features: each token is drawn by a small flow from noise, given the core's state; no codebook is needed.
+"""A head that writes continuous tokens: a small flow samples each from noise, given the core's state; no codebook is needed.
 
-After Li et al. 2024 (arXiv 2406.11838), "Autoregressive Image Generation without Vector Quantization": the core writes token
-after token, and a small network beside it draws each. Theirs is a diffusion; this one is flow matching (Lipman et al. 2023,
-arXiv 2210.02747) along straight lines (Liu et al. 2023, arXiv 2209.03003).
+After Li et al. 2024 (arXiv 2406.11838), "Autoregressive Image Generation without Vector Quantization": the core is autoregressive
+over tokens, and a small network samples each. Theirs is a diffusion model; this one is flow matching (Lipman et al. 2023, arXiv
+2210.02747) along straight lines (Liu et al. 2023, arXiv 2209.03003).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.heads.base import Head, Prediction, Readout
+from multimodal.heads.base import Head, Prediction, Readout, check_length
 from multimodal.positions import sine_cosine
 from multimodal.shapes import ConfigError, StreamError, check_shapes
 from multimodal.tokenizer import Tokenizer, Tokens
@@ -21,29 +21,27 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True)
 class FlowMatching(Head):
-    """Writes continuous tokens, from a learned start to a learned stop, or to the `length` that their kind has.
+    """Writes continuous tokens from a learned start to a learned stop, or up to the fixed `length` of their kind.
 
-    The states of a written segment are [start, x_1 .. x_n]: state i draws x_(i+1), and the last one says that it ends.
-    Features should be of about unit size, as tokenizers normalise them; `spread` puts right those that are not.
-    In evaluation the loss draws the same noise every time, so that losses can be compared.
+    The rows of a written segment are [start, x_1 .. x_n]: state i is the condition of x_(i+1), and the last state is to stop.
+    Features should have about unit variance, as tokenizers normalise them; `spread` corrects those that do not.
+    In evaluation the loss uses the same noise every time, so that losses can be compared.
 
     width: hidden width of the flow's network.
-    depth: residual blocks of that network.
-    draws: times and noises a token in training; the core's state is used so often.
-    steps: steps from noise to features, each of two evaluations (Heun).
-    spread: standard deviation of the written features, which are divided by it.
+    depth: number of residual blocks of that network.
+    draws: number of (time, noise) pairs for each token in training, which share the core's state.
+    steps: number of steps from noise to features, each with two evaluations of the network (Heun's method).
+    spread: standard deviation of the written features, by which they are divided.
     """
 
-    width: int = 256  # hidden width of the flow's network
-    depth: int = 3  # residual blocks of it
-    draws: int = 4  # times and noises a token in training: the core's state is used so often
-    steps: int = 16  # from noise to features, each of two evaluations (Heun)
-    spread: float = 1.0  # standard deviation of the written features, which are divided by it
+    width: int = 256
+    depth: int = 3
+    draws: int = 4
+    steps: int = 16
+    spread: float = 1.0
     queries: ClassVar[int] = 1
     autoregressive: ClassVar[bool] = True
-    measures: ClassVar[tuple[str, ...]] = (
-        "loss",
-    )  # features are never exactly right; the loss measures their distance
+    measures: ClassVar[tuple[str, ...]] = ("loss",)  # features are never exactly right, so `exact` would say nothing
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "draws", "steps"):
@@ -55,7 +53,7 @@ class FlowMatching(Head):
             raise ConfigError(f"FlowMatching: spread={self.spread} must be more than 0")
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        """The written features, and one more for the stop unless all values have one length."""
+        """Number of written features, plus one for the stop unless all values have one length."""
         name, features = type(tokenizer).__name__, tokenizer.written_features
         if features is None or tokenizer.vocab_size is not None or tokenizer.classes:
             what = "its values are classes; use Classify" if tokenizer.classes else "it has no features; use NextToken"
@@ -69,15 +67,10 @@ class FlowMatching(Head):
         return features + (tokenizer.length is None)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
-        if tokenizer.length not in (None, len(tokens)):
-            raise StreamError(
-                f"FlowMatching: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
-                f"{tokenizer.length}; bring it to that size first"
-            )
+        check_length(self, tokens, tokenizer)
         if not len(tokens):
             raise StreamError(
-                "FlowMatching: the answer is empty, but features are written one at least, as only then it may stop; "
-                "leave this sample out"
+                "FlowMatching: the answer is empty, but one token at least is written before the stop; leave this sample out"
             )
         return tokens.content[:, : tokenizer.written_features]
 
@@ -86,10 +79,10 @@ class FlowMatching(Head):
         return FlowReadout(self, width, features, stops=tokenizer.length is None)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The mean (N, F) of the features that each state could draw, and where values may end the logit of the stop.
+        """The mean (N, F) of the features that follow each state, and, unless the length is fixed, the logit of the stop.
 
-        Along straight lines the velocity at time 0 is E[x] - noise (Liu et al. 2023, section 2.1), so without noise it is
-        the mean: one number a feature that says, without drawing, what a state stands for.
+        Along straight lines the velocity at time 0 is E[x] - noise (Liu et al. 2023, section 2.1), so with zero noise it is the
+        mean, without sampling.
         """
         assert isinstance(readout, FlowReadout)
         none_NF = state_ND.new_zeros(len(state_ND), readout.features)
@@ -102,7 +95,7 @@ class FlowMatching(Head):
     def state_loss(
         self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
     ) -> Tensor:
-        """Squared errors of velocities, a mean over features and draws, summed over tokens; and of the stop, in nats."""
+        """The squared error of velocities, averaged over features and draws and summed over tokens, plus the stop's, in nats."""
         assert isinstance(readout, FlowReadout)
         ended_N = torch.zeros(len(state_ND), dtype=torch.bool)
         ended_N[torch.tensor(lengths).cumsum(0) - 1] = True
@@ -111,8 +104,9 @@ class FlowMatching(Head):
             raise StreamError(
                 f"FlowMatching: {list(target_lengths)} written tokens were read from {list(lengths)} states; one more is wanted"
             )
+        # the point at time t of the line from noise to x has the velocity x - noise
         x_NF = target.float().repeat(self.draws, 1) / self.spread
-        time_N, noise_NF = self._chance(readout, target, target_lengths)
+        time_N, noise_NF = self._times_and_noises(readout, target, target_lengths)
         between_NF = noise_NF + time_N * (x_NF - noise_NF)
         condition_NF = readout.linear(state_ND[~ended_N]).repeat(self.draws, 1)
         velocity_NF = readout.velocity(between_NF, time_N, condition_NF).float()
@@ -122,8 +116,10 @@ class FlowMatching(Head):
             total = total + F.binary_cross_entropy_with_logits(stop_N, ended_N.float(), reduction="sum")
         return total
 
-    def _chance(self, readout: nn.Module, target: Tensor, target_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Times (N, 1) and noises (N, F), the first draw of every token first; a token's times are spread evenly over 0..1."""
+    def _times_and_noises(
+        self, readout: nn.Module, target: Tensor, target_lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Random times (N, 1) and noises (N, F), draw after draw; the times of a token are spread evenly over 0..1."""
 
         def drawn(count: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
             first = torch.rand(1, count, 1, generator=generator, device=device)
@@ -132,7 +128,7 @@ class FlowMatching(Head):
 
         if readout.training:
             time, noise = drawn(len(target), None, target.device)
-        else:  # each sample draws what it draws alone
+        else:  # a seed for each sample, so that its loss does not depend on the batch
             parts = [drawn(n, torch.Generator().manual_seed(0), torch.device("cpu")) for n in target_lengths]
             time, noise = (torch.cat(part, 1).to(target.device) for part in zip(*parts, strict=True))
         return time.flatten(0, 1), noise.flatten(0, 1)
@@ -147,11 +143,11 @@ class FlowMatching(Head):
         guidance: float = 1.0,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """The features (N, F) that follow each state, and the logit (N,) that nothing does: -infinity where a length says so.
+        """Features (N, F) sampled for each state, and the logit (N,) of the stop: -infinity if the length is fixed.
 
-        A function of the noise, which `temperature` scales: with 0 every state draws what lies in the middle. With guide_ND,
-        the states of the same samples without what they read, the velocity goes from theirs `guidance` times as far
-        (Ho & Salimans 2022, arXiv 2207.12598).
+        A function of the noise, which `temperature` scales; 0 gives the features that zero noise flows to. guide_ND: the states of
+        the same samples without their context; velocities are theirs plus `guidance` times the difference (classifier-free
+        guidance, Ho & Salimans 2022, arXiv 2207.12598).
         """
         assert isinstance(readout, FlowReadout)
         check_shapes(
@@ -165,11 +161,11 @@ class FlowMatching(Head):
             v_NF = readout.velocity(x_NF, time_N, condition).float()
             if guide is None:
                 return v_NF
-            away_NF = readout.velocity(x_NF, time_N, guide).float()
-            return away_NF + guidance * (v_NF - away_NF)
+            guide_NF = readout.velocity(x_NF, time_N, guide).float()
+            return guide_NF + guidance * (v_NF - guide_NF)
 
         x_NF, step = noise_NF.float() * temperature, 1 / self.steps
-        for i in range(self.steps):
+        for i in range(self.steps):  # Heun's method
             first = velocity(x_NF, i * step)
             second = velocity(x_NF + step * first, (i + 1) * step)
             x_NF = x_NF + step * (first + second) / 2
@@ -183,10 +179,7 @@ class FlowMatching(Head):
 
 
 class FlowReadout(Readout):
-    """The learned start, the flow's network, and the layer that says whether a value has ended.
-
-    `linear` turns a state into the network's condition.
-    """
+    """The learned start, the flow's network, and the layer of the stop; `linear` maps a state to the network's condition."""
 
     def __init__(self, head: FlowMatching, width: int, features: int, *, stops: bool) -> None:
         super().__init__(width, head.width, head.queries)
@@ -197,17 +190,17 @@ class FlowReadout(Readout):
         self.scale_shift = nn.Linear(head.width, 2 * head.width)
         self.leave = nn.Linear(head.width, features)
         self.stop = nn.Linear(width, 1) if stops else None
-        for module in (self.scale_shift, self.leave):  # the first velocity is 0 everywhere
+        for module in (self.scale_shift, self.leave):  # the initial velocity is 0 everywhere
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
     def velocity(self, x_NF: Tensor, time_N: Tensor, condition_NF: Tensor) -> Tensor:
-        """Where points (N, F) go at times (N, 1) in 0..1, by condition (N, width of the network)."""
+        """The velocities (N, F) of points x (N, F) at times (N, 1) in 0..1, given conditions (N, width of the network)."""
         x_NF = x_NF.to(self.enter.weight.dtype)
         time_N = time_N.to(torch.promote_types(x_NF.dtype, torch.float32))
-        # 100 to 0.1 radians in all
-        turns = sine_cosine(100 * time_N, condition_NF.shape[1], base=1000.0).to(x_NF)
-        condition_NF = F.silu(condition_NF + self.time(turns))
+        # frequencies from 100 down to 0.1 radians over the whole time
+        encoding = sine_cosine(100 * time_N, condition_NF.shape[1], base=1000.0).to(x_NF)
+        condition_NF = F.silu(condition_NF + self.time(encoding))
         h = self.enter(x_NF)
         for block in self.blocks:
             h = block(h, condition_NF)
@@ -216,7 +209,7 @@ class FlowReadout(Readout):
 
 
 class _Block(nn.Module):
-    """A residual MLP whose norm and gate are set by the condition, shut at first (Peebles & Xie 2023, "adaLN-Zero")."""
+    """A residual MLP whose norm and gate depend on the condition; the gate is 0 at first (Peebles & Xie 2023, "adaLN-Zero")."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

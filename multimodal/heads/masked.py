@@ -1,11 +1,11 @@
-"""A head that learns without labels: some tokens of a field that is read are hidden, and it says what they were.
+"""A head for self-supervised learning: some tokens of a field that is read are hidden, and it predicts them.
 
 After BERT (Devlin et al. 2019, arXiv 1810.04805) for ids, MAE (He et al. 2022, arXiv 2111.06377) and SimMIM (Xie et al. 2022,
 arXiv 2111.09886) for patches, and HuBERT (Hsu et al. 2021, arXiv 2106.07447) for spans of frames, without its clusters.
 
-tokens of the field   t0 t1 t2 t3 t4        two of them are hidden, which is drawn anew each time
-stream                t0 t2 t3 | ? ?        ? is one learned token, at the places of t1 and t4
-head reads                       t1 t4
+tokens of the field   t0 t1 t2 t3 t4        t1 and t4 are hidden; training draws others each time
+stream                t0 t2 t3 | ? ?        ? is one learned token, at the positions of t1 and t4
+head predicts                    t1 t4
 """
 
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ NORMALISE = ("none", "token")
 @final
 @dataclass(frozen=True)
 class Masked(Head):
-    """Hides tokens of the field that is written, which is one of those read ("image -> image"), and rebuilds them.
+    """Hides tokens of the written field, which is one of those that are read ("image -> image"), and predicts them.
 
-    Each token is hidden with probability `share`, in blocks; at least one block is hidden and one is seen. A block is `span` steps
-    of the kind's places long: a span of time, a square of patches; of one step it is a single token. Where a value is shorter than
-    two blocks, blocks are half as long as it is. The field is read without direction, also where its kind is causal.
+    Tokens are hidden in blocks, each with probability `share`; at least one block is hidden and one is visible. A block is a span
+    of time or a square of patches, `span` steps long; of 1 step it is a single token. If a value is shorter than two blocks, blocks
+    are half as long as the value. The field is bidirectional, even if its kind is causal.
 
-    Ids are learned by cross-entropy, features by the squared error. normalise="token" takes off each hidden token's own mean and
-    spread first (He et al. 2022, table 1d), so that the pattern counts and not how bright it is; that is for pixels. In the frames
-    of a sound a token's own mean is its loudness, which separates speech from silence, and the noise of silence would be made
-    as large as speech: there the tokenizer's normalisation, by the whole value, is the right one ("none").
+    The loss is the cross-entropy of ids, or the squared error of features. With normalise="token" each hidden token is normalised
+    by its own mean and standard deviation first (He et al. 2022, table 1d), so that texture counts and not brightness; that is for
+    pixels. For frames of a sound it is wrong: the mean of a frame is its loudness, which separates speech from silence, and the
+    noise of silence would become as large as speech. There the tokenizer's normalisation of the whole value suffices ("none").
 
     share: the probability that a token is hidden, above 0 and below 1.
-    span: the side of a block, in steps of the kind's places.
-    normalise: what is taken off hidden features before they are learned: "none", or "token", each token's own mean and spread.
+    span: the side of a block, in steps of the kind's positions.
+    normalise: how hidden features are normalised before they are targets: "none", or "token".
 
     Examples:
         >>> task = mm.Task("image -> image", mm.Masked(share=0.75, normalise="token"))
@@ -50,8 +50,8 @@ class Masked(Head):
     """
 
     share: float
-    span: int = 1  # steps
-    normalise: Literal["none", "token"] = "none"  # features
+    span: int = 1
+    normalise: Literal["none", "token"] = "none"
     queries: ClassVar[int] = 1
     measures: ClassVar[tuple[str, ...]] = ("loss",)
 
@@ -64,10 +64,12 @@ class Masked(Head):
             raise ConfigError(f"Masked: normalise={self.normalise!r} is none of {', '.join(NORMALISE)}")
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        """The vocabulary, or the features that are written."""
+        """Size of the vocabulary, or number of the features that are written."""
         name, size = type(tokenizer).__name__, tokenizer.vocab_size or tokenizer.written_features
         if tokenizer.classes:
-            raise ConfigError(f"Masked: a value of {name} is classes, one token that nothing is left of; use Classify")
+            raise ConfigError(
+                f"Masked: a value of {name} is a single token, so nothing is visible if it is hidden; use Classify"
+            )
         if not size:
             raise ConfigError(f"Masked: {name} declares no vocab_size or feature_size to rebuild")
         if tokenizer.vocab_size is None and self.normalise == "token" and size == 1:
@@ -86,17 +88,17 @@ class Masked(Head):
         return pattern
 
     def check_core(self, pattern: str, core: Any) -> None:
-        # an EncoderDecoder has no rotary_split of its own
+        # learned tokens differ by their rotary positions only; an EncoderDecoder has no rotary_split
         if not any(getattr(core, "rotary_split", ())):
             raise ConfigError(
-                f"Model: task {pattern!r}: hidden tokens know their places by rotary positions in the core that reads the others; "
+                f"Model: task {pattern!r}: hidden tokens differ by their rotary positions only, in the core that reads the others; "
                 "give one Core, whose rotary_split is not all 0"
             )
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
-        """The hidden tokens leave the segment they are in; the learned token stands in their places, as the last segment."""
+        """The hidden tokens are removed from their segment; the last segment has the learned token at each of their positions."""
         if sample.begin is not None:
-            return super().lay_out(sample)  # which refuses it
+            return super().lay_out(sample)  # raises
         segments, pattern = sample.read(), sample.pattern
         where = f"field {pattern.writes.name!r}"
         whole, step = sample.tokens[pattern.writes.name], sample.tokenizer.step
@@ -111,21 +113,21 @@ class Masked(Head):
         visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
         segments[at] = Segment(pattern.writes.kind, visible, step, True)
         read = tokens_of(segments)
-        place_NA = whole.position_NA[hidden_N]
-        query = Tokens(torch.zeros(len(place_NA), dtype=torch.long), place_NA)
+        hidden_NA = whole.position_NA[hidden_N]
+        query = Tokens(torch.zeros(len(hidden_NA), dtype=torch.long), hidden_NA)
         segments.append(Segment(sample.start.kind, query, step, True, within=at))
         target = None
         if sample.learn:
-            target = self.target(Tokens(whole.content[hidden_N], place_NA), read, sample.tokenizer)
+            target = self.target(Tokens(whole.content[hidden_N], hidden_NA), read, sample.tokenizer)
         return [LaidOut(segments, read, read, read + len(query), target, hidden=(whole, hidden_N))]
 
     def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, random: bool) -> Tensor:
-        """Which tokens (N,) of a value are hidden; some are and some are not.
+        """Which tokens (N,) of a value are hidden: at least one is, and at least one is not.
 
-        random: drawn anew, from torch's global CPU generator; else the same ones for the same value.
+        random: draw them from torch's global CPU generator; else they are a function of the value.
 
         Raises:
-            StreamError: a value of which no part can be hidden.
+            StreamError: the value has one token only.
         """
         count = len(tokens)
         if count < 2:
@@ -133,17 +135,19 @@ class Masked(Head):
                 "Masked: a value of one token cannot be hidden in part; leave it out, or use finer tokens"
             )
         generator = None
-        if not random:  # of the value alone, so that it is hidden alike beside any others
+        if not random:  # seeded by the value alone, so that its loss does not depend on the batch
             key = tokens.content.detach().cpu().contiguous().numpy().tobytes()
             generator = torch.Generator().manual_seed(crc32(key))
         block_N = self._blocks(tokens.position_NA / torch.tensor(step), generator)
         blocks = int(block_N.max()) + 1
-        chosen = int(self.share * blocks + torch.rand(1, generator=generator))  # on average exactly the share
+        chosen = int(
+            self.share * blocks + torch.rand(1, generator=generator)
+        )  # rounded at random, so its mean is the share
         chosen = min(max(chosen, 1), blocks - 1)
         return torch.randperm(blocks, generator=generator)[block_N] < chosen
 
     def _blocks(self, position_NA: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Which block each token (N,) is in, by its place in steps; two or more, cut at places that are drawn."""
+        """The number of each token's block (N,), from positions in steps; there are two blocks or more, cut at a random offset."""
         span, step_NA = self.span, position_NA.round()
         if span > 1:
             span = min(span, (int((step_NA.amax(0) - step_NA.amin(0)).max()) + 1) // 2)
@@ -162,11 +166,11 @@ class Masked(Head):
         return (features_NF - mean) / spread
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Of hidden tokens only: logits of ids, or features."""
+        """The logits of ids, or the features, of the hidden tokens only."""
         return readout.linear(state_ND)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        """Of ids in nats; of features the mean squared error of a token, summed over the hidden tokens."""
+        """For ids the cross-entropy in nats, for features the mean squared error of a token; summed over the hidden tokens."""
         return self.row_losses(logits, target).sum()
 
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -181,10 +185,12 @@ class Masked(Head):
         tokenizer: Tokenizer,
         hidden: Sequence[tuple[Tokens, Tensor]] = (),
     ) -> list[Prediction]:
-        """The whole values, with the hidden tokens as they were rebuilt; `hidden` are all tokens, and which of them were (N,).
+        """The whole values, with predictions in place of the hidden tokens.
 
-        Features that were learned up to each token's mean and spread get the average ones of the tokens that are seen. Features
-        have no probability: their confidence is 1.
+        With normalise="token" predictions get the average mean and standard deviation of the visible tokens. Features have no
+        probability, so their confidence is 1.
+
+        hidden: by sample, its tokens and which of them (N,) were hidden.
         """
         if len(hidden) != len(lengths):
             raise ConfigError("Masked: what is rebuilt is shown within its value; use Model.predict")
@@ -205,6 +211,6 @@ class Masked(Head):
 
 
 def _mean_spread(features_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's own, (N, 1)."""
+    """The mean and the standard deviation of each token's features, (N, 1) each."""
     variance, mean = torch.var_mean(features_NF, 1, correction=0, keepdim=True)
     return mean, (variance + 1e-6).sqrt()

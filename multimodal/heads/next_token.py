@@ -1,4 +1,4 @@
-"""A head that writes one token after the other: language models, captions, codes of pictures and sounds."""
+"""An autoregressive head: language models, captions, codes of images and sounds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from multimodal.heads.base import (
     Head,
     Prediction,
     Readout,
+    check_length,
     check_smoothing,
     computes_as,
     linear_cross_entropy,
     vocabulary,
 )
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
 class NextToken(Head):
-    """Writes token after token, from a learned start to a learned stop: class V of the V + 1 that it chooses among.
+    """Writes token after token, from a learned start to a stop; logits have V + 1 classes, of which the last is the stop.
 
     label_smoothing: the share of the target that is spread evenly over all tokens, from 0 to below 1.
     """
@@ -36,7 +37,7 @@ class NextToken(Head):
 
     def vocab(self, tokenizer: Tokenizer) -> int:
         symbols = vocabulary(self, tokenizer)
-        try:
+        try:  # tokenizers raise a ConfigError if they have no positions for written tokens
             tokenizer.places(1)
         except ConfigError as error:
             raise ConfigError(f"NextToken cannot write {type(tokenizer).__name__}: {error}") from error
@@ -46,11 +47,7 @@ class NextToken(Head):
         return readout.linear(state_ND)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
-        if tokenizer.length not in (None, len(tokens)):
-            raise StreamError(
-                f"NextToken: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
-                f"{tokenizer.length}; bring it to that size first"
-            )
+        check_length(self, tokens, tokenizer)
         return F.pad(tokens.content, (0, 1), value=self.vocab(tokenizer) - 1)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:

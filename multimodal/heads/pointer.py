@@ -1,7 +1,7 @@
-"""A head whose answers are made of what was read: it points at tokens, one after the other (Vinyals et al. 2015, arXiv 1506.03134).
+"""A pointer network (Vinyals et al. 2015, arXiv 1506.03134): answers are made of tokens of the context, one after the other.
 
-states of what was read --keys--+
-learned stop ------------key----+--> score --> which of them comes next, or that nothing does
+states of the context ---keys---+
+learned stop -------------key---+--> score --> logits of which token comes next, or the stop
 state of a written row --query--+
 """
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import Additive, Score
 from multimodal.attention.mechanism import BLOCK
-from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Reading, Readout, tokens_of
+from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Reading, Readout, check_length, tokens_of
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, StreamError, TaskError, check_shapes
 from multimodal.tokenizer import Tokenizer, Tokens
@@ -24,11 +24,13 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True)
 class Memory:
-    """The tokens that a pointer may point at, sample after sample.
+    """The tokens at which a pointer may point, sample after sample.
 
-    state_MD: their states; lengths: number of them of each sample.
-    pointed_N: which of its sample's each written token is; pointed_lengths: number of written tokens of each sample. The last row
-    of a sample comes after all that was pointed at in it, the row before it after all but one, and so on.
+    state_MD: their states.
+    lengths: by sample, the number of these tokens.
+    pointed_N: for each written token, its index among the tokens of its sample. The last row of a sample comes after all of them,
+        the row before it after all but one, and so on.
+    pointed_lengths: by sample, the number of its written tokens.
     """
 
     state_MD: Tensor
@@ -39,22 +41,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Pointer(Head):
-    """Writes tokens that were read, from a learned start to a learned stop: an attention whose weights are the answer.
+    """Writes tokens of the context, from a learned start to a learned stop: attention whose weights are the answer.
 
-    The kind written is one of those read ("points -> hull:points"); each written row's state is the query, the states of what
-    was read of that kind are the keys, and behind them comes the key of the stop: logits (rows, keys + 1), minus infinity
-    beyond a sample's own. What was pointed at is fed back as that token, with its content and its place.
-    repeats: whether a token may be pointed at twice; if not, that is ruled out in training as in writing.
-    score: how likely a query finds a token that was read; the default is equation 3 of the paper.
+    The written kind is one of those that are read ("points -> hull:points"). The state of each written row is the query; the states
+    of the tokens of that kind are the keys, followed by the key of the stop. Logits are (rows, keys + 1), minus infinity beyond the
+    keys of a sample. A written token is fed back with the content and the position of the token at which the head pointed.
+
+    score: the log-likelihood of a query under a token's state; the default is equation 3 of the paper.
+    repeats: whether it may point at a token twice; if not, such tokens are masked, in training too.
     """
 
-    score: Score = field(default_factory=Additive)  # equation 3 of the paper
+    score: Score = field(default_factory=Additive)
     repeats: bool = False
     queries: ClassVar[int] = 1
     autoregressive: ClassVar[bool] = True
 
     def vocab(self, tokenizer: Tokenizer) -> int:
-        """The stop; each token that was read is one more to choose."""
+        """1, for the stop; the other choices are the tokens of the context, whose number differs by sample."""
         name = type(tokenizer).__name__
         if tokenizer.vocab_size is None and tokenizer.feature_size is None:
             raise ConfigError(f"Pointer: {name} declares neither vocab_size nor feature_size, so it cannot be read")
@@ -72,33 +75,33 @@ class Pointer(Head):
         return pattern
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
-        """As other heads that write, but the answer's tokens are at the places of those that they point at."""
+        """Like that of other autoregressive heads, but the tokens of the answer have the positions of those they point at."""
         segments = sample.read()
         read = tokens_of(segments)
         segments.append(sample.start)
-        there, key_N = sample.read_of_kind()
-        answer, target, pointed_N = sample.answer(), None, key_N[:0]
+        candidates, key_N = sample.read_of_kind()
+        answer, target, pointed_N = sample.answer() if sample.learn else sample.begin, None, key_N[:0]
         if answer is not None:
-            pointed_N = self.pointed(answer, there)
+            pointed_N = self.pointed(answer, candidates)
             if sample.learn:
-                target = self.target(Tokens(pointed_N, answer.position_NA), len(there), sample.tokenizer)
+                target = self.target(Tokens(pointed_N, answer.position_NA), len(candidates), sample.tokenizer)
             if len(answer):
-                segments.append(sample.written(Tokens(answer.content, there.position_NA[pointed_N])))
+                segments.append(sample.written(Tokens(answer.content, candidates.position_NA[pointed_N])))
         return [LaidOut(segments, read, read, tokens_of(segments), target, key_N, pointed_N)]
 
     def pointed(self, tokens: Tokens, read: Tokens) -> Tensor:
-        """Which of the tokens that were read, of the written kind, each of these is: (N,).
+        """For each of these tokens, the index (N,) of an equal one among those that were `read`, of the written kind.
 
         Raises:
-            StreamError: one that was not read, or is there more often than it was read.
+            StreamError: a token that was not read, or that occurs more often than it was read.
         """
         same_NM = torch.zeros(len(tokens), 0, dtype=torch.bool)
         if len(read) and len(tokens):
             same_NM = tokens.content[:, None] == read.content[None]
             same_NM = same_NM.all(-1) if same_NM.dim() == 3 else same_NM
-        there_N = same_NM.any(1)
-        if not there_N.all():
-            lost = int(there_N.int().argmin())
+        found_N = same_NM.any(1)
+        if not found_N.all():
+            lost = int(found_N.int().argmin())
             raise StreamError(
                 f"Pointer: token {lost} of the answer, {tokens.content[lost].tolist()}, is none of the {len(read)} that "
                 "were read; an answer is made of tokens that are read, with exactly their content"
@@ -106,25 +109,23 @@ class Pointer(Head):
         index_N = same_NM.int().argmax(1) if len(tokens) else torch.zeros(0, dtype=torch.long)
         if self.repeats or len(set(index_N.tolist())) == len(index_N):
             return index_N
-        free_M = torch.ones(len(read), dtype=torch.bool)  # twins are pointed at in the order in which they were read
+        unused_M = torch.ones(
+            len(read), dtype=torch.bool
+        )  # equal tokens are taken in the order in which they were read
         for i, same_M in enumerate(same_NM):
-            left_M = same_M & free_M
+            left_M = same_M & unused_M
             if not left_M.any():
                 raise StreamError(
-                    f"Pointer: token {i} of the answer, {tokens.content[i].tolist()}, is there more often than it was read; "
+                    f"Pointer: token {i} of the answer, {tokens.content[i].tolist()}, occurs more often than it was read; "
                     "Pointer(repeats=True) may point at a token again"
                 )
             index_N[i] = left_M.int().argmax()
-            free_M[index_N[i]] = False
+            unused_M[index_N[i]] = False
         return index_N
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
-        """What `pointed` returned, and then the stop, whose number is that of the tokens read (`rows`)."""
-        if tokenizer.length not in (None, len(tokens)):
-            raise StreamError(
-                f"Pointer: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
-                f"{tokenizer.length}; bring it to that size first"
-            )
+        """The indices that `pointed` returned, followed by the stop, whose index is the number of candidates (`rows`)."""
+        check_length(self, tokens, tokenizer)
         return F.pad(tokens.content, (0, 1), value=rows)
 
     def readout(self, width: int, tokenizer: Tokenizer) -> "PointerReadout":
@@ -133,7 +134,7 @@ class Pointer(Head):
     def logits(
         self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], memory: Memory | None = None
     ) -> Tensor:
-        memory = _there(memory)
+        memory = _given(memory)
         logits_NV = state_ND.new_full((len(state_ND), max(memory.lengths, default=0) + 1), -torch.inf)
         logits_NV = logits_NV.to(_full(state_ND.dtype))
         for _, row_BT, logits in self._runs(readout, state_ND, lengths, memory):
@@ -152,13 +153,13 @@ class Pointer(Head):
         target_lengths: Sequence[int],
         memory: Memory | None = None,
     ) -> Tensor:
-        """log sum exp(score) - score of the target: the weights themselves are never made."""
+        """The sum over rows of log sum exp(scores) - score of the target; no (rows, most keys) matrix of the batch is made."""
         if list(lengths) != list(target_lengths):
             raise StreamError(
-                f"Pointer: {list(target_lengths)} targets for {list(lengths)} written rows; one each is wanted"
+                f"Pointer: {list(target_lengths)} targets for {list(lengths)} written rows; each row needs one"
             )
         total = state_ND.new_zeros((), dtype=_full(state_ND.dtype))
-        for _, row_BT, logits in self._runs(readout, state_ND, lengths, _there(memory)):
+        for _, row_BT, logits in self._runs(readout, state_ND, lengths, _given(memory)):
             of_target = logits.gather(-1, target[row_BT][..., None])[..., 0]
             total = total + (logits.logsumexp(-1) - of_target).sum()
         return total
@@ -166,13 +167,15 @@ class Pointer(Head):
     def _runs(
         self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], memory: Memory
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """(samples, their rows (B, T), their logits (B, T, keys + 1)) of all samples that are equally long, side by side."""
+        """For each group of samples of equal shape: (the samples, their rows (B, T), their logits (B, T, keys + 1))."""
         assert isinstance(readout, PointerReadout)
         check_shapes("Pointer", state_ND=state_ND, state_MD=memory.state_MD)
         sums = sum(lengths), sum(memory.lengths), sum(memory.pointed_lengths)
         came = len(state_ND), len(memory.state_MD), len(memory.pointed_N)
         if sums != came or len({len(lengths), len(memory.lengths), len(memory.pointed_lengths)}) > 1:
-            raise StreamError(f"Pointer: {came} rows, keys and pointed at came, but their lengths add up to {sums}")
+            raise StreamError(
+                f"Pointer: there are {came} rows, keys and written tokens, but their lengths add up to {sums}"
+            )
         shapes: dict[tuple[int, int, int], list[int]] = {}
         for i, shape in enumerate(zip(lengths, memory.lengths, memory.pointed_lengths, strict=True)):
             shapes.setdefault(shape, []).append(i)
@@ -184,15 +187,15 @@ class Pointer(Head):
             )
             logits = self._scored(readout, state_ND[row_BT], memory.state_MD[row_BM])
             if not self.repeats and shape[2]:
-                logits = logits.masked_fill(_before(memory.pointed_N[row_BN], *logits.shape[1:]), -torch.inf)
+                logits = logits.masked_fill(_pointed_before(memory.pointed_N[row_BN], *logits.shape[1:]), -torch.inf)
             yield samples, row_BT, logits
 
     def _scored(self, readout: "PointerReadout", state_BTD: Tensor, key_BMD: Tensor) -> Tensor:
-        """Log-likelihoods (B, T, M + 1) of rows under the keys and, last, the stop; many rows are scored block by block."""
+        """The scores (B, T, M + 1) of rows with the keys and, last, the stop; many rows go block by block, to bound memory."""
         stop_BMD = readout.stop.to(key_BMD.dtype).expand(len(key_BMD), 1, -1)
         k_BMGK = torch.cat([key_BMD, stop_BMD], 1)[:, :, None]
         order_M = torch.arange(1, k_BMGK.shape[1] + 1, device=key_BMD.device)
-        order_M[-1] = 0  # where a score asks for places the stop has always the same
+        order_M[-1] = 0  # for scores by position the stop has the same one in every sample
         k_BMGK = self.score.keys(k_BMGK, order_M[None])
 
         def scored(q_BTHK: Tensor) -> Tensor:
@@ -246,23 +249,23 @@ class Pointer(Head):
 
 
 class PointerReadout(Readout):
-    """The learned start, the key of the stop, and what the score learns, for one head as wide as the core."""
+    """The learned start, the key of the stop, and the parameters of the score, for one head as wide as the core."""
 
     def __init__(self, score: Score, width: int, queries: int) -> None:
         super().__init__(width, 1, queries)
-        del self.linear  # in its place is the score
+        del self.linear  # the score replaces it
         self.weights = score.weights(1, width)
-        self.stop = nn.Parameter(torch.randn(width))  # as large as a state, which is normed
+        self.stop = nn.Parameter(torch.randn(width))  # of about the norm of a state
 
 
-def _before(pointed_BN: Tensor, rows: int, keys: int) -> Tensor:
-    """(B, rows, keys): what was pointed at before each row, when the last row comes after all of it."""
+def _pointed_before(pointed_BN: Tensor, rows: int, keys: int) -> Tensor:
+    """Whether each key was pointed at before each row, (B, rows, keys); the last row comes after all of them."""
     hit = F.one_hot(pointed_BN, keys).cumsum(1) > 0
     none = torch.zeros_like(hit[:, :1])
     return torch.cat([none, hit], 1)[:, -rows:]
 
 
-def _there(memory: Memory | None) -> Memory:
+def _given(memory: Memory | None) -> Memory:
     if memory is None:
         raise ConfigError(
             "Pointer: it also needs the states of what was read, as memory=Pointer.inputs(reading, states)['memory']"

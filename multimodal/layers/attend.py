@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from multimodal.attention import Mechanism, Read, Score
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes, init_in, init_out
-from multimodal.masks import Pairs, Prior, everyone
+from multimodal.masks import Pairs, Prior, all_pairs
 from multimodal.norm import RMSNorm, is_untouched
 from multimodal.positions import rotate
 from multimodal.shapes import ConfigError
@@ -307,7 +307,7 @@ class _Persistent(Body):
         q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))
         k_MGK, v_MGK = (x.to(q_THK.dtype) for x in (self.key_MGK, self.value_MGK))
         # slots belong to no sample, so that all samples of the pack attend to the same ones
-        slots = everyone(1, len(k_MGK), q_THK.device).k
+        slots = all_pairs(1, len(k_MGK), q_THK.device).k
         pairs = Pairs(context.layout.info[None, :, None], slots)
         read = self.mechanism(q_THK[None], k_MGK[None], v_MGK[None], pairs, context.trace)
         return self.out(read[0].flatten(1))

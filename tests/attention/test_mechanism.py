@@ -37,7 +37,7 @@ from multimodal.attention import (
     reweighted,
     with_column,
 )
-from multimodal.masks import MaskInfo, Pairs, Prior, Window, everyone
+from multimodal.masks import MaskInfo, Pairs, Prior, Window, all_pairs
 from multimodal.shapes import ConfigError, StreamError
 
 H, G, K, WIDE = 4, 2, 6, 5  # query heads, key-value heads, width of a key, width of a value
@@ -378,7 +378,7 @@ def test_a_mixture_of_bernoullis_is_float64_bayes():
     found = Mechanism(Bernoulli(), MixingWeights(components), Soft(), 1, bits)
     found.prior_weights[0].table.data = pi.log()[None].float()  # type: ignore[union-attr]
     args = [y[None, :, None].float() for y in (x, torch.logit(mu), answer)]
-    read = found(*args, everyone(30, components, x.device))[0, :, 0]
+    read = found(*args, all_pairs(30, components, x.device))[0, :, 0]
     torch.testing.assert_close(read.double(), posterior @ answer, atol=1e-5, rtol=0)
 
 

@@ -335,9 +335,7 @@ def test_what_has_no_meaning_for_a_pair_says_what_has(model, values: Callable, t
             call()
     tokenizers, core = model.packer.tokenizers, model.core.core
     for task in (mm.Task(TASK, mm.Classify()), mm.Task("image -> label", Contrast())):
-        with pytest.raises(
-            mm.TaskError, match="'<->' wants a head that tells which two belong together, such as Contrast"
-        ):
+        with pytest.raises(mm.TaskError, match="'<->' needs a head for pairs, such as Contrast"):
             mm.Model(tokenizers, core, [task])
     for width, form, named in (
         (0, "softmax", "width=0"),

@@ -182,7 +182,7 @@ def test_the_loss_is_its_formula() -> None:
     states, target = torch.randn(5, 8), torch.randn(3, 3)
     with torch.no_grad():
         got = head.state_loss(readout, states, lengths, target, counts)
-    time_N, noise_NF = head._chance(readout, target, counts)
+    time_N, noise_NF = head._times_and_noises(readout, target, counts)
     assert time_N.shape == (12, 1)
     quarter = (time_N.reshape(4, 3) * 4).long()
     assert torch.equal(quarter, torch.arange(4)[:, None].expand(4, 3))

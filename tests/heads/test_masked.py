@@ -288,8 +288,8 @@ class One(Tokenizer):
         (lambda: Masked(1.0), ConfigError, "share=1.0 must be between 0 and 1"),
         (lambda: Masked(0.5, span=0), ConfigError, "span=0 hides nothing"),
         (lambda: mm.override(Masked(0.5), normalise="patch"), ConfigError, "normalise='patch' is none of none, token"),
-        (lambda: Masked(0.5).vocab(Labels(("a",))), ConfigError, "Labels is classes"),
-        (lambda: Masked(0.5).vocab(Labels(("a",), several=True)), ConfigError, "Labels is classes"),
+        (lambda: Masked(0.5).vocab(Labels(("a",))), ConfigError, "a value of Labels is a single token"),
+        (lambda: Masked(0.5).vocab(Labels(("a",), several=True)), ConfigError, "a value of Labels is a single token"),
         (lambda: Masked(0.5, normalise="token").vocab(One()), ConfigError, "the single feature of One"),
         (
             lambda: mm.packer.Packer({"text": TextBytes()}, [mm.Task("seen:text -> text", Masked(0.5))]),

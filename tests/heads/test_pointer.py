@@ -435,7 +435,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     state, memory, target = case([2], [3])
     with pytest.raises(ConfigError, match="also needs the states of what was read"):
         head.logits(readout, state, [2])
-    with pytest.raises(StreamError, match="one each is wanted"):
+    with pytest.raises(StreamError, match="each row needs one"):
         head.state_loss(readout, state, [2], target[:1], [1], memory)
     with pytest.raises(StreamError, match="but their lengths add up to"):
         head.logits(readout, state, [1], memory)
