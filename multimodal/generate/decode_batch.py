@@ -43,9 +43,14 @@ class DecodeBatch:
         self._positions = self._ahead()
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """The newest tokens, embedded, and their places: of each row of the cache."""
-        device = self.model.device
-        parts = [self.model.embed(kind, _newest(group).to(device)) for kind, group in self.kinds.items()]
+        """The newest token of each row, embedded, and its position."""
+        parts = []
+        for kind, group in self.kinds.items():
+            if any(request.head.draws_features or request.source is not None for request in group):
+                content = torch.cat([request.newest() for request in group])
+            else:  # ids of many requests as one tensor
+                content = torch.tensor([token for request in group for token in request.newest_ids()])
+            parts.append(self.model.embed(kind, content.to(self.model.device)))
         stream_BD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return stream_BD if self.place_of is None else stream_BD[self.place_of], next(self._positions)
 
@@ -60,13 +65,6 @@ class DecodeBatch:
             parts = [request.ahead(AHEAD) for group in self.kinds.values() for request in group]
             place_NBA = torch.cat([part[: min(map(len, parts))] for part in parts], 1)
             yield from place_NBA if self.place_of is None else place_NBA[:, self.place_of]
-
-
-def _newest(group: Sequence[Request]) -> Tensor:
-    """Content of the newest tokens of answers of one kind."""
-    if any(request.head.draws_features or request.source is not None for request in group):
-        return torch.cat([request.newest() for request in group])
-    return torch.tensor([token for request in group for token in request.newest_ids()])
 
 
 def _order(rows: Sequence[int], device: torch.device, *, back: bool = False) -> Tensor | None:

@@ -53,7 +53,7 @@ class Step:
 
     def __init__(self, core: Transformer) -> None:
         self.core = core
-        self.eps, self.last = _number(core.norm.eps, core.norm.weight), core.norm.weight.detach().clone()
+        self.eps, self.last = core.norm.weight.new_tensor(core.norm.eps), core.norm.weight.detach().clone()
         self.layers: list[_Attention | _MLP] = []
         for sublayer in core.sublayers():
             body: Any = sublayer.body
@@ -76,7 +76,7 @@ class _Attention:
     """Norm, self-attention and residual connection of one layer."""
 
     def __init__(self, norm: RMSNorm, attention: Attention, index: int) -> None:
-        self.eps, self.index = _number(norm.eps, norm.weight), index
+        self.eps, self.index = norm.weight.new_tensor(norm.eps), index
         score: Any = attention.mechanism.score
         self.features, self.weights = score.features, attention.mechanism.score_weights
         self.qkv_DN, self.out_ND = _columns(attention.qkv.weight * norm.weight), _columns(attention.out.weight)
@@ -87,7 +87,7 @@ class _Attention:
         if isinstance(attention.norm_q, RMSNorm) and isinstance(attention.norm_k, RMSNorm):
             parts = attention.norm_q.weight.expand(self.heads, -1), attention.norm_k.weight.expand(self.groups, -1)
             self.norm_HK = torch.cat(parts).detach()
-            self.norm_eps = _number(attention.norm_q.eps, self.norm_HK)
+            self.norm_eps = self.norm_HK.new_tensor(attention.norm_q.eps)
 
     def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
         rows = len(stream_BD)
@@ -113,7 +113,7 @@ class _MLP:
     """Norm, gated MLP and residual connection of one layer."""
 
     def __init__(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
-        self.eps = _number(norm.eps, norm.weight)
+        self.eps = norm.weight.new_tensor(norm.eps)
         self.gate_up_DN, self.down_ND = _columns(gate_up.weight * norm.weight), _columns(down.weight)
 
     def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
@@ -125,11 +125,6 @@ def _normed(x: Tensor, eps: Tensor) -> Tensor:
     """x / rms(x), without the weight of the norm, which is folded into the matrix after it."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor, made once, because addcmul takes no Python number."""
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _columns(weight: Tensor) -> Tensor:
