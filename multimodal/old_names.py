@@ -66,7 +66,7 @@ NAMES = {
     "look": {"Field": "look.XRayField", "looked_at": "look.attention_rollout"},
     "look.roles": {"Roles": "look.parameter_count.ParameterCount", "roles": "look.parameter_count.count_parameters"},
     "look.words": {"analogy": "zoo.analogies.analogy"},
-    "masks": {"Places": "masks.MaskInfo"},
+    "masks": {"Places": "masks.MaskInfo", "everyone": "masks.all_pairs"},
     "media": {"announce": "media.warn_once", "say_once": "media.warn_once"},
     "plan": {
         "Memory": "count.MemoryUse",
