@@ -749,7 +749,7 @@ def test_a_pass_that_fails_ends_those_who_run_and_not_the_engine(monkeypatch):
     model = lively(mm.Model(TOKENIZERS, mm.Core(width=16, depth=1, heads=2), [WRITE]))
     engine = mm.Engine(model, rows=1, capacity=40)
     tickets = [engine.submit(WRITE, {"text": "abc"}, max_tokens=3) for _ in range(2)]
-    right, calls = engine._pass, []
+    right, calls = engine._decode_step, []
 
     def once():
         calls.append(1)
@@ -757,7 +757,7 @@ def test_a_pass_that_fails_ends_those_who_run_and_not_the_engine(monkeypatch):
             raise StreamError("no")
         return right()
 
-    monkeypatch.setattr(engine, "_pass", once)
+    monkeypatch.setattr(engine, "_decode_step", once)
     pieces = list(engine.run())
     assert [piece.ticket for piece in pieces if piece.error] == tickets[:1]
     assert [piece.ticket for piece in pieces if piece.prediction] == tickets[1:]
