@@ -3,20 +3,13 @@
     uv run benchmarks/captions.py --folder RUN           about 23 CPU-minutes on one thread
 
 The data are flickr8k.zip (5,000 photos to train on, 242 to score, five captions each) and captions_en.txt.gz in the folder
-MULTIMODAL_DATA (default ../shared/data). The 145,000 captions are those of Multi30k's training photos; the scored photos are
+MULTIMODAL_DATA. The 145,000 captions are those of Multi30k's training photos; the scored photos are
 Multi30k *validation* photos, and none of them looks like a training photo, so nothing that is scored was seen.
---score FOLDER scores a kept run; --picture FILE draws some photos with what was written.
+--score FOLDER scores the two models of a run; --picture FILE draws some photos with what was written.
 """
 
-import argparse
-import gzip
-import io
-import json
-import os
 import re
 import textwrap
-import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from captions_score import Cider, scores
 from PIL import Image
 
-from multimodal import Core, Model, NextToken, Recipe, Task, fit
+from benchmarks import script
+from benchmarks.captions_score import Cider, scores
+from benchmarks.data import lines_of, records
+from multimodal import Core, Model, NextToken, Recipe, Task, fit, override
 from multimodal_tokenizers import ImagePatches, TextBPE
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 TASK, BLIND = "image -> text", "-> text"
-SIDE = 96  # pixels a photo is read at, of the 128 it is kept at
+SIDE = 96  # pixels a photo is read at, of its 128
 LEAST = 0.75  # of the side of a photo that a random crop shows
 MORE = 0.5  # captions without a photo for each one with
 MIRRORED = {"left": "right", "right": "left"}
+RECIPE = Recipe(steps=1200, batch=96, lr=3e-3, optimizer="muon", ema=0.995, warmup=0.1, checkpoint_every=100)
 
 
 def plain(caption: str) -> str:
@@ -54,11 +48,9 @@ class Photos:
     @classmethod
     def read(cls, split: str) -> "Photos":
         """The photos of "train" or "val"."""
-        with zipfile.ZipFile(DATA / "flickr8k.zip") as archive:
-            rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf-8").split("\n") if line]
-            rows = [row for row in rows if row["split"] == split]
-            images = [np.asarray(Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGB")) for row in rows]
-        return cls(images, [[plain(caption) for caption in row["en"]] for row in rows])
+        found = records("flickr8k.zip", lambda rows: [row for row in rows if row["split"] == split])
+        pairs = [(np.asarray(Image.open(file).convert("RGB")), list(map(plain, row["en"]))) for row, file in found]
+        return cls([image for image, _ in pairs], [captions for _, captions in pairs])
 
     @cached_property
     def pairs(self) -> list[tuple[int, str]]:
@@ -90,8 +82,7 @@ class Photos:
 
 def other_captions() -> list[str]:
     """145,000 captions of Multi30k's training photos."""
-    with gzip.open(DATA / "captions_en.txt.gz", "rt", encoding="utf-8") as file:
-        return [text for line in file if (text := plain(line))]
+    return [text for line in lines_of("captions_en.txt.gz") if (text := plain(line))]
 
 
 def train(photos: Photos, folder: Path, recipe: Recipe) -> None:
@@ -103,15 +94,15 @@ def train(photos: Photos, folder: Path, recipe: Recipe) -> None:
     others = other_captions()
     alone = [{"text": caption} for caption in others]
     model = Model(tokenizers, core, [Task(TASK, head), Task(BLIND, head, weight=MORE)], seed=recipe.seed)
-    start, mix = time.process_time(), {TASK: 1, BLIND: MORE}
-    fit(model, {TASK: photos, BLIND: alone}, recipe, mix=mix, folder=folder / "photos", resume=True)
-    print(f"{model.report()}\nwith photos: {(time.process_time() - start) / 60:.1f} CPU-minutes")
-    start, steps = time.process_time(), recipe.steps // 2
+    mix = {TASK: 1, BLIND: MORE}
+    print(model.report())
+    with script.cpu_time("with photos:"):
+        fit(model, {TASK: photos, BLIND: alone}, recipe, mix=mix, folder=folder / "photos", resume=True)
     times = round(len(others) / len(photos) / MORE)  # so that blind captions come in the same mix
     alone += [{"text": caption} for caption in photos.sentences] * times
     model = Model({"text": text}, core, [Task(BLIND, head)], seed=recipe.seed)
-    fit(model, {BLIND: alone}, recipe, folder=folder / "blind", resume=True, steps=steps)
-    print(f"blind: {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    with script.cpu_time("blind:"):
+        fit(model, {BLIND: alone}, recipe, folder=folder / "blind", resume=True, steps=recipe.steps // 2)
 
 
 def written(model: Model, photos: Photos, **options: Any) -> list[str]:
@@ -177,27 +168,12 @@ def draw(photos: Photos, captions: Sequence[str], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("captions_run"))
-    parser.add_argument("--score", type=Path)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    options = script.parser(__doc__, "folder", "score", "steps", "seed", folder=Path("captions_run"), steps=1200)
+    options.add_argument("--picture", type=Path)
+    args = script.parsed(options)
     photos, test = Photos.read("train"), Photos.read("val")
     if not args.score:
-        recipe = Recipe(
-            steps=args.steps,
-            batch=96,
-            lr=3e-3,
-            optimizer="muon",
-            ema=0.995,
-            warmup=0.1,
-            checkpoint_every=100,
-            seed=args.seed,
-        )
-        train(photos, args.folder, recipe)
+        train(photos, args.folder, override(RECIPE, steps=args.steps, seed=args.seed))
     found = answers(args.score or args.folder, photos, test)
     for name, captions in found.items():
         print(f"{name:<26}", "  ".join(f"{key} {value:.2f}" for key, value in scores(captions, test.captions).items()))

@@ -5,15 +5,10 @@
 Trained on 5,000 photos with five captions each; scored are 242 other photos, found among all 242 by one caption each and the other
 way round (chance at 10: 4.1 %), and with all five captions. Beside it, in the same run: the same model untrained, and ridge
 canonical correlation (Vinod 1976) of colours and bags of words. Asked by text: the same model on photographs of clothing, and a
-model of handwritten digits in a wording of the training and in another. --write keeps the table in benchmarks/results/contrast.md,
-and --score scores the run that is kept in --folder.
+model of handwritten digits in a wording of the training and in another. --write writes the table to benchmarks/results/contrast.md.
 """
 
-import argparse
-import io
-import json
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
 import torch
-from captions import DATA, MIRRORED, Photos, histograms, thumbnails
 from PIL import Image
 
+from benchmarks import report, script
+from benchmarks.captions import MIRRORED, Photos, histograms, thumbnails
+from benchmarks.data import Rows, records
 from multimodal import Core, Model, Recipe, Task, fit
-from multimodal.contrast import Contrast, evaluate_pairs, recalls
+from multimodal.heads.contrast import Contrast
+from multimodal.retrieval import evaluate_pairs, recalls
 from multimodal_tokenizers import ImagePatches, TextBPE, TextBytes
 
 TASK = "image <-> text"
@@ -150,17 +147,20 @@ def right(model: Model, images: Sequence[Any], labels: Sequence[int], texts: Seq
 
 def clothes() -> tuple[list[Image.Image], list[int], list[str]]:
     """The 341 validation photographs, cut square, with their classes."""
-    with zipfile.ZipFile(DATA / "clothing.zip") as archive:
-        rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf-8").split("\n") if line]
-        names = sorted({row["label"] for row in rows})
-        rows = [row for row in rows if row["split"].startswith("val")]
-        images = [Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGB") for row in rows]
-    square = []
-    for image in images:
+    names: list[str] = []
+
+    def validation(rows: Rows) -> Rows:
+        names.extend(sorted({row["label"] for row in rows}))
+        return [row for row in rows if row["split"].startswith("val")]
+
+    square, labels = [], []
+    for row, file in records("clothing.zip", validation):
+        image = Image.open(file).convert("RGB")
+        labels.append(names.index(row["label"]))
         least = min(image.size)
         x, y = (image.width - least) // 2, (image.height - least) // 2
         square.append(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (x, y, x + least, y + least)))
-    return square, [names.index(row["label"]) for row in rows], names
+    return square, labels, names
 
 
 class Spoken:
@@ -201,7 +201,7 @@ def digits(seed: int) -> tuple[dict[str, float], float]:
 
 
 def train(photos: Photos, folder: Path, steps: int, form: str, seed: int) -> None:
-    """Keeps the model and the CPU-minutes it took in the folder."""
+    """Saves the model, and the CPU-minutes it took, in the folder."""
     start, model = time.process_time(), photo_model(photos, form, seed)
     recipe = Recipe(
         steps=steps, batch=128, lr=3e-3, optimizer="muon", warmup=0.1, ema=0.99, checkpoint_every=100, seed=seed
@@ -222,25 +222,20 @@ def table(rows: Mapping[str, Sequence[Mapping[str, float]]], count: int) -> str:
     """Recall both ways, in percent, with one caption a photo and with five."""
     keys = [f"R@{k} {side}" for side in ("right", "left") for k in (1, 10)]
     shown = [key.replace("right", "caption of a photo").replace("left", "photo of a caption") for key in keys]
-    text = "| | " + " | ".join([*shown, *(f"{name}, of five" for name in shown[:2])]) + " |\n" + "|---" * 7 + "|\n"
     chance = [100 * k / count for k in (1, 10)]
     five = [100 * (1 - np.prod([1 - k / (5 * count - i) for i in range(5)])) for k in (1, 10)]
     lines = {"chance": [*chance, *chance, *five]}
     for name, (one, many) in rows.items():
         lines[name] = [100 * one[key] for key in keys] + [100 * many[key] for key in keys[:2]]
-    return text + "".join(f"| {name} | {' | '.join(f'{x:.1f} %' for x in line)} |\n" for name, line in lines.items())
+    head = ["", *shown, *(f"{name}, of five" for name in shown[:2])]
+    return script.table(head, ([name, *(f"{x:.1f} %" for x in line)] for name, line in lines.items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("contrast_run"))
-    parser.add_argument("--score", action="store_true", help="score the run that is kept in the folder")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--form", choices=("softmax", "sigmoid"), default="softmax")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    options = script.parser(__doc__, "folder", "steps", "seed", "write", folder=Path("contrast_run"), steps=300)
+    options.add_argument("--score", action="store_true", help="score the run in the folder, and train none")
+    options.add_argument("--form", choices=("softmax", "sigmoid"), default="softmax")
+    args = script.parsed(options)
     photos, test = Photos.read("train"), Photos.read("val")
     if not args.score:
         train(photos, args.folder, args.steps, args.form, args.seed)

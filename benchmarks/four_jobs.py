@@ -2,47 +2,34 @@
 
     uv run benchmarks/four_jobs.py [--seeds 0] [--write]         about 25 CPU-minutes a seed
 
---write keeps the table in benchmarks/results/four_jobs.md.
+--write writes the table to benchmarks/results/four_jobs.md.
 """
 
-import argparse
-import sys
 import tempfile
-import time
-from pathlib import Path
 
-import torch
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
-
-import one_model_four_jobs  # noqa: E402
-import report  # noqa: E402
-from job_sets import JOBS  # noqa: E402
+from benchmarks import data, report, script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("options", nargs="*", help="passed on to the example, after --")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    table = "| what is right | seed | one model, four jobs | a model for this job alone | difference |\n|---|---|---|---|---|\n"
+    options = script.parser(__doc__, "seeds", "write")
+    options.add_argument("options", nargs="*", help="passed on to the example, after --")
+    args = script.parsed(options)
+    one_model_four_jobs, jobs = data.example("one_model_four_jobs"), data.example("job_sets").JOBS
+    rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
 
             def run(name: str, *more: str, seed: int = seed) -> dict[str, float]:
-                options = ["--folder", f"{folder}/{name}{seed}", "--seed", str(seed), "--workers", "0"]
-                start = time.process_time()
-                found = one_model_four_jobs.main([*options, *more, *args.options])
-                print(f"{name}, seed {seed}: {(time.process_time() - start) / 60:.1f} CPU-minutes", flush=True)
-                return found
+                common = ["--folder", f"{folder}/{name}{seed}", "--seed", str(seed), "--workers", "0"]
+                with script.cpu_time(f"{name}, seed {seed}:"):
+                    return one_model_four_jobs.main([*common, *more, *args.options])
 
             together = run("together")
-            alone = {key: value for job in JOBS for key, value in run(job, "--only", job).items()}
+            alone = {key: value for job in jobs for key, value in run(job, "--only", job).items()}
             for key, value in together.items():
-                table += f"| {key} | {seed} | {value:.1%} | {alone[key]:.1%} | {100 * (value - alone[key]):+.1f} |\n"
+                rows.append([key, str(seed), f"{value:.1%}", f"{alone[key]:.1%}", f"{100 * (value - alone[key]):+.1f}"])
+    head = ["what is right", "seed", "one model, four jobs", "a model for this job alone", "difference"]
+    table = script.table(head, rows)
     print(table)
     if args.write:
         report.keep("four_jobs", "One model, four jobs", "uv run benchmarks/four_jobs.py --write", table)

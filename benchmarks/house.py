@@ -26,7 +26,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"multimodal": ROOT / "multimodal", "multimodal_tokenizers": ROOT / "tokenizers" / "multimodal_tokenizers"}
 PACKAGES = {**LIBRARY, "benchmarks": ROOT / "benchmarks"}
-CORE = ("multimodal.model", "multimodal.generate", "multimodal.train.fit")
+CORE = ("multimodal.model", "multimodal.generate", "multimodal.train.loop")
 
 HEADER = """\
 # How the code reads

@@ -6,10 +6,7 @@ Five tasks with equal shares: CIFAR-10 pictures, Flickr8k photos with captions, 
 Shakespeare. Every sample is fetched, decoded and encoded as in training.
 """
 
-import argparse
-import gzip
 import io
-import json
 import os
 import time
 import zipfile
@@ -19,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import keep
 
 import multimodal as mm
+from benchmarks import report, script
+from benchmarks.data import DATA, manifest, text_of
 from multimodal.data import Packs
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
 TASKS = ("image -> label", "photo:image -> text", "audio -> text", "speech:audio -> text", "-> text")
 
 
@@ -35,7 +32,7 @@ class Zipped:
     def __init__(self, path: Path, sample: Callable[[zipfile.ZipFile, dict], Mapping[str, Any]]):
         self.path, self.sample, self.opened = path, sample, (0, None)
         with zipfile.ZipFile(path) as z:
-            self.rows = [json.loads(line) for line in z.read("manifest.jsonl").decode().split("\n") if line]
+            self.rows = manifest(z)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,8 +58,7 @@ class Cifar:
 
 def sources() -> dict[str, Any]:
     """Each task's data."""
-    with gzip.open(DATA / "tinyshakespeare.txt.gz", "rt", encoding="utf8") as file:
-        play = file.read().split("\n\n")
+    play = text_of("tinyshakespeare.txt.gz").split("\n\n")
     sound = {"fsdd.zip": "digit", "ljspeech.zip": "normalized"}
     digits, speech = (
         Zipped(
@@ -104,18 +100,15 @@ def in_order(lengths: list[int], budget: int) -> list[float]:
     return fills
 
 
-def row(name: str, fills: list[float]) -> str:
-    low, middle = (100 * float(np.percentile(fills, p)) for p in (1, 50))
-    return f"| {name} | {100 * np.mean(fills):.2f} % | {100 * min(fills):.2f} % | {low:.2f} % | {middle:.2f} % |"
+def row(name: str, fills: list[float]) -> list[str]:
+    numbers = (np.mean(fills), min(fills), np.percentile(fills, 1), np.percentile(fills, 50))
+    return [name, *(f"{100 * number:.2f} %" for number in numbers)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--budget", type=int, default=4096)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    options = script.parser(__doc__, "steps", "write", steps=500)
+    options.add_argument("--budget", type=int, default=4096)
+    args = script.parsed(options)
     kinds = {
         "image": ImagePatches(patch=4),
         "audio": AudioFrames(rate_hz=8000, mels=40),
@@ -133,25 +126,22 @@ def main() -> None:
     mixed = [lengths[i] for i in torch.randperm(len(lengths), generator=drawn)]  # packs lay their samples by length
     per_batch = [mixed[i : i + 64] for i in range(0, len(mixed) - 63, 64)]
     padded = [sum(part) / (64 * max(part)) for part in per_batch]
-    body = [
-        f"{len(lengths):,} samples of {min(lengths)} to {max(lengths)} tokens (mean {np.mean(lengths):.0f}) in {args.steps} "
-        f"packs of {args.budget}, look-ahead 256; {1000 * seconds / args.steps:.0f} CPU-ms a pack, with decoding and encoding.\n",
-        "| | mean | least | 1st percentile | median |\n|---|---|---|---|---|",
+    rows = [
         row("ours: best subset, the oldest always in", [f for f in fills if f]),
         row("greedy, largest that fits, same look-ahead", greedy(mixed, args.budget, 256, largest_first=True)),
         row("greedy, first that fits, same look-ahead", greedy(mixed, args.budget, 256, largest_first=False)),
         row("in order, closed when one does not fit", in_order(mixed, args.budget)),
         row("batches of 64 padded to their longest", padded),
-        f"\nPacks filled to the last token: {sum(f == 1 for f in fills)} of {len(fills)}.",
     ]
-    print("\n".join(body))
+    body = (
+        f"{len(lengths):,} samples of {min(lengths)} to {max(lengths)} tokens (mean {np.mean(lengths):.0f}) in {args.steps} "
+        f"packs of {args.budget}, look-ahead 256; {1000 * seconds / args.steps:.0f} CPU-ms a pack, with decoding and encoding.\n\n"
+        + script.table(["", "mean", "least", "1st percentile", "median"], rows)
+        + f"\nPacks filled to the last token: {sum(f == 1 for f in fills)} of {len(fills)}."
+    )
+    print(body)
     if args.write:
-        keep(
-            "packing",
-            "How full packs are",
-            f"uv run benchmarks/packing.py --steps {args.steps} --write",
-            "\n".join(body),
-        )
+        report.keep("packing", "How full packs are", f"uv run benchmarks/packing.py --steps {args.steps} --write", body)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
-"""`multimodal plan` against what is measured here and what others have published: memory, FLOPs, speed.
+"""`multimodal plan` against what is measured here: memory and FLOPs.
 
-    uv run benchmarks/plan.py                  everything, about 5 CPU-minutes; on a busy machine 15
-    uv run benchmarks/plan.py --published      only the runs of others: seconds
-    uv run benchmarks/plan.py --write          and keep the tables in benchmarks/results/plan.md
+    uv run benchmarks/plan.py                  about 5 CPU-minutes; on a busy machine 15
+    uv run benchmarks/plan.py --write          and writes the tables to benchmarks/results/plan.md
 
-Memory: a fresh process of one thread trains for three steps by `fit`, and PyTorch's profiler tells of every piece of memory that is
-taken and given back; the highest sum is what the plan has to say. Expected: within
-2 % in one process, 10 % in several; the table tells where not.
+Memory: a fresh process of one thread trains for three steps by `fit`, and PyTorch's profiler records every piece of memory that is
+allocated and freed; the highest sum is what the plan has to say. Expected: within
+2 % in one process, 10 % in several; the table shows where not.
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import resource
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -30,14 +27,14 @@ ROOT = HERE.parent
 sys.path[:0] = [str(path) for path in (ROOT / "tokenizers", ROOT, HERE) if str(path) not in sys.path]
 
 import torch  # noqa: E402
-from plan_published import CLIPS, RUNS, Row  # noqa: E402
 
 import multimodal as mm  # noqa: E402
 from multimodal.core import recompute  # noqa: E402
+from multimodal.count import MemoryUse, Work, count_stream, rank_memory, token_flops  # noqa: E402
+from multimodal.count.flops import embed_cost, rowwise_layers, transformer  # noqa: E402
+from multimodal.count.memory import layer_activations  # noqa: E402
+from multimodal.count.streams import stream_tensors  # noqa: E402
 from multimodal.layers import Sublayer  # noqa: E402
-from multimodal.plan import Memory, Work, count_stream, find_gpu, rank_memory, token_flops  # noqa: E402
-from multimodal.plan.parts import embed_cost, layer_kept, lone_layers, parameters, transformer  # noqa: E402
-from multimodal.plan.streams import stream_tensors  # noqa: E402
 from multimodal.tokenizer import Tokenizer, Tokens, at_times  # noqa: E402
 
 RESULT = HERE / "results" / "plan.md"
@@ -92,15 +89,15 @@ class Case:
         return "row -> id" if self.rows else "-> id"
 
     @property
-    def said(self) -> str:
-        """What is not as usual."""
-        odd = [f"{self.rows} rows read, prefix-LM"] * bool(self.rows)
-        odd += [f"{self.kv_heads} key-value heads"] * (self.kv_heads != self.heads)
-        odd += [f"accumulate {self.accumulate}"] * (self.accumulate > 1)
-        odd += ["averaged weights"] * (self.ema > 0) + [self.optimizer] * (self.optimizer != "adamw")
-        odd += ["bfloat16"] * (self.precision == "bfloat16") + ["checkpointing"] * self.checkpointing
-        odd += [f"{self.processes} processes, {self.parallel}"] * (self.processes > 1)
-        return ", ".join(odd) or "-"
+    def changes(self) -> str:
+        """What differs from a plain case."""
+        changed = [f"{self.rows} rows read, prefix-LM"] * bool(self.rows)
+        changed += [f"{self.kv_heads} key-value heads"] * (self.kv_heads != self.heads)
+        changed += [f"accumulate {self.accumulate}"] * (self.accumulate > 1)
+        changed += ["averaged weights"] * (self.ema > 0) + [self.optimizer] * (self.optimizer != "adamw")
+        changed += ["bfloat16"] * (self.precision == "bfloat16") + ["checkpointing"] * self.checkpointing
+        changed += [f"{self.processes} processes, {self.parallel}"] * (self.processes > 1)
+        return ", ".join(changed) or "-"
 
     def model(self) -> mm.Model:
         core = mm.Core(width=self.width, depth=self.depth, heads=self.heads, kv_heads=self.kv_heads)
@@ -142,10 +139,10 @@ class Case:
             averaged=self.ema > 0,
         )
 
-    def planned(self) -> Memory:
+    def planned(self) -> MemoryUse:
         model = self.model()
-        facts = count_stream(model, self.data())
-        return rank_memory(model, facts, self.work(facts.length))
+        stats = count_stream(model, self.data())
+        return rank_memory(model, stats, self.work(stats.length))
 
 
 CASES = (
@@ -164,11 +161,11 @@ CASES = (
     Case(width=256, depth=6, batch=4, length=31, processes=2, parallel="fsdp"),
     Case(width=256, depth=4, batch=4, length=31, processes=2, parallel="fsdp", accumulate=2, precision="bfloat16"),
 )
-TIMED = CASES[:5]  # their speed is measured too
+COUNTED = CASES[:5]  # their FLOPs are counted too
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory that is taken while `work` runs, above what was there: from the profiler's record of every piece."""
+    """The most memory that is allocated while `work` runs, above what was there: from the profiler's record of every piece."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -183,13 +180,13 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Bytes that `fit` takes, the weights included; of a forward pass what is kept for the gradient; CPU seconds of a step."""
+    """Bytes that `fit` takes, the weights included; bytes that a forward pass saves for the backward pass; FLOPs of a step."""
     torch.set_num_threads(1)
     model, data = case.model(), case.data()
     weights = sum(p.nbytes for p in model.parameters())
     found = {"weights": float(weights)}
     if case.processes == 1:
-        mm.fit(CASES[0].model(), CASES[0].data(), CASES[0].recipe(2), quiet=True)  # what is imported late is there now
+        mm.fit(CASES[0].model(), CASES[0].data(), CASES[0].recipe(2), quiet=True)  # imports what is imported late
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         mm.fit(model, data, case.recipe(2), quiet=True)
         highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -197,21 +194,14 @@ def measure(case: Case) -> dict[str, float]:
         model = case.model()
     found["total"] = float(weights + peak_bytes(lambda: mm.fit(model, data, case.recipe(), quiet=True)))
     if case.processes == 1 and case.accumulate == 1 and not case.checkpointing:
-        found |= kept_by_part(case)
-    if case in TIMED:
-        spent = []
-        for steps in (2, 6):
-            start = time.process_time()
-            mm.fit(model, data, case.recipe(steps), quiet=True)
-            spent.append(time.process_time() - start)
-        found["step_s"] = (spent[1] - spent[0]) / 4
-        found["peak"] = find_gpu("cpu").fp32
+        found |= saved_by_part(case)
+    if case in COUNTED:
         found["flops"], found["planned_flops"] = counted_flops(case)
     return found
 
 
-def kept_by_part(case: Case) -> dict[str, float]:
-    """Bytes that a forward pass keeps for the gradient in all attention layers, in all MLPs, and elsewhere."""
+def saved_by_part(case: Case) -> dict[str, float]:
+    """Bytes that a forward pass saves for the backward pass in all attention layers, in all MLPs, and elsewhere."""
     model, data = case.model().train(), case.data()
     stream = model.pack(case.task, data[case.task])
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *stream_tensors(stream))}
@@ -235,31 +225,31 @@ def kept_by_part(case: Case) -> dict[str, float]:
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
         loss = model.loss(stream)
-    sums = dict.fromkeys(("kept SelfAttention", "kept MLP", "kept rest"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("saved SelfAttention", "saved MLP", "saved rest"), 0.0)
     for part, size, _ in found.values():
-        sums[f"kept {part}"] += size
+        sums[f"saved {part}"] += size
     del loss
     return sums
 
 
 def planned_by_part(case: Case) -> dict[str, float]:
-    """The same as the plan has it."""
+    """The same, planned."""
     model = case.model()
-    facts = count_stream(model, case.data())
-    half, tokens = case.precision == "bfloat16", facts.length * case.batch
-    sums = dict.fromkeys(("SelfAttention", "MLP", "rest"), 0.0)
+    stats = count_stream(model, case.data())
+    half, tokens = case.precision == "bfloat16", stats.length * case.batch
+    sums: dict[str, float] = dict.fromkeys(("SelfAttention", "MLP", "rest"), 0.0)
     for layer in transformer(model).sublayers():
-        kept = layer_kept(layer, transformer(model).core, facts, half=half, cuda=False)
-        kept = kept.of(facts.wanted) if layer in lone_layers(model) else kept
+        saved = layer_activations(layer, transformer(model).core, stats, half=half, cuda=False)
+        saved = saved.of(stats.wanted) if layer in rowwise_layers(model) else saved
         matrices = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
-        sums[type(layer.layer).__name__] += tokens * sum(kept.parts.values()) + 2 * matrices * half
-    turns, heads = 4.0 * case.width / case.heads, 2 if half else 4
-    sums["SelfAttention"] += tokens * turns
-    rows = facts.rows["id_NextToken"] * tokens
-    sums["rest"] += facts.wanted * tokens * 4 * (case.width + 1) + rows * (4 * (case.vocab + 1) + heads * case.width)
+        sums[type(layer.layer).__name__] += tokens * sum(saved.parts.values()) + 2 * matrices * half
+    rotations, heads = 4.0 * case.width / case.heads, 2 if half else 4
+    sums["SelfAttention"] += tokens * rotations
+    rows = stats.rows["id_NextToken"] * tokens
+    sums["rest"] += stats.wanted * tokens * 4 * (case.width + 1) + rows * (4 * (case.vocab + 1) + heads * case.width)
     if case.rows:
         tokenizer = model.packer.tokenizers["row"]
-        sums["rest"] += tokens * facts.kinds["row"] * embed_cost(tokenizer, case.width, half).kept
+        sums["rest"] += tokens * stats.kinds["row"] * embed_cost(tokenizer, case.width, half).saved
     return sums | {"rest": sums["rest"] + 2 * case.width * (case.vocab + 1) * half}
 
 
@@ -275,23 +265,23 @@ def counted_flops(case: Case) -> tuple[float, float]:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss(stream).backward()
     # PyTorch's plain attention computes all pairs
-    facts = replace(count_stream(model, data), context=float(stream.layout.spans[0].total))
-    flops = token_flops(model, facts)
+    stats = replace(count_stream(model, data), context=float(stream.layout.spans[0].total))
+    flops = token_flops(model, stats)
     return float(counter.get_total_flops()), (flops.training + flops.again * case.checkpointing) * len(stream)
 
 
 def in_processes(case: Case) -> dict[str, float]:
-    """`measure` in fresh processes, as many as the case has; what the first one found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """`measure` in fresh processes, as many as the case has; returns what the first one measured."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
     command = [sys.executable, str(Path(__file__).resolve()), "--measure", json.dumps(asdict(case))]
     running = []
     for rank in range(case.processes):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "9"}
         if case.processes > 1:
-            facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.processes, "MASTER_PORT": port}
-            environment |= {name: str(value) for name, value in facts.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            rendezvous = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.processes, "MASTER_PORT": port}
+            environment |= {name: str(value) for name, value in rendezvous.items()} | {"MASTER_ADDR": "127.0.0.1"}
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     found = [process.communicate(timeout=600)[0] for process in running]
     for process, text in zip(running, found, strict=True):
@@ -306,89 +296,50 @@ def megabytes(size: float) -> str:
 
 def memory_table(found: Mapping[Case, dict[str, float]]) -> str:
     lines = [
-        "| width x depth | batch x tokens | also | measured MB | planned MB | planned / measured | kept by attention; MLP; rest: "
+        "| width x depth | batch x tokens | also | measured MB | planned MB | planned / measured | saved by attention; MLP; rest: "
         "measured MB, planned / measured | process grew by MB (RSS) |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for case, row in found.items():
         planned = case.planned()
-        kept = "-"
-        if "kept SelfAttention" in row:
-            pairs = [(row[f"kept {part}"], size) for part, size in planned_by_part(case).items()]
-            kept = "; ".join(f"{megabytes(real)}, {size / real:.3f}" for real, size in pairs)
-        what = f"{case.width} x {case.depth} | {case.batch} x {case.length + 1 + case.rows} | {case.said}"
+        saved = "-"
+        if "saved SelfAttention" in row:
+            pairs = [(row[f"saved {part}"], size) for part, size in planned_by_part(case).items()]
+            saved = "; ".join(f"{megabytes(real)}, {size / real:.3f}" for real, size in pairs)
+        what = f"{case.width} x {case.depth} | {case.batch} x {case.length + 1 + case.rows} | {case.changes}"
         sizes = f"{megabytes(row['total'])} | {megabytes(planned.total)} | {planned.total / row['total']:.3f}"
         grown = f"{row['grown'] / 1e6:.0f}" if "grown" in row else "-"
-        lines.append(f"| {what} | {sizes} | {kept} | {grown} |")
+        lines.append(f"| {what} | {sizes} | {saved} | {grown} |")
     return "\n".join(lines)
 
 
-def speed_table(found: Mapping[Case, dict[str, float]]) -> str:
-    lines = [
-        "| width x depth | FLOPs a step: counted by PyTorch | planned / counted | CPU s a step | of the best product |",
-        "|---|---:|---:|---:|---:|",
-    ]
+def flops_table(found: Mapping[Case, dict[str, float]]) -> str:
+    lines = ["| width x depth | FLOPs a step: counted by PyTorch | planned / counted |", "|---|---:|---:|"]
     for case, row in found.items():
-        if "step_s" in row:
-            model = case.model()
-            facts = count_stream(model, case.data())
-            real = token_flops(model, facts).training * facts.length * case.batch
-            lines.append(
-                f"| {case.width} x {case.depth} | {row['flops']:.4e} | {row['planned_flops'] / row['flops']:.6f} | "
-                f"{row['step_s']:.3f} | {100 * real / row['step_s'] / row['peak']:.0f} % of {row['peak'] / 1e9:.0f} GFLOP/s |"
-            )
+        if "flops" in row:
+            ratio = row["planned_flops"] / row["flops"]
+            lines.append(f"| {case.width} x {case.depth} | {row['flops']:.4e} | {ratio:.6f} |")
     return "\n".join(lines)
-
-
-def published_table() -> str:
-    lines = [
-        "| run | parameters: published, ours | what | published | planned: best to worst | published / middle | in range "
-        "| source |",
-        "|---|---|---|---:|---:|---:|---|---|",
-    ]
-    for run in RUNS:
-        model = run.model(Ids)
-        counts = f"{run.billions:g} B, {sum(parameters(model).values()) / 1e9:.3g} B"
-        source = run.source + ("" if run.verified else " (from memory, not verified)")
-        lines += [_published_line(run.name, counts, row, source) for row in run.rows(model)]
-    for run in CLIPS:
-        counts = f"-, {(run.picture.parameters + run.words.parameters) / 1e9:.3g} B without embeddings"
-        lines.append(_published_line(f"{run.name}, {run.gpus} A100", counts, run.row(), run.source))
-    return "\n".join(lines)
-
-
-def _published_line(name: str, counts: str, row: Row, source: str) -> str:
-    best, worst = row.planned
-    low, high = sorted(row.planned)
-    inside = "-" if low == high else "yes" if low <= row.published <= high else "**no**"
-    planned = f"{best:,.4g}" if low == high else f"{best:,.3g} to {worst:,.3g}"
-    ratio = row.published / math.sqrt(low * high)
-    return f"| {name} | {counts} | {row.what} | {row.published:,.4g} | {planned} | {ratio:.2f} | {inside} | {source} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--published", action="store_true")
     parser.add_argument("--measure", default="")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(Case(**json.loads(options.measure)))))
         return
-    texts = []
-    if not options.published:
-        found = {}
-        for number, case in enumerate(CASES, 1):
-            found[case] = in_processes(case)
-            print(f"  {number}/{len(CASES)} {case.width} x {case.depth} {case.said}", flush=True)
-        texts += ["## Memory, measured on this CPU", memory_table(found), "## FLOPs and speed, measured on this CPU"]
-        texts += [speed_table(found)]
-    texts += ["## Runs published by others", published_table()]
-    print("\n\n".join(texts))
+    found = {}
+    for number, case in enumerate(CASES, 1):
+        found[case] = in_processes(case)
+        print(f"  {number}/{len(CASES)} {case.width} x {case.depth} {case.changes}", flush=True)
+    text = f"## Memory, measured on this CPU\n\n{memory_table(found)}\n\n## FLOPs of a step\n\n{flops_table(found)}"
+    print(text)
     if options.write:
-        facts = f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}"
-        head = "# What `multimodal plan` says, against what is measured and published\n\n`uv run benchmarks/plan.py --write`\n"
-        RESULT.write_text(f"{head}{facts}\n\n" + "\n\n".join(texts) + "\n", encoding="utf-8")
+        machine = f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}"
+        head = "# What `multimodal plan` says, against what is measured\n\n`uv run benchmarks/plan.py --write`\n"
+        RESULT.write_text(f"{head}{machine}\n\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

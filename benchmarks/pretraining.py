@@ -6,25 +6,20 @@ All training items are read without their labels; then the same architecture is 
 weights and from fresh ones, by a learning rate and a number of steps that are chosen for each of the two alike: the best on two
 further draws of labels, judged on training items. Figures are of the held-out items, means of five draws. Controls: a linear probe
 (logistic regression on the mean state of what is read) of either core as it is, and the nearest labelled neighbour.
---write keeps the table in benchmarks/results/pretraining.md.
+--write writes the table to benchmarks/results/pretraining.md.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
-
-import multimodal as mm  # noqa: E402
-from multimodal_tokenizers import AudioFrames, ImagePatches, Labels  # noqa: E402
+import multimodal as mm
+from benchmarks import data, report, script
+from multimodal_tokenizers import AudioFrames, ImagePatches, Labels
 
 DIGITS = tuple("0123456789")
 TUNING = {"150 steps, lr 3e-3": (150, 3e-3), "450 steps, lr 1e-3": (450, 1e-3), "450 steps, lr 3e-3": (450, 3e-3)}
@@ -91,7 +86,7 @@ class Study:
         return model.extended({"label": Labels(DIGITS)}, [self.read])
 
     def drawn(self, draw: int, seed: int) -> tuple[list[Item], list[Item]]:
-        """So many labelled items of each class, and the others of the pool in random order."""
+        """`each` labelled items of every class, and the others of the pool in random order."""
         random, labels = np.random.default_rng([seed, draw]), np.array([item.label for item in self.pool])
         few = {i for d in DIGITS for i in random.choice(np.flatnonzero(labels == d), self.each, replace=False).tolist()}
         others = [i for i in random.permutation(len(self.pool)).tolist() if i not in few]
@@ -119,11 +114,11 @@ class Study:
 
     def _states(self, model: mm.Model, items: Sequence[Item]) -> np.ndarray:
         found = []
-        with model.resting():
+        with model.inference_mode():
             for i in range(0, len(items), 200):
                 stream = model.pack(self.read, [item.sample(self.field) for item in items[i : i + 200]], answers=False)
-                sample_T = stream.layout.places.sample.long()
-                read_T = (stream.layout.places.segment == 0).float()
+                sample_T = stream.layout.info.sample.long()
+                read_T = (stream.layout.info.segment == 0).float()
                 sums = torch.zeros(stream.samples, self.core.width).index_add_(
                     0, sample_T, model(stream) * read_T[:, None]
                 )
@@ -175,16 +170,10 @@ def shifted(image_YX: np.ndarray, most: int, least: float) -> list[np.ndarray]:
 
 def digits(quick: bool = False) -> Study:
     """scikit-learn's 1,797 scans of 8 x 8 pixels; a stratified fifth, 360, is held out, as in benchmarks/digits.py."""
-    import image_sets  # pyright: ignore[reportMissingImports]  # examples/image_sets.py
-
     tokenizer = ImagePatches(patch=2, channels=1, mean=0.3, std=0.37)
-    pictures = image_sets.digits(0)
     parts = [
-        [
-            Item([tokenizer(v) for v in shifted(np.asarray(x), moves, 0)], y, np.asarray(x))
-            for x, y in zip(part.images, part.labels, strict=True)
-        ]
-        for part, moves in ((pictures.train, 0 if quick else 1), (pictures.test, 0))
+        [Item([tokenizer(v) for v in shifted(row["image"], moves, 0)], row["label"], row["image"]) for row in rows]
+        for rows, moves in zip(data.digits_8x8(0), (0 if quick else 1, 0), strict=True)
     ]
     recipe = mm.Recipe(steps=2 if quick else 2500, batch=64, lr=3e-3)
     return Study(
@@ -195,8 +184,6 @@ def digits(quick: bool = False) -> Study:
 
 def spoken(quick: bool = False) -> Study:
     """The 3,000 recordings of the Free Spoken Digit Dataset, 8 kHz; takes 0 to 4 of each speaker and digit, 300, are held out."""
-    from seed_rows.streams import spoken as recordings
-
     tokenizer = AudioFrames(rate_hz=8000, mels=40, stack=4)
 
     def item(row: dict[str, Any]) -> Item:
@@ -204,7 +191,7 @@ def spoken(quick: bool = False) -> Study:
         x = tokens.content.numpy()
         return Item([tokens], row["label"], np.concatenate([x.mean(0), x.std(0)]))
 
-    train, test = ([item(row) for row in rows] for rows in recordings(quick))
+    train, test = ([item(row) for row in rows] for rows in data.spoken(quick))
     recipe = mm.Recipe(steps=2 if quick else 2500, batch=64, lr=3e-3)
     return Study(
         field="audio", tokenizer=tokenizer, head=mm.Masked(0.5, span=3), core=mm.Core(width=48, depth=3, heads=4),
@@ -232,33 +219,27 @@ def table(name: str, study: Study, seed: int) -> str:
         "probe, scratch": "linear probe, frozen random core",
         "1 nearest neighbour": f"nearest labelled neighbour, {NEIGHBOUR[name]}",
     }
-    head = f"| {len(study.test)} held-out items of {name} | {' | '.join(f'draw {i}' for i in range(5))} | mean |\n"
-    lines = head + "|---" * 7 + "|\n"
-    for key, title in names.items():
-        lines += f"| {title} | {' | '.join(f'{x:.1%}' for x in found[key])} | **{np.mean(found[key]):.1%}** |\n"
-    settings = "\n".join(
-        f"| {setting} | {np.mean(tried['pretrained'][setting]):.1%} | {np.mean(tried['scratch'][setting]):.1%} |"
-        for setting in TUNING
+    lines = script.table(
+        [f"{len(study.test)} held-out items of {name}", *(f"draw {i}" for i in range(5)), "mean"],
+        ([title, *(f"{x:.1%}" for x in found[key]), f"**{np.mean(found[key]):.1%}**"] for key, title in names.items()),
+    )
+    settings = script.table(
+        ["fitted to labels by", "pretrained", "from scratch"],
+        ([setting, *(f"{np.mean(tried[of][setting]):.1%}" for of in ("pretrained", "scratch"))] for setting in TUNING),
     )
     return (
         f"## {name}\n\n{lines}\n"
         f"Gain over scratch: **{100 * gain.mean():+.1f} points** (least {100 * gain.min():+.1f} of a draw). Pretrained on "
         f"{len(study.pool)} items without labels by `{study.head}`, {study.recipe.steps} steps of {study.recipe.batch}, in "
         f"{spent / 60:.1f} CPU-minutes; all of this took {(time.process_time() - start) / 60:.1f}.\n\n"
-        f"What was tried, on 400 training items that were not labelled, mean of two other draws:\n\n"
-        f"| fitted to labels by | pretrained | from scratch |\n|---|---|---|\n{settings}\n"
+        f"What was tried, on 400 training items that were not labelled, mean of two other draws:\n\n{settings}"
     )
 
 
 def main() -> None:
-    import report
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    options = script.parser(__doc__, "seed", "write")
+    options.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    args = script.parsed(options)
     parts = []
     for i, name in enumerate(args.sets, 1):
         parts.append(table(name, SETS[name](), args.seed))

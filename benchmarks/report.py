@@ -1,7 +1,7 @@
 """Where measured figures go: a file in results/, and from there into README.md, never by hand.
 
 uv run benchmarks/report.py                                     show in the READMEs what results/ holds
-PROGRAM | uv run benchmarks/report.py NAME TITLE "PROGRAM"      keep what a program prints as results/NAME.md
+PROGRAM | uv run benchmarks/report.py NAME TITLE "PROGRAM"      save what a program prints as results/NAME.md
 """
 
 import os
@@ -45,13 +45,13 @@ def with_results(text: str) -> str:
     return "<!-- benchmarks/results/".join(pieces)
 
 
-def keep_output(name: str, title: str, command: str) -> None:
-    """Keep what comes from standard input, but for indented lines: progress, and examples of data that is not ours."""
+def save_output(name: str, title: str, command: str) -> None:
+    """Save what comes from standard input without its indented lines: progress, and examples of data that is not ours."""
     lines = [line.rstrip() for line in sys.stdin if not line.startswith("  ")]
     keep(name, title, command, "```text\n" + "\n".join(lines).strip() + "\n```")
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:
-        keep_output(*sys.argv[1:])
+        save_output(*sys.argv[1:])
     refresh()

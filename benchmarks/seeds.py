@@ -1,13 +1,13 @@
 """Every mechanism that this project promises, as one row each: what it must reach, what it must beat, what it reached.
 
-    uv run benchmarks/seeds.py --list                         the rows, and what is kept of them
+    uv run benchmarks/seeds.py --list                         the rows, and whether they met their bars
     uv run benchmarks/seeds.py causal content --seeds 0 1 2   run rows; without names all of them, about 4 CPU-hours a seed
-    uv run benchmarks/seeds.py causal --quick                 a reduced form, seconds; shown, never kept
-    uv run benchmarks/seeds.py --write causal                 and write benchmarks/results/seeds.md from all that is kept
+    uv run benchmarks/seeds.py causal --quick                 a reduced form, seconds; shown, never saved
+    uv run benchmarks/seeds.py --write causal                 and write benchmarks/results/seeds.md from all that is saved
 
 Rows are declared in seed_rows/table.py. Each run has a process and one thread of its own, so that a failure ends only itself and
-the CPU time is its own. Numbers are kept in benchmarks/results/seeds.json by row and seed. The exit status is 1 where a row that
-was run failed or missed a bar. Programs read data from the folder MULTIMODAL_DATA (default ../shared/data beside the project).
+the CPU time is its own. Numbers are saved in benchmarks/results/seeds.json by row and seed. The exit status is 1 where a row that
+was run failed or missed a bar. Programs read data from the folder MULTIMODAL_DATA (default: shared/data beside the project).
 """
 
 import argparse
@@ -28,19 +28,21 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PATHS = [HERE, ROOT / "examples" / "attention", ROOT / "examples", ROOT / "tokenizers", ROOT]
+PATHS = [ROOT / "tokenizers", ROOT]
 sys.path[:0] = [str(path) for path in PATHS if str(path) not in sys.path]
 
-from seed_rows.table import NOT_CLAIMED, ROWS, Bar, Row  # noqa: E402
-
-from multimodal.files import put  # noqa: E402
+from benchmarks import report  # noqa: E402
+from benchmarks.data import DATA  # noqa: E402
+from benchmarks.script import parser as options  # noqa: E402
+from benchmarks.script import table  # noqa: E402
+from benchmarks.seed_rows.table import NOT_CLAIMED, ROWS, Bar, Row  # noqa: E402
+from multimodal.files import write_atomic  # noqa: E402
 
 PROGRAM = Path(__file__).resolve()
-KEPT = HERE / "results" / "seeds.json"
-DATA = Path(os.environ.get("MULTIMODAL_DATA") or ROOT.parent / "shared" / "data").resolve()
+SAVED = HERE / "results" / "seeds.json"
 BY_NAME = {row.name: row for row in ROWS}
 
-Kept = dict[str, dict[str, dict[str, Any]]]
+Saved = dict[str, dict[str, dict[str, Any]]]
 """Row -> seed -> what its run gave: {"values", "cpu_s", "date", "command"}."""
 
 
@@ -56,7 +58,7 @@ def measure_of(row: Row) -> Callable[..., dict[str, float]]:
     """The function of a row, imported now."""
     path = ROOT / row.file
     if path.is_relative_to(HERE):  # rows may use each other's parts, so they are imported by their own names
-        module = importlib.import_module(".".join(path.relative_to(HERE).with_suffix("").parts))
+        module = importlib.import_module(".".join(path.relative_to(HERE.parent).with_suffix("").parts))
     else:  # benchmarks and examples share names such as captions.py
         name = "seed_program_" + path.stem
         module = sys.modules.get(name)
@@ -86,7 +88,7 @@ def run(row: Row, seed: int, quick: bool, folder: Path) -> dict[str, Any]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MULTIMODAL_DATA": str(DATA),
-        "PYTHONPATH": os.pathsep.join(map(str, PATHS[3:])),
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
     }
     with tempfile.TemporaryDirectory() as inside, log.open("w", encoding="utf-8") as file:
         answer = Path(inside) / "answer.json"
@@ -110,18 +112,18 @@ def answer_alone(row: Row, seed: int, quick: bool, path: Path) -> None:
     path.write_text(json.dumps({"values": values, "cpu_s": sum(os.times()[:4]) - start}), encoding="utf-8")
 
 
-def read_kept(path: Path) -> Kept:
+def read_saved(path: Path) -> Saved:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def keep(path: Path, row: Row, seed: int, found: Mapping[str, Any]) -> Kept:
-    """Put one run among those that are kept, and nothing else; returns all of them."""
-    kept = read_kept(path)  # anew, as another process may have kept another row meanwhile
+def save(path: Path, row: Row, seed: int, found: Mapping[str, Any]) -> Saved:
+    """Put one run among those that are saved, and nothing else; returns all of them."""
+    saved = read_saved(path)  # anew, as another process may have saved another row meanwhile
     facts = {"date": str(date.today()), "command": f"uv run benchmarks/seeds.py {row.name} --seeds {seed}"}
-    kept.setdefault(row.name, {})[str(seed)] = {**found, **facts}
+    saved.setdefault(row.name, {})[str(seed)] = {**found, **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    put(path, json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    return kept
+    write_atomic(path, json.dumps(saved, indent=1, sort_keys=True) + "\n")
+    return saved
 
 
 def judged(bar: Bar, values: Mapping[str, float]) -> tuple[bool, str]:
@@ -132,7 +134,7 @@ def judged(bar: Bar, values: Mapping[str, float]) -> tuple[bool, str]:
         if not math.isfinite(values[name]):
             return False, f"{bar}: {name} is {values[name]}"
     value, limit = values[bar.value], bar.limit(values)
-    value = abs(value) if bar.size else value
+    value = abs(value) if bar.absolute else value
     inside = {">=": value - limit, "<=": limit - value, "==": -abs(value - limit)}[bar.sense]
     if inside >= 0:
         return True, f"{bar}: {short(value)}"
@@ -157,9 +159,9 @@ def is_met(row: Row, values: Mapping[str, float]) -> bool:
     return all(judged(bar, values)[0] for bar in row.bars)
 
 
-def cells(row: Row, kept: Kept) -> dict[str, str]:
+def cells(row: Row, saved: Saved) -> dict[str, str]:
     """One line of the table: bars, what was measured, baselines, verdict, CPU-minutes."""
-    entries = kept.get(row.of or row.name, {})
+    entries = saved.get(row.of or row.name, {})
     runs = [entry["values"] for _, entry in sorted(entries.items(), key=lambda item: int(item[0]))]
     right = sum(is_met(row, values) for values in runs)
     verdict = "yes" if right == len(runs) else "no" if not right else f"{right} of {len(runs)} seeds"
@@ -179,27 +181,26 @@ def cells(row: Row, kept: Kept) -> dict[str, str]:
     }
 
 
-def markdown(rows: Sequence[Row], kept: Kept) -> str:
+def markdown(rows: Sequence[Row], saved: Saved) -> str:
     """The table of all rows, notes, and for every miss what was tried."""
-    lines = [cells(row, kept) for row in rows]
+    lines = [cells(row, saved) for row in rows]
     ran = [line["met"] for line in lines if line["met"] != "not run"]
     text = f"{ran.count('yes')} of {len(rows)} rows meet their bars, {len(rows) - len(ran)} are not run.\n\n"
-    text += f"| {' | '.join(lines[0])} |\n{'|---' * len(lines[0])}|\n"
-    text += "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line.values())} |\n" for line in lines)
+    text += table(list(lines[0]), ([cell.replace("|", "/") for cell in line.values()] for line in lines))
     if notes := [f"- {row.title}: {row.notes}" for row in rows if row.notes]:
         text += "\nNotes\n\n" + "\n".join(notes) + "\n"
     missed = [row for row, line in zip(rows, lines, strict=True) if line["met"] not in ("yes", "not run")]
     if missed:
-        text += "\nMissed, and what was tried\n\n" + "\n".join(_miss(row, kept) for row in missed) + "\n"
-    days = sorted({entry["date"] for entries in kept.values() for entry in entries.values()})
+        text += "\nMissed, and what was tried\n\n" + "\n".join(_miss(row, saved) for row in missed) + "\n"
+    days = sorted({entry["date"] for entries in saved.values() for entry in entries.values()})
     text += "\nNot claimed\n\n" + "\n".join(f"- {name}: {why}" for name, why in NOT_CLAIMED.items()) + "\n"
     return text + (f"\nMeasured on {', '.join(days)}; all numbers are in seeds.json.\n" if days else "")
 
 
-def _miss(row: Row, kept: Kept) -> str:
+def _miss(row: Row, saved: Saved) -> str:
     said = [
         f"seed {seed}, {text}"
-        for seed, entry in sorted(kept[row.of or row.name].items(), key=lambda item: int(item[0]))
+        for seed, entry in sorted(saved[row.of or row.name].items(), key=lambda item: int(item[0]))
         for met, text in (judged(bar, entry["values"]) for bar in row.bars)
         if not met
     ]
@@ -231,7 +232,7 @@ def show(row: Row, seed: int, found: Mapping[str, Any], quick: bool = False) -> 
     return met
 
 
-def run_all(rows: Sequence[Row], seeds: Sequence[int], quick: bool, kept_at: Path, logs: Path) -> bool:
+def run_all(rows: Sequence[Row], seeds: Sequence[int], quick: bool, path: Path, logs: Path) -> bool:
     """Run rows one after the other; whether all that were run met their bars (quick forms need only run)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -239,7 +240,7 @@ def run_all(rows: Sequence[Row], seeds: Sequence[int], quick: bool, kept_at: Pat
     todo = [(row, seed) for row in rows for seed in seeds]
     good = True
     if quick:
-        print("quick forms: too short for the bars, never kept")
+        print("quick forms: too short for the bars, never saved")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
@@ -253,7 +254,7 @@ def run_all(rows: Sequence[Row], seeds: Sequence[int], quick: bool, kept_at: Pat
             else:
                 found = run(row, seed, quick, logs)
                 if "error" not in found and not quick:
-                    keep(kept_at, row, seed, found)
+                    save(path, row, seed, found)
                 good &= show(row, seed, found, quick)
             progress.advance(task)
     return good
@@ -272,12 +273,11 @@ def chosen(names: Sequence[str]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "seeds")
     parser.add_argument("rows", nargs="*", metavar="ROW")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--list", action="store_true", help="show rows and their state, run nothing")
-    parser.add_argument("--quick", action="store_true", help="reduced forms, not kept")
-    parser.add_argument("--write", action="store_true", help="write results/seeds.md; alone, from what is kept")
+    parser.add_argument("--quick", action="store_true", help="reduced forms, not saved")
+    parser.add_argument("--write", action="store_true", help="write results/seeds.md; alone, from what is saved")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     rows = chosen(args.rows)
@@ -285,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answer_alone(rows[0], args.seeds[0], args.quick, args.answer)
         return 0
     if args.list:
-        kept = read_kept(KEPT)
+        saved = read_saved(SAVED)
         for row in rows:
-            line = cells(row, kept)
+            line = cells(row, saved)
             state = absent(row) or line["met"]
             print(f"{row.name:<20}{row.section:<6}{state}\n    {line['bar']}")
         for name, why in NOT_CLAIMED.items():
@@ -296,12 +296,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     good = True
     if args.rows or not args.write:
         start = time.perf_counter()
-        good = run_all(rows, args.seeds, args.quick, KEPT, ROOT / "runs" / "seeds")
+        good = run_all(rows, args.seeds, args.quick, SAVED, ROOT / "runs" / "seeds")
         print(f"{len(rows)} rows in {(time.perf_counter() - start) / 60:.1f} minutes")
     if args.write:
-        import report
-
-        print(report.keep("seeds", "Mechanisms", "uv run benchmarks/seeds.py --write", markdown(ROWS, read_kept(KEPT))))
+        print(
+            report.keep("seeds", "Mechanisms", "uv run benchmarks/seeds.py --write", markdown(ROWS, read_saved(SAVED)))
+        )
     return 0 if good else 1
 
 

@@ -3,27 +3,22 @@
     uv run benchmarks/shakespeare.py recipe              about 3 minutes; nanoGPT's README says 1.88
     uv run benchmarks/shakespeare.py larger              about 25 CPU-minutes on one thread
 
-The text is tinyshakespeare.txt.gz in the folder MULTIMODAL_DATA (default ../shared/data). --score FOLDER scores a kept model.
+The text is tinyshakespeare.txt.gz in the folder MULTIMODAL_DATA.
 """
 
-import argparse
-import gzip
 import math
-import os
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
-from multimodal import Core, Model, Recipe, fit
+from benchmarks import script
+from benchmarks.data import text_of
+from multimodal import Core, Model, Recipe
 from multimodal_tokenizers import TextBytes
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 TASK = "-> text"
 
 
@@ -44,8 +39,7 @@ class Windows:
 
 def parts() -> tuple[str, str]:
     """The first nine tenths to train on, the last to score."""
-    with gzip.open(DATA / "tinyshakespeare.txt.gz", "rt", encoding="utf-8", newline="") as file:
-        text = file.read()
+    text = text_of("tinyshakespeare.txt.gz")
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
 
@@ -73,7 +67,7 @@ def score(model: Model, text: str, size: int, stride: int, batch: int = 32) -> f
     """Nats per character; each window of `size` scores its last `stride` characters (the first window all of its own)."""
     starts = list(range(0, len(text) - size + 1, stride))
     nats = count = 0.0
-    with model.resting():
+    with model.inference_mode():
         for at in range(0, len(starts), batch):
             part = starts[at : at + batch]
             stream = model.pack(TASK, [{"text": text[s : s + size]} for s in part])
@@ -102,26 +96,17 @@ RUNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", choices=RUNS)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--score", type=Path)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    options = script.parser(__doc__, "folder", "score", "steps", "seed")
+    options.add_argument("run", choices=RUNS)
+    options.add_argument("--lr", type=float)
+    args = script.parsed(options)
     train, test = parts()
     core, size, recipe = RUNS[args.run]
     changes = {name: value for name in ("steps", "lr") if (value := getattr(args, name))}
-    start = time.process_time()
-    if args.score:
-        model = Model.load(args.score)
-    else:
-        model = Model({"text": TextBytes()}, core, [TASK], seed=args.seed)
-        fit(model, {TASK: Windows(train, size)}, recipe, folder=args.folder, resume=True, seed=args.seed, **changes)
-        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
-    print(f"{args.run}: {sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
+    data = {TASK: Windows(train, size)}
+    model = script.trained(
+        args, lambda: Model({"text": TextBytes()}, core, [TASK], seed=args.seed), data, recipe, **changes
+    )
     print(f"windows of {size}, side by side: {score(model, test, size, size):.4f} nats per character")
     print(f"at least {size // 2} characters of context: {score(model, test, size, size // 2):.4f}")
     for order in (4, 5, 6):

@@ -6,35 +6,28 @@
 
 digits: 2 to 5 recordings of FSDD joined, takes 5 to 49 to train on, 300 fixed strings of takes 0 to 4 to test. ljspeech: every
 tenth clip is held out; 18 minutes of one voice are too few to read well, so its rates are only reported. an4: cepstra, every
-eighth speaker is held out altogether. The files are in the folder MULTIMODAL_DATA (default ../shared/data). --score FOLDER
-scores a kept model.
+eighth speaker is held out altogether. The files are in the folder MULTIMODAL_DATA.
 """
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import speech_data
-import torch
 from torch import Tensor
 
-from multimodal import CTC, Core, Model, NextToken, Recipe, Task, Tokenizer, fit, override
+from benchmarks import script, speech_data
+from multimodal import CTC, Core, Model, NextToken, Recipe, Task, Tokenizer, override
 from multimodal_tokenizers import AudioFrames, Features, TextBytes
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 BY_CTC, BY_TOKEN = "audio -> text", "audio -> words:text"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One benchmark: what is read, by which core, and how it is trained."""
+    """One benchmark: what is read, and how the model is trained."""
 
-    parts: Callable[[Path], speech_data.Parts]
+    parts: Callable[[], speech_data.Parts]
     audio: Tokenizer
-    core: Core
     recipe: Recipe
     mix: float = 1.0  # samples by CTC for each one by next token
     longest: int = 8  # symbols that next token may write
@@ -46,13 +39,11 @@ SETTINGS = {
     "digits": Setting(
         speech_data.digits,
         AudioFrames(rate_hz=8000, mels=40),
-        Core(width=128, depth=4, heads=4, dropout=0.1),
         override(MUON, steps=3800, batch=16),
     ),
     "ljspeech": Setting(
         speech_data.ljspeech,
         AudioFrames(),
-        Core(width=128, depth=4, heads=4, dropout=0.1),
         override(MUON, steps=2300, batch=8),
         mix=3.0,
         longest=200,
@@ -60,7 +51,6 @@ SETTINGS = {
     "an4": Setting(
         speech_data.an4,
         CEPSTRA,
-        Core(width=128, depth=4, heads=4, dropout=0.1),
         override(MUON, steps=3800, batch=24),
         mix=3.0,
         longest=80,
@@ -70,7 +60,8 @@ SETTINGS = {
 
 def build(setting: Setting, seed: int) -> Model:
     tasks = [Task(BY_CTC, CTC()), Task(BY_TOKEN, NextToken(label_smoothing=0.1))]
-    return Model({"audio": setting.audio, "text": TextBytes()}, setting.core, tasks, seed=seed)
+    core = Core(width=128, depth=4, heads=4, dropout=0.1)
+    return Model({"audio": setting.audio, "text": TextBytes()}, core, tasks, seed=seed)
 
 
 def heard(
@@ -78,7 +69,7 @@ def heard(
 ) -> list[str]:
     """Transcripts by CTC; `decode` makes text of log-probabilities (N, V), the blank last: greedily, or by a beam search."""
     found = [""] * len(samples)
-    with model.resting():
+    with model.inference_mode():
         for start in range(0, len(samples), batch):
             stream = model.pack(BY_CTC, samples[start : start + batch], answers=False)
             reading = stream.readings[BY_CTC]
@@ -111,27 +102,14 @@ def score(model: Model, samples: Sequence[speech_data.Sample], longest: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", choices=SETTINGS)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--score", type=Path)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    options = script.parser(__doc__, "folder", "score", "steps", "seed")
+    options.add_argument("run", choices=SETTINGS)
+    args = script.parsed(options)
     setting = SETTINGS[args.run]
-    train, test = setting.parts(DATA)
-    start = time.process_time()
-    if args.score:
-        model = Model.load(args.score)
-    else:
-        model = build(setting, args.seed)
-        recipe = override(setting.recipe, seed=args.seed, steps=args.steps or setting.recipe.steps)
-        data, mix = {BY_CTC: train, BY_TOKEN: train}, {BY_CTC: setting.mix, BY_TOKEN: 1.0}
-        fit(model, data, recipe, mix=mix, folder=args.folder, resume=True)
-    print(f"{args.run}: {sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    if not args.score:
-        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    train, test = setting.parts()
+    recipe = override(setting.recipe, steps=args.steps or setting.recipe.steps)
+    data, mix = {BY_CTC: train, BY_TOKEN: train}, {BY_CTC: setting.mix, BY_TOKEN: 1.0}
+    model = script.trained(args, lambda: build(setting, args.seed), data, recipe, mix=mix)
     print(f"{len(test)} held-out items, {sum(len(sample['text']) for sample in test):,} characters")
     start = time.process_time()
     score(model, test, setting.longest)

@@ -1,19 +1,15 @@
 """The recordings of speech.py as samples {"audio", "text", "words"}, disturbed anew each time in training."""
 
-import io
-import json
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
+from benchmarks.data import DATA, recordings
 from multimodal.data import Samples
 
 Sample = dict[str, Any]
@@ -21,24 +17,25 @@ Parts = tuple[Samples, Sequence[Sample]]  # to train on, to test on
 STACK = 4  # frames of 10 ms a token, in all three
 
 
-def digits(folder: Path) -> Parts:
+def digits() -> Parts:
     """Takes 5 to 49 of FSDD as strings that are made on the fly; 300 fixed strings of takes 0 to 4."""
     clips: dict[bool, list[Digit]] = {True: [], False: []}
-    for row, wave_S in _recordings(folder / "fsdd.zip"):
+    for row, wave_S, _ in recordings("fsdd.zip"):
         clips[row["take"] < 5].append(Digit(wave_S, str(row["digit"])))
     random = np.random.default_rng(0)
-    return DigitStrings(clips[False]), [_joined(clips[True], random, disturb=False) for _ in range(300)]
+    return DigitStrings(clips[False]), [joined(clips[True], random, disturb=False) for _ in range(300)]
 
 
-def ljspeech(folder: Path) -> Parts:
+def ljspeech() -> Parts:
     """LJ Speech without every tenth clip, and these; lower-case letters, apostrophes and blanks."""
-    rows = [_sample((wave_S, 16000), _plain(row["normalized"])) for row, wave_S in _recordings(folder / "ljspeech.zip")]
+    clips = recordings("ljspeech.zip")
+    rows = [_sample((wave_S, rate_hz), _plain(row["normalized"])) for row, wave_S, rate_hz in clips]
     return Reader([row for i, row in enumerate(rows) if i % 10]), rows[::10]
 
 
-def an4(folder: Path) -> Parts:
+def an4() -> Parts:
     """Cepstra of AN4 without every eighth speaker, and these."""
-    with np.load(folder / "an4_mfcc.npz") as z:
+    with np.load(DATA / "an4_mfcc.npz") as z:
         cepstra = np.split(z["mfcc"].astype(np.float32), z["offset"][1:-1])
         texts, speakers = [str(t) for t in z["text"]], [str(n).split("/")[0] for n in z["name"]]
     held_out = sorted(set(speakers))[::8]
@@ -54,12 +51,6 @@ def _sample(audio: Any, text: str) -> Sample:
 
 def _plain(text: str) -> str:
     return " ".join(re.sub(r"[^a-z' ]+", " ", text.lower().replace("-", " ")).split())
-
-
-def _recordings(path: Path) -> list[tuple[Sample, np.ndarray]]:
-    with zipfile.ZipFile(path) as archive:
-        rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf-8").split("\n") if line]
-        return [(row, soundfile.read(io.BytesIO(archive.read(row["file"])), dtype="float32")[0]) for row in rows]
 
 
 def _generator() -> np.random.Generator:
@@ -85,10 +76,10 @@ class DigitStrings:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> Sample:
-        return _joined(self.clips, _generator(), disturb=True)
+        return joined(self.clips, _generator(), disturb=True)
 
 
-def _joined(clips: Sequence[Digit], random: np.random.Generator, *, disturb: bool) -> Sample:
+def joined(clips: Sequence[Digit], random: np.random.Generator, *, disturb: bool) -> Sample:
     """2 to 5 recordings with gaps of up to 0.2 s, and noise 40 to 50 dB (disturbed: 10 to 50 dB) below the speech."""
     chosen = [clips[i] for i in random.integers(len(clips), size=random.integers(2, 6))]
     pieces = [np.zeros(random.integers(1600), np.float32)]  # 0.2 s x 8000 Hz

@@ -2,22 +2,18 @@
 
     uv run benchmarks/translation.py --folder RUN        about 28 CPU-minutes on one thread
 
-The data are multi30k_train_val.zip in the folder MULTIMODAL_DATA (default ../shared/data), lower-cased as in most papers on it.
---score FOLDER scores a kept model.
+The data are multi30k_train_val.zip in the folder MULTIMODAL_DATA, lower-cased as in most papers on it.
 """
 
-import argparse
-import os
 import time
 import zipfile
 from pathlib import Path
 
-import torch
-
-from multimodal import Core, EncoderDecoder, Model, NextToken, Recipe, Task, fit
+from benchmarks import script
+from benchmarks.data import DATA
+from multimodal import Core, EncoderDecoder, Model, NextToken, Recipe, Task
 from multimodal_tokenizers import TextBPE
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 TASK = "en:text -> de:text"
 
 
@@ -30,34 +26,25 @@ def pairs(split: str) -> list[dict[str, str]]:
     return [{"en": row["en"].strip(), "de": row["de"].strip()} for row in rows]
 
 
-def train(folder: Path, seed: int, apart: bool) -> Model:
-    data = pairs("train")
+RECIPE = Recipe(steps=1450, batch=128, lr=3e-3, optimizer="muon", ema=0.99, warmup=0.1, checkpoint_every=100)
+
+
+def new_model(data: list[dict[str, str]], seed: int, apart: bool) -> Model:
     text = TextBPE.train([row[language] for row in data for language in ("en", "de")], vocab_size=4000)
     core: Core | EncoderDecoder = Core(width=192, depth=4, heads=4, dropout=0.1)
     if apart:
         core = EncoderDecoder(reader=core.replace(depth=3), writer=core.replace(depth=3))
-    model = Model({"text": text}, core, [Task(TASK, NextToken(label_smoothing=0.1))], seed=seed)
-    recipe = Recipe(
-        steps=1450, batch=128, lr=3e-3, optimizer="muon", ema=0.99, warmup=0.1, checkpoint_every=100, seed=seed
-    )
-    fit(model, {TASK: data}, recipe, folder=folder, resume=True)
-    return model
+    return Model({"text": text}, core, [Task(TASK, NextToken(label_smoothing=0.1))], seed=seed)
 
 
 def main() -> None:
     import sacrebleu
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("translation_run"))
-    parser.add_argument("--apart", action="store_true", help="one core reads and another writes")
-    parser.add_argument("--score", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    start = time.process_time()
-    model = Model.load(args.score) if args.score else train(args.folder, args.seed, args.apart)
-    if not args.score:
-        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+    options = script.parser(__doc__, "folder", "score", "seed", folder=Path("translation_run"))
+    options.add_argument("--apart", action="store_true", help="one core reads and another writes")
+    args = script.parsed(options)
+    data = [] if args.score else pairs("train")
+    model = script.trained(args, lambda: new_model(data, args.seed, args.apart), {TASK: data}, RECIPE)
     test = pairs("val")
     start = time.process_time()
     found: list[str] = []

@@ -3,19 +3,16 @@
     uv run benchmarks/writing.py pictures            about 8 CPU-minutes
     uv run benchmarks/writing.py sounds              about 10 CPU-minutes
 
-pictures: mnist_t10k (8,000 to learn from, 2,000 real ones to compare with); sounds: fsdd.zip; both in the folder MULTIMODAL_DATA
-(default ../shared/data). --score FOLDER judges a kept model. Leaves digits.png, or a folder of WAV files, in --folder.
+pictures: mnist_t10k (8,000 to learn from, 2,000 real ones to compare with); sounds: fsdd.zip; both in the folder MULTIMODAL_DATA.
+Leaves pictures, or folders of WAV files, in --folder.
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -23,24 +20,14 @@ from torch import Tensor, nn
 from torchaudio.transforms import MelSpectrogram
 
 import multimodal as mm
+from benchmarks import script
+from benchmarks.data import DATA, example
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBytes
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import job_sets
-import sound_sets
-
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 DRAW, SAY = "label -> drawing", "text speaker -> sound"
-RATE_HZ = sound_sets.RATE_HZ
-
-
-def mnist() -> tuple[np.ndarray, np.ndarray]:
-    """10,000 pictures (N, 28, 28) uint8 and their digits, shuffled."""
-
-    order = np.random.default_rng(0).permutation(10000)
-    images, digits = (job_sets.idx(DATA / "mnist_t10k" / f"t10k-{n}-ubyte.gz") for n in ("images-idx3", "labels-idx1"))
-    return images[order], digits[order]
+RATE_HZ = 8000
+CORE = mm.Core(width=128, depth=4, heads=4, dropout=0.1)
+RECIPE = mm.Recipe(steps=1000, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200)
 
 
 def judge(
@@ -58,7 +45,7 @@ def judge(
     target = torch.tensor(digits)
     for _ in range(steps):
         which = torch.randint(len(pictures), (64,))
-        batch = torch.stack([disturbed(pictures[i]) for i in which])[:, None]
+        batch = torch.stack([disturbed(pictures[i]) for i in which.tolist()])[:, None]
         optimizer.zero_grad()
         F.cross_entropy(network(batch), target[which], label_smoothing=0.05).backward()
         optimizer.step()
@@ -88,37 +75,27 @@ def nearest(pictures: Tensor, known: Tensor, *, same: bool = False) -> float:
 
 
 def write_pictures(args: argparse.Namespace) -> None:
-    images, digits = mnist()
-    train, test = slice(0, 8000), slice(8000, 10000)
-    start = time.process_time()
-    if args.score:
-        model = mm.Model.load(args.score)
-    else:
+    images, digits, test_images, test_digits = example("sets").mnist()
+
+    def new_model() -> mm.Model:
         patches = ImagePatches(patch=4, channels=1, position="rotary", size=(28, 28))
         label = Labels(tuple("0123456789"))
-        core = mm.Core(width=128, depth=4, heads=4, dropout=0.1)
         if args.features:
-            tasks = [mm.Task(DRAW, mm.FlowMatching(width=128, depth=2))]
-            model = mm.Model({"label": label, "drawing": patches}, core, tasks, seed=args.seed)
-        else:
-            codes = Codes.train(patches, list(images[train]), size=512, quiet=True)
-            model = mm.Model({"label": label, "drawing": codes}, core, [DRAW], seed=args.seed)
-        rows = [{"label": str(d), "drawing": x} for x, d in zip(images[train], digits[train], strict=True)]
-        recipe = mm.Recipe(
-            steps=args.steps or 1000, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
-        )
-        data = {DRAW: mm.Blanked(rows, ("label",))}
-        mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    if not args.score:
-        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+            task = mm.Task(DRAW, mm.FlowMatching(width=128, depth=2))
+            return mm.Model({"label": label, "drawing": patches}, CORE, [task], seed=args.seed)
+        codes = Codes.train(patches, list(images), size=512, quiet=True)
+        return mm.Model({"label": label, "drawing": codes}, CORE, [DRAW], seed=args.seed)
 
-    real = [torch.from_numpy(x.copy()).float() / 255 for x in images]
-    reader = judge(real[train], digits[train].tolist(), shifted, 900, seed=1)
-    print(f"the judge reads {share_read(reader, real[test], digits[test].tolist()):.2%} of 2,000 real held-out digits")
+    rows = [{"label": str(d), "drawing": x} for x, d in zip(images, digits, strict=True)]
+    data = {DRAW: mm.Blanked(rows, ("label",))}
+    model = script.trained(args, new_model, data, mm.override(RECIPE, steps=args.steps or 1000))
+
+    real, held_out = ([torch.from_numpy(x.copy()).float() / 255 for x in xs] for xs in (images, test_images))
+    reader = judge(real, digits.tolist(), shifted, 900, seed=1)
+    print(f"the judge reads {share_read(reader, held_out, test_digits.tolist()):.2%} of 2,000 real held-out digits")
     coded = model.packer.tokenizers["drawing"]
-    coded_back = [coded.decode(coded(x))[0].clamp(0, 1) for x in images[test][:1000]]
-    print(f"and {share_read(reader, coded_back, digits[test][:1000].tolist()):.2%} of 1,000 of them after coding")
+    coded_back = [coded.decode(coded(x))[0].clamp(0, 1) for x in test_images[:1000]]
+    print(f"and {share_read(reader, coded_back, test_digits[:1000].tolist()):.2%} of 1,000 of them after coding")
     asked = [i % 10 for i in range(args.count)]
     start = time.process_time()
     for guidance, temperature in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.8), (3.0, 1.0)):
@@ -131,7 +108,7 @@ def write_pictures(args: argparse.Namespace) -> None:
             batch=256,
         )
         drawn = [a.value[0].clamp(0, 1) for a in answers]
-        pile, known, held = torch.stack(drawn), torch.stack(real[train]), torch.stack(real[test][: len(drawn)])
+        pile, known, held = torch.stack(drawn), torch.stack(real), torch.stack(held_out[: len(drawn)])
         print(
             f"guidance {guidance}, temperature {temperature}: {share_read(reader, drawn, asked):.2%} of {len(asked)} read as "
             f"asked; nearest training picture {nearest(pile, known):.2f} (real held-out {nearest(held, known):.2f}), "
@@ -168,30 +145,23 @@ def moved(picture_YX: Tensor) -> Tensor:
 
 
 def write_sounds(args: argparse.Namespace) -> None:
+    sound_sets = example("sound_sets")
     sounds = sound_sets.fsdd(DATA / "fsdd.zip", None)
     words = {word: i for i, word in enumerate(sound_sets.DIGITS)}
     speakers = tuple(sorted({clip.speaker for clip in sounds.train}))
-    start = time.process_time()
-    if args.score:
-        model = mm.Model.load(args.score)
-    else:
+
+    def new_model() -> mm.Model:
         frames = AudioFrames(rate_hz=RATE_HZ, mels=48, hop_ms=16, window_ms=32, stack=1, normalise="fixed")
         tokenizers = {
             "text": TextBytes(),
             "speaker": Labels(speakers),
             "sound": Codes.train(frames, [(clip.wave_S, RATE_HZ) for clip in sounds.train], size=512, quiet=True),
         }
-        core = mm.Core(width=128, depth=4, heads=4, dropout=0.1)
-        model = mm.Model(tokenizers, core, [SAY], seed=args.seed)
-        rows = [{"text": c.word, "speaker": c.speaker, "sound": (c.wave_S, RATE_HZ)} for c in sounds.train]
-        recipe = mm.Recipe(
-            steps=args.steps or 1500, batch=64, lr=3e-3, optimizer="muon", ema=0.99, checkpoint_every=200
-        )
-        data = {SAY: mm.Blanked(rows, ("text", "speaker"))}
-        mm.fit(model, data, recipe, folder=args.folder, resume=True, seed=args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {args.seed}")
-    if not args.score:
-        print(f"trained in {(time.process_time() - start) / 60:.1f} CPU-minutes")
+        return mm.Model(tokenizers, CORE, [SAY], seed=args.seed)
+
+    rows = [{"text": c.word, "speaker": c.speaker, "sound": (c.wave_S, RATE_HZ)} for c in sounds.train]
+    data = {SAY: mm.Blanked(rows, ("text", "speaker"))}
+    model = script.trained(args, new_model, data, mm.override(RECIPE, steps=args.steps or 1500))
 
     reader = judge([heard(c.wave_S) for c in sounds.train], [words[c.word] for c in sounds.train], moved, 900, seed=1)
     test, right = list(sounds.test), [words[c.word] for c in sounds.test]
@@ -229,17 +199,14 @@ def write_sounds(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pictures", "sounds"))
-    parser.add_argument("--folder", type=Path, default=Path("writing_run"))
-    parser.add_argument("--score", type=Path)
-    parser.add_argument("--features", action="store_true", help="write pictures as features (flow matching), not codes")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--count", type=int, help="how many are written")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    options = script.parser(__doc__, "folder", "score", "steps", "seed", folder=Path("writing_run"))
+    options.add_argument("what", choices=("pictures", "sounds"))
+    options.add_argument(
+        "--features", action="store_true", help="write pictures as features (flow matching), not codes"
+    )
+    options.add_argument("--count", type=int, help="number of pictures or sounds that are written")
+    args = script.parsed(options)
     args.count = args.count or (1000 if args.what == "pictures" else 300)
-    torch.set_num_threads(1)
     write_pictures(args) if args.what == "pictures" else write_sounds(args)
 
 

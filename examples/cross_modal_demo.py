@@ -30,7 +30,7 @@ NUMBERS = (*DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen"
 
 
 @dataclass(frozen=True)
-class Things:
+class Samples:
     """Samples of one task: pictures with their digit, clips with their word, or both with their sum."""
 
     pictures: image_sets.Pictures | None
@@ -71,9 +71,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     spoken_digits = [clip for clip in sounds.train if clip.word in DIGITS]
     train = {
-        SEE: Things(pictures.train, None),
-        HEAR: Things(None, list(sounds.train), disturb=True),
-        ADD: Things(pictures.train, spoken_digits, disturb=True),
+        SEE: Samples(pictures.train, None),
+        HEAR: Samples(None, list(sounds.train), disturb=True),
+        ADD: Samples(pictures.train, spoken_digits, disturb=True),
     }
 
     # tokenizers and model
@@ -99,18 +99,18 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # show
     digits_heard = [clip for clip in sounds.test if clip.word in DIGITS]
-    adding = Things(pictures.test, digits_heard)
+    adding = Samples(pictures.test, digits_heard)
     sums = [adding[i] for i in range(len(adding))]
     right = {
-        "unseen pictures": share_right(model, SEE, Things(pictures.test, None)),
-        sounds.about: share_right(model, HEAR, Things(None, list(sounds.test))),
+        "unseen pictures": share_right(model, SEE, Samples(pictures.test, None)),
+        sounds.about: share_right(model, HEAR, Samples(None, list(sounds.test))),
         "sums": share_right(model, ADD, sums),
         "sums, picture left out": share_right(model, ADD, [{**s, "image": None} for s in sums]),
         "sums, sound left out": share_right(model, ADD, [{**s, "audio": None} for s in sums]),
     }
-    if sounds.strangers:
+    if sounds.unheard:
         right[f"all clips of {args.hold_out}, never heard"] = share_right(
-            model, HEAR, Things(None, list(sounds.strangers))
+            model, HEAR, Samples(None, list(sounds.unheard))
         )
     for name, share in right.items():
         print(f"{name:<40} {share:7.1%} right")

@@ -33,7 +33,7 @@ class Pictures:
         return {"image": image, "label": self.labels[index]}
 
     def some(self, count: int) -> "Pictures":
-        """So many samples, one of each class in turn: those of a folder come class by class."""
+        """The first `count` samples, one of each class in turn; a folder lists its classes one after the other."""
         by_class: dict[str, list[int]] = {}
         for i, label in enumerate(self.labels):
             by_class.setdefault(label, []).append(i)
@@ -55,11 +55,11 @@ def digits(seed: int) -> PictureSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    bunch = load_digits()
-    images = [Image.fromarray(np.uint8(image * 255 / 16)) for image in bunch.images]
-    labels = [str(label) for label in bunch.target]
-    train, test, train_labels, test_labels = train_test_split(
-        images, labels, test_size=0.2, stratify=labels, random_state=seed
+    scans, kinds = (np.asarray(part) for part in load_digits(return_X_y=True))
+    images = [Image.fromarray(np.uint8(scan * 255 / 16)) for scan in scans.reshape(-1, 8, 8)]
+    labels = [str(kind) for kind in kinds]
+    train, test, train_labels, test_labels = map(
+        list, train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
     )
     augment = transforms.RandomAffine(
         15, (0.12, 0.12), (0.85, 1.15), 10, interpolation=transforms.InterpolationMode.BILINEAR

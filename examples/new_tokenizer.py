@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import multimodal as mm
-from multimodal.conformance import check_tokenizer
+from multimodal.check import check_tokenizer
 from multimodal_tokenizers import Labels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,8 @@ class Series(mm.Tokenizer):
         if series is None or series.ndim != 2 or len(series) != len(self.mean) or series.shape[1] == 0:
             came = getattr(value, "shape", type(value).__name__)
             raise mm.MediaError(f"Series.encode: {came} came, wanted an array ({len(self.mean)} channels, time)")
-        series = (series - np.float32(self.mean)[:, None]) / np.float32(self.std)[:, None]
+        mean, std = (np.array(each, np.float32)[:, None] for each in (self.mean, self.std))
+        series = (series - mean) / std
         series = np.pad(series, ((0, 0), (0, -series.shape[1] % self.stack)), mode="edge")
         tokens = series.T.reshape(-1, self.feature_size)
         return mm.Tokens(torch.from_numpy(tokens), mm.at_times(torch.arange(len(tokens)) * float(self.stack)))
@@ -87,7 +88,7 @@ def make_tones(count: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
 
 def main(argv: list[str] | None = None) -> float:
     archive = Path(os.environ.get("MULTIMODAL_DATA", ROOT / "../shared/data")) / "timeseries.npz"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="JapaneseVowels" if archive.is_file() else "tones")
     parser.add_argument("--steps", type=int, help="1000 for the tones and 300 for the others, unless given")
     parser.add_argument("--stack", type=int, default=1)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> float:
     # tokenizers
     everything = np.concatenate(train[0], axis=1)
     mean, std = (tuple(x.tolist()) for x in (everything.mean(axis=1), everything.std(axis=1)))
-    tokenizers = {"series": Series(mean, std, args.stack), "label": Labels(sorted(set(train[1])))}
+    tokenizers = {"series": Series(mean, std, args.stack), "label": Labels(tuple(sorted(set(train[1]))))}
 
     # model
     core = mm.Core(width=64, depth=3, heads=4, dropout=0.1)

@@ -21,21 +21,25 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @dataclass(frozen=True)
 class Clip:
-    """One recorded word."""
+    """One recorded word: its samples, float32 at RATE_HZ, and who says it."""
 
-    wave_S: Tensor  # float32 at RATE_HZ
+    wave_S: Tensor
     word: str
     speaker: str
 
 
 @dataclass(frozen=True)
 class SoundSet:
-    """Clips to train on, clips to test on, and what the test says about the speakers."""
+    """Clips to train on and to test on.
+
+    about: who speaks in the test.
+    unheard: clips of a speaker who is in neither, where the speakers of the test are those of training.
+    """
 
     train: Sequence[Clip]
     test: Sequence[Clip]
     about: str
-    strangers: Sequence[Clip] = ()  # clips of a speaker held out altogether, where known speakers are the test
+    unheard: Sequence[Clip] = ()
 
 
 def synthetic() -> SoundSet:
@@ -53,18 +57,18 @@ def fsdd(path: Path, held_out: str | None) -> SoundSet:
     """Real recordings: a folder of DIGIT_SPEAKER_TAKE.wav, or a zip of one. Takes 0 to 4 are the test, as its authors say."""
     files = _wav_files(path)
     known: dict[bool, list[Clip]] = {True: [], False: []}
-    strangers = []
+    unheard = []
     for name, data in files:
         digit, speaker, take = Path(name).stem.split("_")
         wave, rate = soundfile.read(io.BytesIO(data), dtype="float32")
         if rate != RATE_HZ:
             raise ConfigError(f"{name}: {rate} Hz, but these recordings are {RATE_HZ} Hz")
         clip = Clip(torch.from_numpy(wave), DIGITS[int(digit)], speaker)
-        (strangers if speaker == held_out else known[int(take) < 5]).append(clip)
-    if held_out and not strangers:
+        (unheard if speaker == held_out else known[int(take) < 5]).append(clip)
+    if held_out and not unheard:
         speakers = sorted({clip.speaker for clip in known[False]})
         raise ConfigError(f"--hold-out {held_out}: there is no such speaker; there are {', '.join(speakers)}")
-    return SoundSet(known[False], known[True], "held-out takes of known speakers", strangers)
+    return SoundSet(known[False], known[True], "held-out takes of known speakers", unheard)
 
 
 def _wav_files(path: Path) -> list[tuple[str, bytes]]:

@@ -1,12 +1,12 @@
-"""Train an image classifier on real pictures, from scratch, and look at what it does.
+"""Train an image classifier on real pictures, from scratch, and draw its predictions and its attention.
 
     uv run examples/train_image_classifier.py                             2 minutes on 2 cores, 98.6 % of held-out digits or more
     uv run examples/train_image_classifier.py --data cifar10              40 CPU-minutes, 77 % of held-out photographs
     uv run examples/train_image_classifier.py --data fashion-mnist
     uv run examples/train_image_classifier.py --data folder PATH          your photographs, one sub-folder a class, any size
 
-The digits come with scikit-learn. The other two are downloaded by torchvision to --root, or read from there. Everything is kept
-in the run folder: the model, its curves, and test pictures with what the model says and where it looked.
+The digits come with scikit-learn. The other two are downloaded by torchvision to --root, or read from there. Everything is saved
+in the run folder: the model, its curves, and test pictures with the predictions and the attention of the model.
 """
 
 import argparse
@@ -62,14 +62,15 @@ def main(arguments: list[str] | None = None) -> float:
     )
 
     # fit
-    keep = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
-    run = mm.fit(model, {TASK: pictures.train}, recipe, evaluation={TASK: test}, **keep)
+    where = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
+    run = mm.fit(model, {TASK: pictures.train}, recipe, evaluation={TASK: test}, **where)
 
     # show
     if not run.finished:
         sys.exit(130)
     accuracy = run.last(f"{TASK} exact")
-    shown = list(test.some(24))
+    some = test.some(24)
+    shown = [some[i] for i in range(len(some))]
     draw_answers(model, TASK, shown, args.folder / "answers.png")
     mine = args.folder / "one_test_picture.png"
     (shown[0]["image"] if hasattr(shown[0]["image"], "save") else image_sets.Image.open(shown[0]["image"])).save(mine)
@@ -90,11 +91,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where the downloaded sets are")
     parser.add_argument("--folder", type=Path, help="run folder (default: runs/SET)")
     parser.add_argument("--steps", type=int, help="training steps, if not those above")
-    parser.add_argument("--seed", type=int, default=0, help="split, first weights and order")
+    parser.add_argument("--seed", type=int, default=0, help="split, initial weights and order")
     parser.add_argument("--workers", type=int, help="data processes")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--check", type=int, help="test on this many pictures only")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--resume", action="store_true", help="resume the run in the folder")
     args = parser.parse_args(arguments)
     known = {"digits": 1, "cifar10": 1, "fashion-mnist": 1, "folder": 2}
     if known.get(args.data[0]) != len(args.data):

@@ -1,6 +1,6 @@
-"""A model as one folder: config.json, weights.safetensors, and the tokenizers' own files. No pickle, no code.
+"""A model as one folder: config.json, weights.safetensors, and the files of its tokenizers. No pickle, no code.
 
-multimodal/saving.py describes how a new version replaces an old one, and what a reader sees meanwhile.
+multimodal/saving.py describes how a new version replaces an old one while others read it.
 """
 
 import json
@@ -12,28 +12,22 @@ from functools import partial
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import multimodal.flow
-import multimodal.masked
-import multimodal.pointer
-import multimodal.rows  # noqa: F401  heads that a checkpoint may name
 from multimodal.core import Core
 from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json, shown_short
+from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
+from multimodal.network import Network
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
-from multimodal.stream import Task
-from multimodal.texts import shortened
-
-if TYPE_CHECKING:
-    from multimodal.model import Model
+from multimodal.task import Task
+from multimodal.texts import short_repr, shortened
 
 _T = TypeVar("_T")
 FORMAT = 1
@@ -44,7 +38,7 @@ TRIES = 20  # attempts to read a checkpoint that is being replaced again and aga
 MOST_PARTS = 10_000  # the most tokenizers, or tasks, of a checkpoint; more take too long to build
 FEW_LAYERS = 256  # up to this many layers the model is built (in a second) to name the missing tensors
 MOST_HEADER_BYTES, MOST_FILE_BYTES = 2**25, 2**30  # limits for the header of the weights and for a file of a tokenizer
-KINDS = {  # the names of safetensors
+KINDS = {  # by the name that safetensors has for a type
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -67,8 +61,8 @@ Header = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, type by its n
 FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 
 
-def declarations(model: "Model") -> dict[str, Any]:
-    """Everything about a model but its weights and its tokenizers' files, as JSON values."""
+def declarations(model: Network) -> dict[str, Any]:
+    """What a model declares, as JSON values: all but its weights and the files of its tokenizers."""
     tokenizers = model.packer.tokenizers.items()
     return {
         "tokenizers": {name: {**declaration(t), "files": sorted(t.files())} for name, t in tokenizers},
@@ -81,15 +75,17 @@ def declarations(model: "Model") -> dict[str, Any]:
     }
 
 
-def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
-    """Write a checkpoint, or replace the one that is there; the old or the new one is complete at any moment.
+def save(model: Network, folder: Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+    """Write a checkpoint, or replace the one that is there; at any moment either the old or the new one is complete.
 
-    weights: saved instead of the model's own, with the same names. Only files that a save wrote are replaced; other files
-    in the folder stay, and a file of ours that was changed by hand is copied to NAME.1 first.
+    Only files that a save wrote are replaced. Other files in the folder stay, and a file of ours that was changed by hand is
+    copied to NAME.1 first.
+
+    weights: saved instead of the model's own, under the same names.
 
     Raises:
-        CheckpointError: the folder holds something other than a checkpoint, or a foreign file with a name that is needed.
-        OSError: the disk is full, for instance; the old version stays.
+        CheckpointError: the folder is no checkpoint, or a file that a save did not write has a name that is needed.
+        OSError: writing fails, for instance because the disk is full; the old version stays.
     """
     folder = folder.resolve()
     check_room(folder)
@@ -118,15 +114,15 @@ def save(model: "Model", folder: Path, weights: Mapping[str, Tensor] | None = No
 
 
 def _is_written(name: str) -> bool:
-    """Whether a save may have written a file of this name, besides config.json."""
+    """Whether a file of this name may be one that a save wrote, config.json aside."""
     return name == WEIGHTS or name.startswith(f"{FILES}/")
 
 
 def check_room(folder: Path) -> dict[str, str | None]:
-    """{file: checksum} of the checkpoint in a folder, which a save may replace; None: checksum not known.
+    """Check that a save may write to a folder, and return {file: checksum} of the checkpoint there; None: checksum not known.
 
     Raises:
-        CheckpointError: the folder holds something else, or is a file.
+        CheckpointError: the folder has files but is no checkpoint, or is a file itself.
     """
     if not os.path.lexists(folder) or (folder.is_dir() and set(os.listdir(folder)) <= {PLACE}):
         return {}
@@ -146,7 +142,7 @@ def check_room(folder: Path) -> dict[str, str | None]:
 
 
 def own_config(folder: Path) -> dict[str, Any] | None:
-    """The config.json of a folder, if a save wrote it, else None."""
+    """The config.json of a folder if a save of ours wrote it, else None."""
     try:
         config = read_json(folder / CONFIG, ValueError)
         ours = isinstance(config["format"], int) and config["made_by"].startswith("multimodal-stream")
@@ -158,7 +154,7 @@ def own_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _checksum(config: Mapping[str, Any]) -> str:
-    """The checksum of the configuration itself, which shows whether it was changed by hand."""
+    """The checksum of config.json without its own entry; it shows whether the file was changed by hand."""
     return sha256(json.dumps({name: part for name, part in config.items() if name != CHECK}).encode()).hexdigest()
 
 
@@ -170,7 +166,7 @@ def _as_json(config: Mapping[str, Any]) -> bytes:
 
 
 def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a folder holds a complete checkpoint with exactly these weights."""
+    """Whether a folder is a complete checkpoint with exactly these weights."""
     config = own_config(folder)
     try:
         found = {} if config is None else read_tensors(stored(folder, config, WEIGHTS))
@@ -182,16 +178,18 @@ def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of the model, given it or the run folder around it."""
+    """The folder of the model, where `folder` is that or the run folder around it."""
     inner = folder / RUN / CONFIG
     return folder / RUN if inner.is_file() and own_config(folder) is None else folder
 
 
-def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
-    """Read a checkpoint, again if it is replaced meanwhile. finite: refuse weights that are NaN or infinite.
+def load(cls: type[Network], folder: Path, *, finite: bool = True) -> Any:
+    """Read a checkpoint as a model of class `cls`; read it again if it is replaced meanwhile.
+
+    finite: raise on weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: names what is missing, damaged or does not fit.
+        CheckpointError: something is missing, damaged or does not fit; the message names it.
     """
     folder = model_folder(folder)
     for attempt in range(TRIES):
@@ -203,13 +201,13 @@ def load(cls: type["Model"], folder: Path, *, finite: bool = True) -> Any:
         except CheckpointError:
             if version_of(folder, CONFIG) == before or attempt == TRIES - 1:
                 raise
-        time.sleep(random.random() * 0.01 * attempt)  # else reader and writer could stay in step
+        time.sleep(random.random() * 0.01 * attempt)  # random, so that reads do not stay in step with a periodic writer
     raise AssertionError
 
 
-def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
-    """Rebuild declarations, then the model, then its weights. The header of the weights is compared with the config first, before
-    large tensors cost time and memory."""
+def _load(cls: type[Network], folder: Path, finite: bool) -> Any:
+    """Rebuild the declarations, then the model, then its weights; the header of the weights is compared with the config first,
+    before large tensors cost time and memory."""
     config = read_config(folder)
     weights = stored(folder, config, WEIGHTS)
     header = read_header(weights)
@@ -232,7 +230,7 @@ def _load(cls: type["Model"], folder: Path, finite: bool) -> Any:
         put_weights(model, read_tensors(weights), folder, finite=finite)
     except RuntimeError as error:  # types that PyTorch cannot convert
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be used: {shortened(error, 1000)}") from error
-    # last, as whatever else was wrong says more; checkpoints of version 0.1 have no checksums
+    # checksums come last, because any other error says more; checkpoints of version 0.1 have none
     for name, checksum in config.get(SHA256, {}).items():
         path = stored(folder, config, name)
         if path.is_file() and file_hash(path) != checksum:
@@ -246,7 +244,7 @@ def _with_folder(folder: Path, error: Exception) -> str:
 
 
 def _check_depth(core: Any, tensors: int) -> None:
-    """Refuse a deep core with fewer tensors than layers, before minutes go into building it: each layer has at least a norm."""
+    """Raise on a core with more layers than tensors, as each layer has a norm at least; building it could take minutes."""
     for one in (core.reader, core.writer) if isinstance(core, EncoderDecoder) else (core,):
         if isinstance(one, Core) and one.depth * len(one.block) > max(tensors, FEW_LAYERS):
             raise CheckpointError(
@@ -255,8 +253,8 @@ def _check_depth(core: Any, tensors: int) -> None:
             )
 
 
-def _outline(build: Callable[[], "Model"], config: Any) -> "Model | None":
-    """The model without memory for its weights; None where a part is not ours, which may remember tensors that it made there."""
+def _outline(build: Callable[[], Network], config: Any) -> Network | None:
+    """The model on the meta device; None if a part is of another package, which might cache tensors that it made there."""
     if not all(name.partition(":")[0].partition(".")[0] in OURS for name in part_types(config)):
         return None
     with torch.device("meta"):
@@ -264,10 +262,11 @@ def _outline(build: Callable[[], "Model"], config: Any) -> "Model | None":
 
 
 def _tokenizer(folder: Path, name: str, entry: dict[str, Any], config: dict[str, Any]) -> Any:
+    """Rebuild one tokenizer with its files."""
     check_fields(f"tokenizer {name!r}", entry, {"type": str, "config": dict}, CheckpointError)
     named = entry.get("files", [])
     if not isinstance(named, list) or not all(isinstance(file, str) for file in named):
-        raise CheckpointError(f"tokenizer {name!r}: 'files' is {shown_short(named)}, wanted a list of names")
+        raise CheckpointError(f"tokenizer {name!r}: 'files' is {short_repr(named)}, wanted a list of names")
     files = {}
     for file in named:
         inside = Path(name, file)
@@ -288,10 +287,10 @@ def _tokenizer(folder: Path, name: str, entry: dict[str, Any], config: dict[str,
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, checked as far as loading needs it.
+    """The content of config.json, checked as far as loading needs it.
 
     Raises:
-        CheckpointError: no such folder or file, damaged JSON, a format from the future, parts that are missing or of another kind.
+        CheckpointError: no such folder or file, damaged JSON, a newer format, or entries that are missing or of another type.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -303,7 +302,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, CheckpointError)
     if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: format {shown_short(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
+            f"{path}: format {short_repr(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"
         )
     check_fields(path, config, {"tokenizers": dict, "core": dict, "tasks": list, "seed": int}, CheckpointError)
     for task in config["tasks"]:
@@ -314,16 +313,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: it has {len(config[name])} {name}, and {MOST_PARTS} are read at most")
     hashes = config.get("sha256", {})
     if not isinstance(hashes, dict) or not all(isinstance(sha256, str) for sha256 in hashes.values()):
-        raise CheckpointError(f"{path}: 'sha256' is {shown_short(hashes)}, wanted a checksum by the name of each file")
+        raise CheckpointError(f"{path}: 'sha256' is {short_repr(hashes)}, wanted a checksum by the name of each file")
     check_inside(path, hashes, CheckpointError)
     return config
 
 
 def read_header(path: Path) -> Header:
-    """{name: (shape, type)} of a safetensors file, whose tensors are not read.
+    """{name: (shape, type)} from the header of a safetensors file, without reading its tensors.
 
     Raises:
-        CheckpointError: missing, or no such header.
+        CheckpointError: the file is missing, or its header is damaged.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing")
@@ -338,7 +337,7 @@ def read_header(path: Path) -> Header:
             if name != "__metadata__":
                 shape, kind = tuple(entry["shape"]), entry["dtype"]
                 if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in shape):
-                    raise ValueError(f"the header of {shown_short(name)} is {shown_short(entry)}")
+                    raise ValueError(f"the header of {short_repr(name)} is {short_repr(entry)}")
                 found[name] = shape, kind
         return found
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -349,7 +348,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        CheckpointError: missing, truncated or damaged.
+        CheckpointError: the file is missing, truncated or damaged.
     """
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing")
@@ -360,18 +359,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def below(tensors: Mapping[str, _T], prefix: str) -> dict[str, _T]:
-    """The entries whose names begin with a prefix, by their names without it."""
+    """The entries whose names begin with a prefix, under their names without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file.
+    """Write a safetensors file.
 
     Raises:
-        OSError: a disk that is full, or the like.
+        OSError: writing fails, for instance because the disk is full.
     """
     path.touch()
-    mode = path.stat().st_mode & 0o777  # safetensors would make it readable by its owner only
+    mode = path.stat().st_mode & 0o777  # restored below, because safetensors makes files that only their owner can read
     try:
         save_file(tensors, path)
         path.chmod(mode)
@@ -380,10 +379,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> None:
-    """Compare the header of a file (see `read_header`) with the wanted tensors, one by one. Other precisions are accepted.
+    """Compare the header of a file (see `read_header`) with the wanted tensors; any floating-point precision fits any other.
 
     Raises:
-        CheckpointError: lists missing tensors, foreign ones, and those of another shape or kind of number.
+        CheckpointError: lists the tensors that are missing, foreign, or of another shape or type.
     """
     problems: list[tuple[str, str]] = [("missing", name) for name in wanted if name not in header]
     problems += [("foreign", name) for name in header if name not in wanted]
@@ -391,13 +390,13 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
         if name in header:
             shape, kind = header[name]
             if shape != tuple(tensor.shape) and (shape, tuple(tensor.shape)) != ((), (1,)):  # see `with_axis`
-                problems.append((f"{name} is {shown_short(shape)}, wanted {tuple(tensor.shape)}", ""))
+                problems.append((f"{name} is {short_repr(shape)}, wanted {tuple(tensor.shape)}", ""))
             elif (kind not in FLOATS) if tensor.is_floating_point() else (KINDS.get(kind) != tensor.dtype):
                 wanted_kind = "floating-point numbers" if tensor.is_floating_point() else short_name(tensor.dtype)
                 problems.append((f"{name} holds {short_name(KINDS.get(kind, kind))}, wanted {wanted_kind}", ""))
     if problems:
-        shown = [  # close names are looked for only among those shown, since that takes long
-            f"{what} {shown_short(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
+        shown = [  # similar names are searched only for those shown, since that takes long
+            f"{what} {short_repr(name)[1:-1]}{did_you_mean(name, wanted) if what == 'foreign' and len(name) < 200 else ''}"
             if name
             else what
             for what, name in problems[:6]
@@ -407,7 +406,7 @@ def check_tensors(header: Header, wanted: Mapping[str, Tensor], where: Path) -> 
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> Header:
-    """The header that a file of these tensors would have."""
+    """The header that a safetensors file of these tensors would have."""
     return {name: (tuple(t.shape), NAMES_OF_KINDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
 
 
@@ -417,20 +416,22 @@ def short_name(kind: Any) -> str:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds; all of them unless it is sharded."""
+    """This process's shard of a tensor; the tensor itself unless it is sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:
-    """A scalar that was saved without an axis, with the axis that it has now."""
+    """The tensor, with an axis if it is a scalar that version 0.1 saved without the axis (1,) that it has now."""
     return tensor.reshape(1) if tensor.dim() == 0 and wanted.shape == (1,) else tensor
 
 
-def put_weights(model: "Model", weights: dict[str, Tensor], where: Path, *, finite: bool = True) -> None:
-    """Load weights that must match the model one for one.
+def put_weights(model: Network, weights: dict[str, Tensor], where: Path, *, finite: bool = True) -> None:
+    """Load weights, which must match those of the model one for one.
+
+    finite: raise also on NaN or infinity in a parameter, and on NaN in a buffer (which may be infinite on purpose).
 
     Raises:
-        CheckpointError: lists missing tensors, foreign ones and those of another shape or kind; (finite) one with NaN or infinity.
+        CheckpointError: tensors that are missing, foreign, of another shape or type, or not finite.
     """
     check_tensors(header_of(weights), model.state_dict(), where)
     wanted = model.state_dict()

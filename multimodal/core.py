@@ -1,23 +1,21 @@
-"""The one transformer: a declaration (`Core`) with presets, and the module it makes (`Transformer`)."""
+"""The transformer: a declaration with presets (`Core`) and the module that it builds (`Transformer`)."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from multimodal.attention import (
-    Attention,
     Backend,
     Cache,
     Layout,
     Mechanism,
-    Plan,
     Read,
     ScaledDotProduct,
     Score,
@@ -26,55 +24,58 @@ from multimodal.attention import (
     plan_attention,
 )
 from multimodal.declare import Declared, check_part, override
-from multimodal.layers import MLP, Context, CrossAttention, Layer, SelfAttention, Sublayer
+from multimodal.layers import MLP, Attention, Context, CrossAttention, Crossing, Keys, Layer, SelfAttention, Sublayer
 from multimodal.layers.attend import check_parts
 from multimodal.masks import PREFIX_LM, Prior, Rule
 from multimodal.norm import RMSNorm
-from multimodal.positions import rotary_frequencies, rotary_turns
+from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, check_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Core(Declared):
-    """A pre-norm transformer with grouped-query heads, RMSNorm, a gated MLP and rotary places, unless `block` says otherwise.
+    """A pre-norm transformer with grouped-query attention, RMSNorm, a gated MLP and rotary positions, unless `block` differs.
 
-    mask, score, prior and read are those of every attention layer that declares none of its own; the mask holds for all.
+    The mask holds for every self-attention layer; score, prior and read are defaults for layers that declare none of their own.
 
-    width: D, numbers of each token's state.
-    depth: L, how many blocks follow each other.
-    heads: H, query heads of each attention layer; width is a multiple of it.
-    kv_heads: G, key-value heads, which groups of query heads share; None: as many as heads.
+    width: D, size of each token's state.
+    depth: L, number of blocks.
+    heads: H, number of query heads of each attention layer; width is a multiple of it.
+    kv_heads: G, number of key-value heads, each shared by H / G query heads; None: H.
     mlp_width: hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16.
-    qk_norm: RMSNorm on queries and keys, which keeps attention logits bounded (Dehghani et al. 2023).
-    dropout: the share of each block's output that is dropped in training, from 0 to below 1.
-    drop_path: the share of samples whose block is skipped in training, rising linearly to this at the last block.
-    rotary_split: the ratio in which a head's pairs are turned by time, row and column; all 0: no turning.
-    rotary_base: the slowest turn of time, row and column, in steps a radian.
-    mask: the rule that says which token may look at which.
-    score: how likely a query finds a key, for layers that declare no score.
-    prior: what a query expects of a key before it compares them; None: all places alike.
-    read: what becomes of the posterior; Soft() averages the values.
+    qk_norm: RMSNorm on queries and keys, which bounds the attention logits (Dehghani et al. 2023).
+    dropout: probability that an element of a layer's update is dropped in training, from 0 to below 1.
+    drop_path: probability that a layer is skipped for a sample in training; it rises linearly from 0 to this at the last block.
+    rotary_split: the ratio in which time, row and column share the rotary pairs of a head; all 0: no rotary positions.
+    rotary_base: for time, row and column, about the largest number of steps per radian of a rotary pair.
+    mask: the rule that says which token may attend to which.
+    score: the log-likelihood of a query under a key, such as the scaled dot product.
+    prior: the log-probability of each key before contents are compared, such as ALiBi; None: uniform.
+    read: how values are read from the posterior over keys; Soft() averages them.
     block: the layers of one block, which is repeated `depth` times.
+
+    Examples:
+        >>> core = mm.Core(width=64, depth=2, heads=4)
+        >>> deeper = core.replace(depth=8, mask=mm.masks.SameSample() & mm.masks.Causal())
+        >>> deeper.parameters > 3 * core.parameters
+        True
     """
 
-    width: int  # D
-    depth: int  # L, blocks
-    heads: int  # H, query heads
-    kv_heads: int | None = None  # G, key-value heads; None: as many as heads
-    mlp_width: int | None = None  # hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16
-    qk_norm: bool = True  # RMSNorm on queries and keys: keeps attention logits bounded (Dehghani et al. 2023)
-    dropout: float = 0.0  # share of each block's output that is dropped in training
-    drop_path: float = (
-        0.0  # share of samples whose block is skipped in training, rising linearly to this at the last block
-    )
-    # ratio in which a head's pairs are turned by time, row, column; all 0: no turning
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int | None = None
+    mlp_width: int | None = None
+    qk_norm: bool = True
+    dropout: float = 0.0
+    drop_path: float = 0.0
     rotary_split: tuple[int, ...] = (2, 1, 1)
-    rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)  # slowest turn of each axis, steps / radian
+    rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)
     mask: Rule = PREFIX_LM
     score: Score = field(default_factory=ScaledDotProduct)
     prior: Prior | None = None
     read: Read = field(default_factory=Soft)
-    block: tuple[Layer, ...] = (SelfAttention(), MLP())  # layers of one block, which is repeated `depth` times
+    block: tuple[Layer, ...] = (SelfAttention(), MLP())
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
@@ -106,45 +107,45 @@ class Core(Declared):
 
     @property
     def head_width(self) -> int:
-        """K."""
+        """K, width of one head."""
         return self.width // self.heads
 
     @property
     def groups(self) -> int:
-        """G, key-value heads."""
+        """G, number of key-value heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the gated MLP: 8/3 D gives it the parameters of a plain 4 D one (Shazeer 2020)."""
+        """Hidden width of the gated MLP; with 8/3 D it has as many parameters as a plain MLP of 4 D (Shazeer 2020)."""
         return -(-8 * self.width // 3 // 16) * 16 if self.mlp_width is None else self.mlp_width
 
     @property
     def parameters(self) -> int:
-        """Exact number of parameters of the core, without tokenizers and heads."""
+        """Exact number of parameters of the core; those of tokenizers and heads are not counted."""
         return sum(p.numel() for p in self.outline().parameters())
 
     def flops(self, tokens: int, context: float) -> float:
-        """Multiply-adds counted as 2, of one forward pass over `tokens` that see `context` tokens each on average.
+        """FLOPs (2 per multiply-add) of one forward pass over `tokens` tokens, which attend to `context` tokens each on average.
 
-        Matrix products only, as in Kaplan et al. 2020 (2 a weight and token) plus 2 T M a layer of attention for each number of its
-        keys and values (Chowdhery et al. 2022, appendix B). A training step costs three times this.
+        Only matrix products are counted: 2 per weight and token (Kaplan et al. 2020), and in each attention layer 2 per token,
+        context token and element of keys and values (Chowdhery et al. 2022, appendix B). A training step costs three times this.
         """
         outline = self.outline()
         weights = sum(p.numel() for p in outline.parameters() if p.dim() >= 2)
-        read = sum(m.heads * (m.key_width + m.value_width) for m in outline.modules() if isinstance(m, Attention))
-        return 2.0 * tokens * weights + 2.0 * tokens * context * read
+        attended = sum(m.heads * (m.key_width + m.value_width) for m in outline.modules() if isinstance(m, Attention))
+        return 2.0 * tokens * weights + 2.0 * tokens * context * attended
 
     def layers(self, *, crosses: bool = False) -> tuple[Layer, ...]:
-        """One block's layers; in a core that writes with a cross-attention after each attention, unless it declares its own.
+        """The layers of one block; with `crosses` a CrossAttention follows each SelfAttention, unless the block declares its own.
 
         Raises:
-            ConfigError: a cross-attention in a core that has nothing to look at, or no place for one.
+            ConfigError: the block has a CrossAttention but the core has no other to attend to, or it has no place for one.
         """
         own = any(layer.crosses for layer in self.block)
         if own and not crosses:
             raise ConfigError(
-                "Core: CrossAttention needs another core to look at; it belongs in the writer of an EncoderDecoder"
+                "Core: CrossAttention needs another core to attend to; it belongs in the writer of an EncoderDecoder"
             )
         if own or not crosses:
             return self.block
@@ -153,30 +154,22 @@ class Core(Declared):
             out += [layer, CrossAttention()] if isinstance(layer, SelfAttention) else [layer]
         if len(out) == len(self.block):
             raise ConfigError(
-                "EncoderDecoder: the writer's block has no attention; put a CrossAttention() where it is to look"
+                "EncoderDecoder: the writer's block has no attention; put a CrossAttention() where it is to attend"
             )
         return tuple(out)
 
     def outline(self, crosses: bool = False) -> "Transformer":
-        """The module without memory for its weights: to count and to measure."""
+        """The module on the meta device, where weights take no memory: for counts and sizes."""
         return _outline(self, crosses)
 
     def build(self) -> "Transformer":
-        """Make the module, with fresh weights."""
+        """The module, with newly initialised weights."""
         return Transformer(self)
 
     def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32, crossed: int | None = None) -> Cache:
-        """Room for decoding `rows` samples of up to `capacity` tokens; if the core crosses, with a memory of `crossed` tokens."""
-        kept, seen, states = [], [], []
-        for layer in self.outline(crossed is not None).sublayers():
-            keys, state = layer.layer.keys(self), layer.layer.state(self, layer.norm.weight.shape[0])
-            if keys is not None:
-                (seen if layer.layer.crosses else kept).append(tuple(keys))
-            if state is not None:
-                states.append(state)
-        place = {"batch": rows, "device": device, "dtype": dtype}
-        memory = None if crossed is None else Cache(keys=seen, capacity=crossed, **place)
-        return Cache(keys=kept, capacity=capacity, states=states, memory=memory, **place)
+        """An empty KV cache for `rows` samples of up to `capacity` tokens; see `Transformer.cache`."""
+        outline = self.outline(crossed is not None)
+        return outline.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=crossed)
 
     def replace(self, **changes) -> Self:
         """A copy with some settings changed."""
@@ -184,17 +177,17 @@ class Core(Declared):
 
     @classmethod
     def tiny(cls) -> Self:
-        """0.2 M parameters: tests, toys."""
+        """0.2 M parameters: for tests and toy problems."""
         return cls(width=64, depth=4, heads=4)
 
     @classmethod
     def small(cls) -> Self:
-        """1.2 M parameters: small pictures, spoken words; minutes on a CPU."""
+        """1.2 M parameters: for small images and spoken words; trains in minutes on a CPU."""
         return cls(width=128, depth=6, heads=4)
 
     @classmethod
     def medium(cls) -> Self:
-        """10.6 M parameters: CIFAR-sized work on one GPU."""
+        """10.6 M parameters: for CIFAR on one GPU."""
         return cls(width=384, depth=6, heads=6)
 
     @classmethod
@@ -209,7 +202,7 @@ class Core(Declared):
 
     @classmethod
     def xl_1b(cls) -> Self:
-        """1.2 B parameters, 16 query heads on 8 key-value heads."""
+        """1.2 B parameters, with 16 query heads on 8 key-value heads."""
         return cls(width=2048, depth=26, heads=16, kv_heads=8)
 
     @classmethod
@@ -221,8 +214,8 @@ class Core(Declared):
 class Block(nn.Module):
     """The layers of one block, one after the other.
 
-    recompute: in training keep only what comes in, and compute the rest again for the gradient (Chen et al. 2016); changes memory,
-    not results, so no declaration has it.
+    recompute: activation checkpointing: in training only the block's input is stored, and the rest is computed again in the
+    backward pass (Chen et al. 2016). It changes memory and not results, so no declaration has it.
     """
 
     recompute: bool = False
@@ -235,54 +228,41 @@ class Block(nn.Module):
             self.layers.append(sublayer)
             width = sublayer.width
         self.width = width
-        self.mixing = max((i for i, layer in enumerate(layers) if type(layer) is not MLP), default=0)
+        # index of the last layer in which a token depends on others; MLPs after it can run on wanted rows alone
+        self.last_mixing = max((i for i, layer in enumerate(layers) if type(layer) is not MLP), default=0)
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
-        if not self.recompute or not self.training or not torch.is_grad_enabled() or context.cache is not None:
-            return self._run(stream_TD, context, wanted_N)
-        out = checkpoint(
-            self._run,
-            stream_TD,
-            context,
-            wanted_N,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _untold(context.trace)),
-        )
-        assert isinstance(out, Tensor)
-        return out
-
-    def _run(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None) -> Tensor:
         for i, layer in enumerate(self.layers):
-            if i != self.mixing or wanted_N is None:
+            if i != self.last_mixing or wanted_N is None:
                 stream_TD = layer(stream_TD, context)
-            else:  # from here on every token is by itself
+            else:  # the layers after this one run on the wanted rows alone
                 stream_TD, context = layer(stream_TD, context, wanted_N), context.at(wanted_N)
         return stream_TD
 
 
 @contextmanager
-def _untold(trace: Trace | None) -> Iterator[None]:
-    """What layers do again for the gradient, a trace has been told already."""
-    told = len(trace.seen) if trace else 0
+def _not_traced(trace: Trace | None) -> Iterator[None]:
+    """Within this context a trace records nothing: layers that run again for the backward pass are in it already."""
+    count = len(trace.seen) if trace else 0
     try:
         yield
     finally:
         if trace:
-            del trace.seen[told:]
+            del trace.seen[count:]
 
 
 def recompute(model: nn.Module, on: bool = True) -> None:
-    """Activation checkpointing of every block of a model, in place: see `Block`."""
+    """Switch activation checkpointing of every block of a model, in place; see `Block`."""
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = on
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile what every token does by itself (MLPs, queries, keys and values), in place.
+    """Compile, in place, what is computed for each token alone: MLPs and the projections of queries, keys and values.
 
-    Parameters keep their names, and one graph serves packs of any layout. Not whole blocks: how a pack is attended goes by its
-    lists of spans, so that each new layout would be compiled again.
+    The names of parameters stay, and one graph serves packs of any layout. Whole blocks are not compiled: attention depends on
+    the spans of a pack, which are Python lists, so that each new layout would be compiled again.
 
     Raises:
         ConfigError: there is no C++ compiler, which torch.compile needs.
@@ -302,20 +282,12 @@ def compile_blocks(model: nn.Module) -> None:
             if isinstance(module, Attention):
                 module.compiled = True
             if isinstance(module, Sublayer) and type(module.layer) is MLP:
-                # with its norm and its sum, unless something is dropped: the compiler would draw other numbers
+                # norm and merge are compiled too, unless there is dropout: the compiler would draw other random numbers
                 (module.body if module.dropout or module.drop_path else module).compile(dynamic=True)
 
 
-class Crossing(NamedTuple):
-    """What a core that writes looks at: states (M, D) with their turns, and how."""
-
-    memory_MD: Tensor
-    turns: Callable[[int], Tensor | None]
-    plan: Plan
-
-
 class Transformer(nn.Module):
-    """The core's weights: reads a stream (T, D) and gives its states (T, D)."""
+    """The module of a `Core`: from embedded tokens (T, D) of a stream to its states (T, D)."""
 
     def __init__(self, core: Core, *, crosses: bool = False) -> None:
         super().__init__()
@@ -328,23 +300,34 @@ class Transformer(nn.Module):
             width = block.width
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = RMSNorm(core.width)
-        self._count()
-        if not self.norm.weight.is_meta:  # a model on the meta device needs no weights
+        self._number_layers()
+        if not self.norm.weight.is_meta:  # initialising is slow, and on the meta device without effect
             for sublayer in self.sublayers():
-                sublayer.body.draw(core.depth)
-        self._turning: dict[int, tuple[Tensor, Tensor]] = {}
+                sublayer.body.init_weights(core.depth)
+        self._frequencies: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by width of a head; layers may have heads of other widths
+        if any(core.rotary_split):
+            widths = {m.key_width for m in self.modules() if isinstance(m, Attention) and m.turned}
+            with torch.device("cpu"):  # real numbers, even if the model is being built on the meta device
+                self._frequencies = {
+                    w: rotary_frequencies(w, core.rotary_split, core.rotary_base) for w in sorted(widths)
+                }
 
     def sublayers(self) -> Iterator[Sublayer]:
-        """All layers, in order."""
+        """The layers of all blocks, in order."""
         for block in self.blocks:
             assert isinstance(block, Block)
             for layer in block.layers:
                 assert isinstance(layer, Sublayer)
                 yield layer
 
-    def _count(self) -> None:
-        """Number the layers that keep something in a cache, and name the mechanisms for the trace."""
-        counts = {"keys": 0, "memory": 0, "state": 0}
+    def _number_layers(self) -> None:
+        """Give each layer that caches something its index in the cache, collect the sizes, and name the mechanisms for traces."""
+        # by layer: sizes of keys and values of the stream, of those of the other core's states, and of a recurrent state
+        self.key_sizes: list[Keys] = []
+        self.memory_sizes: list[Keys] = []
+        self.state_sizes: list[int] = []
         width = self.core.width
         for depth, block in enumerate(self.blocks, 1):
             assert isinstance(block, Block)
@@ -354,16 +337,26 @@ class Transformer(nn.Module):
                 for module in sublayer.body.modules():
                     if isinstance(module, Mechanism):
                         module.name = f"block {depth} {module.name}"
-                for what, kept in (
-                    ("memory" if layer.crosses else "keys", layer.keys(self.core)),
-                    ("state", layer.state(self.core, width)),
-                ):
-                    if kept is not None:
-                        sublayer.body.index = counts[what]
-                        counts[what] += 1
+                keys, state = layer.keys(self.core), layer.state(self.core, width)
+                if keys is not None:
+                    sizes = self.memory_sizes if layer.crosses else self.key_sizes
+                    sublayer.body.index = len(sizes)
+                    sizes.append(keys)
+                if state is not None:
+                    sublayer.body.index = len(self.state_sizes)
+                    self.state_sizes.append(state)
                 width = sublayer.width
-        # what looks elsewhere than at its own stream does not go through the stream's plan
+        # only self-attention runs by the stream's plan, which has to know whether a kernel without priors suffices
         self.bare = all(m.bare for m in self.modules() if isinstance(m, Mechanism) and m.name.endswith(" self"))
+
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32, crossed: int | None = None) -> Cache:
+        """An empty KV cache for `rows` samples of up to `capacity` tokens.
+
+        crossed: the capacity, in tokens, of the cross-attention cache; None: this core has no cross-attention.
+        """
+        where: dict[str, Any] = {"batch": rows, "device": device, "dtype": dtype}
+        memory = None if crossed is None else Cache(keys=self.memory_sizes, capacity=crossed, **where)
+        return Cache(keys=self.key_sizes, capacity=capacity, states=self.state_sizes, memory=memory, **where)
 
     def forward(
         self,
@@ -377,15 +370,23 @@ class Transformer(nn.Module):
         trace: Trace | None = None,
         wanted_N: Tensor | None = None,
     ) -> Tensor:
-        """States (T, D) of a packed stream; places (T, 3) in steps. A trace collects what every attention layer does.
+        """The states (T, D) of a packed stream.
 
-        wanted_N: the rows whose states (N, D) are given instead, in this order; what follows the last layer that mixes tokens is
-        computed for them alone, which spares a picture that is classified almost the whole last MLP.
+        Args:
+            stream_TD: embedded tokens.
+            position_TA: their positions (T, 3) in steps.
+            layout: which rows belong to which sample.
+            cache: filled by a prompt, extended by later tokens; None: nothing is cached.
+            backend: the attention backend, see `plan_attention`.
+            crossing: the states of another core, for cross-attention.
+            trace: collects a record of every attention layer.
+            wanted_N: rows of the stream; if given, only their states (N, D) are returned, in this order. Layers after the last one
+                that mixes tokens then run on these rows alone, which saves an image classifier most of its last MLP.
 
         Raises:
-            ShapeError: stream, places and layout disagree.
+            ShapeError: stream, positions and layout disagree.
         """
-        sample_T = layout.places.sample
+        sample_T = layout.info.sample
         check_shapes(
             "Core", {"D": self.core.width, "A": 3}, stream_TD=stream_TD, position_TA=position_TA, sample_T=sample_T
         )
@@ -398,29 +399,24 @@ class Transformer(nn.Module):
         plan = plan_attention(
             self.core.mask, layout, backend=backend, dtype=dtype, cache=cache, bare=self.bare, trace=trace
         )
-        context = Context(layout, plan, self.turns(position_TA), cache=cache, trace=trace, fresh=fresh)
-        if crossing is not None:
-            context.memory_MD, context.memory_turns, context.crossing = crossing
-        *blocks, last = self.blocks
-        for block in blocks:
-            stream_TD = block(stream_TD, context)
-        stream_TD = last(stream_TD, context, wanted_N)
+        context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh)
+        for block in self.blocks:
+            rows_N = wanted_N if block is self.blocks[-1] else None
+            assert isinstance(block, Block)
+            if block.recompute and self.training and torch.is_grad_enabled() and cache is None:
+                contexts = lambda: (nullcontext(), _not_traced(trace))  # noqa: E731  for the forward pass and for its recomputation
+                stream_TD = checkpoint(block, stream_TD, context, rows_N, use_reentrant=False, context_fn=contexts)
+            else:
+                stream_TD = block(stream_TD, context, rows_N)
         return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
-    def turns(self, position_TA: Tensor) -> Callable[[int], Tensor | None]:
-        """How far every pair of a head is turned at these places, for a width of heads."""
-
-        @lru_cache(None)
-        def turns(head_width: int) -> Tensor | None:
-            if not any(self.core.rotary_split):
-                return None
-            if head_width not in self._turning:
-                axis_K, frequency_K = rotary_frequencies(head_width, self.core.rotary_split, self.core.rotary_base)
-                self._turning[head_width] = axis_K.to(position_TA.device), frequency_K.to(position_TA.device)
-            axis_K, frequency_K = (x.to(position_TA.device) for x in self._turning[head_width])
-            return rotary_turns(position_TA, axis_K, frequency_K)
-
-        return turns
+    def rotations(self, position_TA: Tensor) -> dict[int, Tensor]:
+        """By width of a head, the rotation of each of its pairs at these positions; empty without rotary positions."""
+        device = position_TA.device
+        for width, pair in self._frequencies.items():
+            if pair[0].device != device:  # no buffers, because .to(bfloat16) would round them
+                self._frequencies[width] = pair[0].to(device), pair[1].to(device)
+        return {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
 
 
 @lru_cache(64)

@@ -1,6 +1,7 @@
-"""Declarations: what a user writes down (core, tokenizer, head, mask rule), through JSON and back, without weights."""
+"""Declarations (core, tokenizer, head, mask rule): frozen dataclasses without weights, to JSON and back."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import types
@@ -8,23 +9,35 @@ import typing
 from collections.abc import Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
-from multimodal.files import check_fields, shown_short
+from multimodal.files import check_fields
+from multimodal.old_names import new_type
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
+from multimodal.texts import short_repr
 
 _Part = TypeVar("_Part")
 GROUPS = "multimodal."  # of entry points: multimodal.tokenizers, multimodal.heads, multimodal.parts
-OURS = ("multimodal", "multimodal_tokenizers")  # the packages whose parts we know
+OURS = ("multimodal", "multimodal_tokenizers")  # the packages of this project
+PARTS = {
+    *("attention.priors", "attention.reads", "attention.scores", "core", "encoder_decoder", "masks", "train.recipe"),
+    *(
+        f"heads.{name}"
+        for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "pointer")
+    ),
+    *("layers.attend", "layers.base", "layers.mlp", "layers.recurrent", "zoo.temporal_conv", "zoo.turing_machine"),
+}
+"""Modules below `multimodal` that `find` may import, because a checkpoint names a class of theirs."""
 _defined: dict[str, type["Declared"]] = {}
 
 
 class Declared:
-    """What a checkpoint names and rebuilds. Subclasses are frozen dataclasses of JSON values and other declarations."""
+    """Base of what a checkpoint names and rebuilds. Subclasses are frozen dataclasses of JSON values and other declarations."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _defined[type_name(cls)] = cls
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
+        # here and not in __post_init__, because subclasses of users override that without calling ours
         fields = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
         for name, value in (*zip(fields, args, strict=False), *settings.items()):
             check_ordered(f"{cls.__name__}: {name}", value)
@@ -36,10 +49,10 @@ class Declared:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], files: dict[str, bytes] | None = None) -> Self:
-        """Rebuild from what `config` gave after a trip through JSON; `files` are those a tokenizer saved beside it.
+        """Rebuild a declaration from its `config`, as read from JSON; `files` are those that a tokenizer saved (`Tokenizer.files`).
 
         Raises:
-            CheckpointError: a setting that this class does not have.
+            CheckpointError: a setting that this class does not have, or one of another type.
         """
         known = _fields(cls)
         for key in config:
@@ -47,15 +60,15 @@ class Declared:
                 raise CheckpointError(
                     f"{cls.__name__} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
                 )
-        settings = {key: _whole(cls, key, _from_json(value)) for key, value in config.items()}
-        if cls.__module__.partition(".")[0] in OURS:  # others may annotate as they like
-            _check_kinds(cls, settings)
+        settings = {key: _as_int(cls, key, _from_json(value)) for key, value in config.items()}
+        if cls.__module__.partition(".")[0] in OURS:  # annotations of other packages may mean anything
+            _check_types(cls, settings)
         return cls(**settings)
 
 
 def check_ordered(where: str, value: Any) -> None:
-    """Raise a ConfigError for a set, also within lists: its order differs between processes, so that one number would stand for
-    different classes."""
+    """Raise a ConfigError for a set, also within lists and mappings: its order differs between processes, so that an id would
+    stand for another class in each."""
     if isinstance(value, Set) and not isinstance(value, MappingView):  # views of a dictionary are ordered
         raise ConfigError(
             f"{where} is a set, whose order differs from one process to the next; give a tuple or a list, such as tuple(sorted(..))"
@@ -69,7 +82,7 @@ def check_ordered(where: str, value: Any) -> None:
 
 
 def declaration(part: Declared) -> dict[str, Any]:
-    """{"type": "module:Class", "config": {...}}."""
+    """A part as JSON values: {"type": "module:Class", "config": {...}}."""
     return {"type": type_name(type(part)), "config": part.config()}
 
 
@@ -92,18 +105,26 @@ def part_types(data: Any) -> set[str]:
 
 
 def type_name(cls: type) -> str:
-    """'module:Class', as packaging entry points write it."""
+    """'module:Class', the form of packaging entry points."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def find(name: str) -> type[Declared]:
-    """The class behind 'module:Class': one already defined in this process, or an installed entry point. Runs no other code.
+    """The class that 'module:Class' names: defined in this process, one of our modules', or an installed entry point.
+
+    It imports only our own modules and entry points, so that a checkpoint cannot choose which code runs.
 
     Raises:
-        CheckpointError: no such class; lists what is installed.
+        CheckpointError: no such class; the message lists the installed ones.
     """
     if name in _defined:
         return _defined[name]
+    ours = new_type(name)
+    module = ours.partition(":")[0]
+    if module.partition(".")[0] == "multimodal" and module.partition(".")[2] in PARTS:
+        importlib.import_module(module)
+    if ours in _defined:
+        return _defined[ours]
     points = importlib.metadata.entry_points()
     offered = [point for group in points.groups if group.startswith(GROUPS) for point in points.select(group=group)]
     installed = {point.value: point for point in offered}
@@ -124,12 +145,12 @@ def find(name: str) -> type[Declared]:
 
 
 def alias(name: str, cls: type[Declared]) -> None:
-    """Load a class that has moved for checkpoints that name "old.module:Name"; new checkpoints have its new name.
+    """Make checkpoints that name "old.module:Name" load this class, which has moved; new checkpoints have its new name.
 
-    In a package, an entry point in a group multimodal.*, named by the old name, does the same for all who install it.
+    In a package, an entry point in a group multimodal.* whose name is the old name does the same for everybody who installs it.
 
     Raises:
-        ConfigError: the class is no declaration, or the name is no "module:Class" or that of another class.
+        ConfigError: the class is no declaration, the name is not "module:Class", or another class has it.
     """
     if not isinstance(cls, type) or not issubclass(cls, Declared):
         raise ConfigError(
@@ -146,7 +167,7 @@ def alias(name: str, cls: type[Declared]) -> None:
 
 
 def check_part(where: str, part: Any, kind: type[Declared], example: str) -> None:
-    """Raises a ConfigError unless `part` is a declaration of this kind, made by its constructor and frozen; `where` names it."""
+    """Raise a ConfigError unless `part` is an instance of `kind` and a frozen dataclass; `where` names it in the message."""
     if not isinstance(part, kind):
         shown = part.__name__ if isinstance(part, type) else repr(part)
         call = "; call it" if isinstance(part, type) and issubclass(part, kind) else ""
@@ -162,7 +183,7 @@ def override(part: _Part, **changes: Any) -> _Part:
     """A copy of a frozen dataclass with some fields changed.
 
     Raises:
-        ConfigError: a field that does not exist, with the fields that do.
+        ConfigError: a field that does not exist; the message lists those that do.
     """
     known = [f.name for f in dataclasses.fields(part)]  # type: ignore[arg-type]
     for name in changes:
@@ -174,43 +195,44 @@ def override(part: _Part, **changes: Any) -> _Part:
 
 
 def plain(value: Any) -> Any:
-    """The value after a trip through JSON: tuples are lists, numbers are keys no longer."""
+    """The value as JSON would return it: tuples become lists, and keys become strings."""
     return json.loads(json.dumps(value))
 
 
-def _check_kinds(cls: type, settings: Mapping[str, Any]) -> None:
-    """Compare settings that came as JSON with the annotations of a class: one of another kind may fail long after it is loaded.
+def _check_types(cls: type, settings: Mapping[str, Any]) -> None:
+    """Compare settings read from JSON with the annotations of a class; otherwise a wrong type might fail long after loading.
 
     Raises:
-        CheckpointError: names the setting, what came and what was wanted.
+        CheckpointError: a setting of another type; the message says what came and what was wanted.
     """
     try:
         hints = typing.get_type_hints(cls)
-    except NameError:  # a name that only a type checker sees
+    except NameError:  # a name that is imported for type checkers only
         return
     for name, value in settings.items():
-        if name in hints and not _fits(value, hints[name]):
-            raise CheckpointError(f"{cls.__name__}: {name}={shown_short(value)} is no {_kind_name(hints[name])}")
+        if name in hints and not _is_instance(value, hints[name]):
+            raise CheckpointError(f"{cls.__name__}: {name}={short_repr(value)} is no {_type_text(hints[name])}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _is_instance(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; types that are not handled here count as fitting."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in inside)
+        return any(_is_instance(value, option) for option in inside)
     if origin is typing.Literal:
         return value in inside
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         if inside and inside[-1] is Ellipsis:
-            return all(_fits(part, inside[0]) for part in value)
-        return not inside or (len(value) == len(inside) and all(map(_fits, value, inside)))
+            return all(_is_instance(part, inside[0]) for part in value)
+        return not inside or (len(value) == len(inside) and all(map(_is_instance, value, inside)))
     if kind in (int, float):
         return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     return isinstance(value, kind) if isinstance(kind, type) and kind is not list else True
 
 
-def _kind_name(kind: Any) -> str:
+def _type_text(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
 
@@ -226,8 +248,8 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _whole(cls: type, name: str, value: Any) -> Any:
-    """The value of a setting; an int setting accepts 4 and 4.0, but not 4.5."""
+def _as_int(cls: type, name: str, value: Any) -> Any:
+    """The value of a setting, converted to int where the annotation says int: JSON of other tools writes 4 as 4.0."""
     if not isinstance(value, float):
         return value
     try:

@@ -1,9 +1,9 @@
-"""Two cores in the place of one: the first reads, the second writes and looks at what the first read.
+"""Encoder and decoder in the place of one core: the reader encodes the context, and the writer decodes and cross-attends to it.
 
-    stream = [ read | written ]  --reader-->  states of what is read
-                     \\------------writer (cross-attention)-->  states of what is written
+    stream = [ context | written ]  --reader-->  states of the context
+                        \\------------writer (cross-attention)-->  states of what is written
 
-The blocks, the stream, the tasks and the heads are those of the single core; only the core's declaration differs.
+Blocks, streams, tasks and heads are those of the single core; only the declaration of the core differs.
 """
 
 from dataclasses import dataclass, replace
@@ -13,22 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import Backend, Cache, Layout, Span, Trace, plan_cross_attention
-from multimodal.core import Core, Crossing, Transformer
+from multimodal.core import Core, Transformer
 from multimodal.declare import Declared, check_part, override
-from multimodal.masks import Places
+from multimodal.layers import Crossing
+from multimodal.masks import MaskInfo
 from multimodal.norm import RMSNorm
 from multimodal.shapes import ConfigError, StreamError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoder(Declared):
-    """Reads with one core and writes with another (Vaswani et al. 2017), in the place of a `Core`.
+    """An encoder and a decoder (Vaswani et al. 2017), in the place of a `Core`.
 
-    What a task reads goes through `reader`, what it writes (from the head's learned start on) through `writer`, which looks at
-    all that its sample read. The writer counts places from its own start.
-    last: of what was read only so many last states are looked at; 1 is a fixed vector, as before attention (Sutskever et al. 2014).
-    reader: the core that reads.
-    writer: the core that writes; as wide as the reader.
+    The fields that a task reads go through `reader`; what it writes, from the head's learned start on, goes through `writer`, which
+    cross-attends to the reader's states of its own sample. Time in the writer starts at its first token.
+
+    reader: the core that encodes the context.
+    writer: the core that decodes; it has the reader's width.
+    last: the writer attends only to the last n states of the context, where 1 is the fixed vector of the time before attention
+        (Sutskever et al. 2014); None: to all.
     """
 
     reader: Core
@@ -45,24 +48,24 @@ class EncoderDecoder(Declared):
             )
         if self.last is not None and self.last < 1:
             raise ConfigError(
-                f"EncoderDecoder: last={self.last} leaves nothing to look at; use 1 or more, or None for all"
+                f"EncoderDecoder: last={self.last} leaves nothing to attend to; use 1 or more, or None for all"
             )
         self.reader.layers()
         self.writer.layers(crosses=True)
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, size of each token's state, in both cores."""
         return self.writer.width
 
     @property
     def depth(self) -> int:
-        """L of the core that writes, whose caches decoding keeps."""
+        """L, number of blocks of the writer."""
         return self.writer.depth
 
     @property
     def mask(self):
-        """The rule under which reading happens."""
+        """The mask rule of the reader."""
         return self.reader.mask
 
     @property
@@ -73,11 +76,11 @@ class EncoderDecoder(Declared):
         )
 
     def build(self) -> "TwoCores":
-        """Make the module, with fresh weights."""
+        """The module, with newly initialised weights."""
         return TwoCores(self)
 
     def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
-        """Room for decoding: what is written and, as its memory, what was read; up to `capacity` tokens each."""
+        """An empty KV cache for decoding `rows` samples, with up to `capacity` tokens of the context and as many written ones."""
         return self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=capacity)
 
     def replace(self, **changes) -> Self:
@@ -86,7 +89,7 @@ class EncoderDecoder(Declared):
 
 
 class TwoCores(nn.Module):
-    """The weights of an `EncoderDecoder`."""
+    """The module of an `EncoderDecoder`."""
 
     def __init__(self, core: EncoderDecoder) -> None:
         super().__init__()
@@ -94,9 +97,13 @@ class TwoCores(nn.Module):
         self.reader = Transformer(core.reader)
         self.writer = Transformer(core.writer, crosses=True)
 
+    def cache(self, *, rows: int, capacity: int, device=None, dtype=torch.float32) -> Cache:
+        """An empty KV cache, as `EncoderDecoder.cache` describes."""
+        return self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=capacity)
+
     @property
     def norm(self) -> RMSNorm:
-        """The last norm."""
+        """The norm of the writer's states."""
         return self.writer.norm
 
     def forward(
@@ -110,84 +117,95 @@ class TwoCores(nn.Module):
         trace: Trace | None = None,
         wanted_N: Tensor | None = None,
     ) -> Tensor:
-        """States (T, D) of a packed stream, read and written rows in their places; with a cache that holds a prompt, of one
-        newly written token a sample. wanted_N: the rows whose states (N, D) are given instead.
+        """The states (T, D) of a packed stream, those of the reader and of the writer in the order of its rows.
+
+        With a cache that has a prompt, the stream is one newly written token for each sample. The arguments are those of
+        `Transformer.forward`.
 
         Raises:
-            StreamError: more to read after the prompt; a reader reads all at once.
+            StreamError: more context comes after the prompt, but the reader encodes all of it at once.
         """
         if cache is not None and any(cache.length[row] for row in cache.rows[: len(layout.spans)]):
             state_TD = self._step(stream_TD, position_TA, layout, cache, trace)
             return state_TD if wanted_N is None else state_TD[wanted_N]
-        reads = torch.tensor([span.read for span in layout.spans], device=stream_TD.device)
-        is_read_T = layout.places.order < reads[layout.places.sample.long()]
-        read_rows, written_rows = is_read_T.nonzero()[:, 0], (~is_read_T).nonzero()[:, 0]
-        read = Layout(tuple(Span(s.free, s.read, s.read) for s in layout.spans), layout.places[read_rows])
+        # the stream is divided into two layouts, in each of which the tokens of a sample are numbered from 0
+        context_B = torch.tensor([span.read for span in layout.spans], device=stream_TD.device)
+        in_context_T = layout.info.order < context_B[layout.info.sample.long()]
+        context_rows, written_rows = in_context_T.nonzero()[:, 0], (~in_context_T).nonzero()[:, 0]
+        context = Layout(tuple(Span(s.bidirectional, s.read, s.read) for s in layout.spans), layout.info[context_rows])
         state_TD = torch.empty_like(stream_TD)
-        memory_MD = stream_TD[:0]
-        if len(read_rows):
-            there = _without_empty(read)
-            memory_MD = self.reader(stream_TD[read_rows], position_TA[read_rows], there, backend=backend, trace=trace)
+        encoded_MD = stream_TD[:0]
+        if len(context_rows):
+            encoded_MD = self.reader(
+                stream_TD[context_rows],
+                position_TA[context_rows],
+                _without_empty(context),
+                backend=backend,
+                trace=trace,
+            )
         if not len(written_rows):
-            return memory_MD if wanted_N is None else memory_MD[wanted_N]
-        places = layout.places[written_rows]
-        order_T = places.order - reads[places.sample.long()].to(places.order.dtype)
+            return encoded_MD if wanted_N is None else encoded_MD[wanted_N]
+        info = layout.info[written_rows]
+        order_T = info.order - context_B[info.sample.long()].to(info.order.dtype)
         written = Layout(
             tuple(Span(0, s.total - s.read) for s in layout.spans),
-            Places(places.sample, order_T, torch.zeros_like(places.free), places.segment),
+            MaskInfo(info.sample, order_T, torch.zeros_like(info.bidirectional), info.segment),
         )
+        # the cache stores the origins, because later steps come without the context
         origin_BA = _origins(position_TA[written_rows], written)
         if cache is not None:
             cache.origin_BA[torch.tensor(list(cache.rows[: len(layout.spans)]))] = origin_BA
-        place_TA = position_TA[written_rows] - origin_BA[places.sample.long()]
-        seen_MD, seen_rows = memory_MD, read_rows
-        if self.core.last is not None:
-            (late,) = (read.places.order >= (reads - self.core.last)[read.places.sample.long()]).nonzero(as_tuple=True)
-            seen_MD, seen_rows = memory_MD[late], read_rows[late]
-            spans = tuple(Span(0, min(s.total, self.core.last)) for s in read.spans)
-            places = read.places[late]
-            first = (reads - self.core.last).clamp(min=0)[places.sample.long()].to(places.order.dtype)
-            read = Layout(spans, Places(places.sample, places.order - first, places.free, places.segment))
+        written_position_TA = position_TA[written_rows] - origin_BA[info.sample.long()]
+        key_MD, key_rows = encoded_MD, context_rows
+        if self.core.last is not None:  # the writer attends to the last states alone, renumbered from 0
+            is_late = context.info.order >= (context_B - self.core.last)[context.info.sample.long()]
+            (late,) = is_late.nonzero(as_tuple=True)
+            key_MD, key_rows = encoded_MD[late], context_rows[late]
+            spans = tuple(Span(0, min(s.total, self.core.last)) for s in context.spans)
+            info = context.info[late]
+            first = (context_B - self.core.last).clamp(min=0)[info.sample.long()].to(info.order.dtype)
+            context = Layout(spans, MaskInfo(info.sample, info.order - first, info.bidirectional, info.segment))
         crossing = Crossing(
-            seen_MD,
-            self.writer.turns(position_TA[seen_rows]),
-            plan_cross_attention(written, read, backend=backend, cache=cache, trace=trace),
+            key_MD,
+            self.writer.rotations(position_TA[key_rows]),
+            plan_cross_attention(written, context, backend=backend, cache=cache, trace=trace),
         )
-        states = self.writer(
+        decoded_TD = self.writer(
             stream_TD[written_rows],
-            place_TA,
+            written_position_TA,
             _without_empty(written),
             cache=cache,
             backend=backend,
             crossing=crossing,
             trace=trace,
         )
-        state_TD = state_TD.index_copy(0, read_rows, memory_MD).index_copy(0, written_rows, states)
+        state_TD = state_TD.index_copy(0, context_rows, encoded_MD).index_copy(0, written_rows, decoded_TD)
         return state_TD if wanted_N is None else state_TD[wanted_N]
 
     def _step(
         self, stream_TD: Tensor, position_TA: Tensor, layout: Layout, cache: Cache, trace: Trace | None
     ) -> Tensor:
-        if any(span.total != 1 or span.free for span in layout.spans):
+        """The states of one newly written token for each sample, which attends to the cached keys of both cores."""
+        if any(span.total != 1 or span.bidirectional for span in layout.spans):
             raise StreamError(
-                "EncoderDecoder: more to read came after the prompt; the reader sees all of it at once, so read it together"
+                "EncoderDecoder: more to read came after the prompt; the reader encodes all of it at once, so give it together"
             )
-        place_TA = position_TA - cache.origin_BA[cache.row_index(layout.places.sample)]
+        written_position_TA = position_TA - cache.origin_BA[cache.row_index(layout.info.sample)]
         plan = plan_cross_attention(layout, None, backend="auto", cache=cache, trace=trace)
-        crossing = Crossing(stream_TD[:0], self.writer.turns(position_TA[:0]), plan)
-        return self.writer(stream_TD, place_TA, layout, cache=cache, crossing=crossing, trace=trace)
+        crossing = Crossing(stream_TD[:0], self.writer.rotations(position_TA[:0]), plan)
+        return self.writer(stream_TD, written_position_TA, layout, cache=cache, crossing=crossing, trace=trace)
 
 
 def _without_empty(layout: Layout) -> Layout:
-    """Samples that lack this half are no samples of it: kernels see only shapes with tokens, and numbers have no gaps."""
-    spans, sample_T = tuple(span for span in layout.spans if span.total), layout.places.sample
+    """The layout without samples that have no tokens in it, numbered without gaps, because kernels want no empty sequences."""
+    spans, sample_T = tuple(span for span in layout.spans if span.total), layout.info.sample
     if len(spans) == len(layout.spans):
         return layout
     number_T = (sample_T.diff(prepend=sample_T[:1]) != 0).cumsum(0).to(sample_T.dtype)
-    return Layout(spans, replace(layout.places, sample=number_T))
+    return Layout(spans, replace(layout.info, sample=number_T))
 
 
 def _origins(position_TA: Tensor, written: Layout) -> Tensor:
-    """The place of each sample's first written token: only its time counts from there."""
+    """(B, 3): the time of each sample's first written token; row and column are 0, since only time starts anew in the writer."""
     starts = torch.tensor([0, *(s.total for s in written.spans)]).cumsum(0)[:-1].clamp(max=len(position_TA) - 1)
     return position_TA[starts.to(position_TA.device)] * position_TA.new_tensor([1.0, 0.0, 0.0])

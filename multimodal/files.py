@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import reprlib
 import secrets
 import threading
 import time
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.shapes import ConfigError
+from multimodal.texts import short_repr
 
-# errors of a lock that another process holds; any other error means that locks do not work here
+# errors of a lock that another process has; any other error means that this disk has no locks
 LOCK_HELD = (errno.EACCES, errno.EAGAIN)
 # limits of a JSON file that others made: about 1 GiB of memory and two seconds in the worst case
 MOST_JSON_BYTES, MOST_JSON_VALUES, MOST_JSON_DEPTH = 2**26, 2_000_000, 100
@@ -27,7 +27,7 @@ _SEEK_LOCK = threading.Lock()
 
 
 def flush(path: Path) -> None:
-    """Write a file, or the list of files of a folder, through to the disk, so that it survives a power cut."""
+    """Flush a file, or the entries of a folder, to the disk, so that it survives a power cut."""
     if os.name == "nt":
         return  # folders cannot be opened there, and files are flushed when they are closed
     handle = os.open(path, os.O_RDONLY)
@@ -37,25 +37,25 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def aside(folder: Path, of: str | None = None) -> Path:
-    """A name in a folder that nobody else uses, for a file that gets its own name once it is whole.
+def part_path(folder: Path, of: str | None = None) -> Path:
+    """A path for an incomplete file, which is renamed when it is complete.
 
-    of: a text that always gives the same name, so that the file of a killed process is overwritten; None: a random name.
+    of: a text; the same text gives the same name, so that the file of a killed process is overwritten. None: a random name.
     """
     name = secrets.token_hex(12) if of is None else hashlib.sha256(of.encode()).hexdigest()[:24]
     return folder / f".{name}.part"
 
 
-def is_aside(name: str) -> bool:
-    """Whether a name is one that `aside` gives."""
+def is_part_path(name: str) -> bool:
+    """Whether a name is one that `part_path` gives."""
     return re.fullmatch(r"\.[0-9a-f]{24}\.part", name) is not None
 
 
-def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
-    """Write a file under another name (`part`), then move it to its path, where it replaces an older one. Of a link, the file that
-    it leads to is replaced."""
+def write_atomic(path: Path, data: bytes | str, part: Path | None = None) -> None:
+    """Write a file under another name (`part`), flush it, and rename it to `path`, where it replaces an older file. If `path` is a
+    link, the file that it leads to is replaced."""
     path = Path(os.path.realpath(path))
-    part = part or aside(path.parent)
+    part = part or part_path(path.parent)
     part.unlink(missing_ok=True)  # of a killed process; a link of this name is not followed
     try:
         with part.open("xb") as file:
@@ -67,15 +67,15 @@ def put(path: Path, data: bytes | str, part: Path | None = None) -> None:
     flush(path.parent)
 
 
-def put_figure(path: str | Path, figure: Any, dpi: float) -> None:
-    """Save a matplotlib figure by `put`, in the format that the path's suffix names."""
+def save_figure(path: str | Path, figure: Any, dpi: float) -> None:
+    """Save a matplotlib figure by `write_atomic`, in the format that the path's suffix names."""
     data = io.BytesIO()
     figure.savefig(data, dpi=dpi, format=Path(path).suffix[1:] or "png")
-    put(Path(path), data.getvalue())
+    write_atomic(Path(path), data.getvalue())
 
 
-def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
-    """Like `put`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
+def write_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
+    """Like `write_atomic`, for a file that is not there yet, or that an earlier attempt wrote with the same bytes.
 
     Raises:
         ConfigError: another file is there.
@@ -87,7 +87,7 @@ def put_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
         raise ConfigError(
             f"{path} is there already, and is not what would be written; move it away, or use another folder"
         )
-    put(path, data, part)
+    write_atomic(path, data, part)
 
 
 def file_hash(path: Path) -> str:
@@ -113,16 +113,16 @@ def read_at(file: io.FileIO, begin: int, count: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def free_name(path: Path) -> Path:
-    """The path if nothing is there, else the first free one of path.1, path.2, .."""
+def unused_path(path: Path) -> Path:
+    """The path if nothing is there, else the first of path.1, path.2, .. that does not exist."""
     numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
     return next(p for p in itertools.chain([path], numbered) if not os.path.lexists(p))
 
 
-def keep_copy(path: Path) -> Path:
-    """Copy a file to the first free one of path.1, path.2, .., and return that path."""
+def back_up(path: Path) -> Path:
+    """Copy a file to the first of path.1, path.2, .. that does not exist; returns that path."""
     while True:
-        copy = free_name(path)
+        copy = unused_path(path)
         try:
             with path.open("rb") as source, copy.open("xb") as target:
                 while block := source.read(2**20):
@@ -134,7 +134,7 @@ def keep_copy(path: Path) -> Path:
 
 
 def lock(path: Path, patience_s: float = 15.0) -> Any:
-    """Lock a file, which is made if needed, for this process alone, until it ends or closes the returned file.
+    """Lock a file, which is created if needed, for this process until it ends or closes the returned file.
 
     On a disk without locks it warns at once and locks nothing. Threads of one process do not exclude each other.
 
@@ -166,7 +166,7 @@ def lock(path: Path, patience_s: float = 15.0) -> Any:
 
 
 def read_json(path: Path, error: type[ValueError], wanted: type = dict) -> Any:
-    """The value of a JSON file, which anybody may have made.
+    """The value of a JSON file, which is not trusted.
 
     Raises:
         error: the file is missing, cannot be read, is no JSON, or does not hold a `wanted`; the message names it.
@@ -181,7 +181,7 @@ def read_json(path: Path, error: type[ValueError], wanted: type = dict) -> Any:
 
 
 def parse_json(data: bytes, wanted: type = dict) -> Any:
-    """The value of a JSON text, which anybody may have written; time and memory are bounded.
+    """The value of a JSON text, which is not trusted; time and memory are bounded.
 
     Raises:
         ValueError: no JSON, a key that comes twice in an object, too large, too deeply nested, or no `wanted`.
@@ -189,7 +189,7 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
     if len(data) > MOST_JSON_BYTES or data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_JSON_VALUES:
         raise ValueError(f"more than {MOST_JSON_BYTES} bytes or {MOST_JSON_VALUES} values of JSON are not read")
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [found]
@@ -205,22 +205,16 @@ def parse_json(data: bytes, wanted: type = dict) -> Any:
     return found
 
 
-def shown_short(value: Any) -> str:
-    """A value as errors show it; a long or deep one is shortened in the middle."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 160
-    return short.repr(value)
-
-
 _TOO_DEEP = f"it is nested more than {MOST_JSON_DEPTH} deep"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(.., object_pairs_hook=unique_keys)`: a ValueError for a key that comes twice in an object."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown_short(twice)} comes twice")
+        raise ValueError(f"the key {short_repr(twice)} comes twice")
     return found
 
 
@@ -239,7 +233,7 @@ def check_fields(where: Any, data: Any, kinds: Mapping[str, type | tuple[type, .
         value = data[name]
         if not isinstance(value, some) or (isinstance(value, bool) and bool not in some):
             wanted = " or ".join(_NAMES.get(one, one.__name__) for one in some)
-            raise error(f"{where}: {name!r} is {shown_short(value)}, wanted {wanted}")
+            raise error(f"{where}: {name!r} is {short_repr(value)}, wanted {wanted}")
 
 
 _NAMES = {
@@ -262,4 +256,4 @@ def check_inside(where: Any, names: Iterable[Any], error: type[ValueError]) -> N
     for name in names:
         parts = name.replace("\\", "/").split("/") if isinstance(name, str) else [".."]
         if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in str(name):
-            raise error(f"{where}: the file {shown_short(name)} would lie outside the folder; refused")
+            raise error(f"{where}: the file {short_repr(name)} would lie outside the folder; refused")

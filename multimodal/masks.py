@@ -1,62 +1,68 @@
-"""Where queries look before anything is compared: priors that add, and the rules among them that combine with & | ~.
+"""Mask rules and priors: which keys a query may attend to, and how probable each is beforehand. Priors add; rules combine by & | ~.
 
-A rule sees the places of queries and of keys and answers yes or no, elementwise. The dense oracle asks it for a whole
-matrix, the block-sparse backend for single index pairs, the cached decoder for new queries against old keys.
+A rule gets what is known of queries and of keys (`MaskInfo`) and answers yes or no, elementwise. The dense oracle asks it for
+a whole matrix, the block-sparse backend for single index pairs, the cached decoder for new queries against cached keys.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared, check_part
+from multimodal.old_names import moved
 from multimodal.shapes import ConfigError
 
 
 @dataclass(frozen=True)
-class Places:
-    """What a rule may ask about tokens; integer tensors that broadcast together.
+class MaskInfo:
+    """What a rule may know of tokens: integer tensors that broadcast together.
 
-    sample: which sample of the pack; order: index within its sample; free: read without direction (1) or causally (0);
-    segment: which field of the sample.
+    sample: number of the token's sample in the pack.
+    order: index of the token within its sample.
+    bidirectional: 1 for a token that attends in both directions, 0 for a causal one.
+    segment: number of the token's field within its sample.
     """
 
     sample: Tensor
     order: Tensor
-    free: Tensor
+    bidirectional: Tensor
     segment: Tensor
 
-    def __getitem__(self, index) -> "Places":
-        return Places(*(getattr(self, f.name)[index] for f in fields(self)))
+    def __getitem__(self, index) -> "MaskInfo":
+        return MaskInfo(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @property
-    def alone(self) -> "Places":
-        """These places with the sample index 0: the answer of a rule must not depend on the position of a sample in its pack."""
+    def alone(self) -> "MaskInfo":
+        """A copy with the sample index 0, because what a rule answers must not depend on the position of a sample in its pack."""
         return replace(self, sample=torch.zeros_like(self.sample))
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The queries (B, T, 1) and keys (B, 1, M) that meet: their places, and who may look at whom.
+    """Queries and keys, and which query may attend to which key.
 
-    allowed: (B, T, M), or what broadcasts to it; None: everyone. causal: everyone at what is not after it, and `allowed` is None.
+    q: what rules may know of the queries, (B, T, 1).
+    k: what rules may know of the keys, (B, 1, M).
+    allowed: (B, T, M) or what broadcasts to it, True where a query may attend; None: everywhere, unless `causal`.
+    causal: every query attends to itself and to the keys before it; then `allowed` is None.
     """
 
-    q: Places
-    k: Places
+    q: MaskInfo
+    k: MaskInfo
     allowed: Tensor | None = None
     causal: bool = False
 
     @property
     def distance(self) -> Tensor:
-        """How far each key lies after each query, in tokens: (B, 1, T, M), negative before it."""
+        """Order of the key minus order of the query, in tokens, (B, 1, T, M): negative where the key comes before the query."""
         return (self.k.order - self.q.order)[:, None]
 
     @property
     def count(self) -> Tensor:
-        """How many keys each query may look at: broadcasts to (B, T, 1)."""
+        """Number of keys that each query may attend to; broadcasts to (B, T, 1)."""
         if self.causal:
             return self.q.order + 1
         if self.allowed is None:
@@ -65,65 +71,67 @@ class Pairs:
 
     @property
     def alone(self) -> "Pairs":
-        """These pairs with the sample index 0 throughout, even for keys that belong to no sample, such as a learned memory."""
+        """A copy with the sample index 0 for all queries and keys, also for keys of no sample, such as learned slots."""
         return replace(self, q=self.q.alone, k=self.k.alone)
 
     @property
     def closed(self) -> Tensor | None:
-        """Where nobody looks, (B, T, M); None: nowhere."""
+        """The pairs that are masked out, (B, T, M); None: no pair is."""
         if self.causal:
             return self.k.order > self.q.order
         return None if self.allowed is None else ~self.allowed
 
 
-def everyone(count: int, keys: int, device: torch.device) -> Pairs:
-    """So many queries of one sample, each of which sees every one of so many keys."""
+def all_pairs(queries: int, keys: int, device: torch.device) -> Pairs:
+    """`queries` queries of one sample, each of which may attend to all of `keys` keys."""
 
-    def places(order: Tensor) -> Places:
-        nothing = torch.zeros_like(order)
-        return Places(nothing, order, nothing, nothing)
+    def info(order: Tensor) -> MaskInfo:
+        zero = torch.zeros_like(order)
+        return MaskInfo(zero, order, zero, zero)
 
-    q = places(torch.arange(count, device=device)[None, :, None])
-    k = places(torch.arange(keys, device=device)[None, None])
+    q = info(torch.arange(queries, device=device)[None, :, None])
+    k = info(torch.arange(keys, device=device)[None, None])
     return Pairs(q, k)
 
 
 class Prior(Declared, ABC):
-    """What a query expects of a key before it compares them: a log-probability, up to a constant of the query. Priors add.
+    """The log-probability that a query attends to a key before their contents are compared, up to a constant per query.
 
-    Subclass as a frozen dataclass and write `log_prior`. A prior that is 0 or minus infinity is a mask: a `Rule`.
+    Priors add: `ALiBi() + MixingWeights(8)`. Subclass as a frozen dataclass and write `log_prior`. A prior whose values are 0
+    and minus infinity is a mask: write a `Rule` instead.
     """
 
     @property
     def most(self) -> int | None:
-        """How many keys there may be; None: any number."""
+        """The largest number of keys for which it is defined; None: any number."""
         return None
 
     @property
     def normalised(self) -> bool:
-        """Whether the responsibilities sum to 1 again after it; if not, its factor is multiplied onto them."""
+        """Whether it is applied before the softmax; if not, exp(log_prior) multiplies the attention weights, which then sum to less
+        than 1."""
         return True
 
     def weights(self, heads: int, width: int) -> nn.Module | None:
-        """What is learned, for so many query heads of this width; it comes back as the last argument of `log_prior`."""
+        """Makes its learned parameters, for `heads` query heads of this width; `log_prior` gets them as its last argument."""
         return None
 
     @abstractmethod
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
-        """(B, H, T, M), or what broadcasts to it."""
+        """The log-prior, (B, H, T, M) or what broadcasts to it, in nats."""
 
     def __add__(self, other: "Prior") -> "Prior":
         check_part(f"{type(self).__name__} + other: other", other, Prior, "Window(64)")
         return Sum(self, other)
 
     def parts(self) -> "tuple[Prior, ...]":
-        """The priors that this one is the sum of."""
+        """The priors of which this one is the sum, from left to right."""
         return (self,)
 
 
 @dataclass(frozen=True)
 class Sum(Prior):
-    """Both: log-priors add."""
+    """The sum of two priors, which `Mechanism` takes apart with `parts`: each part has its own parameters."""
 
     left: Prior
     right: Prior
@@ -132,19 +140,19 @@ class Sum(Prior):
         return (*self.left.parts(), *self.right.parts())
 
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
-        raise NotImplementedError("a sum is asked by its parts")
+        raise NotImplementedError("Sum.log_prior: call log_prior of each of its parts()")
 
 
 class Rule(Prior):
     """A mask rule. Subclass as a frozen dataclass and write `allows`."""
 
     @abstractmethod
-    def allows(self, q: Places, k: Places) -> Tensor:
-        """True where query q may look at key k; elementwise, with no branch on values."""
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
+        """True where query q may attend to key k; elementwise, without branches on values, so that FlexAttention compiles it."""
 
     @property
     def reach(self) -> int | None:
-        """No query looks further than so many tokens away; None: no such bound is known."""
+        """The largest distance, in tokens, between a query and a key that it attends to; None: no bound is known."""
         return None
 
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
@@ -170,10 +178,11 @@ class And(Rule):
 
     @property
     def reach(self) -> int | None:
+        # one bound is enough, since both rules must allow a pair
         bounds = [r for r in (self.left.reach, self.right.reach) if r is not None]
         return min(bounds, default=None)
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return self.left.allows(q, k) & self.right.allows(q, k)
 
 
@@ -187,7 +196,7 @@ class Or(Rule):
         left, right = self.left.reach, self.right.reach
         return None if left is None or right is None else max(left, right)
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return self.left.allows(q, k) | self.right.allows(q, k)
 
 
@@ -195,55 +204,55 @@ class Or(Rule):
 class Not(Rule):
     rule: Rule
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return ~self.rule.allows(q, k)
 
 
 @dataclass(frozen=True)
 class SameSample(Rule):
-    """Stay inside one's own sample: what makes packing invisible."""
+    """A token attends only within its own sample; this makes packing invisible."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return q.sample == k.sample
 
 
 @dataclass(frozen=True)
 class SameSegment(Rule):
-    """Stay inside one's own field of the sample."""
+    """A token attends only within its own field of its own sample."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return (q.sample == k.sample) & (q.segment == k.segment)
 
 
 @dataclass(frozen=True)
 class Causal(Rule):
-    """Look at oneself and at what came before."""
+    """A token attends to itself and to the tokens before it."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return k.order <= q.order
 
 
 @dataclass(frozen=True)
 class Prefix(Rule):
-    """Tokens that are read freely look at each other in both directions."""
+    """Bidirectional tokens attend to each other in both directions."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
-        return (q.free & k.free) != 0
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
+        return (q.bidirectional & k.bidirectional) != 0
 
 
 @dataclass(frozen=True)
 class InTurn(Rule):
-    """Look at nothing before its turn, but for what is read freely."""
+    """A token attends to itself, to the tokens before it, and to bidirectional tokens anywhere."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
-        return (k.order <= q.order) | (k.free != 0)
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
+        return (k.order <= q.order) | (k.bidirectional != 0)
 
 
 @dataclass(frozen=True)
 class Window(Rule):
-    """Look at most `size` - 1 tokens away, in either direction.
+    """A token attends to tokens that are at most `size` - 1 away, in either direction.
 
-    size: how many tokens are seen to either side, oneself counted.
+    size: number of tokens to either side, the token itself counted.
     """
 
     size: int
@@ -256,16 +265,16 @@ class Window(Rule):
     def reach(self) -> int:
         return self.size - 1
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         distance = q.order - k.order
         return (distance < self.size) & (distance > -self.size)
 
 
 @dataclass(frozen=True)
 class Chunked(Rule):
-    """Look at one's own chunk of `size` tokens and at all before it: sound can be read while it comes in.
+    """A token attends to its own chunk of `size` tokens and to all chunks before it, so that a sound can be read as it arrives.
 
-    size: tokens of a chunk.
+    size: number of tokens of a chunk.
     """
 
     size: int
@@ -274,13 +283,13 @@ class Chunked(Rule):
         if self.size < 1:
             raise ConfigError(f"Chunked: size={self.size} makes no chunks; use 1 or more")
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return k.order // self.size <= q.order // self.size
 
 
 @dataclass(frozen=True)
 class Alone(Rule):
-    """Hides the sample index from a rule: each sample looks as if it were alone in its pack."""
+    """Applies a rule with the sample index hidden, so that a sample attends alike in every pack."""
 
     rule: Rule
 
@@ -288,12 +297,45 @@ class Alone(Rule):
     def reach(self) -> int | None:
         return self.rule.reach
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return self.rule.allows(q.alone, k.alone)
 
 
 PREFIX_LM: Rule = SameSample() & (Causal() | Prefix())
-"""The default: what is read freely sees all that is read freely, everything else sees its past, nobody sees another sample."""
+"""The default, prefix-LM: bidirectional tokens attend to each other, every token to those before it, none to another sample."""
 
 LAW: Rule = SameSample() & InTurn()
-"""Holds under every rule: nobody sees another sample, and nobody sees a token that is not read freely before its turn."""
+"""Every rule is combined with this one: no token attends to another sample, nor to a causal token that comes after it."""
+
+
+class Span(NamedTuple):
+    """The numbers of tokens of one sample of a pack.
+
+    bidirectional: number of bidirectional tokens at its start; -1: there are bidirectional tokens elsewhere too.
+    total: number of all its tokens.
+    read: number of tokens of the context, which comes before what is written; only an `EncoderDecoder` needs it.
+    """
+
+    bidirectional: int
+    total: int
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows of a stream belong to which sample.
+
+    spans: by sample, its numbers of tokens; on the host, so that plans need not wait for the device.
+    info: what rules may know of each row, (T,); on the device.
+    """
+
+    spans: tuple[Span, ...]
+    info: MaskInfo
+
+
+def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
+    """Whether this is the default rule and every sample has its bidirectional tokens at its start: fused kernels can run that."""
+    return rule == PREFIX_LM and all(span.bidirectional >= 0 for span in layout.spans)
+
+
+__getattr__ = moved(__name__)  # goes with version 0.3

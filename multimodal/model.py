@@ -1,273 +1,89 @@
-"""Tokenizers + core + heads = a model: loss, predict, generate, save, load."""
+"""The model as users see it: predict, generate, save. Its weights and losses are in network.py."""
 
 import dataclasses
-import inspect
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from multimodal import checkpoint
-from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
-from multimodal.contrast import matches, side_vectors
-from multimodal.core import Core
 from multimodal.data.frames import as_samples
 from multimodal.data.sources import in_batches, is_indexed
-from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.generate import Engine, Piece, Prefix, Sampler, read_prefix, request
-from multimodal.generate.answer import Answer
-from multimodal.heads import Head, Prediction, Readout
-from multimodal.packer import Packer
-from multimodal.reinforce import choice_loss
-from multimodal.shapes import ConfigError, StreamError, TaskError, check_seed, check_whole, did_you_mean
-from multimodal.stream import Stream, Task
-from multimodal.surroundings import left_as_found
+from multimodal.generate.engine import Engine, Piece
+from multimodal.generate.prefix import CachedPrefix, read_prefix
+from multimodal.generate.request import Options, Request, new_request
+from multimodal.generate.samplers import Sampler
+from multimodal.heads import Prediction
+from multimodal.network import Network, Sample
+from multimodal.notebook import short_form
+from multimodal.process_state import preserved_state
+from multimodal.retrieval import match_probabilities, side_vectors
+from multimodal.shapes import ConfigError, TaskError, check_seed, check_whole, did_you_mean
+from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
-Sample = Mapping[str, Any]
+OPTIONS = [field.name for field in dataclasses.fields(Options)]
+BY_KEYWORD = [*OPTIONS, "begins", "prefix", "batch"]  # the keywords of `generate` that are no fields of a sample
 
 
-class Model(nn.Module):
+class Model(Network):
     """One model for many kinds of data.
 
-    tokenizers: name of a kind -> its tokenizer; core: the transformer; tasks: "image -> label" or Task("...", head, weight).
-    Every part draws its first weights from `seed` and its own name, so one more tokenizer changes no other part.
+    tokenizers: by name of a kind, its tokenizer.
+    core: the declaration of the transformer, a `Core` or an `EncoderDecoder`.
+    tasks: patterns such as "image -> label", or Task("...", head, weight).
+    seed: every part initialises its weights from this seed and its own name, so that one more tokenizer changes no other part.
 
-    What is done with it; what else help() lists comes from torch.nn.Module:
+    Methods (everything else that help() lists comes from torch.nn.Module):
         predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
         read                        read the first fields of a task once, for many answers
-        vectors, matches            what a pair such as "image <-> text" makes of its sides, and how well they fit
-        save, load, extended        a folder with its declarations and weights, and a model with more kinds and tasks
-        pack, logits, losses, loss  a packed stream of samples, and its logits and losses
-        forward, embed, rows        the states of a stream, and the tokens that the core reads
-        readout, report             the learned half of a task's head, and the number of parameters by part
-        tasks, device, most_tokens, chooses   what it declares, where it is, and what its attention can do
-        resting                     a context without training mode and gradients
-    Training is `multimodal.fit`, measuring is `multimodal.evaluate`.
+        vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
+        save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
+        pack, logits, losses, loss  pack samples as a stream, and compute its logits and losses
+        forward, embed, rows        the core's states of a stream, and its embedded tokens
+        readout, report             the module of a task's head, and the number of parameters by part
+        tasks, device, most_tokens, learns_from_rewards   properties of the model
+        inference_mode              a context in evaluation mode and without gradients
+    `multimodal.fit` trains a model, `multimodal.evaluate` measures it.
 
     Raises:
-        ConfigError, TaskError: something declared does not fit together.
+        ConfigError, TaskError: the declarations do not fit together.
+
+    Examples:
+        >>> shapes = Labels(("circle", "square"))
+        >>> model = mm.Model({"image": ImagePatches(patch=4, channels=1), "label": shapes}, mm.Core.tiny(), ["image -> label"])
+        >>> run = mm.fit(model, {"image -> label": samples}, steps=2, batch=4, quiet=True)
+        >>> answer = model.predict("image -> label", image="square.png")
     """
 
-    def __init__(
-        self,
-        tokenizers: Mapping[str, Tokenizer],
-        core: Core | EncoderDecoder,
-        tasks: Sequence[str | Task],
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self._rests = False
-        if isinstance(tasks, (str, Task)):
-            tasks = [tasks]
-        if not isinstance(core, (Core, EncoderDecoder)):
-            raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
-        for name in tokenizers:
-            if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
-                raise ConfigError(
-                    f"Model: a tokenizer cannot be named {name!r}: tasks name it, as one word of the letters a to z, digits and "
-                    "underscores; use a plain word such as 'image'"
-                )
-            if hasattr(nn.ModuleDict(), name):
-                raise ConfigError(
-                    f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
-                    f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
-                    f"'{name}:{name.strip('_')}_kind -> ...'"
-                )
-        self.packer = Packer(tokenizers, tasks)
-        self.seed = seed
-        self.embeds = nn.ModuleDict()
-        for name, tokenizer in self.packer.tokenizers.items():
-            with _drawn_from(seed, "embed", name):
-                self.embeds[name] = tokenizer.embed(core.width)
-        with _drawn_from(seed, "core"):
-            self.core = core.build()
-        self.readouts = nn.ModuleDict()
-        heads: dict[str, Head] = {}
-        for pattern in self.packer.tasks:
-            key, head = self.packer.head_key(pattern), self.packer.head(pattern)
-            if head.hides and (isinstance(core, EncoderDecoder) or not any(core.rotary_split)):
-                raise ConfigError(
-                    f"Model: task {pattern!r}: hidden tokens know their places by rotary turns in the core that reads the others; "
-                    "give one Core, whose rotary_split is not all 0"
-                )
-            made_for = heads.setdefault(key, head)
-            with _drawn_from(seed, "head", key):
-                kind = self.packer.patterns[pattern].fields[-1].kind  # of a pair either would do
-                made = head.readout(core.width, self.packer.tokenizers[kind])
-            if key not in self.readouts:
-                self.readouts[key] = made
-            if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
-                raise ConfigError(
-                    f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
-                    "tasks that write one kind by one class of head share its weights, so give the class another name"
-                )
-
-    @property
-    def most_tokens(self) -> int | None:
-        """How long a sample may be, read and written, where a score or prior knows so many places only; None: no such bound."""
-        if isinstance(self.core.core, EncoderDecoder):
-            return None
-        parts = [
-            part
-            for m in self.core.modules()
-            if isinstance(m, Mechanism) and m.name.endswith(" self")
-            for part in (m.score, *m.priors, *m.factors)
-        ]
-        return min((part.most for part in parts if part.most is not None), default=None)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether an attention layer reads by choosing, which is learned from rewards."""
-        return any(isinstance(m, Mechanism) and isinstance(m.read, Hard) for m in self.core.modules())
-
-    @property
-    def device(self) -> torch.device:
-        return self.core.norm.weight.device
-
-    @property
-    def tasks(self) -> dict[str, Task]:
-        """Tasks by pattern."""
-        return self.packer.tasks
-
-    def _kind_written(self, pattern: str) -> Tokenizer:
-        return self.packer.tokenizers[self.packer.patterns[pattern].writes.kind]
-
-    def readout(self, pattern: str) -> Readout:
-        """The learnable half of a task's head."""
-        module = self.readouts[self.packer.head_key(pattern)]
-        assert isinstance(module, Readout)
-        return module
-
-    def embed(self, kind: str, content: Tensor) -> Tensor:
-        """Rows (N, D) of everything of one kind; "head:..." are the learned tokens that open a written segment."""
-        if kind.startswith("head:"):
-            query = self.readouts[kind.removeprefix("head:")].query
-            assert isinstance(query, Tensor)
-            return F.embedding(content, query)  # indexing would add up gradients in any order on several threads
-        module, dtype = self.embeds[kind], self.core.norm.weight.dtype
-        if content.is_floating_point():
-            full = getattr(module, "full_precision", False)
-            content = content.to(torch.promote_types(dtype, torch.float32) if full else dtype)
-        rows = module(content)
-        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(dtype)
-
-    def rows(self, stream: Stream) -> Tensor:
-        """The embedded tokens (T, D) of a packed stream: what the core reads."""
-        rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
-        if rows.shape[0] != len(stream):
-            raise StreamError(
-                f"Model: the tokenizers embedded {rows.shape[0]} tokens of {len(stream)}; an embed must give one row a token"
-            )
-        return rows if stream.order_T is None else rows[stream.order_T]
-
-    def forward(
-        self,
-        stream: Stream,
-        *,
-        cache: Cache | None = None,
-        backend: Backend = "auto",
-        trace: Trace | None = None,
-        wanted_N: Tensor | None = None,
-    ) -> Tensor:
-        """States (T, D) of a packed stream, or (N, D) of wanted rows alone; a trace collects what every attention layer does."""
-        options = {"cache": cache, "backend": backend, "trace": trace, "wanted_N": wanted_N}
-        return self.core(self.rows(stream), stream.position_TA, stream.layout, **options)
-
-    def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
-        """Logits (rows, V) by task, in the order of `stream.readings`."""
-        wanted_N, readings = stream.narrowed()
-        state_TD = self(stream, backend=backend, wanted_N=wanted_N)
-        return {
-            pattern: self.packer.head(pattern).logits(
-                self.readout(pattern), state_TD[r.row_N], r.lengths, **r.memory(state_TD)
-            )
-            for pattern, r in readings.items()
-        }
-
-    def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
-        """Sum of the losses over all real targets, by task; their number is `stream.readings[task].count`."""
-        sums = {}
-        trace = Trace() if self.training and self.chooses else None
-        wanted_N, readings = stream.narrowed() if trace is None else (None, stream.readings)
-        state_TD = self(stream, backend=backend, trace=trace, wanted_N=wanted_N)
-        for pattern, r in readings.items():
-            if r.target is None:
-                raise StreamError(
-                    f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
-                )
-            head, readout = self.packer.head(pattern), self.readout(pattern)
-            if trace is None:
-                sums[pattern] = head.state_loss(
-                    readout, state_TD[r.row_N], r.lengths, r.target, r.target_lengths, **r.memory(state_TD)
-                )
-                continue
-            nll_N = head.row_losses(head.logits(readout, state_TD[r.row_N], r.lengths, **r.memory(state_TD)), r.target)
-            extra = choice_loss(trace, stream, nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach()))
-            sums[pattern] = nll_N.sum() + extra - extra.detach()  # a gradient, and no part of the figure
-        return sums
-
-    def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
-        """Weighted sum over tasks of the mean loss of a real target, in nats.
-
-        counts: what to divide by instead of this stream's own targets: those of all micro-batches that are summed up.
-        """
-        counts = counts or {pattern: r.count for pattern, r in stream.readings.items()}
-        parts = [self.tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
-        return torch.stack(parts).sum()
-
-    def pack(self, task: str, samples: Sequence[Sample], *, answers: bool = True, first: int = 0) -> Stream:
-        """Pack samples of one task, on this model's device; errors count them from `first`."""
-        names = [f"sample {first + i}" for i in range(len(samples))]
-        return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
-
     def predict(self, task: str, /, samples: Iterable[Sample] | None = None, *, batch: int = 64, **fields: Any) -> Any:
-        """The best answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
+        """The most probable answer: `predict("image -> label", image="cat.png")`, or a list of answers for a list of samples.
 
-        Samples are read `batch` at a time, so that they may be any number of files, or something that can only be iterated.
+        Samples are read `batch` at a time, so that they may be any number of files, or an iterator.
+
+        Returns:
+            A Prediction, or a list of them for samples.
+
+        Raises:
+            TaskError, ConfigError, StreamError, MediaError: an unknown task, or a sample that does not fit it.
+
+        Examples:
+            >>> model.predict("image -> label", image=square).value
+            'square'
+            >>> [answer.value for answer in model.predict("image -> label", [{"image": circle}, {"image": square}])]
+            ['circle', 'square']
         """
         self.packer.check_task(task, answers=True)
-        if samples is None:
-            self._check_fields(task, "predict", fields)
-            return self.predict(task, [fields])[0]
-        samples = self._check_call(task, samples, fields, batch)
-        if self.packer.head(task).writes:
-            return self.generate(task, samples, batch=batch)
-        answers: list[Prediction] = []
-        with left_as_found(), self.resting():
-            for part in in_batches(samples, batch):
-                stream = self.pack(task, part, answers=False, first=len(answers))
-                r = stream.readings[task]
-                hidden = {"hidden": r.hidden} if r.hidden else {}
-                found = self.packer.head(task).answer(
-                    self.logits(stream)[task], r.lengths, self._kind_written(task), **hidden
-                )
-                by_number = zip(r.samples, found, strict=True)
-                answers += [answer for _, answer in sorted(by_number, key=lambda pair: pair[0])]
-        return answers
-
-    def vectors(self, task: str, samples: Sequence[Sample], *, side: str | None = None, batch: int = 64) -> Tensor:
-        """Unit vectors (N, F) of one side of a pair such as "image <-> text", the one that the samples have.
-
-        side: "left" or "right", if they have both.
-        """
-        return side_vectors(self, task, in_batches(self._check_call(task, samples, {}, batch), batch), side)
-
-    def matches(self, task: str, left: Sequence[Sample], right: Sequence[Sample], *, batch: int = 64) -> Tensor:
-        """(N, M): how probably each left side of a pair goes with each right one.
-
-        A softmax `Contrast` shares 1 among all the rights of a left; a sigmoid one judges each two by themselves.
-        """
-        sides = ("left", left), ("right", right)
-        return matches(self, task, *(self.vectors(task, samples, side=side, batch=batch) for side, samples in sides))
+        one, samples = self._samples(task, "predict", samples, fields, batch)
+        if self.packer.heads[task].autoregressive:
+            answers = self._write_all(task, samples, None, batch, {})
+        else:
+            answers = self._answer_all(task, samples, batch)
+        return answers[0] if one else answers
 
     def generate(
         self,
@@ -285,49 +101,60 @@ class Model(nn.Module):
         begin: Any = None,
         begins: Sequence[Any] | None = None,
         seed: int = 0,
-        prefix: Prefix | None = None,
+        prefix: CachedPrefix | None = None,
         batch: int = 64,
         **fields: Any,
     ) -> Any:
-        """Write an answer token by token. One answer, or a list for a list of samples, each as if it were alone.
+        """Write an answer token by token: one Prediction for one sample, or a list of them for a list of samples.
 
-        The likeliest token is taken each time, unless a sampler or a temperature above 0 says otherwise (for kinds that are
-        features temperature scales the noise they are drawn from, 1 unless given).
-        beams: so many beginnings are carried on and the likeliest whole answer wins, by log p / tokens ** length_penalty; the
-        others are its `others`. guidance: above 1 pushes away from what would be written if nothing were read (Ho & Salimans
-        2022). stop: texts that end a text, and are not part of it. begin: a value that every answer begins with; max_tokens does
-        not count it, nor does it cut a kind of a fixed length, which is written whole. begins: such a value for each sample, of any
-        kind, or None for one that begins with nothing; a list of texts may also be given as begin, since no text is a list. An
-        option that would change nothing is refused.
-        seed: of sample i it is seed + i. prefix: what `read` gave. batch: rows written at the same time.
+        An answer does not depend on the other samples. Decoding is greedy unless a sampler or a temperature above 0 is given; for
+        features, temperature scales the noise from which they are sampled (default 1). Options without effect raise an error.
+
+        Args:
+            max_tokens: the most tokens of an answer. A kind of a fixed length is always written whole.
+            sampler: how the next token is chosen, such as `TopP(0.9)` or `NoRepeat(3) | Temperature(0.8)`.
+            temperature: short for `sampler=Temperature(..)`; 0 is greedy.
+            beams: number of hypotheses of beam search; the answer is the best by log p / tokens ** length_penalty, and the
+                others are in its `others`.
+            length_penalty: above 1 favours long answers, below 1 short ones; only with beams.
+            guidance: above 1 moves away from what would be written if nothing were read (Ho & Salimans 2022).
+            stop: strings that end a text and are not part of it.
+            begin: a value with which every answer begins; max_tokens does not count it. A list of texts is one for each sample.
+            begins: such a value for each sample, of any kind; None for an answer that begins with nothing.
+            seed: sample i is drawn with seed + i.
+            prefix: the result of `read`.
+            batch: number of rows that are decoded at the same time.
 
         Raises:
-            ConfigError: options that do not fit the task. StreamError: a sampler that leaves no candidate.
+            ConfigError: options that do not fit the task.
+            StreamError: a sampler rules out every token.
+
+        Examples:
+            >>> model.generate("image -> text", image=square, max_tokens=8).value
+            'square'
+            >>> bold = model.generate("image -> text", image=square, sampler=mm.TopP(0.9), seed=1, max_tokens=8)
+            >>> best = model.generate("image -> text", image=square, beams=3, max_tokens=8)
         """
-        options = {
-            k: v for k, v in locals().items() if k not in ("self", "task", "samples", "prefix", "batch", "fields")
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "sampler": sampler,
+            "temperature": temperature,
+            "beams": beams,
+            "length_penalty": length_penalty,
+            "guidance": guidance,
+            "stop": stop,
+            "begin": begin,
+            "begins": begins,
+            "seed": seed,
         }
         self.packer.check_task(task, answers=True)
-        if samples is None:
-            self._check_fields(task, "generate", fields, prefix.fields if prefix else ())
-            return self.generate(task, [fields], prefix=prefix, batch=batch, **options)[0]
-        samples = self._check_call(task, samples, fields, batch)
-        if not self.packer.head(task).writes:
-            idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
-            options = {**options, "temperature": options["temperature"] or None}  # with 0 nothing is drawn, as here
-            given = [name for name in idle if not _is_left_out(options[name])]
-            if given or prefix is not None:
-                raise ConfigError(
-                    f"task {task!r}: {type(self.packer.head(task)).__name__} answers at once, so {', '.join(given) or 'prefix'} "
-                    "has no meaning there"
-                )
-            return self.predict(task, samples, batch=batch)
-        found: dict[int, Prediction] = {}
-        with left_as_found(), self.resting():
-            for piece in self._written(task, samples, prefix, batch, options):
-                if piece.prediction is not None:
-                    found[piece.ticket] = piece.prediction
-        return [found[i] for i in range(len(found))]
+        one, samples = self._samples(task, "generate", samples, fields, batch, prefix)
+        if self.packer.heads[task].autoregressive:
+            answers = self._write_all(task, samples, prefix, batch, options)
+        else:
+            self._check_answers_at_once(task, options, prefix)
+            answers = self._answer_all(task, samples, batch)
+        return answers[0] if one else answers
 
     def stream(
         self,
@@ -335,42 +162,167 @@ class Model(nn.Module):
         /,
         samples: Iterable[Sample] | None = None,
         *,
-        prefix: Prefix | None = None,
+        prefix: CachedPrefix | None = None,
         batch: int = 64,
         **options: Any,
     ) -> Iterator[Piece]:
-        """Write like `generate`, telling each piece as soon as it is sure; options are those of `generate`, or the sample's fields.
+        """Write like `generate`, and yield each `Piece` of text as soon as it is final.
 
-        A piece says by its `ticket` which sample it is of; the texts of a sample's pieces together are its answer, and its last
-        piece carries the whole `prediction`.
+        The `ticket` of a piece is the number of its sample. The texts of a sample's pieces together are its answer, and its last
+        piece has the whole `prediction`.
+
+        options: those of `generate`, or the fields of one sample.
         """
         self.packer.check_task(task, answers=True)
         names = {field.name for field in self.packer.patterns[task].reads}
-        fields = {name: options.pop(name) for name in (names & set(options)) - set(self._options())}
-        if samples is None:
-            self._check_fields(task, "stream", fields, prefix.fields if prefix else ())
-        chosen = [fields] if samples is None else self._check_call(task, samples, fields, batch)
-        return self._written(task, chosen, prefix, batch, options)
+        fields = {name: options.pop(name) for name in (names & set(options)) - set(BY_KEYWORD)}
+        _, chosen = self._samples(task, "stream", samples, fields, batch, prefix)
+        return self._write(task, chosen, prefix, batch, options)
 
-    def read(self, task: str, /, **fields: Any) -> Prefix:
-        """Read the first fields of a task once, to be given to `generate` or `stream` as `prefix` with many different others.
+    def read(self, task: str, /, **fields: Any) -> CachedPrefix:
+        """Read the first fields of a task once, and cache their keys and values; `generate` and `stream` take them as `prefix`.
 
         Raises:
-            ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
+            ConfigError: the fields are not the first of the task, or they would attend to a later, bidirectional field.
         """
         return read_prefix(self, task, fields)
 
-    def _written(
-        self, task: str, samples: Iterable[Sample], prefix: Prefix | None, batch: int, options: Mapping[str, Any]
+    def vectors(self, task: str, samples: Sequence[Sample], *, side: str | None = None, batch: int = 64) -> Tensor:
+        """Unit vectors (N, F) of one side of each sample, for a pair such as "image <-> text".
+
+        side: "left" or "right"; None: the side whose fields the samples have.
+
+        Raises:
+            TaskError: the task is no pair, or the samples have both sides or none and `side` is None.
+        """
+        _, samples_given = self._samples(task, "vectors", samples, {}, batch)
+        return side_vectors(self, task, in_batches(samples_given, batch), side)
+
+    def matches(self, task: str, left: Sequence[Sample], right: Sequence[Sample], *, batch: int = 64) -> Tensor:
+        """(N, M): the probability that each left side of a pair matches each right side.
+
+        With a softmax `Contrast` the probabilities of each left side sum to 1; with a sigmoid one each pair has its own.
+        """
+        sides = ("left", left), ("right", right)
+        vectors = [self.vectors(task, samples, side=side, batch=batch) for side, samples in sides]
+        return match_probabilities(self, task, *vectors)
+
+    def extended(self, tokenizers: Mapping[str, Tokenizer] | None = None, tasks: Sequence[str | Task] = ()) -> "Model":
+        """A model with more kinds and tasks, which has all weights of this one, bit for bit.
+
+        Raises:
+            ConfigError: a name that is already taken.
+        """
+        for name in tokenizers or {}:
+            if name in self.packer.tokenizers:
+                raise ConfigError(f"Model.extended: there is already a tokenizer named {name!r}; choose another name")
+        more = Model(
+            {**self.packer.tokenizers, **(tokenizers or {})},
+            self.core.core,
+            [*self.tasks.values(), *tasks],
+            seed=self.seed,
+        )
+        more.to(self.device, self.core.norm.weight.dtype).load_state_dict(self.state_dict(), strict=False)
+        return more.train(self.training)
+
+    def report(self) -> str:
+        """The number of parameters by part, as lines of text."""
+        return "\n".join(f"{name:<32}{count:>14,}" for name, count in self.parameter_counts().items())
+
+    def __repr__(self) -> str:
+        tasks = [f"    {pattern}  by {short_form(head)}" for pattern, head in self.packer.heads.items()]
+        kinds = [f"    {name}: {short_form(tokenizer)}" for name, tokenizer in self.packer.tokenizers.items()]
+        parameters = [f"    {line}" for line in self.report().split("\n")]
+        return "\n".join(
+            [
+                "Model",
+                "  tasks",
+                *tasks,
+                "  tokenizers",
+                *kinds,
+                f"  core\n    {short_form(self.core.core)}",
+                "  parameters",
+                *parameters,
+            ]
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write config.json, weights.safetensors and the tokenizers' files, or replace them, all or none; return the folder.
+
+        Raises:
+            CheckpointError: the folder has other files and is no checkpoint.
+            OSError: writing fails, for instance because the disk is full.
+
+        Examples:
+            >>> folder = model.save("shapes")
+            >>> sorted(path.name for path in folder.iterdir() if path.is_file())
+            ['config.json', 'weights.safetensors']
+        """
+        return checkpoint.save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
+        """Read what `save` wrote, in evaluation mode; a checkpoint can run no code but that of installed entry points.
+
+        finite: raise on weights that are NaN or infinite; False lets you inspect such a model.
+
+        Raises:
+            CheckpointError: files, tensors or classes that are missing, damaged or foreign; weights that are not finite.
+
+        Examples:
+            >>> folder = model.save("shapes")
+            >>> mm.Model.load("shapes").predict("image -> label", image=square).value
+            'square'
+        """
+        return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
+
+    def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
+        """The answers of a head that is not autoregressive, in the order of the samples."""
+        head, kind = self.packer.heads[task], self.packer.patterns[task].writes.kind
+        answers: list[Prediction] = []
+        with preserved_state(), self.inference_mode():
+            for part in in_batches(samples, batch):
+                stream = self.pack(task, part, answers=False, first=len(answers))
+                r = stream.readings[task]
+                hidden = {"hidden": r.hidden} if r.hidden else {}
+                found = head.answer(self.logits(stream)[task], r.lengths, self.packer.tokenizers[kind], **hidden)
+                # a pack holds its samples in another order, by their sizes
+                by_number = zip(r.samples, found, strict=True)
+                answers += [answer for _, answer in sorted(by_number, key=lambda pair: pair[0])]
+        return answers
+
+    def _write_all(
+        self,
+        task: str,
+        samples: Iterable[Sample],
+        prefix: CachedPrefix | None,
+        batch: int,
+        options: Mapping[str, Any],
+    ) -> list[Prediction]:
+        """The answers of an autoregressive head, in the order of the samples."""
+        found: dict[int, Prediction] = {}
+        with preserved_state(), self.inference_mode():
+            for piece in self._write(task, samples, prefix, batch, options):
+                if piece.prediction is not None:
+                    found[piece.ticket] = piece.prediction
+        return [found[i] for i in range(len(found))]
+
+    def _write(
+        self,
+        task: str,
+        samples: Iterable[Sample],
+        prefix: CachedPrefix | None,
+        batch: int,
+        options: Mapping[str, Any],
     ) -> Iterator[Piece]:
-        """The pieces of all answers; at most one batch of samples is encoded ahead."""
-        answers = self._requests(task, samples, prefix, options)
-        waiting: deque[Answer] = deque()
-        before = 0  # number of answers of earlier engines
-        while waiting.extend(islice(answers, batch + 1 - len(waiting))) or waiting:
+        """The pieces of all answers, as they are decoded; at most one batch of samples is encoded ahead."""
+        requests = self._requests(task, samples, prefix, options)
+        waiting: deque[Request] = deque()
+        before = 0  # number of requests of earlier engines
+        while waiting.extend(islice(requests, batch + 1 - len(waiting))) or waiting:
             width, more = waiting[0].width, len(waiting) > batch
-            # room for somewhat longer answers, since one that does not fit waits until all others have ended
-            capacity = max(answer.prompt + answer.limit for answer in waiting) + 1
+            # some spare capacity if more requests follow: one that does not fit has to wait for a new engine
+            capacity = max(request.prompt + request.limit for request in waiting) + 1
             engine = Engine(
                 self,
                 rows=min(max(batch, width), width * len(waiting)),
@@ -378,11 +330,11 @@ class Model(nn.Module):
             )
             entered = 0
             while engine.busy or (waiting and engine.has_room(waiting[0])):
-                while waiting and engine.has_room(waiting[0]) and width <= engine.free:
+                while waiting and engine.has_room(waiting[0]) and width <= engine.free_rows:
                     engine.enter(waiting.popleft())
                     entered += 1
                     if not waiting:
-                        waiting.extend(islice(answers, 1))
+                        waiting.extend(islice(requests, 1))
                 for piece in engine.step():
                     if piece.error is not None:
                         raise piece.error
@@ -390,9 +342,9 @@ class Model(nn.Module):
             before += entered
 
     def _requests(
-        self, task: str, samples: Iterable[Sample], prefix: Prefix | None, options: Mapping[str, Any]
-    ) -> Iterator[Answer]:
-        """A request for each sample; samples are encoded lazily."""
+        self, task: str, samples: Iterable[Sample], prefix: CachedPrefix | None, options: Mapping[str, Any]
+    ) -> Iterator[Request]:
+        """A request for each sample, which is encoded only when its request is taken."""
         seed, begins = options.get("seed", 0), self._begins(task, options)
         check_seed("generate", seed)
         options = {name: option for name, option in options.items() if name != "begins"}
@@ -411,59 +363,58 @@ class Model(nn.Module):
                 refuse("more")
             begin = options.get("begin") if begins is None else begins[number]
             own = {**options, "seed": (seed + number) % 2**63, "begin": begin}
-            yield request(self.packer, task, sample, f"sample {number}", prefix, own)
+            yield new_request(self.packer, task, sample, f"sample {number}", prefix, own)
         if begins is not None and number + 1 != len(begins):
             refuse(number + 1)
 
     def _begins(self, task: str, options: Mapping[str, Any]) -> Sequence[Any] | None:
-        """The beginning of each answer, one for each sample; None if `begin` holds for all."""
+        """By sample, the value with which its answer begins; None if `begin` is the same for all."""
         begin: Any = options.get("begin")
         begins: Any = options.get("begins")
         if begins is None:
-            return begin if isinstance(begin, list) and self._kind_written(task).text else None
+            if not isinstance(begin, list):
+                return None
+            text = self.packer.tokenizers[self.packer.patterns[task].writes.kind].text
+            return begin if text else None  # of other kinds one value may be a list itself
         if begin is not None:
             raise ConfigError(f"task {task!r}: give begin, for every sample, or begins, one for each; not both")
         if isinstance(begins, (str, bytes, Mapping)) or not hasattr(begins, "__len__"):
             raise ConfigError(
                 f"task {task!r}: begins={describe(begins)} is no list; give a value for each sample, or None"
             )
-        return list(begins)  # by their order: a Series of pandas would be asked by its labels
+        return list(begins)  # a pandas Series would be indexed by its labels
 
-    def _options(self) -> list[str]:
-        """The keyword options of `generate`, without the fields of a task."""
-        return [n for n in inspect.signature(self.generate).parameters if n not in ("task", "samples", "fields")]
-
-    def _check_fields(self, task: str, verb: str, fields: Mapping[str, Any], read: Iterable[str] = ()) -> None:
-        """Refuse what was given by name and is neither a field of the task nor an option: it would be lost in silence."""
-        self.packer.check_task(task)
-        pattern = self.packer.patterns[task]
-        known = [field.name for field in pattern.reads]
-        options = self._options()
-        taken = ["samples", "batch"] if verb == "predict" else ["samples", *options]
-        if hidden := [name for name in known if name in taken and name not in read]:
-            raise TaskError(
-                f"task {task!r} reads a field {hidden[0]!r}, which by keyword is an option of {verb}; give the sample as a "
-                f"mapping: {verb}({task!r}, [{{{', '.join(f'{name!r}: ...' for name in known)}}}])"
+    def _check_answers_at_once(self, task: str, options: Mapping[str, Any], prefix: CachedPrefix | None) -> None:
+        """Raise a ConfigError for options of decoding, which have no effect on a head that is not autoregressive."""
+        idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
+        options = {**options, "temperature": options["temperature"] or None}  # 0 is greedy, as is predicting
+        given = [name for name in idle if not _is_default(options[name])]
+        if given or prefix is not None:
+            raise ConfigError(
+                f"task {task!r}: {type(self.packer.heads[task]).__name__} answers at once, so {', '.join(given) or 'prefix'} "
+                "has no meaning there"
             )
-        if not set(fields) | set(read) >= set(known):
-            return  # a field is missing, which is the better clue, and is said where samples are checked
-        for name in fields:
-            if name in known:
-                continue
-            clue = did_you_mean(name, [*known, *options])
-            if name == pattern.answer:
-                clue = ", and writes this; what an answer begins with is given as begin="
-            elif name in options:
-                clue = "; that is an option of generate"
-            raise TaskError(f"task {task!r} has no field {name!r}; it reads {', '.join(known) or 'nothing'}{clue}")
 
-    def _check_call(self, task: str, samples: Any, fields: Mapping[str, Any], batch: int) -> Iterable[Sample]:
+    def _samples(
+        self,
+        task: str,
+        verb: str,
+        samples: Any,
+        fields: Mapping[str, Any],
+        batch: int,
+        prefix: CachedPrefix | None = None,
+    ) -> tuple[bool, Iterable[Sample]]:
+        """Checks the arguments of a method, and returns (whether they are one sample given by keywords, the samples)."""
         self.packer.check_task(task)
-        if fields:
+        if samples is None:
+            self._check_fields(task, verb, fields, prefix.fields if prefix else ())
+        elif fields:
             raise ConfigError(f"task {task!r}: give either samples or the fields {', '.join(fields)}, not both")
         check_whole(f"task {task!r}", batch=batch)
         if batch < 1:
             raise ConfigError(f"task {task!r}: batch={batch} must be at least 1")
+        if samples is None:
+            return True, [fields]
         if isinstance(samples, Mapping):
             raise ConfigError(f"task {task!r}: samples is one mapping; give a list of samples, or its fields by name")
         if isinstance(samples, (str, bytes)) or not (is_indexed(samples) or hasattr(samples, "__iter__")):
@@ -471,79 +422,31 @@ class Model(nn.Module):
                 f"task {task!r}: samples is {type(samples).__name__}; give a list of samples, or anything with a length and "
                 "[index], or that can be iterated"
             )
-        return as_samples(samples)
+        return False, as_samples(samples)
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and back; within another one nothing is left to do."""
-        if self._rests and torch.is_inference_mode_enabled():
-            yield
-            return
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        self._rests = True
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            self._rests = False
-            for module in training:
-                module.training = True
-
-    def extended(self, tokenizers: Mapping[str, Tokenizer] | None = None, tasks: Sequence[str | Task] = ()) -> "Model":
-        """A model with more kinds and tasks; every weight this one has is there, bit for bit.
-
-        Raises:
-            ConfigError: a name that is already taken.
-        """
-        for name in tokenizers or {}:
-            if name in self.packer.tokenizers:
-                raise ConfigError(f"Model.extended: there is already a tokenizer named {name!r}; choose another name")
-        more = Model(
-            {**self.packer.tokenizers, **(tokenizers or {})},
-            self.core.core,
-            [*self.tasks.values(), *tasks],
-            seed=self.seed,
-        )
-        more.to(self.device, self.core.norm.weight.dtype).load_state_dict(self.state_dict(), strict=False)
-        return more.train(self.training)
-
-    def report(self) -> str:
-        """Parameters by part, in lines."""
-        parts = {f"tokenizer {name}": part for name, part in self.embeds.items()}
-        parts |= {"core": self.core} | {f"head {key}": part for key, part in self.readouts.items()}
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        counts["all"] = sum(counts.values())
-        return "\n".join(f"{name:<32}{count:>14,}" for name, count in counts.items())
-
-    def save(self, folder: str | Path) -> Path:
-        """Write config.json, weights.safetensors and the tokenizers' files; whole or not at all."""
-        return checkpoint.save(self, Path(folder))
-
-    @classmethod
-    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
-        """Read what `save` wrote; runs no code but installed entry points.
-
-        finite: refuse weights that are NaN or infinite; False allows to inspect such a model.
-
-        Raises:
-            CheckpointError: missing or foreign files, tensors or tokenizers, each by name; weights that are no finite numbers.
-        """
-        return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
+    def _check_fields(self, task: str, verb: str, fields: Mapping[str, Any], read: Iterable[str]) -> None:
+        """Raise a TaskError for a keyword that is neither a field of the task nor an option; else it would be ignored silently."""
+        pattern = self.packer.patterns[task]
+        known = [field.name for field in pattern.reads]
+        taken = ["samples", "batch"] if verb == "predict" else ["samples", *BY_KEYWORD]
+        if hidden := [name for name in known if name in taken and name not in read]:
+            raise TaskError(
+                f"task {task!r} reads a field {hidden[0]!r}, which by keyword is an option of {verb}; give the sample as a "
+                f"mapping: {verb}({task!r}, [{{{', '.join(f'{name!r}: ...' for name in known)}}}])"
+            )
+        if not set(fields) | set(read) >= set(known):
+            return  # a field is missing; the error of `check_sample` says more than one about the other keyword
+        for name in fields:
+            if name in known:
+                continue
+            clue = did_you_mean(name, [*known, *BY_KEYWORD])
+            if name == pattern.answer:
+                clue = ", and writes this; what an answer begins with is given as begin="
+            elif name in BY_KEYWORD:
+                clue = "; that is an option of generate"
+            raise TaskError(f"task {task!r} has no field {name!r}; it reads {', '.join(known) or 'nothing'}{clue}")
 
 
-def _is_left_out(option: Any) -> bool:
-    """Whether an option of `generate` has the value that it has unless given; arrays have none of these."""
+def _is_default(option: Any) -> bool:
+    """Whether an option of `generate` has its default value; the types come first, since == of an array is no bool."""
     return option is None or (isinstance(option, (int, float, tuple)) and option in (1, ()))
-
-
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in module.named_parameters()}
-
-
-@contextmanager
-def _drawn_from(seed: int, *names: str) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32("/".join((str(seed), *names)).encode()))
-        yield

@@ -1,4 +1,4 @@
-"""Many samples laid end to end as one packed stream: no padding, no placeholders; made in the data workers.
+"""Packing: many samples end to end as one stream, without padding and placeholders; this runs in the data workers.
 
 sample {"image": .., "text": ..}                    task "image -> text"
     | tokenizers                                        | which fields, in which order, and the head
@@ -10,63 +10,63 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from multimodal.attention import Layout, Span
-from multimodal.contrast import Contrast, fingerprint
 from multimodal.declare import check_ordered
-from multimodal.heads import Head, default_head
-from multimodal.masks import Places
-from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
-from multimodal.stream import Reading, Stream, Task
-from multimodal.task import Pattern
+from multimodal.heads import Contrast, Head, default_head
+from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
+from multimodal.masks import MaskInfo
+from multimodal.pattern import Pattern
+from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
+from multimodal.stream import Reading, Stream
+from multimodal.task import Task
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 
 @dataclass
-class _Segment:
-    kind: str
-    tokens: Tokens
-    step: tuple[float, float, float]
-    free: bool
-    within: int | None = None  # the segment of the sample whose time it shares; None: it comes after all before it
-
-
-@dataclass
 class Prepared:
-    """One sample, encoded. The right side of a pair lies in the stream as a sample of its own."""
+    """One sample of a task, laid out by its head; nothing in it depends on the samples that it will be packed with.
 
-    index: int
-    pattern: str
-    segments: list[_Segment]
-    context: int  # tokens read
-    target: Tensor | None
-    span: Span
-    key_N: Tensor | None = None  # of a head that points: what it may point at, counted in the sample
-    pointed_N: Tensor | None = None
-    side: int = 0  # of a pair: 0 left, 1 right
-    right: "Prepared | None" = None
-    hidden: tuple[Tokens, Tensor] | None = None  # of a head that hides: the tokens, and which of them
+    task: the pattern of its task.
+    parts: its samples of the stream: one, or two for the sides of a pair.
+    """
+
+    task: str
+    parts: list[LaidOut]
 
     def __len__(self) -> int:
-        """Tokens."""
-        return self.span.total + (0 if self.right is None else len(self.right))
+        """Number of tokens."""
+        return sum(tokens_of(part.segments) for part in self.parts)
 
 
-def _span(segments: list[_Segment], read: int) -> Span:
-    total = sum(len(s.tokens) for s in segments)
-    free = next((i for i, s in enumerate(segments) if not s.free), len(segments))
-    if any(s.free for s in segments[free:]):
-        return Span(-1, total, read)
-    return Span(sum(len(s.tokens) for s in segments[:free]), total, read)
+class _Placed(NamedTuple):
+    """A part of a prepared sample, with the number of this sample in the batch, its task, and its numbers of tokens."""
+
+    sample: int
+    task: str
+    part: LaidOut
+    span: Span
+
+
+def _span(part: LaidOut) -> Span:
+    segments, total = part.segments, tokens_of(part.segments)
+    causal = next((i for i, s in enumerate(segments) if not s.bidirectional), len(segments))
+    if any(s.bidirectional for s in segments[causal:]):
+        return Span(-1, total, part.read)
+    return Span(tokens_of(segments[:causal]), total, part.read)
 
 
 class Packer:
-    """Turns (task, sample) pairs into a Stream. Holds declarations only, so it is cheap to send to data workers."""
+    """Turns (task, sample) pairs into a Stream. It has no weights, so it is cheap to send to data workers.
+
+    tokenizers: by name of a kind, its tokenizer; tasks, patterns, heads: by pattern, the task, its parsed pattern and its head.
+    keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
+    """
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
         self.tokenizers = dict(tokenizers)
@@ -78,6 +78,8 @@ class Packer:
                 )
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
+        self.heads: dict[str, Head] = {}
+        self.keys: dict[str, str] = {}
         for task in tasks:
             task = Task(task) if isinstance(task, str) else task
             pattern = Pattern.parse(task.pattern)
@@ -85,62 +87,37 @@ class Packer:
             if task.pattern in self.tasks:
                 raise TaskError(f"task {task.pattern!r} is given twice")
             head = task.head or (Contrast() if pattern.pair else default_head(self.tokenizers[pattern.writes.kind]))
-            if head.pairs != pattern.pair:
-                raise TaskError(
-                    f"task {task.pattern!r}: '<->' wants a head that tells which two belong together, such as Contrast, and those "
-                    f"want '<->', but the head is {type(head).__name__}"
-                )
+            pattern = head.bind(pattern)
             head.vocab(self.tokenizers[pattern.fields[-1].kind])
-            if head.points and pattern.writes.kind not in [field.kind for field in pattern.reads]:
-                raise TaskError(
-                    f"task {task.pattern!r} reads nothing of kind {pattern.writes.kind!r}, but {type(head).__name__} writes "
-                    f"tokens that were read; read some, as in 'seen:{pattern.writes.kind} -> {task.pattern.split('->')[1].strip()}'"
-                )
-            if head.hides:
-                pattern = dataclasses.replace(pattern, hides=True)
-                if (pattern.writes.name, pattern.writes.kind) not in [
-                    (field.name, field.kind) for field in pattern.reads
-                ]:
-                    raise TaskError(
-                        f"task {task.pattern!r} does not read {pattern.writes.name!r}, but {type(head).__name__} writes what is "
-                        f"hidden of a field that is read, as in '{pattern.writes.kind} -> {pattern.writes.kind}'"
-                    )
-            if not pattern.reads and not head.queries:
-                raise TaskError(
-                    f"task {task.pattern!r} reads nothing, and {type(head).__name__} answers only from what was read"
-                )
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
-            self.patterns[task.pattern] = pattern
-        self._opening = {pattern: self._queries(pattern) for pattern in self.tasks}
+            self.patterns[task.pattern], self.heads[task.pattern] = pattern, head
+            self.keys[task.pattern] = _head_key(pattern, head)
+        self._starts = {pattern: self._start(pattern) for pattern in self.tasks}
 
     def head(self, pattern: str) -> Head:
-        head = self.tasks[pattern].head
-        assert head is not None
-        return head
+        """The head of a task."""
+        return self.heads[pattern]
 
     def head_key(self, pattern: str) -> str:
-        """Tasks that write the same kind by the same head share its weights: they have the same key."""
-        fields = self.patterns[pattern]
-        sides = fields.sides.values() if fields.pair else [[fields.writes]]
-        kinds = "__".join("_".join(field.kind for field in side) for side in sides)
-        return f"{kinds}_{type(self.head(pattern)).__name__}"
+        """The name of the weights of a task's head; tasks that write the same kind by the same head share them."""
+        return self.keys[pattern]
 
-    def _queries(self, pattern: str) -> _Segment:
-        """The learned tokens that open what is written: the same in every sample."""
-        with torch.device("cpu"):  # where samples are, also of a model that is made without memory
-            time_N = torch.arange(self.head(pattern).queries)
+    def _start(self, pattern: str) -> Segment:
+        """The learned tokens of a task's head, which are the same in every sample."""
+        with torch.device("cpu"):  # samples are on the CPU, even if the model is being built on the meta device
+            time_N = torch.arange(self.heads[pattern].queries)
             tokens = Tokens(time_N, at_times(time_N))
-        return _Segment("head:" + self.head_key(pattern), tokens, (1.0, 1.0, 1.0), False)
+        return Segment("head:" + self.keys[pattern], tokens, (1.0, 1.0, 1.0), False)
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
-        """Raises a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
+        """Raise a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
         if pattern not in self.tasks:
             raise TaskError(
                 f"there is no task {shortened(repr(pattern), 100)}; there are {', '.join(map(repr, self.tasks))}"
                 f"{did_you_mean(pattern, self.tasks)}"
             )
-        if answers:
-            self.patterns[pattern].check_answers()
+        if answers and self.patterns[pattern].written is None:
+            self.patterns[pattern].check_answers()  # raises
 
     def __call__(
         self,
@@ -148,43 +125,35 @@ class Packer:
         *,
         answers: bool = True,
         names: Sequence[str] | None = None,
-        begun: Sequence[Any] | None = None,
-        drawn: bool = False,
+        begins: Sequence[Any] | None = None,
+        random: bool = False,
     ) -> Stream:
-        """Pack a batch; with answers=False nothing is written yet (prediction, the prompt of generation).
+        """Pack a batch of (task, sample) as one stream.
 
-        A field may also be given as the Tokens that its tokenizer made of it. names: what errors call each sample; "sample 0",
-        "sample 1", .. unless given. begun: for each sample the beginning of its answer, if that much is written already (None:
-        nothing is), which the reading's last row of the sample then continues. drawn: heads that hide draw anew what they hide;
-        else the same value is hidden alike every time, also alone.
+        The value of a field may also be the Tokens that its tokenizer made of it.
+
+        Args:
+            answers: whether samples have answers, which become targets; False for prediction and the prompt of generation.
+            names: what errors call each sample; None: "sample 0", "sample 1", ...
+            begins: for each sample, the first tokens of its answer, from where decoding goes on; None: nothing is written yet.
+            random: heads that hide tokens draw them from torch's global generator; else the value alone decides which.
 
         Raises:
             TaskError: an unknown task or a missing field.
-            StreamError: a sample with nothing to read, a target that cannot be learned.
-            MediaError: from the tokenizer of a field; says which sample of the batch.
+            StreamError: a sample with nothing to read, or a target that cannot be learned.
+            MediaError: a tokenizer cannot encode a field; the message names the sample.
         """
         if not batch:
             raise StreamError("Packer: the batch is empty")
         names = names or [f"sample {i}" for i in range(len(batch))]
-        started = begun or [None] * len(batch)
+        begins = begins or [None] * len(batch)
         return self.lay(
             [
-                self.prepare(pattern, sample, names[i], answers=answers, begun=started[i], drawn=drawn)
+                self.prepare(pattern, sample, names[i], answers=answers, begin=begins[i], random=random)
                 for i, (pattern, sample) in enumerate(batch)
             ],
             answers=answers,
         )
-
-    def lay(self, prepared: Sequence[Prepared], *, answers: bool = True) -> Stream:
-        """One stream of samples that were prepared, in any order."""
-        samples = [
-            dataclasses.replace(side, index=i)
-            for i, sample in enumerate(prepared)
-            for side in (sample, sample.right)
-            if side is not None
-        ]
-        samples.sort(key=lambda s: s.span)  # equal shapes side by side: they run as one batch of the fused kernel
-        return self._lay(samples, answers)
 
     def prepare(
         self,
@@ -193,267 +162,162 @@ class Packer:
         name: str,
         *,
         answers: bool = True,
-        begun: Any = None,
-        drawn: bool = True,
+        begin: Any = None,
+        random: bool = True,
     ) -> Prepared:
-        """One sample encoded, to be laid with others: everything about it that does not depend on its neighbours.
-
-        drawn: a head that hides draws anew what it hides, from torch's global generator.
+        """Encode one sample and lay it out by its task's head; `lay` makes a stream of several.
 
         Raises:
-            As calling the packer does.
+            TaskError, StreamError, MediaError: as when the packer is called.
         """
-        self.check_task(pattern_text)
-        pattern, head = self.patterns[pattern_text], self.head(pattern_text)
-        pattern.check_sample(values, answers)
-        encoded = self.encoded(pattern_text, values, name)
-        if pattern.pair and begun is None:
-            return self._pair(pattern, encoded, name, answers)
-        segments = self._read(pattern, encoded)
-        hidden = self._hide(pattern_text, encoded, segments, drawn, name) if head.hides else None
-        context = sum(len(s.tokens) for s in segments if s.within is None)
-        if pattern.reads and not context and not head.writes:
-            raise StreamError(
-                f"{name} of task {pattern_text!r}: every field that is read is None; give at least one, "
-                f"as {type(head).__name__} answers only from what was read"
-            )
-        read, key_N, pointed_N = Tokens(torch.empty(0), torch.empty(0, 3)), None, None
-        if head.points:
-            read, key_N = _of_kind(segments, pattern.writes.kind)
-            pointed_N = key_N[:0]
-        if head.queries and not head.hides:
-            segments.append(self._opening[pattern_text])
-        target = None
-        if answers:
-            kind, where = pattern.writes.kind, f"{name} of task {pattern_text!r}"
-            tokenizer = self.tokenizers[kind]
-            if hidden:
-                tokens = Tokens(hidden[0].content[hidden[1]], hidden[0].position_NA[hidden[1]])
-            elif values[pattern.answer] is None:
-                nothing = " ('' is an answer too: nothing is written)" if tokenizer.text else ""
-                raise StreamError(
-                    f"{where}: field {pattern.answer!r} is None, that is not given, but it is what is learned; "
-                    f"give its value{nothing}, or leave this sample out"
-                )
-            else:
-                tokens = self.encode(kind, values[pattern.answer], where, pattern.answer, empty=True)
-            try:
-                if pointed_N is None:
-                    target = head.target(tokens, context, tokenizer)
-                else:
-                    pointed_N = head.pointed(tokens, read)
-                    target = head.target(Tokens(pointed_N, tokens.position_NA), len(read), tokenizer)
-                    tokens = Tokens(tokens.content, read.position_NA[pointed_N])
-            except StreamError as error:
-                raise StreamError(f"{where}: {error}") from None
-            if head.writes and len(tokens):
-                segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        elif begun is not None:
-            if not head.writes:
-                raise TaskError(
-                    f"task {pattern_text!r}: {type(head).__name__} answers at once; nothing can be begun for it"
-                )
-            tokenizer = self.tokenizers[pattern.writes.kind]
-            tokens = self.encode(
-                pattern.writes.kind, begun, f"{name} of task {pattern_text!r}", f"begin ({pattern.answer})"
-            )
-            if pointed_N is not None:
-                pointed_N = head.pointed(tokens, read)
-                tokens = Tokens(tokens.content, read.position_NA[pointed_N])
-            segments.append(_Segment(pattern.writes.kind, tokens, tokenizer.step, False))
-        return Prepared(
-            0, pattern_text, segments, context, target, _span(segments, context), key_N, pointed_N, hidden=hidden
-        )
-
-    def _pair(self, pattern: Pattern, encoded: Mapping[str, Tokens | None], name: str, answers: bool) -> Prepared:
-        """Two samples, each ended by its side's learned token; without answers one side may lack."""
-        sides, target = [], []
-        for side, fields in enumerate(pattern.sides.values()):
-            segments = self._read(pattern, {field.name: encoded[field.name] for field in fields})
-            if not segments and not answers and side == len(sides):
-                continue
-            if not segments:
-                raise StreamError(
-                    f"{name} of task {pattern.text!r}: every field of the side {' '.join(f.name for f in fields)!r} is None; "
-                    "give at least one"
-                )
-            context = sum(len(s.tokens) for s in segments)
-            target.append(fingerprint(s.tokens for s in segments))
-            query = Tokens(torch.tensor([side]), at_times(torch.zeros(1)))
-            segments.append(_Segment("head:" + self.head_key(pattern.text), query, (1.0, 1.0, 1.0), False))
-            sides.append(Prepared(0, pattern.text, segments, context, None, _span(segments, context), side=side))
-        return dataclasses.replace(
-            sides[0], target=torch.tensor([target]) if answers else None, right=sides[1] if len(sides) > 1 else None
-        )
-
-    def _hide(
-        self, task: str, encoded: Mapping[str, Tokens | None], segments: list[_Segment], drawn: bool, name: str
-    ) -> tuple[Tokens, Tensor]:
-        """Take the hidden tokens out of the segment they are in, and put the head's query in their places, as the last segment."""
-        pattern, head = self.patterns[task], self.head(task)
-        where = f"{name} of task {task!r}, field {pattern.writes.name!r}"
-        whole, step = encoded[pattern.writes.name], self.tokenizers[pattern.writes.kind].step
-        if whole is None:
-            raise StreamError(f"{where} is None, but it is what {type(head).__name__} hides and rebuilds")
+        if pattern_text not in self.tasks:
+            self.check_task(pattern_text)  # raises
+        self.patterns[pattern_text].check_sample(values, answers)
+        sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
         try:
-            hidden_N = head.hidden(whole, step, drawn=drawn)
+            return Prepared(pattern_text, self.heads[pattern_text].lay_out(sample))
         except StreamError as error:
-            raise StreamError(f"{where}: {error}") from None
-        at = [f.name for f in pattern.reads if encoded[f.name] is not None].index(pattern.writes.name)
-        seen = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
-        segments[at] = _Segment(pattern.writes.kind, seen, step, True)
-        place_NA = whole.position_NA[hidden_N]
-        query = Tokens(torch.zeros(len(place_NA), dtype=torch.long), place_NA)
-        segments.append(_Segment("head:" + self.head_key(task), query, step, True, within=at))
-        return whole, hidden_N
+            raise StreamError(f"{sample.where}: {error}") from None
 
-    def _read(self, pattern: Pattern, encoded: Mapping[str, Tokens | None]) -> list[_Segment]:
-        """The segments of what is read; fields that are None, or are not given, are left out."""
-        segments = []
-        for field in pattern.reads:
-            tokens, tokenizer = encoded.get(field.name), self.tokenizers[field.kind]
-            if tokens is not None:
-                segments.append(_Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
-        return segments
+    def encoded(
+        self,
+        pattern_text: str,
+        values: Mapping[str, Any],
+        name: str,
+        *,
+        answers: bool = False,
+        begin: Any = None,
+        random: bool = False,
+    ) -> EncodedSample:
+        """A sample with the tokens of every field that its task reads, which is what `Head.lay_out` takes.
 
-    def pointable(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Tokens:
-        """What a head that points may point at: everything that is read of the kind that is written."""
-        pattern = self.patterns[pattern_text]
-        return _of_kind(self._read(pattern, encoded), pattern.writes.kind)[0]
-
-    def encoded(self, pattern_text: str, values: Mapping[str, Any], name: str) -> dict[str, Tokens | None]:
-        """The tokens of every field that a task reads."""
-        where = f"{name} of task {pattern_text!r}"
-        return {
+        Raises:
+            MediaError: a tokenizer cannot encode a field.
+        """
+        pattern, where = self.patterns[pattern_text], f"{name} of task {pattern_text!r}"
+        tokens = {
             field.name: None
-            if values[field.name] is None
-            else self.encode(field.kind, values[field.name], where, field.name)
-            for field in self.patterns[pattern_text].reads
+            if (value := values[field.name]) is None
+            else encode_field(self.tokenizers[field.kind], value, where, field.name)
+            for field in pattern.reads
         }
+        if begin is not None and not answers:
+            begin = encode_field(self.tokenizers[pattern.writes.kind], begin, where, f"begin ({pattern.answer})")
+        tokenizer = self.tokenizers[(pattern.written or pattern.reads[-1]).kind]
+        start = self._starts[pattern_text]
+        return EncodedSample(where, pattern, self.tokenizers, values, tokens, tokenizer, start, answers, begin, random)
 
-    def encode(self, kind: str, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
-        """The tokens of one value of one field; only with `empty` may there be none. A MediaError says where the value stands."""
-        if isinstance(value, Tokens):
-            return value
-        try:
-            return self.tokenizers[kind](value, empty=empty)
-        except ValueError as error:
-            raise MediaError(f"{where}, field {name!r}: {shortened(error, 500)}") from error
+    def prompt(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> Stream:
+        """A stream of one sample that has some of the fields of a task, given by their tokens, and no rows for a head.
 
-    def prompt(self, pattern_text: str, encoded: Mapping[str, Tokens | None]) -> Stream:
-        """A stream of one sample that holds some fields of a task and nothing to be written."""
-        segments = self._read(self.patterns[pattern_text], encoded)
-        context = sum(len(s.tokens) for s in segments)
-        if not context:
+        Raises:
+            StreamError: every field is None.
+        """
+        pattern = self.patterns[pattern_text]
+        tokenizer, start = self.tokenizers[pattern.fields[-1].kind], self._starts[pattern_text]
+        segments = EncodedSample("", pattern, self.tokenizers, {}, tokens, tokenizer, start).read()
+        read = tokens_of(segments)
+        if not read:
             raise StreamError(f"task {pattern_text!r}: there is nothing to read, as every field is None")
-        return self._lay([Prepared(0, "", segments, context, None, _span(segments, context))], False)
+        return self.lay([Prepared("", [LaidOut(segments, read, 0, read)])], answers=False)
 
-    def _lay(self, samples: list[Prepared], answers: bool) -> Stream:
-        segments = [segment for sample in samples for segment in sample.segments]
+    def lay(self, prepared: Sequence[Prepared], *, answers: bool = True) -> Stream:
+        """Pack prepared samples as one stream, which reorders them by size."""
+        placed = [
+            _Placed(i, sample.task, part, _span(part)) for i, sample in enumerate(prepared) for part in sample.parts
+        ]
+        placed.sort(key=lambda p: p.span)  # neighbours of equal shape run as one batch of the fused kernel
+        segments = [segment for p in placed for segment in p.part.segments]
         sizes = torch.tensor([len(s.tokens) for s in segments])
-        starts = sizes.cumsum(0) - sizes
-        spans = tuple(sample.span for sample in samples)
-        totals = torch.tensor([span.total for span in spans])
-        stream_size = int(totals.sum())
+        segment_starts = sizes.cumsum(0) - sizes
+        total_B = torch.tensor([p.span.total for p in placed])
+        start_B = total_B.cumsum(0) - total_B
+        stream_size = int(total_B.sum())
 
+        # all tokens of a kind are one tensor, so that one call embeds them; order_T then brings the rows into the stream's order
         by_kind: dict[str, list[int]] = {}
         for i, segment in enumerate(segments):
             by_kind.setdefault(segment.kind, []).append(i)
-        order_T = None
         content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
+        order_T = None
         if len(by_kind) > 1:
-            row_T = torch.cat([_ranges(starts[which], sizes[which]) for which in by_kind.values()])
+            row_T = torch.cat([ranges(segment_starts[which], sizes[which]) for which in by_kind.values()])
             order_T = torch.empty_like(row_T)
             order_T[row_T] = torch.arange(stream_size)
 
-        sample_of = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.segments) for s in samples]))
-        places = Places(
-            sample=torch.arange(len(samples), dtype=torch.int32).repeat_interleave(totals),
-            order=torch.arange(stream_size, dtype=torch.int32)
-            - (totals.cumsum(0) - totals).int().repeat_interleave(totals),
-            free=torch.tensor([s.free for s in segments], dtype=torch.int32).repeat_interleave(sizes),
-            segment=(torch.arange(len(segments)) - torch.searchsorted(sample_of, sample_of))
-            .int()
-            .repeat_interleave(sizes),
+        sample_of_segment = torch.arange(len(placed)).repeat_interleave(
+            torch.tensor([len(p.part.segments) for p in placed])
+        )
+        # rules see segments numbered from 0 in each sample, so that they do not depend on the pack
+        first_segment = torch.searchsorted(sample_of_segment, sample_of_segment)
+        info = MaskInfo(
+            sample=torch.arange(len(placed), dtype=torch.int32).repeat_interleave(total_B),
+            order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
+            bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
+            segment=(torch.arange(len(segments)) - first_segment).int().repeat_interleave(sizes),
         )
         return Stream(
             content=content,
             order_T=order_T,
-            position_TA=self._positions(samples, segments, sizes),
-            layout=Layout(spans, places),
-            readings=self._readings(samples, (totals.cumsum(0) - totals).tolist(), answers),
+            position_TA=_positions(placed, segments, sizes),
+            layout=Layout(tuple(p.span for p in placed), info),
+            readings=self._readings(placed, start_B.tolist(), answers),
         )
 
-    @staticmethod
-    def _positions(samples: list[Prepared], segments: list[_Segment], sizes: Tensor) -> Tensor:
-        """Places in steps; the time 0 of each field is one step after the last token of the field before it."""
-        step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
-        position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
-        last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
-        offsets, at = [], 0
-        for sample in samples:
-            ends: dict[int, float] = {}
-            for i, segment in enumerate(sample.segments):
-                i = i if segment.within is None else segment.within
-                end = round(last[at], 3) + 1.0  # 14.999999 is 15: seconds divided by a step are seldom whole
-                ends[i] = max(end, ends[i]) if i in ends else end
-                at += 1
-            starts = dict(zip(ends, accumulate(ends.values(), initial=0.0), strict=False))
-            offsets += [starts[i if s.within is None else s.within] for i, s in enumerate(sample.segments)]
-        position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
-        return position_TA
-
-    def _readings(self, samples: list[Prepared], starts: list[int], answers: bool) -> dict[str, Reading]:
+    def _readings(self, placed: list[_Placed], starts: list[int], answers: bool) -> dict[str, Reading]:
+        """By task, the rows that its head reads and their targets."""
         readings = {}
         for pattern in self.tasks:
-            mine = [(sample, start) for sample, start in zip(samples, starts, strict=True) if sample.pattern == pattern]
+            mine = [(p, start) for p, start in zip(placed, starts, strict=True) if p.task == pattern]
             if not mine:
                 continue
-            pair = self.patterns[pattern].pair
-            if pair:
-                mine.sort(key=lambda m: (m[0].side, m[0].index))
-            skip = [s.context if self.head(pattern).queries else 0 for s, _ in mine]
-            lengths = [
-                (s.span.total if self.head(pattern).queries else s.context) - n
-                for (s, _), n in zip(mine, skip, strict=True)
-            ]
-            first = torch.tensor([start + n for (_, start), n in zip(mine, skip, strict=True)])
-            targets = [s.target for s, _ in mine if s.target is not None]
-            keys = [s.key_N + start for s, start in mine if s.key_N is not None]
-            pointed = [s.pointed_N for s, _ in mine if s.pointed_N is not None]
+            pair = self.patterns[pattern].written is None
+            if pair:  # the loss compares row i of the left sides with row i of the right sides
+                mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
+            parts = [p.part for p, _ in mine]
+            first = torch.tensor([start + p.part.first for p, start in mine])
+            lengths = [part.last - part.first for part in parts]
+            targets = [part.target for part in parts if part.target is not None]
+            keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
+            pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=_ranges(first, torch.tensor(lengths)),
+                row_N=ranges(first, torch.tensor(lengths)),
                 lengths=tuple(lengths),
-                samples=tuple(s.index for s, _ in mine),
+                samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
                 target_lengths=tuple(len(t) for t in targets),
                 key_N=torch.cat(keys) if keys else None,
                 key_lengths=tuple(map(len, keys)),
                 pointed_N=torch.cat(pointed) if pointed else None,
                 pointed_lengths=tuple(map(len, pointed)),
-                hidden=() if answers else tuple(s.hidden for s, _ in mine if s.hidden is not None),
-                left=sum(s.side == 0 for s, _ in mine) if pair else None,
+                hidden=() if answers else tuple(part.hidden for part in parts if part.hidden is not None),
+                left=sum(part.side == 0 for part in parts) if pair else None,
             )
         return readings
 
 
-def _of_kind(segments: list[_Segment], kind: str) -> tuple[Tokens, Tensor]:
-    """All tokens of a kind among those read, and where in the sample they lie."""
-    found, rows, start = [], [], 0
-    for segment in segments:
-        stop = start + len(segment.tokens)
-        if segment.kind == kind:
-            found.append(segment.tokens)
-            rows.append(torch.arange(start, stop))
-        start = stop
-    if len(found) == 1:
-        return found[0], rows[0]
-    if not found:
-        return Tokens(torch.empty(0), torch.empty(0, 3)), torch.empty(0, dtype=torch.long)
-    return Tokens(torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])), torch.cat(rows)
+def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) -> Tensor:
+    """Positions (T, 3) in steps; time 0 of each field is one step after the last token of the field before it."""
+    step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
+    position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
+    last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
+    offsets, at = [], 0
+    for p in placed:
+        # by segment that begins a time of its own, one step after its last token; tokens hidden within a segment share its time
+        ends: dict[int, float] = {}
+        for i, segment in enumerate(p.part.segments):
+            i = i if segment.within is None else segment.within
+            end = round(last[at], 3) + 1.0  # 14.999999 is 15: seconds divided by a step are seldom whole
+            ends[i] = max(end, ends[i]) if i in ends else end
+            at += 1
+        starts = dict(zip(ends, accumulate(ends.values(), initial=0.0), strict=False))
+        offsets += [starts[i if s.within is None else s.within] for i, s in enumerate(p.part.segments)]
+    position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
+    return position_TA
 
 
-def _ranges(starts: Tensor, sizes: Tensor) -> Tensor:
-    """[start, start + 1, .., start + size - 1] of each, end to end."""
-    within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    return starts.repeat_interleave(sizes) + within
+def _head_key(pattern: Pattern, head: Head) -> str:
+    """A name without the fields' names, so that tasks over the same kinds share one readout; it is part of the weights' names."""
+    sides = pattern.sides.values() if pattern.pair else [[pattern.writes]]
+    kinds = "__".join("_".join(field.kind for field in side) for side in sides)
+    return f"{kinds}_{type(head).__name__}"

@@ -1,4 +1,4 @@
-"""Places (time, row, column) as rotary angles, as added sine-cosines, and as learned grids."""
+"""Positions (time, row, column) as rotary angles, as sine-cosine encodings, and as learned grids."""
 
 import torch
 import torch.nn.functional as F
@@ -8,66 +8,69 @@ from multimodal.shapes import ConfigError
 
 
 def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Which place axis turns each pair of a head, and how far a step: two vectors of K/2.
+    """For each pair of a head of width K, the position axis that rotates it and its radians per step: two vectors (K/2,).
 
-    Pairs are shared out among time, row and column in the ratio `split`; within an axis of n pairs, pair i turns by
-    base ** (-i / n) radians a step (Su et al. 2021, section 3.2.2; one base an axis).
+    The pairs are divided among time, row and column in the ratio `split`; within an axis of n pairs, pair i rotates by
+    base ** (-i / n) radians per step (Su et al. 2021, section 3.2.2; one base per axis).
     """
     pairs = head_width // 2
     shares = [pairs * s // sum(split) for s in split]
-    shares[0] += pairs - sum(shares)
+    shares[0] += pairs - sum(shares)  # time gets what rounding leaves over
     axis_K = torch.cat([torch.full((n,), axis) for axis, n in enumerate(shares)])
     frequency = [float(b) ** (-torch.arange(n) / max(n, 1)) for n, b in zip(shares, base, strict=True)]
     return axis_K, torch.cat(frequency)
 
 
-def rotary_turns(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Tensor:
-    """Every token's turns (T, 1, K/2): complex numbers of length 1."""
+def rotations(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Tensor:
+    """The rotation of each pair of a head at each token's position: complex numbers (T, 1, K/2) of length 1."""
     angle_TK = position_TA.float()[:, axis_K] * frequency_K
     return torch.polar(torch.ones_like(angle_TK), angle_TK)[:, None]
 
 
-def rotate(x_THK: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of every head; complex products are one pass over memory where sines and cosines are six.
+def rotate(x_THK: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i + 1) of every head, in float32 at least.
 
-    The compiler makes one pass of anything but has no code for complex numbers: it is given turns as reals, (T, 1, K/2, 2).
+    rotation: complex (T, 1, K/2), because one complex product is one pass over memory and sines and cosines are six; or, in a
+    compiled piece, real (T, 1, K/2, 2), because the compiler fuses those passes but has no code for complex numbers.
     """
     x_THK = x_THK if x_THK.dtype == torch.float64 else x_THK.float()
     pairs = x_THK.view(*x_THK.shape[:-1], x_THK.shape[-1] // 2, 2)
-    if not turns.is_complex():
-        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    if not rotation.is_complex():
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    # complex numbers need an even offset and even strides
+    # view_as_complex needs an even offset and even strides
     if x_THK.storage_offset() % 2 or any(step % 2 for step in x_THK.stride()[:-1]):
         pairs = pairs.contiguous()
-    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2)
 
 
-def sine_cosine(place_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
-    """Fixed encoding (N, width): an equal share of sines and cosines for each of the place's axes (after Vaswani et al. 2017).
+def sine_cosine(position_NA: Tensor, width: int, base: float = 100.0) -> Tensor:
+    """Sine-cosine encoding (N, width) of positions, with as many sines and cosines for each axis (after Vaswani et al. 2017).
 
-    Angles are computed in float32 at least; places that come rounded stay so.
+    Angles are computed in float32 at least; this cannot restore positions that were rounded to bfloat16 before.
+
+    base: ratio of the highest to about the lowest frequency, whose highest is 1 radian per unit.
 
     Raises:
-        ConfigError: width does not divide into pairs for every axis.
+        ConfigError: width is not a multiple of 2 numbers for each axis.
     """
-    axes = place_NA.shape[1]
+    axes = position_NA.shape[1]
     if width % (2 * axes):
         raise ConfigError(
             f"sine_cosine: width={width} is not a multiple of {2 * axes}; use one that is, or another position scheme"
         )
     pairs = width // (2 * axes)
-    place_NA = place_NA.to(torch.promote_types(place_NA.dtype, torch.float32))
-    frequency_K = base ** (-torch.arange(pairs, device=place_NA.device) / pairs)
-    angle = place_NA[:, :, None] * frequency_K
+    position_NA = position_NA.to(torch.promote_types(position_NA.dtype, torch.float32))
+    frequency_K = base ** (-torch.arange(pairs, device=position_NA.device) / pairs)
+    angle = position_NA[:, :, None] * frequency_K
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 class LearnedGrid(nn.Module):
-    """A learned picture of `size` x `size` places, stretched over whatever grid comes (as ViTs resize theirs).
+    """A learned grid of `size` x `size` position embeddings, interpolated to a grid of any size (as ViTs do).
 
-    Input: (N, 2) places as fractions of height and width, in 0..1, in float32 at least. Output: (N, width) in that precision,
-    bilinear between grid points.
+    Input: positions (N, 2) as fractions of height and width, in 0..1, in float32 at least. Output: embeddings (N, width) in the
+    precision of the input, bilinear between grid points.
     """
 
     def __init__(self, width: int, size: int) -> None:

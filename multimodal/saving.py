@@ -1,7 +1,7 @@
-"""Replaces several files of a folder in one atomic step; everything else in the folder stays as it is.
+"""Replaces several files of a folder in one atomic step; all other files in the folder stay.
 
 FOLDER/config.json             the index: holds the SHA-256 of each file. Replacing it, atomically, makes the new version valid
-FOLDER/.multimodal-saving/     exists only during a save, or after a save that was killed:
+FOLDER/.multimodal-saving/     exists only during a save, or after a killed save:
     lock                       marks the folder as ours; the process that saves holds a lock on it until it ends
     plan.json                  the files of the old and of the new version, with their checksums
     0f3a...                    a complete new file, named by `key` until it replaces the old one
@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from multimodal.files import (
-    aside,
+    back_up,
     check_fields,
     check_inside,
     file_hash,
     flush,
-    is_aside,
-    keep_copy,
+    is_part_path,
     lock,
-    put,
+    part_path,
     read_json,
+    write_atomic,
 )
 from multimodal.shapes import CheckpointError
 
@@ -41,13 +41,14 @@ PLACE, LOCK, PLAN = ".multimodal-saving", "lock", "plan.json"
 MARK = "multimodal-stream is saving here\n"
 SHA256 = "sha256"  # the key of the index that holds {name: checksum}
 PATIENCE_S = 60.0
-Sums = Mapping[str, str | None]  # {file of a folder: its checksum}; None: not known
+Sums = Mapping[str, str | None]  # {file of a folder: its SHA-256}; None: unknown
 
-_change, _busy = threading.Condition(), set[Path]()  # folders; file locks tell processes apart, not threads
+# folders that threads of this process save to: file locks do not exclude threads
+_change, _busy = threading.Condition(), set[Path]()
 
 
 def stored(folder: Path, index: Mapping[str, Any], name: str) -> Path:
-    """The path of a file of a saved folder: still in PLACE, or its final one."""
+    """The path of a file of a saved folder: in PLACE until it is moved, then its final path."""
     waiting = folder / PLACE / key(name, _sums(index).get(name))
     return waiting if waiting.is_file() else folder / name
 
@@ -58,12 +59,12 @@ def key(name: str, sha256: Any) -> str:
 
 
 def version_of(folder: Path, index: str) -> Any:
-    """A value that changes with each save, and while a save moves its files to their final places."""
+    """A value that changes with each save, and while a save moves its files to their final paths."""
     found: tuple[Any, ...] = ()
     waiting: list[str] = []
     with suppress(OSError):
-        facts = os.stat(folder / index)
-        found = facts.st_ino, facts.st_mtime_ns, facts.st_size
+        status = os.stat(folder / index)
+        found = status.st_ino, status.st_mtime_ns, status.st_size
     with suppress(OSError):
         waiting = sorted(name for name in os.listdir(folder / PLACE) if _is_part(name))
     return found, waiting
@@ -123,7 +124,7 @@ class Saving:
 
     def add(self, name: str, write: Callable[[Path], Any]) -> None:
         """Add a file to the new version. `write` is called with the path to write it to."""
-        folder = aside(self.place)  # a folder of its own, as `write` may make temporary files too: safetensors does
+        folder = part_path(self.place)  # a separate folder, as `write` may make temporary files too: safetensors does
         folder.mkdir()
         part = folder / "part"
         write(part)
@@ -139,11 +140,11 @@ class Saving:
         """
         for name, sha256 in before.items():
             if name in self.sums or name == self.index:
-                self._keep_if_changed(name, {sha256})
-        put(self.place / PLAN, json.dumps({"before": dict(before), "after": self.sums}))
+                self._back_up_if_changed(name, {sha256})
+        write_atomic(self.place / PLAN, json.dumps({"before": dict(before), "after": self.sums}))
         for name in self.sums:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        part = aside(self.place)
+        part = part_path(self.place)
         part.write_bytes(index)
         flush(part)
         flush(self.place)
@@ -156,10 +157,11 @@ class Saving:
         flush(self.folder)
         self._move_into_place(self.sums, before)
 
-    def _keep_if_changed(self, name: str, known: set[str | None]) -> None:
+    def _back_up_if_changed(self, name: str, known: set[str | None]) -> None:
+        """Copy a file to NAME.1, with a warning, if its checksum is none of the known ones."""
         path = self.folder / name
         if path.is_file() and None not in known and file_hash(path) not in known:
-            copy = keep_copy(path)
+            copy = back_up(path)
             warnings.warn(
                 f"{path} was changed since it was saved; what was in it is now in {copy.name} beside it", stacklevel=5
             )
@@ -188,7 +190,7 @@ class Saving:
             self.place.mkdir(parents=True, exist_ok=True)
             self._check_place()
             try:
-                held = lock(self.place / LOCK, max(0.0, until - time.monotonic()))
+                file = lock(self.place / LOCK, max(0.0, until - time.monotonic()))
             except FileNotFoundError:
                 continue  # the previous save has just removed PLACE
             except BlockingIOError:
@@ -196,10 +198,10 @@ class Saving:
                     f"{self.folder}: another process is saving here; wait until it is done, or choose another folder"
                 ) from None
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(held.fileno()), os.stat(self.place / LOCK)):
-                    self.lock = held
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.place / LOCK)):
+                    self.lock = file
             if self.lock is None:
-                held.close()
+                file.close()
         if not self.lock.tell():
             self.lock.write(MARK.encode())
             self.lock.flush()
@@ -230,14 +232,14 @@ class Saving:
         for name, sha256 in after.items():
             if (self.place / key(name, sha256)).is_file():  # else it was moved already
                 # what is not known counts as changed here
-                self._keep_if_changed(name, {sha256, before.get(name)} - {None})
+                self._back_up_if_changed(name, {sha256, before.get(name)} - {None})
         self._move_into_place(after, before)
 
     def _check_plan(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Refuse a plan that no save made: it may come from anybody, and the files that it names are moved and removed.
+        """Refuse a plan that no save made: it is not trusted, and the files that it names are moved and removed.
 
         Raises:
-            CheckpointError: a name that a save does not write, or one that lies outside, also behind a link.
+            CheckpointError: a name that a save does not write, or one that lies outside, also through a link.
         """
         names = {name for name in (*before, *after) if name != self.index}
         check_inside(self.place / PLAN, names, CheckpointError)
@@ -248,7 +250,7 @@ class Saving:
     def _clear(self) -> None:
         for name in self._parts():
             path = self.place / name
-            if is_aside(name) and path.is_dir() and not path.is_symlink():
+            if is_part_path(name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -278,7 +280,7 @@ def _sums(index: Any) -> dict[str, str]:
 
 
 def _is_part(name: str) -> bool:
-    return is_aside(name) or re.fullmatch(r"[0-9a-f]{64}", name) is not None
+    return is_part_path(name) or re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 def _parents(folder: Path, name: str) -> list[Path]:

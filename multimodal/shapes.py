@@ -1,4 +1,4 @@
-"""The one legend of axis letters, the check that reads it off argument names, and the error classes."""
+"""The legend of axis letters, the check of shapes by argument names, and the error classes."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,13 @@ from multimodal.texts import shortened
 LEGEND = {
     "B": "batch: samples side by side, only in decoding and in heads",
     "T": "tokens of a stream",
-    "M": "memory: the keys and values that queries look at",
+    "M": "keys and values that queries attend to",
     "D": "width of the core",
     "H": "query heads",
     "G": "key-value heads (grouped queries)",
     "K": "width of one head",
     "V": "vocabulary or classes",
-    "A": "place axes: time, row, column",
+    "A": "position axes: time, row, column",
     "N": "tokens of one value, or of all values of one kind",
     "F": "features of a token",
     "L": "layers",
@@ -54,12 +54,14 @@ class CheckpointError(ValueError):
 
 
 def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensors: Tensor) -> dict[str, int]:
-    """Check tensors against the axes their names end in, and return the size of every axis met.
+    """Check tensors against the axes in which their names end, and return the size of each axis.
 
-    `check_shapes("Core", {"D": 64}, stream_TD=x, position_TA=p)` wants x to be (T, 64) and p to be (T, A) with the same T.
+    `check_shapes("Core", {"D": 64}, stream_TD=x, position_TA=p)` demands that x is (T, 64) and p is (T, A) with the same T.
+
+    where: the caller's name, for errors. sizes: the sizes of axes that are known beforehand.
 
     Raises:
-        ShapeError: names the caller, the tensor, the shape that came and the one that was wanted.
+        ShapeError: a tensor has another shape; the message names it, its shape and the one that was wanted.
     """
     known = dict(sizes or {})
     for name, tensor in tensors.items():
@@ -78,7 +80,7 @@ def check_shapes(where: str, sizes: Mapping[str, int] | None = None, /, **tensor
 
 
 def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> None:
-    """Raises a ConfigError unless each value is a whole number, and `least` or more."""
+    """Raise a ConfigError unless each value is a whole number, and at least `least`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or (least is not None and int(value) < least):
             bound = "" if least is None else f", {least} or more"
@@ -86,20 +88,20 @@ def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> No
 
 
 def check_number(where: str, /, **values: Any) -> None:
-    """Raises a ConfigError unless each value is a number; the caller's bounds refuse infinity and NaN."""
+    """Raise a ConfigError unless each value is a number; infinity and NaN are left to the caller's own bounds."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a number")
 
 
 def check_seed(where: str, value: Any, /) -> None:
-    """Raises a ConfigError unless torch accepts the seed: a whole number of 63 bits, 0 or more."""
+    """Raise a ConfigError unless torch accepts the seed: a whole number of 63 bits, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
         raise ConfigError(f"{where}: seed={shortened(repr(value), 60)} must be a whole number from 0 to 2**63 - 1")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """'; did you mean 'label'?' when something close exists, otherwise nothing."""
+    """'; did you mean 'label'?' if one of the choices is similar to the word, else ''."""
     if len(word) > 100:  # probably a value in place of a name; comparing it could take hours
         return ""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -1,85 +1,26 @@
-"""A packed stream: the tokens of many samples end to end, and what the head of each task reads of it."""
+"""A packed stream: the tokens of many samples end to end, and which rows of it each task's head reads."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from multimodal.attention import Layout
-from multimodal.heads import Head, Memory
-from multimodal.masks import Places
-from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Tokens
-
-
-@dataclass(frozen=True)
-class Task:
-    """A pattern, the head that writes its right side, and its weight in the loss of several tasks.
-
-    pattern: what is read and written, such as "image text -> text", or what belongs together, "image <-> text".
-    head: what writes it; None: what the written kind's tokenizer suggests.
-    weight: the share of this task in the loss of all, 0 or more.
-    """
-
-    pattern: str
-    head: Head | None = None  # None: what the written kind's tokenizer suggests
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ConfigError(f"task {self.pattern!r}: weight={self.weight} must be 0 or more")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What one task's head reads of a stream.
-
-    row_N: rows of the stream, sample after sample; lengths: rows of each sample; samples: which sample of the batch each is;
-    target and target_lengths: what should have been answered (None when nobody knows yet).
-    key_N: of a head that points, the rows it may point at, and pointed_N: which of these each written row is; both with lengths.
-    left: of a pair, how many rows are of left sides; they come first, and the right ones follow in the same order of samples.
-    hidden: of a head that hides, each sample's tokens and which of them (N,) are hidden; on the host, and without answers only.
-    """
-
-    row_N: Tensor
-    lengths: tuple[int, ...]
-    samples: tuple[int, ...]
-    target: Tensor | None
-    target_lengths: tuple[int, ...]
-    key_N: Tensor | None = None
-    key_lengths: tuple[int, ...] = ()
-    pointed_N: Tensor | None = None
-    pointed_lengths: tuple[int, ...] = ()
-    left: int | None = None
-    hidden: tuple[tuple[Tokens, Tensor], ...] = ()
-
-    def memory(self, state_TD: Tensor) -> dict[str, Any]:
-        """What a head that points (its memory) or a pair (left) gets beside its rows, by name; other heads get nothing."""
-        if self.left is not None:
-            return {"left": self.left}
-        if self.key_N is None or self.pointed_N is None:
-            return {}
-        return {"memory": Memory(state_TD[self.key_N], self.key_lengths, self.pointed_N, self.pointed_lengths)}
-
-    @property
-    def count(self) -> int:
-        """Real targets."""
-        return sum(self.target_lengths)
+from multimodal.heads.base import Reading
+from multimodal.masks import MaskInfo
+from multimodal.old_names import moved
 
 
 @dataclass(frozen=True)
 class Stream:
     """One packed stream, ready for the device.
 
-    content: everything of a kind, in one piece, so that it is embedded by one call; `order_T` then puts the rows of all
-    kinds, one after the other, into the stream's order (None: they already are).
-    position_TA: places in steps, time running on from field to field of a sample.
-    order_T: the order of the rows in the stream, of those of `content` end to end; None: they are in order.
-    layout: which rows belong to which sample and field, and who may look at whom.
-    readings: by task, the rows that its head reads, and what they should say.
+    content: by kind, the contents of all its tokens as one tensor, so that one call embeds them: ids (N,) or features (N, F).
+    order_T: for each row of the stream, its index in the contents of all kinds end to end; None: they are in order already.
+    position_TA: positions (T, 3) of the tokens in steps; within a sample, time goes on from field to field.
+    layout: which rows belong to which sample and field, and which are bidirectional.
+    readings: by task, the rows that its head reads, and their targets.
     """
 
     content: dict[str, Tensor]
@@ -89,28 +30,33 @@ class Stream:
     readings: dict[str, Reading]
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens, T."""
         return self.position_TA.shape[0]
 
     @property
     def samples(self) -> int:
+        """Number of samples; a pair counts as two, one for each side."""
         return len(self.layout.spans)
 
     def narrowed(self) -> tuple[Tensor | None, dict[str, Reading]]:
-        """The rows (N,) that heads read, and what they read of those rows alone; None: more than half, so all as they lie."""
+        """The rows (N,) that heads read, and the readings renumbered to these rows alone.
+
+        The rows are None if heads read more than half of the stream: then nothing is saved, and the readings stay as they are.
+        """
         parts = [row_N for r in self.readings.values() for row_N in (r.row_N, r.key_N) if row_N is not None]
         if not parts or 2 * sum(map(len, parts)) > len(self):
             return None, self.readings
         wanted_N = torch.cat(parts)
-        lies = iter(torch.arange(len(wanted_N), device=wanted_N.device).split([len(row_N) for row_N in parts]))
+        # after narrowing, each part lies where it was concatenated; `parts` has row_N before key_N of each reading, as below
+        index = iter(torch.arange(len(wanted_N), device=wanted_N.device).split([len(row_N) for row_N in parts]))
         return wanted_N, {
-            pattern: dataclasses.replace(r, row_N=next(lies), key_N=None if r.key_N is None else next(lies))
+            pattern: dataclasses.replace(r, row_N=next(index), key_N=None if r.key_N is None else next(index))
             for pattern, r in self.readings.items()
         }
 
     def to(self, device: str | torch.device) -> "Stream":
         """The same stream on a device; the host does not wait for the copies."""
-        # copies from pinned memory alone are left to the device; torch keeps pinned memory for the next stream
+        # only copies from pinned memory are asynchronous; torch caches pinned memory, so the next stream reuses it
         pinned = torch.device(device).type == "cuda"
 
         def move(x: Tensor) -> Tensor:
@@ -120,7 +66,7 @@ class Stream:
             content={kind: move(x) for kind, x in self.content.items()},
             order_T=None if self.order_T is None else move(self.order_T),
             position_TA=move(self.position_TA),
-            layout=Layout(self.layout.spans, Places(**{name: move(x) for name, x in vars(self.layout.places).items()})),
+            layout=Layout(self.layout.spans, MaskInfo(**{name: move(x) for name, x in vars(self.layout.info).items()})),
             readings={
                 pattern: dataclasses.replace(
                     r, **{name: move(x) for name, x in vars(r).items() if isinstance(x, Tensor)}
@@ -128,3 +74,6 @@ class Stream:
                 for pattern, r in self.readings.items()
             },
         )
+
+
+__getattr__ = moved(__name__)  # goes with version 0.3

@@ -1,8 +1,8 @@
-"""The contract that every kind of data meets: a value goes in, tokens with places come out.
+"""The contract of every kind of data: a value goes in, tokens with positions come out.
 
     value --encode--> Tokens(content, position) --embed--> rows of the stream
 
-`encode` is pure and runs in data workers; `embed` makes the learnable half, which runs on the device once for all values of a kind.
+`encode` is pure and runs in data workers. `embed` makes a module that runs on the device, once for all tokens of a kind.
 """
 
 import math
@@ -21,10 +21,15 @@ from multimodal.texts import shortened
 
 @dataclass(frozen=True)
 class Tokens:
-    """One value as tokens.
+    """The tokens of one value.
 
     content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
-    position_NA: (N, 3) float32, the place of each token: time, row, column, in the tokenizer's own units.
+    position_NA: (N, 3) float32, the position of each token: time, row, column, in the tokenizer's own units.
+
+    Examples:
+        >>> tokens = mm.Tokens(torch.tensor([4, 0, 7]), mm.at_times(torch.arange(3)))
+        >>> len(tokens), tokens.position_NA[-1].tolist()
+        (3, [2.0, 0.0, 0.0])
     """
 
     content: Tensor
@@ -35,7 +40,7 @@ class Tokens:
 
 
 def at_times(time_N: Tensor) -> Tensor:
-    """Places (N, 3) of tokens that lie along time only."""
+    """Positions (N, 3) of tokens at these times (N,), with row 0 and column 0."""
     position_NA = torch.zeros(len(time_N), 3)
     position_NA[:, 0] = time_N
     return position_NA
@@ -45,24 +50,33 @@ class Tokenizer(Declared, ABC):
     """A kind of data. Subclass as a frozen dataclass; its fields are its whole configuration and must be JSON values.
 
     Declare `vocab_size` (discrete: content is ids) or `feature_size` (continuous: content is features), and write `encode`.
-    Everything else has a default: a look-up table or a linear layer embeds, and nothing can be decoded.
-    `multimodal.conformance.check_tokenizer` checks all promises made here, each by name.
+    Everything else has a default: an embedding table or a linear layer embeds, and nothing can be decoded.
+    `multimodal.check.check_tokenizer` checks every promise below by name.
 
     Declared by attributes or fields:
-    vocab_size: V, how many ids there are; None: content is features.
-    feature_size: F, numbers of a token; None: content is ids.
-    causal: whether a token that is read sees only what came before it (written tokens always do). Then `encode` must not let
-    it know what comes later either: the beginning of a value gives the beginning of its tokens.
-    classes: whether a value is one of a fixed set of classes, or several of them at once: one token says it all.
-    text: whether values are text (str), and `decode` gives text of any ids, so that it comes piece by piece while it is written.
-    lossy: whether `decode` may give another value than was encoded, such as a sound with other phases; it must still be nearer
-    to its own value than to others. If not, decode(encode(value)) is the value.
-    length: how many tokens every value that is written has; None: as many as the head writes before it stops.
-    step: how much of (time, row, column) counts as one step for the core, in the units of `position_NA`.
-    max_tokens: a value of more tokens is refused by name; none is ever cut.
+    vocab_size: V, number of ids; None: content is features.
+    feature_size: F, numbers per token; None: content is ids.
+    causal: whether a token that is read attends only to tokens before it (written tokens always do). `encode` must be causal
+    too: the beginning of a value gives the beginning of its tokens.
+    classes: whether a value is one of a fixed set of classes, or a set of several; it is then a single token.
+    text: whether values are text (str), and `decode` accepts any ids, so that text can be shown while it is written.
+    lossy: whether decode(encode(value)) may differ from the value, such as a sound with other phases; it must still be nearer
+    to its own value than to others. If False, decode(encode(value)) is the value.
+    length: number of tokens of every value that is written; None: the head decides when to stop.
+    step: the distance in (time, row, column) that is one step for rotary positions, in the units of `position_NA`.
+    max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
 
-    What may be written: `encode`, `decode` with `places` (and for features `written_features` and `fed_back`), `embed`, `picture`
-    and `token_names` for people, `wanted` for measures, `files` and `from_config` for what is too large for `config`.
+    Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
+    `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
+
+    Examples:
+        >>> @dataclass(frozen=True)
+        ... class Digits(mm.Tokenizer):
+        ...     vocab_size = 10
+        ...     def encode(self, value):
+        ...         return mm.Tokens(torch.tensor([int(digit) for digit in str(value)]), self.places(len(str(value))))
+        >>> Digits()(407).content.tolist()
+        [4, 0, 7]
     """
 
     vocab_size: int | None = None
@@ -77,43 +91,50 @@ class Tokenizer(Declared, ABC):
 
     @abstractmethod
     def encode(self, value: Any) -> Tokens:
-        """Turn one value into tokens: on the CPU, the same for the same value, in any process and folder and after any others.
+        """Turn one value into tokens, on the CPU; the same value gives the same tokens in any process and folder.
 
-        It changes nothing: neither the value nor the process (folder, environment, torch's settings, global generators). The
-        tokens are in memory of their own, and hold all of the value: none of it is cut. Bad values raise a ValueError.
+        It has no side effects, neither on the value nor on the process (folder, environment, torch's settings, global generators).
+        The tokens share no memory with the value, and represent all of it.
+
+        Raises:
+            ValueError: a value that cannot be encoded.
         """
 
     def decode(self, tokens: Tokens) -> Any:
-        """Turn tokens back into a value, if this kind can be written."""
+        """Turn tokens back into a value.
+
+        Raises:
+            ConfigError: this kind can be read but not written.
+        """
         raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
 
     def wanted(self, value: Any) -> Any:
-        """The answer that measures count as right: a text itself; of other kinds the decoded tokens of the value, such as the name
-        of a class that was given by its number."""
+        """The answer that measures compare with: a text itself; for other kinds decode(encode(value)), such as the name of a class
+        that was given by its number."""
         return value if self.text else self.decode(self(value, empty=True))
 
     @property
     def written_features(self) -> int | None:
-        """How many of the features are written, the first so many; the others follow from the place (see `fed_back`)."""
+        """How many features, the first ones, a head writes; the others are a function of the position (see `fed_back`)."""
         return self.feature_size
 
     def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
-        """Content (N, F) of tokens whose written features have just been drawn, as `encode` would give it; places as there."""
+        """The content (N, F) that `encode` would give tokens whose written features have just been sampled, at these positions."""
         return features_NF
 
     def picture(self, tokens: Tokens) -> Tensor | None:
-        """What people look at: (Y, X, C) in 0..1 that the tokens tile, by rows and columns or along time; None: nothing to see."""
+        """An image (Y, X, C) in 0..1 for display, which the tokens tile by rows and columns or along time; None: there is none."""
         return None
 
     def token_names(self, tokens: Tokens) -> list[str]:
-        """A name for each token, in pictures and tables of attention: "mean smoothness", "row 2, column 0".
+        """A name for each token in figures and tables of attention: "mean smoothness", "row 2, column 0".
 
-        By default a token is named by its piece of text, its row and column, its class, its number or its time.
+        By default a token is named by its piece of text, its row and column, its class, its id, its single feature or its time.
         """
         position = tokens.position_NA
         if self.text:
             pieces = [self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1])) for i in range(len(tokens))]
-            # a part of a character has no text of its own
+            # a token that is a part of a character decodes to the replacement character
             return [piece.replace("\ufffd", "·") or "·" for piece in pieces]
         if bool(position[:, 1:].any()):
             return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
@@ -129,13 +150,16 @@ class Tokenizer(Declared, ABC):
         return [f"at {time:.4g}{unit}" for time, _, _ in position.tolist()]
 
     def embed(self, width: int) -> nn.Module:
-        """Make the learnable half: a module from content to (N, width); each token by itself, without its neighbours.
+        """Make the module that embeds content as (N, width), each token independently of the others.
 
-        Of a continuous kind it takes any finite numbers, not only those that `encode` gives: a model writes others, and checks
-        halve them. Do not look features up in a table.
+        For a continuous kind the module must accept any finite features, not only those that `encode` gives, because a model
+        writes others. Do not look features up in a table.
 
-        Features come in the precision of the weights. A module with an attribute `full_precision = True` gets them in float32 at
-        least, so that bfloat16 does not round neighbouring positions to the same number.
+        Features are cast to the precision of the weights. A module with an attribute `full_precision = True` gets them in float32
+        at least, so that bfloat16 does not round neighbouring positions to the same number.
+
+        Raises:
+            ConfigError: neither vocab_size nor feature_size is declared.
         """
         if self.vocab_size is not None:
             table = nn.Embedding(self.vocab_size, width)
@@ -148,19 +172,19 @@ class Tokenizer(Declared, ABC):
         return nn.Linear(self.feature_size, width)
 
     def __call__(self, value: Any, *, empty: bool = False) -> Tokens:
-        """Encode with the checks that make every later error impossible; names this class in what it raises.
+        """Encode a value and check the tokens, so that no later step meets malformed ones.
 
-        empty: allow a value without tokens, such as an empty text as an answer.
+        empty: accept a value without tokens, such as an empty text as an answer.
 
         Raises:
-            MediaError: no tokens, too many, not finite, or of another shape or type than declared.
+            MediaError: no tokens, too many, not finite, or of another shape or type than declared; the message names this class.
         """
         name = type(self).__name__
         try:
             tokens = self.encode(value)
         except (MediaError, ConfigError):
             raise
-        except Exception as error:  # a stranger's encode may fail in any way; say where and on what
+        except Exception as error:  # a user's encode may fail in any way; say where and on what
             raise MediaError(
                 f"{name}.encode: cannot read {describe(value)}: {type(error).__name__}: {shortened(str(error), 200)}"
             ) from error
@@ -182,7 +206,9 @@ class Tokenizer(Declared, ABC):
                 f"{name}.encode: {describe(value)} gave {count} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
-        if not count:  # an empty value has the right shape and type, however it was encoded
+        if (
+            not count
+        ):  # tensors of the right shape and type, because encoders often return torch.tensor([]) for an empty value
             shape = (0,) if self.vocab_size is not None else (0, self.feature_size or 0)
             dtype = torch.int64 if self.vocab_size is not None else torch.float32
             return Tokens(torch.zeros(shape, dtype=dtype), torch.zeros(0, 3))
@@ -210,25 +236,25 @@ class Tokenizer(Declared, ABC):
                     f"{name}.encode: {describe(value)} gave features that are not finite (NaN or infinity)"
                 )
         if not _finite(position_NA):
-            raise MediaError(f"{name}.encode: {describe(value)} gave places that are not finite")
+            raise MediaError(f"{name}.encode: {describe(value)} gave positions that are not finite")
         return tokens
 
     def files(self) -> dict[str, bytes]:
-        """Files that are saved beside the weights and given back to `from_config`; for what is too large for `config`."""
+        """Files, by name, that are saved beside the weights and passed to `from_config`; for data too large for `config`."""
         return {}
 
     def places(self, count: int) -> Tensor:
-        """Places (count, 3) of the first tokens of a value that is being written; must agree with `encode`."""
+        """Positions (count, 3) of the first tokens of a value that is being written; they must agree with `encode`."""
         return at_times(torch.arange(count, dtype=torch.float32))
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether all numbers are. A sum is finite only if they are, and is had faster; that of large ones may overflow."""
+    """Whether all numbers are finite. The sum is tried first, since it is faster; it may overflow, so isfinite decides then."""
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def describe(value: Any, depth: int = 0) -> str:
-    """A short name for a value in an error, of at most 200 characters: 'array (30, 48) uint8', 'str 'cat.png''."""
+    """A short description of a value for an error, of at most 200 characters: 'array (30, 48) uint8', 'str 'cat.png''."""
     name = type(value).__name__
     if isinstance(value, (tuple, list)) and len(value) <= 3 and depth < 3:
         inside = ", ".join(describe(v, depth + 1) for v in value)

@@ -14,7 +14,7 @@ import torch
 
 import multimodal as mm
 from multimodal.attention import Layout, Span
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
 torch.set_num_threads(1)
@@ -30,25 +30,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-KEPT = ("benchmarks/results", "examples/data", "tests/data")  # what programs write, and tests must not
+STORED = ("benchmarks/results", "examples/data", "tests/fixtures")  # what programs write, and tests must not
 _before: dict[Path, bytes] = {}
 
 
-def _kept_files() -> dict[Path, bytes]:
-    return {path: path.read_bytes() for folder in KEPT for path in (ROOT / folder).rglob("*") if path.is_file()}
+def _stored_files() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for folder in STORED for path in (ROOT / folder).rglob("*") if path.is_file()}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):  # one process looks, however many test
-        _before.update(_kept_files())
+        _before.update(_stored_files())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A suite that rewrote measured results has failed, whatever its tests say."""
-    now = _kept_files() if _before else {}
+    now = _stored_files() if _before else {}
     changed = sorted(str(path) for path in _before if _before[path] != now.get(path))
     if changed:
-        print(f"\nthe tests changed files that are kept: {', '.join(changed)}")
+        print(f"\nthe tests changed files of the repository: {', '.join(changed)}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -59,7 +59,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def lay() -> Callable[..., Layout]:
-    """lay([[(3, True), (2, False)], [(4, True)]]): two samples, of two fields and of one; (tokens, read freely)."""
+    """lay([[(3, True), (2, False)], [(4, True)]]): two samples, of two fields and of one; (number of tokens, bidirectional)."""
 
     def make(samples: Sequence[Sequence[tuple[int, bool]]], device: str = "cpu") -> Layout:
         spans, rows = [], []
@@ -73,14 +73,14 @@ def lay() -> Callable[..., Layout]:
                 for order, (flag, segment) in enumerate(zip(flags, segments, strict=True))
             ]
         columns = torch.tensor(rows, dtype=torch.int32, device=device).T
-        return Layout(tuple(spans), Places(*columns))
+        return Layout(tuple(spans), MaskInfo(*columns))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[str, mm.Tokenizer]:
-    """One of every kind; `text` is read freely, `story` causally."""
+    """One of every kind; `text` is bidirectional, `story` causal."""
     return {
         "image": ImagePatches(patch=4, channels=1),
         "text": TextBytes(),
@@ -130,21 +130,21 @@ def lively() -> Callable[[mm.Model], mm.Model]:
 
 
 def found_by(ranks: int) -> list[dict[str, str]]:
-    """The variables by which so many processes find each other, as torchrun sets them; none for one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    """The variables by which n processes find each other, as torchrun sets them; none for one."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused.getsockname()[1])}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] if ranks > 1 else [{}]
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """program("examples/x.py", "--steps", "3", cwd=folder, ranks=2) -> what the first process said on stdout.
+    """program("examples/x.py", "--steps", "3", cwd=folder, ranks=2) -> what the first process wrote to stdout.
 
     In processes of their own, whose large libraries are imported already (tests/programs/forking.py).
 
     Raises:
-        AssertionError: what all said, if one did not end well.
+        AssertionError: one did not end with exit code 0; it shows what all wrote.
     """
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
@@ -176,3 +176,33 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
     with server:  # closes its stdin, and so ends it
         yield run
+
+
+@pytest.fixture
+def say(capsys, home, monkeypatch):
+    """say("predict", ...) -> (exit code, stdout, stderr), in the folder that the test module's fixture `home` gives."""
+    from multimodal.cli import main  # GPU machines may lack what it needs
+
+    monkeypatch.chdir(home)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(say):
+    """The one message on stderr of a command that ends with exit code 2."""
+
+    def run(*arguments: str) -> str:
+        code, out, err = say(*arguments)
+        assert code == 2, out + err
+        assert "Traceback" not in err
+        assert err.startswith("multimodal: ")
+        return err
+
+    return run

@@ -139,7 +139,7 @@ class Doors:
         import torch
 
         import multimodal as mm
-        from multimodal.train.state import Checkpoints, Trained
+        from multimodal.train.state import Checkpoints, TrainingState
         from tests import hostile
 
         torch.set_num_threads(1)
@@ -147,7 +147,7 @@ class Doors:
         self.good = hostile.make_all(folder / "good")
         state = sorted((self.good / "run" / "checkpoints").glob("step-*"))[-1]
         model = hostile.make_model()
-        self.trained = Trained(model, torch.optim.AdamW(model.parameters(), fused=True), None)
+        self.trained = TrainingState(model, torch.optim.AdamW(model.parameters(), fused=True), None)
         saved = json.loads((state / "state.json").read_text())
         self.facts = {part: saved[part] for part in ("tokenizers", "core", "tasks", "recipe", "data", "mix")}
         from multimodal.train.processes import Processes
@@ -183,10 +183,10 @@ class Doors:
                 good / "shards" / r.choice(("000000.tar", "000000.index")), r, lambda: hostile.open_shards(good)
             ),
             "trouble": lambda r: self._in_place(
-                good / "trouble/trouble-0.json", r, lambda: hostile.open_trouble(good), True
+                good / "trouble/trouble-0.json", r, lambda: hostile.open_spike(good), True
             ),
             "stream": lambda r: self._in_place(
-                good / "trouble/stream-0-000.safetensors", r, lambda: hostile.open_trouble(good)
+                good / "trouble/stream-0-000.safetensors", r, lambda: hostile.open_spike(good)
             ),
             "table": self._table,
             "tar": self._tar,
@@ -214,9 +214,9 @@ class Doors:
         return self.states.load(self.state, self.trained, self.facts)
 
     def _check_state(self) -> Any:
-        from multimodal.train.state import check
+        from multimodal.train.state import check_manifest
 
-        return check(self.state)
+        return check_manifest(self.state)
 
     def _fresh(self, name: str) -> Path:
         self.number += 1

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import multimodal as mm
 from multimodal.data import Shards
+from multimodal.data.shard_writer import write_shards
 from multimodal.data.tables import open_table
-from multimodal.data.writing import write_shards
-from multimodal.train.compare import read_runs, table
-from multimodal.train.state import seal
-from multimodal.train.trouble import keep_trouble, load_trouble, replay
+from multimodal.train.run_report import read_runs, table
+from multimodal.train.spikes import load_spike, replay, save_spike
+from multimodal.train.state import write_manifest
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBPE, TextBytes
 
 TASK = "text -> label"
@@ -71,9 +71,7 @@ def make_all(folder: Path) -> Path:
     )
     model = make_model()
     stream = model.pack(TASK, DATA)
-    place = keep_trouble(
-        folder / "job", 1, [stream], "a test", model, names=[[f"sample {i}" for i in range(len(DATA))]]
-    )
+    place = save_spike(folder / "job", 1, [stream], "a test", model, names=[[f"sample {i}" for i in range(len(DATA))]])
     assert place is not None
     place.rename(folder / "trouble")
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DATA))
@@ -110,8 +108,8 @@ def open_making(folder: Path) -> Any:
     return write_shards([{"text": "ab"}], folder / "shards", source={"samples": 3})
 
 
-def open_trouble(folder: Path) -> Any:
-    found = load_trouble(folder / "trouble")
+def open_spike(folder: Path) -> Any:
+    found = load_spike(folder / "trouble")
     return replay(mm.Model.load(folder / "trouble", finite=False), found)
 
 
@@ -166,7 +164,7 @@ def written(path: str, data: bytes | str, sealed: bool = False) -> Callable[[Pat
 
 def reseal(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    seal(folder)
+    write_manifest(folder)
 
 
 def tensors(
@@ -414,7 +412,7 @@ ENTRIES = [
     Entry("a nested config, reported", open_report, written("run/config.json", DEEP)),
     Entry("a config of a list, reported", open_report, written("run/config.json", "[1]")),
     Entry(
-        "a config of strange tasks, reported",
+        "a config of unknown tasks, reported",
         open_report,
         written("run/config.json", '{"recipe": [], "tasks": [{"pattern": []}, 3]}'),
     ),
@@ -442,25 +440,25 @@ ENTRIES = [
         both(lambda f: (f / "shards/index.json").rename(f / "shards/making.json"), written("shards/making.json", DEEP)),
     ),
     Entry("a table of a shard that is cut", open_shards, written("shards/000000.index", b"{}\n1234567")),
-    Entry("a trouble nested", open_trouble, written("trouble/trouble-0.json", DEEP)),
+    Entry("a spike nested", open_spike, written("trouble/trouble-0.json", DEEP)),
     Entry(
-        "a trouble without a number",
-        open_trouble,
+        "a spike without a number",
+        open_spike,
         both(lambda f: (f / "trouble/trouble-0.json").rename(f / "trouble/trouble-x.json")),
     ),
     Entry(
-        "a trouble of a file elsewhere",
-        open_trouble,
+        "a spike of a file elsewhere",
+        open_spike,
         edited("trouble/trouble-0.json", lambda t: t.update(streams=["/etc/hostname"])),
     ),
     Entry(
-        "a trouble of strange counts",
-        open_trouble,
+        "a spike of wrong counts",
+        open_spike,
         edited("trouble/trouble-0.json", lambda t: t.update(counts={TASK: "x"})),
     ),
     Entry(
         "a stream with rows beyond",
-        open_trouble,
+        open_spike,
         tensors("trouble/stream-*.safetensors", lambda t: t["reading 0/row_N"].add_(10_000)),
     ),
     Entry("a tokenizer nested", open_tokenizer, written("tokenizer.json", DEEP)),
@@ -491,7 +489,7 @@ ENTRIES = [
 
 
 def every_field(path: str, door: Callable[[Path], Any], good: Path, sealed: bool = False) -> list[Entry]:
-    """An entry for every place of a JSON file and every strange value, and one where the place is not there."""
+    """An entry for every place of a JSON file and every unexpected value, and one where the place is not there."""
     file = sorted(good.glob(path))[-1]
     entries = []
     for place in paths(json.loads(file.read_text(encoding="utf-8"))):

@@ -19,7 +19,7 @@ from multimodal.attention import Cosine
 from multimodal.shapes import CheckpointError
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBPE, TextBytes
 
-MASK = mm.SameSample() & (mm.Causal() | mm.Prefix()) & (mm.Window(50) | ~mm.SameSegment())
+MASK = mm.masks.SameSample() & (mm.masks.Causal() | mm.masks.Prefix()) & (mm.masks.Window(50) | ~mm.masks.SameSegment())
 CORE = mm.Core(width=32, depth=2, heads=4, kv_heads=2, mask=MASK, score=Cosine(), rotary_split=(1, 1, 1), dropout=0.1)
 TASKS = [
     mm.Task("image -> label", mm.Classify(label_smoothing=0.1), weight=0.5),

@@ -80,3 +80,19 @@ def test_relative_links_lead_somewhere():
     ]
     assert broken == []
     assert links("[a](b.md#part) [c](https://d.example) [e](#f)\n```python\nx[0](1)\n```\n") == ["b.md"]
+
+
+def test_files_that_the_documents_name_are_there():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| change | file | test |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    assert len(rows) >= 10
+    for change, files, tests in rows:
+        paths, checked = re.findall(r"`([\w./]+/[\w./]*)`", files), re.findall(r"`(tests/[\w./]+)`", tests)
+        assert paths, change
+        assert checked, change
+        assert [path for path in paths + checked if not (ROOT / path).exists()] == []
+    seams = (ROOT / "docs" / "seams.md").read_text(encoding="utf-8")
+    there = {path.relative_to(ROOT / "multimodal").as_posix() for path in (ROOT / "multimodal").rglob("*.py")}
+    named = set(re.findall(r"[\w/]+\.py\b", seams)) - {"tests/test_contributing.py"}
+    assert len(named) > 10
+    assert [name for name in named if not any(path == name or path.endswith(f"/{name}") for path in there)] == []

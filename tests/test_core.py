@@ -97,8 +97,8 @@ def test_the_width_that_an_error_suggests_works(width, heads):
 
 
 def test_cross_attention_in_a_core_that_stands_alone_is_refused():
-    with pytest.raises(ConfigError, match="CrossAttention needs another core to look at"):
-        mm.Core(width=32, depth=2, heads=4, block=(mm.CrossAttention(),)).build()
+    with pytest.raises(ConfigError, match="CrossAttention needs another core to attend to"):
+        mm.Core(width=32, depth=2, heads=4, block=(mm.layers.CrossAttention(),)).build()
 
 
 def test_a_misspelt_setting_is_corrected():
@@ -314,7 +314,7 @@ def context_of(layout: Layout) -> Context:
 def test_drop_path_skips_a_block_for_whole_samples_and_keeps_the_mean(lay):
     counts = [3, 1, 4, 2] * 50
     layout = lay([[(n, True)] for n in counts])
-    sample_T = layout.places.sample
+    sample_T = layout.info.sample
     block = mm.Core(width=8, depth=2, heads=1, drop_path=0.25).build().blocks[-1].layers[0].train()
     assert block.drop_path == 0.25
     kept = torch.zeros(len(counts))
@@ -348,5 +348,5 @@ def test_a_core_survives_json_with_its_mask_and_score():
     from multimodal.attention import Cosine
     from multimodal.declare import declaration, rebuild
 
-    core = mm.Core.tiny().replace(mask=PREFIX_LM & mm.Window(9), score=Cosine(4.0), rotary_split=(1, 1, 2))
+    core = mm.Core.tiny().replace(mask=PREFIX_LM & mm.masks.Window(9), score=Cosine(4.0), rotary_split=(1, 1, 2))
     assert rebuild(json.loads(json.dumps(declaration(core)))) == core

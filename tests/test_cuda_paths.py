@@ -20,7 +20,7 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.attention import Cache, Cosine, Factored, Layout, Mechanism, Soft, plan_attention
 from multimodal.core import compile_blocks, recompute
-from multimodal.masks import PREFIX_LM, Causal, Chunked, Places, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import PREFIX_LM, Causal, Chunked, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.shapes import ConfigError
 from multimodal.train.optimizer import make_optimizer
 from multimodal.train.recipe import Recipe
@@ -97,7 +97,7 @@ def against_the_oracle(
     mechanism: Mechanism | None = None,
 ) -> None:
     mechanism = mechanism or plainly()
-    count = len(layout.places.sample)
+    count = len(layout.info.sample)
     ours = [x.to(dtype).requires_grad_() for x in qkv(count, heads, kv_heads, width)]
     theirs = [x.detach().double().requires_grad_() for x in ours]
     mine = plan_attention(rule, layout, backend=backend, dtype=dtype).attend(*ours, mechanism, 0)
@@ -133,9 +133,9 @@ def test_a_score_that_factors_runs_on_the_variable_length_kernel(lay):
 
 def test_no_gradient_crosses_samples_in_the_variable_length_kernel(lay):
     layout = lay(ODD, device=DEVICE)
-    inputs = [x.bfloat16().requires_grad_() for x in qkv(len(layout.places.sample), 4, 4, 64)]
+    inputs = [x.bfloat16().requires_grad_() for x in qkv(len(layout.info.sample), 4, 4, 64)]
     read = plan_attention(PREFIX_LM, layout, backend="varlen", dtype=torch.bfloat16).attend(*inputs, plainly(), 0)
-    sample_T = layout.places.sample
+    sample_T = layout.info.sample
     for sample in range(len(layout.spans)):
         for grad in torch.autograd.grad(read[sample_T == sample].float().square().sum(), inputs, retain_graph=True):
             assert torch.count_nonzero(grad[sample_T != sample]) == 0
@@ -177,10 +177,10 @@ def test_runs_in_float32(lay, rule, fields):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ALiBi", "RelativeBias"])
 def test_mechanisms_with_priors(lay, name, dtype):
-    prior = {"ALiBi": mm.ALiBi(), "RelativeBias": mm.RelativeBias(8)}[name]
-    mechanism = Mechanism(mm.ScaledDotProduct(), prior, Soft(), 4, 64).to(DEVICE)
+    prior = {"ALiBi": mm.attention.ALiBi(), "RelativeBias": mm.attention.RelativeBias(8)}[name]
+    mechanism = Mechanism(mm.attention.ScaledDotProduct(), prior, Soft(), 4, 64).to(DEVICE)
     layout = lay(ODD, device=DEVICE)
-    count = len(layout.places.sample)
+    count = len(layout.info.sample)
     ours = [x.to(dtype) for x in qkv(count, 4, 2, 64)]
     mine = plan_attention(PREFIX_LM, layout, dtype=dtype, bare=mechanism.bare).attend(*ours, mechanism, 0)
     exact = copy.deepcopy(mechanism).double()
@@ -195,7 +195,7 @@ def test_mechanisms_with_priors(lay, name, dtype):
 def test_cached_tokens_are_the_whole_pass(lay, rule, dtype, many):
     prompts = [[(130, True), (1, False)], [(2, False)], [(65, True), (8, False)]]
     whole = lay([[*fields, (3, False)] for fields in prompts], device=DEVICE)
-    q, k, v = (x.to(dtype) for x in qkv(len(whole.places.sample), 4, 2, 64))
+    q, k, v = (x.to(dtype) for x in qkv(len(whole.info.sample), 4, 2, 64))
     exact = (x.double() for x in (q, k, v))
     expected = plan_attention(RULES[rule], whole, backend="dense").attend(*exact, plainly(), 0)
     lengths = [sum(n for n, _ in fields) for fields in prompts]
@@ -211,7 +211,7 @@ def test_cached_tokens_are_the_whole_pass(lay, rule, dtype, many):
     for step in range(0, 3, many):
         rows = torch.cat([torch.arange(many) + s + n + step for s, n in zip(starts, lengths, strict=True)])
         spans = lay([[(many, False)]] * 3).spans
-        attended(rows, Layout(spans, Places(**{n: x[rows.to(DEVICE)] for n, x in vars(whole.places).items()})))
+        attended(rows, Layout(spans, MaskInfo(**{n: x[rows.to(DEVICE)] for n, x in vars(whole.info).items()})))
 
 
 TASKS = ("text -> out:story", "text -> label")
@@ -220,8 +220,8 @@ CORE = mm.Core(width=128, depth=3, heads=4, kv_heads=2)
 CORES = {
     "transformer": CORE,
     "window": CORE.replace(mask=PREFIX_LM & Window(9)),
-    "prior": CORE.replace(prior=mm.ALiBi()),
-    "recurrent": CORE.replace(block=(mm.Recurrent(), mm.SelfAttention(), mm.MLP())),
+    "prior": CORE.replace(prior=mm.attention.ALiBi()),
+    "recurrent": CORE.replace(block=(mm.layers.Recurrent(), mm.layers.SelfAttention(), mm.layers.MLP())),
     "two cores": mm.EncoderDecoder(reader=CORE, writer=CORE),
 }
 
@@ -241,7 +241,7 @@ def samples_of(count: int, seed: int = 0) -> list[tuple[str, dict[str, str]]]:
 
 
 def gradients(
-    model: mm.Model, stream: mm.Stream, dtype: torch.dtype = torch.float32
+    model: mm.Model, stream: mm.stream.Stream, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -288,7 +288,7 @@ def test_packed_is_alone(task, dtype):
     model = model_of().eval()
     samples = [(task, sample) for _, sample in samples_of(8)]
 
-    def logits(stream: mm.Stream) -> Tensor:
+    def logits(stream: mm.stream.Stream) -> Tensor:
         with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model.logits(stream.to(DEVICE))[task]
 
@@ -303,7 +303,7 @@ def test_no_gradient_crosses_samples_of_a_model():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         rows = model.rows(stream).detach().requires_grad_()
         state = model.core(rows, stream.position_TA, stream.layout)
-    sample_T = stream.layout.places.sample
+    sample_T = stream.layout.info.sample
     (grad,) = torch.autograd.grad(state[sample_T == 1].float().square().sum(), rows)
     assert torch.count_nonzero(grad[sample_T != 1]) == 0
     assert torch.count_nonzero(grad[sample_T == 1]) > 0

@@ -35,7 +35,7 @@ def trip(part: Declared) -> object:
     return rebuild(json.loads(json.dumps(declaration(part))))
 
 
-MASK = (mm.SameSample() & (mm.Causal() | mm.Prefix()) & ~mm.Window(4)) | mm.SameSegment()
+MASK = (mm.masks.SameSample() & (mm.masks.Causal() | mm.masks.Prefix()) & ~mm.masks.Window(4)) | mm.masks.SameSegment()
 
 PARTS = [
     Outer("a"),
@@ -57,15 +57,17 @@ def test_there_and_back(part: Declared) -> None:
 
 
 def test_rules_keep_their_structure() -> None:
-    assert trip(MASK) != trip((mm.SameSample() & (mm.Causal() | mm.Prefix()) & ~mm.Window(5)) | mm.SameSegment())
-    assert trip(~mm.Window(4)) == Not(mm.Window(4))
+    assert trip(MASK) != trip(
+        (mm.masks.SameSample() & (mm.masks.Causal() | mm.masks.Prefix()) & ~mm.masks.Window(5)) | mm.masks.SameSegment()
+    )
+    assert trip(~mm.masks.Window(4)) == Not(mm.masks.Window(4))
     assert trip(mm.Core.tiny().replace(score=Cosine())) != mm.Core.tiny()
     assert mm.Core.tiny().score == ScaledDotProduct()
 
 
 def test_what_is_written() -> None:
-    assert declaration(mm.Window(4)) == {"type": "multimodal.masks:Window", "config": {"size": 4}}
-    assert declaration(mm.Window(4) & mm.Causal())["config"]["right"] == {
+    assert declaration(mm.masks.Window(4)) == {"type": "multimodal.masks:Window", "config": {"size": 4}}
+    assert declaration(mm.masks.Window(4) & mm.masks.Causal())["config"]["right"] == {
         "type": "multimodal.masks:Causal",
         "config": {},
     }

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal.attention import (
-    Attention,
     Cosine,
     Layout,
     Mechanism,
@@ -23,9 +22,9 @@ from multimodal.attention import (
 )
 from multimodal.core import Block
 from multimodal.encoder_decoder import TwoCores
-from multimodal.layers import Context, Sublayer
-from multimodal.masks import PREFIX_LM, Places
-from multimodal.positions import rotary_frequencies, rotary_turns
+from multimodal.layers import Attention, Context, Sublayer
+from multimodal.masks import PREFIX_LM, MaskInfo
+from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokens
 from multimodal_tokenizers import ImagePatches, Labels, TextBytes
@@ -56,9 +55,9 @@ class Story(Digits):
 CORES = {
     "alike": mm.EncoderDecoder(reader=mm.Core(width=32, depth=2, heads=4), writer=mm.Core(width=32, depth=2, heads=4)),
     "unlike": mm.EncoderDecoder(
-        reader=mm.Core(width=32, depth=1, heads=2, mask=PREFIX_LM & mm.Window(4)),
+        reader=mm.Core(width=32, depth=1, heads=2, mask=PREFIX_LM & mm.masks.Window(4)),
         writer=mm.Core(
-            width=32, depth=2, heads=4, kv_heads=2, qk_norm=False, score=Cosine(), mask=PREFIX_LM & mm.Window(3)
+            width=32, depth=2, heads=4, kv_heads=2, qk_norm=False, score=Cosine(), mask=PREFIX_LM & mm.masks.Window(3)
         ),
     ),
 }
@@ -138,7 +137,7 @@ def test_no_gradient_crosses_from_sample_to_sample(make, core, backend):
     stream = model.packer(PACK)
     rows_TD = model.rows(stream).detach().requires_grad_()
     state_TD = model.core(rows_TD, stream.position_TA, stream.layout, backend=backend)
-    sample_T, order_T = stream.layout.places.sample, stream.layout.places.order
+    sample_T, order_T = stream.layout.info.sample, stream.layout.info.order
     for number, span in enumerate(stream.layout.spans):
         mine = sample_T == number
         (grad,) = torch.autograd.grad(state_TD[mine].square().sum(), rows_TD, retain_graph=True)
@@ -157,9 +156,9 @@ def test_no_gradient_crosses_from_sample_to_sample(make, core, backend):
             assert torch.count_nonzero(grad[order_T >= stream_read(stream)]) == 0
 
 
-def stream_read(stream: mm.Stream) -> Tensor:
+def stream_read(stream: mm.stream.Stream) -> Tensor:
     """For each token how many its sample reads."""
-    return torch.tensor([s.read for s in stream.layout.spans])[stream.layout.places.sample.long()]
+    return torch.tensor([s.read for s in stream.layout.spans])[stream.layout.info.sample.long()]
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -181,7 +180,7 @@ def test_the_two_backends_agree_in_states_and_gradients(make, core):
         torch.testing.assert_close(found["runs"][name], value, atol=2e-5, rtol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def double_rows(model: mm.Model, stream: mm.Stream) -> Tensor:
+def double_rows(model: mm.Model, stream: mm.stream.Stream) -> Tensor:
     content = {k: c.double() if c.is_floating_point() else c for k, c in stream.content.items()}
     rows = torch.cat([model.embed(kind, c) for kind, c in content.items()]).detach()
     assert stream.order_T is not None
@@ -203,7 +202,7 @@ def halves(case: Sequence[tuple[int, int]]) -> tuple[Layout, Layout]:
         rows = [(s, i, free, 0) for s, n in enumerate(sizes) for i in range(n)]
         return Layout(
             tuple(Span(n if free else 0, n, n if free else 0) for n in sizes),
-            Places(*torch.tensor(rows, dtype=torch.int32).T),
+            MaskInfo(*torch.tensor(rows, dtype=torch.int32).T),
         )
 
     return layout([q for q, _ in case], 0), layout([k for _, k in case], 1)
@@ -220,16 +219,17 @@ def test_cross_attention_is_pytorch_multihead_attention(case, backend):
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)
         ours.out.weight.copy_(theirs.out_proj.weight)
-    sample_T, sample_M = written.places.sample, read.places.sample
+    sample_T, sample_M = written.info.sample, read.info.sample
     q_TD, k_MD = torch.randn(len(sample_T), width), torch.randn(len(sample_M), width)
     lone_T = ~(sample_T[:, None] == sample_M).any(1)
 
     def turns(count: int) -> Tensor:
-        return rotary_turns(torch.zeros(count, 3), *rotary_frequencies(width // heads, (2, 1, 1), (1e4, 1e2, 1e2)))
+        return rotations(torch.zeros(count, 3), *rotary_frequencies(width // heads, (2, 1, 1), (1e4, 1e2, 1e2)))
 
     inputs = [x.clone().requires_grad_() for x in (q_TD, k_MD)]
     plan = plan_cross_attention(written, read, backend=backend, cache=None)
-    mine = ours(inputs[0], turns(len(q_TD)), plan, 0, (inputs[1], turns(len(k_MD))))
+    qkv = ours(inputs[0], turns(len(q_TD)), (inputs[1], turns(len(k_MD))))
+    mine = ours.out(plan.attend(*qkv, ours.mechanism, 0).flatten(1))
     others = [x.clone().requires_grad_() for x in (q_TD, k_MD)]
     hidden = (sample_T[:, None] != sample_M)[~lone_T]
     other, _ = theirs(others[0][None, ~lone_T], others[1][None], others[1][None], attn_mask=hidden, need_weights=False)

@@ -11,13 +11,13 @@ import pytest
 
 import multimodal as mm
 from multimodal import checkpoint
-from multimodal.cli import find
+from multimodal.cli import loading
 from multimodal.data import write_shards
 from multimodal.data.shards import Shards
-from multimodal.files import aside
+from multimodal.files import part_path
 from multimodal.saving import MARK, PLACE, PLAN, key
 from multimodal.shapes import ConfigError, MediaError
-from multimodal.train.state import seal
+from multimodal.train.state import write_manifest
 from multimodal_tokenizers import Labels, TextBPE, TextBytes
 
 TASK, WRITES = "text -> label", "text -> text"
@@ -128,7 +128,7 @@ def test_fault_02d_the_name_that_a_part_will_get_is_not_followed_as_a_link(tmp_p
     (tmp_path / "s").mkdir()
     (tmp_path / "victim").write_text("mine", "utf-8")
     names = []
-    real = aside
+    real = part_path
 
     def known(folder, of=None):
         names.append(real(folder, of))
@@ -136,7 +136,7 @@ def test_fault_02d_the_name_that_a_part_will_get_is_not_followed_as_a_link(tmp_p
             os.symlink(tmp_path / "victim", names[-1])
         return names[-1]
 
-    monkeypatch.setattr("multimodal.data.writing.aside", known)
+    monkeypatch.setattr("multimodal.data.shard_writer.part_path", known)
     write_shards([{"text": "a"}], tmp_path / "s")
     assert names
     assert (tmp_path / "victim").read_text("utf-8") == "mine"
@@ -197,7 +197,7 @@ def test_fault_83j_what_the_fuzzer_found_last(tmp_path):
     facts["recipe"]["warmup"] = "x" * 100_000
     (state / "state.json").write_text(json.dumps(facts), "utf-8")
     (state / "manifest.json").unlink()
-    seal(state)
+    write_manifest(state)
     with pytest.raises(mm.CheckpointError, match=r"recipe\.warmup was 'xxx") as caught:
         mm.fit(make(), {TASK: DATA}, folder=tmp_path / "run", resume=True, **PLAIN)
     assert len(str(caught.value)) < 1000
@@ -206,4 +206,4 @@ def test_fault_83j_what_the_fuzzer_found_last(tmp_path):
 def test_fault_01n_a_folder_called_model_in_a_checkpoint_is_not_taken_for_it_by_the_commands(tmp_path):
     make().save(tmp_path / "m")
     make().save(tmp_path / "m" / "model")  # somebody keeps another one inside
-    assert find.model_folder(tmp_path / "m") == checkpoint.model_folder(tmp_path / "m") == tmp_path / "m"
+    assert loading.model_folder(tmp_path / "m") == checkpoint.model_folder(tmp_path / "m") == tmp_path / "m"

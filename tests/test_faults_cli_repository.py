@@ -20,7 +20,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.speed import main as speed
-from benchmarks.speed.row import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tests", "examples", "multimodal", "tokenizers")
@@ -144,7 +143,6 @@ def test_fault_00_every_row_of_the_benchmark_declares_what_the_default_groups_la
     default, wrong, seen = default_groups(), [], set()
     assert not PEERS & default
     for _, row in speed.all_rows():
-        assert isinstance(row, Row)
         needed = {
             distribution(module)
             for side in (row.ours, row.theirs, row.report)
@@ -172,7 +170,7 @@ def produced(command: str) -> set[str]:
 
 
 def listed() -> list[str]:
-    """The commands of the README's section on the command line, in their order, without what is said of them."""
+    """The commands of the README's section on the command line, in their order, without their explanations."""
     section = (ROOT / "README.md").read_text("utf-8").split("## On the command line")[1].split("\n## ")[0]
     section = section.split("a folder of yours")[0]
     lines = [line.strip() for line in section.splitlines() if line.startswith("    uv run ")]
@@ -248,7 +246,7 @@ def header(name: str) -> str:
 
 
 def test_fault_45_the_example_of_a_new_kind_trains_as_long_as_its_header_needs(example, monkeypatch, tmp_path) -> None:
-    """What it reaches in so many steps is measured by the test below; here, that a fresh clone trains so many."""
+    """What it reaches in this number of steps is measured by the test below; here, that a fresh clone trains as long."""
     module = example("new_tokenizer")
     monkeypatch.setenv("MULTIMODAL_DATA", str(tmp_path))
     asked: dict[str, int] = {}
@@ -272,8 +270,8 @@ def test_fault_45_the_example_of_a_new_kind_trains_as_long_as_its_header_needs(e
 
 @pytest.mark.training
 def test_fault_45a_the_example_of_a_new_kind_reaches_what_its_header_says(program, tmp_path) -> None:
-    said = program("examples/new_tokenizer.py", cwd=tmp_path, MULTIMODAL_DATA=str(tmp_path), seconds=1200)
-    (line,) = [line for line in said.splitlines() if line.startswith("tones: ")]
+    printed = program("examples/new_tokenizer.py", cwd=tmp_path, MULTIMODAL_DATA=str(tmp_path), seconds=1200)
+    (line,) = [line for line in printed.splitlines() if line.startswith("tones: ")]
     assert float(line.split()[1].rstrip("%")) >= 99.5
 
 
@@ -282,20 +280,20 @@ def test_fault_45b_headers_of_the_attention_zoo_agree_with_what_was_measured() -
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import seeds
 
-    kept = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text("utf-8"))
+    results = json.loads((ROOT / "benchmarks" / "results" / "seeds.json").read_text("utf-8"))
     table = (ROOT / "examples" / "attention" / "README.md").read_text("utf-8").splitlines()
     missed = {
         Path(row.file).stem
         for row in seeds.ROWS
-        for run in kept.get(row.of or row.name, {}).values()
+        for run in results.get(row.of or row.name, {}).values()
         if row.file.startswith("examples/attention/") and not seeds.is_met(row, run["values"])
     }
     assert missed >= {"snail", "captions"}
     for name in missed:
         (line,) = [line for line in table if line.startswith(f"| {name} |")]
         assert "(missed" in line, f"{name}: {line}"
-    snail = kept["snail"]["0"]["values"]["SNAIL share right"]
+    snail = results["snail"]["0"]["values"]["SNAIL share right"]
     assert f"{snail:.2f} right" in header("attention/snail.py")
-    soft = kept["soft-captions"]["0"]["values"]
+    soft = results["soft-captions"]["0"]["values"]
     assert f"{soft['exact']:.2f} exactly" in " ".join(header("attention/captions.py").split())
     assert f"pointing {soft['pointing']:.2f}" in header("attention/captions.py")

@@ -41,9 +41,9 @@ def test_the_test_of_a_row_exists(row: tuple[int, str, str, str]):
 def test_every_test_named_after_a_fault_is_in_the_list():
     listed = {test.partition("[")[0] for _, _, test, _ in rows()}
     there = {
-        f"tests/{path.name}::{name}"
-        for path in HERE.glob("test_faults_*.py")
-        for name in names_in(f"tests/{path.name}")
+        f"{path.relative_to(ROOT)}::{name}"
+        for path in HERE.rglob("test_*.py")
+        for name in names_in(str(path.relative_to(ROOT)))
         if re.match(r"test_fault_\d", name)
     }
     assert there - listed == set()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import multimodal as mm
 from multimodal.data import Shards, index_archives
-from multimodal.data.members import encoded
+from multimodal.data.codecs import encoded
 from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError
 from multimodal.train.processes import Processes
 from multimodal_tokenizers import Labels, TextBPE, TextBytes
@@ -35,7 +35,7 @@ from tests.hostile import (
     open_report,
     open_run,
     open_shards,
-    open_trouble,
+    open_spike,
 )
 
 OURS = (CheckpointError, ConfigError, MediaError, ShapeError, StreamError)
@@ -91,7 +91,7 @@ EVERY_FIELD = pytest.mark.parametrize(
         ("run/checkpoints/*/manifest.json", open_run, False),
         ("run/config.json", open_report, False),
         ("shards/index.json", open_shards, False),
-        ("trouble/trouble-0.json", open_trouble, False),
+        ("trouble/trouble-0.json", open_spike, False),
     ],
 )
 
@@ -99,7 +99,7 @@ EVERY_FIELD = pytest.mark.parametrize(
 @pytest.fixture
 def no_curves(monkeypatch):
     """Runs draw no curves, which take most of their time and do not depend on what is read."""
-    monkeypatch.setattr(sys.modules["multimodal.train.fit"], "draw_curves", lambda history, path: None)
+    monkeypatch.setattr(sys.modules["multimodal.train.loop"], "draw_curves", lambda history, path: None)
 
 
 def end_in_our_errors(entries: Sequence[Entry], good: Path, folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_fault_03_a_pickle_is_refused_by_name_and_read_only_where_trusted(good, 
 
 
 def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
-    from multimodal.train.pieces import Pieces, write_pieces
+    from multimodal.train.sharded_tensors import ShardedTensors, write_sharded
 
     whole = {
         "a": torch.arange(15.0).reshape(5, 3),
@@ -156,7 +156,7 @@ def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
         "c": torch.arange(6.0).reshape(2, 3),
         "d": torch.zeros(0, 3),
     }
-    write_pieces(tmp_path / "one", whole, Processes())
+    write_sharded(tmp_path / "one", whole, Processes())
     assert not list(tmp_path.rglob(".metadata"))
     index = {
         "a": {"shape": [5, 3], "dtype": "F32", "axis": 0, "rows": [2, 2, 1]},
@@ -172,20 +172,20 @@ def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
     (tmp_path / "three" / "index.json").write_text(json.dumps({"format": 1, "processes": 3, "tensors": index}))
     like = {name: torch.full_like(t, -1) for name, t in whole.items()}
     for folder in ("one", "three"):
-        found = Pieces(tmp_path / folder).read(like, Processes())
+        found = ShardedTensors(tmp_path / folder).read(like, Processes())
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[name], t) for name, t in whole.items())
     (tmp_path / "three" / "00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"00001\.safetensors: missing, damaged or cut short"):
-        Pieces(tmp_path / "three").read(like, Processes())
+        ShardedTensors(tmp_path / "three").read(like, Processes())
     index["a"]["rows"] = [2, 2, 2]
     (tmp_path / "three" / "index.json").write_text(json.dumps({"format": 1, "processes": 3, "tensors": index}))
     with pytest.raises(CheckpointError, match="do not make the shape"):
-        Pieces(tmp_path / "three")
+        ShardedTensors(tmp_path / "three")
 
 
 def test_fault_59_no_program_is_run_in_a_users_folder(tmp_path, monkeypatch):
-    from multimodal.train.report import environment
+    from multimodal.train.display import environment
 
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     hook = tmp_path / "hook"
@@ -301,7 +301,7 @@ def test_fault_71a_a_value_that_holds_itself_is_refused():
 
 
 def test_fault_76_no_home_and_no_entry_for_the_user(monkeypatch):
-    from multimodal.train.report import environment
+    from multimodal.train.display import environment
 
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -375,7 +375,7 @@ except mm.CheckpointError as error:
 
 
 def test_fault_82a_a_log_that_was_cut_is_read_up_to_there(good, tmp_path):
-    from multimodal.train.folder import read_rows
+    from multimodal.train.run_folder import read_rows
 
     shutil.copytree(good / "run", tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"
@@ -439,7 +439,7 @@ def test_fault_83d_the_fuzzer_finds_nothing(tmp_path):
 
 
 def test_fault_69b_json_never_prints_what_json_does_not_have(capsys):
-    from multimodal.cli.showing import as_json, show
+    from multimodal.cli.output import as_json, show
     from multimodal.heads import Prediction
 
     show(
@@ -462,7 +462,7 @@ def test_fault_69b_json_never_prints_what_json_does_not_have(capsys):
 
 def test_fault_83e_labels_and_names_do_not_steer_a_terminal(monkeypatch, capsys, good, tmp_path):
     from multimodal.cli import main
-    from multimodal.cli.showing import show
+    from multimodal.cli.output import show
     from multimodal.heads import Prediction
 
     shutil.copytree(good / "run", tmp_path / "x\x1b[31m$\\frac{$")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import multimodal as mm
+from multimodal.check import verify
 from multimodal.layers import Add, Body, Concat, Context, Gated, Layer, Merge, Replace
-from multimodal.masks import PREFIX_LM, InTurn, Places, Prior, Rule
-from multimodal.verify import verify
+from multimodal.masks import PREFIX_LM, InTurn, MaskInfo, Prior, Rule
 from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, TextBytes
 
 
@@ -19,7 +19,7 @@ from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, T
 class FirstSample(Rule):
     """A rule of one's own that asks which sample of the pack a token is of."""
 
-    def allows(self, q: Places, k: Places) -> Tensor:
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return (q.sample == 0) & (k.order <= q.order + 2)
 
 
@@ -32,14 +32,14 @@ class Numbered(Prior):
 
 
 RULES = [
-    mm.SameSample(),
-    mm.SameSegment(),
-    mm.Causal(),
-    mm.Prefix(),
+    mm.masks.SameSample(),
+    mm.masks.SameSegment(),
+    mm.masks.Causal(),
+    mm.masks.Prefix(),
     InTurn(),
-    mm.Window(2),
-    mm.Chunked(2),
-    ~mm.SameSample(),
+    mm.masks.Window(2),
+    mm.masks.Chunked(2),
+    ~mm.masks.SameSample(),
     FirstSample(),
 ]
 SLOTS = 4
@@ -52,14 +52,14 @@ def _rule(draw: random.Random) -> Rule:
 
 def _prior(draw: random.Random, *more: Prior) -> Prior | None:
     """One prior or the sum of two, or none."""
-    parts = [mm.ALiBi(), mm.RelativeBias(2), mm.PredictedWindow(1.5), Numbered(), *more]
+    parts = [mm.attention.ALiBi(), mm.attention.RelativeBias(2), mm.attention.PredictedWindow(1.5), Numbered(), *more]
     one, two = (draw.choice([*parts, _rule(draw), _rule(draw)]) for _ in range(2))
     return draw.choice([None, one, one + two, _rule(draw)])
 
 
-def _core(draw: random.Random, *cross: mm.CrossAttention) -> mm.Core:
-    memory = mm.PersistentMemory(slots=SLOTS, prior=_prior(draw, mm.MixingWeights(SLOTS)))
-    block = (mm.SelfAttention(prior=_prior(draw)), *cross, memory)
+def _core(draw: random.Random, *cross: mm.layers.CrossAttention) -> mm.Core:
+    memory = mm.layers.PersistentMemory(slots=SLOTS, prior=_prior(draw, mm.attention.MixingWeights(SLOTS)))
+    block = (mm.layers.SelfAttention(prior=_prior(draw)), *cross, memory)
     return mm.Core(width=16, depth=1, heads=2, block=block, mask=draw.choice([_rule(draw), PREFIX_LM]))
 
 
@@ -100,7 +100,9 @@ def test_fault_66_a_memory_under_any_rule_answers_packed_samples_as_it_answers_t
         draw = random.Random(number)
         core: mm.Core | mm.EncoderDecoder = _core(draw)
         if number % 2:
-            core = mm.EncoderDecoder(reader=_core(draw), writer=_core(draw, mm.CrossAttention(prior=_prior(draw))))
+            core = mm.EncoderDecoder(
+                reader=_core(draw), writer=_core(draw, mm.layers.CrossAttention(prior=_prior(draw)))
+            )
         model = _varied(mm.Model(KINDS, core, ["story note -> out:text"]))
         assert _apart(model) < 1e-9, core
         assert _apart(model, "dense") < 1e-9, core
@@ -108,7 +110,10 @@ def test_fault_66_a_memory_under_any_rule_answers_packed_samples_as_it_answers_t
 
 def test_fault_66a_slots_are_of_every_sample_under_same_sample() -> None:
     """A memory under SameSample is a memory without a rule, in the first sample of a pack and in the last."""
-    blocks = [(mm.PersistentMemory(slots=SLOTS, prior=prior),) for prior in (None, mm.SameSample(), ~mm.SameSample())]
+    blocks = [
+        (mm.layers.PersistentMemory(slots=SLOTS, prior=prior),)
+        for prior in (None, mm.masks.SameSample(), ~mm.masks.SameSample())
+    ]
     found = []
     for block in blocks:
         model = _varied(mm.Model(KINDS, mm.Core(width=16, depth=1, heads=2, block=block), ["story -> text"]))
@@ -143,7 +148,10 @@ class _Shut(Body):
 
 def test_fault_23_weights_of_a_layer_of_ones_own_stay_as_it_made_them() -> None:
     core = mm.Core(
-        width=16, depth=2, heads=2, block=(mm.SelfAttention(), Shut(), mm.MLP(), mm.PersistentMemory(slots=3))
+        width=16,
+        depth=2,
+        heads=2,
+        block=(mm.layers.SelfAttention(), Shut(), mm.layers.MLP(), mm.layers.PersistentMemory(slots=3)),
     )
     model = mm.Model({"text": TextBytes(), "label": Labels(("a", "b"))}, core, ["text -> label"])
     for block in model.core.blocks:  # type: ignore[union-attr]
@@ -193,7 +201,10 @@ def test_fault_21a_the_times_of_a_flow_stay_apart_in_bfloat16() -> None:
     assert len({tuple(move[0].tolist()) for move in moves}) == 3
 
 
-NARROW = (mm.TemporalConv(filters=4), mm.SelfAttention(heads=1, key_width=6, value_width=5, out=5, merge=Concat()))
+NARROW = (
+    mm.zoo.TemporalConv(filters=4),
+    mm.layers.SelfAttention(heads=1, key_width=6, value_width=5, out=5, merge=Concat()),
+)
 HALF: dict[str, mm.Core | mm.EncoderDecoder] = {
     "plain": mm.Core(width=16, depth=2, heads=4, kv_heads=2, dropout=0.1, drop_path=0.1),
     "all layers": mm.Core(
@@ -201,22 +212,32 @@ HALF: dict[str, mm.Core | mm.EncoderDecoder] = {
         depth=1,
         heads=2,
         block=(
-            mm.Recurrent(cell="lstm", both_ways=True, merge=Gated()),
-            mm.TuringMachine(slots=6, slot_width=4, hidden=8),
-            mm.PersistentMemory(slots=5, prior=mm.MixingWeights(5)),
-            mm.Recurrent(hidden=7, merge=Replace()),
+            mm.layers.Recurrent(cell="lstm", both_ways=True, merge=Gated()),
+            mm.zoo.TuringMachine(slots=6, slot_width=4, hidden=8),
+            mm.layers.PersistentMemory(slots=5, prior=mm.attention.MixingWeights(5)),
+            mm.layers.Recurrent(hidden=7, merge=Replace()),
             *NARROW,
-            mm.MLP(),
+            mm.layers.MLP(),
         ),
     ),
     "convolutions": mm.Core(width=16, depth=2, heads=2, block=NARROW),
     "two cores": mm.EncoderDecoder(
-        reader=mm.Core(width=16, depth=1, heads=2, block=(*NARROW, mm.MLP())),
-        writer=mm.Core(width=16, depth=1, heads=2, score=mm.Additive(), prior=mm.ALiBi() + mm.RelativeBias(3)),
+        reader=mm.Core(width=16, depth=1, heads=2, block=(*NARROW, mm.layers.MLP())),
+        writer=mm.Core(
+            width=16,
+            depth=1,
+            heads=2,
+            score=mm.attention.Additive(),
+            prior=mm.attention.ALiBi() + mm.attention.RelativeBias(3),
+        ),
         last=3,
     ),
     "scores": mm.Core(
-        width=16, depth=1, heads=2, score=mm.Gaussian(), prior=mm.PredictedWindow(2.0, renormalise=False)
+        width=16,
+        depth=1,
+        heads=2,
+        score=mm.attention.Gaussian(),
+        prior=mm.attention.PredictedWindow(2.0, renormalise=False),
     ),
 }
 
@@ -270,7 +291,7 @@ def test_fault_74_every_layer_takes_every_kind_in_half_precision(name: str, prec
 def test_fault_75_values_of_any_width_beside_any_number_of_heads() -> None:
     """Odd values beside odd numbers of heads: packed = alone, and cached = read in one pass."""
     for width, heads, qk_norm in ((1, 1, False), (5, 3, False), (5, 1, True)):
-        block = (mm.SelfAttention(value_width=width, heads=3, kv_heads=heads, key_width=6), mm.MLP())
+        block = (mm.layers.SelfAttention(value_width=width, heads=3, kv_heads=heads, key_width=6), mm.layers.MLP())
         core = mm.Core(width=12, depth=1, heads=1, qk_norm=qk_norm, block=block)
         result = verify(mm.Model({"text": TextBytes()}, core, ["text -> out:text"]))
         assert result.passed, str(result)
@@ -278,7 +299,7 @@ def test_fault_75_values_of_any_width_beside_any_number_of_heads() -> None:
 
 def test_fault_75a_an_odd_key_width_is_refused_where_places_turn_it() -> None:
     def core(**settings: Any) -> mm.Core:
-        return mm.Core(width=16, depth=1, heads=2, block=(mm.SelfAttention(key_width=5),), **settings)
+        return mm.Core(width=16, depth=1, heads=2, block=(mm.layers.SelfAttention(key_width=5),), **settings)
 
     with pytest.raises(
         mm.ConfigError, match=r"SelfAttention: key_width=5 is odd, .*; try key_width=6, or a core with rot"

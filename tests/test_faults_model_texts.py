@@ -49,7 +49,7 @@ def test_fault_11a_nothing_alone_is_nothing_packed_and_may_be_a_choice() -> None
     torch.testing.assert_close(together, torch.stack(alone).sum())
     pointed = model.pack("text -> out:text", [{"text": "abc", "out": ""}])
     assert pointed.readings["text -> out:text"].target_lengths == (1,)  # only the stop
-    written = model.generate("seen -> text", samples, sampler=mm.OneOf(("", "yes")))
+    written = model.generate("seen -> text", samples, sampler=mm.generate.OneOf(("", "yes")))
     assert {answer.value for answer in written} <= {"", "yes"}
 
 
@@ -69,7 +69,7 @@ def test_fault_11b_messages_say_what_is_not_given_and_what_is_empty() -> None:
         ("text -> out:text", {"text": "", "out": "a"}, r"field 'text': TextBytes.encode: str '' gave no tokens; .* give None"),
         ("text -> label", {"text": "a", "label": None}, r"field 'label' is None, that is not given, .*give its value, or leave"),
         ("text -> label", {"text": "a", "label": ""}, r"Labels.encode: '' is not one of the 2 classes"),
-        ("text -> sound", {"text": "a", "sound": 0}, r"FlowMatching: the answer is empty, but features are written one at least"),
+        ("text -> sound", {"text": "a", "sound": 0}, r"FlowMatching: the answer is empty, but one token at least is written"),
     ]  # fmt: skip
     for task, sample, message in refused:
         with pytest.raises(ValueError, match=message):

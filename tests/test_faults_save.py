@@ -20,21 +20,20 @@ import torch
 import multimodal as mm
 from multimodal import checkpoint, files
 from multimodal.cli.commands import main
-from multimodal.data.writing import index_archives, write_shards
-from multimodal.files import put
+from multimodal.data.shard_writer import index_archives, write_shards
+from multimodal.files import write_atomic
 from multimodal.look import drawing
 from multimodal.look.lens import lens
 from multimodal.saving import MARK, PLACE
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.train import compare
-from multimodal.train import folder as run_folder
-from multimodal.train.state import remove
-from multimodal.train.trouble import keep_trouble
+from multimodal.train import run_folder, run_report
+from multimodal.train.spikes import save_spike
+from multimodal.train.state import remove_state
 from multimodal_tokenizers import ImagePatches, Labels, TextBPE, TextBytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its own forks")
-OLD = ROOT / "tests" / "data" / "run_v1"  # of version 0.1
+OLD = ROOT / "tests" / "fixtures" / "run_v1"  # of version 0.1
 TASK = "text -> label"
 WORDS = ["ab", "cab", "dad", "abba", "bed", "face", "deaf", "bad", "a", "fed", "cafe"]
 DATA = [{"text": word, "label": "with a" if "a" in word else "without"} for word in WORDS]
@@ -121,7 +120,7 @@ def test_fault_01a_what_a_user_keeps_in_a_checkpoint_stays(tmp_path):
     assert same(mm.Model.load(tmp_path / "shapes"), other)
 
 
-def test_fault_01b_of_our_files_that_a_user_changed_a_copy_is_kept(tmp_path):
+def test_fault_01b_files_that_a_user_changed_are_copied_first(tmp_path):
     written().save(tmp_path / "m")
     for name in ("config.json", "tokenizers/text/tokenizer.json"):
         path = tmp_path / "m" / name
@@ -317,7 +316,7 @@ def full(*_: object, **__: object) -> None:
 def test_fault_56_a_model_for_which_the_disk_had_no_room_is_written_when_there_is(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
-        with pytest.raises(OSError, match="the model after step 12 could not be kept"):
+        with pytest.raises(OSError, match="the model after step 12 could not be saved"):
             mm.fit(make(), {TASK: DATA}, folder=tmp_path, **PLAIN)
     assert not (tmp_path / "model").exists()
     model = make()
@@ -341,7 +340,7 @@ def test_fault_57_a_run_that_was_killed_before_its_model_was_written_writes_it(t
     assert same(mm.Model.load(tmp_path / "model"), model)
 
 
-def test_fault_57a_the_best_model_that_could_not_be_kept_does_not_count_as_the_best(tmp_path, monkeypatch):
+def test_fault_57a_a_best_model_that_could_not_be_saved_does_not_count_as_the_best(tmp_path, monkeypatch):
     save, tried = checkpoint.save, []
 
     def once_full(model: mm.Model, folder: Path, weights: object = None) -> Path:
@@ -353,7 +352,7 @@ def test_fault_57a_the_best_model_that_could_not_be_kept_does_not_count_as_the_b
     monkeypatch.setattr(checkpoint, "save", once_full)
     name = f"{TASK} loss"
     settings = {**PLAIN, "evaluation": {TASK: DATA[:5]}, "evaluate_every": 4, "best": name, "lr": 0.3, "ema": 0.0}
-    with pytest.warns(UserWarning, match="the best model, of step 4, could not be kept"):
+    with pytest.warns(UserWarning, match="the best model, of step 4, could not be saved"):
         run = mm.fit(make(), {TASK: DATA}, folder=tmp_path, **settings)
     kept = mm.train.evaluate(mm.Model.load(tmp_path / "best"), TASK, DATA[:5])["loss"]
     assert kept == pytest.approx(min(row[name] for row in run.history[4:] if name in row), abs=1e-6)
@@ -576,7 +575,7 @@ def test_fault_46_commands_write_into_the_run_and_not_into_the_current_folder(tm
         assert json.loads(capsys.readouterr().out).get("file", str(run / name)) == str(run / name)
     monkeypatch.setattr(drawing, "draw", lambda ray, file: file.write(b"a picture"))  # which take seconds
     monkeypatch.setattr("multimodal.look.page.page", lambda ray: "a page")
-    monkeypatch.setattr(compare, "draw", lambda records, file: file.write(b"curves"))
+    monkeypatch.setattr(run_report, "draw", lambda records, file: file.write(b"curves"))
     assert main(["look", str(run), "--image", str(tmp_path / "p.npy")]) == 0
     assert (run / "xray.png").is_file()
     lay(run, {"report.png": "mine"})
@@ -635,13 +634,13 @@ def test_fault_46b_an_index_of_archives_is_written_over_nothing(tmp_path):
 def test_fault_46c_files_beside_those_that_are_written_are_nobodys_scratch_space(tmp_path):
     """The names under which files are written until they are whole; and names that are taken by links to nowhere."""
     lay(tmp_path, {"a.json": "old", "a.json.writing": "mine"})
-    put(tmp_path / "a.json", "new")
+    write_atomic(tmp_path / "a.json", "new")
     assert seen(tmp_path) == {"a.json": b"new", "a.json.writing": b"mine"}
     (tmp_path / "link.json").symlink_to("a.json")
-    put(tmp_path / "link.json", "newer")
+    write_atomic(tmp_path / "link.json", "newer")
     assert (os.readlink(tmp_path / "link.json"), (tmp_path / "a.json").read_text()) == ("a.json", "newer")
     (tmp_path / "run").symlink_to("gone")
-    assert files.free_name(tmp_path / "run") == tmp_path / "run.1"
+    assert files.unused_path(tmp_path / "run") == tmp_path / "run.1"
 
 
 def test_fault_46d_the_files_of_a_step_that_went_wrong_replace_only_such_files(tmp_path):
@@ -650,7 +649,7 @@ def test_fault_46d_the_files_of_a_step_that_went_wrong_replace_only_such_files(t
     mine = {"trouble/step-0000005/stream-0-notes.txt": "n", "trouble/step-0000005/stream-0-a.safetensors": "s"}
     lay(tmp_path, mine)
     for _ in range(2):
-        keep_trouble(tmp_path, 5, [stream], "strange", model)
+        save_spike(tmp_path, 5, [stream], "too large", model)
     assert [(tmp_path / name).read_text() for name in mine] == ["n", "s"]
 
 
@@ -718,10 +717,10 @@ def test_fault_55a_all_files_of_a_shared_out_state_are_removed_and_no_others(tmp
     state = tmp_path / "step-00000001"
     lay(state, {"pieces/index.json": "i", "pieces/00000.safetensors": "a", "pieces/00001.safetensors": "b"})
     lay(state, {"state.json": "{}", "manifest.json": "{}"})
-    remove(state)
+    remove_state(state)
     assert not state.exists()
     lay(state, {"pieces/index.json": "i", "pieces/mine.safetensors": "m", "state.json": "{}"})
-    remove(state)
+    remove_state(state)
     assert [path.name for path in state.rglob("*") if path.is_file()] == ["mine.safetensors"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multimodal.declare import declaration, rebuild
-from multimodal.masks import PREFIX_LM, Causal, Places, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import PREFIX_LM, Causal, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.shapes import ConfigError
 
 MIXED = [
@@ -24,12 +24,12 @@ MIXED = [
 class Token:
     sample: int
     order: int
-    free: int
+    bidirectional: int
     segment: int
 
 
-def tokens_of(places: Places) -> list[Token]:
-    columns = (places.sample, places.order, places.free, places.segment)
+def tokens_of(places: MaskInfo) -> list[Token]:
+    columns = (places.sample, places.order, places.bidirectional, places.segment)
     return [Token(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
 
@@ -37,24 +37,24 @@ SIMPLE = [
     (SameSample(), lambda q, k: q.sample == k.sample),
     (SameSegment(), lambda q, k: q.sample == k.sample and q.segment == k.segment),
     (Causal(), lambda q, k: k.order <= q.order),
-    (Prefix(), lambda q, k: bool(q.free and k.free)),
+    (Prefix(), lambda q, k: bool(q.bidirectional and k.bidirectional)),
     (Window(1), lambda q, k: q.order == k.order),
     (Window(3), lambda q, k: abs(q.order - k.order) < 3),
 ]
 
 
-def matrix(rule: Rule, places: Places) -> torch.Tensor:
+def matrix(rule: Rule, places: MaskInfo) -> torch.Tensor:
     return rule.allows(places[:, None], places[None, :])
 
 
-def by_loop(says, places: Places) -> torch.Tensor:
+def by_loop(says, places: MaskInfo) -> torch.Tensor:
     tokens = tokens_of(places)
     return torch.tensor([[bool(says(q, k)) for k in tokens] for q in tokens])
 
 
 @pytest.mark.parametrize(("rule", "says"), SIMPLE, ids=lambda x: str(x) if isinstance(x, Rule) else "")
 def test_each_rule_and_its_opposite_match_a_loop(lay, rule, says):
-    places = lay(MIXED).places
+    places = lay(MIXED).info
     expected = by_loop(says, places)
     assert expected.any()
     assert not expected.all()
@@ -63,7 +63,7 @@ def test_each_rule_and_its_opposite_match_a_loop(lay, rule, says):
 
 
 def test_every_pair_of_rules_combines_as_their_words_do(lay):
-    places = lay(MIXED).places
+    places = lay(MIXED).info
     for (a, says_a), (b, says_b) in itertools.product(SIMPLE, repeat=2):
         both = by_loop(lambda q, k, x=says_a, y=says_b: x(q, k) and y(q, k), places)
         either = by_loop(lambda q, k, x=says_a, y=says_b: x(q, k) or y(q, k), places)
@@ -89,10 +89,10 @@ def test_every_pair_of_rules_combines_as_their_words_do(lay):
 )
 def test_the_default_rule_drawn_by_hand(lay, fields, drawn):
     expected = torch.tensor([[c == "x" for c in row] for row in drawn])
-    assert torch.equal(matrix(PREFIX_LM, lay([fields]).places), expected)
+    assert torch.equal(matrix(PREFIX_LM, lay([fields]).info), expected)
     # the same sample between two others: the same picture on the diagonal, nothing beside it
     size = len(drawn)
-    packed = matrix(PREFIX_LM, lay([[(2, True)], fields, [(1, False)]]).places)
+    packed = matrix(PREFIX_LM, lay([[(2, True)], fields, [(1, False)]]).info)
     assert torch.equal(packed[2 : 2 + size, 2 : 2 + size], expected)
     assert packed[2 : 2 + size].sum() == packed[:, 2 : 2 + size].sum() == expected.sum()
 
@@ -103,7 +103,7 @@ def test_the_default_rule_drawn_by_hand(lay, fields, drawn):
 def test_rules_survive_json(lay, rule):
     again = rebuild(json.loads(json.dumps(declaration(rule))))
     assert again == rule
-    places = lay(MIXED).places
+    places = lay(MIXED).info
     assert torch.equal(matrix(again, places), matrix(rule, places))
 
 

@@ -7,7 +7,7 @@ import torch
 
 import multimodal as mm
 from multimodal.shapes import ConfigError, TaskError
-from multimodal_tokenizers import AudioFrames, Labels, TextBytes
+from multimodal_tokenizers import TextBytes
 
 
 @pytest.fixture
@@ -31,17 +31,6 @@ def test_answers_come_in_the_order_of_the_samples(model, values):
         assert answer.value == alone.value
         assert answer.probability == pytest.approx(alone.probability, abs=1e-5)
     assert len({round(a.confidence, 4) for a in answers}) > 5  # they differ, so that the order shows
-
-
-@pytest.mark.parametrize("task", ["text -> label", "sound -> story", "text -> story"])
-def test_any_batch_size_gives_the_same_answers(model, values, task):
-    samples = [values(i) for i in range(7)]
-    whole = model.predict(task, samples)
-    for batch in (1, 3):
-        parts = model.predict(task, samples, batch=batch)
-        assert [p.value for p in parts] == [p.value for p in whole]
-        assert [p.confidence for p in parts] == pytest.approx([p.confidence for p in whole], rel=1e-3)
-    assert model.predict(task, []) == []
 
 
 def test_prediction_needs_no_answer_and_changes_no_mode(model, values):
@@ -71,30 +60,6 @@ def test_an_unknown_task_or_a_missing_field_is_named(model, verb):
         TaskError, match=r"task 'text -> label': the sample has no field 'text'; it has 'txet'; rename 'txet' to 'text'"
     ):
         getattr(model, verb)("text -> label", txet="a")
-
-
-def test_extending_changes_no_weight_and_no_answer(model, values, tokenizers):
-    more = model.extended(
-        {"colour": Labels(("red", "blue")), "tone": AudioFrames(rate_hz=8000, mels=4)},
-        ["tone text -> colour", "text -> text"],
-    )
-    old, new = model.state_dict(), more.state_dict()
-    assert set(old) < set(new)
-    for name, weight in old.items():
-        assert torch.equal(weight, new[name]), name
-    samples = [values(i) for i in range(4)]
-    for task in model.tasks:
-        a, b = (m.eval().logits(m.pack(task, samples, answers=False))[task] for m in (model, more))
-        assert torch.equal(a, b)
-    colour = more.predict("tone text -> colour", tone=samples[0]["sound"], text="a")
-    assert colour.value in ("red", "blue")
-
-
-def test_an_added_tokenizer_changes_no_first_weight_of_the_others(tokenizers, core):
-    few = mm.Model({k: tokenizers[k] for k in ("text", "label")}, core, ["text -> label"], seed=3)
-    all_ = mm.Model(tokenizers, core, ["sound -> label", "text -> label", "image -> story"], seed=3)
-    for name, weight in few.state_dict().items():
-        assert torch.equal(weight, all_.state_dict()[name]), name
 
 
 def test_extending_by_a_taken_name_is_refused(model):

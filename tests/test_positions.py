@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.positions import LearnedGrid, rotary_frequencies, rotary_turns, rotate, sine_cosine
+from multimodal.positions import LearnedGrid, rotary_frequencies, rotate, rotations, sine_cosine
 from multimodal.shapes import ConfigError
 from multimodal_tokenizers import TextBytes
 
 
 def scores(q_K: torch.Tensor, k_K: torch.Tensor, place_q, place_k, split=(2, 1, 1), base=(1e4, 1e2, 1e2)) -> float:
     axis_K, frequency_K = rotary_frequencies(len(q_K), split, base)
-    turns = rotary_turns(torch.tensor([place_q, place_k], dtype=torch.float32), axis_K, frequency_K)
+    turns = rotations(torch.tensor([place_q, place_k], dtype=torch.float32), axis_K, frequency_K)
     turned = rotate(torch.stack([q_K, k_K])[:, None], turns)
     return float(turned[0, 0] @ turned[1, 0])
 
@@ -41,7 +41,7 @@ def test_turning_is_a_plane_rotation_of_neighbouring_pairs():
     x_THK = torch.randn(3, 2, 8)
     place_TA = torch.tensor([[0.0, 0, 0], [3.0, 1, 2], [0.5, 7, 4]])
     axis_K, frequency_K = rotary_frequencies(8, (2, 1, 1), (10000.0, 100.0, 100.0))
-    turned = rotate(x_THK, rotary_turns(place_TA, axis_K, frequency_K))
+    turned = rotate(x_THK, rotations(place_TA, axis_K, frequency_K))
     for t in range(3):
         for h in range(2):
             for i in range(4):
@@ -130,5 +130,5 @@ def test_text_places_count_up_from_zero():
 
 def test_turns_as_reals_turn_alike():
     x_THK = torch.randn(7, 3, 8, dtype=torch.float64)
-    turns = rotary_turns(torch.rand(7, 3) * 9, *rotary_frequencies(8, (2, 1, 1), (100.0, 10.0, 10.0)))
+    turns = rotations(torch.rand(7, 3) * 9, *rotary_frequencies(8, (2, 1, 1), (100.0, 10.0, 10.0)))
     torch.testing.assert_close(rotate(x_THK, torch.view_as_real(turns)), rotate(x_THK, turns), atol=1e-12, rtol=0)

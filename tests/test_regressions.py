@@ -42,14 +42,14 @@ def test_two_threads_give_the_same_bits_twice():
 @pytest.mark.parametrize(
     "rule",
     [
-        mm.Causal() | Prefix(),
-        ~mm.Window(3),
-        mm.SameSample() & (mm.Causal() | ~mm.SameSegment()),
-        mm.SameSample() & (mm.Causal() | ~mm.Window(3)),
+        mm.masks.Causal() | Prefix(),
+        ~mm.masks.Window(3),
+        mm.masks.SameSample() & (mm.masks.Causal() | ~mm.masks.SameSegment()),
+        mm.masks.SameSample() & (mm.masks.Causal() | ~mm.masks.Window(3)),
     ],
     ids=["no SameSample", "far only", "other segments", "far future"],
 )
-def test_no_rule_gives_away_packing_or_the_order_of_writing(rule: mm.Rule, backend: Backend):
+def test_no_rule_gives_away_packing_or_the_order_of_writing(rule: mm.masks.Rule, backend: Backend):
     """Rules without SameSample mixed samples, and others showed written tokens what comes after them."""
     model = make(mask=rule).eval()
     task = "image text -> text"

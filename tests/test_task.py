@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
+from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, TaskError
-from multimodal.task import Pattern
 
 GOOD = [
     ("image -> label", [("image", "image")], ("label", "label"), "label"),

@@ -90,7 +90,7 @@ def measure_causal(seed: int = 0, quick: bool = False, out: Path | None = None) 
 def _after(model: mm.Model, ids: Tensor, backend: Backend) -> Tensor:
     """The logits (V + 1,) of what follows these symbols, from a pass over nothing else."""
     begun = [mm.Tokens(ids, Symbols().places(len(ids)))] if len(ids) else None
-    stream = model.packer([(WRITE, {})], answers=False, begun=begun)
+    stream = model.packer([(WRITE, {})], answers=False, begins=begun)
     return model.logits(stream, backend=backend)[WRITE][-1]
 
 
@@ -113,13 +113,13 @@ def _loss_on_noise(vocab: int, steps: int, seed: int, backend: Backend) -> float
 
 
 @dataclass(frozen=True)
-class Seen(mm.Sampler):
-    """Changes nothing, and keeps every step's logits."""
+class Seen(mm.generate.Sampler):
+    """Changes nothing, and records every step's logits."""
 
-    kept: list[Tensor] = dataclasses.field(default_factory=list, compare=False)
+    logits: list[Tensor] = dataclasses.field(default_factory=list, compare=False)
 
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
-        self.kept.append(logits_BV.clone())
+        self.logits.append(logits_BV.clone())
         return logits_BV
 
 
@@ -129,11 +129,11 @@ def measure_kv_cache(seed: int = 0, quick: bool = False, out: Path | None = None
     found: Numbers = {}
     lengths = {128: 6, 256: 10, 512: 14} if quick else {n: n for n in (128, 256, 512)}
     for name, count in lengths.items():
-        answer, kept, cached_s = _with_cache(model, count)
+        answer, step_logits, cached_s = _with_cache(model, count)
         start = time.process_time()
         recomputed = _recomputed(model, count)
         full_s = time.process_time() - start
-        cached = kept.log_softmax(-1)[:count]
+        cached = step_logits.log_softmax(-1)[:count]
         whole = written_logits(model, answer).log_softmax(-1)[:count]
         found[f"speed-up {name}"] = full_s / cached_s
         found[f"cached - full {name}"] = float((cached - whole).abs().max())
@@ -158,9 +158,9 @@ def _with_cache(model: mm.Model, count: int) -> tuple[tuple[int, ...], Tensor, f
     times, written, seen = [], (), Seen()
     for _ in range(3):
         seen, start = Seen(), time.process_time()
-        written = model.generate(WRITE, [{}], max_tokens=count, sampler=seen | mm.AtLeast(count + 1))[0].value
+        written = model.generate(WRITE, [{}], max_tokens=count, sampler=seen | mm.generate.AtLeast(count + 1))[0].value
         times.append(time.process_time() - start)
-    return written, torch.cat(seen.kept), median(times)
+    return written, torch.cat(seen.logits), median(times)
 
 
 def _recomputed(model: mm.Model, count: int) -> list[int]:

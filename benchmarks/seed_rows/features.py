@@ -3,32 +3,25 @@
 uv run benchmarks/seeds.py features               about 3 CPU-minutes on one thread
 """
 
-import gzip
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import multimodal as mm
+from benchmarks.data import example, lines_of
 from multimodal.look.layers import states
 from multimodal.look.probes import direction, probe
-from multimodal.look.sparse import SparseAutoencoder, recovered
 from multimodal.look.steering import random_like, steer
+from multimodal.zoo.sparse_autoencoder import SparseAutoencoder, recovered
 from multimodal_tokenizers import TextBPE
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 WRITE = "-> text"
 Numbers = dict[str, float]
-
-
-def lines_of(name: str) -> list[str]:
-    """The lines of one of the data files."""
-    with gzip.open(DATA / name, "rt", encoding="utf-8", newline="") as file:
-        return file.read().split("\n")[:-1]
 
 
 NOUNS = (
@@ -102,7 +95,7 @@ def measure_features(seed: int = 0, quick: bool = False, out: Path | None = None
     bpe = TextBPE.train(lines, vocab_size=600 if quick else 3256)
     core = mm.Core(width=32, depth=2, heads=2) if quick else mm.Core(width=128, depth=3, heads=4)
     model = mm.Model({"text": bpe}, core, [WRITE], seed=seed)
-    recipe = {"steps": 2, "batch": 8} if quick else {"steps": 800, "batch": 64}
+    recipe: dict[str, Any] = {"steps": 2, "batch": 8} if quick else {"steps": 800, "batch": 64}
     mm.fit(model, {WRITE: [{"text": line} for line in lines]}, lr=4e-3, seed=seed, device="cpu", quiet=quick, **recipe)
     texts, labels, nouns, types = _beginnings(lines, 40 if quick else 1000, seed)
     found = states(model, WRITE, [{"text": text} for text in texts], answers=True)
@@ -132,13 +125,12 @@ def measure_features(seed: int = 0, quick: bool = False, out: Path | None = None
 
 def _dictionary(seed: int, quick: bool) -> Numbers:
     """How many of the directions of 40 sparse features in 16 dimensions a sparse autoencoder finds, from their sums alone."""
-    from superposition import batch_of, train_toy  # pyright: ignore[reportMissingImports]  # examples/attention
-
+    toy = example("superposition")
     steps = 50 if quick else 4000
-    weight, _ = train_toy(0.97, features=40, width=16, decay=1.0, runs=1, steps=steps, seed=seed)
+    weight, _ = toy.train_toy(0.97, features=40, width=16, decay=1.0, runs=1, steps=steps, seed=seed)
     true_ND = weight[0][weight[0].norm(dim=-1) > 0.5]
     generator = torch.Generator().manual_seed(seed + 1)
-    feature_NF = batch_of(20_000, 40, 0.97, generator, 1)[0]
+    feature_NF = toy.batch_of(20_000, 40, 0.97, generator, 1)[0]
     state_ND = feature_NF[(feature_NF > 0).any(1)] @ weight[0]
     sparse = SparseAutoencoder.train_on(state_ND, 64, steps=20 if quick else 3000, seed=seed)
     axes_ND = torch.linalg.svd(state_ND - state_ND.mean(0), full_matrices=False).Vh

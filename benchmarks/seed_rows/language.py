@@ -1,8 +1,8 @@
-"""Rows on words and what a model makes of them: pieces, embeddings, directions, heads, value maps, words in context, features.
+"""Rows on words and what a model makes of them: pieces, embeddings, directions, heads, value maps, words in context.
 
-    uv run benchmarks/seeds.py bpe analogies orthogonal multi-head low-rank words-in-context features
+    uv run benchmarks/seeds.py bpe analogies orthogonal multi-head low-rank words-in-context
 
-Each `measure_...` returns its numbers by name; table.py has their bars. CPU-minutes on one thread: words-in-context 5, features 3,
+Each `measure_...` returns its numbers by name; table.py has their bars. CPU-minutes on one thread: words-in-context 5,
 multi-head 0.5, the others below 0.3 each.
 """
 
@@ -11,26 +11,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from seed_rows.features import Numbers, lines_of, measure_features
 from torch import Tensor, nn
 
 import multimodal as mm
-from multimodal.attention import Attention, Layout, Span
+from benchmarks.data import example, lines_of
+from multimodal.attention import Layout, Span
+from multimodal.layers import Attention
+from multimodal.look.embeddings import angles, near_orthogonal, neighbours, welch_bound
 from multimodal.look.layers import states
+from multimodal.look.parameter_count import EMBEDDING, HEADS, MLPS, count_parameters, value_map, value_maps
 from multimodal.look.probes import probe
-from multimodal.look.roles import EMBEDDING, HEADS, MLPS, roles, value_map, value_maps
-from multimodal.look.words import analogy, angles, near_orthogonal, neighbours, welch_bound
-from multimodal.masks import Places
+from multimodal.masks import MaskInfo
+from multimodal.zoo.analogies import analogy
 from multimodal_tokenizers import TextBPE
 
-__all__ = ["measure_features"]  # of a file of its own
-
 TRANSLATE = "en:text -> de:text"
-
+Numbers = dict[str, float]
 
 TOY = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
 TOY_MERGES = ["e+s", "es+t", "est+</w>", "l+o", "lo+w", "n+e", "ne+w", "new+est</w>", "low+</w>", "w+i"]
@@ -41,7 +42,9 @@ def algorithm_1(words: dict[str, int], merges: int, end: str = "</w>") -> list[s
     parts = {(*word, end): count for word, count in words.items()}
     found = []
     for _ in range(merges):
-        pairs: Counter[tuple[str, str]] = Counter()  # keeps the order of first sight, which `max` then keeps too
+        pairs: Counter[tuple[str, str]] = (
+            Counter()
+        )  # in the order of first sight, by which `max` decides between equals
         for word, count in parts.items():
             for pair in pairwise(word):
                 pairs[pair] += count
@@ -99,7 +102,7 @@ def measure_bpe(seed: int = 0, quick: bool = False, out: Path | None = None) -> 
 
 
 def _by_gpt2(text: str, merges: int) -> TextBPE:
-    """What `TextBPE.train` makes unless told otherwise: white space, letters, digits and punctuation never share a piece."""
+    """What `TextBPE.train` makes by default: white space, letters, digits and punctuation never share a piece."""
     return TextBPE.train([text], vocab_size=256 + merges)
 
 
@@ -159,7 +162,9 @@ def embeddings(sentences: Sequence[Sequence[str]], least: int, width: int, windo
     row = np.asarray(near.sum(1)).ravel()
     column = np.asarray(near.sum(0)).ravel() ** 0.75
     ppmi = np.maximum(np.log(near.data * column.sum() / (row[near.row] * column[near.col])), 0)
-    u, s, _ = svds(csr_matrix((ppmi, (near.row, near.col)), shape=near.shape), k=width, v0=np.ones(len(words)))
+    weighted = csr_matrix((ppmi, (near.row, near.col)), shape=near.shape)
+    factors: Any = svds(weighted, k=width, v0=np.ones(len(words)))  # typed as if parts of it could be left out
+    u, s, _ = factors
     return torch.tensor(u * s**0.5, dtype=torch.float32), words
 
 
@@ -214,7 +219,7 @@ def measure_orthogonal(seed: int = 0, quick: bool = False, out: Path | None = No
     return found
 
 
-def _r2(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
+def _r2(x: np.ndarray, y: Sequence[Any]) -> float:
     left = np.asarray(y) - np.polyval(np.polyfit(x, y, 1), x)
     return float(1 - left.var() / np.var(y))
 
@@ -225,7 +230,7 @@ PLACES, SYMBOLS, WIDTH = 12, 16, 32
 class TwoLookUps(nn.Module):
     """Twelve symbols and two pointers in; one attention layer of `heads` heads; a linear read-out of both symbols, in order."""
 
-    def __init__(self, heads: int, block: tuple[mm.Layer, ...]) -> None:
+    def __init__(self, heads: int, block: tuple[mm.layers.Layer, ...]) -> None:
         super().__init__()
         self.core = mm.Core(
             width=WIDTH, depth=1, heads=heads, block=block, rotary_split=(0, 0, 0), qk_norm=False
@@ -248,14 +253,19 @@ class TwoLookUps(nn.Module):
 def _full(samples: int, size: int) -> Layout:
     """Samples of equal size whose tokens all see each other."""
     at = torch.arange(samples * size, dtype=torch.int32)
-    places = Places(at // size, at % size, torch.ones_like(at), torch.zeros_like(at))
+    places = MaskInfo(at // size, at % size, torch.ones_like(at), torch.zeros_like(at))
     return Layout(tuple(Span(size, size) for _ in range(samples)), places)
 
 
 def measure_multi_head(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """Both symbols right, by number of heads; all with the same parameters but the control, one head with an MLP behind it."""
-    only = (mm.SelfAttention(),)
-    variants = {"1 head": (1, only), "2 heads": (2, only), "4 heads": (4, only), "1 head, MLP": (1, (*only, mm.MLP()))}
+    only = (mm.layers.SelfAttention(),)
+    variants = {
+        "1 head": (1, only),
+        "2 heads": (2, only),
+        "4 heads": (4, only),
+        "1 head, MLP": (1, (*only, mm.layers.MLP())),
+    }
     found: Numbers = {}
     for name, (heads, block) in variants.items():
         torch.manual_seed(seed)
@@ -288,7 +298,7 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
     """GPT-3's parameters from a declared core, and one head's values by one full matrix against value-down and value-up."""
     # its gated MLP of 8/3 D has the parameters of GPT-3's plain one of 4 D
     gpt3 = mm.Core(width=12_288, depth=96, heads=96)
-    table = roles(gpt3, vocab=50_257)
+    table = count_parameters(gpt3, vocab=50_257)
     full, down = value_maps(gpt3)
     words = table.counts[EMBEDDING] + table.counts[HEADS]
     found = {
@@ -300,10 +310,10 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
         "GPT-3 norms, not counted above": float(table.total - table.attention - table.counts[MLPS] - words),
     }
     torch.manual_seed(seed)
-    core = mm.Core(width=64, depth=1, heads=4, block=(mm.SelfAttention(),)).build().double()
+    core = mm.Core(width=64, depth=1, heads=4, block=(mm.layers.SelfAttention(),)).build().double()
     attention = next(module for module in core.modules() if isinstance(module, Attention))
     stream_TD = torch.randn(20, 64, dtype=torch.float64)
-    trace = mm.Trace()
+    trace = mm.attention.Trace()
     with torch.no_grad():
         core(stream_TD, torch.zeros(20, 3, dtype=torch.float64), _full(1, 20), trace=trace)
         normed_TD = next(core.sublayers()).norm(stream_TD)
@@ -311,7 +321,11 @@ def measure_low_rank(seed: int = 0, quick: bool = False, out: Path | None = None
         maps = [value_map(attention, head) for head in range(4)]
         full_TD = torch.stack([weight_HTM[h] @ (normed_TD @ maps[h].T) for h in range(4)]).sum(0)
         last: list[Tensor] = []
-        hook = attention.register_forward_hook(lambda module, inputs, output: last.append(output))
+
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            last.append(output)
+
+        hook = attention.out.register_forward_hook(record)
         core(stream_TD, torch.zeros(20, 3, dtype=torch.float64), _full(1, 20))
         hook.remove()
     found["max |full - factored|"] = float((full_TD - last[0]).abs().max())
@@ -351,15 +365,13 @@ def measure_context(seed: int = 0, quick: bool = False, out: Path | None = None)
 
     Means over the words (types). The static probe sees the word's embedding alone, which is the same each time.
     """
-    from sets import multi30k  # pyright: ignore[reportMissingImports]  # examples/attention/sets.py
-
-    train, _ = multi30k()
+    train, _ = example("sets").multi30k()
     pairs = [(en.lower(), de.lower()) for en, de in train][: 1500 if quick else None]
     bpe = TextBPE.train([text for pair in pairs for text in pair], vocab_size=600 if quick else 4256)
     core = mm.Core(width=32, depth=1, heads=2) if quick else mm.Core(width=128, depth=3, heads=4)
     model = mm.Model({"text": bpe}, core, [TRANSLATE], seed=seed)
     samples = [{"en": en, "de": de} for en, de in pairs]
-    recipe = {"steps": 2, "batch": 8} if quick else {"steps": 350, "batch": 64}
+    recipe: dict[str, Any] = {"steps": 2, "batch": 8} if quick else {"steps": 350, "batch": 64}
     mm.fit(model, {TRANSLATE: samples}, lr=4e-3, seed=seed, device="cpu", quiet=quick, **recipe)
     scores: dict[str, list[float]] = {"majority": []}
     for word, (first, second) in _ambiguous(pairs, 40 if quick else 100).items():
@@ -375,10 +387,10 @@ def measure_context(seed: int = 0, quick: bool = False, out: Path | None = None)
         asked, labels = asked[:800], labels[:800]
         found = states(model, TRANSLATE, [{"en": en} for en, _ in asked])
         row_N = torch.stack([found.rows("en", i)[len(bpe(en[:end])) - 1] for i, (en, end) in enumerate(asked)])
-        for name, state_TD in zip(found.names, found.layers, strict=True):
-            one = probe(state_TD[row_N], labels, decay=0.1, seed=seed)
+        probes = [probe(state_TD[row_N], labels, decay=0.1, seed=seed) for state_TD in found.layers]
+        for name, one in zip(found.names, probes, strict=True):
             scores.setdefault(name, []).append(one.accuracy)
-        scores["majority"].append(one.majority)
+        scores["majority"].append(probes[-1].majority)
     means = {name: float(np.mean(values)) for name, values in scores.items()}
     last = list(scores)[-1]
     found_numbers = {"contextual probe": means[last], "static probe": means["embedding"], "majority": means["majority"]}

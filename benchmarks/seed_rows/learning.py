@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from seed_rows.core import WRITE, Numbers, writer, written_logits
 from torch import Tensor, nn
 
 import multimodal as mm
+from benchmarks import shakespeare
+from benchmarks.data import digits_8x8
+from benchmarks.seed_rows.core import WRITE, Numbers, writer, written_logits
 
 
 def measure_residuals(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
@@ -41,18 +44,6 @@ def measure_residuals(seed: int = 0, quick: bool = False, out: Path | None = Non
             mm.fit(model, {task: train}, steps=steps, batch=64, lr=2e-3, seed=seed, quiet=True)
             found[f"{depth} blocks, {name}"] = mm.evaluate(model, task, test)["exact"]
     return found
-
-
-def digits_8x8(seed: int) -> tuple[list[dict], list[dict]]:
-    """scikit-learn's 1,797 scanned digits as samples; a stratified fifth is held out."""
-    import image_sets  # pyright: ignore[reportMissingImports]  # examples/image_sets.py
-
-    pictures = image_sets.digits(seed)
-    train, test = (
-        [{"image": np.asarray(x), "label": y} for x, y in zip(part.images, part.labels, strict=True)]
-        for part in (pictures.train, pictures.test)
-    )
-    return train, test
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def measure_induction(seed: int = 0, quick: bool = False, out: Path | None = Non
 
 @torch.no_grad()
 def share_foreseen(logits: Callable[[list[int]], Tensor], tests: Sequence[list[int]]) -> float:
-    """Right choices in the second half but its first symbol, which nothing tells; row i of the logits chooses symbol i."""
+    """Right choices in the second half but its first symbol, which cannot be known; row i of the logits chooses symbol i."""
     right = total = 0
     for ids in tests:
         best = logits(ids).argmax(-1)[: len(ids)]
@@ -140,8 +131,6 @@ def _lstm(vocab: int, parameters: float, steps: int, seed: int) -> nn.Module:
 
 def measure_scale(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """Four widths on the same characters: loss over compute; and on shuffled characters, where only their frequencies help."""
-    import shakespeare
-
     train, test = shakespeare.parts() if not quick else ("to be or not to be " * 60, "to be or not to be " * 15)
     random = np.random.default_rng(seed)
     shuffled = ["".join(random.permutation(list(text))) for text in (train, test)]
@@ -154,19 +143,19 @@ def measure_scale(seed: int = 0, quick: bool = False, out: Path | None = None) -
     losses, flops = [], []
     for width in (16, 32, 64, 128):
         core = mm.Core(width=width, depth=2, heads=2)
-        losses.append(_nats(shakespeare, core, train, test, size, steps, seed))
+        losses.append(_nats(core, train, test, size, steps, seed))
         flops.append(3 * steps * core.flops(16 * (size + 1), size / 2))
         found[f"nats, width {width}"] = losses[-1]
     for width in (16, 64):
         core = mm.Core(width=width, depth=2, heads=2)
-        found[f"nats, shuffled, width {width}"] = _nats(shakespeare, core, mixed, mixed_test, size, steps // 2, seed)
+        found[f"nats, shuffled, width {width}"] = _nats(core, mixed, mixed_test, size, steps // 2, seed)
     found["least fall from width to width"] = min(a - b for a, b in pairwise(losses))
     found["R2 of log nats over log compute"] = float(np.corrcoef(np.log(flops), np.log(losses))[0, 1] ** 2)
     found["shuffled under the entropy"] = found["unigram entropy"] - found["nats, shuffled, width 64"]
     return found
 
 
-def _nats(shakespeare, core: mm.Core, train: str, test: str, size: int, steps: int, seed: int) -> float:
+def _nats(core: mm.Core, train: str, test: str, size: int, steps: int, seed: int) -> float:
     from multimodal_tokenizers import TextBytes
 
     task = shakespeare.TASK
@@ -209,7 +198,8 @@ def _differences(seed: int) -> Numbers:
     model = writer(mm.Core(width=32, depth=2, heads=4, kv_heads=2), 8, seed, std=0.2).double()
     stream = model.pack(WRITE, [{"symbols": [1, 5, 2, 2, 7, 0]}, {"symbols": [3, 1, 4]}])
     draw, errors = torch.Generator().manual_seed(seed), []
-    for part in (*model.core.blocks, model.embeds, model.readouts):
+    blocks: Any = model.core.blocks
+    for part in (*blocks, model.embeds, model.readouts):
         weights = list(part.parameters())
         way = [torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in weights]
         slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(model.loss(stream), weights), way, strict=True))

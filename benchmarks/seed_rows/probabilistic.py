@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention.reads import Gumbel
-from multimodal.mixture import (
+from multimodal.zoo.mixture import (
     BernoulliMixture,
     DiagonalGaussian,
     elbo,

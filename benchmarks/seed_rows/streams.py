@@ -6,10 +6,6 @@ Each `measure_...` returns its numbers by name; table.py has their bars. CPU-min
 transcription 14, synthesis 6, one-stream 5, positions 4, images 4, pretraining 4.
 """
 
-import io
-import json
-import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import multimodal as mm
+from benchmarks import pretraining, shakespeare, speech, speech_data, writing
+from benchmarks.data import Rows, digits_8x8, example, mnist, spoken
 from multimodal.positions import sine_cosine
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBytes
 
-DATA = Path(os.environ.get("MULTIMODAL_DATA", "../shared/data"))
 DIGITS = tuple("0123456789")
 READ = "image -> label"
 Numbers = dict[str, float]
-Rows = list[dict[str, Any]]
-
-
-def mnist(quick: bool) -> tuple[Rows, Rows]:
-    """8,000 and 2,000 samples {"image", "label"}; quickly: 60 and 20."""
-    from sets import mnist as arrays  # pyright: ignore[reportMissingImports]  # examples/attention/sets.py
-
-    images, labels, test_images, test_labels = arrays()
-    parts = ((images, labels, 60), (test_images, test_labels, 20))
-    rows = [[{"image": x, "label": str(y)} for x, y in zip(xs[:n], ys[:n], strict=True)] if quick else
-            [{"image": x, "label": str(y)} for x, y in zip(xs, ys, strict=True)] for xs, ys, n in parts]  # fmt: skip
-    return rows[0], rows[1]
 
 
 def encoded(tokenizer: mm.Tokenizer, rows: Rows, field: str) -> Rows:
@@ -67,8 +52,6 @@ def majority(train: Rows, test: Rows) -> float:
 
 def measure_language_model(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """benchmarks/shakespeare.py's model of nanoGPT's CPU shape, beside counting; nats a character of the last tenth."""
-    import shakespeare
-
     train, test = ("to be or not to be " * 60, "to be or not to be " * 15) if quick else shakespeare.parts()
     core, size, recipe = shakespeare.RUNS["recipe"]
     if quick:
@@ -118,8 +101,6 @@ def measure_pretraining(seed: int = 0, quick: bool = False, out: Path | None = N
 
     Both are fitted alike, over five draws of the labels; controls: a linear probe of either's mean state, trained or fresh.
     """
-    import pretraining
-
     patches = ImagePatches(patch=7, channels=1, position="rotary")
     pool, test = (
         [pretraining.Item(Rolled(row["image"], patches), row["label"], row["image"]) for row in rows]
@@ -160,24 +141,8 @@ def added(seen: dict[str, Any], heard: dict[str, Any]) -> dict[str, Any]:
     return {**seen, "audio": heard["audio"], "label": str(int(seen["label"]) + int(heard["label"]))}
 
 
-def spoken(quick: bool) -> tuple[Rows, Rows]:
-    """FSDD's takes 5 to 49 and 0 to 4 as samples {"audio", "label", "speaker"}."""
-    found: dict[bool, Rows] = {True: [], False: []}
-    import soundfile
-
-    with zipfile.ZipFile(DATA / "fsdd.zip") as archive:
-        rows = [json.loads(line) for line in archive.read("manifest.jsonl").decode("utf-8").split("\n") if line]
-        for row in rows[:: 40 if quick else 1]:
-            wave, rate = soundfile.read(io.BytesIO(archive.read(row["file"])), dtype="float32")
-            sample = {"audio": (wave, rate), "label": str(row["digit"]), "speaker": row["speaker"]}
-            found[row["take"] < 5].append(sample)
-    return found[False], found[True] or found[False]
-
-
 def measure_one_stream(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """The sum of a handwritten and a spoken digit, in 19 classes, from one stream; and what is left of it without either."""
-    import sound_sets  # pyright: ignore[reportMissingImports]
-
     task = "image audio -> label"
     patches, frames = ImagePatches(patch=7, channels=1), AudioFrames(rate_hz=8000, mels=40, stack=4)
     seen, seen_test = (encoded(patches, rows, "image") for rows in mnist(quick))
@@ -187,7 +152,10 @@ def measure_one_stream(seed: int = 0, quick: bool = False, out: Path | None = No
     heard = [  # as recorded, and a little faster or slower with noise
         {**row, "audio": frames((wave, 8000))}
         for row in clips
-        for wave in (row["audio"][0], *(sound_sets.disturbed(torch.from_numpy(row["audio"][0])) for _ in range(5)))
+        for wave in (
+            row["audio"][0],
+            *(example("sound_sets").disturbed(torch.from_numpy(row["audio"][0])) for _ in range(5)),
+        )
     ]
     heard_test = encoded(frames, clips_test, "audio")
     names = tuple(str(n) for n in range(19))
@@ -219,14 +187,14 @@ def measure_one_stream(seed: int = 0, quick: bool = False, out: Path | None = No
 class PlacedPatches(mm.Tokenizer):
     """Patches of 7 x 7 pixels whose place is only in what is added: sines and cosines of row and column, of one of them, or none.
 
-    For a core without rotary places, so that it is told nothing besides.
+    For a core without rotary places, so that it knows no other positions.
     """
 
-    places_told: str = "row and column"
+    given: str = "row and column"
 
     @property
     def axes(self) -> int:
-        return {"row and column": 2, "index": 1, "column": 1, "none": 0}[self.places_told]
+        return {"row and column": 2, "index": 1, "column": 1, "none": 0}[self.given]
 
     @property
     def feature_size(self) -> int:
@@ -236,8 +204,8 @@ class PlacedPatches(mm.Tokenizer):
         tokens = ImagePatches(patch=7, channels=1, position="rotary").encode(value)
         row_column = tokens.position_NA[:, 1:]
         index = torch.arange(float(len(tokens)))[:, None]
-        told = {"row and column": row_column, "index": index, "column": row_column[:, 1:], "none": index[:, :0]}
-        content = torch.cat([tokens.content, told[self.places_told]], 1)
+        places = {"row and column": row_column, "index": index, "column": row_column[:, 1:], "none": index[:, :0]}
+        content = torch.cat([tokens.content, places[self.given]], 1)
         return mm.Tokens(content, tokens.position_NA)
 
     def embed(self, width: int) -> nn.Module:
@@ -256,13 +224,13 @@ class _PixelsAndPlaces(nn.Module):
 
 
 def measure_positions(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
-    """MNIST by 16 patches that are told row and column, a running number, the column, or nothing of their place."""
+    """MNIST by 16 patches that know row and column, a running number, the column, or no position."""
     train, test = mnist(quick)
     # the digit 7 pixels further right on a canvas that is half as wide again: numbers then mean other rows
     wide = [{**row, "image": np.pad(row["image"], ((0, 0), (7, 7)))} for row in test]
     found: Numbers = {}
-    told = {"2-D": "row and column", "1-D": "index", "column only": "column", "none": "none"}
-    for name, places in told.items():
+    variants = {"2-D": "row and column", "1-D": "index", "column only": "column", "none": "none"}
+    for name, places in variants.items():
         patches = PlacedPatches(places)
         core = mm.Core(width=64, depth=3, heads=4, rotary_split=(0, 0, 0))
         model = mm.Model({"image": patches, "label": Labels(DIGITS)}, core, [READ], seed=seed)
@@ -275,8 +243,6 @@ def measure_positions(seed: int = 0, quick: bool = False, out: Path | None = Non
 
 def measure_images(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """MNIST's 8,000 / 2,000 and scikit-learn's digits by the default picture tokenizer and core, beside nearest neighbours."""
-    from seed_rows.learning import digits_8x8
-
     found: Numbers = {}
     sets = {"MNIST": (*mnist(quick), 4), "digits": (*digits_8x8(seed), 2)}
     for name, (train, test, patch) in sets.items():
@@ -295,9 +261,6 @@ def measure_images(seed: int = 0, quick: bool = False, out: Path | None = None) 
 
 def measure_transcription(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """Strings of spoken digits by benchmarks/speech.py's program, in a third of its steps; again without one of the speakers."""
-    import speech
-    import speech_data
-
     clips = dict(zip((False, True), spoken(quick), strict=True))
     steps = 2 if quick else 1200
     found: Numbers = {}
@@ -314,7 +277,7 @@ def measure_transcription(seed: int = 0, quick: bool = False, out: Path | None =
 
     def tested(rows: Rows) -> list[dict[str, Any]]:
         random = np.random.default_rng(0)
-        return [speech_data._joined(strings(rows), random, disturb=False) for _ in range(4 if quick else 300)]
+        return [speech_data.joined(strings(rows), random, disturb=False) for _ in range(4 if quick else 300)]
 
     model, tests = fitted(clips[False]), tested(clips[True])
     wanted = [row["text"] for row in tests]
@@ -324,9 +287,9 @@ def measure_transcription(seed: int = 0, quick: bool = False, out: Path | None =
     random = np.random.default_rng(seed)
     guessed = ["".join(str(d) for d in random.integers(10, size=len(text))) for text in wanted]
     found["digit error rate, random digits"] = _rates(wanted, guessed)[0]
-    stranger = sorted({row["speaker"] for row in clips[False]})[-1]
-    known = [row for row in clips[False] if row["speaker"] != stranger]
-    tests = tested([row for part in clips.values() for row in part if row["speaker"] == stranger])
+    left_out = sorted({row["speaker"] for row in clips[False]})[-1]
+    known = [row for row in clips[False] if row["speaker"] != left_out]
+    tests = tested([row for part in clips.values() for row in part if row["speaker"] == left_out])
     model = fitted(known)
     read = _rates([row["text"] for row in tests], speech.heard(model, tests, speech.greedy))
     found["digit error rate, unknown speaker"], found["whole string, unknown speaker"] = read
@@ -343,8 +306,6 @@ def _rates(wanted: Sequence[str], found: Sequence[str]) -> tuple[float, float]:
 
 def measure_synthesis(seed: int = 0, quick: bool = False, out: Path | None = None) -> Numbers:
     """Digits said by a model that writes codes of sound, read by judges of words and of voices that never heard such codes."""
-    import writing
-
     clips, test = spoken(quick)
     speakers = tuple(sorted({row["speaker"] for row in clips}))
     frames = AudioFrames(rate_hz=8000, mels=48, hop_ms=16, window_ms=32, stack=1, normalise="fixed")
@@ -399,7 +360,7 @@ def measure_synthesis(seed: int = 0, quick: bool = False, out: Path | None = Non
     found["nats a frame, unigram"] = float(-np.log(unigram[np.concatenate(held)]).mean())
     pairs = [{**row, "sound": mm.Tokens(torch.from_numpy(ids), codes.places(len(ids)))} for row, ids in
              zip(test, held, strict=True)]  # fmt: skip
-    with model.resting():
+    with model.inference_mode():
         streams = [model.pack(task, pairs[i : i + 50]) for i in range(0, len(pairs), 50)]
         nats = sum(float(model.losses(s)[task]) for s in streams) / sum(s.readings[task].count for s in streams)
     return found | {"nats a frame": nats}

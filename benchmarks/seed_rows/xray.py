@@ -1,14 +1,12 @@
 """The X-ray's read-outs of a trained multi-head layer, each against another way to the same number, in float64.
 
-    uv run benchmarks/seed_rows/xray.py            half a CPU-minute; every error is 1e-12 or less, the layer itself (float32) 1e-5
+    uv run benchmarks/seeds.py xray            half a CPU-minute; every error is 1e-12 or less, the layer itself (float32) 1e-5
 
 scikit-learn's digits, 4 x 4 patches, two blocks of four heads with a learned prior of relative places, 150 steps. What is checked
 is `multimodal.look.LayerXRay` itself, on the queries and keys that the trained layers multiplied.
 """
 
-import argparse
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,36 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":
-    ROOT = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(ROOT / part) for part in ("benchmarks", "examples", "tokenizers", ".")]
-
-from seed_rows.learning import digits_8x8
-
 import multimodal as mm
+from benchmarks.data import digits_8x8
 from multimodal.attention import RelativeBias, ScaledDotProduct
 from multimodal.look import LayerXRay, xray
 from multimodal_tokenizers import ImagePatches, Labels
 
 TASK = "image -> label"
-BAR = 1e-6
 
 
 @dataclass(frozen=True)
-class Kept(ScaledDotProduct):
-    """The scaled dot product, which keeps what it multiplied."""
+class Recorded(ScaledDotProduct):
+    """The scaled dot product, which records the queries and keys that it multiplied."""
 
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
 
     def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
-        self.kept.append((q_BTHK, k_BMGK))
+        self.pairs.append((q_BTHK, k_BMGK))
         return super().features(q_BTHK, k_BMGK, weights)
 
 
 def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict[str, float]:
     """The largest error of each identity over all heads, queries and keys of all layers, for a few test pictures."""
     train, test = digits_8x8(seed)
-    score = Kept()
+    score = Recorded()
     core = mm.Core(width=64, depth=2, heads=4, score=score, prior=RelativeBias(reach=16))
     tokenizers = {"image": ImagePatches(patch=2, channels=1), "label": Labels(tuple("0123456789"))}
     model = mm.Model(tokenizers, core, [TASK], seed=seed)
@@ -53,9 +45,9 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
     model.eval()
     found: dict[str, float] = {}
     for sample in test[: 1 if quick else 8]:
-        score.kept.clear()
+        score.pairs.clear()
         ray = xray(model, TASK, {"image": sample["image"]})
-        for layer, (q_BTHK, k_BMHK) in zip(ray.layers, score.kept, strict=True):
+        for layer, (q_BTHK, k_BMHK) in zip(ray.layers, score.pairs, strict=True):
             q_HTK, k_HMK = (x[0].double().transpose(0, 1).clone() for x in (q_BTHK, k_BMHK))
             for name, error in identities(layer, q_HTK, k_HMK).items():
                 least = name.startswith("least")
@@ -118,16 +110,3 @@ def _left_out(exact: LayerXRay, joint_HTM: Tensor, value_HMK: Tensor) -> Tensor:
         gone_HTM = joint_HTM.index_fill(2, torch.tensor([j]), -torch.inf)
         again[:, :, j] = gone_HTM.softmax(-1) @ value_HMK
     return (without - again).nan_to_num(torch.inf)  # every query here sees several keys
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/xray"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    numbers = measure(args.seed, args.quick, args.out)
-    for name, number in numbers.items():
-        print(f"{name:<34} {number:>12.3g}" + (f"   bar {BAR:g}" if name.startswith("error") else ""))
-    print(f"picture  {args.out / 'xray.png'}")

@@ -8,7 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class BenchError(RuntimeError):
 
 
 class Worker:
-    """A side's process."""
+    """A side's process; `with` ends it."""
 
     def __init__(self, module: str, row: Row, side: str, place: Place) -> None:
         self.name = f"{row.name}, {'us' if side == 'ours' else row.peer or 'report'}"
@@ -37,7 +38,7 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `end`
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `__exit__`
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
@@ -53,18 +54,22 @@ class Worker:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            told = "\n".join(self.errors.read().strip().split("\n")[-12:])
-            raise BenchError(f"{self.name}: ended with code {self.process.returncode} and no answer\n{told}")
+            last = "\n".join(self.errors.read().strip().split("\n")[-12:])
+            raise BenchError(f"{self.name}: ended with code {self.process.returncode} and no answer\n{last}")
         return json.loads(line)
 
     def order(self, *words: object) -> dict[str, Any]:
+        """The answer to an order, which is one line of words."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # the missing answer tells why
+        with suppress(BrokenPipeError):  # the missing answer says why
             print(*words, file=self.process.stdin, flush=True)
         return self.answer()
 
-    def end(self) -> None:
-        """Let it go, or stop it."""
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends its input, upon which it ends; stops it after 20 s."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
@@ -78,77 +83,72 @@ class Worker:
         self.errors.close()
 
 
+Rounds = dict[str, list[dict[str, Any]]]  # by side, each with "wall" and "cpu" in seconds a unit, and "peak" in MB
+
+
 def measure(module: str, row: Row, place: Place, rounds: int, seconds: float) -> dict[str, Any]:
-    """Everything that is known of a row after `rounds` rounds of each side, of about so many seconds each.
+    """The result of a row: that of its report, or times of `rounds` rounds of each side, of about `seconds` each.
 
     Raises:
         BenchError: a side failed, or outputs differ.
     """
     if row.report is not None:
-        worker = Worker(module, row, "report", place)
-        try:
+        with Worker(module, row, "report", place) as worker:
             return worker.answer()
-        finally:
-            worker.end()
     if row.fresh:
         return _whole_programs(module, row, place, rounds)
-    workers: list[Worker] = []
-    try:
-        ready = []
-        for side in ("theirs", "ours"):  # the peer first: it may leave its weights for us
-            workers.append(Worker(module, row, side, place))
-            ready.append(workers[-1].answer())
-        theirs, ours = workers
-        differ = None if row.tolerance is None else difference(row, *_written_outputs(place.folder, workers))
-        warm = [worker.order("warm", seconds) for worker in workers]
-        found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-        turns = [("ours", ours, warm[1]), ("theirs", theirs, warm[0])]
+    found: Rounds = {"theirs": [], "ours": []}
+    with ExitStack() as stack:
+        workers, ready = {}, {}
+        for side in found:  # the peer first: it may leave its weights for us
+            workers[side] = stack.enter_context(Worker(module, row, side, place))
+            ready[side] = workers[side].answer()
+        differ = None if row.tolerance is None else difference(row, *_saved_outputs(place.folder, workers))
+        warm = {side: worker.order("warm", seconds) for side, worker in workers.items()}
         for i in range(rounds):  # A B, B A, ..: what drifts within a round goes either way
-            for side, worker, told in turns if i % 2 == 0 else turns[::-1]:
-                found[side].append(worker.order("time", told["count"]))
-    finally:
-        for worker in workers:
-            worker.end()
-    for side, told, first in zip(("theirs", "ours"), ready, warm, strict=True):
-        told["facts"] |= {"first run, s": round(first["first"], 3)}
-        for timed in found[side]:
-            timed["wall"] /= told["units"]
-            timed["cpu"] /= told["units"]
-    return {
-        "unit": ready[1]["unit"],
-        "difference": differ,
-        **{side: _side(found[side], told["facts"]) for side, told in zip(("theirs", "ours"), ready, strict=True)},
-        **ratios(found["ours"], found["theirs"]),
-    }
+            for side in ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours"):
+                found[side].append(workers[side].order("time", warm[side]["count"]))
+    for side, times in found.items():
+        ready[side]["facts"]["first run, s"] = round(warm[side]["first"], 3)
+        for time_s in times:
+            time_s["wall"] /= ready[side]["units"]
+            time_s["cpu"] /= ready[side]["units"]
+    return _result(ready["ours"]["unit"], differ, found, {side: ready[side]["facts"] for side in found})
 
 
 def _whole_programs(module: str, row: Row, place: Place, rounds: int) -> dict[str, Any]:
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-    told: dict[str, dict[str, Any]] = {}
+    found: Rounds = {"theirs": [], "ours": []}
+    facts: dict[str, list[dict[str, Any]]] = {"theirs": [], "ours": []}
+    unit = ""
     for i in range(rounds):
         for side in ("ours", "theirs"):
             clock = time.perf_counter()
-            worker = Worker(module, row, side, Place(**{**vars(place), "seed": place.seed + i}))
-            try:
-                told[side] = worker.answer()
-            finally:
-                worker.end()
-            wall = (time.perf_counter() - clock) / told[side]["units"]
-            found[side].append({"wall": wall, "cpu": told[side]["cpu"], "peak": told[side]["peak"]})
-            told[side]["facts"] = _joined(found[side], told[side]["facts"])
+            with Worker(module, row, side, replace(place, seed=place.seed + i)) as worker:
+                answer = worker.answer()
+            wall = (time.perf_counter() - clock) / answer["units"]
+            found[side].append({"wall": wall, "cpu": answer["cpu"], "peak": answer["peak"]})
+            facts[side].append(answer["facts"])
+            unit = answer["unit"]
+    return _result(unit, None, found, {side: _joined(each) for side, each in facts.items()})
+
+
+def _joined(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last round's facts; where the rounds differ in one, those of all rounds."""
     return {
-        "unit": told["ours"]["unit"],
-        "difference": None,
-        **{side: _side(found[side], told[side]["facts"]) for side in found},
-        **ratios(found["ours"], found["theirs"]),
+        key: value if all(facts.get(key) == value for facts in rounds) else [facts.get(key) for facts in rounds]
+        for key, value in rounds[-1].items()
     }
 
 
-def _joined(so_far: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts of a round, with those of the rounds before it where they are not the same."""
-    so_far[-1]["facts"] = facts
-    rounds = [found["facts"] for found in so_far]
-    return {k: v if all(r.get(k) == v for r in rounds) else [r.get(k) for r in rounds] for k, v in facts.items()}
+def profiles(module: str, row: Row, place: Place) -> dict[str, Any]:
+    """Where the time of both sides goes, as lines."""
+    found = {}
+    for side in ("theirs", "ours"):
+        with Worker(module, row, side, place) as worker:
+            worker.answer()
+            worker.order("warm", 1)
+            found[side] = worker.order("profile")["lines"]
+    return {"profile": found}
 
 
 def difference(row: Row, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
@@ -159,7 +159,7 @@ def difference(row: Row, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     """
     if not ours or ours.keys() != theirs.keys():
         raise BenchError(
-            f"{row.name}: we put out {sorted(ours)} and {row.peer} {sorted(theirs)}; give both the same names"
+            f"{row.name}: our outputs are {sorted(ours)} and those of {row.peer} {sorted(theirs)}; give both the same names"
         )
     shares = [0.0]
     for name, mine in ours.items():
@@ -176,21 +176,25 @@ def difference(row: Row, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     return max(shares)
 
 
-def _written_outputs(folder: Path, workers: Sequence[Worker]) -> list[dict[str, Any]]:
+def _saved_outputs(folder: Path, workers: Mapping[str, Worker]) -> list[dict[str, Any]]:
     from safetensors.torch import load_file
 
-    for worker in workers:
+    for worker in workers.values():
         worker.order("outputs")
     return [load_file(folder / f"outputs-{side}.safetensors") for side in ("ours", "theirs")]
 
 
-def _side(found: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "wall": statistics.median(f["wall"] for f in found),
-        "cpu": statistics.median(f["cpu"] for f in found),
-        "peak_mb": round(max(f["peak"] for f in found)),
-        "facts": facts,
+def _result(unit: str, differ: float | None, found: Rounds, facts: Mapping[str, Any]) -> dict[str, Any]:
+    sides = {
+        side: {
+            "wall": statistics.median(r["wall"] for r in rounds),
+            "cpu": statistics.median(r["cpu"] for r in rounds),
+            "peak_mb": round(max(r["peak"] for r in rounds)),
+            "facts": facts[side],
+        }
+        for side, rounds in found.items()
     }
+    return {"unit": unit, "difference": differ, **sides, **ratios(found["ours"], found["theirs"])}
 
 
 def ratios(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> dict[str, Any]:

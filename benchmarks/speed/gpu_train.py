@@ -8,12 +8,12 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
-from benchmarks.speed.gpu import ceilings, clocked, halved, llama
+from benchmarks.speed.gpu import ceilings, clocked, halved
 from benchmarks.speed.row import Place, Row
-from benchmarks.speed.scaling import ids
+from benchmarks.speed.work import ids, their_llama, train_step
 
 TASKS = ("image -> text", "audio -> text", "-> text")
 MIXED, CAUSAL = "mixed, prefix-LM", "the same lengths, causal"  # these with whole blocks compiled
@@ -28,7 +28,7 @@ def cores(place: Place) -> dict[str, Any]:
 
 
 def mixed_samples(tokens: int, vocab: int, most: int, seed: int) -> list[tuple[str, dict[str, Any]]]:
-    """Pictures and sounds with texts, and texts alone, of log-uniform lengths up to `most`: exactly so many tokens together."""
+    """Pictures and sounds with texts, and texts alone, of log-uniform lengths up to `most`: `tokens` tokens together."""
     import numpy as np
     import torch
 
@@ -71,31 +71,26 @@ def mixed_model(core: Any, vocab: int, place: Place) -> Any:
 
 def training(model: Any, streams: Sequence[Any], place: Place) -> Callable[[], None]:
     """A step over these micro-batches: weights and moments in float32, products in bfloat16 (autocast), fused AdamW."""
-    import torch
-
     model.zero_grad(set_to_none=True)  # a step that ran out of memory leaves some
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     streams = [stream.to(place.device) for stream in streams]
     counts = {task: sum(s.readings[task].count for s in streams if task in s.readings) for task in model.tasks}
 
-    def step() -> None:
-        for stream in streams:
-            with halved(place):
-                loss = model.loss(stream, counts=counts)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss(stream: Any) -> Any:
+        with halved(place):
+            return model.loss(stream, counts=counts)
 
-    return step
+    return train_step(model, *(partial(loss, stream) for stream in streams))
 
 
 def causal(stream: Any) -> Any:
-    """The same lengths, with nothing read freely."""
+    """The same lengths, all of them causal."""
     import torch
 
     layout = stream.layout
-    places = replace(layout.places, free=torch.zeros_like(layout.places.free))
-    return replace(stream, layout=replace(layout, spans=tuple(s._replace(free=0) for s in layout.spans), places=places))
+    info = replace(layout.info, bidirectional=torch.zeros_like(layout.info.bidirectional))
+    return replace(
+        stream, layout=replace(layout, spans=tuple(s._replace(bidirectional=0) for s in layout.spans), info=info)
+    )
 
 
 def step_flops(model: Any, streams: Sequence[Any], vocab: int) -> float:
@@ -144,20 +139,15 @@ def llama_training(model: Any, parts: int, batch: int, length: int, vocab: int, 
     import torch.nn.functional as F
 
     model.zero_grad(set_to_none=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     draw = torch.Generator().manual_seed(place.seed)
     batches = torch.randint(vocab, (batch, length + 1), generator=draw).to(place.device).chunk(parts)
 
-    def step() -> None:
-        for ids_BT in batches:
-            with halved(place):
-                logits = model(input_ids=ids_BT[:, :-1]).logits
-                loss = F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()) / len(batches)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss(ids_BT: Any) -> Any:
+        with halved(place):
+            logits = model(input_ids=ids_BT[:, :-1]).logits
+            return F.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten()) / len(batches)
 
-    return step
+    return train_step(model, *(partial(loss, part) for part in batches))
 
 
 @dataclass(frozen=True)
@@ -212,7 +202,8 @@ def their_steps(core: Any, work: Work, flops: float, place: Place) -> Iterator[t
     import torch
 
     for compiled in (False, True)[: 1 if place.quick else 2]:
-        model = llama(core, work.vocab, place).train()
+        settings = {"num_key_value_heads": core.groups, "max_position_embeddings": 4096, "use_cache": False}
+        model = their_llama(core, work.vocab + 1, place, **settings).to(place.device).train()
         if compiled:
             model.compile()
 
@@ -241,7 +232,7 @@ def train_report(place: Place) -> dict[str, Any]:
     for name, core in cores(place).items():
         found: dict[str, Step] = {}
 
-        def keep(
+        def add(
             what: str,
             step: Step | Exception,
             name: str = name,
@@ -259,11 +250,11 @@ def train_report(place: Place) -> dict[str, Any]:
             )
 
         for what, step in our_steps(core, work, place):
-            keep(what, step)
+            add(what, step)
             print(lines[-1], file=sys.stderr, flush=True)  # should the time run out
         even = found[f"texts of {work.most}"]
         for what, step in their_steps(core, work, even.flops, place):
-            keep(what, step)
+            add(what, step)
             print(lines[-1], file=sys.stderr, flush=True)
         ratio = min((s.seconds for what, s in found.items() if what.startswith("Llama")), default=0.0) / even.seconds
         apart = found[MIXED].seconds / found[CAUSAL].seconds

@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from benchmarks.speed import results
-from benchmarks.speed.compare import BenchError, Worker, measure
+from benchmarks.speed.compare import BenchError, measure, profiles
 from benchmarks.speed.row import Place, Row
 
 GROUP = "uv sync --group peers"
@@ -47,7 +47,7 @@ def _no_device(row: Row, quick: bool) -> str:
 def bench(
     names: Sequence[str], *, quick: bool, rounds: int, seconds: float, threads: int, profile: bool, keep: Path | None
 ) -> int:
-    """Run rows, show each as it is done, and add what they gave to the folder `keep`, if there is one.
+    """Run rows, show each as it is done, and add the figures to the folder `keep`, if there is one.
 
     Returns 1 if a row failed or missed its goal, else 0.
 
@@ -84,16 +84,16 @@ def bench(
                     device="cuda" if row.cuda and not quick else "cpu",
                 )
                 try:
-                    found = _profiled(module, row, place) if profile else measure(module, row, place, rounds, seconds)
+                    found = profiles(module, row, place) if profile else measure(module, row, place, rounds, seconds)
                 except BenchError as error:
                     failed += 1
                     say.print(f"[red]{escape(str(error))}[/red]")
                 else:
-                    line = results.kept(row, found, threads, rounds)
+                    line = results.record(row, found, threads, rounds)
                     failed += not _met(row, line)
                     if keep is not None and not quick:
                         results.add(line, keep)
-                    say.print("\n".join([escape(f"{row.name}: {row.what}"), *map(escape, _told(line, quick))]))
+                    say.print("\n".join([escape(f"{row.name}: {row.what}"), *map(escape, _shown(line, quick))]))
             bar.advance(task)
     if keep is None and not quick:
         say.print("shown only: --keep adds the figures to benchmarks/results, --out FOLDER to another folder")
@@ -106,13 +106,13 @@ def _met(row: Row, line: dict[str, Any]) -> bool:
     return row.goal is None or line["ratio"] >= row.goal
 
 
-def _told(line: dict[str, Any], quick: bool) -> list[str]:
+def _shown(line: dict[str, Any], quick: bool) -> list[str]:
     """A row's figures for people."""
     if "profile" in line:
-        return [f"  {side}: {told}" for side, lines in line["profile"].items() for told in lines] + [""]
+        return [f"  {side}: {text}" for side, lines in line["profile"].items() for text in lines] + [""]
     if "ratio" not in line:
         return [*line["lines"], ""]
-    ours, theirs = (results.told(line[side]["wall"], line["unit"]) for side in ("ours", "theirs"))
+    ours, theirs = (results.speed(line[side]["wall"], line["unit"]) for side in ("ours", "theirs"))
     spread = f"{line['ratios'][0]:.2f} to {line['ratios'][-1]:.2f} in {len(line['ratios'])} rounds"
     goal = "" if line["goal"] is None else f", goal {line['goal']:g}"
     same = "outputs not compared" if line["difference"] is None else f"outputs differ by {line['difference']:.1g}"
@@ -120,17 +120,4 @@ def _told(line: dict[str, Any], quick: bool) -> list[str]:
     for side, speed in (("ours", ours), ("theirs", theirs)):
         facts = "; ".join(f"{k} {v}" for k, v in line[side]["facts"].items())
         out.append(f"  {side:6} {speed}, peak {line[side]['peak_mb']} MB; {facts}")
-    return [*out, "  quick settings: the figures say nothing" if quick else "", ""]
-
-
-def _profiled(module: str, row: Row, place: Place) -> dict[str, Any]:
-    found = {}
-    for side in ("theirs", "ours"):
-        worker = Worker(module, row, side, place)
-        try:
-            worker.answer()
-            worker.order("warm", 1)
-            found[side] = worker.order("profile")["lines"]
-        finally:
-            worker.end()
-    return {"profile": found}
+    return [*out, "  quick settings: the figures mean nothing" if quick else "", ""]

@@ -1,10 +1,10 @@
 """Train steps on photos of mixed sizes at their own resolution, against vit-pytorch's NaViT and timm's NaFlexVit."""
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed.row import Job, Place, Row
+from benchmarks.speed.work import training
 
 TASK = "image -> label"
 PATCH, CLASSES = 16, 10
@@ -15,11 +15,14 @@ WORK = (
 )
 
 
-def shape(place: Place) -> dict[str, int]:
-    """Width, depth, heads and photos a step."""
-    if place.quick:
-        return {"width": 48, "depth": 1, "heads": 2, "photos": 4}
-    return {"width": 192, "depth": 6, "heads": 3, "photos": 32}
+@dataclass(frozen=True)
+class Shape:
+    """A model, and photos a step."""
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    photos: int = 32
 
 
 def photos(place: Place) -> tuple[list[Any], list[int]]:
@@ -27,79 +30,65 @@ def photos(place: Place) -> tuple[list[Any], list[int]]:
     import torch
 
     draw = torch.Generator().manual_seed(place.seed)
-    count = shape(place)["photos"]
+    count = place.sizes.photos
     side = 64 * (LARGEST / 64) ** torch.rand(count, 2, generator=draw)
     sides = ((side / PATCH).round().int() * PATCH).tolist()
-    return (
-        [torch.rand(3, height, width, generator=draw) for height, width in sides],
-        torch.randint(CLASSES, (count,), generator=draw).tolist(),
-    )
+    images = [torch.rand(3, height, width, generator=draw) for height, width in sides]
+    return images, torch.randint(CLASSES, (count,), generator=draw).tolist()
 
 
-def stepped(parameters: Any, loss: Callable[[], Any], place: Place, **facts: Any) -> Job:
-    """A job of train steps."""
-    import torch
+def patches(images: list[Any]) -> list[int]:
+    """Number of patches of each photo."""
+    return [image.shape[1] * image.shape[2] // PATCH**2 for image in images]
 
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-    def run() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    patches = sum(x.shape[1] * x.shape[2] // PATCH**2 for x in photos(place)[0])
-    count = f"{sum(p.numel() for p in parameters):,}"
-    return Job(
-        run, units=shape(place)["photos"], unit="photos", facts={"parameters": count, "patches": patches} | facts
-    )
+def job(model: Any, loss: Any, images: list[Any], **facts: Any) -> Job:
+    facts = {"patches": sum(patches(images)), **facts}
+    return training(model, loss, units=len(images), unit="photos", **facts)
 
 
 def ours(place: Place) -> Job:
     from multimodal import Core, Model
     from multimodal_tokenizers import ImagePatches, Labels
 
-    sizes = shape(place)
+    shape = place.sizes
     images, labels = photos(place)
-    model = Model(
-        tokenizers={
-            "image": ImagePatches(patch=PATCH, position="learned"),
-            "label": Labels(tuple(map(str, range(CLASSES)))),
-        },
-        core=Core(width=sizes["width"], depth=sizes["depth"], heads=sizes["heads"]),
-        tasks=[TASK],
-    )
+    tokenizers = {
+        "image": ImagePatches(patch=PATCH, position="learned"),
+        "label": Labels(tuple(map(str, range(CLASSES)))),
+    }
+    model = Model(tokenizers, Core(width=shape.width, depth=shape.depth, heads=shape.heads), [TASK])
     samples = [{"image": image, "label": str(label)} for image, label in zip(images, labels, strict=True)]
-    return stepped(model.parameters(), lambda: model.loss(model.pack(TASK, samples)), place)
+    return job(model, lambda: model.loss(model.pack(TASK, samples)), images)
 
 
-def navit(place: Place, most: int = (LARGEST // PATCH) ** 2) -> Job:
-    """Photos in groups of `most` patches at most, by default those of the largest photo there may be; a mask keeps them apart."""
+def navit(place: Place) -> Job:
+    """Photos in groups of at most as many patches as the largest photo may have; a mask keeps them apart."""
     import torch
     from torch.nn.functional import cross_entropy
     from vit_pytorch.na_vit import NaViT
 
     torch.manual_seed(place.seed)
-    sizes = shape(place)
+    shape, most = place.sizes, (LARGEST // PATCH) ** 2
     images, labels = photos(place)
     target = torch.tensor(labels)
     model = NaViT(
         image_size=LARGEST,
         patch_size=PATCH,
         num_classes=CLASSES,
-        dim=sizes["width"],
-        depth=sizes["depth"],
-        heads=sizes["heads"],
-        dim_head=sizes["width"] // sizes["heads"],
-        mlp_dim=4 * sizes["width"],
+        dim=shape.width,
+        depth=shape.depth,
+        heads=shape.heads,
+        dim_head=shape.width // shape.heads,
+        mlp_dim=4 * shape.width,
         token_dropout_prob=None,
     ).train()
 
     def loss() -> torch.Tensor:
-        images_01 = [(image - 0.5) / 0.5 for image in images]  # as ours are normalised
-        return cross_entropy(model(images_01, group_images=True, group_max_seq_len=most), target)
+        normalised = [(image - 0.5) / 0.5 for image in images]  # as ours are
+        return cross_entropy(model(normalised, group_images=True, group_max_seq_len=most), target)
 
-    return stepped(model.parameters(), loss, place, **{"patches a group": most})
+    return job(model, loss, images, **{"patches a group": most})
 
 
 def naflex(place: Place) -> Job:
@@ -111,14 +100,13 @@ def naflex(place: Place) -> Job:
     from torch.nn.functional import cross_entropy
 
     torch.manual_seed(place.seed)
-    sizes = shape(place)
+    shape, grid = place.sizes, LARGEST // PATCH
     images, labels = photos(place)
-    grid = LARGEST // PATCH
     config = NaFlexVitCfg(
         patch_size=PATCH,
-        embed_dim=sizes["width"],
-        depth=sizes["depth"],
-        num_heads=sizes["heads"],
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
         global_pool="avg",
         fc_norm=True,
         pos_embed="factorized",
@@ -127,46 +115,44 @@ def naflex(place: Place) -> Job:
         use_key_only_attn_mask=True,
     )
     model = NaFlexVit(config, num_classes=CLASSES).train()
-    patchify = Patchify(PATCH)
-    longest = max(image.shape[1] * image.shape[2] // PATCH**2 for image in images)
+    patchify, longest = Patchify(PATCH), max(patches(images))
     collate = NaFlexCollator(longest)
 
     def loss() -> torch.Tensor:
-        batch, target = collate(
-            [(patchify((image - 0.5) / 0.5), label) for image, label in zip(images, labels, strict=True)]
-        )
+        pairs = zip(images, labels, strict=True)
+        batch, target = collate([(patchify((image - 0.5) / 0.5), label) for image, label in pairs])
         return cross_entropy(model(batch), target)
 
-    return stepped(model.parameters(), loss, place, **{"padded to": longest})
+    return job(model, loss, images, **{"padded to": longest})
+
+
+def row(name: str, what: str, peer: str, theirs: Any, goal: float) -> Row:
+    return Row(
+        name=name,
+        what=WORK + what,
+        peer=peer,
+        needs=(peer,),
+        goal=goal,
+        sizes=Shape(),
+        quick={"width": 48, "depth": 1, "heads": 2, "photos": 4},
+        ours=ours,
+        theirs=theirs,
+    )
 
 
 ROWS = (
-    Row(
-        name="photos-navit",
-        what=WORK
-        + "theirs groups photos under a mask and pools by attention, ours packs them and asks by a learned token",
-        peer="vit-pytorch",
-        needs=("vit-pytorch",),
-        goal=2.0,
-        ours=ours,
-        theirs=navit,
+    row(
+        "photos-navit",
+        "theirs groups photos under a mask and pools by attention, ours packs them and asks by a learned token",
+        "vit-pytorch",
+        navit,
+        2.0,
     ),
-    Row(
-        name="photos-navit-default",
-        what=WORK + "theirs at its default of 2,048 patches a group",
-        peer="vit-pytorch",
-        needs=("vit-pytorch",),
-        ours=ours,
-        theirs=partial(navit, most=2048),
-    ),
-    Row(
-        name="photos-naflex",
-        what=WORK
-        + "theirs pads photos to the longest of the batch and pools by the mean, ours packs them and asks by a learned token",
-        peer="timm",
-        needs=("timm",),
-        goal=1.0,
-        ours=ours,
-        theirs=naflex,
+    row(
+        "photos-naflex",
+        "theirs pads photos to the longest of the batch and pools by the mean, ours packs them and asks by a learned token",
+        "timm",
+        naflex,
+        1.0,
     ),
 )

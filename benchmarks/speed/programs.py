@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.row import Job, Place, Row
+from benchmarks.speed.row import Job, Place, Row, Side
 
 # what the peer uses only because it is there, and neither it nor we need; hidden from it, so that it is not slowed down
 NOT_ITS_OWN = (
@@ -29,8 +32,17 @@ THEIR_STEPS, THEIR_LR = 3000, 5e-3  # of 1e-3 to 8e-3 over 2000 or 3000, the soo
 MEAN, STD = 0.3, 0.37  # of the pixels
 
 
+def program(work: Callable[[Place], dict[str, Any]], unit: str = "program") -> Side:
+    """The side whose process does this work and nothing else; the work returns facts."""
+
+    def make(place: Place) -> Job:
+        return Job(partial(work, place), unit=unit)
+
+    return make
+
+
 def resident() -> dict[str, str]:
-    """What this process holds in memory now, where Linux tells."""
+    """What this process holds in memory now, on Linux."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return {}
@@ -38,33 +50,24 @@ def resident() -> dict[str, str]:
     return {"resident": f"{int(kilobytes) / 1024:.0f} MB", "modules": str(len(sys.modules))}
 
 
-def our_import(place: Place) -> Job:
-    def run() -> dict[str, str]:
-        from multimodal import Core, Model  # noqa: F401
-        from multimodal_tokenizers import TextBytes  # noqa: F401
+def our_import(place: Place) -> dict[str, str]:
+    from multimodal import Core, Model  # noqa: F401
+    from multimodal_tokenizers import TextBytes  # noqa: F401
 
-        return resident()
-
-    return Job(run, unit="import")
+    return resident()
 
 
-def their_import(place: Place) -> Job:
-    def run() -> dict[str, str]:
-        hide()
-        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: F401
+def their_import(place: Place) -> dict[str, str]:
+    hide()
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: F401
 
-        return resident()
-
-    return Job(run, unit="import")
+    return resident()
 
 
-def torch_import(place: Place) -> Job:
-    def run() -> dict[str, str]:
-        import torch  # noqa: F401
+def torch_import(place: Place) -> dict[str, str]:
+    import torch  # noqa: F401
 
-        return resident()
-
-    return Job(run, unit="import")
+    return resident()
 
 
 def hide() -> None:
@@ -72,45 +75,39 @@ def hide() -> None:
     sys.modules |= dict.fromkeys(NOT_ITS_OWN)  # type: ignore[arg-type]
 
 
-def our_first(place: Place) -> Job:
-    def run() -> dict[str, str]:
-        import torch
+def our_first(place: Place) -> dict[str, str]:
+    import torch
 
-        from multimodal import Core, Model
-        from multimodal_tokenizers import TextBytes
+    from multimodal import Core, Model
+    from multimodal_tokenizers import TextBytes
 
-        torch.set_num_threads(place.threads)
-        model = Model(tokenizers={"text": TextBytes()}, core=Core.tiny(), tasks=["-> text"])
-        with torch.inference_mode():
-            model.loss(model.pack("-> text", [{"text": "A first sentence."}]))
-        return resident()
-
-    return Job(run, unit="program")
+    torch.set_num_threads(place.threads)
+    model = Model(tokenizers={"text": TextBytes()}, core=Core.tiny(), tasks=["-> text"])
+    with torch.inference_mode():
+        model.loss(model.pack("-> text", [{"text": "A first sentence."}]))
+    return resident()
 
 
-def their_first(place: Place) -> Job:
-    def run() -> dict[str, str]:
-        hide()
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+def their_first(place: Place) -> dict[str, str]:
+    hide()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-        torch.set_num_threads(place.threads)
-        config = LlamaConfig(
-            vocab_size=257,
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            bos_token_id=256,
-            eos_token_id=256,
-        )
-        model = LlamaForCausalLM(config)
-        ids = torch.tensor([[256, *b"A first sentence."]])
-        with torch.inference_mode():
-            model(ids, labels=ids)
-        return resident()
-
-    return Job(run, unit="program")
+    torch.set_num_threads(place.threads)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor([[256, *b"A first sentence."]])
+    with torch.inference_mode():
+        model(ids, labels=ids)
+    return resident()
 
 
 def installed(place: Place) -> dict[str, Any]:
@@ -207,140 +204,123 @@ class Log:
         if accuracy >= self.wanted:
             raise Reached
 
-    def facts(self, reached: bool) -> dict[str, Any]:
-        if reached:
+    def facts(self) -> dict[str, Any]:
+        if self.best >= self.wanted:
             return {"reached": f"{self.best:.2%} at step {self.step}"}
         return {"reached": f"MISSED: {self.best:.2%} at best in {self.step} steps"}
 
 
 class Augmented:
-    """Pictures to learn, each time in another way, as samples of our task."""
+    """Pictures to learn, each time changed in another way, with their labels as `sample` makes them."""
 
-    def __init__(self, images: Any, labels: Any, change: Callable[[Any], Any]) -> None:
-        self.images, self.labels, self.change = images, labels, change
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.change(self.images[index]), "label": str(self.labels[index])}
-
-
-def our_digits(place: Place) -> Job:
-    def run() -> dict[str, Any]:
-        import torch
-
-        from multimodal import Classify, Core, Model, Task, fit
-        from multimodal_tokenizers import ImagePatches, Labels
-
-        torch.set_num_threads(place.threads)
-        images, labels, test_images, test_labels = digits(place)
-        model = Model(
-            tokenizers={
-                "image": ImagePatches(patch=2, channels=1, mean=MEAN, std=STD),
-                "label": Labels(tuple("0123456789")),
-            },
-            core=Core.tiny(),
-            tasks=[Task(TASK, head=Classify(label_smoothing=0.1))],
-            seed=place.seed,
-        )
-        test = [{"image": image, "label": str(label)} for image, label in zip(test_images, test_labels, strict=True)]
-        most, every, wanted = steps(place, OUR_STEPS)
-        log, recipe = Log(wanted), {"batch": BATCH, "optimizer": "muon", "lr": OUR_LR, "ema": 0.99, "weight_decay": 0.1}
-
-        def told(row: Any) -> None:
-            if f"{TASK} exact" in row:
-                log(row["step"], row[f"{TASK} exact"])
-
-        try:
-            fit(
-                model, {TASK: Augmented(images, labels, affine())}, **recipe, workers=1, steps=most,
-                evaluate_every=every, evaluation={TASK: test}, trackers=[told], seed=place.seed, quiet=True,
-            )  # fmt: skip
-        except Reached:
-            return log.facts(True)
-        return log.facts(False)
-
-    return Job(run, unit="program")
-
-
-def their_digits(place: Place) -> Job:
-    def run() -> dict[str, Any]:
-        import torch
-        from timm.models import VisionTransformer
-        from timm.optim import create_optimizer_v2
-        from timm.scheduler import CosineLRScheduler
-        from timm.utils import ModelEmaV3
-        from torch.nn.functional import cross_entropy
-        from torch.utils.data import DataLoader
-        from torchvision import transforms
-
-        torch.set_num_threads(place.threads)
-        torch.manual_seed(place.seed)
-        images, labels, test_images, test_labels = digits(place)
-        plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-        test = torch.stack([plain(image) for image in test_images])
-        data: Any = Pictures(images, labels, transforms.Compose([affine(), plain]))
-        loader = DataLoader[Any](data, BATCH, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True)
-        model = VisionTransformer(
-            img_size=8,
-            patch_size=2,
-            in_chans=1,
-            num_classes=10,
-            embed_dim=64,
-            depth=4,
-            num_heads=4,
-            class_token=False,
-            global_pool="avg",
-        )
-        most, every, wanted = steps(place, THEIR_STEPS)
-        optimizer = create_optimizer_v2(
-            model, opt="adamw", lr=THEIR_LR, weight_decay=0.1, betas=(0.9, 0.99), fused=True
-        )
-        schedule = CosineLRScheduler(
-            optimizer,
-            t_initial=most,
-            lr_min=THEIR_LR / 100,
-            warmup_t=most // 20,
-            warmup_prefix=False,
-            t_in_epochs=False,
-        )
-        averaged = ModelEmaV3(model, decay=0.99, use_warmup=True)
-        log, step = Log(wanted), 0
-        try:
-            while step < most:
-                for x, y in loader:
-                    schedule.step_update(step)
-                    cross_entropy(model.train()(x), y, label_smoothing=0.1).backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    step += 1
-                    averaged.update(model, step=step)
-                    if step % every == 0:
-                        with torch.inference_mode():
-                            right = averaged.module.eval()(test).argmax(-1) == torch.tensor(test_labels)
-                        log(step, float(right.float().mean()))
-                    if step == most:
-                        break
-        except Reached:
-            return log.facts(True)
-        return log.facts(False)
-
-    return Job(run, unit="program")
-
-
-class Pictures:
-    """The same for a DataLoader."""
-
-    def __init__(self, images: Any, labels: Any, change: Callable[[Any], Any]) -> None:
-        self.images, self.labels, self.change = images, labels, change
+    def __init__(
+        self, images: Any, labels: Any, change: Callable[[Any], Any], sample: Callable[[Any, int], Any]
+    ) -> None:
+        self.images, self.labels, self.change, self.sample = images, labels, change, sample
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.change(self.images[index]), self.labels[index]
+    def __getitem__(self, index: int) -> Any:
+        return self.sample(self.change(self.images[index]), self.labels[index])
+
+
+def our_sample(image: Any, label: int) -> dict[str, Any]:
+    return {"image": image, "label": str(label)}
+
+
+def their_sample(image: Any, label: int) -> tuple[Any, int]:
+    return image, label
+
+
+def our_digits(place: Place) -> dict[str, Any]:
+    import torch
+
+    from multimodal import Classify, Core, Model, Task, fit
+    from multimodal_tokenizers import ImagePatches, Labels
+
+    torch.set_num_threads(place.threads)
+    images, labels, test_images, test_labels = digits(place)
+    model = Model(
+        tokenizers={
+            "image": ImagePatches(patch=2, channels=1, mean=MEAN, std=STD),
+            "label": Labels(tuple("0123456789")),
+        },
+        core=Core.tiny(),
+        tasks=[Task(TASK, head=Classify(label_smoothing=0.1))],
+        seed=place.seed,
+    )
+    test = list(map(our_sample, test_images, test_labels))
+    most, every, wanted = steps(place, OUR_STEPS)
+    log = Log(wanted)
+    recipe: dict[str, Any] = {"batch": BATCH, "optimizer": "muon", "lr": OUR_LR, "ema": 0.99, "weight_decay": 0.1}
+
+    def track(row: Any) -> None:
+        if f"{TASK} exact" in row:
+            log(row["step"], row[f"{TASK} exact"])
+
+    with suppress(Reached):
+        fit(
+            model, {TASK: Augmented(images, labels, affine(), our_sample)}, **recipe, workers=1, steps=most,
+            evaluate_every=every, evaluation={TASK: test}, trackers=[track], seed=place.seed, quiet=True,
+        )  # fmt: skip
+    return log.facts()
+
+
+def their_digits(place: Place) -> dict[str, Any]:
+    import torch
+    from timm.models import VisionTransformer
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import ModelEmaV3
+    from torch.nn.functional import cross_entropy
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    torch.set_num_threads(place.threads)
+    torch.manual_seed(place.seed)
+    images, labels, test_images, test_labels = digits(place)
+    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    test = torch.stack([plain(image) for image in test_images])
+    data: Any = Augmented(images, labels, transforms.Compose([affine(), plain]), their_sample)
+    loader = DataLoader[Any](data, BATCH, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True)
+    model = VisionTransformer(
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        class_token=False,
+        global_pool="avg",
+    )
+    most, every, wanted = steps(place, THEIR_STEPS)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=THEIR_LR, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=most,
+        lr_min=THEIR_LR / 100,
+        warmup_t=most // 20,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+    averaged = ModelEmaV3(model, decay=0.99, use_warmup=True)
+    log = Log(wanted)
+    batches = (batch for _ in count() for batch in loader)
+    with suppress(Reached):
+        for step, (x, y) in zip(range(1, most + 1), batches, strict=False):
+            schedule.step_update(step - 1)
+            cross_entropy(model.train()(x), y, label_smoothing=0.1).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            averaged.update(model, step=step)
+            if step % every == 0:
+                with torch.inference_mode():
+                    right = averaged.module.eval()(test).argmax(-1) == torch.tensor(test_labels)
+                log(step, float(right.float().mean()))
+    return log.facts()
 
 
 HIDDEN = "what is installed here and neither side requires, and what only we require, is hidden from the peer"
@@ -351,16 +331,16 @@ ROWS = (
         peer="transformers",
         needs=("transformers",),
         goal=2.0,
-        ours=our_import,
-        theirs=their_import,
+        ours=program(our_import, "import"),
+        theirs=program(their_import, "import"),
         fresh=True,
     ),
     Row(
         name="import-torch",
         what="the same of ours beside a process that imports torch alone: what we add",
         peer="torch",
-        ours=our_import,
-        theirs=torch_import,
+        ours=program(our_import, "import"),
+        theirs=program(torch_import, "import"),
         fresh=True,
     ),
     Row(
@@ -368,8 +348,8 @@ ROWS = (
         what="a process that imports, builds a model of 64x4 and computes one loss of 17 bytes; Llama of the same shape; " + HIDDEN,
         peer="transformers",
         needs=("transformers",),
-        ours=our_first,
-        theirs=their_first,
+        ours=program(our_first),
+        theirs=program(their_first),
         fresh=True,
     ),
     Row(name="installed", what="MB on disk with everything that is required, without CUDA packages", report=installed,
@@ -383,8 +363,8 @@ ROWS = (
         peer="timm",
         needs=("timm", "scikit-learn"),
         goal=1.3,
-        ours=our_digits,
-        theirs=their_digits,
+        ours=program(our_digits),
+        theirs=program(their_digits),
         fresh=True,
     ),
 )  # fmt: skip

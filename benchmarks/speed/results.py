@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 LINES, TABLE, PROFILES = "bench.jsonl", "bench.md", "bench_profiles.md"
 
 
-def kept(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str, Any]:
+def record(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str, Any]:
     """A line of the record: what was found, when, where, and with which versions."""
     return {
         "row": row.name,
@@ -67,8 +67,8 @@ def profiles_page(lines: list[dict[str, Any]]) -> str:
     newest = {line["row"]: line for line in lines}
     out = _head("Where the time goes", "uv run multimodal bench --profile", newest)
     for line in newest.values():
-        for side, told in line["profile"].items():
-            out += [f"- **{line['row']}, {'ours' if side == 'ours' else line['peer']}**: {'; '.join(told)}"]
+        for side, texts in line["profile"].items():
+            out += [f"- **{line['row']}, {'ours' if side == 'ours' else line['peer']}**: {'; '.join(texts)}"]
     return "\n".join(out) + "\n"
 
 
@@ -89,15 +89,15 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     for x in lines:
         met = "" if x["goal"] is None else f"{x['goal']:g}" + ("" if x["ratio"] >= x["goal"] else ", missed")
         differ = "not compared" if x["difference"] is None else f"{x['difference']:.1g}"
-        ours, theirs = (told(x[side]["wall"], x["unit"]) for side in ("ours", "theirs"))
+        ours, theirs = (speed(x[side]["wall"], x["unit"]) for side in ("ours", "theirs"))
         spread = f"{x['ratios'][0]:.2f} .. {x['ratios'][-1]:.2f} ({len(x['ratios'])})"
         cells = (x["row"], x["peer"], ours, theirs, f"{x['ratio']:.2f}", spread, f"{x['ratio_cpu']:.2f}", met, differ)
         out.append(f"| {' | '.join(cells)} |")
     return out
 
 
-def told(seconds: float, unit: str) -> str:
-    """How long a unit takes, or how many there are in a second."""
+def speed(seconds: float, unit: str) -> str:
+    """The time of a unit, or the number of units in a second."""
     if unit in ("step", "program", "import"):
         return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
     return f"{1 / seconds:,.0f} {unit}/s"

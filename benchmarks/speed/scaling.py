@@ -8,20 +8,19 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed.row import Place, Row
-
-TASK = "-> text"
+from benchmarks.speed.work import ids, train_step
 
 
 @dataclass(frozen=True)
 class Size:
-    """A core, a vocabulary, and a batch of `batch` samples of `length` tokens. free: how many of these are read freely."""
+    """A core, a vocabulary, and a batch of `batch` samples of `length` tokens."""
 
     width: int = 128
     depth: int = 2
     vocab: int = 256
     length: int = 256
     batch: int = 1
-    free: int = 0
+    half_bidirectional: bool = False  # whether the first half of each sample is read bidirectionally
     window: int = 0  # tokens that each may look back, itself counted; 0: all
 
 
@@ -38,52 +37,47 @@ class Sweep:
     theory: str
 
 
+def sweep(name: str, setting: str, values: tuple[int, ...], theory: str, **more: Any) -> Sweep:
+    return Sweep(
+        name, setting, values, **{"base": Size(), "time": (0.9, 1.1), "memory": (0.9, 1.1), **more}, theory=theory
+    )
+
+
 SWEEPS = (
-    Sweep(
+    sweep(
         "length, causal",
         "length",
         (512, 1024, 2048, 4096),
-        Size(),
-        (1.0, 2.0),
-        (0.9, 1.1),
-        "time 1 (products) to 2 (attention), memory 1: no scores are kept",
+        "time 1 (products) to 2 (attention), memory 1: no scores are stored",
+        time=(1.0, 2.0),
     ),
-    Sweep(
-        "length, half read freely",
+    sweep(
+        "length, half read bidirectionally",
         "length",
         (512, 1024, 2048, 4096),
-        Size(free=1),
-        (1.0, 2.0),
-        (0.9, 1.1),
         "time 1 to 2, memory 1",
+        base=Size(half_bidirectional=True),
+        time=(1.0, 2.0),
     ),
-    Sweep(
-        "length, window of 64",
-        "length",
-        (1024, 2048, 4096, 8192),
-        Size(window=64),
-        (0.9, 1.1),
-        (0.9, 1.1),
-        "time 1, memory 1",
-    ),
-    Sweep(
+    sweep("length, window of 64", "length", (1024, 2048, 4096, 8192), "time 1, memory 1", base=Size(window=64)),
+    sweep(
         "width",
         "width",
         (512, 1024, 2048),
-        Size(depth=1),
-        (1.7, 2.1),
-        (1.0, 2.1),
         "time 2, memory 1 (states) to 2 (gradients of the weights)",
+        base=Size(depth=1),
+        time=(1.7, 2.1),
+        memory=(1.0, 2.1),
     ),
-    Sweep("batch", "batch", (4, 8, 16, 32), Size(), (0.9, 1.1), (0.9, 1.1), "time 1, memory 1"),
-    Sweep(
+    sweep("batch", "batch", (4, 8, 16, 32), "time 1, memory 1"),
+    sweep(
         "vocabulary",
         "vocab",
         (8192, 16384, 32768, 65536),
-        Size(batch=2),
-        (0.85, 1.1),
-        (0.5, 1.1),
-        "time 1, memory 1 (gradients of embedding and head; logits, where they are kept)",
+        "time 1, memory 1 (gradients of embedding and head; logits, where they are stored)",
+        base=Size(batch=2),
+        time=(0.85, 1.1),
+        memory=(0.5, 1.1),
     ),
 )
 
@@ -93,27 +87,6 @@ def fitted(x: Sequence[float], y: Sequence[float]) -> float:
     a, b = ([log(v) for v in values] for values in (x, y))
     x0, y0 = sum(a) / len(a), sum(b) / len(b)
     return sum((p - x0) * (q - y0) for p, q in zip(a, b, strict=True)) / sum((p - x0) ** 2 for p in a)
-
-
-def ids(vocab: int) -> Any:
-    """A tokenizer of ids that are given as they are."""
-    import torch
-
-    from multimodal.tokenizer import Tokenizer, Tokens, at_times
-
-    @dataclass(frozen=True)
-    class Ids(Tokenizer):
-        """Tensors of ids."""
-
-        vocab_size: int
-
-        def encode(self, value: Any) -> Tokens:
-            return Tokens(value, at_times(torch.arange(len(value), dtype=torch.float32)))
-
-        def decode(self, tokens: Tokens) -> Any:
-            return tokens.content
-
-    return Ids(vocab)
 
 
 def training_step(size: Size, place: Place) -> tuple[Callable[[], None], float]:
@@ -126,33 +99,24 @@ def training_step(size: Size, place: Place) -> tuple[Callable[[], None], float]:
 
     mask = PREFIX_LM & Window(size.window) if size.window else PREFIX_LM
     core = mm.Core(width=size.width, depth=size.depth, heads=max(size.width // 64, 1), mask=mask)
-    task = "note:text -> text" if size.free else TASK
+    task = "note:text -> text" if size.half_bidirectional else "-> text"
     model = mm.Model({"text": ids(size.vocab)}, core, [task], seed=place.seed).train().to(place.device)
     draw = torch.Generator().manual_seed(place.seed)
-    free = size.length // 2 if size.free else 0
+    note = size.length // 2 if size.half_bidirectional else 0
 
     def drawn(count: int) -> Any:
         return torch.randint(size.vocab, (count,), generator=draw)
 
-    samples = [
-        (task, {"note": drawn(free), "text": drawn(size.length - free - 1)})
-        if free
-        else (task, {"text": drawn(size.length - 1)})
-        for _ in range(size.batch)
-    ]
+    samples = []
+    for _ in range(size.batch):
+        read = {"note": drawn(note)} if note else {}
+        samples.append((task, {**read, "text": drawn(size.length - note - 1)}))
     stream = model.packer(samples).to(place.device)
-    assert stream.layout.spans == (Span(free, size.length, free),) * size.batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        model.loss(stream).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    assert stream.layout.spans == (Span(note, size.length, note),) * size.batch
     tokens = size.batch * size.length
     seen = min(size.window or size.length, size.length / 2)
-    head = 2.0 * (tokens - size.batch * free) * size.width * (size.vocab + 1)
-    return step, 3 * (core.flops(tokens, seen) + head)
+    head = 2.0 * (tokens - size.batch * note) * size.width * (size.vocab + 1)
+    return train_step(model, lambda: model.loss(stream)), 3 * (core.flops(tokens, seen) + head)
 
 
 def cost(size: Size, place: Place, rounds: int) -> tuple[float, int, float]:
@@ -165,9 +129,9 @@ def cost(size: Size, place: Place, rounds: int) -> tuple[float, int, float]:
     step()  # the moments are there now, and whatever is made once
     spent = []
     for _ in range(rounds):
-        begun = time.process_time()
+        start = time.process_time()
         step()
-        spent.append(time.process_time() - begun)
+        spent.append(time.process_time() - start)
     torch.manual_seed(place.seed)
     return median(spent), peak_bytes(step), flops
 
@@ -189,9 +153,9 @@ def report(place: Place) -> dict[str, Any]:
         inside = [low <= p <= high for p, (low, high) in zip(powers, (sweep.time, sweep.memory), strict=True)]
         met += inside
         figures = "; ".join(f"{v}: {s:.2g}, {m / 2**20:.0f}" for v, s, m in zip(values, seconds, memory, strict=True))
-        told = [f"{p:.2f}" + ("" if good else " (!)") for p, good in zip(powers, inside, strict=True)]
+        cells = [f"{p:.2f}" + ("" if good else " (!)") for p, good in zip(powers, inside, strict=True)]
         lines.append(
-            f"| {sweep.name} | {told[0]} | {fitted(values, flops):.2f} | {told[1]} | {sweep.theory} | {figures} |"
+            f"| {sweep.name} | {cells[0]} | {fitted(values, flops):.2f} | {cells[1]} | {sweep.theory} | {figures} |"
         )
     return {"lines": lines, "met": None if place.quick else all(met)}
 

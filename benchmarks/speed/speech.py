@@ -1,9 +1,11 @@
 """Clips of 0.3 to 5 seconds, heard and written down, against Whisper, which hears 30 seconds of each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed.row import Job, Place, Row
+from benchmarks.speed.work import ids, parameter_count
 
 TASK = "audio -> ids"
 RATE_HZ = 16000
@@ -23,13 +25,6 @@ class Shape:
     clips: int = 16
 
 
-QUICK = Shape(width=48, depth=1, heads=2, hidden=96, mels=80, vocab=100, clips=3)
-
-
-def chosen(place: Place) -> Shape:
-    return QUICK if place.quick else Shape()
-
-
 def clips(shape: Shape, seed: int) -> tuple[list[Any], list[int]]:
     """Noise of evenly spread lengths, and how many tokens are written of each: 3 a second, 2 at least."""
     import torch
@@ -42,33 +37,19 @@ def clips(shape: Shape, seed: int) -> tuple[list[Any], list[int]]:
 
 def ours(place: Place) -> Job:
     import torch
-    from torch import Tensor
 
     import multimodal as mm
-    from multimodal.tokenizer import Tokenizer, Tokens
     from multimodal_tokenizers import AudioFrames
 
-    shape = chosen(place)
-
-    @dataclass(frozen=True)
-    class Ids(Tokenizer):
-        """Numbers that are their own ids."""
-
-        vocab_size = shape.vocab - 1
-
-        def encode(self, value: list[int]) -> Tokens:
-            return Tokens(torch.tensor(value), self.places(len(value)))
-
-        def decode(self, tokens: Tokens) -> Tensor:
-            return tokens.content
-
+    shape = place.sizes
     half = mm.Core(width=shape.width, depth=shape.depth, heads=shape.heads, mlp_width=shape.hidden * 2 // 3)
     frames = AudioFrames(rate_hz=RATE_HZ, mels=shape.mels, stack=2)  # 20 ms a token, as behind Whisper's convolutions
     core = mm.EncoderDecoder(reader=half, writer=half)
-    model = mm.Model({"audio": frames, "ids": Ids()}, core, [TASK], seed=place.seed).to(place.device).eval()
-    bias = model.readout(TASK).linear.bias
+    model = (
+        mm.Model({"audio": frames, "ids": ids(shape.vocab - 1)}, core, [TASK], seed=place.seed).to(place.device).eval()
+    )
     with torch.no_grad():
-        bias[-1] = -1e9  # nothing stops by itself
+        model.readout(TASK).linear.bias[-1] = -1e9  # nothing stops by itself
     waves, counts = clips(shape, place.seed)
 
     def run() -> list[Any]:
@@ -79,14 +60,14 @@ def ours(place: Place) -> Job:
         assert sorted(map(len, found)) == counts
         return found
 
-    return Job(run=run, units=len(waves), unit="clips", facts=_facts(model, counts))
+    return job(run, model, counts)
 
 
 def theirs(place: Place) -> Job:
     import torch
     from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-    shape = chosen(place)
+    shape = place.sizes
     torch.manual_seed(place.seed)
     start = shape.vocab - 1
     config = WhisperConfig(
@@ -120,11 +101,12 @@ def theirs(place: Place) -> Job:
         assert written.shape[-1] >= max(counts)
         return [row[:count] for row, count in zip(written, counts, strict=True)]
 
-    return Job(run=run, units=len(waves), unit="clips", facts=_facts(model, counts))
+    return job(run, model, counts)
 
 
-def _facts(model: Any, counts: list[int]) -> dict[str, Any]:
-    return {"parameters": sum(p.numel() for p in model.parameters()), "tokens written": sum(counts)}
+def job(run: Callable[[], Any], model: Any, counts: list[int]) -> Job:
+    facts = {"parameters": parameter_count(model), "tokens written": sum(counts)}
+    return Job(run, units=len(counts), unit="clips", facts=facts)
 
 
 ROWS = (
@@ -135,8 +117,9 @@ ROWS = (
         peer="transformers Whisper (tiny's shape, sdpa)",
         needs=("transformers",),
         goal=8.0,
+        sizes=Shape(),
+        quick={"width": 48, "depth": 1, "heads": 2, "hidden": 96, "vocab": 100, "clips": 3},
         ours=ours,
         theirs=theirs,
-        tolerance=None,
     ),
 )

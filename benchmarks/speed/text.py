@@ -1,11 +1,11 @@
 """Train steps on text of one length: nanoGPT's CPU shape and a model of 256x6, against Hugging Face and x-transformers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed.row import Job, Place, Row
+from benchmarks.speed.work import WEIGHTS, our_llama, save_weights, their_llama, training, x_transformer
 
 TASK = "-> text"
 VOCAB = 257  # bytes, and one more id that opens a text (theirs reads it, ours has a query) and stops it
@@ -31,131 +31,76 @@ MIDDLE = Shape(256, 6, 8, 688, 256, 16)
 QUICK = {"width": 64, "depth": 2, "heads": 2, "hidden": 176, "length": 16, "batch": 3}
 
 
-def chosen(shape: Shape, place: Place) -> Shape:
-    return replace(shape, **QUICK) if place.quick else shape
-
-
-def texts(shape: Shape, seed: int) -> Any:
+def texts(place: Place) -> Any:
     """Character ids (batch, length - 1): the same for both sides."""
     import torch
 
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(97, 123, (shape.batch, shape.length - 1), generator=draw)
+    draw = torch.Generator().manual_seed(place.seed)
+    return torch.randint(97, 123, (place.sizes.batch, place.sizes.length - 1), generator=draw)
 
 
-def step(parameters: Any, loss: Callable[[], Any]) -> Callable[[], None]:
-    """One training step: forward, loss, backward, fused AdamW, zero_grad."""
-    import torch
-
-    optimizer = torch.optim.AdamW(list(parameters), lr=1e-4, fused=True)
-
-    def run() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
-def llama(shape: Shape, place: Place) -> Any:
-    """Hugging Face's, with its fused attention; its weights are left in the folder for us."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(place.seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=shape.width,
-        intermediate_size=shape.hidden,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=max(shape.length, 512),
-        bos_token_id=VOCAB - 1,
-        eos_token_id=VOCAB - 1,
-        use_cache=False,
-        attn_implementation="sdpa",  # type: ignore[call-arg]
-    )
-    model = LlamaForCausalLM(config).train()
-    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, place.folder / "llama.safetensors")
-    return model
-
-
-def build(shape: Shape, place: Place) -> Any:
-    """Ours of the same shape; with Llama's weights if they are there."""
-    from safetensors.torch import load_file
-
-    import multimodal as mm
-    from benchmarks.speed.weights import from_llama
+def our_model(place: Place) -> Any:
     from multimodal_tokenizers import TextBytes
 
-    core = mm.Core(
-        width=shape.width,
-        depth=shape.depth,
-        heads=shape.heads,
-        mlp_width=shape.hidden,
-        qk_norm=False,
-        rotary_split=(1, 0, 0),
-    )
-    model = mm.Model({"text": TextBytes()}, core, [TASK], seed=place.seed).train()
-    kept = place.folder / "llama.safetensors"
-    if kept.is_file():
-        model.load_state_dict(from_llama(load_file(kept), shape.heads))
-    return model
+    return our_llama(TextBytes(), "text", TASK, place).train().to(place.device)
 
 
-def ours(shape: Shape, place: Place) -> Job:
-    shape = chosen(shape, place)
-    model = build(shape, place)
-    samples = [(TASK, {"text": bytes(row).decode()}) for row in texts(shape, place.seed).tolist()]
-    stream = model.packer(samples).to(place.device)
-    model.to(place.device)
-    return Job(
-        run=step(model.parameters(), lambda: model.loss(stream)),
-        outputs=lambda: model.logits(stream)[TASK].detach(),
-        **facts(model, shape),
-    )
+def samples(place: Place) -> list[tuple[str, dict[str, str]]]:
+    return [(TASK, {"text": bytes(row).decode()}) for row in texts(place).tolist()]
 
 
-def facts(model: Any, shape: Shape) -> dict[str, Any]:
-    count = sum(p.numel() for p in model.parameters())
-    return {"units": shape.batch * shape.length, "unit": "tokens", "facts": {"parameters": count}}
+def tokens(place: Place) -> dict[str, Any]:
+    """What a step is counted by."""
+    return {"units": place.sizes.batch * place.sizes.length, "unit": "tokens"}
 
 
-def job(model: Any, logits: Callable[[Any], Any], shape: Shape, place: Place) -> Job:
-    """A peer's: ids with the opening one before them, targets with the stop behind them."""
+def ours(place: Place) -> Job:
+    model = our_model(place)
+    stream = model.packer(samples(place)).to(place.device)
+    return training(model, lambda: model.loss(stream), lambda: model.logits(stream)[TASK].detach(), **tokens(place))
+
+
+def peer(model: Any, logits: Callable[[Any], Any], place: Place) -> Job:
+    """Ids with the opening one before them, targets with the stop behind them."""
     import torch
     import torch.nn.functional as F
 
-    text = texts(shape, place.seed)
+    text = texts(place)
     edge = torch.full((len(text), 1), VOCAB - 1)
     read, target = torch.cat([edge, text], 1).to(place.device), torch.cat([text, edge], 1).flatten().to(place.device)
-    model.to(place.device)
-    return Job(
-        run=step(model.parameters(), lambda: F.cross_entropy(logits(read).flatten(0, 1), target)),
-        outputs=lambda: logits(read).flatten(0, 1).detach(),
-        **facts(model, shape),
+    model.to(place.device).train()
+    return training(
+        model,
+        lambda: F.cross_entropy(logits(read).flatten(0, 1), target),
+        lambda: logits(read).flatten(0, 1).detach(),
+        **tokens(place),
     )
 
 
-def theirs_llama(shape: Shape, place: Place) -> Job:
-    shape = chosen(shape, place)
-    model = llama(shape, place)
-    return job(model, lambda ids: model(ids).logits, shape, place)
+def llama(place: Place) -> Any:
+    """Hugging Face's; its weights are left in the folder for us."""
+    longest = max(place.sizes.length, 512)
+    model = their_llama(place.sizes, VOCAB, place, max_position_embeddings=longest, use_cache=False)
+    save_weights(model, place.folder / WEIGHTS)
+    return model.to(place.device).train()
 
 
-def theirs_gpt2(shape: Shape, place: Place) -> Job:
+def theirs_llama(place: Place) -> Job:
+    model = llama(place)
+    return peer(model, lambda ids: model(ids).logits, place)
+
+
+def theirs_gpt2(place: Place) -> Job:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shape = chosen(shape, place)
     torch.manual_seed(place.seed)
     config = GPT2Config(
         vocab_size=VOCAB,
-        n_positions=shape.length,
-        n_embd=shape.width,
-        n_layer=shape.depth,
-        n_head=shape.heads,
+        n_positions=place.sizes.length,
+        n_embd=place.sizes.width,
+        n_layer=place.sizes.depth,
+        n_head=place.sizes.heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -165,71 +110,43 @@ def theirs_gpt2(shape: Shape, place: Place) -> Job:
         use_cache=False,
         attn_implementation="sdpa",  # type: ignore[call-arg]
     )
-    model = GPT2LMHeadModel(config).train()
-    return job(model, lambda ids: model(ids).logits, shape, place)
+    model = GPT2LMHeadModel(config)
+    return peer(model, lambda ids: model(ids).logits, place)
 
 
-def x_transformer(shape: Any, vocab: int, longest: int) -> Any:
-    """x-transformers of a shape as its documentation advises: rotary, RMSNorm, SwiGLU without biases, flash attention."""
-    from x_transformers import Decoder, TransformerWrapper
-
-    layers = Decoder(
-        dim=shape.width,
-        depth=shape.depth,
-        heads=shape.heads,
-        attn_dim_head=shape.width // shape.heads,
-        attn_flash=True,
-        rotary_pos_emb=True,
-        rotary_emb_dim=shape.width // shape.heads,
-        use_rmsnorm=True,
-        ff_swish=True,
-        ff_glu=True,
-        ff_no_bias=True,
-        ff_mult=shape.hidden / shape.width,
-    )
-    return TransformerWrapper(num_tokens=vocab, max_seq_len=longest, attn_layers=layers, use_abs_pos_emb=False)
-
-
-def theirs_x(shape: Shape, place: Place) -> Job:
-    import torch
-
-    shape = chosen(shape, place)
-    torch.manual_seed(place.seed)
-    model = x_transformer(shape, VOCAB, shape.length).train()
-    return job(model, model, shape, place)
+def theirs_x(place: Place) -> Job:
+    model = x_transformer(place.sizes, VOCAB, place.sizes.length, place)
+    return peer(model, model, place)
 
 
 def rows(name: str, shape: Shape) -> tuple[Row, ...]:
+    work: dict[str, Any] = {"sizes": shape, "quick": QUICK, "goal": 1.2, "ours": ours}
+    what = f"train step on text, {shape}, fp32;"
     return (
         Row(
             name=f"{name}-llama",
-            what=f"train step on text, {shape}, fp32; the same function, weights copied",
+            what=f"{what} the same function, weights copied",
             peer="transformers Llama (sdpa)",
             needs=("transformers",),
-            goal=1.2,
-            ours=partial(ours, shape),
-            theirs=partial(theirs_llama, shape),
+            theirs=theirs_llama,
             tolerance=1e-4,
+            **work,
         ),
         Row(
             name=f"{name}-gpt2",
-            what=f"train step on text, {shape}, fp32; LayerNorm, GELU, learned places and biases, so not our function",
+            what=f"{what} LayerNorm, GELU, learned places and biases, so not our function",
             peer="transformers GPT-2 (sdpa)",
             needs=("transformers",),
-            goal=1.2,
-            ours=partial(ours, shape),
-            theirs=partial(theirs_gpt2, shape),
-            tolerance=None,
+            theirs=theirs_gpt2,
+            **work,
         ),
         Row(
             name=f"{name}-x",
-            what=f"train step on text, {shape}, fp32; rotary, RMSNorm, SwiGLU as ours, weights laid out in its own way",
+            what=f"{what} rotary, RMSNorm, SwiGLU as ours, weights laid out in its own way",
             peer="x-transformers (flash)",
             needs=("x-transformers",),
-            goal=1.2,
-            ours=partial(ours, shape),
-            theirs=partial(theirs_x, shape),
-            tolerance=None,
+            theirs=theirs_x,
+            **work,
         ),
     )
 

@@ -4,13 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.speed.row import Job, Place, Row
-from benchmarks.speed.text import MIDDLE, QUICK, TASK, Shape, facts, step, texts
+from benchmarks.speed.text import MIDDLE, QUICK, TASK, samples, texts, tokens
+from benchmarks.speed.work import training
 
-LENGTH, BATCH = 128, 32
-
-
-def chosen(place: Place) -> Shape:
-    return replace(MIDDLE, length=LENGTH, batch=BATCH) if not place.quick else replace(MIDDLE, **QUICK)
+SHAPE = replace(MIDDLE, length=128, batch=32)
 
 
 def our_model(place: Place) -> tuple[Any, Any]:
@@ -18,20 +15,15 @@ def our_model(place: Place) -> tuple[Any, Any]:
     import multimodal as mm
     from multimodal_tokenizers import TextBytes
 
-    shape = chosen(place)
+    shape = place.sizes
     core = mm.Core(width=shape.width, depth=shape.depth, heads=shape.heads, mlp_width=shape.hidden)
     model = mm.Model({"text": TextBytes()}, core, [TASK], seed=place.seed).train().to(place.device)
-    samples = [(TASK, {"text": bytes(row).decode()}) for row in texts(shape, place.seed).tolist()]
-    return model, model.packer(samples).to(place.device)
+    return model, model.packer(samples(place)).to(place.device)
 
 
 def ours(place: Place) -> Job:
     model, stream = our_model(place)
-    return Job(
-        step(model.parameters(), lambda: model.loss(stream)),
-        outputs=lambda: model.logits(stream)[TASK],
-        **facts(model, chosen(place)),
-    )
+    return training(model, lambda: model.loss(stream), lambda: model.logits(stream)[TASK], **tokens(place))
 
 
 def theirs(place: Place) -> Job:
@@ -42,14 +34,14 @@ def theirs(place: Place) -> Job:
 
     from multimodal.positions import rotate
 
-    shape = chosen(place)
+    shape = place.sizes
     model, stream = our_model(place)
     state = dict(model.named_parameters())
     head = "readouts.text_NextToken"
-    ids = texts(shape, place.seed).to(place.device)
+    ids = texts(place).to(place.device)
     target = stream.readings[TASK].target
     position_TA = stream.position_TA[: shape.length]  # the same for every sample
-    turns = model.core.turns(position_TA)(shape.width // shape.heads)
+    rotation = model.core.rotations(position_TA)[shape.width // shape.heads]
 
     def logits() -> Tensor:
         opening = state[f"{head}.query"].expand(len(ids), 1, -1)
@@ -58,7 +50,7 @@ def theirs(place: Place) -> Job:
             attention, mlp = block.layers[0].body.attention, block.layers[1].body
             q, k, v = F.linear(block.layers[0].norm(x), attention.qkv.weight).chunk(3, -1)
             q, k, v = (y.unflatten(-1, (shape.heads, -1)) for y in (q, k, v))
-            q, k = rotate(attention.norm_q(q), turns), rotate(attention.norm_k(k), turns)
+            q, k = rotate(attention.norm_q(q), rotation), rotate(attention.norm_k(k), rotation)
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))
             read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + F.linear(read.transpose(1, 2).flatten(2), attention.out.weight)
@@ -67,18 +59,18 @@ def theirs(place: Place) -> Job:
         x = model.core.norm(x)
         return F.linear(x, state[f"{head}.linear.weight"], state[f"{head}.linear.bias"]).flatten(0, 1)
 
-    return Job(
-        step(model.parameters(), lambda: F.cross_entropy(logits(), target)), outputs=logits, **facts(model, shape)
-    )
+    return training(model, lambda: F.cross_entropy(logits(), target), logits, **tokens(place))
 
 
 ROWS = (
     Row(
         name="uniform",
-        what=f"train step on {BATCH} texts of {LENGTH} tokens, {MIDDLE.width}x{MIDDLE.depth}, fp32: packed, and as a plain batch "
-        "through the same weights, norms and rotation, attended by one call",
+        what=f"train step on {SHAPE.batch} texts of {SHAPE.length} tokens, {SHAPE.width}x{SHAPE.depth}, fp32: packed, and as a "
+        "plain batch through the same weights, norms and rotation, attended by one call",
         peer="our own weights on (B, T, D)",
         goal=0.95,
+        sizes=SHAPE,
+        quick=QUICK,
         ours=ours,
         theirs=theirs,
         tolerance=1e-5,

@@ -15,15 +15,11 @@ from typing import Any
 from benchmarks.speed.row import Job, Place, Row
 
 
-def row_named(module: str, name: str) -> Row:
-    return next(row for row in import_module(module).ROWS if row.name == name)
-
-
 def main() -> None:
     module, name, side, folder, quick, threads, device, seed = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    row = row_named(module, name)
+    row: Row = next(row for row in import_module(module).ROWS if row.name == name)
     place = Place(folder=Path(folder), quick=bool(int(quick)), threads=int(threads), device=device, seed=int(seed))
 
     def answer(**facts: Any) -> None:
@@ -32,17 +28,15 @@ def main() -> None:
     if row.report is not None:
         answer(**row.report(place))
         return
-    make = row.ours if side == "ours" else row.theirs
-    assert make is not None
-    if row.fresh:  # what is imported is part of the work, so nothing else is
-        job = make(place)
+    if row.fresh:  # what is imported is part of the work, so the worker imports nothing else
+        job = row.job(side, place)
         facts = job.run()
         answer(
             units=job.units, unit=job.unit, facts={**job.facts, **(facts or {})}, peak=_peak(), cpu=time.process_time()
         )
         return
     clock = time.perf_counter()
-    job = make(place)
+    job = row.job(side, place)
     answer(units=job.units, unit=job.unit, facts=job.facts, outputs=job.outputs is not None)
     for line in sys.stdin:
         order, *rest = line.split()
@@ -95,7 +89,7 @@ def _warmed(run: Callable[[], Any], seconds: float) -> dict[str, float]:
 
 
 def _peak() -> float:
-    """Largest resident memory so far, in MB; 0 where the system does not tell."""
+    """Largest resident memory so far, in MB; 0 where the system does not report it."""
     try:
         import resource
     except ImportError:

@@ -20,32 +20,25 @@ from sets import binarised_mnist
 from torch import Tensor, nn
 
 from multimodal.attention.reads import Gumbel
-from multimodal.mixture import EM, BernoulliMixture, enumerated_elbo, fit, gumbel_elbo, reinforce_elbo
+from multimodal.zoo.mixture import EM, BernoulliMixture, enumerated_elbo, fit, gumbel_elbo, reinforce_elbo
 
 COMPONENTS, BATCH, RATE, CPU_S = 50, 100, 3e-3, 12.0
 HOT, COLD = 1.0, 0.3  # the temperature falls from one to the other
 ESTIMATORS = ("Gumbel-softmax", "straight-through Gumbel", "enumeration", "REINFORCE")
-BARS = {
-    "ELBO": "bar >= -152, and >= REINFORCE ELBO + 20 at equal CPU",
-    "clusters used": "bar >= 35",
-    "ELBO - log p, largest": "bar <= 0, of all pictures and estimators",
-    "one component": "baseline, test log-likelihood",
-    "EM": "baseline: closed form on the same model, test log-likelihood",
-}
 
 
 def trained(kind: str, x: Tensor, seed: int, cpu_s: float) -> tuple[nn.Module, BernoulliMixture, int]:
-    """Encoder, mixture and how many steps fitted into so many CPU-seconds."""
+    """Encoder, mixture and the number of steps within a budget of CPU-seconds."""
     torch.manual_seed(seed)  # of the encoder and of Gumbel's noise
     generator = torch.Generator().manual_seed(seed)
     start = BernoulliMixture.around(x, COMPONENTS, generator)
     encoder = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, COMPONENTS), nn.LogSoftmax(-1))
-    free = {name: value.clone().requires_grad_() for name, value in start.free().items()}
-    optimiser = torch.optim.Adam([*encoder.parameters(), *free.values()], lr=RATE)
+    parameters = {name: value.clone().requires_grad_() for name, value in start.unconstrained().items()}
+    optimiser = torch.optim.Adam([*encoder.parameters(), *parameters.values()], lr=RATE)
     baseline, steps, started = -200.0, 0, time.process_time()
     while (gone := (time.process_time() - started) / cpu_s) < 1:
         x_BK = x[torch.randint(len(x), (BATCH,), generator=generator)]
-        memory, log_q_BM = start.bind(free), encoder(x_BK)
+        memory, log_q_BM = start.constrained(parameters), encoder(x_BK)
         if kind == "enumeration":
             bound_B = enumerated_elbo(memory.log_joint(x_BK), log_q_BM)
         elif kind == "REINFORCE":
@@ -58,7 +51,7 @@ def trained(kind: str, x: Tensor, seed: int, cpu_s: float) -> tuple[nn.Module, B
         (-bound_B.mean()).backward()
         optimiser.step()
         steps += 1
-    return encoder, start.bind({name: value.detach() for name, value in free.items()}), steps
+    return encoder, start.constrained({name: value.detach() for name, value in parameters.items()}), steps
 
 
 def painted(memory: BernoulliMixture, weights_BM: Tensor, x_BK: Tensor) -> Tensor:
@@ -110,4 +103,4 @@ def draw(memories: dict[str, BernoulliMixture], path: Path, shown: int = 20) -> 
 
 
 if __name__ == "__main__":
-    run(measure, "gumbel", __doc__, BARS)
+    run(measure, "gumbel", __doc__)

@@ -17,9 +17,10 @@ from drawing import blank, save
 from kinds import Numbers
 
 import multimodal as mm
-from multimodal.layers import Concat, Layer, SelfAttention, TemporalConv
-from multimodal.rows import EachRow
-from multimodal.stream import Task
+from multimodal.heads.each_row import EachRow
+from multimodal.layers import Concat, Layer, SelfAttention
+from multimodal.task import Task
+from multimodal.zoo import TemporalConv
 
 TASK, SYMBOLS, LAG, LENGTH = "seen -> copied", 8, 5, 24
 ATTENTION = SelfAttention(heads=1, key_width=32, value_width=32, out=32, merge=Concat())
@@ -29,12 +30,6 @@ BLOCKS: dict[str, tuple[Layer, ...]] = {
     "attention": (ATTENTION,),
     "two attentions": (ATTENTION, ATTENTION),
     "TC and attention": (*CONVOLUTIONS, ATTENTION),
-}
-BARS = {
-    "TC share right": "bar == 1",
-    "attention share right": "bar <= 0.4",
-    "TC future leak": "bar == 0",
-    "chance": "baseline",
 }
 
 
@@ -57,7 +52,7 @@ def leak(model: mm.Model, count: int = 16) -> float:
         {**s, "seen": np.concatenate([s["seen"][: LENGTH // 2], SYMBOLS - 1 - s["seen"][LENGTH // 2 :]])}
         for s in before
     ]
-    with model.resting():
+    with model.inference_mode():
         one, other = (model.logits(model.pack(TASK, x))[TASK].view(count, LENGTH, -1) for x in (before, after))
     assert not torch.equal(one, other)
     return float((one - other)[:, : LENGTH // 2].abs().max())
@@ -97,4 +92,4 @@ def draw(by_row: dict[str, np.ndarray], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(measure, "lag_copy", __doc__, BARS)
+    run(measure, "lag_copy", __doc__)

@@ -6,7 +6,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from multimodal.attention import DotProduct, Mechanism, Soft, Trace
 from multimodal.layers import Gated
-from multimodal.masks import everyone
+from multimodal.masks import all_pairs
 
 
 class MapAttention(nn.Module):
@@ -24,7 +24,7 @@ class MapAttention(nn.Module):
     def forward(self, map_BCYX: Tensor) -> Tensor:
         stream_BTD = map_BCYX.flatten(2).transpose(1, 2)
         q, k, v = (linear(stream_BTD)[:, :, None] for linear in self.qkv)
-        pairs = everyone(q.shape[1], q.shape[1], q.device)
+        pairs = all_pairs(q.shape[1], q.shape[1], q.device)
         update_BTD = self.out(self.mechanism(q, k, v, pairs, self.trace)[:, :, 0])
         return self.merge.merge(stream_BTD, update_BTD, self.gate).transpose(1, 2).reshape(map_BCYX.shape)
 

@@ -23,20 +23,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from multimodal.adversarial import Players, alternate
 from multimodal.attention import Trace
+from multimodal.zoo.adversarial import Players, alternate
 
 NOISE, WIDTH, SIDE, BATCH = 64, 48, 14, 64
-BARS = {
-    "SAGAN FD": "bar <= 40",
-    "SAGAN IS": "bar >= 5.5",
-    "SAGAN smallest class": "bar >= 0.01",
-    "gamma of the generator": "bar: more than 0.01 from 0",
-    "gamma of the discriminator": "bar: more than 0.01 from 0",
-    "untrained FD": "baseline",
-    "pixel marginals FD": "baseline",
-    "mean digit FD": "baseline",
-}
+REMARKS = {f"{name} FD": "baseline" for name in ("untrained", "pixel marginals", "mean digit")}
 
 
 def conv(before: int, after: int, size: int = 3, stride: int = 1) -> nn.Module:
@@ -70,7 +61,8 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
     train, test = (F.avg_pool2d(x[:, None] / 127.5 - 1, 2) for x in (pixels, test_pixels))
     judge = Judge(train, labels.long(), test, epochs=0 if quick else 4)
     makes, judges = generator(), discriminator()
-    kept = AveragedModel(makes, multi_avg_fn=get_ema_multi_avg_fn(0.995))  # the vectors of spectral norms are no means
+    # the vectors of spectral norms are buffers and are not averaged
+    averaged = AveragedModel(makes, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     fixed = torch.randn(count, NOISE)
     drawn = torch.randint(len(train), (count, SIDE * SIDE))
     numbers = {
@@ -84,12 +76,12 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
     start = time.process_time()
     alternate(
         Players(makes, judges, slow, fast), endless(train), lambda size: torch.randn(size, NOISE), steps,
-        after=lambda _: kept.update_parameters(makes), quiet=not sys.stdout.isatty(),
+        after=lambda _: averaged.update_parameters(makes), quiet=not sys.stdout.isatty(),
     )  # fmt: skip
     numbers["SAGAN CPU-s of training"] = time.process_time() - start
-    images, seen = made(kept.module, fixed), {}
+    images, seen = made(averaged.module, fixed), {}
     numbers |= judge.score("SAGAN", images)
-    for name, net, value in (("generator", kept.module, fixed[:64]), ("discriminator", judges, images[:64])):
+    for name, net, value in (("generator", averaged.module, fixed[:64]), ("discriminator", judges, images[:64])):
         attention = next(part for part in net.modules() if isinstance(part, MapAttention))
         attention.trace = Trace()
         with torch.no_grad():
@@ -111,4 +103,4 @@ def made(net: nn.Module, noise: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    run(measure, "sagan", __doc__, BARS)
+    run(measure, "sagan", __doc__, REMARKS)

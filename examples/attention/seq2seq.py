@@ -10,7 +10,7 @@ import multimodal as mm
 
 
 @dataclass(frozen=True)
-class Opening(mm.Prior):
+class Opening(mm.masks.Prior):
     """The first written token looks at the last that was read, whose state the writer so starts from; no other looks anywhere."""
 
     def log_prior(self, pairs: Any, q_BTHK: Tensor, weights: Any) -> Tensor:
@@ -18,19 +18,19 @@ class Opening(mm.Prior):
         return torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[:, None]
 
 
-START = mm.CrossAttention(prior=Opening())
+START = mm.layers.CrossAttention(prior=Opening())
 
 
 def recurrent(
     width: int,
-    block: tuple[mm.Layer, ...],
+    block: tuple[mm.layers.Layer, ...],
     *,
     last: int | None = None,
     dropout: float = 0.0,
-    read_by: tuple[mm.Layer, ...] = (mm.Recurrent(both_ways=True),),
+    read_by: tuple[mm.layers.Layer, ...] = (mm.layers.Recurrent(both_ways=True),),
     places: tuple[int, int, int] = (0, 0, 0),
 ) -> mm.EncoderDecoder:
-    """A GRU that reads both ways, and a writer of these layers; neither has (rotary) places unless told.
+    """A GRU that reads both ways, and a writer of these layers; neither has (rotary) places unless given.
 
     (START, Recurrent(), CrossAttention(..)) is RNNsearch (Bahdanau et al. 2015); (START, Recurrent()) with last=1 has nothing but
     the last state (Sutskever et al. 2014).

@@ -20,18 +20,12 @@ from kinds import Episode, Numbers
 from sets import Episodes, few_shot_characters
 
 import multimodal as mm
-from multimodal.layers import Concat, Layer, SelfAttention, TemporalConv
-from multimodal.rows import EachRow
-from multimodal.stream import Task
+from multimodal.heads.each_row import EachRow
+from multimodal.layers import Concat, Layer, SelfAttention
+from multimodal.task import Task
+from multimodal.zoo import TemporalConv
 
 TASK, WAYS = "episode -> names", 5
-BARS = {
-    "SNAIL share right": "bar >= 0.72",
-    "without attention share right": "bar <= 0.30",
-    "chance": "baseline",
-    "pixel 1-NN L2 share right": "baseline",
-    "pixel 1-NN cosine share right": "baseline",
-}
 
 
 def model_of(block: tuple[Layer, ...], seed: int) -> mm.Model:
@@ -98,4 +92,4 @@ def draw(episodes: list[dict[str, Any]], answers: list[np.ndarray], path: Path) 
 
 
 if __name__ == "__main__":
-    run(measure, "snail", __doc__, BARS)
+    run(measure, "snail", __doc__)

@@ -16,18 +16,11 @@ from command import run
 from drawing import blank, save
 from torch import Tensor
 
-from multimodal.train.report import bar
+from multimodal.train.display import bar
 
 RUNS, FEATURES, WIDTH = 16, 5, 2
 SETTINGS = {"S=0": (0.0, True), "S=0.97": (0.97, True), "S=0.99": (0.99, True), "S=0.97 linear": (0.97, False)}
-BARS = {
-    "S=0 features": "bar == 2",
-    "S=0.97 features": "bar == 5",
-    "S=0.99 features": "bar == 5",
-    "S=0.97 linear features": "baseline, 2",
-    "S=0.97 largest gap off 72 degrees": "bar <= 5",
-    "S=0.99 largest gap off 72 degrees": "bar <= 5",
-}
+REMARKS = {"S=0.99 features": "5 wanted", "S=0.99 largest gap off 72 degrees": "at most 5 wanted"}
 
 
 def batch_of(count: int, features: int, absent: float, generator: torch.Generator, runs: int = RUNS) -> Tensor:
@@ -107,4 +100,4 @@ def draw(best: dict[str, Tensor], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(measure, "superposition", __doc__, BARS)
+    run(measure, "superposition", __doc__, REMARKS)

@@ -25,11 +25,6 @@ from multimodal_tokenizers import TextBPE
 TASK = "en:text -> de:text"
 LENGTHS = {"<= 10 words": (0, 10), "11 to 15 words": (11, 15), ">= 16 words": (16, 999)}
 CHEATS = ("BLEU, shuffled", "BLEU, copy of the source")
-BARS = {
-    "BLEU, no attention": "bar >= 10",
-    "BLEU, attention": "bar >= 17, and 5 above no attention",
-    "BLEU >= 16 words, attention": "bar >= 1.4 times no attention",
-}
 Pairs = list[tuple[str, str]]
 
 
@@ -73,10 +68,10 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
     text = TextBPE.train([line for pair in train for line in pair], vocab_size=256 + 1500)
     settings = {"lr": 4e-3, "optimizer": "muon", "ema": 0.98, "warmup": 0.1, "seed": seed}
     found: dict[str, float] = {}
-    look = mm.CrossAttention(score=mm.Additive())
+    look = mm.layers.CrossAttention(score=mm.attention.Additive())
     cores = {
-        "no attention": (recurrent(192, (START, mm.Recurrent()), last=1, dropout=0.1), 900),
-        "attention": (recurrent(192, (START, mm.Recurrent(), look), dropout=0.1), 600),
+        "no attention": (recurrent(192, (START, mm.layers.Recurrent()), last=1, dropout=0.1), 900),
+        "attention": (recurrent(192, (START, mm.layers.Recurrent(), look), dropout=0.1), 600),
     }
     models = {name: mm.Model({"text": text}, core, [TASK], seed=seed) for name, (core, _) in cores.items()}
     for name, model in models.items():
@@ -92,8 +87,8 @@ def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict
 
 def draw(model: mm.Model, pair: tuple[str, str], numbers: dict[str, float], path: Path) -> None:
     """BLEU by length, and where the last cross-attention looks while it writes the right translation of one sentence."""
-    trace, text = mm.Trace(), model.packer.tokenizers["text"]
-    with model.resting():
+    trace, text = mm.attention.Trace(), model.packer.tokenizers["text"]
+    with model.inference_mode():
         model(model.pack(TASK, [{"en": pair[0], "de": pair[1]}]), trace=trace)
     pieces = [[text.decode(mm.Tokens(i[None], torch.zeros(1, 3))) for i in text(line).content] for line in pair]
     figure = blank(10, 5)
@@ -109,4 +104,4 @@ def draw(model: mm.Model, pair: tuple[str, str], numbers: dict[str, float], path
 
 
 if __name__ == "__main__":
-    run(measure, "translation_rnn", __doc__, BARS)
+    run(measure, "translation_rnn", __doc__)

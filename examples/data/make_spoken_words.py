@@ -27,7 +27,7 @@ from torchaudio.functional import resample
 
 WORDS = "zero one two three four five six seven eight nine yes no left right stop go"
 
-# Accent + variant - pitch - speed (words a minute). Variants that sound alike are kept in the same split.
+# Accent + variant - pitch - speed (words a minute). Variants that sound alike belong to the same split.
 # British English is called "en" here, since espeak-ng 1.51 silently ignores the variant after "en-gb".
 TRAIN = """
     en+m1-p45-s165 en-us+m3-p55-s170 en-gb-scotland+m4-p50-s180 en-gb-x-rp+m6-p40-s175 en-us+m8-p50-s160
@@ -46,7 +46,7 @@ TEST = """
 """
 SPLITS = {"train": TRAIN.split(), "test": TEST.split()}
 RATE = 8000
-MARGIN = RATE // 40  # 25 ms are kept before and after each word
+MARGIN = RATE // 40  # 25 ms before and after each word
 QUIET = 0.005  # of the peak: what counts as silence at the ends; more would cut the softest final consonants
 PEAK = 0.3  # of full scale, the same for every clip
 STEP = 16  # samples are multiples of this (12 bits): some 50 dB below the speech, and a much smaller file

@@ -1,10 +1,8 @@
-"""The seam that users swap most: scores, priors, reads, the kernels that run them, and the cache."""
+"""Attention: scores, priors and reads, which users swap; the plans and kernels that run them; and the KV cache."""
 
 from multimodal.attention.cache import Cache
 from multimodal.attention.cross import plan_cross_attention
-from multimodal.attention.layer import Attention
-from multimodal.attention.layout import Layout, Plan, Span
-from multimodal.attention.mechanism import Mechanism, Seen, Trace, sdpa
+from multimodal.attention.mechanism import Mechanism, Plan, Seen, Trace
 from multimodal.attention.plan import BACKENDS, Backend, DensePlan, plan_attention
 from multimodal.attention.priors import ALiBi, MixingWeights, PredictedWindow, RelativeBias
 from multimodal.attention.reads import Choice, Gumbel, Hard, Read, Soft, reweighted
@@ -21,12 +19,13 @@ from multimodal.attention.scores import (
     Score,
     with_column,
 )
+from multimodal.masks import Layout, Span
+from multimodal.old_names import moved
 
 __all__ = [
     "BACKENDS",
     "ALiBi",
     "Additive",
-    "Attention",
     "Backend",
     "Bernoulli",
     "Cache",
@@ -56,6 +55,7 @@ __all__ = [
     "plan_attention",
     "plan_cross_attention",
     "reweighted",
-    "sdpa",
     "with_column",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

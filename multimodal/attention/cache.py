@@ -1,4 +1,4 @@
-"""Keys and values of tokens already read, kept for decoding: explicit, allocated once, never a hook."""
+"""The KV cache: keys and values of earlier tokens, and states of recurrent layers; allocated once, and passed explicitly."""
 
 import copy
 from collections.abc import Sequence
@@ -11,15 +11,22 @@ from multimodal.shapes import StreamError
 
 
 class Cache:
-    """Rows, each with room for `capacity` tokens of one sample in every layer; lengths may differ.
+    """The cache of every layer: rows with a capacity of `capacity` tokens each, one sample a row; lengths may differ.
 
-    length: tokens held per row (on the host); free_BM and segment_BM say of them what rules ask. rows: which row the first,
-    second, .. sample of a stream stands for (`at` chooses). memory: the keys and values of what a separate core has read, for
-    a core that writes by cross-attention; origin_BA: where such a core counts its places from. state: what layers that carry a
-    state (recurrent ones, convolutions, tapes) remember of each row.
+    Arguments:
+    keys: for each layer that caches keys and values, (number of key-value heads, width of a key, width of a value).
+    batch: number of rows.
+    capacity: the most tokens of a row.
+    states: for each layer that carries a state, its size.
+    memory: the cache of the keys and values that cross-attention attends to; None: there is no cross-attention.
 
-    keys: for each layer that keeps keys and values, (key-value heads, width of a key, width of a value); states: for each that
-    carries a state, how many numbers.
+    Attributes:
+    k, v: by layer, keys and values (B, M, G, K).
+    state: by layer, the states (B, F) of recurrent layers, convolutions and tapes.
+    length: number of tokens of each row; a list on the host.
+    bidirectional_BM, segment_BM: what rules may know of the cached tokens, see `MaskInfo`.
+    origin_BA: the position at which the writer of an `EncoderDecoder` starts in each row.
+    rows: the row of the first, second, .. sample of a stream; `at` sets it.
     """
 
     def __init__(
@@ -34,25 +41,19 @@ class Cache:
         memory: "Cache | None" = None,
     ) -> None:
         place = {"device": device, "dtype": dtype}
-        # of each layer (B, M, G, K)
         self.k = [torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys]
         self.v = [torch.zeros(batch, capacity, heads, width, **place) for heads, _, width in keys]
         self.state = [torch.zeros(batch, size, **place) for size in states]
-        self._capacity = capacity
-        self.free_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
+        self.capacity = capacity
+        self.bidirectional_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.segment_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.origin_BA = torch.zeros(batch, 3, device=device)
         self.length = [0] * batch
         self.rows: Sequence[int] = range(batch)
         self.memory = memory
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row has room for."""
-        return self._capacity
-
     def at(self, rows: Sequence[int]) -> Self:
-        """The same storage for a stream whose samples are these rows."""
+        """A view of the same storage, for a stream whose samples are in these rows."""
         view = copy.copy(self)
         view.rows = rows
         if self.memory is not None:
@@ -60,31 +61,31 @@ class Cache:
         return view
 
     def row_index(self, sample_T: Tensor) -> Tensor:
-        """The row of each token of a stream."""
+        """The row (T,) of each token of a stream, from the number of its sample."""
         return torch.tensor(self.rows, device=sample_T.device)[sample_T.long()]
 
     def reserve(self, added: Sequence[int]) -> None:
-        """Count `added` more tokens for each sample of the stream.
+        """Lengthen the row of each sample of a stream by `added` tokens, all rows or none.
 
         Raises:
-            StreamError: a sample would outgrow the capacity.
+            StreamError: a row would exceed the capacity.
         """
         for row, count in zip(self.rows, added, strict=False):
             if self.length[row] + count > self.capacity:
                 raise StreamError(
-                    f"Cache: sample {row} needs {self.length[row] + count} places, but capacity={self.capacity}; "
+                    f"Cache: sample {row} needs {self.length[row] + count} tokens, but capacity={self.capacity}; "
                     "make the cache larger or the answer shorter"
                 )
         for row, count in zip(self.rows, added, strict=False):
             self.length[row] += count
 
     def write(self, layer: int, row: Tensor | slice, order: Tensor | int, k_TGK: Tensor, v_TGK: Tensor) -> None:
-        """Keep keys and values at (row, order) of each token; a slice and a number where that says it, which costs less."""
+        """Store the keys and values of a stream at (row, order) of its tokens; a slice and an int are faster than tensors."""
         self.k[layer][row, order] = k_TGK.to(self.k[layer].dtype)
         self.v[layer][row, order] = v_TGK.to(self.v[layer].dtype)
 
     def clear(self, row: int) -> None:
-        """Make a row empty."""
+        """Make a row empty; its keys and values are overwritten later, its states become 0."""
         self.length[row] = 0
         for state in self.state:
             state[row] = 0
@@ -92,10 +93,12 @@ class Cache:
             self.memory.clear(row)
 
     def copy(self, source: int, target: int, *, start: int = 0, of: "Cache | None" = None) -> None:
-        """Make row `target` equal to row `source` (of another cache, if given), which it already is before `start`.
+        """Copy row `source` (of another cache, if given) to row `target`.
+
+        start: number of tokens in which the rows are equal already, so that they need not be copied.
 
         Raises:
-            StreamError: the other cache's row does not fit.
+            StreamError: the row exceeds the capacity of this cache.
         """
         of = of or self
         stop = of.length[source]
@@ -105,7 +108,7 @@ class Cache:
             ours[target, start:stop] = theirs[source, start:stop].to(ours.dtype)
         for ours, theirs in zip(self.state, of.state, strict=True):
             ours[target] = theirs[source].to(ours.dtype)
-        for ours, theirs in ((self.free_BM, of.free_BM), (self.segment_BM, of.segment_BM)):
+        for ours, theirs in ((self.bidirectional_BM, of.bidirectional_BM), (self.segment_BM, of.segment_BM)):
             ours[target, start:stop] = theirs[source, start:stop]
         self.origin_BA[target] = of.origin_BA[source]
         self.length[target] = stop

@@ -1,4 +1,4 @@
-"""Attending a stream on a GPU: the variable-length flash kernel for the default rule, block-sparse FlexAttention for any other."""
+"""Attention on GPUs: the variable-length flash kernel for the default rule, block-sparse FlexAttention for any other."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -10,44 +10,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
-from multimodal.attention.mechanism import Mechanism
-from multimodal.masks import Rule
+from multimodal.attention.mechanism import Mechanism, Plan
+from multimodal.attention.scores import Factored
+from multimodal.masks import Layout, Rule, Span, is_prefix_lm
 from multimodal.shapes import ConfigError
 
 
 class VarlenPlan(Plan):
-    """Prefix-LM as two calls of the variable-length kernel over the stream as it lies: context over context, the rest over all.
+    """Prefix-LM as two calls of the variable-length kernel: bidirectional tokens to each other, and causal tokens to all.
 
-    Each call parts the whole stream into sequences, such that its own queries meet their keys and all others meet none; of those
-    the kernel reads 0. So the two reads add up, and no row is moved. For a sample of f free tokens and r others:
+    Each call covers the whole stream, divided into sequences of queries and of keys such that queries of the other call have no
+    keys, for which the kernel returns 0. So the results of both calls add up, and no row has to be moved. The sequences of a
+    sample of b bidirectional tokens and c causal ones:
 
-                            queries      keys
-    context over context    f | r |      f |   | r      both directions
-    the rest over all       f | r          | f r        causal, aligned bottom-right
+                                queries      keys
+    bidirectional to each other b | c |      b |   | c      both directions
+    causal to all               b | c          | b c        causal, aligned bottom-right
     """
 
     def __init__(self, rule: Rule, layout: Layout) -> None:
         if not is_prefix_lm(rule, layout):
             raise ConfigError(
-                "attention backend 'varlen' runs only the default rule, with what is read freely at the start; use 'flex'"
+                "attention backend 'varlen' runs only the default rule, with bidirectional tokens at the start; use 'flex'"
             )
         sizes = _call_sizes(layout.spans)
         bounds = [list(accumulate(lengths, initial=0)) for q, k, _ in sizes for lengths in (q, k)]
-        device = layout.places.sample.device
-        # one copy that nobody waits for; a copy for each would make the host wait for the device as often
+        device = layout.info.sample.device
+        # one asynchronous copy for all bounds, since each copy costs a launch
         flat = torch.tensor([b for each in bounds for b in each], dtype=torch.int32, pin_memory=device.type == "cuda")
         parts = flat.to(device, non_blocking=True).split([len(each) for each in bounds])
         self.calls = [
-            # a lone query sees the same either way, and of grouped heads the kernel has a shortcut for one full query each
-            _Call(bounds_q, bounds_k, max(q), max(k), causal or max(q) == 1, _told_of_groups())
+            # for single queries causal and full are the same, and the kernel has a shortcut for full ones of grouped heads
+            _Call(bounds_q, bounds_k, max(q), max(k), causal or max(q) == 1, _takes_enable_gqa())
             for (q, k, causal), bounds_q, bounds_k in zip(sizes, parts[::2], parts[1::2], strict=True)
         ]
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         q_THK, k_TGK, scale = _features(mechanism, q_THK, k_TGK)
         width = v_TGK.shape[-1]
-        widest = -(-max(width, k_TGK.shape[-1]) // 8) * 8  # the kernel wants one width for all, in eights
+        widest = -(-max(width, k_TGK.shape[-1]) // 8) * 8  # the kernel wants one width of q, k and v, a multiple of 8
         q, k, v = (_widened(x.to(v_TGK.dtype), widest) for x in (q_THK, k_TGK, v_TGK))
         read, *others = (self._call(q, k, v, call, scale) for call in self.calls)
         for other in others:
@@ -59,79 +60,81 @@ class VarlenPlan(Plan):
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if call.causal else (-1, -1)
-        grouped: dict[str, Any] = {"enable_gqa": True} if call.told and q.shape[1] != k.shape[1] else {}
+        grouped: dict[str, Any] = {"enable_gqa": True} if call.enable_gqa and q.shape[1] != k.shape[1] else {}
         out = varlen_attn(q, k, v, *call[:4], scale=scale, window_size=window, **grouped)
         assert isinstance(out, Tensor)
         return out
 
 
 class _Call(NamedTuple):
-    """One call of the kernel: where its sequences of queries and of keys lie, the longest of each, which way they look, and
-    whether it is to be told of grouped heads."""
+    """One call of the kernel: the bounds of its sequences of queries and of keys, the longest of each, whether it is causal, and
+    whether the kernel has an argument for grouped heads."""
 
     bounds_q: Tensor
     bounds_k: Tensor
     max_q: int
     max_k: int
     causal: bool
-    told: bool
+    enable_gqa: bool
 
 
 def _call_sizes(spans: Sequence[Span]) -> list[tuple[list[int], list[int], bool]]:
-    """For each call the lengths of its sequences of queries and of keys, and whether it is causal."""
+    """For each call, the lengths of its sequences of queries and of keys, and whether it is causal; see `VarlenPlan`."""
     totals = [span.total for span in spans]
-    if not any(span.free for span in spans):
+    if not any(span.bidirectional for span in spans):
         return [(totals, totals, True)]
-    if all(span.free == span.total for span in spans):
+    if all(span.bidirectional == span.total for span in spans):
         return [(totals, totals, False)]
-    context, rest = [], []
-    for free, total, _ in spans:
-        after = total - free
-        if free:
-            context.append((free, free))
-            rest.append((free, 0))
+    both_ways, causal = [], []  # (queries, keys) of each sequence
+    for first, total, _ in spans:
+        after = total - first
+        if first:
+            both_ways.append((first, first))
+            causal.append((first, 0))
         if after:
-            context += [(after, 0), (0, after)]
-        rest.append((after, total))
+            both_ways += [(after, 0), (0, after)]
+        causal.append((after, total))
     return [
-        ([q for q, _ in context], [k for _, k in context], False),
-        ([q for q, _ in rest], [k for _, k in rest], True),
+        ([q for q, _ in both_ways], [k for _, k in both_ways], False),
+        ([q for q, _ in causal], [k for _, k in causal], True),
     ]
 
 
 @lru_cache(1)
-def _told_of_groups() -> bool:
-    """Whether the kernel wants to be told that keys have fewer heads than queries; torch 2.11's takes them as they are."""
+def _takes_enable_gqa() -> bool:
+    """Whether the kernel needs an argument to accept keys with fewer heads than queries; in torch 2.11 it does not."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _widened(x_THK: Tensor, width: int) -> Tensor:
+    """The heads padded with zeros, which change no product."""
     return x_THK if x_THK.shape[-1] == width else F.pad(x_THK, (0, width - x_THK.shape[-1]))
 
 
 def _features(mechanism: Mechanism, q_THK: Tensor, k_TGK: Tensor) -> tuple[Tensor, Tensor, float]:
-    """What a bare mechanism multiplies, of a stream as it lies: scores are written for samples side by side."""
-    q_BTHK, k_BMGK, scale = mechanism.features(q_THK[None], k_TGK[None])
+    """The features (T, H, K) that a bare mechanism multiplies; scores expect a batch axis, so it is added and removed."""
+    assert isinstance(mechanism.score, Factored)
+    q_BTHK, k_BMGK, scale = mechanism.score.features(q_THK[None], k_TGK[None], mechanism.score_weights)
     return q_BTHK[0], k_BMGK[0], scale
 
 
 class FlexPlan(Plan):
-    """Any rule as a block mask; compiled where CUDA is, eager (forward only) elsewhere."""
+    """Any rule as a block mask; compiled on CUDA, elsewhere eager and without a backward pass."""
 
     def __init__(self, rule: Rule, layout: Layout) -> None:
-        places = layout.places
-        count = len(places.sample)
-        make_mask, self.flex = _flex(places.sample.is_cuda)
+        info = layout.info
+        count = len(info.sample)
+        make_mask, self.flex = _flex(info.sample.is_cuda)
         self.mask = make_mask(
-            lambda b, h, i, j: rule.allows(places[i], places[j]), None, None, count, count, device=places.sample.device
+            lambda b, h, i, j: rule.allows(info[i], info[j]), None, None, count, count, device=info.sample.device
         )
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         q_THK, k_TGK, scale = _features(mechanism, q_THK, k_TGK)
         width = v_TGK.shape[-1]
-        # narrower matrices the kernel does not multiply
+        # the kernel's matrix products need heads of width 16 at least
         q, k, v = (_widened(x.to(v_TGK.dtype), max(x.shape[-1], 16)) for x in (q_THK, k_TGK, v_TGK))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = self.flex(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -140,7 +143,7 @@ class FlexPlan(Plan):
 
 @lru_cache(2)
 def _flex(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What makes block masks, and what attends by them; uncompiled, both write out the whole (T, T) matrix first."""
+    """(create_block_mask, flex_attention); both are compiled on CUDA, since eager they compute the whole (T, T) matrix."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not compiled:

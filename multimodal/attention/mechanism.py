@@ -1,10 +1,11 @@
-"""One attention mechanism: prior + score -> posterior -> read. Fused where a kernel can run it, written out where not.
+"""One attention mechanism: prior + score -> posterior over keys -> read. A fused kernel runs it if one can, else plain PyTorch.
 
-q, k --score--> log likelihood --+
-places --prior--> log prior -----+--> posterior --read--> what is read of v
+q, k ------score--> log likelihood --+
+positions --prior--> log prior ------+--> posterior --read--> weighted values
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -17,14 +18,22 @@ from multimodal.attention.scores import Factored, Score
 from multimodal.masks import Pairs, Prior
 from multimodal.shapes import ConfigError, ShapeError
 
-BLOCK = 2**24  # numbers that a block of queries may hold at once, where pairs are written out
+BLOCK = 2**24  # the most numbers of the (queries, keys) matrices of one block of queries, without a fused kernel
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention layer did with one batch of queries; log_prior is minus infinity where nobody may look.
+    """The record of one attention layer and one batch of queries.
 
-    weight_BHTM: what the values were weighed by; value_BMHK: those values.
+    name: the layer, such as "block 1 self".
+    pairs: the queries and keys, and which may attend to which.
+    score_BHTM: log-likelihoods of the queries under the keys.
+    log_prior_BHTM: log-priors; minus infinity where a query may not attend.
+    weight_BHTM: the weights of the values.
+    value_BMHK: the values.
+    read_BTHK: the weighted sums of the values.
+    choice: what a `Hard` read chose; None: another read.
+    mechanism: the layer's mechanism.
     """
 
     name: str
@@ -39,22 +48,27 @@ class Seen:
 
     @property
     def log_joint_BHTM(self) -> Tensor:
-        """log prior + log likelihood."""
+        """Log prior + log likelihood, whose softmax over keys is the posterior."""
         return self.score_BHTM + self.log_prior_BHTM
 
 
 @dataclass
 class Trace:
-    """Collects what every attention layer does, in order; give it to a model's forward.
+    """Collects a record of every attention layer; pass it to a model's forward.
 
-    seen: a record of each attention layer, in the order in which they ran.
+    seen: the records, in the order in which the layers ran.
     """
 
     seen: list[Seen] = field(default_factory=list)
 
 
 class Mechanism(nn.Module):
-    """A score, a prior and a read with what they learn, for `heads` query heads of this width."""
+    """A score, a prior and a read with their learned parameters, for `heads` query heads of this width.
+
+    changes_keys: whether the score replaces the keys, for instance by their positions.
+    fused: whether a fused kernel can run it: a score that factors, a `Soft` read, no factor after the softmax.
+    bare: whether that kernel needs nothing but the features of queries and keys: neither a prior nor positions.
+    """
 
     def __init__(
         self, score: Score, prior: Prior | None, read: Read, heads: int, width: int, *, name: str = ""
@@ -69,40 +83,43 @@ class Mechanism(nn.Module):
             p.weights(heads, width) or nn.Identity() for p in (*self.priors, *self.factors)
         )
         self.read_weights = read.weights()
+        self.changes_keys = type(score).keys is not Score.keys
+        self.fused = isinstance(score, Factored) and isinstance(read, Soft) and not self.factors
+        self.bare = self.fused and prior is None and not self.changes_keys
         if self.factors and not isinstance(read, Soft):
             raise ConfigError(
                 f"{type(self.factors[0]).__name__}: it does not renormalise, so it is a factor on the mean; "
                 f"{type(read).__name__} needs a prior"
             )
 
-    @property
-    def fused(self) -> bool:
-        """Whether a fused kernel can run it."""
-        return isinstance(self.score, Factored) and isinstance(self.read, Soft) and not self.factors
-
-    @property
-    def bare(self) -> bool:
-        """Whether the kernel needs nothing but features: no prior, no places."""
-        return self.fused and self.prior is None and type(self.score).keys is Score.keys
-
-    def features(self, q_BTHK: Tensor, k_BMGK: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(q', k', scale) of a score that factors."""
-        assert isinstance(self.score, Factored)
-        return self.score.features(q_BTHK, k_BMGK, self.score_weights)
-
     def forward(
         self, q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, pairs: Pairs, trace: Trace | None = None
     ) -> Tensor:
-        """What every query reads: (B, T, H, K)."""
-        k_BMGK = self.score.keys(k_BMGK, pairs.k.order[:, 0])
+        """The values that every query reads: (B, T, H, K). A trace collects the record of this call."""
+        if self.changes_keys:
+            k_BMGK = self.score.keys(k_BMGK, pairs.k.order[:, 0])
         if self.fused and trace is None:
-            q, k, scale = self.features(q_BTHK, k_BMGK)
-            if self.prior is None:
-                mask = None if pairs.allowed is None else pairs.allowed[:, None]
-                return sdpa(q, k, v_BMGK, scale, mask, pairs.causal)
-            bias, empty = self._log_prior(pairs, q_BTHK)
-            read = sdpa(q, k, v_BMGK, scale, bias.to(q.dtype))
-            return read.masked_fill(empty.transpose(1, 2), 0.0)
+            assert isinstance(self.score, Factored)
+            q, k, scale = self.score.features(q_BTHK, k_BMGK, self.score_weights)
+            # the kernel adds a float mask to the scores, so that a log-prior is one; a rule alone is a boolean mask
+            mask, empty = None, None
+            if self.prior is not None:
+                mask, empty = self._log_prior(pairs, q_BTHK)
+                mask = mask.to(q.dtype)
+            elif pairs.allowed is not None:
+                mask = pairs.allowed[:, None]
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v_BMGK.transpose(1, 2)
+            read = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=pairs.causal and self.prior is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            ).transpose(1, 2)
+            return read if empty is None else read.masked_fill(empty.transpose(1, 2), 0.0)
+        # without a kernel the (T, M) matrices exist: long streams go block by block, each computed again for its gradient
         groups = q_BTHK.shape[2] // k_BMGK.shape[2]
         k_BMHK, v_BMHK = k_BMGK.repeat_interleave(groups, 2), v_BMGK.repeat_interleave(groups, 2)
         size = max(1, BLOCK // (k_BMHK.numel() if not isinstance(self.score, Factored) else k_BMHK[..., 0].numel()))
@@ -124,6 +141,7 @@ class Mechanism(nn.Module):
         return torch.cat(out, 1)
 
     def _written_out(self, q_BTHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, pairs: Pairs, trace: Trace | None) -> Tensor:
+        """The same by plain PyTorch, with every matrix of (queries, keys); here anything can be traced."""
         score = self.score.log_likelihood(q_BTHK, k_BMHK, self.score_weights)
         wanted = (len(q_BTHK), q_BTHK.shape[2], q_BTHK.shape[1], k_BMHK.shape[1])
         _check(self.score, "log_likelihood", score, wanted)
@@ -132,26 +150,29 @@ class Mechanism(nn.Module):
         log_joint = score + log_prior
         _check(self.prior, "log_prior", log_joint, wanted)
         read, weight, choice = self.read.read(log_joint, v_BMHK, self.training)
-        if self.factors:
-            asked = pairs.alone
+        if self.factors:  # they come after the softmax, so that weights sum to less than 1
+            alone = pairs.alone
             for factor, weights in zip(self.factors, self.prior_weights[len(self.priors) :], strict=True):
-                weight = weight * factor.log_prior(asked, q_BTHK, weights).exp()
+                weight = weight * factor.log_prior(alone, q_BTHK, weights).exp()
             read = mean_of(v_BMHK, weight)
         read = read.masked_fill(empty.transpose(1, 2), 0.0)
         if trace is not None:
-            kept = log_prior.expand_as(score).masked_fill(empty, -math.inf)
+            visible = log_prior.expand_as(score).masked_fill(empty, -math.inf)
             trace.seen.append(
-                Seen(self.name, pairs, score, kept, weight.masked_fill(empty, 0.0), v_BMHK, read, choice, self)
+                Seen(self.name, pairs, score, visible, weight.masked_fill(empty, 0.0), v_BMHK, read, choice, self)
             )
         return read
 
     def _log_prior(self, pairs: Pairs, q_BTHK: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, T, M) or what broadcasts to it, and (B, H, T, 1): where a query sees nothing; there it is 0, so nothing is NaN."""
+        """(the log-prior (B, H, T, M) or what broadcasts to it, whether a query may attend to no key at all (B, H, T, 1)).
+
+        The log-prior of such a query is 0 everywhere, lest its softmax be NaN; its result is set to 0 later.
+        """
         shape = torch.broadcast_shapes(pairs.q.order.shape, pairs.k.order.shape)
         total = q_BTHK.new_zeros((shape[0], 1, *shape[1:]), dtype=torch.float32)
-        asked = pairs.alone  # a prior must not depend on the position of a sample in its pack
+        alone = pairs.alone  # a prior must not depend on the position of a sample in its pack
         for prior, weights in zip(self.priors, self.prior_weights, strict=False):
-            total = total + prior.log_prior(asked, q_BTHK, weights)
+            total = total + prior.log_prior(alone, q_BTHK, weights)
         closed = pairs.closed
         if closed is not None:
             total = total.masked_fill(closed[:, None], -math.inf)
@@ -167,21 +188,28 @@ def _check(part: object, method: str, found: Tensor, wanted: tuple[int, ...]) ->
 
 
 def rows_of(pairs: Pairs, rows: slice | Tensor) -> Pairs:
-    """The same for some of the queries."""
-
-    def some(x: Tensor) -> Tensor:
-        return x[:, rows] if x.shape[1] > 1 else x
-
-    allowed = None if pairs.allowed is None else some(pairs.allowed)
+    """The pairs of some of the queries with all keys."""
+    allowed = pairs.allowed
+    if allowed is not None and allowed.shape[1] > 1:  # else it broadcasts over queries
+        allowed = allowed[:, rows]
     return Pairs(pairs.q[:, rows], pairs.k, allowed, pairs.causal)
 
 
-def sdpa(
-    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """PyTorch's fused attention with our axes."""
-    q, k, v = q_BTHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
+class Plan(ABC):
+    """One way to compute attention over a stream, made once and used by every layer.
+
+    trace: collects a record of every layer; None: nothing is recorded.
+    """
+
+    trace: Trace | None = None
+
+    @abstractmethod
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
+        """The values (T, H, K) that every query reads.
+
+        mechanism: that of the layer. layer: its index among the layers that cache keys and values.
+        """
+
+    def narrowed(self, row_N: Tensor) -> "Plan | None":
+        """A plan in which only these rows of the stream are queries, of all keys; None: this plan cannot, so compute all rows."""
+        return None

@@ -1,11 +1,11 @@
-"""How one packed stream is attended: a plan is made once per stream from its mask rule and layout, and used by every layer.
+"""Attention plans: how a packed stream is computed, made once per stream from its mask rule and layout, and used by every layer.
 
 dense    one boolean matrix over the whole stream; slow, obviously right, the oracle of all others
-runs     samples of equal shape side by side through PyTorch's fused attention; what CPUs, fp32, and mechanisms with priors use
+runs     samples of equal shape as one batch of PyTorch's fused attention; for CPUs, float32, and mechanisms with priors
 varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule)
 flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
 
-What a plan holds is who meets whom; what becomes of each meeting is the mechanism's: score, prior and read.
+A plan says which queries attend to which keys; the layer's mechanism (score, prior and read) says what is computed for each pair.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
+from multimodal.attention.cached import AppendPlan, FillingPlan, StepPlan
 from multimodal.attention.gpu import FlexPlan, VarlenPlan
-from multimodal.attention.kept import AppendPlan, FillingPlan, StepPlan
-from multimodal.attention.layout import Layout, Plan, Span, is_prefix_lm
-from multimodal.attention.mechanism import Mechanism, Trace, rows_of
-from multimodal.masks import LAW, PREFIX_LM, Alone, Pairs, Places, Rule
+from multimodal.attention.mechanism import Mechanism, Plan, Trace, rows_of
+from multimodal.masks import LAW, PREFIX_LM, Alone, Layout, MaskInfo, Pairs, Rule, Span, is_prefix_lm
 from multimodal.shapes import ConfigError, did_you_mean
 
-LONG = 1024  # tokens, from which on a prefix-LM is read in two calls: masks of shorter samples are small, and cost less
+LONG = 1024  # tokens from which on a prefix-LM runs as two calls without a mask; for shorter samples one call with a mask is faster
 BACKENDS = ("auto", "dense", "runs", "varlen", "flex")
 
 
 Backend = str | Callable[[Rule, Layout], Plan]
-"""A name in BACKENDS, or a plan of one's own."""
+"""A name in BACKENDS, or a function that makes a plan of your own."""
 
 
 def plan_attention(
@@ -42,30 +41,35 @@ def plan_attention(
     bare: bool = True,
     trace: Trace | None = None,
 ) -> Plan:
-    """Choose how to attend this stream.
+    """Choose how to compute the self-attention of a stream.
 
-    bare: every layer's mechanism is a score that factors, and no more, so that any kernel runs it. trace: collects what layers do.
-    With a cache whose rows are empty the stream is a prompt and fills them; otherwise it holds new tokens, any number a sample.
+    rule: which token may attend to which; it is combined with `LAW`.
+    layout: the samples of the stream.
+    backend: "auto" chooses by device, precision and rule.
+    dtype: the precision in which attention runs.
+    cache: if its rows are empty, the stream is a prompt and fills them; else it has new tokens, any number for each sample.
+    bare: whether every layer's mechanism is a factored score and nothing else, so that any kernel can run it.
+    trace: collects a record of every layer.
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run this rule here.
-        StreamError: new tokens that those in the cache would have had to see.
+        StreamError: cached tokens would have had to attend to new ones.
     """
     if rule != PREFIX_LM:
-        rule = LAW & Alone(rule)  # no rule may allow looking into other samples, or ahead in what is written
+        rule = LAW & Alone(rule)  # no rule may allow attention to other samples, or to later tokens of what is written
     if cache is not None:
         rows = list(cache.rows[: len(layout.spans)])
         if any(cache.length[row] for row in rows):
             single = all(span.total == 1 for span in layout.spans) and rows == list(range(rows[0], rows[0] + len(rows)))
-            held = (StepPlan if single else AppendPlan)(rule, layout, cache)
-            held.trace = trace
-            return held
-    device = layout.places.sample.device
+            cached = (StepPlan if single else AppendPlan)(rule, layout, cache)
+            cached.trace = trace
+            return cached
+    device = layout.info.sample.device
     if backend == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
         standard = is_prefix_lm(rule, layout)
-        apart = device.type != "cuda" or not half or not bare or trace is not None
-        backend = "runs" if apart else "varlen" if standard else "flex"
+        flash = device.type == "cuda" and half and bare and trace is None
+        backend = "runs" if not flash else "varlen" if standard else "flex"
     if isinstance(backend, str) and backend not in _PLANS:
         raise ConfigError(
             f"attention backend {backend!r} is unknown; there are {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
@@ -76,29 +80,28 @@ def plan_attention(
             "factor; use 'auto'"
         )
     make = _PLANS[backend] if isinstance(backend, str) else backend
-    # what is told is told in one piece, and with a prior there is a matrix anyway
+    # without split a sample is one call, as a trace wants; with a prior splitting saves nothing, since there is a matrix anyway
     plan = _RunsPlan(rule, layout, split=bare and trace is None) if backend == "runs" else make(rule, layout)
     plan.trace = trace
     return plan if cache is None else FillingPlan(plan, layout, cache)
 
 
 class DensePlan(Plan):
-    """Everybody against everybody of the whole stream, the mechanism written out: the oracle."""
+    """One matrix of all tokens of the stream with all, and no fused kernel: the oracle of the other plans."""
 
     def __init__(self, rule: Rule, layout: Layout) -> None:
-        places = layout.places
-        q, k = places[None, :, None], places[None, None]
+        q, k = layout.info[None, :, None], layout.info[None, None]
         self.pairs = Pairs(q, k, rule.allows(q, k))
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        trace = Trace() if self.trace is None else self.trace
+        trace = Trace() if self.trace is None else self.trace  # with a trace no fused kernel runs
         return mechanism(q_THK[None], k_TGK[None], v_TGK[None], self.pairs, trace)[0]
 
 
 class _RunsPlan(Plan):
-    """Neighbouring samples of equal shape as one batch of the fused kernel; no mask at all where none is needed.
+    """Neighbouring samples of equal shape run as one batch of the fused kernel, without a mask where none is needed.
 
-    Under a rule with a reach, long samples are cut into blocks that see no further than it, so that cost grows with length alone.
+    Under a rule with a reach, long samples are cut into blocks with the keys within reach, so that cost grows linearly with length.
     """
 
     def __init__(self, rule: Rule, layout: Layout, split: bool = True) -> None:
@@ -109,31 +112,32 @@ class _RunsPlan(Plan):
         for span, group in groupby(layout.spans):
             count = len(list(group))
             size = count * span.total
-            here = Places(
-                **{name: x.view(count, span.total) for name, x in vars(layout.places[start : start + size]).items()}
+            info = MaskInfo(
+                **{name: x.view(count, span.total) for name, x in vars(layout.info[start : start + size]).items()}
             )
-            q, k = here[:, :, None], here[:, None]
+            q, k = info[:, :, None], info[:, None]
             blocks: _Blocks | _Split | None = None
-            if standard and span.free in (0, span.total):
-                pairs = Pairs(q, k, causal=span.free == 0)
+            if standard and span.bidirectional in (0, span.total):
+                pairs = Pairs(q, k, causal=span.bidirectional == 0)
             elif standard and split and is_split(span):
-                pairs, blocks = Pairs(q, k, causal=True), _Split(q, k, span.free)
+                pairs, blocks = Pairs(q, k, causal=True), _Split(q, k, span.bidirectional)
             elif standard:
-                mask = torch.ones(1, span.total, span.total, dtype=torch.bool, device=layout.places.order.device).tril()
-                mask[:, : span.free, : span.free] = True
+                # equal spans have equal masks, so one matrix serves the whole batch
+                mask = torch.ones(1, span.total, span.total, dtype=torch.bool, device=layout.info.order.device).tril()
+                mask[:, : span.bidirectional, : span.bidirectional] = True
                 pairs = Pairs(q, k, mask)
             elif rule.reach is not None and span.total >= 4 * (rule.reach + 1):
-                blocks = _Blocks(rule, here, rule.reach)
+                blocks = _Blocks(rule, info, rule.reach)
                 pairs = blocks.pairs
             else:
                 pairs = Pairs(q, k, rule.allows(q, k))
             self.sizes.append(size)
             self.runs.append((count, pairs, blocks))
             start += size
-        self.asking = self.sizes  # rows of queries; the sizes are of keys
+        self.query_sizes = self.sizes  # fewer than those of the keys after `narrowed`
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
-        sizes = ((q_THK, self.asking), (k_TGK, self.sizes), (v_TGK, self.sizes))
+        sizes = ((q_THK, self.query_sizes), (k_TGK, self.sizes), (v_TGK, self.sizes))
         parts = [x.split(each) if len(each) > 1 else (x,) for x, each in sizes]
         out = []
         for (count, pairs, blocks), *qkv in zip(self.runs, *parts, strict=True):
@@ -148,11 +152,11 @@ class _RunsPlan(Plan):
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def narrowed(self, row_N: Tensor) -> Plan | None:
-        """Where they rise, and are as many and as far from the start in every sample of a run."""
+        """A plan if the rows are ascending, and at the same positions in every sample of a run; else None."""
         if self.trace is not None or row_N.device.type != "cpu" or not bool((row_N.diff() > 0).all()):
-            return None  # a device would have to tell the host where the rows lie
+            return None  # on a GPU the host would have to wait for the device to know the rows
         plan = copy(self)
-        plan.runs, plan.asking = [], []
+        plan.runs, plan.query_sizes = [], []
         *starts, _ = accumulate(self.sizes, initial=0)
         parts = row_N.tensor_split(torch.searchsorted(row_N, torch.tensor(starts[1:])))
         for (count, pairs, blocks), size, start, rows in zip(self.runs, self.sizes, starts, parts, strict=True):
@@ -161,49 +165,51 @@ class _RunsPlan(Plan):
             if blocks is not None or not len(rows) or not torch.equal(rows, each.flatten()):
                 return None
             some = rows_of(pairs, order)
+            # the kernel's causal flag assumes that queries are the last rows, so a mask takes its place if it masks anything
             closed = some.closed
             allowed = None if closed is None or not closed.any() else ~closed
             plan.runs.append((count, Pairs(some.q, some.k, allowed), None))
-            plan.asking.append(len(rows))
+            plan.query_sizes.append(len(rows))
         return plan
 
 
 def is_split(span: Span) -> bool:
-    """Whether a prefix-LM sample of bare attention is read in two calls instead of with a mask."""
-    return span.total >= LONG and 0 < 3 * span.free <= 2 * span.total
+    """Whether a prefix-LM sample runs as two calls instead of one with a mask: it is long, and at most 2/3 bidirectional."""
+    return span.total >= LONG and 0 < 3 * span.bidirectional <= 2 * span.total
 
 
 class _Split:
-    """Long samples (B, T) that begin with free tokens, read in two calls without a mask, whose size would be T x T.
+    """Long prefix-LM samples (B, T) as two calls without a mask, whose size would be T x T.
 
-    What is free looks at what is free; then everything looks back, of which the rows behind the free ones are kept.
+    The first call is full attention among the `first` bidirectional tokens. The second is causal over all tokens; its rows after
+    the first ones are used.
     """
 
-    def __init__(self, q: Places, k: Places, free: int) -> None:
-        self.free = free
-        self.context, self.causal = Pairs(q[:, :free], k[:, :, :free]), Pairs(q, k, causal=True)
+    def __init__(self, q: MaskInfo, k: MaskInfo, first: int) -> None:
+        self.first = first
+        self.context, self.causal = Pairs(q[:, :first], k[:, :, :first]), Pairs(q, k, causal=True)
 
     def read(self, mechanism: Mechanism, q_BTHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
-        some = slice(self.free)
+        some = slice(self.first)
         context = mechanism(q_BTHK[:, some], k_BMGK[:, some], v_BMGK[:, some], self.context)
-        return torch.cat([context, mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, self.free :]], 1)
+        return torch.cat([context, mechanism(q_BTHK, k_BMGK, v_BMGK, self.causal)[:, self.first :]], 1)
 
 
 class _Blocks:
-    """Samples (B, T) cut into blocks of queries, each with the keys within reach of them as one sample of a larger batch."""
+    """Samples (B, T) cut into blocks of queries; each block with the keys within its reach is a sample of a larger batch."""
 
-    def __init__(self, rule: Rule, places: Places, reach: int) -> None:
-        self.count, self.total = places.order.shape
+    def __init__(self, rule: Rule, info: MaskInfo, reach: int) -> None:
+        self.count, self.total = info.order.shape
         self.size, self.reach = max(reach, 16), reach
         self.blocks = -(-self.total // self.size)
-        q = Places(**{name: self.queries(x) for name, x in vars(places).items()})
-        q = replace(q, order=self.queries(places.order + 1) - 1)  # -1 where a block is filled up
-        k = Places(**{name: self.keys(x) for name, x in vars(places).items()})
-        there = self.keys(torch.ones_like(places.order))[:, None] != 0  # beyond a sample's ends nothing is
-        asks = self.queries(torch.ones_like(places.order))[:, :, None] != 0
+        q = MaskInfo(**{name: self.queries(x) for name, x in vars(info).items()})
+        q = replace(q, order=self.queries(info.order + 1) - 1)  # the order of padding is -1
+        k = MaskInfo(**{name: self.keys(x) for name, x in vars(info).items()})
+        key_exists = self.keys(torch.ones_like(info.order))[:, None] != 0  # no padding beyond the ends of a sample
+        query_exists = self.queries(torch.ones_like(info.order))[:, :, None] != 0
         q, k = q[:, :, None], k[:, None]
-        # a query that only fills a block looks at everything, so that its row is no division by 0
-        self.pairs = Pairs(q, k, rule.allows(q, k) & there | ~asks)
+        # a query that is padding attends to everything, lest its softmax be NaN
+        self.pairs = Pairs(q, k, rule.allows(q, k) & key_exists | ~query_exists)
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (B * blocks, size, ...)."""
@@ -212,7 +218,7 @@ class _Blocks:
     def keys(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (B * blocks, size + 2 * reach, ...)."""
         wide = _padded(x, self.reach, self.blocks * self.size - self.total + self.reach)
-        windows = wide.unfold(1, self.size + 2 * self.reach, self.size)  # the window's axis comes last
+        windows = wide.unfold(1, self.size + 2 * self.reach, self.size)  # unfold puts the axis of the window last
         return windows.movedim(-1, 2).flatten(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
@@ -221,7 +227,7 @@ class _Blocks:
 
 
 def _padded(x: Tensor, before: int, after: int) -> Tensor:
-    """More rows of 0 at both ends of the second axis."""
+    """The tensor with rows of zeros before and after, along its second axis."""
     return torch.cat([x.new_zeros(len(x), before, *x.shape[2:]), x, x.new_zeros(len(x), after, *x.shape[2:])], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Log-priors over keys: what depends on where a key lies and not on what it holds. They add, and rules are priors too."""
+"""Priors that weigh keys by their position: ALiBi, relative bias, windows. Mask rules, which shut keys out, are in masks.py."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from multimodal.shapes import ConfigError
 
 @dataclass(frozen=True)
 class ALiBi(Prior):
-    """-slope * distance, with slopes 2 ** (-8 h / H) for the heads h = 1 .. H (Press et al. 2022), the same in both directions."""
+    """-slope * |distance| in tokens, with slope 2 ** (-8 h / H) for head h = 1 .. H (Press et al. 2022), in both directions."""
 
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
         heads = q_BTHK.shape[2]
@@ -24,16 +24,16 @@ class ALiBi(Prior):
 
 @dataclass(frozen=True)
 class RelativeBias(Prior):
-    """One learned number for each head and distance, up to `reach` tokens either way (Raffel et al. 2020, without buckets).
+    """A learned bias for each head and signed distance, up to `reach` tokens either way (Raffel et al. 2020, without buckets).
 
-    reach: the largest distance with a number of its own, in tokens; farther ones share the last.
+    reach: the largest distance with a bias of its own, in tokens; larger ones share it.
     """
 
     reach: int
 
     def __post_init__(self) -> None:
         if self.reach < 1:
-            raise ConfigError(f"RelativeBias: reach={self.reach} tells no distances apart; use 1 or more")
+            raise ConfigError(f"RelativeBias: reach={self.reach} distinguishes no distances; use 1 or more")
 
     def weights(self, heads: int, width: int) -> nn.Module:
         return _Table(heads, 2 * self.reach + 1)
@@ -44,10 +44,13 @@ class RelativeBias(Prior):
 
 @dataclass(frozen=True)
 class PredictedWindow(Prior):
-    """Local-p: a Gaussian around a place that the query predicts, p = S sigmoid(v . tanh(W q)): Luong et al. 2015, equations 9, 10.
+    """Local-p attention: a Gaussian around the position p = S sigmoid(v . tanh(W q)) that the query predicts.
 
-    S: how many keys the query may look at. sigma: standard deviation in tokens (Luong: half of the window's half-width).
-    renormalise: as a prior, so that responsibilities sum to 1; or, as Luong writes it, multiplied onto them: they sum to less.
+    Luong et al. 2015, equations 9 and 10; S is the number of keys to which the query may attend.
+
+    sigma: standard deviation in tokens (Luong: half of the window's half-width).
+    renormalise: whether it is a prior, so that attention weights sum to 1; False: it multiplies them after the softmax, as Luong
+        writes it, and they sum to less.
     """
 
     sigma: float
@@ -62,24 +65,24 @@ class PredictedWindow(Prior):
         return self.renormalise
 
     def weights(self, heads: int, width: int) -> nn.Module:
-        return _Pointing(heads, width)
+        return _PredictedCentre(heads, width)
 
     def centre(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
-        """Where each query expects its key, in tokens: (B, H, T, 1)."""
+        """The predicted position p of each query, in tokens: (B, H, T, 1)."""
         hidden = torch.einsum("bthk,hkj->bthj", q_BTHK, weights.matrix.to(q_BTHK.dtype)).tanh()
         share_BHT = torch.einsum("bthj,hj->bht", hidden, weights.vector.to(q_BTHK.dtype)).sigmoid()
         return share_BHT[..., None] * pairs.count[:, None]
 
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
-        away = pairs.k.order[:, None] - self.centre(pairs, q_BTHK, weights)
-        return -away.square() / (2 * self.sigma**2)
+        distance = pairs.k.order[:, None] - self.centre(pairs, q_BTHK, weights)
+        return -distance.square() / (2 * self.sigma**2)
 
 
 @dataclass(frozen=True)
 class MixingWeights(Prior):
-    """log pi of the component at each place, learned for each head: the mixing weights of a memory of `size` components.
+    """Learned log mixing weights of a mixture whose components are the keys, for each head.
 
-    size: how many components the memory has.
+    size: number of components.
     """
 
     size: int
@@ -105,12 +108,16 @@ class MixingWeights(Prior):
 
 
 class _Table(nn.Module):
+    """A learned number for each head and index."""
+
     def __init__(self, heads: int, size: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(heads, size))
 
 
-class _Pointing(HeadMatrix):
+class _PredictedCentre(HeadMatrix):
+    """W and v of `PredictedWindow`, for each head."""
+
     def __init__(self, heads: int, width: int) -> None:
         super().__init__(torch.randn(heads, width, width) / math.sqrt(width))
         self.vector = nn.Parameter(torch.randn(heads, width) / math.sqrt(width))

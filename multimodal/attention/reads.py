@@ -1,4 +1,4 @@
-"""Reads: what becomes of the posterior over keys: its mean, a sample, or a relaxed sample of the values."""
+"""Reads: how values are read from the posterior over keys: by their mean, by a sample, or by a relaxed sample."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,8 +13,13 @@ from multimodal.shapes import ConfigError, ShapeError
 
 
 class Choice(NamedTuple):
-    """What a hard read chose for each query: the key (B, H, T), its log-probability, the posterior's entropy, and whether it was
-    a sample (B, 1, 1): whatever was averaged instead has nothing to learn from its reward."""
+    """What a `Hard` read chose.
+
+    key_BHT: the index of the key that each query reads.
+    log_p_BHT: its log-probability under the posterior.
+    entropy_BHT: the entropy of the posterior, in nats.
+    sampled: (B, 1, 1), whether the sample of the batch read one key; those that read the mean have no reward to learn from.
+    """
 
     key_BHT: Tensor
     log_p_BHT: Tensor
@@ -23,18 +28,18 @@ class Choice(NamedTuple):
 
 
 class Read(Declared, ABC):
-    """A read. Subclass as a frozen dataclass and write `weigh`."""
+    """How values are read from the posterior over keys. Subclass as a frozen dataclass and write `weigh`."""
 
     def weights(self) -> nn.Module | None:
-        """What a layer keeps for this read beside its own weights; none of it reaches `weigh`."""
+        """The module that a layer stores for this read, such as a running mean; `weigh` does not get it."""
         return None
 
     @abstractmethod
     def weigh(self, log_joint_BHTM: Tensor, training: bool) -> Tensor:
-        """The weight of each key's value, from log prior + log likelihood; keys that may not be seen are minus infinity."""
+        """The weight (B, H, T, M) of each value, from log prior + log likelihood, which is minus infinity for masked keys."""
 
     def read(self, log_joint_BHTM: Tensor, v_BMHK: Tensor, training: bool) -> tuple[Tensor, Tensor, Choice | None]:
-        """(what is read (B, T, H, K), the weights, what was chosen)."""
+        """(the values read (B, T, H, K), the weights (B, H, T, M), the choice of a `Hard` read or None)."""
         weight_BHTM = self.weigh(log_joint_BHTM, training)
         if weight_BHTM.shape != log_joint_BHTM.shape:
             raise ShapeError(
@@ -51,7 +56,7 @@ def mean_of(v_BMHK: Tensor, weight_BHTM: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Soft(Read):
-    """The posterior mean (Bahdanau et al. 2015, equation 5): what fused kernels compute."""
+    """The mean of the values under the posterior (Bahdanau et al. 2015, equation 5), which fused kernels compute."""
 
     def weigh(self, log_joint_BHTM: Tensor, training: bool) -> Tensor:
         return log_joint_BHTM.softmax(-1)
@@ -59,13 +64,16 @@ class Soft(Read):
 
 @dataclass(frozen=True)
 class Hard(Read):
-    """One value: a sample in training, the likeliest at test (Xu et al. 2015, section 4.1).
+    """Hard attention: the value of one key, sampled in training, the most probable one in evaluation (Xu et al. 2015, section 4.1).
 
-    Learned with the score-function gradient: reward is the log-likelihood of what is written from there on, less a moving average
-    of it (their equation 12). expected: the share of samples that read the mean instead, which makes it learn; entropy: the bonus
-    on the posterior's entropy, in nats; weight: of the reward (their lambda_r; below 1 the noise weighs less beside the loss).
-    ahead: how many tokens from its own on reward a choice; 1 is exact where a choice reaches its own token only, and has far less
-    noise; None: all that come.
+    It is trained by the score-function gradient (REINFORCE). The reward of a choice is the log-likelihood of the tokens written
+    from that row on, minus a moving average of it (their equation 12).
+
+    expected: the share of samples that read the mean instead in training, without which it hardly learns.
+    entropy: weight of the bonus on the posterior's entropy, in nats.
+    weight: factor of the reward (their lambda_r); below 1 its noise counts less beside the loss.
+    ahead: number of tokens, from the choice's own on, that reward it; 1 is exact if a choice affects its own token only, and has
+        far less noise; None: all that follow.
     """
 
     expected: float = 0.5
@@ -118,10 +126,10 @@ class Hard(Read):
 
 @dataclass(frozen=True)
 class Gumbel(Read):
-    """softmax((log posterior + Gumbel noise) / temperature): Jang et al. 2017, equation 2. At test without the noise.
+    """softmax((log posterior + Gumbel noise) / temperature): Jang et al. 2017, equation 2. In evaluation there is no noise.
 
-    straight_through: the largest alone is read, and the gradient is that of the softmax; at test the likeliest.
-    temperature: below 1 nearer to one key, above 1 more even.
+    temperature: below 1 the weights are nearer to one key, above 1 more even.
+    straight_through: only the key of the largest weight is read, and the gradient is that of the softmax.
     """
 
     temperature: float = 1.0
@@ -135,6 +143,7 @@ class Gumbel(Read):
 
     def weigh(self, log_joint_BHTM: Tensor, training: bool) -> Tensor:
         if training:
+            # minus the logarithm of an exponential variable is a Gumbel variable
             log_joint_BHTM = log_joint_BHTM - torch.empty_like(log_joint_BHTM).exponential_().log()
         relaxed = (log_joint_BHTM / self.temperature).softmax(-1)
         if not self.straight_through:
@@ -144,7 +153,7 @@ class Gumbel(Read):
 
 
 class _Baseline(nn.Module):
-    """The moving average of the reward of one token."""
+    """The moving average of the reward of one token, which is subtracted to reduce the variance of the gradient."""
 
     mean: Tensor
 
@@ -157,10 +166,13 @@ class _Baseline(nn.Module):
 
 
 def reweighted(content_BM: Tensor, before_BM: Tensor, gate_B: Tensor, shift_BK: Tensor, sharpness_B: Tensor) -> Tensor:
-    """The re-weighting of a Neural Turing Machine (Graves et al. 2014, equations 7 to 9): interpolate, shift around, sharpen.
+    """The weights (B, M) of a Neural Turing Machine (Graves et al. 2014, equations 7 to 9): interpolate, shift, sharpen.
 
-    content_BM: the posterior by content; before_BM: the weights of the step before; shift_BK: a distribution over the shifts
-    -(K - 1) / 2 .. (K - 1) / 2. Returns weights (B, M) that sum to 1.
+    content_BM: the posterior by content.
+    before_BM: the weights of the step before.
+    gate_B: the share of the content, from 0 to 1, in the interpolation with the weights before.
+    shift_BK: a distribution over the circular shifts -(K - 1) / 2 .. (K - 1) / 2.
+    sharpness_B: the power to which weights are raised before they are normalised, 1 or more.
     """
     gated = gate_B[:, None] * content_BM + (1 - gate_B[:, None]) * before_BM
     reach = shift_BK.shape[1] // 2

@@ -1,7 +1,7 @@
 """Scores: the log-likelihood of a query under a key, up to a function of the query alone.
 
-A score that factors into a product of features runs on every fused kernel; any other is computed pair by pair, a block of
-queries at a time. A score with weights of its own makes them in `weights`, and gets them back as the last argument.
+A score that is a product of features runs on every fused kernel; any other is computed for each pair, a block of queries at a
+time. A score with learned parameters makes them in `weights`, and its methods get them as their last argument.
 """
 
 import math
@@ -18,37 +18,39 @@ from multimodal.shapes import ConfigError, StreamError
 
 
 class Score(Declared, ABC):
-    """A score. Subclass as a frozen dataclass and write `log_likelihood`, or derive from `Factored` and write `features`.
+    """The log-likelihood of a query under a key.
 
-    turned: whether queries and keys are first turned by their places (rotary).
+    Subclass as a frozen dataclass and write `log_likelihood`, or derive from `Factored` and write `features`.
+
+    turned: whether queries and keys get rotary positions first.
     """
 
     turned: ClassVar[bool] = True
 
     @property
     def most(self) -> int | None:
-        """How many keys there may be; None: any number."""
+        """The largest number of keys for which it is defined; None: any number."""
         return None
 
     def weights(self, heads: int, width: int) -> nn.Module | None:
-        """What is learned, for so many query heads of this width; it comes back as the last argument of the methods below."""
+        """Makes its learned parameters, for `heads` query heads of this width; the methods below get them last."""
         return None
 
     def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
-        """What a key is compared by: what it holds, unless a score says: where it lies."""
+        """The keys (B, M, G, ..) that queries are compared with: their contents, unless a score replaces them by positions."""
         return k_BMGK
 
     @abstractmethod
     def log_likelihood(self, q_BTHK: Tensor, k_BMHK: Tensor, weights: Any = None) -> Tensor:
-        """(B, H, T, M), for queries and keys of as many heads."""
+        """The log-likelihoods (B, H, T, M), in nats; keys have as many heads as queries."""
 
 
 class Factored(Score):
-    """A score that is a product: scale * q' . k'."""
+    """A score that is a product of features: scale * q' . k'."""
 
     @abstractmethod
     def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
-        """(q', k', scale). Keys may have fewer heads than queries."""
+        """(q' (B, T, H, K'), k' (B, M, G, K'), scale). Keys may have fewer heads than queries."""
 
     def log_likelihood(self, q_BTHK: Tensor, k_BMHK: Tensor, weights: Any = None) -> Tensor:
         q, k, scale = self.features(q_BTHK, k_BMHK, weights)
@@ -56,9 +58,9 @@ class Factored(Score):
 
 
 def with_column(q_BTHK: Tensor, k_BMGK: Tensor, bias_BMG: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
-    """The same features with one more column, which adds `bias_BMG` to the score of each key.
+    """The features with one more column, which adds `bias_BMG` to the score of each key.
 
-    So Gaussian likelihoods and the weights of a mixture run on kernels that know products only.
+    With it Gaussian likelihoods and mixing weights run on kernels that compute products only.
     """
     one = q_BTHK.new_full((*q_BTHK.shape[:-1], 1), 1 / scale)
     return torch.cat([q_BTHK, one], -1), torch.cat([k_BMGK, bias_BMG[..., None].to(k_BMGK.dtype)], -1), scale
@@ -82,7 +84,7 @@ class DotProduct(Factored):
 
 @dataclass(frozen=True)
 class General(Factored):
-    """q W k with a matrix for each head: Luong et al. 2015, section 3.1. The matrix is folded into the query, and starts as 1."""
+    """q W k with a matrix for each head: Luong et al. 2015, section 3.1. W multiplies the query, and is the identity at first."""
 
     def weights(self, heads: int, width: int) -> nn.Module:
         return HeadMatrix(torch.eye(width).repeat(heads, 1, 1))
@@ -93,9 +95,9 @@ class General(Factored):
 
 @dataclass(frozen=True)
 class Cosine(Factored):
-    """sharpness * cos(q, k): the content-based score of Graves et al. 2014, equation 6; with `learned`, one sharpness a head.
+    """sharpness * cos(q, k): the content-based score of Graves et al. 2014, equation 6.
 
-    sharpness: what the cosine is multiplied by; its first value where it is learned.
+    sharpness: factor of the cosine; its initial value if it is learned.
     learned: whether each head learns its own sharpness.
     """
 
@@ -117,11 +119,11 @@ class Cosine(Factored):
 
 @dataclass(frozen=True)
 class Gaussian(Factored):
-    """-|q - k|^2 / (2 variance): a Gaussian around every key, all of one width; None: sqrt(K).
+    """-|q - k|^2 / (2 variance): a Gaussian of the same variance around every key.
 
-    With variance sqrt(K) it is the scaled dot product under the prior exp(-|k|^2 / (2 sqrt(K))).
+    With variance sqrt(K) it is the scaled dot product with the prior exp(-|k|^2 / (2 sqrt(K))).
 
-    variance: that of every key, in squared units of a query; None: sqrt(K).
+    variance: variance of each component of a query; None: sqrt(K).
     """
 
     variance: float | None = None
@@ -132,6 +134,7 @@ class Gaussian(Factored):
 
     def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
         scale = 1 / (math.sqrt(q_BTHK.shape[-1]) if self.variance is None else self.variance)
+        # |q|^2 is left out, since it is a function of the query alone
         return with_column(q_BTHK, k_BMGK, k_BMGK.square().sum(-1) * (-scale / 2), scale)
 
 
@@ -147,9 +150,9 @@ class Bernoulli(Factored):
 
 @dataclass(frozen=True)
 class LocationBased(Factored):
-    """softmax(W q) over places: Luong et al. 2015, equation 8. It looks at the query alone, so it can point but not search.
+    """softmax(W q) over the positions of keys: Luong et al. 2015, equation 8. The contents of keys have no influence.
 
-    places: keys are numbered from 0 in their sample; it knows so many.
+    places: the largest number of keys of a sample.
     """
 
     places: int
@@ -166,6 +169,7 @@ class LocationBased(Factored):
         return HeadMatrix(torch.randn(heads, width, self.places) * width**-0.5)
 
     def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
+        # one-hot positions as keys make W q a product of features
         order_BM = order_BM.expand(k_BMGK.shape[:2]).long()
         count = int(order_BM.max()) + 1
         if count > self.places:
@@ -180,7 +184,7 @@ class LocationBased(Factored):
 
 @dataclass(frozen=True)
 class Additive(Score):
-    """v . tanh(W q + U k): Bahdanau et al. 2015, section A.1.2 (Luong's "concat"). It does not factor.
+    """v . tanh(W q + U k): Bahdanau et al. 2015, section A.1.2 (Luong's "concat"). It is no product of features.
 
     hidden: width of v; None: that of a head.
     """
@@ -204,7 +208,10 @@ class Additive(Score):
 
 
 class HeadMatrix(nn.Module):
-    """A matrix for each head, one below the other."""
+    """A matrix for each head, stored as one matrix with the heads' rows below each other.
+
+    matrices: parameters that the optimiser treats as matrices.
+    """
 
     matrices = ("weight",)
 
@@ -214,7 +221,7 @@ class HeadMatrix(nn.Module):
         self.weight = nn.Parameter(start.flatten(0, 1))
 
     def fused(self) -> dict[str, list[int]]:
-        """For Muon: each head has its own matrix."""
+        """For Muon, the numbers of rows of the matrices that `weight` consists of: one matrix for each head."""
         return {"weight": [len(self.weight) // self.heads] * self.heads}
 
     @property

@@ -65,10 +65,10 @@ def _set_errors(errors: str | None) -> None:
 
 def say(message: str) -> None:
     """Print one message on standard error; ignore it if nobody reads it."""
-    from multimodal.cli.showing import harmless
+    from multimodal.cli.output import printable
 
     with suppress(OSError, ValueError):
-        print(f"multimodal: {harmless(message)}", file=sys.stderr, flush=True)
+        print(f"multimodal: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def output_error() -> OSError | None:
@@ -93,14 +93,14 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{shortened(os.fsdecode(error.filename), 100)}: "
         return place + (error.strerror or str(error) or type(error).__name__)
-    from multimodal import conformance, shapes  # imported late, because it imports PyTorch
+    from multimodal import check, shapes  # imported late, because it imports PyTorch
 
     ours = (shapes.ShapeError, shapes.ConfigError, shapes.MediaError, shapes.StreamError, shapes.CheckpointError)
-    if isinstance(error, (FloatingPointError, conformance.ConformanceError, *ours)):
+    if isinstance(error, (FloatingPointError, check.ConformanceError, *ours)):
         return str(error)
-    said = str(error).lower()
+    message = str(error).lower()
     if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in said for text in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(text in message for text in OUT_OF_MEMORY)
     ):
         size = next((f" ({part.strip()})" for part in str(error).split(".") if "bytes" in part or "iB" in part), "")
         return f"out of memory{size}; take a smaller model, fewer tokens at once, or shorter samples"

@@ -7,11 +7,11 @@ from multimodal.data.fetching import Bad, Batch, StuckError, seed_generators
 from multimodal.data.folders import read_folder
 from multimodal.data.frames import as_samples
 from multimodal.data.packs import Packs
+from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
 from multimodal.data.tables import Table, open_table
-from multimodal.data.writing import index_archives, write_shards
-from multimodal.surroundings import kept_generators
+from multimodal.process_state import preserved_rng
 
 __all__ = [
     "Account",
@@ -32,8 +32,8 @@ __all__ = [
     "check_samples",
     "index_archives",
     "is_indexed",
-    "kept_generators",
     "open_table",
+    "preserved_rng",
     "read_folder",
     "seed_generators",
     "write_shards",

@@ -1,17 +1,23 @@
-"""Counts what a reader saw, used and left out, with reasons: used and left out add up to seen."""
+"""Counts the files, rows or members that a reader saw, used and left out, with reasons; used plus left out is seen."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from multimodal.texts import shortened
 
-FIRST = 3  # names that are shown for each reason
-REASONS = 40  # the most reasons; further ones are counted together, since each file may have a suffix of its own
+FIRST = 3  # number of names shown for each reason
+REASONS = (
+    40  # the largest number of reasons; further ones are counted together, since every file may have another suffix
+)
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many were left out for one reason, and the names of the first few."""
+    """The items left out for one reason.
+
+    count: their number.
+    names: the names of the first few.
+    """
 
     count: int
     names: tuple[str, ...]
@@ -19,10 +25,14 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """`saw` == `yields` + what was left out, counted in `unit` ("files", "rows", "members").
+    """Counts of a reader: `saw` is `yields` plus the items that were left out.
 
-    yields: the number that is used. samples: the number of samples, if several make one. left_out: by reason. notes: decisions of
-    the reader that may be wrong, such as quotation marks that were read literally.
+    unit: what is counted: "files", "rows", "members".
+    saw: the number of items.
+    yields: the number that is used.
+    left_out: the others, by reason.
+    samples: the number of samples, if several items make one; None: each item is a sample.
+    notes: decisions of the reader that may be wrong, such as quotation marks that were read literally.
     """
 
     unit: str
@@ -55,14 +65,14 @@ class Account:
 
 
 class Tally:
-    """Counts for an account."""
+    """A mutable account. start: the account to continue; None: nothing is counted yet."""
 
-    def __init__(self, unit: str, begun: Account | None = None) -> None:
-        self.unit, self.used = unit, begun.yields if begun else 0
-        self.left = {reason: [out.count, *out.names] for reason, out in begun.left_out.items()} if begun else {}
+    def __init__(self, unit: str, start: Account | None = None) -> None:
+        self.unit, self.used = unit, start.yields if start else 0
+        self.left = {reason: [out.count, *out.names] for reason, out in start.left_out.items()} if start else {}
 
     def leave(self, reason: str, name: object) -> None:
-        """Count one that is left out."""
+        """Count an item that is left out."""
         if reason not in self.left and len(self.left) >= REASONS:
             reason = "for other reasons"
         entry = self.left.setdefault(reason, [0])

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from multimodal.data.account import Account, Tally
+from multimodal.data.codecs import Media
 from multimodal.data.frames import as_samples
-from multimodal.data.members import Media
 from multimodal.data.sources import is_indexed
 from multimodal.declare import check_ordered
 from multimodal.shapes import ConfigError, MediaError
@@ -19,13 +19,18 @@ class Fields:
     """The samples of a data set of torchvision, torchaudio or Hugging Face as mappings of fields.
 
     fields: a name for each part of a tuple, None for a part that is left out; a name given twice gathers both parts, as in
-    Fields(speech, "audio", "audio", "text", None) for (wave, rate_hz, text, speaker). Of mappings: the fields that are kept, all
-    unless given. names: of a field that holds the number of a class, the names of the classes, in order. A class is a whole number
-    (1.0 is one, as tables with gaps have it; 1.7, True and "1" are none). What Hugging Face gives as a mapping
-    of "bytes" and "path" (`Image(decode=False)`) becomes a file that tokenizers decode.
+    Fields(speech, "audio", "audio", "text", None) for (wave, rate_hz, text, speaker). For mappings: the fields to select; none
+    given: all. names: for a field that holds class numbers, the names of the classes in order. A class number is whole (1.0 is
+    allowed, as tables with gaps have it; 1.7, True and "1" are not). A mapping of "bytes" and "path", which Hugging Face's
+    `Image(decode=False)` gives, becomes a file that tokenizers decode.
 
     Raises:
         ConfigError: no data set with a length and [index], or (at a sample) other parts than were named.
+
+    Examples:
+        >>> pairs = [(square, 1), (circle, 0)]  # as a data set of torchvision gives them
+        >>> mm.Fields(pairs, "image", "label", names={"label": ("circle", "square")})[0]["label"]
+        'square'
     """
 
     def __init__(self, samples: Any, *fields: str | None, names: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -36,7 +41,7 @@ class Fields:
         self.samples, self.fields, self.names = samples, fields, {k: tuple(v) for k, v in (names or {}).items()}
         if unknown := set(self.names) - set(fields or self.names):
             raise ConfigError(f"Fields: names are given for {', '.join(sorted(unknown))}, which is none of {fields}")
-        if hasattr(samples, "shuffled"):  # sources that have an order of their own say so by this method
+        if hasattr(samples, "shuffled"):  # a source that prefers some orders has this method
             self.shuffled = samples.shuffled
 
     def __len__(self) -> int:
@@ -54,9 +59,9 @@ class Fields:
             return tally.account()
         sample = self.samples[0]
         if isinstance(sample, Mapping):
-            kept = self._picked(sample)
+            picked = self._picked(sample)
             for name in sample:
-                if name in kept:
+                if name in picked:
                     tally.used += 1
                 else:
                     tally.leave("not among the fields", name)
@@ -70,10 +75,10 @@ class Fields:
         return tally.account()
 
     def _picked(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        kept = [field for field in self.fields if field is not None] or list(sample)
-        if missing := [field for field in kept if field not in sample]:
+        picked = [field for field in self.fields if field is not None] or list(sample)
+        if missing := [field for field in picked if field not in sample]:
             raise ConfigError(f"Fields: a sample has no {', '.join(missing)}; it has {', '.join(map(str, sample))}")
-        return {field: sample[field] for field in kept}
+        return {field: sample[field] for field in picked}
 
     def _named(self, sample: Any) -> dict[str, Any]:
         parts = sample if isinstance(sample, (tuple, list)) else (sample,)

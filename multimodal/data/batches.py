@@ -1,4 +1,4 @@
-"""Steps of a fixed number of samples: which samples a step has is a function of (seed, step) alone."""
+"""Steps of a fixed number of samples; the samples of a step are a function of (seed, step)."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,18 +6,22 @@ from torch.utils.data import Dataset
 
 from multimodal.data.fetching import TRIES, Bad, Batch, Fetcher, Loader
 from multimodal.data.frames import as_samples
-from multimodal.data.sources import Samples, Turns, check_samples, shares, weighed
+from multimodal.data.sources import Samples, Schedule, check_samples, shares, weighed
 from multimodal.packer import Packer, Prepared
+from multimodal.process_state import preserved_rng
 from multimodal.shapes import ConfigError, MediaError, StreamError
-from multimodal.surroundings import kept_generators
 
 
 class Batches(Dataset):
     """Item `step` is that step's micro-batches, packed: `accumulate` streams of batch / accumulate samples.
 
-    Every task has an equal share of each batch, or one in the ratio of `mix`. Each task's data are shuffled anew each time round.
-    max_bad: above 0, a broken sample is left out and told, and another of its task takes its place. rank and ranks: this process
-    of so many, which gets every ranks-th micro-batch of ranks x accumulate; what is in a step does not depend on it.
+    Every task has an equal share of each batch, or one in the ratio of `mix`. The data of each task are shuffled anew each epoch.
+    max_bad: above 0, a broken sample is left out and reported, and another of its task takes its place. rank and ranks: this
+    process and the number of processes; it gets every ranks-th of the ranks x accumulate micro-batches of a step. The samples of a
+    step do not depend on the number of processes.
+
+    Raises:
+        ConfigError, TaskError: data, mix or batch that do not fit.
     """
 
     def __init__(
@@ -44,15 +48,15 @@ class Batches(Dataset):
             )
         self.fetch, self.max_bad = Fetcher(packer, dict(data), seed), max_bad
         self.parts, self.rank, self.ranks = accumulate * ranks, rank, ranks
-        self.turns = Turns(shares(batch, weighed(data, mix, "fit")))
+        self.schedule = Schedule(shares(batch, weighed(data, mix, "fit")))
 
     def __len__(self) -> int:
-        return 2**40  # as many steps as anyone asks for
+        return 2**40  # no end: `fit` decides how many steps there are
 
     def __getitem__(self, step: int) -> Batch:
         found = Batch([], [], [], [])
-        size = self.turns.block
-        with kept_generators():
+        size = self.schedule.block
+        with preserved_rng():
             for part in range(self.rank, self.parts, self.ranks):
                 samples = [self._sample(step, slot, found.bad) for slot in range(part, size, self.parts)]
                 found.streams.append(self.fetch.packer.lay([sample for sample, _ in samples]))
@@ -61,14 +65,15 @@ class Batches(Dataset):
         return found
 
     def _sample(self, step: int, slot: int, bad: list[Bad]) -> tuple[Prepared, str]:
-        pattern, turn = self.turns(step * self.turns.block + slot)
+        pattern, visit = self.schedule(step * self.schedule.block + slot)
+        # a spare is a visit so far ahead that training never gets there, and the same in every process
         for spare in range(TRIES):
             try:
-                return self.fetch(pattern, turn + spare * 2**48, f"step {step + 1}")
+                return self.fetch(pattern, visit + spare * 2**48, f"step {step + 1}")
             except (MediaError, StreamError) as error:
                 if not self.max_bad:
                     raise
-                bad.append(self.fetch.bad(pattern, turn + spare * 2**48, error))
+                bad.append(self.fetch.bad(pattern, visit + spare * 2**48, error))
         why = f"{TRIES} samples in a row are broken, and max_bad={self.max_bad} may be"
         raise MediaError(f"task {pattern!r}: {why}; the last one: {bad[-1].error}")
 
@@ -77,8 +82,8 @@ class Batches(Dataset):
         return Loader(self, range(start, stop), self.fetch, workers, asked=asked)
 
     def state(self) -> dict:
-        """What `restore` needs beside the step: nothing."""
+        """The position in the data besides the step: nothing, since a step is a function of its number."""
         return {}
 
     def restore(self, state: Mapping) -> None:
-        """Steps are functions of their number; there is nothing to put back."""
+        """Nothing to restore, see `state`."""

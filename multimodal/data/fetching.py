@@ -1,4 +1,4 @@
-"""Fetches and encodes samples; the result depends only on the seed and the turn, in any process."""
+"""Fetches and encodes samples. The n-th visit of a task gives the same sample with the same augmentation in any process."""
 
 import ctypes
 import random
@@ -32,29 +32,38 @@ STUCK_S = 10.0  # how long a run that is to stop waits for its next data
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that could not be used, with the reason."""
+    """A sample that could not be used.
+
+    task: its task.
+    sample: its name, such as "sample 7".
+    error: the reason.
+    """
 
     task: str
-    sample: str  # which one, in words
+    sample: str
     error: str
 
 
 @dataclass
 class Batch:
-    """The data of one step in this process: packed micro-batches, the names of their samples, and the samples left out.
+    """The data of one step in this process.
 
+    streams: the packed micro-batches.
+    names: the names of the samples of each micro-batch, in packing order.
     numbers: the index of each micro-batch within the step, counted over all processes.
+    bad: the samples that were left out.
+    filled: the share of the token budget that is used; None: there is no budget.
     """
 
     streams: list[Stream]
     names: list[list[str]]
     numbers: list[int]
     bad: list[Bad]
-    filled: float | None = None  # share of the token budget that is used
+    filled: float | None = None
 
 
 def seed_generators(*key: int | str) -> None:
-    """Seed all global generators from `key`, so that random augmentations depend only on (seed, turn), in any worker."""
+    """Seed all global generators from `key`, so that random augmentations depend only on (seed, visit), in any worker."""
     seed = crc32("/".join(map(str, key)).encode())
     random.seed(seed)
     np.random.seed(seed)
@@ -63,25 +72,31 @@ def seed_generators(*key: int | str) -> None:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches and encodes the samples of tasks, after setting all generators from the seed, the task and the turn."""
+    """Fetches and encodes the samples of tasks, after seeding all generators with the seed, the task and the visit.
+
+    packer: encodes the samples.
+    data: the source of each task.
+    seed: of the order and of the generators.
+    progress: where data workers write the sample they are at.
+    """
 
     packer: Packer
     data: Mapping[str, Any]
     seed: int
     progress: "WorkerProgress" = field(default_factory=lambda: WorkerProgress())
 
-    def __call__(self, pattern: str, turn: int, where: str, given: Any = None) -> tuple[Prepared, str]:
-        """The sample of a task at a turn, with its name; `given` if its source cannot be asked by number.
+    def __call__(self, pattern: str, visit: int, where: str, sample: Any = None) -> tuple[Prepared, str]:
+        """The encoded sample of a task at a visit, and its name. sample: the raw one, if the source can only be iterated.
 
         Raises:
             MediaError, StreamError, TaskError: a sample that cannot be used.
         """
-        samples, index = self.data[pattern], self._index(pattern, turn)
+        samples, index = self.data[pattern], self._index(pattern, visit)
         name = f"sample {index} of the data ({where})"
         self.progress.record(list(self.data).index(pattern), index)
-        seed_generators(self.seed, pattern, turn)
+        seed_generators(self.seed, pattern, visit)
         try:
-            sample = samples[index] if is_indexed(samples) else given
+            sample = samples[index] if is_indexed(samples) else sample
         except ConfigError:
             raise  # the setup is wrong, not a sample
         except Exception as error:
@@ -90,19 +105,22 @@ class Fetcher:
             ) from error
         return self.packer.prepare(pattern, sample, name), name
 
-    def bad(self, pattern: str, turn: int, error: Exception) -> Bad:
-        return Bad(pattern, f"sample {self._index(pattern, turn)}", shortened(error, 500))
+    def bad(self, pattern: str, visit: int, error: Exception) -> Bad:
+        return Bad(pattern, f"sample {self._index(pattern, visit)}", shortened(error, 500))
 
-    def _index(self, pattern: str, turn: int) -> int:
+    def _index(self, pattern: str, visit: int) -> int:
         samples = self.data[pattern]
-        return index_at(samples, f"{self.seed}/{pattern}", turn) if is_indexed(samples) else turn
+        return index_at(samples, f"{self.seed}/{pattern}", visit) if is_indexed(samples) else visit
 
 
 class WorkerProgress:
-    """The current sample of each data worker, in shared memory, so that the main process can read it when a worker has died."""
+    """The current sample of each data worker, in shared memory, so that the main process can read it when a worker has died.
+
+    at: (workers, 2), the index of the task and the index of the sample; -1: none yet.
+    """
 
     def __init__(self) -> None:
-        self.at: torch.Tensor | None = None  # (workers, 2): index of the task, index of the sample; -1: none yet
+        self.at: torch.Tensor | None = None
 
     def allocate(self, workers: int) -> None:
         self.at = torch.full((workers, 2), -1).share_memory_()
@@ -118,8 +136,8 @@ class Loader:
 
         with Loader(dataset, order, fetch, workers) as items: ...
 
-    make: turns the iterator of items into the one that is given out. asked: whether the run is to stop; then it waits no longer
-    than STUCK_S for data.
+    make: maps the iterator of items to the one that `with` returns. asked: whether the run is to stop; if it is, the loader waits
+    at most STUCK_S for data.
 
     Raises, in the block:
         StreamError: a worker died, or no data came when the run was to stop; the message names the current samples.
@@ -186,7 +204,7 @@ class Loader:
     def _end_stuck_wait(self) -> None:
         """Runs in a thread. If the run is to stop and no data come, kills the workers, which ends the main thread's wait.
 
-        The main thread may be blocked in half a message, or in memory that a worker shares, so it cannot check by itself.
+        The main thread may be blocked in half a message, or in memory that a worker shares, so it cannot check.
         """
         stopping_since = None
         while not self.done.wait(CHECK_S):
@@ -266,7 +284,7 @@ class Loader:
 
 
 class StuckError(StreamError):
-    """A run was to stop, and no data came."""
+    """A run was asked to stop while it waited for data, and no data came."""
 
 
 class _ErrorsAsItems(Dataset):

@@ -1,4 +1,4 @@
-"""Reads folders of files in class folders: which file is a sample of which class, and why others are left out."""
+"""Lists the files in class folders with their classes, and counts those that are left out."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ KINDS = {
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff"),
 }
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-SYSTEM = (  # files and folders that other programs leave behind, besides names that begin with a dot
+SYSTEM = (  # files and folders that other programs create, besides names that begin with a dot
     *("__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "@recycle", "$recycle.bin", "lost+found"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 )
@@ -25,7 +25,12 @@ WORDS = {"image": "picture", "audio": "sound"}
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a folder: its relative path, its field, and its class, the name of a folder (None: it is in no class folder)."""
+    """A file of a folder.
+
+    name: its relative path.
+    field: "image" or "audio".
+    label: its class, the name of a folder; None: it is in no class folder.
+    """
 
     name: Path
     field: str
@@ -34,7 +39,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder that are samples, sorted by name, and the account of everything in it."""
+    """The files of a folder that are samples.
+
+    path: the folder.
+    members: the files, sorted by name.
+    account: counts of everything in it.
+    """
 
     path: Path
     members: Sequence[Member]

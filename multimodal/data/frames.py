@@ -1,18 +1,17 @@
 """Tables in memory (DataFrames of pandas and polars, tables of Arrow) as samples, and the class names in their schema."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from multimodal.shapes import ConfigError, MediaError
-from multimodal.texts import listed
+from multimodal.texts import listed, repeated
 
 
 class Frame:
-    """The rows of a DataFrame or of an Arrow table, by position, as {column: value}; a missing value is None.
+    """The rows of a DataFrame or of an Arrow table by position, as {column: value}; a missing value is None.
 
     Raises:
         ConfigError: column names that are no str, or that repeat.
@@ -61,7 +60,7 @@ def check_columns(where: str, names: list[Any]) -> None:
     """Raise a ConfigError for columns without a name or with the same name."""
     if unnamed := [name for name in names if not isinstance(name, str)]:
         raise ConfigError(f"{where} has columns without a name: {listed(unnamed)}; give each column a text as its name")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    if twice := repeated(names):
         raise ConfigError(f"{where} has several columns of one name: {listed(twice)}; rename them")
 
 

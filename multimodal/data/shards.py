@@ -1,8 +1,8 @@
-"""Samples in tar archives, on a local disk or an object store, read where they lie: one range of bytes a sample.
+"""Reads samples from tar archives on a local disk or an object store, one range of bytes a sample.
 
-folder/index.json      every shard: name, samples, bytes, sha256, and which field each column of its table is
+folder/index.json      each shard: name, samples, bytes, sha256, and the (field, extension) of each column of its table
 folder/000000.tar      members KEY.FIELD.EXTENSION, those of a sample side by side (the layout of WebDataset)
-folder/000000.index    a line of JSON about this shard, then an int64 table (samples, columns, 3): offset, size, CRC-32
+folder/000000.index    a line of JSON, the entry of this shard, then an int64 table (samples, columns, 3): offset, size, CRC-32
 """
 
 import hashlib
@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 
 from multimodal.data.account import Account
-from multimodal.data.members import decoded
+from multimodal.data.codecs import decoded
 from multimodal.data.sources import permutation, scattered
-from multimodal.files import check_fields, parse_json, read_at, shown_short
+from multimodal.files import check_fields, parse_json, read_at
 from multimodal.shapes import ConfigError, MediaError
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 
 FORMAT = 1
 INDEX = "index.json"
 MAKING = "making.json"  # instead of the index while it is being made
-HEADER = 512  # bytes before a member's data that say its name
+HEADER = 512  # bytes of a member's header, which is before its data
 ABSENT = -1  # the size of a member that is not there
 UNKNOWN = -1  # the CRC-32 of an archive of which only the headers were read
 BLOCK = 2**20
@@ -39,18 +39,26 @@ BLOCK = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What index.json says of one archive; columns are (field, extension)."""
+    """The entry of an archive in index.json.
+
+    name: of the file, or its path or URL if it lies elsewhere.
+    samples: their number.
+    bytes: the size of the archive.
+    sha256: of the archive; None: another program made it and only its headers were read.
+    table_crc: CRC-32 of its table.
+    columns: (field, extension) of each column of its table.
+    """
 
     name: str
     samples: int
     bytes: int
-    sha256: str | None  # None: of an archive that others made and of which only the headers were read
-    table_crc: int  # CRC-32
+    sha256: str | None
+    table_crc: int
     columns: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], folder: str = "") -> "Shard":
-        """A shard from its entry in an index, which anybody may have made.
+        """A shard from its entry in an index, which is not trusted.
 
         Raises:
             ConfigError: a part is missing or of another type, or the archive's name leads out of the folder.
@@ -66,22 +74,20 @@ class Shard:
         check_fields(INDEX, entry, kinds, ConfigError)
         name = entry["name"]
         if not 1 <= entry["samples"] < 2**40 or not 0 <= entry["bytes"] < 2**62:
-            raise ConfigError(f"{shown_short(name)} has {entry['samples']} samples in {entry['bytes']} bytes")
+            raise ConfigError(f"{short_repr(name)} has {entry['samples']} samples in {entry['bytes']} bytes")
         if not entry["columns"] or not all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
             for pair in entry["columns"]
         ):
-            raise ConfigError(
-                f"{shown_short(name)}: 'columns' is {shown_short(entry['columns'])}, wanted pairs of texts"
-            )
+            raise ConfigError(f"{short_repr(name)}: 'columns' is {short_repr(entry['columns'])}, wanted pairs of texts")
         if is_url(folder) and os.path.isabs(name):
-            raise ConfigError(f"{shown_short(name)} lies on this machine, and the index elsewhere; refused")
+            raise ConfigError(f"{short_repr(name)} lies on this machine, and the index elsewhere; refused")
         if not is_url(name) and not os.path.isabs(name) and ("/" in name or "\\" in name or name in ("", ".", "..")):
-            raise ConfigError(f"{shown_short(name)} does not lie in the folder; refused")
+            raise ConfigError(f"{short_repr(name)} does not lie in the folder; refused")
         try:
             os.fsencode(name)
         except UnicodeEncodeError:
-            raise ConfigError(f"{shown_short(name)} can be the name of no file; refused") from None
+            raise ConfigError(f"{short_repr(name)} can be the name of no file; refused") from None
         columns = tuple((field, extension) for field, extension in entry["columns"])
         return cls(
             **{name: entry[name] for name in ("name", "samples", "bytes", "sha256", "table_crc")}, columns=columns
@@ -92,14 +98,20 @@ class Shards:
     """The samples of a folder that `write_shards` or `multimodal shards` made, or that `index_archives` indexed.
 
     folder: a path, or the URL of any store that fsspec knows (s3://bucket/set, gs://, https://, memory://); simplecache::s3://...
-    keeps a copy of every shard that is read on the local disk. storage: what that store is opened with, such as {"anon": True}.
-    group: in a shuffled order, samples of so many shards lie mixed; so many are open at a time.
+    stores a copy of every shard that is read on the local disk. storage: options of that store, such as {"anon": True}.
+    group: number of shards whose samples are mixed in a shuffled order, and largest number of open files.
 
-    A field that a sample does not have is None; txt, json and npy members come as text, values and arrays, all others as
-    `Media`: bytes that tokenizers decode. What is sent to a data worker is the list of shards; each opens its own files.
+    A field that a sample does not have is None; txt, json and npy members become texts, values and arrays, all others `Media`:
+    bytes that tokenizers decode. A data worker gets the list of shards and opens its own files.
 
     Raises:
         ConfigError: no index, or one that cannot be read.
+
+    Examples:
+        >>> made = mm.write_shards(samples, "shape-shards")
+        >>> shards = mm.Shards("shape-shards")
+        >>> len(shards), shards[0]["label"]
+        (12, 'circle')
     """
 
     def __init__(
@@ -109,17 +121,17 @@ class Shards:
             raise ConfigError(f"Shards: group={group} must be at least 1")
         self.account: Account | None = None  # set by `index_archives`
         self.folder, self.group, self.storage = os.fspath(folder).removesuffix("/"), group, dict(storage or {})
-        self._forget()
+        self._reset()
         try:
             index = parse_json(self._read(self.folder, INDEX))
             check_fields(INDEX, index, {"shards": list, "fields": list, "format": int}, ConfigError)
             if not all(isinstance(field, str) for field in index["fields"]):
-                raise ConfigError(f"'fields' is {shown_short(index['fields'])}, wanted names")
+                raise ConfigError(f"'fields' is {short_repr(index['fields'])}, wanted names")
             self.shards = tuple(Shard.of(entry, self.folder) for entry in index["shards"])
             self.fields: tuple[str, ...] = tuple(index["fields"])
             made_as = index["format"]
         except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(f"Shards: {self.folder} has no {INDEX}{_what_to_do(self.folder)}") from None
+            raise ConfigError(f"Shards: {self.folder} has no {INDEX}{_hint(self.folder)}") from None
         except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
             raise ConfigError(
                 f"Shards: {self.folder}/{INDEX} cannot be read: {type(error).__name__}: {error}"
@@ -147,8 +159,8 @@ class Shards:
         return self._sample(number, index - self._starts[number])
 
     def shuffled(self, key: str) -> Callable[[int], int]:
-        """The index at each place of one round: shards in an order drawn from `key`, and in every `group` of them all samples in
-        another. Needs memory for the shards alone."""
+        """The sample index at each place of one epoch: shards in a random order seeded by `key`, and the samples of each `group` of
+        shards in another. Needs memory only for the list of shards."""
         order = permutation(len(self.shards), f"{key}/shards").tolist()
         groups = [order[i : i + self.group] for i in range(0, len(order), self.group)]
         starts = list(accumulate((sum(self.shards[n].samples for n in group) for group in groups), initial=0))
@@ -169,9 +181,9 @@ class Shards:
         return index
 
     def check(self, progress: Callable[[int], None] | None = None) -> list[str]:
-        """Read every archive whole and say which are not what was written; an empty list if all are.
+        """Read all archives and describe those that have changed since they were written; an empty list if none has.
 
-        progress: called with bytes that were read.
+        progress: called with the number of bytes of each block that is read.
         """
         faults = []
         for number, shard in enumerate(self.shards):
@@ -193,7 +205,7 @@ class Shards:
         return faults
 
     def close(self) -> None:
-        """Close what is open; the next sample opens it again."""
+        """Close all files; reading a sample opens them again."""
         for _, file in self._open.values():
             if file is not None:
                 file.close()
@@ -208,9 +220,9 @@ class Shards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._open: OrderedDict[int, tuple[np.ndarray, io.FileIO | None]] = OrderedDict()
         self._stores: dict[tuple[int, str], tuple[Any, str]] = {}
 
@@ -250,7 +262,7 @@ class Shards:
         return sample
 
     def _opened(self, number: int) -> tuple[np.ndarray, io.FileIO | None]:
-        """The table of a shard, and its file if that is a local one; the last `group` of them are kept."""
+        """The table of a shard, and its file if that is local; the `group` most recent ones stay open."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -301,7 +313,7 @@ class Shards:
         return store.cat_file(f"{root}/{base}", start=begin, end=end)
 
     def _place(self, name: str) -> tuple[str, str]:
-        """Folder and name of an archive, which others may have put elsewhere."""
+        """Folder and name of an archive; one that another program made may lie outside our folder."""
         if is_url(name) or os.path.isabs(name):
             folder, _, base = name.rpartition("/")
             return folder, base
@@ -342,11 +354,11 @@ def _member(header: bytes, size: int, extension: str) -> str | None:
     return found.name if fits else None
 
 
-def _what_to_do(folder: str) -> str:
+def _hint(folder: str) -> str:
     if is_url(folder) or not Path(folder).is_dir():
         return "; wanted a folder that `multimodal shards` made"
     if Path(folder, MAKING).exists():
-        return "; it was not finished: give the same command again, which goes on from there"
+        return "; it was not finished: give the same command again, which resumes there"
     if any(Path(folder).glob("*.tar")):
         return "; archives that others made are read after index_archives(archives, fields, folder)"
     return "; wanted a folder that `multimodal shards` made"

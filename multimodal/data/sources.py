@@ -1,4 +1,4 @@
-"""Where samples come from: anything with a length and [index], or anything that can be iterated."""
+"""Sources of samples (anything with a length and [index], or anything iterable), their mixture and their order."""
 
 import copy
 from collections import deque
@@ -17,14 +17,14 @@ from torch.utils.data import IterableDataset
 from multimodal.data.frames import as_samples
 from multimodal.shapes import ConfigError, MediaError
 
-WHOLE = 2**20  # up to so many samples an order is a drawn permutation; beyond, one that needs no memory
-BLOCK = 4096  # samples in which every share of a mixture is as declared
+LARGEST_STORED = 2**20  # orders of more samples are computed instead of stored
+BLOCK = 4096  # number of samples in which every share of a mixture is as declared
 
 
 class Samples(Protocol):
     """Anything with a length that gives a sample (a mapping of fields) for an index.
 
-    A source that is cheap to read in some orders only has a method `shuffled(key) -> (place -> index)`: its order of one round.
+    A source that is cheap to read only in some orders has a method `shuffled(key) -> (place -> index)`: its order of one epoch.
     """
 
     def __len__(self) -> int: ...
@@ -36,7 +36,7 @@ Source = Samples | Iterable[Mapping[str, Any]]
 
 
 def is_indexed(source: Any) -> bool:
-    """Whether samples are asked for by number, so that any place of any round can be had without those before it."""
+    """Whether samples are read by index, in any order; otherwise the source can only be iterated."""
     if isinstance(source, IterableDataset):  # it inherits an [index] that always fails, and may have a length
         return False
     return hasattr(source, "__len__") and hasattr(source, "__getitem__")
@@ -50,7 +50,7 @@ def in_batches(samples: Any, size: int) -> Iterator[list[Any]]:
 
 
 def check_source(who: str, pattern: str, source: Any) -> None:
-    """Refuse what gives no samples with a ConfigError."""
+    """Raise a ConfigError for a source that gives no samples."""
     if isinstance(source, (Mapping, str, bytes)) or not (is_indexed(source) or hasattr(source, "__iter__")):
         raise ConfigError(
             f"{who}: the data of task {pattern!r} are {type(source).__name__}; wanted a list, what has a length and [index], "
@@ -66,7 +66,7 @@ def check_source(who: str, pattern: str, source: Any) -> None:
 
 
 def check_samples(who: str, pattern: str, samples: Any) -> None:
-    """Refuse what has no length or no samples with a ConfigError."""
+    """Raise a ConfigError for a source without a length or without samples."""
     check_source(who, pattern, samples)
     if not is_indexed(samples):
         raise ConfigError(
@@ -77,13 +77,13 @@ def check_samples(who: str, pattern: str, samples: Any) -> None:
 
 @dataclass(frozen=True)
 class Blanked:
-    """The same samples, but in a share of the times one is asked for, some of its fields are None.
+    """The same samples, but with a probability `share`, drawn each time a sample is read, some of its fields are None.
 
-    A model that is to write with guidance learns by this what it would write if it had read nothing (Ho & Salimans 2022).
+    This trains a model for classifier-free guidance (Ho & Salimans 2022): it also learns to write without reading these fields.
 
     samples: the samples, with a length and [index].
     fields: the names of the fields that become None.
-    share: how often, from 0 to 1.
+    share: the probability, from 0 to 1.
     """
 
     samples: Samples
@@ -104,9 +104,13 @@ class Blanked:
 
 
 class Mixed:
-    """Several data sets of one task as one: each has its share of every stretch of samples, however large it is.
+    """Several data sets of one task as one: of every 4096 samples each has its share, however large it is.
 
-    weights: in any unit; a number is a temperature, by which a share is len ** (1 / temperature): 1 is by size, infinity equal.
+    weights: of the data sets, in any unit; a number is a temperature: shares are len ** (1 / temperature), so 1 is by size and
+    infinity equal.
+
+    Raises:
+        ConfigError: no data sets, or weights that do not fit them.
     """
 
     def __init__(self, *parts: Samples, weights: Sequence[float] | float = 1.0) -> None:
@@ -132,19 +136,21 @@ class Mixed:
         return self.parts[part][index - self.starts[part]]
 
     def shuffled(self, key: str) -> Callable[[int], int]:
-        turns = Turns(self.share, key)
+        """The order of one epoch, see `Samples`."""
+        schedule = Schedule(self.share, key)
 
         def index(place: int) -> int:
-            part, turn = turns(place)
-            return self.starts[part] + index_at(self.parts[part], f"{key}/{part}", turn)
+            part, visit = schedule(place)
+            return self.starts[part] + index_at(self.parts[part], f"{key}/{part}", visit)
 
         return index
 
 
-class Turns:
-    """Whose turn it is at a position, and how many turns it had before: every block has each one's share, in a shuffled order.
+class Schedule:
+    """Maps a position to (source, visit): the source of the sample there, and how many samples that source has had before.
 
-    Without a key each block is in the order of the shares.
+    share: the number of positions of each source in a block, whose length is their sum. key: seeds the order within each block;
+    None: each block has the order of `share`.
     """
 
     def __init__(self, share: Mapping[Any, int], key: str | None = None) -> None:
@@ -172,10 +178,10 @@ class Turns:
 
 
 def weighed(sources: Mapping[Any, Any], mix: Mapping[Any, float] | float | None, who: str) -> dict[Any, float]:
-    """The weight of each source: equal, as given by name (1 for those not named), or by a temperature.
+    """The weight of each source. mix: weights by name, 1 for those not named; None: equal weights; a number: a temperature.
 
     Raises:
-        ConfigError: a name or number that cannot be, or a temperature over what has no length.
+        ConfigError: an unknown name, a number that is not positive, or a temperature for sources without a length.
     """
     if isinstance(mix, (int, float)) and not isinstance(mix, bool):
         if not mix > 0:
@@ -204,6 +210,7 @@ def shares(total: int, weight: Mapping[Any, float]) -> dict[Any, int]:
     """Whole numbers that sum to `total`, at least 1 each, in the ratio of the weights (largest remainder)."""
     if len(weight) > total:
         raise ConfigError(f"{len(weight)} sources cannot each have a share of {total} samples")
+    # round down, then give what is left to those that lost most; take from the largest if each had to have one
     exact = {name: total * w / sum(weight.values()) for name, w in weight.items()}
     share = {name: max(1, int(x)) for name, x in exact.items()}
     by_need = sorted(exact, key=lambda p: share[p] - exact[p])
@@ -215,30 +222,31 @@ def shares(total: int, weight: Mapping[Any, float]) -> dict[Any, int]:
     return share
 
 
-def index_at(samples: Samples, key: str, turn: int) -> int:
-    """Which sample comes at a turn: round after round, each in an order of its own."""
-    time_round, place = divmod(turn, len(samples))
-    return _order(_Same(samples), f"{key}/{time_round}", len(samples))(place)
+def index_at(samples: Samples, key: str, visit: int) -> int:
+    """The index of the sample at a visit; every epoch has another order."""
+    epoch, place = divmod(visit, len(samples))
+    return _order(_ById(samples), f"{key}/{epoch}", len(samples))(place)
 
 
-class _Same:
-    """A data set that is equal only to itself, so that its orders can be remembered."""
+class _ById:
+    """A data set that is equal only to itself, so that it can be a key of a cache."""
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.samples is self.samples
+        return isinstance(other, _ById) and other.samples is self.samples
 
     def __hash__(self) -> int:
         return id(self.samples)
 
 
 @lru_cache(maxsize=64)
-def _order(same: _Same, key: str, size: int) -> Callable[[int], int]:
-    if hasattr(same.samples, "shuffled"):
-        return same.samples.shuffled(key)
-    if size > WHOLE:
+def _order(source: _ById, key: str, size: int) -> Callable[[int], int]:
+    # the order of a source of shards reads neighbours together
+    if hasattr(source.samples, "shuffled"):
+        return source.samples.shuffled(key)
+    if size > LARGEST_STORED:
         return scattered(size, key)
     order = permutation(size, key)
     return lambda place: int(order[place])
@@ -270,66 +278,67 @@ def scattered(size: int, key: str) -> Callable[[int], int]:
     return index
 
 
-class Flow:
-    """A source that can only be iterated, as if it could be asked by number, in rising order; it starts again when it ends.
+class IterableReader:
+    """Reads a source that can only be iterated by rising sample numbers; when the source ends, it is iterated again.
 
-    A source with `state_dict` and `load_state_dict` (Hugging Face's streams) goes on from a state; any other is read again up to
-    its place, which is exact but takes time.
+    A source with `state_dict` and `load_state_dict` (Hugging Face's streams) resumes from a state; any other is read again from
+    its beginning, which is exact but takes time.
     """
 
-    EVERY = 64  # samples between two states that are remembered
+    EVERY = 64  # number of samples between two saved states of the source
 
-    def __init__(self, source: Iterable[Any], before: Callable[[int], None] = lambda turn: None) -> None:
+    def __init__(self, source: Iterable[Any], before: Callable[[int], None] = lambda visit: None) -> None:
         """before: called with the number of each sample before it is read, skipped ones included."""
         stateful = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
-        self.stateful = stateful and not _forgets(source)
-        self.source: Any = copy.deepcopy(source) if self.stateful else source  # every lane goes its own way
+        self.stateful = stateful and not _has_buffer(source)
+        self.source: Any = copy.deepcopy(source) if self.stateful else source  # each lane has its own position
         self.start = copy.deepcopy(self.source.state_dict()) if self.stateful else None
-        self.turn, self.before = 0, before  # samples read
-        self.kept: deque[dict[str, Any]] = deque()
-        self.samples = self._forever(begun=False)
+        self.visit, self.before = 0, before  # visit: number of samples read
+        self.states: deque[dict[str, Any]] = deque()
+        self.samples = self._samples_of(resumed=False)
 
-    def at(self, turn: int) -> Any:
-        """Sample number `turn`, which must not lie before one that was asked for."""
-        assert turn >= self.turn
+    def at(self, visit: int) -> Any:
+        """Sample number `visit`, which must not be smaller than in an earlier call."""
+        assert visit >= self.visit
         while True:
-            if self.stateful and self.turn % self.EVERY == 0:
-                self.kept.append({"turn": self.turn, "state": copy.deepcopy(self.source.state_dict())})
-            self.before(self.turn)
+            if self.stateful and self.visit % self.EVERY == 0:
+                self.states.append({"turn": self.visit, "state": copy.deepcopy(self.source.state_dict())})
+            self.before(self.visit)
             sample = next(self.samples)
-            self.turn += 1
-            if self.turn > turn:
+            self.visit += 1
+            if self.visit > visit:
                 return sample
 
     def state(self, oldest: int) -> dict[str, Any]:
-        """From where sample number `oldest` and all after it can be had again; what lies before is forgotten."""
-        while len(self.kept) > 1 and self.kept[1]["turn"] <= oldest:
-            self.kept.popleft()
-        return self.kept[0] if self.kept else {"turn": 0, "state": None}
+        """A state from which sample number `oldest` and all after it can be read again; older states are deleted."""
+        while len(self.states) > 1 and self.states[1]["turn"] <= oldest:
+            self.states.popleft()
+        return self.states[0] if self.states else {"turn": 0, "state": None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where a state was taken."""
-        self.kept.clear()
-        self.turn = state["turn"]
+        """Load a state of `state`."""
+        self.states.clear()
+        self.visit = state["turn"]
         if state["state"] is not None:
             self.source.load_state_dict(copy.deepcopy(state["state"]))
-        self.samples = self._forever(begun=state["state"] is not None)
+        self.samples = self._samples_of(resumed=state["state"] is not None)
 
-    def _forever(self, begun: bool) -> Iterator[Any]:
+    def _samples_of(self, resumed: bool) -> Iterator[Any]:
         while True:
             found = False
             for sample in self.source:
                 found = True
                 yield sample
-            if not found and not begun:
+            # after a resume the rest of the source may be empty
+            if not found and not resumed:
                 raise MediaError(f"{type(self.source).__name__}: the data have no samples")
-            begun = False
+            resumed = False
             if self.stateful:
                 self.source.load_state_dict(copy.deepcopy(self.start))
 
 
-def _forgets(source: Any) -> bool:
-    """Whether its states lack samples that it holds back, as those of a shuffled stream of Hugging Face do."""
+def _has_buffer(source: Any) -> bool:
+    """Whether the source has samples in a buffer that its states lack, as a shuffled stream of Hugging Face has."""
     part = getattr(source, "_ex_iterable", None)
     while part is not None:
         if type(part).__name__ == "BufferShuffledExamplesIterable":

@@ -1,12 +1,11 @@
-"""What `multimodal shards` reads: folders, CSV, JSON lines, Parquet and Hugging Face data sets, row by row from any row on."""
+"""The sources of `multimodal shards`: folders, CSV, JSON lines, Parquet and Hugging Face data sets, read from any row on."""
 
 import codecs
 import csv
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 from multimodal.data.account import Account, Tally
 from multimodal.data.folders import read_folder
 from multimodal.data.frames import check_columns, class_features, named
+from multimodal.files import unique_keys
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.texts import listed, shortened
+from multimodal.texts import listed, repeated, shortened
 
 HUB = "hf:"
 LONGEST_CELL = 2**27  # characters; the csv module's own limit is 131,072
@@ -27,10 +27,16 @@ UNREADABLE = re.compile("[\udc80-\udcff]")  # surrogates, which stand for bytes 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows (mappings) of a source. An exception in place of a row says why that one cannot be used.
+    """Rows (mappings) of a source. An exception in place of a row says why that row cannot be used.
 
-    about: facts that identify the source, compared when the work is resumed. total: the number of rows, or nearly. seen: gives the
-    account of the source without regard to broken rows. beside: the folder that paths are relative to.
+    about: JSON values that identify the source, compared when the work is resumed.
+    columns: their names; None: not known before reading.
+    total: the number of rows, exact or nearly so.
+    read: yields the rows from a row number on.
+    seen: returns the account of the source, in which broken rows count as used.
+    beside: the folder that paths in the rows are relative to.
+    files: the fields whose values are paths of files.
+    fields: {field: column} of the columns to read; empty: all, under their own names.
     """
 
     about: Mapping[str, Any]
@@ -43,6 +49,7 @@ class Table:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, start: int) -> Iterator[Any]:
+        """Yields the rows from number `start` on, as mappings of fields."""
         for row in self.read(start):
             try:
                 row = row if isinstance(row, Exception) else self._fields(row)
@@ -51,12 +58,12 @@ class Table:
             yield row
 
     def account(self) -> Account:
-        """Counts the rows that are used and those left out, with reasons; reads the whole source."""
+        """Counts the rows that are used and left out, with reasons; reads the whole source."""
         rows = enumerate(self.rows(0))
         return self.seen().without(BROKEN, (f"row {at}: {row}" for at, row in rows if isinstance(row, Exception)))
 
-    def choosing(self, fields: Mapping[str, str], files: Sequence[str]) -> "Table":
-        """Only these columns, under these names (field: column; all if none); of `files`, paths of files take the file's place.
+    def select(self, fields: Mapping[str, str], files: Sequence[str]) -> "Table":
+        """A table of these columns only. fields: {field: column}; empty: all columns. files: fields with paths of files as values.
 
         Raises:
             ConfigError: a column that is not there.
@@ -206,7 +213,7 @@ def _of_cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Table:
 
     _, _, header = next(cells(), (0, 0, []))
     if isinstance(header, str) or not header or len(set(header)) < len(header):
-        twice = listed(_repeated(header)) if not isinstance(header, str) else ""
+        twice = listed(repeated(header)) if not isinstance(header, str) else ""
         shown = header if isinstance(header, str) else listed(header) or "nothing"
         raise ConfigError(
             f"{path}: wanted a first line that names the columns, each once, not {shown}{twice and f'; {twice} comes twice'}"
@@ -258,7 +265,7 @@ def _of_cells(path: Path, encoding: str, delimiter: str, quotes: bool) -> Table:
     # an earlier version read .tsv with quotes, so its unfinished shards must not be resumed
     about |= {} if quotes and delimiter == "," else {"quotes": quotes}
     return Table(
-        about=about | _encoding_fact(encoding),
+        about=about | _about_encoding(encoding),
         columns=header,
         total=max(0, count - 1),
         read=read,
@@ -314,7 +321,7 @@ def _of_json(path: Path, encoding: str) -> Table:
             try:
                 if why := _text_error(line, encoding):
                     raise MediaError(why)
-                row = json.loads(line, object_pairs_hook=_without_repeats)
+                row = json.loads(line, object_pairs_hook=unique_keys)
                 if not isinstance(row, dict):
                     raise MediaError(f"it is no JSON object: {shortened(line, 80)}")
                 yield row
@@ -334,28 +341,16 @@ def _of_json(path: Path, encoding: str) -> Table:
     about, count = _digest(path)
     columns = list(first) if isinstance(first, dict) else None
     return Table(
-        about=about | _encoding_fact(encoding), columns=columns, total=count, read=read, seen=seen, beside=path.parent
+        about=about | _about_encoding(encoding), columns=columns, total=count, read=read, seen=seen, beside=path.parent
     )
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that comes twice, which json.loads would accept, is a MediaError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise MediaError(f"it has keys that come twice: {listed(_repeated(key for key, _ in pairs))}")
-    return found
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _encoding_fact(encoding: str) -> dict[str, str]:
+def _about_encoding(encoding: str) -> dict[str, str]:
     return {} if encoding.startswith("utf-8") else {"encoding": encoding}
 
 
 def _digest(path: Path) -> tuple[dict[str, Any], int]:
-    """What the file is, and how many lines it has."""
+    """JSON that identifies a file by its name and SHA-256, and the number of its lines."""
     digest, lines = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -387,6 +382,7 @@ def _of_parquet(path: Path) -> Table:
                     yield from _group(file, group, start, count)
                 start = max(0, start - count)
 
+    # a damaged group hides how many of its rows are readable, so its number of rows comes from the file's own counts
     def _group(file: Any, group: int, start: int, count: int) -> Iterator[Any]:
         """The rows of a group; one error for each row that cannot be read, so that all are counted."""
         at = 0

@@ -1,6 +1,7 @@
-"""Writing answers: rules of choice, beams, and the engine that decodes many requests at once."""
+"""Decoding: samplers, beam search, and the engine that decodes many requests at once."""
 
-from multimodal.generate.engine import Engine, Piece, Prefix, read_prefix, request
+from multimodal.generate.engine import Engine, Piece
+from multimodal.generate.prefix import CachedPrefix, read_prefix
 from multimodal.generate.samplers import (
     AtLeast,
     Greedy,
@@ -14,9 +15,11 @@ from multimodal.generate.samplers import (
     TopK,
     TopP,
 )
+from multimodal.old_names import moved
 
 __all__ = [
     "AtLeast",
+    "CachedPrefix",
     "Engine",
     "Greedy",
     "MinP",
@@ -24,12 +27,12 @@ __all__ = [
     "OneOf",
     "Only",
     "Piece",
-    "Prefix",
     "Repetition",
     "Sampler",
     "Temperature",
     "TopK",
     "TopP",
     "read_prefix",
-    "request",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

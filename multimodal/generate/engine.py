@@ -6,36 +6,33 @@ A request has one row, two with guidance (one of them reads nothing), or one a b
 that a pass reads the cache where it lies.
 """
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from multimodal.attention import Cache, Layout, Span
-from multimodal.generate.answer import Answer, Options
-from multimodal.generate.choosing import advance
-from multimodal.generate.lineup import Lineup
+from multimodal.attention import Layout, Span
+from multimodal.generate.decode_batch import DecodeBatch
+from multimodal.generate.next_token import choose_next
+from multimodal.generate.prefix import CachedPrefix
+from multimodal.generate.request import Request, new_request
 from multimodal.generate.step import Step, is_plain
 from multimodal.heads import Prediction
-from multimodal.packer import Packer
-from multimodal.shapes import ConfigError, StreamError, check_whole, did_you_mean
-from multimodal.tokenizer import Tokens
-
-if TYPE_CHECKING:
-    from multimodal.model import Model
+from multimodal.network import Network
+from multimodal.old_names import warn
+from multimodal.shapes import ConfigError, StreamError, check_whole
+from multimodal.stream import Stream
 
 
 @dataclass(frozen=True)
 class Piece:
-    """News of one request: text that has become sure (none for kinds that are no text),
-    at the end the whole prediction or the error.
+    """What a step brought for one request: final text (none for kinds that are no text), at the end the prediction or the error.
 
     ticket: which request or sample it is of.
-    text: what is sure now and was not before.
+    text: the text that has become final since the piece before it.
     prediction: the whole answer, with the last piece.
     error: what went wrong, in the place of an answer.
     """
@@ -46,26 +43,22 @@ class Piece:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """The first fields of a task, read once: their tokens, and the core's keys and values of them (see `Model.read`)."""
-
-    model: "Model"
-    task: str
-    fields: Mapping[str, Tokens | None]
-    cache: Cache
-    count: int  # tokens
-
-
 class Engine:
     """Writes the answers of many requests at once, of any tasks of one model that write; each as if it were alone.
 
-    rows: how many answers (beams, guided twins) are written at the same time; others wait. capacity: tokens a row has room for,
+    rows: number of answers (of beams, two with guidance) that are written at the same time; others wait. capacity: tokens of a row,
     prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model must not be
     trained while answers are being written; new weights count from when all of them have ended.
+
+    Examples:
+        >>> engine = mm.Engine(model, rows=8, capacity=64)
+        >>> first = engine.submit("image -> text", {"image": square}, max_tokens=8)
+        >>> second = engine.submit("image -> text", {"image": circle}, max_tokens=8)
+        >>> [piece.prediction.value for piece in engine.run() if piece.prediction]
+        ['square', 'circle']
     """
 
-    def __init__(self, model: "Model", *, rows: int = 16, capacity: int = 1024) -> None:
+    def __init__(self, model: Network, *, rows: int = 16, capacity: int = 1024) -> None:
         check_whole("Engine", rows=rows, capacity=capacity)
         if rows < 1 or capacity < 2:
             raise ConfigError(f"Engine: rows={rows} must be at least 1 and capacity={capacity} at least 2")
@@ -73,40 +66,46 @@ class Engine:
         self.rows, self.capacity = rows, capacity
         dtype = next(model.core.parameters()).dtype
         try:
-            self.cache = model.core.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
+            self.cache = model.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
         except RuntimeError as error:
             raise ConfigError(
                 f"Engine: there is no memory for rows={rows} of capacity={capacity} tokens; lower max_tokens, the capacity or "
                 f"the rows ({error})"
             ) from error
-        self._waiting: deque[Answer] = deque()
-        self._running: list[Answer] = []
-        self._lineup: Lineup | None = None  # of those running, until one joins or leaves
-        self._owner: list[Answer] = []  # of each row in use
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._batch: DecodeBatch | None = None  # of those running, until one joins or leaves
+        self._owner: list[Request] = []  # of each row in use
         self._tickets = 0
         self._most = model.most_tokens
         self._step: Step | None = None  # how a pass is computed, if not by the core itself
 
     @property
     def busy(self) -> bool:
-        """Whether anything is waiting or being written."""
+        """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
     @property
-    def free(self) -> int:
-        """Rows that no answer has or waits for."""
-        return self.rows - len(self._owner) - sum(answer.width for answer in self._waiting)
+    def free_rows(self) -> int:
+        """Number of rows that no request has or waits for."""
+        return self.rows - len(self._owner) - sum(request.width for request in self._waiting)
 
-    def has_room(self, answer: Answer) -> bool:
-        """Whether a row is long enough for an answer."""
-        return answer.prompt + answer.limit <= self.capacity
+    @property
+    def free(self) -> int:
+        """The name of `free_rows` in version 0.1; goes with 0.3."""
+        warn("Engine.free", "Engine.free_rows", 1)
+        return self.free_rows
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a row is long enough for a request."""
+        return request.prompt + request.limit <= self.capacity
 
     def submit(
         self,
         task: str,
         sample: Mapping[str, Any],
         *,
-        prefix: Prefix | None = None,
+        prefix: CachedPrefix | None = None,
         name: str | None = None,
         **options: Any,
     ) -> int:
@@ -118,56 +117,59 @@ class Engine:
             ConfigError, TaskError, MediaError: from the sample or the options.
             StreamError: prompt and answer need more than the capacity.
         """
-        answer = request(self.model.packer, task, sample, name or f"request {self._tickets}", prefix, options)
-        return self.enter(answer)
+        request = new_request(self.model.packer, task, sample, name or f"request {self._tickets}", prefix, options)
+        return self.enter(request)
 
-    def enter(self, answer: Answer) -> int:
-        """`submit` for what `request` made."""
-        needed = answer.prompt + answer.limit
-        if not self.has_room(answer):
+    def enter(self, request: Request) -> int:
+        """`submit` for a request that `new_request` made."""
+        needed = request.prompt + request.limit
+        if not self.has_room(request):
             raise StreamError(
-                f"{answer.name} of task {answer.task!r}: a prompt of {answer.prompt} tokens and an answer of up to "
-                f"{answer.limit} need {needed} places, more than capacity={self.capacity}; shorten the prompt, lower max_tokens, "
+                f"{request.name} of task {request.task!r}: a prompt of {request.prompt} tokens and an answer of up to "
+                f"{request.limit} need {needed} places, more than capacity={self.capacity}; shorten the prompt, lower max_tokens, "
                 "or raise capacity"
             )
         most = self._most
         if most is not None and needed > most:
             raise StreamError(
-                f"{answer.name} of task {answer.task!r}: a prompt of {answer.prompt} tokens and an answer of up to {answer.limit} "
-                f"are more than the {most} places that this model's attention knows; shorten the prompt or lower max_tokens"
+                f"{request.name} of task {request.task!r}: a prompt of {request.prompt} tokens and an answer of up to "
+                f"{request.limit} are more than the {most} places that this model's attention knows; shorten the prompt or "
+                "lower max_tokens"
             )
-        if answer.width > self.rows:
-            raise ConfigError(f"{answer.name}: needs {answer.width} rows at once, but the engine has rows={self.rows}")
-        answer.ticket = self._tickets
+        if request.width > self.rows:
+            raise ConfigError(
+                f"{request.name}: needs {request.width} rows at once, but the engine has rows={self.rows}"
+            )
+        request.ticket = self._tickets
         self._tickets += 1
-        self._waiting.append(answer)
-        return answer.ticket
+        self._waiting.append(request)
+        return request.ticket
 
     def cancel(self, ticket: int) -> bool:
         """Drop a request; False if it has already ended (or never was)."""
-        for answer in (*self._waiting, *self._running):
-            if answer.ticket == ticket:
-                if answer in self._running:
-                    self._leave(answer)
+        for request in (*self._waiting, *self._running):
+            if request.ticket == ticket:
+                if request in self._running:
+                    self._leave(request)
                 else:
-                    self._waiting.remove(answer)
+                    self._waiting.remove(request)
                 return True
         return False
 
     def step(self) -> list[Piece]:
-        """One token further for every request that has rows, after letting in those for whom rows are free."""
-        with self.model.resting():
+        """Decode one token of every running request, after admitting those that fit into the rows left."""
+        with self.model.inference_mode():
             pieces = self._admit()
             if self._running:
                 try:
-                    passed = self._pass()
+                    decoded = self._decode_step()
                 except Exception as error:  # one that outgrows what a layer knows stops the pass; those that wait go on
-                    pieces += [Piece(answer.ticket, error=error) for answer in self._running]
-                    for answer in list(self._running):
-                        answer.error = error
-                        self._leave(answer)
+                    pieces += [Piece(request.ticket, error=error) for request in self._running]
+                    for request in list(self._running):
+                        request.error = error
+                        self._leave(request)
                 else:
-                    pieces += self._choose(*passed)
+                    pieces += self._choose(*decoded)
         return pieces
 
     def run(self) -> Iterator[Piece]:
@@ -176,81 +178,91 @@ class Engine:
             yield from self.step()
 
     def _admit(self) -> list[Piece]:
-        joining: list[Answer] = []
-        free = self.rows - len(self._owner)
-        while self._waiting and self._waiting[0].width <= free:
-            answer = self._waiting.popleft()
-            free -= answer.width
+        joining: list[Request] = []
+        left = self.rows - len(self._owner)
+        while self._waiting and self._waiting[0].width <= left:
+            request = self._waiting.popleft()
+            left -= request.width
             first = len(self._owner)
-            answer.rows = list(range(first, first + answer.width))
-            self._owner += [answer] * answer.width
-            for row in answer.rows:
+            request.rows = list(range(first, first + request.width))
+            self._owner += [request] * request.width
+            for row in request.rows:
                 self.cache.clear(row)
-            joining.append(answer)
+            joining.append(request)
         if joining and not self._running:
             self._step = Step(core) if is_plain(core := self.model.core) else None
         pieces: list[Piece] = []
         for group in ([a for a in joining if a.prefix is None], [a for a in joining if a.prefix is not None]):
             if group:
                 self._running += group
-                self._lineup = None
+                self._batch = None
                 try:
                     states = self._read(group)
-                except Exception as error:  # a stranger's embedding may fail; those who wrote before are not to suffer
-                    for answer in group:
-                        answer.error = error
-                        self._leave(answer)
-                    pieces += [Piece(answer.ticket, error=error) for answer in group]
+                except Exception as error:  # a user's embedding may fail; the requests that ran before go on
+                    for request in group:
+                        request.error = error
+                        self._leave(request)
+                    pieces += [Piece(request.ticket, error=error) for request in group]
                 else:
                     pieces += self._choose(group, torch.cat(states), list(map(len, states)))
         return pieces
 
-    def _read(self, answers: Sequence[Answer]) -> list[Tensor]:
+    def _read(self, requests: Sequence[Request]) -> list[Tensor]:
         """Prefill: the states (rows, D) that each answer starts from."""
-        batch = [(answer.task, sample, answer) for answer in answers for sample in answer.prompts()]
-        names = [answer.name for *_, answer in batch]
-        begun = [answer.begin for *_, answer in batch]
+        batch = [(request, tokens) for request in requests for tokens in request.prompts]
         stream = self.model.packer(
-            [(task, sample) for task, sample, _ in batch], answers=False, names=names, begun=begun
+            [(request.task, tokens) for request, tokens in batch],
+            answers=False,
+            names=[request.name for request, _ in batch],
+            begins=[request.begin for request, _ in batch],
         ).to(self.model.device)
-        # sample -> its place in the stream, its query's row, its newest row
+        # by prompt: its sample in the stream, the row of its learned start, and its newest row, whose state comes next
         where: dict[int, tuple[int, int, int]] = {}
         for reading in stream.readings.values():
             ends = torch.tensor(reading.lengths).cumsum(0)
             rows = reading.row_N.tolist()
-            for sample, end, length in zip(reading.samples, ends.tolist(), reading.lengths, strict=True):
+            for prompt, end, length in zip(reading.samples, ends.tolist(), reading.lengths, strict=True):
                 newest = rows[end - 1]
-                where[sample] = (int(stream.layout.places.sample[newest]), rows[end - length], newest)
-        rows = [0] * len(batch)
-        seen: dict[int, int] = {}
-        for sample, (_, _, answer) in enumerate(batch):
-            rows[where[sample][0]] = answer.rows[seen.setdefault(answer.ticket, 0)]
-            seen[answer.ticket] += 1
-        states_TD = self._prefill(stream, answers, batch, rows, where)
-        found: dict[Answer, list[Tensor]] = {}
-        for sample, (_, _, answer) in enumerate(batch):
-            _, query, newest = where[sample]
-            answer.start(stream.position_TA[query], int(stream.layout.places.segment[query]) + 1)
-            found.setdefault(answer, []).append(states_TD[newest])
+                where[prompt] = (int(stream.layout.info.sample[newest]), rows[end - length], newest)
+        # by sample of the stream: its row of the cache; the second prompt of a request (guidance) has its second row
+        cache_rows, prompts_of = [0] * len(batch), dict.fromkeys(requests, 0)
+        for prompt, (request, _) in enumerate(batch):
+            cache_rows[where[prompt][0]] = request.rows[prompts_of[request]]
+            prompts_of[request] += 1
+        states_TD = self._prefill(stream, batch, cache_rows, where)
+        found: dict[Request, list[Tensor]] = {request: [] for request in requests}
+        for prompt, (request, _) in enumerate(batch):
+            _, start, newest = where[prompt]
+            request.start(stream.position_TA[start], int(stream.layout.info.segment[start]) + 1)
+            found[request].append(states_TD[newest])
         for reading in stream.readings.values():
-            for memory in reading.memory(states_TD).values():
-                for sample, state_MD in zip(reading.samples, memory.state_MD.split(memory.lengths), strict=True):
-                    batch[sample][2].state_MD = state_MD
-        for answer in answers:
-            answer.cached = self.cache.length[answer.rows[0]]
-            for row in answer.rows[len(found[answer]) :]:
-                self.cache.copy(answer.rows[0], row)
-        return [torch.stack(found[answer]) for answer in answers]
+            if reading.key_N is not None:
+                keys = states_TD[reading.key_N].split(reading.key_lengths)
+                for prompt, state_MD in zip(reading.samples, keys, strict=True):
+                    batch[prompt][0].source_MD = state_MD
+        for request in requests:
+            request.cached = self.cache.length[request.rows[0]]
+            # beams start alike
+            for row in request.rows[len(found[request]) :]:
+                self.cache.copy(request.rows[0], row)
+        return [torch.stack(states) for states in found.values()]
 
-    def _prefill(self, stream, answers, batch, rows, where) -> Tensor:
-        prefix = answers[0].prefix
-        if prefix is None:
+    def _prefill(
+        self,
+        stream: Stream,
+        batch: Sequence[tuple[Request, Any]],
+        rows: list[int],
+        where: Mapping[int, tuple[int, int, int]],
+    ) -> Tensor:
+        """States (T, D) of prompts, all with a cached prefix or none; of tokens that a prefix holds they are 0."""
+        if batch[0][0].prefix is None:
             return self.model(stream, cache=self.cache.at(rows))
         counts = [0] * len(batch)
-        for sample, (_, _, answer) in enumerate(batch):
-            counts[where[sample][0]] = answer.prefix.count
-            self.cache.copy(0, rows[where[sample][0]], of=answer.prefix.cache)
-        places = stream.layout.places
+        for prompt, (request, _) in enumerate(batch):
+            assert request.prefix is not None
+            counts[where[prompt][0]] = request.prefix.count
+            self.cache.copy(0, rows[where[prompt][0]], of=request.prefix.cache)
+        places = stream.layout.info
         counts_T = torch.tensor(counts, device=self.model.device)[places.sample.long()]
         new = (places.order >= counts_T).nonzero()[:, 0]
         spans = tuple(Span(0, s.total - c) for s, c in zip(stream.layout.spans, counts, strict=True))
@@ -261,50 +273,52 @@ class Engine:
             0, new, states_TD
         )
 
-    def _pass(self) -> tuple[list[Answer], Tensor, list[int]]:
-        """One pass of the core: every running answer, and the states of each, so many rows, one after the other."""
-        lineup = self._lineup = self._lineup or Lineup(self._running, self.model)
-        stream_BD, position_BA = lineup.inputs()
-        layout = lineup.layout(self.cache.length[: len(lineup.rows)])
+    def _decode_step(self) -> tuple[list[Request], Tensor, list[int]]:
+        """One pass of the core: the running requests, their states end to end, and the number of rows of each."""
+        batch = self._batch = self._batch or DecodeBatch(self._running, self.model)
+        stream_BD, position_BA = batch.inputs()
+        layout = batch.layout(self.cache.length[: len(batch.rows)])
         exact = not torch.is_autocast_enabled(self.model.device.type)  # which would round the stream itself in a step
-        core, cache = (self._step if exact else None) or self.model.core, self.cache.at(lineup.rows)
+        core, cache = (self._step if exact else None) or self.model.core, self.cache.at(batch.rows)
         state_BD = core(stream_BD, position_BA, layout, cache=cache)
-        return lineup.answers, lineup.states(state_BD), lineup.sizes
+        if batch.order_of_requests is not None:
+            state_BD = state_BD[batch.order_of_requests]
+        return batch.requests, state_BD, batch.sizes
 
-    def _choose(self, answers: Sequence[Answer], state_ND: Tensor, sizes: Sequence[int]) -> list[Piece]:
-        """Let every answer choose its next token, from its states; those that end leave."""
+    def _choose(self, requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int]) -> list[Piece]:
+        """Choose the next token of each request, from its newest states; requests that end give their rows back."""
         pieces: list[Piece] = []
         by_task: dict[str, list[int]] = {}
-        for i, answer in enumerate(answers):
-            by_task.setdefault(answer.task, []).append(i)
+        for i, request in enumerate(requests):
+            by_task.setdefault(request.task, []).append(i)
         parts = state_ND.split(list(sizes)) if len(by_task) > 1 else []
         for task, group in by_task.items():
             state_ND = torch.cat([parts[i] for i in group]) if parts else state_ND
-            head, readout = self.model.packer.head(task), self.model.readout(task)
-            for answer, copies in advance(
-                [answers[i] for i in group], state_ND, [sizes[i] for i in group], head, readout
+            head, readout = self.model.packer.heads[task], self.model.readout(task)
+            for request, copies in choose_next(
+                [requests[i] for i in group], state_ND, [sizes[i] for i in group], head, readout
             ):
                 for source, target, start in copies:
-                    self.cache.copy(answer.rows[source], answer.rows[target], start=start)
+                    self.cache.copy(request.rows[source], request.rows[target], start=start)
                 try:
-                    text, prediction = answer.news(), answer.prediction()
-                except Exception as error:  # a stranger's decode may fail in any way; the other answers go on
+                    text, prediction = request.new_text(), request.prediction()
+                except Exception as error:  # a user's decode may fail in any way; the other answers go on
                     text, prediction = "", None
-                    answer.error = StreamError(
-                        f"{answer.name} of task {answer.task!r}: {type(answer.tokenizer).__name__}.decode failed: "
+                    request.error = StreamError(
+                        f"{request.name} of task {request.task!r}: {type(request.tokenizer).__name__}.decode failed: "
                         f"{type(error).__name__}: {error}"
                     )
-                if text or answer.ended or answer.error:
-                    pieces.append(Piece(answer.ticket, text, prediction, answer.error))
-        for answer in [a for a in self._running if a.ended or a.error]:
-            self._leave(answer)
+                if text or request.ended or request.error:
+                    pieces.append(Piece(request.ticket, text, prediction, request.error))
+        for request in [a for a in self._running if a.ended or a.error]:
+            self._leave(request)
         return pieces
 
-    def _leave(self, answer: Answer) -> None:
-        """Free an answer's rows; the last rows in use move into the gap."""
-        self._running.remove(answer)
-        self._lineup = None
-        for row in sorted(answer.rows, reverse=True):
+    def _leave(self, request: Request) -> None:
+        """Give a request's rows back; the last rows in use move into the gap."""
+        self._running.remove(request)
+        self._batch = None
+        for row in sorted(request.rows, reverse=True):
             last = len(self._owner) - 1
             owner = self._owner.pop()
             if row != last:
@@ -312,71 +326,3 @@ class Engine:
                 self._owner[row] = owner
                 owner.rows[owner.rows.index(last)] = row
             self.cache.clear(last)
-
-
-def request(
-    packer: Packer, task: str, sample: Mapping[str, Any], name: str, prefix: Prefix | None, options: Mapping[str, Any]
-) -> Answer:
-    """Check and encode what is asked for."""
-    packer.check_task(task, answers=True)
-    if not packer.head(task).writes:
-        raise ConfigError(f"task {task!r}: {type(packer.head(task)).__name__} answers at once; use Model.predict")
-    if prefix is not None:
-        if prefix.task != task:
-            raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")
-        if twice := [field for field in prefix.fields if field in sample]:
-            raise ConfigError(
-                f"{name} of task {task!r}: {', '.join(twice)} came with the sample and with the prefix; give it once"
-            )
-        if prefix.model.packer is not packer:
-            raise ConfigError(f"{name} of task {task!r}: the prefix was read by another model")
-        sample = {**sample, **prefix.fields}
-    packer.patterns[task].check_sample(sample, False)
-    known = [field.name for field in dataclasses.fields(Options)]
-    for option in options:
-        if option not in known:
-            raise ConfigError(
-                f"{name} of task {task!r}: {option!r} is neither a field that it reads nor an option of writing"
-                + did_you_mean(option, [*known, *sample])
-            )
-    return Answer(task, packer.encoded(task, sample, name), name, Options(**options), packer, prefix)
-
-
-def read_prefix(model: "Model", task: str, fields: Mapping[str, Any]) -> Prefix:
-    """Read the first fields of a task once, for many answers that differ in the others.
-
-    Raises:
-        ConfigError: fields that are not the first of the task, or later fields that those would have had to see.
-    """
-    packer = model.packer
-    packer.check_task(task, answers=True)
-    pattern = packer.patterns[task]
-    names = [field.name for field in pattern.reads]
-    if not fields or names[: len(fields)] != [name for name in names if name in fields] or set(fields) - set(names):
-        raise ConfigError(
-            f"task {task!r}: a prefix is one or more of its first fields, of {', '.join(names)}; not {', '.join(fields) or 'none'}"
-        )
-    for field in pattern.reads[len(fields) :]:
-        if not packer.tokenizers[field.kind].causal:
-            raise ConfigError(
-                f"task {task!r}: what comes before {field.name!r} cannot be read once for all, because tokenizer "
-                f"{field.kind!r} is read freely, so what comes before looks at it; make that tokenizer with causal=True"
-            )
-    encoded = {
-        name: None
-        if fields[name] is None
-        else packer.encode(pattern.reads[i].kind, fields[name], f"task {task!r}", name)
-        for i, name in enumerate(names[: len(fields)])
-    }
-    with model.resting():
-        stream = packer.prompt(task, encoded).to(model.device)
-        cache = model.core.core.cache(
-            rows=1, capacity=len(stream), device=model.device, dtype=next(model.core.parameters()).dtype
-        )
-        if cache.memory is not None:
-            raise ConfigError(
-                f"task {task!r}: an EncoderDecoder reads all of a sample at once, so no prefix of it can be read before; "
-                "give generate the whole sample"
-            )
-        model(stream, cache=cache)
-    return Prefix(model, task, encoded, cache, len(stream))

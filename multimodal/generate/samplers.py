@@ -1,10 +1,10 @@
-"""How the next token is chosen: small rules that each reshape the logits, and combine with |.
+"""Samplers: rules that each change the logits of the next token, and combine with |.
 
-    Temperature(0.8) | TopP(0.9)          first the temperature, then the smallest set that holds 90 %
-    NoRepeat(3)                           the likeliest token that repeats no three tokens
-    NoRepeat(3) | Temperature(0.8)        any token that repeats no three, the likelier the more often
+    Temperature(0.8) | TopP(0.9)          first the temperature, then the smallest set of tokens with probability 90 %
+    NoRepeat(3)                           greedy, without repeating any three tokens
+    NoRepeat(3) | Temperature(0.8)        sampled, without repeating any three tokens
 
-The likeliest of what is left is taken, unless one of the rules draws (`Temperature`, `TopK`, `TopP`, `MinP`).
+Decoding is greedy over what the rules leave, unless one of them samples (`Temperature`, `TopK`, `TopP`, `MinP`).
 """
 
 from abc import ABC, abstractmethod
@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from multimodal.declare import Declared
+from multimodal.generate.lexicon import Node, State, WordTree, id_tree
 from multimodal.shapes import ConfigError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer
 
@@ -26,7 +28,12 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class Written:
-    """One answer so far: its ids (with those it began with), the tokenizer of its kind, and the id that ends it."""
+    """One answer so far, as samplers see it.
+
+    ids: its ids, including those with which it began.
+    tokenizer: the tokenizer of its kind.
+    stop: the id that ends it.
+    """
 
     ids: Sequence[int]
     tokenizer: Tokenizer
@@ -34,22 +41,24 @@ class Written:
 
 
 class Sampler(Declared, ABC):
-    """A rule of choice. Subclass as a frozen dataclass and write `__call__`.
+    """A rule that changes the logits of the next token. Subclass as a frozen dataclass and write `__call__`.
 
-    draws: whether a token is drawn from what the rule leaves; otherwise the likeliest is taken.
-    reweighs: whether it changes probabilities without ruling tokens out; beams ignore such changes.
+    draws: whether the next token is sampled; if no rule does that, decoding is greedy.
+    reweighs: whether it changes probabilities without ruling tokens out; beam search ignores such changes.
+    spells: whether it has values, which it encodes as ids of the written kind; heads that choose no ids cannot use it.
     """
 
     draws: bool = False
     reweighs: bool = False
+    spells: ClassVar[bool] = False
 
     def parts(self) -> "tuple[Sampler, ...]":
-        """The rules that this one is made of, in their order."""
+        """The rules of which this one is composed, in order."""
         return (self,)
 
     @abstractmethod
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
-        """New logits (B, V), of a row for each answer; -inf rules a token out."""
+        """New logits (B, V), with a row for each answer; -inf rules a token out."""
 
     def __or__(self, then: "Sampler") -> "Sampler":
         return Then(self, then)
@@ -57,12 +66,13 @@ class Sampler(Declared, ABC):
 
 @dataclass(frozen=True)
 class Then(Sampler):
-    """One rule after the other."""
+    """One rule after the other: `first | second`."""
 
     first: Sampler
     second: Sampler
 
     def __post_init__(self) -> None:
+        # after a greedy rule one token is left, so that later rules, and sampling before it, have no effect
         rules = self.parts()
         for i, rule in enumerate(rules):
             if not _is_greedy(rule):
@@ -89,7 +99,7 @@ class Then(Sampler):
 
 @dataclass(frozen=True)
 class Greedy(Sampler):
-    """Only the likeliest token; the first of equals."""
+    """Only the most probable token; the first of equal ones."""
 
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         best_B1 = logits_BV.argmax(-1, keepdim=True)
@@ -102,9 +112,9 @@ def _is_greedy(rule: Sampler) -> bool:
 
 @dataclass(frozen=True)
 class Temperature(Sampler):
-    """p ~ exp(logit / temperature): below 1 surer, above 1 bolder, 0 greedy.
+    """Samples with p ~ exp(logit / temperature).
 
-    temperature: what logits are divided by; 0: only the likeliest is left.
+    temperature: divisor of the logits; below 1 favours probable tokens, above 1 improbable ones; 0 is greedy.
     """
 
     temperature: float = 1.0
@@ -116,20 +126,20 @@ class Temperature(Sampler):
             raise ConfigError(f"Temperature: temperature={self.temperature} must be 0 or more")
 
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
-        # logits cannot be divided by a number that is 0 in their precision
+        # a temperature that is 0 in the precision of the logits cannot divide them
         if self.temperature < torch.finfo(torch.promote_types(logits_BV.dtype, torch.float32)).tiny:
             return Greedy()(logits_BV, written)
         if self.temperature == 1:
             return logits_BV
-        below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # so that the likeliest stays finite, however cold
+        below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # the largest is 0 and stays finite at any temperature
         return below_BV / self.temperature
 
 
 @dataclass(frozen=True)
 class TopK(Sampler):
-    """The k likeliest tokens (Fan et al. 2018); of equals the first.
+    """Samples from the k most probable tokens (Fan et al. 2018); among equal ones the first.
 
-    k: how many tokens are left.
+    k: number of tokens that are left.
     """
 
     k: int
@@ -147,14 +157,19 @@ class TopK(Sampler):
 
 @dataclass(frozen=True)
 class TopP(Sampler):
-    """The smallest set of likeliest tokens that together hold probability p (nucleus: Holtzman et al. 2020).
+    """Samples from the smallest set of the most probable tokens with total probability p (nucleus: Holtzman et al. 2020).
 
-    p: the probability that those left hold together, above 0 and at most 1.
-    temperature: what logits are divided by first.
+    p: the least total probability of the tokens that are left, above 0 and at most 1.
+    temperature: divisor of the logits, applied before.
+
+    Examples:
+        >>> sampler = mm.NoRepeat(4) | mm.TopP(0.9, temperature=0.8)
+        >>> model.generate("image -> text", image=square, sampler=sampler, seed=7, max_tokens=8).value
+        'square'
     """
 
     p: float
-    temperature: float = 1.0  # applied first
+    temperature: float = 1.0
     draws = True
 
     def __post_init__(self) -> None:
@@ -167,21 +182,21 @@ class TopP(Sampler):
         logits_BV = Temperature(self.temperature)(logits_BV, written)
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         p_BV = sorted_BV.double().softmax(-1)
-        beyond_BV = p_BV.cumsum(-1) - p_BV >= self.p  # what comes before already holds p; the first is always in
+        beyond_BV = p_BV.cumsum(-1) - p_BV >= self.p  # the more probable tokens have p already
         beyond_BV[:, 0] = False
         return logits_BV.scatter(1, order_BV, sorted_BV.masked_fill(beyond_BV, NEVER))
 
 
 @dataclass(frozen=True)
 class MinP(Sampler):
-    """Tokens at least `p` times as probable as the likeliest (Nguyen et al. 2024).
+    """Samples from the tokens that are at least `p` times as probable as the most probable one (Nguyen et al. 2024).
 
-    p: the least share of the likeliest token's probability, from 0 to 1.
-    temperature: what logits are divided by afterwards, as in the paper's code.
+    p: the least probability, relative to that of the most probable token, from 0 to 1.
+    temperature: divisor of the logits, applied afterwards, as in the paper's code.
     """
 
     p: float
-    temperature: float = 1.0  # applied afterwards, as in the paper's code
+    temperature: float = 1.0
     draws = True
 
     def __post_init__(self) -> None:
@@ -198,14 +213,13 @@ class MinP(Sampler):
 
 @dataclass(frozen=True)
 class Repetition(Sampler):
-    """Tokens written before lose `penalty` nats, and `each` nats more for every time they were written.
+    """Subtracts from the logits of tokens that were written before ("presence" and "frequency" penalties of other tools).
 
-    Additive, so that it means the same wherever the logits' zero lies (the "presence" and "frequency" penalties of other
-    tools). `last` tokens are looked back at; 0: all.
+    It subtracts and does not divide, because only differences of logits have a meaning.
 
-    penalty: nats off for a token that was written, however often.
-    each: nats off for every time it was written.
-    last: how many tokens are looked back at; 0: all.
+    penalty: nats that are subtracted for a token that was written, however often.
+    each: nats that are subtracted for every time it was written.
+    last: number of tokens, the newest ones, that are considered; 0: all.
     """
 
     penalty: float = 1.0
@@ -233,9 +247,9 @@ class Repetition(Sampler):
 
 @dataclass(frozen=True)
 class NoRepeat(Sampler):
-    """No run of `size` tokens is written twice (Paulus et al. 2018).
+    """No n-gram of `size` tokens is written twice (Paulus et al. 2018).
 
-    size: tokens of a run.
+    size: n, number of tokens.
     """
 
     size: int
@@ -248,19 +262,20 @@ class NoRepeat(Sampler):
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         logits_BV = logits_BV.clone()
         for row_V, so_far in zip(logits_BV, written, strict=True):
+            # ruled out: the last token of each n-gram that begins with the newest n - 1 tokens
             ids = list(so_far.ids)
             end = ids[len(ids) - self.size + 1 :]
-            runs = range(len(ids) - self.size + 1) if len(ids) >= self.size else ()
-            seen = {ids[i + self.size - 1] for i in runs if ids[i : i + self.size - 1] == end}
-            row_V[list(seen)] = NEVER
+            starts = range(len(ids) - self.size + 1) if len(ids) >= self.size else ()
+            repeated = {ids[i + self.size - 1] for i in starts if ids[i : i + self.size - 1] == end}
+            row_V[list(repeated)] = NEVER
         return logits_BV
 
 
 @dataclass(frozen=True)
 class AtLeast(Sampler):
-    """No stop before `tokens` tokens.
+    """The answer does not stop before it has `tokens` tokens.
 
-    tokens: how many tokens are written before the answer may stop.
+    tokens: the least number of tokens.
     """
 
     tokens: int
@@ -278,12 +293,13 @@ class AtLeast(Sampler):
 
 @dataclass(frozen=True)
 class OneOf(Sampler):
-    """The answer is one of these values ("yes", "no"), encoded by the kind's own tokenizer; anything else is ruled out.
+    """The answer is one of these values ("yes", "no"), as encoded by the tokenizer of the written kind.
 
-    values: all answers that may be given.
+    values: the allowed answers.
     """
 
     values: tuple[str, ...]
+    spells: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, (list, tuple)) or not self.values:
@@ -293,31 +309,28 @@ class OneOf(Sampler):
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         out_BV = torch.full_like(logits_BV, NEVER)
         for row_V, new_V, so_far in zip(logits_BV, out_BV, written, strict=True):
-            after = _continuations(self.values, so_far.tokenizer).get(tuple(so_far.ids), ())
-            ids = [so_far.stop if i is None else i for i in after]
+            node: Node | None = _value_tree(self.values, so_far.tokenizer)
+            for token in so_far.ids:
+                node = node and node.children.get(token)
+            if node is None:  # the answer began with something else, so every token is ruled out
+                continue
+            ids = [*node.children, *([so_far.stop] if node.whole else ())]
             new_V[ids] = row_V[ids]
         return out_BV
 
 
-@lru_cache(maxsize=64)
-def _continuations(values: tuple[str, ...], tokenizer: Tokenizer) -> dict[tuple[int, ...], set[int | None]]:
-    """For each beginning of one of the values, what may follow; None stands for the end."""
-    after: dict[tuple[int, ...], set[int | None]] = {}
-    for value in values:
-        ids = tokenizer(value, empty=True).content.tolist()
-        for i in range(len(ids) + 1):
-            after.setdefault(tuple(ids[:i]), set()).add(ids[i] if i < len(ids) else None)
-    return after
+_value_tree = lru_cache(maxsize=64)(id_tree)
 
 
 @dataclass(frozen=True)
 class Only(Sampler):
-    """Only words of a list may be written, any number of them, with single blanks between.
+    """The answer consists of these words, any number of them, separated by single blanks.
 
-    words: the words, none of which holds a blank.
+    words: the allowed words, which have no blanks.
     """
 
     words: tuple[str, ...]
+    spells: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = self.words if isinstance(self.words, (list, tuple)) else ()
@@ -328,34 +341,15 @@ class Only(Sampler):
     def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
         out_BV = torch.full_like(logits_BV, NEVER)
         for row_V, new_V, so_far in zip(logits_BV, out_BV, written, strict=True):
-            ids = _next_ids(self.words, so_far)
+            tree = _word_tree(self.words, so_far.tokenizer)
+            state: State | None = tree.start
+            for token in so_far.ids:
+                state = state and tree.step(state, token)
+            if state is None:  # the answer began with something else
+                continue
+            ids = [*tree.following(state), *([so_far.stop] if tree.word_ends(state) else ())]
             new_V[ids] = row_V[ids]
         return out_BV
 
 
-def _next_ids(words: tuple[str, ...], so_far: Written) -> list[int]:
-    """Ids that keep the answer a beginning of words of the list, by the two ways a word is encoded: first, and after a blank."""
-    first, later = _word_tries(words, so_far.tokenizer)
-    states: list[tuple[bool, tuple[int, ...]]] = [(True, ())]  # (is it the first word, ids of the unfinished word)
-    for token in so_far.ids:
-        moved = []
-        for is_first, part in states:
-            trie = first if is_first else later
-            if token in trie.get(part, ()):
-                moved.append((is_first, (*part, token)))
-            if None in trie.get(part, ()) and token in later[()]:
-                moved.append((False, (token,)))
-        states = moved
-    found: set[int] = set()
-    for is_first, part in states:
-        trie = first if is_first else later
-        after = trie.get(part, set())
-        found |= {i for i in after if i is not None}
-        if None in after:
-            found |= {so_far.stop} | {i for i in later[()] if i is not None}
-    return sorted(found)
-
-
-@lru_cache(maxsize=64)
-def _word_tries(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[dict, dict]:
-    return _continuations(words, tokenizer), _continuations(tuple(" " + word for word in words), tokenizer)
+_word_tree = lru_cache(maxsize=64)(WordTree)

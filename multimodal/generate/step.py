@@ -1,30 +1,31 @@
-"""One new token a row through a small core of plain blocks: what `Transformer.forward` computes, in as few calls as can be.
+"""A decoding step (one new token for each row) of a small core of plain blocks, in as few calls of PyTorch as possible.
 
-A step of a small model costs calls, not arithmetic: about 20 us a layer are for modules, and 20 us for each RMSNorm. So the
-weights of norms are folded into the products behind them, and kept column by column, which is faster for few rows. The core
-itself is the oracle.
+A step of a small model is bound by calls and not by arithmetic: modules cost about 20 us a layer, and each RMSNorm 20 us. So the
+weights of norms are folded into the matrices after them, which are stored by columns, since that is faster for few rows. The tests
+compare with `Transformer.forward`.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Cache, Layout, plan_attention, sdpa
-from multimodal.attention.kept import StepPlan
+from multimodal.attention import Cache, Layout, plan_attention
+from multimodal.attention.cached import StepPlan
 from multimodal.core import Transformer
-from multimodal.layers import MLP, Add, SelfAttention
+from multimodal.layers import MLP, Add, Attention, SelfAttention
 from multimodal.norm import RMSNorm, is_untouched
 from multimodal.positions import rotate
 
-MOST = 2**24  # weights; those of a larger core are not copied, and its calls cost little beside its arithmetic
+MOST = 2**24  # parameters; in a larger core calls cost little beside arithmetic, and its copies would cost memory
 
 
 def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
-    """Whether a core can be stepped through here: bare attention and gated MLPs that add, in float32 or float64, and small.
+    """Whether `Step` can run a core: bare self-attention and gated MLPs with `Add`, in float32 or float64, and small.
 
-    And with nothing put into it: hooks, other modules, other weights than its own.
+    Nobody may have changed it by hooks, by replaced modules or by replaced `forward` methods, which `Step` would not call.
     """
     return (
         type(core) is Transformer
@@ -40,6 +41,7 @@ def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
 
 
 def _as_made(module: nn.Module) -> bool:
+    """Whether a module is of one of our classes, without hooks and with its own `forward`."""
     if isinstance(module, nn.Linear):
         return is_untouched(module) and module.bias is None and "forward" not in vars(module)
     ours = type(module).__module__.startswith("multimodal.") or type(module) in (nn.Identity, nn.ModuleList)
@@ -47,11 +49,11 @@ def _as_made(module: nn.Module) -> bool:
 
 
 class Step:
-    """A plain core's weights, made ready. They are copies: what is trained later is not seen."""
+    """The weights of a plain core, prepared for decoding. They are copies, so later training does not change them."""
 
     def __init__(self, core: Transformer) -> None:
         self.core = core
-        self.eps, self.last = _number(core.norm.eps, core.norm.weight), core.norm.weight.detach().clone()
+        self.eps, self.last = core.norm.weight.new_tensor(core.norm.eps), core.norm.weight.detach().clone()
         self.layers: list[_Attention | _MLP] = []
         for sublayer in core.sublayers():
             body: Any = sublayer.body
@@ -61,71 +63,70 @@ class Step:
                 self.layers.append(_Attention(sublayer.norm, body.attention, body.index))
 
     def __call__(self, stream_BD: Tensor, position_BA: Tensor, layout: Layout, cache: Cache) -> Tensor:
-        """States (B, D) of one more token in each of the cache's neighbouring rows."""
+        """The states (B, D) of one new token in each of B neighbouring rows of the cache."""
         plan = plan_attention(self.core.core.mask, layout, cache=cache)
         assert isinstance(plan, StepPlan)
-        turns = self.core.turns(position_BA)
+        rotations = self.core.rotations(position_BA)
         for layer in self.layers:
-            stream_BD = layer(stream_BD, plan, turns)
+            stream_BD = layer(stream_BD, plan, rotations)
         return _normed(stream_BD, self.eps).mul_(self.last)
 
 
 class _Attention:
+    """Norm, self-attention and residual connection of one layer."""
+
     def __init__(self, norm: RMSNorm, attention: Attention, index: int) -> None:
-        self.eps, self.index = _number(norm.eps, norm.weight), index
+        self.eps, self.index = norm.weight.new_tensor(norm.eps), index
         score: Any = attention.mechanism.score
         self.features, self.weights = score.features, attention.mechanism.score_weights
-        self.qkv_DN, self.out_ND = _folded(attention.qkv, norm), _columns(attention.out.weight)
+        self.qkv_DN, self.out_ND = _columns(attention.qkv.weight * norm.weight), _columns(attention.out.weight)
         self.heads, self.groups, self.width = attention.heads, attention.kv_heads, attention.key_width
         self.turned = attention.turned
+        # queries and keys are normed and rotated as one tensor, so their weights are one too
         self.norm_HK: Tensor | None = None
         if isinstance(attention.norm_q, RMSNorm) and isinstance(attention.norm_k, RMSNorm):
             parts = attention.norm_q.weight.expand(self.heads, -1), attention.norm_k.weight.expand(self.groups, -1)
             self.norm_HK = torch.cat(parts).detach()
-            self.norm_eps = _number(attention.norm_q.eps, self.norm_HK)
+            self.norm_eps = self.norm_HK.new_tensor(attention.norm_q.eps)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, turns) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
         rows = len(stream_BD)
         both = (self.heads + self.groups) * self.width
         qkv = torch.mm(_normed(stream_BD, self.eps), self.qkv_DN)
         qk_BHK, v_BGK = qkv[:, :both].view(rows, -1, self.width), qkv[:, both:].view(rows, self.groups, -1)
         if self.norm_HK is not None:
             qk_BHK = _normed(qk_BHK, self.norm_eps).mul_(self.norm_HK)
-        turn = turns(self.width) if self.turned else None
-        if turn is not None:
-            qk_BHK = rotate(qk_BHK, turn)
+        rotation = rotations.get(self.width) if self.turned else None
+        if rotation is not None:
+            qk_BHK = rotate(qk_BHK, rotation)
         cache = plan.cache
         cache.write(self.index, *plan.where, qk_BHK[:, self.heads :], v_BGK)
         k_BMGK, v_BMGK = cache.k[self.index][plan.window], cache.v[self.index][plan.window]
         q_B1HK, k_BMGK, scale = self.features(qk_BHK[:, None, : self.heads], k_BMGK, self.weights)
-        read = sdpa(q_B1HK, k_BMGK, v_BMGK, scale, plan.mask)
-        return torch.addmm(stream_BD, read.reshape(rows, -1), self.out_ND)
+        q, k, v = q_B1HK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
+        grouped = self.heads != self.groups
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, scale=scale, enable_gqa=grouped)
+        return torch.addmm(stream_BD, read.transpose(1, 2).reshape(rows, -1), self.out_ND)
 
 
 class _MLP:
-    def __init__(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
-        self.eps = _number(norm.eps, norm.weight)
-        self.gate_up_DN, self.down_ND = _folded(gate_up, norm), _columns(down.weight)
+    """Norm, gated MLP and residual connection of one layer."""
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, turns) -> Tensor:
+    def __init__(self, norm: RMSNorm, gate_up: nn.Linear, down: nn.Linear) -> None:
+        self.eps = norm.weight.new_tensor(norm.eps)
+        self.gate_up_DN, self.down_ND = _columns(gate_up.weight * norm.weight), _columns(down.weight)
+
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
         gate, up = torch.mm(_normed(stream_BD, self.eps), self.gate_up_DN).chunk(2, -1)
         return torch.addmm(stream_BD, F.silu(gate).mul_(up), self.down_ND)
 
 
 def _normed(x: Tensor, eps: Tensor) -> Tensor:
-    """x / rms(x)."""
+    """x / rms(x), without the weight of the norm, which is folded into the matrix after it."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
 
 
-def _number(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
-
-
-def _folded(linear: nn.Linear, norm: RMSNorm) -> Tensor:
-    """A product's weights with those of the norm before it."""
-    return _columns(linear.weight * norm.weight)
-
-
 def _columns(weight: Tensor) -> Tensor:
+    """A copy of a weight (out, in) as (in, out), for x @ weight."""
     return weight.detach().t().contiguous()

@@ -1,12 +1,13 @@
-"""What a core's blocks can be made of."""
+"""The layers of which a core's blocks are made, and the merges that add their updates to the stream."""
 
-from multimodal.layers.attend import CrossAttention, PersistentMemory, SelfAttention
+from multimodal.layers.attend import Attention, CrossAttention, PersistentMemory, SelfAttention
 from multimodal.layers.base import (
     Add,
     Body,
     Concat,
     Context,
     CoreSettings,
+    Crossing,
     Gated,
     Keys,
     Layer,
@@ -17,17 +18,18 @@ from multimodal.layers.base import (
 )
 from multimodal.layers.mlp import MLP
 from multimodal.layers.recurrent import Recurrent
-from multimodal.layers.temporal import TemporalConv
-from multimodal.layers.turing import TuringMachine
+from multimodal.old_names import moved
 
 __all__ = [
     "MLP",
     "Add",
+    "Attention",
     "Body",
     "Concat",
     "Context",
     "CoreSettings",
     "CrossAttention",
+    "Crossing",
     "Gated",
     "Keys",
     "Layer",
@@ -38,6 +40,6 @@ __all__ = [
     "SelfAttention",
     "Sequences",
     "Sublayer",
-    "TemporalConv",
-    "TuringMachine",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

@@ -1,22 +1,25 @@
-"""Attention as a layer of a block: over the stream itself, over what another core has read, over learned components."""
+"""Attention layers: over the stream itself, over the states of another core, and over learned keys and values."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, Mechanism, Read, Score
+from multimodal.attention import Mechanism, Read, Score
 from multimodal.declare import check_part
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes
-from multimodal.masks import Pairs, Prior, everyone
-from multimodal.norm import is_untouched
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes, init_in, init_out
+from multimodal.masks import Pairs, Prior, all_pairs
+from multimodal.norm import RMSNorm, is_untouched
+from multimodal.positions import rotate
 from multimodal.shapes import ConfigError
-from multimodal.weights import draw_in, draw_out
 
 
 def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read | None) -> None:
-    """Raises a ConfigError unless each is what it should be, or None."""
+    """Raise a ConfigError unless each is a declaration of its kind, or None."""
     if score is not None:
         check_part(f"{where}: score", score, Score, "Cosine()")
     if prior is not None:
@@ -25,16 +28,108 @@ def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read
         check_part(f"{where}: read", read, Read, "Soft()")
 
 
+class Attention(nn.Module):
+    """The projections and the mechanism of grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
+
+    A layer calls it for queries, keys and values, passes them to the stream's plan, and projects the result by `out`.
+
+    width: width of the stream.
+    heads, kv_heads: number of query heads, and of key-value heads.
+    key_width, value_width: width of the keys and of the values of one head; None: width / heads, and that of the keys.
+    out: width of the output; None: that of the stream.
+    turned: whether queries and keys get rotary positions.
+    compiled: whether the projections run compiled in training; the plan cannot, as it depends on the lists of its spans.
+    """
+
+    compiled: bool = False
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        mechanism: Mechanism,
+        qk_norm: bool,
+        *,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        out: int | None = None,
+        turned: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.turned = heads, kv_heads, turned
+        self.key_width = key_width or width // heads
+        self.value_width = value_width or self.key_width
+        self.mechanism = mechanism
+        self.rows = [heads * self.key_width, kv_heads * self.key_width, kv_heads * self.value_width]
+        self.qkv = nn.Linear(width, sum(self.rows), bias=False)
+        self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias=False)
+        self.norm_q = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+
+    def fused(self) -> dict[str, list[int]]:
+        """For Muon, the numbers of rows of the matrices that `qkv` consists of: queries, keys and values."""
+        return {"qkv.weight": self.rows}
+
+    def init_weights(self, depth: int) -> None:
+        """Initialise the projections, for a core of `depth` blocks."""
+        init_in(self.qkv)
+        init_out(self.out, depth)
+
+    def forward(
+        self, stream_TD: Tensor, rotation: Tensor | None, memory: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, K), keys and values (M, G, K).
+
+        stream_TD: the tokens of the queries. rotation: their rotary rotations; None: none.
+        memory: other tokens (M, D) and their rotations for keys and values; None: those of the stream.
+        """
+        if not (self.compiled and self.training):
+            return self.project(stream_TD, rotation, memory)
+        if memory is not None:
+            memory = (memory[0], _real(memory[1]))
+        return _compiled()(self, stream_TD, _real(rotation), memory)
+
+    def project(
+        self, stream_TD: Tensor, rotation: Tensor | None, memory: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` without the compiler."""
+        if memory is None:
+            q, k, v = self.qkv(stream_TD).split(self.rows, -1)
+            k_rotation = rotation
+        else:  # queries and keys come of different tokens, so the joint projection is divided
+            q_rows, kv_rows = self.qkv.weight.split([self.rows[0], self.rows[1] + self.rows[2]])
+            q = F.linear(stream_TD, q_rows)
+            k, v = F.linear(memory[0], kv_rows).split(self.rows[1:], -1)
+            k_rotation = memory[1]
+        q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
+        v_TGK = v.view(len(v), self.kv_heads, self.value_width)
+        q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
+        if self.turned and rotation is not None and k_rotation is not None:
+            q_THK, k_TGK = rotate(q_THK, rotation), rotate(k_TGK, k_rotation)
+        return q_THK.to(v_TGK.dtype), k_TGK.to(v_TGK.dtype), v_TGK  # norms and rotations return float32
+
+
+def _real(rotation: Tensor | None) -> Tensor | None:
+    """The rotation as real numbers (T, 1, K/2, 2), because the compiler has no code for complex ones."""
+    return None if rotation is None else torch.view_as_real(rotation)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(Attention.project, dynamic=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Attend(Layer):
-    """What is None is the core's.
+    """The fields that attention layers share.
 
-    score: how likely a query finds a key.
-    prior: what a query expects of a key before it compares them.
-    read: what becomes of the posterior.
-    heads: query heads.
-    kv_heads: key-value heads, which groups of query heads share.
-    key_width, value_width: numbers of one key and of one value of a head.
+    score: the log-likelihood of a query under a key.
+    prior: the log-probability of each key before contents are compared.
+    read: how values are read from the posterior over keys.
+    heads: number of query heads.
+    kv_heads: number of key-value heads, each shared by a group of query heads.
+    key_width, value_width: width of one key and of one value of a head.
     out: width of the update; None: that of the stream.
     merge: how the update joins the stream.
     """
@@ -53,7 +148,7 @@ class _Attend(Layer):
         """Append the description of the shared fields to the docstring of every subclass."""
         super().__init_subclass__(**kwargs)
         shared = (_Attend.__doc__ or "").partition("\n\n")[2]
-        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    What is None is the core's.\n\n{shared}"
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    A field that is None has the core's value.\n\n{shared}"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -80,7 +175,7 @@ class _Attend(Layer):
         score, read = self.score or core.score, self.read or core.read
         if keys.key_width % 2 and score.turned and any(core.rotary_split):
             raise ConfigError(
-                f"{type(self).__name__}: key_width={keys.key_width} is odd, but rotary places turn pairs of numbers; "
+                f"{type(self).__name__}: key_width={keys.key_width} is odd, but rotary positions rotate pairs of numbers; "
                 f"try key_width={keys.key_width + 1}, or a core with rotary_split=(0, 0, 0)"
             )
         return Attention(
@@ -98,75 +193,79 @@ class _Attend(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAttention(_Attend):
-    """Every token looks at those of its own stream that the core's mask lets it see."""
+    """Every token attends to the tokens of its sample that the core's mask allows."""
 
     def build(self, core: CoreSettings, width: int) -> Body:
         prior = self.prior if self.prior is not None else core.prior
         return _Self(self._attention(core, width, prior=prior, name="self"), self.out or width)
 
 
-class _Self(Body):
-    narrows = True
-
+class _AttentionBody(Body):
     def __init__(self, attention: Attention, out: int) -> None:
         super().__init__(out)
         self.attention = attention
 
-    def draw(self, depth: int) -> None:
-        self.attention.draw(depth)
+    def init_weights(self, depth: int) -> None:
+        self.attention.init_weights(depth)
+
+
+class _Self(_AttentionBody):
+    narrows = True
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
-        turns, plan = context.turns(self.attention.key_width), None
-        if wanted_N is None:
-            return self.attention(stream_TD, turns, context.plan, self.index)
-        # what reads by chance draws for all, and a matrix that somebody replaced or watches has to be called
-        if 4 * len(wanted_N) <= len(stream_TD) and self.attention.mechanism.fused and is_untouched(self.attention.qkv):
-            plan = context.plan.narrowed(wanted_N)
-        if plan is None:
-            return self.attention(stream_TD, turns, context.plan, self.index)[wanted_N]
-        own = None if turns is None else turns[wanted_N]
-        return self.attention(stream_TD[wanted_N], own, plan, self.index, (stream_TD, turns))
+        attention, plan, memory = self.attention, context.plan, None
+        rotation = context.rotations.get(attention.key_width)
+        narrow = None
+        # queries of the wanted rows alone, if these are few. Not of a read that samples, whose random numbers would change, and
+        # not of a projection with hooks or of another class, which has to be called
+        few = wanted_N is not None and 4 * len(wanted_N) <= len(stream_TD)
+        if few and wanted_N is not None and attention.mechanism.fused and is_untouched(attention.qkv):
+            narrow = plan.narrowed(wanted_N)
+        if narrow is not None and wanted_N is not None:
+            plan, memory = narrow, (stream_TD, rotation)
+            stream_TD = stream_TD[wanted_N]
+            rotation = None if rotation is None else rotation[wanted_N]
+        q_THK, k_MGK, v_MGK = attention(stream_TD, rotation, memory)
+        read_THK = plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
+        update_TD = attention.out(read_THK.flatten(1).to(stream_TD.dtype))
+        return update_TD if wanted_N is None or narrow is not None else update_TD[wanted_N]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttention(_Attend):
-    """What is written looks at what the other core of an `EncoderDecoder` has read."""
+    """In the writer of an `EncoderDecoder`, every token attends to the reader's states of its own sample."""
 
     crosses: ClassVar[bool] = True
 
     def build(self, core: CoreSettings, width: int) -> Body:
         if width != core.width:
             raise ConfigError(
-                f"CrossAttention: the stream is {width} wide here and what was read {core.width}; merge by Add"
+                f"CrossAttention: the stream is {width} wide here and the reader's states {core.width}; merge by Add"
             )
         return _Cross(self._attention(core, width, prior=self.prior, name="cross"), self.out or width)
 
 
-class _Cross(Body):
-    def __init__(self, attention: Attention, out: int) -> None:
-        super().__init__(out)
-        self.attention = attention
-
-    def draw(self, depth: int) -> None:
-        self.attention.draw(depth)
-
+class _Cross(_AttentionBody):
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
-        if context.crossing is None or context.memory_MD is None or context.memory_turns is None:
+        crossing, attention = context.crossing, self.attention
+        if crossing is None:
             raise ConfigError(
-                "CrossAttention: there is no other core to look at; it belongs in the writer of an EncoderDecoder"
+                "CrossAttention: there is no other core to attend to; it belongs in the writer of an EncoderDecoder"
             )
-        width = self.attention.key_width
-        memory = (context.memory_MD, context.memory_turns(width))
-        return self.attention(stream_TD, context.turns(width), context.crossing, self.index, memory)
+        width = attention.key_width
+        memory = (crossing.memory_MD, crossing.rotations.get(width))  # the reader's states give keys and values
+        q_THK, k_MGK, v_MGK = attention(stream_TD, context.rotations.get(width), memory)
+        read_THK = crossing.plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
+        return attention.out(read_THK.flatten(1).to(stream_TD.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersistentMemory(_Attend):
-    """Every token looks at `slots` learned components: keys and values that are parameters (Sukhbaatar et al. 2019).
+    """Every token attends to `slots` learned keys and values (Sukhbaatar et al. 2019).
 
-    With prior=MixingWeights(slots) it is a mixture model with learned weights.
+    With prior=MixingWeights(slots) it is a mixture model with learned mixing weights.
 
-    slots: how many components are learned.
+    slots: number of learned keys and values.
     """
 
     slots: int
@@ -177,7 +276,7 @@ class PersistentMemory(_Attend):
         for part in (self.score, *(self.prior.parts() if self.prior else ())):
             if part is not None and part.most is not None and part.most < self.slots:
                 raise ConfigError(
-                    f"PersistentMemory: slots={self.slots}, but {part} knows {part.most} only; make them as many"
+                    f"PersistentMemory: slots={self.slots}, but {part} is defined for {part.most} only; make them equal"
                 )
 
     def keys(self, core: CoreSettings) -> Keys | None:
@@ -200,14 +299,15 @@ class _Persistent(Body):
         self.value_MGK = nn.Parameter(torch.randn(layer.slots, self.groups, value) * key**-0.5)
         self.out = nn.Linear(self.heads * value, self.out_width, bias=False)
 
-    def draw(self, depth: int) -> None:
-        draw_in(self.query)
-        draw_out(self.out, depth)
+    def init_weights(self, depth: int) -> None:
+        init_in(self.query)
+        init_out(self.out, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         q_THK = self.query(stream_TD).unflatten(-1, (self.heads, -1))
         k_MGK, v_MGK = (x.to(q_THK.dtype) for x in (self.key_MGK, self.value_MGK))
-        slots = everyone(1, len(k_MGK), q_THK.device).k
-        pairs = Pairs(context.layout.places[None, :, None], slots)
+        # slots belong to no sample, so that all samples of the pack attend to the same ones
+        slots = all_pairs(1, len(k_MGK), q_THK.device).k
+        pairs = Pairs(context.layout.info[None, :, None], slots)
         read = self.mechanism(q_THK[None], k_MGK[None], v_MGK[None], pairs, context.trace)
         return self.out(read[0].flatten(1))

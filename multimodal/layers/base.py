@@ -1,4 +1,4 @@
-"""What a block is made of: layers, each declared with the merge that brings what it computes back into the stream.
+"""The contract of layers: each computes an update of the stream, which its merge brings back into the stream.
 
 stream --norm--> layer --> update
    |                          |
@@ -6,7 +6,7 @@ stream --norm--> layer --> update
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -19,23 +19,27 @@ from multimodal.attention import Cache, Layout, Plan, Read, Score, Trace
 from multimodal.declare import Declared
 from multimodal.masks import Prior
 from multimodal.norm import RMSNorm
+from multimodal.old_names import warn
 from multimodal.shapes import ConfigError
 
 
 class Merge(Declared, ABC):
-    """How an update (T, D') joins the stream (T, D). keeps: whether the stream goes on where there is no update."""
+    """How an update (T, D') joins the stream (T, D).
+
+    keeps: whether the stream goes on unchanged where the update is 0; `drop_path` needs that.
+    """
 
     keeps: ClassVar[bool] = True
 
     def weights(self) -> nn.Module | None:
-        """What is learned; it comes back as the last argument of `merge`."""
+        """Makes its learned parameters; `merge` gets them as its last argument."""
         return None
 
     def width(self, stream: int, update: int) -> int:
-        """D of the result.
+        """The width of the result.
 
         Raises:
-            ConfigError: these widths cannot be merged.
+            ConfigError: a stream and an update of these widths cannot be merged.
         """
         if stream != update:
             raise ConfigError(
@@ -45,7 +49,7 @@ class Merge(Declared, ABC):
 
     @abstractmethod
     def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
-        """The stream after the layer."""
+        """The stream after the layer, (T, `width`)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Add(Merge):
 
 @dataclass(frozen=True)
 class Replace(Merge):
-    """f(x) alone."""
+    """f(x) without a residual connection."""
 
     keeps: ClassVar[bool] = False
 
@@ -71,7 +75,7 @@ class Replace(Merge):
 
 @dataclass(frozen=True)
 class Concat(Merge):
-    """x and f(x) side by side, so that the stream grows: Mishra et al. 2018, figure 1."""
+    """x and f(x) concatenated, so that the stream becomes wider: Mishra et al. 2018, figure 1."""
 
     def width(self, stream: int, update: int) -> int:
         return stream + update
@@ -94,17 +98,33 @@ class Gated(Merge):
 class _Gamma(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1))  # has an axis, because FSDP2 cannot shard a scalar
+        self.gamma = nn.Parameter(torch.zeros(1))  # with an axis, because FSDP2 cannot shard a scalar
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
-        """Load `gamma` also from checkpoints in which it had no axis."""
+        """Load `gamma` also from checkpoints of version 0.1, in which it was a scalar."""
         if (old := state_dict.get(f"{prefix}gamma")) is not None:
             state_dict[f"{prefix}gamma"] = old.reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
 
+SPREAD = 0.02  # standard deviation of initial weights (Radford et al. 2019)
+
+
+def init_in(linear: nn.Linear) -> None:
+    """Initialise an input projection of a layer."""
+    nn.init.normal_(linear.weight, std=SPREAD)
+
+
+def init_out(linear: nn.Linear, depth: int) -> None:
+    """Initialise the output projection of a layer in a core of `depth` blocks.
+
+    It is smaller, because each block adds two updates to the stream, whose variances add up (Radford et al. 2019).
+    """
+    nn.init.normal_(linear.weight, std=SPREAD / (2 * depth) ** 0.5)
+
+
 class CoreSettings(Protocol):
-    """What a layer may ask the core it is part of."""
+    """The settings of the core that its layers use, see `Core`."""
 
     @property
     def width(self) -> int: ...
@@ -129,7 +149,12 @@ class CoreSettings(Protocol):
 
 
 class Keys(NamedTuple):
-    """What a layer keeps of every token it has read: key-value heads, width of a key, width of a value."""
+    """The sizes of the keys and values that a layer caches.
+
+    heads: number of key-value heads.
+    key_width: width of the key of one head.
+    value_width: width of the value of one head.
+    """
 
     heads: int
     key_width: int
@@ -139,7 +164,8 @@ class Keys(NamedTuple):
 class Layer(Declared, ABC):
     """One layer of a block. Subclass as a frozen dataclass with a field `merge` and write `build`.
 
-    crosses: whether it looks at what another core has read (and keeps its keys in the cache's memory).
+    crosses: whether it attends to the states of another core, whose keys are then cached in `Cache.memory`.
+    merge: how the update joins the stream.
     """
 
     crosses: ClassVar[bool] = False
@@ -147,19 +173,19 @@ class Layer(Declared, ABC):
 
     @abstractmethod
     def build(self, core: CoreSettings, width: int) -> "Body":
-        """The module, for a stream of this width."""
+        """Make the layer's module, for a stream of this width."""
 
     def keys(self, core: CoreSettings) -> Keys | None:
-        """What is kept of each token while decoding; None: nothing."""
+        """The sizes of the keys and values that it caches; None: it caches none."""
         return None
 
     def state(self, core: CoreSettings, width: int) -> int | None:
-        """How many numbers it carries from token to token of a sample; None: it carries none."""
+        """The size of the state that it carries from token to token of a sample; None: it has no state."""
         return None
 
 
 def check_sizes(layer: Layer, *names: str) -> None:
-    """Raises a ConfigError unless each of these settings is a whole number of at least 1, or None for the usual one."""
+    """Raise a ConfigError unless each of these settings is None or a whole number of at least 1."""
     for name in names:
         given = getattr(layer, name)
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
@@ -169,8 +195,9 @@ def check_sizes(layer: Layer, *names: str) -> None:
 class Body(nn.Module):
     """A layer's module: (normed stream (T, D), context) -> update (T, `out_width`).
 
-    index: its number among the layers that keep the same thing in a cache. narrows: `forward` takes `wanted_N`, the rows whose
-    update is wanted, and gives theirs alone, which costs less than all.
+    out_width: width of the update.
+    index: its number among the layers that cache keys, or among those that carry states.
+    narrows: whether `forward` accepts `wanted_N`, the rows whose updates are wanted, and returns these (N, `out_width`) alone.
     """
 
     out_width: int
@@ -181,60 +208,84 @@ class Body(nn.Module):
         super().__init__()
         self.out_width = out_width
 
-    def draw(self, depth: int) -> None:
-        """Initialise the weights once the whole core of `depth` blocks is built; by default those of the constructor stay."""
+    def init_weights(self, depth: int) -> None:
+        """Initialise the weights after the core of `depth` blocks is built; by default those of the constructor stay."""
+
+
+class Crossing(NamedTuple):
+    """What cross-attention needs of the other core.
+
+    memory_MD: the states (M, D) of the reader, which give keys and values; 0 rows if these are cached already.
+    rotations: by width of a head, the rotary rotations at the positions of these states.
+    plan: which written token attends to which state.
+    """
+
+    memory_MD: Tensor
+    rotations: Mapping[int, Tensor]
+    plan: Plan
 
 
 @dataclass
 class Context:
-    """What a stream's layers share.
+    """What the layers of one pass over a stream share.
 
-    turns: how far each pair of a head of this width is turned at each place; None: not at all. memory: states (M, D) that another
-    core has read, and their turns, and `crossing`: how to look at them.
+    layout: which rows belong to which sample.
+    plan: how self-attention is computed.
+    rotations: by width of a head, the rotary rotations at the positions of the stream; no entry: none.
+    cache: the KV cache; None: nothing is cached.
+    trace: collects a record of every attention layer.
+    crossing: the states of another core, for cross-attention.
+    fresh: whether these samples start with this stream; else the cache has their earlier tokens.
     """
 
     layout: Layout
     plan: Plan
-    turns: Callable[[int], Tensor | None]
+    rotations: Mapping[int, Tensor]
     cache: Cache | None = None
     trace: Trace | None = None
-    memory_MD: Tensor | None = None
-    memory_turns: Callable[[int], Tensor | None] | None = None
-    crossing: Plan | None = None
-    fresh: bool = True  # nothing of these samples was read before; else the cache holds what was
+    crossing: Crossing | None = None
+    fresh: bool = True
 
     @property
     def sample_T(self) -> Tensor:
-        return self.layout.places.sample
+        """The number of each row's sample, (T,)."""
+        return self.layout.info.sample
 
     def at(self, row_N: Tensor) -> Self:
-        """The same for some rows of the stream, which look at nothing any more."""
-        return replace(self, layout=Layout(self.layout.spans, self.layout.places[row_N]))
+        """A context for some rows of the stream, for layers in which tokens are independent."""
+        return replace(self, layout=Layout(self.layout.spans, self.layout.info[row_N]))
 
     @cached_property
     def sequences(self) -> "Sequences":
-        """The stream's samples step by step."""
+        """The samples of the stream in the order of recurrent layers; made once for all of them."""
         return Sequences([span.total for span in self.layout.spans], self.sample_T.device)
 
     def state(self, index: int, size: int, like: Tensor) -> Tensor:
-        """(B, size): the state that each sample of the stream starts from; zeros where nothing was read."""
+        """The state (B, size) with which each sample of the stream starts: zeros, or what is cached of its earlier tokens."""
         if self.cache is None or self.fresh:
             return like.new_zeros(len(self.layout.spans), size)
         rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=like.device)
         return self.cache.state[index][rows].to(like.dtype)
 
-    def keep(self, index: int, state_BF: Tensor) -> None:
-        """Remember the state after each sample's last token, if there is a cache."""
+    def save_state(self, index: int, state_BF: Tensor) -> None:
+        """Cache the state after each sample's last token, if there is a cache."""
         if self.cache is not None:
             rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=state_BF.device)
             self.cache.state[index][rows] = state_BF.to(self.cache.state[index].dtype)
 
+    def keep(self, index: int, state_BF: Tensor) -> None:
+        """The name of `save_state` in version 0.1; goes with 0.3."""
+        warn("Context.keep", "Context.save_state", 1)
+        self.save_state(index, state_BF)
+
 
 class Sequences:
-    """Samples of unequal length step by step and without padding: step t holds token t of all samples that are as long.
+    """Samples of unequal length step by step, without padding: step t has token t of all samples that are longer than t.
 
-    sample_B: samples, the longest first; sizes: how many of them there are at each step; order_T: which row of the stream each
-    row is, step after step; back_T: its inverse.
+    sample_B: the samples, the longest first.
+    sizes: by step, the number of samples that are longer.
+    order_T: the rows of the stream, step after step.
+    back_T: the inverse of `order_T`.
     """
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
@@ -243,15 +294,15 @@ class Sequences:
         start_B = length_B.cumsum(0) - length_B
         sorted_B = length_B[self.sample_B]
         steps = torch.arange(int(length_B.max()) if lengths else 0)
-        self.sizes = (sorted_B[None] > steps[:, None]).sum(1)
-        there = sorted_B[None] > steps[:, None]
-        self.order_T = (start_B[self.sample_B][None] + steps[:, None])[there].to(device)
+        longer = sorted_B[None] > steps[:, None]
+        self.sizes = longer.sum(1)
+        self.order_T = (start_B[self.sample_B][None] + steps[:, None])[longer].to(device)
         self.back_T = torch.empty_like(self.order_T)
         self.back_T[self.order_T] = torch.arange(len(self.order_T), device=device)
         self.sample_B = self.sample_B.to(device)
 
     def packed(self, stream_TD: Tensor) -> nn.utils.rnn.PackedSequence:
-        """As torch.nn's recurrent layers take it; initial states go in the order of `sample_B`."""
+        """The stream as torch.nn's recurrent layers take it; initial states must be in the order of `sample_B`."""
         return nn.utils.rnn.PackedSequence(stream_TD[self.order_T], self.sizes)
 
 
@@ -273,7 +324,7 @@ class Sublayer(nn.Module):
             )
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
-        """The stream after the layer, or wanted rows of it."""
+        """The stream after the layer, or only its wanted rows (N, D)."""
         normed_TD = self.norm(stream_TD)
         if wanted_N is None:
             update_TD = self.body(normed_TD, context)
@@ -281,14 +332,18 @@ class Sublayer(nn.Module):
             narrows = self.body.narrows
             update_TD = self.body(normed_TD, context, wanted_N) if narrows else self.body(normed_TD, context)[wanted_N]
             stream_TD, context = stream_TD[wanted_N], context.at(wanted_N)
-        return self.layer.merge.merge(stream_TD, self._drop(update_TD, context), self.merge_weights)
+        if self.training and (self.dropout or self.drop_path):
+            update_TD = self._drop(update_TD, context)
+        return self.layer.merge.merge(stream_TD, update_TD, self.merge_weights)
 
     def _drop(self, update_TD: Tensor, context: Context) -> Tensor:
-        if self.training and self.dropout:
+        """The update with dropout, and with stochastic depth, which drops the whole update of some samples."""
+        if self.dropout:
             update_TD = F.dropout(update_TD, self.dropout)
-        if self.training and self.drop_path:
+        if self.drop_path:
             place = {"device": update_TD.device, "dtype": update_TD.dtype}
-            keep = torch.rand(len(context.layout.spans), 1, **place) >= self.drop_path
+            survives_B1 = torch.rand(len(context.layout.spans), 1, **place) >= self.drop_path
             sample_T = context.sample_T
-            update_TD = update_TD * (keep / (1 - self.drop_path))[sample_T]
+            # the other updates are scaled up, so that their expectation is the update of evaluation
+            update_TD = update_TD * (survives_B1 / (1 - self.drop_path))[sample_T]
         return update_TD

@@ -1,20 +1,19 @@
-"""The gated MLP: what every token does by itself."""
+"""The gated MLP, which runs on each token alone."""
 
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes
-from multimodal.weights import draw_in, draw_out
+from multimodal.layers.base import Add, Body, Context, CoreSettings, Layer, Merge, check_sizes, init_in, init_out
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLP(Layer):
     """down(silu(gate) * up): Shazeer 2020 (SwiGLU).
 
-    hidden: None, the core's. out: width of the update; None: that of the stream.
     hidden: hidden width; None: the core's `mlp_width`.
+    out: width of the update; None: that of the stream.
     merge: how the update joins the stream.
     """
 
@@ -36,12 +35,12 @@ class _MLP(Body):
         self.down = nn.Linear(hidden, out, bias=False)
 
     def fused(self) -> dict[str, list[int]]:
-        """For Muon: gate and up are two matrices."""
+        """For Muon, the numbers of rows of the matrices that `gate_up` consists of."""
         return {"gate_up.weight": [self.down.in_features] * 2}
 
-    def draw(self, depth: int) -> None:
-        draw_in(self.gate_up)
-        draw_out(self.down, depth)
+    def init_weights(self, depth: int) -> None:
+        init_in(self.gate_up)
+        init_out(self.down, depth)
 
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         gate, up = self.gate_up(stream_TD).chunk(2, dim=-1)

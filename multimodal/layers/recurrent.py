@@ -1,4 +1,4 @@
-"""Recurrent layers of torch.nn over packed streams: every sample starts anew, and a cache carries the state on."""
+"""Recurrent layers of torch.nn over packed streams: each sample starts with a state of zeros, or with the cached one."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,12 +12,11 @@ from multimodal.shapes import ConfigError, StreamError
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrent(Layer):
-    """A GRU (Cho et al. 2014) or an LSTM (Hochreiter & Schmidhuber 1997) from token to token of each sample.
-
-    hidden: width of the state; None: that of the stream, shared between the directions if there are two. both_ways: what is read
-    freely is also read from its end; what is written is not, and gets zeros there.
+    """A GRU (Cho et al. 2014) or an LSTM (Hochreiter & Schmidhuber 1997) over the tokens of each sample.
 
     cell: "gru" or "lstm".
+    hidden: width of the state; None: that of the stream, of which each of two directions has half.
+    both_ways: whether a second network runs over the bidirectional tokens from last to first; causal ones get zeros from it.
     merge: how the update joins the stream.
     """
 
@@ -52,44 +51,48 @@ class _Recurrent(Body):
     def forward(self, stream_TD: Tensor, context: Context) -> Tensor:
         state_BF = context.state(self.index, self.size, stream_TD)
         out_TD, state_BF = _run(self.forwards, stream_TD, context.sequences, state_BF)
-        context.keep(self.index, state_BF)
+        context.save_state(self.index, state_BF)
         if self.backwards is None:
             return out_TD
         return torch.cat([out_TD, self._from_the_end(self.backwards, stream_TD, context)], -1)
 
     def _from_the_end(self, cell: nn.RNNBase, stream_TD: Tensor, context: Context) -> Tensor:
         spans = context.layout.spans
-        if any(span.free < 0 for span in spans):
+        if any(span.bidirectional < 0 for span in spans):
             raise StreamError(
-                "Recurrent(both_ways=True): something that is read freely comes after something that is read in order; "
-                "name the free fields first in the task"
+                "Recurrent(both_ways=True): a bidirectional field comes after a causal one; "
+                "name the bidirectional fields first in the task"
             )
-        free = [span.free for span in spans]
+        lengths = [span.bidirectional for span in spans]  # of the bidirectional tokens, at the start of each sample
         out_TD = stream_TD.new_zeros(len(stream_TD), cell.hidden_size)
-        if not any(free):
+        if not any(lengths):
             return out_TD
         if not context.fresh:
             raise StreamError(
-                "Recurrent(both_ways=True) reads from the end, so all must be read together, not piece by piece"
+                "Recurrent(both_ways=True) also runs from the last token, so all must be read together, not piece by piece"
             )
-        places = context.layout.places
-        free_T = torch.tensor(free, device=stream_TD.device).repeat_interleave(
+        order_T = context.layout.info.order
+        length_T = torch.tensor(lengths, device=stream_TD.device).repeat_interleave(
             torch.tensor([span.total for span in spans], device=stream_TD.device)
         )
-        (row_T,) = (places.order < free_T).nonzero(as_tuple=True)
-        mirror_T = row_T - places.order[row_T] + free_T[row_T] - 1 - places.order[row_T]
-        some = Sequences(free, stream_TD.device)
-        start = stream_TD.new_zeros(len(free), self.size)
-        read, _ = _run(cell, stream_TD[mirror_T], some, start)
-        return out_TD.index_copy(0, mirror_T, read.to(out_TD.dtype))
+        # token i of the n first ones is replaced by token n - 1 - i, and the states are put back the same way
+        (row_N,) = (order_T < length_T).nonzero(as_tuple=True)
+        mirror_N = row_N - order_T[row_N] + length_T[row_N] - 1 - order_T[row_N]
+        sequences = Sequences(lengths, stream_TD.device)
+        start = stream_TD.new_zeros(len(lengths), self.size)
+        state_ND, _ = _run(cell, stream_TD[mirror_N], sequences, start)
+        return out_TD.index_copy(0, mirror_N, state_ND.to(out_TD.dtype))
 
 
 def _run(cell: nn.RNNBase, stream_TD: Tensor, sequences: Sequences, state_BF: Tensor) -> tuple[Tensor, Tensor]:
-    """(states of every token, state after each sample's last), from the state each sample starts with."""
-    alive = int(sequences.sizes[0]) if len(sequences.sizes) else 0
-    if not alive:
+    """(outputs (T, hidden), states (B, F) after each sample's last token), from the state with which each sample starts.
+
+    The state of an LSTM is its hidden state and its cell state, concatenated.
+    """
+    count = int(sequences.sizes[0]) if len(sequences.sizes) else 0  # samples with at least one token
+    if not count:
         return stream_TD.new_zeros(len(stream_TD), cell.hidden_size), state_BF
-    rows = sequences.sample_B[:alive]
+    rows = sequences.sample_B[:count]
     start = tuple(part[None].contiguous() for part in state_BF[rows].split(cell.hidden_size, -1))
     lstm = isinstance(cell, nn.LSTM)
     # without gradients autocast runs an LSTM in bfloat16, which CPUs without AMX tiles refuse

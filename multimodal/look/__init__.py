@@ -1,19 +1,33 @@
-"""Looking into a trained model: the X-ray of its attention, pictures of its answers; further modules: what it knows, and where."""
+"""Tools that look into a trained model.
 
-from multimodal.look.answers import draw_answers, looked_at
+attention_xray.py, posterior.py    `xray`: what every attention head did with one input
+drawing.py, page.py                the X-ray as a picture, and as an HTML page
+answers.py                         attention rollout, and pictures of answers with it
+evidence.py                        over many samples: unusual inputs, unused memory slots
+layers.py                          the states of every layer by sample and field
+probes.py, steering.py             linear probes of states; a direction added to states
+lens.py                            the logit lens
+embeddings.py                      nearest neighbours and angles in an embedding table
+parameter_count.py                 parameters by part
+"""
+
+from multimodal.look.answers import attention_rollout, draw_answers
+from multimodal.look.attention_xray import XRay, XRayField, xray
 from multimodal.look.evidence import Evidence, Novelty, Usage, usage
-from multimodal.look.posterior import LayerXRay
-from multimodal.look.xray import Field, XRay, xray
+from multimodal.look.layer_xray import LayerXRay
+from multimodal.old_names import moved
 
 __all__ = [
     "Evidence",
-    "Field",
     "LayerXRay",
     "Novelty",
     "Usage",
     "XRay",
+    "XRayField",
+    "attention_rollout",
     "draw_answers",
-    "looked_at",
     "usage",
     "xray",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

@@ -1,4 +1,4 @@
-"""Where a model looked, and pictures of its answers."""
+"""Attention rollout, and pictures of answers with it."""
 
 import math
 import textwrap
@@ -11,54 +11,53 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Trace
-from multimodal.files import put_figure
+from multimodal.files import save_figure
 from multimodal.heads import Prediction
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
-from multimodal.stream import Stream
 
 if TYPE_CHECKING:
-    from multimodal.look.xray import XRay
+    from multimodal.look.attention_xray import XRay
 
-MOST_NUMBERS = 100  # of an array that is shown as numbers
+MOST_NUMBERS = 100  # a larger array is not shown as numbers
 
 
-def looked_at(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, Tensor]:
-    """For each field read, how much of the answer's attention each of its tokens got: (N,), all fields together sum to 1.
+def attention_rollout(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The share of the answer's attention on each token (N,) of each field that is read; all fields together sum to 1.
 
-    Attention rollout (Abnar & Zuidema 2020): the product over layers of (responsibilities, mean of the heads, + identity) / 2, from
-    the answer's first row, or averaged over the context's rows where a head has none of its own.
+    Attention rollout (Abnar & Zuidema 2020): the product over layers of (mean over heads of the responsibilities + identity) / 2.
+    The mean is taken over the rows that the task's head reads.
+
+    Raises:
+        TaskError: a field of the task is missing in the sample.
     """
     trace = Trace()
-    with model.resting():
+    with model.inference_mode():
         stream = model.pack(task, [sample], answers=False)
         model(stream, backend="dense", trace=trace)
-    rollout_TM = torch.eye(len(stream), device=model.device)
+    identity_TM = torch.eye(len(stream), device=model.device)
+    rollout_TM = identity_TM
     for seen in trace.seen:
         if seen.weight_BHTM.shape[-2:] != rollout_TM.shape:
             continue  # a memory of parameters is no part of the stream
-        rollout_TM = (seen.weight_BHTM[0].mean(0) + torch.eye(len(stream), device=model.device)) / 2 @ rollout_TM
+        rollout_TM = (seen.weight_BHTM[0].mean(0) + identity_TM) / 2 @ rollout_TM
     share_M = rollout_TM[stream.readings[task].row_N].mean(0).cpu()
     parts, start = {}, 0
     for field in model.packer.patterns[task].reads:
         if sample[field.name] is not None:
-            size = _tokens_in(stream, len(parts))
+            size = int((stream.layout.info.segment == len(parts)).sum())  # fields that are None have no segment
             parts[field.name] = share_M[start : start + size]
             start += size
     total = sum(float(part.sum()) for part in parts.values())
     return {name: part / total for name, part in parts.items()}
 
 
-def _tokens_in(stream: Stream, segment: int) -> int:
-    return int((stream.layout.places.segment == segment).sum())
-
-
 def draw_answers(
     model: Model, task: str, samples: Sequence[Mapping[str, Any]], path: str | Path, *, columns: int = 8
 ) -> list[Prediction]:
-    """Each sample's fields as people see them, under each the same with where the model looked, and its answer (red if wrong).
+    """Draw each sample's fields, below each the same with attention rollout over it, and the answer (red if wrong).
 
-    Shows the fields whose tokenizers have a `picture`: photographs, spectrograms.
+    Shows the fields whose tokenizers make a `picture`: photographs, spectrograms. Returns the answers.
 
     Raises:
         ConfigError: the task reads no such field.
@@ -92,14 +91,14 @@ def draw_answers(
         title = "\n".join(textwrap.fill(textwrap.shorten(line, 60, placeholder=" ..."), 20) for line in lines)
         axes[row, column].set_title(title, fontsize=8, color="tab:red" if wrong else "black")
     figure.supxlabel("below each: the same with where the model looked (bright: more)", fontsize=8)
-    put_figure(path, figure, 110)
+    save_figure(path, figure, 110)
     return answers
 
 
 def _pictures(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Field -> what people see (Y, X, C) and the attention on each of its tokens as a small picture."""
+    """Field -> its picture (Y, X, C), and the attention on each of its tokens (rows, columns)."""
     pictures = {}
-    for name, share_N in looked_at(model, task, sample).items():
+    for name, share_N in attention_rollout(model, task, sample).items():
         tokenizer = model.packer.tokenizers[next(f.kind for f in model.packer.patterns[task].reads if f.name == name)]
         tokens = tokenizer(sample[name])
         picture_YXC = tokenizer.picture(tokens)
@@ -110,14 +109,14 @@ def _pictures(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, t
 
 
 def answer_line(ray: "XRay", most: int = 60) -> str:
-    """What was answered, shortened, and how sure the head is."""
+    """The answer, shortened, and its confidence."""
     value = ray.prediction.value
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim <= 2 and math.prod(value.shape) <= MOST_NUMBERS:
         value = value.tolist()
     if isinstance(value, (str, int, float)):
-        text = said(value)
+        text = short(value)
     elif isinstance(value, list):
-        text = ", ".join(map(said, value)) or "(none)"
+        text = ", ".join(map(short, value)) or "(none)"
     else:
         text = f"a {ray.task.rpartition('->')[2].strip()}"
     text = text if len(text) <= most else text[: most - 1] + "…"
@@ -125,8 +124,8 @@ def answer_line(ray: "XRay", most: int = 60) -> str:
     return f"→ {text}" + (f"  {sure:.0%}" if ray.prediction.probability and sure == sure else "")
 
 
-def said(value: Any) -> str:
-    """One part of an answer: numbers short, points in brackets."""
+def short(value: Any) -> str:
+    """A part of an answer as text: floats with four digits, points in brackets."""
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(said, value))})"
+        return f"({', '.join(map(short, value))})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -11,23 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.files import put_figure
+from multimodal.files import save_figure
 from multimodal.look.answers import answer_line
-from multimodal.look.posterior import NAMES, LayerXRay, percent
+from multimodal.look.layer_xray import NAMES, LayerXRay, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from multimodal.look.xray import Field, XRay
+    from multimodal.look.attention_xray import XRay, XRayField
 
 WIDTH = 11.0  # inches
 DPI = 110
+MARGIN = 1.5  # inches to the left of tables and pictures, for the names of layers
 SHADE = (0.85, 0.37, 0.01)
 """The colour that attention has on white."""
-LINE = 96  # characters of a line of shaded words
+LINE = 96  # characters in a line of shaded words
 TILE = 84  # pixels that the longer side of a small picture has at least
-MOST_TOKENS = 480  # words of a text that a picture shows; the page shows all
+MOST_TOKENS = 480  # tokens of a text that a picture shows; the page shows all
 READOUTS = {
     "effective": "effective number of keys",
     "evidence": "evidence, nats",
@@ -35,14 +36,19 @@ READOUTS = {
     "score": NAMES["score"],
 }
 Looks = list[tuple[LayerXRay, Tensor]]
-"""Layers with how much of each head's attention each token got: heat (H, N), or (H, T, N) of every query."""
+"""Layers, each with the shares of its heads' attention on the tokens of a field: (H, N), or (H, T, N) by query."""
 Heads = Mapping[str, Sequence[int]]
 """Which heads of each layer are drawn."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of the picture: its title, its height in inches without it, and what draws it into (left, bottom, width, height)."""
+    """A part of the picture.
+
+    title: the line above it.
+    height: in inches, without the title.
+    draw: draws it into a box (left, bottom, width, height) in inches.
+    """
 
     title: str
     height: float
@@ -50,46 +56,10 @@ class Panel:
 
 
 def draw(ray: "XRay", path: "str | Path | io.BytesIO") -> None:
-    """Write the whole picture as a PNG."""
-    _put_together(ray, panels(ray), path)
-
-
-def panels(ray: "XRay") -> list[Panel]:
-    """All parts, from top to bottom."""
-    heads = ray.chosen_heads()
-    found = [panel for field in ray.reads for panel in _field_panels(ray, field, heads)]
-    found += [panel for field in ray.reads for panel in _written_panels(ray, field, heads)]
-    memories = [layer for layer in ray.layers if layer.key_M is None and heads[layer.name]]
-    return [*found, *(_slots(layer, heads[layer.name]) for layer in memories), _readouts(ray, heads)]
-
-
-def left_out(ray: "XRay") -> str:
-    """What a picture says where it does not show every head."""
-    every, drawn = sum(layer.heads for layer in ray.layers), sum(map(len, ray.chosen_heads().values()))
-    return f"{drawn} of {every} heads: the last block and the sharpest; the page has all" if drawn < every else ""
-
-
-def scale(ray: "XRay", looks: Looks, *, mean: bool = False) -> str:
-    """How strong the strongest heat is, of the heads or of their mean, beside that of attention which spreads evenly."""
-    most = [float((heat.mean(0) if mean else heat).max()) for _, heat in looks]
-    strongest = max(range(len(most)), key=most.__getitem__)
-    return f"up to {percent(most[strongest])}, even would be {percent(ray.even(looks[strongest][0]))}"
-
-
-def panel_image(panel: Panel) -> bytes:
-    """One part alone, as a PNG."""
+    """Write the whole picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, panel.height + 0.1), facecolor="white")
-    panel.draw(figure, (0.0, 0.05, WIDTH - 0.1, panel.height))
-    data = io.BytesIO()
-    figure.savefig(data, dpi=DPI, format="png")
-    return data.getvalue()
-
-
-def _put_together(ray: "XRay", parts: list[Panel], path: Any) -> None:
-    from matplotlib.figure import Figure
-
+    parts = panels(ray)
     top, gap, heading = 0.5, 0.22, 0.32
     height = top + sum(p.height + heading + gap for p in parts)
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
@@ -106,23 +76,56 @@ def _put_together(ray: "XRay", parts: list[Panel], path: Any) -> None:
         part.draw(figure, (0.35, at, WIDTH - 0.7, part.height))
         at -= gap
     if isinstance(path, str | Path):
-        put_figure(path, figure, DPI)
+        save_figure(path, figure, DPI)
     else:
         figure.savefig(path, dpi=DPI)
 
 
+def panels(ray: "XRay") -> list[Panel]:
+    """All parts, from top to bottom."""
+    heads = ray.chosen_heads()
+    found = [panel for field in ray.reads for panel in _field_panels(ray, field, heads)]
+    found += [panel for field in ray.reads for panel in _written_panels(ray, field, heads)]
+    memories = [layer for layer in ray.layers if layer.key_M is None and heads[layer.name]]
+    return [*found, *(_slots(layer, heads[layer.name]) for layer in memories), _readouts(ray, heads)]
+
+
+def left_out(ray: "XRay") -> str:
+    """The note on a picture that does not show every head; otherwise empty."""
+    every, drawn = sum(layer.heads for layer in ray.layers), sum(map(len, ray.chosen_heads().values()))
+    return f"{drawn} of {every} heads: the last block and the sharpest; the page has all" if drawn < every else ""
+
+
+def scale(ray: "XRay", looks: Looks, *, mean: bool = False) -> str:
+    """The largest share, of the heads or of their mean, beside the share under uniform attention."""
+    most = [float((heat.mean(0) if mean else heat).max()) for _, heat in looks]
+    strongest = max(range(len(most)), key=most.__getitem__)
+    return f"up to {percent(most[strongest])}, even would be {percent(ray.even(looks[strongest][0]))}"
+
+
+def panel_image(panel: Panel) -> bytes:
+    """One part alone, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, panel.height + 0.1), facecolor="white")
+    panel.draw(figure, (0.0, 0.05, WIDTH - 0.1, panel.height))
+    data = io.BytesIO()
+    figure.savefig(data, dpi=DPI, format="png")
+    return data.getvalue()
+
+
 def plain(text: str) -> str:
-    """Text that matplotlib takes for text: no formula, and line ends seen."""
+    """Text in which matplotlib finds no formula, with visible line ends."""
     return visible(text).replace("$", r"\$")
 
 
 def visible(text: str) -> str:
-    """What would break a line is seen instead."""
+    """Text with symbols in place of characters that would break a line."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "⏎")
 
 
 def shown(label: str) -> str:
-    """The name of a token that stands alone, where a space is seen too."""
+    """The label of a token that stands alone, with symbols for spaces at its ends."""
     return visible(label).replace(" ", "␣") if not label.strip() or label != label.strip() else visible(label)
 
 
@@ -138,6 +141,7 @@ def overlay(picture_YXC: Tensor, heat_N: Tensor, grid: tuple[int, int], *, longe
     columns = np.arange(wide) * grid[1] // wide
     heat = heat[rows][:, columns]
     colour = colormaps["inferno"](heat)[:, :, :3]
+    # a grey picture, so that every colour in the result stands for a share
     grey = picture.mean(2, keepdims=True).repeat(3, 2)
     alpha = 0.35 + 0.35 * heat[:, :, None]
     return np.rint(255 * ((1 - alpha) * grey + alpha * colour)).astype(np.uint8)
@@ -169,8 +173,27 @@ def _axes(figure: "Figure", box: tuple[float, float, float, float]) -> "Axes":
     return axes
 
 
-def _field_panels(ray: "XRay", field: "Field", heads: Heads) -> list[Panel]:
-    """Where the answer looked in one field, for every layer and head that is drawn."""
+def _shaded(
+    figure: "Figure", box: tuple[float, float, float, float], values: Tensor, most: float | None = None
+) -> "Axes":
+    """Framed axes with a table of shares, darkest at `most` (its own largest unless given)."""
+    axes = _axes(figure, box)
+    axes.imshow(values.numpy(), aspect="auto", cmap=_shades(), interpolation="nearest", vmin=0, vmax=most)
+    axes.set(xticks=[], yticks=[])
+    for side in axes.spines.values():
+        side.set(visible=True, color="0.8")
+    return axes
+
+
+def _photograph(figure: "Figure", box: tuple[float, float, float, float], pixels: np.ndarray) -> "Axes":
+    axes = _axes(figure, box)
+    axes.imshow(pixels, aspect="auto", interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    return axes
+
+
+def _field_panels(ray: "XRay", field: "XRayField", heads: Heads) -> list[Panel]:
+    """Attention of the asked queries on one field, for every layer and head that is drawn."""
     looks = [(layer, heat) for layer, heat in ray.looking_at(field.name) if heads[layer.name]]
     if not looks:
         return []
@@ -180,34 +203,30 @@ def _field_panels(ray: "XRay", field: "Field", heads: Heads) -> list[Panel]:
     return [_words(ray, field, looks), each] if field.text else [each]
 
 
-def _tiles(ray: "XRay", field: "Field", looks: Looks, heads: Heads) -> Panel:
+def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel:
     """The picture, and for every layer a row of it with the heat of the mean of heads and of each head."""
-    assert field.picture_YXC is not None
+    picture_YXC = field.picture_YXC
+    assert picture_YXC is not None
     most = max(len(heads[layer.name]) for layer, _ in looks)
-    high, wide = field.picture_YXC.shape[:2]
-    label, gap = 1.5, 0.06
-    size = min(1.25, (WIDTH - 0.7 - label) / (most + 2) - gap)
+    high, wide = picture_YXC.shape[:2]
+    gap = 0.06
+    size = min(1.25, (WIDTH - 0.7 - MARGIN) / (most + 2) - gap)
     tall, above = size * min(high / wide, 2.0), 0.34
 
     def picture(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
         for i, (layer, heat_HN) in enumerate(looks):
             under = bottom + height - (i + 1) * (tall + above)
-            _beside(figure, left + label - 0.1, under + tall / 2, layer.name)
+            _name_layer(figure, left, under + tall / 2, layer)
             tiles = [("mean", heat_HN.mean(0))] if layer.heads > 1 else []
             tiles += [(f"head {h}", heat_HN[h]) for h in heads[layer.name]]
             tiles = [(f"{name} {percent(float(x.sum()))}\nup to {percent(float(x.max()))}", x) for name, x in tiles]
-            pictures = [(title, overlay(field.picture_YXC, heat_N, field.grid)) for title, heat_N in tiles]  # type: ignore[arg-type]
+            pictures = [(title, overlay(picture_YXC, heat_N, field.grid)) for title, heat_N in tiles]
+            # the first column holds the picture itself, in the first row alone
             if i == 0:
-                pictures.insert(0, (field.name, shown_picture(field.picture_YXC)))  # type: ignore[arg-type]
-            else:
-                pictures.insert(0, ("", None))  # type: ignore[arg-type]
-            for j, (title, pixels) in enumerate(pictures):
-                if pixels is None:
-                    continue
-                axes = _axes(figure, (left + label + j * (size + gap), under, size, tall))
-                axes.imshow(pixels, aspect="auto", interpolation="nearest")
-                axes.set(xticks=[], yticks=[])
+                pictures.insert(0, (field.name, shown_picture(picture_YXC)))
+            for j, (title, pixels) in enumerate(pictures, start=min(i, 1)):
+                axes = _photograph(figure, (left + MARGIN + j * (size + gap), under, size, tall), pixels)
                 lines = "\n".join(map(plain, title.split("\n")))
                 axes.set_title(lines, fontsize=6.5 if size > 0.7 else 4.5, pad=2, color="0.3")
 
@@ -215,14 +234,16 @@ def _tiles(ray: "XRay", field: "Field", looks: Looks, heads: Heads) -> Panel:
     return Panel(title, len(looks) * (tall + above), picture)
 
 
-def _beside(figure: "Figure", right: float, middle: float, text: str) -> None:
+def _name_layer(figure: "Figure", left: float, middle: float, layer: LayerXRay) -> None:
+    """Write the name of a layer into the margin of a box that begins at `left`."""
     wide, high = figure.get_size_inches()
-    figure.text(right / wide, middle / high, plain(text), fontsize=8, ha="right", va="center")
+    figure.text((left + MARGIN - 0.1) / wide, middle / high, plain(layer.name), fontsize=8, ha="right", va="center")
 
 
-def _words(ray: "XRay", field: "Field", looks: Looks) -> Panel:
+def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
     """For every layer the text, each token on the shade of the mean of the heads."""
     labels = [visible(label) for label in field.labels[:MOST_TOKENS]]
+    # lines are broken between tokens, at LINE characters of a monospaced font
     places, line, column = [], 0, 0
     for label in labels:
         if column and column + len(label) > LINE:
@@ -230,7 +251,6 @@ def _words(ray: "XRay", field: "Field", looks: Looks) -> Panel:
         places.append((line, column))
         column += len(label)
     lines, step = line + 1, 0.22
-    label_width = 1.5
 
     def words(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         from matplotlib.patches import Rectangle
@@ -238,8 +258,8 @@ def _words(ray: "XRay", field: "Field", looks: Looks) -> Panel:
         left, bottom, width, height = box
         for i, (layer, heat_HN) in enumerate(looks):
             under = bottom + height - (i + 1) * lines * step - i * 0.08
-            axes = _axes(figure, (left + label_width, under, width - label_width, lines * step))
-            _beside(figure, left + label_width - 0.1, under + lines * step - step / 2, layer.name)
+            axes = _axes(figure, (left + MARGIN, under, width - MARGIN, lines * step))
+            _name_layer(figure, left, under + lines * step - step / 2, layer)
             axes.set(xlim=(0, LINE), ylim=(lines, 0), xticks=[], yticks=[])
             mean_N = heat_HN.mean(0)
             strength = (mean_N / mean_N.max().clamp(min=1e-12)).tolist()
@@ -253,33 +273,32 @@ def _words(ray: "XRay", field: "Field", looks: Looks) -> Panel:
     return Panel(title, len(looks) * (lines * step + 0.08), words)
 
 
-def strips(ray: "XRay", field: "Field", looks: Looks, heads: Heads | None = None) -> Panel:
+def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = None) -> Panel:
     """A row for each head, a column for each token; under the picture where there is one, such as a spectrogram."""
     if heads is not None:
         looks = [(layer, heat[list(heads[layer.name])]) for layer, heat in looks]
+    # each head is shaded up to its own largest share: a head that spreads evenly would be white otherwise
     heat_HN = torch.cat([heat / heat.amax(-1, keepdim=True).clamp(min=1e-12) for _, heat in looks])
     rows, tokens = heat_HN.shape
-    row, label, above = 0.16, 1.5, 0.0 if field.picture_YXC is None else 1.6
+    row, above = 0.16, 0.0 if field.picture_YXC is None else 1.6
     below = 0.0
-    if tokens <= 60:
+    if tokens <= 60:  # more labels would overlap
         below = min(0.9, 0.12 + 0.07 * max(map(len, field.labels)))
 
     upright = max(map(len, field.labels)) <= 2
 
     def rows_of_heads(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, width, height = box
-        width = min(width, label + max(0.3 * tokens, 4.0)) if field.picture_YXC is None else width
+        width = min(width, MARGIN + max(0.3 * tokens, 4.0)) if field.picture_YXC is None else width
         if field.picture_YXC is not None:
-            axes = _axes(figure, (left + label, bottom + height - above, width - label, above - 0.05))
+            axes = _axes(figure, (left + MARGIN, bottom + height - above, width - MARGIN, above - 0.05))
             axes.imshow(field.picture_YXC.numpy(), aspect="auto", cmap="magma", interpolation="nearest", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
-        axes = _axes(figure, (left + label, bottom + below, width - label, rows * row))
-        axes.imshow(heat_HN.numpy(), aspect="auto", cmap=_shades(), interpolation="nearest", vmin=0, vmax=1)
-        axes.set(yticks=[], xticks=[])
+        axes = _shaded(figure, (left + MARGIN, bottom + below, width - MARGIN, rows * row), heat_HN, most=1)
         at = 0
         for layer, heat in looks:
             middle = bottom + below + rows * row - (at + len(heat) / 2) * row
-            _beside(figure, left + label - 0.1, middle, layer.name)
+            _name_layer(figure, left, middle, layer)
             at += len(heat)
             if at < rows:
                 axes.axhline(at - 0.5, color="0.6", linewidth=0.6)
@@ -291,8 +310,6 @@ def strips(ray: "XRay", field: "Field", looks: Looks, heads: Heads | None = None
                 fontsize=6.5,
                 family="monospace",
             )
-        for side in axes.spines.values():
-            side.set(visible=True, color="0.8")
 
     title = "the same for each head (a row each" if field.text else "where the answer looked, a row for each head ("
     title = f"{field.name}: {title}{'; ' if field.text else ''}darkest: its largest); a token {scale(ray, looks)}"
@@ -305,8 +322,8 @@ def _shades() -> Any:
     return LinearSegmentedColormap.from_list("attention", [(1, 1, 1), (1, 0.85, 0.65), SHADE, (0.35, 0.12, 0)])
 
 
-def written_looks(ray: "XRay", field: "Field") -> Looks:
-    """The layers whose queries wrote, with what each looked at in a field that was read: (H, T, N)."""
+def written_looks(ray: "XRay", field: "XRayField") -> Looks:
+    """The layers that have the rows the head reads, with their shares on a field that was read: (H, T, N)."""
     looks = []
     for layer in ray.layers if ray.written is not None else ():
         part = ray.onto(layer, field.name)
@@ -315,20 +332,21 @@ def written_looks(ray: "XRay", field: "Field") -> Looks:
     return looks
 
 
-def _written_panels(ray: "XRay", field: "Field", heads: Heads) -> list[Panel]:
-    """What was written against one field that was read."""
+def _written_panels(ray: "XRay", field: "XRayField", heads: Heads) -> list[Panel]:
+    """Attention of each written token on one field that was read."""
     looks = [(layer, part) for layer, part in written_looks(ray, field) if heads[layer.name]]
     if not looks:
         return []
     return [_word_by_word(ray, field, *looks[-1])] if field.flat else [_alignment(ray, field, looks, heads)]
 
 
-def _word_by_word(ray: "XRay", field: "Field", layer: LayerXRay, part_HTN: Tensor, most: int = 14) -> Panel:
+def _word_by_word(ray: "XRay", field: "XRayField", layer: LayerXRay, part_HTN: Tensor, most: int = 14) -> Panel:
     """The picture once for each token that was written: Xu et al. 2015, figure 3."""
-    assert field.picture_YXC is not None
+    picture_YXC = field.picture_YXC
+    assert picture_YXC is not None
     labels, across = ray.written_labels[:most], 7
     size, gap = (WIDTH - 0.7) / across - 0.08, 0.08
-    high, wide = field.picture_YXC.shape[:2]
+    high, wide = picture_YXC.shape[:2]
     tall = size * min(high / wide, 1.5)
     lines = -(-len(labels) // across)
 
@@ -336,10 +354,7 @@ def _word_by_word(ray: "XRay", field: "Field", layer: LayerXRay, part_HTN: Tenso
         left, bottom, _, height = box
         for i, label in enumerate(labels):
             place = (left + i % across * (size + gap), bottom + height - (i // across + 1) * (tall + 0.25), size, tall)
-            axes = _axes(figure, place)
-            pixels = overlay(field.picture_YXC, part_HTN[:, i].mean(0), field.grid)  # type: ignore[arg-type]
-            axes.imshow(pixels, aspect="auto", interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
+            axes = _photograph(figure, place, overlay(picture_YXC, part_HTN[:, i].mean(0), field.grid))
             axes.set_title(f"{plain(shown(label))}  {percent(float(part_HTN[:, i].mean(0).sum()))}", fontsize=8, pad=2)
 
     more = len(ray.written_labels) - len(labels)
@@ -351,12 +366,11 @@ def _word_by_word(ray: "XRay", field: "Field", layer: LayerXRay, part_HTN: Tenso
     )
 
 
-def _alignment(ray: "XRay", field: "Field", looks: Looks, chosen: Heads) -> Panel:
+def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> Panel:
     """Rows: tokens written, columns: tokens read. Large the mean over the heads of the last layer, small every head."""
     written, read = ray.written_labels, field.labels
     names = len(read) <= 80 and len(written) <= 80
-    label = 1.5
-    large = (WIDTH - 0.7 - label) * min(1.0, max(0.35, len(read) / 45))
+    large = (WIDTH - 0.7 - MARGIN) * min(1.0, max(0.35, len(read) / 45))
     cell = large / len(read)
     tall = min(6.0, max(0.8, len(written) * (min(cell, 0.22) if names else cell)))
     below = min(1.1, 0.12 + 0.065 * max(map(len, read))) if names else 0.15
@@ -365,17 +379,13 @@ def _alignment(ray: "XRay", field: "Field", looks: Looks, chosen: Heads) -> Pane
         tiles = tiles[:-1]
     counts = [sum(i == j for j, _ in tiles) for i in range(len(looks))]
     across = max(4, min(max(counts), 8))
-    small = (WIDTH - 0.7 - label) / across - 0.1
+    small = (WIDTH - 0.7 - MARGIN) / across - 0.1
     small_tall = min(small * max(len(written) / len(read), 0.2), 1.6)
     lines = sum(-(-count // across) for count in counts)
 
     def alignment(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
-        axes = _axes(figure, (left + label, bottom + height - tall, large, tall))
-        axes.imshow(looks[-1][1].mean(0).numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
-        for side in axes.spines.values():
-            side.set(visible=True, color="0.8")
-        axes.set(xticks=[], yticks=[])
+        axes = _shaded(figure, (left + MARGIN, bottom + height - tall, large, tall), looks[-1][1].mean(0))
         if names:
             axes.set_xticks(
                 range(len(read)), [plain(shown(x)) for x in read], rotation=90, fontsize=6.5, family="monospace"
@@ -387,13 +397,9 @@ def _alignment(ray: "XRay", field: "Field", looks: Looks, chosen: Heads) -> Pane
             if column == across or i != before:
                 column, under = 0, under - (small_tall + 0.2)
                 if i != before:
-                    _beside(figure, left + label - 0.1, under + small_tall / 2, layer.name)
-            axes = _axes(figure, (left + label + column * (small + 0.1), under, small, small_tall))
-            axes.imshow(part_HTN[h].numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
+                    _name_layer(figure, left, under + small_tall / 2, layer)
+            axes = _shaded(figure, (left + MARGIN + column * (small + 0.1), under, small, small_tall), part_HTN[h])
             axes.set_title(f"head {h}, up to {percent(float(part_HTN[h].max()))}", fontsize=6.5, pad=2, color="0.3")
-            for side in axes.spines.values():
-                side.set(visible=True, color="0.8")
             column, before = column + 1, i
 
     which = "its one head" if looks[-1][0].heads == 1 else "mean of the heads"
@@ -403,12 +409,12 @@ def _alignment(ray: "XRay", field: "Field", looks: Looks, chosen: Heads) -> Pane
 
 
 def _slots(layer: LayerXRay, heads: Sequence[int]) -> Panel:
-    """How much each slot of a memory was read, by head."""
-    usage_HM, label = layer.usage_HM[list(heads)], 1.5
+    """The usage of each slot of a memory, by head."""
+    usage_HM = layer.usage_HM[list(heads)]
 
     def slots(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, width, height = box
-        axes = _axes(figure, (left + label, bottom + 0.2, width - label, height - 0.2))
+        axes = _axes(figure, (left + MARGIN, bottom + 0.2, width - MARGIN, height - 0.2))
         axes.imshow(usage_HM.numpy(), aspect="auto", cmap=_shades(), vmin=0, interpolation="nearest")
         axes.set(yticks=range(len(heads)), yticklabels=[f"head {h}" for h in heads])
         for side in axes.spines.values():
@@ -424,9 +430,9 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
     drawn = [layer for layer in ray.layers if chosen[layer.name]]
     summaries = [layer.summary() for layer in drawn]
     heads, layers = max(map(len, summaries)), len(summaries)
-    row, label = 0.2, 1.5
+    row = 0.2
     columns = 4 if heads <= 5 else 2 if heads <= 10 else 1
-    width = (WIDTH - 0.7 - label) / columns - 0.12
+    width = (WIDTH - 0.7 - MARGIN) / columns - 0.12
     lines = -(-len(READOUTS) // columns)
 
     def tables(figure: "Figure", box: tuple[float, float, float, float]) -> None:
@@ -437,7 +443,7 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
             for j, summary in enumerate(summaries):
                 for h in chosen[drawn[j].name]:
                     numbers[j, h] = summary[h][name]
-            axes = _axes(figure, (left + label + i % columns * (width + 0.12), under, width, layers * row))
+            axes = _axes(figure, (left + MARGIN + i % columns * (width + 0.12), under, width, layers * row))
             low, top = np.nanmin(numbers), np.nanmax(numbers)
             scale = (numbers - min(low, 0.0)) / max(top - min(low, 0.0), 1e-12)
             axes.imshow(0.6 * scale, aspect="auto", cmap=_shades(), vmin=0, vmax=1)
@@ -448,7 +454,7 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
             axes.set_title(title, fontsize=8, pad=3)
             if i % columns == 0:
                 for j, layer in enumerate(drawn):
-                    _beside(figure, left + label - 0.1, under + (layers - j - 0.5) * row, layer.name)
+                    _name_layer(figure, left, under + (layers - j - 0.5) * row, layer)
 
     title = "the heads (across) of each layer: means over all its queries"
     return Panel(title, lines * (layers * row + 0.35), tables)

@@ -1,15 +1,16 @@
-"""Attention over many samples: what evidence is usual, so that the unusual is noticed, and which slots nobody reads."""
+"""Attention over many samples: whether an input is unusual by its evidence, and which memory slots no query reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from multimodal.look.posterior import LayerXRay
-from multimodal.look.xray import XRay, xray
+from multimodal.look.attention_xray import XRay, xray
+from multimodal.look.layer_xray import LayerXRay
 from multimodal.model import Model
+from multimodal.progress import progress_bar
 from multimodal.shapes import ConfigError, StreamError
 
 Sample = Mapping[str, Any]
@@ -19,9 +20,11 @@ Sample = Mapping[str, Any]
 class Novelty:
     """How unusual one input is to the heads, by their evidence.
 
-    z: by layer the z-score (H,) of each head's evidence; below 0: less than usual, the memory knows no such query.
-    percentile: by layer (H,), the share of known samples with less. distance: root mean square of all z. p: the share of known
-    samples that were kept apart and are at least as far, this one counted too; under `alpha` it is `strange`.
+    z: by layer, the z-score (H,) of each head's evidence; negative: less than usual, no key explains the queries.
+    percentile: by layer (H,), the share of known samples with less evidence.
+    distance: root mean square of all z.
+    p: the share of the held-out known samples that are at least as far, this input counted among them.
+    alpha: the input is `unusual` if p is at most this.
     """
 
     z: dict[str, Tensor]
@@ -31,36 +34,45 @@ class Novelty:
     alpha: float
 
     @property
-    def strange(self) -> bool:
+    def unusual(self) -> bool:
+        """Whether p is at most alpha."""
         return self.p <= self.alpha
 
     def __str__(self) -> str:
-        verdict = "strange" if self.strange else "as usual"
+        verdict = "unusual" if self.unusual else "as usual"
         return f"evidence {verdict}: {self.distance:.2f} standard deviations from known samples (p = {self.p:.3f})"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What evidence known samples of a task give each head, to tell whether a new input is like them.
+    """The evidence of known samples of a task, with which a new input is compared.
 
-    Of each sample and head: the mean over queries of LSE_j(log prior + score) - log(keys seen), so that length alone changes
-    nothing. One half of the samples gives each head's mean and standard deviation; the distance of an input is the root mean
-    square of its z-scores over all heads (both directions count: keys that are too long raise evidence); the other half says how
-    far known samples lie from the first, which makes p exact whatever the distribution (split conformal, Vovk et al. 2005):
-    of inputs that are like the known ones a share of at most alpha is called strange.
+    A sample has one number for each head: the mean over queries of LSE_j(log prior + score) - log(keys seen), which does not
+    depend on length alone. One half of the samples gives each head's mean and standard deviation. The distance of an input is the
+    root mean square of its z-scores over all heads (both signs count: keys of large norm raise evidence). The distances of the
+    other half make p exact whatever the distribution (split conformal, Vovk et al. 2005): of inputs like the known ones a share of
+    at most alpha is called unusual.
+
+    task: the task of the samples.
+    layers: names of the attention layers.
+    heads: number of heads of each layer.
+    mean_N: mean over the first half, of all heads of all layers, concatenated.
+    deviation_N: standard deviation over the first half.
+    known_BN: the numbers of the first half, sorted for each head.
+    distance_B: the distances of the second half, sorted.
     """
 
     task: str
     layers: tuple[str, ...]
     heads: tuple[int, ...]
-    mean_N: Tensor  # of all heads of all layers, end to end
+    mean_N: Tensor
     deviation_N: Tensor
-    known_BN: Tensor  # the first half, sorted by head
-    distance_B: Tensor  # of the second half, sorted
+    known_BN: Tensor
+    distance_B: Tensor
 
     @classmethod
     def fit(cls, model: Model, task: str, samples: Sequence[Sample], *, quiet: bool = False) -> "Evidence":
-        """Look at known samples, 20 or more; for p to reach 0.01 there must be 198.
+        """Measure known samples, at least 20; p can reach 0.01 with 198 or more.
 
         Raises:
             StreamError: too few samples.
@@ -68,11 +80,12 @@ class Evidence:
         if len(samples) < 20:
             raise StreamError(f"Evidence.fit: {len(samples)} samples say too little of what is usual; give 20 or more")
         numbers, names, heads = [], (), ()
-        for sample in _shown(samples, quiet):
+        for sample in _with_bar(samples, quiet):
             ray = xray(model, task, sample)
             numbers.append(_numbers(ray))
             names, heads = tuple(layer.name for layer in ray.layers), tuple(layer.heads for layer in ray.layers)
         all_BN = torch.stack(numbers)
+        # mean and deviation come from other samples than the distances, since p would be too small for those that were fitted
         first_BN, second_BN = all_BN[::2], all_BN[1::2]
         mean_N, deviation_N = first_BN.mean(0), first_BN.std(0).clamp(min=1e-6)
         distance_B = ((second_BN - mean_N) / deviation_N).square().mean(1).sqrt()
@@ -93,6 +106,7 @@ class Evidence:
         z_N = (new_N - self.mean_N) / self.deviation_N
         below_N = (self.known_BN < new_N).double().mean(0)
         distance = float(z_N.square().mean().sqrt())
+        # the input itself counts among the held-out samples, which makes p exact and never 0
         at_least = int((self.distance_B >= distance).sum())
         return Novelty(
             dict(zip(self.layers, z_N.split(list(self.heads)), strict=True)),
@@ -104,11 +118,11 @@ class Evidence:
 
 
 def _numbers(ray: XRay) -> Tensor:
-    """One number for every head of every layer, end to end."""
-    return torch.cat([_typical(layer) for layer in ray.layers])
+    """Mean evidence less log(keys seen) of every head of every layer, concatenated."""
+    return torch.cat([_mean_evidence(layer) for layer in ray.layers])
 
 
-def _typical(layer: LayerXRay) -> Tensor:
+def _mean_evidence(layer: LayerXRay) -> Tensor:
     count_HT = layer.seen_HTM.sum(-1)
     sees_HT = count_HT > 0
     each_HT = torch.where(sees_HT, layer.evidence_HT - count_HT.clamp(min=1).log(), 0.0)
@@ -117,13 +131,17 @@ def _typical(layer: LayerXRay) -> Tensor:
 
 @dataclass(frozen=True)
 class Usage:
-    """N_k of a persistent memory over many samples: how many queries' worth of reading each slot of each head got."""
+    """How much each slot of a persistent memory was read over many samples.
+
+    usage_HM: N_k, the sum of each slot's responsibilities over all queries, by head.
+    queries: the number of queries.
+    """
 
     usage_HM: Tensor
     queries: int
 
     def dead(self, share: float = 0.01) -> Tensor:
-        """Slots (M,) that no head gives `share` of an even share; `multimodal.pruned` takes them out."""
+        """Slots (M,) whose usage is below `share` of an even share in every head; `multimodal.zoo.pruned` removes them."""
         even = self.usage_HM.sum(-1, keepdim=True) / self.usage_HM.shape[-1]
         return (self.usage_HM < share * even).all(0)
 
@@ -137,7 +155,7 @@ def usage(model: Model, task: str, samples: Sequence[Sample], *, quiet: bool = F
     if not samples:
         raise StreamError("usage: there are no samples")
     sums: dict[str, Usage] = {}
-    for sample in _shown(samples, quiet):
+    for sample in _with_bar(samples, quiet):
         memories = [layer for layer in xray(model, task, sample).layers if layer.key_M is None]
         if not memories:
             raise ConfigError(
@@ -149,10 +167,9 @@ def usage(model: Model, task: str, samples: Sequence[Sample], *, quiet: bool = F
     return sums
 
 
-def _shown(samples: Sequence[Sample], quiet: bool) -> Any:
+def _with_bar(samples: Sequence[Sample], quiet: bool) -> Iterator[Sample]:
     """The samples, with a progress bar where there is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console()
-    return track(samples, "looking", console=console, disable=quiet or not console.is_terminal, transient=True)
+    with progress_bar("looking", len(samples), quiet=quiet) as bar:
+        for sample in samples:
+            yield sample
+            bar.advance()

@@ -22,9 +22,13 @@ START = "start"
 class States:
     """States by layer of many samples of one task, packed end to end.
 
-    layers: (T, D) each, the first what the core reads and then each block's output; a core that reads and writes apart has the
-    layers of its reader first, and rows of the other half are NaN. names: of the layers. sample_T: which sample a row is of, in
-    the order given; field_T: which of `fields`. reading_N: the rows that the task's head reads.
+    names: the name of each layer, as `layer_names`.
+    layers: the states (T, D) of each layer: the core's input, then each block's output. An EncoderDecoder has the layers of its
+        reader first; the rows of the other core are NaN.
+    fields: names of the fields that have rows.
+    sample_T: the index of each row's sample.
+    field_T: the index of each row's field in `fields`.
+    reading_N: the rows that the task's head reads.
     """
 
     names: tuple[str, ...]
@@ -38,25 +42,25 @@ class States:
         return len(self.layers)
 
     def rows(self, field: str | None = None, sample: int | None = None) -> Tensor:
-        """Numbers of the rows of one field, of one sample, or of both; in the order of the stream.
+        """Indices of the rows of a field, of a sample, or of both, in the order of the stream.
 
         Raises:
             ConfigError: there is no such field.
         """
-        keep_T = torch.ones_like(self.sample_T, dtype=torch.bool)
+        chosen_T = torch.ones_like(self.sample_T, dtype=torch.bool)
         if field is not None:
             if field not in self.fields:
                 raise ConfigError(f"States: there is no field {field!r}; there are {', '.join(self.fields)}")
-            keep_T &= self.field_T == self.fields.index(field)
+            chosen_T &= self.field_T == self.fields.index(field)
         if sample is not None:
-            keep_T &= self.sample_T == sample
-        return keep_T.nonzero()[:, 0]
+            chosen_T &= self.sample_T == sample
+        return chosen_T.nonzero()[:, 0]
 
     def of(self, layer: int, field: str, *, pool: str = "last") -> Tensor:
         """One state (N, D) a sample, in the order given: the first, the last or the mean of the field's rows.
 
         Raises:
-            StreamError: a sample that lacks the field. ConfigError: another word for `pool`.
+            StreamError: a sample that lacks the field. ConfigError: another value of `pool`.
         """
         if pool not in ("first", "last", "mean"):
             raise ConfigError(f"States: pool={pool!r} is none of first, last, mean")
@@ -67,6 +71,7 @@ class States:
         if not bool(count_N.all()):
             lacking = int((count_N == 0).nonzero()[0, 0])
             raise StreamError(f"States: sample {lacking} has no rows of field {field!r}; leave it out, or pool another")
+        # rows of a sample lie together once they are sorted, so that its last one ends its run
         by_sample_T = sample_T.argsort(stable=True)
         row_T, end_N = row_T[by_sample_T], count_N.cumsum(0)
         state_TD = self.layers[layer]
@@ -79,23 +84,29 @@ class States:
 def states(
     model: Model, task: str, samples: Sequence[Mapping[str, Any]], *, answers: bool = False, batch: int = 64
 ) -> States:
-    """The states of every layer, for samples of one task; with `answers`, of what is written too (teacher forcing)."""
+    """The states of every layer, for samples of one task.
+
+    answers: whether the answers are in the stream too (teacher forcing). batch: samples in one forward pass.
+
+    Raises:
+        TaskError: there is no such task. StreamError: there are no samples.
+    """
     packer = model.packer
     packer.check_task(task)
     if not samples:
         raise StreamError("states: there are no samples")
     pattern, head = packer.patterns[task], packer.head(task)
     reads = tuple(field.name for field in pattern.reads)
-    fields = reads + (START,) * bool(head.queries) + (pattern.answer,) * (answers and head.writes)
-    kept: list[list[Tensor]] = []
+    fields = reads + (START,) * bool(head.queries) + (pattern.answer,) * (answers and head.autoregressive)
+    batches: list[list[Tensor]] = []
     sample_of, field_of, reading, offset = [], [], [], 0
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        with model.resting(), recorded(model) as layers:
+        with model.inference_mode(), recorded(model) as layers:
             stream = model.pack(task, part, answers=answers, first=start)
             model(stream)
-        kept.append(whole_layers(model, layers, stream))
-        r, places = stream.readings[task], stream.layout.places
+        batches.append(whole_layers(model, layers, stream))
+        r, places = stream.readings[task], stream.layout.info
         index_N = torch.tensor(r.samples) + start
         sample_of.append(index_N[places.sample.long().cpu()])
         numbers = torch.tensor([_segments(reads, sample, fields) for sample in part])
@@ -104,7 +115,7 @@ def states(
         offset += len(stream)
     return States(
         layer_names(model),
-        tuple(torch.cat(parts) for parts in zip(*kept, strict=True)),
+        tuple(torch.cat(parts) for parts in zip(*batches, strict=True)),
         fields,
         torch.cat(sample_of),
         torch.cat(field_of),
@@ -113,7 +124,7 @@ def states(
 
 
 def _segments(reads: Sequence[str], sample: Mapping[str, Any], fields: Sequence[str]) -> list[int]:
-    """The number of the field of each segment of a sample, filled up with -1: fields that are None have no segment."""
+    """The field of each segment of a sample, as an index of `fields`, padded with -1: fields that are None have no segment."""
     read = [i for i, name in enumerate(reads) if sample[name] is not None]
     numbers = [*read, *range(len(reads), len(fields))]
     return numbers + [-1] * (len(fields) - len(numbers))
@@ -127,13 +138,17 @@ def transformers(model: Model) -> dict[str, Transformer]:
     return {"reader": core.reader, "writer": core.writer}
 
 
+def block_name(core: str, index: int) -> str:
+    """The name of a core's block, from the core's name and the block's index: "block 1", "writer block 2"."""
+    return f"{core} block {index + 1}".strip()
+
+
 def layer_names(model: Model) -> tuple[str, ...]:
     """ "embedding", "block 1", ..; with two cores "reader embedding", .. before "writer embedding", .."""
-    return tuple(
-        f"{name} {layer}".strip()
-        for name, core in transformers(model).items()
-        for layer in ["embedding", *(f"block {i + 1}" for i in range(len(core.blocks)))]
-    )
+    names: list[str] = []
+    for name, core in transformers(model).items():
+        names += [f"{name} embedding".strip(), *(block_name(name, i) for i in range(len(core.blocks)))]
+    return tuple(names)
 
 
 def layer_number(model: Model, layer: int | str) -> int:
@@ -152,20 +167,20 @@ def layer_number(model: Model, layer: int | str) -> int:
 
 @contextmanager
 def recorded(model: Model) -> Iterator[list[Tensor]]:
-    """A list that gets, while the context lasts, what enters the first block and what leaves each: (T, D) of each core in turn."""
+    """A list to which each pass within the context adds the first block's input and each block's output (T, D), core by core."""
     found: list[Tensor] = []
 
-    def keep_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         found.append(inputs[0].detach())
 
-    def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def record_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         found.append(output.detach())
 
     hooks = []
     try:
         for core in transformers(model).values():
-            hooks.append(core.blocks[0].register_forward_pre_hook(keep_input))
-            hooks += [block.register_forward_hook(keep_output) for block in core.blocks]
+            hooks.append(core.blocks[0].register_forward_pre_hook(record_input))
+            hooks += [block.register_forward_hook(record_output) for block in core.blocks]
         yield found
     finally:
         for hook in hooks:
@@ -175,12 +190,13 @@ def recorded(model: Model) -> Iterator[list[Tensor]]:
 def whole_layers(model: Model, layers: Sequence[Tensor], stream: Stream) -> list[Tensor]:
     """Each layer's states as float32 on the CPU, with a row for every row of the stream; NaN for the other core's.
 
-    A core that found nothing to do was not called: all its rows are NaN.
+    A core without rows was not called: all its rows are NaN.
     """
     cores = transformers(model)
     if len(cores) == 1:
         return [state_TD.float().cpu().clone() for state_TD in layers]
-    places = stream.layout.places
+    places = stream.layout.info
+    # the reader has the first rows of each sample, the writer the others
     reads = torch.tensor([span.read for span in stream.layout.spans], device=places.order.device)
     is_read_T = (places.order < reads[places.sample.long()]).cpu()
     whole, at = [], 0
@@ -196,7 +212,7 @@ def whole_layers(model: Model, layers: Sequence[Tensor], stream: Stream) -> list
 
 
 def layer_widths(core: Transformer) -> list[int]:
-    """D of what the first block reads and of what each block gives: blocks whose layers merge by Concat widen the stream."""
+    """The width D of the first block's input and of each block's output: blocks whose layers merge by Concat widen the stream."""
     widths = [core.core.width]
     for block in core.blocks:
         assert isinstance(block, Block)

@@ -1,4 +1,4 @@
-"""The logit lens (nostalgebraist 2020): what the head would say if the core ended after each layer."""
+"""The logit lens (nostalgebraist 2020): the head's prediction from the states of each layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.files import put_figure
+from multimodal.files import save_figure
 from multimodal.heads import one_class
 from multimodal.look.layers import layer_names, recorded, token_labels, transformers, whole_layers
 from multimodal.model import Model
@@ -18,9 +18,11 @@ from multimodal.tokenizer import Tokenizer, Tokens
 
 @dataclass(frozen=True)
 class Lens:
-    """What the head says after each layer.
+    """The head's prediction from the states of each layer.
 
-    layers: their names; probability_LNV: of each class, by layer and row that the head reads; classes: their names.
+    layers: names of the layers.
+    probability_LNV: of each class, by layer and row that the head reads.
+    classes: names of the classes.
     """
 
     layers: tuple[str, ...]
@@ -29,7 +31,7 @@ class Lens:
 
     @property
     def entropy_LN(self) -> Tensor:
-        """Nats: how unsure the head is after each layer."""
+        """Entropy of the prediction in nats, by layer and row."""
         return torch.special.entr(self.probability_LNV).sum(-1)
 
     def best(self) -> list[list[str]]:
@@ -37,7 +39,7 @@ class Lens:
         return [[self.classes[i] for i in row] for row in self.probability_LNV.argmax(-1).tolist()]
 
     def draw(self, path: str | Path) -> None:
-        """A picture: layers upwards, rows to the right, the likeliest class in each cell, brighter where it is surer."""
+        """Write a picture: layers upwards, rows to the right; each cell names the likeliest class, brighter where it is surer."""
         from matplotlib.figure import Figure
 
         p_LN = self.probability_LNV.amax(-1)
@@ -53,16 +55,16 @@ class Lens:
         axes.set_yticks(range(layers), self.layers)
         axes.set(xlabel="row that the head reads", title="what the head would say after each layer")
         figure.colorbar(image, label="probability")
-        put_figure(path, figure, 110)
+        save_figure(path, figure, 110)
 
 
 def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     """Apply the last norm and the head to every layer's states, at the rows that the head reads.
 
-    With the answer among the sample's fields a head that writes is read at each of its tokens, otherwise at the first only.
-    Where the classes are several at once, probabilities are each class's own. Layers whose states are not as wide as what the
-    core's end takes (its blocks widen the stream) are left out. A head that points chooses among the states of the same layer,
-    or, where it writes in a core of its own, among those that the other core ends with; its classes are what was read.
+    A head that writes is applied at each token of the answer if the sample has one, otherwise at the first row only. Of a kind
+    with several classes at once, each class has a probability of its own. Layers whose states have another width than the last
+    norm (blocks can widen the stream) are left out. A pointer chooses among the states of the same layer or, in an
+    EncoderDecoder, among the reader's last states; its classes are the tokens that were read.
 
     Raises:
         ConfigError: a head that writes features has no classes to look at.
@@ -70,13 +72,13 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     packer = model.packer
     packer.check_task(task)
     pattern, head = packer.patterns[task], packer.head(task)
-    if head.continuous:
+    if head.draws_features:
         raise ConfigError(f"lens: task {task!r} writes features by {type(head).__name__}, which has no classes")
     tokenizer = packer.tokenizers[pattern.writes.kind]
     several = tokenizer.classes and tokenizer.vocab_size is None
     probabilities, names = [], []
-    with model.resting(), recorded(model) as layers:
-        stream = model.pack(task, [sample], answers=head.writes and sample.get(pattern.answer) is not None)
+    with model.inference_mode(), recorded(model) as layers:
+        stream = model.pack(task, [sample], answers=head.autoregressive and sample.get(pattern.answer) is not None)
         end_TD = model(stream)
         reading = stream.readings[task]
         whole = whole_layers(model, layers, stream)
@@ -85,26 +87,27 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
             state_TD = state_TD.to(model.device, core.norm.weight.dtype)
             if bool(state_TD[reading.row_N].isnan().all()):  # the head reads rows of the other core
                 continue
-            other_T = state_TD.isnan().all(-1)
+            other_T = state_TD.isnan().all(-1)  # rows of the other core, which have no state in this layer
             if core.narrow is not None:
+                # blocks whose layers concatenate widen the stream, and `narrow` takes the last width alone
                 if state_TD.shape[1] != core.narrow.in_features:
                     continue
                 state_TD = core.narrow(state_TD)
             state_TD = torch.where(other_T[:, None], end_TD, core.norm(state_TD))
-            memory = reading.memory(state_TD)
-            logits = head.logits(model.readout(task), state_TD[reading.row_N], reading.lengths, **memory).float()
+            inputs = head.inputs(reading, state_TD)
+            logits = head.logits(model.readout(task), state_TD[reading.row_N], reading.lengths, **inputs).float()
             probabilities.append(logits.sigmoid() if several else logits.softmax(-1))
             names.append(name)
     probability_LNV = torch.stack(probabilities).cpu().clone()
     count = probability_LNV.shape[-1]
-    if head.points:
-        read = packer.pointable(task, packer.encoded(task, sample, "lens"))
-        return Lens(tuple(names), probability_LNV, (*token_labels(tokenizer, read), f"[{count - 1}]"))
+    source = head.source(packer.encoded(task, sample, "lens"))
+    if source is not None:
+        return Lens(tuple(names), probability_LNV, (*token_labels(tokenizer, source), f"[{count - 1}]"))
     return Lens(tuple(names), probability_LNV, _classes(tokenizer, count))
 
 
 def _classes(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:
-    """The name of each class; those that stand for no value of the kind (the stop, the blank) have their number in brackets."""
+    """The name of each class; a class that is no value of the kind (the stop, the blank) is its number in brackets."""
     found = []
     for c in range(count):
         try:

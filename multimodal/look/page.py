@@ -1,15 +1,16 @@
-"""The X-ray as one HTML file: pictures inside as base64, hints as titles, no script, nothing from elsewhere."""
+"""The X-ray as one HTML file: pictures inside as base64, hints as titles, no script, nothing loaded from elsewhere."""
 
 import base64
 import io
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multimodal.heads.base import encode_field
 from multimodal.look.answers import answer_line
 from multimodal.look.drawing import (
     Panel,
@@ -22,18 +23,19 @@ from multimodal.look.drawing import (
     written_looks,
 )
 from multimodal.look.drawing import strips as strips_panel
+from multimodal.look.embeddings import neighbours
+from multimodal.look.layer_xray import NAMES, LayerXRay, counted, percent
 from multimodal.look.lens import lens
-from multimodal.look.posterior import NAMES, LayerXRay, counted, percent
-from multimodal.look.roles import roles
-from multimodal.look.words import neighbours
+from multimodal.look.parameter_count import count_parameters
 from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
-    from multimodal.look.xray import Field, XRay
+    from multimodal.look.attention_xray import XRay, XRayField
 
-MOST_CELLS = 6000  # of a table; what is larger is a picture
-MOST_ROWS = 120  # of a list; the rest is counted
-SMALLEST_TABLE = 300  # entries of an embedding whose neighbours say anything: bytes are no words
+MOST_CELLS = 6000  # a larger table is drawn as a picture
+MOST_ROWS = 120  # of a list; the number of the others is stated
+SMALLEST_TABLE = 300  # entries of an embedding that has neighbours worth showing: bytes are no words
 
 STYLE = """
 :root { color-scheme: light }
@@ -110,7 +112,7 @@ GUIDE = (
 
 
 def page(ray: "XRay") -> str:
-    """The whole file."""
+    """The HTML of the whole page."""
     title = escape(ray.task)
     parts = [
         f"<h1>{title}</h1>",
@@ -118,11 +120,11 @@ def page(ray: "XRay") -> str:
         *(_field(ray, field) for field in ray.reads),
         *(_written(ray, field) for field in ray.reads),
         _heads(ray),
-        _mattered(ray),
+        _influential(ray),
         _memories(ray),
         _lens(ray),
         _neighbours(ray),
-        _roles(ray),
+        _parameters(ray),
         _glossary(),
     ]
     body = "\n".join(part for part in parts if part)
@@ -144,13 +146,13 @@ def _answer(ray: "XRay") -> str:
         f"{counted(len(f), 'token')} of {escape(f.name)}" for f in (*ray.reads, ray.written) if f is not None
     )
     heads = counted(sum(layer.heads for layer in ray.layers), "head")
-    facts = f"{tokens}; {counted(len(ray.layers), 'attention layer')}, {heads}."
+    sizes = f"{tokens}; {counted(len(ray.layers), 'attention layer')}, {heads}."
     top_table = f'<table class="bars">{rows}</table>' if rows else ""
-    return f'{said}{top_table}<p class="note">{facts}</p><p class="note">{GUIDE}</p>'
+    return f'{said}{top_table}<p class="note">{sizes}</p><p class="note">{GUIDE}</p>'
 
 
-def _field(ray: "XRay", field: "Field") -> str:
-    """Where the answer looked in one field."""
+def _field(ray: "XRay", field: "XRayField") -> str:
+    """Attention of the asked queries on one field."""
     looks = list(ray.looking_at(field.name))
     if not looks:
         return ""
@@ -181,7 +183,7 @@ def _field(ray: "XRay", field: "Field") -> str:
     return "\n".join(out)
 
 
-def _tiles(field: "Field", layer: LayerXRay, heat_HN: Tensor, *, first: bool) -> Iterator[str]:
+def _tiles(field: "XRayField", layer: LayerXRay, heat_HN: Tensor, *, first: bool) -> Iterator[str]:
     assert field.picture_YXC is not None
     if first:
         image = _image(shown_picture(field.picture_YXC, longer=168), 168, field.name)
@@ -214,7 +216,7 @@ def _shares(heat_N: Tensor) -> str:
     return f"{percent(float(heat_N.sum()))}, up to {percent(float(heat_N.max()))}"
 
 
-def _shaded(field: "Field", share_N: Tensor, name: str) -> str:
+def _shaded(field: "XRayField", share_N: Tensor, name: str) -> str:
     strength_N = share_N / share_N.max().clamp(min=1e-12)
     spans = "".join(
         f'<span style="background:{_colour(strength)}" title="{label}: {share:.1%}">{label}</span>'
@@ -229,8 +231,8 @@ def _colour(strength: float) -> str:
     return f"rgba(217,95,2,{0.75 * strength:.2f})"
 
 
-def _written(ray: "XRay", field: "Field") -> str:
-    """What is written against one field that was read."""
+def _written(ray: "XRay", field: "XRayField") -> str:
+    """Attention of each written token on one field that was read."""
     looks = written_looks(ray, field)
     if ray.written is None or not looks:
         return ""
@@ -254,6 +256,7 @@ def _written(ray: "XRay", field: "Field") -> str:
         '<p class="note">Rows: what is written; columns: what is read. Darker: looked at more when the row was about to '
         "be written. Point at a cell for its share.</p>"
     )
+    # the last layer comes first and open; the others are folded
     for i, (layer, part_HTN) in enumerate(reversed(looks)):
         tables = [_matrix(ray, field, part_TN, f"{layer.name}, head {h}", layer) for h, part_TN in enumerate(part_HTN)]
         if len(part_HTN) > 1:
@@ -265,8 +268,8 @@ def _written(ray: "XRay", field: "Field") -> str:
     return "\n".join(out)
 
 
-def _matrix(ray: "XRay", field: "Field", part_TN: Tensor, name: str, layer: LayerXRay) -> str:
-    """A table where it is small enough to be read, otherwise a picture; above it what it is and how strong its strongest is."""
+def _matrix(ray: "XRay", field: "XRayField", part_TN: Tensor, name: str, layer: LayerXRay) -> str:
+    """Shares as a table, or as a picture where there are too many; its heading states the largest share."""
     caption = f"<h3>{escape(name)}: {scale(ray, [(layer, part_TN[None])])}</h3>"
     rows, columns = ([shown(label) for label in labels] for labels in (ray.written_labels, field.labels))
     if part_TN.numel() > MOST_CELLS:
@@ -289,6 +292,7 @@ def _matrix(ray: "XRay", field: "Field", part_TN: Tensor, name: str, layer: Laye
 def _heads(ray: "XRay") -> str:
     rows = ray.table()
     names = [name for name in HINTS if name != "mass" or any(abs(row["mass"] - 1) > 1e-6 for row in rows)]
+    # each column is shaded from its smallest number, or from 0 if none is negative
     low = {name: min(0.0, min(row[name] for row in rows)) for name in names}
     top = {name: max(max(row[name] for row in rows), 1e-12) for name in names}
     head = "".join(f'<th title="{escape(HINTS[name][1])}">{HINTS[name][0]}</th>' for name in names)
@@ -309,10 +313,10 @@ def _heads(ray: "XRay") -> str:
     )
 
 
-def _mattered(ray: "XRay") -> str:
+def _influential(ray: "XRay") -> str:
     lines = []
     for layer in ray.layers:
-        best = ray.mattered(layer)
+        best = ray.influential_keys(layer)
         if best:
             said = "".join(_numbered(name, f"{change:.3g}") for name, change in best)
             lines.append(f'<tr><td>{escape(layer.name)}</td><td class="left">{said}</td></tr>')
@@ -352,13 +356,13 @@ def _memories(ray: "XRay") -> str:
 
 
 def _lens(ray: "XRay") -> str:
-    """What the head would say after each layer."""
+    """The logit lens as a table."""
     try:
         seen = lens(ray.model, ray.task, ray.sample)
     except ConfigError:  # features have no classes
         return ""
     best, p_LN = seen.best(), seen.probability_LNV.amax(-1)
-    stop = f"[{len(seen.classes) - 1}]" if ray.model.packer.head(ray.task).writes else ""
+    stop = f"[{len(seen.classes) - 1}]" if ray.model.packer.head(ray.task).autoregressive else ""
     count = min(p_LN.shape[1], 40)
     labels = ray.written_labels if len(ray.written_labels) == p_LN.shape[1] else [str(i) for i in range(p_LN.shape[1])]
     head = "".join(f"<th>{escape(shown(label))}</th>" for label in labels[:count])
@@ -377,18 +381,18 @@ def _lens(ray: "XRay") -> str:
 
 
 def _neighbours(ray: "XRay") -> str:
-    """What lies near the tokens of a text in its table of embeddings."""
+    """The nearest neighbours of a text's tokens in its embedding table."""
     out = []
     for field in ray.reads:
         embed = ray.model.embeds[field.kind]
         if not field.text or not isinstance(embed, nn.Embedding) or embed.num_embeddings < SMALLEST_TABLE:
             continue
         tokenizer = ray.model.packer.tokenizers[field.kind]
-        tokens = ray.model.packer.encode(field.kind, ray.sample[field.name], "xray", field.name)
+        tokens = encode_field(ray.model.packer.tokenizers[field.kind], ray.sample[field.name], "xray", field.name)
         ids = list(dict.fromkeys(tokens.content.tolist()))[:12]
         table_VD = embed.weight.detach().cpu()
         found_NK, cosine_NK = neighbours(table_VD, ids, 5)
-        names = _pieces(tokenizer, [*ids, *found_NK.flatten().tolist()])
+        names = _token_texts(tokenizer, [*ids, *found_NK.flatten().tolist()])
         for i, (near, cosines) in enumerate(zip(found_NK.tolist(), cosine_NK.tolist(), strict=True)):
             said = "".join(_numbered(names[j], f"{c:.2f}") for j, c in zip(near, cosines, strict=True))
             out.append(f'<tr><td>{escape(names[ids[i]])}</td><td class="left">{said}</td></tr>')
@@ -400,19 +404,17 @@ def _neighbours(ray: "XRay") -> str:
     )
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    from multimodal.tokenizer import Tokens
-
+def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[int, str]:
+    """Each id with its text."""
     return {i: visible(tokenizer.decode(Tokens(torch.tensor([i]), tokenizer.places(1)))) for i in ids}
 
 
-def _roles(ray: "XRay") -> str:
-    counted = roles(ray.model)
+def _parameters(ray: "XRay") -> str:
+    counted = count_parameters(ray.model)
     rows = "".join(
-        f'<tr><td>{escape(role)}</td><td>{count:,}</td><td>{count / max(counted.total, 1):.1%}</td><td class="left">'
+        f'<tr><td>{escape(part)}</td><td>{count:,}</td><td>{count / max(counted.total, 1):.1%}</td><td class="left">'
         f'<span class="bar" style="width:{round(220 * count / max(counted.total, 1))}px"></span></td></tr>'
-        for role, count in counted.counts.items()
-        if count
+        for part, count in counted.counts.items()
     )
     return f"<h2>Where the parameters are</h2><table>{rows}<tr class='first'><td>all</td><td>{counted.total:,}</td></tr></table>"
 

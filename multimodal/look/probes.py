@@ -1,4 +1,4 @@
-"""Linear probes: what can be read off states by a line, and what a probe would learn of anything (its control task)."""
+"""Linear probes of states, with control tasks that show what a probe learns by itself."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,12 @@ from multimodal.shapes import ShapeError, StreamError
 class Probe:
     """A linear classifier of states: logits = state @ weight_VD.T + bias_V.
 
-    accuracy: on the held-out rows; majority: there, of the class that is most frequent in training; control: of a probe trained
-    in the same way for random labels, which are the same wherever the control's type is (None: no control was asked for).
+    classes: the classes, in the order of the weights.
+    weight_VD: weights for the states as given.
+    bias_V: bias of each class.
+    accuracy: on the held-out rows.
+    majority: accuracy there of always answering the most frequent class of the training rows.
+    control: accuracy of a probe trained on the control task, whose labels are random by type; None without a control task.
     """
 
     classes: tuple[Hashable, ...]
@@ -27,9 +31,9 @@ class Probe:
 
     @property
     def selectivity(self) -> float:
-        """Accuracy above that on the control task (Hewitt & Liang 2019): near 0, the probe itself has learned the task."""
+        """Accuracy minus that on the control task (Hewitt & Liang 2019); near 0 the probe, not the states, has learned the task."""
         if self.control is None:
-            raise StreamError("Probe: selectivity wants a control task; give probe(.., control=types)")
+            raise StreamError("Probe: selectivity needs a control task; give probe(.., control=types)")
         return self.accuracy - self.control
 
     def predict(self, state_ND: Tensor) -> list[Hashable]:
@@ -47,14 +51,15 @@ def probe(
     decay: float = 1e-3,
     seed: int = 0,
 ) -> Probe:
-    """Train a linear probe (logistic regression by L-BFGS) on some rows and score it on the others.
+    """Train a linear probe (logistic regression by L-BFGS) on a part of the rows and score it on the held-out ones.
 
-    control: the type of each row (its word, say); the control task gives every type a label drawn by the labels' frequencies
-    (Hewitt & Liang 2019, section 2). groups: rows of one group stay on one side of the split, so that words that are held out
-    are new. decay: weight of |W|^2 / 2, for states brought to mean 0 and variance 1, beside the mean loss in nats.
+    control: the type of each row, such as its word; the control task gives each type a random label, drawn by the frequencies
+    of the labels (Hewitt & Liang 2019, section 2). groups: rows of one group stay on one side of the split, so that held-out
+    words are new. decay: weight of |W|^2 / 2 beside the mean loss in nats, for states standardised to mean 0 and variance 1.
 
     Raises:
-        ShapeError: labels, control or groups of another length. StreamError: one class alone, or an empty side.
+        ShapeError: labels, control or groups of another length. StreamError: a single class, states that are not finite, or an
+        empty side.
     """
     count = len(state_ND)
     for name, given in (("labels", labels), ("control", control), ("groups", groups)):
@@ -77,6 +82,7 @@ def probe(
     most = int(torch.bincount(target_N[~test_N]).argmax())
     chance = None
     if control is not None:
+        # one label for each type, drawn from the rows so that frequent labels stay frequent
         types = list(dict.fromkeys(control))
         drawn_N = target_N[torch.randint(count, (len(types),), generator=generator)]
         number = {kind: i for i, kind in enumerate(types)}
@@ -98,8 +104,9 @@ def fit_linear(
 ) -> tuple[Tensor, Tensor]:
     """Weights (V, D) and bias (V,) of the logistic regression that minimises mean cross-entropy + decay |W|^2 / 2.
 
-    The weights that decay are those of the standardised states; what is returned is for the states as they are.
+    Decay applies to the weights for standardised states; the weights returned are for the states as given.
     """
+    # decay then weighs all dimensions alike, and L-BFGS converges in few steps
     mean_D, spread_D = state_ND.mean(0), state_ND.std(0, correction=0).clamp(min=1e-6)
     x_ND = (state_ND - mean_D) / spread_D
     weight_VD = torch.zeros(classes, state_ND.shape[1], requires_grad=True)
@@ -115,18 +122,18 @@ def fit_linear(
         return loss
 
     with torch.enable_grad():
-        search.step(closure)  # pyright: ignore[reportArgumentType]  # the closure gives a tensor, as torch's own examples do
+        search.step(closure)  # pyright: ignore[reportArgumentType]  # the closure returns a tensor, as torch's own examples do
     weight_VD = weight_VD.detach() / spread_D
     return weight_VD, bias_V.detach() - weight_VD @ mean_D
 
 
 def direction(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """The mean of the states `a` minus that of the states `b` (D,): adding it to a state moves it from b's towards a's."""
+    """The mean of states `a` minus the mean of states `b` (D,), which moves a state from b's mean towards a's."""
     return a_ND.float().mean(0) - b_ND.float().mean(0)
 
 
 def _held_out(groups: Sequence[Hashable], share: float, generator: torch.Generator) -> Tensor:
-    """Which rows are held out: those of so large a share of the groups, drawn at random."""
+    """Which rows are held out: those of a random `share` of the groups."""
     kinds = list(dict.fromkeys(groups))
     order = torch.randperm(len(kinds), generator=generator).tolist()
     out = {kinds[i] for i in order[: round(share * len(kinds))]}

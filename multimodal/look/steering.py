@@ -1,4 +1,4 @@
-"""Steering: a feature direction is added to the states of one layer while a model predicts or writes (Turner et al. 2023)."""
+"""Steering: adds a feature direction to the states of one layer while a model predicts or generates (Turner et al. 2023)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +14,16 @@ from multimodal.shapes import check_shapes
 
 @contextmanager
 def steer(model: Model, layer: int | str, direction_D: Tensor, alpha: float = 1.0) -> Iterator[Model]:
-    """While the context lasts, alpha * direction is added to every state of a layer, in `predict`, `generate` and all else.
+    """While the context lasts, alpha * direction is added to every state of a layer, in every forward pass.
 
-    Layers are counted as in `states`: 0 is what the first block reads. Nothing is left behind, whatever happens inside.
+    Layers are counted as in `states`: 0 is the first block's input. The hook is removed at the end, after an error too.
 
     Raises:
         ConfigError: there is no such layer. ShapeError: a direction of another width.
     """
     number = layer_number(model, layer)
     cores = list(transformers(model).values())
+    # the layers of two cores are numbered one core after the other
     while number > len(cores[0].blocks):
         number -= len(cores.pop(0).blocks) + 1
     core = cores[0]
@@ -47,6 +48,6 @@ def steer(model: Model, layer: int | str, direction_D: Tensor, alpha: float = 1.
 
 
 def random_like(direction_D: Tensor, *, seed: int = 0) -> Tensor:
-    """A random direction of the same length: what steering must be compared with."""
+    """A random direction of the same length, the baseline of steering."""
     drawn_D = torch.randn(direction_D.shape, generator=torch.Generator().manual_seed(seed))
     return (drawn_D * (direction_D.norm().cpu() / drawn_D.norm())).to(direction_D)

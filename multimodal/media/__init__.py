@@ -1,26 +1,28 @@
 """Decodes pictures and sounds from files, arrays and tensors, with units and clear errors.
 
-    sources.py     paths, bytes, open files and data: URLs; recognises the kind of file
-    pictures.py    any source -> (C, Y, X) in 0..1
-    deep.py        colour pictures of 16 bits a channel, which Pillow cuts to 8
-    sounds.py      any source -> one channel (S,) at the wanted rate, whole or block by block
+    sources.py        paths, bytes, open files and data: URLs; recognises the kind of file
+    pictures.py       any source -> (C, Y, X) in 0..1
+    sixteen_bit.py    colour pictures of 16 bits a channel, which Pillow cuts to 8
+    sounds.py         any source -> one channel (S,) at the wanted rate, whole or block by block
 
 Libraries decode every format in this process; no file starts another program.
 """
 
 from multimodal.media.pictures import check_decoder, read_image, upright
 from multimodal.media.sounds import channels_first, read_sound, sound_blocks
-from multimodal.media.sources import announce, file_source, is_file_like, say_once
+from multimodal.media.sources import file_source, is_file_like, warn_once
+from multimodal.old_names import moved
 
 __all__ = [
-    "announce",
     "channels_first",
     "check_decoder",
     "file_source",
     "is_file_like",
     "read_image",
     "read_sound",
-    "say_once",
     "sound_blocks",
     "upright",
+    "warn_once",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

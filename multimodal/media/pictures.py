@@ -1,4 +1,4 @@
-"""Pictures as (C, Y, X) in 0..1."""
+"""Reads pictures as tensors (C, Y, X) of float32 in 0..1."""
 
 import re
 import struct
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.media.deep import BITS, PLANAR, TILE_LENGTH, TILE_WIDTH, deep_pixels, raw_mode
+from multimodal.media.sixteen_bit import BITS, PLANAR, TILE_LENGTH, TILE_WIDTH, raw_mode, sixteen_bit_pixels
 from multimodal.media.sources import (
     FOREIGN,
-    announce,
-    announced,
     as_tensor,
     file_kind,
     file_source,
     first_bytes,
     is_file_like,
     unreadable,
+    warn_once,
+    warned,
 )
 from multimodal.shapes import MediaError
 from multimodal.tokenizer import describe
@@ -123,7 +123,7 @@ def _orientation(image: Any) -> int:
                 found = again.get(ORIENTATION)
     except Exception as error:  # damaged EXIF raises errors of many classes
         text = f"the EXIF of a {image.format} file is damaged ({type(error).__name__}); its orientation is taken for upright"
-        announce("damaged EXIF", text)
+        warn_once(text, key="damaged EXIF")
         found = None
     if found is None:
         packets = (
@@ -255,26 +255,29 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     kind, raw = image.format, raw_mode(image)
     tags = getattr(image, "tag_v2", {})
     _check_pixels(image.width, image.height, max_pixels, who, name)
+    # a tile is decoded whole, however small the picture is that it belongs to
     _check_pixels(
         tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), max(4 * max_pixels, 2**20), who, f"a tile of {name}"
     )
-    _announce_frames(image, who, name)
-    deep = deep_pixels(image) if raw or kind == "PPM" else None
-    if deep is not None:
+    _warn_of_frames(image, who, name)
+    levels_YXC = sixteen_bit_pixels(image) if raw or kind == "PPM" else None
+    if levels_YXC is not None:
         orientation = _orientation(image) if kind == "TIFF" else _orientation_left(image)
-        return _turned(deep, orientation)
+        return _turned(levels_YXC, orientation)
     if kind == "TIFF" and tags.get(PLANAR) == 2 and set(tags.get(BITS, ())) == {16} and image.mode == "CMYK":
         raise MediaError(f"{who}: {name} is a TIFF of 16 bits in separate planes, which is not read; save it as PNG")
     if ";16" in raw and image.mode in ("RGB", "RGBA", "CMYK", "LA"):
-        announce(
-            f"8 of 16 bits {kind}", f"{who}: {name} has 16 bits a channel; of {kind} files with colours 8 are read"
+        warn_once(
+            f"{who}: {name} has 16 bits a channel; of {kind} files with colours 8 are read", key=f"8 of 16 bits {kind}"
         )
     image = upright(image)
+    # decoding may have changed the size, as of icons
     _check_pixels(image.width, image.height, max_pixels, who, name)
     return _floats(image, kind, raw, tags, max_pixels, who)
 
 
 def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, who: str) -> np.ndarray:
+    """(Y, X) or (Y, X, C) float32 in 0..1 of a decoded PIL image, by its mode."""
     transparent = image.info.get("transparency")
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # Pillow scales PPM to 16 bits
         largest = 4095 if raw == "I;12" else 65535
@@ -297,13 +300,14 @@ def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, 
 
 
 def _with_alpha(grey_YX: np.ndarray, levels_YX: np.ndarray, transparent: int) -> np.ndarray:
+    """Grey as RGBA, in which the one transparent level has alpha 0."""
     return np.stack([grey_YX] * 3 + [(levels_YX != transparent).astype(np.float32)], 2)
 
 
-def _announce_frames(image: Any, who: str, name: str) -> None:
+def _warn_of_frames(image: Any, who: str, name: str) -> None:
     kind = image.format
     # the frames of a PSD are the layers of one picture
-    if kind == "PSD" or f"frames of {kind}" in announced:
+    if kind == "PSD" or f"frames of {kind}" in warned:
         return
     if kind in ("ICO", "ICNS"):
         count, of_them, read = len(image.info.get("sizes", ())), "pictures", "largest"
@@ -312,9 +316,9 @@ def _announce_frames(image: Any, who: str, name: str) -> None:
     else:
         return
     if count > 1:
-        announce(
-            f"frames of {kind}",
+        warn_once(
             f"{who}: {name} holds {count} {of_them}; only the {read} is read, as of every {kind} file with several",
+            key=f"frames of {kind}",
         )
 
 
@@ -330,7 +334,7 @@ def _heif(file: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     _check_pixels(*pictures.size, max_pixels, who, name)
     if len(pictures) > 1:
         text = f"{who}: {name} holds {len(pictures)} pictures; only the main one is read, as of every HEIC file with several"
-        announce("frames of HEIC", text)
+        warn_once(text, key="frames of HEIC")
     array = np.asarray(pictures)
     if array.dtype == np.uint8:
         return array.astype(np.float32) / 255
@@ -339,12 +343,12 @@ def _heif(file: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
 
 
 def _first_of_video(video: Any, max_pixels: int, who: str) -> Tensor:
-    facts = video.metadata
-    _check_pixels(getattr(facts, "width", 0) or 0, getattr(facts, "height", 0) or 0, max_pixels, who, "the video")
-    count = getattr(facts, "num_frames", None)
+    metadata = video.metadata
+    _check_pixels(getattr(metadata, "width", 0) or 0, getattr(metadata, "height", 0) or 0, max_pixels, who, "the video")
+    count = getattr(metadata, "num_frames", None)
     if count != 1:
         text = f"{who}: a video of {count or 'many'} frames; only the first is read, as of every video"
-        announce("frames of video", text + ". Give one frame, video[i], to choose another")
+        warn_once(text + ". Give one frame, video[i], to choose another", key="frames of video")
     try:
         frame = video.get_frame_at(0)
     except Exception as error:
@@ -356,17 +360,19 @@ def _first_of_video(video: Any, max_pixels: int, who: str) -> Tensor:
 
 
 def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> Tensor:
-    came, tensor = describe(value), as_tensor(value, who)
+    """(C, Y, X) float32 in 0..1 of an array (Y, X) or (Y, X, C), or of a tensor (Y, X) or (C, Y, X)."""
+    tensor = as_tensor(value, who)
     if tensor.dim() == 2:
         tensor = tensor[None]
     elif tensor.dim() == 3 and isinstance(value, np.ndarray):
         tensor = tensor.permute(2, 0, 1)
     if tensor.dim() != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
         raise MediaError(
-            f"{who}: {came} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), "
+            f"{who}: {describe(value)} is no picture; wanted an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X), "
             "with C of 1, 3 or 4"
         )
-    _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, came)
+    if tensor.shape[1] * tensor.shape[2] > max_pixels:
+        _check_pixels(tensor.shape[2], tensor.shape[1], max_pixels, who, describe(value))  # raises
     if tensor.dtype == torch.uint8:
         return tensor.float() / 255
     if tensor.dtype == torch.uint16:
@@ -374,10 +380,12 @@ def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> 
     if tensor.dtype == torch.bool:
         return tensor.float()
     if not tensor.is_floating_point():
+        came = describe(value)
         raise MediaError(f"{who}: {came} has no known range; give uint8 (0..255), uint16 (0..65535) or floats in 0..1")
     tensor = tensor.float()
     low, high = (float(x) for x in tensor.aminmax())
     if not -0.01 <= low <= high <= 1.01:
+        came = describe(value)
         if not torch.isfinite(tensor).all():
             raise MediaError(f"{who}: {came} has pixels that are not finite (NaN or infinity)")
         raise MediaError(
@@ -387,6 +395,7 @@ def _image_from_array(value: np.ndarray | Tensor, max_pixels: int, who: str) -> 
 
 
 def _to_channels(image_CYX: Tensor, channels: int) -> Tensor:
+    """A picture with `channels` channels: transparent pixels become white, colours become luma where one channel is wanted."""
     have = image_CYX.shape[0]
     if have == channels:
         return image_CYX

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from multimodal.media.sources import (
     FOREIGN,
-    announce,
     as_tensor,
     file_kind,
     file_source,
     first_bytes,
     is_file_like,
-    say_once,
     unreadable,
+    warn_once,
 )
 from multimodal.shapes import MediaError
 from multimodal.texts import shortened
@@ -100,9 +99,13 @@ def sound_blocks(
 
 @dataclass
 class _Sound:
-    """An open sound: the facts of its header, and its samples.
+    """An open sound.
 
-    samples: samples of each channel; None if unknown. blocks: yields tensors (C, S) of floats.
+    name: for error messages.
+    rate: samples a second by its header, not yet checked.
+    channels: number of channels.
+    samples: number of samples of each channel; None if unknown.
+    blocks: yields tensors (C, S) of floats.
     """
 
     name: str
@@ -148,11 +151,13 @@ def _check_length(sound: _Sound, samples: int, rate: int, max_seconds: float, wh
 
 
 def _one_channel(sound: _Sound, rate: int, max_seconds: float, who: str) -> Iterator[Tensor]:
+    """The mean of the channels (S,), block by block, with the checks that need the samples."""
     came, power, power_of_mean = 0, 0.0, 0.0
     for wave_CS in sound.blocks():
         if wave_CS.numel() == 0:
             continue
         came += wave_CS.shape[1]
+        # headers may lie, so the length is checked again while samples come
         _check_length(sound, came, rate, max_seconds, who)
         flat = (wave_CS if wave_CS.is_contiguous() else wave_CS.T).reshape(-1)  # in the order of memory, without a copy
         _check_range(flat, sound.name, who)
@@ -164,7 +169,7 @@ def _one_channel(sound: _Sound, rate: int, max_seconds: float, who: str) -> Iter
     if not came:
         raise MediaError(f"{who}: {sound.name} has no samples")
     if power_of_mean < CANCELLED * power:
-        say_once(
+        warn_once(
             f"{who}: the {sound.channels} channels of {sound.name} cancel each other when they are averaged, as one is the "
             "negative of the other; turn one of them round, or give one channel"
         )
@@ -175,14 +180,12 @@ def _check_range(wave: Tensor, name: str, who: str) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise MediaError(f"{who}: {name} has samples that are not finite (NaN or infinity)")
     peak = max(-low, high)
+    # floats that are all whole numbers were integers, which nobody has divided by their range
     if peak > LOUDEST or (peak > 1.5 and bool((wave == wave.round()).all())):
         raise MediaError(
             f"{who}: {name} runs from {low:g} to {high:g}, but floats are wanted in -1..1; whole numbers of 16 bits are divided "
             "by 32768, or given as int16"
         )
-
-
-# Resampling
 
 
 def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling: Filter, who: str) -> Iterator[Tensor]:
@@ -194,23 +197,23 @@ def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling
             f"{who}: {rate} Hz and {rate_hz} Hz have only {common} as a common divisor, which takes too large a filter; "
             "resample it first to a usual rate such as 16000, 22050, 44100 or 48000 Hz"
         )
-    say_once(f"{who}: resampling {rate} Hz to {rate_hz} Hz")
+    warn_once(f"{who}: resampling {rate} Hz to {rate_hz} Hz")
     resample = _resampler(old, new, resampling) if old * new <= 2**20 else _resampler.__wrapped__(old, new, resampling)
     # the reach of the filter to either side, in periods of the lower rate; multiples of `old` samples keep its phase
     reach = math.ceil(FILTERS[resampling]["lowpass_filter_width"] / FILTERS[resampling]["rolloff"]) + 1
     context = old * math.ceil((reach * max(1, old / new) + old) / old)
-    held, done = torch.empty(0), 0  # done: samples of `held` that were yielded already and serve as context
+    pending, done = torch.empty(0), 0  # done: samples of `pending` that were yielded already and serve as context
     for block_S in (part_S for whole_S in raw for part_S in whole_S.split(max(BLOCK_SAMPLES * old // new, 1))):
-        held = torch.cat([held, block_S]) if len(held) else block_S
-        ready = (len(held) - done - context) // old * old
+        pending = torch.cat([pending, block_S]) if len(pending) else block_S
+        ready = (len(pending) - done - context) // old * old
         if ready <= 0:
             continue
-        given = resample(held[: done + ready + context])
+        given = resample(pending[: done + ready + context])
         yield given[done // old * new : (done + ready) // old * new]
         keep = max(done + ready - context, 0)
-        held, done = held[keep:], done + ready - keep
-    if len(held) > done:
-        yield resample(held)[done // old * new :]
+        pending, done = pending[keep:], done + ready - keep
+    if len(pending) > done:
+        yield resample(pending)[done // old * new :]
 
 
 @lru_cache(maxsize=16)
@@ -220,10 +223,8 @@ def _resampler(old: int, new: int, resampling: Filter) -> Callable[[Tensor], Ten
     return Resample(old, new, **FILTERS[resampling])
 
 
-# Arrays
-
-
 def _from_memory(value: Any, who: str) -> _Sound:
+    """The sound of a pair, a mapping or AudioSamples, whose wave is an array or a tensor."""
     if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
         wave, rate = value["array"], value["sampling_rate"]
     elif isinstance(value, (tuple, list)) and len(value) == 2:
@@ -274,7 +275,7 @@ def channels_first(wave: Any, came: str, who: str) -> Any:
             return wave.T
         if max(rows, columns) <= MOST_CHANNELS:
             raise MediaError(
-                f"{who}: the wave is {came}, and which of its axes are channels cannot be told, as both are short; average the "
+                f"{who}: the wave is {came}, and which of its axes are channels is ambiguous, as both are short; average the "
                 "channels first and give (S,)"
             )
     raise MediaError(
@@ -282,10 +283,8 @@ def channels_first(wave: Any, came: str, who: str) -> Any:
     )
 
 
-# Files
-
-
 def _open_file(value: Any, who: str, stack: ExitStack) -> _Sound:
+    """The sound of a file, by libsndfile or else by another package."""
     source, name = file_source(value, who)
     label = name if isinstance(source, Path) else "the sound"
     try:
@@ -372,11 +371,12 @@ def _open_other(source: Any, name: str, label: str, who: str, error: Exception, 
         raise MediaError(f"{who}: {name} is {kind} without a sound track")
     if len(container.streams.audio) > 1:
         text = f"{who}: {name} has {len(container.streams.audio)} sound tracks; only the first is read, as of every such file"
-        announce("sound tracks", text)
+        warn_once(text, key="sound tracks")
     return _by_ffmpeg(container, kind, name, label, who)
 
 
 def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _Sound:
+    """The first sound track of a file that the package av has opened."""
     import av
 
     stream = container.streams.audio[0]
@@ -391,13 +391,13 @@ def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _S
 
     def blocks() -> Iterator[Tensor]:
         to_floats, came = av.AudioResampler(format="fltp", layout=first.layout, rate=rate), 0
-        held: list[np.ndarray] = []
+        frames_CS: list[np.ndarray] = []
         try:
-            for frame in itertools.chain([first], frames, [None]):  # None: what the resampler still holds
-                held += [part.to_ndarray() for part in to_floats.resample(frame)]
-                if held and (frame is None or sum(part.shape[1] for part in held) >= BLOCK_S * rate):
-                    wave_CS = torch.from_numpy(np.concatenate(held, 1))
-                    came, held = came + wave_CS.shape[1], []
+            for frame in itertools.chain([first], frames, [None]):  # None: the rest of the resampler
+                frames_CS += [part.to_ndarray() for part in to_floats.resample(frame)]
+                if frames_CS and (frame is None or sum(part.shape[1] for part in frames_CS) >= BLOCK_S * rate):
+                    wave_CS = torch.from_numpy(np.concatenate(frames_CS, 1))
+                    came, frames_CS = came + wave_CS.shape[1], []
                     yield wave_CS
         except av.FFmpegError as error:
             raise unreadable(name, "sound", error, who) from error
@@ -411,9 +411,9 @@ def _by_ffmpeg(container: Any, kind: str, name: str, label: str, who: str) -> _S
 
 def _decoder(decoder: Any, label: str, who: str) -> _Sound:
     """The sound of an AudioDecoder of torchcodec."""
-    facts = getattr(decoder, "metadata", None)
-    rate, channels = getattr(facts, "sample_rate", None), getattr(facts, "num_channels", None) or 1
-    seconds = getattr(facts, "duration_seconds_from_header", None) or getattr(facts, "duration_seconds", None)
+    metadata = getattr(decoder, "metadata", None)
+    rate, channels = getattr(metadata, "sample_rate", None), getattr(metadata, "num_channels", None) or 1
+    seconds = getattr(metadata, "duration_seconds_from_header", None) or getattr(metadata, "duration_seconds", None)
 
     def samples() -> Any:
         try:

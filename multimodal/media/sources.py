@@ -8,7 +8,6 @@ import os
 import re
 import urllib.parse
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,19 +25,14 @@ LONGEST_URL = 2**27  # characters of a data: URL, which hold 96 MiB
 HEAD = 64  # bytes that are enough to recognise a file
 LONGEST_PATH = 100  # characters of a path that a message shows
 
-announced: set[str] = set()  # keys that `announce` has logged in this process
+warned: set[str] = set()  # keys of the warnings that this process has logged
 
 
-@cache
-def say_once(text: str) -> None:
-    """Log a warning once in each process."""
-    log.warning(text)
-
-
-def announce(about: str, text: str) -> None:
-    """Log a warning once for each key `about` in each process, such as the first file of a kind."""
-    if about not in announced:
-        announced.add(about)
+def warn_once(text: str, key: str | None = None) -> None:
+    """Log a warning once in each process, or once for each `key`, such as for the first file of a kind."""
+    key = text if key is None else key
+    if key not in warned:
+        warned.add(key)
         log.warning(text)
 
 
@@ -177,6 +171,7 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
 
 
 def first_bytes(file: BinaryIO) -> bytes:
+    """The first bytes of a file, which is left at its start."""
     file.seek(0)
     head = file.read(HEAD)
     file.seek(0)

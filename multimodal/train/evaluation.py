@@ -1,58 +1,70 @@
-"""How good a model is on held-out data."""
+"""Loss and accuracy on held-out data."""
 
 from typing import Any
 
 import torch
 
-from multimodal.contrast import evaluate_pairs
 from multimodal.data import Samples, as_samples, check_samples
 from multimodal.heads import Prediction
 from multimodal.model import Model
+from multimodal.process_state import preserved_state
+from multimodal.retrieval import evaluate_pairs
 from multimodal.shapes import check_whole
 from multimodal.stream import Stream
-from multimodal.surroundings import left_as_found
 from multimodal.train.processes import Processes
 
 
-@left_as_found()
+@preserved_state()
 def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
-    """Mean loss of a real target in nats, and the share of answers that are exactly right (by `predict`).
+    """{"loss": mean loss of a real target in nats, "exact": share of answers that are exactly right}.
 
-    A text is right if it is the one that was given, whatever its tokenizer makes of that. Of a task "a <-> b" the recall at 1 and
-    10 both ways instead; of one whose head hides or writes features, the loss only.
+    A text is right if it equals the text of the sample, even if the tokenizer cannot represent that text. A task "a <-> b" has the
+    recall at 1 and at 10 in both directions instead of "exact"; a head that hides tokens or writes features has the loss only.
+    samples: each with the field that the task writes. batch: number of samples at once.
+
+    Raises:
+        ConfigError, TaskError: no such task, no samples, or batch below 1.
+
+    Examples:
+        >>> found = mm.evaluate(model, "image -> label", samples)
+        >>> found["exact"]
+        1.0
     """
     model.packer.check_task(task)
     check_whole("evaluate", least=1, batch=batch)
     check_samples("evaluate", task, samples)
-    return measured(model, task, samples, Processes(), batch)
+    return evaluate_share(model, task, samples, Processes(), batch)
 
 
-def measured(model: Model, task: str, samples: Samples, processes: Processes, batch: int = 64) -> dict[str, float]:
-    """`evaluate`, each process on its share of the samples."""
+def evaluate_share(
+    model: Model, task: str, samples: Samples, processes: Processes, batch: int = 64
+) -> dict[str, float]:
+    """`evaluate`, where each process computes a share of the samples and all get the same result."""
     pattern, samples = model.packer.patterns[task], as_samples(samples)
-    if pattern.pair:  # each process looks at all of them, as recall is among all samples
+    if pattern.pair:  # recall compares all samples, so each process computes all
         return evaluate_pairs(model, task, samples, batch=batch)
     written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)
-    exact = not (head.hides or head.continuous)  # features are never exactly right; the loss measures their distance
+    exact = "exact" in head.measures
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
     for start in range(0, len(mine), batch):
         part = [samples[i] for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
         count += stream.readings[task].count
-        if head.writes or head.hides:
-            with model.resting():
+        if head.autoregressive or not exact:
+            with model.inference_mode():
                 total += float(model.losses(stream)[task])
             if not exact:
                 continue
             longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
             answers = model.generate(task, part, max_tokens=longest)
         else:
-            loss, answers = _at_once(model, task, stream)
+            loss, answers = _one_pass(model, task, stream)
             total += loss
         for sample, answer in zip(part, answers, strict=True):
             right += _equal(answer.value, written.wanted(sample[pattern.answer]))
-    total, count, right = processes.sum(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
+    # sums and not means, because shares of the samples differ in size
+    total, count, right = processes.all_reduce(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
     return {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
 
 
@@ -66,10 +78,10 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
-def _at_once(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction]]:
-    """Sum of the losses, and the answers in the order of the samples, of a head that needs one pass for both."""
+def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction]]:
+    """Sum of the losses, and the answers in the order of the samples, by one forward pass; for heads that do not generate."""
     head, readout = model.packer.head(task), model.readout(task)
-    with model.resting():
+    with model.inference_mode():
         wanted_N, readings = stream.narrowed()
         r = readings[task]
         assert r.target is not None  # it was packed with answers

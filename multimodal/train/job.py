@@ -1,4 +1,4 @@
-"""What a recipe file hands to `multimodal train`: a model, its data, and how to train it."""
+"""The job that a recipe file returns to `multimodal train`: a model, its data, and the settings of training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,26 +10,26 @@ from multimodal.data import Samples, Source
 from multimodal.declare import override
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
-from multimodal.train.compare import Record
-from multimodal.train.fit import Run, Tracker, fit
+from multimodal.train.loop import Run, Tracker, fit
 from multimodal.train.recipe import Recipe
+from multimodal.train.run_report import Record
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """The arguments of `fit`, as one thing.
+    """The arguments of `fit` as one object.
 
     model: what is trained.
-    data: by task, where its samples come from.
-    evaluation: by task, samples that are held out; None: nothing is evaluated.
+    data: the source of the samples of each task.
+    evaluation: held-out samples of each task; None: nothing is evaluated.
     mix: shares of the tasks, or a temperature, as `fit` takes it; None: by their sizes.
-    recipe: how it is trained.
+    recipe: the settings of training.
     """
 
     model: Model
-    data: Mapping[str, Source]  # by task
-    evaluation: Mapping[str, Samples] | None = None  # held out, by task
-    mix: Mapping[str, float] | float | None = None  # shares of the tasks, or a temperature, as `fit` takes it
+    data: Mapping[str, Source]
+    evaluation: Mapping[str, Samples] | None = None
+    mix: Mapping[str, float] | float | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
@@ -66,6 +66,7 @@ class TrainingJob:
         for name in ("model", "data"):
             if name not in given:
                 raise ConfigError(f"{where} returned no {name!r}; it returned {', '.join(given) or 'nothing'}")
+        # a recipe file may give only the settings that differ from the defaults
         recipe = given.get("recipe", Recipe())
         if isinstance(recipe, Mapping):
             recipe = override(Recipe(), **recipe)
@@ -80,15 +81,15 @@ class TrainingJob:
         quiet: bool = False,
         go_on: str | None = None,
     ) -> Run:
-        """Train, keeping everything in `folder`; an unfinished run of the same configuration that is there already goes on.
+        """Train and save everything in `folder`; an unfinished run of the same configuration there is resumed.
 
-        resume: a finished run there is no error; there is nothing left to do. go_on: as of `fit`.
+        resume: a finished run there is no error, and nothing is trained. go_on: as of `fit`.
 
         Raises:
             ConfigError: the folder holds a finished run. CheckpointError: it holds one of another configuration.
         """
-        there = Record.read(folder)
-        if there.finished and not resume:
+        found = Record.read(folder)
+        if found.finished and not resume:
             raise ConfigError(
                 f"{folder} holds a training run that went to its end; choose another folder (--folder), or delete it "
                 "(--resume takes it as it is)"
@@ -100,7 +101,7 @@ class TrainingJob:
             evaluation=self.evaluation,
             mix=self.mix,
             folder=folder,
-            resume=there.step is not None,
+            resume=found.step is not None,
             trackers=trackers,
             quiet=quiet,
             go_on=go_on or "run the same job with the same folder",

@@ -1,7 +1,7 @@
-"""`--processes 4`: the same command so many times on this machine, watched as one; what `torchrun` does on many machines.
+"""`--processes 4`: starts a command in 4 processes of this machine and waits for them, as `torchrun` does on many machines.
 
-Every process gets the variables that torchrun sets (RANK, WORLD_SIZE, ...), so the one that trains cannot tell the two apart.
-None outlives the launcher: each holds a pipe from it as its standard input, which ends when the launcher does, however it died.
+Every process gets the variables that torchrun sets (RANK, WORLD_SIZE, ...), so `fit` needs to know only these.
+No process outlives the launcher: its standard input is a pipe from the launcher, which closes when the launcher ends in any way.
 """
 
 import codecs
@@ -20,17 +20,19 @@ from multimodal.shapes import ConfigError
 
 STOPPED = 130  # exit code of a run that was asked to stop, and saved
 LAUNCHED = "MULTIMODAL_LAUNCHED"  # set for the processes started here
-SETTLE_S = 1.0  # after one process failed: so long others may fail by themselves, who may know the reason
-GRACE_S = 20.0  # from being asked to end to being killed, when another process failed
-ORPHAN_S = 60.0  # the same, when the launcher is gone
+SETTLE_S = 1.0  # time after the first failure in which others may fail too, one of which may have the reason
+GRACE_S = 20.0  # from SIGTERM to SIGKILL when another process failed
+ORPHAN_S = 60.0  # from SIGTERM to the end when the launcher is gone
 LAST_LINES, LAST_CHARACTERS = 20, 8000
 
 
 def launch(command: Sequence[str], processes: int, *, grace_s: float = GRACE_S) -> int:
-    """Run `command` in so many processes until all have ended; returns the exit code of the whole.
+    """Run `command` in `processes` processes until all have ended; returns the exit code of the launcher.
 
     When one fails, the others are ended and its last lines are shown. Ctrl-C and SIGTERM are passed on, so that all save and end;
-    a third one kills. Only process 0 prints; of the others the last lines are kept for the case that they fail.
+    a third one kills. Only process 0 prints; the last lines of the others are printed if they fail.
+
+    grace_s: seconds from SIGTERM to SIGKILL after a failure.
 
     Raises:
         ConfigError: fewer than 1 process, or this process is itself one of several.
@@ -46,9 +48,9 @@ def launch(command: Sequence[str], processes: int, *, grace_s: float = GRACE_S) 
             "--processes: this process is already one of several (RANK is set, as by torchrun); leave --processes out"
         )
     workers: list[_Worker] = []
-    with _passed_on(workers) as asked:
+    with _forward_signals(workers) as asked:
         try:
-            shared = _shared(processes)
+            shared = _environment(processes)
             for rank in range(processes):
                 workers.append(_Worker(command, rank, shared))
             failed = _first_to_fail(workers, asked)
@@ -62,12 +64,12 @@ def launch(command: Sequence[str], processes: int, *, grace_s: float = GRACE_S) 
     stopped = asked or any(worker.code == STOPPED for worker in workers)
     if failed is None or (asked and failed.code in (-signal.SIGINT, -signal.SIGTERM)):
         return STOPPED if stopped else 0
-    print(failed.obituary(processes), file=sys.stderr)
+    print(failed.failure(processes), file=sys.stderr)
     return failed.code if failed.code > 0 else 128 - failed.code
 
 
 def end_with_launcher(grace_s: float = ORPHAN_S) -> None:
-    """In a process that `launch` started: when the launcher is gone, end as if asked to, and after a time of grace at once."""
+    """In a process that `launch` started: when the launcher is gone, send SIGTERM to this process, and end it after `grace_s`."""
     if not os.environ.get(LAUNCHED):
         return
 
@@ -84,11 +86,11 @@ def end_with_launcher(grace_s: float = ORPHAN_S) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _shared(processes: int) -> dict[str, str]:
-    """What every process finds in its environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _environment(processes: int) -> dict[str, str]:
+    """The environment of every process, without its rank."""
+    with socket.socket() as unused:  # the system chooses an unused port
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
@@ -103,7 +105,7 @@ def _shared(processes: int) -> dict[str, str]:
 
 
 class _Worker:
-    """One process and the last lines that it wrote."""
+    """One process and the last lines of its output."""
 
     def __init__(self, command: Sequence[str], rank: int, shared: Mapping[str, str]) -> None:
         self.rank = rank
@@ -147,7 +149,7 @@ class _Worker:
             self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
 
     def close(self) -> None:
-        """If it is alive kill it, together with its data workers, which are of its session."""
+        """Kill the process if it runs, with its data workers, which are in the same session."""
         if not self.ended:
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -158,8 +160,8 @@ class _Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
 
-    def obituary(self, processes: int) -> str:
-        """Who died and how, with its last lines unless they were shown when they came."""
+    def failure(self, processes: int) -> str:
+        """Which process failed and how, with its last lines unless they were printed before."""
         how = f"ended with exit code {self.code}"
         if self.code < 0:
             name = signal.Signals(-self.code).name
@@ -170,8 +172,8 @@ class _Worker:
 
 
 @contextmanager
-def _passed_on(workers: Sequence[_Worker]) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM go to every worker; gives the list of those that came."""
+def _forward_signals(workers: Sequence[_Worker]) -> Iterator[list[int]]:
+    """Forwards Ctrl-C and SIGTERM to every worker; yields the list of received signals."""
     asked: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -191,9 +193,9 @@ def _passed_on(workers: Sequence[_Worker]) -> Iterator[list[int]]:
 
 
 def _first_to_fail(workers: Sequence[_Worker], asked: Sequence[int]) -> _Worker | None:
-    """Waits until one fails, or all have ended or three signals came; of several that failed, the one that knows why.
+    """Waits until a process fails, all have ended or three signals came; of several that failed, the one that failed first.
 
-    One that was stopped and saved has not failed, and the others may take their time to do the same.
+    A process that was stopped and has saved has not failed, and the others have unlimited time to save too.
     """
 
     def failed() -> list[_Worker]:
@@ -201,7 +203,7 @@ def _first_to_fail(workers: Sequence[_Worker], asked: Sequence[int]) -> _Worker 
 
     while not failed() and len(asked) < 3 and not _wait(workers, 0.05):
         pass
-    # a process that a signal killed did not fail because of the others
+    # a process that was killed by a signal did not fail because of the others
     if not failed() or any(worker.code < 0 for worker in failed()):
         return min(failed(), key=lambda worker: worker.code, default=None)
     code = failed()[0].code
@@ -210,7 +212,7 @@ def _first_to_fail(workers: Sequence[_Worker], asked: Sequence[int]) -> _Worker 
 
 
 def _wait(workers: Sequence[_Worker], seconds: float) -> bool:
-    """Whether all have ended by then."""
+    """Wait at most `seconds`; returns whether all have ended."""
     until = time.monotonic() + seconds
     while not (done := all(worker.ended for worker in workers)) and time.monotonic() < until:
         time.sleep(0.02)

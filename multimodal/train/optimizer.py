@@ -1,4 +1,4 @@
-"""The optimisers of a recipe: which weights are decayed, which matrices Muon orthogonalises, and the learning rate."""
+"""Learning rate, AdamW and Muon: decides which weights are decayed and which matrices Muon orthogonalises."""
 
 import math
 from collections.abc import Callable
@@ -87,8 +87,9 @@ def make_optimizer(
         )
     if sharded:
         raise ConfigError(
-            "Recipe: optimizer='muon' needs whole matrices, which parallel='fsdp' shares out; use one of them"
+            "Recipe: optimizer='muon' needs unsharded matrices, which parallel='fsdp' shards; use one of them"
         )
+    # as in Jordan et al. embeddings and heads stay with AdamW: Muon takes matrices of the core only
     rows = parts(model)
     by_muon = {
         name: (p, rows.get(name, [p.shape[0]]))
@@ -118,7 +119,7 @@ def _is_matrix(rows: int, columns: int) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) for matrices, each part of a fused one by itself, and AdamW for the rest.
+    """Orthogonalised momentum (Jordan et al. 2024) for matrices, each part of a fused one separately, and AdamW for the rest.
 
     A group with `rows` holds one parameter; `rows` are those of each matrix in it. The updates have the usual size of AdamW's, .2
     a weight (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that both take the same rate.

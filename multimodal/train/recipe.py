@@ -1,4 +1,4 @@
-"""Everything about a training run that is not the model and not the data, and what is chosen for it on this machine."""
+"""The settings of a training run besides model and data, and the device and precision for this machine."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ LEAST = {
     **dict.fromkeys(("steps", "batch", "accumulate", "packs", "look_ahead", "keep"), 1),
     **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every"), 0),
 }
-# what a run may be resumed with although it began with another value: none of it changes which samples are learned from, or how
-FREE = (
+# settings that may differ when a run is resumed: none of them changes the samples or the mathematics
+MAY_CHANGE = (
     "accumulate",
     "max_bad",
     "activation_checkpointing",
@@ -37,7 +37,7 @@ OPTIMIZERS = ("adamw", "muon")
 class Recipe(Declared):
     """How to train.
 
-    steps: how many times the optimiser changes the weights.
+    steps: number of optimiser steps.
     batch: samples a step, all tasks together.
     accumulate: micro-batches a step in each process; the gradients are the same up to rounding, but for dropout and pairs.
     tokens: the token budget of a pack, which samples of any length fill; 0: `batch` samples a step.
@@ -45,12 +45,13 @@ class Recipe(Declared):
     look_ahead: samples among which each pack is chosen.
     max_bad: broken samples that are left out, counted and listed; one more ends the run.
     lr: the learning rate at its peak.
-    warmup: the share of the steps in which the rate rises linearly to lr.
-    final_lr: the share of lr that the cosine ends at.
+    warmup: the share of the steps in which the rate rises linearly to lr; the last of them has it.
+    final_lr: the share of lr that the cosine ends at, in the last step.
     optimizer: "adamw", or "muon": orthogonalised momentum for the core's matrices and AdamW for the rest.
-    weight_decay: how much of lr times a weight is taken off it in each step; of matrices only.
+    weight_decay: each step subtracts lr times weight_decay times the weight; only from matrices, not from embeddings, class
+        tokens, grids and other vectors.
     betas: the decays of the means of the gradient and of its square.
-    clip: the largest norm of a gradient, which is scaled down to it; 0: none.
+    clip: a gradient with a larger norm is scaled down to this norm; 0: none is.
     spike: a step whose gradient norm is above this many times the mean is skipped, and its batch is saved; 0: none is.
     ema: the decay of averaged weights, which then become the model; 0: no average.
     precision: float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it.
@@ -61,46 +62,48 @@ class Recipe(Declared):
     workers: processes that read and encode data; 0: the main one does.
     evaluate_every: steps between evaluations; 0: at the end only.
     checkpoint_every: steps between checkpoints; 0: at the end only.
-    keep: how many checkpoints, the newest ones, stay.
+    keep: number of checkpoints that stay, the newest ones.
     best: a measure, such as "image -> label exact", whose best model is saved as well; "": none.
     seed: decides the order of data, augmentation and dropout.
+
+    Examples:
+        >>> recipe = mm.Recipe(steps=5, batch=4, lr=1e-3)
+        >>> run = mm.fit(model, {"image -> label": samples}, recipe, quiet=True)
+        >>> again = mm.fit(model, {"image -> label": samples}, recipe, seed=1, quiet=True)
     """
 
-    steps: int = 1000  # optimiser steps
-    batch: int = 64  # samples a step, all tasks together
-    accumulate: int = (
-        1  # micro-batches a step in each process; the same gradients up to rounding, but for dropout and pairs
-    )
-    tokens: int = 0  # budget of a pack: samples of any length fill packs of so many tokens; 0: `batch` samples a step
-    packs: int = 1  # packs a step, all processes together, where there is a token budget
-    look_ahead: int = 256  # samples among which each pack is chosen
-    max_bad: int = 0  # broken samples that are left out, counted and listed; one more ends the run
-    lr: float = 1e-3  # peak
-    warmup: float = 0.05  # share of the steps that rise linearly to lr; the last of them has it
-    final_lr: float = 0.01  # share of lr that the cosine ends at, in the last step
-    optimizer: str = "adamw"  # or "muon": orthogonalised momentum for the core's matrices, AdamW for the rest
-    weight_decay: float = 0.05  # on matrices only; not on embeddings, class tokens, grids and other vectors
+    steps: int = 1000
+    batch: int = 64
+    accumulate: int = 1
+    tokens: int = 0
+    packs: int = 1
+    look_ahead: int = 256
+    max_bad: int = 0
+    lr: float = 1e-3
+    warmup: float = 0.05
+    final_lr: float = 0.01
+    optimizer: str = "adamw"
+    weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0  # largest gradient norm; 0: none
-    spike: float = (
-        0.0  # a step whose gradient norm is so many times the usual one is left out, its batch kept; 0: none is
-    )
-    ema: float = 0.0  # decay of averaged weights, which then become the model; 0: none
-    precision: str = "auto"  # float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it
+    clip: float = 1.0
+    spike: float = 0.0
+    ema: float = 0.0
+    precision: str = "auto"
     device: str = "auto"
-    activation_checkpointing: bool = False  # blocks are computed again in the backward pass instead of remembered
-    compile: bool = False  # torch.compile; needs a C++ compiler on CPUs
-    parallel: str = "ddp"  # or "fsdp": several processes share out weights, gradients and the optimiser's state
-    workers: int = 0  # data processes; 0: in the main one
-    evaluate_every: int = 0  # steps; 0: at the end only
-    checkpoint_every: int = 0  # steps; 0: at the end only
-    keep: int = 2  # last checkpoints that are kept
-    best: str = ""  # a measure, such as "image -> label exact", whose best model is kept as well
-    seed: int = 0  # order of data, augmentation, dropout
+    activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+    workers: int = 0
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    keep: int = 2
+    best: str = ""
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             check_whole("Recipe", least=least, **{name: getattr(self, name)})
+        # the type of the default is that of the setting; an int is a valid float, but True is no valid int
         for setting in dataclasses.fields(self):
             value, kind = getattr(self, setting.name), type(setting.default)
             if not isinstance(value, (int, float) if kind is float else kind) or (

@@ -1,4 +1,4 @@
-"""`--set core.depth=8`: what was typed, put into a recipe file's job, each value read by the type of its field."""
+"""`--set core.depth=8`: changes settings of a recipe file's job; a value is converted to the type of its field."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ import torch
 
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, did_you_mean
-from multimodal.stream import Task
+from multimodal.task import Task
 from multimodal.train.job import TrainingJob
 
 SIMPLE = (bool, int, float, str)
@@ -22,7 +22,12 @@ YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 @dataclass(frozen=True)
 class Setting:
-    """One `NAME=value`: the names between the dots, and the value as text."""
+    """One `NAME=value`.
+
+    typed: the whole text, for errors.
+    path: the names between the dots.
+    text: the value.
+    """
 
     typed: str
     path: tuple[str, ...]
@@ -30,9 +35,13 @@ class Setting:
 
     @classmethod
     def parse(cls, typed: str) -> "Setting":
-        """Raises a ConfigError unless this is a name, `=` and a value. Quotes around a part of the name may be there or not."""
+        """A setting from text; parts of the name may be quoted.
+
+        Raises:
+            ConfigError: the text is not a name, `=` and a value.
+        """
         name, equals, text = typed.partition("=")
-        path = tuple(_tight(part.strip().strip("\"'")) for part in name.split("."))
+        path = tuple(_normalised(part.strip().strip("\"'")) for part in name.split("."))
         if not equals or not all(path):
             raise ConfigError(f"--set {typed}: wanted name=value, such as --set steps=200 or --set core.depth=8")
         return cls(typed, path, text.strip())
@@ -50,6 +59,7 @@ def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> T
     arguments: dict[str, Any] = {}
     rest: list[Setting] = []
     parameters = inspect.signature(make).parameters
+    # a parameter of the function comes before a setting of the Recipe with the same name
     for setting in map(Setting.parse, settings):
         name = setting.path[0]
         if len(setting.path) == 1 and name in parameters:
@@ -66,12 +76,12 @@ def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> T
         named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if named and parameter.default is parameter.empty:
             raise ConfigError(f"{where} needs {parameter.name!r}; give that parameter a default")
-    free = [name for name, parameter in parameters.items() if type(parameter.default) in SIMPLE]
-    return changed(TrainingJob.of(make(**arguments), where), rest, free)
+    settable = [name for name, parameter in parameters.items() if type(parameter.default) in SIMPLE]
+    return changed(TrainingJob.of(make(**arguments), where), rest, settable)
 
 
 def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[str] = ()) -> TrainingJob:
-    """The job with settings put in; `parameters` are those that the recipe's function has besides, for errors."""
+    """The job with changed settings. parameters: the names of the recipe function's own parameters, for errors."""
     model = job.model
     tasks = {pattern: Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()}
     parts = {
@@ -91,7 +101,7 @@ def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[
             path = ("recipe", *path)
             known = [field.name for field in dataclasses.fields(job.recipe)]
             if (name := path[1]) not in known:
-                near = [place for place in _places(parts) if place.rsplit(".", 1)[1] == name]
+                near = [place for place in _paths(parts) if place.rsplit(".", 1)[1] == name]
                 more = f"; recipe() takes {', '.join(parameters)}" if parameters else ""
                 hint = f"; did you mean {near[0]!r}?" if near else did_you_mean(name, [*known, *parameters])
                 raise ConfigError(
@@ -101,19 +111,20 @@ def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[
             raise ConfigError(
                 f"--set {setting.typed}: there is no {path[0]!r}; there are {', '.join(parts)}{did_you_mean(path[0], parts)}"
             )
-        _put(changes, path, setting)
+        _file_setting(changes, path, setting)
     temperature = _read(changes.pop("mix"), float) if isinstance(changes.get("mix"), Setting) else None
-    new = _with(parts, changes, "")
+    new = _changed_part(parts, changes, "")
+    # a model is built from its declarations, so a changed part needs a new model
     if any(part in changes for part in ("core", "tokenizers", "tasks", "model")):
-        _refuse_to_lose(model)
+        _check_initial_weights(model)
         tasks = list(new["tasks"].values())
         model = type(model)(new["tokenizers"], new["core"], tasks, seed=new["model"]["seed"])
     mix = temperature if temperature is not None else new["mix"] if "mix" in changes else job.mix
     return dataclasses.replace(job, model=model, recipe=new["recipe"], mix=mix)
 
 
-def _put(changes: dict[str, Any], path: Sequence[str], setting: Setting) -> None:
-    """File a setting under its path, so that all settings of one part are put in at once: width and heads must fit together."""
+def _file_setting(changes: dict[str, Any], path: Sequence[str], setting: Setting) -> None:
+    """Add a setting to the tree `changes`, so that all settings of one part are changed at once: width and heads must fit."""
     *above, last = path
     for name in above:
         changes = changes.setdefault(name, {})
@@ -124,15 +135,15 @@ def _put(changes: dict[str, Any], path: Sequence[str], setting: Setting) -> None
     changes[last] = setting
 
 
-def _with(part: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """A part (frozen dataclass, mapping or tuple) with a tree of changes put in."""
-    values, kinds = _inside(part)
+def _changed_part(part: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A copy of a part (frozen dataclass, mapping or tuple) with a tree of changes."""
+    values, kinds = _fields_of(part)
     new: dict[str, Any] = {}
-    known = {_tight(name): name for name in values}
-    for tight, change in changes.items():
-        name = known.get(tight, tight)
+    known = {_normalised(name): name for name in values}
+    for key, change in changes.items():
+        name = known.get(key, key)
         here = f"{where}.{name}" if where else name
-        typed = _any_of(change).typed
+        typed = _first_of(change).typed
         if name not in values:
             what = type(part).__name__ if dataclasses.is_dataclass(part) else where
             there = ", ".join(values) or f"nothing to set: it is {part!r}"
@@ -141,11 +152,12 @@ def _with(part: Any, changes: Mapping[str, Any], where: str) -> Any:
             )
         value = values[name]
         if isinstance(change, dict):
-            new[name] = _with(value, change, here)
-        elif _inside(value)[0] and not isinstance(value, tuple):
+            new[name] = _changed_part(value, change, here)
+        # a whole part, such as a score, would need a name for a class
+        elif _fields_of(value)[0] and not isinstance(value, tuple):
             raise ConfigError(
                 f"--set {typed}: {here} is {type(value).__name__}, which is chosen in the file; here is set what is inside of it: "
-                f"{', '.join(f'{here}.{inner}' for inner in _inside(value)[0])}"
+                f"{', '.join(f'{here}.{inner}' for inner in _fields_of(value)[0])}"
             )
         else:
             new[name] = _read(change, kinds[name])
@@ -154,8 +166,8 @@ def _with(part: Any, changes: Mapping[str, Any], where: str) -> Any:
     return {**part, **new} if isinstance(part, Mapping) else dataclasses.replace(part, **new)
 
 
-def _inside(part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(values, types) by name of what can be set inside of a part; nothing in a plain value."""
+def _fields_of(part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values, types) by name of the settings of a part; empty for a plain value."""
     if isinstance(part, Mapping):
         return dict(part), {name: type(value) for name, value in part.items()}
     if isinstance(part, tuple):
@@ -171,21 +183,22 @@ def _inside(part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, {name: hints.get(name, type(value)) for name, value in values.items()}
 
 
-def _tight(name: str) -> str:
+def _normalised(name: str) -> str:
     """One spelling of a name: a task without blanks around its arrow, other names with underscores for dashes."""
     return re.sub(r"\s*(<?->)\s*", r"\1", " ".join(name.split())) if "->" in name else name.strip().replace("-", "_")
 
 
-def _any_of(change: Any) -> Setting:
-    return change if isinstance(change, Setting) else _any_of(next(iter(change.values())))
+def _first_of(change: Any) -> Setting:
+    """The first setting of a tree of changes."""
+    return change if isinstance(change, Setting) else _first_of(next(iter(change.values())))
 
 
-def _places(parts: Mapping[str, Any]) -> list[str]:
-    """'core.depth', 'tokenizers.image.patch', ...: what can be set one level or two below."""
+def _paths(parts: Mapping[str, Any]) -> list[str]:
+    """The paths that can be set, such as 'core.depth' and 'tokenizers.image.patch'."""
     found = []
     for name, part in parts.items():
         below = {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, Mapping) else {name: part}
-        found += [f"{place}.{inner}" for place, value in below.items() for inner in _inside(value)[0]]
+        found += [f"{place}.{inner}" for place, value in below.items() for inner in _fields_of(value)[0]]
         found += [place for place in below if "." in place]
     return found
 
@@ -194,17 +207,19 @@ def _read(setting: Setting, kind: Any) -> Any:
     try:
         return _converted(setting.text, kind)
     except (ValueError, OverflowError):
-        raise ConfigError(f"--set {setting.typed}: {setting.text!r} is no {_named(kind)}") from None
+        raise ConfigError(f"--set {setting.typed}: {setting.text!r} is no {_type_name(kind)}") from None
     except TypeError:
         raise ConfigError(
-            f"--set {setting.typed}: a {_named(kind)} cannot be typed; it is chosen in the file"
+            f"--set {setting.typed}: a {_type_name(kind)} cannot be set here; it is chosen in the file"
         ) from None
 
 
-def _named(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join([*map(_named, options), *(["none"] if len(options) < len(typing.get_args(kind)) else [])])
+        return " or ".join(
+            [*map(_type_name, options), *(["none"] if len(options) < len(typing.get_args(kind)) else [])]
+        )
     return str(kind) if options else getattr(kind, "__name__", str(kind))
 
 
@@ -226,6 +241,7 @@ def _converted(text: str, kind: Any) -> Any:
     if origin is typing.Literal:
         choices = {str(choice): choice for choice in inside}
         return choices[text] if text in choices else _fail(text)
+    # "0.9,0.95", with or without brackets
     if kind is tuple or origin is tuple:
         parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
         if not inside or inside[-1] is Ellipsis:
@@ -245,17 +261,18 @@ def _fail(text: str) -> typing.NoReturn:
     raise ValueError(text)
 
 
-def _refuse_to_lose(model: Model) -> None:
-    """A changed model is drawn afresh, so the recipe's must be as its declaration draws it."""
+def _check_initial_weights(model: Model) -> None:
+    """Raise a ConfigError if the weights are not the initial ones: a changed model is initialised anew, and would lose them."""
     tasks = [Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()]
-    fresh = type(model)(model.packer.tokenizers, model.core.core, tasks, seed=model.seed)
-    drawn = fresh.state_dict()
-    other = [name for name, t in model.state_dict().items() if not torch.equal(t.cpu(), drawn[name])]
-    free = {name for name, p in fresh.named_parameters() if p.requires_grad}
-    other += [name for name, p in model.named_parameters() if (name in free) != p.requires_grad]
+    initial = type(model)(model.packer.tokenizers, model.core.core, tasks, seed=model.seed)
+    weights = initial.state_dict()
+    # weights without memory, as of a plan, cannot be lost
+    other = [n for n, t in model.state_dict().items() if not t.is_meta and not torch.equal(t.cpu(), weights[n])]
+    trainable = {name for name, p in initial.named_parameters() if p.requires_grad}
+    other += [name for name, p in model.named_parameters() if (name in trainable) != p.requires_grad]
     if other:
         raise ConfigError(
-            "--set: a change of core, tokenizers, tasks or model.seed draws the model's weights afresh, and "
-            f"{len(other)} of this recipe's are not as they were drawn (loaded, trained or frozen), such as {other[0]}; "
-            "make the change in the file, before the weights are put in"
+            "--set: a change of core, tokenizers, tasks or model.seed initialises the model's weights anew, and "
+            f"{len(other)} of this recipe's are not initial ones (loaded, trained or frozen), such as {other[0]}; "
+            "make the change in the file, before the weights are loaded"
         )

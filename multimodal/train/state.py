@@ -1,7 +1,8 @@
-"""Saves and restores the state of a training run, atomically: weights, optimiser, averages, data order.
+"""Saves and restores the state of a training run, atomically: weights, optimiser, averages, position in the data;
+a run is resumed only with the settings that it was saved with.
 
-RUN/checkpoints/step-0000100/   state.safetensors   tensors (shared-out ones: pieces/, a file from each process)
-                                state.json          step, settings, where the data go on
+RUN/checkpoints/step-00000100/  state.safetensors   tensors (sharded ones: pieces/, a file from each process)
+                                state.json          step, settings, position in the data
                                 manifest.json       size and SHA-256 of every file; written last
 """
 
@@ -36,26 +37,32 @@ from multimodal.checkpoint import (
     write_tensors,
 )
 from multimodal.declare import declaration, plain, rebuild
-from multimodal.files import check_fields, check_inside, file_hash, flush, free_name, read_json, shown_short
+from multimodal.files import check_fields, check_inside, file_hash, flush, read_json, unused_path
 from multimodal.model import Model
 from multimodal.shapes import CheckpointError, did_you_mean
-from multimodal.train.pieces import INDEX, Pieces, write_pieces
-from multimodal.train.processes import Processes, whole
-from multimodal.train.recipe import FREE, PRECISIONS, Recipe
+from multimodal.texts import short_repr
+from multimodal.train.processes import Processes, cpu_copy
+from multimodal.train.recipe import MAY_CHANGE, PRECISIONS, Recipe
+from multimodal.train.sharded_tensors import INDEX, ShardedTensors, write_sharded
 
-CHECKPOINTS, TENSORS, PIECES = "checkpoints", "state.safetensors", "pieces"
-SHARDED = "sharded"  # folder of sharded tensors of earlier versions, written by torch.distributed.checkpoint, which uses pickle
+CHECKPOINTS, TENSORS, SHARDS = "checkpoints", "state.safetensors", "pieces"
+PICKLED = "sharded"  # folder of sharded tensors of earlier versions, written by torch.distributed.checkpoint, which uses pickle
 TRUST = "MULTIMODAL_TRUST_PICKLE_IN"  # the environment variable that names the run folder whose pickle may be read
-FACTS, MANIFEST = "state.json", "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
-OLD = "state"  # where format 1 lies, which had no manifest and one state only
+OLD = "state"  # the folder of format 1, which had one state only and no manifest
 WRITING, DAMAGED = ".writing", ".damaged"
-RUN_PARTS = {"recipe", "core", "tasks", "tokenizers"}  # keys of the configuration and of the states of a run
+RUN_KEYS = {"recipe", "core", "tasks", "tokenizers"}  # keys of the configuration and of the states of a run
 
 
 @dataclass
-class Trained:
-    """The parts of a state: a model in training, its optimiser and its averaged weights (None: no average)."""
+class TrainingState:
+    """The tensors of a state.
+
+    model: the model in training.
+    optimizer: its optimiser.
+    ema: a copy of the model with averaged weights; None: no average.
+    """
 
     model: Model
     optimizer: torch.optim.Optimizer
@@ -71,7 +78,7 @@ class Trained:
                 found[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
         return found
 
-    def like(self, header: Header) -> dict[str, Tensor]:
+    def empty_like(self, header: Header) -> dict[str, Tensor]:
         """Empty tensors with the names and shapes of a header, sharded like the weights, to read a state into."""
         parameters = dict(self._parameters())
         found = self.tensors()
@@ -99,13 +106,13 @@ class Trained:
             part, _, name = key.partition("/")
             if part not in fits.get(name, {}):
                 problems.append(
-                    f"foreign {shown_short(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
+                    f"foreign {short_repr(key)}{did_you_mean(key, _keys(fits)) if len(problems) < 3 else ''}"
                 )
             elif fits[name][part] not in _fitting(shape, "a number" if kind in FLOATS else kind):
                 problems.append(f"{key} is {kind} {shape}, wanted {' '.join(map(str, reversed(fits[name][part])))}")
-        begun = {key.partition("/")[2] for key in there}
-        # a parameter that no step has used has no moments
-        problems += [f"missing {key}" for key in _keys(fits) if key.partition("/")[2] in begun and key not in there]
+        # a parameter that no step has used has no moments, any other has all of them
+        used = {key.partition("/")[2] for key in there}
+        problems += [f"missing {key}" for key in _keys(fits) if key.partition("/")[2] in used and key not in there]
         if fits and not there:
             problems.append("missing: there is nothing of it")
         if problems:
@@ -138,8 +145,8 @@ class Trained:
             }
         return found
 
-    def put(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        """Restore model, averages and optimiser.
+    def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        """Load tensors into model, averaged weights and optimiser.
 
         Raises:
             CheckpointError: the state is that of another model.
@@ -164,7 +171,9 @@ class Trained:
 
 
 class Checkpoints:
-    """The states of a run folder: written atomically, checked by checksums when they are read, and only the last `keep` stay.
+    """The states of a run folder: written atomically, compared with their checksums when they are read.
+
+    keep: the number of states that stay, the newest ones.
 
     A thread writes a copy of the state while training goes on, which costs a tenth of the waiting time (DECISIONS.md).
     """
@@ -178,40 +187,43 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        trained: Trained,
-        facts: Mapping[str, Any],
+        state: TrainingState,
+        metadata: Mapping[str, Any],
         extra: Mapping[str, Any],
         data: Mapping[str, Any],
-        also: Callable[[], Any] = lambda: None,
+        then: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Write the state after `step`. `facts` are JSON values that must agree when it is read again, `extra` others; `data` is
-        where each process's data go on; `also` is done after that, by the same thread.
+        """Start to write the state after `step`.
 
-        If this fails, because the disk is full for instance, the older states stay, and a warning says why.
+        metadata: JSON values that must be equal when the state is loaded. extra: other JSON values. data: the position of this
+        process in the data. then: called by the writing thread when the state is written.
+
+        If writing fails, because the disk is full for instance, the older states stay, and the next call warns.
         """
-        parts = self.processes.gather(dict(data))
+        # each process has its own lanes; a state must be readable by any number of processes
+        parts = self.processes.all_gather(dict(data))
         data = {key: {k: v for part in parts for k, v in part[key].items()} for key in data}
-        tensors = trained.tensors()
+        tensors = state.tensors()
         shapes = {name: [list(t.shape), short_name(t.dtype)] for name, t in tensors.items()}
-        told = {"format": FORMAT, "step": step, **facts, **extra, "data_state": data, "tensors": shapes}
-        self._tell()
+        saved = {"format": FORMAT, "step": step, **metadata, **extra, "data_state": data, "tensors": shapes}
+        self._warn_of_failure()
         place = self._place(step)
         if self.processes.rank == 0:
             for left in self.folder.glob(f"step-*{WRITING}*"):  # left by a run that was killed
                 if re.fullmatch(rf"step-\d+{re.escape(WRITING)}(\.\d+)?", left.name):
-                    remove(left)
+                    remove_state(left)
         # a folder that is still there holds foreign files
-        aside = self.processes.gather(free_name(place.with_name(place.name + WRITING)))[0]
+        aside = self.processes.all_gather(unused_path(place.with_name(place.name + WRITING)))[0]
         sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
             try:
-                write_pieces(aside / PIECES, tensors, self.processes)
+                write_sharded(aside / SHARDS, tensors, self.processes)
             except OSError as error:  # raised in every process
-                self.failed = OSError(f"the state after step {step} could not be kept ({error})")
+                self.failed = OSError(f"the state after step {step} could not be saved ({error})")
                 return
         if self.processes.rank:
             return
-        copies = {} if sharded else {name: whole(t) for name, t in tensors.items()}
+        copies = {} if sharded else {name: cpu_copy(t) for name, t in tensors.items()}
 
         def write() -> None:
             what = "state"
@@ -219,21 +231,21 @@ class Checkpoints:
                 aside.mkdir(parents=True, exist_ok=True)
                 if copies:
                     write_tensors(copies, aside / TENSORS)
-                (aside / FACTS).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-                seal(aside)
+                (aside / STATE).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+                write_manifest(aside)
                 os.replace(aside, place)
                 flush(self.folder)
                 for old in self._all()[: -self.keep]:
-                    remove(old)
-                if is_of_a_run(self.old / FACTS):
-                    remove(self.old)
+                    remove_state(old)
+                if is_of_a_run(self.old / STATE):
+                    remove_state(self.old)
                 what = "model"
-                also()
+                then()
             except (OSError, CheckpointError) as error:
                 with suppress(OSError):
-                    remove(aside)
-                self.failed = OSError(f"the {what} after step {step} could not be kept ({error})")
-            except Exception as error:  # of a thread it would be lost
+                    remove_state(aside)
+                self.failed = OSError(f"the {what} after step {step} could not be saved ({error})")
+            except Exception as error:  # a thread would lose it; `finish` raises it
                 self.failed = error
 
         self.thread = Thread(target=write, name="checkpoint")
@@ -243,7 +255,7 @@ class Checkpoints:
         """Wait until the last state is written.
 
         Raises:
-            OSError: it could not be.
+            OSError: it could not be written.
         """
         if self.thread is not None:
             self.thread.join()
@@ -252,11 +264,11 @@ class Checkpoints:
         if failed is not None:
             raise failed
 
-    def _tell(self) -> None:
+    def _warn_of_failure(self) -> None:
         try:
             self.finish()
         except OSError as error:
-            warnings.warn(f"fit: {error}; what was kept before is as it was, and training goes on", stacklevel=4)
+            warnings.warn(f"fit: {error}; the states before it are as they were, and training goes on", stacklevel=4)
 
     def latest(self) -> Path | None:
         """The newest complete state. Damaged ones are renamed, with a warning.
@@ -267,12 +279,12 @@ class Checkpoints:
         states = self._all()
         for folder in reversed(states):
             try:
-                check(folder)
+                check_manifest(folder)
                 return folder
             except CheckpointError as error:
-                warnings.warn(f"{error}; it is put aside, and the state before it is looked at", stacklevel=2)
-                os.replace(folder, free_name(folder.with_name(folder.name + DAMAGED)))
-        if is_of_a_run(self.old / FACTS):
+                warnings.warn(f"{error}; it is renamed, and the state before it is tried", stacklevel=2)
+                os.replace(folder, unused_path(folder.with_name(folder.name + DAMAGED)))
+        if is_of_a_run(self.old / STATE):
             return self.old
         if states:
             raise CheckpointError(
@@ -281,37 +293,39 @@ class Checkpoints:
         return None
 
     def load(
-        self, folder: Path, trained: Trained, facts: Mapping[str, Any], *, parallel: str = "ddp"
+        self, folder: Path, state: TrainingState, metadata: Mapping[str, Any], *, parallel: str = "ddp"
     ) -> dict[str, Any]:
-        """Restore a state; returns the facts saved with it, of which "step" and "data_state" say where training resumes.
+        """Load a state from `folder` into `state`; returns its metadata: "step" and "data_state" say where training resumes.
 
         Raises:
-            CheckpointError: damaged, of another model, or made with other facts (named).
+            CheckpointError: damaged, of another model, or of a run with other settings (named).
         """
-        saved = read_facts(folder)
-        if other := list(differences(_with_new_defaults(saved, facts, folder), dict(facts))):
+        saved = read_metadata(folder)
+        if other := list(differences(_with_new_defaults(saved, metadata, folder), dict(metadata))):
             raise CheckpointError(
                 f"{folder}: this run was made with other settings: {'; '.join(other)}. Resume with the same, or choose "
                 "another folder"
             )
-        if (folder / SHARDED).is_dir():
-            tensors = self._unpickled(folder, trained, saved, parallel)
-        elif (folder / PIECES).is_dir():
-            pieces = Pieces(folder / PIECES)
-            _check_all_there(pieces.header, saved, folder)
-            trained.check(pieces.header, folder)
-            tensors = pieces.read(trained.like(pieces.header), self.processes)
+        if (folder / PICKLED).is_dir():
+            tensors = self._read_pickled(folder, state, saved, parallel)
+        elif (folder / SHARDS).is_dir():
+            sharded = ShardedTensors(folder / SHARDS)
+            _check_all_there(sharded.header, saved, folder)
+            state.check(sharded.header, folder)
+            tensors = sharded.read(state.empty_like(sharded.header), self.processes)
         else:
             header = read_header(folder / TENSORS)
             _check_all_there(header, saved, folder)
-            trained.check(header, folder)  # before anything is read
+            state.check(header, folder)  # before anything is read
             tensors = read_tensors(folder / TENSORS)
-            if any(hasattr(t, "full_tensor") for t in trained.model.state_dict().values()):
-                tensors = _shared_like(tensors, trained)
-        trained.put(tensors, folder)
+            if any(hasattr(t, "full_tensor") for t in state.model.state_dict().values()):
+                tensors = _sharded_like(tensors, state)
+        state.restore(tensors, folder)
         return saved
 
-    def _unpickled(self, folder: Path, trained: Trained, saved: Mapping[str, Any], parallel: str) -> dict[str, Tensor]:
+    def _read_pickled(
+        self, folder: Path, state: TrainingState, saved: Mapping[str, Any], parallel: str
+    ) -> dict[str, Tensor]:
         """The tensors of a sharded state that an earlier version wrote with pickle.
 
         Raises:
@@ -320,7 +334,7 @@ class Checkpoints:
         trusted = os.environ.get(TRUST)
         if parallel != "fsdp" or trusted is None or Path(trusted).resolve() != self.folder.parent.resolve():
             raise CheckpointError(
-                f"{folder / SHARDED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever "
+                f"{folder / PICKLED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever "
                 "code the folder's maker has put into it; if you made it yourself, resume once with parallel='fsdp' and the "
                 f"variable {TRUST}={self.folder.parent}"
             )
@@ -328,13 +342,13 @@ class Checkpoints:
 
         shapes = saved.get("tensors")
         kinds = {short_name(kind): name for name, kind in KINDS.items()}
-        check_fields(folder / FACTS, saved, {"tensors": dict}, CheckpointError)
+        check_fields(folder / STATE, saved, {"tensors": dict}, CheckpointError)
         header: Header = {name: (tuple(shape), kinds[kind]) for name, (shape, kind) in shapes.items()}  # type: ignore[union-attr]
-        trained.check(header, folder)
-        tensors = trained.like(header)
+        state.check(header, folder)
+        tensors = state.empty_like(header)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, checkpoint_id=folder / SHARDED, no_dist=self.processes.count == 1)
+            dcp.load(tensors, checkpoint_id=folder / PICKLED, no_dist=self.processes.count == 1)
         return tensors
 
     def _place(self, step: int) -> Path:
@@ -346,37 +360,37 @@ class Checkpoints:
             path
             for path in self.folder.glob("step-*")
             if re.fullmatch(r"step-\d+", path.name)
-            and any((path / name).exists() for name in (MANIFEST, FACTS, TENSORS, SHARDED))
+            and any((path / name).exists() for name in (MANIFEST, STATE, TENSORS, PICKLED))
         )
 
 
 def is_of_a_run(path: Path) -> bool:
-    """Whether this is the configuration of a run or the facts of a state, as `fit` writes them."""
+    """Whether this is the configuration of a run or the state.json of a state, as `fit` writes them."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(facts, dict) and facts.keys() >= RUN_PARTS
+    return isinstance(found, dict) and found.keys() >= RUN_KEYS
 
 
-def remove(state: Path) -> None:
+def remove_state(state: Path) -> None:
     """Delete the files of a state, and its folder if it is then empty. The manifest goes last: without it a state is damaged."""
     if state.is_symlink():
         return
-    sharded, pieces = state / SHARDED, state / PIECES
-    parts = [] if sharded.is_symlink() else [*sharded.glob("__*.distcp"), sharded / ".metadata"]
-    if not pieces.is_symlink():
-        parts += [pieces / INDEX, *pieces.glob("[0-9]" * 5 + ".safetensors")]
+    pickled, shards = state / PICKLED, state / SHARDS
+    parts = [] if pickled.is_symlink() else [*pickled.glob("__*.distcp"), pickled / ".metadata"]
+    if not shards.is_symlink():
+        parts += [shards / INDEX, *shards.glob("[0-9]" * 5 + ".safetensors")]
     if WRITING in state.suffixes:
-        parts += [left for folder in (state, pieces) for left in folder.glob(".tmp" + "?" * 6)]  # of safetensors
-    for path in (state / TENSORS, *parts, state / FACTS, state / MANIFEST):
+        parts += [left for folder in (state, shards) for left in folder.glob(".tmp" + "?" * 6)]  # of safetensors
+    for path in (state / TENSORS, *parts, state / STATE, state / MANIFEST):
         path.unlink(missing_ok=True)
-    for folder in (sharded, pieces, state):
+    for folder in (pickled, shards, state):
         with suppress(OSError):  # it does not exist, or holds foreign files
             folder.rmdir()
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Write the manifest of a folder, after all other files are safely on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
@@ -389,19 +403,22 @@ def seal(folder: Path) -> None:
     flush(folder)
 
 
-def check(folder: Path) -> None:
+def check_manifest(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
         CheckpointError: names the first file that is missing, cut short or changed.
     """
-    manifest = read_json(folder / MANIFEST, _Unreadable)
+    try:
+        manifest = read_json(folder / MANIFEST, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from error
     check_inside(folder / MANIFEST, manifest, CheckpointError)
-    if FACTS not in manifest:
-        raise CheckpointError(f"{folder}: {MANIFEST} does not name {FACTS}")
+    if STATE not in manifest:
+        raise CheckpointError(f"{folder}: {MANIFEST} does not name {STATE}")
     for name, entry in manifest.items():
         path = folder / name
-        check_fields(f"{folder / MANIFEST}: {shown_short(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError)
+        check_fields(f"{folder / MANIFEST}: {short_repr(name)}", entry, {"bytes": int, "sha256": str}, CheckpointError)
         try:
             if not path.is_file():
                 raise CheckpointError(f"{folder}: {name} is missing")
@@ -413,22 +430,17 @@ def check(folder: Path) -> None:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-class _Unreadable(CheckpointError):
-    def __init__(self, problem: str) -> None:
-        super().__init__(f"{MANIFEST} cannot be read: {problem}")
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """The content of state.json, with the fields that every run needs checked.
 
     Raises:
         CheckpointError: missing, damaged, of a later version, or with fields missing or of another type.
     """
-    path = folder / FACTS
+    path = folder / STATE
     saved = read_json(path, CheckpointError)
     if (made_as := saved.get("format", 1)) not in (1, FORMAT):
         raise CheckpointError(
-            f"{folder}: format {shown_short(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
+            f"{folder}: format {short_repr(made_as)}, but this version reads 1 and {FORMAT}; update multimodal-stream"
         )
     kinds = {"step": int, "recipe": dict, "core": dict, "tokenizers": dict, "tasks": list, "computed_in": str}
     check_fields(path, saved, kinds, CheckpointError)
@@ -436,7 +448,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         check_fields(path, saved, {"data_state": dict, "tensors": dict}, CheckpointError)
     if saved["step"] < 0 or saved["computed_in"] not in PRECISIONS[1:]:
         raise CheckpointError(
-            f"{path}: step {shown_short(saved['step'])} in {shown_short(saved['computed_in'])}; wanted a whole number, and "
+            f"{path}: step {short_repr(saved['step'])} in {short_repr(saved['computed_in'])}; wanted a whole number, and "
             f"one of {', '.join(PRECISIONS[1:])}"
         )
     return saved
@@ -446,12 +458,12 @@ def _check_all_there(header: Header, saved: Mapping[str, Any], folder: Path) -> 
     """Refuse a state that lacks tensors which its state.json lists, such as the moments of a parameter."""
     if missing := [name for name in saved.get("tensors", ()) if name not in header]:
         raise CheckpointError(
-            f"{folder}: {shown_short(missing[0])} is missing, which {FACTS} names ({len(missing)} are)"
+            f"{folder}: {short_repr(missing[0])} is missing, which {STATE} names ({len(missing)} are)"
         )
 
 
 def _fitting(shape: tuple[int, ...], kind: str) -> list[tuple[tuple[int, ...], str]]:
-    """What moments of this shape and kind are right for; scalars also for one number with an axis, see `with_axis`."""
+    """The (shape, kind) of parameters whose moments these can be; a scalar also fits a vector of length 1, see `with_axis`."""
     return [(shape, kind), ((1,), kind)] if shape == () else [(shape, kind)]
 
 
@@ -462,7 +474,7 @@ def _keys(fits: Mapping[str, Iterable[str]]) -> list[str]:
 def differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
     """'recipe.steps was 120 and is 400', for every value of `now` that differs in `saved`."""
     for key, was, found in unequal(saved, now, name):
-        yield f"{key} was {shown_short(was)} and is {shown_short(found)}"
+        yield f"{key} was {short_repr(was)} and is {short_repr(found)}"
 
 
 def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -474,8 +486,8 @@ def unequal(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, An
         yield name, one, other
 
 
-def _with_new_defaults(saved: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A state with the defaults of settings that did not exist when it was saved. Tokenizers with files are unchanged."""
+def _with_new_defaults(saved: Mapping[str, Any], metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A saved state plus the defaults of settings that did not exist when it was saved; tokenizers with files are unchanged."""
     try:
         recipe = {**Recipe().config(), **saved["recipe"]}
         kinds = {
@@ -484,7 +496,7 @@ def _with_new_defaults(saved: Mapping[str, Any], facts: Mapping[str, Any], folde
         }
         tasks = [{**task, "head": declaration(rebuild(task["head"]))} for task in saved["tasks"]]
         today = {
-            "recipe": {k: v for k, v in recipe.items() if k not in FREE or k in facts["recipe"]},
+            "recipe": {k: v for k, v in recipe.items() if k not in MAY_CHANGE or k in metadata["recipe"]},
             "core": declaration(rebuild(saved["core"])),
             "tokenizers": kinds,
             "tasks": tasks,
@@ -492,18 +504,18 @@ def _with_new_defaults(saved: Mapping[str, Any], facts: Mapping[str, Any], folde
         return {**saved, **plain(today)}
     except Exception as error:  # as of a config.json, which can be wrong in any way
         problem = str(error)[:1000] if isinstance(error, ValueError) else f"{type(error).__name__}: {str(error)[:1000]}"
-        raise CheckpointError(f"{folder / FACTS}: what it declares cannot be built: {problem}") from error
+        raise CheckpointError(f"{folder / STATE}: what it declares cannot be built: {problem}") from error
 
 
-def _shared_like(tensors: dict[str, Tensor], trained: Trained) -> dict[str, Tensor]:
+def _sharded_like(tensors: dict[str, Tensor], state: TrainingState) -> dict[str, Tensor]:
     """Whole tensors, sharded like the weights that they belong to."""
     from torch.distributed.tensor import distribute_tensor
 
-    spread = trained.like(header_of(tensors))
-    shared: dict[str, Any] = {name: spread.get(name, t) for name, t in tensors.items()}
+    wanted = state.empty_like(header_of(tensors))
+    like: dict[str, Any] = {name: wanted.get(name, t) for name, t in tensors.items()}
     return {
-        name: distribute_tensor(with_axis(t, shared[name]), shared[name].device_mesh, shared[name].placements)
-        if hasattr(shared[name], "full_tensor")
+        name: distribute_tensor(with_axis(t, like[name]), like[name].device_mesh, like[name].placements)
+        if hasattr(like[name], "full_tensor")
         else t
         for name, t in tensors.items()
     }

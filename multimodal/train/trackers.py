@@ -1,4 +1,4 @@
-"""Trackers: whatever is called with every row of the log, a dict, while a run goes on."""
+"""Trackers: functions that `fit` calls with every row of the log, a dict."""
 
 import atexit
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.shapes import ConfigError
-from multimodal.train.report import is_held_out
+from multimodal.train.display import is_held_out
 
 
 class TensorBoard:
     """Writes every number of every row for TensorBoard: `fit(..., trackers=[TensorBoard("runs/digits/tensorboard")])`.
 
-    A run that is resumed goes on in the same folder: what it repeats takes the place of what was there.
+    A resumed run writes to the same folder: steps that are repeated replace those that were there.
 
     Raises:
         ConfigError: the package tensorboard is not installed.

@@ -1,29 +1,39 @@
-"""Transcription: sounds of any length, or while they come in, to text with the times of its words."""
+"""Transcription: recordings of any length, or sound while it is recorded, to text with the times of its words.
 
-from multimodal.transcription.align import align
-from multimodal.transcription.ctc import Beam, Decoder, Greedy
-from multimodal.transcription.lexicon import Lexicon
-from multimodal.transcription.listen import Listener
-from multimodal.transcription.long import hearing_tasks, transcribe, transcripts
-from multimodal.transcription.prior import ModelPrior, NGram, Prior
-from multimodal.transcription.transcript import FORMATS, Transcript, Word, error_rates, written
+recordings.py        `transcribe`: windows of recordings in batches
+streaming.py         `Listener`: a sound while it is recorded
+ctc.py               decoders of CTC rows: greedy, beam search with a language model and a list of words
+language_model.py    n-grams, or a task of the model itself
+alignment.py         forced alignment, and rows to words with times
+transcript.py        the result, its file formats, and error rates
+"""
+
+from multimodal.old_names import moved
+from multimodal.transcription.alignment import align
+from multimodal.transcription.ctc import Beam, Decoder, GreedyCTC, Lexicon
+from multimodal.transcription.language_model import LanguageModel, ModelLM, NGramLM
+from multimodal.transcription.recordings import transcribe, transcription_tasks, transcripts
+from multimodal.transcription.streaming import Listener
+from multimodal.transcription.transcript import FORMATS, Transcript, Word, error_rates, formatted
 
 __all__ = [
     "FORMATS",
     "Beam",
     "Decoder",
-    "Greedy",
+    "GreedyCTC",
+    "LanguageModel",
     "Lexicon",
     "Listener",
-    "ModelPrior",
-    "NGram",
-    "Prior",
+    "ModelLM",
+    "NGramLM",
     "Transcript",
     "Word",
     "align",
     "error_rates",
-    "hearing_tasks",
+    "formatted",
     "transcribe",
+    "transcription_tasks",
     "transcripts",
-    "written",
 ]
+
+__getattr__ = moved(__name__)  # goes with version 0.3

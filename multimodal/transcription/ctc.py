@@ -1,28 +1,30 @@
-"""From rows of CTC logits to symbols: greedily, or by prefix beam search with a text prior and a list of words.
+"""From rows of CTC logits to symbols: greedily, or by prefix beam search with a language model and a list of words.
 
-A `Decoder` is a setting; its `search()` is one reading that goes on: rows are pushed in any number of pieces, and as long as
-nothing is committed the pieces give what one call over all of them gives.
+A `Decoder` is a setting; its `search()` decodes one sound. Rows are pushed in any number of pieces; until something is committed
+the result is that of one push of all rows.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
 import torch
 from torch import Tensor
 
+from multimodal.generate.lexicon import State, WordTree
+from multimodal.heads.ctc import collapse
 from multimodal.shapes import ConfigError, check_shapes
-from multimodal.transcription.lexicon import Lexicon, State
-from multimodal.transcription.prior import Prior
+from multimodal.tokenizer import Tokenizer
+from multimodal.transcription.language_model import LanguageModel
 
 _NEVER = float("-inf")
-WIDEST = 10_000  # prefixes of a beam search; more take seconds for each row
+WIDEST = 10_000  # the most prefixes of a beam search; more take seconds for each row
 
 
 class Search(ABC):
-    """One reading of rows; the blank is the last class."""
+    """The decoding of one sound's rows; the blank is the last class."""
 
     @abstractmethod
     def push(self, log_p_NV: Tensor) -> None:
@@ -34,30 +36,30 @@ class Search(ABC):
 
     @abstractmethod
     def settled(self) -> int:
-        """How many of the first `ids` no later row can change."""
+        """The number of first `ids` that no later row can change."""
 
     @abstractmethod
     def commit(self, last: bool = False) -> list[int]:
-        """Take the best symbols so far for good and count anew; last: nothing will follow."""
+        """Make the best symbols so far final and return them; `ids` starts anew. last: no row follows."""
 
 
 class Decoder(ABC):
-    """A way to read rows of CTC logits."""
+    """A way to decode rows of CTC logits."""
 
     @abstractmethod
     def search(self) -> Search:
-        """Begin a reading."""
+        """Start the decoding of one sound."""
 
     def __call__(self, logits_NV: Tensor) -> list[int]:
         """The symbols of one value's logits (N, V), the blank being the last class."""
         search = self.search()
-        search.push(logits_NV.detach().float().log_softmax(-1))
+        search.push(log_probabilities(logits_NV))
         return search.commit(last=True)
 
 
 @dataclass(frozen=True)
-class Greedy(Decoder):
-    """The likeliest class of every row, repeats and blanks taken out."""
+class GreedyCTC(Decoder):
+    """The likeliest class of every row, without repeats and blanks."""
 
     def search(self) -> Search:
         return _GreedySearch()
@@ -65,16 +67,14 @@ class Greedy(Decoder):
 
 class _GreedySearch(Search):
     def __init__(self) -> None:
-        self.before = -1
+        self.before: int | None = None  # the class of the last row, which the next may repeat
         self.found: list[int] = []
 
     def push(self, log_p_NV: Tensor) -> None:
-        check_shapes("Greedy", log_p_NV=log_p_NV)
-        blank = log_p_NV.shape[-1] - 1
-        for symbol in log_p_NV.argmax(-1).tolist():
-            if symbol not in (blank, self.before):
-                self.found.append(symbol)
-            self.before = symbol
+        check_shapes("GreedyCTC", log_p_NV=log_p_NV)
+        path_N = log_p_NV.argmax(-1)
+        self.found += collapse(path_N, log_p_NV.shape[-1] - 1, self.before).tolist()
+        self.before = int(path_N[-1]) if len(path_N) else self.before
 
     def ids(self) -> list[int]:
         return list(self.found)
@@ -87,20 +87,50 @@ class _GreedySearch(Search):
         return found
 
 
-@dataclass(frozen=True)
-class Beam(Decoder):
-    """Prefix beam search (Hannun et al. 2014, algorithm 1): alignments that write the same symbols count together.
+class Lexicon(WordTree):
+    """Restricts a `Beam` to texts made of the given words with one blank character between them.
 
-    A text y is ranked by log p(y | rows) + weight * log prior(y) + bonus * symbols (shallow fusion). The prior's end, where it
-    has one, counts when the last row is read.
+    Raises:
+        ConfigError: no words, or a word that is empty or has a blank character in it.
     """
 
-    width: int = 16  # prefixes kept after every row
-    prior: Prior | None = None
+    def __init__(self, words: Iterable[str], tokenizer: Tokenizer) -> None:
+        if isinstance(words, str):
+            raise ConfigError("Lexicon: words is one text; give a list of words")
+        words = tuple(dict.fromkeys(words))
+        if not words:
+            raise ConfigError("Lexicon: the list of words is empty, so that nothing could be written; give some words")
+        for word in words:
+            if not word or word.split() != [word]:
+                raise ConfigError(f"Lexicon: {word!r} is not one word; words have letters and no blank characters")
+        super().__init__(words, tokenizer)
+
+    def complete(self, state: State) -> bool:
+        """Whether a text may end here; nothing at all is a text too."""
+        return state is self.start or self.word_ends(state)
+
+
+@dataclass(frozen=True)
+class Beam(Decoder):
+    """Prefix beam search (Hannun et al. 2014, algorithm 1): alignments of the same symbols add up their probabilities.
+
+    A text y is ranked by log p(y | rows) + weight * log prior(y) + bonus * symbols (shallow fusion). The end of the text under the
+    prior counts, where the prior has one, after the last row.
+
+    width: prefixes that survive each row.
+    prior: a language model over the symbols.
+    weight: of the prior's log-probability.
+    bonus: nats for each symbol, since a prior favours short texts.
+    lexicon: the words that may be written.
+    cutoff: classes more than this many nats below a row's best are not tried; inf tries all.
+    """
+
+    width: int = 16
+    prior: LanguageModel | None = None
     weight: float = 0.5
-    bonus: float = 0.0  # nats a symbol; makes up for what the prior takes off longer texts
+    bonus: float = 0.0
     lexicon: Lexicon | None = None
-    cutoff: float = 12.0  # classes this many nats below a row's best are not tried; inf tries all
+    cutoff: float = 12.0
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -120,14 +150,14 @@ class Beam(Decoder):
 
 
 class _Node:
-    """A prefix: its last symbol, its parent, and what its text alone is worth."""
+    """A prefix: its last symbol, its parent, and the nats of its text from prior and bonus."""
 
     __slots__ = ("ahead", "children", "extra", "parent", "state", "symbol")
 
     def __init__(self, parent: "_Node | None", symbol: int, extra: float, state: State | None) -> None:
         self.parent, self.symbol, self.extra, self.state = parent, symbol, extra, state
         self.children: dict[int, _Node | None] = {}
-        self.ahead: list[float] | None = None  # the prior of every next symbol
+        self.ahead: list[float] | None = None  # log-probability of every next symbol under the prior
 
     def path(self, above: "_Node | None") -> list[int]:
         """Symbols from `above` (not counted) down to here."""
@@ -139,13 +169,13 @@ class _Node:
 
 
 class BeamSearch(Search):
-    """The prefixes that are alive, each with the log-probability that it ended in a blank and that it did not."""
+    """The live prefixes, each with the log-probability of its alignments that end in a blank, and of those that do not."""
 
     def __init__(self, beam: Beam) -> None:
         self.beam = beam
         self.root = _Node(None, -1, 0.0, beam.lexicon.start if beam.lexicon else None)
         self.live: dict[_Node, tuple[float, float]] = {self.root: (0.0, _NEVER)}
-        self.symbols = 0  # that there are, the blank not counted
+        self.symbols = 0  # number of classes without the blank
 
     def push(self, log_p_NV: Tensor) -> None:
         check_shapes("Beam", log_p_NV=log_p_NV)
@@ -155,16 +185,19 @@ class BeamSearch(Search):
         tried_NV[:, blank] = False
         for row, tried in zip(log_p_NV, tried_NV, strict=True):
             classes = tried.nonzero()[:, 0]
+            # numbers leave torch as two lists: a call for each of them would take most of the time
             needed = {node.symbol for node in self.live if node.symbol >= 0}
             stay = dict(zip(needed, row[list(needed)].tolist(), strict=True)) if needed else {}
             self._row(float(row[blank]), stay, list(zip(classes.tolist(), row[classes].tolist(), strict=True)))
 
     def _row(self, blank: float, stay: Mapping[int, float], classes: Sequence[tuple[int, float]]) -> None:
+        """Extend the live prefixes by one row: nats of the blank, of the symbols that prefixes end with, of the classes to try."""
         mass: dict[_Node, list[float]] = {}
         for node, (ended, open_) in self.live.items():
             both = _plus(ended, open_)
             here = mass.setdefault(node, [_NEVER, _NEVER])
             here[0] = _plus(here[0], both + blank)
+            # the same symbol once more belongs to the same run, so the text does not change
             if node.symbol in stay:
                 here[1] = _plus(here[1], open_ + stay[node.symbol])
             for symbol, nats in classes:
@@ -175,10 +208,11 @@ class BeamSearch(Search):
                 if child is not None:
                     there = mass.setdefault(child, [_NEVER, _NEVER])
                     there[1] = _plus(there[1], came + nats)
-        kept = nlargest(self.beam.width, mass.items(), key=lambda item: _plus(*item[1]) + item[0].extra)
-        self.live = {node: (ended, open_) for node, (ended, open_) in kept}
+        best = nlargest(self.beam.width, mass.items(), key=lambda item: _plus(*item[1]) + item[0].extra)
+        self.live = {node: (ended, open_) for node, (ended, open_) in best}
 
     def _child(self, node: _Node, symbol: int) -> _Node | None:
+        """The prefix with one more symbol; None where the lexicon has no such word."""
         if symbol not in node.children:
             lexicon = self.beam.lexicon
             state = lexicon.step(node.state, symbol) if lexicon and node.state is not None else None
@@ -192,6 +226,7 @@ class BeamSearch(Search):
         return node.children[symbol]
 
     def _ahead(self, node: _Node) -> list[float]:
+        """Log-probabilities of the next symbol under the prior, computed once for each prefix."""
         if node.ahead is None:
             assert self.beam.prior is not None
             node.ahead = self.beam.prior.log_p(node.path(None)).tolist()
@@ -202,7 +237,8 @@ class BeamSearch(Search):
                 )
         return node.ahead
 
-    def _score(self, node: _Node, last: bool, symbols: int | None = None) -> float:
+    def _score(self, node: _Node, last: bool) -> float:
+        """Nats of a prefix; last: including the end of the text under the prior."""
         score = _plus(*self.live[node]) + node.extra
         prior = self.beam.prior
         if last and prior is not None and prior.ends and self.beam.weight:
@@ -238,7 +274,8 @@ class BeamSearch(Search):
             ranked = self.ranked()
             ids = ranked[0][0] if ranked else self._cut_back(best)
         node = best
-        while node is not self.root and node.parent is not None:  # the branches not taken are forgotten
+        # the other branches are dropped, so that memory does not grow with the sound
+        while node is not self.root and node.parent is not None:
             node = node.parent
             node.children = {}
         best.children = {}
@@ -247,7 +284,7 @@ class BeamSearch(Search):
         return ids
 
     def _cut_back(self, node: _Node) -> list[int]:
-        """No live prefix ends with a whole word: what the best one wrote up to its last whole word."""
+        """The best prefix up to its last whole word, where no live prefix ends with one."""
         lexicon = self.beam.lexicon
         while lexicon and node is not self.root and node.parent is not None:
             if node.state is not None and lexicon.complete(node.state):
@@ -263,6 +300,6 @@ def _plus(a: float, b: float) -> float:
     return a if b == _NEVER else a + math.log1p(math.exp(b - a))
 
 
-def log_p_of(logits_NV: Tensor) -> Tensor:
+def log_probabilities(logits_NV: Tensor) -> Tensor:
     """Log-probabilities (N, V) in float32 on the CPU."""
     return torch.log_softmax(logits_NV.detach().float(), -1).cpu()

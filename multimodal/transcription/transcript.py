@@ -1,4 +1,4 @@
-"""What was said and when: words with times, subtitles (SRT, WebVTT), JSON, and error rates."""
+"""Transcripts: words with times, subtitles (SRT, WebVTT), JSON, and error rates."""
 
 import html
 import json
@@ -8,15 +8,20 @@ from itertools import groupby
 
 from multimodal.shapes import ConfigError
 
-LINE = 42  # characters of a subtitle line, as most broadcasters allow
-CUE_S = 7.0  # seconds that one subtitle stays at most
+LINE = 42  # characters in a subtitle line, as most broadcasters allow
+CUE_S = 7.0  # the longest duration of a subtitle
 PAUSE_S = 1.5  # seconds of silence that end a subtitle
 SHORTEST_MS = 1
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word, when it was said, and how sure the model is of it (geometric mean over its rows or tokens)."""
+    """A word of a transcript.
+
+    text: its letters.
+    start_s, end_s: seconds from the start of the sound.
+    confidence: geometric mean of the probabilities of its rows or tokens.
+    """
 
     text: str
     start_s: float
@@ -26,11 +31,12 @@ class Word:
 
 @dataclass(frozen=True)
 class Transcript:
-    """The text of one sound, its words, and how long the sound is; complete: no part of it was ended by max_tokens.
+    """The text of one sound.
 
-    text: all that was said.
-    words: each word, with its beginning and end in seconds.
-    seconds: how long the sound is.
+    text: the whole text.
+    words: each word, with its start and end in seconds.
+    seconds: duration of the sound.
+    complete: whether no part of it was ended by max_tokens.
     """
 
     text: str
@@ -60,11 +66,11 @@ class Transcript:
 
 
 FORMATS = {"text": "txt", "srt": "srt", "vtt": "vtt", "json": "json"}
-"""Format -> how its files end."""
+"""Format -> the suffix of its files."""
 
 
-def written(transcript: Transcript, form: str) -> str:
-    """A transcript in one of FORMATS, with a line's end at its end."""
+def formatted(transcript: Transcript, form: str) -> str:
+    """A transcript in one of FORMATS, which ends with a line end."""
     if form not in FORMATS:
         raise ConfigError(f"there is no transcript format {form!r}; there are {', '.join(FORMATS)}")
     text = transcript.text if form == "text" else getattr(transcript, form)()
@@ -79,16 +85,16 @@ def _clock(ms: int, point: str) -> str:
 
 
 def _cues(words: Sequence[Word]) -> Iterator[tuple[int, int, str]]:
-    """(start in ms, end in ms, text) of each subtitle: in order, none overlapping, none empty of time."""
+    """(start in ms, end in ms, text) of each subtitle: in order, without overlaps, each of 1 ms or more."""
     last = 0
-    for cue in _grouped(list(_apart(words))):
+    for cue in _grouped(list(_spread(words))):
         start = max(last, round(1000 * cue[0].start_s))
         last = max(start + SHORTEST_MS, round(1000 * cue[-1].end_s))
         yield start, last, " ".join(word.text for word in cue)
 
 
-def _apart(words: Sequence[Word]) -> Iterator[Word]:
-    """Words that have one piece's times together share its time by their letters."""
+def _spread(words: Sequence[Word]) -> Iterator[Word]:
+    """Words that all have the times of their window share its duration by their numbers of letters."""
     for (start_s, end_s), group in groupby(words, key=lambda word: (word.start_s, word.end_s)):
         several = list(group)
         letters = sum(len(word.text) for word in several)
@@ -116,7 +122,7 @@ def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
 def error_rates(references: Sequence[str], hypotheses: "Sequence[str | Transcript]") -> dict[str, float]:
     """Word and character error rates over all texts together: {"wer": .., "cer": ..}; 0 is perfect, and 1 can be passed.
 
-    Words in the text of a silent sound count as insertions. If no reference holds a word, the rates are numbers of insertions.
+    Words in the text of a silent sound count as insertions. If no reference has a word, the rates are numbers of insertions.
 
     Raises:
         ConfigError: lists of different lengths, or no texts.

@@ -12,7 +12,7 @@ import torch
 import multimodal as mm
 from multimodal.data import Batches
 from multimodal.layers import MLP, Gated, SelfAttention
-from multimodal.train.processes import Trainee, found_processes, whole
+from multimodal.train.processes import ParallelModel, connected_processes, cpu_copy
 from multimodal_tokenizers import Labels, TextBytes
 
 TASK = "text -> label"
@@ -30,15 +30,15 @@ def main() -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("gamma"):
                 parameter.fill_(0.5)
-    with found_processes(cpu) as processes:
-        trainee = Trainee(model.train(), processes, sys.argv[2], cpu, torch.float32)
+    with connected_processes(cpu) as processes:
+        parallel = ParallelModel(model.train(), processes, sys.argv[2], cpu, torch.float32)
         ranks = {"rank": processes.rank, "ranks": processes.count}
         batches = Batches(model.packer, {TASK: DATA}, batch=4, accumulate=2 // processes.count, **ranks)
         streams = batches[0].streams
         for i, stream in enumerate(streams):
-            trainee.backward(stream, {TASK: 4}, last=i == len(streams) - 1)
-        found = {name: whole(p.grad) for name, p in trainee.model.named_parameters() if p.grad is not None}
-        trainee.wrapped = None
+            parallel.backward(stream, {TASK: 4}, last=i == len(streams) - 1)
+        found = {name: cpu_copy(p.grad) for name, p in parallel.model.named_parameters() if p.grad is not None}
+        parallel.wrapped = None
         gc.collect()
     if os.environ.get("RANK", "0") == "0":
         torch.save(found, sys.argv[1])

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.checkpoint import below
-from multimodal.files import is_aside
+from multimodal.files import is_part_path
 from multimodal.saving import LOCK, PLACE
-from multimodal.train.state import check
+from multimodal.train.state import check_manifest
 from multimodal_tokenizers import Labels, TextBPE, TextBytes
 
 TASK = "text -> label"
@@ -56,7 +56,7 @@ def foreign(folder: Path, ours: tuple[str, ...] = ()) -> dict[str, bytes | str]:
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not name.startswith(ours) and not is_aside(path.name):
+        if not name.startswith(ours) and not is_part_path(path.name):
             found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
     return found
 
@@ -164,7 +164,7 @@ def runs(folder: Path, kills: int, drawn: random.Random) -> Counter:
         met["killed while the model was saved"] += (place / "model" / PLACE / LOCK).exists()
         met["killed while a state was saved"] += any((place / "checkpoints").glob("step-*[0-9].writing"))
         states = sorted(p for p in (place / "checkpoints").glob("step-*[0-9]") if (p / "state.json").exists())
-        check(states[-1])
+        check_manifest(states[-1])
         kept = [load_file(p / "state.safetensors") for p in states if (p / "state.safetensors").exists()]
         seen |= {digest(below(state, "model/")) for state in kept}
         assert digest(found) in seen, "the model is of no step"

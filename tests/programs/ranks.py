@@ -15,7 +15,7 @@ import torch
 import multimodal as mm
 import multimodal.train
 from multimodal.data import Batches, Mixed
-from multimodal.train.processes import Trainee, found_processes, whole
+from multimodal.train.processes import ParallelModel, connected_processes, cpu_copy
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
 TASKS = ("text -> label", "image -> label", "audio -> text")
@@ -55,9 +55,9 @@ def data() -> dict:
 def gradients(settings: dict, parts: int) -> dict[str, torch.Tensor]:
     """Of the first step, summed over all micro-batches of all processes, each in one piece."""
     cpu = torch.device("cpu")
-    with found_processes(cpu) as processes:
+    with connected_processes(cpu) as processes:
         model = make(mm.Core(width=16, depth=2, heads=2)).train()
-        trainee = Trainee(model, processes, settings.get("parallel", "ddp"), cpu, torch.float32)
+        parallel = ParallelModel(model, processes, settings.get("parallel", "ddp"), cpu, torch.float32)
         each = parts // processes.count
         batches = Batches(
             model.packer, data(), batch=parts, accumulate=each, rank=processes.rank, ranks=processes.count
@@ -66,16 +66,16 @@ def gradients(settings: dict, parts: int) -> dict[str, torch.Tensor]:
         assert all(len(stream.readings) == 1 for stream in streams)  # one kind of data in each
         own = {pattern: r.count for stream in streams for pattern, r in stream.readings.items()}
         counts: dict[str, int] = dict.fromkeys(TASKS, 0)
-        for found in processes.gather(own if each == 1 else _counted(streams)):
+        for found in processes.all_gather(own if each == 1 else _counted(streams)):
             for pattern, count in found.items():
                 counts[pattern] += count
         for i, stream in enumerate(streams):
-            trainee.backward(stream, counts, last=i == len(streams) - 1)
+            parallel.backward(stream, counts, last=i == len(streams) - 1)
         # a process alone leaves out the gradients of what it did not use; several have zeros there
-        named = trainee.model.named_parameters()
-        found = {name: whole(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in named}
+        named = parallel.model.named_parameters()
+        found = {name: cpu_copy(p.grad) if p.grad is not None else torch.zeros(p.shape) for name, p in named}
         # the last one that holds the connections waits for their threads, and DDP would wait with Python's lock held
-        trainee.wrapped = None
+        parallel.wrapped = None
         gc.collect()
         return found
 

@@ -1,4 +1,4 @@
-"""The kinds that come with the framework, on the same terms as a stranger's."""
+"""The tokenizers that come with the framework; they use the same interface as yours."""
 
 from multimodal_tokenizers.audio import AudioFrames
 from multimodal_tokenizers.codes import Codes

@@ -15,47 +15,47 @@ from multimodal.media import read_sound
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
-LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats; what "fixed" takes off
+LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats, for normalise="fixed"
 FLOOR = 1e-6  # power added before the logarithm
 CLIP_FLOOR = 1e-7  # the floor as a share of the clip's largest power: 70 dB below it
 SILENCE = 1e-30  # the least power that a clip is divided by
 NEWEST = 2  # version of the features
 FIRST_FIELDS = {"rate_hz", "mels", "hop_ms", "window_ms", "stack", "normalise", "causal"}  # of multimodal 0.1
-POWER_ROUNDS, PHASE_ROUNDS = 10, 32  # of the two iterations of `decode`; more change nothing that is measured
+POWER_ROUNDS, PHASE_ROUNDS = 10, 32  # of the two iterations of `decode`; more do not improve the measured error
 
 
 @dataclass(frozen=True)
 class AudioFrames(Tokenizer):
     """Log-mel spectrogram, `stack` neighbouring frames a token; sound of any rate is resampled to `rate_hz`.
 
-    Places are seconds, so that the same sound recorded at another rate lies on the same places. `normalise="clip"` takes off
-    each clip's own mean and spread (loudness does not matter); "fixed" uses one mean and spread for all.
+    Places are seconds, so that the same sound recorded at another rate has the same places.
 
-    What is written is heard through `decode`: phases are not kept, so a sound does not come back sample by sample, and a clip
-    of "clip" gets the mean and spread of "fixed", because its own are gone.
+    `decode` makes a sound of written frames. The frames have no phases, so it is not the encoded sound sample by sample; and with
+    normalise="clip" it has the mean and deviation of "fixed", because those of the clip are not stored.
 
-    rate_hz: samples a second, to which every sound is brought.
-    mels: bands of a frame.
+    rate_hz: samples per second, to which every sound is resampled.
+    mels: number of bands of a frame.
     hop_ms: milliseconds from frame to frame.
-    window_ms: milliseconds that a frame looks at.
-    stack: frames a token.
-    normalise: "clip": each clip's own mean and spread are taken off; "fixed": one mean and spread for all.
-    causal: whether a token that is read sees only what came before it; give normalise="fixed" too, as a clip's mean is known at
-    its end.
+    window_ms: milliseconds of sound in a frame.
+    stack: number of frames of a token.
+    normalise: "clip" subtracts the mean of the clip and divides by its standard deviation, which removes the loudness; "fixed"
+        uses one mean and deviation for all clips.
+    causal: whether a token that is read attends only to earlier ones; then use normalise="fixed", since the mean of a clip is
+        known only at its end.
     max_seconds: a longer sound is refused before it is decoded.
     version: 2, or 1 for the features of multimodal 0.1, for its checkpoints: the same floor under the logarithm for loud and quiet
     clips, and a shorter filter for resampling.
     """
 
     rate_hz: int = 16000
-    mels: int = 64  # bands
+    mels: int = 64
     hop_ms: float = 10.0
     window_ms: float = 25.0
-    stack: int = 4  # frames a token
+    stack: int = 4
     normalise: Literal["clip", "fixed"] = "clip"
-    causal: bool = False  # whether a token sees only what came before it
-    max_seconds: float = 3600.0  # a longer sound is refused before it is decoded
-    version: int = NEWEST  # of the features
+    causal: bool = False
+    max_seconds: float = 3600.0
+    version: int = NEWEST
     lossy = True
 
     def __post_init__(self) -> None:
@@ -73,14 +73,14 @@ class AudioFrames(Tokenizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], files: dict[str, bytes] | None = None) -> Self:
-        """Rebuild from what `config` gave; a configuration saved by multimodal 0.1 has no version and means the first."""
+        """Rebuild a tokenizer from `config()`; a configuration of multimodal 0.1 has no version, which means version 1."""
         if "version" not in config and set(config) >= FIRST_FIELDS:
             config = config | {"version": 1}
         return super().from_config(config, files)
 
     @property
     def resampling(self) -> Literal["kaiser", "hann"]:
-        """The filter by which sounds of other rates are brought to `rate_hz`."""
+        """The filter that resamples sounds to `rate_hz`."""
         return "hann" if self.version == 1 else "kaiser"
 
     @property
@@ -113,30 +113,30 @@ class AudioFrames(Tokenizer):
         return at_times(torch.arange(count) * self.step[0])
 
     def decode(self, tokens: Tokens, *, vocoder: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, int]:
-        """The sound (wave_S, rate_hz) of these frames: float32, at most 1 loud, a hop for each frame.
+        """The sound (wave_S, rate_hz) of these frames: float32 from -1 to 1, one hop for each frame.
 
         vocoder: makes the wave instead, from `log_mel(tokens)`.
         """
         log_NF = self.log_mel(tokens)
         if vocoder is not None:
             return vocoder(log_NF), self.rate_hz
-        wave_S = self._sounded(log_NF) if len(log_NF) else torch.zeros(0)
+        wave_S = self._wave_of(log_NF) if len(log_NF) else torch.zeros(0)
         return wave_S / max(1.0, float(wave_S.abs().max()) if len(wave_S) else 0.0), self.rate_hz
 
     def log_mel(self, tokens: Tokens) -> Tensor:
-        """The natural logarithm (N, mels) of the power in each band of each frame, as vocoders want it."""
+        """The natural logarithm (N, mels) of the power in each band of each frame, the input of vocoders."""
         frames_NF = rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack)
         return frames_NF.float().cpu() * SPREAD + LEVEL
 
-    def _sounded(self, log_NF: Tensor) -> Tensor:
-        """Powers that the bands could have come from, then phases that fit them (Griffin & Lim 1984; Perraudin et al. 2013).
+    def _wave_of(self, log_NF: Tensor) -> Tensor:
+        """Estimate the powers of all frequencies, then phases that fit them (Griffin & Lim 1984; Perraudin et al. 2013).
 
-        Both iterations start from the same every time, so that the same frames give the same sound.
+        Both iterations start from fixed values, so that the same frames give the same sound.
         """
         from torchaudio.functional import griffinlim
 
         mel, hop = self._mel, self.hop_samples
-        log_NF = log_NF.clamp(max=30.0)  # a wild model's frames are loud, not infinite
+        log_NF = log_NF.clamp(max=30.0)  # frames of an untrained model may be anything; exp must stay finite
         wanted = (log_NF.exp() - FLOOR).clamp(min=0).T
         bands = mel.mel_scale.get_buffer("fb")  # (frequencies, mels)
         total = bands.sum(1, keepdim=True) + 1e-8
@@ -184,7 +184,7 @@ def _mel(rate_hz: int, window: int, hop: int, mels: int):
     from torchaudio.transforms import MelSpectrogram
 
     n_fft = 2 ** math.ceil(math.log2(window))
-    with torch.device("cpu"):  # as it is remembered
+    with torch.device("cpu"):  # it is cached, so it must not be on the device of one caller
         return MelSpectrogram(
             rate_hz,
             n_fft=n_fft,

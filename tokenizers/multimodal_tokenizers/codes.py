@@ -1,6 +1,6 @@
-"""Discrete codes over any continuous kind: a codebook learnt from values, so that pictures and sound can be written id by id."""
+"""Discrete codes over any continuous tokenizer: a learnt codebook, so that images and sounds can be generated id by id."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Self
@@ -11,32 +11,33 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from multimodal.declare import declaration, rebuild
+from multimodal.progress import progress_bar
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 BOOK, INSIDE = "codebook.safetensors", "of/"  # our file, and the folder of the inner tokenizer's files
-SEED_ROWS = 64  # rows for each code, at most, among which the first codes are sought
+SEED_ROWS = 64  # largest number of rows for each code among which the first codes are drawn
 TRIES = 4  # rows drawn for each first code, of which the best is taken
-CHUNK = 2**22  # distances at a time, 16 MB
+CHUNK = 2**22  # distances computed at a time, 16 MB
 
 
 @dataclass(frozen=True)
 class Codes(Tokenizer):
-    """Vector quantisation (k-means, Lloyd 1982): every token of `of` becomes the number of the code vector nearest to it.
+    """Vector quantisation (k-means, Lloyd 1982): every token of `of` becomes the index of the nearest code vector.
 
-    Make one with `Codes.train(ImagePatches(patch=4), pictures, size=512)`. One code a token; what `of` only adds for its own
-    embedding (the place behind a patch's pixels) is not part of it. Where the places of `of` are not known beforehand, as for
-    pictures, the book remembers those of the values it was learnt from if all had the same: such values can be written, and
-    have `length` tokens. Values of other sizes can still be read and decoded.
+    Make one with `Codes.train(ImagePatches(patch=4), pictures, size=512)`. A token is one code; features
+    that `of` appends for its own embedding (the place after a patch's pixels) are not coded. If the places of `of` are not known
+    before a value is written, as for images, the book stores the places of the training values if all are equal: such values can
+    be written, and have `length` tokens. Values of other sizes can still be read and decoded.
 
-    of: the kind that is coded.
-    book: a safetensors file with the codes (V, F), and the places (N, 3) where they are remembered.
-    causal: whether a token that is read sees only what came before it.
+    of: the tokenizer whose features are coded.
+    book: a safetensors file with "codes" (V, F), and "places" (N, 3) if they are stored.
+    causal: whether a token that is read attends only to earlier ones.
     """
 
     of: Tokenizer
-    book: bytes = field(repr=False)  # safetensors: "codes" (V, F), and "places" (N, 3) where they are remembered
+    book: bytes = field(repr=False)
     causal: bool = False
     lossy = True  # a code decodes to a value near the encoded one
 
@@ -60,13 +61,13 @@ class Codes(Tokenizer):
         causal: bool = False,
         quiet: bool = False,
     ) -> Self:
-        """Learn `size` codes from all tokens of the values, or from `max_rows` of them drawn at random.
+        """Learn `size` codes from all tokens of the values, or from `max_rows` random ones.
 
         K-means++ (Arthur & Vassilvitskii 2007), then at most `rounds` rounds of Lloyd's; 100 000 rows of 48 features and 512
         codes take less than a minute on one CPU core. The same values and seed give the same book.
 
         Raises:
-            ConfigError: a kind that cannot be coded, or fewer different rows than codes.
+            ConfigError: a tokenizer that cannot be coded, or fewer different rows than codes.
         """
         written = _written(of)
         if size < 1 or rounds < 1:
@@ -80,13 +81,13 @@ class Codes(Tokenizer):
             rows_NF = rows_NF[torch.randperm(len(rows_NF), generator=draw)[:max_rows]]
         parts = {"codes": _kmeans(rows_NF, size, rounds, draw, quiet)}
         first = tokens[0].position_NA
-        if not _foreseen(of, first) and all(torch.equal(t.position_NA, first) for t in tokens):
+        if not _knows_places(of, first) and all(torch.equal(t.position_NA, first) for t in tokens):
             parts["places"] = first.clone()
         return cls(of, save(parts), causal)
 
     @property
     def codes_VF(self) -> Tensor:
-        """The code vectors; do not change them."""
+        """The code vectors, which are cached: do not change them."""
         return _opened(self.book)["codes"]
 
     @property
@@ -117,7 +118,7 @@ class Codes(Tokenizer):
         return self.of.picture(self.features(tokens))
 
     def features(self, tokens: Tokens) -> Tokens:
-        """The code vectors behind ids, as far as `of` decodes them."""
+        """The code vectors of ids, which `of` decodes."""
         return Tokens(self.codes_VF[tokens.content], tokens.position_NA)
 
     def places(self, count: int) -> Tensor:
@@ -125,7 +126,7 @@ class Codes(Tokenizer):
         if places_NA is None:
             return self.of.places(count)
         if count > len(places_NA):
-            raise ConfigError(f"Codes: places({count}), but what is written has length={len(places_NA)}")
+            raise ConfigError(f"Codes: places({count}), but a written value has length={len(places_NA)}")
         return places_NA[:count].clone()
 
     def config(self) -> dict[str, Any]:
@@ -146,7 +147,9 @@ class Codes(Tokenizer):
 
 def nearest(rows_NF: Tensor, codes_VF: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest code (N,) of each row, and its squared distance (N,)."""
-    middle_F = codes_VF.mean(0)  # around 0 the squares of large numbers do not swallow what tells codes apart
+    middle_F = codes_VF.mean(
+        0
+    )  # far from 0 the squares of large numbers would round away the differences between codes
     rows_NF, codes_VF = rows_NF - middle_F, codes_VF - middle_F
     half_V = codes_VF.square().sum(1) / 2
     ids, errors = [], []
@@ -203,19 +206,19 @@ def _seeded(rows_NF: Tensor, size: int, draw: torch.Generator, quiet: bool) -> T
 
 
 def _written(of: Any) -> int:
-    """How many features of a token are coded."""
+    """The number of features of a token that are coded."""
     if not isinstance(of, Tokenizer):
         raise ConfigError(f"Codes: of is {of!r}, not a Tokenizer made by its constructor")
     name = type(of).__name__
     if of.written_features is None or of.classes:
         raise ConfigError(f"Codes: {name} has no features to code; its values are {'classes' if of.classes else 'ids'}")
     if type(of).decode is Tokenizer.decode:
-        raise ConfigError(f"Codes: {name} has no decode, so nobody could read what is written in its codes")
+        raise ConfigError(f"Codes: {name} has no decode, so its codes could not be decoded")
     return of.written_features
 
 
-def _foreseen(of: Tokenizer, position_NA: Tensor) -> bool:
-    """Whether `of` itself knows these places before a value is written."""
+def _knows_places(of: Tokenizer, position_NA: Tensor) -> bool:
+    """Whether `of` has these places for any value of this length."""
     try:
         return torch.equal(of.places(len(position_NA)), position_NA)
     except ConfigError:
@@ -233,10 +236,9 @@ def _opened(book: bytes) -> dict[str, Tensor]:
     return parts
 
 
-def _shown(items: Iterable[Any], what: str, quiet: bool) -> Iterable[Any]:
-    """The items, with a progress bar where somebody watches."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, what, console=console, transient=True, disable=quiet or not console.is_terminal)
+def _shown(items: Iterable[Any], what: str, quiet: bool) -> Iterator[Any]:
+    """The items, with a progress bar where there is a terminal."""
+    with progress_bar(what, len(items) if isinstance(items, Sized) else None, quiet=quiet) as bar:
+        for item in items:
+            yield item
+            bar.advance()

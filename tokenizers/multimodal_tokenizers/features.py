@@ -14,30 +14,27 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
 @dataclass(frozen=True)
 class Features(Tokenizer):
-    """An array (frames, features) of numbers, `stack` neighbouring frames a token.
+    """An array (frames, features) of numbers; a token is `stack` neighbouring frames.
 
-    With `context` each token sees so many further frames on either side, so that neighbours overlap; the first and last frame
-    are repeated beyond the ends. `deltas` appends first (and second) differences along time. `normalise="value"` takes off
-    each column's own mean and spread within the value; a column that never changes becomes 0.
-
-    features: columns of the array.
+    features: number of columns of the array.
     step_s: seconds from frame to frame.
-    stack: frames a token.
-    context: further frames that a token sees on either side.
-    deltas: how many orders of differences along time are appended: 0, 1 or 2.
-    normalise: "value" or "none".
+    stack: number of frames of a token.
+    context: number of further frames on either side that a token includes, so that neighbours overlap; the first and last frame
+        are repeated beyond the ends.
+    deltas: number of orders of differences along time that are appended: 0, 1 or 2.
+    normalise: "value" subtracts the mean of each column of the value and divides by its standard deviation (a constant column
+        becomes 0), or "none".
     hidden: width of the hidden layer of a two-layer embedding; None: a linear one.
-    frame_names: what each frame is called, where every value has the same ones, such as the rows of a form; (): they go by
-    their time.
+    frame_names: the names of the frames, if every value has the same ones, such as the rows of a form; (): their times.
     """
 
-    features: int  # columns
-    step_s: float = 0.01  # seconds from frame to frame
-    stack: int = 1  # frames a token
-    context: int = 0  # frames
+    features: int
+    step_s: float = 0.01
+    stack: int = 1
+    context: int = 0
     deltas: Literal[0, 1, 2] = 0
     normalise: Literal["value", "none"] = "value"
-    hidden: int | None = None  # width of the hidden layer of a two-layer embedding; None: a linear one
+    hidden: int | None = None
     frame_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,7 +87,7 @@ class Features(Tokenizer):
                 "Features.encode: normalise='value' leaves nothing of a single frame; give more, or use normalise='none'"
             )
         spread_F, mean_F = torch.std_mean(frames_NF.double(), 0, correction=0)
-        moves_F = spread_F > 1e-6 * frames_NF.abs().amax(0)  # else it is rounding
+        moves_F = spread_F > 1e-6 * frames_NF.abs().amax(0)  # a smaller deviation is rounding
         return ((frames_NF - mean_F) / torch.where(moves_F, spread_F, torch.inf)).float()
 
     def _read(self, value: Any) -> Tensor:
@@ -118,14 +115,14 @@ class Features(Tokenizer):
         return nn.Sequential(nn.Linear(self.feature_size, self.hidden), nn.GELU(), nn.Linear(self.hidden, width))
 
     def picture(self, tokens: Tokens) -> Tensor:
-        """Each token's own frames, the first column at the bottom."""
+        """The frames without context as grey levels, the first column at the bottom."""
         windows = rearrange(tokens.content, "n (w f) -> n w f", f=self.columns)
         frames_NF = rearrange(windows[:, self.context : self.context + self.stack], "n w f -> (n w) f")
         level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
         return level.T.flip(0)[:, :, None]
 
     def token_names(self, tokens: Tokens) -> list[str]:
-        """By the names of their first and last frame, where frames have names."""
+        """The names of the first and last frame of each token, if frames have names."""
         if not self.frame_names:
             return super().token_names(tokens)
         parts = [self.frame_names[i : i + self.stack] for i in range(0, len(self.frame_names), self.stack)]
@@ -133,7 +130,7 @@ class Features(Tokenizer):
         return [names[round(time / self.step[0])] for time in tokens.position_NA[:, 0].tolist()]
 
     def examples(self) -> list[np.ndarray]:
-        """Values to try this kind with, when nobody gives any."""
+        """Values for the conformance checks."""
         random = np.random.default_rng(0)
         counts = [len(self.frame_names)] * 4 if self.frame_names else [n * self.stack for n in (6, 9, 9, 14)]
         return [random.standard_normal((count, self.features)).astype(np.float32) for count in counts]

@@ -1,4 +1,4 @@
-"""Pictures as square patches that keep their rows and columns; any height and width, no resize to one shape."""
+"""Images as square patches with their rows and columns; any height and width, no resize to one shape."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,36 +19,29 @@ from multimodal.tokenizer import Tokenizer, Tokens
 class ImagePatches(Tokenizer):
     """Patches of `patch` x `patch` pixels, row by row (Dosovitskiy et al. 2021), at native size (Dehghani et al. 2023).
 
-    The core's rotary places always see each patch's row and column. `position` says what is added to its embedding besides:
-    "sincos" (fixed, unbounded), "learned" (a grid that stretches over any picture), or "rotary" (nothing).
-    A picture whose sides are no multiples of `patch` is continued at its right and lower edge with `edge="repeat"`, or
-    refused with `edge="error"`. With `max_side` larger pictures are shrunk to it, aspect kept, but for a side that would get
-    smaller than one patch. All of this is saved.
-
-    Pictures can be written where `size` says how many rows and columns of pixels each has; others are still read.
-
     patch: the side of a patch in pixels.
-    channels: C: 1 grey, 3 RGB, 4 RGBA.
-    mean: taken off pixels in 0..1: one number for all channels, or one each.
-    std: what pixels are divided by then, likewise.
-    position: what is added to a patch's embedding for its place: "sincos", "learned" or "rotary".
-    grid: points a side of the learned grid.
-    edge: "repeat" or "error", where patch does not divide a side.
-    max_side: the longest side in pixels; larger pictures are shrunk; None: any.
-    max_pixels: the most pixels that a picture may have before it is decoded.
-    size: rows and columns of pixels of every written picture; None: pictures are only read.
+    channels: number of channels: 1 grey, 3 RGB, 4 RGBA.
+    mean: subtracted from pixels in 0..1; one number for all channels, or one for each.
+    std: the divisor of the pixels after that; likewise.
+    position: the encoding of row and column that is added to a patch's embedding: "sincos" (fixed, unbounded), "learned" (a grid
+        that is stretched over the image), or "rotary" (none: only the core's rotary places encode them, as they always do).
+    grid: number of points on a side of the learned grid.
+    edge: if patch does not divide a side: "repeat" the last row or column of pixels, or raise an "error".
+    max_side: the longest side in pixels; larger images are shrunk with their aspect ratio, but no side below one patch; None: any.
+    max_pixels: largest number of pixels of an image; a larger one is refused before it is decoded.
+    size: rows and columns of pixels of every written image; None: images are only read.
     """
 
-    patch: int = 16  # pixels
-    channels: int = 3  # C: 1 grey, 3 RGB, 4 RGBA
-    mean: float | tuple[float, ...] = 0.5  # subtracted from 0..1 pixels, one for all channels or one each
+    patch: int = 16
+    channels: int = 3
+    mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
     position: Literal["sincos", "learned", "rotary"] = "sincos"
-    grid: int = 16  # points a side of the learned grid
+    grid: int = 16
     edge: Literal["repeat", "error"] = "repeat"
-    max_side: int | None = None  # pixels
+    max_side: int | None = None
     max_pixels: int = 2**24
-    size: tuple[int, int] | None = None  # rows and columns of pixels of every written picture
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.channels not in (1, 3, 4):
@@ -86,7 +79,7 @@ class ImagePatches(Tokenizer):
 
     @property
     def feature_size(self) -> int:
-        """Pixels, and for the added position schemes the patch's row and column behind them."""
+        """Pixels, and for "sincos" and "learned" the row and column of the patch after them."""
         return self.pixel_features + (0 if self.position == "rotary" else 2)
 
     @property
@@ -127,7 +120,7 @@ class ImagePatches(Tokenizer):
         return Tokens(self._with_places(patches_NF, position_NA, (rows, columns)), position_NA)
 
     def _with_places(self, pixels_NF: Tensor, position_NA: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Content: pixels and what the position scheme puts behind them, for a picture of `grid` rows and columns of patches."""
+        """The content of tokens: pixels, and row and column if `position` needs them. grid: rows and columns of patches."""
         if self.position == "rotary":
             return pixels_NF
         place_NA = position_NA[:, 1:].to(pixels_NF)
@@ -146,7 +139,9 @@ class ImagePatches(Tokenizer):
         shrunk = ""
         if self.max_side and max(height, width) > self.max_side:
             scale = self.max_side / max(height, width)
-            height, width = (max(round(side * scale), self.patch) for side in given)  # a narrow side keeps one patch
+            height, width = (
+                max(round(side * scale), self.patch) for side in given
+            )  # no side gets smaller than one patch
             image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
             shrunk = f" ({height}x{width} after max_side={self.max_side})"
         below, beside = -height % self.patch, -width % self.patch
@@ -160,7 +155,7 @@ class ImagePatches(Tokenizer):
         return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))
 
     def decode(self, tokens: Tokens) -> Tensor:
-        """The picture (C, Y, X) in 0..1 that these patches tile; what is missing up to the last row and column is `mean`."""
+        """The picture (C, Y, X) in 0..1 that these patches tile; missing patches up to the last row and column are `mean`."""
         row_N, column_N = tokens.position_NA[:, 1:].long().cpu().unbind(1)
         rows, columns = (int(x.max()) + 1 if len(x) else 0 for x in (row_N, column_N))
         pixels_NF = torch.zeros(rows * columns, self.pixel_features)
@@ -185,9 +180,8 @@ def _per_channel(value: float | tuple[float, ...]) -> Tensor:
 @lru_cache(maxsize=256)
 def _grid(rows: int, columns: int) -> Tensor:
     """Places (N, 3) of rows x columns patches."""
-    with torch.device(
-        "cpu"
-    ):  # what is remembered must have numbers, also if it is first asked for by a model without memory
+    # it is cached, so it must have numbers also if the first caller builds a model on the meta device
+    with torch.device("cpu"):
         return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
@@ -202,7 +196,7 @@ class _PatchEmbed(nn.Module):
         self.linear = nn.Linear(self.pixels, width)
         self.learned = LearnedGrid(width, tokenizer.grid) if self.position == "learned" else None
         if self.position == "sincos":
-            sine_cosine(torch.zeros(1, 2), width)  # complain about the width now, not at the first picture
+            sine_cosine(torch.zeros(1, 2), width)  # raises for a width that does not fit now, not at the first image
 
     def forward(self, content_NF: Tensor) -> Tensor:
         embedded_ND = self.linear(content_NF[:, : self.pixels].to(self.linear.weight.dtype))

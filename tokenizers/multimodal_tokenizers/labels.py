@@ -1,6 +1,5 @@
-"""Labels: one class of a fixed set, or several of them at once."""
+"""One class of a fixed set, or several of them at once."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.texts import shortened
+from multimodal.texts import repeated, shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -30,7 +29,7 @@ class Labels(Tokenizer):
         if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise ConfigError(f"Labels: names={shortened(repr(self.names), 100)} is not a list of names")
         object.__setattr__(self, "names", tuple(str(name) for name in self.names))
-        twice = sorted(name for name, count in Counter(self.names).items() if count > 1)
+        twice = sorted(repeated(self.names))
         if twice or not self.names:
             raise ConfigError(
                 f"Labels: {'names occur twice: ' + shortened(', '.join(twice), 300) if twice else 'no names were given'}"
@@ -45,13 +44,17 @@ class Labels(Tokenizer):
         return len(self.names) if self.several else None
 
     def encode(self, value: Any) -> Tokens:
-        if not self.several:
-            return Tokens(torch.tensor([self._id(value)]), torch.zeros(1, 3))
-        if isinstance(value, str) or not isinstance(value, Iterable):
+        if self.several and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise MediaError(f"Labels.encode: several=True wants a list of names, not {shortened(repr(value), 100)}")
+        ids = []
+        for name in value if self.several else [value]:
+            if str(name) not in self.names:
+                raise MediaError(self._unknown(name))
+            ids.append(self.names.index(str(name)))
+        if not self.several:
+            return Tokens(torch.tensor(ids), torch.zeros(1, 3))
         hot = torch.zeros(1, len(self.names))
-        for name in value:
-            hot[0, self._id(name)] = 1
+        hot[0, ids] = 1
         return Tokens(hot, torch.zeros(1, 3))
 
     def decode(self, tokens: Tokens) -> Any:
@@ -59,14 +62,12 @@ class Labels(Tokenizer):
             return [name for name, hot in zip(self.names, tokens.content[0].tolist(), strict=True) if hot > 0.5]
         return self.names[int(tokens.content[0])]
 
-    def _id(self, name: Any) -> int:
-        try:
-            return self.names.index(str(name))
-        except ValueError:
-            shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
-            number = isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names)
-            hint = "; Fields(samples, names={field: names}) turns numbers of classes into names" if number else ""
-            raise MediaError(
-                f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
-                f"{did_you_mean(str(name), self.names)}{hint}"
-            ) from None
+    def _unknown(self, name: Any) -> str:
+        """What is wrong with a name that is no class."""
+        shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        number = isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names)
+        hint = "; Fields(samples, names={field: names}) turns numbers of classes into names" if number else ""
+        return (
+            f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
+            f"{did_you_mean(str(name), self.names)}{hint}"
+        )

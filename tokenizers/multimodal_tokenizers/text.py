@@ -1,4 +1,4 @@
-"""Text as UTF-8 bytes (no files, the default) and as byte-pair pieces on Hugging Face's tokenizers."""
+"""Text as UTF-8 bytes (no files, the default), or as byte-pair encoding with Hugging Face's tokenizers."""
 
 import json
 import unicodedata
@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from multimodal.files import put
+from multimodal.files import write_atomic
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
@@ -31,15 +31,11 @@ def _checked(value: Any, who: str) -> str:
     return value
 
 
-def _tokens(ids: list[int]) -> Tokens:
-    return Tokens(torch.tensor(ids, dtype=torch.long), at_times(torch.arange(len(ids), dtype=torch.float32)))
-
-
 @dataclass(frozen=True)
 class TextBytes(Tokenizer):
     """UTF-8 bytes: any text of any language, exactly, with a vocabulary of 256.
 
-    causal: whether a token that is read sees only what came before it.
+    causal: whether a token that is read attends only to earlier ones.
     """
 
     causal: bool = False
@@ -47,7 +43,8 @@ class TextBytes(Tokenizer):
     text = True
 
     def encode(self, value: Any) -> Tokens:
-        return _tokens(list(_checked(value, "TextBytes").encode("utf-8")))
+        ids = list(_checked(value, "TextBytes").encode("utf-8"))
+        return Tokens(torch.tensor(ids, dtype=torch.long), at_times(torch.arange(len(ids), dtype=torch.float32)))
 
     def decode(self, tokens: Tokens) -> str:
         return bytes(tokens.content.tolist()).decode("utf-8", errors="replace")
@@ -57,21 +54,21 @@ class TextBytes(Tokenizer):
 class TextBPE(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016), trained, saved and loaded as a `tokenizer.json`.
 
-    Make one with `TextBPE.train(texts, vocab_size=8192)` or `TextBPE.open("tokenizer.json")`. Nothing in a text is taken
-    for a special token, nothing is added to it, cut off or left to chance, whatever the file says.
+    Make one with `TextBPE.train(texts, vocab_size=8192)` or `TextBPE.open("tokenizer.json")`. Whatever the
+    file says, no part of a text is a special token, nothing is added to it or cut off, and encoding is deterministic.
 
-    spec: the whole text of tokenizer.json.
-    causal: whether a token that is read sees only what came before it.
+    spec: the content of tokenizer.json.
+    causal: whether a token that is read attends only to earlier ones.
     lossy: whether texts may be changed or lose characters; if not, such a text is refused.
     """
 
-    spec: str = field(repr=False)  # the whole text of tokenizer.json
+    spec: str = field(repr=False)
     causal: bool = False
-    lossy: bool = False  # whether texts may be changed or lose characters; if not, such a text is refused
+    lossy: bool = False
     text = True
 
     def __post_init__(self) -> None:
-        _hf_from(self.spec)  # complain now, not at the first text
+        _hf_from(self.spec)  # raises now, not at the first text
 
     @property
     def vocab_size(self) -> int:
@@ -108,9 +105,9 @@ class TextBPE(Tokenizer):
 
     @classmethod
     def open(cls, path: str | Path, *, causal: bool = False, lossy: bool = False) -> Self:
-        """Read a tokenizer.json, ours or anybody's, and try it on texts of many scripts.
+        """Read any tokenizer.json, and try it on texts of many scripts.
 
-        lossy: take a file that changes texts or loses characters, such as one without an unknown token or with one for many. What
+        lossy: accept a file that changes texts or loses characters, such as one without an unknown token or with one for many. What
         the file's own normaliser does to case and Unicode forms counts as no change. BPE dropout is switched off with a warning.
 
         Raises:
@@ -141,7 +138,7 @@ class TextBPE(Tokenizer):
 
     def write(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        put(Path(path), self.spec)
+        write_atomic(Path(path), self.spec)
 
     def encode(self, value: Any) -> Tokens:
         with _no_panics(f"TextBPE.encode: {describe(value)}"):
@@ -153,7 +150,7 @@ class TextBPE(Tokenizer):
                     f"TextBPE.encode: {describe(value)} would lose {describe(_lost(value, back))}, for which this tokenizer.json "
                     f"has no tokens: it comes back as {describe(back)}; open the file with lossy=True if that does not matter"
                 )
-        return _tokens(ids)
+        return Tokens(torch.tensor(ids, dtype=torch.long), at_times(torch.arange(len(ids), dtype=torch.float32)))
 
     def decode(self, tokens: Tokens) -> str:
         with _no_panics("TextBPE.decode: these tokens"):
@@ -192,8 +189,8 @@ def _no_panics(what: str) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # pyo3 offers no class to import
             raise
-        said = " ".join(str(error).split())[:300]
-        raise MediaError(f"{what}: the tokenizer gives up ({said}); its rules do not work for this") from error
+        message = " ".join(str(error).split())[:300]
+        raise MediaError(f"{what}: the tokenizer gives up ({message}); its rules do not work for this") from error
 
 
 def _regex(pattern: str) -> Regex:
@@ -205,7 +202,7 @@ def _regex(pattern: str) -> Regex:
 
 @lru_cache(maxsize=16)
 def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
-    """The library's tokenizer, and how many ids it needs (files of other makers may skip some)."""
+    """The library's tokenizer, and the number of its ids (a file may skip some)."""
     try:
         with _no_panics("TextBPE"):
             hf = HFTokenizer.from_str(spec)
@@ -213,7 +210,7 @@ def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
         raise ConfigError(f"TextBPE: this is no tokenizer.json: {str(error)[:500]}") from error
     if getattr(hf.model, "dropout", None):
         hf.model.dropout = None  # encoding is the same for the same text
-    hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file does not keep this setting
+    hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file has no such setting
     hf.no_truncation()  # a text is never cut in silence
     hf.no_padding()
     return hf, max(hf.get_vocab().values(), default=-1) + 1
@@ -261,8 +258,8 @@ def _lost(text: str, back: str) -> str:
     """The part of a text that decoding did not restore, without the equal beginning and end."""
     start = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     ends = zip(text[start:][::-1], back[start:][::-1], strict=False)
-    rest = min(len(text), len(back)) - start
-    return text[start : len(text) - next((i for i, (a, b) in enumerate(ends) if a != b), rest)]
+    most = min(len(text), len(back)) - start
+    return text[start : len(text) - next((i for i, (a, b) in enumerate(ends) if a != b), most)]
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,104 @@
+"""Checks that a tokenizer, a head or a whole model keeps its promises: in a script, on the command line, or as pytest ids.
+
+In a script:
+
+    print(check_tokenizer(MyTokenizer(), [value, other_value]))
+
+In a test:
+
+    @pytest.mark.parametrize("check", tokenizer_checks(MyTokenizer(), [value, other_value]), ids=str)
+    def test_my_tokenizer(check):
+        check()
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from multimodal.check import encoding, heads, information, models, tokenizers
+from multimodal.check.cases import HeadCase, TokenizerCase
+from multimodal.check.equivalence import CHECKS as MODEL_CHECKS
+from multimodal.check.equivalence import Measurement, Verification, verify
+from multimodal.check.report import (
+    BoundCheck,
+    Check,
+    ConformanceError,
+    Report,
+    Result,
+    bind,
+    run_checks,
+)
+from multimodal.check.values import plausible_values
+from multimodal.heads import Head
+from multimodal.tokenizer import Tokenizer
+
+_CHECKS = (*encoding.CHECKS, *tokenizers.CHECKS, *information.CHECKS, *models.CHECKS)
+# basic checks first: causes before symptoms
+TOKENIZER_CHECKS: tuple[Check, ...] = tuple(sorted(_CHECKS, key=lambda check: not check.basic))
+HEAD_CHECKS: tuple[Check, ...] = (*heads.CHECKS, *models.CHECKS)
+__all__ = [
+    "HEAD_CHECKS",
+    "MODEL_CHECKS",
+    "TOKENIZER_CHECKS",
+    "BoundCheck",
+    "Check",
+    "ConformanceError",
+    "Measurement",
+    "Report",
+    "Result",
+    "Verification",
+    "check_head",
+    "check_tokenizer",
+    "head_checks",
+    "plausible_values",
+    "tokenizer_checks",
+    "verify",
+]
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer,
+    values: Sequence[Any],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    raises: bool = True,
+) -> Report:
+    """Try every promise of the contract on a tokenizer with two or more different values it can encode.
+
+    expected_failures: check names -> why that is so; one of these that passes is a failure. raises=False only reports.
+
+    Raises:
+        ConformanceError: lists every failed check by name.
+
+    Examples:
+        >>> report = check_tokenizer(Labels(("cat", "dog")), ["cat", "dog"])
+        >>> report.failed
+        []
+    """
+    return run_checks(repr(tokenizer), tokenizer_checks(tokenizer, values, expected_failures=expected_failures), raises)
+
+
+def check_head(
+    head: Head,
+    tokenizer: Tokenizer,
+    values: Sequence[Any],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    raises: bool = True,
+) -> Report:
+    """Try every promise of the contract on a head that writes values of this tokenizer's kind; see `check_tokenizer`."""
+    checks = head_checks(head, tokenizer, values, expected_failures=expected_failures)
+    return run_checks(f"{head!r} writing {tokenizer!r}", checks, raises)
+
+
+def tokenizer_checks(
+    tokenizer: Tokenizer, values: Sequence[Any], *, expected_failures: Mapping[str, str] | None = None
+) -> list[BoundCheck]:
+    """The checks as things to call, named by `str`: for pytest.mark.parametrize(..., ids=str)."""
+    return bind(TOKENIZER_CHECKS, TokenizerCase(tokenizer, list(values)), expected_failures or {})
+
+
+def head_checks(
+    head: Head, tokenizer: Tokenizer, values: Sequence[Any], *, expected_failures: Mapping[str, str] | None = None
+) -> list[BoundCheck]:
+    """The same for a head."""
+    return bind(HEAD_CHECKS, HeadCase(head, tokenizer, list(values)), expected_failures or {})

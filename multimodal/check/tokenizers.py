@@ -1,0 +1,340 @@
+"""Checks of what a tokenizer does by itself: encode, decode, embed."""
+
+import copy
+import unittest
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.check.cases import CORE, TokenizerCase, check_close, check_gradients, contents, equal_tokens
+from multimodal.check.information import resembles
+from multimodal.check.report import Check, ConformanceError, promise, want
+from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Tokenizer, Tokens, describe
+
+CHECKS: list[Check] = []
+
+
+@promise(CHECKS, basic=True)
+def one_place_a_token(case: TokenizerCase) -> None:
+    """Every token has one place (time, row, column), and a value has at least one token."""
+    for tokens in case.tokens:
+        shape = tuple(tokens.position_NA.shape)
+        want(len(tokens) > 0, "a value gave no tokens")
+        want(shape == (len(tokens), 3), f"{len(tokens)} tokens have places {shape}, wanted ({len(tokens)}, 3)")
+        want(len(tokens) == 1 or not case.tokenizer.classes, f"classes=True, but a value has {len(tokens)} tokens")
+
+
+@promise(CHECKS, basic=True)
+def content_as_declared(case: TokenizerCase) -> None:
+    """Content is int64 ids (N,) below vocab_size, or float32 features (N, feature_size); places are float32."""
+    for tokens in case.tokens:
+        x, vocab = tokens.content, case.tokenizer.vocab_size
+        came = f"content is {x.dtype} {tuple(x.shape)}"
+        if vocab is not None:
+            want(x.dtype == torch.int64 and x.dim() == 1, f"{came}, wanted ids: int64 (N,)")
+            low, high = int(x.min()), int(x.max())
+            want(low >= 0 and high < vocab, f"ids run from {low} to {high}, outside 0..{vocab - 1}")
+        else:
+            wanted = (len(tokens), case.tokenizer.feature_size)
+            want(x.dtype == torch.float32 and x.shape == wanted, f"{came}, wanted features: float32 {wanted}")
+        want(tokens.position_NA.dtype == torch.float32, f"places are {tokens.position_NA.dtype}, wanted float32")
+
+
+@promise(CHECKS, basic=True)
+def finite(case: TokenizerCase) -> None:
+    """Content and places hold no NaN and no infinity."""
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        for what, x in (("content", tokens.content), ("places", tokens.position_NA)):
+            want(x.isfinite().all(), f"the {what} of {describe(value)} are not finite")
+
+
+@promise(CHECKS)
+def values_differ(case: TokenizerCase) -> None:
+    """Different values give different tokens."""
+    for i, a in enumerate(case.tokens):
+        for j in range(i):
+            want(
+                not equal_tokens(a, case.tokens[j]), f"values {j} and {i} give the same tokens: give values that differ"
+            )
+
+
+@promise(CHECKS)
+def places_differ(case: TokenizerCase) -> None:
+    """No two tokens of a value stand at the same place."""
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        count = len(tokens.position_NA.unique(dim=0))
+        want(count == len(tokens), f"the {len(tokens)} tokens of {describe(value)} stand at {count} places")
+
+
+@promise(CHECKS)
+def time_from_zero(case: TokenizerCase) -> None:
+    """Time starts at 0 or later (before it lies the field before), and never runs backwards where the kind is causal."""
+    for tokens in case.tokens:
+        time_N = tokens.position_NA[:, 0]
+        want(time_N.min() >= 0, f"a token stands at time {float(time_N.min()):g}, inside the field before")
+        ordered = not case.tokenizer.causal or bool((time_N.diff() >= 0).all())
+        want(ordered, "this kind is causal, but its tokens do not come in the order of time")
+
+
+@promise(CHECKS)
+def step_fits_places(case: TokenizerCase) -> None:
+    """`step` is about the distance of neighbours (0.1 to 100 steps apart), so that the core can tell them apart."""
+    for axis, name in enumerate(("time", "row", "column")):
+        gaps = [tokens.position_NA[:, axis].unique().diff() for tokens in case.tokens]
+        if gap := torch.cat(gaps).tolist():
+            typical = sorted(gap)[len(gap) // 2] / case.tokenizer.step[axis]
+            want(0.1 <= typical <= 100, f"neighbours along {name} are {typical:.3g} steps apart; declare another step")
+
+
+@promise(CHECKS)
+def wrong_type_refused(case: TokenizerCase) -> None:
+    """A value of a foreign type raises a ValueError that names the class."""
+    for value in (object(), {"foreign": object()}, 3.5j):
+        want(_refused(case.tokenizer, value), f"{describe(value)} was encoded without complaint")
+
+
+@promise(CHECKS)
+def empty_refused(case: TokenizerCase) -> None:
+    """An empty value raises a ValueError that names the class."""
+    tried = {repr(contents(empty)): empty for value in case.values for empty in _emptied(value)}
+    if not tried:
+        raise unittest.SkipTest(f"nothing empty can be made of {describe(case.values[0])}")
+    for empty in tried.values():
+        if not _refused(case.tokenizer, empty):
+            want(case.tokenizer.classes, f"{describe(empty)} was encoded without complaint")
+            raise unittest.SkipTest(f"{describe(empty)} stands for none of the classes, which is a value")
+
+
+def _emptied(value: Any) -> Iterator[Any]:
+    """Values of the same type with nothing in them, if any can be made."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        if value.ndim:
+            yield from (value[:0], value[..., :0])
+    elif isinstance(value, (list, tuple, dict)):
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        arrays = [(key, empty) for key, x in items if isinstance(x, (np.ndarray, Tensor)) for empty in _emptied(x)]
+        for key, empty in arrays:
+            yield type(value)(
+                {**dict(items), key: empty} if isinstance(value, dict) else [*value[:key], empty, *value[key + 1 :]]
+            )  # type: ignore[operator]
+        if not arrays:
+            yield type(value)()
+    elif isinstance(value, (str, bytes)):
+        yield type(value)()
+
+
+@promise(CHECKS)
+def too_long_refused(case: TokenizerCase) -> None:
+    """A value of more than max_tokens tokens raises a ValueError that names the class; it is never cut."""
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        short = copy.copy(case.tokenizer)
+        object.__setattr__(short, "max_tokens", len(tokens) - 1)
+        want(_refused(short, value), f"max_tokens={len(tokens) - 1} let {describe(value)} of {len(tokens)} tokens pass")
+
+
+def _refused(tokenizer: Tokenizer, value: Any) -> bool:
+    """Whether a ValueError came; its message has to name the tokenizer's class, or the one that it varies."""
+    names = [cls.__name__ for cls in type(tokenizer).__mro__ if issubclass(cls, Tokenizer) and cls is not Tokenizer]
+    try:
+        tokenizer(value)
+    except ValueError as error:
+        want(any(name in str(error) for name in names), f"the error does not name {names[0]}: {error}")
+        return True
+    return False
+
+
+def _decoding(case: TokenizerCase, *, written: bool) -> Tokenizer:
+    """The tokenizer, where it decodes, and where asked for, what is written token by token."""
+    tokenizer = case.tokenizer
+    if type(tokenizer).decode is Tokenizer.decode:
+        raise unittest.SkipTest("it has no decode: this kind is only read")
+    if written and tokenizer.vocab_size is None and tokenizer.classes:
+        raise unittest.SkipTest("several classes at once: nothing is written token by token")
+    if written:
+        try:
+            tokenizer.places(1)
+        except ConfigError as error:
+            raise unittest.SkipTest(f"as it is set it is only read: {error}") from None
+    return tokenizer
+
+
+@promise(CHECKS)
+def decode_inverts_encode(case: TokenizerCase) -> None:
+    """What decode makes of a value's tokens encodes to these tokens again: features within 1e-4, or if the kind declares itself
+    `lossy`, at the same places, nearer than their own mean is and nearer to them than to those of other values."""
+    tokenizer = _decoding(case, written=False)
+    lossy, found = tokenizer.lossy, []
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        again = tokenizer(tokenizer.decode(tokens))
+        found.append(again)
+        same = again.content.shape == tokens.content.shape and torch.equal(again.position_NA, tokens.position_NA)
+        got, wanted = again.content.double(), tokens.content.double()
+        if same and lossy and tokenizer.vocab_size is None:
+            same = (got - wanted).square().mean() < (wanted - wanted.mean()).square().mean()
+        elif same and not lossy:
+            same = torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+        want(same, f"{describe(value)} comes back from decode as {describe(tokenizer.decode(tokens))}")
+    if lossy:
+        reordered = [Tokens(tokens.content.flip(0), tokens.position_NA) for tokens in case.tokens]
+        differ = [not equal_tokens(a, b) for a, b in zip(reordered, case.tokens, strict=True)]
+        survive = [not equal_tokens(tokenizer(tokenizer.decode(a)), b) for a, b in zip(reordered, found, strict=True)]
+        want(
+            resembles(found, case.tokens) and (any(survive) or not any(differ)),
+            "what decode makes of a value's tokens is no nearer to them than to those of other values; nothing of it is left",
+        )
+
+
+@promise(CHECKS, basic=True)
+def text_as_declared(case: TokenizerCase) -> None:
+    """Where the kind declares `text`, decode gives text (str), of the tokens of a value and of any beginning of them."""
+    t = case.tokenizer
+    if not t.text:
+        return
+    want(t.vocab_size is not None, "text=True, but the content is features; text is written by ids, piece by piece")
+    _decoding(case, written=False)
+    for tokens in case.tokens:
+        for count in {1, len(tokens)}:
+            got = t.decode(Tokens(tokens.content[:count], tokens.position_NA[:count]))
+            want(
+                isinstance(got, str), f"text=True, but decode gives {describe(got)}; give a str, or take text=True off"
+            )
+
+
+@promise(CHECKS, basic=True)
+def length_as_declared(case: TokenizerCase) -> None:
+    """Where the kind declares a `length`, every value that can be written has as many tokens; `places` refuses more."""
+    t = case.tokenizer
+    if t.length is None:
+        return
+    want(type(t.length) is int and t.length > 0, f"length={t.length!r}: a positive int, or None, is wanted")
+    counts = [len(tokens) for tokens in case.tokens]
+    want(
+        t.length in counts, f"no value has the {t.length} tokens of length={t.length}; they have {sorted(set(counts))}"
+    )
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        flat = not tokens.position_NA[:, 1:].any()
+        if len(tokens) == t.length or (len(tokens) < t.length and not flat):
+            continue  # of a part of a picture nobody can say whether it is one
+        try:
+            places = t.places(len(tokens))
+        except ConfigError:  # such a value is read, and never written
+            continue
+        want(
+            not torch.equal(places, tokens.position_NA),
+            f"length={t.length}, but {describe(value)} has {len(tokens)} tokens, and places({len(tokens)}) are theirs; take length "
+            "off, or let places refuse them",
+        )
+
+
+@promise(CHECKS)
+def picture_tiles(case: TokenizerCase) -> None:
+    """The picture of a value, if any, is (Y, X, C) in 0..1, and the tokens tile it: by rows and columns, or along time."""
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        try:
+            picture_YXC = case.tokenizer.picture(tokens)
+        except Exception as error:
+            raise ConformanceError(f"picture fails on {describe(value)}: {type(error).__name__}: {error}") from error
+        if picture_YXC is None:
+            continue
+        came = f"the picture of {describe(value)} is {describe(picture_YXC)}"
+        fine = isinstance(picture_YXC, Tensor) and picture_YXC.dim() == 3 and picture_YXC.shape[2] in (1, 3, 4)
+        want(fine and picture_YXC.numel(), f"{came}, wanted a tensor (Y, X, C) of 1, 3 or 4 channels")
+        fine = picture_YXC.is_floating_point() and bool(((picture_YXC >= -1e-4) & (picture_YXC <= 1 + 1e-4)).all())
+        want(fine, f"{came}, wanted floats in 0..1")
+        rows = len(tokens.position_NA[:, 1].unique())
+        grid = rows, len(tokens) // rows
+        whole = not any(side % n for side, n in zip(picture_YXC.shape, grid, strict=False))
+        want(whole, f"{came}, which its tokens, {grid[0]} rows of {grid[1]}, do not tile")
+
+
+@promise(CHECKS)
+def decode_takes_anything(case: TokenizerCase) -> None:
+    """Decode takes every row of ids (or of features) that a model could write, the empty one too."""
+    tokenizer = _decoding(case, written=True)
+    vocab, draw = tokenizer.vocab_size, torch.Generator().manual_seed(0)
+    counts = (0, 1, 1, 2, 3, 5, 8, 13, 21)
+    if tokenizer.length is not None:  # writing may be cut short, but it never goes on
+        counts = (1, tokenizer.length // 2 or 1, tokenizer.length)
+    if tokenizer.classes:
+        rows = [torch.tensor([c]) for c in range(min(vocab or 0, 100))]
+    elif vocab is not None:
+        rows = [torch.randint(vocab, (count,), generator=draw) for count in counts]
+    else:
+        rows = [torch.randn(count, tokenizer.written_features or 0, generator=draw) for count in counts]
+    for row in rows:
+        try:
+            tokenizer.decode(Tokens(row, tokenizer.places(len(row))))
+        except Exception as error:
+            what = f"the ids {row.tolist()}" if vocab is not None else f"features {tuple(row.shape)}"
+            raise ConformanceError(f"decode fails on {what}: {type(error).__name__}: {error}") from error
+
+
+@promise(CHECKS)
+def places_agree(case: TokenizerCase) -> None:
+    """`places(n)` and `fed_back`, used while writing, give the places and the content that encode gives."""
+    tokenizer = _decoding(case, written=True)
+    tried = [tokens for tokens in case.tokens if tokenizer.length in (None, len(tokens))]
+    want(tried, f"no value has the {tokenizer.length} tokens that every written one has; give some that do")
+    for tokens in tried:
+        places = tokenizer.places(len(tokens))
+        want(
+            torch.equal(places, tokens.position_NA), f"places({len(tokens)}) are not those of a value of as many tokens"
+        )
+        if tokenizer.vocab_size is None:
+            for n in {1, len(tokens)}:  # writing feeds back one token at a time
+                fed = tokenizer.fed_back(tokens.content[-n:, : tokenizer.written_features], places[-n:])
+                want(
+                    fed.shape == tokens.content[-n:].shape and torch.allclose(fed, tokens.content[-n:]),
+                    f"fed_back gives {describe(fed)} that is not the content of a value with these features and places",
+                )
+
+
+@promise(CHECKS)
+def embed_rows(case: TokenizerCase) -> None:
+    """The module that embed makes gives one row of the wanted width for every token."""
+    for width in (CORE.width, 2 * CORE.width):
+        rows = case.tokenizer.embed(width)(case.tokens[0].content)
+        wanted = (len(case.tokens[0]), width)
+        want(
+            tuple(rows.shape) == wanted and rows.is_floating_point(),
+            f"{rows.dtype} {tuple(rows.shape)}, wanted {wanted}",
+        )
+
+
+@promise(CHECKS)
+def embed_any_numbers(case: TokenizerCase) -> None:
+    """The module that embed makes takes numbers that encode never gives, such as the half of them: a model writes those too."""
+    if case.tokenizer.vocab_size is not None:
+        return  # of ids there are no others
+    embed, content = case.tokenizer.embed(CORE.width).eval(), case.tokens[0].content
+    for name, x in (("half of", content * 0.5), ("minus", -content), ("a little above", content + 0.25)):
+        try:
+            rows = embed(x)
+        except Exception as error:
+            raise ConformanceError(
+                f"embed fails on {name} the content of {describe(case.values[0])} ({type(error).__name__}: {error}); features are "
+                "any numbers, as a model writes them: do not look them up in a table"
+            ) from error
+        want(rows.isfinite().all(), f"embed gives NaN or infinity for {name} the content of {describe(case.values[0])}")
+
+
+@promise(CHECKS)
+def embed_by_token(case: TokenizerCase) -> None:
+    """All values embedded by one call give the rows that one call for each gives."""
+    embed = case.tokenizer.embed(CORE.width).eval()
+    contents = [tokens.content for tokens in case.tokens]
+    with torch.no_grad():
+        check_close(embed(torch.cat(contents)), torch.cat([embed(x) for x in contents]), "one call and many")
+
+
+@promise(CHECKS)
+def embed_learns(case: TokenizerCase) -> None:
+    """A gradient reaches every parameter of the module that embed makes."""
+    embed = case.tokenizer.embed(CORE.width)
+    rows = embed(torch.cat([tokens.content for tokens in case.tokens]))
+    (rows * torch.randn_like(rows)).sum().backward()
+    check_gradients(embed)

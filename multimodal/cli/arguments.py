@@ -1,0 +1,316 @@
+"""The options that several commands have, and parsing: a command line into options, a task, and the values of its fields."""
+
+import json
+import os
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from cyclopts import Parameter
+
+from multimodal.texts import shortened
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+    from multimodal.model import Model
+    from multimodal.pattern import Pattern
+    from multimodal.tokenizer import Tokenizer
+
+Plugins = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--plugin",
+        negative="",
+        help="A Python file that defines a tokenizer or head of the checkpoint. It is imported, not run as a script. "
+        "Repeat it for more files.",
+    ),
+]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of text.")]
+Device = Annotated[str, Parameter(help="cpu, cuda, ... or auto.")]
+Out = Annotated[
+    Path | None,
+    Parameter(
+        help="The folder for pictures and sounds that are written; the run's unless given. With it texts are files too. "
+        "No file is overwritten: the next gets a number."
+    ),
+]
+Fields = Annotated[
+    list[str],
+    Parameter(
+        negative="",
+        help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
+        "arrays are .npy or .json files, or JSON. Several values are several samples: --image cats/*.jpg. "
+        "A value that begins like an option is written --text='--no'. A field that has the name of an option is given as "
+        "--field-NAME.",
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    Parameter(
+        negative="", help="A field that the task reads and this sample lacks: --without image. Repeat it for more."
+    ),
+]
+OPTION_NAMES = {
+    *("answer", "as_json", "begin", "beams", "checkpoint", "count", "debug", "device", "guidance", "help", "json"),
+    *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
+    *("stop", "task", "temperature", "top_k", "top_p", "version", "without", "writing"),
+}
+"""Names of options; a field of the same name is given with FIELD_PREFIX before it."""
+FIELD_PREFIX = "field_"
+_Typed = TypeVar("_Typed")  # a text or several
+OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+
+
+def joined(app: "App", tokens: Sequence[str]) -> list[str]:
+    """The tokens of a command line, with every value joined to its option.
+
+    A value may start with a dash if it is no option: `--task "-> notes"`, `--text -3`. A field may have several values, such as
+    those of `--image cats/*.jpg`: after the checkpoint, each token that follows a field's value is another value.
+    """
+    if not tokens or tokens[0].startswith("-") or tokens[0] not in app:
+        return list(tokens)
+    arguments = app[tokens[0]].assemble_argument_collection()
+    known = {name: argument.hint for argument in arguments for name in argument.names} | {"--help": bool, "-h": bool}
+    has_fields = "--[KEYWORD]" in known
+    found = [tokens[0]]
+    waiting = field = ""  # an option that still needs its value; the field of the last value
+    placed = False  # whether the checkpoint was given
+    # cyclopts takes a value with a dash for an option, and a second value for a positional argument: both are joined by `=`
+    for i, token in enumerate(tokens[1:], 1):
+        name = token.partition("=")[0]
+        if token == "--":
+            return [*found, *tokens[i:]]
+        if OPTION.fullmatch(token):
+            field = name if has_fields and name not in known else ""
+            waiting = "" if "=" in token or known.get(name) is bool else name
+            found.append(token)
+        elif waiting:
+            if token.startswith("-"):
+                found[-1] += f"={token}"
+            else:
+                found.append(token)
+            waiting = ""
+        elif field and placed:
+            found.append(f"{field}={token}")
+        else:
+            found.append(token)
+            placed = True
+    return found
+
+
+def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, writing: bool = False) -> str:
+    """The task that is named, or the only one, or the only one that reads just these fields.
+
+    Raises:
+        TaskError: none or several; lists what there is.
+    """
+    from multimodal.pattern import Pattern
+    from multimodal.shapes import TaskError
+
+    patterns = model.packer.patterns
+    if wanted is not None:
+        for text, pattern in patterns.items():
+            if "->" in wanted and _named(Pattern.parse(wanted)) == _named(pattern):  # however it is spaced
+                return text
+        model.packer.check_task(wanted)
+    possible = [text for text in patterns if not writing or model.packer.head(text).autoregressive]
+    if not possible:
+        raise TaskError(f"no task of this model writes token by token; use predict. There are {_listed(patterns)}")
+    if len(possible) == 1:
+        return possible[0]
+    given = set(_given(dict.fromkeys(fields), {field.name for text in possible for field in patterns[text].reads}))
+    fitting = [text for text in possible if {field.name for field in patterns[text].reads} == given]
+    if len(fitting) == 1:
+        return fitting[0]
+    shown = " and ".join(sorted(given)) or "nothing"
+    if fitting:
+        raise TaskError(f"several tasks read {shown}; choose one with --task: {_listed(fitting)}")
+    names = sorted({field.name for text in possible for field in patterns[text].reads})
+    raise TaskError(f"no task reads just {shown}{_closest(given, names)}; there are {_listed(possible)}")
+
+
+def _named(pattern: "Pattern") -> tuple[int, list[tuple[str, str]]]:
+    return len(pattern.right), [(field.name, field.kind) for field in pattern.fields]
+
+
+def _listed(tasks: Iterable[str]) -> str:
+    return ", ".join(map(repr, tasks))
+
+
+def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _Typed]:
+    """Fields by name, from the typed options; --field-out is the field `out`, because --out is an option."""
+    names = {option: option.replace("-", "_") for option in options}
+    short = {option: name.removeprefix(FIELD_PREFIX) for option, name in names.items()}
+    return {
+        short[option] if names[option] not in known and short[option] in known else names[option]: text
+        for option, text in options.items()
+    }
+
+
+def _option(field: str) -> str:
+    """The option that gives a field."""
+    return f"--{FIELD_PREFIX.replace('_', '-')}{field}" if field in OPTION_NAMES else f"--{field}"
+
+
+def _closest(given: Iterable[str], names: Sequence[str]) -> str:
+    from multimodal.shapes import did_you_mean
+
+    return next((close for name in given if name not in names and (close := did_you_mean(name, names))), "")
+
+
+def samples_from(
+    model: "Model", task: str, fields: Mapping[str, Sequence[str]], without: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Samples from the options for a task's fields: as many as the longest list of values.
+
+    A field with one value has it in every sample; fields named in `without` are None.
+
+    Raises:
+        TaskError: a field that the task does not read, one that is missing, or fields of different numbers of values.
+        MediaError: a value that cannot be read.
+    """
+    from multimodal.shapes import TaskError
+
+    model.packer.patterns[task].check_answers()
+    kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
+    given = _given(fields, kinds)
+    absent = list(_given({name.removeprefix("--").replace("-", "_"): [] for name in without}, kinds))
+    for name in (*given, *absent):
+        if name not in kinds:
+            reads = " ".join(map(_option, kinds)) or "no field"
+            raise TaskError(f"--{name}: task {task!r} reads {reads}{_closest([name], list(kinds))}")
+    if both := [name for name in absent if name in given]:
+        raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
+    if missing := [_option(name) for name in kinds if name not in given and name not in absent]:
+        them, also, too = "it" if len(missing) == 1 else "them", "also " if given else "", " too" if given else ""
+        out = f", or leave {them} out: " + " ".join(f"--without {name.removeprefix('--')}" for name in missing)
+        raise TaskError(f"task {task!r} {also}reads {' '.join(missing)}; give {them}{too}{out if given else ''}")
+    counts = {name: len(texts) for name, texts in given.items() if len(texts) != 1}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"--{name} {count}" for name, count in counts.items())
+        raise TaskError(f"different numbers of values: {listed}; give one for all samples, or one for each")
+    values = {
+        name: [value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for text in texts]
+        for name, texts in given.items()
+    }
+    count = max(counts.values(), default=1)
+    samples = [{name: each[i % len(each)] for name, each in values.items()} for i in range(count)]
+    return [sample | dict.fromkeys(absent) for sample in samples]
+
+
+def named_samples(fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """For each sample, the typed values of the fields that have several values; {} if there is one sample."""
+    several = {name.replace("-", "_"): texts for name, texts in fields.items() if len(texts) > 1}
+    count = max(map(len, several.values()), default=1)
+    return [{name: texts[i] for name, texts in several.items()} for i in range(count)]
+
+
+def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Samples for every task that can be read from these fields; an answer counts as well.
+
+    Raises:
+        TaskError: a field that no task has, or one that could be used only together with others.
+        MediaError: a value that cannot be read.
+    """
+    from multimodal.shapes import TaskError
+
+    patterns = model.packer.patterns
+    answers = {task: {p.answer: p.writes.kind} for task, p in patterns.items() if not p.pair}
+    known = sorted({field.name for p in patterns.values() for field in p.reads}.union(*answers.values()))
+    given = _given(fields, known)
+    for name in given:
+        if name not in known:
+            there = " ".join(map(_option, known))
+            raise TaskError(f"--{name}: no task has such a field; there are {there}{_closest([name], known)}")
+    samples: dict[str, list[dict[str, Any]]] = {}
+    used: set[str] = set()
+    for task, pattern in patterns.items():
+        kinds = {field.name: field.kind for field in pattern.reads}
+        if all(name in given for name in kinds):
+            kinds |= answers.get(task, {})
+            mine = {name: texts for name, texts in given.items() if name in kinds}
+            if not mine:
+                continue  # a task that reads nothing, whose answer was not given
+            if len(counts := {len(texts) for texts in mine.values()} - {1}) > 1:
+                raise TaskError(f"task {task!r}: fields have {sorted(counts)} values; give one, or one for each sample")
+            values = {
+                name: [value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for text in texts]
+                for name, texts in mine.items()
+            }
+            samples[task] = [
+                {name: each[i % len(each)] for name, each in values.items()} for i in range(max(counts, default=1))
+            ]
+            used |= set(mine)
+    for name in given:
+        if name not in used:  # an unused value would seem to be valid
+            needs = [
+                " ".join(f"--{field.name}" for field in pattern.reads if field.name not in given)
+                for task, pattern in patterns.items()
+                if name in {field.name for field in pattern.reads} | answers.get(task, {}).keys()
+            ]
+            raise TaskError(f"--{name} alone makes no sample of any task; give {' or '.join(dict.fromkeys(needs))} too")
+    return samples
+
+
+def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
+    """What the user typed as a value that this tokenizer reads: the text itself (or the path), or what it holds.
+
+    Raises:
+        MediaError: the tokenizer accepts no reading of the text; the message is that of the closest reading.
+    """
+    import numpy as np
+
+    from multimodal.shapes import MediaError
+
+    # the tokenizer itself decides which reading is meant; of several refusals the one closest to its kind is shown
+    refused: list[tuple[bool, str, Exception]] = []
+    for value in _readings(text):
+        if isinstance(value, MediaError):  # a file that holds nothing to read
+            refused.append((True, str(value), value))
+            continue
+        try:
+            tokenizer(value)
+        except Exception as error:  # a user's tokenizer may raise anything
+            message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            # an error that names the type of the value wants another type, not another content
+            fits = re.search(rf"\b{re.escape(type(value).__name__)}\b", message) is None
+            # the error for the number 7 has the same message as that for "7"
+            if not refused or isinstance(value, (list, dict, np.ndarray)):
+                refused.append((fits, message, error))
+        else:
+            return value
+    first, *others = refused
+    fitting = [one for one in others if one[0]]
+    _, message, error = fitting[-1] if fitting else others[-1] if others and not first[0] else first
+    raise MediaError(f"{option}: {message.replace(text, shortened(text, 100)) if text else message}") from error
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """The readings of a text: itself, the file of this name or the text as JSON, that as an array; or a MediaError."""
+    import numpy as np
+
+    from multimodal.shapes import MediaError
+
+    yield text
+    is_file = os.path.isfile(text)  # False also for a text that cannot be a file name
+    if is_file and text.endswith(".npy"):
+        try:
+            yield np.load(text, allow_pickle=False)
+        except (ValueError, EOFError, OSError, MemoryError) as error:  # damaged, or an array of objects
+            yield MediaError(f"{text} is no array that can be read: {error}")
+        return
+    of_file = is_file and text.endswith(".json")
+    try:
+        held = json.loads(Path(text).read_text(encoding="utf-8") if of_file else text)
+    except (ValueError, RecursionError, OSError) as error:
+        if of_file:
+            yield MediaError(f"{text} is no JSON that can be read: {error}")
+        return
+    yield held
+    if isinstance(held, list):
+        try:
+            yield np.array(held, dtype=np.float32)
+        except (ValueError, TypeError, OverflowError):  # no numbers, or lists of different lengths
+            return

@@ -1,0 +1,248 @@
+"""Commands that examine: `check` a tokenizer, `verify` a model, `look` at its attention, `bench` the speed."""
+
+import io
+import os
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from multimodal.cli.arguments import (
+    Device,
+    Fields,
+    Json,
+    Out,
+    Plugins,
+    Without,
+    choose_task,
+    samples_from,
+    samples_with,
+    value_from,
+)
+from multimodal.cli.loading import load, make_tokenizer
+from multimodal.cli.output import check_folder, folder_for, print_json, printable, saved
+
+if TYPE_CHECKING:
+    from multimodal.model import Model
+
+MOST_HEADS = 24  # rows of the table that `look` prints
+MOST = 10_000  # rounds and threads of `bench`
+
+
+def check(
+    tokenizer: str,
+    /,
+    *,
+    config: str = "{}",
+    value: Annotated[list[str] | None, Parameter(negative="")] = None,
+) -> int:
+    """Check by name that a tokenizer keeps every promise of the contract. Exit code 1: it does not.
+
+    Example: multimodal check my_package:MyTokenizer
+
+    Example: multimodal check sensor.py:Sensor --config '{"rate_hz": 100}' --value walk.npy --value run.npy
+
+    Parameters
+    ----------
+    tokenizer
+        module:Class or path/to/file.py:Class.
+    config
+        The tokenizer's settings, as JSON.
+    value
+        A value it can encode: a file, a text, or JSON; give two or more. Without any, the class's examples() or plausible
+        pictures, sounds, texts and numbers are tried.
+    """
+    from multimodal.check import check_tokenizer, plausible_values
+    from multimodal.shapes import ConfigError
+
+    made = make_tokenizer(tokenizer, config)
+    values = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
+    if len(values) < 2:
+        raise ConfigError(
+            f"{type(made).__name__} accepted {len(values)} of the pictures, sounds, texts and numbers that were tried, and two are "
+            "needed. Give values (--value a.npy --value b.npy), or write `examples()`, a classmethod that returns a few"
+        )
+    report = check_tokenizer(made, values, raises=False)
+    print(report)
+    return 1 if report.failed else 0
+
+
+def verify(
+    checkpoint: Path,
+    /,
+    *,
+    as_json: Json = False,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    **fields: Fields,
+) -> int:
+    """Show that single = batch = packed = cached holds for this model. Exit code 1: it does not.
+
+    Fields that are not given are invented, which a note says.
+
+    Example: multimodal verify runs/digits --image seven.png
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    """
+    from multimodal.check import verify as verify_model
+
+    model = load(checkpoint, plugin, device)
+    result = verify_model(model, samples_with(model, fields))
+    if as_json:
+        rows = [{**vars(row), "passed": row.passed} for row in result.rows]
+        print_json({"passed": result.passed, "rows": rows, "notes": result.notes}, indent=2)
+    else:
+        print(result)
+    return 0 if result.passed else 1
+
+
+def look(
+    checkpoint: Path,
+    /,
+    *,
+    task: str | None = None,
+    answer: str | None = None,
+    without: Without = None,
+    as_json: Json = False,
+    out: Out = None,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    **fields: Fields,
+) -> int:
+    """Show what every attention head does while the model answers one sample: a picture, a page for a browser, a table.
+
+    Example: multimodal look runs/digits --image seven.png --out looks
+
+    Parameters
+    ----------
+    checkpoint
+        A run folder, or the model folder in it.
+    task
+        Which task, such as "image -> label"; needed only where several read the same fields.
+    answer
+        Of a task that writes: look while this is written, instead of the model's own answer.
+    """
+    from multimodal.shapes import ConfigError
+
+    check_folder(out)
+    model = load(checkpoint, plugin, device)
+    chosen = choose_task(model, task, [*fields, *(without or [])])
+    samples = samples_from(model, chosen, fields, without or [])
+    if len(samples) > 1:
+        raise ConfigError(f"look shows one sample, and {len(samples)} were given; give one value of each field")
+    _look_at(model, chosen, samples[0], answer, as_json, folder_for(out, checkpoint))
+    return 0
+
+
+def _look_at(
+    model: "Model", task: str, sample: Mapping[str, Any], answer: str | None, as_json: bool, folder: Path
+) -> None:
+    """Write xray.png and xray.html into a folder, and print the answer, the table of heads and where the files are."""
+    from multimodal.look import xray
+    from multimodal.look.answers import answer_line
+    from multimodal.look.drawing import draw
+    from multimodal.look.page import page
+
+    kind = model.packer.patterns[task].writes.kind
+    writes = model.packer.head(task).autoregressive
+    given = value_from(model.packer.tokenizers[kind], answer, "--answer") if answer is not None and writes else answer
+    ray = xray(model, task, sample, answer=given)
+    picture = io.BytesIO()
+    draw(ray, picture)
+    files = [
+        saved(".png", picture.getvalue(), "xray", folder),
+        saved(".html", page(ray).encode("utf-8", "replace"), "xray", folder),
+    ]
+    if as_json:
+        print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})
+        return
+    rows = ray.table()
+    if len(rows) > MOST_HEADS:
+        heads = ray.chosen_heads(MOST_HEADS)
+        rows = [row for row in rows if row["head"] in heads[row["layer"]]][-MOST_HEADS:]
+    heads_table = ray.lines(rows)
+    if more := len(ray.table()) - len(rows):
+        heads_table += f"\n{more} more heads are on the page"
+    print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\npicture  {files[0]}\npage     {files[1]}")
+
+
+def bench(
+    *rows: str,
+    quick: bool = False,
+    rounds: int = 9,
+    seconds: float = 1.0,
+    threads: int = 0,
+    profile: bool = False,
+    keep: Annotated[bool, Parameter(negative="")] = False,
+    out: Path | None = None,
+    list_: bool = False,
+) -> int:
+    """Time ours and what people would pick instead on the same work, in turn. Exit code 1: a row failed or missed its goal.
+
+    Example: multimodal bench vit decode-1
+
+    Example: multimodal bench --keep
+
+    Parameters
+    ----------
+    rows
+        Which rows; all unless given. --list shows them.
+    quick
+        Tiny settings, to see that it runs; the figures mean nothing and are not saved.
+    rounds
+        Rounds of each side.
+    seconds
+        Approximate length of a round.
+    threads
+        Threads of each side; 0: as many as there are cores.
+    profile
+        Show where the time goes instead.
+    keep
+        Add the figures to the checkout's benchmarks/results and its README; without it they are shown only.
+    out
+        Add them to bench.jsonl and bench.md in this folder instead.
+    list_
+        List the rows and their goals.
+    """
+    from multimodal.shapes import ConfigError
+
+    root = Path(__file__).parents[2]
+    if not (root / "benchmarks" / "speed").is_dir():
+        raise ConfigError(
+            "bench: the benchmarks are no part of the installed package; run it in a checkout of the project"
+        )
+    if keep and out is not None:
+        raise ConfigError(f"bench: --keep and --out {out}: the figures go to one place; give one of them")
+    check_folder(out)
+    if not 1 <= rounds <= MOST or not 0 < seconds < 3600 or not 0 <= threads <= MOST:
+        raise ConfigError(
+            f"bench: --rounds {rounds} --seconds {seconds:g} --threads {threads}: give positive numbers, rounds and threads of at "
+            f"most {MOST:,}, seconds below 3600"
+        )
+    sys.path.insert(0, str(root))
+    main = import_module("benchmarks.speed.main")  # by name: the package must not depend on its benchmarks
+
+    if list_:
+        for _, row in main.all_rows():
+            goal = "" if row.goal is None else f" (goal {row.goal:g})"
+            print(f"{row.name:18} {row.what}{f', beside {row.peer}' if row.peer else ''}{goal}")
+        return 0
+    cores = threads or os.cpu_count() or 1
+    try:
+        return main.bench(
+            rows,
+            quick=quick,
+            rounds=1 if quick else rounds,
+            seconds=0.0 if quick else seconds,
+            threads=cores,
+            profile=profile,
+            keep=main.RESULTS if keep else out,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

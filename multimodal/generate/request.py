@@ -1,0 +1,363 @@
+"""A request: one answer while it is written, from its options to its prediction."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.generate.beams import MOST_BEAMS, Beams
+from multimodal.generate.detokenizer import Detokenizer
+from multimodal.generate.prefix import CachedPrefix
+from multimodal.generate.samplers import AtLeast, Greedy, Sampler, Temperature, Written
+from multimodal.heads import Head, Prediction
+from multimodal.heads.base import EncodedSample, encode_field
+from multimodal.packer import Packer
+from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole, did_you_mean
+from multimodal.tokenizer import Tokens
+
+Copies = list[tuple[int, int, int]]  # (source, target, from which token on) among an answer's rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an answer is written; `Model.generate` documents each."""
+
+    max_tokens: int = 256
+    sampler: Sampler | None = None
+    temperature: float | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    guidance: float = 1.0
+    stop: Sequence[str] = ()
+    begin: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.begin, str) and not self.begin:
+            object.__setattr__(self, "begin", None)  # nothing is there to begin with
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_whole("generate", max_tokens=self.max_tokens, beams=self.beams)
+        check_number("generate", guidance=self.guidance, length_penalty=self.length_penalty)
+        check_seed("generate", self.seed)
+        if self.temperature is not None:
+            check_number("generate", temperature=self.temperature)
+        if self.max_tokens < 1 or self.beams < 1:
+            raise ConfigError(f"generate: max_tokens={self.max_tokens} and beams={self.beams} must be at least 1")
+        if self.beams > MOST_BEAMS:
+            raise ConfigError(
+                f"generate: beams={self.beams} are more than {MOST_BEAMS}, each of which is a row of memory and of every pass; "
+                "use fewer: more than some tens hardly find another answer"
+            )
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"generate: temperature={self.temperature} must be at least 0")
+        if not (math.isfinite(self.guidance) and math.isfinite(self.length_penalty)):
+            raise ConfigError(
+                f"generate: guidance={self.guidance} and length_penalty={self.length_penalty} must be finite numbers"
+            )
+        if self.sampler is not None and not isinstance(self.sampler, Sampler):
+            raise ConfigError(f"generate: sampler={self.sampler!r} is no Sampler; give for instance TopP(0.9)")
+        if self.sampler is not None and self.temperature is not None:
+            raise ConfigError(
+                f"generate: give temperature={self.temperature} or a sampler, not both; TopP and MinP take one"
+            )
+        if not isinstance(self.stop, (list, tuple)) or not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError(f"generate: stop={self.stop!r} must be a text, or a list of texts")
+        if any(not text for text in self.stop):
+            raise ConfigError("generate: a stop string is empty")
+        if self.beams == 1 and self.length_penalty != 1.0:
+            raise ConfigError(
+                f"generate: length_penalty={self.length_penalty} ranks beams, and there is one only; give beams too, "
+                "or leave it out"
+            )
+        if self.beams > 1 and self.guidance != 1.0:
+            raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
+        if self.beams > 1 and self.stop:
+            raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
+        if self.beams > 1 and (self.temperature or (self.sampler is not None and self.sampler.draws)):
+            what = "a temperature" if self.sampler is None else str(self.sampler)
+            raise ConfigError(
+                f"generate: beams={self.beams} look for the likeliest answer; {what} has no meaning there"
+            )
+        for part in self.sampler.parts() if self.sampler is not None and self.beams > 1 else ():
+            if type(part) is Greedy:
+                raise ConfigError(
+                    f"generate: beams={self.beams} with {part}, which leaves each of them one way on; use one of them"
+                )
+            if part.reweighs:
+                raise ConfigError(
+                    f"generate: beams={self.beams} rank by the model's own log-probabilities, which {part} does not change; "
+                    "use a rule that rules tokens out, such as NoRepeat(3)"
+                )
+
+    @cached_property
+    def rule(self) -> Sampler:
+        """The sampler in force."""
+        if self.sampler is not None:
+            return self.sampler
+        if self.beams > 1:
+            return Temperature(1.0)  # leaves everything as it is
+        return Temperature(self.temperature) if self.temperature else Greedy()
+
+
+class Request:
+    """The state of one request; the engine gives it rows and states, it gives back what to feed next."""
+
+    def __init__(
+        self,
+        task: str,
+        sample: EncodedSample,
+        name: str,
+        options: Options,
+        packer: Packer,
+        prefix: CachedPrefix | None,
+    ) -> None:
+        self.ticket = -1  # until it is entered
+        self.task, self.name, self.options, self.prefix = task, name, options, prefix
+        self.head: Head = packer.heads[task]
+        self.pattern = sample.pattern
+        assert self.pattern.written is not None
+        self.kind = self.pattern.written.kind
+        self.tokenizer = sample.tokenizer
+        self.tokens = sample.tokens
+        # a pointer chooses among tokens that were read, by their number; any other head chooses ids of its kind
+        self.source = self.head.source(sample)
+        self.source_MD = torch.empty(0)  # the states of these, after the prefill
+        self.begin: Tokens | None = None
+        if options.begin is not None:
+            self.begin = encode_field(self.tokenizer, options.begin, sample.where, "begin")
+        self.begin_count = count = 0 if self.begin is None else len(self.begin)
+        self.begin_ids: list[int] = []
+        if self.begin is not None:
+            self.begin_ids = self._choices(self.begin)
+        if (
+            self.begin is not None
+            and self.source is None
+            and not torch.allclose(self.begin.position_NA, self.tokenizer.places(count), atol=1e-4)
+        ):
+            raise ConfigError(
+                f"{name} of task {task!r}: begin is at other positions than the first {count} tokens of what is written; "
+                "give its first part in full width"
+            )
+        self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count
+        self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + self.head.queries + count
+        self.guided = options.guidance != 1.0
+        # what is read: the sample, and with guidance one more of which nothing is read
+        self.prompts = [self.tokens, dict.fromkeys(self.tokens)] if self.guided else [self.tokens]
+        self.width = options.beams * (2 if self.guided else 1)
+        self._check()
+        self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
+        self.stop = -1 if self.head.draws_features else self.head.vocab(self.tokenizer) - 1
+        if self.source is not None:
+            self.stop += len(self.source)
+        self.rule_key: Any = options.rule
+        try:
+            hash(options.rule)
+        except TypeError:  # a sampler with a list in it
+            self.rule_key = id(options.rule)
+        self.ids: list[int] = []
+        self.features: list[Tensor] = []
+        self.log_p = 0.0
+        self.ended = ""
+        self.error: Exception | None = None
+        self.random = torch.Generator().manual_seed(options.seed)
+        self.beams = Beams(options.beams, options.length_penalty, self.limit) if options.beams > 1 else None
+        # what each row of the cache holds of the answer
+        self.hypotheses: list[list[int]] = [[] for _ in range(options.beams)]
+        self.live_rows = [0]  # the row of each live hypothesis
+        self.detokenizer = (
+            Detokenizer(self.tokenizer, options.stop) if self.tokenizer.text and self.beams is None else None
+        )
+        self.pending_text = ""
+        if self.detokenizer is not None and self.begin is not None:
+            self.pending_text = self.detokenizer.push(self.begin.content.tolist())
+            if self.detokenizer.stopped:
+                raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
+        self.rows: list[int] = []
+        self.cached = 0  # tokens of the prompt in the cache
+        self.place_NA = torch.empty(0, 3) if self.source is not None else self.tokenizer.places(count)
+        self.step_A = torch.tensor(self.tokenizer.step)
+        self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
+        self.segments: list[int] = []
+
+    def _check(self) -> None:
+        options, where = self.options, f"{self.name} of task {self.task!r}"
+        self.head.check_decoding(where, options, self.prefix)
+        if options.guidance != 1.0 and self.prefix is not None:
+            raise ConfigError(
+                f"{where}: guidance needs the task's fields themselves, not a prefix that was read before"
+            )
+        if options.guidance != 1.0 and not self.pattern.reads:
+            raise ConfigError(
+                f"{where}: guidance={options.guidance} pushes away from what is written if nothing is read, but this task reads "
+                "nothing; leave it out"
+            )
+        if self.tokenizer.length is not None and options.length_penalty != 1.0:
+            raise ConfigError(
+                f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so length_penalty={options.length_penalty} "
+                "ranks nothing; leave it out"
+            )
+        for part in options.rule.parts():
+            if isinstance(part, AtLeast) and self.tokenizer.length is not None:
+                raise ConfigError(
+                    f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so {part} changes nothing; leave it out"
+                )
+        if options.stop and not self.tokenizer.text:
+            raise ConfigError(f"{where}: stop strings need a kind that is text, and {self.kind!r} is not")
+        if self.limit < 1:
+            raise StreamError(
+                f"{where}: begin has {self.begin_count} tokens, but a value of {self.kind!r} has {self.tokenizer.length}; "
+                "begin with fewer"
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of tokens written, without those of `begin`."""
+        if self.beams is not None:
+            return len(self.beams.live[0])
+        return len(self.features) if self.head.draws_features else len(self.ids)
+
+    def start(self, query_A: Tensor, segment: int) -> None:
+        """Called after the prefill for each prompt: the position of the learned start, and the number of the written segment."""
+        step = query_A.new_tensor([1.0, 0.0, 0.0])
+        self.after.append(query_A * step + step)
+        self.segments.append(segment)
+
+    def written(self, rows: int) -> list[Written]:
+        """What samplers may know of each row."""
+        return [Written(ids, self.tokenizer, self.stop) for ids in self.ids_by_row(rows)]
+
+    def ids_by_row(self, rows: int) -> list[list[int]]:
+        """The ids written by each row, those of `begin` first."""
+        ids = self.hypotheses[:rows] if self.beams is not None else [self.ids]
+        return [self.begin_ids + part for part in ids]
+
+    def _choices(self, tokens: Tokens) -> list[int]:
+        """Tokens as they are chosen: by their ids, or by their number among those read."""
+        try:
+            return self.head.choices(tokens, self.source)
+        except StreamError as error:
+            raise StreamError(f"{self.name} of task {self.task!r}, begin: {error}") from None
+
+    def content(self, ids: Sequence[int]) -> Tensor:
+        """Content of the tokens that were chosen."""
+        chosen = torch.tensor(ids, dtype=torch.long)
+        return chosen if self.source is None else self.source.content[chosen]
+
+    def take(self, token: int, log_p: float) -> None:
+        """Write this token, or end with it."""
+        if token == self.stop:
+            self.log_p += log_p
+            self.ended = "stop"
+            return
+        if len(self.ids) == self.limit:
+            self.ended = "max_tokens"
+            return
+        self.log_p += log_p
+        self.ids.append(token)
+        if self.detokenizer is not None:
+            self.pending_text += self.detokenizer.push(self.content([token]).tolist())
+            if self.detokenizer.stopped:
+                self.ended = "stop string"
+        if not self.ended and len(self.ids) == self.fixed:
+            self.ended = "length"
+
+    def ahead(self, most: int) -> Tensor:
+        """Positions (N, rows, 3) in steps of the newest tokens and of those after them: at most `most`, as far as known."""
+        device = self.after[0].device
+        if self.source is not None:
+            place_BA = (self.source.position_NA[self.newest_ids()] / self.step_A).to(device)
+            return (self.after[0] + place_BA)[None]
+        first = self.begin_count + self.count - 1
+        place_NA = self.placed(min(first + most, self.begin_count + self.limit))[first:] / self.step_A
+        after_BA = torch.stack([self.after[i if i < len(self.after) else 0] for i in range(self.width)])
+        return after_BA + place_NA.to(device)[:, None]
+
+    def placed(self, count: int) -> Tensor:
+        """Positions (count, 3) of the first tokens, from those of `begin` on; made in growing parts, as max_tokens may be vast."""
+        if count > len(self.place_NA):
+            self.place_NA = self.tokenizer.places(min(self.begin_count + self.limit, max(64, 2 * count)))
+        return self.place_NA[:count]
+
+    def newest(self) -> Tensor:
+        """Content of the newest tokens, one a row."""
+        if self.head.draws_features:
+            return self.features[-1].expand(self.width, -1)
+        return self.content(self.newest_ids())
+
+    def newest_ids(self) -> list[int]:
+        """Ids of the newest tokens, one a row; of a pointer, their numbers among the tokens read."""
+        if self.beams is not None:
+            return [ids[-1] for ids in self.hypotheses]
+        return self.ids[-1:] * self.width
+
+    def new_text(self) -> str:
+        """Text that has become final since the last call."""
+        if self.beams is not None and self.tokenizer.text and self.ended:
+            best = self.prediction()
+            return "" if best is None else best.value
+        if self.detokenizer is None or self.error:
+            return ""
+        text, self.pending_text = self.pending_text, ""
+        return text + (self.detokenizer.finish() if self.ended else "")
+
+    def prediction(self) -> Prediction | None:
+        """The whole answer, once it has ended; plain tensors, whatever mode the model runs in."""
+        if not self.ended or self.error:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            if self.beams is None:
+                return self._prediction(self.ids, self.log_p, self.ended)
+            cut = "max_tokens" if self.fixed is None else "length"
+            found = [self._prediction(ids, log_p, "stop" if own else cut) for ids, log_p, own in self.beams.found()]
+            return dataclasses.replace(found[0], others=tuple(found[1:]))
+
+    def _prediction(self, ids: list[int], log_p: float, ended: str) -> Prediction:
+        content = torch.cat(self.features) if self.head.draws_features and self.features else self.content(ids)
+        if self.head.draws_features and not self.features:
+            content = torch.zeros(0, self.tokenizer.feature_size or 0)
+        if self.begin is not None:
+            content = torch.cat([self.begin.content, content])
+        place_NA = self.placed(len(content)) if self.source is None else self.source.position_NA[self.begin_ids + ids]
+        tokens = Tokens(content, place_NA)
+        # beams have no detokenizer: their text may change until the end
+        value = self.tokenizer.decode(tokens) if self.detokenizer is None else self.detokenizer.text
+        return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)
+
+
+def new_request(
+    packer: Packer,
+    task: str,
+    sample: Mapping[str, Any],
+    name: str,
+    prefix: CachedPrefix | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """Check and encode what is asked for."""
+    packer.check_task(task, answers=True)
+    if not packer.heads[task].autoregressive:
+        raise ConfigError(f"task {task!r}: {type(packer.heads[task]).__name__} answers at once; use Model.predict")
+    if prefix is not None:
+        if prefix.task != task:
+            raise ConfigError(f"{name}: the prefix was read for task {prefix.task!r}, not for {task!r}")
+        if twice := [field for field in prefix.fields if field in sample]:
+            raise ConfigError(
+                f"{name} of task {task!r}: {', '.join(twice)} came with the sample and with the prefix; give it once"
+            )
+        if prefix.model.packer is not packer:
+            raise ConfigError(f"{name} of task {task!r}: the prefix was read by another model")
+        sample = {**sample, **prefix.fields}
+    packer.patterns[task].check_sample(sample, False)
+    known = [field.name for field in dataclasses.fields(Options)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"{name} of task {task!r}: {option!r} is neither a field that it reads nor an option of writing"
+                + did_you_mean(option, [*known, *sample])
+            )
+    return Request(task, packer.encoded(task, sample, name), name, Options(**options), packer, prefix)

@@ -1,0 +1,551 @@
+"""The contract of heads: how a sample is laid out, which states are read, and what loss and answers are computed from them."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.declare import Declared
+from multimodal.norm import is_untouched
+from multimodal.notebook import prediction_html
+from multimodal.old_names import warn
+from multimodal.pattern import Field, Pattern
+from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
+from multimodal.texts import shortened
+from multimodal.tokenizer import Tokenizer, Tokens
+
+CHUNK = 2**20  # logits (numbers) in memory at the same time: as many as fit into the caches of CPUs
+CHUNK_CUDA = 2**27  # on GPUs, where only large matrix products reach full speed
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer, its probability, and the probability of every class if there are classes.
+
+    Probabilities are the model's own and not calibrated: with `label_smoothing=s` over V classes a model is trained to give its
+    answer a probability of at most 1 - s + s / V (91 % for ten classes and 0.1).
+
+    value: the answer, as the kind's `decode` returns it.
+    confidence: the probability of the answer under the model, from 0 to 1.
+    probability: by name of a class, its probability; empty if there are no classes.
+    ended: why writing ended: stop, stop string, length (the fixed one of this kind), or max_tokens.
+    tokens: the written tokens; None if the head is not autoregressive.
+    others: the other answers of a beam search, from the second best on.
+
+    Examples:
+        >>> answer = model.predict("image -> label", image=square)
+        >>> answer.value, answer.confidence > 0.9, sorted(answer.probability)
+        ('square', True, ['circle', 'square'])
+    """
+
+    value: Any
+    confidence: float
+    probability: dict[str, float] = dataclasses.field(default_factory=dict, repr=False)
+    ended: str = "stop"
+    tokens: Tokens | None = dataclasses.field(default=None, repr=False, compare=False)
+    others: "tuple[Prediction, ...]" = dataclasses.field(default=(), repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer ended by itself; False if max_tokens cut it off."""
+        return self.ended != "max_tokens"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the answer, and a bar for each of the most probable classes."""
+        return prediction_html(self.value, self.confidence, self.probability)
+
+
+@dataclass
+class Segment:
+    """Consecutive tokens of one kind in a sample: a field that is read, the learned tokens of a head, or an answer.
+
+    kind: the name of the tokenizer, or "head:NAME" for learned tokens.
+    tokens: its tokens.
+    step: the distance in (time, row, column) that is one step of its positions.
+    bidirectional: whether its tokens attend to each other in both directions; else each attends to those before it.
+    within: the index of the segment in whose time its positions are; None: its time starts after the segments before it.
+    """
+
+    kind: str
+    tokens: Tokens
+    step: tuple[float, float, float]
+    bidirectional: bool
+    within: int | None = None
+
+
+@dataclass
+class EncodedSample:
+    """One sample of a task with its fields encoded: the input of `Head.lay_out`.
+
+    where: the name of the sample in errors, such as "sample 0 of task 'image -> label'".
+    pattern: the pattern of the task.
+    tokenizers: by name of a kind, its tokenizer.
+    values: the sample as it was given; its answer is encoded when `answer` is called.
+    tokens: by name of a field that is read, its tokens; None or no entry: the sample does not have it.
+    tokenizer: that of the written kind; for a pair, that of its last field.
+    start: the learned tokens of the head.
+    learn: whether the sample has an answer, which becomes the target.
+    begin: the first tokens of the answer, from where decoding goes on; None: nothing is written yet.
+    random: whether a head that hides tokens draws the hidden ones at random; else they are a function of the value.
+    """
+
+    where: str
+    pattern: Pattern
+    tokenizers: Mapping[str, Tokenizer]
+    values: Mapping[str, Any]
+    tokens: Mapping[str, Tokens | None]
+    tokenizer: Tokenizer
+    start: Segment
+    learn: bool = False
+    begin: Tokens | None = None
+    random: bool = False
+
+    def read(self, fields: Iterable[Field] | None = None) -> list[Segment]:
+        """The segments of the fields that are read (or of some of them), as far as the sample has them."""
+        segments = []
+        for field in self.pattern.reads if fields is None else fields:
+            tokens, tokenizer = self.tokens.get(field.name), self.tokenizers[field.kind]
+            if tokens is not None:
+                segments.append(Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+        return segments
+
+    def read_of_kind(self) -> tuple[Tokens, Tensor]:
+        """All tokens that are read and are of the written kind, concatenated, and their rows (N,) in the sample."""
+        found, rows, start = [], [], 0
+        for segment in self.read():
+            stop = start + len(segment.tokens)
+            if segment.kind == self.pattern.writes.kind:
+                found.append(segment.tokens)
+                rows.append(torch.arange(start, stop))
+            start = stop
+        if len(found) == 1:
+            return found[0], rows[0]
+        if not found:
+            return Tokens(torch.empty(0), torch.empty(0, 3)), torch.empty(0, dtype=torch.long)
+        content, position_NA = torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])
+        return Tokens(content, position_NA), torch.cat(rows)
+
+    def answer(self) -> Tokens:
+        """The tokens of the target.
+
+        Raises:
+            StreamError: the answer should be the target, but is None.
+        """
+        name, tokenizer = self.pattern.answer, self.tokenizer
+        if self.values[name] is None:
+            nothing = " ('' is an answer too: nothing is written)" if tokenizer.text else ""
+            raise StreamError(
+                f"field {name!r} is None, that is not given, but it is what is learned; "
+                f"give its value{nothing}, or leave this sample out"
+            )
+        return encode_field(tokenizer, self.values[name], self.where, name, empty=True)
+
+    def written(self, tokens: Tokens) -> Segment:
+        """The segment of an answer, whose tokens are causal."""
+        return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
+
+
+def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
+    """The tokens of a field's value, which may be Tokens already.
+
+    empty: accept a value without tokens.
+
+    Raises:
+        MediaError: the tokenizer cannot encode the value; the message names the sample and the field.
+    """
+    if isinstance(value, Tokens):
+        return value
+    try:
+        return tokenizer(value, empty=empty)
+    except ValueError as error:
+        raise MediaError(f"{where}, field {name!r}: {shortened(error, 500)}") from error
+
+
+@dataclass
+class LaidOut:
+    """One sample of the stream: its segments, the rows that its head reads, and their target.
+
+    segments: its tokens, in order; the context comes first.
+    read: number of tokens of the context.
+    first, last: the head reads the rows from `first` to before `last`, counted in this sample.
+    target: what the loss compares with; None: nothing is learned.
+    key_N: for a pointer, the rows at which it may point.
+    pointed_N: for a pointer, the index in `key_N` of each written token.
+    side: for a pair, 0 for the left side and 1 for the right one.
+    hidden: for a head that hides tokens, all tokens of the value and which of them (N,) are hidden.
+    """
+
+    segments: list[Segment]
+    read: int
+    first: int
+    last: int
+    target: Tensor | None = None
+    key_N: Tensor | None = None
+    pointed_N: Tensor | None = None
+    side: int = 0
+    hidden: tuple[Tokens, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The rows of a stream that the head of one task reads, and their targets.
+
+    row_N: the rows, sample after sample.
+    lengths: by sample, the number of its rows.
+    samples: by sample, its number in the batch.
+    target: the targets, sample after sample; None: the stream was packed without answers.
+    target_lengths: by sample, the number of its targets.
+    key_N: for a pointer, the rows at which it may point.
+    key_lengths: by sample, the number of these rows.
+    pointed_N: for a pointer, the index of each written token among the sample's keys.
+    pointed_lengths: by sample, the number of its written tokens.
+    left: for a pair, the number of rows of left sides, which come first; right sides follow in the same order of samples.
+    hidden: for a head that hides tokens, by sample its tokens and which of them (N,) are hidden; on the host, and only without
+        answers.
+    """
+
+    row_N: Tensor
+    lengths: tuple[int, ...]
+    samples: tuple[int, ...]
+    target: Tensor | None
+    target_lengths: tuple[int, ...]
+    key_N: Tensor | None = None
+    key_lengths: tuple[int, ...] = ()
+    pointed_N: Tensor | None = None
+    pointed_lengths: tuple[int, ...] = ()
+    left: int | None = None
+    hidden: tuple[tuple[Tokens, Tensor], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of targets."""
+        return sum(self.target_lengths)
+
+
+class Readout(nn.Module):
+    """The module of a head: a linear layer onto the vocabulary, and `queries` learned tokens that precede what is written."""
+
+    def __init__(self, width: int, vocab: int, queries: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, vocab)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+        self.query = nn.Parameter(torch.randn(queries, width) * 0.02) if queries else None
+
+
+class Head(Declared, ABC):
+    """How an answer is computed from the states of the stream, and its loss. Subclass as a frozen dataclass.
+
+    queries: number of learned tokens, whose states the head reads; with 0 it reads the states of the context.
+    autoregressive: whether it writes token by token: in training the causal tokens of the answer follow the learned ones (teacher
+    forcing), and `Model.generate` decodes it.
+    measures: names of the measures on held-out data.
+    smallest_batch: the least number of samples in a micro-batch for which its loss is defined.
+    draws_features: whether it writes features, drawn by `draw`, and not ids chosen by their logits; true where `draw` is written.
+    """
+
+    queries: ClassVar[int] = 0
+    autoregressive: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("loss", "exact")
+    smallest_batch: ClassVar[int] = 1
+    draws_features: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.draws_features = cls.draw is not Head.draw
+        if "writes" in vars(cls):  # goes with version 0.3
+            warn(f"{cls.__name__}.writes", f"{cls.__name__}.autoregressive", 2)
+            cls.autoregressive = bool(vars(cls)["writes"])
+
+    def bind(self, pattern: Pattern) -> Pattern:
+        """Check the pattern of a task for this head, and return it with what the head adds.
+
+        Raises:
+            TaskError: this head cannot answer such a task.
+        """
+        if pattern.pair:
+            raise wrong_arrow(pattern, self)
+        if not pattern.reads and not self.queries:
+            raise TaskError(
+                f"task {pattern.text!r} reads nothing, and {type(self).__name__} answers only from what was read"
+            )
+        return pattern
+
+    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
+        """The segments of a sample, the rows that this head reads, and their target; a pair returns one for each side.
+
+        The context comes first, then the learned tokens, then, if the head is autoregressive, the answer.
+
+        Raises:
+            StreamError: nothing to read, or a target that cannot be learned; the packer adds the name of the sample.
+            TaskError: the sample has the beginning of an answer, but this head is not autoregressive.
+        """
+        segments = sample.read()
+        read = tokens_of(segments)
+        if sample.pattern.reads and not read and not self.autoregressive:
+            raise StreamError(
+                f"every field that is read is None; give at least one, as {type(self).__name__} answers only from what was read"
+            )
+        if sample.begin is not None and not self.autoregressive:
+            raise TaskError(
+                f"task {sample.pattern.text!r}: {type(self).__name__} answers at once; there is nothing to begin"
+            )
+        if self.queries:
+            segments.append(sample.start)
+        answer, target = sample.answer() if sample.learn else sample.begin, None
+        if sample.learn and answer is not None:
+            target = self.target(answer, read, sample.tokenizer)
+        if self.autoregressive and answer is not None and len(answer):
+            segments.append(sample.written(answer))
+        # a head with learned tokens reads their rows and those of the answer; others read the context
+        first, last = (read, tokens_of(segments)) if self.queries else (0, read)
+        return [LaidOut(segments, read, first, last, target)]
+
+    def check_core(self, pattern: str, core: Any) -> None:
+        """Raise a ConfigError if a task of this head cannot be answered with this core."""
+
+    @abstractmethod
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        """V, the width of the logits.
+
+        Raises:
+            ConfigError: this head cannot write values of this tokenizer.
+        """
+
+    @abstractmethod
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The logits (N, V) of the states of the rows that this head reads; `lengths` is the number of rows of each sample."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        """The sum of the losses of all targets, in nats."""
+
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        """The loss as a function of the states; override it if the loss needs more than logits, or can avoid computing them."""
+        return self.loss(self.logits(readout, state_ND, lengths), lengths, target, target_lengths)
+
+    def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of each row (N,), in nats, if there is one target for each row; `Hard` attention learns from it.
+
+        Raises:
+            ConfigError: this head has no loss of single rows.
+        """
+        raise ConfigError(
+            f"{type(self).__name__}: a Hard read is learned from the loss of each row, which this head does not give; use Soft "
+            "or Gumbel, or a head such as Classify or NextToken"
+        )
+
+    def draw(
+        self,
+        readout: Readout,
+        state_ND: Tensor,
+        noise_NF: Tensor,
+        *,
+        guide_ND: Tensor | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Sample the next features (N, F) of a continuous head, and the logit (N,) of stopping; a function of the noise.
+
+        noise_NF: standard normal noise. temperature: factor of this noise.
+        guide_ND: the states of the same samples without their context; the samples are moved away from theirs by `guidance`.
+
+        Raises:
+            ConfigError: this head does not write features.
+        """
+        raise ConfigError(f"{type(self).__name__} writes no features")
+
+    def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
+        """Further keyword arguments of `logits` and `state_loss`, besides the rows of a reading."""
+        return {}
+
+    def source(self, sample: EncodedSample) -> Tokens | None:
+        """The tokens of the context among which the head chooses by their index, as a pointer does; None: it chooses ids."""
+        return None
+
+    def choices(self, tokens: Tokens, source: Tokens | None) -> list[int]:
+        """What the head would choose to write these tokens: their ids, or indices in `source`; empty for features."""
+        return [] if self.draws_features else tokens.content.tolist()
+
+    def next_logits(
+        self, readout: Readout, state_ND: Tensor, sources: Sequence[Tensor], chosen: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The logits (N, V) of the next token of N answers, from the newest state of each.
+
+        sources: by answer, the states (M, D) of its `source`. chosen: by answer, what was chosen so far.
+        """
+        return self.logits(readout, state_ND, [1] * len(state_ND))
+
+    def check_decoding(self, where: str, options: Any, prefix: Any) -> None:
+        """Raise a ConfigError for options of `Model.generate` that do not apply to this head."""
+        if self.draws_features and (options.beams > 1 or options.sampler is not None):
+            raise ConfigError(f"{where}: {type(self).__name__} writes features; beams and samplers choose among tokens")
+
+    @abstractmethod
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        """The answer of each sample."""
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        """The targets of the loss, from the tokens of an answer; this runs in the data workers.
+
+        rows: number of rows of the context.
+
+        Raises:
+            StreamError: this answer cannot be learned, for instance because it has more tokens than there are rows.
+        """
+        return tokens.content
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
+        """Make the module of this head, for a core of this width."""
+        return Readout(width, self.vocab(tokenizer), self.queries)
+
+
+def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats, in float32 at least.
+
+    For a large vocabulary the logits are computed for some rows at a time, and freed. Their gradient, which is softmax minus target
+    (Bridle 1990), is computed in the same pass, so that only gradients of states, weight and bias are stored.
+    """
+    chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
+    if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
+        logits = linear(state_ND)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
+    size = max(1, chunk // linear.out_features)
+    given = (state_ND, linear.weight, linear.bias)
+    if not torch.is_grad_enabled():  # within an autograd.Function, needs_input_grad is True even under no_grad
+        given = tuple(None if x is None else x.detach() for x in given)
+    return _Chunked.apply(*given, target_N, smoothing, size)  # type: ignore[return-value]
+
+
+class _Chunked(torch.autograd.Function):
+    """`linear_cross_entropy` for `size` rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        state_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        smoothing: float,
+        size: int,
+    ) -> Tensor:
+        device = state_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        exact = torch.promote_types(dtype, torch.float32)  # for the loss, and for sums over chunks
+        for_state, for_weight, for_bias = ctx.needs_input_grad[:3]
+        grad_ND = torch.empty_like(state_ND) if for_state else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
+        grad_V = torch.zeros_like(bias_V, dtype=exact) if for_bias and bias_V is not None else None
+        total = torch.zeros((), dtype=exact, device=state_ND.device)
+        with torch.autocast(device, enabled=False):
+            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            for start in range(0, len(state_ND), size):
+                state, target_N1 = state_ND[start : start + size].to(dtype), target_N[start : start + size, None]
+                log_p = F.linear(state, weight, bias).to(exact).log_softmax(-1)
+                total -= (1 - smoothing) * log_p.gather(1, target_N1).sum()
+                if smoothing:
+                    total -= smoothing * log_p.mean(-1).sum()
+                if not any(ctx.needs_input_grad[:3]):
+                    continue
+                grad = log_p.exp_()  # of the logits: softmax - target
+                if smoothing:
+                    grad -= smoothing / grad.shape[1]
+                grad.scatter_add_(1, target_N1, torch.full_like(target_N1, smoothing - 1, dtype=exact))
+                if grad_V is not None:
+                    grad_V += grad.sum(0)
+                grad = grad.to(dtype)
+                if grad_ND is not None:
+                    grad_ND[start : start + size] = grad @ weight
+                if grad_VD is not None:
+                    if dtype == exact:
+                        grad_VD.addmm_(grad.T, state)
+                    else:
+                        grad_VD += grad.T @ state
+        ctx.grads = grad_ND, grad_VD, grad_V
+        ctx.dtypes = state_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True, where the stored gradients would silently count as constants
+            raise RuntimeError(
+                "linear_cross_entropy: gradients of a large vocabulary are made in the forward pass and cannot be differentiated "
+                "again; for second derivatives use the head's loss of its logits"
+            )
+        scaled = (None if g is None else (g * grads[0]).to(d) for g, d in zip(ctx.grads, ctx.dtypes, strict=True))
+        return *scaled, None, None, None
+
+
+def computes_as(head: Head, kind: type[Head]) -> bool:
+    """Whether a head inherits the logits and the loss of this class, so that a faster path computes the same."""
+    return type(head).loss is kind.loss and type(head).logits is kind.logits
+
+
+def vocabulary(head: Head, tokenizer: Tokenizer) -> int:
+    """The number of symbols, for a head that writes sequences of them.
+
+    Raises:
+        ConfigError: values of this tokenizer are classes, or have no vocabulary.
+    """
+    if tokenizer.vocab_size is None or tokenizer.classes:
+        what = "its values are classes; use Classify" if tokenizer.classes else "it has no vocabulary"
+        raise ConfigError(
+            f"{type(head).__name__} writes symbol after symbol, which {type(tokenizer).__name__} is not: {what}"
+        )
+    return tokenizer.vocab_size
+
+
+def class_count(head: Head, tokenizer: Tokenizer) -> int:
+    """The number of classes, as ids or as features; a ConfigError if there are neither."""
+    classes = tokenizer.vocab_size or tokenizer.feature_size
+    if not classes:
+        raise ConfigError(
+            f"{type(head).__name__}: {type(tokenizer).__name__} declares no vocab_size or feature_size to choose from"
+        )
+    return classes
+
+
+def check_length(head: Head, tokens: Tokens, tokenizer: Tokenizer) -> None:
+    """Raise a StreamError unless an answer has the fixed length of its kind, if there is one."""
+    if tokenizer.length not in (None, len(tokens)):
+        raise StreamError(
+            f"{type(head).__name__}: the answer has {len(tokens)} tokens, but every written {type(tokenizer).__name__} has "
+            f"{tokenizer.length}; bring it to that size first"
+        )
+
+
+def wrong_arrow(pattern: Pattern, head: Head) -> TaskError:
+    """The error of a pair whose head is none for pairs, and the other way round."""
+    return TaskError(
+        f"task {pattern.text!r}: '<->' needs a head for pairs, such as Contrast, and such a head needs '<->', but the head is "
+        f"{type(head).__name__}"
+    )
+
+
+def ranges(starts: Tensor, sizes: Tensor) -> Tensor:
+    """start, start + 1, .., start + size - 1 of each, concatenated: (sum of sizes,)."""
+    within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return starts.repeat_interleave(sizes) + within
+
+
+def check_smoothing(head: Any) -> None:
+    """Raise a ConfigError unless a head's `label_smoothing` is from 0 to below 1."""
+    if not 0 <= head.label_smoothing < 1:
+        raise ConfigError(f"{type(head).__name__}: label_smoothing={head.label_smoothing} is not in 0 to 1")
+
+
+def tokens_of(segments: Iterable[Segment]) -> int:
+    """The number of tokens of segments."""
+    return sum(len(segment.tokens) for segment in segments)

@@ -1,0 +1,98 @@
+"""A head that answers with one class, or with a set of classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimodal.heads.base import (
+    Head,
+    Prediction,
+    Readout,
+    check_smoothing,
+    class_count,
+    computes_as,
+    linear_cross_entropy,
+)
+from multimodal.shapes import StreamError
+from multimodal.tokenizer import Tokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Classify(Head):
+    """One class; or a set of classes, if the tokenizer has a feature of 0 or 1 for each class.
+
+    The answer is computed from a learned token that attends to the whole context.
+
+    label_smoothing: the share of the target that is spread evenly over all classes, from 0 to below 1 (Szegedy et al. 2016).
+    """
+
+    label_smoothing: float = 0.0
+    queries: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_smoothing(self)
+
+    def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
+        if not len(tokens):
+            raise StreamError(
+                "Classify: the answer is empty, but a class is one token; name one, or leave this sample out"
+            )
+        if len(tokens) != 1:
+            raise StreamError(
+                f"Classify: the answer has {len(tokens)} tokens, but a class is one; NextToken writes more than one"
+            )
+        return tokens.content
+
+    def vocab(self, tokenizer: Tokenizer) -> int:
+        return class_count(self, tokenizer)
+
+    def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        return readout.linear(state_ND)
+
+    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
+        if target.is_floating_point():  # multi-hot: the mean over classes is comparable with the loss of one class
+            return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1).sum()
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="sum")
+
+    def state_loss(
+        self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]
+    ) -> Tensor:
+        if target.is_floating_point() or not computes_as(self, Classify):
+            return super().state_loss(readout, state_ND, lengths, target, target_lengths)
+        return linear_cross_entropy(readout.linear, state_ND, target, self.label_smoothing)
+
+    def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(-1)
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")
+
+    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
+        several = tokenizer.vocab_size is None  # features of 0 and 1, which are independent decisions
+        probability = logits.float().sigmoid() if several else logits.float().softmax(-1)
+        if several:
+            names = tokenizer.decode(Tokens(torch.ones(1, logits.shape[-1]), torch.zeros(1, 3)))
+        else:
+            names = [tokenizer.decode(one_class(c, tokenizer)) for c in range(logits.shape[-1])]
+        answers = []
+        for row in probability.tolist():
+            by_name = dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1]))
+            if several:
+                chosen = [name for name, p in zip(names, row, strict=True) if p >= 0.5]  # in the order of decode
+                sure = min(max(p, 1 - p) for p in row)  # the confidence of the least certain decision
+                answers.append(Prediction(chosen, sure, by_name))
+            else:
+                best = next(iter(by_name))
+                answers.append(Prediction(best, by_name[best], by_name))
+        return answers
+
+
+def one_class(c: int, tokenizer: Tokenizer) -> Tokens:
+    """The tokens that stand for class c alone."""
+    if tokenizer.vocab_size is not None:
+        return Tokens(torch.tensor([c]), torch.zeros(1, 3))
+    assert tokenizer.feature_size is not None
+    return Tokens(F.one_hot(torch.tensor([c]), tokenizer.feature_size).float(), torch.zeros(1, 3))

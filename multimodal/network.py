@@ -1,0 +1,307 @@
+"""The weights of a model, and its passes over packed streams: embedded tokens -> core -> states -> logits and losses."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
+from multimodal.attention.reinforce import reward_loss
+from multimodal.core import Core
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.heads import Head, Readout
+from multimodal.old_names import warn
+from multimodal.packer import Packer
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.stream import Stream
+from multimodal.task import Task
+from multimodal.tokenizer import Tokenizer
+
+Sample = Mapping[str, Any]
+
+
+class Network(nn.Module):
+    """The modules of a model: an embedding for each kind, the core, and a readout for each head.
+
+    Everything here works on packed streams. `Model` adds what users do with a model: predict, generate, save.
+
+    most_tokens: the most tokens of a sample, read and written, for which its attention has positions; None: any number.
+    learns_from_rewards: whether an attention layer samples one key (`Hard`) and is therefore trained by REINFORCE.
+    """
+
+    def __init__(
+        self,
+        tokenizers: Mapping[str, Tokenizer],
+        core: Core | EncoderDecoder,
+        tasks: Sequence[str | Task],
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._inferring = False
+        if isinstance(tasks, (str, Task)):
+            tasks = [tasks]
+        if not isinstance(core, (Core, EncoderDecoder)):
+            raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
+        _check_names(tokenizers)
+        self.packer = Packer(tokenizers, tasks)
+        self.seed = seed
+        # each part has its own random numbers, by the seed and its name, so that one more tokenizer changes no other part
+        self.embeds = nn.ModuleDict()
+        for name, tokenizer in self.packer.tokenizers.items():
+            with _seeded(seed, "embed", name):
+                self.embeds[name] = tokenizer.embed(core.width)
+        with _seeded(seed, "core"):
+            self.core = core.build()
+        mechanisms = [m for m in self.core.modules() if isinstance(m, Mechanism)]
+        # the choice of a key has no gradient, so that such layers learn from a reward
+        self.learns_from_rewards = any(isinstance(m.read, Hard) for m in mechanisms)
+        self.most_tokens = None if isinstance(core, EncoderDecoder) else _most_tokens(mechanisms)
+        self.readouts = nn.ModuleDict()
+        heads: dict[str, Head] = {}
+        for pattern in self.packer.tasks:
+            key, head = self.packer.keys[pattern], self.packer.heads[pattern]
+            head.check_core(pattern, core)
+            made_for = heads.setdefault(key, head)
+            with _seeded(seed, "head", key):
+                kind = (
+                    self.packer.patterns[pattern].fields[-1].kind
+                )  # the written one; the readout of a pair needs none
+                made = head.readout(core.width, self.packer.tokenizers[kind])
+            # tasks of one key share the readout of the first, so the others must be of the same class and shapes
+            if key not in self.readouts:
+                self.readouts[key] = made
+            if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
+                raise ConfigError(
+                    f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
+                    "tasks that write one kind by one class of head share its weights, so give the class another name"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.core.norm.weight.device
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks by pattern."""
+        return self.packer.tasks
+
+    def readout(self, pattern: str) -> Readout:
+        """The module of a task's head."""
+        module = self.readouts[self.packer.keys[pattern]]
+        assert isinstance(module, Readout)
+        return module
+
+    def pack(self, task: str, samples: Sequence[Sample], *, answers: bool = True, first: int = 0) -> Stream:
+        """Pack samples of one task as a stream on this model's device.
+
+        answers: whether the samples have answers, which become targets. first: the number that errors give the first sample.
+
+        Raises:
+            TaskError, StreamError, MediaError: as `Packer` does.
+        """
+        names = [f"sample {first + i}" for i in range(len(samples))]
+        return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
+
+    def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
+        """The mean loss of a target of each task, in nats, summed over tasks with their weights.
+
+        counts: by task, the number of targets to divide by; a training step gives those of all its micro-batches. None: this
+        stream's own.
+        """
+        counts = counts or {pattern: sum(r.target_lengths) for pattern, r in stream.readings.items()}
+        tasks = self.packer.tasks
+        parts = [tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
+        return torch.stack(parts).sum()
+
+    def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
+        """By task, the sum of the losses of all targets, in nats; their number is `stream.readings[task].count`.
+
+        Raises:
+            StreamError: the stream was packed without answers.
+        """
+        if self.training and self.learns_from_rewards:
+            return self._losses_and_rewards(stream, backend)
+        wanted_N, readings = stream.narrowed()
+        state_TD = self(stream, backend=backend, wanted_N=wanted_N)
+        sums = {}
+        for pattern, r in readings.items():
+            if r.target is None:
+                raise StreamError(_no_answers(pattern))
+            head, rows_ND = self.packer.heads[pattern], state_TD[r.row_N]
+            sums[pattern] = head.state_loss(
+                self.readout(pattern), rows_ND, r.lengths, r.target, r.target_lengths, **head.inputs(r, state_TD)
+            )
+        return sums
+
+    def _losses_and_rewards(self, stream: Stream, backend: Backend) -> dict[str, Tensor]:
+        """`losses`, with gradients for the choices of `Hard` reads, whose reward is minus the loss of each row."""
+        trace = Trace()
+        state_TD = self(stream, backend=backend, trace=trace)
+        sums = {}
+        for pattern, r in stream.readings.items():
+            if r.target is None:
+                raise StreamError(_no_answers(pattern))
+            head = self.packer.heads[pattern]
+            logits = head.logits(self.readout(pattern), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD))
+            nll_N = head.row_losses(logits, r.target)
+            nll_T = nll_N.new_zeros(len(stream)).index_copy(0, r.row_N, nll_N.detach())
+            extra = reward_loss(trace, stream.layout, nll_T)
+            sums[pattern] = nll_N.sum() + extra - extra.detach()  # adds 0 to the loss, and its gradient
+        return sums
+
+    def logits(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
+        """By task, the logits (N, V) of the rows that its head reads, in the order of `stream.readings`."""
+        wanted_N, readings = stream.narrowed()
+        state_TD = self(stream, backend=backend, wanted_N=wanted_N)
+        logits = {}
+        for pattern, r in readings.items():
+            head = self.packer.heads[pattern]
+            logits[pattern] = head.logits(
+                self.readout(pattern), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD)
+            )
+        return logits
+
+    def forward(
+        self,
+        stream: Stream,
+        *,
+        cache: Cache | None = None,
+        backend: Backend = "auto",
+        trace: Trace | None = None,
+        wanted_N: Tensor | None = None,
+    ) -> Tensor:
+        """The core's states (T, D) of a packed stream.
+
+        Args:
+            cache: the KV cache that a prompt fills and later tokens extend.
+            backend: the attention backend, see `plan_attention`.
+            trace: collects a record of every attention layer.
+            wanted_N: rows of the stream; if given, only their states (N, D) are returned, in this order.
+        """
+        options = {"cache": cache, "backend": backend, "trace": trace, "wanted_N": wanted_N}
+        return self.core(self.rows(stream), stream.position_TA, stream.layout, **options)
+
+    def rows(self, stream: Stream) -> Tensor:
+        """The embedded tokens (T, D) of a packed stream, which are the core's input.
+
+        Raises:
+            StreamError: an embedding returns another number of rows than there are tokens.
+        """
+        rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
+        if rows.shape[0] != len(stream):
+            raise StreamError(
+                f"Model: the tokenizers embedded {rows.shape[0]} tokens of {len(stream)}; an embed must give one row a token"
+            )
+        return rows if stream.order_T is None else rows[stream.order_T]
+
+    def embed(self, kind: str, content: Tensor) -> Tensor:
+        """The embedded tokens (N, D) of one kind; "head:NAME" are the learned tokens of the head with these weights."""
+        if kind.startswith("head:"):
+            query = self.readouts[kind.removeprefix("head:")].query
+            assert isinstance(query, Tensor)
+            return F.embedding(content, query)  # indexing would sum gradients in an arbitrary order on several threads
+        module, dtype = self.embeds[kind], self.core.norm.weight.dtype
+        if content.is_floating_point():
+            full = getattr(module, "full_precision", False)
+            content = content.to(torch.promote_types(dtype, torch.float32) if full else dtype)
+        rows = module(content)
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(dtype)
+
+    @contextmanager
+    def inference_mode(self) -> Iterator[None]:
+        """A context in evaluation mode and without gradients; afterwards every module has its former mode again."""
+        if self._inferring and torch.is_inference_mode_enabled():
+            yield
+            return
+        # by module, because a user may have set some of them to evaluation mode
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        self._inferring = True
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self._inferring = False
+            for module in training:
+                module.training = True
+
+    def resting(self) -> AbstractContextManager[None]:
+        """The name of `inference_mode` in version 0.1; goes with 0.3."""
+        warn("Model.resting", "Model.inference_mode", 1)
+        return self.inference_mode()
+
+    @property
+    def chooses(self) -> bool:
+        """The name of `learns_from_rewards` in version 0.1; goes with 0.3."""
+        warn("Model.chooses", "Model.learns_from_rewards", 1)
+        return self.learns_from_rewards
+
+    def parameter_counts(self) -> dict[str, int]:
+        """The number of parameters of each part ("core", "tokenizer NAME", "head NAME"), and of "all"."""
+        parts = {f"tokenizer {name}": part for name, part in self.embeds.items()}
+        parts |= {"core": self.core} | {f"head {key}": part for key, part in self.readouts.items()}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counts["all"] = sum(counts.values())
+        return counts
+
+
+def _most_tokens(mechanisms: Sequence[Mechanism]) -> int | None:
+    """The most tokens of a sample for which every self-attention layer has positions; None: any number."""
+    parts = [part for m in mechanisms if m.name.endswith(" self") for part in (m.score, *m.priors, *m.factors)]
+    return min((part.most for part in parts if part.most is not None), default=None)
+
+
+def _no_answers(pattern: str) -> str:
+    return f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
+
+
+def _check_names(tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise a ConfigError for names that a pattern cannot have, or that are attributes of torch's ModuleDict."""
+    for name in tokenizers:
+        if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+            raise ConfigError(
+                f"Model: a tokenizer cannot be named {name!r}: tasks name it, as one word of the letters a to z, digits and "
+                "underscores; use a plain word such as 'image'"
+            )
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(
+                f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
+                f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
+                f"'{name}:{name.strip('_')}_kind -> ...'"
+            )
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in module.named_parameters()}
+
+
+_ON_META: ContextVar[bool] = ContextVar("_ON_META", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within this context, new models have their weights on the meta device, where they take no memory.
+
+    It serves recipe files, which construct model and data: within `torch.device("meta")` the data would have no contents either.
+    """
+    token = _ON_META.set(True)
+    try:
+        yield
+    finally:
+        _ON_META.reset(token)
+
+
+@contextmanager
+def _seeded(seed: int, *names: str) -> Iterator[None]:
+    """Seeds torch's CPU generator from the seed and these names, and restores it afterwards."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if _ON_META.get() else nullcontext():
+        torch.manual_seed(zlib.crc32("/".join((str(seed), *names)).encode()))
+        yield
