@@ -212,7 +212,7 @@ class Core(Declared):
 
 
 class Block(nn.Module):
-    """The layers of one block, one after the other.
+    """The layers of one block, one after the other, each a `Sublayer` of layers/base.py: norm, body, merge.
 
     recompute: activation checkpointing: in training only the block's input is stored, and the rest is computed again in the
     backward pass (Chen et al. 2016). It changes memory and not results, so no declaration has it.

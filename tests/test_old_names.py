@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import multimodal as mm
 from multimodal import old_names
 from multimodal.declare import find, type_name
+from multimodal_tokenizers import Labels, TextBytes
 
 CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
@@ -104,13 +106,17 @@ def test_what_was_never_there_is_an_attribute_error():
 
 
 def test_old_members_of_classes():
-    model = mm.Model(
-        {"label": importlib.import_module("multimodal_tokenizers").Labels(("a", "b"))}, mm.Core.tiny(), ["-> label"]
-    )
+    model = mm.Model({"label": Labels(("a", "b"))}, mm.Core.tiny(), ["-> label"])
     with pytest.warns(FutureWarning, match=r"Model\.resting is now Model\.inference_mode"), model.resting():
         assert not model.training
     with pytest.warns(FutureWarning, match=r"Model\.chooses is now Model\.learns_from_rewards"):
         assert not model.chooses
+    info = mm.masks.MaskInfo(*(torch.arange(3) for _ in range(4)))
+    with pytest.warns(FutureWarning, match=r"MaskInfo\.free is now MaskInfo\.bidirectional"):
+        assert info.free is info.bidirectional
+    engine = mm.Engine(mm.Model({"text": TextBytes()}, mm.Core.tiny(), ["text -> text"]), rows=3, capacity=8)
+    with pytest.warns(FutureWarning, match=r"Engine\.free is now Engine\.free_rows"):
+        assert engine.free == 3
     with pytest.warns(FutureWarning, match=r"Writes\.writes is now Writes\.autoregressive"):
 
         class Writes(mm.heads.NextToken):

@@ -31,7 +31,8 @@ def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read
 class Attention(nn.Module):
     """The projections and the mechanism of grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
 
-    A layer calls it for queries, keys and values, passes them to the stream's plan, and projects the result by `out`.
+    `forward` makes queries, keys and values, and `out` maps what was read back to the stream. The body of a layer calls the plan of
+    the stream between them.
 
     width: width of the stream.
     heads, kv_heads: number of query heads, and of key-value heads.
@@ -226,6 +227,7 @@ class _Self(_AttentionBody):
             stream_TD = stream_TD[wanted_N]
             rotation = None if rotation is None else rotation[wanted_N]
         q_THK, k_MGK, v_MGK = attention(stream_TD, rotation, memory)
+        # the plan cuts the stream into samples and calls the mechanism for each run of equal ones: attention/plan.py
         read_THK = plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
         update_TD = attention.out(read_THK.flatten(1).to(stream_TD.dtype))
         return update_TD if wanted_N is None or narrow is not None else update_TD[wanted_N]
