@@ -39,9 +39,14 @@ class Prepared:
     task: str
     parts: list[LaidOut]
 
+    def __post_init__(self) -> None:
+        self.tokens = sum(
+            tokens_of(part.segments) for part in self.parts
+        )  # asked for again and again while packs are chosen
+
     def __len__(self) -> int:
         """Number of tokens."""
-        return sum(tokens_of(part.segments) for part in self.parts)
+        return self.tokens
 
 
 class _Placed(NamedTuple):

@@ -97,6 +97,46 @@ def test_the_warning_is_about_the_line_that_imports(monkeypatch: pytest.MonkeyPa
     assert EachRow is mm.EachRow
 
 
+def test_modules_of_a_package_that_moved(monkeypatch: pytest.MonkeyPatch):
+    for name in ("mixture", "mixture.memory", "conformance", "conformance.tokenizers"):
+        monkeypatch.delitem(sys.modules, f"multimodal.{name}", raising=False)
+    with pytest.warns(FutureWarning) as caught:
+        found = importlib.import_module("multimodal.mixture.memory")
+    new = {str(warning.message).partition(";")[0] for warning in caught}
+    assert "multimodal.mixture.memory is now multimodal.zoo.mixture.memory" in new
+    assert found.Mixture is mm.zoo.mixture.Mixture
+    with pytest.warns(FutureWarning) as caught:
+        importlib.import_module("multimodal.conformance.tokenizers")
+    new = {str(warning.message).partition(";")[0] for warning in caught}
+    assert "multimodal.conformance.tokenizers is now multimodal.check.tokenizers" in new
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("multimodal.conformance.nothing")
+
+
+def test_flags_of_a_head_of_ones_own():
+    with pytest.warns(FutureWarning, match=r"Draws\.continuous is now Draws\.draws_features"):
+
+        class Draws(mm.heads.FlowMatching):
+            continuous = True
+
+    assert Draws.draws_features
+    assert Draws.measures == ("loss",)
+
+    class Plots(mm.heads.NextToken):
+        draws_features = False
+
+        def draw(self) -> str:  # type: ignore[override]  # of something else
+            return "a picture"
+
+    assert not Plots.draws_features
+    with pytest.raises(
+        mm.ConfigError, match=r"Points: points=True is of version 0\.1; .* overrides source and next_logits"
+    ):
+
+        class Points(mm.heads.NextToken):
+            points = True
+
+
 def test_what_was_never_there_is_an_attribute_error():
     for module in ("multimodal", "multimodal.look", "multimodal.masks"):
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

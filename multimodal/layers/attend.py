@@ -215,7 +215,7 @@ class _Self(_AttentionBody):
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
         attention, plan, memory = self.attention, context.plan, None
-        rotation = context.rotations.get(attention.key_width)
+        rotation = context.rotations[attention.key_width] if attention.turned else None
         narrow = None
         # queries of the wanted rows alone, if these are few. Not of a read that samples, whose random numbers would change, and
         # not of a projection with hooks or of another class, which has to be called
@@ -255,8 +255,8 @@ class _Cross(_AttentionBody):
                 "CrossAttention: there is no other core to attend to; it belongs in the writer of an EncoderDecoder"
             )
         width = attention.key_width
-        memory = (crossing.memory_MD, crossing.rotations.get(width))  # the reader's states give keys and values
-        q_THK, k_MGK, v_MGK = attention(stream_TD, context.rotations.get(width), memory)
+        memory = (crossing.memory_MD, crossing.rotations[width])  # the reader's states give keys and values
+        q_THK, k_MGK, v_MGK = attention(stream_TD, context.rotations[width], memory)
         read_THK = crossing.plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
         return attention.out(read_THK.flatten(1).to(stream_TD.dtype))
 
