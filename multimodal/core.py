@@ -428,15 +428,16 @@ class Transformer(nn.Module):
             if pair[0].device != device:  # no buffers, because .to(bfloat16) would round them
                 self._frequencies[width] = pair[0].to(device), pair[1].to(device)
         known = {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
-        return Rotations(self.core, position_TA, known)
+        found = Rotations(known)
+        found.core, found.position_TA = self.core, position_TA
+        return found
 
 
 class Rotations(dict[int, Tensor | None]):
     """Rotations by width of a head: those of the core's own attention layers, and of any other width when it is asked for."""
 
-    def __init__(self, core: Core, position_TA: Tensor, known: dict[int, Tensor]) -> None:
-        super().__init__(known)
-        self.core, self.position_TA = core, position_TA
+    core: Core
+    position_TA: Tensor
 
     def __missing__(self, width: int) -> Tensor | None:
         found = None
