@@ -212,7 +212,7 @@ class Core(Declared):
 
 
 class Block(nn.Module):
-    """The layers of one block, one after the other.
+    """The layers of one block, one after the other, each a `Sublayer` of layers/base.py: norm, body, merge.
 
     recompute: activation checkpointing: in training only the block's input is stored, and the rest is computed again in the
     backward pass (Chen et al. 2016). It changes memory and not results, so no declaration has it.
@@ -231,7 +231,22 @@ class Block(nn.Module):
         # index of the last layer in which a token depends on others; MLPs after it can run on wanted rows alone
         self.last_mixing = max((i for i, layer in enumerate(layers) if type(layer) is not MLP), default=0)
 
-    def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None, checkpointed: bool = False
+    ) -> Tensor:
+        recompute = self.recompute and self.training and torch.is_grad_enabled() and context.cache is None
+        if recompute and not checkpointed:
+            # the function and not the module, whose hooks have run already
+            return checkpoint(  # type: ignore[return-value]
+                Block.forward,
+                self,
+                stream_TD,
+                context,
+                wanted_N,
+                True,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _not_traced(context.trace)),
+            )
         for i, layer in enumerate(self.layers):
             if i != self.last_mixing or wanted_N is None:
                 stream_TD = layer(stream_TD, context)
@@ -400,23 +415,37 @@ class Transformer(nn.Module):
             self.core.mask, layout, backend=backend, dtype=dtype, cache=cache, bare=self.bare, trace=trace
         )
         context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh)
-        for block in self.blocks:
-            rows_N = wanted_N if block is self.blocks[-1] else None
-            assert isinstance(block, Block)
-            if block.recompute and self.training and torch.is_grad_enabled() and cache is None:
-                contexts = lambda: (nullcontext(), _not_traced(trace))  # noqa: E731  for the forward pass and for its recomputation
-                stream_TD = checkpoint(block, stream_TD, context, rows_N, use_reentrant=False, context_fn=contexts)
-            else:
-                stream_TD = block(stream_TD, context, rows_N)
+        *blocks, last = self.blocks
+        for block in blocks:
+            stream_TD = block(stream_TD, context)
+        stream_TD = last(stream_TD, context, wanted_N)
         return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
-    def rotations(self, position_TA: Tensor) -> dict[int, Tensor]:
-        """By width of a head, the rotation of each of its pairs at these positions; empty without rotary positions."""
+    def rotations(self, position_TA: Tensor) -> "Rotations":
+        """By width of a head, the rotation of each of its pairs at these positions; None without rotary positions."""
         device = position_TA.device
         for width, pair in self._frequencies.items():
             if pair[0].device != device:  # no buffers, because .to(bfloat16) would round them
                 self._frequencies[width] = pair[0].to(device), pair[1].to(device)
-        return {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
+        known = {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
+        found = Rotations(known)
+        found.core, found.position_TA = self.core, position_TA
+        return found
+
+
+class Rotations(dict[int, Tensor | None]):
+    """Rotations by width of a head: those of the core's own attention layers, and of any other width when it is asked for."""
+
+    core: Core
+    position_TA: Tensor
+
+    def __missing__(self, width: int) -> Tensor | None:
+        found = None
+        if any(self.core.rotary_split):
+            pair = rotary_frequencies(width, self.core.rotary_split, self.core.rotary_base)
+            found = rotations(self.position_TA, *(x.to(self.position_TA.device) for x in pair))
+        self[width] = found
+        return found
 
 
 @lru_cache(64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared, check_part
-from multimodal.old_names import moved
+from multimodal.old_names import moved, warn
 from multimodal.shapes import ConfigError
 
 
@@ -33,6 +33,12 @@ class MaskInfo:
 
     def __getitem__(self, index) -> "MaskInfo":
         return MaskInfo(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @property
+    def free(self) -> Tensor:
+        """The name of `bidirectional` in version 0.1, for rules of one's own; goes with 0.3."""
+        warn("MaskInfo.free", "MaskInfo.bidirectional", 1)
+        return self.bidirectional
 
     @property
     def alone(self) -> "MaskInfo":

@@ -3,6 +3,7 @@
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
@@ -23,6 +24,8 @@ TOP = {
 
 MODULES = {
     "adversarial": "zoo.adversarial",
+    "attention.kept": "attention.cached",
+    "attention.layout": "masks",
     "conformance": "check",
     "contrast": "heads.contrast",
     "cross_entropy": "heads.base",
@@ -41,7 +44,13 @@ MODULES = {
     "plan": "count",
     "pointer": "heads.pointer",
     "pruning": "zoo.pruning",
+    "reinforce": "attention.reinforce",
     "rows": "heads.each_row",
+    "train.compare": "train.run_report",
+    "train.feed": "train.loaders",
+    "train.folder": "train.run_folder",
+    "train.host": "train.runtime",
+    "train.report": "train.display",
     "train.trouble": "train.spikes",
     "transcription.lexicon": "transcription.ctc",
     "transcription.listen": "transcription.streaming",
@@ -50,11 +59,11 @@ MODULES = {
     "transcription.reader": "transcription.alignment",
     "transcription.sound": "transcription.recordings",
     "verify": "check",
+    "verify.checks": "check.equivalence",
 }
-"""Where modules below `multimodal` are now."""
+"""Where modules below `multimodal` are now; those of a package that moved are in the new one."""
 
 NAMES = {
-    "attention": {"Attention": "layers.Attention"},
     "contrast": {
         "evaluate_pairs": "retrieval.evaluate_pairs",
         "matches": "retrieval.match_probabilities",
@@ -136,19 +145,34 @@ def _found(path: str) -> Any:
     return getattr(importlib.import_module(_OURS + module), name)
 
 
+def _present(old: str) -> str | None:
+    """The present path of an old module, also of one within a package that moved; None: there was none."""
+    if old in MODULES:
+        return MODULES[old]
+    package, _, name = old.rpartition(".")
+    if package not in MODULES or importlib.util.find_spec(f"{_OURS}{MODULES[package]}") is None:
+        return None
+    new = f"{MODULES[package]}.{name}"
+    try:
+        return new if importlib.util.find_spec(_OURS + new) is not None else None
+    except ModuleNotFoundError:  # the new place is no package
+        return None
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds modules by their old names; Python asks it last, for modules that are nowhere else."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.startswith(_OURS) and fullname.removeprefix(_OURS) in MODULES:
-            return importlib.machinery.ModuleSpec(fullname, self)
+        if fullname.startswith(_OURS) and _present(fullname.removeprefix(_OURS)) is not None:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
     def exec_module(self, module: types.ModuleType) -> None:
         old = module.__name__.removeprefix(_OURS)
-        new = importlib.import_module(_OURS + MODULES[old])
+        path = _OURS + (_present(old) or "")
+        new = importlib.import_module(path)
         names = NAMES.get(old, {})
         module.__getattr__ = lambda name: _found(names[name]) if name in names else getattr(new, name)  # type: ignore[method-assign]
         module.__all__ = [*names, *(name for name in vars(new) if not name.startswith("_"))]  # type: ignore[attr-defined]
@@ -157,7 +181,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         while frame is not None and "importlib" in frame.f_code.co_filename:
             up += "_bootstrap" not in frame.f_code.co_filename
             frame = frame.f_back
-        warn(module.__name__, _OURS + MODULES[old], up)
+        warn(module.__name__, path, up)
 
 
 sys.meta_path.append(_Finder())

@@ -34,14 +34,16 @@ class Prepared:
 
     task: the pattern of its task.
     parts: its samples of the stream: one, or two for the sides of a pair.
+    tokens: number of tokens, which is asked for again and again while packs are chosen.
     """
 
     task: str
     parts: list[LaidOut]
+    tokens: int
 
     def __len__(self) -> int:
         """Number of tokens."""
-        return sum(tokens_of(part.segments) for part in self.parts)
+        return self.tokens
 
 
 class _Placed(NamedTuple):
@@ -175,9 +177,10 @@ class Packer:
         self.patterns[pattern_text].check_sample(values, answers)
         sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
         try:
-            return Prepared(pattern_text, self.heads[pattern_text].lay_out(sample))
+            parts = self.heads[pattern_text].lay_out(sample)
         except StreamError as error:
             raise StreamError(f"{sample.where}: {error}") from None
+        return Prepared(pattern_text, parts, sum(tokens_of(part.segments) for part in parts))
 
     def encoded(
         self,
@@ -219,7 +222,7 @@ class Packer:
         read = tokens_of(segments)
         if not read:
             raise StreamError(f"task {pattern_text!r}: there is nothing to read, as every field is None")
-        return self.lay([Prepared("", [LaidOut(segments, read, 0, read)])], answers=False)
+        return self.lay([Prepared("", [LaidOut(segments, read, 0, read)], read)], answers=False)
 
     def lay(self, prepared: Sequence[Prepared], *, answers: bool = True) -> Stream:
         """Pack prepared samples as one stream, which reorders them by size."""

@@ -12,6 +12,7 @@ from multimodal.attention import ALiBi, Cosine, Gumbel, Layout, plan_attention
 from multimodal.core import Transformer, recompute
 from multimodal.layers import MLP, Context, Gated, Recurrent, SelfAttention
 from multimodal.masks import PREFIX_LM, Window
+from multimodal.positions import rotary_frequencies
 from multimodal.shapes import ConfigError, ShapeError
 
 PRESETS = {  # millions of parameters that each one's docstring promises
@@ -350,3 +351,28 @@ def test_a_core_survives_json_with_its_mask_and_score():
 
     core = mm.Core.tiny().replace(mask=PREFIX_LM & mm.masks.Window(9), score=Cosine(4.0), rotary_split=(1, 1, 2))
     assert rebuild(json.loads(json.dumps(declaration(core)))) == core
+
+
+def test_rotations_of_a_width_that_no_layer_of_the_core_has():
+    position_TA = torch.rand(5, 3) * 9
+    core = mm.Core.tiny()
+    known = core.build().rotations(position_TA)
+    assert list(known) == [16]
+    axis_K, frequency_K = rotary_frequencies(6, core.rotary_split, core.rotary_base)
+    angle_TK = position_TA[:, axis_K] * frequency_K
+    torch.testing.assert_close(known[6][:, 0], torch.complex(angle_TK.cos(), angle_TK.sin()))
+    assert core.replace(rotary_split=(0, 0, 0)).build().rotations(position_TA)[6] is None
+
+
+def test_a_block_that_is_recomputed_calls_its_hooks_once_and_gives_the_same_gradient(lay):
+    core = mm.Core(width=16, depth=2, heads=2).build().train()
+    layout, stream_TD, position_TA = lay([[(4, True)], [(3, False)]]), torch.randn(7, 16), torch.rand(7, 3)
+    grads, calls = [], []
+    hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in core.blocks]
+    for on in (False, True):
+        recompute(core, on)
+        core.zero_grad()
+        core(stream_TD, position_TA, layout).square().sum().backward()
+        grads.append([p.grad.clone() for p in core.parameters()])
+    assert len(calls) == 2 * len(hooks)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

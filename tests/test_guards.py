@@ -480,6 +480,7 @@ ALLOWED = {
     ("multimodal.data.tables", "import_module"): "optional libraries, under fixed names",
     ("multimodal.declare", "import_module"): "modules of the framework, from a list of its own",
     ("multimodal.old_names", "import_module"): "the same",
+    ("multimodal.old_names", "find_spec"): "the same",
     ("multimodal.declare", "entry_points"): "installed packages alone: who installs one runs it",
     ("multimodal.train.launch", "subprocess"): "starts this program once more a process, with the user's own arguments",
     ("multimodal.train.processes", "all_gather_object"): "between one's own processes, of one user and one run",

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import multimodal as mm
 from multimodal import old_names
 from multimodal.declare import find, type_name
+from multimodal_tokenizers import Labels, TextBytes
 
 CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
 
@@ -95,6 +97,46 @@ def test_the_warning_is_about_the_line_that_imports(monkeypatch: pytest.MonkeyPa
     assert EachRow is mm.EachRow
 
 
+def test_modules_of_a_package_that_moved(monkeypatch: pytest.MonkeyPatch):
+    for name in ("mixture", "mixture.memory", "conformance", "conformance.tokenizers"):
+        monkeypatch.delitem(sys.modules, f"multimodal.{name}", raising=False)
+    with pytest.warns(FutureWarning) as caught:
+        found = importlib.import_module("multimodal.mixture.memory")
+    new = {str(warning.message).partition(";")[0] for warning in caught}
+    assert "multimodal.mixture.memory is now multimodal.zoo.mixture.memory" in new
+    assert found.Mixture is mm.zoo.mixture.Mixture
+    with pytest.warns(FutureWarning) as caught:
+        importlib.import_module("multimodal.conformance.tokenizers")
+    new = {str(warning.message).partition(";")[0] for warning in caught}
+    assert "multimodal.conformance.tokenizers is now multimodal.check.tokenizers" in new
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("multimodal.conformance.nothing")
+
+
+def test_flags_of_a_head_of_ones_own():
+    with pytest.warns(FutureWarning, match=r"Draws\.continuous is now Draws\.draws_features"):
+
+        class Draws(mm.heads.FlowMatching):
+            continuous = True
+
+    assert Draws.draws_features
+    assert Draws.measures == ("loss",)
+
+    class Plots(mm.heads.NextToken):
+        draws_features = False
+
+        def draw(self) -> str:  # type: ignore[override]  # of something else
+            return "a picture"
+
+    assert not Plots.draws_features
+    with pytest.raises(
+        mm.ConfigError, match=r"Points: points=True is of version 0\.1; .* overrides source and next_logits"
+    ):
+
+        class Points(mm.heads.NextToken):
+            points = True
+
+
 def test_what_was_never_there_is_an_attribute_error():
     for module in ("multimodal", "multimodal.look", "multimodal.masks"):
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -104,13 +146,17 @@ def test_what_was_never_there_is_an_attribute_error():
 
 
 def test_old_members_of_classes():
-    model = mm.Model(
-        {"label": importlib.import_module("multimodal_tokenizers").Labels(("a", "b"))}, mm.Core.tiny(), ["-> label"]
-    )
+    model = mm.Model({"label": Labels(("a", "b"))}, mm.Core.tiny(), ["-> label"])
     with pytest.warns(FutureWarning, match=r"Model\.resting is now Model\.inference_mode"), model.resting():
         assert not model.training
     with pytest.warns(FutureWarning, match=r"Model\.chooses is now Model\.learns_from_rewards"):
         assert not model.chooses
+    info = mm.masks.MaskInfo(*(torch.arange(3) for _ in range(4)))
+    with pytest.warns(FutureWarning, match=r"MaskInfo\.free is now MaskInfo\.bidirectional"):
+        assert info.free is info.bidirectional
+    engine = mm.Engine(mm.Model({"text": TextBytes()}, mm.Core.tiny(), ["text -> text"]), rows=3, capacity=8)
+    with pytest.warns(FutureWarning, match=r"Engine\.free is now Engine\.free_rows"):
+        assert engine.free == 3
     with pytest.warns(FutureWarning, match=r"Writes\.writes is now Writes\.autoregressive"):
 
         class Writes(mm.heads.NextToken):

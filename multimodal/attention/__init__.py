@@ -20,7 +20,6 @@ from multimodal.attention.scores import (
     with_column,
 )
 from multimodal.masks import Layout, Span
-from multimodal.old_names import moved
 
 __all__ = [
     "BACKENDS",
@@ -57,5 +56,3 @@ __all__ = [
     "reweighted",
     "with_column",
 ]
-
-__getattr__ = moved(__name__)  # goes with version 0.3

@@ -3,7 +3,7 @@
 dense    one boolean matrix over the whole stream; slow, obviously right, the oracle of all others
 runs     samples of equal shape as one batch of PyTorch's fused attention; for CPUs, float32, and mechanisms with priors
 varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule)
-flex     PyTorch's block-sparse FlexAttention (CUDA, any rule)
+flex     PyTorch's block-sparse FlexAttention (CUDA, half precision, any rule, scores without priors)
 
 A plan says which queries attend to which keys; the layer's mechanism (score, prior and read) says what is computed for each pair.
 """

@@ -89,14 +89,14 @@ class _Attention:
             self.norm_HK = torch.cat(parts).detach()
             self.norm_eps = self.norm_HK.new_tensor(attention.norm_q.eps)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor | None]) -> Tensor:
         rows = len(stream_BD)
         both = (self.heads + self.groups) * self.width
         qkv = torch.mm(_normed(stream_BD, self.eps), self.qkv_DN)
         qk_BHK, v_BGK = qkv[:, :both].view(rows, -1, self.width), qkv[:, both:].view(rows, self.groups, -1)
         if self.norm_HK is not None:
             qk_BHK = _normed(qk_BHK, self.norm_eps).mul_(self.norm_HK)
-        rotation = rotations.get(self.width) if self.turned else None
+        rotation = rotations[self.width] if self.turned else None
         if rotation is not None:
             qk_BHK = rotate(qk_BHK, rotation)
         cache = plan.cache
@@ -116,7 +116,7 @@ class _MLP:
         self.eps = norm.weight.new_tensor(norm.eps)
         self.gate_up_DN, self.down_ND = _columns(gate_up.weight * norm.weight), _columns(down.weight)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor]) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor | None]) -> Tensor:
         gate, up = torch.mm(_normed(stream_BD, self.eps), self.gate_up_DN).chunk(2, -1)
         return torch.addmm(stream_BD, F.silu(gate).mul_(up), self.down_ND)
 

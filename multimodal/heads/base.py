@@ -260,10 +260,20 @@ class Head(Declared, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.draws_features = cls.draw is not Head.draw
-        if "writes" in vars(cls):  # goes with version 0.3
-            warn(f"{cls.__name__}.writes", f"{cls.__name__}.autoregressive", 2)
-            cls.autoregressive = bool(vars(cls)["writes"])
+        own, name = vars(cls), cls.__name__
+        if "draws_features" not in own:
+            cls.draws_features = bool(own.get("continuous", cls.draw is not Head.draw))
+        if cls.draws_features and cls.measures == Head.measures:
+            cls.measures = ("loss",)  # features are never exactly right; the loss measures their distance
+        # the flags of version 0.1; this goes with 0.3
+        for old, new in (("writes", "autoregressive"), ("continuous", "draws_features")):
+            if old in own:
+                warn(f"{name}.{old}", f"{name}.{new}", 2)
+        if "writes" in own:
+            cls.autoregressive = bool(own["writes"])
+        for old, new in (("hides", "lay_out"), ("points", "source and next_logits"), ("pairs", "bind and lay_out")):
+            if own.get(old):
+                raise ConfigError(f"{name}: {old}=True is of version 0.1; a head of this sort now overrides {new}")
 
     def bind(self, pattern: Pattern) -> Pattern:
         """Check the pattern of a task for this head, and return it with what the head adds.

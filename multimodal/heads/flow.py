@@ -41,7 +41,6 @@ class FlowMatching(Head):
     spread: float = 1.0
     queries: ClassVar[int] = 1
     autoregressive: ClassVar[bool] = True
-    measures: ClassVar[tuple[str, ...]] = ("loss",)  # features are never exactly right, so `exact` would say nothing
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "draws", "steps"):

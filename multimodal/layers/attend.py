@@ -31,7 +31,8 @@ def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read
 class Attention(nn.Module):
     """The projections and the mechanism of grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
 
-    A layer calls it for queries, keys and values, passes them to the stream's plan, and projects the result by `out`.
+    `forward` makes queries, keys and values, and `out` maps what was read back to the stream. The body of a layer calls the plan of
+    the stream between them.
 
     width: width of the stream.
     heads, kv_heads: number of query heads, and of key-value heads.
@@ -214,7 +215,7 @@ class _Self(_AttentionBody):
 
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
         attention, plan, memory = self.attention, context.plan, None
-        rotation = context.rotations.get(attention.key_width)
+        rotation = context.rotations[attention.key_width] if attention.turned else None
         narrow = None
         # queries of the wanted rows alone, if these are few. Not of a read that samples, whose random numbers would change, and
         # not of a projection with hooks or of another class, which has to be called
@@ -226,6 +227,7 @@ class _Self(_AttentionBody):
             stream_TD = stream_TD[wanted_N]
             rotation = None if rotation is None else rotation[wanted_N]
         q_THK, k_MGK, v_MGK = attention(stream_TD, rotation, memory)
+        # the plan cuts the stream into samples and calls the mechanism for each run of equal ones: attention/plan.py
         read_THK = plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
         update_TD = attention.out(read_THK.flatten(1).to(stream_TD.dtype))
         return update_TD if wanted_N is None or narrow is not None else update_TD[wanted_N]
@@ -253,8 +255,8 @@ class _Cross(_AttentionBody):
                 "CrossAttention: there is no other core to attend to; it belongs in the writer of an EncoderDecoder"
             )
         width = attention.key_width
-        memory = (crossing.memory_MD, crossing.rotations.get(width))  # the reader's states give keys and values
-        q_THK, k_MGK, v_MGK = attention(stream_TD, context.rotations.get(width), memory)
+        memory = (crossing.memory_MD, crossing.rotations[width])  # the reader's states give keys and values
+        q_THK, k_MGK, v_MGK = attention(stream_TD, context.rotations[width], memory)
         read_THK = crossing.plan.attend(q_THK, k_MGK, v_MGK, attention.mechanism, self.index)
         return attention.out(read_THK.flatten(1).to(stream_TD.dtype))
 

@@ -221,7 +221,7 @@ class Crossing(NamedTuple):
     """
 
     memory_MD: Tensor
-    rotations: Mapping[int, Tensor]
+    rotations: Mapping[int, Tensor | None]
     plan: Plan
 
 
@@ -231,7 +231,7 @@ class Context:
 
     layout: which rows belong to which sample.
     plan: how self-attention is computed.
-    rotations: by width of a head, the rotary rotations at the positions of the stream; no entry: none.
+    rotations: by width of a head, the rotary rotations at the positions of the stream; None: no rotary positions.
     cache: the KV cache; None: nothing is cached.
     trace: collects a record of every attention layer.
     crossing: the states of another core, for cross-attention.
@@ -240,7 +240,7 @@ class Context:
 
     layout: Layout
     plan: Plan
-    rotations: Mapping[int, Tensor]
+    rotations: Mapping[int, Tensor | None]
     cache: Cache | None = None
     trace: Trace | None = None
     crossing: Crossing | None = None
@@ -272,6 +272,11 @@ class Context:
         if self.cache is not None:
             rows = torch.tensor(list(self.cache.rows[: len(self.layout.spans)]), device=state_BF.device)
             self.cache.state[index][rows] = state_BF.to(self.cache.state[index].dtype)
+
+    def turns(self, head_width: int) -> Tensor | None:
+        """`rotations` as version 0.1 had them; goes with 0.3."""
+        warn("Context.turns(width)", "Context.rotations[width]", 1)
+        return self.rotations[head_width]
 
     def keep(self, index: int, state_BF: Tensor) -> None:
         """The name of `save_state` in version 0.1; goes with 0.3."""

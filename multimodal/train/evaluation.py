@@ -85,8 +85,9 @@ def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Pred
         wanted_N, readings = stream.narrowed()
         r = readings[task]
         assert r.target is not None  # it was packed with answers
-        state_ND = model(stream, wanted_N=wanted_N)[r.row_N]
-        loss = float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths))
+        state_TD = model(stream, wanted_N=wanted_N)
+        state_ND, inputs = state_TD[r.row_N], head.inputs(r, state_TD)
+        loss = float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths, **inputs))
         tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
-        found = head.answer(head.logits(readout, state_ND, r.lengths), r.lengths, tokenizer)
+        found = head.answer(head.logits(readout, state_ND, r.lengths, **inputs), r.lengths, tokenizer)
     return loss, [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])]

@@ -1,6 +1,6 @@
 """`fit`: the training loop, from top to bottom.
 
-data --Batches or Packs (workers)--> packed streams --ParallelModel.backward--> optimiser --> averaged weights --> run folder
+data --Batches or Packs (workers)--> packed streams --Network.loss, backward--> optimiser --> averaged weights --> run folder
 """
 
 import gc
