@@ -433,8 +433,8 @@ def put_weights(model: Network, weights: dict[str, Tensor], where: Path, *, fini
     Raises:
         CheckpointError: tensors that are missing, foreign, of another shape or type, or not finite.
     """
-    check_tensors(header_of(weights), model.state_dict(), where)
     wanted = model.state_dict()
+    check_tensors(header_of(weights), wanted, where)
     weights = {name: with_axis(t, wanted[name]) for name, t in weights.items()}
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in weights.items() if finite else ():

@@ -319,9 +319,8 @@ class Transformer(nn.Module):
         if not self.norm.weight.is_meta:  # initialising is slow, and on the meta device without effect
             for sublayer in self.sublayers():
                 sublayer.body.init_weights(core.depth)
-        self._frequencies: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by width of a head; layers may have heads of other widths
+        # by width of a head; layers may have heads of other widths
+        self._frequencies: dict[int, tuple[Tensor, Tensor]] = {}
         if any(core.rotary_split):
             widths = {m.key_width for m in self.modules() if isinstance(m, Attention) and m.turned}
             with torch.device("cpu"):  # real numbers, even if the model is being built on the meta device
@@ -428,11 +427,12 @@ class Transformer(nn.Module):
             if pair[0].device != device:  # no buffers, because .to(bfloat16) would round them
                 self._frequencies[width] = pair[0].to(device), pair[1].to(device)
         known = {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
-        found = Rotations(known)
-        found.core, found.position_TA = self.core, position_TA
+        found = Rotations(self.core, position_TA)
+        found.update(known)
         return found
 
 
+@dataclass(eq=False, repr=False)
 class Rotations(dict[int, Tensor | None]):
     """Rotations by width of a head: those of the core's own attention layers, and of any other width when it is asked for."""
 

@@ -26,8 +26,8 @@ from multimodal.shapes import ConfigError, TaskError, check_seed, check_whole, d
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
-OPTIONS = [field.name for field in dataclasses.fields(Options)]
-BY_KEYWORD = [*OPTIONS, "begins", "prefix", "batch"]  # the keywords of `generate` that are no fields of a sample
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+BY_KEYWORD = [*DEFAULTS, "begins", "prefix", "batch"]  # the keywords of `generate` that are no fields of a sample
 
 
 class Model(Network):
@@ -374,7 +374,7 @@ class Model(Network):
         if begins is None:
             if not isinstance(begin, list):
                 return None
-            text = self.packer.tokenizers[self.packer.patterns[task].writes.kind].text
+            text = self.packer.answer_tokenizers[task].text
             return begin if text else None  # of other kinds one value may be a list itself
         if begin is not None:
             raise ConfigError(f"task {task!r}: give begin, for every sample, or begins, one for each; not both")
@@ -388,7 +388,7 @@ class Model(Network):
         """Raise a ConfigError for options of decoding, which have no effect on a head that is not autoregressive."""
         idle = ("beams", "begin", "begins", "guidance", "length_penalty", "sampler", "stop", "temperature")
         options = {**options, "temperature": options["temperature"] or None}  # 0 is greedy, as is predicting
-        given = [name for name in idle if not _is_default(options[name])]
+        given = [name for name in idle if not _is_default(name, options[name])]
         if given or prefix is not None:
             raise ConfigError(
                 f"task {task!r}: {type(self.packer.heads[task]).__name__} answers at once, so {', '.join(given) or 'prefix'} "
@@ -447,6 +447,8 @@ class Model(Network):
             raise TaskError(f"task {task!r} has no field {name!r}; it reads {', '.join(known) or 'nothing'}{clue}")
 
 
-def _is_default(option: Any) -> bool:
+def _is_default(name: str, option: Any) -> bool:
     """Whether an option of `generate` has its default value; the types come first, since == of an array is no bool."""
-    return option is None or (isinstance(option, (int, float, tuple)) and option in (1, ()))
+    default = DEFAULTS.get(name)
+    plain = (int, float, tuple)
+    return option is default or (isinstance(option, plain) and isinstance(default, plain) and option == default)

@@ -69,10 +69,7 @@ class Network(nn.Module):
             head.check_core(pattern, core)
             made_for = heads.setdefault(key, head)
             with _seeded(seed, "head", key):
-                kind = (
-                    self.packer.patterns[pattern].fields[-1].kind
-                )  # the written one; the readout of a pair needs none
-                made = head.readout(core.width, self.packer.tokenizers[kind])
+                made = head.readout(core.width, self.packer.answer_tokenizers[pattern])
             # tasks of one key share the readout of the first, so the others must be of the same class and shapes
             if key not in self.readouts:
                 self.readouts[key] = made

@@ -28,7 +28,7 @@ MODULES = {
     "attention.layout": "masks",
     "conformance": "check",
     "contrast": "heads.contrast",
-    "cross_entropy": "heads.base",
+    "cross_entropy": "heads.cross_entropy",
     "data.members": "data.codecs",
     "data.writing": "data.shard_writer",
     "flow": "heads.flow",

@@ -68,6 +68,7 @@ class Packer:
 
     tokenizers: by name of a kind, its tokenizer; tasks, patterns, heads: by pattern, the task, its parsed pattern and its head.
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
+    answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
     """
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
@@ -82,6 +83,7 @@ class Packer:
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
         self.keys: dict[str, str] = {}
+        self.answer_tokenizers: dict[str, Tokenizer] = {}
         for task in tasks:
             task = Task(task) if isinstance(task, str) else task
             pattern = Pattern.parse(task.pattern)
@@ -90,7 +92,8 @@ class Packer:
                 raise TaskError(f"task {task.pattern!r} is given twice")
             head = task.head or (Contrast() if pattern.pair else default_head(self.tokenizers[pattern.writes.kind]))
             pattern = head.bind(pattern)
-            head.vocab(self.tokenizers[pattern.fields[-1].kind])
+            self.answer_tokenizers[task.pattern] = self.tokenizers[pattern.fields[-1].kind]
+            head.vocab(self.answer_tokenizers[task.pattern])
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern], self.heads[task.pattern] = pattern, head
             self.keys[task.pattern] = _head_key(pattern, head)
@@ -114,12 +117,15 @@ class Packer:
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
         """Raise a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
         if pattern not in self.tasks:
-            raise TaskError(
-                f"there is no task {shortened(repr(pattern), 100)}; there are {', '.join(map(repr, self.tasks))}"
-                f"{did_you_mean(pattern, self.tasks)}"
-            )
+            raise self._no_task(pattern)
         if answers and self.patterns[pattern].written is None:
-            self.patterns[pattern].check_answers()  # raises
+            raise self.patterns[pattern].writes_nothing()
+
+    def _no_task(self, pattern: str) -> TaskError:
+        return TaskError(
+            f"there is no task {shortened(repr(pattern), 100)}; there are {', '.join(map(repr, self.tasks))}"
+            f"{did_you_mean(pattern, self.tasks)}"
+        )
 
     def __call__(
         self,
@@ -173,7 +179,7 @@ class Packer:
             TaskError, StreamError, MediaError: as when the packer is called.
         """
         if pattern_text not in self.tasks:
-            self.check_task(pattern_text)  # raises
+            raise self._no_task(pattern_text)
         self.patterns[pattern_text].check_sample(values, answers)
         sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
         try:
@@ -205,9 +211,8 @@ class Packer:
             for field in pattern.reads
         }
         if begin is not None and not answers:
-            begin = encode_field(self.tokenizers[pattern.writes.kind], begin, where, f"begin ({pattern.answer})")
-        tokenizer = self.tokenizers[(pattern.written or pattern.reads[-1]).kind]
-        start = self._starts[pattern_text]
+            begin = encode_field(self.answer_tokenizers[pattern_text], begin, where, f"begin ({pattern.answer})")
+        tokenizer, start = self.answer_tokenizers[pattern_text], self._starts[pattern_text]
         return EncodedSample(where, pattern, self.tokenizers, values, tokens, tokenizer, start, answers, begin, random)
 
     def prompt(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> Stream:
@@ -217,7 +222,7 @@ class Packer:
             StreamError: every field is None.
         """
         pattern = self.patterns[pattern_text]
-        tokenizer, start = self.tokenizers[pattern.fields[-1].kind], self._starts[pattern_text]
+        tokenizer, start = self.answer_tokenizers[pattern_text], self._starts[pattern_text]
         segments = EncodedSample("", pattern, self.tokenizers, {}, tokens, tokenizer, start).read()
         read = tokens_of(segments)
         if not read:

@@ -129,17 +129,16 @@ class Pattern:
         Raises:
             TaskError: this is a pair, for which nothing is written.
         """
-        self.check_answers()
-        assert self.written is not None
+        if self.written is None:
+            raise self.writes_nothing()
         return self.written
 
-    def check_answers(self) -> None:
-        """Raise a TaskError if this is a pair, for which nothing is written."""
-        if self.pair:
-            raise TaskError(
-                f"task {self.text!r} writes nothing, because it is a pair; use Model.vectors for the vectors of one side, and "
-                "Model.matches for the probability that two sides match"
-            )
+    def writes_nothing(self) -> TaskError:
+        """The error of asking a pair for an answer."""
+        return TaskError(
+            f"task {self.text!r} writes nothing, because it is a pair; use Model.vectors for the vectors of one side, and "
+            "Model.matches for the probability that two sides match"
+        )
 
     def check_kinds(self, tokenizers: Mapping[str, Any]) -> None:
         """Check that every field's kind has a tokenizer.

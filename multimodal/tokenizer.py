@@ -206,9 +206,8 @@ class Tokenizer(Declared, ABC):
                 f"{name}.encode: {describe(value)} gave {count} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
-        if (
-            not count
-        ):  # tensors of the right shape and type, because encoders often return torch.tensor([]) for an empty value
+        # tensors of the right shape and type, because encoders often return torch.tensor([]) for an empty value
+        if not count:
             shape = (0,) if self.vocab_size is not None else (0, self.feature_size or 0)
             dtype = torch.int64 if self.vocab_size is not None else torch.float32
             return Tokens(torch.zeros(shape, dtype=dtype), torch.zeros(0, 3))

@@ -3,11 +3,9 @@
 Nothing here is binary or stays: `make(folder)` turns good files into bad ones, `open_it` takes them in as a user would.
 """
 
-import io
 import json
 import os
 import struct
-import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,26 +259,9 @@ def outside_archive(folder: Path) -> None:
     edited("shards/index.json", change)(folder)
 
 
-def picture_of(size: tuple[int, int], form: str) -> bytes:
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.new("L", size).save(data, form)
-    return data.getvalue()
-
-
-def tar_of(*names: str) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as tar:
-        for name in names:
-            tar.addfile(tarfile.TarInfo(name))
-    return data.getvalue()
-
-
 _CONFIG, _STATE = "model/config.json", "run/checkpoints/*/state.json"
 _MOMENTS = "run/checkpoints/*/state.safetensors"
 _QKV = "optimizer/exp_avg/core.blocks.0.layers.0.body.attention.qkv.weight"
-_RECIPE = '{"seed": 0, "seed": 1}'
 
 ENTRIES = [
     Entry("config nested", open_model, written(_CONFIG, DEEP)),

@@ -122,6 +122,10 @@ def test_fault_07e_other_samples_of_the_same_number_are_not_taken_for_those_that
     (tmp_path / "s" / "index.json").write_text(json.dumps(index), "utf-8")
     assert write_shards([{"text": "a"}, {"text": "b"}], tmp_path / "s").already
     assert [sample["text"] for sample in map(Shards(tmp_path / "s").__getitem__, range(2))] == ["a", "b"]
+    index["source"]["encoding"] = "latin-1"  # another reading of the same file, whose name is missing by default
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ConfigError, match=r"was made with source.*latin-1"):
+        write_shards([{"text": "a"}, {"text": "b"}], tmp_path / "s")
 
 
 def test_fault_02d_the_name_that_a_part_will_get_is_not_followed_as_a_link(tmp_path, monkeypatch):

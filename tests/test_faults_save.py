@@ -276,9 +276,8 @@ def test_fault_54_a_new_run_moves_only_what_the_run_before_wrote(tmp_path, monke
             moved = {name: x for name, x in before.items() if name not in (".lock", "notes", "below", "below/x")}
             assert seen(tmp_path / f"here.{number + 1}") == moved
         assert seen(tmp_path / "here").keys() >= {"notes", "below/x", "model/weights.safetensors"}
-        mode = (
-            (tmp_path / "here" / "model" / "weights.safetensors").stat().st_mode
-        )  # safetensors gives nobody else rights
+        # safetensors gives nobody else rights
+        mode = (tmp_path / "here" / "model" / "weights.safetensors").stat().st_mode
         assert mode & 0o777 == 0o666 & ~umask()
     assert (tmp_path / "here.1" / "mine").read_text() == "m"
 
@@ -301,9 +300,8 @@ def test_fault_55_folders_of_a_users_in_a_run_folder_stay(tmp_path):
     after = seen(tmp_path)
     assert {name: after.get(name) for name in before} == before
     assert "checkpoints/step-00000001/state.safetensors" not in after
-    shutil.copytree(
-        OLD, tmp_path / "old"
-    )  # the state of version 0.1 goes, once there is a newer one; what is beside it stays
+    # the state of version 0.1 goes, once there is a newer one; what is beside it stays
+    shutil.copytree(OLD, tmp_path / "old")
     lay(tmp_path / "old" / "state", {"notes": "n"})
     mm.fit(make(), {TASK: DATA}, folder=tmp_path / "old", resume=True, **{**PLAIN, "steps": 8})
     assert [path.name for path in (tmp_path / "old" / "state").iterdir()] == ["notes"]

@@ -205,9 +205,8 @@ def test_a_sample_whose_read_fields_are_all_none_is_refused():
         match=r"sample 0 of task .*: every field that is read is None; give at least one, as Classify answers",
     ):
         packer([("image text -> label", nothing)])
-    stream = packer(
-        [("text -> story", nothing)]
-    )  # what is written begins by itself: how guidance learns of nothing read
+    # what is written begins by itself: how guidance learns of nothing read
+    stream = packer([("text -> story", nothing)])
     assert stream.layout.spans == (Span(0, 1 + len(nothing["story"].encode()), 0),)
 
 

@@ -42,9 +42,8 @@ def algorithm_1(words: dict[str, int], merges: int, end: str = "</w>") -> list[s
     parts = {(*word, end): count for word, count in words.items()}
     found = []
     for _ in range(merges):
-        pairs: Counter[tuple[str, str]] = (
-            Counter()
-        )  # in the order of first sight, by which `max` decides between equals
+        # in the order of first sight, by which `max` decides between equals
+        pairs: Counter[tuple[str, str]] = Counter()
         for word, count in parts.items():
             for pair in pairwise(word):
                 pairs[pair] += count

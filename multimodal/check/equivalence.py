@@ -322,13 +322,13 @@ def _written(model: Model, task: str, samples: Sequence[Sample]) -> list[_Writte
 
 
 def _features(model: Model, task: str, tokens: Tokens) -> Tensor:
-    tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+    tokenizer = model.packer.answer_tokenizers[task]
     return tokens.content[:, : tokenizer.written_features]
 
 
 def _read_again(model: Model, task: str, sample: Sample, written: _Written, backend: Backend) -> Tensor:
     """In one pass without a cache: log-probabilities (ids + 1, V) of a written answer, or features (N, F) drawn without noise."""
-    tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+    tokenizer = model.packer.answer_tokenizers[task]
     head, readout, tokens = model.packer.head(task), model.readout(task), written.tokens
     stream = model.packer([(task, sample)], answers=False, begins=[tokens if len(tokens) else None])
     # a value does not say which of two equal elements was pointed at, but the written ids do

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.check.cases import equal_tokens
 from multimodal.heads import one_class
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
@@ -26,7 +27,7 @@ def plausible_values(tokenizer: Tokenizer, count: int = 4, *, seed: int = 0) -> 
                 tokens = tokenizer(value)
             except ValueError:
                 continue
-            if not any(_equal(tokens, other) for other in seen):
+            if not any(equal_tokens(tokens, other) for other in seen):
                 accepted.append(value)
                 seen.append(tokens)
             if len(accepted) == count:
@@ -34,10 +35,6 @@ def plausible_values(tokenizer: Tokenizer, count: int = 4, *, seed: int = 0) -> 
         if accepted:
             return accepted
     return []
-
-
-def _equal(a: Tokens, b: Tokens) -> bool:
-    return torch.equal(a.content, b.content) and torch.equal(a.position_NA, b.position_NA)
 
 
 def _candidates(tokenizer: Tokenizer, seed: int) -> Iterator[Iterable[Any]]:

@@ -77,7 +77,8 @@ class GenerateOptions:
         Raises:
             ConfigError: options that contradict each other or the task. MediaError: a text that this kind cannot be.
         """
-        tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+        model.packer.check_task(task, answers=True)
+        tokenizer = model.packer.answer_tokenizers[task]
         self._check(model, task)
         sampler = self._sampler(tokenizer)
         return {

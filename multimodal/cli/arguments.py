@@ -173,7 +173,7 @@ def samples_from(
     """
     from multimodal.shapes import TaskError
 
-    model.packer.patterns[task].check_answers()
+    model.packer.check_task(task, answers=True)
     kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
     given = _given(fields, kinds)
     absent = list(_given({name.removeprefix("--").replace("-", "_"): [] for name in without}, kinds))
@@ -291,13 +291,14 @@ def _readings(text: str) -> Iterator[Any]:
     """The readings of a text: itself, the file of this name or the text as JSON, that as an array; or a MediaError."""
     import numpy as np
 
+    from multimodal.data.codecs import npy_array
     from multimodal.shapes import MediaError
 
     yield text
     is_file = os.path.isfile(text)  # False also for a text that cannot be a file name
     if is_file and text.endswith(".npy"):
         try:
-            yield np.load(text, allow_pickle=False)
+            yield npy_array(Path(text).read_bytes())
         except (ValueError, EOFError, OSError, MemoryError) as error:  # damaged, or an array of objects
             yield MediaError(f"{text} is no array that can be read: {error}")
         return

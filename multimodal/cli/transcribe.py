@@ -1,8 +1,8 @@
 """`transcribe`: which task, how it is decoded, where its files go."""
 
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -114,9 +114,10 @@ def _choose_task(model: "Model", wanted: str | None) -> str:
     """
     from multimodal.shapes import TaskError
     from multimodal.transcription import transcription_tasks
+    from multimodal.transcription.recordings import TranscriptionTask
 
     if wanted is not None:
-        return choose_task(model, wanted, ())
+        return TranscriptionTask.of(model, choose_task(model, wanted, ())).task
     there = transcription_tasks(model)
     if not there:
         raise TaskError(
@@ -196,7 +197,7 @@ def _put(file: Path, transcript: "Transcript", form: str, path: Path | None, sev
     if path is not None:
         print(saved(path.suffix, text.encode("utf-8"), path.stem, path.parent))
     elif several and form == "json":
-        print_json({"file": str(file), **json.loads(text)})  # an object a line
+        print_json({"file": str(file), **asdict(transcript)})  # an object a line
     else:
         print(f"== {file}\n{text}" if several else text, end="")
     if not transcript.complete:

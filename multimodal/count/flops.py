@@ -131,10 +131,8 @@ def saved_bytes(without: list[Tensor]) -> Iterator[Any]:
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage._cdata not in known:
-            found[storage._cdata] = (
-                storage.nbytes(),
-                t,
-            )  # the tensor stays alive, so that no other storage gets its address
+            # the tensor stays alive, so that no other storage gets its address
+            found[storage._cdata] = (storage.nbytes(), t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

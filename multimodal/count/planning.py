@@ -17,9 +17,8 @@ from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.train.recipe import Recipe
 
 GB = 1e9
-USABLE = (
-    0.9  # of a GPU's memory: its context, the allocator's gaps and the communication library take the rest (assumed)
-)
+# of a GPU's memory: its context, the allocator's gaps and the communication library take the rest (assumed)
+USABLE = 0.9
 MOST_GPUS = 65536
 
 

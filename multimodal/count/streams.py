@@ -117,7 +117,7 @@ def stream_of_length(model: Model, length: int) -> StreamStats:
     if length < 1:
         raise ConfigError(f"plan: length={length} must be at least 1 token")
     pattern = next(iter(model.tasks))
-    written, head = model.packer.patterns[pattern].writes.kind, model.packer.head(pattern)
+    written, head = model.packer.patterns[pattern].fields[-1].kind, model.packer.head(pattern)
     kinds = [f.kind for f in model.packer.patterns[pattern].reads] if not head.autoregressive else [written]
     key, rows = model.packer.head_key(pattern), 1.0 if head.autoregressive else 1.0 / length
     return StreamStats(

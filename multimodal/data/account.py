@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from multimodal.texts import shortened
 
 FIRST = 3  # number of names shown for each reason
-REASONS = (
-    40  # the largest number of reasons; further ones are counted together, since every file may have another suffix
-)
+# the largest number of reasons; further ones are counted together, since every file may have another suffix
+REASONS = 40
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,20 @@ def decoded(extension: str, data: bytes, name: str) -> Any:
     if extension == LIST:
         return _unpacked(data, name)
     if kind == "npy":
-        if not data.startswith(NPY):
-            raise ValueError("it is no .npy file")  # np.load would open a zip, whatever it is called
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        array = npy_array(data)
         return torch.from_numpy(array) if extension == TENSOR else array
     return Media(data, name)
+
+
+def npy_array(data: bytes) -> np.ndarray:
+    """The array of a .npy file.
+
+    Raises:
+        ValueError: the bytes are no .npy file, are cut off, or hold objects.
+    """
+    if not data.startswith(NPY):
+        raise ValueError("it is no .npy file")  # np.load would open a zip, whatever it is called
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def encoded(value: Any) -> tuple[str, bytes]:

@@ -497,13 +497,10 @@ def _check_same(folder: Path, before: Mapping[str, Any], settings: Mapping[str, 
     for name, value in settings.items():
         if (old := before.get(name)) != value:
             if isinstance(old, dict) and isinstance(value, dict):
-                # earlier versions did not note the first sample
-                value = {
-                    key: part for key, part in value.items() if old.get(key) != part and (key in old or key != "first")
-                }
-                if not value:
-                    continue
-                old = {key: old.get(key) for key in value}
+                differ = [key for key in {**old, **value} if old.get(key) != value.get(key)]
+                if differ == ["first"] and "first" not in old:
+                    continue  # earlier versions did not note the first sample
+                old, value = ({key: part.get(key) for key in differ} for part in (old, value))
             raise ConfigError(
                 f"write_shards: {folder} was made with {name} {shortened(repr(old))}, and now it is {shortened(repr(value))}; "
                 "give the same again, or another folder"

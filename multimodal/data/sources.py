@@ -1,6 +1,7 @@
 """Sources of samples (anything with a length and [index], or anything iterable), their mixture and their order."""
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def is_indexed(source: Any) -> bool:
 def in_batches(samples: Any, size: int) -> Iterator[list[Any]]:
     """Yields lists of `size` samples, read lazily: by index if possible, else by iteration."""
     each = (samples[i] for i in range(len(samples))) if is_indexed(samples) else iter(samples)
-    while part := list(islice(each, size)):
+    while part := list(islice(each, min(size, sys.maxsize))):
         yield part
 
 

@@ -17,8 +17,8 @@ class Beams:
     limit: the most tokens of a hypothesis, without the stop.
     live: the ids of the hypotheses that have not ended, all of one length.
     scores: their log p, in nats.
-    ended: (score, ids, log p, natural) of the best that ended, best first; natural: the stop was its most probable token, and it
-        was not merely cut at the limit.
+    ended: (score, ids, log p, natural) of the best that ended, best first; natural: the stop was its most probable token, or it
+        ended before the limit.
     """
 
     width: int

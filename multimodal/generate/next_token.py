@@ -114,7 +114,7 @@ def _apply_rule(rule: Sampler, requests: Sequence[Request], sizes: Sequence[int]
     """What the rule makes of the answers' log-probabilities."""
     if any(request.tokenizer.length is not None for request in requests):
         log_p_BV = log_p_BV.clone()
-        for request, part in zip(requests, log_p_BV.split(list(sizes)), strict=True):
+        for request, part in _each(requests, sizes, log_p_BV):
             if request.tokenizer.length is not None:  # a kind of a fixed length does not stop before it
                 part[:, request.stop] = NEVER
     if type(rule) is Greedy:
@@ -189,17 +189,17 @@ def draw_features(requests: Sequence[Request], states: Mapping[Request, Tensor],
             guidance=guidance,
             temperature=1.0 if temperature is None else temperature,
         )
-        for request, wrong in zip(group, features_BF.isnan().any(-1).tolist(), strict=True):
-            if wrong:
-                request.error = StreamError(
-                    f"{request.name} of task {request.task!r}: the features drawn are not numbers"
-                )
         for request, features_NF, stop in zip(group, features_BF.float().cpu().split(1), stop_B.tolist(), strict=True):
-            _take_features(request, features_NF, stop)
+            try:
+                _take_features(request, features_NF, stop)
+            except Exception as error:  # a user's fed_back may fail in any way; the other answers go on
+                request.error = StreamError(f"{request.name} of task {request.task!r}: {error}")
 
 
 def _take_features(request: Request, features_NF: Tensor, stop: float) -> None:
     """Add what was drawn, unless the answer ends here."""
+    if features_NF.isnan().any():
+        raise StreamError("the features drawn are not numbers")
     if request.fixed is None and request.count:
         request.log_p += float(F.logsigmoid(torch.tensor(abs(stop))))
         if stop > 0:
@@ -208,7 +208,7 @@ def _take_features(request: Request, features_NF: Tensor, stop: float) -> None:
     if request.count == request.limit:
         request.ended = "max_tokens"
         return
-    at = (0 if request.begin is None else len(request.begin)) + request.count
+    at = request.begin_count + request.count
     request.features.append(request.tokenizer.fed_back(features_NF, request.placed(at + 1)[at:]))
     if request.count == request.fixed:
         request.ended = "length"

@@ -44,7 +44,7 @@ class Sampler(Declared, ABC):
     """A rule that changes the logits of the next token. Subclass as a frozen dataclass and write `__call__`.
 
     draws: whether the next token is sampled; if no rule does that, decoding is greedy.
-    reweighs: whether it changes probabilities without ruling tokens out; beam search ignores such changes.
+    reweighs: whether it changes probabilities without ruling tokens out; beam search refuses such rules.
     spells: whether it has values, which it encodes as ids of the written kind; heads that choose no ids cannot use it.
     """
 

@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.norm import is_untouched
 from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens
-
-CHUNK = 2**20  # logits (numbers) in memory at the same time: as many as fit into the caches of CPUs
-CHUNK_CUDA = 2**27  # on GPUs, where only large matrix products reach full speed
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class EncodedSample:
     tokenizers: by name of a kind, its tokenizer.
     values: the sample as it was given; its answer is encoded when `answer` is called.
     tokens: by name of a field that is read, its tokens; None or no entry: the sample does not have it.
-    tokenizer: that of the written kind; for a pair, that of its last field.
+    tokenizer: that of the written field; for a pair, that of its last field.
     start: the learned tokens of the head.
     learn: whether the sample has an answer, which becomes the target.
     begin: the first tokens of the answer, from where decoding goes on; None: nothing is written yet.
@@ -310,8 +305,9 @@ class Head(Declared, ABC):
             )
         if self.queries:
             segments.append(sample.start)
-        answer, target = sample.answer() if sample.learn else sample.begin, None
-        if sample.learn and answer is not None:
+        answer, target = sample.begin, None
+        if sample.learn:
+            answer = sample.answer()
             target = self.target(answer, read, sample.tokenizer)
         if self.autoregressive and answer is not None and len(answer):
             segments.append(sample.written(answer))
@@ -418,84 +414,6 @@ class Head(Declared, ABC):
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the module of this head, for a core of this width."""
         return Readout(width, self.vocab(tokenizer), self.queries)
-
-
-def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats, in float32 at least.
-
-    For a large vocabulary the logits are computed for some rows at a time, and freed. Their gradient, which is softmax minus target
-    (Bridle 1990), is computed in the same pass, so that only gradients of states, weight and bias are stored.
-    """
-    chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
-    if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
-        logits = linear(state_ND)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
-    size = max(1, chunk // linear.out_features)
-    given = (state_ND, linear.weight, linear.bias)
-    if not torch.is_grad_enabled():  # within an autograd.Function, needs_input_grad is True even under no_grad
-        given = tuple(None if x is None else x.detach() for x in given)
-    return _Chunked.apply(*given, target_N, smoothing, size)  # type: ignore[return-value]
-
-
-class _Chunked(torch.autograd.Function):
-    """`linear_cross_entropy` for `size` rows at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        state_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        target_N: Tensor,
-        smoothing: float,
-        size: int,
-    ) -> Tensor:
-        device = state_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        exact = torch.promote_types(dtype, torch.float32)  # for the loss, and for sums over chunks
-        for_state, for_weight, for_bias = ctx.needs_input_grad[:3]
-        grad_ND = torch.empty_like(state_ND) if for_state else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
-        grad_V = torch.zeros_like(bias_V, dtype=exact) if for_bias and bias_V is not None else None
-        total = torch.zeros((), dtype=exact, device=state_ND.device)
-        with torch.autocast(device, enabled=False):
-            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-            for start in range(0, len(state_ND), size):
-                state, target_N1 = state_ND[start : start + size].to(dtype), target_N[start : start + size, None]
-                log_p = F.linear(state, weight, bias).to(exact).log_softmax(-1)
-                total -= (1 - smoothing) * log_p.gather(1, target_N1).sum()
-                if smoothing:
-                    total -= smoothing * log_p.mean(-1).sum()
-                if not any(ctx.needs_input_grad[:3]):
-                    continue
-                grad = log_p.exp_()  # of the logits: softmax - target
-                if smoothing:
-                    grad -= smoothing / grad.shape[1]
-                grad.scatter_add_(1, target_N1, torch.full_like(target_N1, smoothing - 1, dtype=exact))
-                if grad_V is not None:
-                    grad_V += grad.sum(0)
-                grad = grad.to(dtype)
-                if grad_ND is not None:
-                    grad_ND[start : start + size] = grad @ weight
-                if grad_VD is not None:
-                    if dtype == exact:
-                        grad_VD.addmm_(grad.T, state)
-                    else:
-                        grad_VD += grad.T @ state
-        ctx.grads = grad_ND, grad_VD, grad_V
-        ctx.dtypes = state_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True, where the stored gradients would silently count as constants
-            raise RuntimeError(
-                "linear_cross_entropy: gradients of a large vocabulary are made in the forward pass and cannot be differentiated "
-                "again; for second derivatives use the head's loss of its logits"
-            )
-        scaled = (None if g is None else (g * grads[0]).to(d) for g, d in zip(ctx.grads, ctx.dtypes, strict=True))
-        return *scaled, None, None, None
 
 
 def computes_as(head: Head, kind: type[Head]) -> bool:

@@ -15,8 +15,8 @@ from multimodal.heads.base import (
     check_smoothing,
     class_count,
     computes_as,
-    linear_cross_entropy,
 )
+from multimodal.heads.cross_entropy import linear_cross_entropy
 from multimodal.shapes import StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 

@@ -27,7 +27,7 @@ from multimodal.heads.base import (
     wrong_arrow,
 )
 from multimodal.pattern import Pattern
-from multimodal.shapes import ConfigError, StreamError, check_shapes
+from multimodal.shapes import ConfigError, StreamError, check_shapes, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 FORMS = ("softmax", "sigmoid")
@@ -61,8 +61,7 @@ class Contrast(Head):
     smallest_batch: ClassVar[int] = 2  # the other pair is the negative
 
     def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, int) or self.width < 1:
-            raise ConfigError(f"Contrast: width={self.width!r} must be a whole number, 1 or more")
+        check_whole("Contrast", least=1, width=self.width)
         if self.form not in FORMS:
             raise ConfigError(f"Contrast: form={self.form!r} is neither {' nor '.join(map(repr, FORMS))}")
 
@@ -74,7 +73,7 @@ class Contrast(Head):
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
         """Each side is a sample of its own, with a learned token at its end; without answers one side may be missing."""
         if sample.begin is not None:
-            sample.pattern.check_answers()  # raises, since a pair writes nothing
+            raise sample.pattern.writes_nothing()
         sides: list[LaidOut] = []
         prints: list[int] = []
         for side, fields in enumerate(sample.pattern.sides.values()):
@@ -172,9 +171,8 @@ class ContrastReadout(Readout):
     def scores(self, left_NF: Tensor, right_MF: Tensor) -> Tensor:
         """The scores (N, M) of each left with each right, which are the logits of the loss."""
         check_shapes("Contrast", left_NF=left_NF, right_MF=right_MF)
-        with torch.autocast(
-            left_NF.device.type, enabled=False
-        ):  # bfloat16 rounds a score of 100 by up to a quarter of a nat
+        # bfloat16 rounds a score of 100 by up to a quarter of a nat
+        with torch.autocast(left_NF.device.type, enabled=False):
             score_NM = left_NF @ right_MF.T * self.log_scale.to(left_NF.dtype).exp().clamp(max=self.largest)
         return score_NM if self.bias is None else score_NM + self.bias
 

@@ -140,9 +140,8 @@ class Masked(Head):
             generator = torch.Generator().manual_seed(crc32(key))
         block_N = self._blocks(tokens.position_NA / torch.tensor(step), generator)
         blocks = int(block_N.max()) + 1
-        chosen = int(
-            self.share * blocks + torch.rand(1, generator=generator)
-        )  # rounded at random, so its mean is the share
+        # rounded at random, so its mean is the share
+        chosen = int(self.share * blocks + torch.rand(1, generator=generator))
         chosen = min(max(chosen, 1), blocks - 1)
         return torch.randperm(blocks, generator=generator)[block_N] < chosen
 

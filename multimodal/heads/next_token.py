@@ -14,9 +14,9 @@ from multimodal.heads.base import (
     check_length,
     check_smoothing,
     computes_as,
-    linear_cross_entropy,
     vocabulary,
 )
+from multimodal.heads.cross_entropy import linear_cross_entropy
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens
 

@@ -109,9 +109,8 @@ class Pointer(Head):
         index_N = same_NM.int().argmax(1) if len(tokens) else torch.zeros(0, dtype=torch.long)
         if self.repeats or len(set(index_N.tolist())) == len(index_N):
             return index_N
-        unused_M = torch.ones(
-            len(read), dtype=torch.bool
-        )  # equal tokens are taken in the order in which they were read
+        # equal tokens are taken in the order in which they were read
+        unused_M = torch.ones(len(read), dtype=torch.bool)
         for i, same_M in enumerate(same_NM):
             left_M = same_M & unused_M
             if not left_M.any():

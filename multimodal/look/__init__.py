@@ -1,6 +1,6 @@
 """Tools that look into a trained model.
 
-attention_xray.py, posterior.py    `xray`: what every attention head did with one input
+attention_xray.py, layer_xray.py   `xray`: what every attention head did with one input
 drawing.py, page.py                the X-ray as a picture, and as an HTML page
 answers.py                         attention rollout, and pictures of answers with it
 evidence.py                        over many samples: unusual inputs, unused memory slots

@@ -43,7 +43,7 @@ def evaluate_share(
     pattern, samples = model.packer.patterns[task], as_samples(samples)
     if pattern.pair:  # recall compares all samples, so each process computes all
         return evaluate_pairs(model, task, samples, batch=batch)
-    written, head = model.packer.tokenizers[pattern.writes.kind], model.packer.head(task)
+    written, head = model.packer.answer_tokenizers[task], model.packer.head(task)
     exact = "exact" in head.measures
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
@@ -88,6 +88,6 @@ def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Pred
         state_TD = model(stream, wanted_N=wanted_N)
         state_ND, inputs = state_TD[r.row_N], head.inputs(r, state_TD)
         loss = float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths, **inputs))
-        tokenizer = model.packer.tokenizers[model.packer.patterns[task].writes.kind]
+        tokenizer = model.packer.answer_tokenizers[task]
         found = head.answer(head.logits(readout, state_ND, r.lengths, **inputs), r.lengths, tokenizer)
     return loss, [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])]

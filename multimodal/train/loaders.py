@@ -62,10 +62,6 @@ def check_evaluation(model: Model, evaluation: Mapping[str, Samples], recipe: Re
     Raises:
         ConfigError, TaskError, MediaError: held-out data or a name that cannot be used.
     """
-    if not isinstance(evaluation, Mapping):
-        raise ConfigError(
-            f"fit: evaluation is {type(evaluation).__name__}; give held-out data by task, as the data are"
-        )
     for pattern, samples in evaluation.items():
         samples = as_samples(samples)
         model.packer.check_task(pattern)

@@ -146,12 +146,7 @@ class TrainingState:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        """Load tensors into model, averaged weights and optimiser.
-
-        Raises:
-            CheckpointError: the state is that of another model.
-        """
-        self.check(header_of(tensors), where)
+        """Load tensors, which `check` has seen, into model, averaged weights and optimiser."""
         put_weights(self.model, below(tensors, "model/"), where)
         if self.ema is not None:
             put_weights(self.ema, below(tensors, "ema/"), where)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.data.sources import in_batches
 from multimodal.heads import CTC
 from multimodal.media import sound_blocks
 from multimodal.model import Model
@@ -53,9 +54,8 @@ def transcribe(
         2.0
         >>> subtitles = transcript.srt()
     """
-    if not isinstance(sounds, (list, tuple)) or (
-        len(sounds) == 2 and isinstance(sounds[1], int)  # a pair (wave, rate) is one sound
-    ):
+    # a pair (wave, rate) is one sound
+    if not isinstance(sounds, (list, tuple)) or (len(sounds) == 2 and isinstance(sounds[1], int)):
         raise ConfigError(f"transcribe: give a list of sounds, not {type(sounds).__name__}; one sound is a list of one")
     found: dict[int, Transcript] = {}
     every = transcripts(
@@ -101,10 +101,9 @@ def transcripts(
         ConfigError, TaskError: a task or settings that cannot transcribe.
     """
     spec = TranscriptionTask.of(model, task)
-    check_whole("transcribe", batch=batch, max_tokens=max_tokens)
+    check_whole("transcribe", least=1, batch=batch)
+    check_whole("transcribe", max_tokens=max_tokens)
     check_number("transcribe", window_s=window_s, **({} if overlap_s is None else {"overlap_s": overlap_s}))
-    if batch < 1:
-        raise ConfigError(f"transcribe: batch={batch} must be at least 1")
     length, overlap = _tokens(spec, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
     if decoder is not None and not spec.ctc:
         raise ConfigError(f"transcribe: task {task!r} writes token by token and takes no decoder; leave it out")
@@ -135,7 +134,7 @@ def transcripts(
 
     # a batch may hold windows of several sounds, so several transcripts are open at once
     open_: dict[int, _CTCTranscript | _GeneratedTranscript] = {}
-    for group in _batched(windows(), batch):
+    for group in in_batches(windows(), batch):
         good = [window for _, window in group if isinstance(window, SoundWindow)]
         results = iter(_read(model, spec, good, max_tokens))
         for index, window in group:
@@ -311,17 +310,6 @@ def windows_between_pauses(
         yield SoundWindow(waiting, start, 0, None, True, total)
 
 
-def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    group = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
 def _read(model: Model, spec: TranscriptionTask, windows: list[SoundWindow], max_tokens: int) -> list[Any]:
     """For each window its rows and their times, or a prediction with the rows of the CTC task that gives times."""
     if not windows:
@@ -341,9 +329,8 @@ def _ctc_rows(model: Model, spec: TranscriptionTask, samples: list[dict[str, Any
         stream = model.pack(spec.task, samples, answers=False)
         r = stream.readings[spec.task]
         log_p_NV = log_probabilities(model.logits(stream)[spec.task])
-        step_N = (
-            stream.position_TA[r.row_N, 0].double().cpu().round(decimals=3)
-        )  # seconds / step is seldom whole in float32
+        # seconds / step is seldom whole in float32
+        step_N = stream.position_TA[r.row_N, 0].double().cpu().round(decimals=3)
     parts = zip(r.samples, log_p_NV.split(list(r.lengths)), step_N.split(list(r.lengths)), strict=True)
     for index, rows_NV, at_N in parts:
         tokens = -(-len(samples[index][spec.name][0]) // spec.unit)

@@ -185,9 +185,8 @@ def _reach(tokenizer: Tokenizer, rate_hz: int, unit: int) -> tuple[int, int]:
     """
     third = 2 * _FARTHEST * unit  # samples
     noise_S = torch.randn(3 * third, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) / 3
-    noise_S[third : 2 * third] *= (
-        1e-4  # beside quiet samples, loud ones show even where the window of the spectrogram is nearly 0
-    )
+    # beside quiet samples, loud ones show even where the window of the spectrogram is nearly 0
+    noise_S[third : 2 * third] *= 1e-4
 
     def changed(part_S: Tensor, skip: int) -> list[int]:
         """Indices of a part's tokens that differ from those of the whole."""

@@ -234,6 +234,9 @@ class NeverEmpty(TextBytes):
 
 
 class PlacesFromOne(TextBytes):
+    def encode(self, value):
+        return TextBytes().encode(value)
+
     def places(self, count):
         return super().places(count) + 1
 

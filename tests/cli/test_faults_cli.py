@@ -94,6 +94,7 @@ def home(tmp_path_factory) -> Path:
     (folder / "badrow.json").write_text('{"x": [1, 2], "y": [1, "two"]}')
     (folder / "broken.json").write_text('{"x": [1, 2')
     (folder / "empty.npy").write_bytes(b"")
+    (folder / "archive.npy").write_bytes(b"PK\x03\x04 and so on")
     Image.fromarray(np.full((8, 8), 230, np.uint8)).save(folder / "light.png")
     yield folder
     del sys.modules["fault_kinds"]
@@ -113,6 +114,7 @@ def test_fault_33_the_refusal_that_is_shown_is_that_of_the_reading_that_came_clo
     assert "--walk: Walk.encode: column 'y' holds something else" in refused("predict", "own", "--walk", "badrow.json")
     assert "broken.json is no JSON that can be read: Expecting" in refused("predict", "own", "--walk", "broken.json")
     assert "empty.npy is no array that can be read" in refused("predict", "own", "--grid", "empty.npy")
+    assert "archive.npy is no array that can be read" in refused("predict", "own", "--grid", "archive.npy")
     assert "Grid.encode: (3, 1) came, wanted an array of 2 rows" in refused(
         "predict", "own", "--grid", "[[1], [2], [3]]"
     )

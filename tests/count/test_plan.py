@@ -93,9 +93,8 @@ def test_context_is_how_many_tokens_the_mask_lets_see(rows):
     model, data = case.model(), case.data()
     stats = count_stream(model, data)
     written = case.length + 1
-    pairs = rows**2 + sum(
-        rows + i for i in range(1, written + 1)
-    )  # what is read is bidirectional; what is written sees all before it
+    # what is read is bidirectional; what is written sees all before it
+    pairs = rows**2 + sum(rows + i for i in range(1, written + 1))
     assert stats.context == pytest.approx(pairs / (rows + written))
     assert stats.bidirectional == pytest.approx(rows / (rows + written))
     assert (stats.length, stats.samples, stats.runs) == (rows + written, 3, False)
@@ -289,6 +288,13 @@ def test_a_given_length_stands_for_a_causal_text():
     assert given.context == counted.context == 32.5
     assert given.rows == counted.rows
     assert given.content == pytest.approx(counted.content, rel=0.2)
+
+
+def test_a_given_length_of_a_pair_has_the_kinds_of_both_sides():
+    model = mm.Model({"a": bench.Ids(20), "b": bench.Ids(30)}, mm.Core.tiny(), ["a <-> b"])
+    given = stream_of_length(model, 16)
+    assert given.kinds == {"a": 0.5, "b": 0.5}
+    assert given.rows == {model.packer.head_key("a <-> b"): 1 / 16}
 
 
 PALM = mm.Core(

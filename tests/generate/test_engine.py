@@ -707,3 +707,23 @@ def test_weights_that_are_no_numbers_are_said(make):
 def test_what_is_written_are_plain_tensors(make):
     answer = make().generate(DIGITS, digits=[1], max_tokens=3)
     assert not answer.tokens.content.is_inference()
+
+
+@dataclass(frozen=True)
+class Unlucky(ImagePatches):
+    """A user's kind with a mistake."""
+
+    def fed_back(self, features_NF, position_NA):
+        raise ZeroDivisionError("oh")
+
+
+def test_features_that_cannot_be_fed_back_end_their_own_request_only(lively):
+    kinds = {"digits": Digits(), "image": Unlucky(patch=4, channels=1, size=(4, 8))}
+    painted = mm.Task("digits -> image", mm.FlowMatching(width=16, depth=1))
+    model = lively(mm.Model(kinds, CORES["prefix"], ["digits -> digits", painted]))
+    engine = mm.Engine(model, rows=4, capacity=40)
+    bad = engine.submit("digits -> image", {"digits": [1, 2]})
+    good = engine.submit("digits -> digits", {"digits": [1, 2]}, max_tokens=5)
+    ended = {piece.ticket: piece for piece in engine.run() if piece.prediction or piece.error}
+    assert "of task 'digits -> image': oh" in str(ended[bad].error)
+    assert ended[good].prediction.value == model.generate("digits -> digits", digits=[1, 2], max_tokens=5).value

@@ -54,6 +54,8 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ),
     (POINTED, {"sampler": mm.generate.Only(("ab",)) | mm.TopK(2)}, "by their number, which Only"),
     (CLASS, {"temperature": 0.5}, "Classify answers at once, so temperature has no meaning there"),
+    (CLASS, {"temperature": 1.0}, "Classify answers at once, so temperature has no meaning there"),
+    (CLASS, {"begin": 1}, "Classify answers at once, so begin has no meaning there"),
     (CLASS, {"length_penalty": 2.0}, "Classify answers at once, so length_penalty has no meaning there"),
 ]  # fmt: skip
 
@@ -80,9 +82,8 @@ def test_fault_17a_rules_beside_the_likeliest_alone_are_refused(
 ) -> None:
     with pytest.raises(mm.ConfigError, match=f"leaves the likeliest token only, so {idle}.* would do nothing"):
         first | second
-    assert (mm.NoRepeat(2) | mm.generate.Repetition() | mm.generate.Greedy()).parts()[
-        -1
-    ] == mm.generate.Greedy()  # which says what is done at the end
+    # a rule says what is done at the end
+    assert (mm.NoRepeat(2) | mm.generate.Repetition() | mm.generate.Greedy()).parts()[-1] == mm.generate.Greedy()
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,8 @@ def test_top_p_applies_its_temperature_first_and_min_p_afterwards():
         mm.generate.MinP(0.4, temperature=3.0)(logits, []), (mm.generate.MinP(0.4) | mm.Temperature(3.0))(logits, [])
     )
     assert support(mm.generate.MinP(0.4, temperature=3.0), logits) == {0, 1}
-    assert support(mm.Temperature(3.0) | mm.generate.MinP(0.4), logits) == {
-        0,
-        1,
-        2,
-        3,
-    }  # the other order is another rule
+    # the other order is another rule
+    assert support(mm.Temperature(3.0) | mm.generate.MinP(0.4), logits) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,6 @@ def model(tokenizers, core, lively) -> mm.Model:
     return lively(mm.Model(tokenizers, core, [TASK, "image -> label", "sound text <-> image"]))
 
 
-def readout_of(model: mm.Model, task: str = TASK) -> ContrastReadout:
-    found = model.readout(task)
-    assert isinstance(found, ContrastReadout)
-    return found
-
-
 def test_patterns_of_pairs():
     pattern = Pattern.parse("photo:image sound<->caption:text  image")
     assert pattern.pair

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import multimodal as mm
-from multimodal.heads import base
-from multimodal.heads.base import linear_cross_entropy
+from multimodal.heads import cross_entropy
+from multimodal.heads.cross_entropy import linear_cross_entropy
 from multimodal_tokenizers import Labels, TextBytes
 
 ROWS, WIDTH, VOCAB = 37, 6, 11
@@ -18,8 +18,8 @@ ROWS, WIDTH, VOCAB = 37, 6, 11
 @pytest.fixture(autouse=True)
 def in_chunks(monkeypatch):
     """Five rows at a time: seven chunks, and one of two rows."""
-    monkeypatch.setattr(base, "CHUNK", 5 * VOCAB)
-    monkeypatch.setattr(base, "CHUNK_CUDA", 5 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 5 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "CHUNK_CUDA", 5 * VOCAB)
 
 
 def case(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -116,7 +116,7 @@ def test_heads_lose_the_same_in_chunks(monkeypatch, smoothing):
     for task, samples in cases.items():
         found = {}
         for chunk in (1, 2**20):
-            monkeypatch.setattr(base, "CHUNK", chunk)
+            monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
             model.zero_grad()
             loss = model.loss(model.pack(task, samples))
             loss.backward()

@@ -131,9 +131,8 @@ def test_cold_draws_and_guided_draws_spread_less(learned) -> None:
     state, noise = STATE_ND[[0]].expand(2000, -1), torch.randn(2000, 2)
     plain, _ = head.draw(readout, state, noise)
     cold, _ = head.draw(readout, state, noise, temperature=0.5)
-    torch.testing.assert_close(
-        cold.std(0), plain.std(0) / 2, rtol=0.1, atol=0
-    )  # a Gaussian's flow is linear in the noise
+    # a Gaussian's flow is linear in the noise
+    torch.testing.assert_close(cold.std(0), plain.std(0) / 2, rtol=0.1, atol=0)
     frozen, _ = head.draw(readout, state, noise, temperature=0.0)
     assert (frozen == frozen[0]).all()
     guide = STATE_ND[[2]].expand(2000, -1)

@@ -275,9 +275,8 @@ def test_every_weight_is_counted_and_learns(name):
     loss = sum(model.losses(model.pack(WRITE, SAMPLES, answers=True))[WRITE] for _ in range(4 if name == "hard" else 1))
     assert isinstance(loss, Tensor)
     loss.backward()
-    still = {
-        n for n, w in model.core.named_parameters() if w.grad is None or torch.count_nonzero(w.grad) == 0
-    }  # norms of keys and queries that are not compared
+    # norms of keys and queries that are not compared
+    still = {n for n, w in model.core.named_parameters() if w.grad is None or torch.count_nonzero(w.grad) == 0}
     if name in ("fixed vector", "location"):
         still = {n for n in still if "norm_" not in n}
     assert not still

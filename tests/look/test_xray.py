@@ -574,9 +574,8 @@ def test_a_wrong_sample_is_refused_like_predict_refuses_it():
         xray(model, WRITE, {"b": "x"})
     with pytest.raises(mm.ConfigError, match="xray: give one sample, not a list of them"):
         xray(model, WRITE, [{"text": "x"}])  # pyright: ignore[reportArgumentType]
-    given = xray(
-        model, WRITE, {"text": "x", "answer": "other", "number": 3}, answer="y"
-    )  # as samples of a data set are
+    # as samples of a data set are
+    given = xray(model, WRITE, {"text": "x", "answer": "other", "number": 3}, answer="y")
     assert given.written_labels == ["y", "[stop]"]
 
 

@@ -63,9 +63,8 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path, run: Run, stra
     one, other = (load_file(folder / "model" / "weights.safetensors") for folder in (straight, out))
     assert one.keys() == other.keys()
     for name, weight in one.items():
-        torch.testing.assert_close(
-            other[name], weight, atol=1e-3, rtol=0
-        )  # Adam divides small roundings by small numbers
+        # Adam divides small roundings by small numbers
+        torch.testing.assert_close(other[name], weight, atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow

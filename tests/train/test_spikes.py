@@ -125,9 +125,8 @@ def test_a_stream_of_every_head_survives(tmp_path: Path, values) -> None:
     losses = model.losses(stream)
     torch.manual_seed(0)
     assert all(torch.equal(losses[task], loss) for task, loss in model.losses(again).items())
-    alone = model.packer(
-        [("text -> out:story", sample(values, 1))]
-    )  # of one kind after the other already, with -1 for nothing
+    # of one kind after the other already, with -1 for nothing
+    alone = model.packer([("text -> out:story", sample(values, 1))])
     save_stream(tmp_path / "a.safetensors", alone)
     assert list(differences(alone, load_stream(tmp_path / "a.safetensors"))) == []
 

@@ -28,9 +28,8 @@ TASK = "text -> label"
 WORDS = ["ab", "cab", "dad", "abba", "bed", "face", "deaf", "bad", "a", "fed", "cafe"]
 DATA = [{"text": word, "label": "with a" if "a" in word else "without"} for word in WORDS]
 PLAIN = {"steps": 12, "batch": 6, "lr": 3e-3, "precision": "float32", "device": "cpu", "quiet": True, "ema": 0.9}
-OLD = (
-    Path(__file__).parents[1] / "fixtures" / "run_v1"
-)  # made by version 0.1.0: the same job, ended by Ctrl-C after step 4 of 8
+# made by version 0.1.0: the same job, ended by Ctrl-C after step 4 of 8
+OLD = Path(__file__).parents[1] / "fixtures" / "run_v1"
 
 
 def make(width: int = 8) -> mm.Model:

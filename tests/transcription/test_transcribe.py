@@ -333,9 +333,8 @@ def test_bad_sounds_are_named_and_lose_no_others(ear: mm.Model, tmp_path: Path):
     broken = wave_S.copy()
     broken[-1000] = np.nan
     soundfile.write(tmp_path / "nan.wav", broken, RATE, subtype="FLOAT")
-    soundfile.write(
-        tmp_path / "far.wav", wave_S + np.float32(1e25), RATE, subtype="FLOAT"
-    )  # finite, but no sound in -1..1
+    # finite, but no sound in -1..1
+    soundfile.write(tmp_path / "far.wav", wave_S + np.float32(1e25), RATE, subtype="FLOAT")
     names = ["good", "noise", "missing", "empty", "cut", "nan", "good", "far"]
     files = [tmp_path / f"{name}.wav" for name in names]
     found = dict(transcripts(ear, TASK, files, window_s=1, overlap_s=0.4, batch=3))
@@ -691,6 +690,7 @@ def test_the_command_says_what_is_wrong(saved: Path, recordings: dict[str, Path]
         ),
         ([str(both), file, "--task", "sound->written:text", "--beam", "3"], "are for CTC"),
         ([str(saved), file, "--task", "text -> sound"], "there is no task"),
+        ([str(plain), file, "--task", "text->answer:text", "--beam", "3"], "reads 'text', which is no sound"),
         ([str(saved), file, "--prior", "0.5"], "no task '-> text'"),
         ([str(saved), file, "--words", str(tmp_path / "none.txt")], "none.txt"),
         ([str(saved), file, "--window-s", "0.1"], "is 2 tokens and overlap_s=0.025"),

@@ -147,9 +147,8 @@ class Codes(Tokenizer):
 
 def nearest(rows_NF: Tensor, codes_VF: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest code (N,) of each row, and its squared distance (N,)."""
-    middle_F = codes_VF.mean(
-        0
-    )  # far from 0 the squares of large numbers would round away the differences between codes
+    # far from 0 the squares of large numbers would round away the differences between codes
+    middle_F = codes_VF.mean(0)
     rows_NF, codes_VF = rows_NF - middle_F, codes_VF - middle_F
     half_V = codes_VF.square().sum(1) / 2
     ids, errors = [], []

@@ -139,9 +139,8 @@ class ImagePatches(Tokenizer):
         shrunk = ""
         if self.max_side and max(height, width) > self.max_side:
             scale = self.max_side / max(height, width)
-            height, width = (
-                max(round(side * scale), self.patch) for side in given
-            )  # no side gets smaller than one patch
+            # no side gets smaller than one patch
+            height, width = (max(round(side * scale), self.patch) for side in given)
             image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
             shrunk = f" ({height}x{width} after max_side={self.max_side})"
         below, beside = -height % self.patch, -width % self.patch

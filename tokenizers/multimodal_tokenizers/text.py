@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from multimodal.files import write_atomic
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
-from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 
 def _checked(value: Any, who: str) -> str:
@@ -44,7 +44,7 @@ class TextBytes(Tokenizer):
 
     def encode(self, value: Any) -> Tokens:
         ids = list(_checked(value, "TextBytes").encode("utf-8"))
-        return Tokens(torch.tensor(ids, dtype=torch.long), at_times(torch.arange(len(ids), dtype=torch.float32)))
+        return Tokens(torch.tensor(ids, dtype=torch.long), self.places(len(ids)))
 
     def decode(self, tokens: Tokens) -> str:
         return bytes(tokens.content.tolist()).decode("utf-8", errors="replace")
@@ -150,7 +150,7 @@ class TextBPE(Tokenizer):
                     f"TextBPE.encode: {describe(value)} would lose {describe(_lost(value, back))}, for which this tokenizer.json "
                     f"has no tokens: it comes back as {describe(back)}; open the file with lossy=True if that does not matter"
                 )
-        return Tokens(torch.tensor(ids, dtype=torch.long), at_times(torch.arange(len(ids), dtype=torch.float32)))
+        return Tokens(torch.tensor(ids, dtype=torch.long), self.places(len(ids)))
 
     def decode(self, tokens: Tokens) -> str:
         with _no_panics("TextBPE.decode: these tokens"):

@@ -98,9 +98,8 @@ class Mixture(ABC):
         """E[value | x] = sum of responsibility * value, by one fused attention: (B, F)."""
         query_BF, key_MF, bias_M = self.factors(x_BK)
         column_M = bias_M + self.log_prior_M
-        column_M = (
-            column_M - column_M.mean()
-        )  # a constant changes no softmax, and float32 has more digits for small numbers
+        # a constant changes no softmax, and float32 has more digits for small numbers
+        column_M = column_M - column_M.mean()
         q, k, scale = with_column(query_BF[None, :, None], key_MF[None, :, None], column_M[None, :, None], 1.0)
         v = self.values_MF.to(q.dtype)[None, None]
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v, scale=scale)[0, 0]
