@@ -246,9 +246,12 @@ def _with_folder(folder: Path, error: Exception) -> str:
 def _check_depth(core: Any, tensors: int) -> None:
     """Raise on a core with more layers than tensors, as each layer has a norm at least; building it could take minutes."""
     for one in (core.reader, core.writer) if isinstance(core, EncoderDecoder) else (core,):
-        if isinstance(one, Core) and one.depth * len(one.block) > max(tensors, FEW_LAYERS):
+        if not isinstance(one, Core):
+            continue
+        each = min(len(block) for block in one.blocks) if one.depth <= FEW_LAYERS else 1
+        if one.depth * each > max(tensors, FEW_LAYERS):
             raise CheckpointError(
-                f"the weights do not fit the config: its core has depth={one.depth} of {len(one.block)} layers each, and "
+                f"the weights do not fit the config: its core has depth={one.depth} of {each} layers each, and "
                 f"{WEIGHTS} holds {tensors} tensors"
             )
 

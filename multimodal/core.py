@@ -21,20 +21,20 @@ from multimodal.attention import (
     Score,
     Soft,
     Trace,
-    plan_attention,
+    plan_layers,
 )
 from multimodal.declare import Declared, check_part, override
 from multimodal.layers import MLP, Attention, Context, CrossAttention, Crossing, Keys, Layer, SelfAttention, Sublayer
 from multimodal.layers.attend import check_parts
 from multimodal.masks import PREFIX_LM, Prior, Rule
-from multimodal.norm import RMSNorm
-from multimodal.positions import rotary_frequencies, rotations
-from multimodal.shapes import ConfigError, check_shapes
+from multimodal.norm import Norm
+from multimodal.positions import Rotary, check_rotary, rotations
+from multimodal.shapes import ConfigError, StreamError, check_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Core(Declared):
-    """A pre-norm transformer with grouped-query attention, RMSNorm, a gated MLP and rotary positions, unless `block` differs.
+    """A pre-norm transformer with grouped-query attention, RMSNorm, a gated MLP and rotary positions, unless declared otherwise.
 
     The mask holds for every self-attention layer; score, prior and read are defaults for layers that declare none of their own.
 
@@ -43,16 +43,21 @@ class Core(Declared):
     heads: H, number of query heads of each attention layer; width is a multiple of it.
     kv_heads: G, number of key-value heads, each shared by H / G query heads; None: H.
     mlp_width: hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16.
-    qk_norm: RMSNorm on queries and keys, which bounds the attention logits (Dehghani et al. 2023).
+    norm: the norm before each layer and after the last block.
+    first_norm: whether the embedded tokens are normed before the first block.
+    last_norm: whether the states are normed after the last block.
+    qk_norm: the norm on queries and keys too, which bounds the attention logits (Dehghani et al. 2023).
     dropout: probability that an element of a layer's update is dropped in training, from 0 to below 1.
     drop_path: probability that a layer is skipped for a sample in training; it rises linearly from 0 to this at the last block.
     rotary_split: the ratio in which time, row and column share the rotary pairs of a head; all 0: no rotary positions.
     rotary_base: for time, row and column, about the largest number of steps per radian of a rotary pair.
+    learned_times: number of learned vectors, one for each time in steps, that are added to the embedded tokens; None: none.
+    learned_fields: number of learned vectors, one for each field of a sample (the last one for all further fields) ; None: none.
     mask: the rule that says which token may attend to which.
     score: the log-likelihood of a query under a key, such as the scaled dot product.
     prior: the log-probability of each key before contents are compared, such as ALiBi; None: uniform.
     read: how values are read from the posterior over keys; Soft() averages them.
-    block: the layers of one block, which is repeated `depth` times.
+    block: the layers of one block, which is repeated `depth` times; or several such blocks, which take turns.
 
     Examples:
         >>> core = mm.Core(width=64, depth=2, heads=4)
@@ -66,16 +71,21 @@ class Core(Declared):
     heads: int
     kv_heads: int | None = None
     mlp_width: int | None = None
+    norm: Norm = field(default_factory=Norm)
+    first_norm: bool = False
+    last_norm: bool = True
     qk_norm: bool = True
     dropout: float = 0.0
     drop_path: float = 0.0
     rotary_split: tuple[int, ...] = (2, 1, 1)
     rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)
+    learned_times: int | None = None
+    learned_fields: int | None = None
     mask: Rule = PREFIX_LM
     score: Score = field(default_factory=ScaledDotProduct)
     prior: Prior | None = None
     read: Read = field(default_factory=Soft)
-    block: tuple[Layer, ...] = (SelfAttention(), MLP())
+    block: tuple[Layer, ...] | tuple[tuple[Layer, ...], ...] = (SelfAttention(), MLP())
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads"):
@@ -92,14 +102,23 @@ class Core(Declared):
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Core: {name}={getattr(self, name)} is not in 0 to 1")
-        if len(self.rotary_split) != 3 or len(self.rotary_base) != 3 or min(self.rotary_split) < 0:
-            raise ConfigError("Core: rotary_split and rotary_base give one number each for time, row and column")
-        if not isinstance(self.block, tuple) or not self.block:
-            raise ConfigError(
-                f"Core: block={self.block!r} must be a tuple of layers, such as (SelfAttention(), MLP()), one at least"
-            )
-        for layer in self.block:
-            check_part("Core: block", layer, Layer, "SelfAttention()")
+        check_rotary("Core: rotary_split and rotary_base", self.rotary_split, self.rotary_base)
+        for name in ("learned_times", "learned_fields"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"Core: {name}={getattr(self, name)} must be at least 1, or None")
+        several = isinstance(self.block, tuple) and any(isinstance(part, tuple) for part in self.block)
+        blocks: tuple = self.block if several else (self.block,)
+        for block in blocks:
+            if not isinstance(block, tuple) or not block:
+                raise ConfigError(
+                    f"Core: block={self.block!r} must be a tuple of layers, such as (SelfAttention(), MLP()), one at least, or "
+                    "a tuple of such tuples"
+                )
+            for layer in block:
+                check_part("Core: block", layer, Layer, "SelfAttention()")
+        if len(blocks) > self.depth:
+            raise ConfigError(f"Core: block has {len(blocks)} blocks, more than depth={self.depth}")
+        check_part("Core: norm", self.norm, Norm, "Norm(eps=1e-5)")
         check_part("Core: mask", self.mask, Rule, "Window(64)")
         check_part("Core: score", self.score, Score, "Cosine()")
         check_part("Core: read", self.read, Read, "Soft()")
@@ -121,6 +140,17 @@ class Core(Declared):
         return -(-8 * self.width // 3 // 16) * 16 if self.mlp_width is None else self.mlp_width
 
     @property
+    def rotary(self) -> Rotary:
+        """The rotary positions of layers that have none of their own."""
+        return Rotary(split=self.rotary_split, base=self.rotary_base)
+
+    @property
+    def blocks(self) -> tuple[tuple[Layer, ...], ...]:
+        """The layers of each of the `depth` blocks."""
+        several: Any = self.block if isinstance(self.block[0], tuple) else (self.block,)
+        return tuple(several[depth % len(several)] for depth in range(self.depth))
+
+    @property
     def parameters(self) -> int:
         """Exact number of parameters of the core; those of tokenizers and heads are not counted."""
         return sum(p.numel() for p in self.outline().parameters())
@@ -136,27 +166,31 @@ class Core(Declared):
         attended = sum(m.heads * (m.key_width + m.value_width) for m in outline.modules() if isinstance(m, Attention))
         return 2.0 * tokens * weights + 2.0 * tokens * context * attended
 
-    def layers(self, *, crosses: bool = False) -> tuple[Layer, ...]:
-        """The layers of one block; with `crosses` a CrossAttention follows each SelfAttention, unless the block declares its own.
+    def layers(self, *, crosses: bool = False) -> tuple[tuple[Layer, ...], ...]:
+        """The layers of each block; with `crosses` a CrossAttention follows each SelfAttention, unless a block declares its own.
 
         Raises:
-            ConfigError: the block has a CrossAttention but the core has no other to attend to, or it has no place for one.
+            ConfigError: a block has a CrossAttention but the core has no other to attend to, or no block has a place for one.
         """
-        own = any(layer.crosses for layer in self.block)
+        own = any(layer.crosses for block in self.blocks for layer in block)
         if own and not crosses:
             raise ConfigError(
                 "Core: CrossAttention needs another core to attend to; it belongs in the writer of an EncoderDecoder"
             )
         if own or not crosses:
-            return self.block
-        out: list[Layer] = []
-        for layer in self.block:
-            out += [layer, CrossAttention()] if isinstance(layer, SelfAttention) else [layer]
-        if len(out) == len(self.block):
+            return self.blocks
+        if not any(isinstance(layer, SelfAttention) for block in self.blocks for layer in block):
             raise ConfigError(
                 "EncoderDecoder: the writer's block has no attention; put a CrossAttention() where it is to attend"
             )
-        return tuple(out)
+        return tuple(
+            tuple(
+                one
+                for layer in block
+                for one in ((layer, CrossAttention()) if isinstance(layer, SelfAttention) else (layer,))
+            )
+            for block in self.blocks
+        )
 
     def outline(self, crosses: bool = False) -> "Transformer":
         """The module on the meta device, where weights take no memory: for counts and sizes."""
@@ -308,25 +342,35 @@ class Transformer(nn.Module):
         super().__init__()
         self.core = core
         self.blocks = nn.ModuleList()
-        width, layers = core.width, core.layers(crosses=crosses)
-        for depth in range(core.depth):
+        width = core.width
+        for depth, layers in enumerate(core.layers(crosses=crosses)):
             block = Block(core, layers, width, core.drop_path * depth / max(core.depth - 1, 1))
             self.blocks.append(block)
             width = block.width
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
-        self.norm = RMSNorm(core.width)
+        self.norm = core.norm.build(core.width) if core.last_norm else nn.Identity()
+        self.times = nn.Embedding(core.learned_times, core.width) if core.learned_times else None
+        self.fields = nn.Embedding(core.learned_fields, core.width) if core.learned_fields else None
+        self.first_norm = core.norm.build(core.width) if core.first_norm else nn.Identity()
         self._number_layers()
-        if not self.norm.weight.is_meta:  # initialising is slow, and on the meta device without effect
+        if not next(self.parameters()).is_meta:  # initialising is slow, and on the meta device without effect
             for sublayer in self.sublayers():
                 sublayer.body.init_weights(core.depth)
-        # by width of a head; layers may have heads of other widths
-        self._frequencies: dict[int, tuple[Tensor, Tensor]] = {}
-        if any(core.rotary_split):
-            widths = {m.key_width for m in self.modules() if isinstance(m, Attention) and m.turned}
-            with torch.device("cpu"):  # real numbers, even if the model is being built on the meta device
-                self._frequencies = {
-                    w: rotary_frequencies(w, core.rotary_split, core.rotary_base) for w in sorted(widths)
-                }
+            for table in (self.times, self.fields):
+                if table is not None:
+                    nn.init.normal_(table.weight, std=0.02)
+        # the rules of layers that have their own, each once
+        own_rules = (s.layer.mask for s in self.sublayers() if isinstance(s.layer, SelfAttention))
+        self.masks = tuple(dict.fromkeys(rule for rule in own_rules if rule is not None))
+        # by width of a head, and by (width, rotary positions of a layer); layers may have heads of other widths
+        self._frequencies: dict[int | tuple[int, Rotary], tuple[Tensor, Tensor]] = {}
+        with torch.device("cpu"):  # real numbers, even if the model is being built on the meta device
+            for sublayer in self.sublayers():
+                for m in sublayer.body.modules():
+                    own = sublayer.layer.rotary if isinstance(sublayer.layer, SelfAttention) else None
+                    if isinstance(m, Attention) and m.turned and any((own or core.rotary).split):
+                        key = m.key_width if own is None else (m.key_width, own)
+                        self._frequencies[key] = (own or core.rotary).frequencies(m.key_width)
 
     def sublayers(self) -> Iterator[Sublayer]:
         """The layers of all blocks, in order."""
@@ -410,41 +454,58 @@ class Transformer(nn.Module):
             else stream_TD.dtype
         )
         fresh = cache is None or not any(cache.length[row] for row in cache.rows[: len(layout.spans)])
-        plan = plan_attention(
-            self.core.mask, layout, backend=backend, dtype=dtype, cache=cache, bare=self.bare, trace=trace
-        )
-        context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh)
+        options = {"backend": backend, "dtype": dtype, "cache": cache, "bare": self.bare, "trace": trace}
+        plan, plans = plan_layers(self.core.mask, self.masks, layout, **options)
+        context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh, plans)
+        stream_TD = self.first_norm(self._with_tables(stream_TD, position_TA, layout))
         *blocks, last = self.blocks
         for block in blocks:
             stream_TD = block(stream_TD, context)
         stream_TD = last(stream_TD, context, wanted_N)
         return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
-    def rotations(self, position_TA: Tensor) -> "Rotations":
+    def _with_tables(self, stream_TD: Tensor, position_TA: Tensor, layout: Layout) -> Tensor:
+        """The embedded tokens plus the learned vectors of their times and fields, if the core has such."""
+        if self.times is not None:
+            time_T, count = position_TA[:, 0].round().long(), self.times.num_embeddings
+            # on a GPU the host would have to wait for the times, so there the lengths are compared
+            most = max(span.total for span in layout.spans) if time_T.is_cuda else int(time_T.max()) + 1
+            if most > count:
+                raise StreamError(
+                    f"Core: a sample has {most} tokens, more than learned_times={count}; shorten it, or declare a core with more"
+                )
+            stream_TD = stream_TD + self.times(time_T).to(stream_TD.dtype)
+        if self.fields is not None:
+            field_T = layout.info.segment.long().clamp(max=self.fields.num_embeddings - 1)
+            stream_TD = stream_TD + self.fields(field_T).to(stream_TD.dtype)
+        return stream_TD
+
+    def rotations(self, position_TA: Tensor) -> "StreamRotations":
         """By width of a head, the rotation of each of its pairs at these positions; None without rotary positions."""
         device = position_TA.device
-        for width, pair in self._frequencies.items():
+        for key, pair in self._frequencies.items():
             if pair[0].device != device:  # no buffers, because .to(bfloat16) would round them
-                self._frequencies[width] = pair[0].to(device), pair[1].to(device)
-        known = {width: rotations(position_TA, *pair) for width, pair in self._frequencies.items()}
-        found = Rotations(self.core, position_TA)
+                self._frequencies[key] = pair[0].to(device), pair[1].to(device)
+        known = {key: rotations(position_TA, *pair) for key, pair in self._frequencies.items()}
+        found = StreamRotations(self.core, position_TA)
         found.update(known)
         return found
 
 
 @dataclass(eq=False, repr=False)
-class Rotations(dict[int, Tensor | None]):
-    """Rotations by width of a head: those of the core's own attention layers, and of any other width when it is asked for."""
+class StreamRotations(dict[int | tuple[int, Rotary], Tensor | None]):
+    """The `Rotations` of the core's own attention layers, and any others when they are asked for."""
 
     core: Core
     position_TA: Tensor
 
-    def __missing__(self, width: int) -> Tensor | None:
+    def __missing__(self, key: int | tuple[int, Rotary]) -> Tensor | None:
+        width, rotary = (key, self.core.rotary) if isinstance(key, int) else key
         found = None
-        if any(self.core.rotary_split):
-            pair = rotary_frequencies(width, self.core.rotary_split, self.core.rotary_base)
-            found = rotations(self.position_TA, *(x.to(self.position_TA.device) for x in pair))
-        self[width] = found
+        if any(rotary.split):
+            pair = (x.to(self.position_TA.device) for x in rotary.frequencies(width))
+            found = rotations(self.position_TA, *pair)
+        self[key] = found
         return found
 
 

@@ -17,7 +17,6 @@ from multimodal.core import Core, Transformer
 from multimodal.declare import Declared, check_part, override
 from multimodal.layers import Crossing
 from multimodal.masks import MaskInfo
-from multimodal.norm import RMSNorm
 from multimodal.shapes import ConfigError, StreamError
 
 
@@ -102,7 +101,7 @@ class TwoCores(nn.Module):
         return self.writer.cache(rows=rows, capacity=capacity, device=device, dtype=dtype, crossed=capacity)
 
     @property
-    def norm(self) -> RMSNorm:
+    def norm(self) -> nn.Module:
         """The norm of the writer's states."""
         return self.writer.norm
 

@@ -339,6 +339,15 @@ class Layout:
     info: MaskInfo
 
 
+def prefix_window(rule: Rule) -> int | None:
+    """The size of the window if a rule is the default one within a window, `PREFIX_LM & Window(size)`; None: another rule."""
+    if isinstance(rule, And):
+        for one, other in ((rule.left, rule.right), (rule.right, rule.left)):
+            if one == PREFIX_LM and type(other) is Window:
+                return other.size
+    return None
+
+
 def is_prefix_lm(rule: Rule, layout: Layout) -> bool:
     """Whether this is the default rule and every sample has its bidirectional tokens at its start: fused kernels can run that."""
     return rule == PREFIX_LM and all(span.bidirectional >= 0 for span in layout.spans)

@@ -222,7 +222,7 @@ class Model(Network):
             [*self.tasks.values(), *tasks],
             seed=self.seed,
         )
-        more.to(self.device, self.core.norm.weight.dtype).load_state_dict(self.state_dict(), strict=False)
+        more.to(self.device, self.dtype).load_state_dict(self.state_dict(), strict=False)
         return more.train(self.training)
 
     def report(self) -> str:

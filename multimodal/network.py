@@ -20,7 +20,7 @@ from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Stream
 from multimodal.task import Task
-from multimodal.tokenizer import Tokenizer
+from multimodal.tokenizer import Places, Tokenizer
 
 Sample = Mapping[str, Any]
 
@@ -58,10 +58,11 @@ class Network(nn.Module):
                 self.embeds[name] = tokenizer.embed(core.width)
         with _seeded(seed, "core"):
             self.core = core.build()
+        self.packer.reads_places = frozenset(k for k, m in self.embeds.items() if getattr(m, "reads_places", False))
         mechanisms = [m for m in self.core.modules() if isinstance(m, Mechanism)]
         # the choice of a key has no gradient, so that such layers learn from a reward
         self.learns_from_rewards = any(isinstance(m.read, Hard) for m in mechanisms)
-        self.most_tokens = None if isinstance(core, EncoderDecoder) else _most_tokens(mechanisms)
+        self.most_tokens = None if isinstance(core, EncoderDecoder) else _most_tokens(mechanisms, core)
         self.readouts = nn.ModuleDict()
         heads: dict[str, Head] = {}
         for pattern in self.packer.tasks:
@@ -70,6 +71,7 @@ class Network(nn.Module):
             made_for = heads.setdefault(key, head)
             with _seeded(seed, "head", key):
                 made = head.readout(core.width, self.packer.answer_tokenizers[pattern])
+                head.tie(made, self.embeds[self.packer.patterns[pattern].fields[-1].kind])
             # tasks of one key share the readout of the first, so the others must be of the same class and shapes
             if key not in self.readouts:
                 self.readouts[key] = made
@@ -82,7 +84,12 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.core.norm.weight.device
+        return next(self.core.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the core's weights."""
+        return next(self.core.parameters()).dtype
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -191,24 +198,37 @@ class Network(nn.Module):
         Raises:
             StreamError: an embedding returns another number of rows than there are tokens.
         """
-        rows = torch.cat([self.embed(kind, content) for kind, content in stream.content.items()])
+        rows = torch.cat([self.embed(kind, x, stream.places.get(kind)) for kind, x in stream.content.items()])
         if rows.shape[0] != len(stream):
             raise StreamError(
                 f"Model: the tokenizers embedded {rows.shape[0]} tokens of {len(stream)}; an embed must give one row a token"
             )
         return rows if stream.order_T is None else rows[stream.order_T]
 
-    def embed(self, kind: str, content: Tensor) -> Tensor:
-        """The embedded tokens (N, D) of one kind; "head:NAME" are the learned tokens of the head with these weights."""
+    def embed(self, kind: str, content: Tensor, places: Places | None = None) -> Tensor:
+        """The embedded tokens (N, D) of one kind; "head:NAME" are the learned tokens of the head with these weights.
+
+        places: where the tokens stand, which some embeddings depend on.
+
+        Raises:
+            ConfigError: the embedding of this kind depends on places, and none are given.
+        """
         if kind.startswith("head:"):
             query = self.readouts[kind.removeprefix("head:")].query
             assert isinstance(query, Tensor)
             return F.embedding(content, query)  # indexing would sum gradients in an arbitrary order on several threads
-        module, dtype = self.embeds[kind], self.core.norm.weight.dtype
+        module, dtype = self.embeds[kind], self.dtype
         if content.is_floating_point():
             full = getattr(module, "full_precision", False)
             content = content.to(torch.promote_types(dtype, torch.float32) if full else dtype)
-        rows = module(content)
+        if kind not in self.packer.reads_places:
+            rows = module(content)
+        elif places is not None:
+            rows = module(content, places)
+        else:
+            raise ConfigError(
+                f"tokenizers[{kind!r}]: each token's embedding depends on its whole value; give its places"
+            )
         return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(dtype)
 
     @contextmanager
@@ -250,10 +270,11 @@ class Network(nn.Module):
         return counts
 
 
-def _most_tokens(mechanisms: Sequence[Mechanism]) -> int | None:
-    """The most tokens of a sample for which every self-attention layer has positions; None: any number."""
+def _most_tokens(mechanisms: Sequence[Mechanism], core: Core) -> int | None:
+    """The most tokens of a sample for which the core and its self-attention layers have positions; None: any number."""
     parts = [part for m in mechanisms if m.name.endswith(" self") for part in (m.score, *m.priors, *m.factors)]
-    return min((part.most for part in parts if part.most is not None), default=None)
+    bounds = [core.learned_times, *(part.most for part in parts)]
+    return min((most for most in bounds if most is not None), default=None)
 
 
 def _no_answers(pattern: str) -> str:

@@ -1,9 +1,14 @@
-"""RMSNorm (Zhang & Sennrich 2019)."""
+"""Norms of tokens: RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), and the declaration that chooses one."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from multimodal.declare import Declared
+from multimodal.shapes import ConfigError
 
 
 def is_untouched(linear: nn.Module) -> bool:
@@ -11,20 +16,59 @@ def is_untouched(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, where rms(x) = sqrt(mean(x ** 2) + eps)."""
+@dataclass(frozen=True, kw_only=True)
+class Norm(Declared):
+    """How tokens are normed: x / spread(x) * weight, over the features of each token.
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    eps: added to the variance.
+    centred: whether the mean is subtracted first: LayerNorm; else RMSNorm.
+    bias: whether LayerNorm adds a learned bias.
+    around_one: whether RMSNorm stores its weight as the difference from 1 (Gemma Team 2024), so that decay pulls it to 1.
+    """
+
+    eps: float = 1e-6
+    centred: bool = False
+    bias: bool = False
+    around_one: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ConfigError(f"Norm: eps={self.eps} must be above 0, lest a token of zeros be divided by 0")
+        if self.bias and not self.centred:
+            raise ConfigError("Norm: bias=True is for centred=True; RMSNorm has no bias")
+        if self.around_one and self.centred:
+            raise ConfigError("Norm: around_one=True is for RMSNorm, so leave centred out")
+
+    def build(self, width: int) -> "RMSNorm | LayerNorm":
+        """Make the module for tokens of this width."""
+        return LayerNorm(width, self.eps, bias=self.bias) if self.centred else RMSNorm(width, self.eps, self.around_one)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, where rms(x) = sqrt(mean(x ** 2) + eps).
+
+    around_one: whether the weight is stored as its difference from 1.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, around_one: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width) if around_one else torch.ones(width))
+        self.eps, self.around_one = eps, around_one
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)  # fused kernels want one dtype, and under autocast the two differ
+        weight = self.weight + 1 if self.around_one else self.weight
         fast = x.device.type == "cpu" and x.requires_grad
         if fast and not torch.compiler.is_compiling():
-            return _RMSNormCPU.apply(x, self.weight, self.eps)  # type: ignore[return-value]
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return _RMSNormCPU.apply(x, weight, self.eps)  # type: ignore[return-value]
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, which also takes what is not of its own precision."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
 
 
 class _RMSNormCPU(torch.autograd.Function):

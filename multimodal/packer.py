@@ -25,7 +25,7 @@ from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
 from multimodal.task import Task
 from multimodal.texts import shortened
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
+from multimodal.tokenizer import Places, Tokenizer, Tokens
 
 
 @dataclass
@@ -69,7 +69,11 @@ class Packer:
     tokenizers: by name of a kind, its tokenizer; tasks, patterns, heads: by pattern, the task, its parsed pattern and its head.
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
+    starts: by pattern, the tokens between what is read and what is written, the same in every sample.
+    reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
     """
+
+    reads_places: frozenset[str] = frozenset()
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
         self.tokenizers = dict(tokenizers)
@@ -97,7 +101,13 @@ class Packer:
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern], self.heads[task.pattern] = pattern, head
             self.keys[task.pattern] = _head_key(pattern, head)
-        self._starts = {pattern: self._start(pattern) for pattern in self.tasks}
+        with torch.device("cpu"):  # samples are on the CPU, even if the model is being built on the meta device
+            self.starts = {
+                pattern: head.start(
+                    self.keys[pattern], self.patterns[pattern].fields[-1].kind, self.answer_tokenizers[pattern]
+                )
+                for pattern, head in self.heads.items()
+            }
 
     def head(self, pattern: str) -> Head:
         """The head of a task."""
@@ -106,13 +116,6 @@ class Packer:
     def head_key(self, pattern: str) -> str:
         """The name of the weights of a task's head; tasks that write the same kind by the same head share them."""
         return self.keys[pattern]
-
-    def _start(self, pattern: str) -> Segment:
-        """The learned tokens of a task's head, which are the same in every sample."""
-        with torch.device("cpu"):  # samples are on the CPU, even if the model is being built on the meta device
-            time_N = torch.arange(self.heads[pattern].queries)
-            tokens = Tokens(time_N, at_times(time_N))
-        return Segment("head:" + self.keys[pattern], tokens, (1.0, 1.0, 1.0), False)
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
         """Raise a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
@@ -212,7 +215,7 @@ class Packer:
         }
         if begin is not None and not answers:
             begin = encode_field(self.answer_tokenizers[pattern_text], begin, where, f"begin ({pattern.answer})")
-        tokenizer, start = self.answer_tokenizers[pattern_text], self._starts[pattern_text]
+        tokenizer, start = self.answer_tokenizers[pattern_text], self.starts[pattern_text]
         return EncodedSample(where, pattern, self.tokenizers, values, tokens, tokenizer, start, answers, begin, random)
 
     def prompt(self, pattern_text: str, tokens: Mapping[str, Tokens | None]) -> Stream:
@@ -222,7 +225,7 @@ class Packer:
             StreamError: every field is None.
         """
         pattern = self.patterns[pattern_text]
-        tokenizer, start = self.answer_tokenizers[pattern_text], self._starts[pattern_text]
+        tokenizer, start = self.answer_tokenizers[pattern_text], self.starts[pattern_text]
         segments = EncodedSample("", pattern, self.tokenizers, {}, tokens, tokenizer, start).read()
         read = tokens_of(segments)
         if not read:
@@ -247,6 +250,11 @@ class Packer:
         for i, segment in enumerate(segments):
             by_kind.setdefault(segment.kind, []).append(i)
         content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
+        places = {
+            kind: Places.of([segments[i].tokens for i in which], segments[which[0]].step)
+            for kind, which in by_kind.items()
+            if kind in self.reads_places
+        }
         order_T = None
         if len(by_kind) > 1:
             row_T = torch.cat([ranges(segment_starts[which], sizes[which]) for which in by_kind.values()])
@@ -270,6 +278,7 @@ class Packer:
             position_TA=_positions(placed, segments, sizes),
             layout=Layout(tuple(p.span for p in placed), info),
             readings=self._readings(placed, start_B.tolist(), answers),
+            places=places,
         )
 
     def _readings(self, placed: list[_Placed], starts: list[int], answers: bool) -> dict[str, Reading]:

@@ -1,10 +1,63 @@
 """Positions (time, row, column) as rotary angles, as sine-cosine encodings, and as learned grids."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.declare import Declared
 from multimodal.shapes import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary(Declared):
+    """Rotary positions of an attention layer, where they differ from those of the core (Su et al. 2021).
+
+    split: the ratio in which time, row and column share the rotary pairs of a head; all 0: no rotary positions.
+    base: for time, row and column, about the largest number of steps per radian of a pair.
+    fraction: the share of the pairs of a head that rotate, the first ones; the others stay as they are.
+    factor: positions are divided by it, so that longer samples have angles known from training (Chen et al. 2023).
+    bands: (low, high, tokens) of Llama 3.1, or None. Pairs that turn fewer than `low` times in `tokens` steps are divided by the
+        factor, those with more than `high` turns are not, and those between by a mean of both.
+    """
+
+    split: tuple[int, ...] = (1, 0, 0)
+    base: tuple[float, ...] = (10000.0, 100.0, 100.0)
+    fraction: float = 1.0
+    factor: float = 1.0
+    bands: tuple[float, float, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_rotary("Rotary: split and base", self.split, self.base)
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"Rotary: fraction={self.fraction} must be above 0 and at most 1")
+        if not self.factor > 0:
+            raise ConfigError(f"Rotary: factor={self.factor} must be above 0")
+        if self.bands is not None and not 0 < self.bands[0] < self.bands[1]:
+            raise ConfigError(f"Rotary: bands={self.bands} must be (low, high, tokens) with 0 < low < high")
+
+    def frequencies(self, head_width: int) -> tuple[Tensor, Tensor]:
+        """For each pair of a head of width K, the position axis that rotates it and its radians per step: two vectors (K/2,)."""
+        pairs = head_width // 2
+        turning = round(self.fraction * pairs)
+        axis_K, frequency_K = rotary_frequencies(2 * turning, self.split, self.base)
+        if self.bands is None:
+            frequency_K = frequency_K / self.factor
+        else:
+            low, high, tokens = self.bands
+            turns_K = frequency_K * tokens / (2 * math.pi)
+            keep_K = ((turns_K - low) / (high - low)).clamp(0, 1)
+            frequency_K = frequency_K * (keep_K + (1 - keep_K) / self.factor)
+        still = pairs - turning
+        return F.pad(axis_K, (0, still)), F.pad(frequency_K, (0, still))
+
+
+def check_rotary(where: str, split: tuple[int, ...], base: tuple[float, ...]) -> None:
+    """Raise a ConfigError unless there is one share and one base for each of the three axes."""
+    if len(split) != 3 or len(base) != 3 or min(split) < 0:
+        raise ConfigError(f"{where} give one number each for time, row and column")
 
 
 def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """A packed stream: the tokens of many samples end to end, and which rows of it each task's head reads."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from multimodal.attention import Layout
 from multimodal.heads.base import Reading
 from multimodal.masks import MaskInfo
 from multimodal.old_names import moved
+from multimodal.tokenizer import Places
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Stream:
     position_TA: positions (T, 3) of the tokens in steps; within a sample, time goes on from field to field.
     layout: which rows belong to which sample and field, and which are bidirectional.
     readings: by task, the rows that its head reads, and their targets.
+    places: by kind, where its tokens stand, for embeddings that depend on it.
     """
 
     content: dict[str, Tensor]
@@ -28,6 +30,7 @@ class Stream:
     position_TA: Tensor
     layout: Layout
     readings: dict[str, Reading]
+    places: dict[str, Places] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of tokens, T."""
@@ -72,6 +75,10 @@ class Stream:
                     r, **{name: move(x) for name, x in vars(r).items() if isinstance(x, Tensor)}
                 )
                 for pattern, r in self.readings.items()
+            },
+            places={
+                kind: dataclasses.replace(places, position_NA=move(places.position_NA))
+                for kind, places in self.places.items()
             },
         )
 

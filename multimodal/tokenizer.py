@@ -8,6 +8,7 @@
 import math
 import reprlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +45,29 @@ def at_times(time_N: Tensor) -> Tensor:
     position_NA = torch.zeros(len(time_N), 3)
     position_NA[:, 0] = time_N
     return position_NA
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of one kind stand, for an embedding that depends on it (`reads_places = True`).
+
+    The values lie end to end, as in the content.
+
+    position_NA: (N, 3) the position of each token within its value, in steps.
+    lengths: by value, its number of tokens.
+    extents: by value, its size in times, rows and columns: its largest position on each axis in steps, plus 1, rounded.
+    """
+
+    position_NA: Tensor
+    lengths: tuple[int, ...]
+    extents: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, values: Sequence[Tokens], step: tuple[float, float, float]) -> "Places":
+        """The places of the tokens of these values."""
+        positions = [tokens.position_NA / torch.tensor(step) for tokens in values]
+        extents = [tuple((position_NA.amax(0) + 1).round().int().tolist()) for position_NA in positions]
+        return cls(torch.cat(positions), tuple(map(len, values)), tuple(extents))
 
 
 class Tokenizer(Declared, ABC):
@@ -156,7 +180,8 @@ class Tokenizer(Declared, ABC):
         writes others. Do not look features up in a table.
 
         Features are cast to the precision of the weights. A module with an attribute `full_precision = True` gets them in float32
-        at least, so that bfloat16 does not round neighbouring positions to the same number.
+        at least, so that bfloat16 does not round neighbouring positions to the same number. A module with an attribute
+        `reads_places = True` is called with the content and its `Places`, for instance to convolve the frames of each value.
 
         Raises:
             ConfigError: neither vocab_size nor feature_size is declared.

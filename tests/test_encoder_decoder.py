@@ -214,7 +214,7 @@ def test_cross_attention_is_pytorch_multihead_attention(case, backend):
     width, heads = 24, 4
     written, read = halves(CASES[case])
     mechanism = Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads)
-    ours = Attention(width, heads, heads, mechanism, qk_norm=False)
+    ours = Attention(width, heads, heads, mechanism, norm=None)
     theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)

@@ -7,6 +7,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from multimodal.attention import DotProduct, Mechanism, Soft, Trace
 from multimodal.layers import Gated
 from multimodal.masks import all_pairs
+from multimodal.norm import Norm
 
 
 class MapAttention(nn.Module):
@@ -18,7 +19,7 @@ class MapAttention(nn.Module):
         self.qkv = nn.ModuleList(spectral_norm(nn.Linear(channels, size, bias=False)) for size in self.sizes)
         self.out = spectral_norm(nn.Linear(channels // 2, channels, bias=False))
         self.mechanism = Mechanism(DotProduct(), None, Soft(), 1, channels // 8)
-        self.gate = self.merge.weights()
+        self.gate = self.merge.weights(channels, Norm())
         self.trace: Trace | None = None
 
     def forward(self, map_BCYX: Tensor) -> Tensor:

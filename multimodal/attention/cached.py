@@ -15,9 +15,9 @@ from multimodal.shapes import StreamError
 class FillingPlan(Plan):
     """A prompt: another plan attends, and its keys and values are cached."""
 
-    def __init__(self, inner: Plan, layout: Layout, cache: Cache) -> None:
+    def __init__(self, inner: Plan, layout: Layout, cache: Cache, beside: Plan | None = None) -> None:
         self.inner, self.cache = inner, cache
-        self.where = reserved(layout, cache)
+        self.where: Where = reserved(layout, cache) if beside is None else _where(beside)
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:
         self.cache.write(layer, *self.where, k_TGK, v_TGK)
@@ -41,6 +41,25 @@ def reserved(layout: Layout, cache: Cache, where: Where | None = None) -> Where:
     return where
 
 
+def _where(plan: Plan) -> Where:
+    """What another plan of the same stream has reserved."""
+    assert isinstance(plan, (FillingPlan, StepPlan, AppendPlan))
+    return plan.where
+
+
+def check_appended(rule: Rule, layout: Layout, cache: Cache) -> None:
+    """Raise a StreamError if a cached token would have had to attend to a new one: the states of cached tokens are final."""
+    start = 0
+    for row, span in zip(cache.rows, layout.spans, strict=False):
+        info, before = layout.info[start : start + span.total], cache.length[row]
+        start += span.total
+        if span.total and before and rule.allows(_cached_info(cache, row, before, info)[:, None], info[None]).any():
+            raise StreamError(
+                f"sample {row} has {before} tokens in the cache that would have had to attend to the {span.total} new ones; what "
+                "is read piece by piece must be causal: make its tokenizer causal, or use a rule such as Chunked"
+            )
+
+
 def _cached_info(cache: Cache, row: int, count: int, new: MaskInfo) -> MaskInfo:
     """What rules may know of the first `count` tokens of a row, whose sample has the number of the `new` tokens."""
     order_M = torch.arange(count, dtype=new.order.dtype, device=new.order.device)
@@ -52,12 +71,17 @@ def _cached_info(cache: Cache, row: int, count: int, new: MaskInfo) -> MaskInfo:
 class StepPlan(Plan):
     """One new token for each sample, in neighbouring rows, attends to all tokens of its row: one call, no copy of the cache."""
 
-    def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
+    def __init__(self, rule: Rule, layout: Layout, cache: Cache, beside: Plan | None = None) -> None:
         self.cache = cache
         first, count = cache.rows[0], len(layout.spans)
         rows = slice(first, first + count)
         lengths = cache.length[rows]
-        if lengths.count(lengths[0]) == count:  # equal lengths: a slice and an int index the cache faster than tensors
+        self.where: Where
+        if beside is not None:
+            self.where = _where(beside)
+        elif (
+            lengths.count(lengths[0]) == count
+        ):  # equal lengths: a slice and an int index the cache faster than tensors
             self.where = reserved(layout, cache, (rows, lengths[0]))
         else:
             self.where = reserved(layout, cache)
@@ -96,21 +120,16 @@ class StepPlan(Plan):
 class AppendPlan(Plan):
     """Any number of new tokens for each sample attend to the tokens of their row and to each other; sample after sample."""
 
-    def __init__(self, rule: Rule, layout: Layout, cache: Cache) -> None:
+    def __init__(self, rule: Rule, layout: Layout, cache: Cache, beside: Plan | None = None) -> None:
         self.cache = cache
         sizes = [span.total for span in layout.spans]
         self.sizes = [size for size in sizes if size]  # a sample may have no new tokens
         rows = [row for row, size in zip(cache.rows, sizes, strict=False) if size]
         new = [layout.info[stop - size : stop] for stop, size in zip(accumulate(self.sizes), self.sizes, strict=True)]
-        # the states of cached tokens are final, so that they must not depend on new ones
-        for row, info in zip(rows, new, strict=True):
-            before, size = cache.length[row], len(info.order)
-            if before and rule.allows(_cached_info(cache, row, before, info)[:, None], info[None]).any():
-                raise StreamError(
-                    f"sample {row} has {before} tokens in the cache that would have had to attend to the {size} new ones; what is "
-                    "read piece by piece must be causal: make its tokenizer causal, or use a rule such as Chunked"
-                )
-        self.where = reserved(layout, cache)  # after the check, so that an error leaves the cache unchanged
+        if beside is None:
+            check_appended(rule, layout, cache)
+        # after the check, so that an error leaves the cache unchanged
+        self.where: Where = reserved(layout, cache) if beside is None else _where(beside)
         self.parts: list[tuple[int, int, Pairs]] = []
         for row, info in zip(rows, new, strict=True):
             total = cache.length[row]

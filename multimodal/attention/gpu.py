@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal.attention.mechanism import Mechanism, Plan
 from multimodal.attention.scores import Factored
-from multimodal.masks import Layout, Rule, Span, is_prefix_lm
+from multimodal.masks import PREFIX_LM, Layout, Rule, Span, is_prefix_lm
 from multimodal.shapes import ConfigError
 
 
@@ -26,10 +26,12 @@ class VarlenPlan(Plan):
                                 queries      keys
     bidirectional to each other b | c |      b |   | c      both directions
     causal to all               b | c          | b c        causal, aligned bottom-right
+
+    window: the size of the window that every token's keys lie in, see `Window`; None: everywhere.
     """
 
-    def __init__(self, rule: Rule, layout: Layout) -> None:
-        if not is_prefix_lm(rule, layout):
+    def __init__(self, rule: Rule, layout: Layout, window: int | None = None) -> None:
+        if not is_prefix_lm(PREFIX_LM if window else rule, layout):
             raise ConfigError(
                 "attention backend 'varlen' runs only the default rule, with bidirectional tokens at the start; use 'flex'"
             )
@@ -39,9 +41,12 @@ class VarlenPlan(Plan):
         # one asynchronous copy for all bounds, since each copy costs a launch
         flat = torch.tensor([b for each in bounds for b in each], dtype=torch.int32, pin_memory=device.type == "cuda")
         parts = flat.to(device, non_blocking=True).split([len(each) for each in bounds])
+        reach = -1 if window is None else window - 1
         self.calls = [
             # for single queries causal and full are the same, and the kernel has a shortcut for full ones of grouped heads
-            _Call(bounds_q, bounds_k, max(q), max(k), causal or max(q) == 1, _takes_enable_gqa())
+            _Call(
+                bounds_q, bounds_k, max(q), max(k), (reach, 0 if causal or max(q) == 1 else reach), _takes_enable_gqa()
+            )
             for (q, k, causal), bounds_q, bounds_k in zip(sizes, parts[::2], parts[1::2], strict=True)
         ]
 
@@ -59,22 +64,21 @@ class VarlenPlan(Plan):
     def _call(q: Tensor, k: Tensor, v: Tensor, call: "_Call", scale: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        window = (-1, 0) if call.causal else (-1, -1)
         grouped: dict[str, Any] = {"enable_gqa": True} if call.enable_gqa and q.shape[1] != k.shape[1] else {}
-        out = varlen_attn(q, k, v, *call[:4], scale=scale, window_size=window, **grouped)
+        out = varlen_attn(q, k, v, *call[:4], scale=scale, window_size=call.window, **grouped)
         assert isinstance(out, Tensor)
         return out
 
 
 class _Call(NamedTuple):
-    """One call of the kernel: the bounds of its sequences of queries and of keys, the longest of each, whether it is causal, and
-    whether the kernel has an argument for grouped heads."""
+    """One call of the kernel: the bounds of its sequences of queries and of keys, the longest of each, how many keys before and
+    after its own a query sees (-1: all), and whether the kernel has an argument for grouped heads."""
 
     bounds_q: Tensor
     bounds_k: Tensor
     max_q: int
     max_k: int
-    causal: bool
+    window: tuple[int, int]
     enable_gqa: bool
 
 

@@ -2,25 +2,27 @@
 
 dense    one boolean matrix over the whole stream; slow, obviously right, the oracle of all others
 runs     samples of equal shape as one batch of PyTorch's fused attention; for CPUs, float32, and mechanisms with priors
-varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule)
+varlen   PyTorch's variable-length flash kernel (CUDA, half precision, the default rule, also within a window)
 flex     PyTorch's block-sparse FlexAttention (CUDA, half precision, any rule, scores without priors)
 
 A plan says which queries attend to which keys; the layer's mechanism (score, prior and read) says what is computed for each pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
-from multimodal.attention.cached import AppendPlan, FillingPlan, StepPlan
+from multimodal.attention.cached import AppendPlan, FillingPlan, StepPlan, check_appended
 from multimodal.attention.gpu import FlexPlan, VarlenPlan
 from multimodal.attention.mechanism import Mechanism, Plan, Trace, rows_of
-from multimodal.masks import LAW, PREFIX_LM, Alone, Layout, MaskInfo, Pairs, Rule, Span, is_prefix_lm
+from multimodal.masks import LAW, PREFIX_LM, Alone, Layout, MaskInfo, Pairs, Rule, Span, is_prefix_lm, prefix_window
 from multimodal.shapes import ConfigError, did_you_mean
 
 LONG = 1024  # tokens from which on a prefix-LM runs as two calls without a mask; for shorter samples one call with a mask is faster
@@ -40,6 +42,7 @@ def plan_attention(
     cache: Cache | None = None,
     bare: bool = True,
     trace: Trace | None = None,
+    beside: Plan | None = None,
 ) -> Plan:
     """Choose how to compute the self-attention of a stream.
 
@@ -50,24 +53,27 @@ def plan_attention(
     cache: if its rows are empty, the stream is a prompt and fills them; else it has new tokens, any number for each sample.
     bare: whether every layer's mechanism is a factored score and nothing else, so that any kernel can run it.
     trace: collects a record of every layer.
+    beside: the plan of other layers of the same stream, which has reserved the rows of the cache already.
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run this rule here.
         StreamError: cached tokens would have had to attend to new ones.
     """
+    window = prefix_window(rule)
     if rule != PREFIX_LM:
         rule = LAW & Alone(rule)  # no rule may allow attention to other samples, or to later tokens of what is written
     if cache is not None:
         rows = list(cache.rows[: len(layout.spans)])
-        if any(cache.length[row] for row in rows):
+        known = any(cache.length[row] for row in rows) if beside is None else not isinstance(beside, FillingPlan)
+        if known:
             single = all(span.total == 1 for span in layout.spans) and rows == list(range(rows[0], rows[0] + len(rows)))
-            cached = (StepPlan if single else AppendPlan)(rule, layout, cache)
+            cached = (StepPlan if single else AppendPlan)(rule, layout, cache, beside)
             cached.trace = trace
             return cached
     device = layout.info.sample.device
     if backend == "auto":
         half = dtype in (torch.float16, torch.bfloat16)
-        standard = is_prefix_lm(rule, layout)
+        standard = is_prefix_lm(PREFIX_LM if window else rule, layout)
         flash = device.type == "cuda" and half and bare and trace is None
         backend = "runs" if not flash else "varlen" if standard else "flex"
     if isinstance(backend, str) and backend not in _PLANS:
@@ -80,10 +86,31 @@ def plan_attention(
             "factor; use 'auto'"
         )
     make = _PLANS[backend] if isinstance(backend, str) else backend
+    if backend == "varlen" and window:
+        make = partial(VarlenPlan, window=window)
     # without split a sample is one call, as a trace wants; with a prior splitting saves nothing, since there is a matrix anyway
     plan = _RunsPlan(rule, layout, split=bare and trace is None) if backend == "runs" else make(rule, layout)
     plan.trace = trace
-    return plan if cache is None else FillingPlan(plan, layout, cache)
+    return plan if cache is None else FillingPlan(plan, layout, cache, beside)
+
+
+def plan_layers(
+    rule: Rule, own: Sequence[Rule], layout: Layout, *, cache: Cache | None = None, **options: Any
+) -> tuple[Plan, dict[Rule, Plan]]:
+    """The plan of the layers of a core under its rule, and by rule those of the layers that have their own beside it.
+
+    options: those of `plan_attention`.
+
+    Raises:
+        ConfigError, StreamError: as `plan_attention` does.
+    """
+    if (
+        own and cache is not None and any(span.total > 1 for span in layout.spans)
+    ):  # an error leaves the cache as it was
+        for one in own:
+            check_appended(LAW & Alone(rule & one), layout, cache)
+    plan = plan_attention(rule, layout, cache=cache, **options)
+    return plan, {one: plan_attention(rule & one, layout, cache=cache, beside=plan, **options) for one in own}
 
 
 class DensePlan(Plan):

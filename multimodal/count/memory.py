@@ -22,10 +22,12 @@ from multimodal.attention import Layout, Span, plan_attention
 from multimodal.core import Core
 from multimodal.count.flops import embed_cost, parameters, rowwise_layers, saved_bytes, transformer
 from multimodal.count.streams import StreamStats
-from multimodal.layers import Add, Attention, Context, Layer, SelfAttention, Sublayer
+from multimodal.generate.step import is_default
+from multimodal.layers import Attention, Context, Layer, SelfAttention, Sublayer
 from multimodal.layers.mlp import _MLP
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
+from multimodal.norm import RMSNorm
 
 FLOAT = 4  # bytes
 GATHERED_BLOCKS = 3  # FSDP2: the weights of this block, of the next one, and the buffer they are fetched in
@@ -275,8 +277,9 @@ def layer_activations(sublayer: Sublayer, core: Core, stats: StreamStats, *, hal
                    and log-sum-exp of both calls
         MLP        gate and up e 2M, silu e M, product e M
     """
-    width = sublayer.norm.weight.shape[0]
-    bare = isinstance(sublayer.layer.merge, Add) and sublayer.width == width
+    width = sublayer.in_width
+    # the formulas are of the default layers; any other is run to see what it saves
+    bare = is_default(sublayer.layer) and sublayer.width == width and type(sublayer.norm) is RMSNorm
     dropped = (1.0 if cuda else 4.0) * width if sublayer.dropout else 0.0  # a mask; on CPUs it is of the stream's type
     size = 2.0 if half else 4.0
     norms = {"norms": 4.0 * width + 4.0 + dropped, "projections": size * width}

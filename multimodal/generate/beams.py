@@ -32,13 +32,13 @@ class Beams:
         """Extend the live hypotheses by their most probable tokens, and return for each new one the index of the one it extends.
 
         log_p_BV: log-probabilities of the next token, with a row for each live hypothesis; -inf rules a token out.
-        stop: the id that ends a hypothesis, which is the last of the V.
+        stop: the id that ends a hypothesis.
         """
         natural = (log_p_BV.argmax(-1) == stop).tolist()
         at_limit = len(self.live[0]) >= self.limit
         total_BV = log_p_BV.double() + torch.tensor(self.scores, dtype=torch.float64)[:, None]
         if at_limit:
-            total_BV[:, :stop] = float("-inf")
+            total_BV[:, :stop] = total_BV[:, stop + 1 :] = float("-inf")
         # twice the width, because up to `width` of the best extensions may be stops
         count = min(2 * self.width, total_BV.numel())
         best, index = total_BV.flatten().topk(count)

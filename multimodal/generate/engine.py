@@ -216,7 +216,7 @@ class Engine:
             names=[request.name for request, _ in batch],
             begins=[request.begin for request, _ in batch],
         ).to(self.model.device)
-        # by prompt: its sample in the stream, the row of its learned start, and its newest row, whose state comes next
+        # by prompt: its sample in the stream, the row of the last token of its start, and its newest row, whose state comes next
         where: dict[int, tuple[int, int, int]] = {}
         for reading in stream.readings.values():
             ends = torch.tensor(reading.lengths).cumsum(0)

@@ -37,9 +37,9 @@ def choose_next(
     # requests that choose by equal rules are answered by one call of the rule
     alike: dict[Any, list[int]] = {}
     for i, request in enumerate(requests):
-        alike.setdefault((request.rule_key, request.stop), []).append(i)
+        alike.setdefault((request.rule_key, request.stop, request.choices), []).append(i)
     if len(alike) == 1 and not any(request.guided for request in requests):
-        yield from _chosen(requests, sizes, logits[:, : requests[0].stop + 1].log_softmax(-1))
+        yield from _chosen(requests, sizes, logits[:, : requests[0].choices].log_softmax(-1))
         return
     parts = logits.split(list(sizes))
     for group in alike.values():
@@ -49,7 +49,7 @@ def choose_next(
 
 def _guided(request: Request, logits_BV: Tensor) -> Tensor:
     """The answer's own logits; with guidance one row of two."""
-    logits_BV = logits_BV[:, : request.stop + 1]  # a head that points has as many as this answer has read
+    logits_BV = logits_BV[:, : request.choices]  # a head that points has as many as this answer has read
     if not request.guided:
         return logits_BV
     read, blank = logits_BV.log_softmax(-1)

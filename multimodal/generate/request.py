@@ -145,16 +145,19 @@ class Request:
                 "give its first part in full width"
             )
         self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count
-        self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + self.head.queries + count
+        self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + len(sample.start.tokens) + count
         self.guided = options.guidance != 1.0
         # what is read: the sample, and with guidance one more of which nothing is read
         self.prompts = [self.tokens, dict.fromkeys(self.tokens)] if self.guided else [self.tokens]
         self.width = options.beams * (2 if self.guided else 1)
         self._check()
         self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
-        self.stop = -1 if self.head.draws_features else self.head.vocab(self.tokenizer) - 1
-        if self.source is not None:
-            self.stop += len(self.source)
+        # the number of logits to choose from, and the id among them that ends the answer
+        self.choices, self.stop = 0, -1
+        if not self.head.draws_features:
+            more = 0 if self.source is None else len(self.source)
+            self.choices = self.head.vocab(self.tokenizer) + more
+            self.stop = self.head.stop(self.tokenizer) + more
         self.rule_key: Any = options.rule
         try:
             hash(options.rule)
@@ -223,7 +226,7 @@ class Request:
         return len(self.features) if self.head.draws_features else len(self.ids)
 
     def start(self, query_A: Tensor, segment: int) -> None:
-        """Called after the prefill for each prompt: the position of the learned start, and the number of the written segment."""
+        """Called after the prefill for each prompt, with the position of its start and the number of the written field."""
         step = query_A.new_tensor([1.0, 0.0, 0.0])
         self.after.append(query_A * step + step)
         self.segments.append(segment)

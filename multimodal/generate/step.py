@@ -5,7 +5,6 @@ weights of norms are folded into the matrices after them, which are stored by co
 compare with `Transformer.forward`.
 """
 
-from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from multimodal.attention import Cache, Layout, plan_attention
 from multimodal.attention.cached import StepPlan
 from multimodal.core import Transformer
-from multimodal.layers import MLP, Add, Attention, SelfAttention
-from multimodal.norm import RMSNorm, is_untouched
+from multimodal.layers import MLP, Add, Attention, Layer, SelfAttention
+from multimodal.layers.base import Rotations
+from multimodal.norm import Norm, RMSNorm, is_untouched
 from multimodal.positions import rotate
 
 MOST = 2**24  # parameters; in a larger core calls cost little beside arithmetic, and its copies would cost memory
@@ -31,7 +31,12 @@ def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
         type(core) is Transformer
         and core.narrow is None
         and core.bare
-        and all(type(s.layer) in (SelfAttention, MLP) and type(s.layer.merge) is Add for s in core.sublayers())
+        and core.times is None
+        and core.fields is None
+        and core.core.norm == Norm(eps=core.core.norm.eps)
+        and core.core.last_norm
+        and not core.core.first_norm
+        and all(is_default(s.layer) for s in core.sublayers())
         and all(_as_made(module) for module in core.modules())
         and type(core.norm) is RMSNorm
         and all(type(s.norm) is RMSNorm for s in core.sublayers())
@@ -40,11 +45,21 @@ def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
     )
 
 
+def is_default(layer: Layer) -> bool:
+    """Whether a layer is self-attention or an MLP of the default form: its sizes, score and read may differ, and nothing else."""
+    if layer.merge != Add():
+        return False
+    if type(layer) is MLP:
+        return layer.gated and not layer.bias and layer.activation == "silu"
+    return type(layer) is SelfAttention and not layer.bias and layer.rotary is None and layer.mask is None
+
+
 def _as_made(module: nn.Module) -> bool:
     """Whether a module is of one of our classes, without hooks and with its own `forward`."""
     if isinstance(module, nn.Linear):
         return is_untouched(module) and module.bias is None and "forward" not in vars(module)
-    ours = type(module).__module__.startswith("multimodal.") or type(module) in (nn.Identity, nn.ModuleList)
+    plain = (nn.Identity, nn.ModuleList, nn.ParameterDict)
+    ours = type(module).__module__.startswith("multimodal.") or type(module) in plain
     return ours and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
@@ -53,9 +68,11 @@ class Step:
 
     def __init__(self, core: Transformer) -> None:
         self.core = core
+        assert isinstance(core.norm, RMSNorm)
         self.eps, self.last = core.norm.weight.new_tensor(core.norm.eps), core.norm.weight.detach().clone()
         self.layers: list[_Attention | _MLP] = []
         for sublayer in core.sublayers():
+            assert isinstance(sublayer.norm, RMSNorm)
             body: Any = sublayer.body
             if type(sublayer.layer) is MLP:
                 self.layers.append(_MLP(sublayer.norm, body.gate_up, body.down))
@@ -89,7 +106,7 @@ class _Attention:
             self.norm_HK = torch.cat(parts).detach()
             self.norm_eps = self.norm_HK.new_tensor(attention.norm_q.eps)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor | None]) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Rotations) -> Tensor:
         rows = len(stream_BD)
         both = (self.heads + self.groups) * self.width
         qkv = torch.mm(_normed(stream_BD, self.eps), self.qkv_DN)
@@ -116,7 +133,7 @@ class _MLP:
         self.eps = norm.weight.new_tensor(norm.eps)
         self.gate_up_DN, self.down_ND = _columns(gate_up.weight * norm.weight), _columns(down.weight)
 
-    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Mapping[int, Tensor | None]) -> Tensor:
+    def __call__(self, stream_BD: Tensor, plan: StepPlan, rotations: Rotations) -> Tensor:
         gate, up = torch.mm(_normed(stream_BD, self.eps), self.gate_up_DN).chunk(2, -1)
         return torch.addmm(stream_BD, F.silu(gate).mul_(up), self.down_ND)
 

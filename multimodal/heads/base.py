@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
@@ -15,7 +16,7 @@ from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class EncodedSample:
     values: the sample as it was given; its answer is encoded when `answer` is called.
     tokens: by name of a field that is read, its tokens; None or no entry: the sample does not have it.
     tokenizer: that of the written field; for a pair, that of its last field.
-    start: the learned tokens of the head.
+    start: the tokens between what is read and what is written, such as the learned tokens of the head; it may be empty.
     learn: whether the sample has an answer, which becomes the target.
     begin: the first tokens of the answer, from where decoding goes on; None: nothing is written yet.
     random: whether a head that hides tokens draws the hidden ones at random; else they are a function of the value.
@@ -225,14 +226,40 @@ class Reading:
         return sum(self.target_lengths)
 
 
+class TiedLinear(nn.Module):
+    """The linear layer of a readout whose weight is the table of an embedding: logits are products with the embedded symbols.
+
+    The table belongs to the embedding, so this module neither stores nor saves it.
+    """
+
+    def __init__(self, table: nn.Embedding, bias: bool) -> None:
+        super().__init__()
+        self.__dict__["table"] = table  # past nn.Module, which would make it a part of this module too
+        self.bias = nn.Parameter(torch.zeros(table.num_embeddings)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.__dict__["table"].weight
+
+    @property
+    def out_features(self) -> int:
+        return self.__dict__["table"].num_embeddings
+
+    def forward(self, state_ND: Tensor) -> Tensor:
+        return F.linear(state_ND, self.weight, self.bias)
+
+
 class Readout(nn.Module):
     """The module of a head: a linear layer onto the vocabulary, and `queries` learned tokens that precede what is written."""
 
-    def __init__(self, width: int, vocab: int, queries: int) -> None:
+    linear: nn.Linear | TiedLinear
+
+    def __init__(self, width: int, vocab: int, queries: int, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, vocab)
+        self.linear = nn.Linear(width, vocab, bias)
         nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
         self.query = nn.Parameter(torch.randn(queries, width) * 0.02) if queries else None
 
 
@@ -303,7 +330,7 @@ class Head(Declared, ABC):
             raise TaskError(
                 f"task {sample.pattern.text!r}: {type(self).__name__} answers at once; there is nothing to begin"
             )
-        if self.queries:
+        if len(sample.start.tokens):
             segments.append(sample.start)
         answer, target = sample.begin, None
         if sample.learn:
@@ -314,6 +341,21 @@ class Head(Declared, ABC):
         # a head with learned tokens reads their rows and those of the answer; others read the context
         first, last = (read, tokens_of(segments)) if self.queries else (0, read)
         return [LaidOut(segments, read, first, last, target)]
+
+    def start(self, key: str, kind: str, tokenizer: Tokenizer) -> Segment:
+        """The tokens between what is read and what is written: by default the learned tokens of the head with these weights.
+
+        key: the name of the head's weights. kind, tokenizer: of the written field.
+        """
+        time_N = torch.arange(self.queries)
+        return Segment("head:" + key, Tokens(time_N, at_times(time_N)), (1.0, 1.0, 1.0), False)
+
+    def tie(self, readout: Readout, embedding: nn.Module) -> None:
+        """Let the readout use the weights of the embedding of the written kind; by default it does not."""
+
+    def stop(self, tokenizer: Tokenizer) -> int:
+        """The id that ends an answer, for a head that is autoregressive: by default the last of its logits."""
+        return self.vocab(tokenizer) - 1
 
     def check_core(self, pattern: str, core: Any) -> None:
         """Raise a ConfigError if a task of this head cannot be answered with this core."""

@@ -6,20 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.heads.base import TiedLinear
 from multimodal.norm import is_untouched
 
 CHUNK = 2**20  # logits (numbers) in memory at the same time: as many as fit into the caches of CPUs
 CHUNK_CUDA = 2**27  # on GPUs, where only large matrix products reach full speed
 
 
-def linear_cross_entropy(linear: nn.Linear, state_ND: Tensor, target_N: Tensor, smoothing: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    linear: nn.Linear | TiedLinear, state_ND: Tensor, target_N: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Sum over rows of F.cross_entropy(linear(state), target, label_smoothing=smoothing), in nats, in float32 at least.
 
     For a large vocabulary the logits are computed for some rows at a time, and freed. Their gradient, which is softmax minus target
     (Bridle 1990), is computed in the same pass, so that only gradients of states, weight and bias are stored.
     """
     chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
-    if state_ND.shape[0] * linear.out_features <= chunk or not is_untouched(linear):
+    if state_ND.shape[0] * linear.out_features <= chunk or not (is_untouched(linear) or type(linear) is TiedLinear):
         logits = linear(state_ND)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from multimodal.attention import Mechanism, Read, Score
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes, init_in, init_out
-from multimodal.masks import Pairs, Prior, all_pairs
-from multimodal.norm import RMSNorm, is_untouched
-from multimodal.positions import rotate
+from multimodal.masks import Pairs, Prior, Rule, all_pairs
+from multimodal.norm import Norm, is_untouched
+from multimodal.positions import Rotary, rotate
 from multimodal.shapes import ConfigError
 
 
@@ -28,6 +28,9 @@ def check_parts(where: str, score: Score | None, prior: Prior | None, read: Read
         check_part(f"{where}: read", read, Read, "Soft()")
 
 
+QKV = ("query", "key", "value")
+
+
 class Attention(nn.Module):
     """The projections and the mechanism of grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023 for the groups).
 
@@ -37,6 +40,8 @@ class Attention(nn.Module):
     width: width of the stream.
     heads, kv_heads: number of query heads, and of key-value heads.
     key_width, value_width: width of the keys and of the values of one head; None: width / heads, and that of the keys.
+    norm: the norm of queries and keys; None: they are not normed.
+    bias: which projections have a bias, of "query", "key", "value" and "out".
     out: width of the output; None: that of the stream.
     turned: whether queries and keys get rotary positions.
     compiled: whether the projections run compiled in training; the plan cannot, as it depends on the lists of its spans.
@@ -50,8 +55,9 @@ class Attention(nn.Module):
         heads: int,
         kv_heads: int,
         mechanism: Mechanism,
-        qk_norm: bool,
+        norm: Norm | None,
         *,
+        bias: tuple[str, ...] = (),
         key_width: int | None = None,
         value_width: int | None = None,
         out: int | None = None,
@@ -64,9 +70,13 @@ class Attention(nn.Module):
         self.mechanism = mechanism
         self.rows = [heads * self.key_width, kv_heads * self.key_width, kv_heads * self.value_width]
         self.qkv = nn.Linear(width, sum(self.rows), bias=False)
-        self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias=False)
-        self.norm_q = RMSNorm(self.key_width) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(self.key_width) if qk_norm else nn.Identity()
+        self.out = nn.Linear(heads * self.value_width, width if out is None else out, bias="out" in bias)
+        # not a bias of `qkv`, because some models have one on queries and values only
+        self.biases = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(n)) for name, n in zip(QKV, self.rows, strict=True) if name in bias}
+        )
+        self.norm_q = nn.Identity() if norm is None else norm.build(self.key_width)
+        self.norm_k = nn.Identity() if norm is None else norm.build(self.key_width)
 
     def fused(self) -> dict[str, list[int]]:
         """For Muon, the numbers of rows of the matrices that `qkv` consists of: queries, keys and values."""
@@ -103,6 +113,10 @@ class Attention(nn.Module):
             q = F.linear(stream_TD, q_rows)
             k, v = F.linear(memory[0], kv_rows).split(self.rows[1:], -1)
             k_rotation = memory[1]
+        if self.biases:
+            q, k, v = (
+                x if name not in self.biases else x + self.biases[name] for name, x in zip(QKV, (q, k, v), strict=True)
+            )
         q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
         v_TGK = v.view(len(v), self.kv_heads, self.value_width)
         q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
@@ -131,6 +145,7 @@ class _Attend(Layer):
     heads: number of query heads.
     kv_heads: number of key-value heads, each shared by a group of query heads.
     key_width, value_width: width of one key and of one value of a head.
+    bias: which projections have a bias, of "query", "key", "value" and "out".
     out: width of the update; None: that of the stream.
     merge: how the update joins the stream.
     """
@@ -142,6 +157,7 @@ class _Attend(Layer):
     kv_heads: int | None = None
     key_width: int | None = None
     value_width: int | None = None
+    bias: tuple[str, ...] = ()
     out: int | None = None
     merge: Merge = field(default_factory=Add)
 
@@ -156,6 +172,9 @@ class _Attend(Layer):
         check_parts(name, self.score, self.prior, self.read)
         check_part(f"{name}: merge", self.merge, Merge, "Add()")
         check_sizes(self, "heads", "kv_heads", "key_width", "value_width", "out")
+        for part in self.bias:
+            if part not in (*QKV, "out"):
+                raise ConfigError(f"{name}: bias={self.bias!r} names {part!r}; there are query, key, value and out")
 
     def keys(self, core: CoreSettings) -> Keys | None:
         heads = self._groups(core)
@@ -169,12 +188,15 @@ class _Attend(Layer):
             raise ConfigError(f"{type(self).__name__}: heads={heads} is not a multiple of kv_heads={groups}")
         return groups
 
-    def _attention(self, core: CoreSettings, width: int, *, prior: Prior | None, name: str) -> Attention:
+    def _attention(
+        self, core: CoreSettings, width: int, *, prior: Prior | None, name: str, rotary: Rotary | None = None
+    ) -> Attention:
         keys = self.keys(core)
         assert keys is not None
         heads = self.heads or core.heads
         score, read = self.score or core.score, self.read or core.read
-        if keys.key_width % 2 and score.turned and any(core.rotary_split):
+        turned = score.turned and any(core.rotary_split if rotary is None else rotary.split)
+        if keys.key_width % 2 and turned:
             raise ConfigError(
                 f"{type(self).__name__}: key_width={keys.key_width} is odd, but rotary positions rotate pairs of numbers; "
                 f"try key_width={keys.key_width + 1}, or a core with rotary_split=(0, 0, 0)"
@@ -184,7 +206,8 @@ class _Attend(Layer):
             heads,
             keys.heads,
             Mechanism(score, prior, read, heads, keys.key_width, name=name),
-            core.qk_norm,
+            core.norm if core.qk_norm else None,
+            bias=self.bias,
             key_width=keys.key_width,
             value_width=keys.value_width,
             out=self.out or width,
@@ -194,11 +217,26 @@ class _Attend(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAttention(_Attend):
-    """Every token attends to the tokens of its sample that the core's mask allows."""
+    """Every token attends to the tokens of its sample that the core's mask allows.
+
+    rotary: the rotary positions of this layer.
+    mask: a rule of this layer, such as Window(512), beside that of the core: both must allow.
+    """
+
+    rotary: Rotary | None = None
+    mask: Rule | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rotary is not None:
+            check_part("SelfAttention: rotary", self.rotary, Rotary, "Rotary(base=(1e6, 100.0, 100.0))")
+        if self.mask is not None:
+            check_part("SelfAttention: mask", self.mask, Rule, "Window(64)")
 
     def build(self, core: CoreSettings, width: int) -> Body:
         prior = self.prior if self.prior is not None else core.prior
-        return _Self(self._attention(core, width, prior=prior, name="self"), self.out or width)
+        attention = self._attention(core, width, prior=prior, name="self", rotary=self.rotary)
+        return _Self(attention, self.out or width, self.rotary, self.mask)
 
 
 class _AttentionBody(Body):
@@ -213,9 +251,17 @@ class _AttentionBody(Body):
 class _Self(_AttentionBody):
     narrows = True
 
+    def __init__(self, attention: Attention, out: int, rotary: Rotary | None, mask: Rule | None) -> None:
+        super().__init__(attention, out)
+        self.rotary, self.mask = rotary, mask
+
     def forward(self, stream_TD: Tensor, context: Context, wanted_N: Tensor | None = None) -> Tensor:
-        attention, plan, memory = self.attention, context.plan, None
-        rotation = context.rotations[attention.key_width] if attention.turned else None
+        attention, memory = self.attention, None
+        plan = context.plan if self.mask is None else context.plans[self.mask]
+        width = attention.key_width
+        rotation = (
+            context.rotations[width if self.rotary is None else (width, self.rotary)] if attention.turned else None
+        )
         narrow = None
         # queries of the wanted rows alone, if these are few. Not of a read that samples, whose random numbers would change, and
         # not of a projection with hooks or of another class, which has to be called
@@ -275,6 +321,8 @@ class PersistentMemory(_Attend):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(self, "slots")
+        if self.bias:
+            raise ConfigError(f"PersistentMemory: bias={self.bias!r}; its keys and values are learned, so it has none")
         for part in (self.score, *(self.prior.parts() if self.prior else ())):
             if part is not None and part.most is not None and part.most < self.slots:
                 raise ConfigError(

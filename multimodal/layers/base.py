@@ -5,9 +5,10 @@ stream --norm--> layer --> update
    +---------- merge ---------+--> stream
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from multimodal.attention import Cache, Layout, Plan, Read, Score, Trace
 from multimodal.declare import Declared
-from multimodal.masks import Prior
-from multimodal.norm import RMSNorm
+from multimodal.masks import Prior, Rule
+from multimodal.norm import Norm
 from multimodal.old_names import warn
+from multimodal.positions import Rotary
 from multimodal.shapes import ConfigError
 
 
@@ -27,12 +29,21 @@ class Merge(Declared, ABC):
     """How an update (T, D') joins the stream (T, D).
 
     keeps: whether the stream goes on unchanged where the update is 0; `drop_path` needs that.
+    normed: whether the layer reads the stream through a norm; else it reads the stream as it is.
     """
 
     keeps: ClassVar[bool] = True
+    normed: bool = True
 
-    def weights(self) -> nn.Module | None:
-        """Makes its learned parameters; `merge` gets them as its last argument."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("weights")
+        if own is not None and len(inspect.signature(own).parameters) == 1:  # of version 0.1; goes with 0.3
+            warn(f"{cls.__name__}.weights(self)", f"{cls.__name__}.weights(self, width, norm)", 2)
+            cls.weights = lambda self, width, norm: own(self)  # type: ignore[method-assign]
+
+    def weights(self, width: int, norm: Norm) -> nn.Module | None:
+        """Makes its learned parameters, for an update of this width in a core with this norm; `merge` gets them last."""
         return None
 
     def width(self, stream: int, update: int) -> int:
@@ -54,7 +65,12 @@ class Merge(Declared, ABC):
 
 @dataclass(frozen=True)
 class Add(Merge):
-    """x + f(x): He et al. 2016."""
+    """x + f(x): He et al. 2016.
+
+    normed: whether the layer reads the stream through a norm; else it reads the stream as it is.
+    """
+
+    normed: bool = True
 
     def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
         return stream_TD + update_TD
@@ -88,7 +104,7 @@ class Concat(Merge):
 class Gated(Merge):
     """x + gamma f(x) with one learned gamma that starts at 0: Zhang et al. 2019, equation 3."""
 
-    def weights(self) -> nn.Module:
+    def weights(self, width: int, norm: Norm) -> nn.Module:
         return _Gamma()
 
     def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
@@ -107,12 +123,60 @@ class _Gamma(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
 
+@dataclass(frozen=True)
+class LayerScale(Merge):
+    """x + gamma f(x) with a learned gamma for each feature: Touvron et al. 2021, equation 3.
+
+    start: initial value of every gamma.
+    """
+
+    start: float = 1e-5
+
+    def weights(self, width: int, norm: Norm) -> nn.Module:
+        return _Scale(width, self.start)
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return stream_TD + update_TD * weights.gamma
+
+
+class _Scale(nn.Module):
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+
+@dataclass(frozen=True)
+class PostNorm(Merge):
+    """norm(x + f(x)), and no norm before the layer: Vaswani et al. 2017, section 3.1."""
+
+    keeps: ClassVar[bool] = False
+    normed: ClassVar[bool] = False
+
+    def weights(self, width: int, norm: Norm) -> nn.Module:
+        return norm.build(width)
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return weights(stream_TD + update_TD)
+
+
+@dataclass(frozen=True)
+class SandwichNorm(Merge):
+    """x + norm(f(x)), besides the norm before the layer: Ding et al. 2021, section 2.4."""
+
+    def weights(self, width: int, norm: Norm) -> nn.Module:
+        return norm.build(width)
+
+    def merge(self, stream_TD: Tensor, update_TD: Tensor, weights: Any) -> Tensor:
+        return stream_TD + weights(update_TD)
+
+
 SPREAD = 0.02  # standard deviation of initial weights (Radford et al. 2019)
 
 
 def init_in(linear: nn.Linear) -> None:
     """Initialise an input projection of a layer."""
     nn.init.normal_(linear.weight, std=SPREAD)
+    _no_bias(linear)
 
 
 def init_out(linear: nn.Linear, depth: int) -> None:
@@ -121,6 +185,12 @@ def init_out(linear: nn.Linear, depth: int) -> None:
     It is smaller, because each block adds two updates to the stream, whose variances add up (Radford et al. 2019).
     """
     nn.init.normal_(linear.weight, std=SPREAD / (2 * depth) ** 0.5)
+    _no_bias(linear)
+
+
+def _no_bias(linear: nn.Linear) -> None:
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 class CoreSettings(Protocol):
@@ -138,6 +208,8 @@ class CoreSettings(Protocol):
     def hidden(self) -> int: ...
     @property
     def qk_norm(self) -> bool: ...
+    @property
+    def norm(self) -> Norm: ...
     @property
     def rotary_split(self) -> tuple[int, ...]: ...
     @property
@@ -212,6 +284,10 @@ class Body(nn.Module):
         """Initialise the weights after the core of `depth` blocks is built; by default those of the constructor stay."""
 
 
+Rotations = Mapping[int | tuple[int, Rotary], Tensor | None]
+"""By width of a head, or by (width, a layer's own `Rotary`), the rotations at each token; None: no rotary positions."""
+
+
 class Crossing(NamedTuple):
     """What cross-attention needs of the other core.
 
@@ -221,7 +297,7 @@ class Crossing(NamedTuple):
     """
 
     memory_MD: Tensor
-    rotations: Mapping[int, Tensor | None]
+    rotations: Rotations
     plan: Plan
 
 
@@ -231,20 +307,23 @@ class Context:
 
     layout: which rows belong to which sample.
     plan: how self-attention is computed.
-    rotations: by width of a head, the rotary rotations at the positions of the stream; None: no rotary positions.
+    rotations: by width of a head, the rotary rotations at the positions of the stream; None: no rotary positions. A layer with
+        rotary positions of its own finds its rotations by (width, its `Rotary`).
     cache: the KV cache; None: nothing is cached.
     trace: collects a record of every attention layer.
     crossing: the states of another core, for cross-attention.
     fresh: whether these samples start with this stream; else the cache has their earlier tokens.
+    plans: by the rule of a layer that has its own, how its self-attention is computed.
     """
 
     layout: Layout
     plan: Plan
-    rotations: Mapping[int, Tensor | None]
+    rotations: Rotations
     cache: Cache | None = None
     trace: Trace | None = None
     crossing: Crossing | None = None
     fresh: bool = True
+    plans: Mapping[Rule, Plan] = field(default_factory=dict)
 
     @property
     def sample_T(self) -> Tensor:
@@ -312,14 +391,14 @@ class Sequences:
 
 
 class Sublayer(nn.Module):
-    """A layer with its norm before it and its merge after it."""
+    """A layer with its norm before it, if its merge wants one, and its merge after it."""
 
     def __init__(self, layer: Layer, core: CoreSettings, width: int, dropout: float, drop_path: float) -> None:
         super().__init__()
-        self.layer = layer
-        self.norm = RMSNorm(width)
+        self.layer, self.in_width = layer, width
+        self.norm = core.norm.build(width) if layer.merge.normed else nn.Identity()
         self.body = layer.build(core, width)
-        self.merge_weights = layer.merge.weights()
+        self.merge_weights = layer.merge.weights(self.body.out_width, core.norm)
         self.width = layer.merge.width(width, self.body.out_width)
         self.dropout, self.drop_path = dropout, drop_path
         if drop_path and not layer.merge.keeps:

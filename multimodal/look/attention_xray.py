@@ -346,10 +346,10 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
             tokens = encode_field(packer.tokenizers[f.kind], sample[f.name], "xray", f.name)
             fields[f.name] = _field(f.name, f.kind, packer.tokenizers[f.kind], tokens, start, written=False)
             start += len(tokens)
-    if head.queries:
-        rows = torch.arange(start, start + head.queries)
-        fields[START] = XRayField(START, START, rows, (START,) * head.queries)
-        start += head.queries
+    if begin := len(packer.starts[task].tokens):
+        rows = torch.arange(start, start + begin)
+        fields[START] = XRayField(START, START, rows, (START,) * begin)
+        start += begin
     if pattern.answer in sample and head.autoregressive:
         kind, tokens = pattern.writes.kind, sample[pattern.answer]
         written = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)

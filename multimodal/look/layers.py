@@ -97,7 +97,9 @@ def states(
         raise StreamError("states: there are no samples")
     pattern, head = packer.patterns[task], packer.head(task)
     reads = tuple(field.name for field in pattern.reads)
-    fields = reads + (START,) * bool(head.queries) + (pattern.answer,) * (answers and head.autoregressive)
+    fields = (
+        reads + (START,) * bool(len(packer.starts[task].tokens)) + (pattern.answer,) * (answers and head.autoregressive)
+    )
     batches: list[list[Tensor]] = []
     sample_of, field_of, reading, offset = [], [], [], 0
     for start in range(0, len(samples), batch):

@@ -84,7 +84,7 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
         whole = whole_layers(model, layers, stream)
         ends = [core for core in transformers(model).values() for _ in range(len(core.blocks) + 1)]
         for name, state_TD, core in zip(layer_names(model), whole, ends, strict=True):
-            state_TD = state_TD.to(model.device, core.norm.weight.dtype)
+            state_TD = state_TD.to(model.device, model.dtype)
             if bool(state_TD[reading.row_N].isnan().all()):  # the head reads rows of the other core
                 continue
             other_T = state_TD.isnan().all(-1)  # rows of the other core, which have no state in this layer

@@ -28,6 +28,8 @@ def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Mo
     core = model.core.core
     if not isinstance(core, Core):
         raise ConfigError(f"pruned: the core is {type(core).__name__}; only a single Core can be pruned")
+    if isinstance(core.block[0], tuple):
+        raise ConfigError("pruned: the blocks of this core differ by depth; only a core of equal blocks can be pruned")
     counts = [layer.usage_HM.mean(0) for layer in used.values()]
     places = [i for i, layer in enumerate(core.block) if isinstance(layer, PersistentMemory)]
     if len(counts) != len(places) * core.depth or not counts:
@@ -60,7 +62,7 @@ def pruned(model: Model, used: Mapping[str, Usage], *, below: float = 1.0) -> Mo
     )
     smaller = Model(
         model.packer.tokenizers, override(core, block=block), list(model.tasks.values()), seed=model.seed
-    ).to(model.device, model.core.norm.weight.dtype)
+    ).to(model.device, model.dtype)
     state = model.state_dict()
     bodies = [(name, body) for name, body in model.named_modules() if isinstance(body, _Persistent)]
     for (name, body), N_k, layer in zip(bodies, counts, [block[i] for i in places] * core.depth, strict=True):

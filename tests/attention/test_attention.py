@@ -22,7 +22,7 @@ from multimodal.attention import (
 )
 from multimodal.attention.gpu import VarlenPlan
 from multimodal.layers import Attention
-from multimodal.masks import LAW, PREFIX_LM, Causal, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import LAW, PREFIX_LM, Causal, Chunked, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.norm import RMSNorm, _RMSNormCPU
 from multimodal.positions import rotary_frequencies, rotations
 from multimodal.shapes import ConfigError, StreamError
@@ -144,23 +144,25 @@ def loop_over_bounds(q, k, v, call, scale):
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = []
     for (a, b), (c, d) in zip(*map(pairwise, bounds), strict=True):
-        mask = torch.ones(b - a, d - c, dtype=torch.bool)
-        if call.causal:  # aligned bottom-right: the last query sees the last key
-            mask = mask.tril(diagonal=(d - c) - (b - a))
+        # aligned bottom-right: the last query is at the last key
+        distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
+        before, after = (math.inf if reach < 0 else reach for reach in call.window)
+        mask = (distance <= before) & (distance >= -after)
         score = torch.einsum("qhk,mhk->hqm", q[a:b], k[c:d]) * scale
         out.append(torch.einsum("hqm,mhk->qhk", score.masked_fill(~mask, -math.inf).softmax(-1), v[c:d]))
     return torch.cat(out)
 
 
+@pytest.mark.parametrize("rule", [PREFIX_LM, PREFIX_LM & Window(3), Window(1) & PREFIX_LM], ids=["all", "3", "1"])
 @pytest.mark.parametrize("case", PREFIX_FIRST)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
-def test_the_variable_length_plan_keeps_its_books(lay, monkeypatch, case, heads, kv_heads):
+def test_the_variable_length_plan_keeps_its_books(lay, monkeypatch, case, heads, kv_heads, rule):
     """Its bounds and alignment, with the CUDA kernel replaced by a loop over the bounds."""
     monkeypatch.setattr(VarlenPlan, "_call", staticmethod(loop_over_bounds))
     layout = lay(PREFIX_FIRST[case])
     q, k, v = (x.requires_grad_() for x in qkv(size(layout), heads, kv_heads))
-    read = plan_attention(PREFIX_LM, layout, backend="varlen").attend(q, k, v, scaled(0.4), 0)
-    expected = by_loop(PREFIX_LM, layout.info, q, k, v, 0.4)
+    read = plan_attention(rule, layout, backend="varlen").attend(q, k, v, scaled(0.4), 0)
+    expected = by_loop(rule, layout.info, q, k, v, 0.4)
     torch.testing.assert_close(read.double(), expected, atol=2e-6, rtol=1e-5)
     mine, other = (torch.autograd.grad(x.double().square().sum(), (q, k, v)) for x in (read, expected))
     for ours, theirs in zip(mine, other, strict=True):
@@ -180,7 +182,9 @@ def test_the_variable_length_plan_pads_widths_to_eights(lay, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rule", "case"), [(PREFIX_LM & Window(3), "prefix"), (PREFIX_LM, "causal then free")], ids=["rule", "layout"]
+    ("rule", "case"),
+    [(PREFIX_LM & Chunked(3), "prefix"), (PREFIX_LM & Window(3), "causal then free")],
+    ids=["rule", "layout"],
 )
 def test_the_variable_length_plan_refuses_what_it_cannot_run(lay, rule, case):
     with pytest.raises(ConfigError, match=r"'varlen' runs only the default rule.*use 'flex'"):
@@ -252,9 +256,7 @@ def test_cosine_score_is_the_cosine_of_each_pair():
 
 def layer_and_mha(rule: Rule, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
     width, heads = 24, 4
-    ours = Attention(
-        width, heads, heads, Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads), qk_norm=False
-    )
+    ours = Attention(width, heads, heads, Mechanism(ScaledDotProduct(), None, Soft(), heads, width // heads), norm=None)
     theirs = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
     with torch.no_grad():
         ours.qkv.weight.copy_(theirs.in_proj_weight)

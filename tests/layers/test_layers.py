@@ -16,10 +16,12 @@ import multimodal as mm
 from multimodal.attention import Layout, Mechanism, Span, Trace, plan_attention
 from multimodal.attention.plan import _RunsPlan
 from multimodal.encoder_decoder import TwoCores
-from multimodal.layers import Add, Concat, Context, Gated, Layer, Replace
+from multimodal.layers import Add, Concat, Context, Gated, Layer, LayerScale, PostNorm, Replace, SandwichNorm
 from multimodal.layers.base import Sublayer
 from multimodal.look import usage
 from multimodal.masks import LAW, PREFIX_LM, MaskInfo, Rule
+from multimodal.norm import Norm
+from multimodal.positions import Rotary
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.zoo import TuringMachine
 from multimodal.zoo.pruning import pruned
@@ -37,6 +39,11 @@ SNAIL = (
     mm.zoo.TemporalConv(filters=4),
     mm.zoo.TemporalConv(filters=3, dilation=4),
 )
+LAYER_NORM: dict[str, Any] = {
+    "norm": Norm(eps=1e-5, centred=True, bias=True),
+    "qk_norm": False,
+    "rotary_split": (0, 0, 0),
+}
 BOTH = (mm.layers.Recurrent(both_ways=True), mm.layers.SelfAttention(), mm.layers.MLP())
 BAHDANAU = mm.EncoderDecoder(
     reader=core_of(mm.layers.Recurrent(both_ways=True), depth=1),
@@ -100,6 +107,62 @@ CORES: dict[str, mm.Core | mm.EncoderDecoder] = {
         reader=core_of(mm.layers.Recurrent()),
         writer=core_of(mm.layers.CrossAttention(heads=1), mm.layers.Recurrent()),
         last=1,
+    ),
+    "GPT": core_of(
+        mm.layers.SelfAttention(bias=("query", "key", "value", "out")),
+        mm.layers.MLP(activation="gelu_tanh", gated=False, bias=True),
+        **LAYER_NORM,
+        learned_times=90,
+    ),
+    "BERT": core_of(
+        mm.layers.SelfAttention(bias=("query", "key", "value", "out"), merge=PostNorm()),
+        mm.layers.MLP(activation="gelu", gated=False, bias=True, merge=PostNorm()),
+        **LAYER_NORM,
+        first_norm=True,
+        last_norm=False,
+        learned_times=90,
+        learned_fields=2,
+    ),
+    "layer scale": core_of(
+        mm.layers.SelfAttention(bias=("query", "value"), merge=LayerScale(0.3)),
+        mm.layers.MLP(activation="quick_gelu", merge=LayerScale(0.4)),
+        norm=Norm(centred=True),
+    ),
+    "Gemma": mm.Core(
+        width=16,
+        depth=5,
+        heads=2,
+        norm=Norm(eps=1e-5, around_one=True),
+        block=tuple(
+            (
+                mm.layers.SelfAttention(
+                    mask=mm.masks.Window(3) if depth % 3 else None,
+                    rotary=None if depth % 3 else Rotary(base=(1e6, 1.0, 1.0), factor=8.0),
+                    key_width=6,
+                    merge=SandwichNorm(),
+                ),
+                mm.layers.MLP(activation="gelu_tanh", merge=SandwichNorm()),
+            )
+            for depth in range(5)
+        ),
+    ),
+    "blocks in turns": mm.Core(
+        width=16,
+        depth=3,
+        heads=2,
+        block=(
+            (mm.layers.SelfAttention(mask=mm.masks.Window(2), merge=Add(normed=False)), mm.layers.MLP()),
+            (mm.layers.SelfAttention(rotary=Rotary(split=(0, 0, 0))), mm.layers.MLP(activation="relu")),
+        ),
+    ),
+    "Whisper": mm.EncoderDecoder(
+        reader=core_of(mm.layers.SelfAttention(bias=("query", "value", "out")), **LAYER_NORM, learned_times=90),
+        writer=core_of(
+            mm.layers.SelfAttention(bias=("query", "value", "out")),
+            mm.layers.CrossAttention(bias=("query", "value", "out")),
+            **LAYER_NORM,
+            learned_times=90,
+        ),
     ),
     "last three": mm.EncoderDecoder(reader=core_of(), writer=core_of(prior=mm.attention.ALiBi()), last=3),
 }
@@ -432,12 +495,29 @@ def test_gates_start_closed():
 
 def test_merges_are_their_formulas():
     x, y = torch.randn(3, 4), torch.randn(3, 4)
-    gate = Gated().weights()
+    gate = Gated().weights(4, Norm())
     nn.init.constant_(gate.gamma, 0.3)  # type: ignore[arg-type]
     assert torch.equal(Add().merge(x, y, None), x + y)
     assert torch.equal(Replace().merge(x, y, None), y)
     assert torch.equal(Concat().merge(x, y, None), torch.cat([x, y], -1))
     torch.testing.assert_close(Gated().merge(x, y, gate), x + 0.3 * y)
+    scale = LayerScale(0.25).weights(4, Norm())
+    torch.testing.assert_close(LayerScale(0.25).merge(x, y, scale), x + 0.25 * y)
+    norm = Norm(eps=1e-3, centred=True, bias=True)
+    weight, bias = torch.randn(4), torch.randn(4)
+    for merge, wanted in (
+        (PostNorm(), F.layer_norm(x + y, (4,), weight, bias, 1e-3)),
+        (SandwichNorm(), x + F.layer_norm(y, (4,), weight, bias, 1e-3)),
+    ):
+        made = merge.weights(4, norm)
+        made.load_state_dict({"weight": weight, "bias": bias})
+        torch.testing.assert_close(merge.merge(x, y, made), wanted)
+    assert (PostNorm().normed, SandwichNorm().normed, Add().normed, Add(normed=False).normed) == (
+        False,
+        True,
+        True,
+        False,
+    )
     assert [merge.width(4, 6) for merge in (Concat(), Replace())] == [10, 6]
 
 
@@ -719,11 +799,11 @@ def test_layers_name_what_they_do_for_the_trace():
 
 
 def test_the_cores_here_are_made_of_every_layer_and_merge_there_is():
-    declared = {type(layer) for core in CORES.values() for part in _parts(core) for layer in part.block}
-    merges = {type(layer.merge) for core in CORES.values() for part in _parts(core) for layer in part.block}
+    layers = [layer for core in CORES.values() for part in _parts(core) for block in part.blocks for layer in block]
+    declared, merges = {type(layer) for layer in layers}, {type(layer.merge) for layer in layers}
     exported = {getattr(mm, name) for name in mm.__all__ if isinstance(getattr(mm, name), type)}
     assert {x for x in exported if issubclass(x, Layer) and x is not Layer} <= declared
-    assert merges == {Add, Replace, Concat, Gated}
+    assert merges == {Add, Replace, Concat, Gated, LayerScale, PostNorm, SandwichNorm}
     assert len(list(itertools.chain.from_iterable(_parts(core) for core in CORES.values()))) > len(CORES)
 
 
