@@ -342,7 +342,7 @@ WRONG_PATCHES = [
     ({"patch": 0}, "patch=0 must be at least 1 and channels=3 1, 3 or 4"),
     ({"channels": 2}, "patch=16 must be at least 1 and channels=2 1, 3 or 4"),
     ({"position": "absolute"}, "position='absolute' must be 'sincos', 'learned' or 'rotary'"),
-    ({"edge": "crop"}, "edge='crop' 'repeat' or 'error'"),
+    ({"edge": "crop"}, "edge='crop' 'repeat', 'error' or 'cut'"),
     ({"mean": (0.5, 0.5)}, "mean has 2 numbers for channels=3"),
     ({"std": [0.5] * 4}, "std has 4 numbers for channels=3"),
     ({"std": 0.0}, "std=0.0 must be more than 0"),

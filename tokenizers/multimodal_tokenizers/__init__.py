@@ -5,6 +5,18 @@ from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
+from multimodal_tokenizers.spectrogram import SpectrogramPatches
 from multimodal_tokenizers.text import TextBPE, TextBytes
+from multimodal_tokenizers.whisper import WhisperFrames
 
-__all__ = ["AudioFrames", "Codes", "Features", "ImagePatches", "Labels", "TextBPE", "TextBytes"]
+__all__ = [
+    "AudioFrames",
+    "Codes",
+    "Features",
+    "ImagePatches",
+    "Labels",
+    "SpectrogramPatches",
+    "TextBPE",
+    "TextBytes",
+    "WhisperFrames",
+]

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.media import read_sound
-from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
+from multimodal.media import read_sound, sound_blocks
+from multimodal.shapes import ConfigError, MediaError
+from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
 LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats, for normalise="fixed"
 FLOOR = 1e-6  # power added before the logarithm
@@ -160,9 +160,7 @@ class AudioFrames(Tokenizer):
 
     def picture(self, tokens: Tokens) -> Tensor:
         """The spectrogram, low tones at the bottom."""
-        frames_NF = rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack)
-        level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
-        return level.T.flip(0)[:, :, None]
+        return spectrogram_picture(rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack))
 
     def spectrogram(self, wave_S: Tensor) -> Tensor:
         """Normalised log-mel frames (N, mels), one for each hop that begins within the sound."""
@@ -177,6 +175,34 @@ class AudioFrames(Tokenizer):
         if self.normalise == "fixed":
             return (log_NF - LEVEL) / SPREAD
         return (log_NF - log_NF.mean()) / (log_NF.std(correction=0) + 1e-3)
+
+
+def spectrogram_picture(frames_NF: Tensor) -> Tensor:
+    """Frames as a picture (Y, X, 1) in 0..1, low tones at the bottom."""
+    level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
+    return level.T.flip(0)[:, :, None]
+
+
+def read_limited(value: Any, *, rate_hz: int, samples: int, who: str, cut: bool = False) -> Tensor:
+    """A sound (`multimodal.media.read_sound`) of at most so many samples at `rate_hz`; a longer one is refused once that is known.
+
+    cut: give its first samples instead.
+
+    Raises:
+        MediaError: as `read_sound`, or too long; names `who`.
+    """
+    parts, came = [], 0
+    for wave_S, total in sound_blocks(value, rate_hz=rate_hz, who=who):
+        came += len(wave_S)
+        if max(came, total) > samples and not cut:
+            raise MediaError(
+                f"{who}: {describe(value)} has {max(came, total) / rate_hz:.6g} s or more, and at most {samples / rate_hz:.6g} s "
+                "are read at once; split it into pieces"
+            )
+        parts.append(wave_S)
+        if came >= samples:
+            break
+    return torch.cat(parts)[:samples]
 
 
 @lru_cache(maxsize=8)

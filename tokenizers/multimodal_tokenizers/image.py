@@ -13,6 +13,7 @@ from multimodal.media import read_image
 from multimodal.positions import LearnedGrid, sine_cosine
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal_tokenizers.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class ImagePatches(Tokenizer):
     position: the encoding of row and column that is added to a patch's embedding: "sincos" (fixed, unbounded), "learned" (a grid
         that is stretched over the image), or "rotary" (none: only the core's rotary places encode them, as they always do).
     grid: number of points on a side of the learned grid.
-    edge: if patch does not divide a side: "repeat" the last row or column of pixels, or raise an "error".
+    edge: if patch does not divide a side: "repeat" the last row or column of pixels, "cut" off what no whole patch covers (as a
+        strided convolution does), or raise an "error".
     max_side: the longest side in pixels; larger images are shrunk with their aspect ratio, but no side below one patch; None: any.
     max_pixels: largest number of pixels of an image; a larger one is refused before it is decoded.
     size: rows and columns of pixels of every written image; None: images are only read.
+    fit: how every image is brought to one size, as trained weights expect it; None: it stays as it is.
     """
 
     patch: int = 16
@@ -38,20 +41,21 @@ class ImagePatches(Tokenizer):
     std: float | tuple[float, ...] = 0.5
     position: Literal["sincos", "learned", "rotary"] = "sincos"
     grid: int = 16
-    edge: Literal["repeat", "error"] = "repeat"
+    edge: Literal["repeat", "error", "cut"] = "repeat"
     max_side: int | None = None
     max_pixels: int = 2**24
     size: tuple[int, int] | None = None
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.channels not in (1, 3, 4):
             raise ConfigError(
                 f"ImagePatches: patch={self.patch} must be at least 1 and channels={self.channels} 1, 3 or 4"
             )
-        if self.position not in ("sincos", "learned", "rotary") or self.edge not in ("repeat", "error"):
+        if self.position not in ("sincos", "learned", "rotary") or self.edge not in ("repeat", "error", "cut"):
             raise ConfigError(
                 f"ImagePatches: position={self.position!r} must be 'sincos', 'learned' or 'rotary', and edge={self.edge!r} "
-                "'repeat' or 'error'"
+                "'repeat', 'error' or 'cut'"
             )
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -71,6 +75,30 @@ class ImagePatches(Tokenizer):
                 )
             if self.max_side is not None and max(size) > self.max_side:
                 raise ConfigError(f"ImagePatches: size={size} is larger than max_side={self.max_side}")
+        if self.fit is not None:
+            self._check_fit(self.fit)
+
+    def _check_fit(self, fit: Fit) -> None:
+        if not isinstance(fit, Fit):
+            raise ConfigError(f"ImagePatches: fit={fit!r} is no Fit; give one such as Fit(size=(224, 224))")
+        if self.max_side is not None:
+            raise ConfigError(
+                f"ImagePatches: max_side={self.max_side} beside a fit, which says the size; give one of them"
+            )
+        if fit.sides is None:
+            return
+        down = tuple(side // self.patch * self.patch for side in fit.sides)
+        up = tuple(-(-side // self.patch) * self.patch for side in fit.sides)
+        if min(down) == 0 or (self.edge == "error" and down != up):
+            raise ConfigError(f"ImagePatches: patch={self.patch} does not divide the sides {fit.sides} of its fit")
+        read = down if self.edge == "cut" else up
+        if self.size not in (None, read):
+            raise ConfigError(f"ImagePatches: size={self.size} of written images is not that of fitted ones, {read}")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether pixels are resized or cut off."""
+        return self.fit is not None or self.edge == "cut"
 
     @property
     def pixel_features(self) -> int:
@@ -130,7 +158,8 @@ class ImagePatches(Tokenizer):
 
     def preprocess(self, value: Any) -> Tensor:
         """Any picture as normalised (C, Y, X) whose sides are multiples of `patch`."""
-        image_CYX = read_image(value, channels=self.channels, max_pixels=self.max_pixels, who="ImagePatches.encode")
+        read = read_image if self.fit is None else self.fit.read
+        image_CYX = read(value, channels=self.channels, max_pixels=self.max_pixels, who="ImagePatches.encode")
         height, width = given = tuple(image_CYX.shape[1:])
         if min(given) < self.patch:
             raise MediaError(
@@ -150,7 +179,11 @@ class ImagePatches(Tokenizer):
                     f"ImagePatches.encode: image is {given[0]}x{given[1]} pixels{shrunk}, which patch={self.patch} does not "
                     "divide; resize or pad it first, or use edge='repeat'"
                 )
-            image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
+            if self.edge == "cut":
+                rows, columns = (side // self.patch * self.patch for side in image_CYX.shape[1:])
+                image_CYX = image_CYX[:, :rows, :columns]
+            else:
+                image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
         return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))
 
     def decode(self, tokens: Tokens) -> Tensor:

@@ -5,7 +5,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -13,10 +13,13 @@ from typing import Any, Self
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
+from torch import Tensor, nn
 
 from multimodal.files import write_atomic
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+
+BYTES = 256
 
 
 def _checked(value: Any, who: str) -> str:
@@ -36,10 +39,12 @@ class TextBytes(Tokenizer):
     """UTF-8 bytes: any text of any language, exactly, with a vocabulary of 256.
 
     causal: whether a token that is read attends only to earlier ones.
+    scale: factor of the embedded vectors.
     """
 
     causal: bool = False
-    vocab_size = 256
+    scale: float = 1.0
+    vocab_size = BYTES
     text = True
 
     def encode(self, value: Any) -> Tokens:
@@ -49,34 +54,77 @@ class TextBytes(Tokenizer):
     def decode(self, tokens: Tokens) -> str:
         return bytes(tokens.content.tolist()).decode("utf-8", errors="replace")
 
+    def embed(self, width: int) -> nn.Module:
+        return _Table(BYTES, width, self.scale)
+
 
 @dataclass(frozen=True)
 class TextBPE(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016), trained, saved and loaded as a `tokenizer.json`.
 
     Make one with `TextBPE.train(texts, vocab_size=8192)` or `TextBPE.open("tokenizer.json")`. Whatever the
-    file says, no part of a text is a special token, nothing is added to it or cut off, and encoding is deterministic.
+    file says, no part of a text is a special token, nothing is cut off, and encoding is deterministic.
 
     spec: the content of tokenizer.json.
     causal: whether a token that is read attends only to earlier ones.
     lossy: whether texts may be changed or lose characters; if not, such a text is refused.
+    template: whether the tokens that the file puts around a text are added, such as [CLS] and [SEP]; `decode` drops them.
+    pad_to: the number of tokens of every text, filled up with padding that is read like the rest; a longer text is refused.
+    pad_id: the id of padding; None: the one that the file names.
+    scale: factor of the embedded vectors; the table of weights is without it.
     """
 
     spec: str = field(repr=False)
     causal: bool = False
     lossy: bool = False
+    template: bool = False
+    pad_to: int | None = None
+    pad_id: int | None = None
+    scale: float = 1.0
     text = True
 
     def __post_init__(self) -> None:
         _hf_from(self.spec)  # raises now, not at the first text
+        if self.template and not any(_template(self.spec)):
+            raise ConfigError("TextBPE: template=True, but this tokenizer.json adds nothing to a text; take it off")
+        if self.pad_to is None:
+            if self.pad_id is not None:
+                raise ConfigError(f"TextBPE: pad_id={self.pad_id} without pad_to; give the number of tokens too")
+            return
+        if type(self.pad_to) is not int or self.pad_to < 1:
+            raise ConfigError(f"TextBPE: pad_to={self.pad_to!r} must be a number of tokens, or None")
+        if self.causal:
+            raise ConfigError(
+                f"TextBPE: pad_to={self.pad_to} with causal=True: no earlier token reads padding; leave it out"
+            )
+        pad = self._padding
+        if type(pad) is not int or not 0 <= pad < self.vocab_size:
+            raise ConfigError(
+                f"TextBPE: pad_id={pad} of pad_to={self.pad_to} is no id of 0..{self.vocab_size - 1}; give that of padding"
+            )
 
     @property
     def vocab_size(self) -> int:
         return _hf_from(self.spec)[1]
 
     @property
+    def length(self) -> int | None:
+        return self.pad_to
+
+    @property
     def _hf(self) -> HFTokenizer:
         return _hf_from(self.spec)[0]
+
+    @property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The ids before and after those of a text."""
+        return _template(self.spec) if self.template else ([], [])
+
+    @property
+    def _padding(self) -> int | None:
+        if self.pad_to is None or self.pad_id is not None:
+            return self.pad_id
+        return (json.loads(self.spec).get("padding") or {}).get("pad_id")
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, words: str | None = None, causal: bool = False) -> Self:
@@ -104,8 +152,18 @@ class TextBPE(Tokenizer):
         return cls(hf.to_str(), causal)
 
     @classmethod
-    def open(cls, path: str | Path, *, causal: bool = False, lossy: bool = False) -> Self:
-        """Read any tokenizer.json, and try it on texts of many scripts.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        causal: bool = False,
+        lossy: bool = False,
+        template: bool = False,
+        pad_to: int | None = None,
+        pad_id: int | None = None,
+        scale: float = 1.0,
+    ) -> Self:
+        """Read any tokenizer.json, and try it on texts of many scripts. The settings are those of the class.
 
         lossy: accept a file that changes texts or loses characters, such as one without an unknown token or with one for many. What
         the file's own normaliser does to case and Unicode forms counts as no change. BPE dropout is switched off with a warning.
@@ -117,7 +175,7 @@ class TextBPE(Tokenizer):
         if not path.is_file():
             raise MediaError(f"TextBPE.open: there is no file {str(path)!r}")
         try:
-            opened = cls(path.read_text(encoding="utf-8"), causal, lossy)
+            opened = cls(path.read_text(encoding="utf-8"), causal, lossy, template, pad_to, pad_id, scale)
         except ValueError as error:
             raise ConfigError(f"TextBPE.open: cannot read {str(path)!r}: {error}") from error
         if dropout := _dropout(opened.spec):
@@ -143,8 +201,10 @@ class TextBPE(Tokenizer):
     def encode(self, value: Any) -> Tokens:
         with _no_panics(f"TextBPE.encode: {describe(value)}"):
             ids = self._hf.encode(_checked(value, "TextBPE"), add_special_tokens=False).ids
-        if not self.lossy and not _is_exact(self.spec):
-            back = self._hf.decode(ids, skip_special_tokens=False)
+        ids = self._framed(ids, value) if ids else ids
+        # padding may be the id of a piece of text, which would then be lost at the end of a text
+        if not self.lossy and not (_is_exact(self.spec) and self.pad_to is None):
+            back = self._text(ids)
             if not _same(self._hf, value, back):
                 raise MediaError(
                     f"TextBPE.encode: {describe(value)} would lose {describe(_lost(value, back))}, for which this tokenizer.json "
@@ -152,16 +212,48 @@ class TextBPE(Tokenizer):
                 )
         return Tokens(torch.tensor(ids, dtype=torch.long), self.places(len(ids)))
 
+    def _framed(self, ids: list[int], value: str) -> list[int]:
+        """The ids of a text with the template's around them and padding behind."""
+        before, after = self._around
+        ids = [*before, *ids, *after]
+        if self.pad_to is None:
+            return ids
+        if len(ids) > self.pad_to:
+            raise MediaError(
+                f"TextBPE.encode: {describe(value)} gives {len(ids)} tokens, more than pad_to={self.pad_to}; shorten it first"
+            )
+        return ids + [self._padding or 0] * (self.pad_to - len(ids))
+
     def decode(self, tokens: Tokens) -> str:
+        return self._text(tokens.content.tolist())
+
+    def _text(self, ids: list[int]) -> str:
+        before, after = self._around
+        if self.pad_to is not None:
+            while ids and ids[-1] == self._padding:
+                ids = ids[:-1]
+        if before and ids[: len(before)] == before:
+            ids = ids[len(before) :]
+        if after and ids[-len(after) :] == after:
+            ids = ids[: -len(after)]
         with _no_panics("TextBPE.decode: these tokens"):
-            return self._hf.decode(tokens.content.tolist(), skip_special_tokens=False)
+            return self._hf.decode(ids, skip_special_tokens=False)
+
+    def token_names(self, tokens: Tokens) -> list[str]:
+        before, after = self._around
+        added = {*before, *after, self._padding}
+        names = zip(tokens.content.tolist(), super().token_names(tokens), strict=True)
+        return [(self._hf.id_to_token(i) or name) if i in added else name for i, name in names]
+
+    def embed(self, width: int) -> nn.Module:
+        return _Table(self.vocab_size, width, self.scale)
 
     def wanted(self, value: str) -> str:
         back = self.decode(self(value, empty=True))
         return back if _same(self._hf, value, back) else value
 
     def config(self) -> dict[str, Any]:
-        return {"causal": self.causal, "lossy": self.lossy}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.spec.encode("utf-8")}
@@ -175,6 +267,20 @@ class TextBPE(Tokenizer):
         if "lossy" not in config:  # a checkpoint from before this setting keeps its behaviour
             config = {**config, "lossy": bool(_changed(spec))}
         return cls(spec, **config)
+
+
+class _Table(nn.Embedding):
+    """A table of vectors; `scale` multiplies what is looked up, and not `weight`, which a head may share."""
+
+    def __init__(self, count: int, width: int, scale: float) -> None:
+        super().__init__(count, width)
+        nn.init.normal_(self.weight, std=0.02)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        found_ND = super().forward(input)
+        # rounded to the precision of the weights first, as models do that were trained with it
+        return found_ND if self.scale == 1.0 else found_ND * self.weight.new_full((), self.scale)
 
 
 @contextmanager
@@ -214,6 +320,26 @@ def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
     hf.no_truncation()  # a text is never cut in silence
     hf.no_padding()
     return hf, max(hf.get_vocab().values(), default=-1) + 1
+
+
+@lru_cache(maxsize=16)
+def _template(spec: str) -> tuple[list[int], list[int]]:
+    """The ids that the file's post-processor puts before and after those of a text.
+
+    Raises:
+        ConfigError: it does something else with them.
+    """
+    hf = _hf_from(spec)[0]
+    for text in PROBES:
+        with _no_panics("TextBPE"):
+            plain, framed = hf.encode(text, add_special_tokens=False).ids, hf.encode(text)
+        if plain:
+            start = framed.special_tokens_mask.index(0) if 0 in framed.special_tokens_mask else 0
+            before, after = framed.ids[:start], framed.ids[start + len(plain) :]
+            if framed.ids == [*before, *plain, *after]:
+                return before, after
+            break
+    raise ConfigError("TextBPE: template=True, but what this tokenizer.json adds does not stand around the text")
 
 
 PROBES = (

@@ -1,0 +1,120 @@
+"""Sound as Whisper hears it: its log-mel frames, two a token, and its two convolutions as the embedding."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from multimodal.shapes import ConfigError
+from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times
+from multimodal_tokenizers.audio import read_limited, spectrogram_picture
+
+HOP, WINDOW = 160, 400  # samples from frame to frame, and of a frame: 10 and 25 ms
+FRAMES = 2  # of a token: the stride of the second convolution
+POWER_FLOOR = 1e-10  # the least power that the logarithm gets
+RANGE = 8.0  # powers of ten below the loudest one, under which everything is equally silent
+
+
+@dataclass(frozen=True)
+class WhisperFrames(Tokenizer):
+    """Log-mel frames of 10 ms and their embedding by convolutions (Radford et al. 2022), equal to transformers'
+    WhisperFeatureExtractor; a token is two frames, and its time is in seconds.
+
+    The loudest moment of a value sets its floor, as there, so that no part of it can be encoded by itself.
+
+    mels: number of bands of a frame: 80, or 128 of large-v3.
+    pad_seconds: every sound is followed by silence up to this duration, on which Whisper was trained; a longer one is refused.
+        None: a sound has its own duration, up to a whole token.
+    """
+
+    mels: int = 80
+    pad_seconds: float | None = 30.0
+    rate_hz: ClassVar[int] = 16000
+    step = (FRAMES * HOP / 16000, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.mels < 1:
+            raise ConfigError(f"WhisperFrames: mels={self.mels} must be at least 1; Whisper has 80 or 128")
+        tokens = None if self.pad_seconds is None else self.pad_seconds / self.step[0]
+        if tokens is not None and (tokens < 1 or abs(tokens - round(tokens)) > 1e-6):
+            raise ConfigError(
+                f"WhisperFrames: pad_seconds={self.pad_seconds} is not a multiple of {self.step[0]}, the seconds of a token"
+            )
+
+    @property
+    def feature_size(self) -> int:
+        return FRAMES * self.mels
+
+    def encode(self, value: Any) -> Tokens:
+        token = FRAMES * HOP
+        most = self.max_tokens * token if self.pad_seconds is None else round(self.pad_seconds * self.rate_hz)
+        wave_S = read_limited(value, rate_hz=self.rate_hz, samples=most, who="WhisperFrames.encode")
+        wanted = most if self.pad_seconds is not None else -(-len(wave_S) // token) * token
+        frames_NF = self.spectrogram(F.pad(wave_S, (0, wanted - len(wave_S))))
+        stacked_NF = rearrange(frames_NF, "(n s) f -> n (s f)", s=FRAMES)
+        return Tokens(stacked_NF, self.places(len(stacked_NF)))
+
+    def spectrogram(self, wave_S: Tensor) -> Tensor:
+        """Log-mel frames (N, mels), one for each whole hop of 10 ms; their centres are reflected at both ends."""
+        window = torch.hann_window(WINDOW, device="cpu")
+        waves = torch.stft(wave_S, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+        # Whisper drops the last frame, whose centre is the end of the sound
+        power_NF = waves[:, :-1].abs().square().T @ _mel_bands(self.mels)
+        log_NF = power_NF.clamp(min=POWER_FLOOR).log10()
+        return (torch.maximum(log_NF, log_NF.max() - RANGE) + 4) / 4
+
+    def places(self, count: int) -> Tensor:
+        return at_times(torch.arange(count) * self.step[0])
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """The spectrogram, low tones at the bottom."""
+        return spectrogram_picture(rearrange(tokens.content, "n (s f) -> (n s) f", s=FRAMES))
+
+    def embed(self, width: int) -> nn.Module:
+        return _ConvStem(self.mels, width)
+
+
+@lru_cache(maxsize=4)
+def _mel_bands(mels: int) -> Tensor:
+    """Triangles (frequencies, mels) of equal area from 0 to 8000 Hz, their corners evenly on Slaney's scale: linear below 1000 Hz,
+    then 27 mels for each factor of 6.4.
+
+    In float64, since torchaudio's of float32 are off by up to 4e-4 of a narrow band's value.
+    """
+    # it is cached, so it must not be on the device of one caller
+    highest = 15 + 27 * math.log(8) / math.log(6.4)
+    corner_mel = torch.linspace(0, highest, mels + 2, dtype=torch.float64, device="cpu")
+    corner_hz = torch.where(corner_mel < 15, corner_mel * 200 / 3, 1000 * 6.4 ** ((corner_mel - 15) / 27))
+    hz = torch.linspace(0, 8000, WINDOW // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
+    low, centre, high = corner_hz[:-2], corner_hz[1:-1], corner_hz[2:]
+    triangles = torch.minimum((hz - low) / (centre - low), (high - hz) / (high - centre)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()
+
+
+class _ConvStem(nn.Module):
+    """gelu(conv) twice, over three frames each, the second with stride 2; each value is by itself, with silence around it."""
+
+    reads_places = True  # the neighbours of a frame are those of its own value
+
+    def __init__(self, mels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(mels, width, 3, padding=1)
+        self.second = nn.Conv1d(width, width, 3, stride=FRAMES, padding=1)
+
+    def forward(self, content_NF: Tensor, places: Places) -> Tensor:
+        # one row of all values, and an empty token before each: what a convolution reads beyond a value is then zero
+        count = len(places.lengths)
+        value_N = torch.repeat_interleave(torch.arange(count), torch.tensor(places.lengths, dtype=torch.long))
+        row_N = (torch.arange(len(value_N)) + value_N + 1).to(content_NF.device)
+        spaced_NF = content_NF.new_zeros(len(value_N) + count, content_NF.shape[1]).index_copy(0, row_N, content_NF)
+        there_N = torch.zeros(len(spaced_NF), device=content_NF.device, dtype=torch.bool).index_fill(0, row_N, True)
+
+        frames = rearrange(spaced_NF, "n (s f) -> 1 f (n s)", s=FRAMES)
+        # the bias of the first convolution fills the empty tokens, which the second must see empty
+        hidden = F.gelu(self.first(frames)).masked_fill(~there_N.repeat_interleave(FRAMES), 0.0)
+        return F.gelu(self.second(hidden))[0].T[row_N]
