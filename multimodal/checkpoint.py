@@ -72,6 +72,7 @@ def declarations(model: Network) -> dict[str, Any]:
             for pattern, task in model.tasks.items()
         ],
         "seed": model.seed,
+        **({} if model.origin is None else {"origin": model.origin}),
     }
 
 
@@ -220,6 +221,7 @@ def _load(cls: type[Network], folder: Path, finite: bool) -> Any:
         if outline is not None:
             check_tensors(header, outline.state_dict(), folder)
         model = cls(tokenizers, core, tasks, seed=config["seed"])
+        model.origin = config.get("origin")
     except CheckpointError as error:
         raise CheckpointError(_with_folder(folder, error)) from None
     except Exception as error:  # a config that was edited by hand can be wrong in any way

@@ -1,6 +1,7 @@
 """The model as users see it: predict, generate, save. Its weights and losses are in network.py."""
 
 import dataclasses
+import importlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
@@ -43,6 +44,7 @@ class Model(Network):
         read                        read the first fields of a task once, for many answers
         vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
         save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
+        from_pretrained, export     begin with trained weights of others; write them back in their layout
         pack, logits, losses, loss  pack samples as a stream, and compute its logits and losses
         forward, embed, rows        the core's states of a stream, and its embedded tokens
         readout, report             the module of a task's head, and the number of parameters by part
@@ -223,6 +225,7 @@ class Model(Network):
             seed=self.seed,
         )
         more.to(self.device, self.dtype).load_state_dict(self.state_dict(), strict=False)
+        more.origin = self.origin
         return more.train(self.training)
 
     def report(self) -> str:
@@ -275,6 +278,43 @@ class Model(Network):
             'square'
         """
         return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Any,
+        tasks: Sequence[str | Task] = (),
+        tokenizers: Mapping[str, Tokenizer] | None = None,
+        *,
+        seed: int = 0,
+        **options: Any,
+    ) -> "Model":
+        """A model with trained weights of others, and further kinds and tasks with new ones.
+
+        source, options: as `multimodal.pretrained.pretrained` takes them.
+
+        Raises:
+            CheckpointError: weights that cannot be read, or a layout that is not known.
+
+        Examples:
+            >>> labels = {"label": Labels(("cat", "dog"))}
+            >>> pets = mm.Model.from_pretrained("facebook/dinov2-small", ["image -> label"], labels)  # doctest: +SKIP
+        """
+        # by name, because the core must not depend on the families
+        room = importlib.import_module("multimodal.pretrained")
+        return room.pretrained(source, **options).model(tasks, tokenizers, seed=seed)
+
+    def export(self, to: str, folder: str | Path) -> Path:
+        """Write the model in the layout of another library, and return the folder.
+
+        to: "hf", the layout of transformers, for models that came from `from_pretrained`.
+
+        Raises:
+            ConfigError: another layout, or a model that it has no place for. CheckpointError: the folder has files already.
+        """
+        if to != "hf":
+            raise ConfigError(f"Model.export: to={to!r} is unknown; there is 'hf'")
+        return importlib.import_module("multimodal.pretrained").export(self, folder)
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
         """The answers of a head that is not autoregressive, in the order of the samples."""

@@ -31,8 +31,11 @@ class Network(nn.Module):
     Everything here works on packed streams. `Model` adds what users do with a model: predict, generate, save.
 
     most_tokens: the most tokens of a sample, read and written, for which its attention has positions; None: any number.
+    origin: where weights of others came from, as `multimodal.pretrained` notes it; None: these weights are our own.
     learns_from_rewards: whether an attention layer samples one key (`Hard`) and is therefore trained by REINFORCE.
     """
+
+    origin: Mapping[str, Any] | None = None
 
     def __init__(
         self,

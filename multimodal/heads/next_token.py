@@ -100,7 +100,7 @@ class NextToken(Head):
 
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         if self.tied:  # a table of the vocabulary's size would be made in vain
-            return Readout(width, 0, self.queries, self.bias)
+            return Readout(width, 1, self.queries, self.bias)
         return Readout(width, self.vocab(tokenizer), self.queries, self.bias)
 
     def vocab(self, tokenizer: Tokenizer) -> int:

@@ -16,20 +16,37 @@ from multimodal.task import Task
 from multimodal.texts import short_repr
 from multimodal.tokenizer import Tokenizer
 
-NO_MATTER = frozenset(
+NO_MATTER = {
     # how it was saved, and how a program would run it or write with it
-    "architectures dtype torch_dtype transformers_version _name_or_path _commit_hash model_type use_cache return_dict "
-    "output_attentions output_hidden_states chunk_size_feed_forward problem_type _attn_implementation "
-    "gradient_checkpointing pad_token_id id2label label2id num_labels auto_map pretraining_tp tokenizer_class "
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_commit_hash", "model_type"),
+    *(
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "problem_type",
+    ),
+    *(
+        "_attn_implementation",
+        "gradient_checkpointing",
+        "pad_token_id",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "auto_map",
+    ),
+    *("pretraining_tp", "tokenizer_class"),
     # only for weights that are new, or for training
-    "initializer_range initializer_factor attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob "
-    "dropout activation_dropout classifier_dropout embd_pdrop attn_pdrop resid_pdrop dropout_rate layerdrop drop_path_rate".split()
-)
+    *("initializer_range", "initializer_factor", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout"),
+    *("hidden_dropout_prob", "dropout", "activation_dropout", "classifier_dropout", "embd_pdrop", "attn_pdrop"),
+    *("resid_pdrop", "dropout_rate", "layerdrop", "drop_path_rate"),
+}
 """Fields of any configuration that do not change what a trained model computes."""
 
 
 class Settings:
-    """A configuration of theirs, field by field: what is not asked for, or has another value than we can do, is refused by name."""
+    """A configuration of theirs, field by field; a field that is not asked for, or whose value we cannot do, is refused by name."""
 
     def __init__(self, where: str, config: Mapping[str, Any]) -> None:
         self.where, self.config = where, config
@@ -74,8 +91,8 @@ class Settings:
         """Raise a CheckpointError if there are fields that nobody has asked for."""
         if unknown := sorted(set(self.config) - self._known):
             raise CheckpointError(
-                f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; it is refused, because "
-                "the model would compute something else than ours"
+                f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; it is "
+                "refused, because ours might compute something else"
             )
 
 
@@ -95,7 +112,9 @@ def activation(settings: Settings, name: str, default: str) -> Any:
     """Our name of the activation that a field names."""
     given = settings.get(name, default)
     if given not in ACTIVATIONS:
-        raise CheckpointError(f"{settings.where}: {name}={given!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(
+            f"{settings.where}: {name}={given!r} is not supported; there are {', '.join(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[given]
 
 

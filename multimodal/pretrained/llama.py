@@ -151,7 +151,9 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
         tokens = scaling.pop("original_max_position_embeddings")
         bands = (scaling.pop("low_freq_factor"), scaling.pop("high_freq_factor"), tokens)
     elif kind not in ("default", "linear"):
-        raise CheckpointError(f"{where}: rope_type={kind!r} is not supported; there are 'default', 'linear' and 'llama3'")
+        raise CheckpointError(
+            f"{where}: rope_type={kind!r} is not supported; there are 'default', 'linear' and 'llama3'"
+        )
     if scaling or fraction != 1.0:
         names = [*scaling, *(["partial_rotary_factor"] if fraction != 1.0 else [])]
         raise CheckpointError(f"{where}: rope_parameters have {', '.join(names)}, which this version does not know")

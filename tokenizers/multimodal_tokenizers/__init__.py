@@ -3,6 +3,7 @@
 from multimodal_tokenizers.audio import AudioFrames
 from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.features import Features
+from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
 from multimodal_tokenizers.spectrogram import SpectrogramPatches
@@ -13,6 +14,7 @@ __all__ = [
     "AudioFrames",
     "Codes",
     "Features",
+    "Ids",
     "ImagePatches",
     "Labels",
     "SpectrogramPatches",

@@ -55,7 +55,7 @@ class TextBytes(Tokenizer):
         return bytes(tokens.content.tolist()).decode("utf-8", errors="replace")
 
     def embed(self, width: int) -> nn.Module:
-        return _Table(BYTES, width, self.scale)
+        return Table(BYTES, width, self.scale)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class TextBPE(Tokenizer):
     pad_to: the number of tokens of every text, filled up with padding that is read like the rest; a longer text is refused.
     pad_id: the id of padding; None: the one that the file names.
     scale: factor of the embedded vectors; the table of weights is without it.
+    ids: number of ids, at least those of the file, since some models have a larger table; None: those of the file.
     """
 
     spec: str = field(repr=False)
@@ -81,10 +82,13 @@ class TextBPE(Tokenizer):
     pad_to: int | None = None
     pad_id: int | None = None
     scale: float = 1.0
+    ids: int | None = None
     text = True
 
     def __post_init__(self) -> None:
-        _hf_from(self.spec)  # raises now, not at the first text
+        own = _hf_from(self.spec)[1]  # raises now, not at the first text
+        if self.ids is not None and self.ids < own:
+            raise ConfigError(f"TextBPE: ids={self.ids}, but this tokenizer.json has {own}; give at least as many")
         if self.template and not any(_template(self.spec)):
             raise ConfigError("TextBPE: template=True, but this tokenizer.json adds nothing to a text; take it off")
         if self.pad_to is None:
@@ -105,7 +109,7 @@ class TextBPE(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return _hf_from(self.spec)[1]
+        return _hf_from(self.spec)[1] if self.ids is None else self.ids
 
     @property
     def length(self) -> int | None:
@@ -246,7 +250,7 @@ class TextBPE(Tokenizer):
         return [(self._hf.id_to_token(i) or name) if i in added else name for i, name in names]
 
     def embed(self, width: int) -> nn.Module:
-        return _Table(self.vocab_size, width, self.scale)
+        return Table(self.vocab_size, width, self.scale)
 
     def wanted(self, value: str) -> str:
         back = self.decode(self(value, empty=True))
@@ -269,7 +273,7 @@ class TextBPE(Tokenizer):
         return cls(spec, **config)
 
 
-class _Table(nn.Embedding):
+class Table(nn.Embedding):
     """A table of vectors; `scale` multiplies what is looked up, and not `weight`, which a head may share."""
 
     def __init__(self, count: int, width: int, scale: float) -> None:

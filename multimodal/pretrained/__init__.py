@@ -1,0 +1,174 @@
+"""Trained weights of others in our core, and back: `pretrained("owner/model")`, and the families that can be read.
+
+config.json --family--> tokenizers, core, tasks (a Blueprint)        their tensors --pairs--> our weights
+"""
+
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.core import Core
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.model import Model
+from multimodal.pretrained import source as sources
+from multimodal.pretrained.convert import converted, given_back
+from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.llama import Llama
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.task import Task
+from multimodal.tokenizer import Tokenizer
+
+FAMILIES: tuple[Family, ...] = (Llama(),)
+"""Every layout that can be read and written."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained model of others as our declarations and weights.
+
+    name: what it was loaded from. revision: its commit on the hub, or None.
+    tokenizers, core, tasks: what `Model` takes.
+    weights: by name as in `Model.state_dict`, its weights.
+    unused: by name, tensors of theirs that this model has no use for, and why.
+    origin: what a checkpoint stores of it, so that it can be given back in its own layout.
+    """
+
+    name: str
+    revision: str | None
+    tokenizers: Mapping[str, Tokenizer]
+    core: Core | EncoderDecoder
+    tasks: Sequence[Task]
+    weights: Mapping[str, Tensor] = field(repr=False)
+    unused: Mapping[str, str] = field(repr=False)
+    origin: Mapping[str, Any] = field(repr=False)
+
+    def model(
+        self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
+    ) -> Model:
+        """A model with these weights, in evaluation mode; further kinds and tasks have new weights.
+
+        Raises:
+            ConfigError: a kind or task that is there already.
+        """
+        made = Model(self.tokenizers, self.core, self.tasks, seed=seed)
+        dtype = next(iter(self.weights.values())).dtype
+        made.to(dtype).load_state_dict(dict(self.weights))
+        made.origin = self.origin
+        return (made.extended(tokenizers, tasks) if tasks or tokenizers else made).eval()
+
+
+def pretrained(
+    source: Any, *, revision: str | None = None, dtype: torch.dtype | None = torch.float32, pickle: bool = False
+) -> Pretrained:
+    """Read a trained model of others.
+
+    source: a folder with config.json and safetensors, a name on the hub such as "facebook/dinov2-small", or a model of transformers
+        or timm.
+    revision: the branch, tag or commit of a hub name.
+    dtype: the precision of the weights; None: as they are stored.
+    pickle: whether weights may be a pickle (.bin), which is read with `weights_only`.
+
+    Raises:
+        CheckpointError: nothing there; a configuration with a field that we do not know; a tensor without a place.
+
+    Examples:
+        >>> smollm = mm.pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
+        >>> smollm.model().generate("text -> text", text="Once upon a time", max_tokens=20)  # doctest: +SKIP
+    """
+    found = sources.find(source, revision=revision, pickle=pickle)
+    blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors))
+    weights, unused = converted(found, blueprint, shapes, dtype)
+    config = {name: value for name, value in found.config.items() if name != "module"}
+    origin = {
+        "name": found.name,
+        "revision": found.revision,
+        "config": config,
+        "tensors": sorted(set(found.tensors) - set(unused)),
+        "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
+    }
+    return Pretrained(
+        found.name,
+        found.revision,
+        blueprint.tokenizers,
+        blueprint.core,
+        tuple(blueprint.tasks),
+        weights,
+        unused,
+        origin,
+    )
+
+
+def blueprint_of(
+    where: str, config: Mapping[str, Any], files: Mapping[str, bytes], names: Sequence[str]
+) -> tuple[Blueprint, dict[str, torch.Size]]:
+    """(our declarations for a configuration of theirs, every field of which is understood; by name the shapes of our weights).
+
+    Raises:
+        CheckpointError: an unknown family or field.
+    """
+    kind = config.get("model_type")
+    family = next((family for family in FAMILIES if kind in family.names), None)
+    if family is None:
+        known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
+        raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
+    settings = Settings(where, config)
+    blueprint = family.read(settings, files, names)
+    settings.finish()
+    with torch.device("meta"):
+        outline = Model(blueprint.tokenizers, blueprint.core, list(blueprint.tasks))
+    shapes = {name: x.shape for name, x in outline.state_dict().items()}
+    made = [pair.ours for pair in blueprint.pairs]
+    # each weight of ours has one source; anything else is a mistake in the family
+    assert sorted(made) == sorted(shapes), f"{set(shapes) ^ set(made) or 'one is made twice'}"
+    return blueprint, shapes
+
+
+def export(model: Model, folder: str | Path) -> Path:
+    """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
+
+    Weights that were not trained are written bit for bit as they came.
+
+    Raises:
+        ConfigError: the model did not come from there, or has kinds, tasks or a core that this layout cannot hold.
+        CheckpointError: the folder has files already.
+    """
+    folder, origin = Path(folder), model.origin
+    if origin is None:
+        raise ConfigError(
+            "export: this model was not made of trained weights of others, so that there is no layout to write"
+        )
+    files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
+    spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
+    if spec is not None:
+        files["tokenizer.json"] = spec.encode("utf-8")
+    blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"])
+    same = {
+        "core": model.core.core == blueprint.core,
+        "tokenizers": model.packer.tokenizers == dict(blueprint.tokenizers),
+        "tasks": {p: t.head for p, t in model.tasks.items()} == {t.pattern: t.head for t in blueprint.tasks},
+    }
+    if changed := [name for name, equal in same.items() if not equal]:
+        raise ConfigError(
+            f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout has no place "
+            "for others; use Model.save"
+        )
+    theirs = given_back(blueprint.pairs, model.state_dict())
+    theirs |= {copy: theirs[name] for copy, name in blueprint.copies.items() if copy in origin["tensors"]}
+    sources.write(folder, origin["config"], theirs, files)
+    return folder
+
+
+class _Room(types.ModuleType):
+    """This module, which may also be called: `mm.pretrained("owner/model")`."""
+
+    def __call__(self, source: Any, **options: Any) -> Pretrained:
+        return pretrained(source, **options)
+
+
+sys.modules[__name__].__class__ = _Room

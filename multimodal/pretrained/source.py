@@ -1,0 +1,193 @@
+"""Where trained weights come from: a folder or file, a name on the Hugging Face hub, or a model object of transformers or timm."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from multimodal.files import parse_json
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.texts import shortened
+
+CONFIG = "config.json"
+BESIDE = ("tokenizer.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of theirs that has been found, with its weights not yet read.
+
+    name: what the user gave, for errors and records.
+    config: its configuration.
+    tensors: by name, its tensors, each read when it is asked for.
+    files: by name, the contents of the files beside them that say how data are prepared.
+    revision: the commit of a hub name; None: it has none.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    revision: str | None = None
+
+
+def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> Source:
+    """Find a model of theirs.
+
+    source: a folder with config.json and weights, or a file of weights in it; a name such as "facebook/dinov2-small"; or a model
+        of transformers or timm.
+    revision: the branch, tag or commit of a hub name. pickle: whether a file of weights may be a pickle (.bin), which is read with
+        `weights_only`; else only safetensors are read.
+
+    Raises:
+        CheckpointError: nothing there, or files that cannot be read. ConfigError: something else was given.
+    """
+    if isinstance(source, torch.nn.Module):
+        return _of_module(source)
+    if not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"pretrained: give a folder, a name on the hub, or a model of transformers or timm, not {type(source).__name__}"
+        )
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise ConfigError(f"pretrained: {path} is here, so revision={revision!r} has no meaning")
+        return _of_folder(str(source), path if path.is_dir() else path.parent, pickle, path if path.is_file() else None)
+    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise CheckpointError(
+            f"pretrained: there is no folder or file {str(source)!r}, and it is no name such as 'owner/model'"
+        )
+    return _of_hub(str(source), revision, pickle)
+
+
+def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, revision: str | None = None) -> Source:
+    config = _json(folder / CONFIG)
+    files = {beside: (folder / beside).read_bytes() for beside in BESIDE if (folder / beside).is_file()}
+    found = [file] if file else [folder / name for name in (*WEIGHTS, *PICKLES) if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{folder}: there are no weights here; wanted {' or '.join(WEIGHTS)}")
+    weights = found[0]
+    parts = [weights]
+    if weights.name.endswith(".index.json"):
+        names = _json(weights).get("weight_map", {})
+        parts = [folder / part for part in sorted(set(names.values()))]
+        if any(Path(part.name) != part.relative_to(folder) for part in parts):
+            raise CheckpointError(f"{weights}: it names files outside its folder")
+    if any(part.suffix != ".safetensors" for part in parts):
+        if not pickle:
+            raise CheckpointError(
+                f"{weights}: a pickle, which is read only if you say so: pretrained(.., pickle=True). It is then read with "
+                "weights_only, so that it can run no code; safetensors are better"
+            )
+        return Source(name, config, _read_pickles(parts), files, revision)
+    return Source(name, config, _Lazy(parts), files, revision)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: there is no {path.name} here")
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read: {shortened(error, 300)}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: wanted an object, not {type(found).__name__}")
+    return found
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """The tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, parts: list[Path]) -> None:
+        self._file_of: dict[str, Any] = {}
+        for part in parts:
+            try:
+                opened = safe_open(part, framework="pt")
+                self._file_of |= dict.fromkeys(opened.keys(), opened)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{part}: cannot be read: {shortened(error, 300)}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def _read_pickles(parts: list[Path]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        try:
+            state = torch.load(part, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or foreign pickle raises
+            raise CheckpointError(f"{part}: cannot be read: {type(error).__name__}: {shortened(error, 300)}") from None
+        if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+            raise CheckpointError(f"{part}: wanted tensors by name")
+        found |= state
+    return found
+
+
+def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = [CONFIG, *BESIDE, "*.safetensors", "*.safetensors.index.json"]
+    try:
+        # the commit is pinned before anything is read, so that all files are of one version
+        commit = revision
+        if not constants.HF_HUB_OFFLINE:
+            commit = HfApi().model_info(name, revision=revision).sha
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+        if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
+            folder = Path(
+                snapshot_download(name, revision=commit, allow_patterns=[*wanted, "*.bin", "*.bin.index.json"])
+            )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"pretrained: {name!r} is no folder here, and cannot be had from the hub: {shortened(error, 300)}"
+        ) from None
+    return _of_folder(name, folder, pickle, revision=commit or folder.name)
+
+
+def _of_module(module: torch.nn.Module) -> Source:
+    name = type(module).__name__
+    if hasattr(module, "save_pretrained") and hasattr(module, "config"):
+        # their names in memory differ from those of their files, so it is written once
+        with tempfile.TemporaryDirectory() as folder:
+            module.save_pretrained(folder)  # type: ignore[operator]
+            source = _of_folder(name, Path(folder), False)
+            return Source(name, source.config, {key: x.clone() for key, x in source.tensors.items()}, source.files)
+    if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration but themselves
+        config = {"model_type": f"timm:{name}", "module": module}
+        return Source(name, config, module.state_dict())
+    raise ConfigError(
+        f"pretrained: {name} is no model of transformers or timm; give a folder, a name on the hub, or such a model"
+    )
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
+    """Write a folder in their layout.
+
+    Raises:
+        CheckpointError: the folder has files already.
+    """
+    from safetensors.torch import save_file
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: there are files here already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.contiguous().clone() for name, x in tensors.items()}, folder / WEIGHTS[0], {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, data in files.items():
+        (folder / name).write_bytes(data)

@@ -1,0 +1,117 @@
+"""Comparison of a loaded model with the one of transformers that it came from."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import multimodal as mm
+from multimodal.pretrained import Pretrained, pretrained
+
+TOLERANCE = 1e-4
+
+
+def saved(module: Any, folder: Path) -> Path:
+    """The folder in which transformers saved this model, with weights that are not its initial ones: no zeros, no ones."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else 0.15))
+    module.eval().save_pretrained(folder)
+    return folder
+
+
+def logits_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
+    """The logits of each sample, all packed together."""
+    with torch.inference_mode():
+        stream = model.pack(task, samples)
+        found = model.logits(stream)[task]
+    reading = stream.readings[task]
+    by_number = dict(zip(reading.samples, found.split(list(reading.lengths)), strict=True))
+    return [by_number[i] for i in range(len(samples))]
+
+
+def states_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
+    """The states of what each sample reads, all packed together."""
+    with torch.inference_mode():
+        stream = model.pack(task, samples, answers=False)
+        state_TD = model(stream)
+    spans, info = stream.layout.spans, stream.layout.info
+    reading = stream.readings[task]
+    place = {int(info.sample[row]): i for i, row in zip(reading.samples, first_rows(reading), strict=True)}
+    found = {}
+    for number, span in enumerate(spans):
+        rows = (info.sample == number).nonzero()[:, 0][: span.read]
+        found[place[number]] = state_TD[rows]
+    return [found[i] for i in range(len(samples))]
+
+
+def first_rows(reading: Any) -> list[int]:
+    """The first row of each sample that a head reads."""
+    ends = torch.tensor(reading.lengths).cumsum(0) - torch.tensor(reading.lengths)
+    return reading.row_N[ends].tolist()
+
+
+def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of any number."""
+    assert [x.shape for x in ours] == [x.shape for x in theirs]
+    assert all(x.abs().max() > 1e-2 for x in theirs), "the case does not exercise anything"
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def check_round_trip(folder: Path, given: Path) -> None:
+    """In and out again gives the same tensors, bit for bit, under the same names; and a second time through `Model.save`."""
+    model = pretrained(given).model()
+    model.export("hf", folder / "out")
+    first, second = load_file(given / "model.safetensors"), load_file(folder / "out" / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    model.save(folder / "ours")
+    mm.Model.load(folder / "ours").export("hf", folder / "again")
+    again = load_file(folder / "again" / "model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@contextmanager
+def changed(folder: Path, name: str, by: float = 1e-3) -> Iterator[None]:
+    """Within this context the numbers of a tensor on disk are off by this much."""
+    path = folder / "model.safetensors"
+    before = path.read_bytes()
+    tensors = load_file(path)
+    tensors[name] += by
+    save_file(tensors, path, {"format": "pt"})
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def check_mutations(
+    given: Path, difference: Callable[[Pretrained], float], names: list[str], core: dict[str, Any]
+) -> None:
+    """The comparison fails if any of these tensors is off by 1e-3, or one setting of the core is another."""
+    for name in names:
+        with changed(given, name):
+            assert difference(pretrained(given)) > TOLERANCE, name
+    loaded = pretrained(given)
+    for setting, value in core.items():
+        assert difference(replace(loaded, core=loaded.core.replace(**{setting: value}))) > TOLERANCE, setting
+
+
+def refused(config: dict[str, Any], given: Path, message: str) -> None:
+    """A folder with these fields in its configuration is refused with this message."""
+    path = given / "config.json"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps({**json.loads(before), **config}), encoding="utf-8")
+    try:
+        with pytest.raises(mm.CheckpointError, match=message):
+            pretrained(given)
+    finally:
+        path.write_text(before, encoding="utf-8")

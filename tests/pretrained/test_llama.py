@@ -1,0 +1,122 @@
+"""Llama, SmolLM2, Mistral, Qwen2.5 and Qwen3 against transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import multimodal as mm
+from multimodal.pretrained import Pretrained, pretrained
+from tests.pretrained.compared import (
+    TOLERANCE,
+    check_mutations,
+    check_round_trip,
+    largest,
+    logits_by_sample,
+    refused,
+    saved,
+)
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 71,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rms_norm_eps": 1e-5}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama 3.1": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}),
+    "mistral": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3 tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+}
+IDS = [[5, 9, 2, 70, 1, 0, 33], [60, 3, 3, 8, 11, 12, 40, 41, 7, 7, 6, 20, 33]]
+
+
+def build(name: str, **more: Any) -> Any:
+    kind, settings = CASES[name]
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **settings, **more})
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def ours(loaded: Pretrained, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
+    return logits_by_sample(loaded.model(), "text -> text", [{"text": x[:1], "answer": x[1:]} for x in ids])
+
+
+def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return [module(torch.tensor([x])).logits[0] for x in ids]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers_packed_and_alone(name: str, tmp_path: Path) -> None:
+    module = build(name)
+    loaded = pretrained(saved(module, tmp_path / "theirs"))
+    assert largest(ours(loaded), theirs(module)) < TOLERANCE
+    for one in IDS:
+        assert largest(ours(loaded, [one]), theirs(module, [one])) < TOLERANCE
+    check_round_trip(tmp_path, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "mistral", "qwen3"])
+def test_what_is_written_is_what_transformers_writes(name: str, tmp_path: Path) -> None:
+    module = build(name)
+    model = pretrained(saved(module, tmp_path)).model()
+    ids = torch.tensor([IDS[1]])
+    wanted = module.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
+    assert model.generate("text -> text", text=IDS[1], max_tokens=9).value == wanted.tolist()
+
+
+def test_any_small_change_is_found(tmp_path: Path) -> None:
+    for name, tensors, core in (
+        ("llama with biases", ["model.layers.1.self_attn.v_proj.bias", "model.layers.2.mlp.down_proj.bias"], {}),
+        ("qwen3", ["model.layers.0.self_attn.q_norm.weight"], {"norm": mm.core.Norm(eps=1e-3)}),
+        ("llama", ["model.norm.weight"], {"rotary_base": (9000.0, 100.0, 100.0), "norm": mm.core.Norm(eps=1e-4)}),
+    ):
+        module = build(name)
+        given = saved(module, tmp_path / name)
+        wanted = theirs(module)
+        check_mutations(given, lambda loaded, wanted=wanted: largest(ours(loaded), wanted), tensors, core)
+
+
+def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    given = saved(build("llama"), tmp_path)
+    refused({"attention_sinks": 4}, given, r"has attention_sinks, which this version does not know")
+    refused({"hidden_act": "mish"}, given, r"hidden_act='mish' is not supported; there are silu")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    refused({"rope_parameters": yarn}, given, r"rope_type='yarn' is not supported; there are 'default'")
+    refused({"model_type": "llamaa"}, given, r"models of type 'llamaa' are not among")
+    refused(
+        {"intermediate_size": 64},
+        given,
+        r"down_proj.weight \(32, 48\): by the configuration they should make .* \(32, 64\)|gate_proj",
+    )
+    refused({"num_hidden_layers": 4}, given, r"there is no tensor 'model.layers.3")
+    refused({"num_hidden_layers": 2}, given, r"nothing uses the tensor 'model.layers.2")
+
+
+def test_the_default_size_of_a_small_model(tmp_path: Path) -> None:
+    """SmolLM2-135M's width and heads, at a depth of 2 and with a small vocabulary."""
+    settings = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    module = build("smollm2", **settings, num_hidden_layers=2)
+    assert largest(ours(pretrained(saved(module, tmp_path))), theirs(module)) < TOLERANCE
