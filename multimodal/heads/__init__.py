@@ -9,23 +9,31 @@ from multimodal.heads.flow import FlowMatching
 from multimodal.heads.masked import Masked
 from multimodal.heads.next_token import NextToken
 from multimodal.heads.pointer import Memory, Pointer
+from multimodal.heads.pool import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer
 
 __all__ = [
     "CTC",
+    "Attended",
     "Classify",
     "Contrast",
     "EachRow",
+    "First",
+    "FirstAndMean",
     "FlowMatching",
     "Head",
+    "Last",
     "Masked",
+    "Mean",
     "Memory",
     "NextToken",
     "Pointer",
+    "Pool",
     "Prediction",
     "Reading",
     "Readout",
+    "Transformed",
     "default_head",
     "one_class",
 ]

@@ -261,6 +261,7 @@ class Readout(nn.Module):
         if self.linear.bias is not None:
             nn.init.zeros_(self.linear.bias)
         self.query = nn.Parameter(torch.randn(queries, width) * 0.02) if queries else None
+        self.pool: nn.Module | None = None  # of a head that pools states
 
 
 class Head(Declared, ABC):

@@ -1,15 +1,18 @@
 """A head that answers with one class, or with a set of classes."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.declare import check_part
 from multimodal.heads.base import (
+    EncodedSample,
     Head,
+    LaidOut,
     Prediction,
     Readout,
     check_smoothing,
@@ -17,6 +20,7 @@ from multimodal.heads.base import (
     computes_as,
 )
 from multimodal.heads.cross_entropy import linear_cross_entropy
+from multimodal.heads.pool import Pool
 from multimodal.shapes import StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 
@@ -25,16 +29,42 @@ from multimodal.tokenizer import Tokenizer, Tokens
 class Classify(Head):
     """One class; or a set of classes, if the tokenizer has a feature of 0 or 1 for each class.
 
-    The answer is computed from a learned token that attends to the whole context.
+    The answer is computed from a learned token that attends to the whole context, or from a pool of the context's states.
 
     label_smoothing: the share of the target that is spread evenly over all classes, from 0 to below 1 (Szegedy et al. 2016).
+    pool: how the states of the context become one vector, such as `First()` or `Mean()`; None: a learned token reads them.
     """
 
     label_smoothing: float = 0.0
-    queries: ClassVar[int] = 1
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         check_smoothing(self)
+        if self.pool is not None:
+            check_part("Classify: pool", self.pool, Pool, "First()")
+
+    @property
+    def queries(self) -> int:
+        """Number of learned tokens."""
+        return 1 if self.pool is None else 0
+
+    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
+        (part,) = super().lay_out(sample)
+        if self.pool is None:
+            return [part]
+        first, last = self.pool.rows(part.read)
+        return [dataclasses.replace(part, first=first, last=last)]
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
+        if self.pool is None:
+            return super().readout(width, tokenizer)
+        readout = Readout(self.pool.width(width), self.vocab(tokenizer), 0)
+        readout.pool = self.pool.weights(width)
+        return readout
+
+    def _pooled(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The vector (B, D) of each sample that is classified."""
+        return state_ND if self.pool is None else self.pool.pool(state_ND, lengths, readout.pool)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         if not len(tokens):
@@ -51,7 +81,7 @@ class Classify(Head):
         return class_count(self, tokenizer)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        return readout.linear(state_ND)
+        return readout.linear(self._pooled(readout, state_ND, lengths))
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         if target.is_floating_point():  # multi-hot: the mean over classes is comparable with the loss of one class
@@ -63,7 +93,8 @@ class Classify(Head):
     ) -> Tensor:
         if target.is_floating_point() or not computes_as(self, Classify):
             return super().state_loss(readout, state_ND, lengths, target, target_lengths)
-        return linear_cross_entropy(readout.linear, state_ND, target, self.label_smoothing)
+        vector_BD = self._pooled(readout, state_ND, lengths)
+        return linear_cross_entropy(readout.linear, vector_BD, target, self.label_smoothing)
 
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point():

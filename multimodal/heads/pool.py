@@ -1,0 +1,223 @@
+"""Pools: how the states of what was read become one vector, where no learned token attends to them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.declare import Declared, check_part
+from multimodal.layers.mlp import ACTIVATIONS
+from multimodal.norm import Norm
+from multimodal.shapes import ConfigError, check_whole
+
+
+class Pool(Declared, ABC):
+    """How the states (N, D) of what was read become one vector for each sample. Subclass as a frozen dataclass and write `pool`."""
+
+    def rows(self, read: int) -> tuple[int, int]:
+        """The rows that it needs, from the first to before the last, of a sample of which `read` tokens were read."""
+        return 0, read
+
+    def width(self, width: int) -> int:
+        """The width of the vector, for states of this width."""
+        return width
+
+    def weights(self, width: int) -> nn.Module | None:
+        """Makes its learned parameters, for states of this width; `pool` gets them last."""
+        return None
+
+    @abstractmethod
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        """The vectors (B, `width`), from the rows that it needs, sample after sample; `lengths` is their number in each."""
+
+
+@dataclass(frozen=True)
+class First(Pool):
+    """The state of the first token, such as a class token, or the mean of the first ones.
+
+    count: number of tokens.
+    """
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole("First", least=1, count=self.count)
+
+    def rows(self, read: int) -> tuple[int, int]:
+        return 0, min(self.count, read)
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        return state_ND if self.count == 1 else means(state_ND, lengths)
+
+
+@dataclass(frozen=True)
+class Last(Pool):
+    """The state of the last token that was read."""
+
+    def rows(self, read: int) -> tuple[int, int]:
+        return read - 1, read
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        return state_ND
+
+
+@dataclass(frozen=True)
+class Mean(Pool):
+    """The mean of the states.
+
+    skip: number of tokens at the beginning that are left out, such as a class token.
+    """
+
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("Mean", skip=self.skip)
+
+    def rows(self, read: int) -> tuple[int, int]:
+        if read <= self.skip:
+            raise ConfigError(f"Mean: there are {read} tokens, and skip={self.skip} leaves none; skip fewer")
+        return self.skip, read
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        return means(state_ND, lengths)
+
+
+@dataclass(frozen=True)
+class FirstAndMean(Pool):
+    """The state of the first token and the mean of others, one after the other (Oquab et al. 2023, section 7.1).
+
+    skip: number of tokens at the beginning that are left out of the mean.
+    """
+
+    skip: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole("FirstAndMean", least=1, skip=self.skip)
+
+    def width(self, width: int) -> int:
+        return 2 * width
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        parts = state_ND.split(list(lengths))
+        if any(len(part) <= self.skip for part in parts):
+            raise ConfigError(f"FirstAndMean: a sample has no more than skip={self.skip} tokens; skip fewer")
+        return torch.stack([torch.cat([part[0], part[self.skip :].mean(0)]) for part in parts])
+
+
+@dataclass(frozen=True)
+class Attended(Pool):
+    """A learned query attends to all states, and an MLP with a residual connection follows: the head of SigLIP (Zhai et al. 2023).
+
+    heads: number of heads.
+    hidden: hidden width of the MLP; None: four times that of the states.
+    activation: that of the MLP, see `MLP`.
+    norm: the norm before the MLP.
+    """
+
+    heads: int
+    hidden: int | None = None
+    activation: str = "gelu_tanh"
+    norm: Norm = field(default_factory=lambda: Norm(centred=True, bias=True))
+
+    def __post_init__(self) -> None:
+        check_whole("Attended", least=1, heads=self.heads)
+        _check_activation(self, self.activation)
+
+    def weights(self, width: int) -> nn.Module:
+        return _Attended(width, self)
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        return weights(state_ND, lengths)
+
+
+class _Attended(nn.Module):
+    def __init__(self, width: int, pool: Attended) -> None:
+        super().__init__()
+        hidden = pool.hidden or 4 * width
+        self.query = nn.Parameter(torch.randn(1, width) * 0.02)
+        self.attention = nn.MultiheadAttention(width, pool.heads, batch_first=True)
+        self.norm = pool.norm.build(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[pool.activation]
+
+    def forward(self, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        # padded here, because each sample has a single query
+        state_BTD = nn.utils.rnn.pad_sequence(list(state_ND.split(list(lengths))), batch_first=True)
+        length_B = torch.tensor(lengths, device=state_ND.device)
+        padding_BT = torch.arange(state_BTD.shape[1], device=state_ND.device) >= length_B[:, None]
+        query_B1D = self.query.expand(len(state_BTD), 1, -1)
+        read_BD = self.attention(query_B1D, state_BTD, state_BTD, key_padding_mask=padding_BT, need_weights=False)[0][
+            :, 0
+        ]
+        return read_BD + self.down(self.activation(self.up(self.norm(read_BD))))
+
+
+@dataclass(frozen=True)
+class Transformed(Pool):
+    """Another pool, then a norm, a linear layer with an activation, and a norm, as far as they are declared.
+
+    of: the other pool.
+    first_norm: the norm of the pooled vector.
+    dense: the activation of a linear layer of the same width, "tanh" or one of `MLP`; None: there is none.
+    bias: whether the linear layer has a bias.
+    last_norm: the norm behind it.
+    """
+
+    of: Pool
+    first_norm: Norm | None = None
+    dense: Literal["tanh", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] | None = None
+    bias: bool = True
+    last_norm: Norm | None = None
+
+    def __post_init__(self) -> None:
+        check_part("Transformed: of", self.of, Pool, "First()")
+        if self.dense is not None:
+            _check_activation(self, self.dense)
+
+    def rows(self, read: int) -> tuple[int, int]:
+        return self.of.rows(read)
+
+    def width(self, width: int) -> int:
+        return self.of.width(width)
+
+    def weights(self, width: int) -> nn.Module:
+        return _Transformed(self, width)
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        return weights.last_norm(weights.dense(weights.first_norm(self.of.pool(state_ND, lengths, weights.of))))
+
+
+class _Transformed(nn.Module):
+    def __init__(self, pool: Transformed, width: int) -> None:
+        super().__init__()
+        self.of = pool.of.weights(width)
+        width = pool.of.width(width)
+        self.first_norm = nn.Identity() if pool.first_norm is None else pool.first_norm.build(width)
+        self.dense = nn.Identity() if pool.dense is None else _Dense(width, pool.dense, pool.bias)
+        self.last_norm = nn.Identity() if pool.last_norm is None else pool.last_norm.build(width)
+
+
+class _Dense(nn.Module):
+    def __init__(self, width: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias)
+        self.activation = torch.tanh if activation == "tanh" else ACTIVATIONS[activation]
+
+    def forward(self, vector_BD: Tensor) -> Tensor:
+        return self.activation(self.linear(vector_BD))
+
+
+def means(state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The mean state (B, D) of each sample, from the rows of all, end to end."""
+    length_B = torch.tensor(lengths, device=state_ND.device)
+    number_N = torch.arange(len(lengths), device=state_ND.device).repeat_interleave(length_B)
+    sum_BD = state_ND.new_zeros(len(lengths), state_ND.shape[1]).index_add(0, number_N, state_ND)
+    return sum_BD / length_B[:, None]
+
+
+def _check_activation(pool: Pool, name: str) -> None:
+    if name not in (*ACTIVATIONS, "tanh") or (name == "tanh" and isinstance(pool, Attended)):
+        raise ConfigError(f"{type(pool).__name__}: {name!r} is no activation; there are {', '.join(ACTIVATIONS)}")
