@@ -1,0 +1,209 @@
+"""The contract of a family: how its configuration becomes our declarations, and which tensors hold which of our weights."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.core import Core
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+from multimodal.texts import short_repr
+from multimodal.tokenizer import Tokenizer
+
+NO_MATTER = frozenset(
+    # how it was saved, and how a program would run it or write with it
+    "architectures dtype torch_dtype transformers_version _name_or_path _commit_hash model_type use_cache return_dict "
+    "output_attentions output_hidden_states chunk_size_feed_forward problem_type _attn_implementation "
+    "gradient_checkpointing pad_token_id id2label label2id num_labels auto_map pretraining_tp tokenizer_class "
+    # only for weights that are new, or for training
+    "initializer_range initializer_factor attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob "
+    "dropout activation_dropout classifier_dropout embd_pdrop attn_pdrop resid_pdrop dropout_rate layerdrop drop_path_rate".split()
+)
+"""Fields of any configuration that do not change what a trained model computes."""
+
+
+class Settings:
+    """A configuration of theirs, field by field: what is not asked for, or has another value than we can do, is refused by name."""
+
+    def __init__(self, where: str, config: Mapping[str, Any]) -> None:
+        self.where, self.config = where, config
+        self._known = {name for name in config if name in NO_MATTER}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.config
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field; the default if it is missing or None."""
+        self._known.add(name)
+        value = self.config.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """The value of a field that must be there."""
+        if self.get(name) is None:
+            raise CheckpointError(f"{self.where}: its configuration has no {name!r}")
+        return self.config[name]
+
+    def only(self, name: str, *values: Any) -> Any:
+        """The value of a field, which must be one of these or missing.
+
+        Raises:
+            CheckpointError: it is another, so that the model computes something that ours would not.
+        """
+        value = self.get(name, values[0])
+        if value not in values:
+            wanted = " or ".join(map(short_repr, values))
+            raise CheckpointError(f"{self.where}: {name}={short_repr(value)} is not supported; wanted {wanted}")
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Fields that do not change what the trained model computes, for a reason that the caller writes beside them."""
+        self._known.update(names)
+
+    def inner(self, name: str) -> "Settings":
+        """The configuration within this one; `finish` must be called for it too."""
+        return Settings(f"{self.where}, {name}", self.need(name))
+
+    def finish(self) -> None:
+        """Raise a CheckpointError if there are fields that nobody has asked for."""
+        if unknown := sorted(set(self.config) - self._known):
+            raise CheckpointError(
+                f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; it is refused, because "
+                "the model would compute something else than ours"
+            )
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+
+
+def activation(settings: Settings, name: str, default: str) -> Any:
+    """Our name of the activation that a field names."""
+    given = settings.get(name, default)
+    if given not in ACTIVATIONS:
+        raise CheckpointError(f"{settings.where}: {name}={given!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[given]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of ours and those of theirs with the same numbers.
+
+    ours: its name in `Model.state_dict`.
+    theirs: their names.
+    join: makes ours from theirs. split: makes theirs from ours, bit for bit.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[..., Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+
+
+def same(ours: str, theirs: str) -> Pair:
+    """One tensor of the same shape."""
+    return Pair(ours, (theirs,), lambda x: x, lambda x: [x])
+
+
+def shaped(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[int]) -> Pair:
+    """One tensor, of another shape with the numbers in the same order."""
+    return Pair(ours, (theirs,), lambda x: x.reshape(shape), lambda x: [x.reshape(their_shape)])
+
+
+def transposed(ours: str, theirs: str) -> Pair:
+    """A matrix that they store by columns."""
+    return Pair(ours, (theirs,), lambda x: x.T, lambda x: [x.T])
+
+
+def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Sequence[int | None] | None = None) -> Pair:
+    """Matrices (or vectors) of theirs one below the other, as `qkv` and `gate_up` have them.
+
+    rows: of each. turned: of each the width of a head whose rotary pairs they store as two halves; None: it has none.
+    """
+    widths = turned or [None] * len(theirs)
+
+    def join(*parts: Tensor) -> Tensor:
+        return torch.cat([halves_to_pairs(x, width) for x, width in zip(parts, widths, strict=True)])
+
+    def split(x: Tensor) -> list[Tensor]:
+        return [pairs_to_halves(part, width) for part, width in zip(x.split(list(rows)), widths, strict=True)]
+
+    return Pair(ours, tuple(theirs), join, split)
+
+
+def halves_to_pairs(x: Tensor, width: int | None) -> Tensor:
+    """Rows of heads of this width, whose rotary pairs are (i, i + K/2), as neighbouring pairs (2i, 2i + 1)."""
+    if width is None:
+        return x
+    return x.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def pairs_to_halves(x: Tensor, width: int | None) -> Tensor:
+    """The inverse of `halves_to_pairs`."""
+    if width is None:
+        return x
+    return x.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a configuration of theirs becomes.
+
+    tokenizers, core, tasks: as `Model` takes them.
+    pairs: every tensor of the model, and those of theirs with the same numbers.
+    copies: by the name of a tensor of theirs that some files hold twice, the name of the one that it equals.
+    derived: patterns of tensors of theirs that follow from the configuration, such as tables of angles.
+    unused: patterns of tensors that are not part of this model, and why; each is reported, never dropped in silence.
+    """
+
+    tokenizers: Mapping[str, Tokenizer]
+    core: Core | EncoderDecoder
+    tasks: Sequence[Task]
+    pairs: Sequence[Pair]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    derived: Sequence[str] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+
+class Family(ABC):
+    """One layout of trained weights. Subclass, set `names`, and write `read`.
+
+    names: the values of "model_type" in a config.json that this class reads.
+    """
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        """Our declarations for a configuration, and the pairs of tensors.
+
+        files: what lies beside the weights, such as tokenizer.json, by name. names: of the tensors that there are, by which
+        folders of a model with and without its head are told apart.
+
+        Raises:
+            CheckpointError: a field whose meaning we do not know or cannot do, by name.
+        """
+
+
+def attention_names(block: int, layer: int = 0) -> str:
+    """The start of the names of an attention layer's tensors."""
+    return f"core.blocks.{block}.layers.{layer}.body.attention"
+
+
+def matching(patterns: Sequence[str], name: str) -> str | None:
+    """The first of these patterns that a name matches as a whole."""
+    return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)

@@ -1,0 +1,189 @@
+"""Llama (Touvron et al. 2023) and what has its layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from multimodal.core import Core
+from multimodal.heads import NextToken
+from multimodal.layers import MLP, SelfAttention
+from multimodal.masks import Window
+from multimodal.norm import Norm
+from multimodal.positions import Rotary
+from multimodal.pretrained.family import (
+    Blueprint,
+    Family,
+    Pair,
+    Settings,
+    activation,
+    attention_names,
+    same,
+    stacked,
+)
+from multimodal.pretrained.texts import text_tokenizer
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+
+
+class Llama(Family):
+    """Causal language models with RMSNorm, a gated MLP and rotary positions."""
+
+    names = ("llama", "mistral", "qwen2", "qwen3")
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        family = settings.need("model_type")
+        width, heads = settings.need("hidden_size"), settings.need("num_attention_heads")
+        depth, hidden = settings.need("num_hidden_layers"), settings.need("intermediate_size")
+        groups = settings.get("num_key_value_heads", heads)
+        key_width = settings.get("head_dim", width // heads)
+        # Qwen2 has biases on queries, keys and values, whatever its configuration says
+        bias: tuple[str, ...] = ("query", "key", "value") if family == "qwen2" else ()
+        if settings.get("attention_bias", False):
+            bias = ("query", "key", "value", "out")
+        tied = settings.get("tie_word_embeddings", False)
+        # the tables that they allocate; rotary positions have no end
+        settings.ignore("max_position_embeddings")
+        # SmolLM2 notes the framework that trained it; the tensors are stored as all others are
+        settings.ignore("is_llama_config", "rope_interleaved")
+        mlp = MLP(activation=activation(settings, "hidden_act", "silu"), bias=settings.get("mlp_bias", False))
+        base, rotary = rotary_of(settings)
+        windows = windows_of(settings, depth)
+
+        def attention(window: int | None) -> SelfAttention:
+            return SelfAttention(
+                bias=bias,
+                rotary=rotary,
+                mask=None if window is None else Window(window),
+                key_width=None if key_width * heads == width else key_width,
+            )
+
+        blocks = tuple((attention(window), mlp) for window in windows)
+        core = Core(
+            width=width,
+            depth=depth,
+            heads=heads,
+            kv_heads=groups,
+            mlp_width=hidden,
+            norm=Norm(eps=settings.get("rms_norm_eps", 1e-6)),
+            qk_norm=family == "qwen3",
+            rotary_split=(1, 0, 0),
+            rotary_base=(base, 100.0, 100.0),
+            block=blocks[0] if len(set(blocks)) == 1 else blocks,
+        )
+        text = text_tokenizer(settings, files)
+        bare = not any(name.startswith("model.") for name in names)  # saved without its head
+        head = NextToken(start_ids=(), stop_id=stop_of(settings), tied=tied or bare, bias=False)
+        return Blueprint(
+            {"text": text},
+            core,
+            [Task("text -> text", head)],
+            list(self._pairs(core, key_width, bias, "" if bare else "model.", head.tied)),
+            copies={"lm_head.weight": "model.embed_tokens.weight"} if tied else {},
+            derived=[r".*rotary_emb\.inv_freq"],
+        )
+
+    def _pairs(self, core: Core, key_width: int, bias: tuple[str, ...], prefix: str, tied: bool) -> Iterator[Pair]:
+        yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
+        yield same("core.norm.weight", f"{prefix}norm.weight")
+        if not tied:
+            yield same("readouts.text_NextToken.linear.weight", "lm_head.weight")
+        for i in range(core.depth):
+            yield from decoder_block(core, i, f"{prefix}layers.{i}", key_width, bias, core.qk_norm)
+
+
+def decoder_block(
+    core: Core, i: int, theirs: str, key_width: int, bias: tuple[str, ...], qk_norm: bool, between: bool = False
+) -> Iterator[Pair]:
+    """The tensors of a block of the layout that Llama, Qwen and Gemma share.
+
+    between: whether norms stand also behind the layers (Gemma), which changes the names of those before them.
+    """
+    ours, parts = f"core.blocks.{i}.layers", ("q_proj", "k_proj", "v_proj")
+    attention = attention_names(i)
+    rows = [core.heads * key_width, core.groups * key_width, core.groups * key_width]
+    turned = [key_width, key_width, None]
+    yield stacked(f"{attention}.qkv.weight", [f"{theirs}.self_attn.{p}.weight" for p in parts], rows, turned)
+    yield same(f"{attention}.out.weight", f"{theirs}.self_attn.o_proj.weight")
+    for name, part, n, width in zip(("query", "key", "value"), parts, rows, turned, strict=True):
+        if name in bias:
+            yield stacked(f"{attention}.biases.{name}", [f"{theirs}.self_attn.{part}.bias"], [n], [width])
+    if "out" in bias:
+        yield same(f"{attention}.out.bias", f"{theirs}.self_attn.o_proj.bias")
+    if qk_norm:
+        for name in "qk":
+            norm = f"{theirs}.self_attn.{name}_norm.weight"
+            yield stacked(f"{attention}.norm_{name}.weight", [norm], [key_width], [key_width])
+    mlp, hidden = f"{ours}.1.body", core.hidden
+    kinds = ["weight", "bias"] if any(getattr(layer, "bias", ()) is True for layer in core.blocks[i]) else ["weight"]
+    for kind in kinds:
+        both = [f"{theirs}.mlp.gate_proj.{kind}", f"{theirs}.mlp.up_proj.{kind}"]
+        yield stacked(f"{mlp}.gate_up.{kind}", both, [hidden, hidden])
+        yield same(f"{mlp}.down.{kind}", f"{theirs}.mlp.down_proj.{kind}")
+    yield same(f"{ours}.0.norm.weight", f"{theirs}.input_layernorm.weight")
+    if between:
+        yield same(f"{ours}.0.merge_weights.weight", f"{theirs}.post_attention_layernorm.weight")
+        yield same(f"{ours}.1.norm.weight", f"{theirs}.pre_feedforward_layernorm.weight")
+        yield same(f"{ours}.1.merge_weights.weight", f"{theirs}.post_feedforward_layernorm.weight")
+    else:
+        yield same(f"{ours}.1.norm.weight", f"{theirs}.post_attention_layernorm.weight")
+
+
+def rotary_of(settings: Settings) -> tuple[float, Rotary | None]:
+    """The base of rotary positions, and what differs from the core's if they are scaled."""
+    given = settings.get("rope_parameters", {})
+    old = settings.get("rope_scaling", {})
+    base = given.get("rope_theta", settings.get("rope_theta", 10000.0))
+    scaling = {**old, **{name: value for name, value in given.items() if name != "rope_theta"}}
+    return base, scaled_rotary(settings.where, base, scaling)
+
+
+def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary | None:
+    """Rotary positions with the scaling that "rope_parameters" name; None: there is none.
+
+    Raises:
+        CheckpointError: a kind of scaling, or a field of it, that we do not have.
+    """
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    factor, fraction = scaling.pop("factor", 1.0), scaling.pop("partial_rotary_factor", 1.0)
+    bands = None
+    if kind == "llama3":
+        tokens = scaling.pop("original_max_position_embeddings")
+        bands = (scaling.pop("low_freq_factor"), scaling.pop("high_freq_factor"), tokens)
+    elif kind not in ("default", "linear"):
+        raise CheckpointError(f"{where}: rope_type={kind!r} is not supported; there are 'default', 'linear' and 'llama3'")
+    if scaling or fraction != 1.0:
+        names = [*scaling, *(["partial_rotary_factor"] if fraction != 1.0 else [])]
+        raise CheckpointError(f"{where}: rope_parameters have {', '.join(names)}, which this version does not know")
+    if kind == "default":
+        return None
+    return Rotary(base=(float(base), 100.0, 100.0), factor=float(factor), bands=bands)
+
+
+def windows_of(settings: Settings, depth: int) -> list[int | None]:
+    """By block, the number of tokens that a token sees back, itself included; None: all."""
+    window = settings.get("sliding_window")
+    kinds = settings.get("layer_types")
+    used = settings.get("use_sliding_window", True)
+    # which layers have a window follows from this in older configurations, and from "layer_types" in newer ones
+    most = settings.get("max_window_layers")
+    if window is None or not used:
+        return [None] * depth
+    if kinds is None and most is not None:
+        kinds = ["full_attention" if i < most else "sliding_attention" for i in range(depth)]
+    if kinds is None:
+        kinds = ["sliding_attention"] * depth
+    known = {"full_attention": None, "sliding_attention": window}
+    for kind in kinds:
+        if kind not in known:
+            raise CheckpointError(f"{settings.where}: layer_types has {kind!r}; there are {', '.join(known)}")
+    return [known[kind] for kind in kinds]
+
+
+def stop_of(settings: Settings) -> int:
+    """The id that ends a text: the first one, if there are several."""
+    stop, begin = settings.get("eos_token_id"), settings.get("bos_token_id")
+    if isinstance(stop, (list, tuple)):
+        stop = stop[0]
+    # without one the first id of the vocabulary stands for it
+    return next((i for i in (stop, begin) if isinstance(i, int)), 0)
