@@ -2,18 +2,18 @@
 
 import copy
 import unittest
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.check.cases import CORE, TokenizerCase, check_close, check_gradients, contents, equal_tokens
 from multimodal.check.information import resembles
 from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal.tokenizer import Places, Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []
 
@@ -293,11 +293,21 @@ def places_agree(case: TokenizerCase) -> None:
                 )
 
 
+def _embedded(
+    case: TokenizerCase, module: nn.Module, values: Sequence[Tokens], content: Tensor | None = None
+) -> Tensor:
+    """The rows that the module gives for these values, called as a model calls it; content: instead of theirs."""
+    content = torch.cat([tokens.content for tokens in values]) if content is None else content
+    if not getattr(module, "reads_places", False):
+        return module(content)
+    return module(content, Places.of(values, case.tokenizer.step))
+
+
 @promise(CHECKS)
 def embed_rows(case: TokenizerCase) -> None:
     """The module that embed makes gives one row of the wanted width for every token."""
     for width in (CORE.width, 2 * CORE.width):
-        rows = case.tokenizer.embed(width)(case.tokens[0].content)
+        rows = _embedded(case, case.tokenizer.embed(width), case.tokens[:1])
         wanted = (len(case.tokens[0]), width)
         want(
             tuple(rows.shape) == wanted and rows.is_floating_point(),
@@ -313,7 +323,7 @@ def embed_any_numbers(case: TokenizerCase) -> None:
     embed, content = case.tokenizer.embed(CORE.width).eval(), case.tokens[0].content
     for name, x in (("half of", content * 0.5), ("minus", -content), ("a little above", content + 0.25)):
         try:
-            rows = embed(x)
+            rows = _embedded(case, embed, case.tokens[:1], x)
         except Exception as error:
             raise ConformanceError(
                 f"embed fails on {name} the content of {describe(case.values[0])} ({type(error).__name__}: {error}); features are "
@@ -326,15 +336,15 @@ def embed_any_numbers(case: TokenizerCase) -> None:
 def embed_by_token(case: TokenizerCase) -> None:
     """All values embedded by one call give the rows that one call for each gives."""
     embed = case.tokenizer.embed(CORE.width).eval()
-    contents = [tokens.content for tokens in case.tokens]
     with torch.no_grad():
-        check_close(embed(torch.cat(contents)), torch.cat([embed(x) for x in contents]), "one call and many")
+        alone = [_embedded(case, embed, [tokens]) for tokens in case.tokens]
+        check_close(_embedded(case, embed, case.tokens), torch.cat(alone), "one call and many")
 
 
 @promise(CHECKS)
 def embed_learns(case: TokenizerCase) -> None:
     """A gradient reaches every parameter of the module that embed makes."""
     embed = case.tokenizer.embed(CORE.width)
-    rows = embed(torch.cat([tokens.content for tokens in case.tokens]))
+    rows = _embedded(case, embed, case.tokens)
     (rows * torch.randn_like(rows)).sum().backward()
     check_gradients(embed)

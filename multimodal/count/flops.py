@@ -13,7 +13,7 @@ from multimodal.count.streams import StreamStats
 from multimodal.layers import Sublayer
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Tokenizer
+from multimodal.tokenizer import Places, Tokenizer
 
 SAMPLE_TOKENS = 64  # tokens with which an embedding is counted
 
@@ -108,7 +108,12 @@ def embed_cost(tokenizer: Tokenizer, width: int, half: bool) -> EmbedCost:
         content = torch.zeros(SAMPLE_TOKENS, dtype=torch.long) if ids else torch.zeros(SAMPLE_TOKENS, features or 1)
     try:
         with FlopCounterMode(display=False) as counter, saved_bytes([*module.parameters(), content]) as saved:
-            out = module(content)
+            if getattr(module, "reads_places", False):
+                # one value along time
+                position_NA, count = torch.zeros(SAMPLE_TOKENS, 3, device="meta"), SAMPLE_TOKENS
+                out = module(content, Places(position_NA, (count,), ((count, 1, 1),)))
+            else:
+                out = module(content)
             forward = counter.get_total_flops() / SAMPLE_TOKENS
             out.sum().backward()
         training = counter.get_total_flops() / SAMPLE_TOKENS

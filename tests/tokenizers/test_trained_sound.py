@@ -214,3 +214,12 @@ def test_through_a_checkpoint(tokenizer: Any) -> None:
 def test_wrong_settings(kind: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{kind.__name__}: .*{message}"):
         kind(**settings)
+
+
+def test_the_cost_of_the_stem_is_that_of_its_convolutions() -> None:
+    from multimodal.count.flops import embed_cost
+
+    cost = embed_cost(WhisperFrames(mels=80), 48, half=False)
+    wanted = 2 * 3 * (2 * 80 * 48 + 48 * 48)  # FLOPs a token: two steps of the first convolution and one of the second
+    assert cost.known
+    assert wanted <= cost.forward < 1.05 * wanted

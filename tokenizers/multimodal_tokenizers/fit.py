@@ -28,10 +28,6 @@ class Fit(Declared):
         transformers whose names end in Pil), or "float" numbers that were scaled to 0..1 before (DINOv3).
     corner: how the corner of the centre is rounded where it falls on half a pixel: "down" (transformers), or to the "even"
         neighbour (torchvision's CenterCrop, timm).
-
-    Examples:
-        >>> Fit(shortest=256, crop=(224, 224)).sides
-        (224, 224)
     """
 
     size: tuple[int, int] | None = None
