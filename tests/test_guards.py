@@ -32,7 +32,7 @@ LAYERS = (
     {"core", "encoder_decoder", "heads"},
     {"task"},
     {"stream", "packer"},
-    {"network"},
+    {"network", "model_parts"},
     {"checkpoint", "generate", "model", "retrieval", "data"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "serve"},
