@@ -18,7 +18,16 @@ _Part = TypeVar("_Part")
 GROUPS = "multimodal."  # of entry points: multimodal.tokenizers, multimodal.heads, multimodal.parts
 OURS = ("multimodal", "multimodal_tokenizers")  # the packages of this project
 PARTS = {
-    *("attention.priors", "attention.reads", "attention.scores", "core", "encoder_decoder", "masks", "train.recipe"),
+    *(
+        "attention.priors",
+        "attention.reads",
+        "attention.scores",
+        "core",
+        "encoder_decoder",
+        "lora",
+        "masks",
+        "train.recipe",
+    ),
     *(
         f"heads.{name}"
         for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "pointer")

@@ -11,6 +11,17 @@ def is_untouched(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
+def matrix_of(linear: nn.Module) -> Tensor:
+    """The matrix (out, in) that a linear module multiplies by, also where an adapter or a hook changes what its weight does."""
+    if is_untouched(linear):
+        assert isinstance(linear, nn.Linear)
+        return linear.weight
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    identity = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
+    return (linear(identity) - linear(torch.zeros_like(identity))).T
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, where rms(x) = sqrt(mean(x ** 2) + eps)."""
 

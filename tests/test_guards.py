@@ -33,7 +33,7 @@ LAYERS = (
     {"task"},
     {"stream", "packer"},
     {"network", "model_parts"},
-    {"checkpoint", "generate", "model", "retrieval", "data"},
+    {"checkpoint", "generate", "model", "retrieval", "data", "lora"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "serve"},
     {"zoo"},

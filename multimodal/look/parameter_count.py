@@ -10,7 +10,7 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.layers import MLP, Attention, Sublayer
 from multimodal.model import Model
-from multimodal.norm import RMSNorm
+from multimodal.norm import RMSNorm, matrix_of
 
 EMBEDDING, QUERY, KEY, VALUE, OUTPUT = (
     "embedding",
@@ -82,9 +82,9 @@ def value_map(attention: Attention, head: int) -> torch.Tensor:
     """W_up W_down of one head: the linear map (D, D) from a normalised token to what reading it adds to the stream."""
     _, width = _widths(attention)
     group = head * attention.kv_heads // attention.heads
-    value_rows = attention.qkv.weight[-attention.kv_heads * width :]
+    value_rows = matrix_of(attention.qkv)[-attention.kv_heads * width :]
     down_KD = value_rows[group * width : (group + 1) * width]
-    up_DK = attention.out.weight[:, head * width : (head + 1) * width]
+    up_DK = matrix_of(attention.out)[:, head * width : (head + 1) * width]
     return up_DK @ down_KD
 
 

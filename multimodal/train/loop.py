@@ -242,6 +242,7 @@ class _Training:
         fixed = {"accumulate"} if any(model.packer.head(pattern).smallest_batch > 1 for pattern in data) else set()
         # what must be equal when a run is resumed
         self.metadata = {
+            "adapters": None,
             # without the seed: weights are in the state
             **{part: plain(value) for part, value in declarations(model).items() if part != "seed"},
             "recipe": {

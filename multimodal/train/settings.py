@@ -266,6 +266,11 @@ def _fail(text: str) -> typing.NoReturn:
 
 def _check_initial_weights(model: Model) -> None:
     """Raise a ConfigError if the weights are not the initial ones: a changed model is initialised anew, and would lose them."""
+    if model.adapters is not None:
+        raise ConfigError(
+            "--set: a change of core, tokenizers, tasks or model.seed builds the model anew, without the adapters that this "
+            "recipe has attached; make the change in the file, before they are"
+        )
     tasks = [Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()]
     initial = type(model)(model.packer.tokenizers, model.core.core, tasks, seed=model.seed)
     weights = initial.state_dict()

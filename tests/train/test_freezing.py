@@ -175,7 +175,7 @@ def test_what_was_frozen_by_hand_stays_frozen_and_all_is_as_before_after_an_erro
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        mm.fit(model, {TASK: DATA}, **PLAIN, freeze=("core[:1]",), trackers=[fails])
+        mm.fit(model, {TASK: DATA}, **PLAIN, freeze=("text", "core[:1]"), trackers=[fails])
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(module.training for module in model.modules())
 
@@ -294,7 +294,7 @@ def test_settings_of_the_wrong_kind_are_refused():
     with pytest.raises(ConfigError, match=r"freeze=\(1,\) must be names of parts"):
         mm.Recipe(freeze=(1,))  # type: ignore[arg-type]
     for value in (0.0, 1.5, float("nan")):
-        with pytest.raises(ConfigError, match="layer_decay=.* must be above 0, and 1 at most"):
+        with pytest.raises(ConfigError, match=r"layer_decay=.* must be above 0, and 1 at most"):
             mm.Recipe(layer_decay=value)
 
 
