@@ -256,7 +256,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, settings):
     assert not mm.fit(cut, DATA, **settings, folder=tmp_path / "cut", trackers=stop).finished
     with pytest.raises(CheckpointError, match=r"other settings: adapters\.config\.dropout was 0\.2 and is 0\.1"):
         mm.fit(adapted(dropout=0.1), DATA, **settings, folder=tmp_path / "cut", resume=True)
-    with pytest.raises(CheckpointError, match="adapters was .*multimodal.lora:LoRA.* and is None"):
+    with pytest.raises(CheckpointError, match=r"adapters was .*multimodal\.lora:LoRA.* and is None"):
         mm.fit(make(), DATA, **settings, folder=tmp_path / "cut", resume=True)
     assert mm.fit(resumed, DATA, **settings, folder=tmp_path / "cut", resume=True).finished
     assert same(resumed.state_dict(), straight.state_dict())
