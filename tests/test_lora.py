@@ -14,7 +14,7 @@ from torch import Tensor
 import multimodal as mm
 from multimodal import lora
 from multimodal.heads import cross_entropy
-from multimodal.look.parameter_count import value_map
+from multimodal.look.parameter_count import count_parameters, value_map
 from multimodal.lora import LoRA
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.train.settings import make_job
@@ -79,6 +79,7 @@ def test_every_linear_layer_of_the_parts_gets_one_and_nothing_changes_at_first()
     assert len(wanted) == 5
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {f"{name}.lora_{x}.default.weight" for name in wanted for x in "AB"}
+    assert count_parameters(model).total == model.parameter_counts()["all"] > plain.parameter_counts()["all"]
     assert close(logits(model), logits(plain), atol=1e-6)
 
 

@@ -19,7 +19,8 @@ EMBEDDING, QUERY, KEY, VALUE, OUTPUT = (
     "attention value",
     "attention output",
 )
-SCORE, MLPS, NORMS, HEADS = "attention score and prior", "MLP", "norms", "heads"
+ADAPTERS, SCORE = "attention adapters of query, key and value", "attention score and prior"
+MLPS, NORMS, HEADS = "MLP", "norms", "heads"
 OTHERS = {"PersistentMemory": "persistent memory", "TemporalConv": "temporal convolution", "Recurrent": "recurrent"}
 
 
@@ -101,6 +102,7 @@ def _count(module: nn.Module, part: str, counts: Counter[str]) -> None:
         counts[KEY] += module.kv_heads * key_width * width
         counts[VALUE] += module.kv_heads * value_width * width
         counts[OUTPUT] += _size(module.out)
+        counts[ADAPTERS] += _size(module.qkv) - sum(module.rows) * width
         for name, child in module.named_children():
             if name not in ("qkv", "out"):
                 _count(child, SCORE, counts)
