@@ -79,6 +79,7 @@ def test_every_linear_layer_of_the_parts_gets_one_and_nothing_changes_at_first()
     assert len(wanted) == 5
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {f"{name}.lora_{x}.default.weight" for name in wanted for x in "AB"}
+    assert not any(module.training for module in model.modules())
     assert count_parameters(model).total == model.parameter_counts()["all"] > plain.parameter_counts()["all"]
     assert close(logits(model), logits(plain), atol=1e-6)
 
