@@ -20,11 +20,13 @@ from multimodal.pretrained import source as sources
 from multimodal.pretrained.convert import converted, given_back
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.paligemma import PaliGemma
+from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (Llama(), PaliGemma(), SmolVLM())
 """Every layout that can be read and written."""
 
 
