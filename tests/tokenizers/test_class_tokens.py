@@ -16,7 +16,9 @@ from multimodal.tokenizer import Places
 from multimodal_tokenizers import ClassTokens, ImagePatches, Labels, SpectrogramPatches, TextBytes, WhisperFrames
 
 PATCHES = ImagePatches(patch=4, channels=1, position="rotary")
-PICTURES = [torch.rand(1, *size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(8, 12), (16, 8)])]
+PICTURES = [
+    torch.rand(1, *size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate([(8, 12), (16, 8)])
+]
 CASES: list[ClassTokens] = [
     ClassTokens(PATCHES),
     ClassTokens(PATCHES, 2, 1, (2, 2), "antialiased"),
@@ -60,9 +62,7 @@ def test_rows_are_the_formula() -> None:
 def test_places_of_learned_tokens_and_turns() -> None:
     tokens = ClassTokens(PATCHES, 2, turns=0.5)(PICTURES[0])
     third = torch.pi / 3 * 2
-    wanted = [[0, 0, 0], [1, 0, 0]] + [
-        [2, y, x] for y in (-torch.pi / 2, torch.pi / 2) for x in (-third, 0.0, third)
-    ]
+    wanted = [[0, 0, 0], [1, 0, 0]] + [[2, y, x] for y in (-torch.pi / 2, torch.pi / 2) for x in (-third, 0.0, third)]
     torch.testing.assert_close(tokens.position_NA, torch.tensor(wanted))
     plain = ClassTokens(PATCHES, 1)(PICTURES[0])
     assert plain.position_NA[1:].tolist() == (PATCHES(PICTURES[0]).position_NA + torch.tensor([1.0, 0, 0])).tolist()
