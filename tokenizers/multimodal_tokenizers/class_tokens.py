@@ -154,7 +154,8 @@ class _Embed(nn.Module):
 
     def _grids(self, places: Places) -> Tensor:
         """The positions of the tokens of all values, end to end."""
-        assert self.table is not None and self.positions_ND is not None
+        assert self.table is not None
+        assert self.positions_ND is not None
         table_ND = self.positions_ND[self.placed :]
         known: dict[tuple[int, int], Tensor] = {self.table: table_ND}
         found = []
