@@ -17,14 +17,18 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
-from multimodal.pretrained.convert import converted, given_back
+from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
+from multimodal.pretrained.dinov2 import DINOv2
+from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.vit import ViT
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (AST(), DINOv2(), DINOv3(), Llama(), ViT())
 """Every layout that can be read and written."""
 
 
@@ -94,6 +98,8 @@ def pretrained(
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
     }
+    if (spare := packed_spare(found, blueprint)) is not None:
+        origin["spare"] = spare
     return Pretrained(
         found.name,
         found.revision,
@@ -161,6 +167,7 @@ def export(model: Model, folder: str | Path) -> Path:
             "for others; use Model.save"
         )
     theirs = given_back(blueprint.pairs, model.state_dict())
+    theirs |= unpacked_spare(origin.get("spare"))
     theirs |= {copy: theirs[name] for copy, name in blueprint.copies.items() if copy in origin["tensors"]}
     sources.write(folder, origin["config"], theirs, files)
     return folder

@@ -187,6 +187,7 @@ class Blueprint:
     copies: by the name of a tensor of theirs that some files hold twice, the name of the one that it equals.
     derived: patterns of tensors of theirs that follow from the configuration, such as tables of angles.
     unused: patterns of tensors that are not part of this model, and why; each is reported, never dropped in silence.
+    spare: patterns of small tensors that only training used; they are stored with the origin, so that they can be given back.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -196,6 +197,7 @@ class Blueprint:
     copies: Mapping[str, str] = field(default_factory=dict)
     derived: Sequence[str] = ()
     unused: Mapping[str, str] = field(default_factory=dict)
+    spare: Sequence[str] = ()
 
 
 class Family(ABC):

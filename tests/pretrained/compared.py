@@ -80,7 +80,7 @@ def check_round_trip(folder: Path, given: Path) -> None:
 
 
 @contextmanager
-def changed(folder: Path, name: str, by: float = 1e-3) -> Iterator[None]:
+def changed(folder: Path, name: str, by: float | Tensor = 1e-3) -> Iterator[None]:
     """Within this context the numbers of a tensor on disk are off by this much."""
     path = folder / "model.safetensors"
     before = path.read_bytes()

@@ -1,6 +1,7 @@
 """The tokenizers that come with the framework; they use the same interface as yours."""
 
 from multimodal_tokenizers.audio import AudioFrames
+from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.ids import Ids
@@ -12,6 +13,7 @@ from multimodal_tokenizers.whisper import WhisperFrames
 
 __all__ = [
     "AudioFrames",
+    "ClassTokens",
     "Codes",
     "Features",
     "Ids",

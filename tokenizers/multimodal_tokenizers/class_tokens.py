@@ -1,0 +1,172 @@
+"""The tokens of another tokenizer behind learned ones, and the learned positions of both, as vision transformers have them."""
+
+from dataclasses import dataclass
+from math import pi
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.shapes import ConfigError, MediaError, StreamError, check_whole
+from multimodal.texts import shortened
+from multimodal.tokenizer import Places, Tokenizer, Tokens
+
+RESAMPLE: dict[str, dict[str, Any]] = {
+    "bicubic": {"mode": "bicubic"},
+    "antialiased": {"mode": "bicubic", "antialias": True},  # whose cubic coefficient is -0.5, and -0.75 without
+    "bilinear": {"mode": "bilinear"},
+}
+
+
+@dataclass(frozen=True)
+class ClassTokens(Tokenizer):
+    """`count` learned tokens, which are read freely, and then the tokens of `of`: a class token (Dosovitskiy et al. 2021), a
+    distillation token (Touvron et al. 2021), registers (Darcet et al. 2023).
+
+    The learned tokens are the first `count` times of a value, and its own times begin after them. A grid of learned positions is
+    resized to the grid of each value: as many rows as it has, and its tokens row after row.
+
+    of: the tokenizer of the values; its embedding depends on each token alone.
+    count: number of learned tokens.
+    placed: how many of them, the first ones, have learned positions too.
+    table: rows and columns of the grid of learned positions; None: there is none.
+    resample: how the grid is resized: "bicubic" (transformers), "antialiased" bicubic (timm), or "bilinear".
+    turns: rows and columns become places around the middle of a value, which span this many turns of the fastest rotary pair
+        to either side, whatever its size (Simeoni et al. 2025); None: they are counted.
+    """
+
+    of: Tokenizer
+    count: int = 1
+    placed: int = 0
+    table: tuple[int, int] | None = None
+    resample: Literal["bicubic", "antialiased", "bilinear"] = "bicubic"
+    turns: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, Tokenizer):
+            raise ConfigError(
+                f"ClassTokens: of is {shortened(repr(self.of), 100)}, not a Tokenizer made by its constructor"
+            )
+        if self.of.classes or self.of.files():
+            raise ConfigError(f"ClassTokens: of={type(self.of).__name__} is a kind of classes, or one with files")
+        check_whole("ClassTokens", least=0, count=self.count, placed=self.placed)
+        if self.placed > self.count:
+            raise ConfigError(f"ClassTokens: placed={self.placed} is more than count={self.count}")
+        if self.table is not None:
+            object.__setattr__(self, "table", table := tuple(self.table))
+            if len(table) != 2 or not all(type(side) is int and side > 0 for side in table):
+                raise ConfigError(f"ClassTokens: table={table} is not rows and columns, such as (14, 14)")
+        if self.resample not in RESAMPLE:
+            raise ConfigError(f"ClassTokens: resample={self.resample!r} must be one of {', '.join(RESAMPLE)}")
+        if self.turns is not None and (self.table is not None or not self.turns > 0):
+            raise ConfigError(
+                f"ClassTokens: turns={self.turns} must be above 0 and without a table, whose rows and columns are counted"
+            )
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.of.vocab_size
+
+    @property
+    def feature_size(self) -> int | None:
+        return self.of.feature_size
+
+    @property
+    def causal(self) -> bool:
+        return self.of.causal
+
+    @property
+    def lossy(self) -> bool:
+        return self.of.lossy
+
+    @property
+    def step(self) -> tuple[float, float, float]:
+        return self.of.step
+
+    def encode(self, value: Any) -> Tokens:
+        try:
+            tokens = self.of(value)
+        except ValueError as error:
+            raise MediaError(f"ClassTokens.encode: {shortened(str(error), 1000)}") from error
+        position_NA = tokens.position_NA.clone()
+        if self.turns is not None:
+            for axis in (1, 2):
+                step = self.step[axis]
+                place_N = position_NA[:, axis] / step
+                size = place_N.max().round() + 1
+                position_NA[:, axis] = 2 * pi * self.turns * (2 * ((place_N + 0.5) / size) - 1) * step
+        position_NA[:, 0] += self.count * self.step[0]
+        first_NA = torch.zeros(self.count, 3)
+        first_NA[:, 0] = torch.arange(self.count) * self.step[0]
+        empty = tokens.content.new_zeros(self.count, *tokens.content.shape[1:])
+        return Tokens(torch.cat([empty, tokens.content]), torch.cat([first_NA, position_NA]))
+
+    def places(self, count: int) -> Tensor:
+        raise ConfigError("ClassTokens: this kind can be read but not written")
+
+    def token_names(self, tokens: Tokens) -> list[str]:
+        inner = Tokens(tokens.content[self.count :], tokens.position_NA[self.count :])
+        return [f"learned {i}" for i in range(self.count)] + self.of.token_names(inner)
+
+    def embed(self, width: int) -> nn.Module:
+        return _Embed(self, width)
+
+
+class _Embed(nn.Module):
+    """The embedding of `of`, the learned tokens, and the learned positions: of the first `placed` tokens, then of the grid."""
+
+    reads_places = True  # where a value begins, and how large it is
+
+    def __init__(self, tokenizer: ClassTokens, width: int) -> None:
+        super().__init__()
+        self.of = tokenizer.of.embed(width)
+        if getattr(self.of, "reads_places", False):
+            raise ConfigError(
+                f"ClassTokens: the embedding of {type(tokenizer.of).__name__} depends on places, and a learned token has none"
+            )
+        self.full_precision = getattr(self.of, "full_precision", False)
+        self.placed, self.table, self.resample = tokenizer.placed, tokenizer.table, RESAMPLE[tokenizer.resample]
+        self.count = tokenizer.count
+        rows, columns = tokenizer.table or (0, 0)
+        self.tokens_ND = nn.Parameter(torch.randn(tokenizer.count, width) * 0.02) if tokenizer.count else None
+        positions = tokenizer.placed + rows * columns
+        self.positions_ND = nn.Parameter(torch.randn(positions, width) * 0.02) if positions else None
+
+    def forward(self, content: Tensor, places: Places) -> Tensor:
+        length_B = torch.tensor(places.lengths, device="cpu")
+        end_B = length_B.cumsum(0)
+        learned_T = torch.zeros(int(end_B[-1]), dtype=torch.bool, device="cpu")
+        first_BN = (end_B - length_B)[:, None] + torch.arange(self.count, device="cpu")
+        learned_T[first_BN.flatten()] = True
+        row_N = (~learned_T).nonzero()[:, 0].to(content.device)
+        embedded_ND = self.of(content[row_N])
+        if self.table is not None:
+            embedded_ND = embedded_ND + self._grids(places).to(embedded_ND.dtype)
+        if self.tokens_ND is None:
+            return embedded_ND
+        stream_TD = embedded_ND.new_zeros(len(learned_T), embedded_ND.shape[1]).index_copy(0, row_N, embedded_ND)
+        tokens_ND = self.tokens_ND
+        if self.placed and self.positions_ND is not None:
+            tokens_ND = tokens_ND + F.pad(self.positions_ND[: self.placed], (0, 0, 0, self.count - self.placed))
+        tokens_ND = tokens_ND.to(embedded_ND.dtype).repeat(len(places.lengths), 1)
+        return stream_TD.index_copy(0, first_BN.flatten().to(content.device), tokens_ND)
+
+    def _grids(self, places: Places) -> Tensor:
+        """The positions of the tokens of all values, end to end."""
+        assert self.table is not None and self.positions_ND is not None
+        table_ND = self.positions_ND[self.placed :]
+        known: dict[tuple[int, int], Tensor] = {self.table: table_ND}
+        found = []
+        for length, (_, rows, _) in zip(places.lengths, places.extents, strict=True):
+            columns, rest = divmod(length - self.count, rows)
+            if rest:
+                raise StreamError(f"ClassTokens: {length - self.count} tokens are no grid of {rows} rows")
+            grid = (rows, columns)
+            if grid not in known:
+                # bicubic weights of half precision would shift the positions
+                table_DYX = table_ND.float().unflatten(0, self.table).permute(2, 0, 1)
+                resized = F.interpolate(table_DYX[None], size=grid, align_corners=False, **self.resample)[0]
+                known[grid] = resized.flatten(1).T
+            found.append(known[grid])
+        return torch.cat(found)
