@@ -297,8 +297,9 @@ class Model(Network):
             CheckpointError: weights that cannot be read, or a layout that is not known.
 
         Examples:
-            >>> labels = {"label": Labels(("cat", "dog"))}
-            >>> pets = mm.Model.from_pretrained("facebook/dinov2-small", ["image -> label"], labels)  # doctest: +SKIP
+            >>> model = mm.Model.from_pretrained("smollm2", ["text -> label"], {"label": Labels(("question", "answer"))})
+            >>> list(model.tasks)
+            ['text -> text', 'text -> label']
         """
         # by name, because the core must not depend on the families
         room = importlib.import_module("multimodal.pretrained")

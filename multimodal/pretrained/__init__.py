@@ -89,8 +89,10 @@ def pretrained(
         CheckpointError: nothing there; a configuration with a field that we do not know; a tensor without a place.
 
     Examples:
-        >>> smollm = mm.pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
-        >>> smollm.model().generate("text -> text", text="Once upon a time", max_tokens=20)  # doctest: +SKIP
+        >>> smollm = mm.pretrained("smollm2")  # a folder here, or a name such as "HuggingFaceTB/SmolLM2-135M"
+        >>> answer = smollm.model().generate("text -> text", text=[5, 9, 2], max_tokens=4)
+        >>> sorted(smollm.tokenizers), smollm.core.depth
+        (['text'], 2)
     """
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
