@@ -28,7 +28,7 @@ PARTS = {
         "norm",
         "positions",
     ),
-    *("heads.pool", "train.recipe"),
+    *("heads.pool", "tower", "train.recipe"),
     *(
         f"heads.{name}"
         for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "pointer")
