@@ -141,7 +141,13 @@ def test_the_widths_of_released_parts(tmp_path: Path) -> None:
     """SigLIP-so400m's width, heads and patch with a small picture, and Gemma-2B's heads at a quarter of its width; depth 1."""
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 1}
     vision |= {"patch_size": 14, "image_size": 56}
-    text = {"hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 256, "num_hidden_layers": 1}
+    text = {
+        "hidden_size": 512,
+        "intermediate_size": 4096,
+        "num_attention_heads": 8,
+        "head_dim": 256,
+        "num_hidden_layers": 1,
+    }
     module = build(vision, text)
     with torch.no_grad():
         for weight in module.parameters():
@@ -171,7 +177,9 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     text, vision = config["text_config"], config["vision_config"]
     refused({"image_splitting": 4}, given, r"has image_splitting, which this version does not know")
     refused({"tie_word_embeddings": False}, given, r"tie_word_embeddings=False is not supported")
-    refused({"text_config": {**text, "model_type": "gemma2"}}, given, r"text_config: model_type='gemma2' is not supported")
+    refused(
+        {"text_config": {**text, "model_type": "gemma2"}}, given, r"text_config: model_type='gemma2' is not supported"
+    )
     refused({"text_config": {**text, "sliding": 3}}, given, r"text_config: its configuration has sliding")
     refused({"text_config": {**text, "attention_bias": True}}, given, r"attention_bias=True is not supported")
     refused({"vision_config": {**vision, "num_channels": 1}}, given, r"num_channels=1 is not supported")
