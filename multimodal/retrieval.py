@@ -45,7 +45,8 @@ def side_vectors(model: Network, task: str, parts: Iterable[Sequence[Mapping[str
             own = names[chosen()]
             other = dict.fromkeys(name for names_of in names.values() for name in names_of if name not in own)
             stream = model.pack(task, [{**sample, **other} for sample in part], answers=False, first=count)
-            found.append(readout.vectors(model(stream)[stream.readings[task].row_N], chosen()))
+            reading = stream.readings[task]
+            found.append(readout.vectors(model(stream)[reading.row_N], chosen(), reading.lengths))
             count += len(part)
     chosen()  # raises, if there were no samples and no side was given
     return torch.cat(found)

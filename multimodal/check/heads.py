@@ -27,7 +27,8 @@ def logits_shape(case: HeadCase) -> None:
     model = case.model()
     stream = model.pack(case.task, case.samples)
     logits, reading = model.logits(stream)[case.task], stream.readings[case.task]
-    wanted = (sum(reading.lengths), case.head.vocab(case.tokenizer) + max(reading.key_lengths, default=0))
+    rows = len(reading.lengths) if getattr(case.head, "pool", None) else sum(reading.lengths)
+    wanted = (rows, case.head.vocab(case.tokenizer) + max(reading.key_lengths, default=0))
     want(tuple(logits.shape) == wanted, f"logits are {tuple(logits.shape)}, wanted {wanted}")
     if isinstance(case.head, Pointer) and reading.target is not None:
         want(not logits.isnan().any(), "logits are not numbers")

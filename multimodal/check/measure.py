@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.attention import Backend
 from multimodal.heads import Prediction
 from multimodal.model import Model
-from multimodal.stream import Stream
+from multimodal.stream import Reading, Stream
 
 TOLERANCE = 1e-5  # between fp32 logits; times the largest logit where that is above 1
 
@@ -22,11 +22,16 @@ def logits_by_sample(model: Model, stream: Stream, backend: Backend = "auto") ->
     found: dict[int, Tensor] = {}
     for task, logits in model.logits(stream, backend=backend).items():
         reading = stream.readings[task]
-        for sample, part in zip(reading.samples, logits.float().split(list(reading.lengths)), strict=True):
+        for sample, part in zip(reading.samples, split_logits(logits.float(), reading), strict=True):
             # a head that points has a column for what any sample of the pack has read; those of others are -inf
             own = part[:, ~torch.isneginf(part).all(0)]
             found[sample] = torch.cat([found[sample], own]) if sample in found else own
     return [found[i] for i in sorted(found)]
+
+
+def split_logits(logits: Tensor, reading: Reading) -> tuple[Tensor, ...]:
+    """The logits of each sample, which are those of its rows, or one row of a head that pools them."""
+    return logits.split(list(reading.lengths) if len(logits) == sum(reading.lengths) else 1)
 
 
 def difference(got: Tensor, wanted: Tensor) -> float:
@@ -80,7 +85,7 @@ def sample_gradients(
     sample_of = owners(stream)
     for task, reading in stream.readings.items():
         starts = accumulate(reading.lengths, initial=0)
-        parts = logits[task].float().split(list(reading.lengths))
+        parts = split_logits(logits[task].float(), reading)
         for sample, start, part in zip(reading.samples, starts, parts, strict=False):
             # a random weighted sum of all logits: no gradient cancels another
             total = (part * torch.randn(part.shape).to(part.device)).sum()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multimodal.check.cases import Number, check_close, perturbed, plain_model
-from multimodal.check.measure import logits_by_sample, owners, sample_gradients
+from multimodal.check.measure import logits_by_sample, owners, sample_gradients, split_logits
 from multimodal.check.report import Check, promise, want
 from multimodal.declare import declaration, rebuild
 from multimodal.model import Model
@@ -74,7 +74,7 @@ def neighbour_unseen(case: Any) -> None:
     def logits(content: dict[str, Tensor]) -> tuple[Tensor, ...]:
         torch.manual_seed(0)  # an embed may drop out
         found = model.logits(dataclasses.replace(stream, content=content))[case.task]
-        return found.split(list(stream.readings[case.task].lengths))
+        return split_logits(found, stream.readings[case.task])
 
     sample_of = owners(stream)
     with torch.no_grad():

@@ -3,6 +3,8 @@
 left side,  its learned token --core--> state --left map---> unit vector --+
                                                                            +--> scale * cosine (+ bias), each left with each right
 right side, its learned token --core--> state --right map--> unit vector --+
+
+With a pool there are no learned tokens, and the states of each side become one vector by it.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.declare import check_part
 from multimodal.heads.base import (
     EncodedSample,
     Head,
@@ -26,11 +29,13 @@ from multimodal.heads.base import (
     tokens_of,
     wrong_arrow,
 )
+from multimodal.heads.pool import Pool
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, StreamError, check_shapes, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 FORMS = ("softmax", "sigmoid")
+SIDES = ("left", "right")
 LARGEST_SCALE = 100.0  # of the softmax form, as in section 2.5 of Radford et al.
 
 
@@ -46,6 +51,10 @@ class Contrast(Head):
     form: "softmax" classifies which right side matches a left one among all, and vice versa (CLIP, Radford et al. 2021, arXiv
         2103.00020, figure 3; initial scale 1 / 0.07). "sigmoid" decides for each two whether they match (SigLIP, Zhai et al. 2023,
         arXiv 2303.15343, algorithm 1; initial scale 10 and bias -10).
+    pool: how the states of a side become one vector, such as `Mean()`: one pool, whose weights both sides share, or one for each;
+        None: a learned token reads them.
+    maps: the sides that have a linear map from there to `width`; without one the vector itself has this width.
+    bias: the sides whose map has a bias.
 
     Examples:
         >>> task = mm.Task("image <-> text", mm.Contrast(form="sigmoid", width=64))
@@ -56,7 +65,9 @@ class Contrast(Head):
 
     width: int = 256
     form: str = "softmax"
-    queries: ClassVar[int] = 2
+    pool: Pool | tuple[Pool, Pool] | None = None
+    maps: tuple[str, ...] = SIDES
+    bias: tuple[str, ...] = ()
     measures: ClassVar[tuple[str, ...]] = ("loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left")
     smallest_batch: ClassVar[int] = 2  # the other pair is the negative
 
@@ -64,6 +75,25 @@ class Contrast(Head):
         check_whole("Contrast", least=1, width=self.width)
         if self.form not in FORMS:
             raise ConfigError(f"Contrast: form={self.form!r} is neither {' nor '.join(map(repr, FORMS))}")
+        if isinstance(self.pool, tuple) and len(self.pool) != 2:
+            raise ConfigError(
+                f"Contrast: pool has {len(self.pool)} pools; give one for both sides, or one for each of the two"
+            )
+        for pool in self.pools or ():
+            check_part("Contrast: pool", pool, Pool, "Mean()")
+        for name, known in (("maps", SIDES), ("bias", self.maps)):
+            if set(getattr(self, name)) - set(known):
+                raise ConfigError(f"Contrast: {name}={getattr(self, name)!r} has a side that is not among {known!r}")
+
+    @property
+    def queries(self) -> int:
+        """Number of learned tokens."""
+        return 2 if self.pool is None else 0
+
+    @property
+    def pools(self) -> tuple[Pool, Pool] | None:
+        """The pools of the left and of the right side."""
+        return (self.pool, self.pool) if isinstance(self.pool, Pool) else self.pool
 
     def bind(self, pattern: Pattern) -> Pattern:
         if not pattern.pair:
@@ -71,7 +101,7 @@ class Contrast(Head):
         return pattern
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
-        """Each side is a sample of its own, with a learned token at its end; without answers one side may be missing."""
+        """Each side is a sample of its own, with a learned token or a pool at its end; without answers one side may be missing."""
         if sample.begin is not None:
             raise sample.pattern.writes_nothing()
         sides: list[LaidOut] = []
@@ -86,6 +116,10 @@ class Contrast(Head):
                 )
             read = tokens_of(segments)
             prints.append(fingerprint(s.tokens for s in segments))
+            if self.pools is not None:
+                first, last = self.pools[side].rows(read)
+                sides.append(LaidOut(segments, read, first, last, side=side))
+                continue
             query = Tokens(torch.tensor([side]), at_times(torch.zeros(1)))
             segments.append(Segment(sample.start.kind, query, (1.0, 1.0, 1.0), False))
             sides.append(LaidOut(segments, read, read, read + 1, side=side))
@@ -97,13 +131,15 @@ class Contrast(Head):
         return self.width
 
     def readout(self, width: int, tokenizer: Tokenizer) -> "ContrastReadout":
-        return ContrastReadout(width, self.width, self.form)
+        return ContrastReadout(self, width)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int], left: int | None = None) -> Tensor:
-        """Unit vectors (N, F): the first `left` rows (None: half of them) are left sides, the others right ones."""
+        """Unit vectors (N, F): those of the first `left` samples (None: half of them) are left sides, the others right ones."""
         assert isinstance(readout, ContrastReadout)
-        left = len(state_ND) // 2 if left is None else left
-        return torch.cat([readout.vectors(state_ND[:left], "left"), readout.vectors(state_ND[left:], "right")])
+        left = len(lengths) // 2 if left is None else left
+        rows = sum(lengths[:left])
+        left_NF = readout.vectors(state_ND[:rows], "left", lengths[:left])
+        return torch.cat([left_NF, readout.vectors(state_ND[rows:], "right", lengths[left:])])
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         raise ConfigError("Contrast: its loss needs the learned scale as well; use state_loss")
@@ -119,9 +155,9 @@ class Contrast(Head):
     ) -> Tensor:
         """The loss of each pair in nats, summed over pairs; target: the fingerprints (pairs, 2) of left and right sides."""
         pairs = len(target)
-        if len(state_ND) != 2 * pairs or left not in (None, pairs):
+        if len(lengths) != 2 * pairs or left not in (None, pairs):
             raise StreamError(
-                f"Contrast: {len(state_ND)} rows, {left} of them left, for {pairs} pairs; each pair needs two"
+                f"Contrast: {len(lengths)} sides, {left} of them left, for {pairs} pairs; each pair needs two"
             )
         assert isinstance(readout, ContrastReadout)
         left_NF, right_NF = self.logits(readout, state_ND, lengths).split(pairs)
@@ -150,23 +186,48 @@ class Contrast(Head):
 
 
 class ContrastReadout(Readout):
-    """A learned token and a linear map for each side, the scale, and the bias of the sigmoid form."""
+    """A learned token or a pool and a linear map for each side, the scale, and the bias of the sigmoid form."""
 
-    def __init__(self, width: int, vector: int, form: str) -> None:
-        super().__init__(width, 1, 2)
+    def __init__(self, head: Contrast, width: int) -> None:
+        super().__init__(width, 1, head.queries)
         del self.linear  # the maps of both sides replace it
-        self.left, self.right = (nn.Linear(width, vector, bias=False) for _ in range(2))
-        for linear in (self.left, self.right):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-        self.largest = LARGEST_SCALE if form == "softmax" else math.inf
+        pools = dict(zip(SIDES, head.pools or (None, None), strict=True))
+        self.pools = pools
+        if isinstance(head.pool, tuple):
+            self.pool = nn.ModuleDict(
+                {side: pool.weights(width) or nn.Identity() for side, pool in zip(SIDES, head.pool, strict=True)}
+            )
+        else:
+            self.pool = None if head.pool is None else head.pool.weights(width)
+        for side, pool in pools.items():
+            pooled = width if pool is None else pool.width(width)
+            if side not in head.maps and pooled != head.width:
+                raise ConfigError(
+                    f"Contrast: the {side} side has no map, so width={head.width} must be that of its vector, {pooled}"
+                )
+            mapped = nn.Linear(pooled, head.width, bias=side in head.bias) if side in head.maps else nn.Identity()
+            if isinstance(mapped, nn.Linear):
+                nn.init.normal_(mapped.weight, std=pooled**-0.5)
+                if side in head.bias:
+                    nn.init.zeros_(mapped.bias)
+            setattr(self, side, mapped)
+        self.largest = LARGEST_SCALE if head.form == "softmax" else math.inf
         # single numbers have an axis, because FSDP2 cannot shard a scalar
-        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if form == "softmax" else 10.0)))
-        self.bias = nn.Parameter(torch.full((1,), -10.0)) if form == "sigmoid" else None
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if head.form == "softmax" else 10.0)))
+        self.bias = nn.Parameter(torch.full((1,), -10.0)) if head.form == "sigmoid" else None
 
-    def vectors(self, state_ND: Tensor, side: str) -> Tensor:
-        """Unit vectors (N, F) of states (N, D) of one side, "left" or "right"."""
-        vector_NF = (self.left if side == "left" else self.right)(state_ND)
-        return F.normalize(vector_NF.to(torch.promote_types(vector_NF.dtype, torch.float32)), dim=-1)
+    def vectors(self, state_ND: Tensor, side: str, lengths: Sequence[int] | None = None) -> Tensor:
+        """Unit vectors (B, F) of one side, "left" or "right", from the rows (N, D) that the head reads of it.
+
+        lengths: by sample, the number of its rows; None: one each.
+        """
+        pool, weights = self.pools[side], self.pool
+        lengths = [1] * len(state_ND) if lengths is None else lengths
+        if pool is not None and len(lengths):
+            weights = weights[side] if isinstance(weights, nn.ModuleDict) else weights
+            state_ND = pool.pool(state_ND, lengths, weights)
+        vector_BF = getattr(self, side)(state_ND)
+        return F.normalize(vector_BF.to(torch.promote_types(vector_BF.dtype, torch.float32)), dim=-1)
 
     def scores(self, left_NF: Tensor, right_MF: Tensor) -> Tensor:
         """The scores (N, M) of each left with each right, which are the logits of the loss."""

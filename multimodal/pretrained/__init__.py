@@ -17,16 +17,23 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
-from multimodal.pretrained.convert import converted, given_back
+from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
+from multimodal.pretrained.dinov2 import DINOv2
+from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
+from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.vit import ViT
+from multimodal.pretrained.whisper import Whisper
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (Llama(), PaliGemma(), SmolVLM())
+FAMILIES: tuple[Family, ...] = (
+    AST(), DINOv2(), DINOv3(), Llama(), PaliGemma(), SmolVLM(), ViT(), Whisper(),
+)
 """Every layout that can be read and written."""
 
 
@@ -66,7 +73,12 @@ class Pretrained:
 
 
 def pretrained(
-    source: Any, *, revision: str | None = None, dtype: torch.dtype | None = torch.float32, pickle: bool = False
+    source: Any,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    pickle: bool = False,
+    **options: Any,
 ) -> Pretrained:
     """Read a trained model of others.
 
@@ -75,6 +87,7 @@ def pretrained(
     revision: the branch, tag or commit of a hub name.
     dtype: the precision of the weights; None: as they are stored.
     pickle: whether weights may be a pickle (.bin), which is read with `weights_only`.
+    options: what a family lets one choose, such as language="de" of Whisper; its class describes them.
 
     Raises:
         CheckpointError: nothing there; a configuration with a field that we do not know; a tensor without a place.
@@ -86,16 +99,19 @@ def pretrained(
         (['text'], 2)
     """
     found = sources.find(source, revision=revision, pickle=pickle)
-    blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors))
+    blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
     weights, unused = converted(found, blueprint, shapes, dtype)
     config = {name: value for name, value in found.config.items() if name != "module"}
     origin = {
         "name": found.name,
         "revision": found.revision,
         "config": config,
+        "options": options,
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
     }
+    if (spare := packed_spare(found, blueprint)) is not None:
+        origin["spare"] = spare
     return Pretrained(
         found.name,
         found.revision,
@@ -109,7 +125,11 @@ def pretrained(
 
 
 def blueprint_of(
-    where: str, config: Mapping[str, Any], files: Mapping[str, bytes], names: Sequence[str]
+    where: str,
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    names: Sequence[str],
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Blueprint, dict[str, torch.Size]]:
     """(our declarations for a configuration of theirs, every field of which is understood; by name the shapes of our weights).
 
@@ -121,7 +141,7 @@ def blueprint_of(
     if family is None:
         known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
         raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
-    settings = Settings(where, config)
+    settings = Settings(where, config, options)
     blueprint = family.read(settings, files, names)
     settings.finish()
     with torch.device("meta"):
@@ -151,7 +171,7 @@ def export(model: Model, folder: str | Path) -> Path:
     spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
-    blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"])
+    blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))
     same = {
         "core": model.core.core == blueprint.core,
         "tokenizers": model.packer.tokenizers == dict(blueprint.tokenizers),
@@ -163,6 +183,7 @@ def export(model: Model, folder: str | Path) -> Path:
             "for others; use Model.save"
         )
     theirs = given_back(blueprint.pairs, model.state_dict())
+    theirs |= unpacked_spare(origin.get("spare"))
     theirs |= {copy: theirs[name] for copy, name in blueprint.copies.items() if copy in origin["tensors"]}
     sources.write(folder, origin["config"], theirs, files)
     return folder

@@ -1,8 +1,11 @@
 """Weights of theirs as weights of ours, and back: every tensor exactly once."""
 
+import base64
 from collections.abc import Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from multimodal.pretrained.family import Blueprint, Pair, matching
@@ -53,7 +56,7 @@ def converted(
                 )
     unused: dict[str, str] = {}
     for name in source.tensors:
-        if name in read or matching(blueprint.derived, name):
+        if name in read or matching([*blueprint.derived, *blueprint.spare], name):
             continue
         pattern = matching(list(blueprint.unused), name)
         if pattern is None:
@@ -62,6 +65,24 @@ def converted(
             )
         unused[name] = blueprint.unused[pattern]
     return ours, unused
+
+
+def packed_spare(source: Source, blueprint: Blueprint) -> str | None:
+    """The tensors that only training used, as safetensors in letters of JSON; None: there are none."""
+    found = {name: source.tensors[name].clone() for name in source.tensors if matching(blueprint.spare, name)}
+    return base64.b64encode(save(found)).decode("ascii") if found else None
+
+
+def unpacked_spare(packed: str | None) -> dict[str, Tensor]:
+    """The inverse of `packed_spare`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return load(base64.b64decode(packed)) if packed else {}
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"the origin's spare tensors cannot be read: {shortened(error, 200)}") from None
 
 
 def given_back(pairs: Sequence[Pair], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

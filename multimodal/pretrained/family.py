@@ -48,9 +48,11 @@ NO_MATTER = {
 class Settings:
     """A configuration of theirs, field by field; a field that is not asked for, or whose value we cannot do, is refused by name."""
 
-    def __init__(self, where: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, where: str, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         self.where, self.config = where, config
         self._known = {name for name in config if name in NO_MATTER}
+        self._options = dict(options or {})
+        self._asked: dict[str, Sequence[Any]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.config
@@ -79,6 +81,18 @@ class Settings:
             raise CheckpointError(f"{self.where}: {name}={short_repr(value)} is not supported; wanted {wanted}")
         return value
 
+    def option(self, name: str, default: Any, values: Sequence[Any]) -> Any:
+        """What the user chose of these values by an argument of `pretrained`, such as the language; the default if nothing.
+
+        Raises:
+            CheckpointError: another value.
+        """
+        self._asked[name] = values
+        value = self._options.get(name, default)
+        if value not in values:
+            raise CheckpointError(f"{self.where}: {name}={value!r} is not among {', '.join(map(repr, values))}")
+        return value
+
     def ignore(self, *names: str) -> None:
         """Fields that do not change what the trained model computes, for a reason that the caller writes beside them."""
         self._known.update(names)
@@ -88,7 +102,10 @@ class Settings:
         return Settings(f"{self.where}, {name}", self.need(name))
 
     def finish(self) -> None:
-        """Raise a CheckpointError if there are fields that nobody has asked for."""
+        """Raise a CheckpointError if there are fields or options that nobody has asked for."""
+        if wrong := sorted(set(self._options) - set(self._asked)):
+            known = ", ".join(self._asked)
+            raise CheckpointError(f"{self.where}: this family has no option {wrong[0]!r}; it has {known or 'none'}")
         if unknown := sorted(set(self.config) - self._known):
             raise CheckpointError(
                 f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; it is "
@@ -203,6 +220,7 @@ class Blueprint:
     copies: by the name of a tensor of theirs that some files hold twice, the name of the one that it equals.
     derived: patterns of tensors of theirs that follow from the configuration, such as tables of angles.
     unused: patterns of tensors that are not part of this model, and why; each is reported, never dropped in silence.
+    spare: patterns of small tensors that only training used; they are stored with the origin, so that they can be given back.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -212,6 +230,7 @@ class Blueprint:
     copies: Mapping[str, str] = field(default_factory=dict)
     derived: Sequence[str] = ()
     unused: Mapping[str, str] = field(default_factory=dict)
+    spare: Sequence[str] = ()
 
 
 class Family(ABC):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import multimodal as mm
 from multimodal.check import verify
 from multimodal.heads.contrast import Contrast, ContrastReadout, fingerprint
+from multimodal.heads.pool import First, Last, Mean, Transformed
 from multimodal.look import xray
 from multimodal.pattern import Pattern
 from multimodal.retrieval import evaluate_pairs, recalls
@@ -250,6 +252,62 @@ def test_matches_are_probabilities(tokenizers, core, lively, values: Callable, f
     assert not any(x.is_inference() or x.requires_grad for x in (left, found)), "what is made of them may be trained on"
 
 
+POOLS: list[tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = [
+    ({"pool": Mean(), "maps": (), "width": 32}, lambda state_ND: state_ND.mean(0)),
+    ({"pool": (Last(), First()), "width": 8}, lambda state_ND: state_ND[-1]),
+    ({"pool": Transformed(First(), dense="tanh"), "maps": ("right",), "bias": ("right",), "width": 32}, lambda s: s[0]),
+]
+
+
+@pytest.mark.parametrize(("settings", "pooled"), POOLS)
+def test_a_pool_in_the_place_of_learned_tokens(tokenizers, core, lively, settings, pooled):
+    """The vectors are those of the states by hand, packed and alone; the sides share one pool's weights, or have their own."""
+    head = Contrast(**settings)
+    model = lively(mm.Model(tokenizers, core, [mm.Task("a:text <-> b:text", head)]))
+    task, texts = "a:text <-> b:text", ["some", "longer words", "x"]
+    readout = model.readout(task).requires_grad_(False)
+    assert isinstance(readout, ContrastReadout)
+    assert readout.query is None
+    with torch.inference_mode():
+        for left, text in enumerate(texts):
+            stream = model.pack(task, [{"a": text, "b": None}], answers=False)
+            vector_D = pooled(model(stream))
+            if isinstance(head.pool, Transformed):
+                vector_D = torch.tanh(readout.pool.dense.linear(vector_D))  # type: ignore[union-attr]
+            wanted = F.normalize(readout.left(vector_D), dim=-1)
+            assert len(stream) == len(text), "there is no learned token"
+            together = model.vectors(task, [{"a": text} for text in texts])
+            torch.testing.assert_close(together[left], wanted, atol=1e-5, rtol=0.0)
+    names = {name.removeprefix("readouts.text__text_Contrast.") for name in model.state_dict() if "Contrast" in name}
+    both = {f"{side}.weight" for side in head.maps} | {f"{side}.bias" for side in head.bias}
+    dense = (
+        {f"pool.dense.linear.{kind}" for kind in ("weight", "bias")} if isinstance(head.pool, Transformed) else set()
+    )
+    assert names == {"log_scale"} | both | dense
+    pairs = [{"a": text, "b": text[::-1] + "!"} for text in texts]
+    left, right = (model.vectors(task, pairs, side=side) for side in ("left", "right"))
+    stream = model.pack(task, pairs)
+    torch.testing.assert_close(model.logits(stream)[task], torch.cat([left, right]), atol=1e-5, rtol=0.0)
+    loss = written_out("softmax", left, right, 1 / 0.07, 0.0, torch.eye(3, dtype=torch.bool).tolist())
+    assert float(model.loss(stream).detach()) == pytest.approx(loss / 3, rel=1e-4)
+    assert evaluate_pairs(model, task, pairs)["loss"] == pytest.approx(loss / 3, rel=1e-4)
+    assert Contrast.from_config(head.config()) == head
+    assert verify(model, {task: pairs}).passed
+
+
+def test_settings_of_contrast_that_do_not_fit():
+    for settings, named in (
+        ({"pool": (Mean(), Mean(), Mean())}, "pool has 3 pools; give one for both sides, or one for each"),
+        ({"pool": "mean"}, "pool"),
+        ({"maps": ("top",)}, r"maps=\('top',\) has a side that is not among \('left', 'right'\)"),
+        ({"maps": (), "bias": ("left",)}, r"bias=\('left',\) has a side that is not among \(\)"),
+    ):
+        with pytest.raises(mm.ConfigError, match=f"Contrast: {named}"):
+            Contrast(**settings)
+    with pytest.raises(mm.ConfigError, match="the right side has no map, so width=16 must be that of its vector, 12"):
+        Contrast(width=16, maps=("left",)).readout(12, TextBytes())
+
+
 def test_recall_is_what_counting_finds():
     generator = torch.Generator().manual_seed(3)
     left, right = (F.normalize(torch.randn(12, 4, generator=generator), dim=1) for _ in range(2))
@@ -296,8 +354,8 @@ def test_verify_looks_at_both_sides(model, core, values: Callable):
 def test_verify_notices_a_side_that_depends_on_its_neighbours(model, monkeypatch: pytest.MonkeyPatch, side: str):
     alone = ContrastReadout.vectors
 
-    def mixed(self: ContrastReadout, state_ND: torch.Tensor, of: str) -> torch.Tensor:
-        return alone(self, state_ND - 0.1 * state_ND.mean(0) if of == side else state_ND, of)
+    def mixed(self: ContrastReadout, state_ND: torch.Tensor, of: str, lengths: list[int]) -> torch.Tensor:
+        return alone(self, state_ND - 0.1 * state_ND.mean(0) if of == side else state_ND, of, lengths)
 
     monkeypatch.setattr(ContrastReadout, "vectors", mixed)
     found = verify(mm.Model(model.packer.tokenizers, model.core.core, [TASK]))

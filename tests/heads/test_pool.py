@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import multimodal as mm
+from multimodal.check import verify
 from multimodal.heads import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
 from multimodal.norm import Norm
 from multimodal_tokenizers import Labels, TextBytes
@@ -91,6 +92,7 @@ def test_a_classifier_with_a_pool_learns_is_packed_and_saved(pool: Pool, tmp_pat
     model.save(tmp_path)
     again = mm.Model.load(tmp_path).predict("text -> label", samples)
     assert [a.probability for a in again] == [a.probability for a in together]
+    assert verify(model, {"text -> label": samples[:4]}).passed
 
 
 def test_a_pool_says_what_it_cannot_do() -> None:

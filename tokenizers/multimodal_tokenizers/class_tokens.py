@@ -156,7 +156,8 @@ class _Embed(nn.Module):
 
     def _grids(self, places: Places) -> Tensor:
         """The positions of the tokens of all values, end to end."""
-        assert self.table is not None and self.positions_ND is not None
+        assert self.table is not None
+        assert self.positions_ND is not None
         table_ND = self.positions_ND[self.placed :]
         # the cells of a grid of the table's own size are not always its own, since they are found in float32
         known: dict[tuple[int, int], Tensor] = {self.table: table_ND} if self.resample else {}

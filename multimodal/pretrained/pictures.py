@@ -1,0 +1,167 @@
+"""What the families of vision transformers share: their pictures, their classes, and the tensors of embeddings and blocks."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.heads import Classify, Contrast
+from multimodal.heads.pool import Pool
+from multimodal.layers import MLP, SelfAttention
+from multimodal.layers.base import Add, Merge
+from multimodal.layers.mlp import Activation
+from multimodal.pretrained.family import Pair, Settings, attention_names, same, shaped, stacked
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.task import Task
+from multimodal_tokenizers import ImagePatches, Labels
+from multimodal_tokenizers.fit import image_settings
+
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def sides(settings: Settings, name: str) -> tuple[int, int]:
+    """Rows and columns of a field that is one number for both, or two numbers."""
+    value = settings.need(name)
+    rows, columns = value if isinstance(value, (list, tuple)) else (value, value)
+    return rows, columns
+
+
+def patches(settings: Settings, files: Mapping[str, bytes], default: Mapping[str, Any]) -> ImagePatches:
+    """The pictures of a vision transformer as preprocessor_config.json prepares them; default: where there is no such file."""
+    rows, columns = sides(settings, "patch_size")
+    if rows != columns:
+        raise CheckpointError(f"{settings.where}: patch_size={(rows, columns)} is not supported; wanted squares")
+    settings.only("num_channels", 3)
+    preprocessor = json.loads(files[PREPROCESSOR]) if PREPROCESSOR in files else default
+    try:
+        return ImagePatches(patch=rows, position="rotary", **image_settings(preprocessor))
+    except ConfigError as error:
+        raise CheckpointError(f"{settings.where}: {PREPROCESSOR}: {error}") from None
+
+
+def classes(settings: Settings) -> Labels:
+    """The classes of a classifier by their names; a name that several have gets its number behind it."""
+    config = settings.config
+    # the two classes of a configuration that names none are not written
+    given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
+    names = [str(name) for _, name in sorted((int(i), name) for i, name in given.items())]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return Labels(tuple(names), several=config.get("problem_type") == "multi_label_classification")
+
+
+def vectors(kind: str, pool: Pool, width: int) -> tuple[list[Task], list[Pair]]:
+    """For an encoder without a head, the task whose `Model.vectors` are its pooled states, and the pair of its unused scale."""
+    head = Contrast(width=width, pool=pool, maps=())
+    scale = new(f"readouts.{kind}__{kind}_Contrast.log_scale", lambda: torch.full((1,), math.log(1 / 0.07)))
+    return [Task(f"{kind} <-> other:{kind}", head)], [scale]
+
+
+def new(ours: str, make: Callable[[], Tensor]) -> Pair:
+    """A weight of ours that theirs have nothing for, as a new model has it; it is not given back."""
+    return Pair(ours, (), make, lambda x: [])
+
+
+def classifier(kind: str, pool: Pool, labels: Labels, width: int, theirs: str) -> tuple[list[Task], list[Pair]]:
+    """The task of naming the class of a value of this kind; the weights of its linear layer, and of classes that are read, which is
+    new."""
+    pairs = [same(f"readouts.label_Classify.linear.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        table = labels.embed(width)
+    pairs += [new(f"embeds.label.{name}", x.detach().clone) for name, x in table.named_parameters()]
+    return [Task(f"{kind} -> label", Classify(pool=pool))], pairs
+
+
+def learned_pair(kind: str, theirs: Sequence[str], counts: Sequence[int], width: int) -> Pair:
+    """The learned tokens of `ClassTokens`, which they store as several tensors (1, count, D)."""
+    return Pair(
+        f"embeds.{kind}.tokens_ND",
+        tuple(theirs),
+        lambda *parts: torch.cat([x.reshape(-1, width) for x in parts]),
+        lambda x: [part[None] for part in x.split(list(counts))],
+    )
+
+
+def embedding_pairs(
+    kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True
+) -> Iterator[Pair]:
+    """The linear map of patches of pictures, or with one channel of spectrograms, which they store as a convolution."""
+    ours = f"embeds.{kind}.of.linear" if channels > 1 else f"embeds.{kind}.of"
+    square = (width, channels, patch, patch)
+    yield shaped(f"{ours}.weight", f"{theirs}.weight", (width, channels * patch**2), square)
+    if bias:
+        yield same(f"{ours}.bias", f"{theirs}.bias")
+
+
+def positions_pair(kind: str, theirs: str, count: int, width: int) -> Pair:
+    """The learned positions of `ClassTokens`, which they store with an axis of size 1 before."""
+    return shaped(f"embeds.{kind}.positions_ND", theirs, (count, width), (1, count, width))
+
+
+def norm_pairs(ours: str, theirs: str) -> Iterator[Pair]:
+    """A LayerNorm."""
+    for part in ("weight", "bias"):
+        yield same(f"{ours}.{part}", f"{theirs}.{part}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderBlock:
+    """A block of a vision transformer: its layers, and the names of their tensors below that of the block.
+
+    width, heads: of the core. hidden: hidden width of the MLP. activation, gated: of the MLP.
+    bias: which projections of the attention have one. mlp_bias: whether those of the MLP have.
+    merge: how updates join the stream; a LayerScale has its own names in `scales`.
+    rotary: whether queries and keys have rotary positions, whose pairs they store as halves.
+    query, key, value, out, up, down, norms, scales: their names; `up` has two where the gate is a matrix of its own.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    activation: Activation
+    gated: bool = False
+    bias: tuple[str, ...]
+    mlp_bias: bool = True
+    merge: Merge = field(default_factory=Add)
+    rotary: bool = False
+    query: str = "attention.attention.query"
+    key: str = "attention.attention.key"
+    value: str = "attention.attention.value"
+    out: str = "attention.output.dense"
+    up: tuple[str, ...]
+    down: str
+    norms: tuple[str, str]
+    scales: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[SelfAttention, MLP]:
+        """The declaration."""
+        mlp = MLP(activation=self.activation, gated=self.gated, bias=self.mlp_bias, merge=self.merge)
+        return SelfAttention(bias=self.bias, merge=self.merge), mlp
+
+    def pairs(self, i: int, theirs: str) -> Iterator[Pair]:
+        """The tensors of block i, whose name of theirs is given."""
+        attention, ours = attention_names(i), f"core.blocks.{i}.layers"
+        turn = self.width // self.heads if self.rotary else None
+        turned = [turn, turn, None]
+        projections = [f"{theirs}.{name}" for name in (self.query, self.key, self.value)]
+        yield stacked(f"{attention}.qkv.weight", [f"{p}.weight" for p in projections], [self.width] * 3, turned)
+        for name, p, width in zip(("query", "key", "value"), projections, turned, strict=True):
+            if name in self.bias:
+                yield stacked(f"{attention}.biases.{name}", [f"{p}.bias"], [self.width], [width])
+        yield same(f"{attention}.out.weight", f"{theirs}.{self.out}.weight")
+        if "out" in self.bias:
+            yield same(f"{attention}.out.bias", f"{theirs}.{self.out}.bias")
+        up = "gate_up" if self.gated else "up"
+        rows = [(1 + self.gated) * self.hidden // len(self.up)] * len(self.up)
+        for part in ("weight", "bias") if self.mlp_bias else ("weight",):
+            yield stacked(f"{ours}.1.body.{up}.{part}", [f"{theirs}.{name}.{part}" for name in self.up], rows)
+            yield same(f"{ours}.1.body.down.{part}", f"{theirs}.{self.down}.{part}")
+        for layer, norm in enumerate(self.norms):
+            yield from norm_pairs(f"{ours}.{layer}.norm", f"{theirs}.{norm}")
+        for layer, scale in enumerate(self.scales):
+            yield same(f"{ours}.{layer}.merge_weights.gamma", f"{theirs}.{scale}")
