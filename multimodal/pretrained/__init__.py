@@ -32,7 +32,14 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    AST(), DINOv2(), DINOv3(), Llama(), PaliGemma(), SmolVLM(), ViT(), Whisper(),
+    AST(),
+    DINOv2(),
+    DINOv3(),
+    Llama(),
+    PaliGemma(),
+    SmolVLM(),
+    ViT(),
+    Whisper(),
 )
 """Every layout that can be read and written."""
 

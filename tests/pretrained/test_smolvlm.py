@@ -206,9 +206,15 @@ def test_pictures_are_those_of_the_processor_without_tiles(name: str, tmp_path: 
     settings = json.loads(tiled.read_text(encoding="utf-8"))
     tiled.write_text(json.dumps({**settings, "do_image_splitting": True}), encoding="utf-8")
     with pytest.raises(
-        mm.CheckpointError, match=r"do_image_splitting=True of .* is not known here.*say false in the file"
+        mm.CheckpointError, match=r"do_image_splitting=True of .* is not known.*do_image_splitting=False"
     ):
         pretrained(given)
+    whole = pretrained(given, do_image_splitting=False)
+    assert whole.tokenizers["image"] == tower
+    whole.model().export("hf", tmp_path / "out")
+    assert pretrained(tmp_path / "out", do_image_splitting=False).tokenizers["image"] == tower
+    with pytest.raises(mm.CheckpointError, match=r"do_image_splitting=7 is not among True, False"):
+        pretrained(given, do_image_splitting=7)
 
 
 def test_prompts_are_those_of_the_processor(tmp_path: Path) -> None:
