@@ -23,12 +23,13 @@ from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.timm_vit import TimmViT
 from multimodal.pretrained.vit import ViT
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), DINOv2(), DINOv3(), Llama(), ViT())
+FAMILIES: tuple[Family, ...] = (AST(), DINOv2(), DINOv3(), Llama(), TimmViT(), ViT())
 """Every layout that can be read and written."""
 
 
@@ -88,11 +89,10 @@ def pretrained(
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors))
     weights, unused = converted(found, blueprint, shapes, dtype)
-    config = {name: value for name, value in found.config.items() if name != "module"}
     origin = {
         "name": found.name,
         "revision": found.revision,
-        "config": config,
+        "config": dict(found.config),
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
     }
@@ -135,10 +135,12 @@ def blueprint_of(
     return blueprint, shapes
 
 
-def export(model: Model, folder: str | Path) -> Path:
+def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
 
     Weights that were not trained are written bit for bit as they came.
+
+    to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
         ConfigError: the model did not come from there, or has kinds, tasks or a core that this layout cannot hold.
@@ -148,6 +150,11 @@ def export(model: Model, folder: str | Path) -> Path:
     if origin is None:
         raise ConfigError(
             "export: this model was not made of trained weights of others, so that there is no layout to write"
+        )
+    own = "timm" if str(origin["config"].get("model_type")).startswith("timm:") else "hf"
+    if to != own:
+        raise ConfigError(
+            f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
         )
     files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
     spec = getattr(model.packer.tokenizers.get("text"), "spec", None)

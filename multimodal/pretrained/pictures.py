@@ -87,10 +87,10 @@ def learned_pair(kind: str, theirs: Sequence[str], counts: Sequence[int], width:
 
 
 def embedding_pairs(
-    kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True
+    kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True, linear: str = "of.linear"
 ) -> Iterator[Pair]:
-    """The linear map of patches of pictures, or with one channel of spectrograms, which they store as a convolution."""
-    ours = f"embeds.{kind}.of.linear" if channels > 1 else f"embeds.{kind}.of"
+    """The linear map of patches, which they store as a convolution; linear: its name within the embedding."""
+    ours = f"embeds.{kind}.{linear}"
     square = (width, channels, patch, patch)
     yield shaped(f"{ours}.weight", f"{theirs}.weight", (width, channels * patch**2), square)
     if bias:
