@@ -20,13 +20,14 @@ _FROM = {
     "shapes": "CheckpointError ConfigError MediaError ShapeError StreamError TaskError",
     "task": "Task",
     "tokenizer": "Tokenizer Tokens at_times",
+    "tower": "Tower",
     "train": "Recipe Run TrainingJob evaluate fit",
     "transcription": "Listener Transcript transcribe",
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
 _ROOMS = (
-    *("attention", "check", "count", "data", "generate", "heads", "layers", "look", "masks", "media", "packer"),
-    *("pretrained", "stream", "train", "transcription", "zoo"),
+    *("attention", "check", "count", "data", "generate", "heads", "layers", "look", "lora", "masks", "media", "packer"),
+    *("pretrained", "stream", "tower", "train", "transcription", "zoo"),
 )
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -8,10 +8,12 @@ from multimodal import generate as generate
 from multimodal import heads as heads
 from multimodal import layers as layers
 from multimodal import look as look
+from multimodal import lora as lora
 from multimodal import masks as masks
 from multimodal import media as media
 from multimodal import packer as packer
 from multimodal import stream as stream
+from multimodal import tower as tower
 from multimodal import train as train
 from multimodal import transcription as transcription
 from multimodal import zoo as zoo
@@ -51,6 +53,7 @@ from multimodal.task import Task as Task
 from multimodal.tokenizer import Tokenizer as Tokenizer
 from multimodal.tokenizer import Tokens as Tokens
 from multimodal.tokenizer import at_times as at_times
+from multimodal.tower import Tower as Tower
 from multimodal.train import Recipe as Recipe
 from multimodal.train import Run as Run
 from multimodal.train import TrainingJob as TrainingJob

@@ -24,11 +24,12 @@ PARTS = {
         "attention.scores",
         "core",
         "encoder_decoder",
+        "lora",
         "masks",
         "norm",
         "positions",
     ),
-    *("heads.pool", "train.recipe"),
+    *("heads.pool", "tower", "train.recipe"),
     *(
         f"heads.{name}"
         for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "pointer")

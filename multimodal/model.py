@@ -213,8 +213,12 @@ class Model(Network):
         """A model with more kinds and tasks, which has all weights of this one, bit for bit.
 
         Raises:
-            ConfigError: a name that is already taken.
+            ConfigError: a name that is already taken, or the model has adapters.
         """
+        if self.adapters is not None:
+            raise ConfigError(
+                "Model.extended: the model has adapters, which the new one would lose; call lora.merge or lora.remove first"
+            )
         for name in tokenizers or {}:
             if name in self.packer.tokenizers:
                 raise ConfigError(f"Model.extended: there is already a tokenizer named {name!r}; choose another name")
@@ -297,8 +301,9 @@ class Model(Network):
             CheckpointError: weights that cannot be read, or a layout that is not known.
 
         Examples:
-            >>> labels = {"label": Labels(("cat", "dog"))}
-            >>> pets = mm.Model.from_pretrained("facebook/dinov2-small", ["image -> label"], labels)  # doctest: +SKIP
+            >>> model = mm.Model.from_pretrained("smollm2", ["text -> label"], {"label": Labels(("question", "answer"))})
+            >>> list(model.tasks)
+            ['text -> text', 'text -> label']
         """
         # by name, because the core must not depend on the families
         room = importlib.import_module("multimodal.pretrained")

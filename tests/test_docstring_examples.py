@@ -15,7 +15,9 @@ from PIL import Image
 import multimodal as mm
 from multimodal.check import check_tokenizer, verify
 from multimodal.look import xray
-from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
+from multimodal.pretrained import pretrained
+from multimodal_tokenizers import AudioFrames, Ids, ImagePatches, Labels, TextBytes
+from tests.pretrained.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("circle", "square")
@@ -25,11 +27,13 @@ MOST_USED = {
     "Model.generate": mm.Model.generate,
     "Model.save": mm.Model.save,
     "Model.load": mm.Model.load,
+    "Model.from_pretrained": mm.Model.from_pretrained,
     "CTC": mm.CTC,
     "Contrast": mm.Contrast,
     "Core": mm.Core,
     "Engine": mm.Engine,
     "Fields": mm.Fields,
+    "Ids": Ids,
     "Masked": mm.Masked,
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
@@ -42,6 +46,7 @@ MOST_USED = {
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
     "fit": mm.fit,
+    "pretrained": pretrained,
     "transcribe": mm.transcribe,
     "verify": verify,
     "write_shards": mm.write_shards,
@@ -80,6 +85,7 @@ def namespace() -> dict[str, Any]:
     modules = {"mm": mm, "np": np, "torch": torch, "Path": Path, "dataclass": dataclass}
     tools = {"check_tokenizer": check_tokenizer, "verify": verify, "xray": xray}
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
+    kinds |= {"Ids": Ids}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 
@@ -96,6 +102,7 @@ def run_examples(name: str, docstring: str, namespace: dict[str, Any]) -> int:
 def test_an_example_runs(name: str, namespace: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.uint8(255 * picture("square", 20))).save("square.png")
+    tiny_llama(tmp_path / "smollm2")
     own = {**namespace, "model": copy.deepcopy(namespace["model"])}  # an example may train it
     docstring = inspect.getdoc(MOST_USED[name]) or ""
     assert run_examples(name, docstring, own) >= 1, f"{name} has no example"

@@ -4,6 +4,7 @@ from multimodal.generate.engine import Engine, Piece
 from multimodal.generate.prefix import CachedPrefix, read_prefix
 from multimodal.generate.samplers import (
     AtLeast,
+    Forbid,
     Greedy,
     MinP,
     NoRepeat,
@@ -21,6 +22,7 @@ __all__ = [
     "AtLeast",
     "CachedPrefix",
     "Engine",
+    "Forbid",
     "Greedy",
     "MinP",
     "NoRepeat",

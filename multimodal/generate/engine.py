@@ -77,7 +77,7 @@ class Engine:
         self._batch: DecodeBatch | None = None  # of those running, until one joins or leaves
         self._owner: list[Request] = []  # of each row in use
         self._tickets = 0
-        self._most = model.most_tokens
+        self._most, self._most_written = model.most_tokens, model.most_written
         self._step: Step | None = None  # how a pass is computed, if not by the core itself
 
     @property
@@ -135,6 +135,13 @@ class Engine:
                 f"{request.name} of task {request.task!r}: a prompt of {request.prompt} tokens and an answer of up to "
                 f"{request.limit} are more than the {most} places that this model's attention knows; shorten the prompt or "
                 "lower max_tokens"
+            )
+        written = request.start_count + request.begin_count + request.limit
+        if self._most_written is not None and written > self._most_written:
+            raise StreamError(
+                f"{request.name} of task {request.task!r}: a start of {request.start_count} tokens and an answer of up to "
+                f"{request.begin_count + request.limit} are more than the {self._most_written} places of the writer; lower "
+                "max_tokens"
             )
         if request.width > self.rows:
             raise ConfigError(

@@ -70,7 +70,7 @@ def _chosen(requests: Sequence[Request], sizes: Sequence[int], log_p_BV: Tensor)
             )
             yield request, []
         return
-    rule = requests[0].options.rule
+    rule = requests[0].rule
     try:
         allowed_BV = _apply_rule(rule, requests, sizes, log_p_BV)
     except Exception as error:  # a user's rule may fail in any way
@@ -146,7 +146,7 @@ def _extend_beams(request: Request, beams: Beams, log_p_BV: Tensor, allowed_BV: 
     # a user's rule may change probabilities without declaring `reweighs`
     if bool((shift_BV - shift_BV.nanmean(1, keepdim=True)).abs().gt(1e-3).any()):
         raise StreamError(
-            f"{request.options.rule} changes probabilities, but beams rank by the model's own log-probabilities; use a rule that "
+            f"{request.rule} changes probabilities, but beams rank by the model's own log-probabilities; use a rule that "
             "only rules tokens out, or beams=1"
         )
     log_p_BV = log_p_BV.masked_fill(out_BV, NEVER)

@@ -13,7 +13,7 @@ from torch import Tensor
 from multimodal.generate.beams import MOST_BEAMS, Beams
 from multimodal.generate.detokenizer import Detokenizer
 from multimodal.generate.prefix import CachedPrefix
-from multimodal.generate.samplers import AtLeast, Greedy, Sampler, Temperature, Written
+from multimodal.generate.samplers import AtLeast, Forbid, Greedy, Sampler, Temperature, Written
 from multimodal.heads import Head, Prediction
 from multimodal.heads.base import EncodedSample, encode_field
 from multimodal.packer import Packer
@@ -131,6 +131,7 @@ class Request:
         self.begin: Tokens | None = None
         if options.begin is not None:
             self.begin = encode_field(self.tokenizer, options.begin, sample.where, "begin")
+        self.start_count = len(sample.start.tokens)
         self.begin_count = count = 0 if self.begin is None else len(self.begin)
         self.begin_ids: list[int] = []
         if self.begin is not None:
@@ -158,9 +159,11 @@ class Request:
             more = 0 if self.source is None else len(self.source)
             self.choices = self.head.vocab(self.tokenizer) + more
             self.stop = self.head.stop(self.tokenizer) + more
-        self.rule_key: Any = options.rule
+        forbidden = self.head.forbidden()
+        self.rule = Forbid(*forbidden) | options.rule if any(forbidden) else options.rule
+        self.rule_key: Any = self.rule
         try:
-            hash(options.rule)
+            hash(self.rule)
         except TypeError:  # a sampler with a list in it
             self.rule_key = id(options.rule)
         self.ids: list[int] = []

@@ -292,6 +292,31 @@ class AtLeast(Sampler):
 
 
 @dataclass(frozen=True)
+class Forbid(Sampler):
+    """These ids are not written.
+
+    ids: the ids that are never written.
+    first: ids that do not begin an answer; that of its end forbids an empty one.
+    """
+
+    ids: tuple[int, ...]
+    first: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("ids", "first"):
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or any(type(i) is not int or i < 0 for i in given):
+                raise ConfigError(f"Forbid: {name}={given!r} must be ids, whole numbers from 0, in a tuple")
+            object.__setattr__(self, name, tuple(given))
+
+    def __call__(self, logits_BV: Tensor, written: Sequence[Written]) -> Tensor:
+        ids, first = (torch.tensor(x, dtype=torch.long, device=logits_BV.device) for x in (self.ids, self.first))
+        logits_BV = logits_BV.index_fill(1, ids, NEVER)
+        begins_B = torch.tensor([not so_far.ids for so_far in written], device=logits_BV.device)
+        return torch.where(begins_B[:, None], logits_BV.index_fill(1, first, NEVER), logits_BV)
+
+
+@dataclass(frozen=True)
 class OneOf(Sampler):
     """The answer is one of these values ("yes", "no"), as encoded by the tokenizer of the written kind.
 

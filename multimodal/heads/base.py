@@ -435,6 +435,10 @@ class Head(Declared, ABC):
         """
         return self.logits(readout, state_ND, [1] * len(state_ND))
 
+    def forbidden(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that are never written, and those that do not begin an answer."""
+        return (), ()
+
     def check_decoding(self, where: str, options: Any, prefix: Any) -> None:
         """Raise a ConfigError for options of `Model.generate` that do not apply to this head."""
         if self.draws_features and (options.beams > 1 or options.sampler is not None):

@@ -42,6 +42,8 @@ class NextToken(Head):
     bias: whether the logits have a learned bias.
     scale: factor of the states.
     cap: bound of the logits, which become cap * tanh(logits / cap); None: no bound.
+    never: ids that are never written, such as marks that are only read; logits and loss know nothing of it.
+    never_first: ids that do not begin an answer.
     """
 
     label_smoothing: float = 0.0
@@ -51,6 +53,8 @@ class NextToken(Head):
     bias: bool = True
     scale: float = 1.0
     cap: float | None = None
+    never: tuple[int, ...] = ()
+    never_first: tuple[int, ...] = ()
     autoregressive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -112,14 +116,21 @@ class NextToken(Head):
         for name, ids in (
             ("stop_id", [] if self.stop_id is None else [self.stop_id]),
             ("start_ids", self.start_ids or ()),
+            ("never", self.never),
+            ("never_first", self.never_first),
         ):
-            if any(not 0 <= i < symbols for i in ids):
-                raise ConfigError(f"NextToken: {name}={getattr(self, name)} is not among the ids 0 to {symbols - 1}")
+            # a stop of its own may be forbidden too
+            count = symbols + (self.stop_id is None and name.startswith("never"))
+            if any(not 0 <= i < count for i in ids):
+                raise ConfigError(f"NextToken: {name}={getattr(self, name)} is not among the ids 0 to {count - 1}")
         return symbols + (self.stop_id is None)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
         logits = readout.linear(state_ND if self.scale == 1.0 else state_ND * self.scale)
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def forbidden(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.never, self.never_first
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         check_length(self, tokens, tokenizer)

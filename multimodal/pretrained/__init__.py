@@ -22,14 +22,19 @@ from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.paligemma import PaliGemma
+from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
 from multimodal.pretrained.timm_vit import TimmViT
 from multimodal.pretrained.vit import ViT
+from multimodal.pretrained.whisper import Whisper
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), DINOv2(), DINOv3(), Llama(), TimmViT(), ViT())
+FAMILIES: tuple[Family, ...] = (
+    AST(), DINOv2(), DINOv3(), Llama(), PaliGemma(), SmolVLM(), TimmViT(), ViT(), Whisper(),
+)
 """Every layout that can be read and written."""
 
 
@@ -69,7 +74,12 @@ class Pretrained:
 
 
 def pretrained(
-    source: Any, *, revision: str | None = None, dtype: torch.dtype | None = torch.float32, pickle: bool = False
+    source: Any,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    pickle: bool = False,
+    **options: Any,
 ) -> Pretrained:
     """Read a trained model of others.
 
@@ -78,21 +88,29 @@ def pretrained(
     revision: the branch, tag or commit of a hub name.
     dtype: the precision of the weights; None: as they are stored.
     pickle: whether weights may be a pickle (.bin), which is read with `weights_only`.
+    options: what a family lets one choose, such as language="de" of Whisper; its class describes them.
 
     Raises:
         CheckpointError: nothing there; a configuration with a field that we do not know; a tensor without a place.
 
     Examples:
-        >>> smollm = mm.pretrained("HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
-        >>> smollm.model().generate("text -> text", text="Once upon a time", max_tokens=20)  # doctest: +SKIP
+        >>> smollm = mm.pretrained("smollm2")  # a folder here, or a name such as "HuggingFaceTB/SmolLM2-135M"
+        >>> answer = smollm.model().generate("text -> text", text=[5, 9, 2], max_tokens=4)
+        >>> sorted(smollm.tokenizers), smollm.core.depth
+        (['text'], 2)
     """
     found = sources.find(source, revision=revision, pickle=pickle)
-    blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors))
+    blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
     weights, unused = converted(found, blueprint, shapes, dtype)
     origin = {
         "name": found.name,
         "revision": found.revision,
+<<<<<<< HEAD
         "config": dict(found.config),
+=======
+        "config": config,
+        "options": options,
+>>>>>>> main
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
     }
@@ -111,7 +129,11 @@ def pretrained(
 
 
 def blueprint_of(
-    where: str, config: Mapping[str, Any], files: Mapping[str, bytes], names: Sequence[str]
+    where: str,
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    names: Sequence[str],
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Blueprint, dict[str, torch.Size]]:
     """(our declarations for a configuration of theirs, every field of which is understood; by name the shapes of our weights).
 
@@ -123,7 +145,7 @@ def blueprint_of(
     if family is None:
         known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
         raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
-    settings = Settings(where, config)
+    settings = Settings(where, config, options)
     blueprint = family.read(settings, files, names)
     settings.finish()
     with torch.device("meta"):
@@ -160,7 +182,7 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
-    blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"])
+    blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))
     same = {
         "core": model.core.core == blueprint.core,
         "tokenizers": model.packer.tokenizers == dict(blueprint.tokenizers),

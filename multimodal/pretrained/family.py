@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,9 +48,11 @@ NO_MATTER = {
 class Settings:
     """A configuration of theirs, field by field; a field that is not asked for, or whose value we cannot do, is refused by name."""
 
-    def __init__(self, where: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, where: str, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         self.where, self.config = where, config
         self._known = {name for name in config if name in NO_MATTER}
+        self._options = dict(options or {})
+        self._asked: dict[str, Sequence[Any]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.config
@@ -79,6 +81,18 @@ class Settings:
             raise CheckpointError(f"{self.where}: {name}={short_repr(value)} is not supported; wanted {wanted}")
         return value
 
+    def option(self, name: str, default: Any, values: Sequence[Any]) -> Any:
+        """What the user chose of these values by an argument of `pretrained`, such as the language; the default if nothing.
+
+        Raises:
+            CheckpointError: another value.
+        """
+        self._asked[name] = values
+        value = self._options.get(name, default)
+        if value not in values:
+            raise CheckpointError(f"{self.where}: {name}={value!r} is not among {', '.join(map(repr, values))}")
+        return value
+
     def ignore(self, *names: str) -> None:
         """Fields that do not change what the trained model computes, for a reason that the caller writes beside them."""
         self._known.update(names)
@@ -88,7 +102,10 @@ class Settings:
         return Settings(f"{self.where}, {name}", self.need(name))
 
     def finish(self) -> None:
-        """Raise a CheckpointError if there are fields that nobody has asked for."""
+        """Raise a CheckpointError if there are fields or options that nobody has asked for."""
+        if wrong := sorted(set(self._options) - set(self._asked)):
+            known = ", ".join(self._asked)
+            raise CheckpointError(f"{self.where}: this family has no option {wrong[0]!r}; it has {known or 'none'}")
         if unknown := sorted(set(self.config) - self._known):
             raise CheckpointError(
                 f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; it is "
@@ -176,6 +193,22 @@ def pairs_to_halves(x: Tensor, width: int | None) -> Tensor:
     if width is None:
         return x
     return x.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def moved(pairs: Sequence[Pair], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[Pair]:
+    """The pairs of a model that is a part of another one.
+
+    ours, theirs: by the beginning of a name, another beginning; the first that fits counts.
+    """
+    return [
+        replace(p, ours=renamed(p.ours, ours), theirs=tuple(renamed(name, theirs) for name in p.theirs)) for p in pairs
+    ]
+
+
+def renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """A name with another beginning, if it has one of these."""
+    old = next((old for old in beginnings if name.startswith(old)), None)
+    return name if old is None else beginnings[old] + name.removeprefix(old)
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,32 @@ def test_a_value_that_was_left_has_no_way_on():
     assert support(mm.generate.Only(("xy",)), torch.zeros(1, 257), so_far(b"xz", TextBytes(), 256)) == set()
 
 
+def test_what_is_forbidden_is_ruled_out_and_some_at_the_beginning_only():
+    rule = mm.generate.Forbid((1,), first=(0, 3))
+    for ids, allowed in (([], {2}), ([2], {0, 2, 3}), ([2, 0], {0, 2, 3})):
+        assert support(rule, torch.zeros(1, 4), so_far(ids)) == allowed
+    with pytest.raises(mm.ConfigError, match=r"Forbid: first='a' must be ids, whole numbers from 0, in a tuple"):
+        mm.generate.Forbid((), first="a")  # type: ignore[arg-type]
+
+
+def test_a_head_says_which_ids_are_never_written():
+    """The likeliest letter is a, then b, then c."""
+    tasks = {(): "aa", (0,): "bb"}
+    for never, written in tasks.items():
+        task = mm.Task("text -> text", mm.NextToken(never=never, never_first=(3,)))
+        model = mm.Model({"text": Letters()}, mm.Core(width=16, depth=1, heads=2), [task])
+        model.load_state_dict(chooser(BIAS).state_dict())
+        assert model.generate("text -> text", text="a", max_tokens=2).value == written
+        assert model.generate("text -> text", text="a", max_tokens=2, beams=2).value == written
+        assert model.generate("text -> text", text="a", max_tokens=1, sampler=mm.generate.OneOf(("c",))).value == "c"
+        for seed in range(20):
+            found = model.generate("text -> text", text="a", max_tokens=4, temperature=5.0, seed=seed).value
+            assert found
+            assert not never or "a" not in found
+    with pytest.raises(mm.ConfigError, match=r"never=\(7,\) is not among the ids 0 to 3"):
+        mm.Model({"text": Letters()}, mm.Core.tiny(), [mm.Task("text -> text", mm.NextToken(never=(7,)))])
+
+
 def test_rules_apply_from_left_to_right():
     logits = probable(0.5, 0.3, 0.15, 0.05)
     double = so_far([0])
@@ -272,6 +298,7 @@ EVERY = [
     mm.generate.Repetition(0.5, 0.1, 3),
     mm.NoRepeat(2),
     mm.generate.AtLeast(2),
+    mm.generate.Forbid((1,), first=(0,)),
     mm.generate.OneOf(("ab", "c")),
     mm.generate.Only(("ab", "c")),
 ]

@@ -81,11 +81,12 @@ def check_round_trip(folder: Path, given: Path) -> None:
 
 @contextmanager
 def changed(folder: Path, name: str, by: float | Tensor = 1e-3) -> Iterator[None]:
-    """Within this context the numbers of a tensor on disk are off by this much."""
+    """Within this context every other number of a tensor on disk is off by this much; LayerNorm takes away what all share."""
     path = folder / "model.safetensors"
     before = path.read_bytes()
     tensors = load_file(path)
-    tensors[name] += by
+    half = torch.arange(tensors[name].numel()).reshape(tensors[name].shape) % 2 == 0
+    tensors[name] += by * half
     save_file(tensors, path, {"format": "pt"})
     try:
         yield
@@ -96,7 +97,7 @@ def changed(folder: Path, name: str, by: float | Tensor = 1e-3) -> Iterator[None
 def check_mutations(
     given: Path, difference: Callable[[Pretrained], float], names: list[str], core: dict[str, Any]
 ) -> None:
-    """The comparison fails if any of these tensors is off by 1e-3, or one setting of the core is another."""
+    """The comparison fails if half of any of these tensors is off by 1e-3, or one setting of the core is another."""
     for name in names:
         with changed(given, name):
             assert difference(pretrained(given)) > TOLERANCE, name

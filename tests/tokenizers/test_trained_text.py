@@ -265,3 +265,20 @@ CHECKED = [
 @pytest.mark.parametrize(("tokenizer", "check"), CHECKED, ids=[f"{i}-{c}" for i, (_, c) in enumerate(CHECKED)])
 def test_promises(tokenizer: Any, check: Any) -> None:
     check()
+
+
+def test_special_tokens_are_read_only_where_they_are_allowed() -> None:
+    hf = HFTokenizer(models.BPE())
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    hf.train_from_iterator(
+        ["hello there"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    hf.add_special_tokens(["<|end|>"])
+    number, text = hf.token_to_id("<|end|>"), "hi<|end|>there"
+    assert number not in TextBPE(hf.to_str())(text).content.tolist()
+    chat = TextBPE(hf.to_str(), specials=True)
+    assert chat(text).content.tolist() == hf.encode(text).ids
+    assert chat(text).content.tolist().count(number) == 1
+    assert chat.decode(chat(text)) == text
+    assert TextBPE.from_config(chat.config(), chat.files()) == chat

@@ -63,7 +63,7 @@ class TextBPE(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016), trained, saved and loaded as a `tokenizer.json`.
 
     Make one with `TextBPE.train(texts, vocab_size=8192)` or `TextBPE.open("tokenizer.json")`. Whatever the
-    file says, no part of a text is a special token, nothing is cut off, and encoding is deterministic.
+    file says, no part of a text is a special token (unless `specials`), nothing is cut off, and encoding is deterministic.
 
     spec: the content of tokenizer.json.
     causal: whether a token that is read attends only to earlier ones.
@@ -73,6 +73,8 @@ class TextBPE(Tokenizer):
     pad_id: the id of padding; None: the one that the file names.
     scale: factor of the embedded vectors; the table of weights is without it.
     ids: number of ids, at least those of the file, since some models have a larger table; None: those of the file.
+    specials: whether "<|im_end|>" in a text is the file's token of this name, as the prompt of a chat needs it. Then whoever
+        writes a text can write such tokens; by default they are read as the characters they consist of.
     """
 
     spec: str = field(repr=False)
@@ -83,6 +85,7 @@ class TextBPE(Tokenizer):
     pad_id: int | None = None
     scale: float = 1.0
     ids: int | None = None
+    specials: bool = False
     text = True
 
     def __post_init__(self) -> None:
@@ -117,7 +120,7 @@ class TextBPE(Tokenizer):
 
     @property
     def _hf(self) -> HFTokenizer:
-        return _hf_from(self.spec)[0]
+        return _hf_from(self.spec, self.specials)[0]
 
     @property
     def _around(self) -> tuple[list[int], list[int]]:
@@ -311,7 +314,7 @@ def _regex(pattern: str) -> Regex:
 
 
 @lru_cache(maxsize=16)
-def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
+def _hf_from(spec: str, specials: bool = False) -> tuple[HFTokenizer, int]:
     """The library's tokenizer, and the number of its ids (a file may skip some)."""
     try:
         with _no_panics("TextBPE"):
@@ -320,7 +323,7 @@ def _hf_from(spec: str) -> tuple[HFTokenizer, int]:
         raise ConfigError(f"TextBPE: this is no tokenizer.json: {str(error)[:500]}") from error
     if getattr(hf.model, "dropout", None):
         hf.model.dropout = None  # encoding is the same for the same text
-    hf.encode_special_tokens = True  # "<eos>" in a text is five characters; the file has no such setting
+    hf.encode_special_tokens = not specials  # "<eos>" in a text is five characters; the file has no such setting
     hf.no_truncation()  # a text is never cut in silence
     hf.no_padding()
     return hf, max(hf.get_vocab().values(), default=-1) + 1

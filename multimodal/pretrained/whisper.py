@@ -1,0 +1,173 @@
+"""Whisper (Radford et al. 2022): speech to text with an encoder and a decoder, and classifiers on its encoder."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from multimodal.core import Core
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.heads import NextToken
+from multimodal.layers import MLP, CrossAttention, SelfAttention
+from multimodal.norm import Norm
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, stacked
+from multimodal.pretrained.texts import text_tokenizer
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+from multimodal_tokenizers import WhisperFrames
+
+BIAS = ("query", "value", "out")  # keys have none
+NORM = Norm(eps=1e-5, centred=True, bias=True)
+
+
+class Whisper(Family):
+    """Speech to text.
+
+    Options: language, the code of the spoken language such as "de" ("en" by default), and task, "transcribe" or "translate" into
+    English. Models of English alone have no language. Answers are without times.
+    """
+
+    names = ("whisper",)
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        width, mels = settings.need("d_model"), settings.need("num_mel_bins")
+        frames, written = settings.get("max_source_positions", 1500), settings.get("max_target_positions", 448)
+        settings.only("scale_embedding", False)
+        settings.only("is_encoder_decoder", True)
+        settings.only("use_weighted_layer_sum", False)
+        # of a classifier, of word times, of new weights, and of training; the depth is named by encoder and decoder too
+        settings.ignore("classifier_proj_size", "median_filter_width", "init_std", "num_hidden_layers")
+        settings.ignore("encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
+        settings.ignore(*(name for name in settings.config if name.startswith(("mask_time_", "mask_feature_"))))
+        if "classifier.weight" in names:
+            raise CheckpointError(f"{settings.where}: a classifier on Whisper's encoder is not supported")
+        mlp = MLP(activation=activation(settings, "activation_function", "gelu"), gated=False, bias=True)
+        reader, writer = (
+            Core(
+                width=width,
+                depth=settings.need(f"{part}_layers"),
+                heads=settings.need(f"{part}_attention_heads"),
+                mlp_width=settings.need(f"{part}_ffn_dim"),
+                norm=NORM,
+                qk_norm=False,
+                rotary_split=(0, 0, 0),
+                learned_times=times,
+                block=(SelfAttention(bias=BIAS), *crossed, mlp),
+            )
+            for part, times, crossed in (("encoder", frames, ()), ("decoder", written, (CrossAttention(bias=BIAS),)))
+        )
+        _check_sound(settings.where, files, mels)
+        tokenizers = {
+            "audio": WhisperFrames(mels=mels, pad_seconds=frames * WhisperFrames.step[0]),
+            "text": text_tokenizer(settings, files),
+        }
+        bare = not any(name.startswith("model.") for name in names)  # saved without its head
+        tied = settings.get("tie_word_embeddings", True) or bare
+        prefix = "" if bare else "model."
+        return Blueprint(
+            tokenizers,
+            EncoderDecoder(reader=reader, writer=writer),
+            [Task("audio -> text", self._head(settings, files, tied))],
+            list(self._pairs(reader, writer, prefix, tied)),
+            copies={"proj_out.weight": f"{prefix}decoder.embed_tokens.weight"} if tied else {},
+        )
+
+    def _head(self, settings: Settings, files: Mapping[str, bytes], tied: bool) -> NextToken:
+        # older models have these in their configuration, newer ones beside it, which then counts
+        names = (
+            "suppress_tokens",
+            "begin_suppress_tokens",
+            "forced_decoder_ids",
+            "decoder_start_token_id",
+            "eos_token_id",
+        )
+        writing = {name: settings.get(name) for name in names}
+        writing |= {name: value for name, value in _json(files, "generation_config.json").items() if value is not None}
+        settings.ignore("bos_token_id")
+        vocab = settings.need("vocab_size")
+        start, stop = writing["decoder_start_token_id"], writing["eos_token_id"]
+        if start is None or stop is None:
+            raise CheckpointError(f"{settings.where}: it names no decoder_start_token_id and eos_token_id")
+
+        def allowed(name: str) -> tuple[int, ...]:
+            return tuple(i for i in writing.get(name) or () if 0 <= i < vocab)
+
+        return NextToken(
+            start_ids=(start, *_marks(settings, writing)),
+            stop_id=stop[0] if isinstance(stop, list) else stop,
+            tied=tied,
+            bias=False,
+            never=allowed("suppress_tokens"),
+            never_first=allowed("begin_suppress_tokens"),
+        )
+
+    def _pairs(self, reader: Core, writer: Core, prefix: str, tied: bool) -> Iterator[Pair]:
+        for i, name in ((1, "first"), (2, "second")):
+            for kind in ("weight", "bias"):
+                yield same(f"embeds.audio.{name}.{kind}", f"{prefix}encoder.conv{i}.{kind}")
+        yield same("embeds.text.weight", f"{prefix}decoder.embed_tokens.weight")
+        if not tied:
+            yield same("readouts.text_NextToken.linear.weight", "proj_out.weight")
+        for ours, theirs, core in (("reader", "encoder", reader), ("writer", "decoder", writer)):
+            yield same(f"core.{ours}.times.weight", f"{prefix}{theirs}.embed_positions.weight")
+            yield from affine(f"core.{ours}.norm", f"{prefix}{theirs}.layer_norm")
+            for i in range(core.depth):
+                block, layers = f"{prefix}{theirs}.layers.{i}", f"core.{ours}.blocks.{i}.layers"
+                last = 2 if core is writer else 1
+                yield from plain_attention(f"{layers}.0", f"{block}.self_attn", core, BIAS)
+                yield from affine(f"{layers}.0.norm", f"{block}.self_attn_layer_norm")
+                if core is writer:
+                    yield from plain_attention(f"{layers}.1", f"{block}.encoder_attn", core, BIAS)
+                    yield from affine(f"{layers}.1.norm", f"{block}.encoder_attn_layer_norm")
+                yield from affine(f"{layers}.{last}.norm", f"{block}.final_layer_norm")
+                yield from affine(f"{layers}.{last}.body.up", f"{block}.fc1")
+                yield from affine(f"{layers}.{last}.body.down", f"{block}.fc2")
+
+
+def affine(ours: str, theirs: str) -> Iterator[Pair]:
+    """The weight and the bias of a norm or a linear layer."""
+    for kind in ("weight", "bias"):
+        yield same(f"{ours}.{kind}", f"{theirs}.{kind}")
+
+
+def plain_attention(ours: str, theirs: str, core: Core, bias: Sequence[str]) -> Iterator[Pair]:
+    """The tensors of an attention layer without rotary positions, whose four projections are named q, k, v and out.
+
+    ours: the start of the names of the layer.
+    """
+    attention, parts = f"{ours}.body.attention", {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    yield stacked(f"{attention}.qkv.weight", [f"{theirs}.{part}.weight" for part in parts.values()], [core.width] * 3)
+    for name, part in parts.items():
+        if name in bias:
+            yield same(f"{attention}.biases.{name}", f"{theirs}.{part}.bias")
+    yield from affine(f"{attention}.out", f"{theirs}.out_proj")
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return json.loads(files[name]) if name in files else {}
+
+
+def _marks(settings: Settings, writing: Mapping[str, Any]) -> list[int]:
+    """The ids behind the start, as far as the model has them: of the language, of the task, of an answer without times."""
+    forced = dict(writing.get("forced_decoder_ids") or ())
+    languages = {name.strip("<|>"): i for name, i in (writing.get("lang_to_id") or {}).items()}
+    tasks = writing.get("task_to_id") or {}
+    if not languages:  # a model of English alone, or one that names a single way to begin
+        return [forced[place] for place in sorted(forced) if forced[place] is not None]
+    language = settings.option("language", "en" if "en" in languages else next(iter(languages)), list(languages))
+    task = settings.option("task", "transcribe", list(tasks))
+    untimed = writing.get("no_timestamps_token_id")
+    return [languages[language], tasks[task], *([] if untimed is None else [untimed])]
+
+
+def _check_sound(where: str, files: Mapping[str, bytes], mels: int) -> None:
+    """Raise a CheckpointError if the sound is to be prepared in another way than `WhisperFrames` does."""
+    settings = Settings(f"{where}, preprocessor_config.json", _json(files, "preprocessor_config.json"))
+    for name, value in (("sampling_rate", 16000), ("hop_length", 160), ("n_fft", 400), ("feature_size", mels)):
+        settings.only(name, value)
+    settings.only("padding_value", 0.0)
+    settings.only("do_normalize", False)
+    settings.only("dither", 0.0)
+    # the duration follows from the positions; files of older versions hold the bands themselves
+    settings.ignore("feature_extractor_type", "processor_class", "chunk_length", "n_samples", "nb_max_frames")
+    settings.ignore("padding_side", "return_attention_mask", "mel_filters")
+    settings.finish()
