@@ -17,10 +17,12 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
+from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.spectrogram import AST
 from multimodal.pretrained.vit import ViT
@@ -28,7 +30,7 @@ from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), DINOv2(), DINOv3(), Llama(), ViT())
+FAMILIES: tuple[Family, ...] = (AST(), Bert(), DINOv2(), DINOv3(), GPT2(), Llama(), ViT())
 """Every layout that can be read and written."""
 
 
