@@ -17,10 +17,12 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
+from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
@@ -33,7 +35,7 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    AST(), DINOv2(), DINOv3(), Llama(), PaliGemma(), SmolVLM(), TimmViT(), ViT(), Whisper(),
+    AST(), Bert(), DINOv2(), DINOv3(), GPT2(), Llama(), PaliGemma(), SmolVLM(), TimmViT(), ViT(), Whisper(),
 )
 """Every layout that can be read and written."""
 
@@ -105,12 +107,8 @@ def pretrained(
     origin = {
         "name": found.name,
         "revision": found.revision,
-<<<<<<< HEAD
         "config": dict(found.config),
-=======
-        "config": config,
         "options": options,
->>>>>>> main
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
     }

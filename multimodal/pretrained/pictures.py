@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.heads import Classify, Contrast
 from multimodal.heads.pool import Pool
 from multimodal.layers import MLP, SelfAttention
-from multimodal.layers.base import Add, Merge
+from multimodal.layers.base import Add, Merge, PostNorm
 from multimodal.layers.mlp import Activation
 from multimodal.pretrained.family import Pair, Settings, attention_names, same, shaped, stacked
 from multimodal.shapes import CheckpointError, ConfigError
@@ -162,6 +162,7 @@ class EncoderBlock:
             yield stacked(f"{ours}.1.body.{up}.{part}", [f"{theirs}.{name}.{part}" for name in self.up], rows)
             yield same(f"{ours}.1.body.down.{part}", f"{theirs}.{self.down}.{part}")
         for layer, norm in enumerate(self.norms):
-            yield from norm_pairs(f"{ours}.{layer}.norm", f"{theirs}.{norm}")
+            place = "merge_weights" if isinstance(self.merge, PostNorm) else "norm"
+            yield from norm_pairs(f"{ours}.{layer}.{place}", f"{theirs}.{norm}")
         for layer, scale in enumerate(self.scales):
             yield same(f"{ours}.{layer}.merge_weights.gamma", f"{theirs}.{scale}")
