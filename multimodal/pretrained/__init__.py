@@ -24,6 +24,7 @@ from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.nanovlm import NanoVLM
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
@@ -41,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     DINOv3(),
     GPT2(),
     Llama(),
+    NanoVLM(),
     PaliGemma(),
     SmolVLM(),
     TimmViT(),
@@ -149,7 +151,7 @@ def blueprint_of(
         CheckpointError: an unknown family or field.
     """
     kind = config.get("model_type")
-    family = next((family for family in FAMILIES if kind in family.names), None)
+    family = next((family for family in FAMILIES if family.reads(config)), None)
     if family is None:
         known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
         raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")

@@ -264,6 +264,10 @@ class Family(ABC):
 
     names: tuple[str, ...]
 
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether this family reads a configuration."""
+        return config.get("model_type") in self.names
+
     @abstractmethod
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         """Our declarations for a configuration, and the pairs of tensors.
