@@ -17,14 +17,18 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
+from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.nanovlm import NanoVLM
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.timm_vit import TimmViT
 from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
 from multimodal.shapes import CheckpointError, ConfigError
@@ -33,11 +37,15 @@ from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
     AST(),
+    Bert(),
     DINOv2(),
     DINOv3(),
+    GPT2(),
     Llama(),
+    NanoVLM(),
     PaliGemma(),
     SmolVLM(),
+    TimmViT(),
     ViT(),
     Whisper(),
 )
@@ -108,11 +116,10 @@ def pretrained(
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
     weights, unused = converted(found, blueprint, shapes, dtype)
-    config = {name: value for name, value in found.config.items() if name != "module"}
     origin = {
         "name": found.name,
         "revision": found.revision,
-        "config": config,
+        "config": dict(found.config),
         "options": options,
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
@@ -144,7 +151,7 @@ def blueprint_of(
         CheckpointError: an unknown family or field.
     """
     kind = config.get("model_type")
-    family = next((family for family in FAMILIES if kind in family.names), None)
+    family = next((family for family in FAMILIES if family.reads(config)), None)
     if family is None:
         known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
         raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
@@ -160,10 +167,12 @@ def blueprint_of(
     return blueprint, shapes
 
 
-def export(model: Model, folder: str | Path) -> Path:
+def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
 
     Weights that were not trained are written bit for bit as they came.
+
+    to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
         ConfigError: the model did not come from there, or has kinds, tasks or a core that this layout cannot hold.
@@ -173,6 +182,11 @@ def export(model: Model, folder: str | Path) -> Path:
     if origin is None:
         raise ConfigError(
             "export: this model was not made of trained weights of others, so that there is no layout to write"
+        )
+    own = "timm" if str(origin["config"].get("model_type")).startswith("timm:") else "hf"
+    if to != own:
+        raise ConfigError(
+            f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
         )
     files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
     spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
