@@ -71,7 +71,7 @@ def test_flops_are_those_that_pytorch_counts(lay, changes):
     ("settings", "message"),
     [
         ({"width": 0}, "Core: width=0 must be at least 1"),
-        ({"depth": 0}, "Core: depth=0 must be at least 1"),
+        ({"depth": -1}, "Core: depth=-1 must be at least 0"),
         ({"width": 64, "heads": 6}, "width=64 does not give heads=6 an even width each; try width=72"),
         ({"width": 12, "heads": 4}, "width=12 does not give heads=4 an even width each; try width=16"),
         ({"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3; try kv_heads=1"),

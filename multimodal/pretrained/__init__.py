@@ -17,6 +17,7 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
+from multimodal.pretrained.clip import CLIP, SigLIP
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
@@ -29,7 +30,7 @@ from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), DINOv2(), DINOv3(), Llama(), ViT(), Whisper())
+FAMILIES: tuple[Family, ...] = (AST(), CLIP(), DINOv2(), DINOv3(), Llama(), SigLIP(), ViT(), Whisper())
 """Every layout that can be read and written."""
 
 
@@ -163,8 +164,13 @@ def export(model: Model, folder: str | Path) -> Path:
         raise ConfigError(
             "export: this model was not made of trained weights of others, so that there is no layout to write"
         )
+    if (part := origin.get("options", {}).get("part", "both")) != "both":
+        raise ConfigError(
+            f"export: this is the {part} tower alone, and the layout of {origin['name']} has both; use Model.save"
+        )
     files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
-    spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
+    text = model.packer.tokenizers.get("text")
+    spec = getattr(getattr(text, "tokenizer", text), "spec", None)  # that of a tower is in it
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
     blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))

@@ -33,6 +33,7 @@ class ImagePatches(Tokenizer):
     max_pixels: largest number of pixels of an image; a larger one is refused before it is decoded.
     size: rows and columns of pixels of every written image; None: images are only read.
     fit: how every image is brought to one size, as trained weights expect it; None: it stays as it is.
+    bias: whether the linear layer that embeds pixels has a bias.
     """
 
     patch: int = 16
@@ -46,6 +47,7 @@ class ImagePatches(Tokenizer):
     max_pixels: int = 2**24
     size: tuple[int, int] | None = None
     fit: Fit | None = None
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.channels not in (1, 3, 4):
@@ -225,7 +227,7 @@ class _PatchEmbed(nn.Module):
     def __init__(self, tokenizer: ImagePatches, width: int) -> None:
         super().__init__()
         self.pixels, self.position = tokenizer.pixel_features, tokenizer.position
-        self.linear = nn.Linear(self.pixels, width)
+        self.linear = nn.Linear(self.pixels, width, tokenizer.bias)
         self.learned = LearnedGrid(width, tokenizer.grid) if self.position == "learned" else None
         if self.position == "sincos":
             sine_cosine(torch.zeros(1, 2), width)  # raises for a width that does not fit now, not at the first image
