@@ -26,7 +26,7 @@ _FROM = {
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
 _ROOMS = (
-    *("attention", "check", "count", "data", "generate", "heads", "layers", "look", "masks", "media", "packer"),
+    *("attention", "check", "count", "data", "generate", "heads", "layers", "look", "lora", "masks", "media", "packer"),
     *("pretrained", "stream", "tower", "train", "transcription", "zoo"),
 )
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -8,6 +8,7 @@ from multimodal import generate as generate
 from multimodal import heads as heads
 from multimodal import layers as layers
 from multimodal import look as look
+from multimodal import lora as lora
 from multimodal import masks as masks
 from multimodal import media as media
 from multimodal import packer as packer

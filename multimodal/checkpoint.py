@@ -64,6 +64,7 @@ FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 def declarations(model: Network) -> dict[str, Any]:
     """What a model declares, as JSON values: all but its weights and the files of its tokenizers."""
     tokenizers = model.packer.tokenizers.items()
+    adapters = {} if model.adapters is None else {"adapters": declaration(model.adapters)}
     return {
         "tokenizers": {name: {**declaration(t), "files": sorted(t.files())} for name, t in tokenizers},
         "core": declaration(model.core.core),
@@ -73,6 +74,7 @@ def declarations(model: Network) -> dict[str, Any]:
         ],
         "seed": model.seed,
         **({} if model.origin is None else {"origin": model.origin}),
+        **adapters,
     }
 
 
@@ -217,10 +219,18 @@ def _load(cls: type[Network], folder: Path, finite: bool) -> Any:
         core = rebuild(config["core"])
         _check_depth(core, len(header))
         tasks = [Task(t["pattern"], rebuild(t["head"]), t["weight"]) for t in config["tasks"]]
-        outline = _outline(lambda: cls(tokenizers, core, tasks, seed=config["seed"]), config)
+        adapters = rebuild(config["adapters"]) if "adapters" in config else None
+
+        def build() -> Network:
+            built = cls(tokenizers, core, tasks, seed=config["seed"])
+            if adapters is not None:
+                adapters.attach(built)
+            return built
+
+        outline = _outline(build, config)
         if outline is not None:
             check_tensors(header, outline.state_dict(), folder)
-        model = cls(tokenizers, core, tasks, seed=config["seed"])
+        model = build()
         model.origin = config.get("origin")
     except CheckpointError as error:
         raise CheckpointError(_with_folder(folder, error)) from None
@@ -289,6 +299,15 @@ def _tokenizer(folder: Path, name: str, entry: dict[str, Any], config: dict[str,
         return rebuild(entry, files)
     except CheckpointError as error:
         raise CheckpointError(f"tokenizer {name!r}: {error}") from None
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of tensors with their names, shapes and types, in any order."""
+    found = sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {short_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

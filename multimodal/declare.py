@@ -24,6 +24,7 @@ PARTS = {
         "attention.scores",
         "core",
         "encoder_decoder",
+        "lora",
         "masks",
         "norm",
         "positions",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
 from multimodal.attention.reinforce import reward_loss
 from multimodal.core import Core
+from multimodal.declare import Declared
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
 from multimodal.old_names import warn
@@ -33,6 +34,7 @@ class Network(nn.Module):
     most_tokens: the most tokens of a sample, read and written, for which its attention has positions; None: any number.
     most_written: the same for the tokens of the writer of an EncoderDecoder, which are those of the start and of the answer.
     origin: where weights of others came from, as `multimodal.pretrained` notes it; None: these weights are our own.
+    adapters: the declaration of the adapters that were attached to its layers, see lora.py; None: there are none.
     learns_from_rewards: whether an attention layer samples one key (`Hard`) and is therefore trained by REINFORCE.
     """
 
@@ -48,6 +50,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self._inferring = False
+        self.adapters: Declared | None = None
         if isinstance(tasks, (str, Task)):
             tasks = [tasks]
         if not isinstance(core, (Core, EncoderDecoder)):

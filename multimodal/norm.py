@@ -16,6 +16,17 @@ def is_untouched(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
+def matrix_of(linear: nn.Module) -> Tensor:
+    """The matrix (out, in) that a linear module multiplies by, also where an adapter or a hook changes what its weight does."""
+    if is_untouched(linear):
+        assert isinstance(linear, nn.Linear)
+        return linear.weight
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    identity = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
+    return (linear(identity) - linear(torch.zeros_like(identity))).T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Norm(Declared):
     """How tokens are normed: x / spread(x) * weight, over the features of each token.

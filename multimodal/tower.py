@@ -302,7 +302,7 @@ class Tower(Tokenizer):
     """A kind whose embedding is a whole core, with its own tokenizer before it and a connector behind it.
 
     The inner core reads each value by itself, exactly as if it were alone. One token of the stream stands for as many inner tokens
-    as the connector says: its content holds theirs, and its time is that of the first of them, or its index where times do not rise.
+    as the connector says: its content holds theirs, and its time is that of the first of them, or its index if times do not rise.
 
     tokenizer: what turns a value into inner tokens, which attend to each other in both directions unless it is causal.
     core: the inner core.
@@ -330,17 +330,15 @@ class Tower(Tokenizer):
     def of(
         cls, source: Any, connector: Connector | None = None, *, kind: str | None = None, causal: bool = False
     ) -> Self:
-        """A tower with the trained weights of a `Pretrained` or a `Model`: its tokenizer, and its core or, of two cores, the reader.
+        """A tower with the trained weights of a `Pretrained` or a `Model`: its tokenizer, and its core or the reader of its two.
 
         kind: the name of the tokenizer; None: the only one, or the one that is named "image" or "audio".
 
         Raises:
             ConfigError: no such kind.
         """
-        model = source.packer if isinstance(source, nn.Module) else source
-        core = source.core.core if isinstance(source, nn.Module) else source.core
-        weights = source.state_dict() if isinstance(source, nn.Module) else source.weights
-        kinds = list(model.tokenizers)
+        tokenizers, core, weights = _parts(source)
+        kinds = list(tokenizers)
         if kind is None:
             likely = [name for name in kinds if name in ("image", "audio")]
             kind = kinds[0] if len(kinds) == 1 else likely[0] if len(likely) == 1 else None
@@ -349,7 +347,7 @@ class Tower(Tokenizer):
         before = "core."
         if isinstance(core, EncoderDecoder):
             core, before = core.reader, "core.reader."
-        made = cls(model.tokenizers[kind], core, connector or Linear(), causal)
+        made = cls(tokenizers[kind], core, connector or Linear(), causal)
         found = {}
         for inner, outer in (("embed.", f"embeds.{kind}."), ("core.", before)):
             found |= {inner + name.removeprefix(outer): x for name, x in weights.items() if name.startswith(outer)}
@@ -422,6 +420,14 @@ class Tower(Tokenizer):
         inner = config.get("tokenizer")
         made = rebuild(inner, files) if isinstance(inner, dict) else inner
         return super().from_config({**config, "tokenizer": made}, files)
+
+
+def _parts(source: Any) -> tuple[Mapping[str, Tokenizer], Any, Mapping[str, Tensor]]:
+    """The tokenizers, the declaration of the core, and the weights of a model or of what declares one."""
+    if isinstance(source, nn.Module):
+        model: Any = source
+        return model.packer.tokenizers, model.core.core, model.state_dict()
+    return source.tokenizers, source.core, source.weights
 
 
 class _TowerEmbed(nn.Module):

@@ -194,6 +194,17 @@ BLOCKS = {
 }
 
 
+def test_the_states_of_a_core_without_blocks_are_the_embedded_tokens(lay):
+    layout, stream_TD, position_TA = lay([[(5, True)], [(3, False)]]), torch.randn(8, 16), torch.rand(8, 3)
+    core = mm.Core(width=16, depth=0, heads=2, last_norm=False)
+    assert core.parameters == 0
+    assert torch.equal(core.build()(stream_TD, position_TA, layout), stream_TD)
+    wanted_N = torch.tensor([7, 2])
+    assert torch.equal(core.build()(stream_TD, position_TA, layout, wanted_N=wanted_N), stream_TD[wanted_N])
+    normed = core.replace(last_norm=True).build()(stream_TD, position_TA, layout)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(stream_TD, (16,), eps=1e-6))
+
+
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
 def test_wanted_rows_are_rows_of_the_whole(lay, block, again):

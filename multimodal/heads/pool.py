@@ -162,17 +162,17 @@ class Transformed(Pool):
     of: the other pool.
     first_norm: the norm of the pooled vector.
     dense: the activation of a linear layer, "tanh", one of `MLP`, or "linear": no activation; None: there is no such layer.
-    out: width of the linear layer; None: that of what it gets.
     bias: whether the linear layer has a bias.
     last_norm: the norm behind it.
+    out: width of the linear layer; None: that of what it gets.
     """
 
     of: Pool
     first_norm: Norm | None = None
     dense: Literal["tanh", "linear", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] | None = None
-    out: int | None = None
     bias: bool = True
     last_norm: Norm | None = None
+    out: int | None = None
 
     def __post_init__(self) -> None:
         check_part("Transformed: of", self.of, Pool, "First()")

@@ -109,9 +109,13 @@ class Attention(nn.Module):
             q, k, v = self.qkv(stream_TD).split(self.rows, -1)
             k_rotation = rotation
         else:  # queries and keys come of different tokens, so the joint projection is divided
-            q_rows, kv_rows = self.qkv.weight.split([self.rows[0], self.rows[1] + self.rows[2]])
-            q = F.linear(stream_TD, q_rows)
-            k, v = F.linear(memory[0], kv_rows).split(self.rows[1:], -1)
+            both = [self.rows[0], self.rows[1] + self.rows[2]]
+            if is_untouched(self.qkv):
+                q_rows, kv_rows = self.qkv.weight.split(both)
+                q, kv = F.linear(stream_TD, q_rows), F.linear(memory[0], kv_rows)
+            else:  # an adapter or hooks: the module itself has to be called
+                q, kv = self.qkv(stream_TD).split(both, -1)[0], self.qkv(memory[0]).split(both, -1)[1]
+            k, v = kv.split(self.rows[1:], -1)
             k_rotation = memory[1]
         if self.biases:
             q, k, v = (

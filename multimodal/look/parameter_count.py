@@ -10,7 +10,7 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.layers import MLP, Attention, Sublayer
 from multimodal.model import Model
-from multimodal.norm import RMSNorm
+from multimodal.norm import RMSNorm, matrix_of
 
 EMBEDDING, QUERY, KEY, VALUE, OUTPUT = (
     "embedding",
@@ -19,7 +19,8 @@ EMBEDDING, QUERY, KEY, VALUE, OUTPUT = (
     "attention value",
     "attention output",
 )
-SCORE, MLPS, NORMS, HEADS = "attention score and prior", "MLP", "norms", "heads"
+ADAPTERS, SCORE = "attention adapters of query, key and value", "attention score and prior"
+MLPS, NORMS, HEADS = "MLP", "norms", "heads"
 OTHERS = {"PersistentMemory": "persistent memory", "TemporalConv": "temporal convolution", "Recurrent": "recurrent"}
 
 
@@ -82,9 +83,9 @@ def value_map(attention: Attention, head: int) -> torch.Tensor:
     """W_up W_down of one head: the linear map (D, D) from a normalised token to what reading it adds to the stream."""
     _, width = _widths(attention)
     group = head * attention.kv_heads // attention.heads
-    value_rows = attention.qkv.weight[-attention.kv_heads * width :]
+    value_rows = matrix_of(attention.qkv)[-attention.kv_heads * width :]
     down_KD = value_rows[group * width : (group + 1) * width]
-    up_DK = attention.out.weight[:, head * width : (head + 1) * width]
+    up_DK = matrix_of(attention.out)[:, head * width : (head + 1) * width]
     return up_DK @ down_KD
 
 
@@ -101,6 +102,7 @@ def _count(module: nn.Module, part: str, counts: Counter[str]) -> None:
         counts[KEY] += module.kv_heads * key_width * width
         counts[VALUE] += module.kv_heads * value_width * width
         counts[OUTPUT] += _size(module.out)
+        counts[ADAPTERS] += _size(module.qkv) - sum(module.rows) * width
         for name, child in module.named_children():
             if name not in ("qkv", "out"):
                 _count(child, SCORE, counts)

@@ -23,6 +23,8 @@ from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.paligemma import PaliGemma
+from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
 from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
@@ -30,7 +32,10 @@ from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), CLIP(), DINOv2(), DINOv3(), Llama(), SigLIP(), ViT(), Whisper())
+FAMILIES: tuple[Family, ...] = (
+    *(AST(), CLIP(), DINOv2(), DINOv3(), Llama(), PaliGemma()),
+    *(SigLIP(), SmolVLM(), ViT(), Whisper()),
+)
 """Every layout that can be read and written."""
 
 

@@ -12,6 +12,7 @@ from multimodal.heads.pool import Attended, First, Last, Mean, Pool, Transformed
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, shaped
 from multimodal.pretrained.pictures import EncoderBlock, embedding_pairs, norm_pairs, patches, sides, vectors
+from multimodal.pretrained.siglip_vision import image_processor, vision_core, vision_pairs, vision_tokens
 from multimodal.pretrained.texts import TOKENIZER, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
@@ -129,7 +130,7 @@ class CLIP(TwoTowers):
     names = ("clip", "clip_vision_model", "clip_text_model")
     form = "softmax"
     scale_shape = ()
-    defaults = {
+    defaults: ClassVar = {
         "vision": {
             "hidden_size": 768,
             "intermediate_size": 3072,
@@ -169,12 +170,16 @@ class CLIP(TwoTowers):
         settings.ignore("projection_dim")  # of a part, whose width both say
         pairs = [
             shaped("embeds.image.tokens_ND", f"{prefix}embeddings.class_embedding", (1, core.width), (core.width,)),
-            *_image_pairs(core, of.channels, of.patch, prefix, bias=False),
+            *embedding_pairs(
+                "image", f"{prefix}embeddings.patch_embedding", core.width, of.channels, of.patch, bias=False
+            ),
+            same("embeds.image.positions_ND", f"{prefix}embeddings.position_embedding.weight"),
             *norm_pairs("core.first_norm", f"{prefix}pre_layrnorm"),
             *_block_pairs(core, block, prefix),
         ]
         projected = "visual_projection.weight" in names
-        pool = Transformed(First(), core.norm, "linear" if projected else None, size if projected else None, False)
+        linear: dict[str, Any] = {"dense": "linear", "out": size, "bias": False} if projected else {}
+        pool = Transformed(First(), first_norm=core.norm, **linear)
         pooled = list(norm_pairs("first_norm", f"{prefix}post_layernorm"))
         if projected:
             pooled.append(same("dense.linear.weight", "visual_projection.weight"))
@@ -203,7 +208,7 @@ class SigLIP(TwoTowers):
 
     names = ("siglip", "siglip_vision_model", "siglip_text_model")
     form = "sigmoid"
-    defaults = {
+    defaults: ClassVar = {
         "vision": {
             "hidden_size": 768,
             "intermediate_size": 3072,
@@ -228,21 +233,18 @@ class SigLIP(TwoTowers):
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
-        core, block = _core(settings, "gelu_pytorch_tanh", 1e-6)
+        _check_plain(settings)
+        core = vision_core(settings)
         rows, columns = sides(settings, "image_size")
         default = {"image_processor_type": "SiglipImageProcessor", "size": {"height": rows, "width": columns}}
-        of = patches(settings, files, default)
-        image = ClassTokens(of, 0, 0, (rows // of.patch, columns // of.patch))
+        image = vision_tokens(settings, image_processor(files, default))
         settings.only("vision_use_head", True, False)
-        pairs = [
-            *_image_pairs(core, of.channels, of.patch, prefix, bias=True),
-            *norm_pairs("core.norm", f"{prefix}post_layernorm"),
-            *_block_pairs(core, block, prefix),
-        ]
-        most, head = rows * columns // of.patch**2, f"{prefix}head"
+        pairs = list(vision_pairs(core, image, prefix))
+        assert image.table is not None
+        most, head = image.table[0] * image.table[1], f"{prefix}head"
         if f"{head}.probe" not in names:  # an encoder for language models, whose states are read one by one
             return Half(image, core, Mean(), most, pairs, [])
-        pool = Attended(core.heads, core.hidden, block.activation, core.norm)
+        pool = Attended(core.heads, core.hidden, activation(settings, "hidden_act", "gelu_pytorch_tanh"), core.norm)
         pooled = [
             shaped("query", f"{head}.probe", (1, core.width), (1, 1, core.width)),
             same("attention.in_proj_weight", f"{head}.attention.in_proj_weight"),
@@ -289,12 +291,7 @@ def _alone(part: str, half: Half) -> Blueprint:
 
 def _core(settings: Settings, act: str, eps: float, **more: Any) -> tuple[Core, EncoderBlock]:
     """The core of a tower, and the block of which it consists."""
-    settings.only("add_cross_attention", False)
-    settings.only("is_decoder", False)
-    settings.only("is_encoder_decoder", False)
-    settings.only("tie_encoder_decoder", False)
-    settings.only("pruned_heads", {})
-    settings.ignore("tie_word_embeddings", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
+    _check_plain(settings)
     block = EncoderBlock(
         width=settings.need("hidden_size"),
         heads=settings.need("num_attention_heads"),
@@ -323,14 +320,19 @@ def _core(settings: Settings, act: str, eps: float, **more: Any) -> tuple[Core, 
     return core, block
 
 
+def _check_plain(settings: Settings) -> None:
+    """Raise a CheckpointError for a tower that is no plain encoder, by the fields that older configurations have."""
+    settings.only("add_cross_attention", False)
+    settings.only("is_decoder", False)
+    settings.only("is_encoder_decoder", False)
+    settings.only("tie_encoder_decoder", False)
+    settings.only("pruned_heads", {})
+    settings.ignore("tie_word_embeddings", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
+
+
 def _block_pairs(core: Core, block: EncoderBlock, prefix: str) -> Iterator[Pair]:
     for i in range(core.depth):
         yield from block.pairs(i, f"{prefix}encoder.layers.{i}")
-
-
-def _image_pairs(core: Core, channels: int, patch: int, prefix: str, *, bias: bool) -> Iterator[Pair]:
-    yield from embedding_pairs("image", f"{prefix}embeddings.patch_embedding", core.width, channels, patch, bias)
-    yield same("embeds.image.positions_ND", f"{prefix}embeddings.position_embedding.weight")
 
 
 def _text_pairs(core: Core, block: EncoderBlock, prefix: str) -> list[Pair]:

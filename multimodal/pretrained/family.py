@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -212,6 +212,22 @@ def pairs_to_halves(x: Tensor, width: int | None) -> Tensor:
     if width is None:
         return x
     return x.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def moved(pairs: Sequence[Pair], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[Pair]:
+    """The pairs of a model that is a part of another one.
+
+    ours, theirs: by the beginning of a name, another beginning; the first that fits counts.
+    """
+    return [
+        replace(p, ours=renamed(p.ours, ours), theirs=tuple(renamed(name, theirs) for name in p.theirs)) for p in pairs
+    ]
+
+
+def renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """A name with another beginning, if it has one of these."""
+    old = next((old for old in beginnings if name.startswith(old)), None)
+    return name if old is None else beginnings[old] + name.removeprefix(old)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,12 +86,15 @@ def learned_pair(kind: str, theirs: Sequence[str], counts: Sequence[int], width:
     )
 
 
-def embedding_pairs(kind: str, theirs: str, width: int, channels: int, patch: int, bias: bool = True) -> Iterator[Pair]:
-    """The linear map of patches, which they store as a convolution."""
+def embedding_pairs(
+    kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True
+) -> Iterator[Pair]:
+    """The linear map of patches of pictures, or with one channel of spectrograms, which they store as a convolution."""
+    ours = f"embeds.{kind}.of.linear" if channels > 1 else f"embeds.{kind}.of"
     square = (width, channels, patch, patch)
-    yield shaped(f"embeds.{kind}.of.linear.weight", f"{theirs}.weight", (width, channels * patch**2), square)
+    yield shaped(f"{ours}.weight", f"{theirs}.weight", (width, channels * patch**2), square)
     if bias:
-        yield same(f"embeds.{kind}.of.linear.bias", f"{theirs}.bias")
+        yield same(f"{ours}.bias", f"{theirs}.bias")
 
 
 def positions_pair(kind: str, theirs: str, count: int, width: int) -> Pair:
@@ -123,7 +126,7 @@ class EncoderBlock:
     gated: bool = False
     bias: tuple[str, ...]
     mlp_bias: bool = True
-    merge: Merge = Add()
+    merge: Merge = field(default_factory=Add)
     rotary: bool = False
     query: str = "attention.attention.query"
     key: str = "attention.attention.key"

@@ -29,6 +29,7 @@ from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.train.consistency import equal_in_all_processes, settings_of
 from multimodal.train.display import bar, draw_curves, environment, is_held_out, write_csv
 from multimodal.train.evaluation import evaluate_share
+from multimodal.train.freezing import frozen, set_modes
 from multimodal.train.loaders import check_evaluation, make_dataset
 from multimodal.train.optimizer import make_optimizer, rate
 from multimodal.train.processes import ParallelModel, Processes, connected_processes, cpu_copy, full
@@ -143,7 +144,7 @@ def fit(
     was_training = model.training
     training: _Training | None = None
     try:
-        with preserved_state(draws=True), connected_processes(device) as processes:
+        with preserved_state(draws=True), frozen(model, recipe.freeze), connected_processes(device) as processes:
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
                 training.trackers, training.go_on = list(trackers), go_on
@@ -223,7 +224,8 @@ class _Training:
                 settings |= {"folder": None if folder is None else str(folder), "resume": bool(resume)}
                 settings |= settings_of(model, recipe, self.device, self.dataset, {**sizes, **shares})
         self.dtype, self.dtype_reason = choose_precision(recipe.precision, self.device)
-        model.to(self.device if recipe.parallel == "ddp" else "cpu").train()
+        model.to(self.device if recipe.parallel == "ddp" else "cpu")
+        set_modes(model, recipe.freeze)
         recompute(model, recipe.activation_checkpointing)
         self.parallel = ParallelModel(model, processes, recipe.parallel, self.device, self.dtype)
         if recipe.compile:
@@ -240,6 +242,7 @@ class _Training:
         fixed = {"accumulate"} if any(model.packer.head(pattern).smallest_batch > 1 for pattern in data) else set()
         # what must be equal when a run is resumed
         self.metadata = {
+            "adapters": None,
             # without the seed: weights are in the state
             **{part: plain(value) for part, value in declarations(model).items() if part != "seed"},
             "recipe": {
@@ -334,8 +337,9 @@ class _Training:
                         raise
                     break
                 counts, totals = self._all_reduce_counts(batch, asked.is_set())
+                lr = rate(recipe, self.step)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate(recipe, self.step)
+                    group["lr"] = lr * group["lr_scale"]
                 row = self._train_step(batch, counts)
                 self.step += 1
                 if self.ema:
@@ -345,7 +349,7 @@ class _Training:
                 row = {
                     "step": self.step,
                     **row,
-                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "lr": lr,
                     "tokens_per_s": round(tokens / seconds),
                     "seconds": round(before_s + seconds, 3),
                 }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from multimodal.model_parts import depths
+from multimodal.network import Network
 from multimodal.shapes import ConfigError
 from multimodal.train.recipe import Recipe
 
@@ -71,19 +73,28 @@ def parts(model: nn.Module) -> dict[str, list[int]]:
     return found
 
 
+def rate_scales(model: Network, decay: float) -> dict[str, float]:
+    """By name of a parameter, the share of the learning rate that it has: decay ** (highest depth - its depth).
+
+    The layer-wise decay of Clark et al. 2020 (ELECTRA, section 3.1) and of timm; `depths` says what the depths are.
+    """
+    depth, highest = depths(model)
+    return {name: decay ** (highest - d) for name, d in depth.items()}
+
+
 def make_optimizer(
-    model: nn.Module, recipe: Recipe, device: torch.device, sharded: bool = False
+    model: Network, recipe: Recipe, device: torch.device, sharded: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the core's matrices and AdamW for all else.
 
-    `multiplies` names the weights that are decayed.
+    `multiplies` names the weights that are decayed. Each group has a "lr_scale", by which its learning rate is multiplied.
     """
-    decayed = multiplies(model)
+    decayed, scales = multiplies(model), rate_scales(model, recipe.layer_decay)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
         fused = device.type == "cuda" or (device.type == "cpu" and not sharded)
         return torch.optim.AdamW(
-            _decaying(named, decayed, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=fused
+            _grouped(named, decayed, scales, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=fused
         )
     if sharded:
         raise ConfigError(
@@ -98,19 +109,26 @@ def make_optimizer(
     }
     by_muon = {name: (p, r) for name, (p, r) in by_muon.items() if all(_is_matrix(n, p.shape[1]) for n in r)}
     groups: list[dict[str, Any]] = [
-        {"params": [p], "weight_decay": recipe.weight_decay, "rows": r} for p, r in by_muon.values()
+        {"params": [p], "weight_decay": recipe.weight_decay, "rows": r, "lr_scale": scales[name]}
+        for name, (p, r) in by_muon.items()
     ]
     rest = [(name, p) for name, p in named if name not in by_muon]
-    groups += _decaying(rest, decayed, recipe.weight_decay)
+    groups += _grouped(rest, decayed, scales, recipe.weight_decay)
     return Muon(groups, lr=recipe.lr, betas=recipe.betas)
 
 
-def _decaying(named: list[tuple[str, nn.Parameter]], decayed: set[str], weight_decay: float) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [p for name, p in named if (name in decayed) == yes], "weight_decay": weight_decay if yes else 0.0}
-        for yes in (False, True)
+def _grouped(
+    named: list[tuple[str, nn.Parameter]], decayed: set[str], scales: dict[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of parameters of the same learning rate and weight decay."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        groups.setdefault((scales[name], name in decayed), []).append(parameter)
+    # sorted, so that the order of the groups does not depend on the order of the model's parts
+    return [
+        {"params": groups[scale, yes], "weight_decay": weight_decay if yes else 0.0, "lr_scale": scale}
+        for scale, yes in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _is_matrix(rows: int, columns: int) -> bool:

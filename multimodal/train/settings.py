@@ -243,7 +243,10 @@ def _converted(text: str, kind: Any) -> Any:
         return choices[text] if text in choices else _fail(text)
     # "0.9,0.95", with or without brackets
     if kind is tuple or origin is tuple:
-        parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+        # brackets around all of it only: "core[:6]" ends with its own
+        if text[:1] + text[-1:] in ("()", "[]"):
+            text = text[1:-1]
+        parts = [part.strip() for part in text.split(",") if part.strip()]
         if not inside or inside[-1] is Ellipsis:
             return tuple(_converted(part, inside[0] if inside else str) for part in parts)
         return tuple(_converted(part, each) for part, each in zip(parts, inside, strict=True))
@@ -263,6 +266,11 @@ def _fail(text: str) -> typing.NoReturn:
 
 def _check_initial_weights(model: Model) -> None:
     """Raise a ConfigError if the weights are not the initial ones: a changed model is initialised anew, and would lose them."""
+    if model.adapters is not None:
+        raise ConfigError(
+            "--set: a change of core, tokenizers, tasks or model.seed builds the model anew, without the adapters that this "
+            "recipe has attached; make the change in the file, before they are"
+        )
     tasks = [Task(pattern, model.packer.head(pattern), task.weight) for pattern, task in model.tasks.items()]
     initial = type(model)(model.packer.tokenizers, model.core.core, tasks, seed=model.seed)
     weights = initial.state_dict()

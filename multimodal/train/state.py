@@ -495,6 +495,7 @@ def _with_new_defaults(saved: Mapping[str, Any], metadata: Mapping[str, Any], fo
             "core": declaration(rebuild(saved["core"])),
             "tokenizers": kinds,
             "tasks": tasks,
+            "adapters": declaration(rebuild(saved["adapters"])) if saved.get("adapters") else None,
         }
         return {**saved, **plain(today)}
     except Exception as error:  # as of a config.json, which can be wrong in any way

@@ -29,7 +29,8 @@ def normalised(picture_CYX: Tensor) -> Tensor:
 def tokens(loaded: Pretrained, picture_CYX: Tensor) -> Tokens:
     """Its tokens at its own size."""
     tokenizer = loaded.tokenizers["image"]
-    assert isinstance(tokenizer, ClassTokens) and isinstance(tokenizer.of, ImagePatches)
+    assert isinstance(tokenizer, ClassTokens)
+    assert isinstance(tokenizer.of, ImagePatches)
     return replace(tokenizer, of=replace(tokenizer.of, fit=None, mean=0.5, std=0.5))(picture_CYX)
 
 

@@ -144,8 +144,10 @@ def test_one_tower_is_a_model_of_its_own(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPTextModelWithProjection", "CLIPTextModel"]
-    + ["SiglipVisionModel", "SiglipTextModel"],
+    [
+        *("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPTextModelWithProjection", "CLIPTextModel"),
+        *("SiglipVisionModel", "SiglipTextModel"),
+    ],
 )
 def test_towers_that_were_saved_alone(name: str, tmp_path: Path) -> None:
     family, part = name.split("Model")[0][: -6 if "Vision" in name else -4], "Vision" if "Vision" in name else "Text"

@@ -66,7 +66,8 @@ def test_places_of_learned_tokens_and_turns() -> None:
     torch.testing.assert_close(tokens.position_NA, torch.tensor(wanted))
     plain = ClassTokens(PATCHES, 1)(PICTURES[0])
     assert plain.position_NA[1:].tolist() == (PATCHES(PICTURES[0]).position_NA + torch.tensor([1.0, 0, 0])).tolist()
-    assert not plain.content[0].any() and torch.equal(plain.content[1:], PATCHES(PICTURES[0]).content)
+    assert not plain.content[0].any()
+    assert torch.equal(plain.content[1:], PATCHES(PICTURES[0]).content)
     assert ClassTokens(PATCHES).token_names(plain)[:2] == ["learned 0", "row 0, column 0"]
 
 
@@ -75,7 +76,8 @@ def test_sound_and_text_may_have_learned_tokens_too() -> None:
     tokenizer = ClassTokens(sound, 2, 2, sound.grid)
     wave = torch.randn(16000, generator=torch.Generator().manual_seed(0)).numpy()
     _, found = rows(tokenizer, [(wave, 16000)])  # type: ignore[list-item]
-    assert sound.grid == (3, 6) and found.shape == (20, 8)
+    assert sound.grid == (3, 6)
+    assert found.shape == (20, 8)
     text = ClassTokens(TextBytes())
     assert text("ab").content.tolist() == [0, *TextBytes()("ab").content.tolist()]
     model = mm.Model({"text": text, "label": Labels(("a", "b"))}, mm.Core.tiny(), ["text -> label"])

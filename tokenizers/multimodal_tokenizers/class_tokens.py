@@ -16,6 +16,7 @@ RESAMPLE: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic"},
     "antialiased": {"mode": "bicubic", "antialias": True},  # whose cubic coefficient is -0.5, and -0.75 without
     "bilinear": {"mode": "bilinear"},
+    "nearest": {},
 }
 
 
@@ -31,7 +32,8 @@ class ClassTokens(Tokenizer):
     count: number of learned tokens.
     placed: how many of them, the first ones, have learned positions too.
     table: rows and columns of the grid of learned positions; None: there is none.
-    resample: how the grid is resized: "bicubic" (transformers), "antialiased" bicubic (timm), or "bilinear".
+    resample: how the grid is resized: "bicubic" (transformers), "antialiased" bicubic (timm), "bilinear", or "nearest": a token has
+        the position of the grid's cell that its row and column fall into (Dehghani et al. 2023; Idefics 3, SmolVLM).
     turns: rows and columns become places around the middle of a value, which span this many turns of the fastest rotary pair
         to either side, whatever its size (Simeoni et al. 2025); None: they are counted.
     """
@@ -40,7 +42,7 @@ class ClassTokens(Tokenizer):
     count: int = 1
     placed: int = 0
     table: tuple[int, int] | None = None
-    resample: Literal["bicubic", "antialiased", "bilinear"] = "bicubic"
+    resample: Literal["bicubic", "antialiased", "bilinear", "nearest"] = "bicubic"
     turns: float | None = None
 
     def __post_init__(self) -> None:
@@ -154,15 +156,20 @@ class _Embed(nn.Module):
 
     def _grids(self, places: Places) -> Tensor:
         """The positions of the tokens of all values, end to end."""
-        assert self.table is not None and self.positions_ND is not None
+        assert self.table is not None
+        assert self.positions_ND is not None
         table_ND = self.positions_ND[self.placed :]
-        known: dict[tuple[int, int], Tensor] = {self.table: table_ND}
+        # the cells of a grid of the table's own size are not always its own, since they are found in float32
+        known: dict[tuple[int, int], Tensor] = {self.table: table_ND} if self.resample else {}
         found = []
         for length, (_, rows, _) in zip(places.lengths, places.extents, strict=True):
             columns, rest = divmod(length - self.count, rows)
             if rest:
                 raise StreamError(f"ClassTokens: {length - self.count} tokens are no grid of {rows} rows")
             grid = (rows, columns)
+            if not self.resample and grid not in known:
+                cells = [_cells(have, size).to(table_ND.device) for have, size in zip(self.table, grid, strict=True)]
+                known[grid] = table_ND[(cells[0][:, None] * self.table[1] + cells[1]).flatten()]
             if grid not in known:
                 # bicubic weights of half precision would shift the positions
                 table_DYX = table_ND.float().unflatten(0, self.table).permute(2, 0, 1)
@@ -170,3 +177,12 @@ class _Embed(nn.Module):
                 known[grid] = resized.flatten(1).T
             found.append(known[grid])
         return torch.cat(found)
+
+
+def _cells(have: int, size: int) -> Tensor:
+    """For each of `size` rows the one of `have` rows of a table that it falls into, in float32 as Idefics 3 was trained."""
+    fraction_N = (
+        torch.arange(size, dtype=torch.float32, device="cpu") * (1.0 / torch.tensor(size, device="cpu"))
+    ).clamp(max=1 - 1e-6)
+    edges = torch.arange(1 / have, 1.0, 1 / have, device="cpu")
+    return torch.bucketize(fraction_N, edges, right=True)

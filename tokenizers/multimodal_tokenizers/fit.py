@@ -14,6 +14,7 @@ from multimodal.shapes import ConfigError, MediaError
 
 FILTERS = ("bilinear", "bicubic", "lanczos")
 WAYS = ("torchvision", "pillow", "float")
+LONGEST = 4096  # pixels of a side after the step of `longest`, at most
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Fit(Declared):
     size: rows and columns in pixels to which it is resized, whatever its aspect ratio; None: `shortest` says it.
     shortest: pixels of the shorter side after resizing; the aspect ratio stays; None: `size` says it, or nothing is resized.
     crop: rows and columns of the centre that is cut out after resizing; None: everything.
+    longest: pixels of the longer side after a resizing before this one; the other side is rounded down, and up if it is odd, and no
+        side is longer than 4096 (Idefics 3); None: there is no such step.
     filter: "bilinear", "bicubic" or "lanczos".
     by: what resizes: "torchvision" 8-bit levels to 8-bit levels (transformers 5), "pillow" likewise (timm, and processors of
         transformers whose names end in Pil), or "float" numbers that were scaled to 0..1 before (DINOv3).
@@ -36,6 +39,7 @@ class Fit(Declared):
     filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     by: Literal["torchvision", "pillow", "float"] = "torchvision"
     corner: Literal["down", "even"] = "down"
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "crop"):
@@ -48,6 +52,8 @@ class Fit(Declared):
             raise ConfigError(f"Fit: shortest={self.shortest!r} must be a number of pixels")
         if self.size is not None and self.shortest is not None:
             raise ConfigError(f"Fit: size={self.size} and shortest={self.shortest} both say the size; give one of them")
+        if self.longest is not None and (type(self.longest) is not int or self.longest < 1 or self.size is None):
+            raise ConfigError(f"Fit: longest={self.longest!r} must be a number of pixels, beside a size")
         if self.size is None and self.shortest is None and self.crop is None:
             raise ConfigError("Fit: it does nothing; give size, shortest or crop")
         for name, known in (("filter", FILTERS), ("by", WAYS), ("corner", ("down", "even"))):
@@ -77,6 +83,14 @@ class Fit(Declared):
             image_CYX = (image_CYX * 255).round_().clamp_(0, 255).to(torch.uint8)
             image_CYX = _on_white(image_CYX) if channels == 3 else image_CYX
         given = (image_CYX.shape[1], image_CYX.shape[2])
+        resize = _by_pillow if self.by == "pillow" else _by_torchvision
+        if self.longest is not None and (before := _by_longest(given, self.longest)) != given:
+            if before[0] * before[1] > max_pixels:
+                raise MediaError(
+                    f"{who}: image of {given[0]}x{given[1]} pixels would be {before[0]}x{before[1]} with longest={self.longest}, "
+                    f"more than max_pixels={max_pixels}"
+                )
+            image_CYX, given = resize(image_CYX.contiguous(), before, self.filter), before
         wanted = self._resized(given)
         if wanted[0] * wanted[1] > max_pixels:
             raise MediaError(
@@ -84,7 +98,6 @@ class Fit(Declared):
                 f"more than max_pixels={max_pixels}; crop it first"
             )
         if wanted != given:
-            resize = _by_pillow if self.by == "pillow" else _by_torchvision
             image_CYX = resize(image_CYX.contiguous(), wanted, self.filter)
         if self.crop is not None:
             image_CYX = self._centre(image_CYX, self.crop, who)
@@ -107,6 +120,19 @@ class Fit(Declared):
         # Python rounds halves to even numbers
         top, left = (round(n / 2) if self.corner == "even" else n // 2 for n in spare)
         return image_CYX[:, top : top + crop[0], left : left + crop[1]]
+
+
+def _by_longest(given: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Rows and columns with a longer side of so many pixels."""
+    # columns / rows first, as there, because rounding decides about one pixel
+    ratio, wide = given[1] / given[0], given[1] >= given[0]
+    other = int(longest / ratio) if wide else int(longest * ratio)
+    other = max(other + other % 2, 1)
+    if longest > LONGEST:
+        rows, columns = (other, longest) if wide else (longest, other)
+        other = max(int(LONGEST / (columns / rows)) if wide else int(LONGEST * (columns / rows)), 1)
+        longest = LONGEST
+    return (other, longest) if wide else (longest, other)
 
 
 def _by_torchvision(image_CYX: Tensor, size: tuple[int, int], kind: str) -> Tensor:
@@ -168,8 +194,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIP": {"size": _SHORTEST, "crop_size": _CROP, "do_center_crop": True, "resample": 3, **_CLIP},
     "Siglip": {"size": _SQUARE, "resample": 3, **_HALF},
     "DINOv3ViT": {"size": _SQUARE, "resample": 2, **_IMAGENET},
+    "Idefics3": {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}, "resample": 1, **_HALF},
+    "SmolVLM": {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}, "resample": 1, **_HALF},
 }
 """What transformers' processors do where preprocessor_config.json says nothing; by the name before ImageProcessor."""
+WHOLE_OR_TILES = {"Idefics3", "SmolVLM"}  # these cut pictures into tiles unless do_image_splitting is false
 SIDE_IS_SHORTEST = {"Bit", "CLIP", "Siglip"}  # one number as the size is the shortest side; elsewhere that of a square
 RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 UNUSED = {
@@ -181,6 +210,8 @@ _READ = {
     "size", "crop_size", "resample", "image_mean", "image_std", "do_resize", "do_center_crop", "do_rescale", "rescale_factor",
     "do_normalize",
 }  # fmt: skip
+_READ_OF_TILES = {"do_image_splitting", "max_image_size", "do_pad", "return_row_col_info", "video_sampling"}
+"""Further fields where pictures may be cut into tiles; what is padded there are other pictures of a batch."""
 
 
 def image_settings(
@@ -202,9 +233,9 @@ def image_settings(
         raise ConfigError(
             f"image_settings: image_processor_type={came!r} is not known; known are {', '.join(PROCESSORS)} before ImageProcessor"
         )
-    unknown = [
-        name for name, value in preprocessor.items() if name not in UNUSED | _READ and value not in (None, False)
-    ]
+    tiles = kind in WHOLE_OR_TILES
+    read = _READ | _READ_OF_TILES if tiles else _READ
+    unknown = [name for name, value in preprocessor.items() if name not in UNUSED | read and value not in (None, False)]
     if unknown:
         raise ConfigError(
             f"image_settings: {', '.join(f'{name}={preprocessor[name]!r}' for name in unknown)} of {came} is not known here"
@@ -224,7 +255,9 @@ def image_settings(
         )
 
     sizes: dict[str, Any] = {}
-    if said.get("do_resize", True):
+    if tiles:
+        sizes |= _whole(said, str(came))
+    elif said.get("do_resize", True):
         sizes |= _size("size", said["size"], one_is_shortest=kind in SIDE_IS_SHORTEST)
     if said.get("do_center_crop"):
         sizes["crop"] = _size("crop_size", said["crop_size"], one_is_shortest=False).get("size")
@@ -239,6 +272,20 @@ def image_settings(
         "edge": "cut",
         "fit": Fit(**sizes, filter=RESAMPLE[said["resample"]], by=way) if sizes else None,  # type: ignore[arg-type]
     }
+
+
+def _whole(said: Mapping[str, Any], came: str) -> dict[str, Any]:
+    """The sizes of a Fit for a processor that may cut pictures into tiles."""
+    if said.get("do_image_splitting", True):
+        raise ConfigError(
+            f"image_settings: do_image_splitting=True of {came} is not known here: a picture is read whole; say false in the file"
+        )
+    edges = [(name, said[name]) for name in (["size"] if said.get("do_resize", True) else []) + ["max_image_size"]]
+    for name, value in edges:
+        if not isinstance(value, Mapping) or set(value) != {"longest_edge"}:
+            raise ConfigError(f"image_settings: {name}={value!r} of {came} is not known; known is longest_edge")
+    sizes = [value["longest_edge"] for _, value in edges]
+    return {"size": (sizes[-1], sizes[-1]), "longest": sizes[0] if len(sizes) == 2 else None}
 
 
 def _size(name: str, value: Any, *, one_is_shortest: bool) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""PaliGemma (Beyer et al. 2024): the vision tower of SigLIP, a linear layer, and Gemma 1, which reads picture and prompt freely."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from multimodal.core import Core
+from multimodal.heads import NextToken
+from multimodal.layers import MLP, SelfAttention
+from multimodal.norm import Norm
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, moved, same
+from multimodal.pretrained.llama import decoder_block, rotary_of, stop_of
+from multimodal.pretrained.siglip_vision import TOWER, image_processor, vision_core, vision_pairs, vision_tokens
+from multimodal.pretrained.texts import text_tokenizer
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+from multimodal.tower import Linear, Tower
+
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+"""What a configuration of SigLIP means where it says nothing."""
+
+
+class PaliGemma(Family):
+    """Writes about pictures: "image text -> text", where the text is "<bos>" + the prompt + a new line, and read freely as the
+    picture is."""
+
+    names = ("paligemma",)
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        given = settings.need("text_config"), settings.need("vision_config")
+        ends = {"eos_token_id": settings.get("eos_token_id", 1), "bos_token_id": settings.get("bos_token_id", 2)}
+        text = Settings(f"{settings.where}, text_config", {**ends, **given[0]})
+        vision = Settings(f"{settings.where}, vision_config", {**VISION, **given[1]})
+        # which id stands for a patch in their prompts; the loss of their training; sizes that the parts say too
+        settings.ignore("image_token_index", "image_token_id", "ignore_index", "vocab_size", "hidden_size")
+        settings.only("tie_word_embeddings", True)
+
+        core, key_width = self._text_core(text)
+        settings.only("projection_dim", core.width)
+        head = NextToken(start_ids=(), stop_id=stop_of(text), tied=True, bias=False)
+        reads = text_tokenizer(text, files, causal=False, scale=core.width**0.5, specials=True)
+
+        size = vision.get("image_size", 224)
+        default = {"image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size}}
+        processor = dict(image_processor(files, default))
+        # the number of tokens of a picture, which follows from its size
+        processor.pop("image_seq_length", None)
+        image, eye = vision_tokens(vision, processor), vision_core(vision)
+        # of their other models and of counts; the projector has no activation
+        vision.ignore("num_image_tokens", "projection_dim", "projector_hidden_act", "vision_use_head", "vocab_size")
+        for part in (text, vision):
+            part.finish()
+
+        words, sees = "language_model.model.", "vision_tower."
+        if any(name.startswith(f"{sees}vision_model.") for name in names):  # as versions before 5 write it
+            sees += "vision_model."
+        pairs: list[Pair] = [
+            same("embeds.text.weight", f"{words}embed_tokens.weight"),
+            same("core.norm.weight", f"{words}norm.weight"),
+        ]
+        for i in range(core.depth):
+            pairs += decoder_block(core, i, f"{words}layers.{i}", key_width, (), False)
+        for kind in ("weight", "bias"):
+            pairs.append(same(f"embeds.image.connector.{kind}", f"multi_modal_projector.linear.{kind}"))
+        pairs += moved(list(vision_pairs(eye, image, sees)), TOWER, {})
+        return Blueprint(
+            {"image": Tower(image, eye, Linear()), "text": reads},
+            core,
+            [Task("image text -> text", head)],
+            pairs,
+            copies=dict.fromkeys(("language_model.lm_head.weight", "lm_head.weight"), f"{words}embed_tokens.weight"),
+            derived=[r".*rotary_emb\.inv_freq", r".*position_ids"],
+            unused={
+                r"vision_tower\.(vision_model\.)?head\..*": "the pooling head of SigLIP, which PaliGemma does not use"
+            },
+        )
+
+    def _text_core(self, text: Settings) -> tuple[Core, int]:
+        """(Gemma 1, the width of its heads)."""
+        if (kind := text.need("model_type")) != "gemma":
+            raise CheckpointError(
+                f"{text.where}: model_type={kind!r} is not supported; wanted 'gemma', as PaliGemma 1 has it"
+            )
+        text.only("attention_bias", False)
+        text.only("tie_word_embeddings", True)
+        # which their versions set where it is not said
+        text.only("use_bidirectional_attention", True)
+        # the tables that they allocate; a count that follows from the pictures
+        text.ignore("max_position_embeddings", "num_image_tokens")
+        # an older name; what files of Gemma 1 call "gelu" was trained as its approximation
+        named = "hidden_activation" if text.get("hidden_activation") else "hidden_act"
+        text.ignore("hidden_act", "hidden_activation")
+        act: Any = "gelu_tanh" if text.get(named) == "gelu" else activation(text, named, "gelu_pytorch_tanh")
+        base, rotary = rotary_of(text)
+        width, heads = text.need("hidden_size"), text.need("num_attention_heads")
+        key_width = text.get("head_dim", 256)
+        own_width = None if key_width * heads == width else key_width
+        core = Core(
+            width=width,
+            depth=text.need("num_hidden_layers"),
+            heads=heads,
+            kv_heads=text.need("num_key_value_heads"),
+            mlp_width=text.need("intermediate_size"),
+            norm=Norm(eps=text.get("rms_norm_eps", 1e-6), around_one=True),
+            qk_norm=False,
+            rotary_split=(1, 0, 0),
+            rotary_base=(base, 100.0, 100.0),
+            block=(SelfAttention(rotary=rotary, key_width=own_width), MLP(activation=act)),
+        )
+        return core, key_width

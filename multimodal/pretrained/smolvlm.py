@@ -1,0 +1,86 @@
+"""Idefics 3 (Laurencon et al. 2024) and SmolVLM (Marafioti et al. 2025): SigLIP, squares of patches, and Llama."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from multimodal.pretrained.family import Blueprint, Family, Settings, moved, renamed, same
+from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.siglip_vision import TOWER, image_processor, vision_core, vision_pairs, vision_tokens
+from multimodal.pretrained.texts import text_tokenizer
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+from multimodal.tower import Linear, PixelShuffle, Tower
+
+VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 32,
+}
+"""What their configurations mean where they say nothing."""
+WORDS = {"model.": "model.text_model."}
+
+
+class SmolVLM(Family):
+    """Writes about pictures: "before:text image text -> text". All of it is causal, the tokens of a picture too.
+
+    What their processor puts around a picture belongs to the texts: `before` ends with "<fake_token_around_image><global-img>", and
+    `text` begins with "<fake_token_around_image>". A picture is read whole: its tiles (do_image_splitting) are not supported.
+    """
+
+    names = ("idefics3", "smolvlm")
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        given: Any = settings.need("text_config")
+        tied = settings.get("tie_word_embeddings", False)
+        text = Settings(f"{settings.where}, text_config", {**given, "tie_word_embeddings": tied, **_stops(files)})
+        vision = Settings(f"{settings.where}, vision_config", {**VISION, **settings.need("vision_config")})
+        if text.need("model_type") != "llama":
+            raise CheckpointError(
+                f"{text.where}: model_type={text.need('model_type')!r} is not supported; wanted 'llama'"
+            )
+        # which id stands for a token of a picture in their prompts; sizes that the parts say too
+        settings.ignore("image_token_id", "_pad_token_id", "vocab_size")
+        # of their training, and of parts that released models do not have
+        settings.ignore("use_reentrant_checkpointing")
+        text.only("qk_layer_norms", False)
+        text.only("use_resampler", False)
+        text.ignore("perceiver_config", "pixel_shuffle_factor", "neftune_noise_alpha", "_flash_attn_2_enabled")
+        words = Llama().read(text, files, [name.replace("model.text_model.", "model.") for name in names])
+
+        side = settings.get("scale_factor", 2)
+        default = {
+            "image_processor_type": "SmolVLMImageProcessor",
+            "do_image_splitting": False,
+            "size": {"longest_edge": 4 * vision.need("image_size")},
+            "max_image_size": {"longest_edge": vision.need("image_size")},
+        }
+        image = vision_tokens(vision, image_processor(files, default), "nearest")
+        eye = vision_core(vision)
+        # how pictures are prepared is in a file of its own
+        vision.ignore("max_image_size", "size", "use_base_siglip", "tie_word_embeddings")
+        for part in (text, vision):
+            part.finish()
+
+        pairs = moved(words.pairs, {}, WORDS)
+        pairs.append(same("embeds.image.connector.weight", "model.connector.modality_projection.proj.weight"))
+        pairs += moved(list(vision_pairs(eye, image, "model.vision_model.")), TOWER, {})
+        tower = Tower(image, eye, PixelShuffle(side, Linear(bias=False)), causal=True)
+        head = words.tasks[0].head
+        return Blueprint(
+            {"image": tower, "text": text_tokenizer(text, files, specials=True)},
+            words.core,
+            [Task("before:text image text -> text", head), Task("text -> text", head)],
+            pairs,
+            copies={copy: renamed(name, WORDS) for copy, name in words.copies.items()},
+            derived=[*words.derived, r".*position_ids"],
+        )
+
+
+def _stops(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The end of what is written, which newer models say in a file of its own."""
+    found = json.loads(files.get("generation_config.json", b"{}"))
+    return {name: found[name] for name in ("eos_token_id",) if found.get(name) is not None}
