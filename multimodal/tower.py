@@ -93,6 +93,18 @@ class Linear(Connector):
 
 
 @dataclass(frozen=True)
+class Unchanged(Connector):
+    """The vectors themselves, which must be as wide as the stream."""
+
+    def build(self, width: int, rows: int) -> nn.Module:
+        if width != rows:
+            raise ConfigError(
+                f"Unchanged: vectors are {width} wide and the stream {rows}; make them equal, or use Linear()"
+            )
+        return nn.Identity()
+
+
+@dataclass(frozen=True)
 class MLPConnector(Connector):
     """Two linear layers and an activation between them.
 
@@ -440,8 +452,8 @@ class _TowerEmbed(nn.Module):
 
     def forward(self, content_NF: Tensor, places: Places) -> Tensor:
         vector_NF = self.frozen_part(content_NF, places)
-        weight = next(self.connector.parameters())
-        return self.connector(vector_NF.to(weight.dtype))
+        weight = next(self.connector.parameters(), None)
+        return self.connector(vector_NF if weight is None else vector_NF.to(weight.dtype))
 
 
 class _Inner(nn.Module):

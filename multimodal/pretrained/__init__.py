@@ -18,6 +18,7 @@ from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
 from multimodal.pretrained.bert import Bert
+from multimodal.pretrained.clip import CLIP, SigLIP
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
@@ -36,18 +37,8 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    AST(),
-    Bert(),
-    DINOv2(),
-    DINOv3(),
-    GPT2(),
-    Llama(),
-    NanoVLM(),
-    PaliGemma(),
-    SmolVLM(),
-    TimmViT(),
-    ViT(),
-    Whisper(),
+    *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), GPT2(), Llama(), NanoVLM(), PaliGemma()),
+    *(SigLIP(), SmolVLM(), TimmViT(), ViT(), Whisper()),
 )
 """Every layout that can be read and written."""
 
@@ -188,8 +179,13 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
         raise ConfigError(
             f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
         )
+    if (part := origin.get("options", {}).get("part", "both")) != "both":
+        raise ConfigError(
+            f"export: this is the {part} tower alone, and the layout of {origin['name']} has both; use Model.save"
+        )
     files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
-    spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
+    text = model.packer.tokenizers.get("text")
+    spec = getattr(getattr(text, "tokenizer", text), "spec", None)  # that of a tower is in it
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
     blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))
