@@ -315,8 +315,10 @@ class Tower(Tokenizer):
     causal: whether the tokens of the stream are causal, as in most vision-language models.
 
     Examples:
-        >>> eye = mm.Tower(ImagePatches(patch=2, channels=1), mm.Core.tiny(), mm.tower.PixelShuffle(2))
-        >>> seeing = mm.Model({"image": eye, "label": shapes}, mm.Core.tiny(), ["image -> label"])
+        >>> eye = mm.Tower.of(model, mm.tower.PixelShuffle(5), kind="image")
+        >>> seeing = mm.Model({"image": eye, "text": TextBytes()}, mm.Core.tiny(), ["image text -> text"])
+        >>> len(model.packer.tokenizers["image"](square)), len(eye(square))
+        (25, 1)
     """
 
     tokenizer: Tokenizer
