@@ -35,7 +35,17 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    AST(), Bert(), DINOv2(), DINOv3(), GPT2(), Llama(), PaliGemma(), SmolVLM(), TimmViT(), ViT(), Whisper(),
+    AST(),
+    Bert(),
+    DINOv2(),
+    DINOv3(),
+    GPT2(),
+    Llama(),
+    PaliGemma(),
+    SmolVLM(),
+    TimmViT(),
+    ViT(),
+    Whisper(),
 )
 """Every layout that can be read and written."""
 
