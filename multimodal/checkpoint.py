@@ -260,7 +260,7 @@ def _check_depth(core: Any, tensors: int) -> None:
     for one in (core.reader, core.writer) if isinstance(core, EncoderDecoder) else (core,):
         if not isinstance(one, Core):
             continue
-        each = min(len(block) for block in one.blocks) if one.depth <= FEW_LAYERS else 1
+        each = min(map(len, one.blocks), default=0) if one.depth <= FEW_LAYERS else 1
         if one.depth * each > max(tensors, FEW_LAYERS):
             raise CheckpointError(
                 f"the weights do not fit the config: its core has depth={one.depth} of {each} layers each, and "

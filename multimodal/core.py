@@ -39,7 +39,7 @@ class Core(Declared):
     The mask holds for every self-attention layer; score, prior and read are defaults for layers that declare none of their own.
 
     width: D, size of each token's state.
-    depth: L, number of blocks.
+    depth: L, number of blocks; with 0 the states are the embedded tokens, of a `Tower` for instance.
     heads: H, number of query heads of each attention layer; width is a multiple of it.
     kv_heads: G, number of key-value heads, each shared by H / G query heads; None: H.
     mlp_width: hidden width of the gated MLP; None: 8/3 of width, rounded up to a multiple of 16.
@@ -88,9 +88,9 @@ class Core(Declared):
     block: tuple[Layer, ...] | tuple[tuple[Layer, ...], ...] = (SelfAttention(), MLP())
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"Core: {name}={getattr(self, name)} must be at least 1")
+        for name, least in (("width", 1), ("depth", 0), ("heads", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"Core: {name}={getattr(self, name)} must be at least {least}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             step = 2 * self.heads
             raise ConfigError(
@@ -116,7 +116,7 @@ class Core(Declared):
                 )
             for layer in block:
                 check_part("Core: block", layer, Layer, "SelfAttention()")
-        if len(blocks) > self.depth:
+        if self.depth and len(blocks) > self.depth:
             raise ConfigError(f"Core: block has {len(blocks)} blocks, more than depth={self.depth}")
         check_part("Core: norm", self.norm, Norm, "Norm(eps=1e-5)")
         check_part("Core: mask", self.mask, Rule, "Window(64)")
@@ -353,7 +353,8 @@ class Transformer(nn.Module):
         self.fields = nn.Embedding(core.learned_fields, core.width) if core.learned_fields else None
         self.first_norm = core.norm.build(core.width) if core.first_norm else nn.Identity()
         self._number_layers()
-        if not next(self.parameters()).is_meta:  # initialising is slow, and on the meta device without effect
+        # initialising is slow, and on the meta device without effect
+        if not any(p.is_meta for p in self.parameters()):
             for sublayer in self.sublayers():
                 sublayer.body.init_weights(core.depth)
             for table in (self.times, self.fields):
@@ -458,10 +459,10 @@ class Transformer(nn.Module):
         plan, plans = plan_layers(self.core.mask, self.masks, layout, **options)
         context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh, plans)
         stream_TD = self.first_norm(self._with_tables(stream_TD, position_TA, layout))
-        *blocks, last = self.blocks
-        for block in blocks:
-            stream_TD = block(stream_TD, context)
-        stream_TD = last(stream_TD, context, wanted_N)
+        if wanted_N is not None and not len(self.blocks):
+            stream_TD = stream_TD[wanted_N]
+        for i, block in enumerate(self.blocks, 1):
+            stream_TD = block(stream_TD, context, wanted_N if i == len(self.blocks) else None)
         return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
 
     def _with_tables(self, stream_TD: Tensor, position_TA: Tensor, layout: Layout) -> Tensor:

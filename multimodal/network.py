@@ -92,12 +92,17 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.core.parameters()).device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the core's weights."""
-        return next(self.core.parameters()).dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight of the core; if it has none, of the model."""
+        return next(iter((*self.core.parameters(), *self.parameters())))
 
     @property
     def tasks(self) -> dict[str, Task]:

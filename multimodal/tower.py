@@ -33,6 +33,9 @@ class Connector(Declared, ABC):
     states in them, and the module of `build` maps these vectors to rows.
     """
 
+    full: ClassVar[bool] = True
+    """Whether every slot of every token holds an inner token; else `filled` says which."""
+
     @property
     def slots(self) -> int:
         """Number of inner tokens of a token, at most."""
@@ -87,6 +90,18 @@ class Linear(Connector):
 
     def build(self, width: int, rows: int) -> nn.Module:
         return nn.Linear(width, rows, self.bias)
+
+
+@dataclass(frozen=True)
+class Unchanged(Connector):
+    """The vectors themselves, which must be as wide as the stream."""
+
+    def build(self, width: int, rows: int) -> nn.Module:
+        if width != rows:
+            raise ConfigError(
+                f"Unchanged: vectors are {width} wide and the stream {rows}; make them equal, or use Linear()"
+            )
+        return nn.Identity()
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,7 @@ class Dropped(Connector):
 
     count: int
     then: Connector = field(default_factory=Linear)
+    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_whole("Dropped", least=1, count=self.count)
@@ -236,6 +252,7 @@ class Pooled(Connector):
     most: int
     pool: Pool = field(default_factory=Mean)
     then: Connector = field(default_factory=Linear)
+    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_whole("Pooled", least=1, most=self.most)
@@ -435,8 +452,8 @@ class _TowerEmbed(nn.Module):
 
     def forward(self, content_NF: Tensor, places: Places) -> Tensor:
         vector_NF = self.frozen_part(content_NF, places)
-        weight = next(self.connector.parameters())
-        return self.connector(vector_NF.to(weight.dtype))
+        weight = next(self.connector.parameters(), None)
+        return self.connector(vector_NF if weight is None else vector_NF.to(weight.dtype))
 
 
 class _Inner(nn.Module):
@@ -480,7 +497,7 @@ class _Inner(nn.Module):
 
     def _lengths(self, lengths: Sequence[int], filled_NT: Tensor) -> list[int]:
         """By value, its number of inner tokens."""
-        if type(self.tower.connector) in (Linear, MLPConnector, PixelShuffle):  # a GPU need not be waited for
+        if self.tower.connector.full:  # a GPU need not be waited for
             return [n * self.tower.connector.slots for n in lengths]
         return [int(part.sum()) for part in filled_NT.cpu().split(list(lengths))]
 

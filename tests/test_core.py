@@ -71,7 +71,7 @@ def test_flops_are_those_that_pytorch_counts(lay, changes):
     ("settings", "message"),
     [
         ({"width": 0}, "Core: width=0 must be at least 1"),
-        ({"depth": 0}, "Core: depth=0 must be at least 1"),
+        ({"depth": -1}, "Core: depth=-1 must be at least 0"),
         ({"width": 64, "heads": 6}, "width=64 does not give heads=6 an even width each; try width=72"),
         ({"width": 12, "heads": 4}, "width=12 does not give heads=4 an even width each; try width=16"),
         ({"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3; try kv_heads=1"),
@@ -192,6 +192,17 @@ BLOCKS = {
     "recurrent": (SelfAttention(), MLP(), Recurrent(), MLP()),
     "nothing mixes": (MLP(),),
 }
+
+
+def test_the_states_of_a_core_without_blocks_are_the_embedded_tokens(lay):
+    layout, stream_TD, position_TA = lay([[(5, True)], [(3, False)]]), torch.randn(8, 16), torch.rand(8, 3)
+    core = mm.Core(width=16, depth=0, heads=2, last_norm=False)
+    assert core.parameters == 0
+    assert torch.equal(core.build()(stream_TD, position_TA, layout), stream_TD)
+    wanted_N = torch.tensor([7, 2])
+    assert torch.equal(core.build()(stream_TD, position_TA, layout, wanted_N=wanted_N), stream_TD[wanted_N])
+    normed = core.replace(last_norm=True).build()(stream_TD, position_TA, layout)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(stream_TD, (16,), eps=1e-6))
 
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)

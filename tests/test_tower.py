@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import multimodal as mm
 from multimodal.attention import Layout, Span
 from multimodal.check import check_tokenizer
-from multimodal.heads.pool import Attended
+from multimodal.heads.pool import Attended, Mean
 from multimodal.masks import MaskInfo
 from multimodal.tokenizer import Places
-from multimodal.tower import Connector, Dropped, Linear, MLPConnector, PixelShuffle, Pooled, Tower
+from multimodal.tower import Connector, Dropped, Linear, MLPConnector, PixelShuffle, Pooled, Tower, Unchanged
 from multimodal_tokenizers import AudioFrames, Ids, ImagePatches, Labels, TextBytes, WhisperFrames
 
 CORE = mm.Core(width=24, depth=2, heads=2)
@@ -228,6 +228,22 @@ def test_in_half_precision_positions_are_exact() -> None:
     half = model.to(torch.bfloat16)
     got = half.logits(half.pack("image -> label", [{"image": wide, "label": "a"}]))["image -> label"]
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_unchanged_rows_are_the_states_themselves() -> None:
+    model = mm.Model(
+        {"image": Tower(PATCHES, CORE, Unchanged()), "label": Labels(("a", "b"))},
+        mm.Core(width=CORE.width, depth=0, heads=1, last_norm=False),
+        [mm.Task("image -> label", mm.Classify(pool=Mean()))],
+    )
+    tower: Any = model.packer.tokenizers["image"]
+    value = pictures((6, 8))[0]
+    with torch.no_grad():
+        stream = model.pack("image -> label", [{"image": value}], answers=False)
+        _, state_TD = states_alone(tower, model.embeds["image"].frozen_part, value)
+        torch.testing.assert_close(model(stream), state_TD)
+    with pytest.raises(mm.ConfigError, match=r"Unchanged: vectors are .* wide and the stream 10; make them equal"):
+        tower.embed(10)
 
 
 def test_errors_say_what_to_do() -> None:

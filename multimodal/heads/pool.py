@@ -161,27 +161,33 @@ class Transformed(Pool):
 
     of: the other pool.
     first_norm: the norm of the pooled vector.
-    dense: the activation of a linear layer of the same width, "tanh" or one of `MLP`; None: there is none.
+    dense: the activation of a linear layer, "tanh", one of `MLP`, or "linear": no activation; None: there is no such layer.
     bias: whether the linear layer has a bias.
     last_norm: the norm behind it.
+    out: width of the linear layer; None: that of what it gets.
     """
 
     of: Pool
     first_norm: Norm | None = None
-    dense: Literal["tanh", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] | None = None
+    dense: Literal["tanh", "linear", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu"] | None = None
     bias: bool = True
     last_norm: Norm | None = None
+    out: int | None = None
 
     def __post_init__(self) -> None:
         check_part("Transformed: of", self.of, Pool, "First()")
         if self.dense is not None:
             _check_activation(self, self.dense)
+        if self.out is not None:
+            check_whole("Transformed", least=1, out=self.out)
+            if self.dense is None:
+                raise ConfigError(f"Transformed: out={self.out} is of the linear layer, which dense=None leaves out")
 
     def rows(self, read: int) -> tuple[int, int]:
         return self.of.rows(read)
 
     def width(self, width: int) -> int:
-        return self.of.width(width)
+        return self.out or self.of.width(width)
 
     def weights(self, width: int) -> nn.Module:
         return _Transformed(self, width)
@@ -196,15 +202,17 @@ class _Transformed(nn.Module):
         self.of = pool.of.weights(width)
         width = pool.of.width(width)
         self.first_norm = nn.Identity() if pool.first_norm is None else pool.first_norm.build(width)
-        self.dense = nn.Identity() if pool.dense is None else _Dense(width, pool.dense, pool.bias)
+        out = pool.out or width
+        self.dense = nn.Identity() if pool.dense is None else _Dense(width, out, pool.dense, pool.bias)
+        width = out
         self.last_norm = nn.Identity() if pool.last_norm is None else pool.last_norm.build(width)
 
 
 class _Dense(nn.Module):
-    def __init__(self, width: int, activation: str, bias: bool) -> None:
+    def __init__(self, width: int, out: int, activation: str, bias: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, bias)
-        self.activation = torch.tanh if activation == "tanh" else ACTIVATIONS[activation]
+        self.linear = nn.Linear(width, out, bias)
+        self.activation = {**ACTIVATIONS, "tanh": torch.tanh, "linear": nn.Identity()}[activation]
 
     def forward(self, vector_BD: Tensor) -> Tensor:
         return self.activation(self.linear(vector_BD))
@@ -219,5 +227,5 @@ def means(state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _check_activation(pool: Pool, name: str) -> None:
-    if name not in (*ACTIVATIONS, "tanh") or (name == "tanh" and isinstance(pool, Attended)):
+    if name not in ACTIVATIONS and not (name in ("tanh", "linear") and isinstance(pool, Transformed)):
         raise ConfigError(f"{type(pool).__name__}: {name!r} is no activation; there are {', '.join(ACTIVATIONS)}")

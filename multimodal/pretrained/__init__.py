@@ -18,12 +18,14 @@ from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
 from multimodal.pretrained.bert import Bert
+from multimodal.pretrained.clip import CLIP, SigLIP
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
 from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.nanovlm import NanoVLM
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
@@ -35,17 +37,8 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    AST(),
-    Bert(),
-    DINOv2(),
-    DINOv3(),
-    GPT2(),
-    Llama(),
-    PaliGemma(),
-    SmolVLM(),
-    TimmViT(),
-    ViT(),
-    Whisper(),
+    *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), GPT2(), Llama(), NanoVLM(), PaliGemma()),
+    *(SigLIP(), SmolVLM(), TimmViT(), ViT(), Whisper()),
 )
 """Every layout that can be read and written."""
 
@@ -149,7 +142,7 @@ def blueprint_of(
         CheckpointError: an unknown family or field.
     """
     kind = config.get("model_type")
-    family = next((family for family in FAMILIES if kind in family.names), None)
+    family = next((family for family in FAMILIES if family.reads(config)), None)
     if family is None:
         known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
         raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
@@ -186,8 +179,13 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
         raise ConfigError(
             f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
         )
+    if (part := origin.get("options", {}).get("part", "both")) != "both":
+        raise ConfigError(
+            f"export: this is the {part} tower alone, and the layout of {origin['name']} has both; use Model.save"
+        )
     files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
-    spec = getattr(model.packer.tokenizers.get("text"), "spec", None)
+    text = model.packer.tokenizers.get("text")
+    spec = getattr(getattr(text, "tokenizer", text), "spec", None)  # that of a tower is in it
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
     blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))

@@ -36,7 +36,26 @@ NO_MATTER = {
         "num_labels",
         "auto_map",
     ),
-    *("pretraining_tp", "tokenizer_class"),
+    *(
+        "pretraining_tp",
+        "tokenizer_class",
+        "bad_words_ids",
+        "cross_attention_hidden_size",
+        "diversity_penalty",
+        "do_sample",
+    ),
+    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task"),
+    *(
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+    ),
+    *("num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values"),
+    *("repetition_penalty", "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature"),
+    *("tf_legacy_loss", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16", "cls_token_id", "mask_token_id"),
     # only for weights that are new, or for training
     *("initializer_range", "initializer_factor", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout"),
     *("hidden_dropout_prob", "dropout", "activation_dropout", "classifier_dropout", "embd_pdrop", "attn_pdrop"),
@@ -263,6 +282,10 @@ class Family(ABC):
     """
 
     names: tuple[str, ...]
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether this family reads a configuration."""
+        return config.get("model_type") in self.names
 
     @abstractmethod
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:

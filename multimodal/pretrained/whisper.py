@@ -7,9 +7,11 @@ from typing import Any
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import NextToken
+from multimodal.heads.pool import Mean, Transformed
 from multimodal.layers import MLP, CrossAttention, SelfAttention
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, stacked
+from multimodal.pretrained.pictures import classes, classifier
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
@@ -34,12 +36,10 @@ class Whisper(Family):
         settings.only("scale_embedding", False)
         settings.only("is_encoder_decoder", True)
         settings.only("use_weighted_layer_sum", False)
-        # of a classifier, of word times, of new weights, and of training; the depth is named by encoder and decoder too
-        settings.ignore("classifier_proj_size", "median_filter_width", "init_std", "num_hidden_layers")
+        # of word times, of new weights, and of training; the depth is named by encoder and decoder too
+        settings.ignore("median_filter_width", "init_std", "num_hidden_layers")
         settings.ignore("encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
         settings.ignore(*(name for name in settings.config if name.startswith(("mask_time_", "mask_feature_"))))
-        if "classifier.weight" in names:
-            raise CheckpointError(f"{settings.where}: a classifier on Whisper's encoder is not supported")
         mlp = MLP(activation=activation(settings, "activation_function", "gelu"), gated=False, bias=True)
         reader, writer = (
             Core(
@@ -56,10 +56,11 @@ class Whisper(Family):
             for part, times, crossed in (("encoder", frames, ()), ("decoder", written, (CrossAttention(bias=BIAS),)))
         )
         _check_sound(settings.where, files, mels)
-        tokenizers = {
-            "audio": WhisperFrames(mels=mels, pad_seconds=frames * WhisperFrames.step[0]),
-            "text": text_tokenizer(settings, files),
-        }
+        audio = WhisperFrames(mels=mels, pad_seconds=frames * WhisperFrames.step[0])
+        if "classifier.weight" in names:
+            return self._classifier(settings, reader, audio)
+        settings.ignore("classifier_proj_size")
+        tokenizers = {"audio": audio, "text": text_tokenizer(settings, files)}
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
         tied = settings.get("tie_word_embeddings", True) or bare
         prefix = "" if bare else "model."
@@ -70,6 +71,18 @@ class Whisper(Family):
             list(self._pairs(reader, writer, prefix, tied)),
             copies={"proj_out.weight": f"{prefix}decoder.embed_tokens.weight"} if tied else {},
         )
+
+    def _classifier(self, settings: Settings, reader: Core, audio: WhisperFrames) -> Blueprint:
+        """A classifier on the encoder alone: the mean of the states, a linear layer, and another one onto classes."""
+        writing = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "decoder_start_token_id")
+        settings.ignore(*writing, "eos_token_id", "bos_token_id", "vocab_size", "tie_word_embeddings")
+        width, labels = settings.get("classifier_proj_size", 256), classes(settings)
+        # they map each state and then take the mean, which is the same
+        pool = Transformed(Mean(), dense="linear", out=width)
+        tasks, more = classifier("audio", pool, labels, reader.width, "classifier")
+        more += affine("readouts.label_Classify.pool.dense.linear", "projector")
+        pairs = [*_stem("encoder."), *_blocks("core", "encoder", reader, crosses=False)]
+        return Blueprint({"audio": audio, "label": labels}, reader, tasks, [*pairs, *more])
 
     def _head(self, settings: Settings, files: Mapping[str, bytes], tied: bool) -> NextToken:
         # older models have these in their configuration, newer ones beside it, which then counts
@@ -101,26 +114,34 @@ class Whisper(Family):
         )
 
     def _pairs(self, reader: Core, writer: Core, prefix: str, tied: bool) -> Iterator[Pair]:
-        for i, name in ((1, "first"), (2, "second")):
-            for kind in ("weight", "bias"):
-                yield same(f"embeds.audio.{name}.{kind}", f"{prefix}encoder.conv{i}.{kind}")
+        yield from _stem(f"{prefix}encoder.")
         yield same("embeds.text.weight", f"{prefix}decoder.embed_tokens.weight")
         if not tied:
             yield same("readouts.text_NextToken.linear.weight", "proj_out.weight")
-        for ours, theirs, core in (("reader", "encoder", reader), ("writer", "decoder", writer)):
-            yield same(f"core.{ours}.times.weight", f"{prefix}{theirs}.embed_positions.weight")
-            yield from affine(f"core.{ours}.norm", f"{prefix}{theirs}.layer_norm")
-            for i in range(core.depth):
-                block, layers = f"{prefix}{theirs}.layers.{i}", f"core.{ours}.blocks.{i}.layers"
-                last = 2 if core is writer else 1
-                yield from plain_attention(f"{layers}.0", f"{block}.self_attn", core, BIAS)
-                yield from affine(f"{layers}.0.norm", f"{block}.self_attn_layer_norm")
-                if core is writer:
-                    yield from plain_attention(f"{layers}.1", f"{block}.encoder_attn", core, BIAS)
-                    yield from affine(f"{layers}.1.norm", f"{block}.encoder_attn_layer_norm")
-                yield from affine(f"{layers}.{last}.norm", f"{block}.final_layer_norm")
-                yield from affine(f"{layers}.{last}.body.up", f"{block}.fc1")
-                yield from affine(f"{layers}.{last}.body.down", f"{block}.fc2")
+        yield from _blocks("core.reader", f"{prefix}encoder", reader, crosses=False)
+        yield from _blocks("core.writer", f"{prefix}decoder", writer, crosses=True)
+
+
+def _stem(theirs: str) -> Iterator[Pair]:
+    for i, name in ((1, "first"), (2, "second")):
+        yield from affine(f"embeds.audio.{name}", f"{theirs}conv{i}")
+
+
+def _blocks(ours: str, theirs: str, core: Core, *, crosses: bool) -> Iterator[Pair]:
+    """The tensors of the encoder, or with `crosses` of the decoder."""
+    yield same(f"{ours}.times.weight", f"{theirs}.embed_positions.weight")
+    yield from affine(f"{ours}.norm", f"{theirs}.layer_norm")
+    for i in range(core.depth):
+        block, layers = f"{theirs}.layers.{i}", f"{ours}.blocks.{i}.layers"
+        last = 2 if crosses else 1
+        yield from plain_attention(f"{layers}.0", f"{block}.self_attn", core, BIAS)
+        yield from affine(f"{layers}.0.norm", f"{block}.self_attn_layer_norm")
+        if crosses:
+            yield from plain_attention(f"{layers}.1", f"{block}.encoder_attn", core, BIAS)
+            yield from affine(f"{layers}.1.norm", f"{block}.encoder_attn_layer_norm")
+        yield from affine(f"{layers}.{last}.norm", f"{block}.final_layer_norm")
+        yield from affine(f"{layers}.{last}.body.up", f"{block}.fc1")
+        yield from affine(f"{layers}.{last}.body.down", f"{block}.fc2")
 
 
 def affine(ours: str, theirs: str) -> Iterator[Pair]:

@@ -23,6 +23,7 @@ POOLS: list[Pool] = [
     Transformed(First(), dense="tanh"),
     Transformed(FirstAndMean(), first_norm=NORM, dense="gelu", bias=False, last_norm=NORM),
     Transformed(Attended(heads=4), first_norm=NORM),
+    Transformed(Mean(), dense="linear", out=6, last_norm=NORM),
 ]
 
 
@@ -48,14 +49,14 @@ def alone(pool: Pool, state_TD: Tensor, weights: nn.Module | None) -> Tensor:
             normed = F.layer_norm(read, (16,), parts["norm.weight"], parts["norm.bias"], pool.norm.eps)
             hidden = F.gelu(F.linear(normed, parts["up.weight"], parts["up.bias"]), approximate="tanh")
             return (read + F.linear(hidden, parts["down.weight"], parts["down.bias"]))[0]
-        case Transformed(of, first, dense, _, last):
+        case Transformed(of, first, dense, _, last, _):
             x = alone(of, state_TD, weights.of)  # type: ignore[union-attr, arg-type]
             parts = dict(weights.named_parameters())  # type: ignore[union-attr]
             if first:
                 x = F.layer_norm(x, x.shape, parts["first_norm.weight"], parts["first_norm.bias"], first.eps)
             if dense:
                 x = F.linear(x, parts["dense.linear.weight"], parts.get("dense.linear.bias"))
-                x = x.tanh() if dense == "tanh" else F.gelu(x)
+                x = {"tanh": torch.tanh, "gelu": F.gelu, "linear": nn.Identity()}[dense](x)
             if last:
                 x = F.layer_norm(x, x.shape, parts["last_norm.weight"], parts["last_norm.bias"], last.eps)
             return x
@@ -100,5 +101,9 @@ def test_a_pool_says_what_it_cannot_do() -> None:
         Mean(skip=2).rows(2)
     with pytest.raises(mm.ConfigError, match=r"Transformed: 'tan' is no activation; there are silu"):
         Transformed(First(), dense="tan")  # type: ignore[arg-type]
+    with pytest.raises(mm.ConfigError, match=r"Attended: 'linear' is no activation"):
+        Attended(heads=2, activation="linear")
+    with pytest.raises(mm.ConfigError, match=r"Transformed: out=8 is of the linear layer, which dense=None leaves out"):
+        Transformed(First(), out=8)
     with pytest.raises(mm.ConfigError, match=r"Classify: pool='first' is no Pool; give one such as First\(\)"):
         mm.Classify(pool="first")  # type: ignore[arg-type]

@@ -212,3 +212,23 @@ def test_the_size_of_whisper_base(tmp_path: Path) -> None:
     heard = waves(30)
     loaded = pretrained(given(module, tmp_path))
     assert largest(ours(loaded, heard), theirs(module, heard, [START])) < TOLERANCE
+
+
+def test_a_classifier_on_the_encoder(tmp_path: Path) -> None:
+    config = transformers.WhisperConfig(**SMALL, classifier_proj_size=12, num_labels=3)
+    module = transformers.WhisperForAudioClassification(config)
+    loaded = pretrained(saved(module, tmp_path / "theirs"))
+    model, extractor = loaded.model(), transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=SECONDS)
+    samples = [{"audio": (wave, 16000)} for wave in waves()]
+    wanted = []
+    for wave in waves():
+        features = extractor(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
+        with torch.inference_mode():
+            wanted.append(module(features).logits[0])
+    with torch.inference_mode():
+        stream = model.pack("audio -> label", samples, answers=False)
+        found = model.logits(stream)["audio -> label"]
+    assert stream.readings["audio -> label"].samples == (0, 1)
+    assert largest(list(found), wanted) < TOLERANCE
+    assert [x.value for x in model.predict("audio -> label", samples)] == [f"LABEL_{int(x.argmax())}" for x in wanted]
+    check_round_trip(tmp_path, tmp_path / "theirs")

@@ -1,0 +1,344 @@
+"""Pictures and texts with two towers: CLIP (Radford et al. 2021), SigLIP and SigLIP 2 (Zhai et al. 2023; Tschannen et al. 2025)."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from multimodal.core import Core
+from multimodal.heads import Contrast
+from multimodal.heads.pool import Attended, First, Last, Mean, Pool, Transformed
+from multimodal.norm import Norm
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, shaped
+from multimodal.pretrained.pictures import EncoderBlock, embedding_pairs, norm_pairs, patches, sides, vectors
+from multimodal.pretrained.siglip_vision import image_processor, vision_core, vision_pairs, vision_tokens
+from multimodal.pretrained.texts import TOKENIZER, text_tokenizer
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+from multimodal.tokenizer import Tokenizer
+from multimodal.tower import Pooled, Tower, Unchanged
+from multimodal_tokenizers import ClassTokens, Ids
+
+PARTS = ("both", "vision", "text")
+KINDS = {"vision": "image", "text": "text"}
+
+
+@dataclass(frozen=True)
+class Half:
+    """One of the two towers.
+
+    tokenizer, core, pool: its declarations. most: the most tokens of a value. pairs: of the tensors of tokenizer and core, as those
+    of a model of their own. pooled: of those of the pool, by their names within it.
+    """
+
+    tokenizer: Tokenizer
+    core: Core
+    pool: Pool
+    most: int
+    pairs: Sequence[Pair]
+    pooled: Sequence[Pair]
+
+
+class TwoTowers(Family):
+    """Encoders of pictures and of texts whose vectors are near if they belong together.
+
+    Options: part, which is "both" (the default), or "vision" or "text": one encoder as a model of its own.
+    """
+
+    form: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @abstractmethod
+    def vision(
+        self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
+    ) -> Half:
+        """The encoder of pictures; size: width of its vectors by the configuration of both."""
+
+    @abstractmethod
+    def text(
+        self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
+    ) -> Half:
+        """The encoder of texts."""
+
+    @abstractmethod
+    def whole(self, settings: Settings) -> int:
+        """The width of the vectors, from what the configuration of both says besides those of the parts."""
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        kind = str(settings.need("model_type"))
+        alone = next((part for part in KINDS if kind.endswith(f"_{part}_model")), None)
+        if alone is not None:
+            prefix = f"{alone}_model." if any(name.startswith(f"{alone}_model.") for name in names) else ""
+            own = Settings(settings.where, {**self.defaults[alone], **settings.config})
+            half = getattr(self, alone)(own, files, names, prefix, own.get("projection_dim", 0))
+            settings.ignore(*settings.config)
+            own.finish()
+            return _alone(alone, half)
+        part = settings.option("part", "both", PARTS)
+        size = self.whole(settings)
+        halves: dict[str, Half] = {}
+        for name in KINDS:
+            given = settings.inner(f"{name}_config")
+            own = Settings(given.where, {**self.defaults[name], **given.config})
+            halves[name] = getattr(self, name)(own, files, names, f"{name}_model.", size)
+            own.finish()
+        settings.only("text_config_dict", None)
+        settings.only("vision_config_dict", None)
+        settings.ignore("logit_scale_init_value")  # the start of training
+        derived = [r".*embeddings\.position_ids"]
+        if part != "both":
+            made = _alone(part, halves[part])
+            unread = {name for pair in made.pairs for name in pair.theirs}
+            unused = {name.replace(".", r"\."): "it is not of this tower" for name in names if name not in unread}
+            return replace(made, derived=derived, unused=unused)
+        head = Contrast(width=size, form=self.form, pool=Last(), maps=())
+        tokenizers: dict[str, Tokenizer] = {}
+        pairs: list[Pair] = []
+        for name, half in halves.items():
+            kind = KINDS[name]
+            if half.pool.width(half.core.width) != size:
+                raise CheckpointError(
+                    f"{settings.where}: the vectors of its {name} tower are not {size} wide as the others"
+                )
+            tokenizers[kind] = Tower(half.tokenizer, half.core, Pooled(half.most, half.pool, Unchanged()))
+            within = f"embeds.{kind}.frozen_part"
+            for pair in half.pairs:
+                ours = pair.ours.replace(f"embeds.{kind}.", "embed.", 1) if pair.ours[0] == "e" else pair.ours
+                pairs.append(replace(pair, ours=f"{within}.{ours}"))
+            pairs += [replace(pair, ours=f"{within}.pool.{pair.ours}") for pair in half.pooled]
+        readout = "readouts.image__text_Contrast"
+        for ours, theirs in self.scales().items():
+            pairs.append(shaped(f"{readout}.{ours}", theirs, (1,), self.scale_shape))
+        core = Core(width=size, depth=0, heads=1, last_norm=False)
+        return Blueprint(tokenizers, core, [Task("image <-> text", head)], pairs, derived=derived)
+
+    scale_shape: ClassVar[tuple[int, ...]] = (1,)
+
+    def scales(self) -> dict[str, str]:
+        """By name of a number of the head, that of theirs."""
+        return {"log_scale": "logit_scale", "bias": "logit_bias"}
+
+
+class CLIP(TwoTowers):
+    """The first of these models, with a class token and causal texts.
+
+    Texts get the start and the end that tokenizer.json puts around them, and the state of the end is their vector; lists of ids, where
+    there is no such file, must end with it too.
+    """
+
+    names = ("clip", "clip_vision_model", "clip_text_model")
+    form = "softmax"
+    scale_shape = ()
+    defaults: ClassVar = {
+        "vision": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 32,
+        },
+        "text": {
+            "vocab_size": 49408,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 77,
+        },
+    }
+
+    def whole(self, settings: Settings) -> int:
+        return settings.get("projection_dim", 512)
+
+    def scales(self) -> dict[str, str]:
+        return {"log_scale": "logit_scale"}
+
+    def vision(
+        self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
+    ) -> Half:
+        core, block = _core(settings, "quick_gelu", 1e-5, first_norm=True, last_norm=False)
+        rows, columns = sides(settings, "image_size")
+        default = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": min(rows, columns)},
+            "crop_size": {"height": rows, "width": columns},
+        }
+        of = replace(patches(settings, files, default), bias=False)
+        image = ClassTokens(of, 1, 1, (rows // of.patch, columns // of.patch))
+        settings.ignore("projection_dim")  # of a part, whose width both say
+        pairs = [
+            shaped("embeds.image.tokens_ND", f"{prefix}embeddings.class_embedding", (1, core.width), (core.width,)),
+            *embedding_pairs(
+                "image", f"{prefix}embeddings.patch_embedding", core.width, of.channels, of.patch, bias=False
+            ),
+            same("embeds.image.positions_ND", f"{prefix}embeddings.position_embedding.weight"),
+            *norm_pairs("core.first_norm", f"{prefix}pre_layrnorm"),
+            *_block_pairs(core, block, prefix),
+        ]
+        projected = "visual_projection.weight" in names
+        linear: dict[str, Any] = {"dense": "linear", "out": size, "bias": False} if projected else {}
+        pool = Transformed(First(), first_norm=core.norm, **linear)
+        pooled = list(norm_pairs("first_norm", f"{prefix}post_layernorm"))
+        if projected:
+            pooled.append(same("dense.linear.weight", "visual_projection.weight"))
+        return Half(image, core, pool, 1 + rows * columns // of.patch**2, pairs, pooled)
+
+    def text(
+        self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
+    ) -> Half:
+        places = settings.need("max_position_embeddings")
+        core, block = _core(settings, "quick_gelu", 1e-5, learned_times=places)
+        # the end of a text is its last token; older configurations name another id for it
+        settings.ignore("eos_token_id", "bos_token_id", "projection_dim")
+        options = {"template": True} if TOKENIZER in files else {}
+        tokenizer = text_tokenizer(settings, files, causal=True, **options)
+        projected = "text_projection.weight" in names
+        pool = Transformed(Last(), dense="linear", out=size, bias=False) if projected else Last()
+        pooled = [same("dense.linear.weight", "text_projection.weight")] if projected else []
+        return Half(tokenizer, core, pool, places, _text_pairs(core, block, prefix), pooled)
+
+
+class SigLIP(TwoTowers):
+    """The models whose pairs are decided one by one, with a head that attends to all patches; SigLIP 2 at a fixed size is the same.
+
+    Texts are padded to as many tokens as there are positions, and padding is read. SigLIP 2 was trained on texts in lower case.
+    """
+
+    names = ("siglip", "siglip_vision_model", "siglip_text_model")
+    form = "sigmoid"
+    defaults: ClassVar = {
+        "vision": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+        },
+        "text": {
+            "vocab_size": 32000,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 64,
+        },
+    }
+
+    def whole(self, settings: Settings) -> int:
+        return (settings.need("vision_config") or {}).get("hidden_size", self.defaults["vision"]["hidden_size"])
+
+    def vision(
+        self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
+    ) -> Half:
+        _check_plain(settings)
+        core = vision_core(settings)
+        rows, columns = sides(settings, "image_size")
+        default = {"image_processor_type": "SiglipImageProcessor", "size": {"height": rows, "width": columns}}
+        image = vision_tokens(settings, image_processor(files, default))
+        settings.only("vision_use_head", True, False)
+        pairs = list(vision_pairs(core, image, prefix))
+        assert image.table is not None
+        most, head = image.table[0] * image.table[1], f"{prefix}head"
+        if f"{head}.probe" not in names:  # an encoder for language models, whose states are read one by one
+            return Half(image, core, Mean(), most, pairs, [])
+        pool = Attended(core.heads, core.hidden, activation(settings, "hidden_act", "gelu_pytorch_tanh"), core.norm)
+        pooled = [
+            shaped("query", f"{head}.probe", (1, core.width), (1, 1, core.width)),
+            same("attention.in_proj_weight", f"{head}.attention.in_proj_weight"),
+            same("attention.in_proj_bias", f"{head}.attention.in_proj_bias"),
+            *norm_pairs("attention.out_proj", f"{head}.attention.out_proj"),
+            *norm_pairs("norm", f"{head}.layernorm"),
+            *norm_pairs("up", f"{head}.mlp.fc1"),
+            *norm_pairs("down", f"{head}.mlp.fc2"),
+        ]
+        return Half(image, core, pool, most, pairs, pooled)
+
+    def text(
+        self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
+    ) -> Half:
+        places = settings.need("max_position_embeddings")
+        core, block = _core(settings, "gelu_pytorch_tanh", 1e-6, learned_times=places)
+        settings.ignore("eos_token_id", "bos_token_id")
+        tokenizer: Tokenizer = Ids(settings.need("vocab_size"))
+        if TOKENIZER in files:
+            made = json.loads(files[TOKENIZER])
+            named = {token["content"]: token["id"] for token in made.get("added_tokens", ())}
+            tokenizer = text_tokenizer(
+                settings,
+                files,
+                causal=False,
+                template=made.get("post_processor") is not None,
+                pad_to=places,
+                pad_id=named.get("<pad>", settings.get("pad_token_id", 1)),
+            )
+        width = settings.get("projection_size", core.width)
+        pool = Transformed(Last(), dense="linear", out=width)
+        pooled = list(norm_pairs("dense.linear", f"{prefix}head"))
+        return Half(tokenizer, core, pool, places, _text_pairs(core, block, prefix), pooled)
+
+
+def _alone(part: str, half: Half) -> Blueprint:
+    """One tower as a model of its own, whose vectors are those of the pool."""
+    kind = KINDS[part]
+    tasks, more = vectors(kind, half.pool, half.pool.width(half.core.width))
+    before = f"readouts.{kind}__{kind}_Contrast.pool"
+    pooled = [replace(pair, ours=f"{before}.{pair.ours}") for pair in half.pooled]
+    return Blueprint({kind: half.tokenizer}, half.core, tasks, [*half.pairs, *pooled, *more])
+
+
+def _core(settings: Settings, act: str, eps: float, **more: Any) -> tuple[Core, EncoderBlock]:
+    """The core of a tower, and the block of which it consists."""
+    _check_plain(settings)
+    block = EncoderBlock(
+        width=settings.need("hidden_size"),
+        heads=settings.need("num_attention_heads"),
+        hidden=settings.need("intermediate_size"),
+        activation=activation(settings, "hidden_act", act),
+        bias=("query", "key", "value", "out"),
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        out="self_attn.out_proj",
+        up=("mlp.fc1",),
+        down="mlp.fc2",
+        norms=("layer_norm1", "layer_norm2"),
+    )
+    core = Core(
+        width=block.width,
+        depth=settings.need("num_hidden_layers"),
+        heads=block.heads,
+        mlp_width=block.hidden,
+        norm=Norm(eps=settings.get("layer_norm_eps", eps), centred=True, bias=True),
+        qk_norm=False,
+        rotary_split=(0, 0, 0),
+        block=block.layers,
+        **more,
+    )
+    return core, block
+
+
+def _check_plain(settings: Settings) -> None:
+    """Raise a CheckpointError for a tower that is no plain encoder, by the fields that older configurations have."""
+    settings.only("add_cross_attention", False)
+    settings.only("is_decoder", False)
+    settings.only("is_encoder_decoder", False)
+    settings.only("tie_encoder_decoder", False)
+    settings.only("pruned_heads", {})
+    settings.ignore("tie_word_embeddings", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
+
+
+def _block_pairs(core: Core, block: EncoderBlock, prefix: str) -> Iterator[Pair]:
+    for i in range(core.depth):
+        yield from block.pairs(i, f"{prefix}encoder.layers.{i}")
+
+
+def _text_pairs(core: Core, block: EncoderBlock, prefix: str) -> list[Pair]:
+    return [
+        same("embeds.text.weight", f"{prefix}embeddings.token_embedding.weight"),
+        same("core.times.weight", f"{prefix}embeddings.position_embedding.weight"),
+        *norm_pairs("core.norm", f"{prefix}final_layer_norm"),
+        *_block_pairs(core, block, prefix),
+    ]
