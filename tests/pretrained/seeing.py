@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,9 +64,11 @@ def levels(*size: int, seed: int = 0) -> Any:
 def text_tokenizer(*specials: str) -> Any:
     """A small tokenizer of transformers with these special tokens, of which the first pads and the second ends."""
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
+    transformers = pytest.importorskip("transformers")
     hf = Tokenizer.from_str(TextBPE.train(["where is the cat", "what is the dog"] * 9, vocab_size=300).spec)
     hf.add_special_tokens(list(specials))
     named = {"bos_token": "<bos>"} if "<bos>" in specials else {}
-    return PreTrainedTokenizerFast(tokenizer_object=hf, pad_token=specials[0], eos_token=specials[1], **named)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=hf, pad_token=specials[0], eos_token=specials[1], **named
+    )
