@@ -22,15 +22,17 @@ from multimodal.pretrained.convert import converted, given_back, packed_spare, u
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.gemma3 import Gemma3
 from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.modernbert import ModernBert
 from multimodal.pretrained.spectrogram import AST
 from multimodal.pretrained.vit import ViT
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), Bert(), DINOv2(), DINOv3(), GPT2(), Llama(), ViT())
+FAMILIES: tuple[Family, ...] = (AST(), Bert(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), ViT())
 """Every layout that can be read and written."""
 
 
