@@ -23,8 +23,10 @@ from multimodal.pretrained.convert import converted, given_back, packed_spare, u
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.gemma3 import Gemma3
 from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.modernbert import ModernBert
 from multimodal.pretrained.nanovlm import NanoVLM
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
@@ -37,8 +39,8 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), GPT2(), Llama(), NanoVLM(), PaliGemma()),
-    *(SigLIP(), SmolVLM(), TimmViT(), ViT(), Whisper()),
+    *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), NanoVLM()),
+    *(PaliGemma(), SigLIP(), SmolVLM(), TimmViT(), ViT(), Whisper()),
 )
 """Every layout that can be read and written."""
 

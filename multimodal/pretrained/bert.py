@@ -1,22 +1,27 @@
 """BERT (Devlin et al. 2019) and what has its layout, such as MiniLM and most encoders of sentences."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from multimodal.core import Core
+from multimodal.heads import EachRow
 from multimodal.heads.pool import First, Mean, Transformed
 from multimodal.layers.base import PostNorm
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same
 from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, norm_pairs, vectors
-from multimodal.pretrained.texts import text_tokenizer
+from multimodal.pretrained.texts import filling_pairs, text_tokenizer, transformed_pairs
+from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
+
+FILLING = "cls.predictions"  # the head that fills in hidden tokens
 
 
 class Bert(Family):
     """Encoders of texts with learned positions and the norms behind the layers.
 
     Without a classifier it offers the pair "text <-> other:text", whose vectors are the mean of all states, as encoders of
-    sentences are trained to give it.
+    sentences are trained to give it; with the head that fills in hidden tokens also "text -> text".
     """
 
     names = ("bert",)
@@ -25,8 +30,8 @@ class Bert(Family):
         settings.only("position_embedding_type", "absolute")
         settings.only("is_decoder", False)
         settings.only("add_cross_attention", False)
-        # they end no text; the head that they tie has no part in these models
-        settings.ignore("bos_token_id", "eos_token_id", "tie_word_embeddings")
+        settings.ignore("bos_token_id", "eos_token_id")  # they end no text
+        settings.ignore("tie_word_embeddings")  # the head that they tie is a part of some models alone
         block = EncoderBlock(
             width=settings.need("hidden_size"),
             heads=settings.need("num_attention_heads"),
@@ -59,17 +64,32 @@ class Bert(Family):
         prefix = "bert." if any(name.startswith("bert.") for name in names) else ""
         pairs = list(self._pairs(core, block, prefix))
         spare: list[str] = []
+        copies: dict[str, str] = {}
         if "classifier.weight" in names:
             tokenizers["label"] = labels = classes(settings)
-            tasks, more = classifier("text", Transformed(First(), dense="tanh"), labels, core.width, "classifier")
-            dense = "readouts.label_Classify.pool.dense.linear"
-            more += [same(f"{dense}.{part}", f"{prefix}pooler.dense.{part}") for part in ("weight", "bias")]
+            pool = Transformed(First(), dense="tanh")
+            tasks, more = classifier("text", pool, labels, core.width, "classifier")
+            more += transformed_pairs(pool, "readouts.label_Classify.pool", f"{prefix}pooler.dense", "")
         else:
             tasks, more = vectors("text", Mean(), core.width)
-            # made for telling whether two sentences follow each other, which is no task of an encoder of sentences
-            spare = [rf"{prefix}pooler\.dense\.(weight|bias)"]
+            # the pooler was trained to tell whether two sentences follow each other, which is not asked of it any more
+            spare = [rf"{prefix}pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"]
+            if f"{FILLING}.transform.dense.weight" in names:
+                transform = Transformed(First(), dense=activation(settings, "hidden_act", "gelu"), last_norm=core.norm)
+                settings.only("tie_word_embeddings", True)
+                head = EachRow(transform=transform, tied=True)
+                tasks.append(Task("text -> text", head))
+                dense, norm = f"{FILLING}.transform.dense", f"{FILLING}.transform.LayerNorm"
+                more += filling_pairs(head, dense, norm, f"{FILLING}.decoder.weight", f"{FILLING}.bias")
+                copies = {
+                    f"{FILLING}.decoder.bias": f"{FILLING}.bias",
+                    f"{FILLING}.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
+                }
+        pairs += more
+        if any(name.endswith("LayerNorm.gamma") for name in names):  # as the first files of BERT name a norm's weight
+            pairs = [replace(pair, theirs=tuple(map(old_name, pair.theirs))) for pair in pairs]
         derived = [r".*embeddings\.(position_ids|token_type_ids)"]
-        return Blueprint(tokenizers, core, tasks, pairs + more, derived=derived, spare=spare)
+        return Blueprint(tokenizers, core, tasks, pairs, copies, derived, spare=spare)
 
     def _pairs(self, core: Core, block: EncoderBlock, prefix: str) -> Iterator[Pair]:
         theirs = f"{prefix}embeddings"
@@ -79,3 +99,8 @@ class Bert(Family):
         yield from norm_pairs("core.first_norm", f"{theirs}.LayerNorm")
         for i in range(core.depth):
             yield from block.pairs(i, f"{prefix}encoder.layer.{i}")
+
+
+def old_name(name: str) -> str:
+    """The name of a tensor in the first files of BERT."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

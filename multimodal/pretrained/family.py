@@ -202,6 +202,15 @@ def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Seque
     return Pair(ours, tuple(theirs), join, split)
 
 
+def fused(ours: str, theirs: str, rows: Sequence[int], turned: Sequence[int | None]) -> Pair:
+    """One matrix on both sides, with several of these numbers of rows in it; turned: as for `stacked`."""
+
+    def each(turn: Callable[[Tensor, int | None], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([turn(part, width) for part, width in zip(x.split(list(rows)), turned, strict=True)])
+
+    return Pair(ours, (theirs,), lambda x: each(halves_to_pairs, x), lambda x: [each(pairs_to_halves, x)])
+
+
 def parted(
     ours: Sequence[str], theirs: str, rows: Sequence[int], turned: Sequence[int | None] | None = None
 ) -> list[Pair]:
