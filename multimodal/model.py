@@ -312,14 +312,14 @@ class Model(Network):
     def export(self, to: str, folder: str | Path) -> Path:
         """Write the model in the layout of another library, and return the folder.
 
-        to: "hf", the layout of transformers, for models that came from `from_pretrained`.
+        to: the library from which the weights came: "hf", transformers, or "timm".
 
         Raises:
             ConfigError: another layout, or a model that it has no place for. CheckpointError: the folder has files already.
         """
-        if to != "hf":
-            raise ConfigError(f"Model.export: to={to!r} is unknown; there is 'hf'")
-        return importlib.import_module("multimodal.pretrained").export(self, folder)
+        if to not in ("hf", "timm"):
+            raise ConfigError(f"Model.export: to={to!r} is unknown; there are 'hf' and 'timm'")
+        return importlib.import_module("multimodal.pretrained").export(self, folder, to)
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
         """The answers of a head that is not autoregressive, in the order of the samples."""

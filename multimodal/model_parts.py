@@ -30,6 +30,7 @@ def weights_of(where: str, model: Network, parts: Iterable[str]) -> set[str]:
         "core[:6]", "core[-1]" blocks of the core, as Python slices a list
         "head:image -> label"  the head of a task, its learned tokens included; or "head:" and the name of its weights
         "queries"              the learned tokens of all heads, which enter the core beside what is read
+        "image.frozen_part"    a part of the embedding of this kind, by the beginning of its parameters' names
         "core.norm"            all parameters whose names begin so, at a dot
 
     Raises:
@@ -104,7 +105,8 @@ def _prefixes(where: str, model: Network, part: str) -> list[str]:
         keys = {_spaced(pattern): key for pattern, key in model.packer.keys.items()}
         head = part.removeprefix("head:").strip()
         return [f"readouts.{keys.get(_spaced(head), head)}"]
-    return [part]
+    kind = part.partition(".")[0]
+    return [part, f"embeds.{part}"] if kind in model.embeds and kind not in named else [part]
 
 
 def _spaced(pattern: str) -> str:

@@ -96,7 +96,8 @@ class Packer:
                 raise TaskError(f"task {task.pattern!r} is given twice")
             head = task.head or (Contrast() if pattern.pair else default_head(self.tokenizers[pattern.writes.kind]))
             pattern = head.bind(pattern)
-            self.answer_tokenizers[task.pattern] = self.tokenizers[pattern.fields[-1].kind]
+            answers = self.tokenizers[pattern.fields[-1].kind]
+            self.answer_tokenizers[task.pattern] = answers.written if head.autoregressive else answers
             head.vocab(self.answer_tokenizers[task.pattern])
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern], self.heads[task.pattern] = pattern, head

@@ -138,6 +138,14 @@ class Tokenizer(Declared, ABC):
         return value if self.text else self.decode(self(value, empty=True))
 
     @property
+    def written(self) -> "Tokenizer":
+        """The tokenizer of this kind where a head writes it token by token: by default the same.
+
+        It has the same ids. A text, say, has no tokens around it there.
+        """
+        return self
+
+    @property
     def written_features(self) -> int | None:
         """How many features, the first ones, a head writes; the others are a function of the position (see `fed_back`)."""
         return self.feature_size

@@ -5,7 +5,7 @@ rows of the stream <--connector-- states, grouped <--inner core-- inner tokens, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from multimodal.attention import Layout, Span
 from multimodal.core import Core
-from multimodal.declare import Declared, check_part, rebuild
+from multimodal.declare import Declared, check_part, declaration, override, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads.pool import Mean, Pool
 from multimodal.layers.mlp import ACTIVATIONS
@@ -32,6 +32,9 @@ class Connector(Declared, ABC):
     Each token of the stream has as many slots as inner tokens may stand in it. `group` fills them, `gather` makes one vector of the
     states in them, and the module of `build` maps these vectors to rows.
     """
+
+    full: ClassVar[bool] = True
+    """Whether every slot of every token holds an inner token; else `filled` says which."""
 
     @property
     def slots(self) -> int:
@@ -194,6 +197,7 @@ class Dropped(Connector):
 
     count: int
     then: Connector = field(default_factory=Linear)
+    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_whole("Dropped", least=1, count=self.count)
@@ -248,6 +252,7 @@ class Pooled(Connector):
     most: int
     pool: Pool = field(default_factory=Mean)
     then: Connector = field(default_factory=Linear)
+    full: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_whole("Pooled", least=1, most=self.most)
@@ -310,8 +315,10 @@ class Tower(Tokenizer):
     causal: whether the tokens of the stream are causal, as in most vision-language models.
 
     Examples:
-        >>> eye = mm.Tower(ImagePatches(patch=2, channels=1), mm.Core.tiny(), mm.tower.PixelShuffle(2))
-        >>> seeing = mm.Model({"image": eye, "label": shapes}, mm.Core.tiny(), ["image -> label"])
+        >>> eye = mm.Tower.of(model, mm.tower.PixelShuffle(5), kind="image")
+        >>> seeing = mm.Model({"image": eye, "text": TextBytes()}, mm.Core.tiny(), ["image text -> text"])
+        >>> len(model.packer.tokenizers["image"](square)), len(eye(square))
+        (25, 1)
     """
 
     tokenizer: Tokenizer
@@ -435,8 +442,10 @@ class _TowerEmbed(nn.Module):
 
     frozen_part: from (content, places) to one vector for each token of the stream, which may be cached where it is not trained.
     connector: from these vectors to rows.
+    cache: called in the place of `frozen_part`, with it as the first argument; None: there is none.
     """
 
+    cache: Callable[[nn.Module, Tensor, Places], Tensor] | None = None
     reads_places = True
     full_precision = True  # the positions of inner tokens are in the content
 
@@ -446,9 +455,20 @@ class _TowerEmbed(nn.Module):
         self.connector = tower.connector.build(tower.core.width, width)
 
     def forward(self, content_NF: Tensor, places: Places) -> Tensor:
-        vector_NF = self.frozen_part(content_NF, places)
+        if self.cache is None:
+            vector_NF = self.frozen_part(content_NF, places)
+        else:
+            vector_NF = self.cache(self.frozen_part, content_NF, places)
         weight = next(self.connector.parameters(), None)
         return self.connector(vector_NF if weight is None else vector_NF.to(weight.dtype))
+
+
+def _grouping(connector: Any) -> Any:
+    """A connector with the same vectors, whatever maps them to rows."""
+    if type(connector) in (Linear, MLPConnector):
+        return Linear()
+    then = getattr(connector, "then", None)
+    return connector if then is None else override(connector, then=_grouping(then))
 
 
 class _Inner(nn.Module):
@@ -460,6 +480,15 @@ class _Inner(nn.Module):
         self.embed = tower.tokenizer.embed(tower.core.width)
         self.core = tower.core.build()
         self.pool = tower.connector.weights(tower.core.width)
+
+    def declared(self) -> dict[str, Any]:
+        """What the vectors depend on besides the weights, as JSON values."""
+        parts = {
+            "tokenizer": self.tower.tokenizer,
+            "core": self.tower.core,
+            "connector": _grouping(self.tower.connector),
+        }
+        return {name: declaration(part) for name, part in parts.items()}
 
     def forward(self, content_NF: Tensor, places: Places) -> Tensor:
         connector = self.tower.connector
@@ -492,7 +521,7 @@ class _Inner(nn.Module):
 
     def _lengths(self, lengths: Sequence[int], filled_NT: Tensor) -> list[int]:
         """By value, its number of inner tokens."""
-        if type(self.tower.connector) in (Linear, MLPConnector, PixelShuffle):  # a GPU need not be waited for
+        if self.tower.connector.full:  # a GPU need not be waited for
             return [n * self.tower.connector.slots for n in lengths]
         return [int(part.sum()) for part in filled_NT.cpu().split(list(lengths))]
 

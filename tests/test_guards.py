@@ -483,6 +483,7 @@ ALLOWED = {
     ("multimodal.declare", "import_module"): "modules of the framework, from a list of its own",
     ("multimodal.old_names", "import_module"): "the same",
     ("multimodal.model", "import_module"): "multimodal.pretrained, under a fixed name",
+    ("multimodal.pretrained.gate", "importlib.import_module"): "transformers, under a fixed name",
     (
         "multimodal.pretrained.source",
         "torch.load",

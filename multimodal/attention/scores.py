@@ -76,10 +76,18 @@ class ScaledDotProduct(Factored):
 
 @dataclass(frozen=True)
 class DotProduct(Factored):
-    """q . k: Luong et al. 2015, section 3.1."""
+    """scale * q . k: Luong et al. 2015, section 3.1, where it is 1.
+
+    scale: factor of the product.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "scale")
 
     def features(self, q_BTHK: Tensor, k_BMGK: Tensor, weights: Any = None) -> tuple[Tensor, Tensor, float]:
-        return q_BTHK, k_BMGK, 1.0
+        return q_BTHK, k_BMGK, self.scale
 
 
 @dataclass(frozen=True)

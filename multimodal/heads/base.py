@@ -249,6 +249,20 @@ class TiedLinear(nn.Module):
         return F.linear(state_ND, self.weight, self.bias)
 
 
+def tied_linear(head: Any, embedding: nn.Module) -> TiedLinear:
+    """The linear layer of a head with `tied` and `bias`, whose weight is the table of this embedding.
+
+    Raises:
+        ConfigError: the embedding is no table.
+    """
+    if not isinstance(embedding, nn.Embedding):
+        raise ConfigError(
+            f"{type(head).__name__}: tied=True needs an embedding that is a table (nn.Embedding), not "
+            f"{type(embedding).__name__}"
+        )
+    return TiedLinear(embedding, head.bias)
+
+
 class Readout(nn.Module):
     """The module of a head: a linear layer onto the vocabulary, and `queries` learned tokens that precede what is written."""
 

@@ -188,29 +188,20 @@ class Contrast(Head):
 class ContrastReadout(Readout):
     """A learned token or a pool and a linear map for each side, the scale, and the bias of the sigmoid form."""
 
+    left: nn.Module
+    right: nn.Module
+
     def __init__(self, head: Contrast, width: int) -> None:
         super().__init__(width, 1, head.queries)
         del self.linear  # the maps of both sides replace it
-        pools = dict(zip(SIDES, head.pools or (None, None), strict=True))
-        self.pools = pools
-        if isinstance(head.pool, tuple):
-            self.pool = nn.ModuleDict(
-                {side: pool.weights(width) or nn.Identity() for side, pool in zip(SIDES, head.pool, strict=True)}
-            )
-        else:
-            self.pool = None if head.pool is None else head.pool.weights(width)
-        for side, pool in pools.items():
-            pooled = width if pool is None else pool.width(width)
-            if side not in head.maps and pooled != head.width:
-                raise ConfigError(
-                    f"Contrast: the {side} side has no map, so width={head.width} must be that of its vector, {pooled}"
-                )
-            mapped = nn.Linear(pooled, head.width, bias=side in head.bias) if side in head.maps else nn.Identity()
-            if isinstance(mapped, nn.Linear):
-                nn.init.normal_(mapped.weight, std=pooled**-0.5)
-                if side in head.bias:
-                    nn.init.zeros_(mapped.bias)
-            setattr(self, side, mapped)
+        self.pools: dict[str, Pool | None] = dict(zip(SIDES, head.pools or (None, None), strict=True))
+        if isinstance(head.pool, Pool):
+            self.pool = head.pool.weights(width)
+        elif head.pool is not None:
+            own = zip(SIDES, head.pool, strict=True)
+            self.pool = nn.ModuleDict({side: pool.weights(width) or nn.Identity() for side, pool in own})
+        for side, pool in self.pools.items():
+            setattr(self, side, _map(head, side, width if pool is None else pool.width(width)))
         self.largest = LARGEST_SCALE if head.form == "softmax" else math.inf
         # single numbers have an axis, because FSDP2 cannot shard a scalar
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if head.form == "softmax" else 10.0)))
@@ -236,6 +227,25 @@ class ContrastReadout(Readout):
         with torch.autocast(left_NF.device.type, enabled=False):
             score_NM = left_NF @ right_MF.T * self.log_scale.to(left_NF.dtype).exp().clamp(max=self.largest)
         return score_NM if self.bias is None else score_NM + self.bias
+
+
+def _map(head: Contrast, side: str, width: int) -> nn.Module:
+    """The map of one side, from vectors of this width.
+
+    Raises:
+        ConfigError: there is none, and its vectors have another width than those of the head.
+    """
+    if side not in head.maps:
+        if width != head.width:
+            raise ConfigError(
+                f"Contrast: the {side} side has no map, so width={head.width} must be that of its vector, {width}"
+            )
+        return nn.Identity()
+    linear = nn.Linear(width, head.width, bias=side in head.bias)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    if side in head.bias:
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 def fingerprint(values: Iterable[Tokens]) -> int:

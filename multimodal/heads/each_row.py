@@ -6,9 +6,10 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from multimodal.heads.base import Head, Prediction, Readout, class_count, ranges
+from multimodal.heads.base import Head, Prediction, Readout, class_count, ranges, tied_linear
+from multimodal.heads.pool import First, Transformed
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.tokenizer import Tokenizer, Tokens
 
@@ -21,11 +22,21 @@ class EachRow(Head):
     An answer of n tokens is for the last n rows of the context, in order.
 
     last: number of rows that are answered; None: all of the context in prediction, and as many as targets in training.
+    transform: a norm, a dense layer or both, through which each state goes first, as Transformed(First(), ..); None: none.
+    tied: whether logits are products with the embedded tokens, so that this head has no matrix of its own (Press & Wolf 2017).
+    bias: whether the logits have a learned bias.
     """
 
     last: int | None = None
+    transform: Transformed | None = None
+    tied: bool = False
+    bias: bool = True
 
     def __post_init__(self) -> None:
+        if self.transform is not None and self.transform.of != First():
+            raise ConfigError(
+                f"EachRow: transform={self.transform!r} pools rows, but each has an answer; make it Transformed(First(), ..)"
+            )
         if self.last is not None and self.last < 1:
             raise ConfigError(f"EachRow: last={self.last} answers nothing; use 1 or more, or None for every row")
 
@@ -46,7 +57,19 @@ class EachRow(Head):
         return tokens.content
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.transform is not None:
+            state_ND = self.transform.pool(state_ND, [1] * len(state_ND), readout.pool)
         return readout.linear(state_ND)
+
+    def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
+        # a table of the vocabulary's size would be made in vain if it is tied
+        readout = Readout(width, 1 if self.tied else self.vocab(tokenizer), 0, self.bias)
+        readout.pool = None if self.transform is None else self.transform.weights(width)
+        return readout
+
+    def tie(self, readout: Readout, embedding: nn.Module) -> None:
+        if self.tied:
+            readout.linear = tied_linear(self, embedding)
 
     def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
         answered = logits[last_rows(lengths, target_lengths).to(logits.device, non_blocking=True)].float()

@@ -16,10 +16,10 @@ from multimodal.heads.base import (
     Prediction,
     Readout,
     Segment,
-    TiedLinear,
     check_length,
     check_smoothing,
     computes_as,
+    tied_linear,
     tokens_of,
     vocabulary,
 )
@@ -94,13 +94,8 @@ class NextToken(Head):
         return self.vocab(tokenizer) - 1 if self.stop_id is None else self.stop_id
 
     def tie(self, readout: Readout, embedding: nn.Module) -> None:
-        if not self.tied:
-            return
-        if not isinstance(embedding, nn.Embedding):
-            raise ConfigError(
-                f"NextToken: tied=True needs an embedding that is a table (nn.Embedding), not {type(embedding).__name__}"
-            )
-        readout.linear = TiedLinear(embedding, self.bias)
+        if self.tied:
+            readout.linear = tied_linear(self, embedding)
 
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         if self.tied:  # a table of the vocabulary's size would be made in vain

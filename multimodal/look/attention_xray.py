@@ -253,7 +253,7 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
     sample = {f.name: sample[f.name] for f in pattern.reads}
     prediction = None
     if answer is not None:
-        tokens = encode_field(packer.tokenizers[pattern.writes.kind], answer, "xray", pattern.answer)
+        tokens = encode_field(packer.answer_tokenizers[task], answer, "xray", pattern.answer)
         prediction = Prediction(answer, math.nan, tokens=tokens)
     elif head.autoregressive:
         prediction = model.predict(task, [sample])[0]

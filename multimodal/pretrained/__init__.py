@@ -17,15 +17,21 @@ from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
 from multimodal.pretrained import source as sources
+from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.clip import CLIP, SigLIP
 from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
+from multimodal.pretrained.gemma3 import Gemma3
+from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
+from multimodal.pretrained.modernbert import ModernBert
+from multimodal.pretrained.nanovlm import NanoVLM
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.timm_vit import TimmViT
 from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
 from multimodal.shapes import CheckpointError, ConfigError
@@ -33,8 +39,8 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
-    *(AST(), CLIP(), DINOv2(), DINOv3(), Llama(), PaliGemma()),
-    *(SigLIP(), SmolVLM(), ViT(), Whisper()),
+    *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), NanoVLM()),
+    *(PaliGemma(), SigLIP(), SmolVLM(), TimmViT(), ViT(), Whisper()),
 )
 """Every layout that can be read and written."""
 
@@ -103,11 +109,10 @@ def pretrained(
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
     weights, unused = converted(found, blueprint, shapes, dtype)
-    config = {name: value for name, value in found.config.items() if name != "module"}
     origin = {
         "name": found.name,
         "revision": found.revision,
-        "config": config,
+        "config": dict(found.config),
         "options": options,
         "tensors": sorted(set(found.tensors) - set(unused)),
         "files": {name: data.decode("utf-8") for name, data in found.files.items() if name != "tokenizer.json"},
@@ -139,7 +144,7 @@ def blueprint_of(
         CheckpointError: an unknown family or field.
     """
     kind = config.get("model_type")
-    family = next((family for family in FAMILIES if kind in family.names), None)
+    family = next((family for family in FAMILIES if family.reads(config)), None)
     if family is None:
         known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
         raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
@@ -155,10 +160,12 @@ def blueprint_of(
     return blueprint, shapes
 
 
-def export(model: Model, folder: str | Path) -> Path:
+def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
 
     Weights that were not trained are written bit for bit as they came.
+
+    to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
         ConfigError: the model did not come from there, or has kinds, tasks or a core that this layout cannot hold.
@@ -168,6 +175,11 @@ def export(model: Model, folder: str | Path) -> Path:
     if origin is None:
         raise ConfigError(
             "export: this model was not made of trained weights of others, so that there is no layout to write"
+        )
+    own = "timm" if str(origin["config"].get("model_type")).startswith("timm:") else "hf"
+    if to != own:
+        raise ConfigError(
+            f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
         )
     if (part := origin.get("options", {}).get("part", "both")) != "both":
         raise ConfigError(

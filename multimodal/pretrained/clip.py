@@ -128,8 +128,8 @@ class TwoTowers(Family):
 class CLIP(TwoTowers):
     """The first of these models, with a class token and causal texts.
 
-    Texts get the start and the end that tokenizer.json puts around them, and the state of the end becomes their vector; lists of
-    ids, where there is no such file, must end with it too.
+    Texts get the start and the end that tokenizer.json puts around them, and the state of the end is their vector; lists of ids,
+    where there is no such file, must end with it too.
     """
 
     names = ("clip", "clip_vision_model", "clip_text_model")

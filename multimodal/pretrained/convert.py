@@ -25,6 +25,7 @@ def converted(
         CheckpointError: a tensor that is missing, or that nothing asks for, or that has another shape.
     """
     read: set[str] = set()
+    parts: set[tuple[str, int]] = set()
     ours: dict[str, Tensor] = {}
     for pair in blueprint.pairs:
         if pair.ours in ours:
@@ -33,8 +34,13 @@ def converted(
             raise CheckpointError(
                 f"{source.name}: there is no tensor {missing[0]!r}; it has {shortened(', '.join(sorted(source.tensors)), 300)}"
             )
-        if twice := read.intersection(pair.theirs):
-            raise AssertionError(f"{twice} are read twice")
+        if pair.part is None:
+            if twice := read.intersection(pair.theirs):
+                raise AssertionError(f"{twice} are read twice")
+        elif (part := (pair.theirs[0], pair.part[0])) in parts:
+            raise AssertionError(f"{part} is read twice")
+        else:
+            parts.add(part)
         read.update(pair.theirs)
         given = [source.tensors[name] for name in pair.theirs]
         try:
@@ -88,6 +94,15 @@ def unpacked_spare(packed: str | None) -> dict[str, Tensor]:
 def given_back(pairs: Sequence[Pair], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors by name, from our weights."""
     theirs: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
     for pair in pairs:
-        theirs |= zip(pair.theirs, pair.split(weights[pair.ours]), strict=True)
+        found = dict(zip(pair.theirs, pair.split(weights[pair.ours]), strict=True))
+        if pair.part is None:
+            theirs |= found
+            continue
+        for name, part in found.items():
+            number, count = pair.part
+            parts.setdefault(name, {})[number] = part
+            if len(parts[name]) == count:
+                theirs[name] = torch.cat([parts[name][i] for i in range(count)])
     return theirs

@@ -80,6 +80,6 @@ class DINOv2(Family):
             tasks, more = classifier("image", FirstAndMean(image.count), labels, width, "classifier")
         else:
             tasks, more = vectors("image", First(), width)
-        pairs = [*encoder_pairs("image", image, core, block, prefix, learned, of.channels), *more]
+        pairs = [*encoder_pairs("image", image, core, block, prefix, learned), *more]
         # which hides patches in training alone
         return Blueprint(tokenizers, core, tasks, pairs, spare=[r".*embeddings\.mask_token"])

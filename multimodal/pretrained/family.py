@@ -161,12 +161,14 @@ class Pair:
     ours: its name in `Model.state_dict`.
     theirs: their names.
     join: makes ours from theirs. split: makes theirs from ours, bit for bit.
+    part: if one tensor of theirs has the numbers of several of ours one after the other, (which, of how many) this one is.
     """
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[..., Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
+    part: tuple[int, int] | None = None
 
 
 def same(ours: str, theirs: str) -> Pair:
@@ -198,6 +200,36 @@ def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Seque
         return [pairs_to_halves(part, width) for part, width in zip(x.split(list(rows)), widths, strict=True)]
 
     return Pair(ours, tuple(theirs), join, split)
+
+
+def fused(ours: str, theirs: str, rows: Sequence[int], turned: Sequence[int | None]) -> Pair:
+    """One matrix on both sides, with several of these numbers of rows in it; turned: as for `stacked`."""
+
+    def each(turn: Callable[[Tensor, int | None], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([turn(part, width) for part, width in zip(x.split(list(rows)), turned, strict=True)])
+
+    return Pair(ours, (theirs,), lambda x: each(halves_to_pairs, x), lambda x: [each(pairs_to_halves, x)])
+
+
+def parted(
+    ours: Sequence[str], theirs: str, rows: Sequence[int], turned: Sequence[int | None] | None = None
+) -> list[Pair]:
+    """Tensors of ours that are one of theirs, one below the other, such as the biases of queries, keys and values.
+
+    rows, turned: as for `stacked`.
+    """
+    widths = turned or [None] * len(ours)
+
+    def pair(i: int) -> Pair:
+        return Pair(
+            ours[i],
+            (theirs,),
+            lambda x: halves_to_pairs(x.split(list(rows))[i], widths[i]),
+            lambda x: [pairs_to_halves(x, widths[i])],
+            (i, len(ours)),
+        )
+
+    return [pair(i) for i in range(len(ours))]
 
 
 def halves_to_pairs(x: Tensor, width: int | None) -> Tensor:
@@ -259,6 +291,10 @@ class Family(ABC):
     """
 
     names: tuple[str, ...]
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        """Whether this family reads a configuration."""
+        return config.get("model_type") in self.names
 
     @abstractmethod
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:

@@ -175,6 +175,8 @@ def windows_of(settings: Settings, depth: int) -> list[int | None]:
         kinds = ["full_attention" if i < most else "sliding_attention" for i in range(depth)]
     if kinds is None:
         kinds = ["sliding_attention"] * depth
+    if len(kinds) != depth:
+        raise CheckpointError(f"{settings.where}: layer_types has {len(kinds)} layers, but there are {depth}")
     known = {"full_attention": None, "sliding_attention": window}
     for kind in kinds:
         if kind not in known:

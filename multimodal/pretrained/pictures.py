@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.heads import Classify, Contrast
 from multimodal.heads.pool import Pool
 from multimodal.layers import MLP, SelfAttention
-from multimodal.layers.base import Add, Merge
+from multimodal.layers.base import Add, Merge, PostNorm
 from multimodal.layers.mlp import Activation
 from multimodal.pretrained.family import Pair, Settings, attention_names, same, shaped, stacked
 from multimodal.shapes import CheckpointError, ConfigError
@@ -87,10 +87,10 @@ def learned_pair(kind: str, theirs: Sequence[str], counts: Sequence[int], width:
 
 
 def embedding_pairs(
-    kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True
+    kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True, linear: str = "of.linear"
 ) -> Iterator[Pair]:
-    """The linear map of patches of pictures, or with one channel of spectrograms, which they store as a convolution."""
-    ours = f"embeds.{kind}.of.linear" if channels > 1 else f"embeds.{kind}.of"
+    """The linear map of patches, which they store as a convolution; linear: its name within the embedding."""
+    ours = f"embeds.{kind}.{linear}"
     square = (width, channels, patch, patch)
     yield shaped(f"{ours}.weight", f"{theirs}.weight", (width, channels * patch**2), square)
     if bias:
@@ -162,6 +162,7 @@ class EncoderBlock:
             yield stacked(f"{ours}.1.body.{up}.{part}", [f"{theirs}.{name}.{part}" for name in self.up], rows)
             yield same(f"{ours}.1.body.down.{part}", f"{theirs}.{self.down}.{part}")
         for layer, norm in enumerate(self.norms):
-            yield from norm_pairs(f"{ours}.{layer}.norm", f"{theirs}.{norm}")
+            place = "merge_weights" if isinstance(self.merge, PostNorm) else "norm"
+            yield from norm_pairs(f"{ours}.{layer}.{place}", f"{theirs}.{norm}")
         for layer, scale in enumerate(self.scales):
             yield same(f"{ours}.{layer}.merge_weights.gamma", f"{theirs}.{scale}")

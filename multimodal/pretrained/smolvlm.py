@@ -28,7 +28,8 @@ class SmolVLM(Family):
     """Writes about pictures: "before:text image text -> text". All of it is causal, the tokens of a picture too.
 
     What their processor puts around a picture belongs to the texts: `before` ends with "<fake_token_around_image><global-img>", and
-    `text` begins with "<fake_token_around_image>". A picture is read whole: its tiles (do_image_splitting) are not supported.
+    `text` begins with "<fake_token_around_image>". A picture is read whole: tiles are not supported, so that a model whose files
+    ask for them is loaded by `pretrained(.., do_image_splitting=False)`.
     """
 
     names = ("idefics3", "smolvlm")
@@ -58,7 +59,10 @@ class SmolVLM(Family):
             "size": {"longest_edge": 4 * vision.need("image_size")},
             "max_image_size": {"longest_edge": vision.need("image_size")},
         }
-        image = vision_tokens(vision, image_processor(files, default), "nearest")
+        processor = dict(image_processor(files, default))
+        if not settings.option("do_image_splitting", True, [True, False]):
+            processor["do_image_splitting"] = False
+        image = vision_tokens(vision, processor, "nearest")
         eye = encoder_core(vision)
         # how pictures are prepared is in a file of its own
         vision.ignore("max_image_size", "size", "use_base_siglip", "tie_word_embeddings")

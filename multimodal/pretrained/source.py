@@ -169,8 +169,10 @@ def _of_module(module: torch.nn.Module) -> Source:
             source = _of_folder(name, Path(folder), False)
             return Source(name, source.config, {key: x.clone() for key, x in source.tensors.items()}, source.files)
     if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration but themselves
-        config = {"model_type": f"timm:{name}", "module": module}
-        return Source(name, config, module.state_dict())
+        from multimodal.pretrained.timm_vit import CLASSES, described
+
+        config = {"model_type": f"timm:{name}", **(described(module) if name in CLASSES else {})}
+        return Source(name, config, {key: x.clone() for key, x in module.state_dict().items()})
     raise ConfigError(
         f"pretrained: {name} is no model of transformers or timm; give a folder, a name on the hub, or such a model"
     )

@@ -57,5 +57,5 @@ class AST(Family):
                 more.append(same(f"readouts.label_Classify.pool.last_norm.{part}", f"classifier.layernorm.{part}"))
         else:
             tasks, more = vectors("audio", First(2), core.width)
-        pairs = encoder_pairs("audio", audio, core, block, prefix, TOKENS["deit"], 1)
+        pairs = encoder_pairs("audio", audio, core, block, prefix, TOKENS["deit"], 1, "of")
         return Blueprint(tokenizers, core, tasks, [*pairs, *more])

@@ -1,13 +1,25 @@
-"""The tokenizers of trained text models."""
+"""What trained text models share: their tokenizers, and the heads of encoders."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from multimodal.pretrained.family import Settings
+from tokenizers import Tokenizer as HFTokenizer
+
+from multimodal.heads import EachRow
+from multimodal.heads.pool import Transformed
+from multimodal.pretrained.family import Pair, Settings, same
 from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import Ids, TextBPE
 
 TOKENIZER = "tokenizer.json"
+
+
+def adds_tokens(files: Mapping[str, bytes]) -> bool:
+    """Whether tokenizer.json puts tokens around a text, such as a first token that every text begins with."""
+    return (
+        TOKENIZER in files
+        and HFTokenizer.from_str(files[TOKENIZER].decode("utf-8")).num_special_tokens_to_add(is_pair=False) > 0
+    )
 
 
 def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bool = True, **options: Any) -> Tokenizer:
@@ -17,3 +29,22 @@ def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bo
         return Ids(vocab, causal, **{name: options[name] for name in ("scale",) if name in options})
     spec = files[TOKENIZER].decode("utf-8")
     return TextBPE(spec, causal=causal, lossy=True, ids=vocab, **options)
+
+
+def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) -> list[Pair]:
+    """The tensors of a dense layer and a norm behind it, as far as they are declared, by the names of the two."""
+    found = [same(f"{ours}.dense.linear.{part}", f"{dense}.{part}") for part in ("weight", "bias")]
+    found = found if transform.bias else found[:1]
+    if transform.last_norm is not None:
+        parts = ("weight", "bias") if transform.last_norm.bias else ("weight",)
+        found += [same(f"{ours}.last_norm.{part}", f"{norm}.{part}") for part in parts]
+    return found
+
+
+def filling_pairs(head: EachRow, dense: str, norm: str, weight: str, bias: str) -> list[Pair]:
+    """The tensors of the head of "text -> text" that fills in hidden tokens; weight, bias: of its logits."""
+    ours = "readouts.text_EachRow"
+    assert head.transform is not None
+    found = transformed_pairs(head.transform, f"{ours}.pool", dense, norm)
+    found += [same(f"{ours}.linear.bias", bias)] if head.bias else []
+    return found if head.tied else [*found, same(f"{ours}.linear.weight", weight)]

@@ -80,7 +80,7 @@ class ViT(Family):
         settings.only("pooler_output_size", core.width)
         act = settings.get("pooler_act", "tanh")
         pooled = Transformed(First(), dense="tanh" if act == "tanh" else activation(settings, "pooler_act", "tanh"))
-        pairs = list(encoder_pairs("image", image, core, block, prefix, learned, of.channels))
+        pairs = list(encoder_pairs("image", image, core, block, prefix, learned))
         if "distillation_classifier.weight" in names:
             raise CheckpointError(
                 f"{settings.where}: it has two classifiers, whose answers it averages, and ours has one; save it as a "
@@ -100,11 +100,18 @@ class ViT(Family):
 
 
 def encoder_pairs(
-    kind: str, tokens: ClassTokens, core: Core, block: EncoderBlock, prefix: str, learned: Sequence[str], channels: int
+    kind: str,
+    tokens: ClassTokens,
+    core: Core,
+    block: EncoderBlock,
+    prefix: str,
+    learned: Sequence[str],
+    channels: int = 3,
+    linear: str = "of.linear",
 ) -> Iterator[Pair]:
     """The tensors of an encoder of the layout that ViT, DeiT, DINOv2 and AST share.
 
-    prefix: before all names. learned: the names of the learned tokens.
+    prefix: before all names. learned: the names of the learned tokens. channels: of a patch. linear: see `embedding_pairs`.
     """
     assert tokens.table is not None
     theirs, width = f"{prefix}embeddings", core.width
@@ -114,7 +121,9 @@ def encoder_pairs(
     yield positions_pair(
         kind, f"{theirs}.position_embeddings", tokens.placed + tokens.table[0] * tokens.table[1], width
     )
-    yield from embedding_pairs(kind, f"{theirs}.patch_embeddings.projection", width, channels, patch.patch)
+    yield from embedding_pairs(
+        kind, f"{theirs}.patch_embeddings.projection", width, channels, patch.patch, linear=linear
+    )
     for i in range(core.depth):
         yield from block.pairs(i, f"{prefix}encoder.layer.{i}")
     yield from norm_pairs("core.norm", f"{prefix}layernorm")

@@ -23,7 +23,7 @@ from multimodal.train.recipe import Recipe
 from multimodal.train.state import unequal
 
 PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")
-LOCAL = ("workers", "device")  # settings that may differ between processes
+LOCAL = ("workers", "device", "cache")  # settings that may differ between processes
 MOST_SHOWN, LONGEST_SHOWN = 4, 60  # differences in a message, characters of a value
 FAILED = "failed"
 

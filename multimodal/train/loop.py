@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.train.consistency import equal_in_all_processes, settings_of
 from multimodal.train.display import bar, draw_curves, environment, is_held_out, write_csv
+from multimodal.train.embedding_cache import cached, check_cacheable
 from multimodal.train.evaluation import evaluate_share
 from multimodal.train.freezing import frozen, set_modes
 from multimodal.train.loaders import check_evaluation, make_dataset
@@ -134,23 +136,36 @@ def fit(
         >>> run.finished
         True
     """
+    if isinstance(settings.get("cache"), Path):
+        settings["cache"] = str(settings["cache"])
     recipe = override(recipe or Recipe(), **settings)
     trackers = list(trackers) if isinstance(trackers, Iterable) else trackers
     _check_call(model, data, evaluation, folder, resume, trackers)
     recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
+    if recipe.cache:
+        check_cacheable(model, recipe.freeze)
     device = choose_device(recipe.device)
     if device.type == "cpu":
         keep_freed_memory()
     was_training = model.training
     training: _Training | None = None
     try:
-        with preserved_state(draws=True), frozen(model, recipe.freeze), connected_processes(device) as processes:
+        with (
+            preserved_state(draws=True),
+            frozen(model, recipe.freeze),
+            cached(model, recipe.cache) if recipe.cache else nullcontext() as cache,
+            connected_processes(device) as processes,
+        ):
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
                 training.trackers, training.go_on = list(trackers), go_on
                 training.start(resume)
                 training.train()
                 training.finish()
+                if cache is not None and not training.quiet:
+                    print(
+                        f"fit: {cache.computed:,} values passed a frozen tower, {cache.read:,} were in {recipe.cache}"
+                    )
             finally:
                 recompute(model, False)
                 if training is not None:

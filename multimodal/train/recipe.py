@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep",
     "best",
+    "cache",
 )
 OPTIMIZERS = ("adamw", "muon")
 
@@ -51,6 +52,7 @@ class Recipe(Declared):
         have lr. About 0.75 suits a model that is already trained.
     freeze: parts that do not learn, such as ("image", "core[:6]", "head:image -> label"); they run as in evaluation. Gradients do
         not pass the first blocks if these, all kinds and "queries" (the learned tokens of heads) are frozen.
+    cache: a folder for the vectors of frozen towers, which later epochs and runs read instead of computing them; "": none.
     optimizer: "adamw", or "muon": orthogonalised momentum for the core's matrices and AdamW for the rest.
     weight_decay: each step subtracts lr times weight_decay times the weight; only from matrices, not from embeddings, class
         tokens, grids and other vectors.
@@ -88,6 +90,7 @@ class Recipe(Declared):
     final_lr: float = 0.01
     layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
+    cache: str = ""
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.99)
@@ -140,6 +143,10 @@ class Recipe(Declared):
             raise ConfigError(f"Recipe: precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.parallel not in PARALLEL:
             raise ConfigError(f"Recipe: parallel={self.parallel!r} is none of {', '.join(PARALLEL)}")
+        if self.cache and self.parallel == "fsdp":
+            raise ConfigError(
+                "Recipe: cache needs a whole tower in every process; use parallel='ddp', or leave cache out"
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"Recipe: optimizer={self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
         if self.tokens:

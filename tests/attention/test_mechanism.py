@@ -71,6 +71,7 @@ def bernoulli(q: Tensor, k: Tensor, w: Any, h: int) -> Tensor:
 SCORES: dict[str, tuple[Score, Formula]] = {
     "scaled dot": (ScaledDotProduct(), lambda q, k, w, h: q @ k.T / math.sqrt(K)),
     "dot": (DotProduct(), lambda q, k, w, h: q @ k.T),
+    "dot with a factor": (DotProduct(scale=0.3), lambda q, k, w, h: 0.3 * q @ k.T),
     "general": (General(), lambda q, k, w, h: q @ w.matrix[h] @ k.T),
     "cosine": (Cosine(sharpness=4.0), cosine(lambda w, h: 4.0)),
     "cosine, learned": (Cosine(learned=True), cosine(lambda w, h: w.log_scale[h].exp())),

@@ -48,6 +48,7 @@ WORK = {
     "look": ["model", "--image", "light.png", "--task", "image -> label"],
     "check": ["multimodal_tokenizers:Labels"],
     "verify": ["model", "--image", "light.png"],
+    "pretrained": ["check", "model"],
 }
 NUMBERS = ("nan", "-inf", "-1", str(10**20), "1e400", "")
 LONG = "n" * 300

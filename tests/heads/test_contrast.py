@@ -117,8 +117,8 @@ def test_the_loss_is_the_formula(form: str, twins: bool):
     if twins:
         target[4, 0], target[6, 1] = target[1, 0], target[2, 1]
     unit_NF = head.logits(readout, state_ND, [1] * 14)
-    torch.testing.assert_close(unit_NF[:7], F.normalize(state_ND[:7] @ readout.left.weight.T, dim=1))
-    torch.testing.assert_close(unit_NF[7:], F.normalize(state_ND[7:] @ readout.right.weight.T, dim=1))
+    torch.testing.assert_close(unit_NF[:7], F.normalize(state_ND[:7] @ readout.get_parameter("left.weight").T, dim=1))
+    torch.testing.assert_close(unit_NF[7:], F.normalize(state_ND[7:] @ readout.get_parameter("right.weight").T, dim=1))
     same = [[any(a == b for a, b in zip(x, y, strict=True)) for y in target.tolist()] for x in target.tolist()]
     wanted = written_out(form, unit_NF[:7], unit_NF[7:], 3.0, -0.7 if form == "sigmoid" else 0.0, same)
     found = float(head.state_loss(readout, state_ND, [1] * 14, target, [1] * 7).detach())
@@ -296,12 +296,13 @@ def test_a_pool_in_the_place_of_learned_tokens(tokenizers, core, lively, setting
 
 
 def test_settings_of_contrast_that_do_not_fit():
-    for settings, named in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"pool": (Mean(), Mean(), Mean())}, "pool has 3 pools; give one for both sides, or one for each"),
         ({"pool": "mean"}, "pool"),
         ({"maps": ("top",)}, r"maps=\('top',\) has a side that is not among \('left', 'right'\)"),
         ({"maps": (), "bias": ("left",)}, r"bias=\('left',\) has a side that is not among \(\)"),
-    ):
+    ]
+    for settings, named in cases:
         with pytest.raises(mm.ConfigError, match=f"Contrast: {named}"):
             Contrast(**settings)
     with pytest.raises(mm.ConfigError, match="the right side has no map, so width=16 must be that of its vector, 12"):

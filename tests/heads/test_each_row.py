@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import multimodal as mm
-from multimodal.check import check_head
+from multimodal.check import check_head, verify
 from multimodal.heads.each_row import EachRow, last_rows
+from multimodal.heads.pool import First, Mean, Transformed
+from multimodal.norm import Norm
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
@@ -55,6 +58,31 @@ def test_bits_cost_the_mean_of_their_binary_cross_entropies():
         p = [1 / (1 + math.exp(-x)) for x in logits[row].double().tolist()]
         wanted -= sum(math.log(q if bit else 1 - q) for q, bit in zip(p, bits, strict=True)) / 3
     assert float(got) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_rows_go_through_a_transform_and_the_table_of_the_tokens(core, lively):
+    norm = Norm(eps=1e-5, centred=True, bias=True)
+    head = EachRow(transform=Transformed(First(), dense="gelu", last_norm=norm), tied=True)
+    model = lively(mm.Model({"text": TextBytes()}, core, [Task("text -> text", head)]))
+    samples = [{"text": text, "answer": text.upper()} for text in ("one", "seventeen", "x")]
+    stream = model.pack("text -> text", samples)
+    with torch.inference_mode():
+        state_TD, parts = model(stream), dict(model.readout("text -> text").named_parameters())
+        x = F.gelu(F.linear(state_TD, parts["pool.dense.linear.weight"], parts["pool.dense.linear.bias"]))
+        x = F.layer_norm(x, x.shape[-1:], parts["pool.last_norm.weight"], parts["pool.last_norm.bias"], 1e-5)
+        wanted = F.linear(x, model.get_parameter("embeds.text.weight"), parts["linear.bias"])
+        found = model.logits(stream)["text -> text"]
+    torch.testing.assert_close(found, wanted[stream.readings["text -> text"].row_N], atol=1e-5, rtol=1e-5)
+    assert "linear.weight" not in parts
+    model.loss(stream).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert verify(model, {"text -> text": samples}).passed
+    with pytest.raises(
+        ConfigError, match=r"EachRow: transform=.* pools rows, but each has an answer; make it Transfor"
+    ):
+        EachRow(transform=Transformed(Mean()))
+    with pytest.raises(ConfigError, match=r"EachRow: tied=True needs an embedding that is a table"):
+        mm.Model({"text": TextBytes(), "bits": Bits()}, core, [Task("text -> bits", EachRow(tied=True))])
 
 
 def test_answers_are_values_and_their_likelihood():

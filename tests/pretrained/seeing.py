@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from multimodal.pretrained import Pretrained
 from multimodal.tokenizer import Tokens
 from multimodal.tower import Tower
-from multimodal_tokenizers import ClassTokens, ImagePatches
+from multimodal_tokenizers import ClassTokens, ImagePatches, TextBPE
 
 VISION = {
     "hidden_size": 24,
@@ -58,3 +59,16 @@ def levels(*size: int, seed: int = 0) -> Any:
     noise = torch.rand(*size, 3, generator=torch.Generator().manual_seed(seed)) * 60
     picture = torch.stack([rows.sin() * 90 + 90, columns.cos() * 90 + 90, (rows + columns).sin() * 90 + 90], -1) + noise
     return picture.clamp(0, 255).to(torch.uint8).numpy()
+
+
+def text_tokenizer(*specials: str) -> Any:
+    """A small tokenizer of transformers with these special tokens, of which the first pads and the second ends."""
+    from tokenizers import Tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    hf = Tokenizer.from_str(TextBPE.train(["where is the cat", "what is the dog"] * 9, vocab_size=300).spec)
+    hf.add_special_tokens(list(specials))
+    named = {"bos_token": "<bos>"} if "<bos>" in specials else {}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=hf, pad_token=specials[0], eos_token=specials[1], **named
+    )

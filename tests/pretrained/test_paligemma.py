@@ -22,7 +22,16 @@ from tests.pretrained.compared import (
     refused,
     saved,
 )
-from tests.pretrained.seeing import PLACEHOLDER, TEXT, VISION, answer_logits, image_tokens, levels, pixels
+from tests.pretrained.seeing import (
+    PLACEHOLDER,
+    TEXT,
+    VISION,
+    answer_logits,
+    image_tokens,
+    levels,
+    pixels,
+    text_tokenizer,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,7 +91,7 @@ def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
     module = build()
     saved(module, tmp_path)
     with torch.no_grad():  # lest each token be followed by itself, to which it is most similar
-        module.model.language_model.embed_tokens.weight *= 0.1
+        module.model.language_model.norm.weight.normal_(-1, 2)
     module.save_pretrained(tmp_path)
     loaded = pretrained(tmp_path)
     picture, prompt, _ = SAMPLES[1]
@@ -160,9 +169,15 @@ def test_the_widths_of_released_parts(tmp_path: Path) -> None:
 
 def test_pictures_and_prompts_are_those_of_the_processor(tmp_path: Path) -> None:
     processor = transformers.SiglipImageProcessor(size={"height": 16, "width": 16}, image_seq_length=64)
-    given = saved(build(), tmp_path)
-    processor.save_pretrained(given)
+    tokenizer = text_tokenizer("<pad>", "<eos>", "<bos>", "<image>")
+    both = transformers.PaliGemmaProcessor(processor, tokenizer)
+    given = saved(build(text={"vocab_size": len(both.tokenizer)}), tmp_path)
+    both.save_pretrained(given)
     loaded = pretrained(given)
+    prompt = "where is the cat?"
+    wanted_ids = both(images=levels(40, 23), text="<image>" + prompt)["input_ids"][0]
+    found_ids = loaded.tokenizers["text"](f"<bos>{prompt}\n").content.tolist()
+    assert [both.image_token_id] * 64 + found_ids == wanted_ids
     tower: Any = loaded.tokenizers["image"]
     for value in (levels(40, 23), levels(16, 16, seed=1), levels(9, 61, seed=2)):
         wanted_CYX = processor(value, return_tensors="pt")["pixel_values"][0]

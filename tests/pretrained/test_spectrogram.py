@@ -50,6 +50,7 @@ SOUNDS = [np.random.default_rng(i).uniform(-0.5, 0.5, n).astype(np.float32) for 
 
 
 def build(name: str, **more: Any) -> Any:
+    torch.manual_seed(0)
     kind, settings = CASES[name]
     return getattr(transformers, kind)(transformers.ASTConfig(**{**SMALL, **settings, **more}))
 

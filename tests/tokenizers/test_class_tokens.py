@@ -24,6 +24,7 @@ CASES: list[ClassTokens] = [
     ClassTokens(PATCHES, 2, 1, (2, 2), "antialiased"),
     ClassTokens(PATCHES, 3, turns=1.0),
     ClassTokens(PATCHES, 0, table=(3, 2), resample="bilinear"),
+    ClassTokens(PATCHES, 0, table=(2, 3), resample="nearest"),
     ClassTokens(ImagePatches(patch=4, channels=1), 2, 2),
 ]
 
@@ -104,3 +105,22 @@ def test_declaration_and_errors() -> None:
         ClassTokens(PATCHES).places(1)
     with pytest.raises(MediaError, match=r"^ClassTokens.encode: ImagePatches.encode: image is 2x2 pixels"):
         ClassTokens(PATCHES)(torch.zeros(1, 2, 2))
+
+
+def test_the_nearest_cell_of_the_table_is_that_of_idefics() -> None:
+    """Compared with fractions of whole numbers where float32 is exact, and with its rounding where it is not."""
+    for have, rows, columns in ((4, 8, 2), (8, 8, 4), (8, 2, 16)):
+        tokenizer = ClassTokens(PATCHES, 0, table=(have, have), resample="nearest")
+        module: Any = tokenizer.embed(6)
+        tokens = tokenizer(torch.rand(1, 4 * rows, 4 * columns))
+        found = module(tokens.content, Places.of([tokens], tokenizer.step)) - module.of(tokens.content)
+        cells = [i * have // rows * have + j * have // columns for i in range(rows) for j in range(columns)]
+        torch.testing.assert_close(found, module.positions_ND[cells], rtol=0, atol=1e-6)
+    # 12 / 19 as a multiple of 1 / 19 lies below the edge of cell 12
+    tokenizer = ClassTokens(PATCHES, 0, table=(19, 19), resample="nearest")
+    module = tokenizer.embed(6)
+    tokens = tokenizer(torch.rand(1, 76, 76))
+    found = module(tokens.content, Places.of([tokens], tokenizer.step)) - module.of(tokens.content)
+    rows_of = [i - (i == 12) for i in range(19)]
+    cells = [i * 19 + j for i in rows_of for j in rows_of]
+    torch.testing.assert_close(found, module.positions_ND[cells], rtol=0, atol=1e-6)

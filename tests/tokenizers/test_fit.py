@@ -194,7 +194,25 @@ def test_older_files_without_most_fields() -> None:
     assert image_settings(off) == {"channels": 3, "mean": 0.0, "std": 1.0, "edge": "cut", "fit": None}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+        {"do_resize": False},
+        {"resample": 3},
+    ],
+    ids=str,
+)
+def test_equal_to_the_processor_of_idefics_without_tiles(settings: dict[str, Any]) -> None:
+    theirs = processor("Idefics3ImageProcessor", {"do_image_splitting": False, **settings})
+    mine = as_hf(json.loads(theirs.to_json_string()), 14)
+    for picture in synthetic():
+        assert difference(mine, theirs(picture, return_tensors="pt")["pixel_values"][0, 0], picture) < TOLERANCE
+
+
 VIT = {"image_processor_type": "ViTImageProcessor"}
+IDEFICS = {"image_processor_type": "Idefics3ImageProcessor"}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +230,9 @@ VIT = {"image_processor_type": "ViTImageProcessor"}
         ({**VIT, "do_rescale": False}, "do_rescale=False"),
         ({**VIT, "resample": 0}, "resample=0 is not known"),
         ({**VIT, "size": {"longest_edge": 224}}, "size={'longest_edge': 224} is not known"),
+        (IDEFICS, "do_image_splitting=True of Idefics3ImageProcessor is not known here"),
+        ({**VIT, "do_image_splitting": True}, "do_image_splitting=True of ViTImageProcessor is not known"),
+        ({**IDEFICS, "do_image_splitting": False, "size": 9}, "size=9 of Idefics3ImageProcessor is not known"),
         (
             {**VIT, "do_center_crop": True, "crop_size": {"shortest_edge": 9}},
             "crop_size={'shortest_edge': 9} is not height",
@@ -252,6 +273,7 @@ def test_fields_of_timm_that_are_not_known_are_named(settings: dict[str, Any], m
         ({"size": (3,)}, r"size=\(3,\) is not rows and columns"),
         ({"size": (224, 224), "shortest": 224}, "both say the size"),
         ({"shortest": 0}, "shortest=0 must be"),
+        ({"shortest": 9, "longest": 9}, "longest=9 must be a number of pixels, beside a size"),
         ({"shortest": 9, "filter": "box"}, "filter='box' must be one of bilinear"),
         ({"shortest": 9, "by": "cv2"}, "by='cv2' must be one of torchvision"),
         ({"shortest": 224, "crop": (224, 256)}, r"crop=\(224, 256\) is larger than the resized picture"),
@@ -283,6 +305,10 @@ def test_pictures_that_cannot_be_fitted() -> None:
         MediaError, match=r"^ImagePatches.encode: image of 1x3000 pixels would be 256x768000 .*max_pixels"
     ):
         ImagePatches(fit=Fit(shortest=256))(long)
+    with pytest.raises(
+        MediaError, match=r"image of 1x3000 pixels would be 1x4096 with longest=9000, more than max_pixels"
+    ):
+        ImagePatches(fit=Fit(size=(32, 32), longest=9000), max_pixels=4000)(long)
     with pytest.raises(MediaError, match=r"image is 20x20 pixels, smaller than crop=\(32, 32\)"):
         ImagePatches(fit=Fit(crop=(32, 32)))(np.zeros((20, 20, 3), np.uint8))
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import multimodal as mm
 from multimodal.check import tokenizer_checks
 from multimodal.declare import declaration, rebuild
 from multimodal.shapes import ConfigError, MediaError
@@ -179,6 +180,14 @@ def test_template_and_padding_without_transformers() -> None:
     assert mine.token_names(mine("the cat"))[:3] == ["<s>", "<s>", "the"]
     assert mine.token_names(mine("the cat"))[-1] == "<pad>"
     assert TextBPE(spec, pad_to=12).decode(TextBPE(spec, pad_to=12)("the cat")) == "the cat"
+    # what is written token by token has nothing around it, and the same ids
+    framed = TextBPE(spec, template=True)
+    assert framed.written == TextBPE(spec)
+    assert mine.written is mine
+    model = mm.Model({"text": framed}, mm.Core(width=16, depth=1, heads=2), ["text -> text"])
+    stream = model.pack("text -> text", [{"text": "the cat", "answer": "the cat"}])
+    assert stream.content["text"].tolist() == [start, start, *plain, end, *plain]
+    assert stream.readings["text -> text"].target.tolist() == [*plain, framed.vocab_size]  # type: ignore[union-attr]
     # what a model writes: once, not as often as it is there
     assert mine.decode(Tokens(torch.tensor([start, *plain, end, end]), mine.places(len(plain) + 3))) == "<s>the cat</s>"
 

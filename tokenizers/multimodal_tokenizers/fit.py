@@ -278,7 +278,8 @@ def _whole(said: Mapping[str, Any], came: str) -> dict[str, Any]:
     """The sizes of a Fit for a processor that may cut pictures into tiles."""
     if said.get("do_image_splitting", True):
         raise ConfigError(
-            f"image_settings: do_image_splitting=True of {came} is not known here: a picture is read whole; say false in the file"
+            f"image_settings: do_image_splitting=True of {came} is not known here: pictures are not cut into tiles; choose "
+            "do_image_splitting=False, with which they are read whole"
         )
     edges = [(name, said[name]) for name in (["size"] if said.get("do_resize", True) else []) + ["max_image_size"]]
     for name, value in edges:

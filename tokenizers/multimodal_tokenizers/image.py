@@ -33,7 +33,7 @@ class ImagePatches(Tokenizer):
     max_pixels: largest number of pixels of an image; a larger one is refused before it is decoded.
     size: rows and columns of pixels of every written image; None: images are only read.
     fit: how every image is brought to one size, as trained weights expect it; None: it stays as it is.
-    bias: whether the linear layer that embeds pixels has a bias.
+    bias: whether the linear map of a patch's pixels has a bias.
     """
 
     patch: int = 16
@@ -227,7 +227,7 @@ class _PatchEmbed(nn.Module):
     def __init__(self, tokenizer: ImagePatches, width: int) -> None:
         super().__init__()
         self.pixels, self.position = tokenizer.pixel_features, tokenizer.position
-        self.linear = nn.Linear(self.pixels, width, tokenizer.bias)
+        self.linear = nn.Linear(self.pixels, width, bias=tokenizer.bias)
         self.learned = LearnedGrid(width, tokenizer.grid) if self.position == "learned" else None
         if self.position == "sincos":
             sine_cosine(torch.zeros(1, 2), width)  # raises for a width that does not fit now, not at the first image

@@ -5,7 +5,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -68,7 +68,8 @@ class TextBPE(Tokenizer):
     spec: the content of tokenizer.json.
     causal: whether a token that is read attends only to earlier ones.
     lossy: whether texts may be changed or lose characters; if not, such a text is refused.
-    template: whether the tokens that the file puts around a text are added, such as [CLS] and [SEP]; `decode` drops them.
+    template: whether the tokens that the file puts around a text are added, such as [CLS] and [SEP]; `decode` drops them. A text
+        that is written token by token has none of them, since it has its own start and stop.
     pad_to: the number of tokens of every text, filled up with padding that is read like the rest; a longer text is refused.
     pad_id: the id of padding; None: the one that the file names.
     scale: factor of the embedded vectors; the table of weights is without it.
@@ -117,6 +118,10 @@ class TextBPE(Tokenizer):
     @property
     def length(self) -> int | None:
         return self.pad_to
+
+    @property
+    def written(self) -> Tokenizer:
+        return replace(self, template=False) if self.template and self.pad_to is None else self
 
     @property
     def _hf(self) -> HFTokenizer:

@@ -1,0 +1,230 @@
+"""Trained weights of others in our core beside transformers, with real weights: largest differences, and what Whisper hears.
+
+    MULTIMODAL_WEIGHTS=FOLDER uv run --group peers benchmarks/pretrained.py --write        about 20 minutes on one thread
+
+The weights are those of benchmarks/fetched_weights.py, which says how to get them; what is not there is left out and named.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor
+
+from benchmarks import report, script
+from benchmarks.data import records
+from benchmarks.fetched_weights import NotFetched, ready
+from multimodal import Model, pretrained
+
+TEXTS = ("The capital of France is Paris, and that of Italy is Rome.", "def add(a, b):\n    return a + b\n")
+CLIPS = 50
+PROMPTS = 2
+
+
+def by_sample(model: Model, task: str, samples: list[dict[str, Any]], states: bool) -> list[Tensor]:
+    """The logits of each sample, or the states of what it reads, all packed together."""
+    with torch.inference_mode():
+        stream = model.pack(task, samples, answers=not states)
+        reading = stream.readings[task]
+        if not states:
+            parts = model.logits(stream)[task].split(list(reading.lengths))
+            return [part for _, part in sorted(zip(reading.samples, parts, strict=True), key=lambda x: x[0])]
+        state_TD = model(stream)
+        parts = state_TD.split([span.total for span in stream.layout.spans])
+        firsts = (torch.tensor(reading.lengths).cumsum(0) - torch.tensor(reading.lengths)).tolist()
+        number_of = {
+            int(stream.layout.info.sample[reading.row_N[at]]): i for at, i in zip(firsts, reading.samples, strict=True)
+        }
+        reads = [part[: span.read] for part, span in zip(parts, stream.layout.spans, strict=True)]
+        return [reads[k] for k in sorted(range(len(reads)), key=lambda k: number_of[k])]
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of any number."""
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def smollm2(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+    from transformers import AutoModelForCausalLM
+
+    module, model = AutoModelForCausalLM.from_pretrained(folder).eval(), pretrained(folder).model()
+    text = model.packer.tokenizers["text"]
+    ids = [text(x).content.tolist() for x in TEXTS]
+    samples = [
+        {"text": type(t)(t.content[:1], t.position_NA[:1]), "answer": type(t)(t.content[1:], text.places(len(t) - 1))}
+        for t in map(text, TEXTS)
+    ]
+    with torch.inference_mode():
+        theirs = [module(torch.tensor([x])).logits[0] for x in ids]
+    return (
+        "logits of two texts",
+        by_sample(model, "text -> text", samples, False),
+        theirs,
+        lambda i: by_sample(model, "text -> text", [samples[i]], False),
+    )
+
+
+def minilm(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+    from transformers import AutoModel
+
+    module, model = AutoModel.from_pretrained(folder).eval(), pretrained(folder).model()
+    task = next(iter(model.tasks))
+    field = model.packer.patterns[task].reads[0]
+    tokenizer = model.packer.tokenizers[field.kind]
+    with torch.inference_mode():
+        theirs = [module(tokenizer(x).content[None]).last_hidden_state[0] for x in TEXTS]
+    blank = {f.name: None for f in model.packer.patterns[task].reads[1:]}
+    samples = [{field.name: x, **blank} for x in TEXTS]
+    return (
+        "states of two texts",
+        by_sample(model, task, samples, True),
+        theirs,
+        lambda i: by_sample(model, task, [samples[i]], True),
+    )
+
+
+def dinov2_s(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel
+
+    module, model = AutoModel.from_pretrained(folder).eval(), pretrained(folder).model()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    task = next(iter(model.tasks))
+    field, *others = model.packer.patterns[task].reads
+    blank = {f.name: None for f in others}
+    photos = [Image.open(file).convert("RGB") for _, file in records("clothing.zip", lambda rows: rows[:2])]
+    with torch.inference_mode():
+        theirs = [module(**processor(photo, return_tensors="pt")).last_hidden_state[0] for photo in photos]
+    samples = [{field.name: photo, **blank} for photo in photos]
+    return (
+        "states of two photographs, from the file on",
+        by_sample(model, task, samples, True),
+        theirs,
+        lambda i: by_sample(model, task, [samples[i]], True),
+    )
+
+
+def whisper_base(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    module, model = WhisperForConditionalGeneration.from_pretrained(folder).eval(), pretrained(folder).model()
+    clips = list(speech(2))
+    extractor = WhisperFeatureExtractor.from_pretrained(folder)
+    head, text = model.packer.heads["audio -> text"], model.packer.tokenizers["text"]
+    samples = [{"audio": (wave_S, rate), "text": said} for wave_S, rate, said in clips]
+    theirs = []
+    with torch.inference_mode():
+        for wave_S, rate, said in clips:
+            features = extractor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
+            ids = [*head.start_ids, *text(said).content.tolist()]  # type: ignore[attr-defined]
+            logits = module(input_features=features, decoder_input_ids=torch.tensor([ids])).logits[0]
+            theirs.append(logits[len(head.start_ids) - 1 :])  # type: ignore[attr-defined]
+    return (
+        "logits of two clips, from the file on",
+        by_sample(model, "audio -> text", samples, False),
+        theirs,
+        lambda i: by_sample(model, "audio -> text", [samples[i]], False),
+    )
+
+
+MODELS = {"smollm2": smollm2, "minilm": minilm, "dinov2-s": dinov2_s, "whisper-base": whisper_base}
+
+
+def parity() -> Iterator[list[str]]:
+    """The rows of the table of differences."""
+    for name, compare in MODELS.items():
+        try:
+            folder = ready(name)
+        except NotFetched as error:
+            yield [name, str(error).splitlines()[0], "", ""]
+            continue
+        what, ours, theirs, alone = compare(folder)
+        apart = max(difference(alone(i), [theirs[i]]) for i in range(len(theirs)))
+        yield [name, what, f"{difference(ours, theirs):.1e}", f"{apart:.1e}"]
+        print(f"{name} compared", flush=True)
+
+
+def speech(count: int) -> Iterator[tuple[Any, int, str]]:
+    """Waves, rates and texts of the first clips of LJSpeech."""
+    import soundfile
+
+    chosen = records("ljspeech.zip", lambda rows: rows[:count])
+    for row, file in chosen:
+        wave_S, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")
+        yield wave_S, rate, row["normalized"]
+
+
+def _at_16_khz(wave_S: Any, rate: int) -> Any:
+    from multimodal.media import read_sound
+
+    return read_sound((wave_S, rate), rate_hz=16000, who="benchmark").numpy()
+
+
+def heard(folder: Path, wavs: Path | None) -> str:
+    """What Whisper writes here and in transformers: whether it is the same, and the word error rates of both."""
+    import jiwer
+    import soundfile
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    module = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    processor, model = WhisperProcessor.from_pretrained(folder), pretrained(folder).model()
+    clips = list(speech(CLIPS))
+    if wavs is not None:
+        for path in sorted(wavs.glob("*.wav")):
+            wave_S, rate = soundfile.read(path, dtype="float32")
+            clips.append((wave_S[: 30 * rate], rate, ""))
+    same, pairs = 0, []
+    for i, (wave_S, rate, said) in enumerate(clips):
+        features = processor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
+        with torch.inference_mode():
+            ids = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)[0]
+        theirs = processor.decode(ids, skip_special_tokens=True).strip()
+        ours = model.generate("audio -> text", audio=(wave_S, rate), max_tokens=400).value.strip()
+        same += ours == theirs
+        if ours != theirs:
+            print(f"  differ: {ours!r} {theirs!r}", flush=True)
+        pairs.append((said, ours, theirs))
+        if i % 10 == 9:
+            print(f"{i + 1} of {len(clips)} clips heard", flush=True)
+    told = [(plain(said), plain(ours), plain(theirs)) for said, ours, theirs in pairs if said]
+    ours, theirs = (100 * jiwer.wer([t[0] for t in told], [t[k] for t in told]) for k in (1, 2))
+    return (
+        f"Whisper-base: {same} of {len(clips)} recordings have the same text here and in transformers. Word error rate on "
+        f"{len(told)} clips of LJSpeech: {ours:.2f} % here, {theirs:.2f} % there."
+    )
+
+
+def plain(text: str) -> str:
+    """Letters, digits and apostrophes in lower case."""
+    return " ".join("".join(c if c.isalnum() or c == "'" else " " for c in text.lower()).split())
+
+
+def main() -> None:
+    options = script.parser(__doc__, "write")
+    options.add_argument("--clips", type=int, default=CLIPS)
+    args = script.parsed(options)
+    globals()["CLIPS"] = args.clips
+    body = script.table(["model", "what", "packed", "alone"], parity())
+    try:
+        folder = ready("whisper-base")
+    except NotFetched:
+        heard_text = ""
+    else:
+        try:
+            wavs = ready("wavs")
+        except NotFetched:
+            wavs = None
+        heard_text = heard(folder, wavs)
+    body = f"Largest difference from transformers, fp32, real weights:\n\n{body}\n\n{heard_text}"
+    print(body)
+    if args.write:
+        report.keep("pretrained", "Trained weights of others", "benchmarks/pretrained.py --write", body)
+
+
+if __name__ == "__main__":
+    main()

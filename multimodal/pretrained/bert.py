@@ -1,0 +1,106 @@
+"""BERT (Devlin et al. 2019) and what has its layout, such as MiniLM and most encoders of sentences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from multimodal.core import Core
+from multimodal.heads import EachRow
+from multimodal.heads.pool import First, Mean, Transformed
+from multimodal.layers.base import PostNorm
+from multimodal.norm import Norm
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same
+from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, norm_pairs, vectors
+from multimodal.pretrained.texts import filling_pairs, text_tokenizer, transformed_pairs
+from multimodal.task import Task
+from multimodal.tokenizer import Tokenizer
+
+FILLING = "cls.predictions"  # the head that fills in hidden tokens
+
+
+class Bert(Family):
+    """Encoders of texts with learned positions and the norms behind the layers.
+
+    Without a classifier it offers the pair "text <-> other:text", whose vectors are the mean of all states, as encoders of
+    sentences are trained to give it; with the head that fills in hidden tokens also "text -> text".
+    """
+
+    names = ("bert",)
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        settings.only("position_embedding_type", "absolute")
+        settings.only("is_decoder", False)
+        settings.only("add_cross_attention", False)
+        settings.ignore("bos_token_id", "eos_token_id")  # they end no text
+        settings.ignore("tie_word_embeddings")  # the head that they tie is a part of some models alone
+        block = EncoderBlock(
+            width=settings.need("hidden_size"),
+            heads=settings.need("num_attention_heads"),
+            hidden=settings.need("intermediate_size"),
+            activation=activation(settings, "hidden_act", "gelu"),
+            bias=("query", "key", "value", "out"),
+            merge=PostNorm(),
+            query="attention.self.query",
+            key="attention.self.key",
+            value="attention.self.value",
+            up=("intermediate.dense",),
+            down="output.dense",
+            norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        )
+        core = Core(
+            width=block.width,
+            depth=settings.need("num_hidden_layers"),
+            heads=block.heads,
+            mlp_width=block.hidden,
+            norm=Norm(eps=settings.get("layer_norm_eps", 1e-12), centred=True, bias=True),
+            first_norm=True,
+            last_norm=False,
+            qk_norm=False,
+            rotary_split=(0, 0, 0),
+            learned_times=settings.need("max_position_embeddings"),
+            learned_fields=settings.need("type_vocab_size"),
+            block=block.layers,
+        )
+        tokenizers: dict[str, Tokenizer] = {"text": text_tokenizer(settings, files, causal=False, template=True)}
+        prefix = "bert." if any(name.startswith("bert.") for name in names) else ""
+        pairs = list(self._pairs(core, block, prefix))
+        spare: list[str] = []
+        copies: dict[str, str] = {}
+        if "classifier.weight" in names:
+            tokenizers["label"] = labels = classes(settings)
+            pool = Transformed(First(), dense="tanh")
+            tasks, more = classifier("text", pool, labels, core.width, "classifier")
+            more += transformed_pairs(pool, "readouts.label_Classify.pool", f"{prefix}pooler.dense", "")
+        else:
+            tasks, more = vectors("text", Mean(), core.width)
+            # the pooler was trained to tell whether two sentences follow each other, which is not asked of it any more
+            spare = [rf"{prefix}pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"]
+            if f"{FILLING}.transform.dense.weight" in names:
+                transform = Transformed(First(), dense=activation(settings, "hidden_act", "gelu"), last_norm=core.norm)
+                settings.only("tie_word_embeddings", True)
+                head = EachRow(transform=transform, tied=True)
+                tasks.append(Task("text -> text", head))
+                dense, norm = f"{FILLING}.transform.dense", f"{FILLING}.transform.LayerNorm"
+                more += filling_pairs(head, dense, norm, f"{FILLING}.decoder.weight", f"{FILLING}.bias")
+                copies = {
+                    f"{FILLING}.decoder.bias": f"{FILLING}.bias",
+                    f"{FILLING}.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
+                }
+        pairs += more
+        if any(name.endswith("LayerNorm.gamma") for name in names):  # as the first files of BERT name a norm's weight
+            pairs = [replace(pair, theirs=tuple(map(old_name, pair.theirs))) for pair in pairs]
+        derived = [r".*embeddings\.(position_ids|token_type_ids)"]
+        return Blueprint(tokenizers, core, tasks, pairs, copies, derived, spare=spare)
+
+    def _pairs(self, core: Core, block: EncoderBlock, prefix: str) -> Iterator[Pair]:
+        theirs = f"{prefix}embeddings"
+        yield same("embeds.text.weight", f"{theirs}.word_embeddings.weight")
+        yield same("core.times.weight", f"{theirs}.position_embeddings.weight")
+        yield same("core.fields.weight", f"{theirs}.token_type_embeddings.weight")
+        yield from norm_pairs("core.first_norm", f"{theirs}.LayerNorm")
+        for i in range(core.depth):
+            yield from block.pairs(i, f"{prefix}encoder.layer.{i}")
+
+
+def old_name(name: str) -> str:
+    """The name of a tensor in the first files of BERT."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

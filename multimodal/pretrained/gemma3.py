@@ -1,0 +1,108 @@
+"""Gemma 3 (Gemma Team 2025), the models of text alone."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from multimodal.attention import DotProduct, ScaledDotProduct
+from multimodal.core import Core
+from multimodal.heads import NextToken
+from multimodal.layers import MLP, SelfAttention
+from multimodal.layers.base import SandwichNorm
+from multimodal.masks import Window
+from multimodal.norm import Norm
+from multimodal.positions import Rotary
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same
+from multimodal.pretrained.llama import decoder_block, scaled_rotary, stop_of, windows_of
+from multimodal.pretrained.texts import adds_tokens, text_tokenizer
+from multimodal.task import Task
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Gemma3(Family):
+    """Causal language models with norms on both sides of each layer, in most of which a token sees only those near it."""
+
+    names = ("gemma3_text",)
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        width, heads = settings.need("hidden_size"), settings.need("num_attention_heads")
+        depth, key_width = settings.need("num_hidden_layers"), settings.get("head_dim", 256)
+        settings.only("attn_logit_softcapping", None)
+        settings.only("use_bidirectional_attention", False)
+        # the tables that they allocate, how a program would cache, and what the list of layers says already
+        settings.ignore("max_position_embeddings", "cache_implementation", "_sliding_window_pattern")
+        bias = ("query", "key", "value", "out") if settings.get("attention_bias", False) else ()
+        tied = settings.get("tie_word_embeddings", True)
+        scalar = settings.get("query_pre_attn_scalar", 256)
+        mlp = MLP(activation=activation(settings, "hidden_activation", "gelu_pytorch_tanh"), merge=SandwichNorm())
+        rotary = rotaries_of(settings, {FULL: 1e6, SLIDING: 1e4}, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"})
+
+        def attention(window: int | None) -> SelfAttention:
+            return SelfAttention(
+                bias=bias,
+                rotary=rotary[SLIDING if window else FULL],
+                mask=None if window is None else Window(window),
+                key_width=None if key_width * heads == width else key_width,
+                merge=SandwichNorm(),
+            )
+
+        blocks = tuple((attention(window), mlp) for window in windows_of(every_sixth(settings, depth), depth))
+        core = Core(
+            width=width,
+            depth=depth,
+            heads=heads,
+            kv_heads=settings.get("num_key_value_heads", 4),
+            mlp_width=settings.need("intermediate_size"),
+            norm=Norm(eps=settings.get("rms_norm_eps", 1e-6), around_one=True),
+            qk_norm=True,
+            rotary_split=(1, 0, 0),
+            score=ScaledDotProduct() if scalar == key_width else DotProduct(scale=scalar**-0.5),
+            block=blocks[0] if len(set(blocks)) == 1 else blocks,
+        )
+        # a text that is read begins with a token of its own, without which these models write badly
+        text = text_tokenizer(settings, files, scale=math.sqrt(width), template=adds_tokens(files))
+        bare = not any(name.startswith("model.") for name in names)  # saved without its head
+        cap = settings.get("final_logit_softcapping")
+        head = NextToken(start_ids=(), stop_id=stop_of(settings), tied=tied or bare, bias=False, cap=cap)
+        return Blueprint(
+            {"text": text},
+            core,
+            [Task("text -> text", head)],
+            list(self._pairs(core, key_width, bias, "" if bare else "model.", head.tied)),
+            copies={"lm_head.weight": "model.embed_tokens.weight"} if tied else {},
+        )
+
+    def _pairs(self, core: Core, key_width: int, bias: tuple[str, ...], prefix: str, tied: bool) -> Iterator[Pair]:
+        yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
+        yield same("core.norm.weight", f"{prefix}norm.weight")
+        if not tied:
+            yield same("readouts.text_NextToken.linear.weight", "lm_head.weight")
+        for i in range(core.depth):
+            yield from decoder_block(core, i, f"{prefix}layers.{i}", key_width, bias, True, between=True)
+
+
+def rotaries_of(settings: Settings, defaults: Mapping[str, float], old: Mapping[str, str]) -> dict[str, Rotary]:
+    """By kind of layer, its rotary positions.
+
+    defaults: by kind, the base where none is given. old: by kind, the field of the base in older configurations, whose
+        "rope_scaling" is that of the layers without a window.
+    """
+    given: dict[str, Any] = {kind: dict(value) for kind, value in settings.get("rope_parameters", {}).items()}
+    scaling = settings.get("rope_scaling", {})
+    found = {}
+    for kind, default in defaults.items():
+        own = given.get(kind) or (dict(scaling) if kind == FULL else {})
+        base = settings.get(old[kind], default)
+        base = own.pop("rope_theta", base)
+        found[kind] = scaled_rotary(settings.where, base, own) or Rotary(base=(float(base), 100.0, 100.0))
+    return found
+
+
+def every_sixth(settings: Settings, depth: int) -> Settings:
+    """The settings with the list of layers that older configurations leave out: every sixth one sees all."""
+    every = settings.get("sliding_window_pattern", 6)
+    if settings.get("layer_types") is not None:
+        return settings
+    kinds = [FULL if (i + 1) % every == 0 else SLIDING for i in range(depth)]
+    return Settings(settings.where, {"layer_types": kinds, "sliding_window": settings.get("sliding_window", 4096)})

@@ -1,0 +1,156 @@
+"""nanoVLM (Wiedmann et al. 2025): the vision tower of SigLIP, squares of patches, and SmolLM2, under names of its own."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from multimodal.core import Core
+from multimodal.heads import NextToken
+from multimodal.layers import MLP, SelfAttention
+from multimodal.norm import Norm
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, attention_names, moved, parted, same, shaped
+from multimodal.pretrained.llama import decoder_block
+from multimodal.pretrained.siglip_vision import BIASES, TOWER
+from multimodal.pretrained.texts import text_tokenizer
+from multimodal.shapes import CheckpointError
+from multimodal.task import Task
+from multimodal.tower import Linear, PixelShuffle, Tower
+from multimodal_tokenizers import ClassTokens, ImagePatches
+from multimodal_tokenizers.fit import Fit
+
+RENAMED = {
+    ".self_attn.o_proj.": ".attn.out_proj.",
+    ".self_attn.": ".attn.",
+    ".input_layernorm.": ".norm1.",
+    ".post_attention_layernorm.": ".norm2.",
+}
+"""By a part of Llama's names, that of nanoVLM's."""
+
+
+class NanoVLM(Family):
+    """Writes about pictures: "image text -> text", or "before:text image text -> text" where a picture stands within the prompt.
+
+    All of it is causal, the tokens of a picture too.
+
+    The folder has no tokenizer: put the tokenizer.json that its configuration names beside the weights, or give lists of ids. Later
+    versions cut pictures into tiles; `pretrained(.., do_image_splitting=False)` reads them whole. Beyond the longest text of the
+    language model nanoVLM divides positions by a factor that depends on the length, and ours does not.
+    """
+
+    names = ("nanovlm",)
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        # its configuration does not say what it is
+        return "model_type" not in config and {"vit_hidden_dim", "lm_hidden_dim"} <= set(config)
+
+    def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
+        # where its parts came from, and how it is trained and stored
+        settings.ignore(
+            "vit_model_type", "lm_model_type", "lm_tokenizer", "lm_chat_template", "vlm_load_backbone_weights"
+        )
+        settings.ignore("vlm_checkpoint_path", "hf_repo_name", "vit_dropout", "lm_dropout", "lm_max_length")
+        # parts of sizes that are given whole, and the names of tokens in prompts
+        settings.ignore("lm_base_vocab_size", "extra_token_amount", "vlm_extra_tokens", "mp_image_token_length")
+        settings.ignore("lm_max_position_embeddings", "resize_to_max_side_len")
+        settings.only("vit_cls_flag", False)
+        settings.only("lm_use_tokens", False)
+        settings.only("lm_attn_scaling", 1.0)
+        if settings.get("max_img_size") is not None and settings.option("do_image_splitting", True, [True, False]):
+            raise CheckpointError(
+                f"{settings.where}: max_img_size={settings.get('max_img_size')} cuts pictures into tiles, which is not supported; "
+                "pretrained(.., do_image_splitting=False) reads them whole"
+            )
+        image, eye = self._tokens(settings), self._eye(settings)
+        core, tied = self._words(settings), settings.get("lm_tie_weights", True)
+        text = text_tokenizer(
+            Settings(settings.where, {"vocab_size": settings.need("lm_vocab_size")}), files, specials=True
+        )
+        side, biased = settings.need("mp_pixel_shuffle_factor"), "MP.proj.bias" in names
+        tower = Tower(image, eye, PixelShuffle(side, Linear(bias=biased)), causal=True)
+        # of SmolLM2's tokenizer, which is not in the folder: the end of a turn of a chat, or of a text
+        end = 2 if "<|im_end|>" in settings.get("lm_chat_template", "") else 0
+        head = NextToken(start_ids=(), stop_id=end, tied=tied, bias=False)
+        words, logits = "decoder.token_embedding.weight", "decoder.head.weight"
+        if tied and words not in names:  # of two names of one tensor a file has the first
+            words, logits = logits, words
+        pairs: list[Pair] = [same("embeds.text.weight", words), same("core.norm.weight", "decoder.norm.weight")]
+        if not tied:
+            pairs.append(same("readouts.text_NextToken.linear.weight", logits))
+        for i in range(core.depth):
+            for pair in decoder_block(core, i, f"decoder.blocks.{i}", core.head_width, (), False):
+                pairs.append(replace(pair, theirs=tuple(map(_renamed, pair.theirs))))
+        pairs += [
+            same(f"embeds.image.connector.{kind}", f"MP.proj.{kind}") for kind in ("weight", "bias")[: 1 + biased]
+        ]
+        pairs += moved(list(self._eye_pairs(eye, image)), TOWER, {})
+        return Blueprint(
+            {"image": tower, "text": text},
+            core,
+            [Task("image text -> text", head), Task("before:text image text -> text", head)],
+            pairs,
+            copies={logits: words} if tied else {},
+            spare=[r"decoder\.rotary_embd\.inv_freq"],
+        )
+
+    def _tokens(self, settings: Settings) -> ClassTokens:
+        patch, side = settings.need("vit_patch_size"), settings.need("vit_img_size")
+        # levels are divided by 255 and not normalised
+        fit = Fit(size=(side, side), filter="bilinear", by="pillow")
+        of = ImagePatches(patch=patch, position="rotary", mean=0.0, std=1.0, edge="cut", fit=fit)
+        return ClassTokens(of, count=0, table=(side // patch, side // patch))
+
+    def _eye(self, settings: Settings) -> Core:
+        return Core(
+            width=settings.need("vit_hidden_dim"),
+            depth=settings.need("vit_n_blocks"),
+            heads=settings.need("vit_n_heads"),
+            mlp_width=settings.need("vit_inter_dim"),
+            norm=Norm(eps=settings.get("vit_ln_eps", 1e-6), centred=True, bias=True),
+            qk_norm=False,
+            rotary_split=(0, 0, 0),
+            block=(SelfAttention(bias=BIASES), MLP(activation="gelu_tanh", gated=False, bias=True)),
+        )
+
+    def _words(self, settings: Settings) -> Core:
+        return Core(
+            width=settings.need("lm_hidden_dim"),
+            depth=settings.need("lm_n_blocks"),
+            heads=settings.need("lm_n_heads"),
+            kv_heads=settings.need("lm_n_kv_heads"),
+            mlp_width=settings.need("lm_inter_dim"),
+            norm=Norm(eps=settings.get("lm_rms_eps", 1e-5)),
+            qk_norm=False,
+            rotary_split=(1, 0, 0),
+            rotary_base=(float(settings.get("lm_re_base", 100000)), 100.0, 100.0),
+        )
+
+    def _eye_pairs(self, core: Core, tokens: ClassTokens) -> Iterator[Pair]:
+        assert tokens.table is not None
+        of: Any = tokens.of
+        patch, width, theirs = of.patch, core.width, "vision_encoder"
+        square, count = (width, 3, patch, patch), tokens.table[0] * tokens.table[1]
+        linear = f"{theirs}.patch_embedding.conv"
+        yield shaped("embeds.image.of.linear.weight", f"{linear}.weight", (width, 3 * patch**2), square)
+        yield same("embeds.image.of.linear.bias", f"{linear}.bias")
+        table = f"{theirs}.patch_embedding.position_embedding"
+        yield shaped("embeds.image.positions_ND", table, (count, width), (1, count, width))
+        for i in range(core.depth):
+            attention, block = attention_names(i), f"{theirs}.blocks.{i}"
+            yield same(f"{attention}.qkv.weight", f"{block}.attn.qkv_proj.weight")
+            yield from parted(
+                [f"{attention}.biases.{b}" for b in BIASES[:3]], f"{block}.attn.qkv_proj.bias", [width] * 3
+            )
+            for kind in ("weight", "bias"):
+                yield same(f"{attention}.out.{kind}", f"{block}.attn.out_proj.{kind}")
+                for layer in range(2):
+                    yield same(f"core.blocks.{i}.layers.{layer}.norm.{kind}", f"{block}.ln{layer + 1}.{kind}")
+                yield same(f"core.blocks.{i}.layers.1.body.up.{kind}", f"{block}.mlp.fc1.{kind}")
+                yield same(f"core.blocks.{i}.layers.1.body.down.{kind}", f"{block}.mlp.fc2.{kind}")
+        for kind in ("weight", "bias"):
+            yield same(f"core.norm.{kind}", f"{theirs}.layer_norm.{kind}")
+
+
+def _renamed(name: str) -> str:
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
