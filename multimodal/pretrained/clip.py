@@ -2,17 +2,22 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from multimodal.core import Core
 from multimodal.heads import Contrast
 from multimodal.heads.pool import Attended, First, Last, Mean, Pool, Transformed
-from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, shaped
-from multimodal.pretrained.pictures import EncoderBlock, embedding_pairs, norm_pairs, patches, sides, vectors
-from multimodal.pretrained.siglip_vision import image_processor, vision_core, vision_pairs, vision_tokens
+from multimodal.pretrained.pictures import embedding_pairs, norm_pairs, patches, sides, vectors
+from multimodal.pretrained.siglip_vision import (
+    encoder_core,
+    encoder_pairs,
+    image_processor,
+    vision_pairs,
+    vision_tokens,
+)
 from multimodal.pretrained.texts import TOKENIZER, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
@@ -158,7 +163,8 @@ class CLIP(TwoTowers):
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
-        core, block = _core(settings, "quick_gelu", 1e-5, first_norm=True, last_norm=False)
+        _check_plain(settings)
+        core = encoder_core(settings, "quick_gelu", 1e-5, first_norm=True, last_norm=False)
         rows, columns = sides(settings, "image_size")
         default = {
             "image_processor_type": "CLIPImageProcessor",
@@ -175,7 +181,7 @@ class CLIP(TwoTowers):
             ),
             same("embeds.image.positions_ND", f"{prefix}embeddings.position_embedding.weight"),
             *norm_pairs("core.first_norm", f"{prefix}pre_layrnorm"),
-            *_block_pairs(core, block, prefix),
+            *encoder_pairs(core, prefix),
         ]
         projected = "visual_projection.weight" in names
         linear: dict[str, Any] = {"dense": "linear", "out": size, "bias": False} if projected else {}
@@ -189,7 +195,8 @@ class CLIP(TwoTowers):
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
         places = settings.need("max_position_embeddings")
-        core, block = _core(settings, "quick_gelu", 1e-5, learned_times=places)
+        _check_plain(settings)
+        core = encoder_core(settings, "quick_gelu", 1e-5, learned_times=places)
         # the end of a text is its last token; older configurations name another id for it
         settings.ignore("eos_token_id", "bos_token_id", "projection_dim")
         options = {"template": True} if TOKENIZER in files else {}
@@ -197,7 +204,7 @@ class CLIP(TwoTowers):
         projected = "text_projection.weight" in names
         pool = Transformed(Last(), dense="linear", out=size, bias=False) if projected else Last()
         pooled = [same("dense.linear.weight", "text_projection.weight")] if projected else []
-        return Half(tokenizer, core, pool, places, _text_pairs(core, block, prefix), pooled)
+        return Half(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
 
 
 class SigLIP(TwoTowers):
@@ -234,7 +241,7 @@ class SigLIP(TwoTowers):
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
         _check_plain(settings)
-        core = vision_core(settings)
+        core = encoder_core(settings)
         rows, columns = sides(settings, "image_size")
         default = {"image_processor_type": "SiglipImageProcessor", "size": {"height": rows, "width": columns}}
         image = vision_tokens(settings, image_processor(files, default))
@@ -260,7 +267,8 @@ class SigLIP(TwoTowers):
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
         places = settings.need("max_position_embeddings")
-        core, block = _core(settings, "gelu_pytorch_tanh", 1e-6, learned_times=places)
+        _check_plain(settings)
+        core = encoder_core(settings, "gelu_pytorch_tanh", 1e-6, learned_times=places)
         settings.ignore("eos_token_id", "bos_token_id")
         tokenizer: Tokenizer = Ids(settings.need("vocab_size"))
         if TOKENIZER in files:
@@ -277,7 +285,7 @@ class SigLIP(TwoTowers):
         width = settings.get("projection_size", core.width)
         pool = Transformed(Last(), dense="linear", out=width)
         pooled = list(norm_pairs("dense.linear", f"{prefix}head"))
-        return Half(tokenizer, core, pool, places, _text_pairs(core, block, prefix), pooled)
+        return Half(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
 
 
 def _alone(part: str, half: Half) -> Blueprint:
@@ -287,37 +295,6 @@ def _alone(part: str, half: Half) -> Blueprint:
     before = f"readouts.{kind}__{kind}_Contrast.pool"
     pooled = [replace(pair, ours=f"{before}.{pair.ours}") for pair in half.pooled]
     return Blueprint({kind: half.tokenizer}, half.core, tasks, [*half.pairs, *pooled, *more])
-
-
-def _core(settings: Settings, act: str, eps: float, **more: Any) -> tuple[Core, EncoderBlock]:
-    """The core of a tower, and the block of which it consists."""
-    _check_plain(settings)
-    block = EncoderBlock(
-        width=settings.need("hidden_size"),
-        heads=settings.need("num_attention_heads"),
-        hidden=settings.need("intermediate_size"),
-        activation=activation(settings, "hidden_act", act),
-        bias=("query", "key", "value", "out"),
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
-        out="self_attn.out_proj",
-        up=("mlp.fc1",),
-        down="mlp.fc2",
-        norms=("layer_norm1", "layer_norm2"),
-    )
-    core = Core(
-        width=block.width,
-        depth=settings.need("num_hidden_layers"),
-        heads=block.heads,
-        mlp_width=block.hidden,
-        norm=Norm(eps=settings.get("layer_norm_eps", eps), centred=True, bias=True),
-        qk_norm=False,
-        rotary_split=(0, 0, 0),
-        block=block.layers,
-        **more,
-    )
-    return core, block
 
 
 def _check_plain(settings: Settings) -> None:
@@ -330,15 +307,10 @@ def _check_plain(settings: Settings) -> None:
     settings.ignore("tie_word_embeddings", "decoder_start_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
-def _block_pairs(core: Core, block: EncoderBlock, prefix: str) -> Iterator[Pair]:
-    for i in range(core.depth):
-        yield from block.pairs(i, f"{prefix}encoder.layers.{i}")
-
-
-def _text_pairs(core: Core, block: EncoderBlock, prefix: str) -> list[Pair]:
+def _text_pairs(core: Core, prefix: str) -> list[Pair]:
     return [
         same("embeds.text.weight", f"{prefix}embeddings.token_embedding.weight"),
         same("core.times.weight", f"{prefix}embeddings.position_embedding.weight"),
         *norm_pairs("core.norm", f"{prefix}final_layer_norm"),
-        *_block_pairs(core, block, prefix),
+        *encoder_pairs(core, prefix),
     ]

@@ -9,7 +9,7 @@ from multimodal.layers import MLP, SelfAttention
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, moved, same
 from multimodal.pretrained.llama import decoder_block, rotary_of, stop_of
-from multimodal.pretrained.siglip_vision import TOWER, image_processor, vision_core, vision_pairs, vision_tokens
+from multimodal.pretrained.siglip_vision import TOWER, encoder_core, image_processor, vision_pairs, vision_tokens
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
@@ -44,7 +44,7 @@ class PaliGemma(Family):
         processor = dict(image_processor(files, default))
         # the number of tokens of a picture, which follows from its size
         processor.pop("image_seq_length", None)
-        image, eye = vision_tokens(vision, processor), vision_core(vision)
+        image, eye = vision_tokens(vision, processor), encoder_core(vision)
         # of their other models and of counts; the projector has no activation
         vision.ignore("num_image_tokens", "projection_dim", "projector_hidden_act", "vision_use_head", "vocab_size")
         for part in (text, vision):

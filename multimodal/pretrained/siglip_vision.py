@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP (Zhai et al. 2023) as functions, for models that have one within: PaliGemma, Idefics 3, SmolVLM."""
+"""The encoders of CLIP and SigLIP (Zhai et al. 2023) as functions, for models that have one within too: PaliGemma, SmolVLM."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,8 @@ from typing import Any, Literal
 from multimodal.core import Core
 from multimodal.layers import MLP, SelfAttention
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Pair, Settings, activation, attention_names, same, shaped, stacked
+from multimodal.pretrained.family import Pair, Settings, activation, same
+from multimodal.pretrained.pictures import EncoderBlock, embedding_pairs
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal_tokenizers import ClassTokens, ImagePatches
 from multimodal_tokenizers.fit import image_settings
@@ -46,44 +47,48 @@ def vision_tokens(
     return ClassTokens(of, count=0, table=(image // patch, image // patch), resample=resample)
 
 
-def vision_core(settings: Settings) -> Core:
-    """The encoder."""
-    mlp = MLP(activation=activation(settings, "hidden_act", "gelu_pytorch_tanh"), gated=False, bias=True)
+def encoder_core(settings: Settings, act: str = "gelu_pytorch_tanh", eps: float = 1e-6, **more: Any) -> Core:
+    """An encoder of pictures or texts; act, eps: what holds where the configuration says nothing."""
+    mlp = MLP(activation=activation(settings, "hidden_act", act), gated=False, bias=True)
     return Core(
         width=settings.need("hidden_size"),
         depth=settings.need("num_hidden_layers"),
         heads=settings.need("num_attention_heads"),
         mlp_width=settings.need("intermediate_size"),
-        norm=Norm(eps=settings.get("layer_norm_eps", 1e-6), centred=True, bias=True),
+        norm=Norm(eps=settings.get("layer_norm_eps", eps), centred=True, bias=True),
         qk_norm=False,
         rotary_split=(0, 0, 0),
         block=(SelfAttention(bias=BIASES), mlp),
+        **more,
     )
 
 
 def vision_pairs(core: Core, tokens: ClassTokens, theirs: str) -> Iterator[Pair]:
     """The tensors, ours as those of a model of its own whose pictures are named "image"; theirs: before their names."""
     of: Any = tokens.of
-    patch, width = of.patch, core.width
-    linear, square = (width, 3 * patch**2), (width, 3, patch, patch)
-    yield shaped("embeds.image.of.linear.weight", f"{theirs}embeddings.patch_embedding.weight", linear, square)
-    yield same("embeds.image.of.linear.bias", f"{theirs}embeddings.patch_embedding.bias")
+    yield from embedding_pairs("image", f"{theirs}embeddings.patch_embedding", core.width, 3, of.patch)
     yield same("embeds.image.positions_ND", f"{theirs}embeddings.position_embedding.weight")
-    for i in range(core.depth):
-        yield from _block(core, i, f"{theirs}encoder.layers.{i}")
+    yield from encoder_pairs(core, theirs)
     for part in ("weight", "bias"):
         yield same(f"core.norm.{part}", f"{theirs}post_layernorm.{part}")
 
 
-def _block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
-    ours, attention, width = f"core.blocks.{i}.layers", attention_names(i), core.width
-    parts = ("q_proj", "k_proj", "v_proj", "out_proj")
-    yield stacked(f"{attention}.qkv.weight", [f"{theirs}.self_attn.{p}.weight" for p in parts[:3]], [width] * 3)
-    for name, part in zip(BIASES[:3], parts[:3], strict=True):
-        yield same(f"{attention}.biases.{name}", f"{theirs}.self_attn.{part}.bias")
-    for kind in ("weight", "bias"):
-        yield same(f"{attention}.out.{kind}", f"{theirs}.self_attn.out_proj.{kind}")
-        yield same(f"{ours}.1.body.up.{kind}", f"{theirs}.mlp.fc1.{kind}")
-        yield same(f"{ours}.1.body.down.{kind}", f"{theirs}.mlp.fc2.{kind}")
-        yield same(f"{ours}.0.norm.{kind}", f"{theirs}.layer_norm1.{kind}")
-        yield same(f"{ours}.1.norm.{kind}", f"{theirs}.layer_norm2.{kind}")
+def encoder_pairs(core: Core, theirs: str) -> Iterator[Pair]:
+    """The tensors of all blocks."""
+    mlp: Any = core.blocks[0][1]
+    block = EncoderBlock(
+        width=core.width,
+        heads=core.heads,
+        hidden=core.hidden,
+        activation=mlp.activation,
+        bias=BIASES,
+        query="self_attn.q_proj",
+        key="self_attn.k_proj",
+        value="self_attn.v_proj",
+        out="self_attn.out_proj",
+        up=("mlp.fc1",),
+        down="mlp.fc2",
+        norms=("layer_norm1", "layer_norm2"),
+    )
+    for i in range(core.depth):
+        yield from block.pairs(i, f"{theirs}encoder.layers.{i}")

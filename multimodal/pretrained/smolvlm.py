@@ -6,7 +6,7 @@ from typing import Any
 
 from multimodal.pretrained.family import Blueprint, Family, Settings, moved, renamed, same
 from multimodal.pretrained.llama import Llama
-from multimodal.pretrained.siglip_vision import TOWER, image_processor, vision_core, vision_pairs, vision_tokens
+from multimodal.pretrained.siglip_vision import TOWER, encoder_core, image_processor, vision_pairs, vision_tokens
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
@@ -63,7 +63,7 @@ class SmolVLM(Family):
         if not settings.option("do_image_splitting", True, [True, False]):
             processor["do_image_splitting"] = False
         image = vision_tokens(vision, processor, "nearest")
-        eye = vision_core(vision)
+        eye = encoder_core(vision)
         # how pictures are prepared is in a file of its own
         vision.ignore("max_image_size", "size", "use_base_siglip", "tie_word_embeddings")
         for part in (text, vision):
