@@ -27,12 +27,13 @@ from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.modernbert import ModernBert
 from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.t5 import T5
 from multimodal.pretrained.vit import ViT
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FAMILIES: tuple[Family, ...] = (AST(), Bert(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), ViT())
+FAMILIES: tuple[Family, ...] = (AST(), Bert(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), T5(), ViT())
 """Every layout that can be read and written."""
 
 
