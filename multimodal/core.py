@@ -23,6 +23,7 @@ from multimodal.attention import (
     Trace,
     plan_layers,
 )
+from multimodal.attention.mechanism import share_priors
 from multimodal.declare import Declared, check_part, override
 from multimodal.layers import MLP, Attention, Context, CrossAttention, Crossing, Keys, Layer, SelfAttention, Sublayer
 from multimodal.layers.attend import check_parts
@@ -347,6 +348,7 @@ class Transformer(nn.Module):
             block = Block(core, layers, width, core.drop_path * depth / max(core.depth - 1, 1))
             self.blocks.append(block)
             width = block.width
+        share_priors(m for m in self.blocks.modules() if isinstance(m, Mechanism))
         self.narrow = nn.Linear(width, core.width, bias=False) if width != core.width else None
         self.norm = core.norm.build(core.width) if core.last_norm else nn.Identity()
         self.times = nn.Embedding(core.learned_times, core.width) if core.learned_times else None

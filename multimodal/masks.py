@@ -105,7 +105,11 @@ class Prior(Declared, ABC):
 
     Priors add: `ALiBi() + MixingWeights(8)`. Subclass as a frozen dataclass and write `log_prior`. A prior whose values are 0
     and minus infinity is a mask: write a `Rule` instead.
+
+    shared: whether the layers of a core have its learned parameters in common, which are stored with the first of them.
     """
+
+    shared: bool = False
 
     @property
     def most(self) -> int | None:

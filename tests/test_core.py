@@ -1,14 +1,15 @@
 """The core: its formulas, its declaration, one block and a whole stack against the same mathematics written plainly."""
 
+import copy
 import re
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import multimodal as mm
-from multimodal.attention import ALiBi, Cosine, Gumbel, Layout, plan_attention
+from multimodal.attention import ALiBi, BucketedBias, Cosine, Gumbel, Layout, plan_attention
 from multimodal.core import Transformer, recompute
 from multimodal.layers import MLP, Context, Gated, Recurrent, SelfAttention
 from multimodal.masks import PREFIX_LM, Window
@@ -41,6 +42,28 @@ def test_parameters_of_every_preset_are_counted_exactly(name):
 def test_every_preset_is_in_the_table():
     made = {n for n, f in vars(mm.Core).items() if isinstance(f, classmethod)}
     assert made == set(PRESETS)
+
+
+def test_a_shared_prior_has_one_table(lay):
+    """All layers use the table of the first; it is stored once, gets the gradients of all, and is copied with the model."""
+    core = mm.Core(width=16, depth=3, heads=2, rotary_split=(0, 0, 0), prior=BucketedBias(8, 6))
+    apart = core.replace(prior=BucketedBias(8, 6, shared=False)).build()
+    shared = copy.deepcopy(core.build())
+    name = "layers.0.body.attention.mechanism.prior_weights.0.table"
+    assert [key for key in shared.state_dict() if "prior" in key] == [f"blocks.0.{name}"]
+    assert core.parameters == sum(p.numel() for p in apart.parameters()) - 2 * 2 * 8
+    nn.init.normal_(shared.get_parameter(f"blocks.0.{name}"))
+    table = shared.state_dict()[f"blocks.0.{name}"]
+    apart.load_state_dict({**shared.state_dict(), **{f"blocks.{i}.{name}": table for i in range(3)}})
+    x_TD, layout = torch.randn(9, 16), lay([[(4, True), (5, False)]])
+    found, wanted = (m(x_TD, torch.zeros(9, 3), layout) for m in (shared, apart))
+    torch.testing.assert_close(found, wanted)
+    push = torch.randn(9, 16)
+    for states in (found, wanted):
+        (states * push).sum().backward()
+    gradients = [apart.get_parameter(f"blocks.{i}.{name}").grad for i in range(3)]
+    torch.testing.assert_close(shared.get_parameter(f"blocks.0.{name}").grad, sum(gradients))
+    assert all(g is not None and g.abs().max() > 1e-5 for g in gradients)
 
 
 @pytest.mark.parametrize("changes", [{"qk_norm": False}, {"kv_heads": 2}, {"mlp_width": 40}, {"depth": 1}], ids=str)

@@ -44,6 +44,7 @@ MOST_USED = {
     "Tokens": mm.Tokens,
     "TopP": mm.TopP,
     "Tower": mm.Tower,
+    "cached": mm.train.cached,
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
     "fit": mm.fit,

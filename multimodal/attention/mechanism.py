@@ -6,7 +6,9 @@ positions --prior--> log prior ------+--> posterior --read--> weighted values
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,30 @@ class Trace:
     """
 
     seen: list[Seen] = field(default_factory=list)
+
+
+class Borrowed(nn.Module):
+    """The parameters of another module, to which they belong: this one neither stores nor saves them."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["of"] = of  # past nn.Module, which would make it a part of this module too
+
+    def __getattr__(self, name: str) -> Any:
+        if "of" not in self.__dict__:  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self.__dict__["of"], name)
+
+
+def share_priors(mechanisms: Iterable["Mechanism"]) -> None:
+    """Let priors that are `shared` have the parameters of the first of these mechanisms that has the same prior and sizes."""
+    first: dict[Any, nn.Module] = {}
+    for mechanism in mechanisms:
+        for i, prior in enumerate((*mechanism.priors, *mechanism.factors)):
+            own = mechanism.prior_weights[i]
+            key = prior, tuple(p.shape for p in own.parameters())
+            if prior.shared and first.setdefault(key, own) is not own:
+                mechanism.prior_weights[i] = Borrowed(first[key])
 
 
 class Mechanism(nn.Module):

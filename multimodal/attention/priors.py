@@ -43,6 +43,50 @@ class RelativeBias(Prior):
 
 
 @dataclass(frozen=True)
+class BucketedBias(Prior):
+    """A learned bias for each head and range of distances: Raffel et al. 2020, section 2.1.
+
+    The nearest distances have a bias each; the ranges of farther ones grow as their logarithm.
+
+    buckets: number of ranges.
+    reach: the distance in tokens from which on all share the last range.
+    directed: whether keys behind and before the query have half of the ranges each; else all keys behind the query are at distance
+        0, which is for causal layers.
+    shared: whether the layers of a core have one table in common.
+    """
+
+    buckets: int = 32
+    reach: int = 128
+    directed: bool = True
+    shared: bool = True
+
+    def __post_init__(self) -> None:
+        least = 4 if self.directed else 2
+        if self.buckets < least or self.buckets % least:
+            raise ConfigError(f"BucketedBias: buckets={self.buckets} must be a multiple of {least}")
+        if self.reach <= self.buckets // least:
+            raise ConfigError(
+                f"BucketedBias: reach={self.reach} leaves no far distances; give more than {self.buckets // least}"
+            )
+
+    def weights(self, heads: int, width: int) -> nn.Module:
+        return _Table(heads, self.buckets)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """The range of each distance, key minus query."""
+        count = self.buckets // 2 if self.directed else self.buckets
+        first = count * (distance > 0) if self.directed else 0
+        near, exact = distance.abs() if self.directed else (-distance).clamp(min=0), count // 2
+        # in float32, as models were trained with it: a distance between two ranges depends on the rounding
+        growth = torch.log(near.clamp(min=1).float() / exact) / math.log(self.reach / exact) * (count - exact)
+        far = (exact + growth.long()).clamp(max=count - 1)
+        return first + torch.where(near < exact, near.long(), far)
+
+    def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
+        return weights.table[:, self.bucket(pairs.distance[:, 0])].transpose(0, 1)
+
+
+@dataclass(frozen=True)
 class PredictedWindow(Prior):
     """Local-p attention: a Gaussian around the position p = S sigmoid(v . tanh(W q)) that the query predicts.
 

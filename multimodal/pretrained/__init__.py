@@ -31,6 +31,7 @@ from multimodal.pretrained.nanovlm import NanoVLM
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
+from multimodal.pretrained.t5 import T5
 from multimodal.pretrained.timm_vit import TimmViT
 from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
@@ -40,7 +41,7 @@ from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
     *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), NanoVLM()),
-    *(PaliGemma(), SigLIP(), SmolVLM(), TimmViT(), ViT(), Whisper()),
+    *(PaliGemma(), SigLIP(), SmolVLM(), T5(), TimmViT(), ViT(), Whisper()),
 )
 """Every layout that can be read and written."""
 

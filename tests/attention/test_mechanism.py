@@ -17,6 +17,7 @@ from multimodal.attention import (
     Additive,
     ALiBi,
     Bernoulli,
+    BucketedBias,
     Cosine,
     DotProduct,
     Gaussian,
@@ -118,6 +119,23 @@ def relative(reach: int) -> PriorFormula:
     return formula
 
 
+def bucketed(buckets: int, reach: int, directed: bool) -> PriorFormula:
+    """Raffel et al. 2020: exact near the query, then ranges that grow as the logarithm, written out distance by distance."""
+
+    def number(distance: int) -> int:
+        half = buckets // 2 if directed else buckets
+        far = abs(distance) if directed else max(-distance, 0)
+        exact = half // 2
+        if far >= exact:
+            far = min(exact + int(math.log(far / exact) / math.log(reach / exact) * (half - exact)), half - 1)
+        return far + (half if directed and distance > 0 else 0)
+
+    def formula(at: Where, w: Any, h: int) -> Tensor:
+        return torch.stack([torch.stack([w.table[h, number(int(j - i))] for j in at.m_M]) for i in at.t_T])
+
+    return formula
+
+
 def predicted(sigma: float) -> PriorFormula:
     """Luong et al. 2015: p = S sigmoid(v tanh(W h)), a Gaussian with standard deviation sigma around it."""
 
@@ -140,6 +158,8 @@ PRIORS: dict[str, tuple[Prior | None, tuple[PriorFormula, ...]]] = {
     "none": (None, ()),
     "ALiBi": (ALiBi(), (alibi,)),
     "relative": (RelativeBias(2), (relative(2),)),
+    "ranges to both sides": (BucketedBias(8, 6), (bucketed(8, 6, True),)),
+    "ranges behind": (BucketedBias(6, 7, directed=False), (bucketed(6, 7, False),)),
     "local-p": (PredictedWindow(1.3), (predicted(1.3),)),
     "local-m": (Window(3), (near(3),)),
     "mixing": (MixingWeights(PLACES), (mixing,)),
@@ -643,6 +663,8 @@ def test_the_place_a_location_based_score_points_at_does_not_depend_on_what_is_t
         (lambda: Gaussian(variance=-1.0), "Gaussian: variance=-1.0 must be above 0"),
         (lambda: LocationBased(0), "LocationBased: places=0 must be above 0"),
         (lambda: RelativeBias(0), "RelativeBias: reach=0 distinguishes no distances"),
+        (lambda: BucketedBias(6), "BucketedBias: buckets=6 must be a multiple of 4"),
+        (lambda: BucketedBias(8, 2), "BucketedBias: reach=2 leaves no far distances; give more than 2"),
         (lambda: PredictedWindow(0.0), "PredictedWindow: sigma=0.0 must be above 0"),
         (lambda: MixingWeights(0), "MixingWeights: size=0 has no components"),
         (lambda: Hard(expected=1.5), "Hard: expected=1.5 is not in 0 to 1"),

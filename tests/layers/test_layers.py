@@ -71,6 +71,7 @@ CORES: dict[str, mm.Core | mm.EncoderDecoder] = {
     ),
     "additive": core_of(score=mm.attention.Additive()),
     "ALiBi and a table": core_of(prior=mm.attention.ALiBi() + mm.attention.RelativeBias(4), rotary_split=(0, 0, 0)),
+    "one table of ranges": core_of(prior=mm.attention.BucketedBias(8, 6), score=mm.attention.DotProduct(0.5)),
     "local-p": core_of(prior=mm.attention.PredictedWindow(1.5)),
     "Luong's local-p": core_of(prior=mm.attention.PredictedWindow(1.5, renormalise=False)),
     "location": core_of(score=mm.attention.LocationBased(40), mask=PREFIX_LM & mm.masks.Window(30)),
