@@ -43,6 +43,7 @@ MOST_USED = {
     "Tokenizer": mm.Tokenizer,
     "Tokens": mm.Tokens,
     "TopP": mm.TopP,
+    "cached": mm.train.cached,
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
     "fit": mm.fit,
