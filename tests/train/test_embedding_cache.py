@@ -156,9 +156,13 @@ def test_a_tower_that_learns_is_not_cached(tmp_path: Path, passed: list[int]):
     model, plain = make(), make()
     with cached(model, tmp_path):
         found = mm.fit(model, {TASK: DATA}, **PLAIN)
-    assert sum(passed) == PLAIN["steps"] * PLAIN["batch"]
+        assert sum(passed) == PLAIN["steps"] * PLAIN["batch"]
+        for weight in model.parameters():
+            weight.grad = None
+        model.rows(model.pack(TASK, DATA)).sum().backward()  # in evaluation mode, too
     assert losses(found) == losses(mm.fit(plain, {TASK: DATA}, **PLAIN))
-    assert records(tmp_path) == []
+    assert all(p.grad is not None for p in model.embeds["image"].frozen_part.parameters())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hooks_in_the_tower_are_heeded(tmp_path: Path):
@@ -256,13 +260,15 @@ def test_two_processes_write_at_once(tmp_path: Path, passed: list[int]):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_predict, args=(tmp_path, first)) for first in (0, 6)]
     model = make()
-    with cached(model, tmp_path):  # opened before there is anything
+    with cached(model, tmp_path):
+        model.predict(TASK, DATA[:1])  # the folder is read before the others write
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
         assert [worker.exitcode for worker in workers] == [0, 0]
-        assert len(records(tmp_path)) == 2
+        assert len(records(tmp_path)) == 3
+        passed.clear()
         model.predict(TASK, DATA)
         assert passed == []
 
