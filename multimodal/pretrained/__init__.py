@@ -16,6 +16,7 @@ from torch import Tensor
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.model import Model
+from multimodal.pattern import Pattern
 from multimodal.pretrained import source as sources
 from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.clip import CLIP, SigLIP
@@ -71,6 +72,8 @@ class Pretrained:
     ) -> Model:
         """A model with these weights, in evaluation mode; further kinds and tasks have new weights.
 
+        tasks: a pattern alone that writes a kind of this model, such as "image -> text", is answered by its head.
+
         Raises:
             ConfigError: a kind or task that is there already.
         """
@@ -78,7 +81,19 @@ class Pretrained:
         dtype = next(iter(self.weights.values())).dtype
         made.to(dtype).load_state_dict(dict(self.weights))
         made.origin = self.origin
+        tasks = [self._answered(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
         return (made.extended(tokenizers, tasks) if tasks or tokenizers else made).eval()
+
+    def _answered(self, task: str | Task) -> Task:
+        """A task with the head that writes its kind already, if it names none."""
+        if isinstance(task, Task):
+            return task
+        written = Pattern.parse(task).written
+        for known in self.tasks:
+            pattern = Pattern.parse(known.pattern)
+            if written is not None and pattern.written is not None and written.kind == pattern.written.kind:
+                return Task(task, known.head)
+        return Task(task)
 
 
 def pretrained(
