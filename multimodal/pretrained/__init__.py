@@ -29,6 +29,7 @@ from multimodal.pretrained.gpt2 import GPT2
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.modernbert import ModernBert
 from multimodal.pretrained.nanovlm import NanoVLM
+from multimodal.pretrained.own import as_qwen3
 from multimodal.pretrained.paligemma import PaliGemma
 from multimodal.pretrained.smolvlm import SmolVLM
 from multimodal.pretrained.spectrogram import AST
@@ -179,19 +180,23 @@ def blueprint_of(
 def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
 
-    Weights that were not trained are written bit for bit as they came.
+    Weights that were not trained are written bit for bit as they came. A text model that was trained here is written in the layout
+    of Qwen3, if its core and head fit that: `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
 
     to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
-        ConfigError: the model did not come from there, or has kinds, tasks or a core that this layout cannot hold.
+        ConfigError: the model has kinds, tasks or a core that this layout cannot hold.
         CheckpointError: the folder has files already.
     """
     folder, origin = Path(folder), model.origin
     if origin is None:
-        raise ConfigError(
-            "export: this model was not made of trained weights of others, so that there is no layout to write"
-        )
+        if to != "hf":
+            raise ConfigError(f"export: a model that was trained here has no layout of {to}; there is 'hf'")
+        names = ["model.norm.weight", "lm_head.weight"]
+        config, tensors, files = as_qwen3(model, lambda config: blueprint_of("export", config, {}, names)[0])
+        sources.write(folder, config, tensors, files)
+        return folder
     own = "timm" if str(origin["config"].get("model_type")).startswith("timm:") else "hf"
     if to != own:
         raise ConfigError(
