@@ -249,7 +249,7 @@ _ALL = (
      (FORMULA.format("scaled dot-none-soft"), MECHANISM + "at_first_scaled_scores_stay_broad_and_plain_ones_do_not",
       MECHANISM + "scaled_dot_product_is_a_mixture_of_gaussians_with_this_prior")),
     ("dot product scaled", "attention.scores:DotProduct.features",
-     "(_q, _k, 1.0)", "(_q, _k, _q.shape[-1] ** (-0.5))",
+     "(_q, _k, self.scale)", "(_q, _k, _q.shape[-1] ** (-0.5))",
      (FORMULA.format("dot-none-soft"), MECHANISM + "at_first_scaled_scores_stay_broad_and_plain_ones_do_not")),
     ("rows and columns swapped", "attention.scores:General.features",
      "torch.einsum('bthk,hkj->bthj', _q, _weights.matrix.to(_q.dtype))",
