@@ -95,12 +95,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: there is no {path.name} here")
     try:
-        found = parse_json(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read: {shortened(error, 300)}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: wanted an object, not {type(found).__name__}")
-    return found
 
 
 class _Lazy(Mapping[str, Tensor]):
