@@ -7,9 +7,9 @@ The weights are those of benchmarks/fetched_weights.py, which says how to get th
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,28 +20,27 @@ from benchmarks import report, script
 from benchmarks.data import records
 from benchmarks.fetched_weights import NotFetched, ready
 from multimodal import Model, pretrained
+from multimodal.pretrained.gate import computed
 
 TEXTS = ("The capital of France is Paris, and that of Italy is Rome.", "def add(a, b):\n    return a + b\n")
 CLIPS = 50
-PROMPTS = 2
 
 
-def by_sample(model: Model, task: str, samples: list[dict[str, Any]], states: bool) -> list[Tensor]:
-    """The logits of each sample, or the states of what it reads, all packed together."""
-    with torch.inference_mode():
-        stream = model.pack(task, samples, answers=not states)
-        reading = stream.readings[task]
-        if not states:
-            parts = model.logits(stream)[task].split(list(reading.lengths))
-            return [part for _, part in sorted(zip(reading.samples, parts, strict=True), key=lambda x: x[0])]
-        state_TD = model(stream)
-        parts = state_TD.split([span.total for span in stream.layout.spans])
-        firsts = (torch.tensor(reading.lengths).cumsum(0) - torch.tensor(reading.lengths)).tolist()
-        number_of = {
-            int(stream.layout.info.sample[reading.row_N[at]]): i for at, i in zip(firsts, reading.samples, strict=True)
-        }
-        reads = [part[: span.read] for part, span in zip(parts, stream.layout.spans, strict=True)]
-        return [reads[k] for k in sorted(range(len(reads)), key=lambda k: number_of[k])]
+class Compared(NamedTuple):
+    """What is compared, of which model, task and samples, whether states or logits, and what transformers computes of each sample."""
+
+    what: str
+    model: Model
+    task: str
+    samples: list[dict[str, Any]]
+    states: bool
+    theirs: list[Tensor]
+
+    def differences(self) -> tuple[float, float]:
+        """The largest difference, packed together and one by one."""
+        together = computed(self.model, self.task, self.samples, self.states)
+        alone = [computed(self.model, self.task, [sample], self.states)[0] for sample in self.samples]
+        return difference(together, self.theirs), difference(alone, self.theirs)
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -49,7 +48,7 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def smollm2(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+def smollm2(folder: Path) -> Compared:
     from transformers import AutoModelForCausalLM
 
     module, model = AutoModelForCausalLM.from_pretrained(folder).eval(), pretrained(folder).model()
@@ -61,15 +60,10 @@ def smollm2(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[in
     ]
     with torch.inference_mode():
         theirs = [module(torch.tensor([x])).logits[0] for x in ids]
-    return (
-        "logits of two texts",
-        by_sample(model, "text -> text", samples, False),
-        theirs,
-        lambda i: by_sample(model, "text -> text", [samples[i]], False),
-    )
+    return Compared("logits of two texts", model, "text -> text", samples, False, theirs)
 
 
-def minilm(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+def minilm(folder: Path) -> Compared:
     from transformers import AutoModel
 
     module, model = AutoModel.from_pretrained(folder).eval(), pretrained(folder).model()
@@ -80,15 +74,10 @@ def minilm(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int
         theirs = [module(tokenizer(x).content[None]).last_hidden_state[0] for x in TEXTS]
     blank = {f.name: None for f in model.packer.patterns[task].reads[1:]}
     samples = [{field.name: x, **blank} for x in TEXTS]
-    return (
-        "states of two texts",
-        by_sample(model, task, samples, True),
-        theirs,
-        lambda i: by_sample(model, task, [samples[i]], True),
-    )
+    return Compared("states of two texts", model, task, samples, True, theirs)
 
 
-def dinov2_s(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+def dinov2_s(folder: Path) -> Compared:
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModel
 
@@ -101,15 +90,10 @@ def dinov2_s(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[i
     with torch.inference_mode():
         theirs = [module(**processor(photo, return_tensors="pt")).last_hidden_state[0] for photo in photos]
     samples = [{field.name: photo, **blank} for photo in photos]
-    return (
-        "states of two photographs, from the file on",
-        by_sample(model, task, samples, True),
-        theirs,
-        lambda i: by_sample(model, task, [samples[i]], True),
-    )
+    return Compared("states of two photographs, from the file on", model, task, samples, True, theirs)
 
 
-def whisper_base(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callable[[int], list[Tensor]]]:
+def whisper_base(folder: Path) -> Compared:
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     module, model = WhisperForConditionalGeneration.from_pretrained(folder).eval(), pretrained(folder).model()
@@ -124,12 +108,7 @@ def whisper_base(folder: Path) -> tuple[str, list[Tensor], list[Tensor], Callabl
             ids = [*head.start_ids, *text(said).content.tolist()]  # type: ignore[attr-defined]
             logits = module(input_features=features, decoder_input_ids=torch.tensor([ids])).logits[0]
             theirs.append(logits[len(head.start_ids) - 1 :])  # type: ignore[attr-defined]
-    return (
-        "logits of two clips, from the file on",
-        by_sample(model, "audio -> text", samples, False),
-        theirs,
-        lambda i: by_sample(model, "audio -> text", [samples[i]], False),
-    )
+    return Compared("logits of two clips, from the file on", model, "audio -> text", samples, False, theirs)
 
 
 MODELS = {"smollm2": smollm2, "minilm": minilm, "dinov2-s": dinov2_s, "whisper-base": whisper_base}
@@ -143,9 +122,9 @@ def parity() -> Iterator[list[str]]:
         except NotFetched as error:
             yield [name, str(error).splitlines()[0], "", ""]
             continue
-        what, ours, theirs, alone = compare(folder)
-        apart = max(difference(alone(i), [theirs[i]]) for i in range(len(theirs)))
-        yield [name, what, f"{difference(ours, theirs):.1e}", f"{apart:.1e}"]
+        compared = compare(folder)
+        packed, alone = compared.differences()
+        yield [name, compared.what, f"{packed:.1e}", f"{alone:.1e}"]
         print(f"{name} compared", flush=True)
 
 

@@ -88,6 +88,7 @@ def _theirs(library: Any, auto: str, where: str, given: dict[str, Any]) -> Any:
     return getattr(library, auto).from_pretrained(where, dtype=torch.float32, **given).eval()
 
 
+@torch.inference_mode()
 def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], states: bool) -> list[Tensor]:
     """Of each sample its logits, or the states of what it reads, all packed together."""
     stream = model.pack(task, samples, answers=not states)
