@@ -27,7 +27,7 @@ CLIPS = 50
 
 
 class Compared(NamedTuple):
-    """What is compared, of which model, task and samples, whether states or logits, and what transformers computes of each sample."""
+    """What is compared, of which model, task and samples, whether by states or logits, and what transformers computes."""
 
     what: str
     model: Model
