@@ -793,7 +793,7 @@ def test_verify_passes(say) -> None:
 
 def test_verify_fails_on_a_leak(say, monkeypatch) -> None:
     leak = mm.masks.Causal() | mm.masks.Prefix()
-    monkeypatch.setattr("multimodal.core.plan_attention", lambda rule, layout, **_: DensePlan(leak, layout))
+    monkeypatch.setattr("multimodal.core.plan_layers", lambda rule, own, layout, **_: (DensePlan(leak, layout), {}))
     code, out, _ = say("verify", "plain", "--json")
     result = json.loads(out)
     assert code == 1
