@@ -439,7 +439,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         )
     kinds = {"step": int, "recipe": dict, "core": dict, "tokenizers": dict, "tasks": list, "computed_in": str}
     check_fields(path, saved, kinds, CheckpointError)
-    if "data_state" in saved:
+    if "data_state" in saved or made_as == FORMAT:  # version 0.1 had none
         check_fields(path, saved, {"data_state": dict, "tensors": dict}, CheckpointError)
     if saved["step"] < 0 or saved["computed_in"] not in PRECISIONS[1:]:
         raise CheckpointError(
