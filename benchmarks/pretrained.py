@@ -19,7 +19,9 @@ from torch import Tensor
 from benchmarks import report, script
 from benchmarks.data import records
 from benchmarks.fetched_weights import NotFetched, ready
-from multimodal import Model, pretrained
+from multimodal import Model, Tokens, pretrained
+from multimodal.check.measure import difference
+from multimodal.heads import NextToken
 from multimodal.pretrained.gate import computed
 
 TEXTS = ("The capital of France is Paris, and that of Italy is Rome.", "def add(a, b):\n    return a + b\n")
@@ -40,12 +42,12 @@ class Compared(NamedTuple):
         """The largest difference, packed together and one by one."""
         together = computed(self.model, self.task, self.samples, self.states)
         alone = [computed(self.model, self.task, [sample], self.states)[0] for sample in self.samples]
-        return difference(together, self.theirs), difference(alone, self.theirs)
+        return largest(together, self.theirs), largest(alone, self.theirs)
 
 
-def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest difference of any number."""
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of any number; NaN if one is none."""
+    return float(torch.tensor([difference(a, b) for a, b in zip(ours, theirs, strict=True)]).max())
 
 
 def smollm2(folder: Path) -> Compared:
@@ -55,7 +57,7 @@ def smollm2(folder: Path) -> Compared:
     text = model.packer.tokenizers["text"]
     ids = [text(x).content.tolist() for x in TEXTS]
     samples = [
-        {"text": type(t)(t.content[:1], t.position_NA[:1]), "answer": type(t)(t.content[1:], text.places(len(t) - 1))}
+        {"text": Tokens(t.content[:1], t.position_NA[:1]), "answer": Tokens(t.content[1:], text.places(len(t) - 1))}
         for t in map(text, TEXTS)
     ]
     with torch.inference_mode():
@@ -100,14 +102,16 @@ def whisper_base(folder: Path) -> Compared:
     clips = list(speech(2))
     extractor = WhisperFeatureExtractor.from_pretrained(folder)
     head, text = model.packer.heads["audio -> text"], model.packer.tokenizers["text"]
+    assert isinstance(head, NextToken)
+    start = list(head.start_ids or ())
     samples = [{"audio": (wave_S, rate), "text": said} for wave_S, rate, said in clips]
     theirs = []
     with torch.inference_mode():
         for wave_S, rate, said in clips:
             features = extractor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
-            ids = [*head.start_ids, *text(said).content.tolist()]  # type: ignore[attr-defined]
+            ids = [*start, *text(said).content.tolist()]
             logits = module(input_features=features, decoder_input_ids=torch.tensor([ids])).logits[0]
-            theirs.append(logits[len(head.start_ids) - 1 :])  # type: ignore[attr-defined]
+            theirs.append(logits[len(start) - 1 :])
     return Compared("logits of two clips, from the file on", model, "audio -> text", samples, False, theirs)
 
 
@@ -144,7 +148,7 @@ def _at_16_khz(wave_S: Any, rate: int) -> Any:
     return read_sound((wave_S, rate), rate_hz=16000, who="benchmark").numpy()
 
 
-def heard(folder: Path, wavs: Path | None) -> str:
+def heard(folder: Path, wavs: Path | None, count: int) -> str:
     """What Whisper writes here and in transformers: whether it is the same, and the word error rates of both."""
     import jiwer
     import soundfile
@@ -152,7 +156,7 @@ def heard(folder: Path, wavs: Path | None) -> str:
 
     module = WhisperForConditionalGeneration.from_pretrained(folder).eval()
     processor, model = WhisperProcessor.from_pretrained(folder), pretrained(folder).model()
-    clips = list(speech(CLIPS))
+    clips = list(speech(count))
     if wavs is not None:
         for path in sorted(wavs.glob("*.wav")):
             wave_S, rate = soundfile.read(path, dtype="float32")
@@ -187,7 +191,6 @@ def main() -> None:
     options = script.parser(__doc__, "write")
     options.add_argument("--clips", type=int, default=CLIPS)
     args = script.parsed(options)
-    globals()["CLIPS"] = args.clips
     body = script.table(["model", "what", "packed", "alone"], parity())
     try:
         folder = ready("whisper-base")
@@ -198,7 +201,7 @@ def main() -> None:
             wavs = ready("wavs")
         except NotFetched:
             wavs = None
-        heard_text = heard(folder, wavs)
+        heard_text = heard(folder, wavs, args.clips)
     body = f"Largest difference from transformers, fp32, real weights:\n\n{body}\n\n{heard_text}"
     print(body)
     if args.write:

@@ -53,7 +53,7 @@ class Core(Declared):
     rotary_split: the ratio in which time, row and column share the rotary pairs of a head; all 0: no rotary positions.
     rotary_base: for time, row and column, about the largest number of steps per radian of a rotary pair.
     learned_times: number of learned vectors, one for each time in steps, that are added to the embedded tokens; None: none.
-    learned_fields: number of learned vectors, one for each field of a sample (the last one for all further fields) ; None: none.
+    learned_fields: number of learned vectors, one for each field of a sample (the last one for all further fields); None: none.
     mask: the rule that says which token may attend to which.
     score: the log-likelihood of a query under a key, such as the scaled dot product.
     prior: the log-probability of each key before contents are compared, such as ALiBi; None: uniform.

@@ -66,13 +66,15 @@ def topmost(model: nn.Module, names: set[str]) -> list[nn.Module]:
 def depths(model: Network) -> tuple[dict[str, int], int]:
     """The depth of each parameter by name, and the highest depth.
 
-    Embeddings have depth 0, block i of the core i + 1, and heads, their learned tokens included, the highest one. The norm behind
-    the last block has its depth. In an EncoderDecoder the writer's blocks go on counting after the reader's.
+    Embeddings have depth 0, as has what a core adds to them before its first block (learned times and fields, the first norm).
+    Block i of the core has i + 1, and heads, their learned tokens included, the highest one. The norm behind the last block has its
+    depth. In an EncoderDecoder the writer's blocks go on counting after the reader's.
     """
     blocks: dict[str, int] = {}
     ends: dict[str, int] = {}
     count = 0
     for name, core in cores(model).items():
+        blocks |= {f"{name}.{part}.": 0 for part in ("times", "fields", "first_norm")}
         blocks |= {f"{name}.blocks.{i}.": count + i + 1 for i in range(len(core.blocks))}
         count += len(core.blocks)
         ends[f"{name}."] = count

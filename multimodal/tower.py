@@ -313,6 +313,8 @@ class Tower(Tokenizer):
     core: the inner core.
     connector: how its states become rows of the stream.
     causal: whether the tokens of the stream are causal, as in most vision-language models.
+    weights: trained weights with which the embedding starts; `of` sets them. They are no part of the declaration: a checkpoint of
+        the model has them.
 
     Examples:
         >>> eye = mm.Tower.of(model, mm.tower.PixelShuffle(5), kind="image")
@@ -325,8 +327,7 @@ class Tower(Tokenizer):
     core: Core
     connector: Connector = field(default_factory=Linear)
     causal: bool = False
-    weights: ClassVar[Mapping[str, Tensor] | None] = None
-    """Trained weights with which the embedding starts. They are no part of the declaration; a checkpoint of the model has them."""
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_part("Tower: tokenizer", self.tokenizer, Tokenizer, "ImagePatches()")
@@ -354,12 +355,13 @@ class Tower(Tokenizer):
         before = "core."
         if isinstance(core, EncoderDecoder):
             core, before = core.reader, "core.reader."
-        made = cls(tokenizers[kind], core, connector or Linear(), causal)
         found = {}
         for inner, outer in (("embed.", f"embeds.{kind}."), ("core.", before)):
             found |= {inner + name.removeprefix(outer): x for name, x in weights.items() if name.startswith(outer)}
-        object.__setattr__(made, "weights", found)
-        return made
+        return cls(tokenizers[kind], core, connector or Linear(), causal, weights=found)
+
+    def config(self) -> dict[str, Any]:
+        return {name: value for name, value in super().config().items() if name != "weights"}
 
     def __getstate__(self) -> dict[str, Any]:
         # data workers encode, and need no weights

@@ -209,6 +209,15 @@ def test_weights_do_not_travel_to_data_workers() -> None:
     assert pickle.loads(pickle.dumps(tower)) == tower
 
 
+def test_a_changed_tower_has_its_trained_weights_and_its_declaration_has_none() -> None:
+    tower = Tower.of(base(), kind="image")
+    changed = mm.override(tower, causal=True)
+    assert changed.weights is tower.weights
+    assert "weights" not in changed.config()
+    with pytest.raises(mm.ConfigError, match="its weights do not fit its core"):
+        mm.override(tower, core=tower.core.replace(depth=tower.core.depth + 1)).embed(16)
+
+
 def test_features_may_be_cached_and_the_inner_part_frozen() -> None:
     tower = Tower(PATCHES, CORE, PixelShuffle(2, MLPConnector()))
     module: Any = tower.embed(16)

@@ -34,7 +34,7 @@ def pretrained(
     print(f"{name}: the largest differences from transformers, in float32")
     for row in rows:
         print(
-            f"  {row.case:<40} packed {row.packed:.1e}   alone {row.alone:.1e}   {'ok' if row.passed else 'TOO LARGE'}"
+            f"  {row.case:<50} packed {row.packed:.1e}   alone {row.alone:.1e}   {'ok' if row.passed else 'TOO LARGE'}"
         )
     print("passed" if passed else f"failed: more than {MOST:g}")
     return 0 if passed else 1

@@ -52,21 +52,28 @@ FAMILIES: tuple[Family, ...] = (
 class Pretrained:
     """A trained model of others as our declarations and weights.
 
-    name: what it was loaded from. revision: its commit on the hub, or None.
     tokenizers, core, tasks: what `Model` takes.
     weights: by name as in `Model.state_dict`, its weights.
-    unused: by name, tensors of theirs that this model has no use for, and why.
+    unused: by name, tensors of theirs that this model has no use for, and why; they are not given back.
     origin: what a checkpoint stores of it, so that it can be given back in its own layout.
     """
 
-    name: str
-    revision: str | None
     tokenizers: Mapping[str, Tokenizer]
     core: Core | EncoderDecoder
     tasks: Sequence[Task]
     weights: Mapping[str, Tensor] = field(repr=False)
     unused: Mapping[str, str] = field(repr=False)
     origin: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """What it was loaded from."""
+        return self.origin["name"]
+
+    @property
+    def revision(self) -> str | None:
+        """Its commit on the hub; None: it has none."""
+        return self.origin["revision"]
 
     def model(
         self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
@@ -136,16 +143,7 @@ def pretrained(
     }
     if (spare := packed_spare(found, blueprint)) is not None:
         origin["spare"] = spare
-    return Pretrained(
-        found.name,
-        found.revision,
-        blueprint.tokenizers,
-        blueprint.core,
-        tuple(blueprint.tasks),
-        weights,
-        unused,
-        origin,
-    )
+    return Pretrained(blueprint.tokenizers, blueprint.core, tuple(blueprint.tasks), weights, unused, origin)
 
 
 def blueprint_of(
@@ -225,7 +223,10 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     theirs = given_back(blueprint.pairs, model.state_dict())
     theirs |= unpacked_spare(origin.get("spare"))
     theirs |= {copy: theirs[name] for copy, name in blueprint.copies.items() if copy in origin["tensors"]}
-    sources.write(folder, origin["config"], theirs, files)
+    # transformers loads weights in the precision that the configuration names, whatever the file has
+    precision = str(model.dtype).removeprefix("torch.")
+    named = {name: precision for name in ("dtype", "torch_dtype") if name in origin["config"]}
+    sources.write(folder, {**origin["config"], **named}, theirs, files)
     return folder
 
 

@@ -8,8 +8,8 @@ from multimodal.heads import EachRow
 from multimodal.heads.pool import First, Mean, Transformed
 from multimodal.layers.base import PostNorm
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same
-from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, norm_pairs, vectors
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, same
+from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, vectors
 from multimodal.pretrained.texts import filling_pairs, text_tokenizer, transformed_pairs
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
@@ -39,9 +39,7 @@ class Bert(Family):
             activation=activation(settings, "hidden_act", "gelu"),
             bias=("query", "key", "value", "out"),
             merge=PostNorm(),
-            query="attention.self.query",
-            key="attention.self.key",
-            value="attention.self.value",
+            projections=("attention.self.query", "attention.self.key", "attention.self.value"),
             up=("intermediate.dense",),
             down="output.dense",
             norms=("attention.output.LayerNorm", "output.LayerNorm"),
@@ -96,7 +94,7 @@ class Bert(Family):
         yield same("embeds.text.weight", f"{theirs}.word_embeddings.weight")
         yield same("core.times.weight", f"{theirs}.position_embeddings.weight")
         yield same("core.fields.weight", f"{theirs}.token_type_embeddings.weight")
-        yield from norm_pairs("core.first_norm", f"{theirs}.LayerNorm")
+        yield from affine("core.first_norm", f"{theirs}.LayerNorm")
         for i in range(core.depth):
             yield from block.pairs(i, f"{prefix}encoder.layer.{i}")
 

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 from multimodal.core import Core
 from multimodal.heads import Contrast
 from multimodal.heads.pool import Attended, First, Last, Mean, Pool, Transformed
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, shaped
-from multimodal.pretrained.pictures import embedding_pairs, norm_pairs, patches, sides, vectors
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, same, shaped
+from multimodal.pretrained.pictures import embedding_pairs, image_processor, patches, sides, vectors
 from multimodal.pretrained.siglip_vision import (
     encoder_core,
     encoder_pairs,
-    image_processor,
     vision_pairs,
     vision_tokens,
 )
@@ -171,7 +170,7 @@ class CLIP(TwoTowers):
             "size": {"shortest_edge": min(rows, columns)},
             "crop_size": {"height": rows, "width": columns},
         }
-        of = replace(patches(settings, files, default), bias=False)
+        of = replace(patches(settings, image_processor(files, default)), bias=False)
         image = ClassTokens(of, 1, 1, (rows // of.patch, columns // of.patch))
         settings.ignore("projection_dim")  # of a part, whose width both say
         pairs = [
@@ -180,13 +179,13 @@ class CLIP(TwoTowers):
                 "image", f"{prefix}embeddings.patch_embedding", core.width, of.channels, of.patch, bias=False
             ),
             same("embeds.image.positions_ND", f"{prefix}embeddings.position_embedding.weight"),
-            *norm_pairs("core.first_norm", f"{prefix}pre_layrnorm"),
+            *affine("core.first_norm", f"{prefix}pre_layrnorm"),
             *encoder_pairs(core, prefix),
         ]
         projected = "visual_projection.weight" in names
         linear: dict[str, Any] = {"dense": "linear", "out": size, "bias": False} if projected else {}
         pool = Transformed(First(), first_norm=core.norm, **linear)
-        pooled = list(norm_pairs("first_norm", f"{prefix}post_layernorm"))
+        pooled = list(affine("first_norm", f"{prefix}post_layernorm"))
         if projected:
             pooled.append(same("dense.linear.weight", "visual_projection.weight"))
         return Half(image, core, pool, 1 + rows * columns // of.patch**2, pairs, pooled)
@@ -256,10 +255,10 @@ class SigLIP(TwoTowers):
             shaped("query", f"{head}.probe", (1, core.width), (1, 1, core.width)),
             same("attention.in_proj_weight", f"{head}.attention.in_proj_weight"),
             same("attention.in_proj_bias", f"{head}.attention.in_proj_bias"),
-            *norm_pairs("attention.out_proj", f"{head}.attention.out_proj"),
-            *norm_pairs("norm", f"{head}.layernorm"),
-            *norm_pairs("up", f"{head}.mlp.fc1"),
-            *norm_pairs("down", f"{head}.mlp.fc2"),
+            *affine("attention.out_proj", f"{head}.attention.out_proj"),
+            *affine("norm", f"{head}.layernorm"),
+            *affine("up", f"{head}.mlp.fc1"),
+            *affine("down", f"{head}.mlp.fc2"),
         ]
         return Half(image, core, pool, most, pairs, pooled)
 
@@ -284,7 +283,7 @@ class SigLIP(TwoTowers):
             )
         width = settings.get("projection_size", core.width)
         pool = Transformed(Last(), dense="linear", out=width)
-        pooled = list(norm_pairs("dense.linear", f"{prefix}head"))
+        pooled = list(affine("dense.linear", f"{prefix}head"))
         return Half(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
 
 
@@ -311,6 +310,6 @@ def _text_pairs(core: Core, prefix: str) -> list[Pair]:
     return [
         same("embeds.text.weight", f"{prefix}embeddings.token_embedding.weight"),
         same("core.times.weight", f"{prefix}embeddings.position_embedding.weight"),
-        *norm_pairs("core.norm", f"{prefix}final_layer_norm"),
+        *affine("core.norm", f"{prefix}final_layer_norm"),
         *encoder_pairs(core, prefix),
     ]

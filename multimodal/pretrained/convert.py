@@ -1,6 +1,7 @@
 """Weights of theirs as weights of ours, and back: every tensor exactly once."""
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,22 +26,14 @@ def converted(
         CheckpointError: a tensor that is missing, or that nothing asks for, or that has another shape.
     """
     read: set[str] = set()
-    parts: set[tuple[str, int]] = set()
     ours: dict[str, Tensor] = {}
+    uses = Counter((name, pair.part) for pair in blueprint.pairs for name in pair.theirs)
+    assert set(uses.values()) <= {1}, f"{uses.most_common(1)[0][0]} is used twice"
     for pair in blueprint.pairs:
-        if pair.ours in ours:
-            raise AssertionError(f"{pair.ours} is made twice")
         if missing := [name for name in pair.theirs if name not in source.tensors]:
             raise CheckpointError(
                 f"{source.name}: there is no tensor {missing[0]!r}; it has {shortened(', '.join(sorted(source.tensors)), 300)}"
             )
-        if pair.part is None:
-            if twice := read.intersection(pair.theirs):
-                raise AssertionError(f"{twice} are read twice")
-        elif (part := (pair.theirs[0], pair.part[0])) in parts:
-            raise AssertionError(f"{part} is read twice")
-        else:
-            parts.add(part)
         read.update(pair.theirs)
         given = [source.tensors[name] for name in pair.theirs]
         try:

@@ -7,7 +7,7 @@ from multimodal.heads.pool import First, FirstAndMean
 from multimodal.layers import LayerScale
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Settings, activation
-from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, patches, sides, vectors
+from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, image_processor, patches, sides, vectors
 from multimodal.pretrained.vit import encoder_pairs
 from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import ClassTokens
@@ -63,7 +63,7 @@ class DINOv2(Family):
             block=block.layers,
         )
         registers = settings.get("num_register_tokens", 4) if family == "dinov2_with_registers" else None
-        of = patches(settings, files, PUBLISHED)
+        of = patches(settings, image_processor(files, PUBLISHED))
         rows, columns = sides(settings, "image_size")
         image = ClassTokens(
             of,

@@ -7,12 +7,12 @@ from multimodal.heads.pool import First
 from multimodal.layers import LayerScale
 from multimodal.norm import Norm
 from multimodal.pretrained.dinov2 import BACKBONE
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine
 from multimodal.pretrained.pictures import (
     EncoderBlock,
     embedding_pairs,
+    image_processor,
     learned_pair,
-    norm_pairs,
     patches,
     vectors,
 )
@@ -43,9 +43,7 @@ class DINOv3(Family):
             mlp_bias=settings.get("mlp_bias", True),
             merge=LayerScale(),
             rotary=True,
-            query="attention.q_proj",
-            key="attention.k_proj",
-            value="attention.v_proj",
+            projections=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
             out="attention.o_proj",
             up=("mlp.gate_proj", "mlp.up_proj") if gated else ("mlp.up_proj",),
             down="mlp.down_proj",
@@ -65,14 +63,14 @@ class DINOv3(Family):
             block=block.layers,
         )
         registers = settings.get("num_register_tokens", 0)
-        of = patches(settings, files, {"image_processor_type": "DINOv3ViTImageProcessor"})
+        of = patches(settings, image_processor(files, {"image_processor_type": "DINOv3ViTImageProcessor"}))
         tasks, more = vectors("image", First(), width)
         learned = [f"embeddings.{name}" for name in ("cls_token", "register_tokens")]
         pairs: list[Pair] = [
             learned_pair("image", learned, [1, registers], width),
             *embedding_pairs("image", "embeddings.patch_embeddings", width, of.channels, of.patch),
             *(pair for i in range(core.depth) for pair in block.pairs(i, f"layer.{i}")),
-            *norm_pairs("core.norm", "norm"),
+            *affine("core.norm", "norm"),
             *more,
         ]
         image = ClassTokens(of, 1 + registers, turns=1.0)

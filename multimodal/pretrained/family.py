@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,49 +18,21 @@ from multimodal.tokenizer import Tokenizer
 
 NO_MATTER = {
     # how it was saved, and how a program would run it or write with it
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_commit_hash", "model_type"),
-    *(
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "chunk_size_feed_forward",
-        "problem_type",
-    ),
-    *(
-        "_attn_implementation",
-        "gradient_checkpointing",
-        "pad_token_id",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "auto_map",
-    ),
-    *(
-        "pretraining_tp",
-        "tokenizer_class",
-        "bad_words_ids",
-        "cross_attention_hidden_size",
-        "diversity_penalty",
-        "do_sample",
-    ),
-    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task"),
-    *(
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-    ),
-    *("num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values"),
-    *("repetition_penalty", "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature"),
-    *("tf_legacy_loss", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16", "cls_token_id", "mask_token_id"),
+    "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "auto_map", "bad_words_ids",
+    "chunk_size_feed_forward", "cls_token_id", "cross_attention_hidden_size", "diversity_penalty", "do_sample",
+    "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "label2id", "length_penalty",
+    "mask_token_id", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores",
+    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty",
+    "return_dict", "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
+    "typical_p", "use_bfloat16", "use_cache",
     # only for weights that are new, or for training
-    *("initializer_range", "initializer_factor", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout"),
-    *("hidden_dropout_prob", "dropout", "activation_dropout", "classifier_dropout", "embd_pdrop", "attn_pdrop"),
-    *("resid_pdrop", "dropout_rate", "layerdrop", "drop_path_rate"),
-}
+    "activation_dropout", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout",
+    "drop_path_rate", "dropout", "dropout_rate", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob",
+    "initializer_factor", "initializer_range", "layerdrop", "resid_pdrop",
+}  # fmt: skip
 """Fields of any configuration that do not change what a trained model computes."""
 
 
@@ -176,6 +148,11 @@ def same(ours: str, theirs: str) -> Pair:
     return Pair(ours, (theirs,), lambda x: x, lambda x: [x])
 
 
+def affine(ours: str, theirs: str) -> list[Pair]:
+    """The weight and the bias of a norm or a linear layer."""
+    return [same(f"{ours}.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
+
+
 def shaped(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[int]) -> Pair:
     """One tensor, of another shape with the numbers in the same order."""
     return Pair(ours, (theirs,), lambda x: x.reshape(shape), lambda x: [x.reshape(their_shape)])
@@ -230,6 +207,36 @@ def parted(
         )
 
     return [pair(i) for i in range(len(ours))]
+
+
+def attention_pairs(
+    ours: str,
+    projections: Sequence[str],
+    out: str,
+    rows: Sequence[int],
+    bias: Sequence[str],
+    turned: Sequence[int | None] = (None, None, None),
+) -> Iterator[Pair]:
+    """The tensors of an attention layer.
+
+    ours: the start of our names, see `attention_names`. out: their name of the output.
+    projections: their names of queries, keys and values, or a single one if they are one tensor.
+    rows, turned: as for `stacked`. bias: which projections have one, as in `SelfAttention`.
+    """
+    parts = ("query", "key", "value")
+    own = [name for name in parts if name in bias]
+    if len(projections) == 1:
+        (together,) = projections
+        yield fused(f"{ours}.qkv.weight", f"{together}.weight", rows, turned)
+        assert own in ([], [*parts]), "one tensor has the biases of all three"
+        if own:
+            yield from parted([f"{ours}.biases.{name}" for name in own], f"{together}.bias", rows, turned)
+    else:
+        yield stacked(f"{ours}.qkv.weight", [f"{name}.weight" for name in projections], rows, turned)
+        for name, theirs, count, width in zip(parts, projections, rows, turned, strict=True):
+            if name in bias:
+                yield stacked(f"{ours}.biases.{name}", [f"{theirs}.bias"], [count], [width])
+    yield from affine(f"{ours}.out", out) if "out" in bias else [same(f"{ours}.out.weight", f"{out}.weight")]
 
 
 def halves_to_pairs(x: Tensor, width: int | None) -> Tensor:

@@ -1,19 +1,18 @@
 """Gemma 3 (Gemma Team 2025), the models of text alone."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multimodal.attention import DotProduct, ScaledDotProduct
 from multimodal.core import Core
 from multimodal.heads import NextToken
-from multimodal.layers import MLP, SelfAttention
-from multimodal.layers.base import SandwichNorm
+from multimodal.layers import MLP, SandwichNorm, SelfAttention
 from multimodal.masks import Window
 from multimodal.norm import Norm
 from multimodal.positions import Rotary
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same
-from multimodal.pretrained.llama import decoder_block, scaled_rotary, stop_of, windows_of
+from multimodal.pretrained.family import Blueprint, Family, Settings, activation
+from multimodal.pretrained.llama import decoder_pairs, scaled_rotary, stop_of, windows_of
 from multimodal.pretrained.texts import adds_tokens, text_tokenizer
 from multimodal.task import Task
 
@@ -69,17 +68,9 @@ class Gemma3(Family):
             {"text": text},
             core,
             [Task("text -> text", head)],
-            list(self._pairs(core, key_width, bias, "" if bare else "model.", head.tied)),
+            list(decoder_pairs(core, "" if bare else "model.", head.tied)),
             copies={"lm_head.weight": "model.embed_tokens.weight"} if tied else {},
         )
-
-    def _pairs(self, core: Core, key_width: int, bias: tuple[str, ...], prefix: str, tied: bool) -> Iterator[Pair]:
-        yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
-        yield same("core.norm.weight", f"{prefix}norm.weight")
-        if not tied:
-            yield same("readouts.text_NextToken.linear.weight", "lm_head.weight")
-        for i in range(core.depth):
-            yield from decoder_block(core, i, f"{prefix}layers.{i}", key_width, bias, True, between=True)
 
 
 def rotaries_of(settings: Settings, defaults: Mapping[str, float], old: Mapping[str, str]) -> dict[str, Rotary]:

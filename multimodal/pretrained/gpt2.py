@@ -12,13 +12,13 @@ from multimodal.pretrained.family import (
     Pair,
     Settings,
     activation,
+    affine,
     attention_names,
     parted,
     same,
     transposed,
 )
 from multimodal.pretrained.llama import stop_of
-from multimodal.pretrained.pictures import norm_pairs
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.task import Task
 
@@ -64,7 +64,7 @@ class GPT2(Family):
     def _pairs(self, core: Core, prefix: str, tied: bool) -> Iterator[Pair]:
         yield same("embeds.text.weight", f"{prefix}wte.weight")
         yield same("core.times.weight", f"{prefix}wpe.weight")
-        yield from norm_pairs("core.norm", f"{prefix}ln_f")
+        yield from affine("core.norm", f"{prefix}ln_f")
         if not tied:
             yield same("readouts.text_NextToken.linear.weight", "lm_head.weight")
         for i in range(core.depth):
@@ -80,4 +80,4 @@ class GPT2(Family):
                 yield transposed(f"{name}.weight", f"{theirs}.{other}.weight")
                 yield same(f"{name}.bias", f"{theirs}.{other}.bias")
             for layer in range(2):
-                yield from norm_pairs(f"{ours}.{layer}.norm", f"{theirs}.ln_{layer + 1}")
+                yield from affine(f"{ours}.{layer}.norm", f"{theirs}.ln_{layer + 1}")

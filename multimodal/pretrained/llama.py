@@ -5,7 +5,7 @@ from typing import Any
 
 from multimodal.core import Core
 from multimodal.heads import NextToken
-from multimodal.layers import MLP, SelfAttention
+from multimodal.layers import MLP, SandwichNorm, SelfAttention
 from multimodal.masks import Window
 from multimodal.norm import Norm
 from multimodal.positions import Rotary
@@ -16,6 +16,7 @@ from multimodal.pretrained.family import (
     Settings,
     activation,
     attention_names,
+    attention_pairs,
     same,
     stacked,
 )
@@ -43,7 +44,8 @@ class Llama(Family):
         # the tables that they allocate; rotary positions have no end
         settings.ignore("max_position_embeddings")
         # SmolLM2 notes the framework that trained it; the tensors are stored as all others are
-        settings.ignore("is_llama_config", "rope_interleaved")
+        settings.ignore("is_llama_config")
+        settings.only("rope_interleaved", False)
         mlp = MLP(activation=activation(settings, "hidden_act", "silu"), bias=settings.get("mlp_bias", False))
         base, rotary = rotary_of(settings)
         windows = windows_of(settings, depth)
@@ -76,55 +78,50 @@ class Llama(Family):
             {"text": text},
             core,
             [Task("text -> text", head)],
-            list(self._pairs(core, key_width, bias, "" if bare else "model.", head.tied)),
+            list(decoder_pairs(core, "" if bare else "model.", head.tied)),
             copies={"lm_head.weight": "model.embed_tokens.weight"} if tied else {},
             derived=[r".*rotary_emb\.inv_freq"],
         )
 
-    def _pairs(self, core: Core, key_width: int, bias: tuple[str, ...], prefix: str, tied: bool) -> Iterator[Pair]:
-        yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
-        yield same("core.norm.weight", f"{prefix}norm.weight")
-        if not tied:
-            yield same("readouts.text_NextToken.linear.weight", "lm_head.weight")
-        for i in range(core.depth):
-            yield from decoder_block(core, i, f"{prefix}layers.{i}", key_width, bias, core.qk_norm)
 
+def decoder_pairs(core: Core, prefix: str, tied: bool) -> Iterator[Pair]:
+    """The tensors of a language model of the layout that Llama, Qwen and Gemma share.
 
-def decoder_block(
-    core: Core, i: int, theirs: str, key_width: int, bias: tuple[str, ...], qk_norm: bool, between: bool = False
-) -> Iterator[Pair]:
-    """The tensors of a block of the layout that Llama, Qwen and Gemma share.
-
-    between: whether norms stand also behind the layers (Gemma), which changes the names of those before them.
+    prefix: before all names but that of the head. tied: whether the head has no matrix of its own.
     """
-    ours, parts = f"core.blocks.{i}.layers", ("q_proj", "k_proj", "v_proj")
-    attention = attention_names(i)
-    rows = [core.heads * key_width, core.groups * key_width, core.groups * key_width]
-    turned = [key_width, key_width, None]
-    yield stacked(f"{attention}.qkv.weight", [f"{theirs}.self_attn.{p}.weight" for p in parts], rows, turned)
-    yield same(f"{attention}.out.weight", f"{theirs}.self_attn.o_proj.weight")
-    for name, part, n, width in zip(("query", "key", "value"), parts, rows, turned, strict=True):
-        if name in bias:
-            yield stacked(f"{attention}.biases.{name}", [f"{theirs}.self_attn.{part}.bias"], [n], [width])
-    if "out" in bias:
-        yield same(f"{attention}.out.bias", f"{theirs}.self_attn.o_proj.bias")
-    if qk_norm:
+    yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
+    yield same("core.norm.weight", f"{prefix}norm.weight")
+    if not tied:
+        yield same("readouts.text_NextToken.linear.weight", "lm_head.weight")
+    for i in range(core.depth):
+        yield from decoder_block(core, i, f"{prefix}layers.{i}")
+
+
+def decoder_block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
+    """The tensors of block i, as the core declares it."""
+    attends, mlp = core.blocks[i]
+    assert isinstance(attends, SelfAttention)
+    assert isinstance(mlp, MLP)
+    ours, attention = f"core.blocks.{i}.layers", attention_names(i)
+    width = attends.key_width or core.head_width
+    rows, turned = [core.heads * width, core.groups * width, core.groups * width], [width, width, None]
+    projections = [f"{theirs}.self_attn.{part}_proj" for part in "qkv"]
+    yield from attention_pairs(attention, projections, f"{theirs}.self_attn.o_proj", rows, attends.bias, turned)
+    if core.qk_norm:
         for name in "qk":
             norm = f"{theirs}.self_attn.{name}_norm.weight"
-            yield stacked(f"{attention}.norm_{name}.weight", [norm], [key_width], [key_width])
-    mlp, hidden = f"{ours}.1.body", core.hidden
-    kinds = ["weight", "bias"] if any(getattr(layer, "bias", ()) is True for layer in core.blocks[i]) else ["weight"]
-    for kind in kinds:
+            yield stacked(f"{attention}.norm_{name}.weight", [norm], [width], [width])
+    for kind in ("weight", "bias") if mlp.bias else ("weight",):
         both = [f"{theirs}.mlp.gate_proj.{kind}", f"{theirs}.mlp.up_proj.{kind}"]
-        yield stacked(f"{mlp}.gate_up.{kind}", both, [hidden, hidden])
-        yield same(f"{mlp}.down.{kind}", f"{theirs}.mlp.down_proj.{kind}")
-    yield same(f"{ours}.0.norm.weight", f"{theirs}.input_layernorm.weight")
-    if between:
-        yield same(f"{ours}.0.merge_weights.weight", f"{theirs}.post_attention_layernorm.weight")
-        yield same(f"{ours}.1.norm.weight", f"{theirs}.pre_feedforward_layernorm.weight")
-        yield same(f"{ours}.1.merge_weights.weight", f"{theirs}.post_feedforward_layernorm.weight")
-    else:
-        yield same(f"{ours}.1.norm.weight", f"{theirs}.post_attention_layernorm.weight")
+        yield stacked(f"{ours}.1.body.gate_up.{kind}", both, [core.hidden] * 2)
+        yield same(f"{ours}.1.body.down.{kind}", f"{theirs}.mlp.down_proj.{kind}")
+    # norms behind the layers change the names of those before them
+    norms = {"0.norm": "input", "1.norm": "post_attention"}
+    if isinstance(attends.merge, SandwichNorm):
+        norms = {"0.norm": "input", "0.merge_weights": "post_attention"}
+        norms |= {"1.norm": "pre_feedforward", "1.merge_weights": "post_feedforward"}
+    for name, other in norms.items():
+        yield same(f"{ours}.{name}.weight", f"{theirs}.{other}_layernorm.weight")
 
 
 def rotary_of(settings: Settings) -> tuple[float, Rotary | None]:
@@ -148,8 +145,11 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
     factor, fraction = scaling.pop("factor", 1.0), scaling.pop("partial_rotary_factor", 1.0)
     bands = None
     if kind == "llama3":
-        tokens = scaling.pop("original_max_position_embeddings")
-        bands = (scaling.pop("low_freq_factor"), scaling.pop("high_freq_factor"), tokens)
+        fields = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if missing := [name for name in fields if name not in scaling]:
+            raise CheckpointError(f"{where}: rope_parameters have no {missing[0]!r}, which rope_type='llama3' needs")
+        low, high, tokens = (scaling.pop(name) for name in fields)
+        bands = (low, high, tokens)
     elif kind not in ("default", "linear"):
         raise CheckpointError(
             f"{where}: rope_type={kind!r} is not supported; there are 'default', 'linear' and 'llama3'"

@@ -17,7 +17,7 @@ from multimodal.pretrained.family import (
     Settings,
     activation,
     attention_names,
-    fused,
+    attention_pairs,
     same,
 )
 from multimodal.pretrained.gemma3 import FULL, SLIDING, rotaries_of
@@ -103,9 +103,8 @@ class ModernBert(Family):
         yield same("core.norm.weight", f"{prefix}final_norm.weight")
         for i in range(core.depth):
             ours, theirs, attention = f"core.blocks.{i}.layers", f"{prefix}layers.{i}", attention_names(i)
-            turned = [key_width, key_width, None]
-            yield fused(f"{attention}.qkv.weight", f"{theirs}.attn.Wqkv.weight", [core.width] * 3, turned)
-            yield same(f"{attention}.out.weight", f"{theirs}.attn.Wo.weight")
+            rows, turned = [core.width] * 3, [key_width, key_width, None]
+            yield from attention_pairs(attention, [f"{theirs}.attn.Wqkv"], f"{theirs}.attn.Wo", rows, (), turned)
             yield same(f"{ours}.1.body.gate_up.weight", f"{theirs}.mlp.Wi.weight")
             yield same(f"{ours}.1.body.down.weight", f"{theirs}.mlp.Wo.weight")
             if i > 0:  # the embedded tokens are normed already

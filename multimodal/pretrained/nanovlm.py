@@ -8,8 +8,19 @@ from multimodal.core import Core
 from multimodal.heads import NextToken
 from multimodal.layers import MLP, SelfAttention
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, attention_names, moved, parted, same, shaped
+from multimodal.pretrained.family import (
+    Blueprint,
+    Family,
+    Pair,
+    Settings,
+    affine,
+    attention_names,
+    attention_pairs,
+    moved,
+    same,
+)
 from multimodal.pretrained.llama import decoder_block
+from multimodal.pretrained.pictures import embedding_pairs, positions_pair
 from multimodal.pretrained.siglip_vision import BIASES, TOWER
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
@@ -77,7 +88,7 @@ class NanoVLM(Family):
         if not tied:
             pairs.append(same("readouts.text_NextToken.linear.weight", logits))
         for i in range(core.depth):
-            for pair in decoder_block(core, i, f"decoder.blocks.{i}", core.head_width, (), False):
+            for pair in decoder_block(core, i, f"decoder.blocks.{i}"):
                 pairs.append(replace(pair, theirs=tuple(map(_renamed, pair.theirs))))
         pairs += [
             same(f"embeds.image.connector.{kind}", f"MP.proj.{kind}") for kind in ("weight", "bias")[: 1 + biased]
@@ -127,27 +138,19 @@ class NanoVLM(Family):
     def _eye_pairs(self, core: Core, tokens: ClassTokens) -> Iterator[Pair]:
         assert tokens.table is not None
         of: Any = tokens.of
-        patch, width, theirs = of.patch, core.width, "vision_encoder"
-        square, count = (width, 3, patch, patch), tokens.table[0] * tokens.table[1]
-        linear = f"{theirs}.patch_embedding.conv"
-        yield shaped("embeds.image.of.linear.weight", f"{linear}.weight", (width, 3 * patch**2), square)
-        yield same("embeds.image.of.linear.bias", f"{linear}.bias")
+        theirs, width = "vision_encoder", core.width
+        yield from embedding_pairs("image", f"{theirs}.patch_embedding.conv", width, 3, of.patch)
         table = f"{theirs}.patch_embedding.position_embedding"
-        yield shaped("embeds.image.positions_ND", table, (count, width), (1, count, width))
+        yield positions_pair("image", table, tokens.table[0] * tokens.table[1], width)
         for i in range(core.depth):
-            attention, block = attention_names(i), f"{theirs}.blocks.{i}"
-            yield same(f"{attention}.qkv.weight", f"{block}.attn.qkv_proj.weight")
-            yield from parted(
-                [f"{attention}.biases.{b}" for b in BIASES[:3]], f"{block}.attn.qkv_proj.bias", [width] * 3
-            )
-            for kind in ("weight", "bias"):
-                yield same(f"{attention}.out.{kind}", f"{block}.attn.out_proj.{kind}")
-                for layer in range(2):
-                    yield same(f"core.blocks.{i}.layers.{layer}.norm.{kind}", f"{block}.ln{layer + 1}.{kind}")
-                yield same(f"core.blocks.{i}.layers.1.body.up.{kind}", f"{block}.mlp.fc1.{kind}")
-                yield same(f"core.blocks.{i}.layers.1.body.down.{kind}", f"{block}.mlp.fc2.{kind}")
-        for kind in ("weight", "bias"):
-            yield same(f"core.norm.{kind}", f"{theirs}.layer_norm.{kind}")
+            ours, block = f"core.blocks.{i}.layers", f"{theirs}.blocks.{i}"
+            qkv, out = f"{block}.attn.qkv_proj", f"{block}.attn.out_proj"
+            yield from attention_pairs(attention_names(i), [qkv], out, [width] * 3, BIASES)
+            for layer in range(2):
+                yield from affine(f"{ours}.{layer}.norm", f"{block}.ln{layer + 1}")
+            yield from affine(f"{ours}.1.body.up", f"{block}.mlp.fc1")
+            yield from affine(f"{ours}.1.body.down", f"{block}.mlp.fc2")
+        yield from affine("core.norm", f"{theirs}.layer_norm")
 
 
 def _renamed(name: str) -> str:

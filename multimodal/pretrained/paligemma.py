@@ -7,15 +7,23 @@ from multimodal.core import Core
 from multimodal.heads import NextToken
 from multimodal.layers import MLP, SelfAttention
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, moved, same
-from multimodal.pretrained.llama import decoder_block, rotary_of, stop_of
-from multimodal.pretrained.siglip_vision import TOWER, encoder_core, image_processor, vision_pairs, vision_tokens
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, moved
+from multimodal.pretrained.llama import decoder_pairs, rotary_of, stop_of
+from multimodal.pretrained.pictures import image_processor
+from multimodal.pretrained.siglip_vision import TOWER, encoder_core, vision_pairs, vision_tokens
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
 from multimodal.tower import Linear, Tower
 
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
 """What a configuration of SigLIP means where it says nothing."""
 
 
@@ -34,7 +42,7 @@ class PaliGemma(Family):
         settings.ignore("image_token_index", "image_token_id", "ignore_index", "vocab_size", "hidden_size")
         settings.only("tie_word_embeddings", True)
 
-        core, key_width = self._text_core(text)
+        core = self._text_core(text)
         settings.only("projection_dim", core.width)
         head = NextToken(start_ids=(), stop_id=stop_of(text), tied=True, bias=False)
         reads = text_tokenizer(text, files, causal=False, scale=core.width**0.5, specials=True)
@@ -53,14 +61,8 @@ class PaliGemma(Family):
         words, sees = "language_model.model.", "vision_tower."
         if any(name.startswith(f"{sees}vision_model.") for name in names):  # as versions before 5 write it
             sees += "vision_model."
-        pairs: list[Pair] = [
-            same("embeds.text.weight", f"{words}embed_tokens.weight"),
-            same("core.norm.weight", f"{words}norm.weight"),
-        ]
-        for i in range(core.depth):
-            pairs += decoder_block(core, i, f"{words}layers.{i}", key_width, (), False)
-        for kind in ("weight", "bias"):
-            pairs.append(same(f"embeds.image.connector.{kind}", f"multi_modal_projector.linear.{kind}"))
+        pairs: list[Pair] = [*decoder_pairs(core, words, tied=True)]
+        pairs += affine("embeds.image.connector", "multi_modal_projector.linear")
         pairs += moved(list(vision_pairs(eye, image, sees)), TOWER, {})
         return Blueprint(
             {"image": Tower(image, eye, Linear()), "text": reads},
@@ -74,8 +76,8 @@ class PaliGemma(Family):
             },
         )
 
-    def _text_core(self, text: Settings) -> tuple[Core, int]:
-        """(Gemma 1, the width of its heads)."""
+    def _text_core(self, text: Settings) -> Core:
+        """Gemma 1."""
         if (kind := text.need("model_type")) != "gemma":
             raise CheckpointError(
                 f"{text.where}: model_type={kind!r} is not supported; wanted 'gemma', as PaliGemma 1 has it"
@@ -94,7 +96,7 @@ class PaliGemma(Family):
         width, heads = text.need("hidden_size"), text.need("num_attention_heads")
         key_width = text.get("head_dim", 256)
         own_width = None if key_width * heads == width else key_width
-        core = Core(
+        return Core(
             width=width,
             depth=text.need("num_hidden_layers"),
             heads=heads,
@@ -106,4 +108,3 @@ class PaliGemma(Family):
             rotary_base=(base, 100.0, 100.0),
             block=(SelfAttention(rotary=rotary, key_width=own_width), MLP(activation=act)),
         )
-        return core, key_width

@@ -14,7 +14,7 @@ from multimodal.heads.pool import Pool
 from multimodal.layers import MLP, SelfAttention
 from multimodal.layers.base import Add, Merge, PostNorm
 from multimodal.layers.mlp import Activation
-from multimodal.pretrained.family import Pair, Settings, attention_names, same, shaped, stacked
+from multimodal.pretrained.family import Pair, Settings, affine, attention_names, attention_pairs, same, shaped, stacked
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
 from multimodal_tokenizers import ImagePatches, Labels
@@ -30,15 +30,26 @@ def sides(settings: Settings, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def patches(settings: Settings, files: Mapping[str, bytes], default: Mapping[str, Any]) -> ImagePatches:
-    """The pictures of a vision transformer as preprocessor_config.json prepares them; default: where there is no such file."""
+def image_processor(files: Mapping[str, bytes], default: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How pictures are prepared, as the files beside the weights say; default: where they say nothing."""
+    for name in (PREPROCESSOR, "processor_config.json"):
+        if name in files:
+            found = json.loads(files[name])
+            # newer versions write one file for all processors of a model
+            found = found.get("image_processor", found if name == PREPROCESSOR else None)
+            if found:
+                return found
+    return default
+
+
+def patches(settings: Settings, processor: Mapping[str, Any]) -> ImagePatches:
+    """The pictures of a vision transformer; processor: how they are prepared, see `image_processor`."""
     rows, columns = sides(settings, "patch_size")
     if rows != columns:
         raise CheckpointError(f"{settings.where}: patch_size={(rows, columns)} is not supported; wanted squares")
     settings.only("num_channels", 3)
-    preprocessor = json.loads(files[PREPROCESSOR]) if PREPROCESSOR in files else default
     try:
-        return ImagePatches(patch=rows, position="rotary", **image_settings(preprocessor))
+        return ImagePatches(patch=rows, position="rotary", **image_settings(processor))
     except ConfigError as error:
         raise CheckpointError(f"{settings.where}: {PREPROCESSOR}: {error}") from None
 
@@ -68,7 +79,7 @@ def new(ours: str, make: Callable[[], Tensor]) -> Pair:
 def classifier(kind: str, pool: Pool, labels: Labels, width: int, theirs: str) -> tuple[list[Task], list[Pair]]:
     """The task of naming the class of a value of this kind; the weights of its linear layer, and of classes that are read, which is
     new."""
-    pairs = [same(f"readouts.label_Classify.linear.{part}", f"{theirs}.{part}") for part in ("weight", "bias")]
+    pairs = affine("readouts.label_Classify.linear", theirs)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         table = labels.embed(width)
@@ -102,12 +113,6 @@ def positions_pair(kind: str, theirs: str, count: int, width: int) -> Pair:
     return shaped(f"embeds.{kind}.positions_ND", theirs, (count, width), (1, count, width))
 
 
-def norm_pairs(ours: str, theirs: str) -> Iterator[Pair]:
-    """A LayerNorm."""
-    for part in ("weight", "bias"):
-        yield same(f"{ours}.{part}", f"{theirs}.{part}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncoderBlock:
     """A block of a vision transformer: its layers, and the names of their tensors below that of the block.
@@ -116,7 +121,8 @@ class EncoderBlock:
     bias: which projections of the attention have one. mlp_bias: whether those of the MLP have.
     merge: how updates join the stream; a LayerScale has its own names in `scales`.
     rotary: whether queries and keys have rotary positions, whose pairs they store as halves.
-    query, key, value, out, up, down, norms, scales: their names; `up` has two where the gate is a matrix of its own.
+    projections, out, up, down, norms, scales: their names. `projections` are those of queries, keys and values, or a single one if
+        they are one tensor; `up` has two where the gate is a matrix of its own.
     """
 
     width: int
@@ -128,9 +134,7 @@ class EncoderBlock:
     mlp_bias: bool = True
     merge: Merge = field(default_factory=Add)
     rotary: bool = False
-    query: str = "attention.attention.query"
-    key: str = "attention.attention.key"
-    value: str = "attention.attention.value"
+    projections: tuple[str, ...] = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
     out: str = "attention.output.dense"
     up: tuple[str, ...]
     down: str
@@ -145,17 +149,13 @@ class EncoderBlock:
 
     def pairs(self, i: int, theirs: str) -> Iterator[Pair]:
         """The tensors of block i, whose name of theirs is given."""
-        attention, ours = attention_names(i), f"core.blocks.{i}.layers"
-        turn = self.width // self.heads if self.rotary else None
+        ours, width = f"core.blocks.{i}.layers", self.width
+        turn = width // self.heads if self.rotary else None
+        projections = [f"{theirs}.{name}" for name in self.projections]
         turned = [turn, turn, None]
-        projections = [f"{theirs}.{name}" for name in (self.query, self.key, self.value)]
-        yield stacked(f"{attention}.qkv.weight", [f"{p}.weight" for p in projections], [self.width] * 3, turned)
-        for name, p, width in zip(("query", "key", "value"), projections, turned, strict=True):
-            if name in self.bias:
-                yield stacked(f"{attention}.biases.{name}", [f"{p}.bias"], [self.width], [width])
-        yield same(f"{attention}.out.weight", f"{theirs}.{self.out}.weight")
-        if "out" in self.bias:
-            yield same(f"{attention}.out.bias", f"{theirs}.{self.out}.bias")
+        yield from attention_pairs(
+            attention_names(i), projections, f"{theirs}.{self.out}", [width] * 3, self.bias, turned
+        )
         up = "gate_up" if self.gated else "up"
         rows = [(1 + self.gated) * self.hidden // len(self.up)] * len(self.up)
         for part in ("weight", "bias") if self.mlp_bias else ("weight",):
@@ -163,6 +163,6 @@ class EncoderBlock:
             yield same(f"{ours}.1.body.down.{part}", f"{theirs}.{self.down}.{part}")
         for layer, norm in enumerate(self.norms):
             place = "merge_weights" if isinstance(self.merge, PostNorm) else "norm"
-            yield from norm_pairs(f"{ours}.{layer}.{place}", f"{theirs}.{norm}")
+            yield from affine(f"{ours}.{layer}.{place}", f"{theirs}.{norm}")
         for layer, scale in enumerate(self.scales):
             yield same(f"{ours}.{layer}.merge_weights.gamma", f"{theirs}.{scale}")

@@ -1,6 +1,5 @@
 """The encoders of CLIP and SigLIP (Zhai et al. 2023) as functions, for models that have one within too: PaliGemma, SmolVLM."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -8,43 +7,21 @@ from multimodal.core import Core
 from multimodal.layers import MLP, SelfAttention
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Pair, Settings, activation, same
-from multimodal.pretrained.pictures import EncoderBlock, embedding_pairs
-from multimodal.shapes import CheckpointError, ConfigError
-from multimodal_tokenizers import ClassTokens, ImagePatches
-from multimodal_tokenizers.fit import image_settings
+from multimodal.pretrained.pictures import EncoderBlock, embedding_pairs, patches, sides
+from multimodal_tokenizers import ClassTokens
 
 BIASES = ("query", "key", "value", "out")
 TOWER = {"embeds.image.": "embeds.image.frozen_part.embed.", "core.": "embeds.image.frozen_part.core."}
 """By the beginning of a name of our tensors in a model of its own, that in a tower for pictures."""
 
 
-def image_processor(files: Mapping[str, bytes], default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How pictures are prepared, as the files beside the weights say; default: where they say nothing."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if name in files:
-            found = json.loads(files[name])
-            # newer versions write one file for all processors of a model
-            found = found.get("image_processor", found if name.startswith("pre") else None)
-            if found:
-                return found
-    return default
-
-
 def vision_tokens(
     settings: Settings, processor: Mapping[str, Any], resample: Literal["bicubic", "nearest"] = "bicubic"
 ) -> ClassTokens:
     """Patches of pictures with learned positions."""
-    image, patch = settings.get("image_size", 224), settings.get("patch_size", 16)
-    settings.only("num_channels", 3)
-    if not isinstance(image, int) or not isinstance(patch, int):
-        raise CheckpointError(
-            f"{settings.where}: image_size={image} and patch_size={patch} are not supported; wanted squares"
-        )
-    try:
-        of = ImagePatches(patch=patch, position="rotary", **image_settings(processor))
-    except ConfigError as error:
-        raise CheckpointError(f"{settings.where}: the processor of pictures: {error}") from None
-    return ClassTokens(of, count=0, table=(image // patch, image // patch), resample=resample)
+    of = patches(settings, processor)
+    rows, columns = sides(settings, "image_size")
+    return ClassTokens(of, count=0, table=(rows // of.patch, columns // of.patch), resample=resample)
 
 
 def encoder_core(settings: Settings, act: str = "gelu_pytorch_tanh", eps: float = 1e-6, **more: Any) -> Core:
@@ -82,9 +59,7 @@ def encoder_pairs(core: Core, theirs: str) -> Iterator[Pair]:
         hidden=core.hidden,
         activation=mlp.activation,
         bias=BIASES,
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
+        projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         out="self_attn.out_proj",
         up=("mlp.fc1",),
         down="mlp.fc2",

@@ -6,7 +6,8 @@ from typing import Any
 
 from multimodal.pretrained.family import Blueprint, Family, Settings, moved, renamed, same
 from multimodal.pretrained.llama import Llama
-from multimodal.pretrained.siglip_vision import TOWER, encoder_core, image_processor, vision_pairs, vision_tokens
+from multimodal.pretrained.pictures import image_processor
+from multimodal.pretrained.siglip_vision import TOWER, encoder_core, vision_pairs, vision_tokens
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task

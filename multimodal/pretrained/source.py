@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,19 +143,24 @@ def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
     wanted = [CONFIG, *BESIDE, "*.safetensors", "*.safetensors.index.json"]
     try:
         # the commit is pinned before anything is read, so that all files are of one version
-        commit = revision
-        if not constants.HF_HUB_OFFLINE:
-            commit = HfApi().model_info(name, revision=revision).sha
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+        commit, cached = revision, constants.HF_HUB_OFFLINE
+        if not cached:
+            try:
+                commit = HfApi().model_info(name, revision=revision).sha
+            except HfHubHTTPError:
+                raise
+            except Exception:  # there is no connection, which each version of the library says in another way
+                cached = True
+        get = partial(snapshot_download, name, revision=commit, local_files_only=cached)
+        folder = Path(get(allow_patterns=wanted))
         if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
-            folder = Path(
-                snapshot_download(name, revision=commit, allow_patterns=[*wanted, "*.bin", "*.bin.index.json"])
-            )
+            folder = Path(get(allow_patterns=[*wanted, "*.bin", "*.bin.index.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"pretrained: {name!r} is no folder here, and cannot be had from the hub: {shortened(error, 300)}"
         ) from None
-    return _of_folder(name, folder, pickle, revision=commit or folder.name)
+    # a folder of the cache has the name of its commit
+    return _of_folder(name, folder, pickle, revision=folder.name if cached else commit)
 
 
 def _of_module(module: torch.nn.Module) -> Source:

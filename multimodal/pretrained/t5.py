@@ -10,7 +10,17 @@ from multimodal.heads import NextToken
 from multimodal.heads.pool import Mean
 from multimodal.layers import MLP, CrossAttention, SelfAttention
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, stacked, transposed
+from multimodal.pretrained.family import (
+    Blueprint,
+    Family,
+    Pair,
+    Settings,
+    activation,
+    attention_pairs,
+    same,
+    stacked,
+    transposed,
+)
 from multimodal.pretrained.llama import stop_of
 from multimodal.pretrained.pictures import vectors
 from multimodal.pretrained.texts import adds_tokens, text_tokenizer
@@ -114,6 +124,5 @@ def core_pairs(core: Core, ours: str, theirs: str) -> Iterator[Pair]:
             assert isinstance(layer, (SelfAttention, CrossAttention))
             rows = (layer.heads or core.heads) * (layer.key_width or core.head_width)
             kind = "SelfAttention" if isinstance(layer, SelfAttention) else "EncDecAttention"
-            names = [f"{other}.{kind}.{part}.weight" for part in "qkv"]
-            yield stacked(f"{body}.body.attention.qkv.weight", names, [rows] * 3)
-            yield same(f"{body}.body.attention.out.weight", f"{other}.{kind}.o.weight")
+            names = [f"{other}.{kind}.{part}" for part in "qkv"]
+            yield from attention_pairs(f"{body}.body.attention", names, f"{other}.{kind}.o", [rows] * 3, ())

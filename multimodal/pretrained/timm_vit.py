@@ -10,14 +10,13 @@ from multimodal.core import Core
 from multimodal.heads.pool import Attended, First, Mean, Pool, Transformed
 from multimodal.layers import Add, LayerScale
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, attention_names, parted, same
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, affine, attention_names
 from multimodal.pretrained.pictures import (
     EncoderBlock,
     classes,
     classifier,
     embedding_pairs,
     learned_pair,
-    norm_pairs,
     positions_pair,
     vectors,
 )
@@ -149,6 +148,8 @@ class TimmViT(Family):
             bias=(*(("query", "key", "value") if settings.need("qkv_bias") else ()), *(["out"] if biased else [])),
             mlp_bias=biased,
             merge=LayerScale() if scaled else Add(),
+            projections=("attn.qkv",),
+            out="attn.proj",
             up=("mlp.fc1",),
             down="mlp.fc2",
             norms=("norm1", "norm2"),
@@ -182,9 +183,10 @@ class TimmViT(Family):
             readout = "readouts.image__image_Contrast.pool"
         pairs = [
             *self._embedding(image, learned, settings.need("patch_bias"), width),
-            *(pair for i in range(core.depth) for pair in _block(core, block, i)),
-            *(norm_pairs("core.first_norm", "norm_pre") if core.first_norm else ()),
-            *(norm_pairs("core.norm", "norm") if core.last_norm else ()),
+            *(pair for i in range(core.depth) for pair in block.pairs(i, f"blocks.{i}")),
+            *(pair for i in range(core.depth) if core.qk_norm for pair in _query_key_norms(i)),
+            *(affine("core.first_norm", "norm_pre") if core.first_norm else ()),
+            *(affine("core.norm", "norm") if core.last_norm else ()),
             *_pool_pairs(pool, readout),
             *more,
         ]
@@ -242,30 +244,14 @@ class TimmViT(Family):
             yield positions_pair("image", "pos_embed", image.placed + rows * columns, width)
 
 
-def _block(core: Core, block: EncoderBlock, i: int) -> Iterator[Pair]:
-    """A block, whose queries, keys and values are one tensor there."""
-    ours, theirs = attention_names(i), f"blocks.{i}"
-    together = {
-        f"{ours}.{name}"
-        for name in ("qkv.weight", "biases.query", "biases.key", "biases.value", "out.weight", "out.bias")
-    }
-    yield from (pair for pair in block.pairs(i, theirs) if pair.ours not in together)
-    yield same(f"{ours}.qkv.weight", f"{theirs}.attn.qkv.weight")
-    yield same(f"{ours}.out.weight", f"{theirs}.attn.proj.weight")
-    if "query" in block.bias:
-        biases = [f"{ours}.biases.{name}" for name in ("query", "key", "value")]
-        yield from parted(biases, f"{theirs}.attn.qkv.bias", [core.width] * 3)
-    if "out" in block.bias:
-        yield same(f"{ours}.out.bias", f"{theirs}.attn.proj.bias")
-    if core.qk_norm:
-        for name in "qk":
-            yield from norm_pairs(f"{ours}.norm_{name}", f"{theirs}.attn.{name}_norm")
+def _query_key_norms(i: int) -> list[Pair]:
+    return [p for name in "qk" for p in affine(f"{attention_names(i)}.norm_{name}", f"blocks.{i}.attn.{name}_norm")]
 
 
 def _pool_pairs(pool: Pool, ours: str) -> Iterator[Pair]:
     """The weights of a pool."""
     if isinstance(pool, Transformed):
-        yield from norm_pairs(f"{ours}.last_norm", "fc_norm")
+        yield from affine(f"{ours}.last_norm", "fc_norm")
         yield from _pool_pairs(pool.of, f"{ours}.of")
     if not isinstance(pool, Attended):
         return
@@ -274,10 +260,8 @@ def _pool_pairs(pool: Pool, ours: str) -> Iterator[Pair]:
     for kind in ("weight", "bias"):
         parts = (f"{theirs}.q.{kind}", f"{theirs}.kv.{kind}")
         yield Pair(f"{attention}.in_proj_{kind}", parts, _joined, _divided)
-        yield same(f"{attention}.out_proj.{kind}", f"{theirs}.proj.{kind}")
-        yield same(f"{ours}.up.{kind}", f"{theirs}.mlp.fc1.{kind}")
-        yield same(f"{ours}.down.{kind}", f"{theirs}.mlp.fc2.{kind}")
-    yield from norm_pairs(f"{ours}.norm", f"{theirs}.norm")
+    for name, other in (("attention.out_proj", "proj"), ("up", "mlp.fc1"), ("down", "mlp.fc2"), ("norm", "norm")):
+        yield from affine(f"{ours}.{name}", f"{theirs}.{other}")
 
 
 def _joined(query: Tensor, both: Tensor) -> Tensor:

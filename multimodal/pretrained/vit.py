@@ -6,14 +6,14 @@ from typing import Any
 from multimodal.core import Core
 from multimodal.heads.pool import First, Transformed
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, same
 from multimodal.pretrained.pictures import (
     EncoderBlock,
     classes,
     classifier,
     embedding_pairs,
+    image_processor,
     learned_pair,
-    norm_pairs,
     patches,
     positions_pair,
     sides,
@@ -71,7 +71,7 @@ class ViT(Family):
         default = {"image_processor_type": PROCESSORS[family], "size": {"height": rows, "width": columns}}
         if family == "deit":
             default |= {"size": {"height": rows * 8 // 7, "width": columns * 8 // 7}, "crop_size": default["size"]}
-        of = patches(settings, files, default)
+        of = patches(settings, image_processor(files, default))
         learned = TOKENS[family]
         image = ClassTokens(of, len(learned), len(learned), (rows // of.patch, columns // of.patch))
 
@@ -126,4 +126,4 @@ def encoder_pairs(
     )
     for i in range(core.depth):
         yield from block.pairs(i, f"{prefix}encoder.layer.{i}")
-    yield from norm_pairs("core.norm", f"{prefix}layernorm")
+    yield from affine("core.norm", f"{prefix}layernorm")

@@ -10,7 +10,7 @@ from multimodal.heads import NextToken
 from multimodal.heads.pool import Mean, Transformed
 from multimodal.layers import MLP, CrossAttention, SelfAttention
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, same, stacked
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, attention_pairs, same
 from multimodal.pretrained.pictures import classes, classifier
 from multimodal.pretrained.texts import text_tokenizer
 from multimodal.shapes import CheckpointError
@@ -134,33 +134,20 @@ def _blocks(ours: str, theirs: str, core: Core, *, crosses: bool) -> Iterator[Pa
     for i in range(core.depth):
         block, layers = f"{theirs}.layers.{i}", f"{ours}.blocks.{i}.layers"
         last = 2 if crosses else 1
-        yield from plain_attention(f"{layers}.0", f"{block}.self_attn", core, BIAS)
+        yield from _attention(f"{layers}.0", f"{block}.self_attn", core)
         yield from affine(f"{layers}.0.norm", f"{block}.self_attn_layer_norm")
         if crosses:
-            yield from plain_attention(f"{layers}.1", f"{block}.encoder_attn", core, BIAS)
+            yield from _attention(f"{layers}.1", f"{block}.encoder_attn", core)
             yield from affine(f"{layers}.1.norm", f"{block}.encoder_attn_layer_norm")
         yield from affine(f"{layers}.{last}.norm", f"{block}.final_layer_norm")
         yield from affine(f"{layers}.{last}.body.up", f"{block}.fc1")
         yield from affine(f"{layers}.{last}.body.down", f"{block}.fc2")
 
 
-def affine(ours: str, theirs: str) -> Iterator[Pair]:
-    """The weight and the bias of a norm or a linear layer."""
-    for kind in ("weight", "bias"):
-        yield same(f"{ours}.{kind}", f"{theirs}.{kind}")
-
-
-def plain_attention(ours: str, theirs: str, core: Core, bias: Sequence[str]) -> Iterator[Pair]:
-    """The tensors of an attention layer without rotary positions, whose four projections are named q, k, v and out.
-
-    ours: the start of the names of the layer.
-    """
-    attention, parts = f"{ours}.body.attention", {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-    yield stacked(f"{attention}.qkv.weight", [f"{theirs}.{part}.weight" for part in parts.values()], [core.width] * 3)
-    for name, part in parts.items():
-        if name in bias:
-            yield same(f"{attention}.biases.{name}", f"{theirs}.{part}.bias")
-    yield from affine(f"{attention}.out", f"{theirs}.out_proj")
+def _attention(ours: str, theirs: str, core: Core) -> Iterator[Pair]:
+    """An attention layer, over the stream itself or over the encoder's states."""
+    projections = [f"{theirs}.{part}_proj" for part in "qkv"]
+    return attention_pairs(f"{ours}.body.attention", projections, f"{theirs}.out_proj", [core.width] * 3, BIAS)
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -183,8 +183,12 @@ def test_the_variable_length_plan_pads_widths_to_eights(lay, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rule", "case"),
-    [(PREFIX_LM & Chunked(3), "prefix"), (PREFIX_LM & Window(3), "causal then free")],
-    ids=["rule", "layout"],
+    [
+        (PREFIX_LM & Chunked(3), "prefix"),
+        (PREFIX_LM, "causal then free"),
+        (PREFIX_LM & Window(3), "causal then free"),
+    ],
+    ids=["rule", "layout", "layout in a window"],
 )
 def test_the_variable_length_plan_refuses_what_it_cannot_run(lay, rule, case):
     with pytest.raises(ConfigError, match=r"'varlen' runs only the default rule.*use 'flex'"):

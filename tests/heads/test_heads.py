@@ -229,3 +229,46 @@ def test_a_stream_without_answers_has_no_loss(values, tokenizers, core):
     stream = model.pack("text -> label", [values(0)], answers=False)
     with pytest.raises(StreamError, match="packed without answers; pack it with answers=True"):
         model.loss(stream)
+
+
+@pytest.mark.parametrize("chunk", [2**20, 600], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": 0.3},
+        {"cap": 2.0},
+        {"scale": 3.0, "cap": 2.0},
+        {"start_ids": ()},
+        {"start_ids": (7, 9)},
+        {"bias": False},
+    ],
+    ids=str,
+)
+def test_the_loss_of_a_tied_head_is_cross_entropy_of_products_with_the_table(settings, smoothing, chunk, monkeypatch):
+    """Losses and gradients, the table's twice: as what is read and as what is written."""
+    monkeypatch.setattr("multimodal.heads.cross_entropy.CHUNK", chunk)
+    head = mm.NextToken(tied=True, stop_id=0, label_smoothing=smoothing, **settings)
+    core = mm.Core(width=16, depth=1, heads=2, norm=mm.core.Norm(eps=1e-5))
+    model = mm.Model({"text": TextBytes(causal=True)}, core, [mm.Task("text -> text", head)])
+    table, readout = model.embeds["text"].weight, model.readout("text -> text")
+    with torch.no_grad():
+        table.mul_(20)
+        if head.bias:
+            readout.linear.bias.normal_()
+    stream = model.pack("text -> text", [{"text": "ab", "answer": "cde"}, {"text": "x", "answer": "longer"}])
+    reading = stream.readings["text -> text"]
+    weights = list(model.parameters())
+    mine = torch.autograd.grad(model.losses(stream)["text -> text"], weights)
+    logits = model(stream)[reading.row_N] @ table.T * head.scale
+    # the bias is not scaled
+    logits = logits if readout.linear.bias is None else logits + readout.linear.bias
+    logits = logits if head.cap is None else head.cap * (logits / head.cap).tanh()
+    target = torch.tensor([*b"cde", 0, *b"longer", 0])
+    by_sample = dict(zip(reading.samples, reading.target.split(list(reading.target_lengths)), strict=True))
+    assert torch.cat([by_sample[0], by_sample[1]]).tolist() == target.tolist()
+    wanted = F.cross_entropy(logits, reading.target, label_smoothing=smoothing, reduction="sum")
+    torch.testing.assert_close(model.losses(stream)["text -> text"], wanted, atol=1e-4, rtol=1e-5)
+    for got, expected in zip(mine, torch.autograd.grad(wanted, weights), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.pretrained import Pretrained, pretrained
+from multimodal.pretrained.gate import computed
 
 TOLERANCE = 1e-4
 
@@ -30,39 +31,19 @@ def saved(module: Any, folder: Path) -> Path:
 
 def logits_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
     """The logits of each sample, all packed together."""
-    with torch.inference_mode():
-        stream = model.pack(task, samples)
-        found = model.logits(stream)[task]
-    reading = stream.readings[task]
-    by_number = dict(zip(reading.samples, found.split(list(reading.lengths)), strict=True))
-    return [by_number[i] for i in range(len(samples))]
+    return computed(model, task, samples, states=False)
 
 
 def states_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
     """The states of what each sample reads, all packed together."""
-    with torch.inference_mode():
-        stream = model.pack(task, samples, answers=False)
-        state_TD = model(stream)
-    spans, info = stream.layout.spans, stream.layout.info
-    reading = stream.readings[task]
-    place = {int(info.sample[row]): i for i, row in zip(reading.samples, first_rows(reading), strict=True)}
-    found = {}
-    for number, span in enumerate(spans):
-        rows = (info.sample == number).nonzero()[:, 0][: span.read]
-        found[place[number]] = state_TD[rows]
-    return [found[i] for i in range(len(samples))]
-
-
-def first_rows(reading: Any) -> list[int]:
-    """The first row of each sample that a head reads."""
-    ends = torch.tensor(reading.lengths).cumsum(0) - torch.tensor(reading.lengths)
-    return reading.row_N[ends].tolist()
+    return computed(model, task, samples, states=True)
 
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference of any number."""
     assert [x.shape for x in ours] == [x.shape for x in theirs]
     assert all(x.abs().max() > 1e-2 for x in theirs), "the case does not exercise anything"
+    assert all(x.isfinite().all() for x in (*ours, *theirs)), "max would pass over NaN"
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 

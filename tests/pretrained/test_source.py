@@ -99,15 +99,16 @@ def test_what_is_not_there_or_damaged_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_name_is_read_at_one_commit_which_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    folder, asked = tiny_llama(tmp_path / "snapshots" / "abc123"), []
+    folder, asked, cut = tiny_llama(tmp_path / "snapshots" / "abc123"), [], False
 
     class Api:
         def model_info(self, name: str, revision: str | None = None) -> Any:
             asked.append((name, revision))
             return type("Info", (), {"sha": "abc123"})
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((name, revision))
+        assert local_files_only == cut
         assert not any(pattern.endswith(".bin") for pattern in allow_patterns)
         return str(folder)
 
@@ -117,6 +118,10 @@ def test_a_name_is_read_at_one_commit_which_is_recorded(tmp_path: Path, monkeypa
     loaded = pretrained("owner/tiny", revision="main")
     assert asked == [("owner/tiny", "main"), ("owner/tiny", "abc123")]
     assert (loaded.name, loaded.revision) == ("owner/tiny", "abc123")
+    # without a connection what is cached counts, whose folder has the name of its commit
+    cut = True
+    monkeypatch.setattr(Api, "model_info", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no route to host")))
+    assert pretrained("owner/tiny").revision == "abc123"
     loaded.model().save(tmp_path / "ours")
     assert mm.Model.load(tmp_path / "ours").origin["revision"] == "abc123"  # type: ignore[index]
 
@@ -147,6 +152,33 @@ def test_a_task_by_its_pattern_takes_the_head_that_writes_its_kind(tmp_path: Pat
     assert isinstance(model.packer.heads["text -> label"], mm.Classify)
     with pytest.raises(mm.ConfigError, match=r"would share the weights of another head"):
         loaded.model([mm.Task("first:text second:text -> text", mm.NextToken())])
-    with pytest.raises(mm.ConfigError, match=r"the tasks of this model are no longer those|the tokenizers and tasks"):
+    with pytest.raises(mm.ConfigError, match=r"the tokenizers and tasks of this model are no longer those"):
         model.export("hf", tmp_path / "out")
     assert sources.find(tmp_path / "tiny").revision is None
+
+
+def test_the_precision_of_a_file_is_given_back_or_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "half")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
+    tensors = {name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for dtype, named in ((None, "bfloat16"), (torch.float32, "float32")):
+        out = pretrained(folder, dtype=dtype).model().export("hf", tmp_path / named)
+        # transformers would round float32 weights to what the configuration names
+        assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == named
+        found = load_file(out / "model.safetensors")
+        assert {str(x.dtype) for x in found.values()} == {f"torch.{named}"}
+        assert all(torch.equal(x.bfloat16(), tensors[name]) for name, x in found.items())
+
+
+def test_positions_that_would_be_turned_otherwise_are_refused(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for more, message in (
+        ({"rope_interleaved": True}, r"rope_interleaved=True is not supported; wanted False"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"rope_parameters have no 'low_freq_factor'"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **more}), encoding="utf-8")
+        with pytest.raises(mm.CheckpointError, match=message):
+            pretrained(folder)

@@ -46,9 +46,7 @@ def built(tmp_path: Path, registers: int) -> tuple[Any, Any, Pretrained, Pretrai
 def unfitted(tower: Tower) -> Tower:
     """The tower for pictures of any size that are normalised already."""
     inner: Any = tower.tokenizer
-    changed = replace(tower, tokenizer=replace(inner, of=replace(inner.of, fit=None, mean=0.5, std=0.5)))
-    object.__setattr__(changed, "weights", tower.weights)
-    return changed
+    return replace(tower, tokenizer=replace(inner, of=replace(inner.of, fit=None, mean=0.5, std=0.5)))
 
 
 def with_eyes(loaded: Pretrained, words: Pretrained, dropped: int) -> mm.Model:

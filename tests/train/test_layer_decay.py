@@ -98,3 +98,12 @@ def test_a_writer_goes_on_counting_after_its_reader():
     assert found["core.writer.blocks.0.layers.0.norm.weight"] == 3
     assert found["core.writer.norm.weight"] == 5
     assert {found[name] for name in found if name.startswith("readouts")} == {6}
+
+
+def test_what_a_core_adds_to_embedded_tokens_is_as_deep_as_they_are():
+    core = mm.Core(width=32, depth=2, heads=2, learned_times=40, learned_fields=2, first_norm=True)
+    found, _ = depths(mm.Model({"image": ImagePatches(patch=4), "label": Labels(("a", "b"))}, core, [TASK]))
+    first = [name for name in found if name.startswith(("core.times", "core.fields", "core.first_norm"))]
+    assert len(first) == 3
+    assert {found[name] for name in first} == {0}
+    assert found["core.norm.weight"] == 2
