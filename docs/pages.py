@@ -25,6 +25,11 @@ ROOMS = {
     "look": ("embeddings", "layers", "lens", "parameter_count", "probes", "steering"),
     "zoo": ("adversarial", "analogies", "fact_editing", "mixture", "sparse_autoencoder"),
     "media": (),
+    "pretrained": ("gate", "nanovlm", "paligemma", "smolvlm", "whisper"),
+    "tower": (),
+    "lora": (),
+    "norm": (),
+    "positions": (),
 }
 """Each room with the modules in it that are used by their own names."""
 

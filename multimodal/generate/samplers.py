@@ -293,10 +293,10 @@ class AtLeast(Sampler):
 
 @dataclass(frozen=True)
 class Forbid(Sampler):
-    """These ids are not written.
+    """Some ids are never written, or never begin an answer.
 
     ids: the ids that are never written.
-    first: ids that do not begin an answer; that of its end forbids an empty one.
+    first: ids that never begin an answer; that of its end forbids an empty one.
     """
 
     ids: tuple[int, ...]

@@ -48,8 +48,8 @@ class Recipe(Declared):
     lr: the learning rate at its peak.
     warmup: the share of the steps in which the rate rises linearly to lr; the last of them has it.
     final_lr: the share of lr that the cosine ends at, in the last step.
-    layer_decay: a block's learning rate is this times that of the block above it; heads have lr, embeddings the lowest rate; 1: all
-        have lr. About 0.75 suits a model that is already trained.
+    layer_decay: a block's learning rate is this times that of the block above it; heads have lr, embeddings and what the core adds
+        to them the lowest rate; 1: all have lr. About 0.75 suits a model that is already trained.
     freeze: parts that do not learn, such as ("image", "core[:6]", "head:image -> label"); they run as in evaluation. Gradients do
         not pass the first blocks if these, all kinds and "queries" (the learned tokens of heads) are frozen.
     cache: a folder for the vectors of frozen towers, which later epochs and runs read instead of computing them; "": none.
