@@ -121,13 +121,20 @@ def _is_written(name: str) -> bool:
     return name == WEIGHTS or name.startswith(f"{FILES}/")
 
 
+def _is_blank(folder: Path) -> bool:
+    """Whether a folder holds nothing but a save that is under way, or was killed: that makes the folders of files before the index."""
+    found, made = set(os.listdir(folder)), folder / FILES
+    empty = made.is_dir() and not any(files for _, _, files in os.walk(made))
+    return found <= {PLACE, FILES} and (FILES not in found or empty)
+
+
 def check_room(folder: Path) -> dict[str, str | None]:
     """Check that a save may write to a folder, and return {file: checksum} of the checkpoint there; None: checksum not known.
 
     Raises:
         CheckpointError: the folder has files but is no checkpoint, or is a file itself.
     """
-    if not os.path.lexists(folder) or (folder.is_dir() and set(os.listdir(folder)) <= {PLACE}):
+    if not os.path.lexists(folder) or (folder.is_dir() and _is_blank(folder)):
         return {}
     config = own_config(folder)
     if config is None:

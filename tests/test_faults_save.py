@@ -459,6 +459,20 @@ def test_fault_70b_threads_of_one_process_save_in_turn(tmp_path):
     ]
 
 
+def test_fault_70c_the_folders_that_a_save_makes_before_its_index_hinder_no_other_save(tmp_path):
+    """Another thread, or a killed process, may have made them; a file in them is somebody's."""
+    folder = tmp_path / "m"
+    (folder / "tokenizers" / "text").mkdir(parents=True)
+    written(seed=1).save(folder)
+    assert same(mm.Model.load(folder), written(seed=1))
+    other = tmp_path / "other"
+    (other / "tokenizers" / "text").mkdir(parents=True)
+    (other / "tokenizers" / "text" / "words.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="this is no checkpoint"):
+        written(seed=1).save(other)
+    assert (other / "tokenizers" / "text" / "words.txt").read_text() == "mine"
+
+
 def test_fault_77_the_current_folder_is_a_folder_as_any(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path / "a")
