@@ -90,7 +90,7 @@ def classes(samples: Samples) -> Labels:
 
 def share(model: Model, task: str, held_out: Samples) -> float:
     """The share of right answers."""
-    return evaluate(model, {task: held_out})[f"{task} exact"]
+    return evaluate(model, task, held_out)["exact"]
 
 
 def forest(
