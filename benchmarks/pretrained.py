@@ -5,7 +5,6 @@
 The weights are those of benchmarks/fetched_weights.py, which says how to get them; what is not there is left out and named.
 """
 
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import report, script
-from benchmarks.data import records
+from benchmarks.data import recordings, records
 from benchmarks.fetched_weights import NotFetched, ready
 from multimodal import Model, Tokens, pretrained
 from multimodal.check.measure import difference
@@ -134,11 +133,7 @@ def parity() -> Iterator[list[str]]:
 
 def speech(count: int) -> Iterator[tuple[Any, int, str]]:
     """Waves, rates and texts of the first clips of LJSpeech."""
-    import soundfile
-
-    chosen = records("ljspeech.zip", lambda rows: rows[:count])
-    for row, file in chosen:
-        wave_S, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")
+    for row, wave_S, rate in recordings("ljspeech.zip", lambda rows: rows[:count]):
         yield wave_S, rate, row["normalized"]
 
 
@@ -165,8 +160,8 @@ def heard(folder: Path, wavs: Path | None, count: int) -> str:
     for i, (wave_S, rate, said) in enumerate(clips):
         features = processor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
         with torch.inference_mode():
-            ids = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)[0]
-        theirs = processor.decode(ids, skip_special_tokens=True).strip()
+            ids: Any = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)
+        theirs = processor.decode(ids[0], skip_special_tokens=True).strip()
         ours = model.generate("audio -> text", audio=(wave_S, rate), max_tokens=400).value.strip()
         same += ours == theirs
         if ours != theirs:
