@@ -1,5 +1,7 @@
 """A tower of a model as a model of its own, so that all that looks into models looks into it."""
 
+from typing import Any, cast
+
 from multimodal.heads import Contrast
 from multimodal.heads.pool import Mean
 from multimodal.model import Model
@@ -26,8 +28,8 @@ def inside(model: Model, kind: str) -> Model:
     if kind not in towers:
         there = f"the towers are {', '.join(towers)}" if towers else "this model has no tower"
         raise ConfigError(f"inside: {kind!r} is no tower; {there}")
-    tower, part = towers[kind], model.embeds[kind].frozen_part
-    connector, pool = tower.connector, Mean()
+    tower, embed, pool = towers[kind], cast(Any, model.embeds[kind]), Mean()
+    part, connector = embed.frozen_part, tower.connector
     if isinstance(connector, Dropped):
         pool = Mean(skip=connector.count)
     elif isinstance(connector, Pooled):
