@@ -69,7 +69,7 @@ def test_places_of_learned_tokens_and_turns() -> None:
     assert plain.position_NA[1:].tolist() == (PATCHES(PICTURES[0]).position_NA + torch.tensor([1.0, 0, 0])).tolist()
     assert not plain.content[0].any()
     assert torch.equal(plain.content[1:], PATCHES(PICTURES[0]).content)
-    assert ClassTokens(PATCHES).token_names(plain)[:2] == ["learned 0", "row 0, column 0"]
+    assert ClassTokens(PATCHES).token_names(plain)[:2] == ["class token", "row 0, column 0"]
 
 
 def test_sound_and_text_may_have_learned_tokens_too() -> None:
