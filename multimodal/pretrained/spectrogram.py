@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from multimodal.heads.pool import First, Transformed
 from multimodal.pretrained.family import Blueprint, Family, Settings, same
@@ -41,6 +42,7 @@ class AST(Family):
     """Encoders of sounds with two learned tokens and learned positions of a fixed length."""
 
     names = ("audio-spectrogram-transformer",)
+    peers: ClassVar = {"audio <-> other:audio": "AutoModel", "audio -> label": "AutoModelForAudioClassification"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         block = encoder_block(settings)

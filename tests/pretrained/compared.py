@@ -31,12 +31,12 @@ def saved(module: Any, folder: Path) -> Path:
 
 def logits_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
     """The logits of each sample, all packed together."""
-    return computed(model, task, samples, states=False)
+    return computed(model, task, samples, "logits")
 
 
 def states_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
     """The states of what each sample reads, all packed together."""
-    return computed(model, task, samples, states=True)
+    return computed(model, task, samples, "states")
 
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
