@@ -140,6 +140,13 @@ def test_texts_are_framed_and_classes_are_named(tmp_path: Path) -> None:
         assert found == pytest.approx(dict(zip(("bad", "good", "neither"), probability, strict=True)), abs=TOLERANCE)
 
 
+def test_a_text_of_more_tokens_than_places_is_refused(tmp_path: Path) -> None:
+    model = pretrained(saved(build("bert"), tmp_path)).model()
+    assert model.vectors(PAIR, [{"text": [5] * 24}]).shape == (1, 32)
+    with pytest.raises(mm.StreamError, match=r"a sample has 25 tokens, more than learned_times=24; shorten it"):
+        model.vectors(PAIR, [{"text": [5] * 25}])
+
+
 def test_any_small_change_is_found(tmp_path: Path) -> None:
     for name, prefix, more in (("bert", "", []), ("classes", "bert.", ["bert.pooler.dense.bias"])):
         module = build(name)
