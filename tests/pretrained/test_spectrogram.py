@@ -16,11 +16,12 @@ from tests.pretrained.compared import (
     TOLERANCE,
     changed,
     check_mutations,
+    check_packed_and_alone,
     check_round_trip,
     largest,
     refused,
     saved,
-    states_by_sample,
+    states_or_logits,
 )
 from tests.pretrained.pictured import LABELS
 
@@ -72,14 +73,8 @@ def theirs(module: Any, sounds: list[np.ndarray], **settings: Any) -> list[Tenso
 def ours(loaded: Pretrained, sounds: list[np.ndarray]) -> list[Tensor]:
     audio: Any = loaded.tokenizers["audio"]
     cut = replace(audio, of=replace(audio.of, cut=True))
-    model, task = replace(loaded, tokenizers={**loaded.tokenizers, "audio": cut}).model(), loaded.tasks[0].pattern
-    samples = [{"audio": (x, RATE), **({"other": None} if "<->" in task else {})} for x in sounds]
-    if "<->" in task:
-        return states_by_sample(model, task, samples)
-    with torch.inference_mode():
-        stream = model.pack(task, samples, answers=False)
-        found = dict(zip(stream.readings[task].samples, model.logits(stream)[task], strict=True))
-    return [found[i] for i in range(len(sounds))]
+    loaded = replace(loaded, tokenizers={**loaded.tokenizers, "audio": cut})
+    return states_or_logits(loaded, "audio", [(x, RATE) for x in sounds])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,10 +82,7 @@ def test_equal_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
     wanted = theirs(module, SOUNDS)
-    worst = [largest(ours(loaded, SOUNDS), wanted)]
-    worst += [largest(ours(loaded, [x]), [y]) for x, y in zip(SOUNDS, wanted, strict=True)]
-    print(name, worst)
-    assert max(worst) < TOLERANCE
+    check_packed_and_alone(loaded, SOUNDS, ours, wanted)
     check_round_trip(tmp_path, tmp_path / "theirs")
     again = type(module).from_pretrained(tmp_path / "out").eval()
     assert largest(theirs(again, SOUNDS), wanted) < 1e-6

@@ -1,6 +1,5 @@
 """Towers of trained weights: encoders of transformers as the eyes and ears of a language model of transformers."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from multimodal.pretrained import Pretrained, pretrained
 from multimodal.tokenizer import Places
 from multimodal.tower import Dropped, MLPConnector, PixelShuffle, Tower
 from tests.pretrained.compared import TOLERANCE, largest, logits_by_sample, saved
-from tests.pretrained.seeing import pixels
+from tests.pretrained.seeing import pixels, unfitted
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,12 +40,6 @@ def built(tmp_path: Path, registers: int) -> tuple[Any, Any, Pretrained, Pretrai
         eye = transformers.Dinov2Model(transformers.Dinov2Config(**EYE))
     words = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
     return eye, words, pretrained(saved(eye, tmp_path / "eye")), pretrained(saved(words, tmp_path / "words"))
-
-
-def unfitted(tower: Tower) -> Tower:
-    """The tower for pictures of any size that are normalised already."""
-    inner: Any = tower.tokenizer
-    return replace(tower, tokenizer=replace(inner, of=replace(inner.of, fit=None, mean=0.5, std=0.5)))
 
 
 def with_eyes(loaded: Pretrained, words: Pretrained, dropped: int) -> mm.Model:
