@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multimodal.cli import main
-from multimodal.pretrained import FAMILIES, gate, pretrained
+from multimodal.pretrained import FAMILIES, Pretrained, family_of, gate, pretrained
 from multimodal.shapes import CheckpointError
 from tests.pretrained.compared import saved
 from tests.pretrained.test_nanovlm import saved as saved_nanovlm
@@ -177,6 +177,23 @@ def check(source: Any, faults: dict[str, str], monkeypatch: pytest.MonkeyPatch) 
         assert not any(row.passed for row in own), (name, found)
 
 
+def check_export(loaded: Pretrained, folder: Path, out: Path) -> None:
+    """What the Auto classes load of an exported folder is what they load of the first one, to the last bit."""
+    loaded.model().export("hf", out)
+    family = family_of("here", loaded.origin["config"])
+    for task in loaded.tasks:
+        modules = []
+        for where in (folder, out):
+            torch.manual_seed(0)  # of weights that a folder lacks, such as a pooler
+            modules.append(gate._theirs(loaded, where, family.peer(task.pattern, loaded.origin["tensors"]) or ""))
+        (first, again), configs = [m.state_dict() for m in modules], [m.config.to_dict() for m in modules]  # type: ignore[operator, union-attr]
+        assert first.keys() == again.keys()
+        assert all(torch.equal(x, again[name]) for name, x in first.items())
+        for config in configs:
+            config["_name_or_path"] = ""
+        assert configs[0] == configs[1]
+
+
 @pytest.mark.parametrize(("kind", "config", "settings", "faults"), MODELS, ids=[f"{m[0]}-{m[3]}" for m in MODELS])
 def test_what_is_right_passes_and_a_small_fault_is_found(
     kind: str,
@@ -186,7 +203,9 @@ def test_what_is_right_passes_and_a_small_fault_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check(saved(built(kind, config, settings), tmp_path / "theirs"), faults, monkeypatch)
+    folder = saved(built(kind, config, settings), tmp_path / "theirs")
+    check(folder, faults, monkeypatch)
+    check_export(pretrained(folder), folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", TIMM)

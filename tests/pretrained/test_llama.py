@@ -79,6 +79,20 @@ def test_what_is_written_is_what_transformers_writes(name: str, tmp_path: Path) 
     check_writing(module, given, pretrained(tmp_path), "text -> text", {"text": IDS[1]})
 
 
+def test_a_model_object_is_the_same_as_its_folder(tmp_path: Path) -> None:
+    for name in ("llama", "qwen2 tied"):
+        module = build(name)
+        folder = pretrained(saved(module, tmp_path / name))
+        loaded = pretrained(module)
+        assert (loaded.core, loaded.tasks, loaded.tokenizers) == (folder.core, folder.tasks, folder.tokenizers)
+        assert loaded.weights.keys() == folder.weights.keys()
+        assert all(torch.equal(loaded.weights[key], x) for key, x in folder.weights.items())
+        assert largest(text_logits(loaded, IDS), their_logits(module, IDS)) < TOLERANCE
+        with torch.no_grad():  # it is a copy
+            module.model.norm.weight += 1
+        assert torch.equal(loaded.weights["core.norm.weight"], folder.weights["core.norm.weight"])
+
+
 def test_any_small_change_is_found(tmp_path: Path) -> None:
     for name, tensors, core in (
         ("llama with biases", ["model.layers.1.self_attn.v_proj.bias", "model.layers.2.mlp.down_proj.bias"], {}),

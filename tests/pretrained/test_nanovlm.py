@@ -157,7 +157,7 @@ def seen(t: dict[str, Tensor], c: dict[str, Any], picture: Tensor) -> Tensor:
         for row in range(0, grid, side)
         for column in range(0, grid, side)
     ]
-    return torch.stack(squares) @ t["MP.proj.weight"].T
+    return F.linear(torch.stack(squares), t["MP.proj.weight"], t.get("MP.proj.bias"))
 
 
 def theirs(t: dict[str, Tensor], c: dict[str, Any], samples: Any = SAMPLES) -> list[Tensor]:
@@ -194,6 +194,15 @@ def test_logits_are_those_of_the_reference_packed_and_alone(tied: bool, tmp_path
     config = {**CONFIG, "lm_tie_weights": tied}
     loaded, wanted = pretrained(given), theirs(tensors(config), config)
     check_packed_and_alone(loaded, SAMPLES, ours, wanted)
+    check_round_trip(tmp_path, given)
+
+
+def test_a_projection_with_a_bias(tmp_path: Path) -> None:
+    given, bias = saved(tmp_path / "theirs"), torch.linspace(-1, 1, 32)
+    t = {**tensors(CONFIG), "MP.proj.bias": bias}
+    save_file(t, given / "model.safetensors", {"format": "pt"})
+    loaded = pretrained(given)
+    assert largest(ours(loaded), theirs(t, CONFIG)) < TOLERANCE < largest(ours(loaded), theirs(tensors(CONFIG), CONFIG))
     check_round_trip(tmp_path, given)
 
 
@@ -261,5 +270,11 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     (given / "config.json").write_text(json.dumps(newer), encoding="utf-8")
     head: Any = pretrained(given, do_image_splitting=False).tasks[0].head
     assert head.stop_id == 2
+    pixels = SAMPLES[0][0]
+    whole, plain = pretrained(given, do_image_splitting=False), pretrained(saved(tmp_path / "plain"))
+    assert torch.equal(whole.tokenizers["image"](pixels).content, plain.tokenizers["image"](pixels).content)
+    assert largest(ours(whole), theirs(tensors(CONFIG), CONFIG)) < TOLERANCE
+    with pytest.raises(mm.CheckpointError, match="do_image_splitting=7 is not among True, False"):
+        pretrained(given, do_image_splitting=7)
     with pytest.raises(mm.CheckpointError, match="this family has no option 'splitting'"):
         pretrained(given, splitting=False, do_image_splitting=False)

@@ -143,6 +143,18 @@ def test_the_names_of_older_files_are_read_and_written_again(tmp_path: Path) -> 
     check_round_trip(tmp_path, given)
 
 
+def test_the_head_that_it_does_not_use_is_reported(tmp_path: Path) -> None:
+    module = build()
+    given = saved(module, tmp_path / "theirs")
+    path, name = given / "model.safetensors", "vision_tower.head.layernorm.weight"
+    save_file({**load_file(path), name: torch.ones(24)}, path, {"format": "pt"})
+    loaded = pretrained(given)
+    assert loaded.unused == {name: "the pooling head of SigLIP, which PaliGemma does not use"}
+    assert largest(ours(loaded), theirs(module)) < TOLERANCE
+    loaded.model().export("hf", tmp_path / "out")
+    assert name not in load_file(tmp_path / "out" / "model.safetensors")
+
+
 def test_the_widths_of_released_parts(tmp_path: Path) -> None:
     """SigLIP-so400m's width, heads and patch with a small picture, and Gemma-2B's heads at a quarter of its width; depth 1."""
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 1}
@@ -155,10 +167,10 @@ def test_the_widths_of_released_parts(tmp_path: Path) -> None:
         "num_hidden_layers": 1,
     }
     module = build(vision, text)
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight *= 0.3 if weight.dim() > 1 else 1
     torch.manual_seed(0)
+    with torch.no_grad():  # no bias of 0, and no norm of 1
+        for weight in module.parameters():
+            weight.copy_(weight * 0.3 if weight.dim() > 1 else weight + torch.randn_like(weight) * 0.1)
     module.eval().save_pretrained(tmp_path)
     samples = [(pixels(56, 56, 1), [2, 5, 9, 3], [33, 1]), (pixels(56, 56, 2), [2, 60, 3], [12])]
     assert largest(ours(pretrained(tmp_path), samples), theirs(module, samples)) < TOLERANCE

@@ -166,7 +166,12 @@ def test_what_is_not_known_is_refused_by_name(kind: str, settings: dict[str, Any
 
 
 def test_the_width_of_a_small_model() -> None:
-    """ViT-S/16's width and heads, at a depth of 1, with pictures of 224 and of 160 x 96 pixels."""
-    module = timm.create_model("vit_small_patch16_224", depth=1, dynamic_img_size=True).eval()
+    """ViT-S/16's width and heads and DINOv2's scales, at a depth of 1, with pictures of 224 and of 160 x 96 pixels."""
+    module = timm.create_model("vit_small_patch16_224", depth=1, init_values=0.5, dynamic_img_size=True).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():  # no bias of 0, no norm of 1, and no scale that hides a layer
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else 0.02))
+    assert module.blocks[0].ls1.gamma.abs().min() > 0.05
     values = pictures([(224, 224), (160, 96)])
     check_packed_and_alone(pretrained(module), values, ours, theirs(module, values))

@@ -133,7 +133,7 @@ def test_pictures_are_prepared_as_theirs(tmp_path: Path) -> None:
         of: Any = loaded.tokenizers["image"].of  # type: ignore[attr-defined]
         torch.testing.assert_close(of.preprocess(picture), prepared[0], atol=1e-6, rtol=0)
         model = loaded.model()
-        assert loaded.origin["files"]["preprocessor_config.json"]
+        assert loaded.origin["files"]["preprocessor_config.json"] == (given / "preprocessor_config.json").read_text()
         if "label" in loaded.tokenizers:
             with torch.inference_mode():
                 wanted = module(prepared, interpolate_pos_encoding=True).logits[0].softmax(-1)
@@ -142,7 +142,10 @@ def test_pictures_are_prepared_as_theirs(tmp_path: Path) -> None:
             assert abs(answer.confidence - float(wanted.max())) < TOLERANCE
     # without a file: the processor of the family, at the size of the configuration
     (given / "preprocessor_config.json").unlink()
-    assert pretrained(given).tokenizers["image"].of.fit.crop == (16, 16)  # type: ignore[attr-defined]
+    of = pretrained(given).tokenizers["image"].of  # type: ignore[attr-defined]
+    sizes = {"size": {"height": 18, "width": 18}, "crop_size": {"height": 16, "width": 16}}
+    wanted = transformers.DeiTImageProcessor(**sizes)(images=picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(of.preprocess(picture), wanted, atol=1e-6, rtol=0)
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:

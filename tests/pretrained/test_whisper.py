@@ -75,7 +75,7 @@ def waves(seconds: float = SECONDS) -> list[torch.Tensor]:
 
 
 def ours(loaded: Pretrained, heard: list[torch.Tensor]) -> list[torch.Tensor]:
-    samples = [{"audio": (wave, 16000), "text": ids} for wave, ids in zip(heard, IDS, strict=False)]
+    samples = [{"audio": (wave, 16000), "text": ids} for wave, ids in zip(heard, IDS[: len(heard)], strict=True)]
     return logits_by_sample(loaded.model(), "audio -> text", samples)
 
 
@@ -84,7 +84,7 @@ def theirs(module: Any, heard: list[torch.Tensor], start: list[int]) -> list[tor
         feature_size=module.config.num_mel_bins, chunk_length=module.config.max_source_positions // 50
     )
     found = []
-    for wave, ids in zip(heard, IDS, strict=False):
+    for wave, ids in zip(heard, IDS[: len(heard)], strict=True):
         features = extractor(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
         with torch.inference_mode():
             logits = module(input_features=features, decoder_input_ids=torch.tensor([start + ids])).logits
