@@ -273,7 +273,7 @@ class Pooled(Connector):
     def group(self, position_NA: Tensor) -> Tensor:
         if len(position_NA) > self.most:
             raise MediaError(
-                f"Pooled: a value has {len(position_NA)} inner tokens, more than most={self.most}; raise it"
+                f"Pooled: a value has {len(position_NA)} inner tokens, more than most={self.most}; shorten it, or raise most"
             )
         index_N = torch.full((self.most,), -1)
         index_N[: len(position_NA)] = torch.arange(len(position_NA))
