@@ -303,6 +303,14 @@ def test_mistakes_are_refused():
             LoRA(**settings)
 
 
+def test_a_model_with_adapters_is_not_exported(tmp_path):
+    model = make()
+    model.adapters = LoRA()
+    with pytest.raises(ConfigError, match=r"export: .*adapters; call lora\.merge first"):
+        model.export("hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"package peft .*pip install 'multimodal-stream\[finetune\]'"):
