@@ -113,7 +113,7 @@ def _parts(messages: Any) -> list[tuple[str, Any]]:
         inner = Params(message)
         role = inner.text("role", "user", ("system", "developer", "user", "assistant"))
         content = inner.take("content")
-        inner.text("name")
+        inner.without("no model here tells who speaks", name=())
         inner.without("no model here calls tools", tool_calls=([],), refusal=("",), audio=())
         inner.done()
         if role == "assistant":
@@ -132,6 +132,10 @@ def _parts(messages: Any) -> list[tuple[str, Any]]:
 def part_of(part: Any, where: str) -> tuple[str, Any]:
     """(TEXT, PICTURE or SOUND; what came) of one part of a message."""
     kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and isinstance(kind, str) and (more := set(part) - {"type", kind}):
+        raise bad(
+            f"{where}: {shortened(repr(min(more)), 60)} is no key of a part of type {shortened(repr(kind), 60)}", where
+        )
     if kind == "text" and isinstance(part.get("text"), str):
         return TEXT, part["text"]
     inner = part.get(kind) if isinstance(kind, str) and isinstance(part, dict) else None

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from weakref import WeakSet
 
 from multimodal.model import Model
 from multimodal.serve.errors import ApiError
@@ -31,7 +32,7 @@ class Checkpoint:
         self._reloading = threading.Lock()
         self.scheduler = Scheduler(load().eval(), name, settings)
         self.created = int(time.time())
-        self.retired: list[Scheduler] = []
+        self.retired: WeakSet[Scheduler] = WeakSet()  # those that finish what they have; then nothing holds them
 
     def reload(self) -> None:
         """Load it again. Requests that have come finish with the old model; if loading fails, the old one stays.
@@ -45,7 +46,7 @@ class Checkpoint:
             new = Scheduler(self._load().eval(), self.name, self.settings)
             old, self.scheduler = self.scheduler, new
             self.created = int(time.time())
-            self.retired = [scheduler for scheduler in (*self.retired, old) if scheduler.thread.is_alive()]
+            self.retired.add(old)
             old.close()
         finally:
             self._reloading.release()

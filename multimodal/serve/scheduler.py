@@ -66,7 +66,7 @@ Job = Writing | OnePass
 
 @dataclass
 class Load:
-    """What a scheduler does now, for metrics. The thread alone writes it."""
+    """What a scheduler does now, for metrics. The thread alone writes it, but for latest_s, to which requests add theirs."""
 
     rows: int = 0
     waiting: int = 0

@@ -279,6 +279,8 @@ def test_speech_and_pictures(client, model):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0]", "begin"),
         ({"messages": [{"role": "king", "content": "a"}]}, "role", "king"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "wanted a text"),
+        (chat({**text("a"), "cache": 1}), "messages[0].content[0]", "'cache' is no key"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "name", "who speaks"),
         (chat({"type": "file", "file": {}}), "messages[0].content[0]", "none of text"),
         (chat(text("a"), beams=5), None, "rows"),
         (chat(text("a"), beams=2, temperature=1.0), None, "likeliest"),

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import io
 import json
 import logging
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -243,6 +245,10 @@ def test_a_reload_drops_no_request():
         old.thread.join(30)
         assert not old.thread.is_alive()
         assert checkpoint.scheduler is not old
+        weights = weakref.ref(old.model)
+        del old
+        gc.collect()
+        assert weights() is None  # nothing holds the old model any more
 
 
 def test_a_reload_that_fails_leaves_the_old_model():
