@@ -17,7 +17,7 @@ from multimodal.model import Model
 from multimodal.serve.answers import DONE, EventStream, event
 from multimodal.serve.bodies import Params
 from multimodal.serve.checkpoints import Checkpoint
-from multimodal.serve.errors import ApiError, as_api_error
+from multimodal.serve.errors import ApiError, as_api_error, bad
 from multimodal.serve.logs import log
 from multimodal.serve.metrics import Metrics
 from multimodal.serve.options import WritingOptions, refuse_options, writing_options
@@ -154,10 +154,17 @@ class Call:
             packer = self.model.packer
             every = [self.encode(view, sample) if encode else sample for sample in samples]
             absent = dict.fromkeys(field.name for field in view.reads) if view.writes is None else {}
-            return [
+            found = [
                 packer.prepare(view.task, {**absent, **sample}, "the request", answers=False, random=False)
                 for sample in every
             ]
+            most = self.settings.pass_tokens
+            if any(len(prepared) > most for prepared in found):
+                longest = max(map(len, found))
+                raise bad(
+                    f"this is {longest} tokens, more than the {most} that one pass reads; send less, or a smaller file"
+                )
+            return found
 
         for prepared in await self.in_pool(made):
             self.prompt += len(prepared)

@@ -15,7 +15,7 @@ class Settings:
     queue_tokens: tokens that may wait, prompts and answers together; None: four times what all rows hold.
     max_tokens: tokens of an answer where the client does not say how many.
     gather_ms: how long what is answered at once waits for others, to be packed with them.
-    pass_tokens: tokens that one packed pass reads, and that join the rows in one step.
+    pass_tokens: tokens that one packed pass reads, and that join the rows in one step; a sample of more is refused.
     timeout_s: seconds from a request to its whole answer.
     body_s: seconds in which the body of a request has to arrive.
     max_body: bytes of a request.

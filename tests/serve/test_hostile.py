@@ -217,6 +217,13 @@ def long_wav(seconds: float) -> bytes:
     return wav(0, seconds)
 
 
+def test_more_tokens_than_one_pass_reads_are_refused():
+    with serving(pass_tokens=20) as client:
+        assert client.post(TASK, json={"fields": {"image": data_url(png(0, 16))}}).status_code == 200
+        error = refused(client.post(TASK, json={"fields": {"image": data_url(png(0, 40))}}))
+        assert "101 tokens, more than the 20" in error["message"]
+
+
 BAD_PICTURES = {
     "bomb": bomb(30_000, 30_000),
     "large": bomb(300, 300),
