@@ -308,3 +308,39 @@ def test_several_tasks_that_fit_are_named(client):
     assert error["param"] == "task"
     assert "'audio -> words:text'" in error["message"]
     assert "'audio -> text'" in error["message"]
+
+
+def test_what_a_model_has_no_task_for_is_refused_clearly():
+    import multimodal as mm
+    from multimodal_tokenizers import ImagePatches, Labels
+
+    def load() -> mm.Model:
+        kinds = {"image": ImagePatches(patch=4, channels=1), "label": Labels(("cat", "dog"))}
+        return mm.Model(kinds, mm.Core(width=32, depth=1, heads=2), ["image -> label"])
+
+    with serving(load) as client:
+        for path, sent, words in (
+            ("/v1/chat/completions", chat(text("a")), "writes text"),
+            ("/v1/embeddings", {"input": "a"}, "gives vectors"),
+            ("/v1/audio/speech", {"input": "a"}, "writes sound"),
+            ("/v1/images/generations", {"prompt": "a"}, "writes a picture"),
+        ):
+            error = refused(client.post(path, json=sent))
+            assert error["code"] == "no_such_task"
+            assert words in error["message"]
+            assert "it has 'image -> label'" in error["message"]
+        assert refused(client.post("/v1/audio/transcriptions", files={"file": ("a", b"")}))["code"] == "no_such_task"
+        idle = {"fields": {"image": data_url(png())}, "temperature": 0.5}
+        assert "answers at once" in refused(client.post("/v1/tasks/image -> label", json=idle))["message"]
+        assert client.post("/v1/tasks/image -> label", json={**idle, "temperature": 0}).status_code == 200
+
+
+def test_a_page_is_shown_where_there_is_one(tmp_path, monkeypatch):
+    from multimodal.serve import app
+
+    with serving() as client:
+        refused(client.get("/"), 404)
+    (tmp_path / "page.html").write_text("<p>hello</p>", encoding="utf-8")
+    monkeypatch.setattr(app, "PAGE", tmp_path / "page.html")
+    with serving() as client:
+        assert client.get("/").text == "<p>hello</p>"
