@@ -7,6 +7,7 @@ client --HTTP--> app.py            the key, the number of open requests; routes;
                  transcriptions.py tasks that write down what is said
                  embeddings.py     pairs, for the vectors of one side
                  media_answers.py  tasks that write sound or pictures
+                 looks.py          the attention of any task, as a picture
                  tasks.py          which task is meant, and what each of its fields takes
                  options.py        parameters -> options of `Model.generate`
                  calls.py          one request: its place among the others, its time, its jobs; it ends them when the client leaves
@@ -18,5 +19,6 @@ client --HTTP--> app.py            the key, the number of open requests; routes;
 client <--HTTP-- answers.py        pieces and predictions -> JSON, files, server-sent events
 
 checkpoints.py  the models by name; loads one again while the old one finishes what it has
+page.html       the page at /: a form for each task, made from /v1/tasks
 settings.py     limits; errors.py: what a client is told; metrics.py, logs.py: what the operator sees
 """

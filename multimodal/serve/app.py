@@ -1,9 +1,11 @@
 """The application: routes, keys, what is counted and logged of each request, health, metrics and reloads."""
 
 import asyncio
+import base64
 import functools
 import hashlib
 import hmac
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -15,7 +17,7 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from multimodal.serve.answers import EventStream, error_response, json_response
@@ -26,6 +28,7 @@ from multimodal.serve.checkpoints import Checkpoint, Checkpoints
 from multimodal.serve.embeddings import embed_inputs
 from multimodal.serve.errors import ApiError, as_api_error
 from multimodal.serve.logs import log
+from multimodal.serve.looks import look_into
 from multimodal.serve.media_answers import draw, speak
 from multimodal.serve.metrics import Labels, Metrics
 from multimodal.serve.native import answer_task
@@ -37,6 +40,7 @@ from multimodal.texts import shortened
 PAGE = Path(__file__).with_name("page.html")
 """What is shown at /, if it is there."""
 ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "/v1/tasks/{task:path}/look": look_into,
     "/v1/tasks/{task:path}": answer_task,
     "/v1/chat/completions": complete_chat,
     "/v1/audio/transcriptions": transcribe_file,
@@ -143,11 +147,39 @@ def make_app(
         *routes,
     ]
     if PAGE.is_file():
-        routes.append(Route("/", lambda _: FileResponse(PAGE, media_type="text/html; charset=utf-8"), methods=get))
+        page, headers = PAGE.read_bytes(), page_headers(PAGE.read_text(encoding="utf-8"))
+        routes.append(Route("/", lambda _: Response(page, media_type="text/html", headers=headers), methods=get))
     handlers: dict[Any, Any] = {HTTPException: _no_such_page, ApiError: _refused, Exception: _refused}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.state.service = service
     return app
+
+
+def page_headers(page: str) -> dict[str, str]:
+    """What a browser may do for the page: run its own script and style, and talk to this service alone."""
+
+    def own(tag: str) -> str:
+        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        hashes = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
+        return " ".join(f"'sha256-{found}'" for found in hashes) or "'none'"
+
+    policy = {
+        "default-src": "'none'",
+        "connect-src": "'self'",
+        "script-src": own("script"),
+        "style-src": own("style"),
+        "img-src": "data: blob:",
+        "media-src": "data: blob:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return {
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
 
 
 def _reload_all(service: Service, loop: asyncio.AbstractEventLoop) -> None:

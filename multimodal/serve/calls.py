@@ -21,7 +21,7 @@ from multimodal.serve.errors import ApiError, as_api_error, bad
 from multimodal.serve.logs import log
 from multimodal.serve.metrics import Metrics
 from multimodal.serve.options import WritingOptions, refuse_options, writing_options
-from multimodal.serve.scheduler import Job, OnePass, Scheduler, Writing
+from multimodal.serve.scheduler import Job, OnePass, Scheduler, Visit, Writing
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import TaskView
 from multimodal.serve.values import encoded
@@ -178,6 +178,14 @@ class Call:
         )
         self.prompt += len(prepared)
         return self._submit(lambda tell: OnePass(prepared, tell, spec, len(wave_S)))
+
+    async def visit(self, run: Callable[[Model], _T]) -> _T:
+        """What a function of the model returns, called in the model's thread once everything asked for before has ended."""
+        wanted = self._submit(lambda tell: Visit(run, tell))
+        while True:
+            number, found = await self.next()
+            if number == wanted:
+                return found
 
     def _submit(self, make: Callable[[Callable[[Any], None]], Job], *, admitted: bool = False) -> int:
         number = len(self._jobs)

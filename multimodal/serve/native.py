@@ -29,16 +29,10 @@ async def answer_task(call: Call, checkpoints: Checkpoints, params: Params, task
     """
     call.enter(checkpoints.named(params.text("model"), task))
     view = named_task(task_views(call.model), task)
-    stream, raws = params.flag("stream"), _fields(params, view)
+    stream, raws = params.flag("stream"), fields_of(params, view)
     if view.writes is None:
         return await _pair(call, view, raws, params)
-    missing = [field.name for field in view.reads if field.name not in raws]
-    if missing:
-        raise bad(
-            f"task {view.task!r} also reads {', '.join(missing)}; give it, or null for a field that this sample lacks",
-            f"fields.{missing[0]}",
-            "missing_field",
-        )
+    check_all_there(view, raws)
     options = await call.ask(view, raws, params)
     if stream:
         return _streamed(call, view, options)
@@ -46,7 +40,18 @@ async def answer_task(call: Call, checkpoints: Checkpoints, params: Params, task
     return json_response(_whole(call, view, options, await call.results(count)))
 
 
-def _fields(params: Params, view: TaskView) -> dict[str, Any]:
+def check_all_there(view: TaskView, raws: Mapping[str, Any]) -> None:
+    """Raise a 400 unless every field came, if only as null."""
+    missing = [field.name for field in view.reads if field.name not in raws]
+    if missing:
+        raise bad(
+            f"task {view.task!r} also reads {', '.join(missing)}; give it, or null for a field that this sample lacks",
+            f"fields.{missing[0]}",
+            "missing_field",
+        )
+
+
+def fields_of(params: Params, view: TaskView) -> dict[str, Any]:
     """What the client sent for each field."""
     known = [field.name for field in view.reads]
     if params.form:

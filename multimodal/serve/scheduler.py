@@ -61,7 +61,20 @@ class OnePass:
     cancelled: bool = False
 
 
-Job = Writing | OnePass
+@dataclass(eq=False)
+class Visit:
+    """Anything else that is done with the model, between two steps.
+
+    run: called in the thread with the model.
+    tell: called in the thread with what it returns, or with the error.
+    """
+
+    run: Callable[[Model], Any]
+    tell: Callable[[Any], None]
+    cancelled: bool = False
+
+
+Job = Writing | OnePass | Visit
 
 
 @dataclass
@@ -100,6 +113,7 @@ class Scheduler:
         self._running: dict[int, Writing] = {}  # by ticket
         self._gathered: deque[OnePass] = deque()
         self._due = math.inf  # when the gathered samples are read
+        self._visits: deque[Visit] = deque()
         self.thread = threading.Thread(target=self._run, name=f"serve {name}", daemon=True)
         self.thread.start()
 
@@ -180,7 +194,7 @@ class Scheduler:
     def _receive(self) -> bool:
         """Take new jobs, and wait while there is nothing to do. False: closed, and all is done."""
         while True:
-            working = bool(self._running or self._waiting)
+            working = bool(self._running or self._waiting or self._visits)
             if self._closing and not (working or self._gathered or self._leases) and self._inbox.empty():
                 return False
             wait_s = 0.0 if working else self._due - time.monotonic()
@@ -193,6 +207,8 @@ class Scheduler:
                 return True
             if isinstance(job, Writing):
                 self._waiting.append(job)
+            elif isinstance(job, Visit):
+                self._visits.append(job)
             elif job is not None:
                 if not self._gathered:
                     self._due = time.monotonic() + self.settings.gather_ms / 1000
@@ -209,6 +225,7 @@ class Scheduler:
             self._waiting.remove(job)
             self._no_longer_waits(job)
         self._gathered = deque(job for job in self._gathered if not job.cancelled)
+        self._visits = deque(job for job in self._visits if not job.cancelled)
         if not self._gathered:
             self._due = math.inf
         self._count()
@@ -219,11 +236,13 @@ class Scheduler:
 
     def _count(self) -> None:
         self.load.rows = sum(job.request.width for job in self._running.values())
-        self.load.waiting = len(self._waiting) + len(self._gathered)
+        self.load.waiting = len(self._waiting) + len(self._gathered) + len(self._visits)
 
     def _work(self) -> None:
         if self._gathered and time.monotonic() >= self._due:
             self._read_gathered()
+        if self._visits:
+            self._visit(self._visits.popleft())  # one a step, so that those who write go on
         if self.engine is None:
             return
         self._enter_waiting(self.engine)
@@ -239,6 +258,16 @@ class Scheduler:
             if piece.prediction is not None or piece.error is not None:
                 del self._running[piece.ticket]
             job.tell(piece)
+        self._count()
+
+    def _visit(self, job: Visit) -> None:
+        if job.cancelled:
+            return
+        try:
+            found = job.run(self.model)
+        except Exception as error:
+            found = error
+        job.tell(found)
         self._count()
 
     def _enter_waiting(self, engine: Engine) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 from multimodal.model import Model
 from multimodal.serve.errors import ApiError, bad
-from multimodal.serve.values import takes
+from multimodal.serve.values import CLASS, takes
 from multimodal.shapes import did_you_mean
 from multimodal.texts import shortened
+from multimodal.tokenizer import Tokenizer
 from multimodal.transcription import transcription_tasks
+from multimodal.transcription.recordings import TranscriptionTask
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,26 @@ class Input:
     """A field that a task reads.
 
     name: of the field. kind: the name of its tokenizer. takes: what its values are made of, as `values.takes` says.
+    classes: of CLASS, their names. several: whether a value is a list of them.
     """
 
     name: str
     kind: str
     takes: str
+    classes: tuple[str, ...] = ()
+    several: bool = False
+
+    @classmethod
+    def of(cls, name: str, kind: str, tokenizer: Tokenizer) -> "Input":
+        """The field of this name and kind."""
+        found = takes(tokenizer)
+        names, several = getattr(tokenizer, "names", ()), getattr(tokenizer, "several", False)
+        return cls(name, kind, found, tuple(names), bool(several)) if found == CLASS else cls(name, kind, found)
+
+    def json(self) -> dict[str, Any]:
+        """The field, for `/v1/tasks`."""
+        classes = {"classes": list(self.classes), "several": self.several} if self.takes == CLASS else {}
+        return {"field": self.name, "kind": self.kind, "takes": self.takes, **classes}
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ def task_views(model: Model) -> dict[str, TaskView]:
     """By pattern, each task of a model."""
     packer, found = model.packer, {}
     for task, pattern in packer.patterns.items():
-        reads = tuple(Input(f.name, f.kind, takes(packer.tokenizers[f.kind])) for f in pattern.reads)
+        reads = tuple(Input.of(f.name, f.kind, packer.tokenizers[f.kind]) for f in pattern.reads)
         writes = None if pattern.written is None else takes(packer.tokenizers[pattern.writes.kind])
         left = len(pattern.reads) - len(pattern.right) if pattern.pair else 0
         found[task] = TaskView(task, reads, writes, packer.heads[task].autoregressive, left)
@@ -59,16 +76,18 @@ def task_views(model: Model) -> dict[str, TaskView]:
 
 def described(model: Model, name: str) -> list[dict[str, Any]]:
     """The tasks of a model as JSON, for `/v1/tasks`."""
-    transcribes = set(transcription_tasks(model))
+    transcribes = {task: TranscriptionTask.of(model, task) for task in transcription_tasks(model)}
+    timed = {task for task, spec in transcribes.items() if spec.ctc or spec.timing is not None}
     return [
         {
             "task": view.task,
             "model": name,
-            "reads": [{"field": i.name, "kind": i.kind, "takes": i.takes} for i in view.reads],
+            "reads": [field.json() for field in view.reads],
             "writes": view.writes,
             "pair": view.writes is None,
             "token_by_token": view.token_by_token,
             "transcribes": view.task in transcribes,
+            "word_times": view.task in timed,
         }
         for view in task_views(model).values()
     ]
