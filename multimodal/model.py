@@ -293,12 +293,12 @@ class Model(Network):
         seed: int = 0,
         **options: Any,
     ) -> "Model":
-        """A model with trained weights of others, and further kinds and tasks with new ones.
+        """Load a model that others trained, and add further kinds and tasks with new weights.
 
-        source, options: as `multimodal.pretrained.pretrained` takes them.
+        source, options: those of `multimodal.pretrained.pretrained`. The others: those of `Pretrained.model`.
 
         Raises:
-            CheckpointError: weights that cannot be read, or a layout that is not known.
+            CheckpointError: a model that cannot be read, or is of an unknown family.
 
         Examples:
             >>> model = mm.Model.from_pretrained("smollm2", ["text -> label"], {"label": Labels(("question", "answer"))})
@@ -310,12 +310,12 @@ class Model(Network):
         return room.pretrained(source, **options).model(tasks, tokenizers, seed=seed)
 
     def export(self, to: str, folder: str | Path) -> Path:
-        """Write the model in the layout of another library, and return the folder.
+        """Write the model in the layout of another library, and return the folder; see `multimodal.pretrained.export`.
 
-        to: the library from which the weights came: "hf", transformers, or "timm".
+        to: the library from which the weights came: "hf" (transformers) or "timm".
 
         Raises:
-            ConfigError: another layout, or a model that it has no place for. CheckpointError: the folder has files already.
+            ConfigError: another library, or a model that its layout cannot hold. CheckpointError: the folder has files already.
         """
         if to not in ("hf", "timm"):
             raise ConfigError(f"Model.export: to={to!r} is unknown; there are 'hf' and 'timm'")
