@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from multimodal.pattern import Pattern
 from multimodal.pretrained import source as sources
 from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.clip import CLIP, SigLIP
-from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
+from multimodal.pretrained.convert import STORED, converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
@@ -41,6 +42,7 @@ from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
@@ -48,9 +50,14 @@ FAMILIES: tuple[Family, ...] = (
     *(PaliGemma(), SigLIP(), SmolVLM(), T5(), TimmViT(), ViT(), Whisper()),
 )
 """Every family that can be read and written."""
+DEPTHS = {
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "encoder_layers", "decoder_layers", "depth"),
+    *("vit_n_blocks", "lm_n_blocks"),
+}
+"""Fields of configurations that count layers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality of their own
 class Pretrained:
     """A model that others trained, as our declarations and weights.
 
@@ -80,7 +87,7 @@ class Pretrained:
     def model(
         self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
     ) -> Model:
-        """A model with these weights, in evaluation mode, all in the precision of the first.
+        """A model with these weights, in evaluation mode, all in the finest of their precisions.
 
         tasks: further ones. A pattern without a head, such as "image -> text", gets the head that writes this kind already, if any.
         tokenizers: of further kinds, whose embeddings are new.
@@ -90,7 +97,8 @@ class Pretrained:
             ConfigError: a kind or task that the model has already.
         """
         made = Model(self.tokenizers, self.core, self.tasks, seed=seed)
-        dtype = next(iter(self.weights.values())).dtype
+        # a model has one precision: the finest of the weights, so that no bit is lost
+        dtype = reduce(torch.promote_types, {x.dtype for x in self.weights.values()})
         made.to(dtype).load_state_dict(dict(self.weights))
         made.origin = self.origin
         tasks = [self._with_head(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
@@ -135,6 +143,8 @@ def pretrained(
         >>> sorted(smollm.tokenizers), smollm.core.depth
         (['text'], 2)
     """
+    if dtype is not None and dtype not in STORED:
+        raise ConfigError(f"pretrained: dtype={dtype!r} must be one of {', '.join(map(str, STORED))}, or None")
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
     weights, unused = converted(found, blueprint, shapes, dtype)
@@ -165,15 +175,37 @@ def blueprint_of(
     """
     family = family_of(where, config)
     settings = Settings(where, config, options)
-    blueprint = family.read(settings, files, names)
-    settings.finish()
-    with torch.device("meta"):
-        outline = Model(blueprint.tokenizers, blueprint.core, list(blueprint.tasks))
+    _check_depth(where, config, len(names))
+    try:
+        blueprint = family.read(settings, files, names)
+        settings.finish()
+        with torch.device("meta"):
+            outline = Model(blueprint.tokenizers, blueprint.core, list(blueprint.tasks))
+    except (CheckpointError, AssertionError):
+        raise
+    except Exception as error:  # whatever values that no model can have, or files that are no JSON, lead to
+        said = (
+            shortened(error, 300)
+            if isinstance(error, ConfigError)
+            else f"{type(error).__name__}: {shortened(error, 300)}"
+        )
+        raise CheckpointError(
+            f"{where}: no model follows from its configuration and the files beside it: {said}"
+        ) from error
     shapes = {name: x.shape for name, x in outline.state_dict().items()}
     made = [pair.ours for pair in blueprint.pairs]
     # each weight of ours has one source; anything else is a mistake in the family
     assert sorted(made) == sorted(shapes), f"{set(shapes) ^ set(made) or 'one is made twice'}"
     return blueprint, shapes
+
+
+def _check_depth(where: str, config: Mapping[str, Any], count: int) -> None:
+    """Raise a CheckpointError for more layers than tensors, lest memory ends before one is found missing."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(f"{where}, {name}", value, count)
+        elif name in DEPTHS and isinstance(value, (int, float)) and value > count:
+            raise CheckpointError(f"{where}: {name}={value}, but there are only {count} tensors")
 
 
 def family_of(where: str, config: Mapping[str, Any]) -> Family:
@@ -207,7 +239,7 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     if origin is None:
         if to != "hf":
             raise ConfigError(f"export: a model that was trained here has no layout of {to}; there is 'hf'")
-        names = ["model.norm.weight", "lm_head.weight"]
+        names = ["model.norm.weight", "lm_head.weight", *model.state_dict()]
         config, tensors, files = as_qwen3(model, lambda config: blueprint_of("export", config, {}, names)[0])
         sources.write(folder, config, tensors, files)
         return folder

@@ -14,6 +14,9 @@ from multimodal.pretrained.source import Source
 from multimodal.shapes import CheckpointError
 from multimodal.texts import shortened
 
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Precisions of weights that mean what they say, without scales beside them."""
+
 
 def converted(
     source: Source, blueprint: Blueprint, shapes: Mapping[str, torch.Size], dtype: torch.dtype | None
@@ -36,6 +39,12 @@ def converted(
             )
         read.update(pair.theirs)
         given = [source.tensors[name] for name in pair.theirs]
+        for name, x in zip(pair.theirs, given, strict=True):
+            if x.dtype not in STORED:
+                raise CheckpointError(
+                    f"{source.name}: {name} is stored as {x.dtype}, and not as numbers of 16, 32 or 64 bits with a point; take the "
+                    "model before it was quantized"
+                )
         try:
             made = pair.join(*given)
         except RuntimeError:

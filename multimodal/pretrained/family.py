@@ -49,10 +49,25 @@ class Settings:
         return name in self.config
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field; the default if it is missing or None."""
+        """The value of a field; the default if it is missing or None.
+
+        Raises:
+            CheckpointError: a text, or fields by name, where the default is none, or the other way round.
+        """
         self._known.add(name)
         value = self.config.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        for kind, wanted in ((str, "a text"), (Mapping, "fields by name")):
+            if default is not None and isinstance(value, kind) != isinstance(default, kind):
+                wanted = wanted if isinstance(default, kind) else f"a value such as {short_repr(default)}"
+                raise CheckpointError(f"{self.where}: {name}={short_repr(value)} is not supported; wanted {wanted}")
+        return value
+
+    def stated(self, name: str, default: Any) -> Any:
+        """The value of a field in which None has a meaning of its own; the default only if it is missing."""
+        self._known.add(name)
+        return self.config.get(name, default)
 
     def need(self, name: str) -> Any:
         """The value of a field that must be there."""

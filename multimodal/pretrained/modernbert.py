@@ -56,9 +56,8 @@ class ModernBert(Family):
         settings.ignore("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "layer_norm_eps")
         norm = Norm(eps=settings.get("norm_eps", 1e-5), centred=True)
         mlp = MLP(activation=activation(settings, "hidden_activation", "gelu"))
-        rotary = rotaries_of(
-            settings, {FULL: 160000.0, SLIDING: 10000.0}, {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
-        )
+        bases = {FULL: 160000.0, SLIDING: 10000.0}
+        rotary = rotaries_of(settings, bases, {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}, tuple(bases))
         # half of the window to either side, and the token itself
         window = Window(settings.get("local_attention", 128) // 2 + 1)
         blocks = tuple(

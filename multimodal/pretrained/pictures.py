@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from multimodal_tokenizers import ImagePatches, Labels
 from multimodal_tokenizers.fit import image_settings
 
 PREPROCESSOR = "preprocessor_config.json"
+MOST_CLASSES = 2**20  # of a configuration without their names, lest memory ends before the tensors are seen
+OTHER_CLASSIFIERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+"""How the classes of models end whose tensors a classifier of whole values has too."""
 
 
 def sides(settings: Settings, name: str) -> tuple[int, int]:
@@ -55,13 +59,34 @@ def patches(settings: Settings, processor: Mapping[str, Any]) -> ImagePatches:
 
 
 def classes(settings: Settings) -> Labels:
-    """The names of the classes; to a name that occurs twice its number is added."""
-    config = settings.config
-    # two classes without names are the default, which is not saved
-    given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
+    """The names of the classes; to a name that occurs twice its number is added.
+
+    Raises:
+        CheckpointError: its outputs are not classes of a whole value.
+    """
+    config, several = settings.config, settings.config.get("problem_type") == "multi_label_classification"
+    for name in config.get("architectures") or ():
+        if str(name).endswith(OTHER_CLASSIFIERS):
+            raise CheckpointError(
+                f"{settings.where}: its tensors have the names of a classifier of whole values, but a {name} is none; save it as "
+                "the encoder alone"
+            )
+    # the two classes of a configuration that names none are not written
+    given, count = config.get("id2label"), settings.get("num_labels", 2)
+    if not given and count > MOST_CLASSES:
+        raise CheckpointError(
+            f"{settings.where}: num_labels={count} is more than {MOST_CLASSES}; give their names as id2label"
+        )
+    given = given or {i: f"LABEL_{i}" for i in range(count)}
     names = [str(name) for _, name in sorted((int(i), name) for i, name in given.items())]
-    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return Labels(tuple(names), several=config.get("problem_type") == "multi_label_classification")
+    times = Counter(names)
+    names = [f"{name} ({i})" if times[name] > 1 else name for i, name in enumerate(names)]
+    if config.get("problem_type") == "regression" or (len(names) == 1 and not several):
+        raise CheckpointError(
+            f"{settings.where}: {len(names)} outputs with problem_type={config.get('problem_type')!r} are scores, and no "
+            "classes; save it as the encoder alone"
+        )
+    return Labels(tuple(names), several=several)
 
 
 def vectors(kind: str, pool: Pool, width: int) -> tuple[list[Task], list[Pair]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multimodal.files import parse_json
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 
 CONFIG = "config.json"
 BESIDE = ("tokenizer.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
@@ -71,17 +71,15 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
 
 def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, revision: str | None = None) -> Source:
     config = _json(folder / CONFIG)
-    files = {beside: (folder / beside).read_bytes() for beside in BESIDE if (folder / beside).is_file()}
+    files = {beside: _text(folder / beside) for beside in BESIDE if (folder / beside).is_file()}
     found = [file] if file else [folder / name for name in (*WEIGHTS, *PICKLES) if (folder / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder}: there are no weights here; wanted {' or '.join(WEIGHTS)}")
     weights = found[0]
-    parts = [weights]
+    parts, file_of = [weights], {}
     if weights.name.endswith(".index.json"):
-        names = _json(weights).get("weight_map", {})
-        parts = [folder / part for part in sorted(set(names.values()))]
-        if any(Path(part.name) != part.relative_to(folder) for part in parts):
-            raise CheckpointError(f"{weights}: it names files outside its folder, which are not read")
+        file_of = _weight_map(weights)
+        parts = [folder / part for part in sorted(set(file_of.values()))]
     if any(part.suffix != ".safetensors" for part in parts):
         if not pickle:
             raise CheckpointError(
@@ -89,7 +87,30 @@ def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, 
                 "which runs no code; safetensors are better"
             )
         return Source(name, config, _read_pickles(parts), files, revision)
-    return Source(name, config, _Lazy(parts), files, revision)
+    return Source(name, config, _Lazy(parts, file_of), files, revision)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """By tensor, the file in the folder of an index that has it."""
+    file_of = _json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
+        raise CheckpointError(
+            f"{index}: its weight_map is {short_repr(file_of)}; wanted the name of a file for each tensor"
+        )
+    for name, file in file_of.items():
+        if file != Path(file).name or file in ("", "..") or "\0" in file:
+            raise CheckpointError(f"{index}: it names files outside its folder: {name} in {file!r}")
+    return file_of
+
+
+def _text(path: Path) -> bytes:
+    """The content of a file that is text in UTF-8."""
+    data = path.read_bytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read: {shortened(error, 300)}") from None
+    return data
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -102,16 +123,28 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read when it is looked up."""
+    """The tensors of safetensors files, each read when it is looked up.
 
-    def __init__(self, parts: list[Path]) -> None:
+    said: by name, the file that an index says it is in; files of several versions of a model contradict it.
+    """
+
+    def __init__(self, parts: list[Path], said: Mapping[str, str]) -> None:
         self._file_of: dict[str, Any] = {}
         for part in parts:
             try:
                 opened = safe_open(part, framework="pt")
-                self._file_of |= dict.fromkeys(opened.keys(), opened)
+                names = set(opened.keys())
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{part}: cannot be read: {shortened(error, 300)}") from None
+            if twice := sorted(names & set(self._file_of)):
+                raise CheckpointError(
+                    f"{part}: another file has a tensor {twice[0]!r} too; which of them counts is not known"
+                )
+            if missing := sorted(name for name, file in said.items() if file == part.name and name not in names):
+                raise CheckpointError(
+                    f"{part}: there is no tensor {missing[0]!r}, which the index says is here; get all files of one version"
+                )
+            self._file_of |= dict.fromkeys(names, opened)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)
@@ -130,7 +163,9 @@ def _read_pickles(parts: list[Path]) -> dict[str, Tensor]:
             state = torch.load(part, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged or foreign pickle raises
             raise CheckpointError(f"{part}: cannot be read: {type(error).__name__}: {shortened(error, 300)}") from None
-        if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        if not isinstance(state, Mapping) or not all(
+            isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()
+        ):
             raise CheckpointError(f"{part}: wanted tensors by name")
         found |= state
     return found
@@ -155,7 +190,8 @@ def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
         folder = Path(get(allow_patterns=wanted))
         if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
             folder = Path(get(allow_patterns=[*wanted, "*.bin", "*.bin.index.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    # ValueError: a name that the hub cannot have
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise CheckpointError(
             f"pretrained: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
         ) from None
@@ -189,9 +225,18 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """
     from safetensors.torch import save_file
 
+    known = {*BESIDE, "tokenizer_config.json"}
+    if foreign := [name for name in files if name not in known]:
+        # a checkpoint that others made could name any place on this machine
+        raise CheckpointError(
+            f"{folder}: a file {foreign[0]!r} is none that is written here; there are {', '.join(sorted(known))}"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there are files here already; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the folder cannot be made: {error.strerror or error}") from error
     save_file({name: x.contiguous().clone() for name, x in tensors.items()}, folder / WEIGHTS[0], {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, data in files.items():

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from multimodal.heads import EachRow
 from multimodal.heads.pool import Transformed
 from multimodal.pretrained.family import Pair, Settings, same
+from multimodal.shapes import CheckpointError
 from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import Ids, TextBPE
 
@@ -29,6 +30,15 @@ def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bo
         return Ids(vocab, causal, **{name: options[name] for name in ("scale",) if name in options})
     spec = files[TOKENIZER].decode("utf-8")
     return TextBPE(spec, causal=causal, lossy=True, ids=vocab, **options)
+
+
+def check_head(settings: Settings, *, tied: bool, bare: bool) -> None:
+    """Raise a CheckpointError if a model that writes was saved without its head, and no other tensor has the head's numbers."""
+    if bare and not tied:
+        raise CheckpointError(
+            f"{settings.where}: it was saved without its head, and tie_word_embeddings=False says that the table of embeddings is "
+            "none, so that it cannot write; save the model with its head"
+        )
 
 
 def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) -> list[Pair]:

@@ -12,7 +12,7 @@ from multimodal.layers import MLP, CrossAttention, SelfAttention
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, attention_pairs, same
 from multimodal.pretrained.pictures import classes, classifier
-from multimodal.pretrained.texts import text_tokenizer
+from multimodal.pretrained.texts import check_head, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
 from multimodal_tokenizers import WhisperFrames
@@ -66,7 +66,8 @@ class Whisper(Family):
         settings.ignore("classifier_proj_size")
         tokenizers = {"audio": audio, "text": text_tokenizer(settings, files)}
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
-        tied = settings.get("tie_word_embeddings", True) or bare
+        tied = settings.get("tie_word_embeddings", True)
+        check_head(settings, tied=tied, bare=bare)
         prefix = "" if bare else "model."
         return Blueprint(
             tokenizers,
