@@ -14,6 +14,7 @@ from multimodal.cli import console
 from multimodal.cli.answers import generate, predict
 from multimodal.cli.arguments import joined
 from multimodal.cli.checks import bench, check, look, verify
+from multimodal.cli.export import export
 from multimodal.cli.pretrained import pretrained
 from multimodal.cli.shards import shards
 from multimodal.cli.train import plan, replay, report, train
@@ -34,7 +35,10 @@ app = App(
     "Every command explains itself: multimodal train --help. With --debug, an error shows where in the code it came from.",
 )
 
-COMMANDS = (train, report, replay, shards, plan, bench, predict, generate, transcribe, check, verify, look, pretrained)
+COMMANDS = (
+    *(train, report, replay, shards, plan, bench, predict, generate, transcribe, check, verify, look, pretrained),
+    export,
+)
 for command in COMMANDS:
     app.command(command)
 

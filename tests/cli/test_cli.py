@@ -78,6 +78,7 @@ COMMANDS = [
     "shards",
     "plan",
     "replay",
+    "export",
 ]
 
 
