@@ -319,11 +319,6 @@ class Model(Network):
         Raises:
             ConfigError: another format, a part that it has no place for, or programs that differ from the model.
             TaskError: no such task. CheckpointError: the folder has files already.
-
-        Examples:
-            >>> folder = model.export("pt2", "program")
-            >>> sorted(path.name for path in folder.iterdir())
-            ['answer.pt2', 'manifest.json']
         """
         if to in ("onnx", "pt2"):
             return importlib.import_module("multimodal.export").export(self, to, folder, task)

@@ -32,8 +32,8 @@ def export(
     checkpoint
         A run folder, or the model folder in it.
     to
-        "onnx": for onnxruntime; needs pip install 'multimodal-stream[export]'. "pt2": for torch.export.load. "hf", "timm": the whole
-        model for transformers, or timm.
+        "onnx": for onnxruntime; needs pip install 'multimodal-stream[export]'. "pt2": for torch.export.load. "hf" and "timm": the
+        whole model, for transformers or timm.
     task
         For onnx and pt2, which task, such as "image -> label"; needed only if there are several.
     """

@@ -14,7 +14,7 @@ import torch
 
 from multimodal.checkpoint import FILES, package_version
 from multimodal.declare import declaration
-from multimodal.export.compare import SHAPES, largest_difference
+from multimodal.export.compare import SHAPES, Run, largest_difference
 from multimodal.export.formats import FORMATS, Format
 from multimodal.export.programs import Entry, Program, programs_of
 from multimodal.heads import CTC, Classify, Contrast, NextToken
@@ -22,6 +22,7 @@ from multimodal.heads.classify import class_names
 from multimodal.heads.contrast import ContrastReadout
 from multimodal.network import Network
 from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.texts import shortened
 
 MANIFEST = "manifest.json"
 MOST = 1e-4
@@ -53,7 +54,7 @@ def export(model: Network, to: str, folder: str | Path, task: str | None = None)
         for program in made:
             form.write(program, beside / f"{program.name}{form.ending}")
         run = form.read({program.name: beside / f"{program.name}{form.ending}" for program in made})
-        difference = largest_difference(model, task, made, run)
+        difference = _compared(model, task, to, made, run)
         if not difference <= MOST:
             raise ConfigError(
                 f"export of {task!r} to {to}: what the programs compute differs from the model by {difference:.1e}, and at most "
@@ -73,6 +74,19 @@ def export(model: Network, to: str, folder: str | Path, task: str | None = None)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _compared(model: Network, task: str, to: str, made: tuple[Program, ...], run: Run) -> float:
+    """`largest_difference`; programs that do not run are refused."""
+    try:
+        return largest_difference(model, task, made, run)
+    except ConfigError:
+        raise
+    except Exception as error:  # a runtime may raise of any kind
+        raise ConfigError(
+            f"export of {task!r} to {to}: the programs were written, but do not run on samples of other sizes: "
+            f"{type(error).__name__}: {shortened(str(error), 600)}"
+        ) from error
 
 
 def _chosen(model: Network, task: str | None) -> str:

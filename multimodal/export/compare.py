@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimodal.attention import Mechanism
+from multimodal.core import Transformer
 from multimodal.export.padded import ReadField
-from multimodal.export.programs import INT, NEXT, Program, Step, Vectors, _Reading
+from multimodal.export.programs import INT, NEXT, Program, Reading, Vectors
 from multimodal.heads.pool import Pool
 from multimodal.network import Network
 from multimodal.retrieval import side_vectors
@@ -38,7 +40,7 @@ def largest_difference(model: Network, task: str, programs: Sequence[Program], r
     random, worst = torch.Generator().manual_seed(0), 0.0
     with model.inference_mode():
         for program in programs:
-            if not isinstance(program, _Reading):
+            if not isinstance(program, Reading):
                 continue
             for count, most in SHAPES:
                 samples = list(_samples(model, program, count, most, random))
@@ -52,7 +54,7 @@ def largest_difference(model: Network, task: str, programs: Sequence[Program], r
 
 
 def _both(
-    model: Network, task: str, program: _Reading, samples: list[Sample], run: Run, random: torch.Generator
+    model: Network, task: str, program: Reading, samples: list[Sample], run: Run, random: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What the programs give for these samples, and what the model does."""
     given = padded(model, program.fields, samples)
@@ -115,13 +117,13 @@ def padded(model: Network, fields: Sequence[ReadField], samples: Sequence[Sample
 
 
 def _samples(
-    model: Network, program: _Reading, count: int, most: int, random: torch.Generator
+    model: Network, program: Reading, count: int, most: int, random: torch.Generator
 ) -> Iterator[dict[str, Tokens | None]]:
     """Samples of random tokens; with several fields one sample of three lacks one."""
     fields, pattern = program.fields, model.packer.patterns[program.task]
-    room = most if model.most_tokens is None else (model.most_tokens - len(program.start.tokens) - WRITTEN)
-    least = _least(program)
-    most = max(least, min(most + least - 1, room // max(len(fields), 1)))
+    least, known = _least(program), _known_places(model)
+    room = most if known is None else (known - len(program.start.tokens) - WRITTEN) // max(len(fields), 1)
+    most = max(least, min(most + least - 1, room))
     for i in range(count):
         lacks = fields[most % len(fields)].name if len(fields) > 1 and i == 1 and count == 3 else None
         sample: dict[str, Any] = {field.name: None for field in pattern.reads}
@@ -141,12 +143,17 @@ def _tokens(tokenizer: Tokenizer, count: int, random: torch.Generator) -> Tokens
     return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), position_NA)
 
 
-def _least(program: _Reading) -> int:
+def _known_places(model: Network) -> int | None:
+    """The most tokens for which every layer and table of either core has a place; None: any number."""
+    layers = [m for m in model.core.modules() if isinstance(m, Mechanism) and not m.name.endswith("memory")]
+    tables = [m.core.learned_times for m in model.core.modules() if isinstance(m, Transformer)]
+    bounds = [part.most for m in layers for part in (m.score, *m.priors, *m.factors)] + tables
+    return min((most for most in bounds if most is not None), default=None)
+
+
+def _least(program: Reading) -> int:
     """The least tokens of a field that the head's pool takes."""
     pool: Any = getattr(program.head, "pool", None)
     pools = [pool] if isinstance(pool, Pool) else list(pool or ())
     pools += [pool.of for pool in pools if hasattr(pool, "of")]
     return 1 + max((getattr(pool, "skip", 0) for pool in pools), default=0)
-
-
-__all__ = ["SHAPES", "Step", "example_inputs", "largest_difference", "padded"]

@@ -136,6 +136,8 @@ def traced(program: Program) -> torch.export.ExportedProgram:
     }
     try:
         made = torch.export.export(program, (example,), dynamic_shapes=(axes,))
+    except ConfigError:
+        raise
     except Exception as error:  # torch raises of many kinds, and a part of a user's may raise any
         raise ConfigError(
             f"export, program {program.name!r}: torch.export cannot trace it: {type(error).__name__}: "

@@ -64,7 +64,7 @@ class Program(nn.Module):
                     )
 
 
-class _Reading(Program):
+class Reading(Program):
     """A program that reads the fields of a task, or of one side of a pair."""
 
     def __init__(
@@ -87,7 +87,7 @@ class _Reading(Program):
         return rows, core_states(self.model.core, rows, context, cached), context, cached
 
 
-class Classification(_Reading):
+class Classification(Reading):
     """The logits of every class."""
 
     def __init__(self, model: Network, task: str) -> None:
@@ -106,7 +106,7 @@ class Classification(_Reading):
         return {"logits": readout.linear(vector_BD)}
 
 
-class Transcription(_Reading):
+class Transcription(Reading):
     """The logits of a symbol or a blank for every token that was read."""
 
     def __init__(self, model: Network, task: str) -> None:
@@ -120,11 +120,10 @@ class Transcription(_Reading):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         rows, state_BTD, context, _ = self.states(inputs)
         logits = self.head.logits(self.model.readout(self.task), state_BTD[:, :context].flatten(0, 1), ())
-        # a copy, as an output may not be an intermediate result of the same name
-        return {"logits": logits.view(-1, context, logits.shape[-1]), "rows": rows.known.there_BT[:, :context].clone()}
+        return {"logits": logits.view(-1, context, logits.shape[-1]), "rows": rows.known.there_BT[:, :context]}
 
 
-class Vectors(_Reading):
+class Vectors(Reading):
     """The unit vectors of one side of a pair."""
 
     def __init__(self, model: Network, task: str, side: str) -> None:
@@ -147,7 +146,7 @@ class Vectors(_Reading):
         return {"vectors": readout.mapped(pool.padded(state_BTD[:, :context], order_BT, read_B, weights), self.side)}
 
 
-class Prefill(_Reading):
+class Prefill(Reading):
     """What was read becomes the cache; the logits of the first token."""
 
     def __init__(self, model: Network, task: str) -> None:
