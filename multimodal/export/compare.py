@@ -54,7 +54,7 @@ def largest_difference(model: Network, task: str, programs: Sequence[Program], r
 
 
 def _both(
-    model: Network, task: str, program: Reading, samples: list[Sample], run: Run, random: torch.Generator
+    model: Network, task: str, program: Reading, samples: Sequence[Sample], run: Run, random: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What the programs give for these samples, and what the model does."""
     given = padded(model, program.fields, samples)
@@ -73,7 +73,7 @@ def _both(
 
 
 def _written(
-    model: Network, task: str, samples: list[Sample], out: dict[str, Tensor], run: Run, random: torch.Generator
+    model: Network, task: str, samples: Sequence[Sample], out: dict[str, Tensor], run: Run, random: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     tokenizer = model.packer.answer_tokenizers[task]
     count = min(WRITTEN, tokenizer.length or WRITTEN)
