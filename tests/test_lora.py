@@ -84,6 +84,16 @@ def test_every_linear_layer_of_the_parts_gets_one_and_nothing_changes_at_first()
     assert close(logits(model), logits(plain), atol=1e-6)
 
 
+def test_removed_adapters_leave_the_model_as_it_was():
+    model, plain = adapted(parts=("core", "image")), make()
+    assert not close(logits(model), logits(plain), atol=1e-2)
+    lora.remove(model)
+    assert same(model.state_dict(), plain.state_dict())
+    assert same(logits(model), logits(plain))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.adapters is None
+
+
 @pytest.mark.parametrize("backend", ["auto", "dense"])
 @pytest.mark.parametrize("core", CORES.values(), ids=CORES)
 def test_logits_with_adapters_are_those_after_merging(core, backend):
@@ -291,6 +301,14 @@ def test_mistakes_are_refused():
     for settings in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"parts": "core"}):
         with pytest.raises(ConfigError):
             LoRA(**settings)
+
+
+def test_a_model_with_adapters_is_not_exported(tmp_path):
+    model = make()
+    model.adapters = LoRA()
+    with pytest.raises(ConfigError, match=r"export: .*adapters; call lora\.merge first"):
+        model.export("hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):

@@ -2,12 +2,14 @@
 
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import multimodal as mm
@@ -200,6 +202,49 @@ def test_a_tower_of_a_model_starts_with_its_weights_and_a_checkpoint_has_them(tm
     assert all(torch.equal(seeing.state_dict()[name], x) for name, x in writer.state_dict().items())
     of_tower = [name for name in found if name.startswith("embeds.image.frozen_part")]
     assert all(torch.equal(seeing.state_dict()[name], found[name]) for name in of_tower)
+
+
+def test_two_layers_are_their_formula() -> None:
+    for connector, act in (
+        (MLPConnector(hidden=20, activation="gelu_tanh"), partial(F.gelu, approximate="tanh")),
+        (MLPConnector(bias=False), F.gelu),
+    ):
+        module: Any = connector.build(24, 16)
+        hidden = connector.hidden or 16
+        assert [tuple(x.shape) for x in module.parameters() if x.dim() == 2] == [(hidden, 24), (16, hidden)]
+        assert (module.up.bias is not None) == connector.bias
+        vector_NF = torch.randn(5, 24)
+        wanted = F.linear(
+            act(F.linear(vector_NF, module.up.weight, module.up.bias)), module.down.weight, module.down.bias
+        )
+        torch.testing.assert_close(module(vector_NF), wanted)
+
+
+def test_the_inner_part_computes_what_the_model_computes_that_it_came_from() -> None:
+    given, values = base().eval(), pictures((8, 12), (4, 8))
+    tower = Tower.of(given, kind="image")
+    module: Any = tower.embed(16).eval()
+    tokens = [tower(value) for value in values]
+    with torch.inference_mode():
+        stream = given.pack("image -> label", [{"image": value} for value in values], answers=False)
+        spans = [span.total for span in stream.layout.spans]
+        by_place = given(stream).split(spans)
+        found = module.frozen_part(torch.cat([t.content for t in tokens]), Places.of(tokens, tower.step))
+    wanted = sorted((x[: len(x) - 1] for x in by_place), key=len, reverse=True)  # without the learned token of the head
+    torch.testing.assert_close(found, torch.cat(wanted), atol=1e-5, rtol=0)
+
+
+def test_the_kind_of_a_tower_is_the_only_one_or_that_of_pictures_or_sounds() -> None:
+    text, sound = TextBytes(), AudioFrames()
+    several = mm.Model({"text": text, "image": PATCHES}, CORE, ["image -> text"])
+    assert Tower.of(several) == Tower.of(several, kind="image")
+    alone = mm.Model({"words": TextBytes(causal=True)}, CORE, ["-> words"])
+    assert Tower.of(alone).tokenizer == TextBytes(causal=True)
+    for kinds in ({"text": text, "words": text}, {"text": text, "image": PATCHES, "audio": sound}):
+        with pytest.raises(
+            mm.ConfigError, match=f"kind=None is none of its kinds, which are {', '.join(kinds)}; name one"
+        ):
+            Tower.of(mm.Model(kinds, CORE, ["-> text"]))
 
 
 def test_weights_do_not_travel_to_data_workers() -> None:

@@ -232,7 +232,8 @@ def length_as_declared(case: TokenizerCase) -> None:
 
 @promise(CHECKS)
 def picture_tiles(case: TokenizerCase) -> None:
-    """The picture of a value, if any, is (Y, X, C) in 0..1, and the tokens tile it: by rows and columns, or along time."""
+    """The picture of a value, if any, is (Y, X, C) in 0..1, and its tokens but the `learned` ones tile it: by rows and columns, or
+    along time."""
     for value, tokens in zip(case.values, case.tokens, strict=True):
         try:
             picture_YXC = case.tokenizer.picture(tokens)
@@ -245,8 +246,9 @@ def picture_tiles(case: TokenizerCase) -> None:
         want(fine and picture_YXC.numel(), f"{came}, wanted a tensor (Y, X, C) of 1, 3 or 4 channels")
         fine = picture_YXC.is_floating_point() and bool(((picture_YXC >= -1e-4) & (picture_YXC <= 1 + 1e-4)).all())
         want(fine, f"{came}, wanted floats in 0..1")
-        rows = len(tokens.position_NA[:, 1].unique())
-        grid = rows, len(tokens) // rows
+        row_N = tokens.position_NA[case.tokenizer.learned :, 1]
+        rows = len(row_N.unique())
+        grid = rows, len(row_N) // rows
         whole = not any(side % n for side, n in zip(picture_YXC.shape, grid, strict=False))
         want(whole, f"{came}, which its tokens, {grid[0]} rows of {grid[1]}, do not tile")
 

@@ -53,7 +53,20 @@ Without = Annotated[
     ),
 ]
 OPTION_NAMES = {
-    *("answer", "as_json", "begin", "beams", "checkpoint", "count", "debug", "device", "guidance", "help", "json"),
+    *(
+        "answer",
+        "as_json",
+        "begin",
+        "beams",
+        "checkpoint",
+        "count",
+        "debug",
+        "device",
+        "guidance",
+        "help",
+        "inside",
+        "json",
+    ),
     *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
     *("stop", "task", "temperature", "top_k", "top_p", "version", "without", "writing"),
 }
@@ -161,11 +174,17 @@ def _closest(given: Iterable[str], names: Sequence[str]) -> str:
 
 
 def samples_from(
-    model: "Model", task: str, fields: Mapping[str, Sequence[str]], without: Sequence[str] = ()
+    model: "Model",
+    task: str,
+    fields: Mapping[str, Sequence[str]],
+    without: Sequence[str] = (),
+    *,
+    sides: bool = False,
 ) -> list[dict[str, Any]]:
     """Samples from the options for a task's fields: as many as the longest list of values.
 
-    A field with one value has it in every sample; fields named in `without` are None.
+    A field with one value has it in every sample; fields named in `without` are None. With `sides`, a pair is no error, and the
+    fields of one of its sides are enough.
 
     Raises:
         TaskError: a field that the task does not read, one that is missing, or fields of different numbers of values.
@@ -173,10 +192,13 @@ def samples_from(
     """
     from multimodal.shapes import TaskError
 
-    model.packer.check_task(task, answers=True)
-    kinds = {field.name: field.kind for field in model.packer.patterns[task].reads}
+    model.packer.check_task(task, answers=not sides)
+    pattern = model.packer.patterns[task]
+    kinds = {field.name: field.kind for field in pattern.reads}
     given = _given(fields, kinds)
     absent = list(_given({name.removeprefix("--").replace("-", "_"): [] for name in without}, kinds))
+    if pattern.pair:
+        absent += _absent_side(pattern, given)
     for name in (*given, *absent):
         if name not in kinds:
             reads = " ".join(map(_option, kinds)) or "no field"
@@ -198,6 +220,13 @@ def samples_from(
     count = max(counts.values(), default=1)
     samples = [{name: each[i % len(each)] for name, each in values.items()} for i in range(count)]
     return [sample | dict.fromkeys(absent) for sample in samples]
+
+
+def _absent_side(pattern: "Pattern", given: Container[str]) -> list[str]:
+    """The fields of a pair's side of which none is given, if the other side has some."""
+    sides = [[field.name for field in fields] for fields in pattern.sides.values()]
+    empty = [names for names in sides if not any(name in given for name in names)]
+    return empty[0] if len(empty) == 1 else []
 
 
 def named_samples(fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:

@@ -108,6 +108,7 @@ def look(
     *,
     task: str | None = None,
     answer: str | None = None,
+    inside: str | None = None,
     without: Without = None,
     as_json: Json = False,
     out: Out = None,
@@ -119,6 +120,8 @@ def look(
 
     Example: multimodal look runs/digits --image seven.png --out looks
 
+    Example: multimodal look runs/captions --inside image --image cat.png
+
     Parameters
     ----------
     checkpoint
@@ -127,13 +130,18 @@ def look(
         Which task, such as "image -> label"; needed only where several read the same fields.
     answer
         Of a task that writes: look while this is written, instead of the model's own answer.
+    inside
+        A kind that a tower reads: look at the heads of the tower, which reads that kind alone.
     """
+    from multimodal.look import inside as tower_of
     from multimodal.shapes import ConfigError
 
     check_folder(out)
     model = load(checkpoint, plugin, device)
+    if inside is not None:
+        model = tower_of(model, inside)
     chosen = choose_task(model, task, [*fields, *(without or [])])
-    samples = samples_from(model, chosen, fields, without or [])
+    samples = samples_from(model, chosen, fields, without or [], sides=True)
     if len(samples) > 1:
         raise ConfigError(f"look shows one sample, and {len(samples)} were given; give one value of each field")
     _look_at(model, chosen, samples[0], answer, as_json, folder_for(out, checkpoint))
@@ -149,9 +157,9 @@ def _look_at(
     from multimodal.look.drawing import draw
     from multimodal.look.page import page
 
-    kind = model.packer.patterns[task].writes.kind
-    writes = model.packer.head(task).autoregressive
-    given = value_from(model.packer.tokenizers[kind], answer, "--answer") if answer is not None and writes else answer
+    given: Any = answer
+    if answer is not None and model.packer.head(task).autoregressive:
+        given = value_from(model.packer.tokenizers[model.packer.patterns[task].writes.kind], answer, "--answer")
     ray = xray(model, task, sample, answer=given)
     picture = io.BytesIO()
     draw(ray, picture)

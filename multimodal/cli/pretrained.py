@@ -9,7 +9,8 @@ from multimodal.cli.output import print_json
 def pretrained(
     action: Literal["check"], name: str, /, *, revision: str | None = None, pickle: bool = False, as_json: Json = False
 ) -> int:
-    """Load a trained model here and in transformers, and print the largest difference of what they compute. Exit code 1: too large.
+    """Load a trained model here and in the library that it came from, and print the largest difference of what they compute.
+    Exit code 1: too large.
 
     Example: multimodal pretrained check HuggingFaceTB/SmolLM2-135M
 
@@ -31,10 +32,10 @@ def pretrained(
     if as_json:
         print_json({"passed": passed, "rows": [{**vars(row), "passed": row.passed} for row in rows]}, indent=2)
         return 0 if passed else 1
-    print(f"{name}: the largest differences from transformers, in float32")
+    print(f"{name}: the largest differences from what the library that it came from computes, in float32")
+    width = max(len(row.case) for row in rows)
     for row in rows:
-        print(
-            f"  {row.case:<50} packed {row.packed:.1e}   alone {row.alone:.1e}   {'ok' if row.passed else 'TOO LARGE'}"
-        )
+        said = "ok" if row.passed else "TOO LARGE"
+        print(f"  {row.case:<{width}}   packed {row.packed:.1e}   alone {row.alone:.1e}   {said}")
     print("passed" if passed else f"failed: more than {MOST:g}")
     return 0 if passed else 1

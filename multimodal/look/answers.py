@@ -13,6 +13,7 @@ from torch import Tensor
 from multimodal.attention import Trace
 from multimodal.files import save_figure
 from multimodal.heads import Prediction
+from multimodal.look.layers import picture_and_grid
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 
@@ -100,17 +101,17 @@ def _pictures(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, t
     pictures = {}
     for name, share_N in attention_rollout(model, task, sample).items():
         tokenizer = model.packer.tokenizers[next(f.kind for f in model.packer.patterns[task].reads if f.name == name)]
-        tokens = tokenizer(sample[name])
-        picture_YXC = tokenizer.picture(tokens)
+        picture_YXC, grid = picture_and_grid(tokenizer, tokenizer(sample[name]))
         if picture_YXC is not None:
-            rows = int(tokens.position_NA[:, 1].max()) + 1
-            pictures[name] = picture_YXC, share_N.view(rows, -1)
+            pictures[name] = picture_YXC, share_N[tokenizer.learned :].view(grid)
     return pictures
 
 
 def answer_line(ray: "XRay", most: int = 60) -> str:
     """The answer, shortened, and its confidence."""
     value = ray.prediction.value
+    if ray.model.packer.patterns[ray.task].pair:
+        return f"→ a vector of {len(value)} numbers"
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim <= 2 and math.prod(value.shape) <= MOST_NUMBERS:
         value = value.tolist()
     if isinstance(value, (str, int, float)):

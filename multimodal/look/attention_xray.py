@@ -6,6 +6,7 @@ sample --one pass--> Trace --> LayerXRay of every attention layer --> pictures (
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +18,10 @@ from multimodal.files import write_atomic
 from multimodal.heads import Prediction
 from multimodal.heads.base import encode_field
 from multimodal.look.layer_xray import NAMES, LayerXRay
-from multimodal.look.layers import START, token_labels, transformers
+from multimodal.look.layers import START, picture_and_grid, token_labels, transformers
 from multimodal.model import Model
-from multimodal.shapes import ConfigError, did_you_mean
+from multimodal.pattern import Pattern
+from multimodal.shapes import ConfigError, TaskError, did_you_mean
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokenizer, Tokens
 
@@ -34,8 +36,11 @@ class XRayField:
     labels: a short name for each token.
     text: whether the kind is text.
     written: whether the field is the answer.
+    learned: how many of its tokens, the first ones, are no part of the picture.
     picture_YXC: the field as a picture in 0..1, where its tokenizer makes one.
-    grid: rows and columns of the tokens in the picture.
+    grid: rows and columns of the other tokens in the picture.
+    second_N: the time of each token, where its tokenizer counts in seconds.
+    equal: how many tokens at its end hold the same, such as padding.
     """
 
     name: str
@@ -44,8 +49,11 @@ class XRayField:
     labels: tuple[str, ...]
     text: bool = False
     written: bool = False
+    learned: int = 0
     picture_YXC: Tensor | None = None
     grid: tuple[int, int] = (1, 1)
+    second_N: Tensor | None = None
+    equal: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,16 +148,51 @@ class XRay:
         count_HN = layer.seen_HTM[:, self.asked(layer)].sum(-1)
         return float(torch.where(count_HN > 0, 1 / count_HN.clamp(min=1), 0.0).mean())
 
+    @cached_property
+    def sink(self) -> int | None:
+        """The first row, if it sees itself alone and still gets a third of all attention and three times an even share; else None.
+
+        Heads that find nothing to read look there (Xiao et al. 2023, "attention sinks").
+        """
+        shares, even = [], []
+        for layer in self.layers:
+            if layer.key_M is None or int(layer.key_M[0]) or int(layer.query_T[0]):
+                continue
+            if not bool((layer.seen_HTM[:, 0].sum(-1) == 1).all()):
+                return None
+            shares.append(float(layer.share_HTM[:, self.asked(layer), 0].mean()))
+            even.append(self.even(layer))
+        return 0 if shares and sum(shares) > max(len(shares) / 3, 3 * sum(even)) else None
+
+    def sunk(self, name: str) -> int | None:
+        """The index of the sink among the tokens of a field, if it is one of them."""
+        row_N = self.fields[name].row_N
+        return 0 if self.sink is not None and int(row_N[0]) == self.sink else None
+
+    def sharpness(self, layer: LayerXRay) -> Tensor:
+        """How far the attention of each head (H,) is from even, in nats: the mean over asked queries of sum_j r_j log(keys r_j).
+
+        The sum leaves out the sink and the learned tokens of fields.
+        """
+        share_HTM, seen_HTM = (x[:, self.asked(layer)] for x in (layer.share_HTM, layer.seen_HTM))
+        away_HTM = torch.xlogy(share_HTM, share_HTM * seen_HTM.sum(-1, keepdim=True))
+        idle = [f.row_N[: f.learned] for f in self.fields.values()] + [
+            torch.tensor([-1 if self.sink is None else self.sink])
+        ]
+        if layer.key_M is not None:
+            away_HTM = away_HTM * ~torch.isin(layer.key_M, torch.cat(idle))
+        return away_HTM.sum(-1).mean(-1)
+
     def chosen_heads(self, most: int = 16) -> dict[str, tuple[int, ...]]:
         """The heads of each layer that a picture shows: all if there are at most `most`, otherwise those of the last block and
-        the `most` sharpest others, whose asked queries have the smallest effective number of keys."""
+        the `most` others of the largest `sharpness`."""
         every = [(layer, h) for layer in self.layers for h in range(layer.heads)]
         if len(every) > most:
             # the task's head reads the output of the last block, so all heads of it are shown
             last = _block(self.layers[-1])
-            effective = {layer.name: layer.effective_HT[:, self.asked(layer)].mean(1).tolist() for layer in self.layers}
+            sharpness = {layer.name: self.sharpness(layer).tolist() for layer in self.layers}
             others = [(layer, h) for layer, h in every if _block(layer) != last]
-            others.sort(key=lambda head: effective[head[0].name][head[1]])
+            others.sort(key=lambda head: -sharpness[head[0].name][head[1]])
             sharpest = {(layer.name, h) for layer, h in others[:most]}
             every = [(layer, h) for layer, h in every if _block(layer) == last or (layer.name, h) in sharpest]
         return {layer.name: tuple(h for other, h in every if other is layer) for layer in self.layers}
@@ -227,12 +270,12 @@ class XRay:
 def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = None) -> XRay:
     """Record every attention layer while the model answers one sample.
 
-    sample: the fields that the task reads; the field that it writes, which samples of a data set have too, is ignored.
+    sample: the fields that the task reads, of a pair those of one side; the field that a task writes is ignored.
     answer: the answer of a task that writes, a value of that kind; the model's own answer unless given.
 
     Raises:
-        TaskError: there is no such task, a field is missing, or the task has no such field. ConfigError: several samples; a model
-        without attention; an answer for a task that answers at once.
+        TaskError: there is no such task, a field is missing, or both sides of a pair are there. ConfigError: several samples; a
+        model without attention; an answer for a task that answers at once.
 
     Examples:
         >>> ray = xray(model, "image -> label", {"image": square})
@@ -249,6 +292,8 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         )
     if isinstance(sample, (list, tuple)):
         raise ConfigError("xray: give one sample, not a list of them")
+    if pattern.pair:
+        sample = _one_side(pattern, sample)
     pattern.check_sample(sample, answer=False)
     sample = {f.name: sample[f.name] for f in pattern.reads}
     prediction = None
@@ -265,9 +310,12 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
         stream = model.pack(task, [sample], answers=pattern.answer in sample)
         state_TD = model(stream, backend="dense", trace=trace)
         if prediction is None:
-            r, tokenizer = stream.readings[task], packer.tokenizers[pattern.writes.kind]
+            r = stream.readings[task]
             logits = head.logits(model.readout(task), state_TD[r.row_N], r.lengths, **head.inputs(r, state_TD))
-            prediction = head.answer(logits, r.lengths, tokenizer)[0]
+            if pattern.pair:
+                prediction = Prediction(logits[0].float().cpu(), math.nan)
+            else:
+                prediction = head.answer(logits, r.lengths, packer.tokenizers[pattern.writes.kind])[0]
     if not trace.seen:
         raise ConfigError(
             "xray: no layer of this model attends, so there is no posterior to look at; a core's block needs SelfAttention, "
@@ -276,6 +324,19 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
     fields = _fields(model, task, sample, stream)
     layers = _layers(model, trace, stream)
     return XRay(task, fields, stream.readings[task].row_N.cpu(), layers, prediction, model, sample)
+
+
+def _one_side(pattern: Pattern, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with None for the fields of the side that it lacks."""
+    sides = [[f.name for f in fields] for fields in pattern.sides.values()]
+    given = [names for names in sides if any(sample.get(name) is not None for name in names)]
+    if len(given) != 1:
+        left, right = (" ".join(names) for names in sides)
+        came = "both" if given else "none"
+        raise TaskError(
+            f"xray: task {pattern.text!r} has two sides, and {came} came; give the fields of one, {left} or {right}"
+        )
+    return {**sample, **dict.fromkeys(name for names in sides if names != given[0] for name in names)}
 
 
 def _check_path(who: str, path: str | Path, endings: tuple[str, ...]) -> None:
@@ -346,7 +407,9 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
             tokens = encode_field(packer.tokenizers[f.kind], sample[f.name], "xray", f.name)
             fields[f.name] = _field(f.name, f.kind, packer.tokenizers[f.kind], tokens, start, written=False)
             start += len(tokens)
-    if begin := len(packer.starts[task].tokens):
+    # of a pair's two learned tokens each side has its own
+    begin = len(packer.starts[task].tokens)
+    if begin := min(begin, 1) if pattern.pair else begin:
         rows = torch.arange(start, start + begin)
         fields[START] = XRayField(START, START, rows, (START,) * begin)
         start += begin
@@ -370,9 +433,9 @@ def _pointed(fields: Mapping[str, XRayField], rows: list[int]) -> tuple[str, ...
 
 def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> XRayField:
     tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
-    picture_YXC = tokenizer.picture(tokens)
-    rows = len(tokens.position_NA[:, 1].unique())
-    whole = len(tokens) % rows == 0  # a written picture may stop in the middle of a row
+    picture_YXC, grid = picture_and_grid(tokenizer, tokens)
+    content_NF = tokens.content.reshape(len(tokens), -1)
+    others = (content_NF != content_NF[-1]).any(-1).nonzero().flatten().tolist()
     return XRayField(
         name,
         kind,
@@ -380,6 +443,9 @@ def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: in
         tuple(token_labels(tokenizer, tokens)),
         tokenizer.text,
         written,
-        picture_YXC.detach().float().clamp(0, 1) if picture_YXC is not None and whole else None,
-        (rows, len(tokens) // rows),
+        tokenizer.learned,
+        picture_YXC,
+        grid,
+        tokens.position_NA[:, 0] if tokenizer.step[0] != 1 else None,
+        len(tokens) - 1 - (others[-1] if others else -1),
     )

@@ -1,8 +1,9 @@
 """The X-ray as one picture: heat over photographs, under spectrograms, along words; alignments; a table of heads."""
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,10 @@ DPI = 110
 MARGIN = 1.5  # inches to the left of tables and pictures, for the names of layers
 SHADE = (0.85, 0.37, 0.01)
 """The colour that attention has on white."""
+GREY = "0.8"
+"""The colour of the sink."""
 LINE = 96  # characters in a line of shaded words
+TITLE = 125  # characters in a line of a title
 TILE = 84  # pixels that the longer side of a small picture has at least
 MOST_TOKENS = 480  # tokens of a text that a picture shows; the page shows all
 READOUTS = {
@@ -60,18 +64,22 @@ def draw(ray: "XRay", path: "str | Path | io.BytesIO") -> None:
     from matplotlib.figure import Figure
 
     parts = panels(ray)
-    top, gap, heading = 0.5, 0.22, 0.32
-    height = top + sum(p.height + heading + gap for p in parts)
+    note = left_out(ray)
+    top, gap, heading = 0.7 if note else 0.5, 0.22, 0.32
+    titles = [textwrap.wrap(plain(p.title), TITLE) for p in parts]
+    height = top + sum(
+        p.height + heading + 0.16 * (len(lines) - 1) + gap for p, lines in zip(parts, titles, strict=True)
+    )
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
     at = height - 0.3
     figure.text(0.35 / WIDTH, at / height, plain(ray.task), fontsize=14, weight="bold", va="center")
     figure.text(1 - 0.35 / WIDTH, at / height, plain(answer_line(ray)), fontsize=11, va="center", ha="right")
-    if note := left_out(ray):
-        figure.text(0.35 / WIDTH, (at - 0.24) / height, note, fontsize=8, color="0.4", va="center")
+    if note:
+        figure.text(0.35 / WIDTH, (at - 0.26) / height, note, fontsize=8, color="0.4", va="center")
     at -= top - 0.3
-    for part in parts:
-        at -= heading
-        figure.text(0.35 / WIDTH, (at + 0.1) / height, plain(part.title), fontsize=10, color="0.25")
+    for part, lines in zip(parts, titles, strict=True):
+        at -= heading + 0.16 * (len(lines) - 1)
+        figure.text(0.35 / WIDTH, (at + 0.1) / height, "\n".join(lines), fontsize=10, color="0.25")
         at -= part.height
         part.draw(figure, (0.35, at, WIDTH - 0.7, part.height))
         at -= gap
@@ -88,6 +96,34 @@ def panels(ray: "XRay") -> list[Panel]:
     found += [panel for field in ray.reads for panel in _written_panels(ray, field, heads)]
     memories = [layer for layer in ray.layers if layer.key_M is None and heads[layer.name]]
     return [*found, *(_slots(layer, heads[layer.name]) for layer in memories), _readouts(ray, heads)]
+
+
+def without_tail(field: "XRayField", looks: Looks) -> "tuple[XRayField, Looks, str]":
+    """A field and its shares without equal tokens at its end, if they are more than half of it and more than eight, as silence
+    after a sound is; and what a title says of them."""
+    size = len(field) - field.equal + 1
+    if field.flat or field.equal <= max(8, len(field) // 2):
+        return field, looks, ""
+    picture_YXC = field.picture_YXC
+    if picture_YXC is not None:
+        picture_YXC = picture_YXC[:, : size * picture_YXC.shape[1] // len(field)]
+    second_N = None if field.second_N is None else field.second_N[:size]
+    cut = replace(
+        field, row_N=field.row_N[:size], labels=field.labels[:size], picture_YXC=picture_YXC, second_N=second_N, equal=1
+    )
+    share = sum(float(heat[..., size:].sum(-1).mean()) for _, heat in looks) / max(len(looks), 1)
+    note = f"; not shown: {len(field) - size} equal tokens at its end, which get {percent(share)}"
+    return cut, [(layer, heat[..., :size]) for layer, heat in looks], note
+
+
+def without_sink(ray: "XRay", field: "XRayField", looks: Looks) -> tuple[Looks, str]:
+    """Shares with 0 in place of the sink's, if it is a token of the field, and what a title says of it."""
+    at = ray.sunk(field.name)
+    if at is None or not looks:
+        return looks, ""
+    share = sum(float(heat[..., at].mean()) for _, heat in looks) / len(looks)
+    others = [(layer, heat.index_fill(-1, torch.tensor([at]), 0.0)) for layer, heat in looks]
+    return others, f"; not shaded: the first token, where heads look that read nothing ({percent(share)})"
 
 
 def left_out(ray: "XRay") -> str:
@@ -199,39 +235,69 @@ def _field_panels(ray: "XRay", field: "XRayField", heads: Heads) -> list[Panel]:
         return []
     if field.flat:
         return [_tiles(ray, field, looks, heads)]
-    each = strips(ray, field, looks, heads)
-    return [_words(ray, field, looks), each] if field.text else [each]
+    found = [_words(ray, field, looks)] if field.text else []
+    maps = [(layer, part) for layer, part in own_looks(ray, field) if heads[layer.name]]
+    mapped = {layer.name for layer, _ in maps}
+    if others := [(layer, heat) for layer, heat in looks if layer.name not in mapped]:
+        found.append(strips(ray, field, others, heads))
+    if maps:
+        found.append(_alignment(ray, field, maps, heads))
+    return found
 
 
 def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel:
     """The picture, and for every layer a row of it with the heat of the mean of heads and of each head."""
     picture_YXC = field.picture_YXC
     assert picture_YXC is not None
+    looks, note = without_sink(ray, field, looks)
     most = max(len(heads[layer.name]) for layer, _ in looks)
     high, wide = picture_YXC.shape[:2]
-    gap = 0.06
+    gap, bar = 0.06, 0.15 if field.learned else 0.0
     size = min(1.25, (WIDTH - 0.7 - MARGIN) / (most + 2) - gap)
     tall, above = size * min(high / wide, 2.0), 0.34
 
     def picture(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
         for i, (layer, heat_HN) in enumerate(looks):
-            under = bottom + height - (i + 1) * (tall + above)
+            under = bottom + height - (i + 1) * (tall + above + bar) + bar
             _name_layer(figure, left, under + tall / 2, layer)
             tiles = [("mean", heat_HN.mean(0))] if layer.heads > 1 else []
             tiles += [(f"head {h}", heat_HN[h]) for h in heads[layer.name]]
-            tiles = [(f"{name} {percent(float(x.sum()))}\nup to {percent(float(x.max()))}", x) for name, x in tiles]
-            pictures = [(title, overlay(picture_YXC, heat_N, field.grid)) for title, heat_N in tiles]
             # the first column holds the picture itself, in the first row alone
             if i == 0:
-                pictures.insert(0, (field.name, shown_picture(picture_YXC)))
-            for j, (title, pixels) in enumerate(pictures, start=min(i, 1)):
-                axes = _photograph(figure, (left + MARGIN + j * (size + gap), under, size, tall), pixels)
-                lines = "\n".join(map(plain, title.split("\n")))
-                axes.set_title(lines, fontsize=6.5 if size > 0.7 else 4.5, pad=2, color="0.3")
+                box = (left + MARGIN, under, size, tall)
+                _photograph(figure, box, shown_picture(picture_YXC)).set_title(plain(field.name), fontsize=font, pad=2)
+            for j, (name, share_N) in enumerate(tiles, start=1):
+                at, heat_N = left + MARGIN + j * (size + gap), share_N[field.learned :]
+                axes = _photograph(figure, (at, under, size, tall), overlay(picture_YXC, heat_N, field.grid))
+                said = f"{name} {percent(float(heat_N.sum()))}\nup to {percent(float(heat_N.max()))}"
+                axes.set_title(said, fontsize=font, pad=2, color="0.3")
+                if field.learned:
+                    _bar(figure, (at, under - bar + 0.02, size, bar - 0.04), share_N[: field.learned].tolist(), font)
 
-    title = f"{field.name}: where the answer looked, and the share of the head that fell on it; one patch {scale(ray, looks)}"
-    return Panel(title, len(looks) * (tall + above), picture)
+    font = 6.5 if size > 0.7 else 4.5
+    patches = [(layer, heat[:, field.learned :]) for layer, heat in looks]
+    title = f"{field.name}: where the answer looked, and the share of the head that fell on it; one patch {scale(ray, patches)}"
+    if field.learned:
+        title += f"; bars: {learned_names(field)}"
+    return Panel(title + note, len(looks) * (tall + above + bar), picture)
+
+
+def learned_names(field: "XRayField") -> str:
+    """What stands before the patches: "class token", "learned 0 to 4"."""
+    first, last = field.labels[0], field.labels[field.learned - 1]
+    return first if first == last else f"{first} to {last.rpartition(' ')[2]}"
+
+
+def _bar(figure: "Figure", box: tuple[float, float, float, float], shares: Sequence[float], font: float) -> None:
+    """A bar as long as the whole attention of a head, filled by the shares of its learned tokens, and their sum."""
+    axes = _axes(figure, box)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[], facecolor="0.93")
+    begin = 0.0
+    for share in shares:
+        axes.axvspan(begin, begin + share, facecolor=(*SHADE, 0.6), edgecolor="white", linewidth=0.4)
+        begin += share
+    axes.text(0.98, 0.45, percent(begin), fontsize=font - 1, color="0.3", ha="right", va="center")
 
 
 def _name_layer(figure: "Figure", left: float, middle: float, layer: LayerXRay) -> None:
@@ -241,7 +307,10 @@ def _name_layer(figure: "Figure", left: float, middle: float, layer: LayerXRay) 
 
 
 def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
-    """For every layer the text, each token on the shade of the mean of the heads."""
+    """For every layer the text, each token on the shade of the mean of the heads; the sink in grey."""
+    field, looks, tail = without_tail(field, looks)
+    looks, note = without_sink(ray, field, looks)
+    sink = ray.sunk(field.name)
     labels = [visible(label) for label in field.labels[:MOST_TOKENS]]
     # lines are broken between tokens, at LINE characters of a monospaced font
     places, line, column = [], 0, 0
@@ -263,18 +332,21 @@ def _words(ray: "XRay", field: "XRayField", looks: Looks) -> Panel:
             axes.set(xlim=(0, LINE), ylim=(lines, 0), xticks=[], yticks=[])
             mean_N = heat_HN.mean(0)
             strength = (mean_N / mean_N.max().clamp(min=1e-12)).tolist()
-            for label, (row, begin), s in zip(labels, places, strength, strict=False):
-                axes.add_patch(Rectangle((begin, row + 0.06), len(label), 0.88, color=(*SHADE, 0.75 * s), linewidth=0))
+            for n, (label, (row, begin), s) in enumerate(zip(labels, places, strength, strict=False)):
+                colour = GREY if n == sink else (*SHADE, 0.75 * s)
+                axes.add_patch(Rectangle((begin, row + 0.06), len(label), 0.88, color=colour, linewidth=0))
                 axes.text(begin, row + 0.52, plain(label), fontsize=10, family="monospace", va="center")
 
     more = len(field) - len(labels)
     title = f"{field.name}: where the answer looked, mean of the heads; a token {scale(ray, looks, mean=True)}"
     title += f"; {more} more tokens" if more else ""
-    return Panel(title, len(looks) * (lines * step + 0.08), words)
+    return Panel(title + note + tail, len(looks) * (lines * step + 0.08), words)
 
 
 def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = None) -> Panel:
     """A row for each head, a column for each token; under the picture where there is one, such as a spectrogram."""
+    field, looks, tail = without_tail(field, looks)
+    looks, note = without_sink(ray, field, looks)
     if heads is not None:
         looks = [(layer, heat[list(heads[layer.name])]) for layer, heat in looks]
     # each head is shaded up to its own largest share: a head that spreads evenly would be white otherwise
@@ -282,19 +354,18 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
     rows, tokens = heat_HN.shape
     row, above = 0.16, 0.0 if field.picture_YXC is None else 1.6
     below = 0.0
-    if tokens <= 60:  # more labels would overlap
+    if field.second_N is not None:
+        below = 0.2
+    elif tokens <= 60:  # more labels would overlap
         below = min(0.9, 0.12 + 0.07 * max(map(len, field.labels)))
-
-    upright = max(map(len, field.labels)) <= 2
 
     def rows_of_heads(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, width, height = box
         width = min(width, MARGIN + max(0.3 * tokens, 4.0)) if field.picture_YXC is None else width
-        if field.picture_YXC is not None:
-            axes = _axes(figure, (left + MARGIN, bottom + height - above, width - MARGIN, above - 0.05))
-            axes.imshow(field.picture_YXC.numpy(), aspect="auto", cmap="magma", interpolation="nearest", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
+        _spectrogram(figure, (left + MARGIN, bottom + height - above, width - MARGIN, above - 0.05), field)
         axes = _shaded(figure, (left + MARGIN, bottom + below, width - MARGIN, rows * row), heat_HN, most=1)
+        if sink is not None:
+            axes.axvspan(sink - 0.5, sink + 0.5, color=GREY)
         at = 0
         for layer, heat in looks:
             middle = bottom + below + rows * row - (at + len(heat) / 2) * row
@@ -302,18 +373,38 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
             at += len(heat)
             if at < rows:
                 axes.axhline(at - 0.5, color="0.6", linewidth=0.6)
-        if below:
-            axes.set_xticks(
-                range(tokens),
-                [plain(shown(x)) for x in field.labels],
-                rotation=0 if upright else 90,
-                fontsize=6.5,
-                family="monospace",
-            )
+        _name_columns(axes, field, below > 0)
+
+    sink = ray.sunk(field.name)
 
     title = "the same for each head (a row each" if field.text else "where the answer looked, a row for each head ("
     title = f"{field.name}: {title}{'; ' if field.text else ''}darkest: its largest); a token {scale(ray, looks)}"
-    return Panel(title, above + rows * row + below, rows_of_heads)
+    return Panel(title + note + tail, above + rows * row + below, rows_of_heads)
+
+
+def _spectrogram(figure: "Figure", box: tuple[float, float, float, float], field: "XRayField") -> None:
+    """The field's picture in this box, if it has one, above the tokens that tile it along time."""
+    if field.picture_YXC is None:
+        return
+    left, bottom, width, height = box
+    before = width * field.learned / len(field)
+    axes = _axes(figure, (left + before, bottom, width - before, height))
+    axes.imshow(field.picture_YXC.numpy(), aspect="auto", cmap="magma", interpolation="nearest", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+
+
+def _name_columns(axes: "Axes", field: "XRayField", each: bool) -> None:
+    """The times of a sound below axes with a column for each token, or if `each` the label of every token."""
+    if field.second_N is not None:
+        from matplotlib.ticker import MaxNLocator
+
+        time_N = field.second_N.numpy()
+        seconds = [t for t in MaxNLocator(8).tick_values(0, time_N[-1]) if time_N[0] <= t <= time_N[-1]]
+        axes.set_xticks(np.interp(seconds, time_N, np.arange(len(time_N))), [f"{t:g} s" for t in seconds], fontsize=6.5)
+    elif each:
+        upright = max(map(len, field.labels)) <= 2
+        names = [plain(shown(label)) for label in field.labels]
+        axes.set_xticks(range(len(names)), names, rotation=0 if upright else 90, fontsize=6.5, family="monospace")
 
 
 def _shades() -> Any:
@@ -332,18 +423,36 @@ def written_looks(ray: "XRay", field: "XRayField") -> Looks:
     return looks
 
 
+def own_looks(ray: "XRay", field: "XRayField") -> Looks:
+    """The layers whose asked queries are all of their queries, with the shares (H, N, N) of a field's tokens on each other.
+
+    The mean over such queries says little of a head that reads the neighbours of each.
+    """
+    looks = []
+    for layer in ray.layers:
+        part = ray.onto(layer, field.name)
+        mine_T = torch.isin(layer.query_T, field.row_N)
+        if part is not None and part.shape[1] == len(mine_T) and int(mine_T.sum()) == len(field) > 1:
+            looks.append((layer, part[:, mine_T]))
+    return looks
+
+
 def _written_panels(ray: "XRay", field: "XRayField", heads: Heads) -> list[Panel]:
     """Attention of each written token on one field that was read."""
     looks = [(layer, part) for layer, part in written_looks(ray, field) if heads[layer.name]]
     if not looks:
         return []
-    return [_word_by_word(ray, field, *looks[-1])] if field.flat else [_alignment(ray, field, looks, heads)]
+    if field.flat:
+        return [_word_by_word(ray, field, *looks[-1])]
+    return [_alignment(ray, field, looks, heads, ray.written_labels)]
 
 
 def _word_by_word(ray: "XRay", field: "XRayField", layer: LayerXRay, part_HTN: Tensor, most: int = 14) -> Panel:
     """The picture once for each token that was written: Xu et al. 2015, figure 3."""
     picture_YXC = field.picture_YXC
     assert picture_YXC is not None
+    ((_, part_HTN),), note = without_sink(ray, field, [(layer, part_HTN)])
+    part_HTN = part_HTN[..., field.learned :]
     labels, across = ray.written_labels[:most], 7
     size, gap = (WIDTH - 0.7) / across - 0.08, 0.08
     high, wide = picture_YXC.shape[:2]
@@ -360,20 +469,30 @@ def _word_by_word(ray: "XRay", field: "XRayField", layer: LayerXRay, part_HTN: T
     more = len(ray.written_labels) - len(labels)
     title = f"{field.name}: where {layer.name} looked for each token written, and the share that fell on it; one patch "
     return Panel(
-        title + scale(ray, [(layer, part_HTN)], mean=True) + (f"; {more} more" if more else ""),
+        title + scale(ray, [(layer, part_HTN)], mean=True) + (f"; {more} more" if more else "") + note,
         lines * (tall + 0.25),
         pictures,
     )
 
 
-def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> Panel:
-    """Rows: tokens written, columns: tokens read. Large the mean over the heads of the last layer, small every head."""
-    written, read = ray.written_labels, field.labels
-    names = len(read) <= 80 and len(written) <= 80
+def _alignment(
+    ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads, written: Sequence[str] | None = None
+) -> Panel:
+    """Rows: tokens written, or the field's own; columns: tokens read. Large the mean over the heads of the last layer, small every
+    head."""
+    field, looks, tail = without_tail(field, looks)
+    looks, note = without_sink(ray, field, looks)
+    sink, read = ray.sunk(field.name), field.labels
+    heading = f"what is written (rows) against {field.name} (columns)"
+    if written is None:
+        written, looks = read, [(layer, part[:, : len(read)]) for layer, part in looks]
+        heading = f"{field.name}: which token (row) looks at which (column)"
+    names = len(read) <= 80 and len(written) <= 80 and field.second_N is None
+    above = 0.0 if field.picture_YXC is None else 0.8
     large = (WIDTH - 0.7 - MARGIN) * min(1.0, max(0.35, len(read) / 45))
     cell = large / len(read)
-    tall = min(6.0, max(0.8, len(written) * (min(cell, 0.22) if names else cell)))
-    below = min(1.1, 0.12 + 0.065 * max(map(len, read))) if names else 0.15
+    tall = min(4.5, max(0.8, len(written) * (min(cell, 0.22) if names else cell)))
+    below = min(1.1, 0.12 + 0.065 * max(map(len, read))) if names else 0.2
     tiles = [(i, h) for i, (layer, _) in enumerate(looks) for h in chosen[layer.name]]
     if looks[-1][0].heads == 1:  # the mean of one head is that head
         tiles = tiles[:-1]
@@ -385,27 +504,34 @@ def _alignment(ray: "XRay", field: "XRayField", looks: Looks, chosen: Heads) -> 
 
     def alignment(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
-        axes = _shaded(figure, (left + MARGIN, bottom + height - tall, large, tall), looks[-1][1].mean(0))
-        if names:
-            axes.set_xticks(
-                range(len(read)), [plain(shown(x)) for x in read], rotation=90, fontsize=6.5, family="monospace"
-            )
+        _spectrogram(figure, (left + MARGIN, bottom + height - above, large, above - 0.05), field)
+        axes = _shaded(figure, (left + MARGIN, bottom + height - above - tall, large, tall), looks[-1][1].mean(0))
+        _name_columns(axes, field, names)
+        if len(written) <= 80 and (names or written is not read):
             axes.set_yticks(range(len(written)), [plain(shown(x)) for x in written], fontsize=6.5, family="monospace")
-        under, column, before = bottom + height - tall - below - 0.2, across, None
+        if sink is not None:
+            axes.axvspan(sink - 0.5, sink + 0.5, color=GREY)
+        under, column, before = bottom + height - above - tall - below - 0.2, across, None
         for i, h in tiles:
             layer, part_HTN = looks[i]
             if column == across or i != before:
                 column, under = 0, under - (small_tall + 0.2)
                 if i != before:
                     _name_layer(figure, left, under + small_tall / 2, layer)
-            axes = _shaded(figure, (left + MARGIN + column * (small + 0.1), under, small, small_tall), part_HTN[h])
+            box = (left + MARGIN + column * (small + 0.1), under, small, small_tall)
+            # a head that reads none of these tokens is not shaded by what little it gives them
+            axes = _shaded(figure, box, part_HTN[h], max(float(part_HTN[h].max()), ray.even(layer)))
             axes.set_title(f"head {h}, up to {percent(float(part_HTN[h].max()))}", fontsize=6.5, pad=2, color="0.3")
+            if sink is not None:
+                axes.axvspan(sink - 0.5, sink + 0.5, color=GREY)
             column, before = column + 1, i
 
     which = "its one head" if looks[-1][0].heads == 1 else "mean of the heads"
-    title = f"what is written (rows) against {field.name} (columns): {looks[-1][0].name}, {which}, "
+    title = f"{heading}: {looks[-1][0].name}, {which}, "
     title += scale(ray, looks[-1:], mean=True) + ("; below, each head" if tiles else "")
-    return Panel(title, tall + below + (0.2 + lines * (small_tall + 0.2) if tiles else 0), alignment)
+    return Panel(
+        title + note + tail, above + tall + below + (0.2 + lines * (small_tall + 0.2) if tiles else 0), alignment
+    )
 
 
 def _slots(layer: LayerXRay, heads: Sequence[int]) -> Panel:
@@ -433,11 +559,13 @@ def _readouts(ray: "XRay", chosen: Heads) -> Panel:
     row = 0.2
     columns = 4 if heads <= 5 else 2 if heads <= 10 else 1
     width = (WIDTH - 0.7 - MARGIN) / columns - 0.12
-    lines = -(-len(READOUTS) // columns)
+    # without a prior but the mask, the variance of the prior is 0 everywhere
+    named = {name: title for name, title in READOUTS.items() if any(row[name] for rows in summaries for row in rows)}
+    lines = -(-len(named) // columns)
 
     def tables(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
-        for i, (name, title) in enumerate(READOUTS.items()):
+        for i, (name, title) in enumerate(named.items()):
             under = bottom + height - (i // columns + 1) * (layers * row + 0.35) + 0.15
             numbers = np.full((layers, heads), np.nan)
             for j, summary in enumerate(summaries):

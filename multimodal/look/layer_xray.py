@@ -190,6 +190,8 @@ class LayerXRay:
     @cached_property
     def change_HTM(self) -> Tensor:
         """|o_-j - o|: the change of each query's result without key j; NaN where it sees no other key."""
+        if isinstance(self.how, Soft) and not self.factored:
+            return self._soft_change_HTM()
         keys, _, width = self.value_MHK.shape
         parts = []
         # a table (T, M, K) for each head would not fit in memory for long texts, so queries come in blocks
@@ -198,6 +200,18 @@ class LayerXRay:
             moved = [part.without(h) - part.answer_HTK[h][:, None] for h in range(self.heads)]
             parts.append(torch.stack([m.norm(dim=-1) for m in moved]))
         return torch.cat(parts, 1)
+
+    def _soft_change_HTM(self) -> Tensor:
+        """The change of a soft read without a table of reads: r_j |v_j - o| / (1 - r_j)."""
+        value, r_HTM, answer = self._value_HMK, self.posterior_HTM, self.answer_HTK
+        away_HTM = torch.cdist(answer, value, compute_mode="donot_use_mm_for_euclid_dist")
+        change_HTM = away_HTM * r_HTM / (1 - r_HTM)
+        # 1 - r_j loses its digits as r_j nears 1
+        top_HT1 = self.log_joint_HTM.argmax(-1, keepdim=True)
+        others = self.log_joint_HTM.scatter(-1, top_HT1, -math.inf).softmax(-1) @ value
+        change_HTM = change_HTM.scatter(-1, top_HT1, (others - answer).norm(dim=-1, keepdim=True))
+        seen = self.seen_HTM
+        return change_HTM.masked_fill(seen.sum(-1, keepdim=True) - seen.int() == 0, math.nan)
 
     def only(self, index_N: Tensor) -> "LayerXRay":
         """The layer with these queries alone."""

@@ -222,6 +222,18 @@ def layer_widths(core: Transformer) -> list[int]:
     return widths
 
 
+def picture_and_grid(tokenizer: Tokenizer, tokens: Tokens) -> tuple[Tensor | None, tuple[int, int]]:
+    """The picture (Y, X, C) of a value in 0..1, and the rows and columns of the tokens that tile it, all but the learned ones.
+
+    None for a value without a picture, and one that ends within a row, as written pictures may.
+    """
+    row_N = tokens.position_NA[tokenizer.learned :, 1]
+    rows = max(len(row_N.unique()), 1)
+    grid = (rows, len(row_N) // rows)
+    picture_YXC = tokenizer.picture(tokens) if len(row_N) == grid[0] * grid[1] else None
+    return None if picture_YXC is None else picture_YXC.detach().float().clamp(0, 1), grid
+
+
 def token_labels(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
     """A short name for each token, as its tokenizer calls it.
 

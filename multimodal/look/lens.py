@@ -67,11 +67,13 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
     EncoderDecoder, among the reader's last states; its classes are the tokens that were read.
 
     Raises:
-        ConfigError: a head that writes features has no classes to look at.
+        ConfigError: a head that writes features, and a pair, have no classes to look at.
     """
     packer = model.packer
     packer.check_task(task)
     pattern, head = packer.patterns[task], packer.head(task)
+    if pattern.pair:
+        raise ConfigError(f"lens: task {task!r} is a pair, which has vectors and no classes")
     if head.draws_features:
         raise ConfigError(f"lens: task {task!r} writes features by {type(head).__name__}, which has no classes")
     tokenizer = packer.tokenizers[pattern.writes.kind]

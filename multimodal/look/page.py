@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from multimodal.heads.base import encode_field
 from multimodal.look.answers import answer_line
 from multimodal.look.drawing import (
+    Looks,
     Panel,
+    learned_names,
     overlay,
+    own_looks,
     panel_image,
     scale,
     shown,
     shown_picture,
     visible,
+    without_sink,
+    without_tail,
     written_looks,
 )
 from multimodal.look.drawing import strips as strips_panel
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
     from multimodal.look.attention_xray import XRay, XRayField
 
 MOST_CELLS = 6000  # a larger table is drawn as a picture
+MOST_FOLDED = 60_000  # likewise tables that have more cells together, which a browser opens slowly
 MOST_ROWS = 120  # of a list; the number of the others is stated
 SMALLEST_TABLE = 300  # entries of an embedding that has neighbours worth showing: bytes are no words
 
@@ -65,6 +71,8 @@ img.wide { max-width: 100%; image-rendering: auto }
 figcaption { font-size: 12px; color: #666 }
 .grid { position: relative; width: max-content }
 .grid div { position: absolute; inset: 0; display: grid }
+.learned { height: 7px; margin-top: 2px; background: #eee; display: flex; border-radius: 2px }
+.learned i { background: #d95f02; opacity: .6; border-right: 1px solid #fff }
 .text { display: flex; margin: 2px 0 8px; font: 14px/1.9 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace }
 .text p { margin: 0; max-width: none; white-space: pre-wrap; overflow-wrap: anywhere }
 .text p span { border-radius: 3px; padding: 2px 0 }
@@ -156,30 +164,48 @@ def _field(ray: "XRay", field: "XRayField") -> str:
     looks = list(ray.looking_at(field.name))
     if not looks:
         return ""
+    name, sink = field.name, ray.sunk(field.name)
+    shaded, note = without_sink(ray, field, looks)
+    note = escape(note)
     out = [f"<h2>{escape(field.name)}: where the answer looked</h2>"]
     if field.flat:
+        if field.learned:
+            note += f"; bars: {escape(learned_names(field))}"
+        patches = [(layer, heat[:, field.learned :]) for layer, heat in shaded]
         out.append(
             '<p class="note">Bright where a head looked most; the percentage is the share of its attention that fell here. '
-            f"Point at a patch for its share: {scale(ray, looks)}.</p>"
+            f"Point at a patch for its share: {scale(ray, patches)}{note}.</p>"
         )
-        for i, (layer, heat_HN) in enumerate(looks):
+        for i, (layer, heat_HN) in enumerate(shaded):
             out.append(f"<h3>{escape(layer.name)}</h3>")
             out.append(f'<div class="row">{"".join(_tiles(field, layer, heat_HN, first=i == 0))}</div>')
     elif field.text:
-        most = scale(ray, looks, mean=True)
-        out.append(f'<p class="note">Darker: read more, mean of the heads. Point at a token for its share: {most}.</p>')
+        most = scale(ray, shaded, mean=True)
+        cut, looks, tail = without_tail(field, looks)
+        out.append(
+            f'<p class="note">Darker: read more, mean of the heads. Point at a token for its share: {most}{note}{escape(tail)}.</p>'
+        )
         for layer, heat_HN in looks:
-            out.append(_shaded(field, heat_HN.mean(0), layer.name))
+            out.append(_shaded(cut, heat_HN.mean(0), layer.name, sink))
         heads = [
-            _shaded(field, heat_N, f"{layer.name}, head {h}")
+            _shaded(cut, heat_N, f"{layer.name}, head {h}", sink)
             for layer, heat_HN in looks
             for h, heat_N in enumerate(heat_HN)
         ]
         if len(heads) > len(looks):
             out.append(f"<details><summary>each of the {len(heads)} heads</summary>{''.join(heads)}</details>")
-    else:
-        panel = strips_panel(ray, field, looks)
+    own = own_looks(ray, field)
+    mapped = {layer.name for layer, _ in own}
+    others = [(layer, heat) for layer, heat in looks if layer.name not in mapped]
+    if others and not field.flat and not field.text:
+        panel = strips_panel(ray, field, others)
         out.append(f'<p class="note">{escape(panel.title)}</p>{_panel(panel)}')
+    if own and not field.flat:
+        cut, own, tail = without_tail(field, own)
+        own = [(layer, part[:, : len(cut)]) for layer, part in own]
+        out.append(f"<h2>{escape(name)}, token by token</h2>")
+        out.append(f'<p class="note">Rows look at columns. Darker: looked at more{note}{escape(tail)}.</p>')
+        out += _tables(ray, cut, own, list(map(shown, cut.labels)))
     return "\n".join(out)
 
 
@@ -189,42 +215,61 @@ def _tiles(field: "XRayField", layer: LayerXRay, heat_HN: Tensor, *, first: bool
         image = _image(shown_picture(field.picture_YXC, longer=168), 168, field.name)
         yield f"<figure>{image}<figcaption>as it is</figcaption></figure>"
     mean_N = heat_HN.mean(0)
+    first_N, mean_N = mean_N[: field.learned], mean_N[field.learned :]
     cells = "".join(
         f'<span title="{escape(label)}: {share:.1%}"></span>'
-        for label, share in zip(field.labels, mean_N.tolist(), strict=True)
+        for label, share in zip(field.labels[field.learned :], mean_N.tolist(), strict=True)
     )
     rows, columns = field.grid
     yield (
         f'<figure><div class="grid">'
         f"{_image(overlay(field.picture_YXC, mean_N, field.grid, longer=168), 168, f'{layer.name} on {field.name}')}"
         f'<div style="grid-template:repeat({rows},1fr)/repeat({columns},1fr)">{cells}</div></div>'
+        f"{_bars(field, first_N)}"
         f"<figcaption>{'mean of heads' if layer.heads > 1 else 'head 0'} {_shares(mean_N)}</figcaption></figure>"
     )
     if layer.heads == 1:
         return
     numbers = layer.summary()
     for h, heat_N in enumerate(heat_HN):
+        first_N, heat_N = heat_N[: field.learned], heat_N[field.learned :]
         pixels = overlay(field.picture_YXC, heat_N, field.grid, longer=84)
         hint = f"{layer.name}, head {h}: reads {numbers[h]['effective']:.1f} keys, evidence {numbers[h]['evidence']:.2f} nats"
         yield (
             f'<figure title="{escape(hint)}">{_image(pixels, 112, f"{layer.name}, head {h} on {field.name}")}'
-            f"<figcaption>head {h} {_shares(heat_N)}</figcaption></figure>"
+            f"{_bars(field, first_N)}<figcaption>head {h} {_shares(heat_N)}</figcaption></figure>"
         )
+
+
+def _bars(field: "XRayField", share_N: Tensor) -> str:
+    """A bar as long as the whole attention of a head, filled by the shares of its learned tokens."""
+    parts = "".join(
+        f'<i style="width:{100 * share:.1f}%" title="{escape(label)}: {share:.1%}"></i>'
+        for label, share in zip(field.labels, share_N.tolist(), strict=False)
+    )
+    return f'<div class="learned">{parts}</div>' if parts else ""
 
 
 def _shares(heat_N: Tensor) -> str:
     return f"{percent(float(heat_N.sum()))}, up to {percent(float(heat_N.max()))}"
 
 
-def _shaded(field: "XRayField", share_N: Tensor, name: str) -> str:
-    strength_N = share_N / share_N.max().clamp(min=1e-12)
+def _shaded(field: "XRayField", share_N: Tensor, name: str, sink: int | None) -> str:
+    colours = _colours(share_N, sink)
     spans = "".join(
-        f'<span style="background:{_colour(strength)}" title="{label}: {share:.1%}">{label}</span>'
-        for label, share, strength in zip(
-            (escape(visible(label)) for label in field.labels), share_N.tolist(), strength_N.tolist(), strict=True
+        f'<span style="background:{colour}" title="{label}: {share:.1%}">{label}</span>'
+        for label, share, colour in zip(
+            (escape(visible(label)) for label in field.labels), share_N.tolist(), colours, strict=True
         )
     )
     return f'<div class="text"><b>{escape(name)}</b><p>{spans}</p></div>'
+
+
+def _colours(share_N: Tensor, sink: int | None, most: float | None = None) -> list[str]:
+    """The shades of tokens, darkest at `most` (the largest unless given), and grey for the sink."""
+    others = [share for n, share in enumerate(share_N.tolist()) if n != sink]
+    top = max(max(others, default=0.0) if most is None else most, 1e-12)
+    return ["#ddd" if n == sink else _colour(share / top) for n, share in enumerate(share_N.tolist())]
 
 
 def _colour(strength: float) -> str:
@@ -239,10 +284,11 @@ def _written(ray: "XRay", field: "XRayField") -> str:
     out = [f"<h2>{escape(ray.written.name)}, token by token, against {escape(field.name)}</h2>"]
     if field.flat:
         assert field.picture_YXC is not None
-        layer, part_HTN = looks[-1]
+        (layer, part_HTN), note = looks[-1], without_sink(ray, field, looks[-1:])[1]
+        part_HTN = without_sink(ray, field, looks[-1:])[0][0][1][..., field.learned :]
         out.append(
             f'<p class="note">{escape(layer.name)}, mean of the heads, when each token was about to be written, and the share '
-            f"that fell on {escape(field.name)}; one patch {scale(ray, looks[-1:], mean=True)}.</p>"
+            f"that fell on {escape(field.name)}; one patch {scale(ray, [(layer, part_HTN)], mean=True)}{escape(note)}.</p>"
         )
         labels = ray.written_labels[:MOST_ROWS]
         figures = [
@@ -252,37 +298,55 @@ def _written(ray: "XRay", field: "XRayField") -> str:
         ]
         out.append(f'<div class="row">{"".join(figures)}</div>' + _more(len(ray.written_labels) - len(labels)))
         return "\n".join(out)
+    cut, looks, tail = without_tail(field, looks)
+    note = without_sink(ray, cut, looks)[1]
     out.append(
         '<p class="note">Rows: what is written; columns: what is read. Darker: looked at more when the row was about to '
-        "be written. Point at a cell for its share.</p>"
+        f"be written. Point at a cell for its share{escape(note + tail)}.</p>"
     )
-    # the last layer comes first and open; the others are folded
-    for i, (layer, part_HTN) in enumerate(reversed(looks)):
-        tables = [_matrix(ray, field, part_TN, f"{layer.name}, head {h}", layer) for h, part_TN in enumerate(part_HTN)]
-        if len(part_HTN) > 1:
-            tables.insert(0, _matrix(ray, field, part_HTN.mean(0), f"{layer.name}, mean of the heads", layer))
-        if i == 0:
-            out.append(tables.pop(0))
-        if tables:
-            out.append(f"<details><summary>{escape(layer.name)}, by head</summary>{''.join(tables)}</details>")
+    out += _tables(ray, cut, looks, [shown(label) for label in ray.written_labels])
     return "\n".join(out)
 
 
-def _matrix(ray: "XRay", field: "XRayField", part_TN: Tensor, name: str, layer: LayerXRay) -> str:
-    """Shares as a table, or as a picture where there are too many; its heading states the largest share."""
-    caption = f"<h3>{escape(name)}: {scale(ray, [(layer, part_TN[None])])}</h3>"
-    rows, columns = ([shown(label) for label in labels] for labels in (ray.written_labels, field.labels))
-    if part_TN.numel() > MOST_CELLS:
-        shade = (1 - part_TN / part_TN.max().clamp(min=1e-12)).numpy()
+def _tables(ray: "XRay", field: "XRayField", looks: Looks, rows: Sequence[str]) -> Iterator[str]:
+    """The shares (H, T, N) of each layer and head; the last layer comes first and open, the others are folded."""
+    most = MOST_CELLS if sum(part.numel() for _, part in looks) <= MOST_FOLDED else 0
+    for i, (layer, part_HTN) in enumerate(reversed(looks)):
+        names = [f"{layer.name}, head {h}" for h in range(len(part_HTN))]
+        tables = [
+            _matrix(ray, field, part_TN, name, layer, rows, most) for part_TN, name in zip(part_HTN, names, strict=True)
+        ]
+        if len(part_HTN) > 1:
+            name = f"{layer.name}, mean of the heads"
+            cells = MOST_CELLS if i == 0 else most
+            tables.insert(0, _matrix(ray, field, part_HTN.mean(0), name, layer, rows, cells))
+        if i == 0:
+            yield tables.pop(0)
+        if tables:
+            yield f"<details><summary>{escape(layer.name)}, by head</summary>{''.join(tables)}</details>"
+
+
+def _matrix(
+    ray: "XRay", field: "XRayField", part_TN: Tensor, name: str, layer: LayerXRay, rows: Sequence[str], most: int
+) -> str:
+    """Shares as a table, or as a picture where it has more than `most` cells; its heading states the largest share."""
+    sink = ray.sunk(field.name)
+    ((_, other_1TN),), _ = without_sink(ray, field, [(layer, part_TN[None])])
+    caption = f"<h3>{escape(name)}: {scale(ray, [(layer, other_1TN)])}</h3>"
+    columns = [shown(label) for label in field.labels]
+    top = max(float(other_1TN.max()), 1e-12)
+    if part_TN.numel() > most:
+        shade = (1 - other_1TN[0] / top).numpy()
         pixels = np.rint(255 * np.stack([shade**0.3, shade**0.8, shade], 2)).astype(np.uint8)
-        return caption + _image(pixels, min(1000, 4 * pixels.shape[1]), name)
-    top = max(float(part_TN.max()), 1e-12)
+        if sink is not None:
+            pixels[:, sink] = 221
+        return caption + _image(pixels, min(1000, max(4, 160 // len(columns)) * len(columns)), name)
     head = "".join(f"<th><span>{escape(label)}</span></th>" for label in columns)
     lines = []
-    for label, line in zip(rows, part_TN.tolist(), strict=True):
+    for label, line in zip(rows, part_TN, strict=True):
         cells = "".join(
-            f'<td style="background:{_colour(share / top)}" title="{escape(label)} ← {escape(read)}: {share:.1%}"></td>'
-            for read, share in zip(columns, line, strict=True)
+            f'<td style="background:{colour}" title="{escape(label)} ← {escape(read)}: {share:.1%}"></td>'
+            for read, share, colour in zip(columns, line.tolist(), _colours(line, sink, top), strict=True)
         )
         lines.append(f"<tr><th>{escape(label)}</th>{cells}</tr>")
     table = f'<table class="matrix"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

@@ -158,11 +158,7 @@ def blueprint_of(
     Raises:
         CheckpointError: an unknown family or field.
     """
-    kind = config.get("model_type")
-    family = next((family for family in FAMILIES if family.reads(config)), None)
-    if family is None:
-        known = ", ".join(sorted(name for family in FAMILIES for name in family.names))
-        raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
+    family = family_of(where, config)
     settings = Settings(where, config, options)
     blueprint = family.read(settings, files, names)
     settings.finish()
@@ -173,6 +169,19 @@ def blueprint_of(
     # each weight of ours has one source; anything else is a mistake in the family
     assert sorted(made) == sorted(shapes), f"{set(shapes) ^ set(made) or 'one is made twice'}"
     return blueprint, shapes
+
+
+def family_of(where: str, config: Mapping[str, Any]) -> Family:
+    """The family that reads a configuration.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    family = next((family for family in FAMILIES if family.reads(config)), None)
+    if family is None:
+        kind, known = config.get("model_type"), ", ".join(sorted(name for family in FAMILIES for name in family.names))
+        raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
+    return family
 
 
 def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
@@ -188,6 +197,8 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
         CheckpointError: the folder has files already.
     """
     folder, origin = Path(folder), model.origin
+    if model.adapters is not None:
+        raise ConfigError("export: other libraries would not read this model's adapters; call lora.merge first")
     if origin is None:
         if to != "hf":
             raise ConfigError(f"export: a model that was trained here has no layout of {to}; there is 'hf'")

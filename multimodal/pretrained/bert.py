@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from multimodal.core import Core
 from multimodal.heads import EachRow
@@ -25,6 +26,11 @@ class Bert(Family):
     """
 
     names = ("bert",)
+    peers: ClassVar = {
+        "text <-> other:text": "AutoModel",
+        "text -> text": "AutoModelForMaskedLM",
+        "text -> label": "AutoModelForSequenceClassification",
+    }
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         settings.only("position_embedding_type", "absolute")

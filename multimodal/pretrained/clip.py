@@ -132,6 +132,11 @@ class CLIP(TwoTowers):
     """
 
     names = ("clip", "clip_vision_model", "clip_text_model")
+    peers: ClassVar = {
+        "image <-> text": "CLIPModel",
+        "image <-> other:image": "CLIPVisionModel",
+        "text <-> other:text": "CLIPTextModel",
+    }
     form = "softmax"
     scale_shape = ()
     defaults: ClassVar = {
@@ -158,6 +163,11 @@ class CLIP(TwoTowers):
 
     def scales(self) -> dict[str, str]:
         return {"log_scale": "logit_scale"}
+
+    def peer(self, task: str, names: Sequence[str]) -> str | None:
+        found = self.peers.get(task)
+        projected = task != "image <-> text" and any(name.endswith("_projection.weight") for name in names)
+        return f"{found}WithProjection" if found and projected else found
 
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
@@ -213,6 +223,11 @@ class SigLIP(TwoTowers):
     """
 
     names = ("siglip", "siglip_vision_model", "siglip_text_model")
+    peers: ClassVar = {
+        "image <-> text": "SiglipModel",
+        "image <-> other:image": "SiglipVisionModel",
+        "text <-> other:text": "SiglipTextModel",
+    }
     form = "sigmoid"
     defaults: ClassVar = {
         "vision": {

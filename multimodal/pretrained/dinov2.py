@@ -1,6 +1,7 @@
 """DINOv2 (Oquab et al. 2023), with registers (Darcet et al. 2023) and without, and its classifiers."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from multimodal.core import Core
 from multimodal.heads.pool import First, FirstAndMean
@@ -31,6 +32,7 @@ class DINOv2(Family):
     """Encoders of pictures that were trained without labels, with a class token, registers and scales of updates."""
 
     names = ("dinov2", "dinov2_with_registers")
+    peers: ClassVar = {"image <-> other:image": "AutoModel", "image -> label": "AutoModelForImageClassification"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         family, width = settings.need("model_type"), settings.need("hidden_size")

@@ -1,6 +1,7 @@
 """DINOv3 (Simeoni et al. 2025): rotary positions that span every picture alike, a class token and registers without positions."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from multimodal.core import Core
 from multimodal.heads.pool import First
@@ -26,6 +27,7 @@ class DINOv3(Family):
     """Encoders of pictures that were trained without labels."""
 
     names = ("dinov3_vit",)
+    peers: ClassVar = {"image <-> other:image": "AutoModel"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width = settings.need("hidden_size")

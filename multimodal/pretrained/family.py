@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -295,9 +295,11 @@ class Family(ABC):
     """One layout of trained weights. Subclass, set `names`, and write `read`.
 
     names: the values of "model_type" in a config.json that this class reads.
+    peers: by task, the class of transformers that computes it too, or "timm"; `multimodal.pretrained.gate` compares with it.
     """
 
     names: tuple[str, ...]
+    peers: ClassVar[Mapping[str, str]] = {}
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Whether this family reads a configuration."""
@@ -313,6 +315,14 @@ class Family(ABC):
         Raises:
             CheckpointError: a field whose meaning we do not know or cannot do, by name.
         """
+
+    def peer(self, task: str, names: Sequence[str]) -> str | None:
+        """Which of `peers` computes a task of the model with these tensors; None: there is none."""
+        return self.peers.get(task)
+
+    def asked(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
+        """The arguments of the peer, if it wants more than ids, pixels or frames; read: how many ids stand before the answer."""
+        return inputs
 
 
 def attention_names(block: int, layer: int = 0) -> str:

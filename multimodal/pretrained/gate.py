@@ -1,33 +1,53 @@
 """The gate: a loaded model beside the library that it came from, on the same input, packed and alone.
 
-Each probe says for models of some sort which input both sides get, and what of theirs is compared with what of ours.
+Each family names its peers, the classes that compute its tasks in that library. What both are given follows from the tokenizers and
+what is compared from the head:
+
+head                           compared
+NextToken                      logits of random ids, from the last token that was read on
+Classify, EachRow              logits
+Contrast of two kinds          logits of pairs, and the vectors of both sides
+Contrast of one kind           states, and the vectors if the pool has weights
 """
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from multimodal.check.measure import difference, split_logits
-from multimodal.heads import NextToken
+from multimodal.encoder_decoder import EncoderDecoder
+from multimodal.heads import Contrast, NextToken
 from multimodal.model import Model
-from multimodal.pretrained import Pretrained, pretrained
+from multimodal.pretrained import Pretrained, family_of, pretrained
+from multimodal.pretrained import source as sources
+from multimodal.pretrained.timm_vit import described
 from multimodal.shapes import CheckpointError
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tower import Tower
+from multimodal_tokenizers import ClassTokens, Ids, ImagePatches, SpectrogramPatches, WhisperFrames
 
 MOST = 1e-4  # the largest difference that passes, in float32
 LENGTHS = (5, 17)  # of the texts in tokens
+SIZES = ((256, 300), (320, 256))  # of the pictures in pixels, rows and columns
+SHARES = (0.1, 0.4)  # of the longest sound
+
+What = Literal["logits", "states", "vectors", "logits of pairs"]
+Peer = Callable[..., Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Difference:
     """One input of the comparison.
 
-    case: what was compared of what: the states of an encoder, whatever head it has, or the logits of a model that writes.
+    case: what was compared of what.
     packed, alone: the largest difference, packed with the others and by itself.
     """
 
@@ -45,57 +65,82 @@ class Difference:
 class Case:
     """An input of both sides: a sample of ours, and what theirs computes of it."""
 
+    what: What
     name: str
     sample: dict[str, Any]
     wanted_ND: Tensor
 
 
-def compare(source: str | Path, **options: Any) -> list[Difference]:
+@dataclass(frozen=True)
+class Value:
+    """A value of both sides: what ours reads, and the arguments of theirs by name."""
+
+    name: str
+    ours: Any
+    theirs: dict[str, Tensor]
+
+
+def compare(source: str | Path | nn.Module, **options: Any) -> list[Difference]:
     """Load a model here and in the library that it came from, and compare what they compute.
 
-    source, options: as `pretrained` takes them; a folder or a name on the hub.
+    source, options: as `pretrained` takes them.
 
     Raises:
-        CheckpointError: it cannot be loaded, the library is not installed, or nobody has written a probe for such a model.
+        CheckpointError: it cannot be loaded, the library is not installed or has no such model.
     """
+    if isinstance(source, nn.Module) and hasattr(source, "save_pretrained"):
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_pretrained(folder)  # type: ignore[operator]
+            return compare(folder, **options)
     loaded = pretrained(source, **options)
-    kind = str(loaded.origin["config"].get("model_type"))
-    probe = next((probe for names, probe in PROBES if kind in names), None)
-    if probe is None:
+    if options.get("part", "both") != "both":
+        raise CheckpointError(f"{loaded.name}: not checked: this is the {options['part']} tower alone; check both")
+    family, model = family_of(loaded.name, loaded.origin["config"]), loaded.model()
+    peers = {task: family.peer(task, loaded.origin["tensors"]) for task in model.tasks}
+    if missing := [task for task, peer in peers.items() if peer is None]:
         raise CheckpointError(
-            f"{loaded.name}: not checked: there is no comparison for models of type {kind!r}; there is one for "
-            f"{', '.join(sorted(name for names, _ in PROBES for name in names))}"
+            f"{loaded.name}: not checked: no library is known here that computes {missing[0]!r} of models of type "
+            f"{family.names[0]!r}"
         )
-    try:
-        library = importlib.import_module("transformers")
-    except ImportError:
-        raise CheckpointError(
-            f"{loaded.name}: not checked: the comparison needs transformers; install it, and run this again"
-        ) from None
-    where = str(source) if loaded.revision is None else loaded.name
-    given = {} if loaded.revision is None else {"revision": loaded.revision}
-    model = loaded.model()
+    load = cache(lambda peer: _theirs(loaded, source, peer))
+    found = []
     with torch.inference_mode():
-        task, states, cases = probe(loaded, model, lambda auto: _theirs(library, auto, where, given))
-        together = computed(model, task, [case.sample for case in cases], states)
-        found = []
-        for case, packed_ND in zip(cases, together, strict=True):
-            (alone_ND,) = computed(model, task, [case.sample], states)
-            differences = (difference(x.float(), case.wanted_ND) for x in (packed_ND, alone_ND))
-            found.append(Difference(f"{'states' if states else 'logits'} of {case.name}", *differences))
+        for task, peer in peers.items():
+            module = load(peer)
+
+            def call(inputs: Mapping[str, Tensor], read: int = 0, module: nn.Module = module) -> Mapping[str, Tensor]:
+                return module(**family.asked(inputs, read))
+
+            found += _differences(model, task, list(_cases(loaded, model, task, call)))
     return found
 
 
-def _theirs(library: Any, auto: str, where: str, given: dict[str, Any]) -> Any:
-    return getattr(library, auto).from_pretrained(where, dtype=torch.float32, **given).eval()
+def _differences(model: Model, task: str, cases: Sequence[Case]) -> Iterator[Difference]:
+    # only inputs of the same fields are packed together
+    alike: dict[tuple[What, tuple[str, ...]], list[Case]] = {}
+    for case in cases:
+        alike.setdefault((case.what, tuple(case.sample)), []).append(case)
+    for (what, _), own in alike.items():
+        together = computed(model, task, [case.sample for case in own], what)
+        for case, packed_ND in zip(own, together, strict=True):
+            (alone_ND,) = computed(model, task, [case.sample], what)
+            packed, alone = (difference(x.float(), case.wanted_ND) for x in (packed_ND, alone_ND))
+            yield Difference(f"{what} of {case.name}", packed, alone)
 
 
 @torch.inference_mode()
-def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], states: bool) -> list[Tensor]:
-    """Of each sample its logits, or the states of what it reads, all packed together."""
-    stream = model.pack(task, samples, answers=not states)
+def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], what: What) -> list[Tensor]:
+    """Of each sample its logits, the states of what it reads, or its vector, all packed together."""
+    if what == "vectors":
+        return list(_sized(model.vectors(task, samples)))
+    if what == "logits of pairs":
+        left_NF, right_NF = (model.vectors(task, samples, side=side) for side in ("left", "right"))
+        readout: Any = model.readout(task)
+        return list(readout.scores(left_NF, right_NF).diagonal())
+    head = model.packer.heads[task]
+    stream = model.pack(task, samples, answers=what == "logits" and head.autoregressive)
     reading = stream.readings[task]
-    if not states:
+    if what == "logits":
         parts = split_logits(model.logits(stream)[task], reading)
         return [part for _, part in sorted(zip(reading.samples, parts, strict=True), key=lambda pair: pair[0])]
     spans = stream.layout.spans
@@ -106,78 +151,167 @@ def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], states:
     return [by_place[place_of[i]][: spans[place_of[i]].read] for i in range(len(samples))]
 
 
-Theirs = Callable[[str], Any]
-Probe = Callable[[Pretrained, Model, Theirs], tuple[str, bool, list[Case]]]
+def _theirs(loaded: Pretrained, source: Any, peer: str) -> nn.Module:
+    """The peer of a model, in evaluation mode; it is called with arguments by name and returns tensors by name."""
+    if peer == "timm":
+        return _Timm(_timm(loaded, source))
+    try:
+        library = importlib.import_module("transformers")
+        auto = getattr(library, peer)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"{loaded.name}: not checked: the comparison needs {peer} of transformers ({error}): "
+            "pip install --upgrade 'transformers>=5'"
+        ) from None
+    path = Path(source)
+    where = loaded.name if loaded.revision else str(path.parent if path.is_file() else path)
+    given = {"revision": loaded.revision} if loaded.revision else {}
+    return auto.from_pretrained(where, dtype=torch.float32, **given).eval()
 
 
-def _ids(count: int, vocab: int) -> list[int]:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randint(vocab, (count,), generator=generator).tolist()
+def _timm(loaded: Pretrained, source: Any) -> nn.Module:
+    """The module itself, or of a folder in its layout a new one."""
+    if isinstance(source, nn.Module):
+        return source.eval()
+    import timm
+
+    config, sides = loaded.origin["config"], ("grid", "patch_size")
+    size = [count * pixels for count, pixels in zip(*(loaded.origin["config"][name] for name in sides), strict=True)]
+    made = timm.create_model(config["architecture"], num_classes=config["num_classes"], img_size=size)
+    differ = [name for name, value in described(made).items() if value != config[name]]
+    if differ:
+        raise CheckpointError(
+            f"{loaded.name}: not checked: its {', '.join(differ)} are not those of timm's {config['architecture']}; give the "
+            "module itself to multimodal.pretrained.gate.compare"
+        )
+    made.load_state_dict(dict(sources.find(source).tensors))
+    return made.eval()
 
 
-def _writes_text(loaded: Pretrained, model: Model, theirs: Theirs) -> tuple[str, bool, list[Case]]:
-    """Causal language models: the logits of random ids."""
-    module, text = theirs("AutoModelForCausalLM"), loaded.tokenizers["text"]
-    cases = []
-    for count in LENGTHS:
-        ids = _ids(count, text.vocab_size or 1)
-        first, rest = (Tokens(torch.tensor(part), text.places(len(part))) for part in (ids[:1], ids[1:]))
-        wanted_ND = module(torch.tensor([ids])).logits[0]
-        cases.append(Case(f"{count} tokens of text", {"text": first, "answer": rest}, wanted_ND))
-    return "text -> text", False, cases
+class _Timm(nn.Module):
+    """A VisionTransformer of timm, called as those of transformers are."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        answer = self.vit(pixel_values)
+        return {"logits": answer, "pooler_output": answer, "last_hidden_state": self.vit.forward_features(pixel_values)}
 
 
-def _reads_text(loaded: Pretrained, model: Model, theirs: Theirs) -> tuple[str, bool, list[Case]]:
-    """Encoders of texts: the states of random ids."""
-    module, task = theirs("AutoModel"), next(iter(model.tasks))
-    field, *others = model.packer.patterns[task].reads
-    text = loaded.tokenizers[field.kind]
-    cases = []
-    for count in LENGTHS:
-        ids = torch.tensor(_ids(count, text.vocab_size or 1))
-        sample = {field.name: Tokens(ids, text.places(count)), **dict.fromkeys(f.name for f in others)}
-        cases.append(Case(f"{count} tokens of text", sample, module(ids[None]).last_hidden_state[0]))
-    return task, True, cases
+def _cases(loaded: Pretrained, model: Model, task: str, call: Peer) -> Iterator[Case]:
+    """The inputs of a task."""
+    head, pattern, core = model.packer.heads[task], model.packer.patterns[task], model.core.core
+    for i, count in enumerate(LENGTHS):
+        if isinstance(head, NextToken):
+            make = _after_encoder if isinstance(core, EncoderDecoder) else _continued
+            yield make(loaded, model, task, call, i)
+            continue
+        fields = [side[0] for side in pattern.sides.values()] if pattern.pair else list(pattern.reads)
+        ends = isinstance(head, Contrast)
+        values = {f.name: value_of(loaded, f.kind, i, count, ends=ends) for f in fields}
+        if pattern.pair and fields[0].kind == fields[1].kind:
+            values.pop(fields[1].name)
+        name = " and ".join(value.name for value in values.values())
+        sample = {field: value.ours for field, value in values.items()}
+        found = call({key: x for value in values.values() for key, x in value.theirs.items()})
+        if not isinstance(head, Contrast):
+            yield Case("logits", name, sample, found["logits"].flatten(0, -2))
+            continue
+        vectors = {"image": "image_embeds", "text": "text_embeds"}
+        if len(values) == 2:
+            yield Case("logits of pairs", name, sample, found["logits_per_image"][0, 0])
+            for field, value in values.items():
+                yield Case("vectors", value.name, {field: value.ours}, _sized(found[vectors[field]][0]))
+            continue
+        yield Case("states", name, {**sample, fields[1].name: None}, found["last_hidden_state"][0])
+        if head.pools and head.pools[0].weights(core.width) is not None:
+            projected = vectors.get(fields[0].kind, "")
+            key = projected if projected in found else "pooler_output"
+            yield Case("vectors", name, sample, _sized(found[key][0]))
 
 
-def _reads_pictures(loaded: Pretrained, model: Model, theirs: Theirs) -> tuple[str, bool, list[Case]]:
-    """Encoders of pictures: the states of noise, prepared by our tokenizer for both sides."""
-    module, task = theirs("AutoModel"), next(iter(model.tasks))
-    field, *others = model.packer.patterns[task].reads
-    pixels: Any = loaded.tokenizers[field.kind]
-    pixels = getattr(pixels, "of", pixels)  # behind class tokens
-    generator = torch.Generator().manual_seed(0)
-    cases = []
-    for rows, columns in ((256, 300), (320, 256)):
-        picture_CYX = torch.rand(pixels.channels, rows, columns, generator=generator)
-        sample = {field.name: picture_CYX, **dict.fromkeys(f.name for f in others)}
-        wanted_ND = module(pixel_values=pixels.preprocess(picture_CYX)[None]).last_hidden_state[0]
-        cases.append(Case(f"a picture of {rows}x{columns} pixels", sample, wanted_ND))
-    return task, True, cases
+def _sized(vector_F: Tensor) -> Tensor:
+    """Of unit length times the root of the width: the numbers are as large as those of normed states, whatever the width."""
+    return F.normalize(vector_F, dim=-1) * vector_F.shape[-1] ** 0.5
 
 
-def _hears(loaded: Pretrained, model: Model, theirs: Theirs) -> tuple[str, bool, list[Case]]:
-    """Whisper: the logits of random ids after noise, prepared by our tokenizer for both sides."""
-    module = theirs("AutoModelForSpeechSeq2Seq")
-    audio, text, head = loaded.tokenizers["audio"], loaded.tokenizers["text"], model.packer.heads["audio -> text"]
+def _continued(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
+    """Of a model with one core: what it reads, and behind it the answer, as one row of ids with one for each token of a picture."""
+    pattern, config = model.packer.patterns[task], loaded.origin["config"]
+    alone = len(pattern.reads) == 1
+    values = {f.name: value_of(loaded, f.kind, i, 1 if alone else 4 + i) for f in pattern.reads}
+    answer = value_of(loaded, pattern.writes.kind, i + len(LENGTHS), LENGTHS[i])
+    hole = config.get("image_token_id", config.get("image_token_index"))
+    parts = [value.theirs.get("input_ids", torch.full((1, len(value.ours)), hole or 0)) for value in values.values()]
+    inputs = {key: x for value in values.values() for key, x in value.theirs.items()}
+    read = sum(part.shape[1] for part in parts)
+    inputs["input_ids"] = torch.cat([*parts, answer.theirs["input_ids"]], 1)
+    name = f"{answer.name} after {' and '.join(value.name for value in values.values())}"
+    sample = {**{field: value.ours for field, value in values.items()}, pattern.answer: answer.ours}
+    return Case("logits", name, sample, call(inputs, read)["logits"][0, read - 1 :])
+
+
+def _after_encoder(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
+    """Of a model with two cores: what the first one reads, and the answer that the second one writes."""
+    pattern, head = model.packer.patterns[task], model.packer.heads[task]
     assert isinstance(head, NextToken)
-    start = list(head.start_ids or ())
-    generator = torch.Generator().manual_seed(0)
-    cases = []
-    for seconds, count in zip((1, 3), LENGTHS, strict=True):
-        sound = audio((torch.randn(16000 * seconds, generator=generator) * 0.1, 16000))
-        features = sound.content.reshape(2 * len(sound), -1).T[None]
-        ids = _ids(count, text.vocab_size or 1)
-        logits_ND = module(input_features=features, decoder_input_ids=torch.tensor([[*start, *ids]])).logits[0]
-        sample = {"audio": sound, "text": Tokens(torch.tensor(ids), text.places(count))}
-        cases.append(Case(f"{seconds} s of sound, {count} tokens of text", sample, logits_ND[len(start) - 1 :]))
-    return "audio -> text", False, cases
+    (field,) = pattern.reads
+    value = value_of(loaded, field.kind, i, LENGTHS[-1 - i])
+    answer = value_of(loaded, pattern.writes.kind, i + len(LENGTHS), LENGTHS[i])
+    start = torch.tensor([head.start_ids])
+    written = torch.cat([start, answer.theirs["input_ids"]], 1)
+    logits_ND = call({**value.theirs, "decoder_input_ids": written})["logits"][0, start.shape[1] - 1 :]
+    sample = {field.name: value.ours, pattern.answer: answer.ours}
+    return Case("logits", f"{answer.name} after {value.name}", sample, logits_ND)
 
 
-PROBES: tuple[tuple[tuple[str, ...], Probe], ...] = (
-    (("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text"), _writes_text),
-    (("bert", "modernbert"), _reads_text),
-    (("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"), _reads_pictures),
-    (("whisper",), _hears),
-)
-"""By the types of models, how they are compared."""
+def value_of(loaded: Pretrained, kind: str, i: int, count: int, *, ends: bool = False) -> Value:
+    """Random value number i of a kind; what is a picture or a sound is prepared by our tokenizer for both sides.
+
+    count: of a text, its tokens. ends: whether a text ends with the token that ends texts, whose state is the vector of CLIP.
+    """
+    generator = torch.Generator().manual_seed(i)
+    tokenizer = loaded.tokenizers[kind]
+    inner: Any = tokenizer.tokenizer if isinstance(tokenizer, Tower) else tokenizer
+    inner = inner.of if isinstance(inner, ClassTokens) else inner
+    if isinstance(inner, ImagePatches):
+        rows, columns = SIZES[i % len(SIZES)]
+        picture_CYX = torch.rand(inner.channels, rows, columns, generator=generator)
+        pixels = {"pixel_values": inner.preprocess(picture_CYX)[None]}
+        return Value(f"a picture of {rows}x{columns} pixels", tokenizer(picture_CYX), pixels)
+    if isinstance(inner, (WhisperFrames, SpectrogramPatches)):
+        longest = inner.frames / 100 if isinstance(inner, SpectrogramPatches) else inner.pad_seconds or 30.0
+        seconds = longest * SHARES[i % len(SHARES)]
+        sound = torch.randn(int(seconds * inner.rate_hz), generator=generator) * 0.1, inner.rate_hz
+        tokens = tokenizer(sound)
+        if isinstance(inner, SpectrogramPatches):
+            theirs = {"input_values": inner.spectrogram(sound)[None]}
+        else:
+            theirs = {"input_features": tokens.content.reshape(-1, inner.mels).T[None]}
+        return Value(f"{seconds:.1f} s of sound", tokens, theirs)
+    ids = _ids(loaded.origin["config"], inner.vocab_size or 1, count, generator, ends)
+    return Value(f"{count} tokens of text", _text(tokenizer, ids), {"input_ids": ids[None]})
+
+
+def _ids(config: Mapping[str, Any], vocab: int, count: int, generator: torch.Generator, ends: bool) -> Tensor:
+    """Random ids without those that the configuration names, such as that of padding or of a picture."""
+    every = {**config, **(config.get("text_config") or {})}
+    named = {name: value for name, value in every.items() if name.endswith(("_token_id", "_token_index"))}
+    special = {i for value in named.values() for i in (value if isinstance(value, list) else [value])}
+    # the last one, because of some configurations CLIP takes the state of the highest id
+    free = [i for i in range(vocab - 1) if i not in special] or list(range(vocab))
+    ids = torch.tensor(free)[torch.randint(len(free), (count,), generator=generator)]
+    if ends:
+        end = named.get("eos_token_id")
+        ids[-1] = end if isinstance(end, int) and end != 2 and end < vocab else vocab - 1
+    return ids
+
+
+def _text(tokenizer: Tokenizer, ids: Tensor) -> Tokens:
+    """The tokens of these ids, whatever values the tokenizer takes."""
+    if isinstance(tokenizer, Tower):
+        inner = tokenizer.tokenizer
+        return replace(tokenizer, tokenizer=Ids(inner.vocab_size or 1, inner.causal))(ids.tolist())
+    return Tokens(ids, tokenizer.places(len(ids)))

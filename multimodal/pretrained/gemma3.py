@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from multimodal.attention import DotProduct, ScaledDotProduct
 from multimodal.core import Core
@@ -23,6 +23,7 @@ class Gemma3(Family):
     """Causal language models with norms on both sides of each layer, in most of which a token sees only those near it."""
 
     names = ("gemma3_text",)
+    peers: ClassVar = {"text -> text": "AutoModelForCausalLM"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width, heads = settings.need("hidden_size"), settings.need("num_attention_heads")

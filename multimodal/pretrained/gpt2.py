@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from multimodal.core import Core
 from multimodal.heads import NextToken
@@ -27,6 +28,7 @@ class GPT2(Family):
     """Causal language models with learned positions, LayerNorm and biases everywhere."""
 
     names = ("gpt2",)
+    peers: ClassVar = {"text -> text": "AutoModelForCausalLM"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width = settings.need("n_embd")

@@ -1,7 +1,7 @@
 """Llama (Touvron et al. 2023) and what has its layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from multimodal.core import Core
 from multimodal.heads import NextToken
@@ -29,6 +29,7 @@ class Llama(Family):
     """Causal language models with RMSNorm, a gated MLP and rotary positions."""
 
     names = ("llama", "mistral", "qwen2", "qwen3")
+    peers: ClassVar = {"text -> text": "AutoModelForCausalLM"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         family = settings.need("model_type")

@@ -1,6 +1,7 @@
 """ModernBERT (Warner et al. 2024)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from multimodal.core import Core
 from multimodal.heads import EachRow
@@ -36,6 +37,11 @@ class ModernBert(Family):
     """
 
     names = ("modernbert",)
+    peers: ClassVar = {
+        "text <-> other:text": "AutoModel",
+        "text -> text": "AutoModelForMaskedLM",
+        "text -> label": "AutoModelForSequenceClassification",
+    }
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width, depth = settings.need("hidden_size"), settings.need("num_hidden_layers")

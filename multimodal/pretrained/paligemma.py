@@ -1,7 +1,9 @@
 """PaliGemma (Beyer et al. 2024): the vision tower of SigLIP, a linear layer, and Gemma 1, which reads picture and prompt freely."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from multimodal.core import Core
 from multimodal.heads import NextToken
@@ -32,6 +34,7 @@ class PaliGemma(Family):
     picture is."""
 
     names = ("paligemma",)
+    peers: ClassVar = {"image text -> text": "AutoModelForImageTextToText"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         given = settings.need("text_config"), settings.need("vision_config")
@@ -75,6 +78,11 @@ class PaliGemma(Family):
                 r"vision_tower\.(vision_model\.)?head\..*": "the pooling head of SigLIP, which PaliGemma does not use"
             },
         )
+
+    def asked(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
+        # 0 for what is read freely, 1 for what is causal
+        kinds = (torch.arange(inputs["input_ids"].shape[1]) >= read).long()
+        return {**inputs, "token_type_ids": kinds[None]}
 
     def _text_core(self, text: Settings) -> Core:
         """Gemma 1."""

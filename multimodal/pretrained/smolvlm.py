@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from multimodal.pretrained.family import Blueprint, Family, Settings, moved, renamed, same
 from multimodal.pretrained.llama import Llama
@@ -34,6 +34,7 @@ class SmolVLM(Family):
     """
 
     names = ("idefics3", "smolvlm")
+    peers: ClassVar = dict.fromkeys(("before:text image text -> text", "text -> text"), "AutoModelForImageTextToText")
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         given: Any = settings.need("text_config")
@@ -83,6 +84,10 @@ class SmolVLM(Family):
             copies={copy: renamed(name, WORDS) for copy, name in words.copies.items()},
             derived=[*words.derived, r".*position_ids"],
         )
+
+    def asked(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
+        # by sample and picture
+        return {name: x[None] if name == "pixel_values" else x for name, x in inputs.items()}
 
 
 def _stops(files: Mapping[str, bytes]) -> dict[str, Any]:

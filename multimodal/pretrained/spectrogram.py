@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from multimodal.heads.pool import First, Transformed
 from multimodal.pretrained.family import Blueprint, Family, Settings, same
@@ -32,15 +33,20 @@ def sound(settings: Settings, files: Mapping[str, bytes]) -> SpectrogramPatches:
     found.finish()
     if not isinstance(patch, int):
         raise CheckpointError(f"{settings.where}: patch_size={patch!r} is not supported; wanted one number")
+    cut = settings.option("cut", False, [False, True])
     return SpectrogramPatches(
-        frames=frames, mels=mels, patch=patch, stride=stride, mean=float(mean), std=float(std), cut=True
+        frames=frames, mels=mels, patch=patch, stride=stride, mean=float(mean), std=float(std), cut=cut
     )
 
 
 class AST(Family):
-    """Encoders of sounds with two learned tokens and learned positions of a fixed length."""
+    """Encoders of sounds with two learned tokens and learned positions of a fixed length.
+
+    Options: cut, False by default: a longer sound, which transformers cuts in silence, is refused; True: its beginning is read.
+    """
 
     names = ("audio-spectrogram-transformer",)
+    peers: ClassVar = {"audio <-> other:audio": "AutoModel", "audio -> label": "AutoModelForAudioClassification"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         block = encoder_block(settings)

@@ -1,7 +1,7 @@
 """T5 (Raffel et al. 2020), both versions: encoder and decoder, and the encoder alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from multimodal.attention import BucketedBias, DotProduct
 from multimodal.core import Core
@@ -35,6 +35,7 @@ class T5(Family):
     """
 
     names = ("t5",)
+    peers: ClassVar = {"text -> text": "AutoModelForSeq2SeqLM", "text <-> other:text": "T5EncoderModel"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width = settings.need("d_model")

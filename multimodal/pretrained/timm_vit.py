@@ -1,7 +1,7 @@
 """timm's VisionTransformer as an object, in whose layout ViT, DeiT, DINOv2, CLIP's and SigLIP's encoders of pictures exist."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,7 @@ class TimmViT(Family):
     """timm's VisionTransformer; `Model.export` writes timm's own names, which `load_state_dict` takes."""
 
     names = tuple(f"timm:{name}" for name in CLASSES)
+    peers: ClassVar = {"image <-> other:image": "timm", "image -> label": "timm"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         settings.ignore("architecture")

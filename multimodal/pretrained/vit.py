@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021), and their classifiers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from multimodal.core import Core
 from multimodal.heads.pool import First, Transformed
@@ -60,6 +60,7 @@ class ViT(Family):
     """Encoders of pictures with a class token and learned positions."""
 
     names = ("vit", "deit")
+    peers: ClassVar = {"image <-> other:image": "AutoModel", "image -> label": "AutoModelForImageClassification"}
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         family = settings.need("model_type")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
@@ -29,6 +29,10 @@ class Whisper(Family):
     """
 
     names = ("whisper",)
+    peers: ClassVar = {
+        "audio -> text": "AutoModelForSpeechSeq2Seq",
+        "audio -> label": "AutoModelForAudioClassification",
+    }
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width, mels = settings.need("d_model"), settings.need("num_mel_bins")

@@ -620,7 +620,9 @@ def test_one_head_is_shown_once():
     assert "its one head" in alignment
     assert "below" not in alignment
     several = page(xray_of("two cores")[1])
-    assert several.count('class="matrix"') == 2 * 1 + 1  # the mean and each of two heads
+    assert several.count('class="matrix"') == 2 * (
+        2 * 1 + 1
+    )  # of the reader and across, the mean and each of two heads
     assert [counted(1, "query"), counted(2, "query"), counted(1, "key")] == ["1 query", "2 queries", "1 key"]
 
 
@@ -629,12 +631,12 @@ def test_of_many_heads_the_picture_shows_the_last_block_and_the_sharpest(tmp_pat
     chosen = ray.chosen_heads()
     assert chosen["block 6 self"] == (0, 1, 2, 3)
     others = {(name, h) for name, heads in chosen.items() for h in heads if name != "block 6 self"}
-    effective = {
-        (layer.name, h): float(layer.effective_HT[h, ray.asked(layer)].mean())
+    entropy = {
+        (layer.name, h): float(layer.effective_HT[h, ray.asked(layer)].log().mean())
         for layer in ray.layers[:-1]
         for h in range(4)
     }
-    assert others == set(sorted(effective, key=lambda head: effective[head])[:16])
+    assert others == set(sorted(entropy, key=lambda head: entropy[head])[:16])  # all see the same ten keys
     assert left_out(ray) == "20 of 24 heads: the last block and the sharpest; the page has all"
     ray.draw(tmp_path / "x.png")
     assert page(ray).count("<figcaption>head ") == 24
@@ -658,7 +660,7 @@ def test_the_page_explains_itself():
     assert "a mask is a prior probability of 0" in text
     assert '<div class="scroll"><table><thead><tr><th>layer' in text
     caption = text.index("<h3>writer block 1 cross, mean of the heads: up to ")
-    assert caption < text.index('class="matrix"')
+    assert text.index("answer, token by token") < caption < text.index('class="matrix"', caption - 300)
     assert "(token 1)" in text.split("What if a token")[1]
 
 

@@ -1,7 +1,7 @@
 """Comparison of a loaded model with the one of transformers that it came from."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +31,65 @@ def saved(module: Any, folder: Path) -> Path:
 
 def logits_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
     """The logits of each sample, all packed together."""
-    return computed(model, task, samples, states=False)
+    return computed(model, task, samples, "logits")
 
 
 def states_by_sample(model: mm.Model, task: str, samples: list[dict[str, Any]]) -> list[Tensor]:
     """The states of what each sample reads, all packed together."""
-    return computed(model, task, samples, states=True)
+    return computed(model, task, samples, "states")
+
+
+def text_logits(loaded: Pretrained, ids: Sequence[list[int]]) -> list[Tensor]:
+    """The logits of a language model behind each id of these texts."""
+    return logits_by_sample(loaded.model(), "text -> text", [{"text": x[:1], "answer": x[1:]} for x in ids])
+
+
+def their_logits(module: Any, ids: Sequence[list[int]]) -> list[Tensor]:
+    """What `text_logits` gives of a model of transformers."""
+    with torch.inference_mode():
+        return [module(torch.tensor([x])).logits[0] for x in ids]
+
+
+def states_or_logits(loaded: Pretrained, kind: str, values: Sequence[Any]) -> list[Tensor]:
+    """The logits of an encoder's head, or its states if it has none, of these values of a kind."""
+    model = loaded.model()
+    task = next((task for task in model.tasks if "<->" not in task), None)
+    if task is None:
+        pair = f"{kind} <-> other:{kind}"
+        return states_by_sample(model, pair, [{kind: value, "other": None} for value in values])
+    found = logits_by_sample(model, task, [{kind: value} for value in values])
+    return [x[0] for x in found] if task.endswith("-> label") else found
+
+
+def check_packed_and_alone(
+    loaded: Pretrained,
+    samples: Sequence[Any],
+    ours: Callable[[Pretrained, Any], list[Tensor]],
+    theirs: list[Tensor],
+) -> None:
+    """Ours are theirs, all samples in one pack and each alone."""
+    worst = [largest(ours(loaded, samples), theirs)]
+    worst += [largest(ours(loaded, [x]), [wanted]) for x, wanted in zip(samples, theirs, strict=True)]
+    print(max(worst))
+    assert max(worst) < TOLERANCE, worst
+
+
+def check_writing(
+    module: Any, given: dict[str, Tensor], loaded: Pretrained, task: str, fields: dict[str, Any], count: int = 9
+) -> None:
+    """Both write the same ids, the likeliest each time. given: the input of theirs. fields: that of ours."""
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = module.generate(**given, max_new_tokens=count, **options)[0, given["input_ids"].shape[1] :].tolist()
+    assert len(set(wanted)) > 2, "the case does not exercise anything"
+    assert loaded.model().generate(task, **fields, max_tokens=count).value == wanted
+
+
+def unlike_itself(module: Any, norm: Tensor) -> None:
+    """Gives a model's last norm other weights, lest each token be followed by itself, to which a tied table is most similar."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        norm.normal_(-1, 2)
+    module.eval()
 
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:

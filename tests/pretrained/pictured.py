@@ -1,8 +1,7 @@
 """Comparison of encoders of pictures with those of transformers and timm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from multimodal.pretrained import Pretrained
 from multimodal.tokenizer import Tokens
 from multimodal_tokenizers import ClassTokens, ImagePatches
-from tests.pretrained.compared import TOLERANCE, largest, states_by_sample
+from tests.pretrained.compared import states_or_logits
 
 LABELS = {str(i): f"class {i}" for i in range(5)}
 
@@ -34,43 +33,11 @@ def tokens(loaded: Pretrained, picture_CYX: Tensor) -> Tokens:
     return replace(tokenizer, of=replace(tokenizer.of, fit=None, mean=0.5, std=0.5))(picture_CYX)
 
 
-def task_of(loaded: Pretrained) -> str:
-    return loaded.tasks[0].pattern
-
-
-def samples(loaded: Pretrained, values: list[Tensor], answers: bool = False) -> list[dict[str, Any]]:
-    other = {"other": None} if "<->" in task_of(loaded) else {}
-    return [{"image": tokens(loaded, x), **other, **({"label": 0} if answers else {})} for x in values]
-
-
-def states(loaded: Pretrained, values: list[Tensor]) -> list[Tensor]:
-    """The states of all pictures in one pack."""
-    return states_by_sample(loaded.model(), task_of(loaded), samples(loaded, values))
-
-
-def logits(loaded: Pretrained, values: list[Tensor]) -> list[Tensor]:
-    model = loaded.model()
-    with torch.inference_mode():
-        stream = model.pack("image -> label", samples(loaded, values), answers=False)
-        found = model.logits(stream)["image -> label"]
-    numbers = stream.readings["image -> label"].samples
-    by_number = dict(zip(numbers, found, strict=True))
-    return [by_number[i] for i in range(len(values))]
+def ours(loaded: Pretrained, values: list[Tensor]) -> list[Tensor]:
+    """The logits of a classifier, or the states, of all pictures in one pack."""
+    return states_or_logits(loaded, "image", [tokens(loaded, x) for x in values])
 
 
 def vectors(loaded: Pretrained, values: list[Tensor]) -> Tensor:
     """The unit vectors of an encoder without a head."""
-    return loaded.model().vectors(task_of(loaded), samples(loaded, values), side="left")
-
-
-def check_packed_and_alone(
-    loaded: Pretrained,
-    values: list[Tensor],
-    ours: Callable[[Pretrained, list[Tensor]], list[Tensor]],
-    theirs: list[Tensor],
-) -> float:
-    """Ours are theirs, all pictures in one pack and each alone; the largest difference."""
-    worst = [largest(ours(loaded, values), theirs)]
-    worst += [largest(ours(loaded, [x]), [wanted]) for x, wanted in zip(values, theirs, strict=True)]
-    assert max(worst) < TOLERANCE, worst
-    return max(worst)
+    return loaded.model().vectors("image <-> other:image", [{"image": tokens(loaded, x)} for x in values])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multimodal.pretrained import Pretrained
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal.tower import Tower
 from multimodal_tokenizers import ClassTokens, ImagePatches, TextBPE
 
@@ -39,13 +39,24 @@ def pixels(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def image_tokens(loaded: Pretrained, pixels_CYX: Tensor) -> Tokens:
     """The tokens of a normalised picture at its own size."""
-    tower = loaded.tokenizers["image"]
+    return unfitted(loaded.tokenizers["image"])(pixels_CYX / 2 + 0.5)
+
+
+def unfitted(tower: Tokenizer, mean: float = 0.5, std: float = 0.5) -> Tower:
+    """The tower for pictures of any size."""
     assert isinstance(tower, Tower)
     inner = tower.tokenizer
     assert isinstance(inner, ClassTokens)
     assert isinstance(inner.of, ImagePatches)
-    plain = replace(inner, of=replace(inner.of, fit=None, mean=0.5, std=0.5))
-    return replace(tower, tokenizer=plain)(pixels_CYX / 2 + 0.5)
+    return replace(tower, tokenizer=replace(inner, of=replace(inner.of, fit=None, mean=mean, std=std)))
+
+
+def check_pixels(tower: Tokenizer, value: Any, wanted_CYX: Tensor) -> None:
+    """The tower reads a picture of 16 x 16 pixels, in patches of 2, as these numbers."""
+    assert isinstance(tower, Tower)
+    found_NF = tower.inner_tokens(tower(value)).content
+    wanted_NF = wanted_CYX.unflatten(1, (8, 2)).unflatten(3, (8, 2)).permute(1, 3, 0, 2, 4).reshape(64, 12)
+    torch.testing.assert_close(found_NF, wanted_NF, rtol=0, atol=1e-6)
 
 
 def answer_logits(logits_TV: Tensor, answer: Sequence[int]) -> Tensor:

@@ -12,18 +12,18 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import multimodal as mm
-from multimodal.check.measure import split_logits
 from multimodal.norm import Norm
 from multimodal.pretrained import Pretrained, pretrained
 from tests.pretrained.compared import (
     TOLERANCE,
     changed,
     check_mutations,
+    check_packed_and_alone,
     check_round_trip,
     largest,
     refused,
     saved,
-    states_by_sample,
+    states_or_logits,
     uneven,
 )
 
@@ -57,16 +57,7 @@ def build(name: str, **more: Any) -> Any:
 
 
 def ours(loaded: Pretrained, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
-    """The logits of a head, or the states."""
-    model = loaded.model()
-    task = next((task for task in model.tasks if "->" in task and "<->" not in task), None)
-    if task is not None:
-        with torch.inference_mode():
-            stream = model.pack(task, [{"text": x} for x in ids], answers=False)
-            found = split_logits(model.logits(stream)[task], stream.readings[task])
-        order = torch.tensor(stream.readings[task].samples).argsort().tolist()
-        return [found[i] if task == "text -> text" else found[i][0] for i in order]
-    return states_by_sample(model, PAIR, [{"text": x, "other": None} for x in ids])
+    return states_or_logits(loaded, "text", ids)
 
 
 def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
@@ -80,9 +71,7 @@ def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
 def test_states_and_logits_are_those_of_transformers_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    assert largest(ours(loaded), theirs(module)) < TOLERANCE
-    for one in IDS:
-        assert largest(ours(loaded, [one]), theirs(module, [one])) < TOLERANCE
+    check_packed_and_alone(loaded, IDS, ours, theirs(module))
     check_round_trip(tmp_path, tmp_path / "theirs")
     assert not loaded.unused
     again = type(module).from_pretrained(tmp_path / "out").eval()
@@ -138,6 +127,13 @@ def test_texts_are_framed_and_classes_are_named(tmp_path: Path) -> None:
     for text, probability in zip(texts, wanted.tolist(), strict=True):
         found = loaded.model().predict("text -> label", text=text).probability
         assert found == pytest.approx(dict(zip(("bad", "good", "neither"), probability, strict=True)), abs=TOLERANCE)
+
+
+def test_a_text_of_more_tokens_than_places_is_refused(tmp_path: Path) -> None:
+    model = pretrained(saved(build("bert"), tmp_path)).model()
+    assert model.vectors(PAIR, [{"text": [5] * 24}]).shape == (1, 32)
+    with pytest.raises(mm.StreamError, match=r"a sample has 25 tokens, more than learned_times=24; shorten it"):
+        model.vectors(PAIR, [{"text": [5] * 25}])
 
 
 def test_any_small_change_is_found(tmp_path: Path) -> None:

@@ -253,10 +253,20 @@ def test_texts_are_those_of_the_tokenizer(family: str, start: str | None, pad: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_of_more_tokens_than_places_is_refused_by_both(family: str, tmp_path: Path) -> None:
+    module = build(family)
+    model, ids = pretrained(saved(module, tmp_path)).model(), [5] * LENGTH + [LAST]
+    with pytest.raises(mm.MediaError, match=r"a value has 13 inner tokens, more than most=12; shorten it"):
+        model.vectors("image <-> text", [{"text": ids}])
+    with pytest.raises(ValueError, match="Sequence length must be less than max_position_embeddings"):
+        module.get_text_features(input_ids=torch.tensor([ids]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_towers_learn(family: str, tmp_path: Path) -> None:
     model = pretrained(saved(build(family), tmp_path)).model().train()
     left, right = samples(family)
-    pairs = [{**a, **b} for a, b in zip(left, right, strict=False)]
+    pairs = [{**a, **b} for a, b in zip(left, right[: len(left)], strict=True)]
     model.loss(model.pack("image <-> text", pairs)).backward()
     still = [name for name, x in model.named_parameters() if x.grad is None or not bool(x.grad.abs().sum() > 0)]
     # the first key of a softmax cannot change it, so the biases of keys have rounding errors as gradients at most

@@ -12,8 +12,17 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.pretrained import Pretrained, pretrained
-from tests.pretrained.compared import TOLERANCE, changed, check_mutations, check_round_trip, largest, refused, saved
-from tests.pretrained.pictured import check_packed_and_alone, normalised, pictures, states, vectors
+from tests.pretrained.compared import (
+    TOLERANCE,
+    changed,
+    check_mutations,
+    check_packed_and_alone,
+    check_round_trip,
+    largest,
+    refused,
+    saved,
+)
+from tests.pretrained.pictured import normalised, ours, pictures, vectors
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,7 +50,7 @@ def theirs(module: Any, values: list[Tensor]) -> list[Tensor]:
 def test_equal_at_three_sizes_packed_and_alone(name: str, tmp_path: Path) -> None:
     module, values = build(name), pictures(SIZES)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    print(name, check_packed_and_alone(loaded, values, states, theirs(module, values)))
+    check_packed_and_alone(loaded, values, ours, theirs(module, values))
     # the mask token of training comes back too
     check_round_trip(tmp_path, tmp_path / "theirs")
     again = type(module).from_pretrained(tmp_path / "out").eval()
@@ -70,7 +79,7 @@ def test_any_small_change_is_found(tmp_path: Path) -> None:
     }
 
     def difference(loaded: Pretrained) -> float:
-        return largest(states(loaded, values), wanted)
+        return largest(ours(loaded, values), wanted)
 
     # one number that is added to all keys of a query changes nothing, but these keys turn by their places
     check_mutations(given, difference, tensors, core)
@@ -118,4 +127,4 @@ def test_the_width_of_a_small_model(tmp_path: Path) -> None:
     values = pictures([(224, 224), (160, 96)])
     module = build("registers", **settings, patch_size=16, num_register_tokens=4)
     loaded = pretrained(saved(module, tmp_path))
-    print(check_packed_and_alone(loaded, values, states, theirs(module, values)))
+    check_packed_and_alone(loaded, values, ours, theirs(module, values))

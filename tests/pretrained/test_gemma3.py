@@ -13,15 +13,19 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from multimodal.attention import DotProduct
 from multimodal.norm import Norm
 from multimodal.positions import Rotary
-from multimodal.pretrained import Pretrained, pretrained
+from multimodal.pretrained import pretrained
 from tests.pretrained.compared import (
     TOLERANCE,
     check_mutations,
+    check_packed_and_alone,
     check_round_trip,
+    check_writing,
     largest,
-    logits_by_sample,
     refused,
     saved,
+    text_logits,
+    their_logits,
+    unlike_itself,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -66,32 +70,21 @@ def build(name: str) -> Any:
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**{**SMALL, **CASES[name]}))
 
 
-def ours(loaded: Pretrained, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
-    return logits_by_sample(loaded.model(), "text -> text", [{"text": x[:1], "answer": x[1:]} for x in ids])
-
-
-def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
-    with torch.inference_mode():
-        return [module(torch.tensor([x])).logits[0] for x in ids]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    assert largest(ours(loaded), theirs(module)) < TOLERANCE
-    for one in IDS:
-        assert largest(ours(loaded, [one]), theirs(module, [one])) < TOLERANCE
+    check_packed_and_alone(loaded, IDS, text_logits, their_logits(module, IDS))
     check_round_trip(tmp_path, tmp_path / "theirs")
 
 
 def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
     module = build("gemma3")
-    model = pretrained(saved(module, tmp_path)).model()
-    ids = torch.tensor([IDS[1]])
-    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    wanted = module.generate(ids, **options)[0, ids.shape[1] :]
-    assert model.generate("text -> text", text=IDS[1], max_tokens=9).value == wanted.tolist()
+    saved(module, tmp_path)
+    unlike_itself(module, module.model.norm.weight)
+    module.save_pretrained(tmp_path)
+    given = {"input_ids": torch.tensor([IDS[1]])}
+    check_writing(module, given, pretrained(tmp_path), "text -> text", {"text": IDS[1]})
 
 
 def test_an_older_configuration_means_the_same(tmp_path: Path) -> None:
@@ -136,12 +129,12 @@ def test_a_text_that_is_read_begins_with_a_token_of_its_own(tmp_path: Path) -> N
 def test_any_small_change_is_found(tmp_path: Path) -> None:
     module = build("gemma3")
     given = saved(module, tmp_path)
-    wanted = theirs(module)
+    wanted = their_logits(module, IDS)
     names = ["self_attn.k_norm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
     loaded = pretrained(given)
     settings = {"norm": Norm(eps=1e-3, around_one=True), "score": DotProduct(scale=0.2)}
     tensors = [f"model.layers.1.{name}.weight" for name in names]
-    check_mutations(given, lambda loaded: largest(ours(loaded), wanted), tensors, settings)
+    check_mutations(given, lambda loaded: largest(text_logits(loaded, IDS), wanted), tensors, settings)
     core: Any = loaded.core
     near, far, _ = core.blocks
     for which, base in ((0, 9e3), (1, 9e5)):
@@ -149,7 +142,7 @@ def test_any_small_change_is_found(tmp_path: Path) -> None:
         attention[which] = dataclasses.replace(attention[which], rotary=Rotary(base=(base, 100.0, 100.0)))  # type: ignore[call-arg]
         blocks = ((attention[0], near[1]), (attention[1], far[1]), (attention[0], near[1]))
         other = dataclasses.replace(loaded, core=core.replace(block=blocks))
-        assert largest(ours(other), wanted) > TOLERANCE, base
+        assert largest(text_logits(other, IDS), wanted) > TOLERANCE, base
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:

@@ -9,17 +9,21 @@ from safetensors.torch import load_file, save_file
 
 import multimodal as mm
 from multimodal.norm import Norm
-from multimodal.pretrained import Pretrained, pretrained
+from multimodal.pretrained import pretrained
 from tests.pretrained.compared import (
     TOLERANCE,
     changed,
     check_mutations,
+    check_packed_and_alone,
     check_round_trip,
+    check_writing,
     largest,
-    logits_by_sample,
     refused,
     saved,
+    text_logits,
+    their_logits,
     uneven,
+    unlike_itself,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -37,34 +41,23 @@ def build(name: str) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SMALL, **CASES[name]}))
 
 
-def ours(loaded: Pretrained, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
-    return logits_by_sample(loaded.model(), "text -> text", [{"text": x[:1], "answer": x[1:]} for x in ids])
-
-
-def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
-    with torch.inference_mode():
-        return [module(torch.tensor([x])).logits[0] for x in ids]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    assert largest(ours(loaded), theirs(module)) < TOLERANCE
-    for one in IDS:
-        assert largest(ours(loaded, [one]), theirs(module, [one])) < TOLERANCE
+    check_packed_and_alone(loaded, IDS, text_logits, their_logits(module, IDS))
     check_round_trip(tmp_path, tmp_path / "theirs")
 
 
 def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:
     module = build("gpt2")
-    model = pretrained(saved(module, tmp_path)).model()
-    ids = torch.tensor([IDS[1]])
-    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    wanted = module.generate(ids, **options)[0, ids.shape[1] :]
-    assert model.generate("text -> text", text=IDS[1], max_tokens=9).value == wanted.tolist()
+    saved(module, tmp_path)
+    unlike_itself(module, module.transformer.ln_f.weight)
+    module.save_pretrained(tmp_path)
+    given = {"input_ids": torch.tensor([IDS[1]])}
+    check_writing(module, given, pretrained(tmp_path), "text -> text", {"text": IDS[1]})
     with pytest.raises(mm.StreamError, match=r"a sample has 25 tokens, more than learned_times=24"):
-        ours(pretrained(tmp_path), [[1] * 25])
+        text_logits(pretrained(tmp_path), [[1] * 25])
 
 
 def test_a_folder_without_a_head_and_with_stored_masks(tmp_path: Path) -> None:
@@ -74,23 +67,23 @@ def test_a_folder_without_a_head_and_with_stored_masks(tmp_path: Path) -> None:
     stored = load_file(given / "model.safetensors")
     bare = {name.removeprefix("transformer."): x for name, x in stored.items()}
     save_file({**bare, "h.0.attn.bias": torch.ones(24, 24).tril()}, given / "model.safetensors", {"format": "pt"})
-    assert largest(ours(pretrained(given)), theirs(module)) < TOLERANCE
+    assert largest(text_logits(pretrained(given), IDS), their_logits(module, IDS)) < TOLERANCE
 
 
 def test_any_small_change_is_found(tmp_path: Path) -> None:
     module = build("gpt2")
     given = saved(module, tmp_path)
-    wanted = theirs(module)
+    wanted = their_logits(module, IDS)
     norm = Norm(eps=1e-3, centred=True, bias=True)
     check_mutations(
         given,
-        lambda loaded: largest(ours(loaded), wanted),
+        lambda loaded: largest(text_logits(loaded, IDS), wanted),
         ["transformer.h.1.ln_2.bias", "transformer.h.2.mlp.c_proj.bias", "transformer.wpe.weight"],
         {"norm": norm},
         uneven(32),
     )
     with changed(given, "transformer.h.0.attn.c_attn.bias"):
-        assert largest(ours(pretrained(given)), wanted) > TOLERANCE
+        assert largest(text_logits(pretrained(given), IDS), wanted) > TOLERANCE
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:

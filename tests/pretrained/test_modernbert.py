@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from multimodal.check.measure import split_logits
 from multimodal.masks import Window
 from multimodal.norm import Norm
 from multimodal.positions import Rotary
@@ -16,11 +15,12 @@ from multimodal.pretrained import Pretrained, pretrained
 from tests.pretrained.compared import (
     TOLERANCE,
     check_mutations,
+    check_packed_and_alone,
     check_round_trip,
     largest,
     refused,
     saved,
-    states_by_sample,
+    states_or_logits,
     uneven,
 )
 
@@ -65,16 +65,7 @@ def build(name: str, **more: Any) -> Any:
 
 
 def ours(loaded: Pretrained, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
-    """The logits of a head, or the states."""
-    model = loaded.model()
-    task = next((task for task in model.tasks if "<->" not in task), None)
-    if task is None:
-        return states_by_sample(model, "text <-> other:text", [{"text": x, "other": None} for x in ids])
-    with torch.inference_mode():
-        stream = model.pack(task, [{"text": x} for x in ids], answers=False)
-        found = split_logits(model.logits(stream)[task], stream.readings[task])
-    order = torch.tensor(stream.readings[task].samples).argsort().tolist()
-    return [found[i] if task == "text -> text" else found[i][0] for i in order]
+    return states_or_logits(loaded, "text", ids)
 
 
 def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
@@ -87,9 +78,7 @@ def theirs(module: Any, ids: list[list[int]] = IDS) -> list[torch.Tensor]:
 def test_states_and_logits_are_those_of_transformers_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    assert largest(ours(loaded), theirs(module)) < TOLERANCE
-    for one in IDS:
-        assert largest(ours(loaded, [one]), theirs(module, [one])) < TOLERANCE
+    check_packed_and_alone(loaded, IDS, ours, theirs(module))
     check_round_trip(tmp_path, tmp_path / "theirs")
     again = type(module).from_pretrained(tmp_path / "out").eval()
     assert largest(theirs(again), theirs(module)) < 1e-6

@@ -1,7 +1,6 @@
 """nanoVLM against a reference in plain torch, since no library has it: the names and shapes are those of its repository."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,16 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.pretrained import Pretrained, pretrained
-from multimodal.tower import Tower
-from multimodal_tokenizers import ClassTokens, ImagePatches
-from tests.pretrained.compared import TOLERANCE, check_mutations, check_round_trip, largest, logits_by_sample, refused
+from tests.pretrained.compared import (
+    TOLERANCE,
+    check_mutations,
+    check_packed_and_alone,
+    check_round_trip,
+    largest,
+    logits_by_sample,
+    refused,
+)
+from tests.pretrained.seeing import check_pixels, unfitted
 
 CONFIG: dict[str, Any] = {
     "vit_hidden_dim": 24,
@@ -151,7 +157,7 @@ def seen(t: dict[str, Tensor], c: dict[str, Any], picture: Tensor) -> Tensor:
         for row in range(0, grid, side)
         for column in range(0, grid, side)
     ]
-    return torch.stack(squares) @ t["MP.proj.weight"].T
+    return F.linear(torch.stack(squares), t["MP.proj.weight"], t.get("MP.proj.bias"))
 
 
 def theirs(t: dict[str, Tensor], c: dict[str, Any], samples: Any = SAMPLES) -> list[Tensor]:
@@ -178,11 +184,7 @@ def theirs(t: dict[str, Tensor], c: dict[str, Any], samples: Any = SAMPLES) -> l
 
 
 def ours(loaded: Pretrained, samples: Any = SAMPLES) -> list[Tensor]:
-    tower: Any = loaded.tokenizers["image"]
-    assert isinstance(tower, Tower)
-    assert isinstance(tower.tokenizer, ClassTokens)
-    assert isinstance(tower.tokenizer.of, ImagePatches)
-    plain = replace(tower, tokenizer=replace(tower.tokenizer, of=replace(tower.tokenizer.of, fit=None)))
+    plain = unfitted(loaded.tokenizers["image"], 0.0, 1.0)
     return logits_by_sample(loaded.model(), TASK, [{"image": plain(x), "text": p, "answer": a} for x, p, a in samples])
 
 
@@ -191,9 +193,16 @@ def test_logits_are_those_of_the_reference_packed_and_alone(tied: bool, tmp_path
     given = saved(tmp_path / "theirs", lm_tie_weights=tied)
     config = {**CONFIG, "lm_tie_weights": tied}
     loaded, wanted = pretrained(given), theirs(tensors(config), config)
-    assert largest(ours(loaded), wanted) < TOLERANCE
-    for one, alone in zip(SAMPLES, wanted, strict=True):
-        assert largest(ours(loaded, [one]), [alone]) < TOLERANCE
+    check_packed_and_alone(loaded, SAMPLES, ours, wanted)
+    check_round_trip(tmp_path, given)
+
+
+def test_a_projection_with_a_bias(tmp_path: Path) -> None:
+    given, bias = saved(tmp_path / "theirs"), torch.linspace(-1, 1, 32)
+    t = {**tensors(CONFIG), "MP.proj.bias": bias}
+    save_file(t, given / "model.safetensors", {"format": "pt"})
+    loaded = pretrained(given)
+    assert largest(ours(loaded), theirs(t, CONFIG)) < TOLERANCE < largest(ours(loaded), theirs(tensors(CONFIG), CONFIG))
     check_round_trip(tmp_path, given)
 
 
@@ -247,9 +256,7 @@ def test_pictures_are_resized_and_not_normalised(tmp_path: Path) -> None:
     wanted_CYX = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])(
         Image.fromarray(levels.numpy())
     )
-    found = tower.inner_tokens(tower(levels.numpy())).content
-    wanted_NF = wanted_CYX.unflatten(1, (8, 2)).unflatten(3, (8, 2)).permute(1, 3, 0, 2, 4).reshape(64, 12)
-    torch.testing.assert_close(found, wanted_NF, rtol=0, atol=1e-6)
+    check_pixels(tower, levels.numpy(), wanted_CYX)
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
@@ -263,5 +270,11 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     (given / "config.json").write_text(json.dumps(newer), encoding="utf-8")
     head: Any = pretrained(given, do_image_splitting=False).tasks[0].head
     assert head.stop_id == 2
+    pixels = SAMPLES[0][0]
+    whole, plain = pretrained(given, do_image_splitting=False), pretrained(saved(tmp_path / "plain"))
+    assert torch.equal(whole.tokenizers["image"](pixels).content, plain.tokenizers["image"](pixels).content)
+    assert largest(ours(whole), theirs(tensors(CONFIG), CONFIG)) < TOLERANCE
+    with pytest.raises(mm.CheckpointError, match="do_image_splitting=7 is not among True, False"):
+        pretrained(given, do_image_splitting=7)
     with pytest.raises(mm.CheckpointError, match="this family has no option 'splitting'"):
         pretrained(given, splitting=False, do_image_splitting=False)

@@ -50,11 +50,23 @@ def test_transformers_computes_and_writes_the_same(text: Any, tmp_path: Path) ->
     assert len(set(ours)) > 2
 
 
+def bytes_of(ids: list[int]) -> mm.Tokens:
+    return mm.Tokens(torch.tensor(ids), TextBytes(causal=True).places(len(ids)))
+
+
 def test_it_comes_back_as_a_model_of_ours(tmp_path: Path) -> None:
     model = model_of(TextBytes(causal=True), "text -> text")
     again = mm.Model.from_pretrained(model.export("hf", tmp_path / "out"))
     before, after = (m.core.state_dict() for m in (model, again))
     assert all(torch.equal(before[name], after[name]) for name in before)
+    lines = [[5, 9, 200], [60, 3, 7, 7, 31]]
+    wanted = logits_by_sample(
+        model, "text -> text", [{"text": bytes_of(x[:2]), "answer": bytes_of(x[2:])} for x in lines]
+    )
+    # what was a learned start is the last token that is read
+    given = [{"text": bytes_of([*x[:2], 257]), "answer": bytes_of(x[2:])} for x in lines]
+    found = logits_by_sample(again, "text -> text", given)
+    assert largest([x[:, :257] for x in found], wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,32 @@ def test_a_name_is_read_at_one_commit_which_is_recorded(tmp_path: Path, monkeypa
     assert mm.Model.load(tmp_path / "ours").origin["revision"] == "abc123"  # type: ignore[index]
 
 
+def test_a_pickle_of_a_name_is_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder = tiny_llama(tmp_path / "snapshots" / "abc123")
+    weights, asked = load_file(folder / "model.safetensors"), []
+    whole = pretrained(folder, dtype=torch.float64)  # a copy, since the file goes
+    (folder / "model.safetensors").unlink()
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append("*.bin" in allow_patterns)
+        if asked[-1]:
+            torch.save(weights, folder / "pytorch_model.bin")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(mm.CheckpointError, match="there are no weights here"):
+        pretrained("owner/tiny")
+    assert same(whole, pretrained("owner/tiny", dtype=torch.float64, pickle=True))
+    assert asked == [False, False, True]
+    # where there are safetensors too, no pickle is fetched
+    save_file(weights, folder / "model.safetensors")
+    assert same(whole, pretrained("owner/tiny", dtype=torch.float64, pickle=True))
+    assert asked == [False, False, True, False]
+
+
 def test_without_a_network_a_name_that_is_not_cached_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The Audio Spectrogram Transformer against transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from tests.pretrained.compared import (
     TOLERANCE,
     changed,
     check_mutations,
+    check_packed_and_alone,
     check_round_trip,
     largest,
     refused,
     saved,
-    states_by_sample,
+    states_or_logits,
 )
 from tests.pretrained.pictured import LABELS
 
@@ -69,14 +71,10 @@ def theirs(module: Any, sounds: list[np.ndarray], **settings: Any) -> list[Tenso
 
 
 def ours(loaded: Pretrained, sounds: list[np.ndarray]) -> list[Tensor]:
-    model, task = loaded.model(), loaded.tasks[0].pattern
-    samples = [{"audio": (x, RATE), **({"other": None} if "<->" in task else {})} for x in sounds]
-    if "<->" in task:
-        return states_by_sample(model, task, samples)
-    with torch.inference_mode():
-        stream = model.pack(task, samples, answers=False)
-        found = dict(zip(stream.readings[task].samples, model.logits(stream)[task], strict=True))
-    return [found[i] for i in range(len(sounds))]
+    audio: Any = loaded.tokenizers["audio"]
+    cut = replace(audio, of=replace(audio.of, cut=True))
+    loaded = replace(loaded, tokenizers={**loaded.tokenizers, "audio": cut})
+    return states_or_logits(loaded, "audio", [(x, RATE) for x in sounds])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,10 +82,7 @@ def test_equal_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
     wanted = theirs(module, SOUNDS)
-    worst = [largest(ours(loaded, SOUNDS), wanted)]
-    worst += [largest(ours(loaded, [x]), [y]) for x, y in zip(SOUNDS, wanted, strict=True)]
-    print(name, worst)
-    assert max(worst) < TOLERANCE
+    check_packed_and_alone(loaded, SOUNDS, ours, wanted)
     check_round_trip(tmp_path, tmp_path / "theirs")
     again = type(module).from_pretrained(tmp_path / "out").eval()
     assert largest(theirs(again, SOUNDS), wanted) < 1e-6
@@ -95,7 +90,7 @@ def test_equal_packed_and_alone(name: str, tmp_path: Path) -> None:
 
 def test_vectors_and_answers(tmp_path: Path) -> None:
     module = build("encoder")
-    loaded = pretrained(saved(module, tmp_path / "encoder"))
+    loaded = pretrained(saved(module, tmp_path / "encoder"), cut=True)
     read = extractor(module)(SOUNDS, sampling_rate=RATE, return_tensors="pt")
     with torch.inference_mode():
         wanted = F.normalize(module(**read).pooler_output, dim=-1)
@@ -108,6 +103,21 @@ def test_vectors_and_answers(tmp_path: Path) -> None:
     probability = theirs(module, SOUNDS[:1])[0].sigmoid()
     answer = loaded.model().predict("audio -> label", [{"audio": (SOUNDS[0], RATE)}])[0]
     assert answer.value == [f"class {i}" for i in range(5) if probability[i] >= 0.5]
+
+
+def test_a_sound_that_is_too_long_is_refused_or_cut_as_theirs_if_one_says_so(tmp_path: Path) -> None:
+    module = build("encoder")
+    given, samples = saved(module, tmp_path / "theirs"), [{"audio": (SOUNDS[1], RATE)}]
+    task, message = "audio <-> other:audio", r"at most 0.954937 s are read at once; split it .* alone: cut=True"
+    with pytest.raises(mm.MediaError, match=message):
+        pretrained(given).model().vectors(task, samples)
+    loaded = pretrained(given, cut=True)
+    with torch.inference_mode():
+        read = extractor(module)(SOUNDS[1], sampling_rate=RATE, return_tensors="pt")
+        wanted = F.normalize(module(**read).pooler_output, dim=-1)
+    torch.testing.assert_close(loaded.model().vectors(task, samples), wanted, atol=TOLERANCE, rtol=0)
+    loaded.model().export("hf", tmp_path / "out")
+    assert pretrained(tmp_path / "out", cut=True).tokenizers == loaded.tokenizers
 
 
 def test_the_preprocessor_of_a_folder_is_read(tmp_path: Path) -> None:

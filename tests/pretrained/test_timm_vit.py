@@ -13,8 +13,8 @@ from torch import Tensor
 
 import multimodal as mm
 from multimodal.pretrained import Pretrained, pretrained
-from tests.pretrained.compared import TOLERANCE, largest
-from tests.pretrained.pictured import check_packed_and_alone, logits, normalised, pictures, states, vectors
+from tests.pretrained.compared import TOLERANCE, check_packed_and_alone, largest
+from tests.pretrained.pictured import normalised, ours, pictures, vectors
 
 timm = pytest.importorskip("timm")
 
@@ -60,10 +60,6 @@ def theirs(module: Any, values: list[Tensor]) -> list[Tensor]:
         return [module.forward_features(normalised(x))[0] for x in values]
 
 
-def ours(loaded: Pretrained, values: list[Tensor]) -> list[Tensor]:
-    return logits(loaded, values) if "label" in loaded.tokenizers else states(loaded, values)
-
-
 def check_round_trip(module: Any, loaded: Pretrained, folder: Path) -> None:
     """In and out again gives the same tensors under the same names, which a new module takes; and so after `Model.save`."""
     wanted = module.state_dict()
@@ -84,7 +80,7 @@ def check_round_trip(module: Any, loaded: Pretrained, folder: Path) -> None:
 def test_equal_at_three_sizes_packed_and_alone(name: str, tmp_path: Path) -> None:
     module, values = build(name), pictures(SIZES)
     loaded = pretrained(module)
-    print(name, check_packed_and_alone(loaded, values, ours, theirs(module, values)))
+    check_packed_and_alone(loaded, values, ours, theirs(module, values))
     if not module.num_classes:
         with torch.inference_mode():
             wanted = torch.cat([module(normalised(x)) for x in values])
@@ -170,7 +166,12 @@ def test_what_is_not_known_is_refused_by_name(kind: str, settings: dict[str, Any
 
 
 def test_the_width_of_a_small_model() -> None:
-    """ViT-S/16's width and heads, at a depth of 1, with pictures of 224 and of 160 x 96 pixels."""
-    module = timm.create_model("vit_small_patch16_224", depth=1, dynamic_img_size=True).eval()
+    """ViT-S/16's width and heads and DINOv2's scales, at a depth of 1, with pictures of 224 and of 160 x 96 pixels."""
+    module = timm.create_model("vit_small_patch16_224", depth=1, init_values=0.5, dynamic_img_size=True).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():  # no bias of 0, no norm of 1, and no scale that hides a layer
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else 0.02))
+    assert module.blocks[0].ls1.gamma.abs().min() > 0.05
     values = pictures([(224, 224), (160, 96)])
-    print(check_packed_and_alone(pretrained(module), values, ours, theirs(module, values)))
+    check_packed_and_alone(pretrained(module), values, ours, theirs(module, values))

@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import multimodal as mm
-from multimodal.pretrained import Pretrained, pretrained
-from tests.pretrained.compared import TOLERANCE, changed, check_mutations, check_round_trip, largest, refused, saved
-from tests.pretrained.pictured import LABELS, check_packed_and_alone, logits, normalised, pictures, states, vectors
+from multimodal.pretrained import pretrained
+from tests.pretrained.compared import (
+    TOLERANCE,
+    changed,
+    check_mutations,
+    check_packed_and_alone,
+    check_round_trip,
+    largest,
+    refused,
+    saved,
+)
+from tests.pretrained.pictured import LABELS, normalised, ours, pictures, vectors
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,16 +65,11 @@ def theirs(module: Any, values: list[Tensor]) -> list[Tensor]:
     return [x.logits[0] if hasattr(x, "logits") else x.last_hidden_state[0] for x in found]
 
 
-def ours(loaded: Pretrained, values: list[Tensor]) -> list[Tensor]:
-    return logits(loaded, values) if "label" in loaded.tokenizers else states(loaded, values)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equal_at_three_sizes_packed_and_alone(name: str, tmp_path: Path) -> None:
     module, values = build(name), pictures(SIZES)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    worst = check_packed_and_alone(loaded, values, ours, theirs(module, values))
-    print(name, worst)
+    check_packed_and_alone(loaded, values, ours, theirs(module, values))
     check_round_trip(tmp_path, tmp_path / "theirs")
     again = type(module).from_pretrained(tmp_path / "out").eval()
     assert largest(theirs(again, values), theirs(module, values)) < 1e-6
@@ -129,7 +133,7 @@ def test_pictures_are_prepared_as_theirs(tmp_path: Path) -> None:
         of: Any = loaded.tokenizers["image"].of  # type: ignore[attr-defined]
         torch.testing.assert_close(of.preprocess(picture), prepared[0], atol=1e-6, rtol=0)
         model = loaded.model()
-        assert loaded.origin["files"]["preprocessor_config.json"]
+        assert loaded.origin["files"]["preprocessor_config.json"] == (given / "preprocessor_config.json").read_text()
         if "label" in loaded.tokenizers:
             with torch.inference_mode():
                 wanted = module(prepared, interpolate_pos_encoding=True).logits[0].softmax(-1)
@@ -138,7 +142,10 @@ def test_pictures_are_prepared_as_theirs(tmp_path: Path) -> None:
             assert abs(answer.confidence - float(wanted.max())) < TOLERANCE
     # without a file: the processor of the family, at the size of the configuration
     (given / "preprocessor_config.json").unlink()
-    assert pretrained(given).tokenizers["image"].of.fit.crop == (16, 16)  # type: ignore[attr-defined]
+    of = pretrained(given).tokenizers["image"].of  # type: ignore[attr-defined]
+    sizes = {"size": {"height": 18, "width": 18}, "crop_size": {"height": 16, "width": 16}}
+    wanted = transformers.DeiTImageProcessor(**sizes)(images=picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(of.preprocess(picture), wanted, atol=1e-6, rtol=0)
 
 
 def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
@@ -172,4 +179,4 @@ def test_the_width_of_a_small_model(tmp_path: Path) -> None:
     module = build("vit classes", **settings, image_size=224, patch_size=16)
     values = pictures([(224, 224), (160, 96)])
     loaded = pretrained(saved(module, tmp_path))
-    print(check_packed_and_alone(loaded, values, ours, theirs(module, values)))
+    check_packed_and_alone(loaded, values, ours, theirs(module, values))

@@ -75,7 +75,7 @@ def waves(seconds: float = SECONDS) -> list[torch.Tensor]:
 
 
 def ours(loaded: Pretrained, heard: list[torch.Tensor]) -> list[torch.Tensor]:
-    samples = [{"audio": (wave, 16000), "text": ids} for wave, ids in zip(heard, IDS, strict=False)]
+    samples = [{"audio": (wave, 16000), "text": ids} for wave, ids in zip(heard, IDS[: len(heard)], strict=True)]
     return logits_by_sample(loaded.model(), "audio -> text", samples)
 
 
@@ -84,7 +84,7 @@ def theirs(module: Any, heard: list[torch.Tensor], start: list[int]) -> list[tor
         feature_size=module.config.num_mel_bins, chunk_length=module.config.max_source_positions // 50
     )
     found = []
-    for wave, ids in zip(heard, IDS, strict=False):
+    for wave, ids in zip(heard, IDS[: len(heard)], strict=True):
         features = extractor(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features
         with torch.inference_mode():
             logits = module(input_features=features, decoder_input_ids=torch.tensor([start + ids])).logits
@@ -109,6 +109,18 @@ def test_a_sound_is_heard_as_the_feature_extractor_hears_it(tmp_path: Path) -> N
     for wave in waves():
         wanted = extractor(wave.numpy(), sampling_rate=16000, return_tensors="pt").input_features[0]
         assert torch.allclose(tokenizer((wave, 16000)).content.reshape(-1, 8).T, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_sound_that_is_too_long_is_refused_where_transformers_cuts_it(tmp_path: Path) -> None:
+    model = pretrained(given(build(), tmp_path)).model()
+    wave = waves(2.5)[1]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
+    whole, cut = (extractor(x.numpy(), sampling_rate=16000).input_features[0] for x in (wave, wave[:32000]))
+    assert (whole == cut).all()
+    with pytest.raises(
+        mm.MediaError, match=r"has 2.5 s or more, and at most 2 s are read at once; split it into pieces$"
+    ):
+        model.generate("audio -> text", audio=(wave, 16000), max_tokens=2)
 
 
 def test_what_is_written_is_what_transformers_writes(tmp_path: Path) -> None:

@@ -69,20 +69,31 @@ def test_places_of_learned_tokens_and_turns() -> None:
     assert plain.position_NA[1:].tolist() == (PATCHES(PICTURES[0]).position_NA + torch.tensor([1.0, 0, 0])).tolist()
     assert not plain.content[0].any()
     assert torch.equal(plain.content[1:], PATCHES(PICTURES[0]).content)
-    assert ClassTokens(PATCHES).token_names(plain)[:2] == ["learned 0", "row 0, column 0"]
+    assert ClassTokens(PATCHES).token_names(plain)[:2] == ["class token", "row 0, column 0"]
 
 
 def test_sound_and_text_may_have_learned_tokens_too() -> None:
     sound = SpectrogramPatches(frames=66, mels=36, cut=True)
     tokenizer = ClassTokens(sound, 2, 2, sound.grid)
     wave = torch.randn(16000, generator=torch.Generator().manual_seed(0)).numpy()
-    _, found = rows(tokenizer, [(wave, 16000)])  # type: ignore[list-item]
+    module, found = rows(tokenizer, [(wave, 16000)])  # type: ignore[list-item]
     assert sound.grid == (3, 6)
-    assert found.shape == (20, 8)
+    patches = module.of(sound((wave, 16000)).content)
+    wanted = torch.cat([module.tokens_ND, patches]) + module.positions_ND
+    assert wanted.shape == (20, 8)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     text = ClassTokens(TextBytes())
     assert text("ab").content.tolist() == [0, *TextBytes()("ab").content.tolist()]
     model = mm.Model({"text": text, "label": Labels(("a", "b"))}, mm.Core.tiny(), ["text -> label"])
-    assert model.predict("text -> label", [{"text": "ab"}])[0].value in ("a", "b")
+    stream = model.pack("text -> label", [{"text": "ab"}], answers=False)
+    embed: Any = model.embeds["text"]
+    wanted = torch.cat([embed.tokens_ND, embed.of(TextBytes()("ab").content)])
+    read: list[Tensor] = []
+    with torch.inference_mode():
+        hook = model.core.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+        model.logits(stream)
+        hook.remove()
+    torch.testing.assert_close(read[0][:3], wanted)
 
 
 def test_declaration_and_errors() -> None:

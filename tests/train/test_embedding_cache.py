@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,30 @@ def test_two_processes_write_at_once(tmp_path: Path, passed: list[int]):
         passed.clear()
         model.predict(TASK, DATA)
         assert passed == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork_each_process_writes_its_own_file(tmp_path: Path, passed: list[int]):
+    model = make()
+    with cached(model, tmp_path):
+        model.predict(TASK, DATA[:2])
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                model.predict(TASK, DATA[2:4])
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        model.predict(TASK, DATA[4:6])
+        assert len(records(tmp_path)) == 2
+    passed.clear()
+    other = make()
+    with cached(other, tmp_path) as cache:
+        other.predict(TASK, DATA[:6])
+        assert (cache.computed, passed) == (0, [])
 
 
 def test_nothing_to_cache_is_refused(tmp_path: Path):

@@ -183,10 +183,10 @@ def spectrogram_picture(frames_NF: Tensor) -> Tensor:
     return level.T.flip(0)[:, :, None]
 
 
-def read_limited(value: Any, *, rate_hz: int, samples: int, who: str, cut: bool = False) -> Tensor:
+def read_limited(value: Any, *, rate_hz: int, samples: int, who: str, cut: bool | None = None) -> Tensor:
     """A sound (`multimodal.media.read_sound`) of at most so many samples at `rate_hz`; a longer one is refused once that is known.
 
-    cut: give its first samples instead.
+    cut: True: give its first samples instead. False: the error names the setting; None: there is no such setting.
 
     Raises:
         MediaError: as `read_sound`, or too long; names `who`.
@@ -197,7 +197,7 @@ def read_limited(value: Any, *, rate_hz: int, samples: int, who: str, cut: bool 
         if max(came, total) > samples and not cut:
             raise MediaError(
                 f"{who}: {describe(value)} has {max(came, total) / rate_hz:.6g} s or more, and at most {samples / rate_hz:.6g} s "
-                "are read at once; split it into pieces"
+                f"are read at once; split it into pieces{', or read its beginning alone: cut=True' if cut is False else ''}"
             )
         parts.append(wave_S)
         if came >= samples:

@@ -75,6 +75,10 @@ class ClassTokens(Tokenizer):
         return self.of.feature_size
 
     @property
+    def learned(self) -> int:
+        return self.count
+
+    @property
     def causal(self) -> bool:
         return self.of.causal
 
@@ -108,8 +112,20 @@ class ClassTokens(Tokenizer):
         raise ConfigError("ClassTokens: this kind can be read but not written")
 
     def token_names(self, tokens: Tokens) -> list[str]:
-        inner = Tokens(tokens.content[self.count :], tokens.position_NA[self.count :])
-        return [f"learned {i}" for i in range(self.count)] + self.of.token_names(inner)
+        first = ["class token"] if self.count == 1 else [f"learned {i}" for i in range(self.count)]
+        return first + self.of.token_names(self._own(tokens))
+
+    def picture(self, tokens: Tokens) -> Tensor | None:
+        return self.of.picture(self._own(tokens))
+
+    def _own(self, tokens: Tokens) -> Tokens:
+        """The tokens as `of` gave them."""
+        position_NA = tokens.position_NA[self.count :].clone()
+        position_NA[:, 0] -= self.count * self.step[0]
+        if self.turns is not None:
+            for axis in (1, 2):
+                position_NA[:, axis] = position_NA[:, axis].unique(return_inverse=True)[1] * self.step[axis]
+        return Tokens(tokens.content[self.count :], position_NA)
 
     def embed(self, width: int) -> nn.Module:
         return _Embed(self, width)
