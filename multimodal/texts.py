@@ -1,8 +1,10 @@
-"""Shortens texts and values for errors and reports."""
+"""Texts of values: shortened for errors and reports, and as JSON."""
 
+import json
+import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -41,3 +43,17 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     names = list(names)
     more = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(shortened(name, 60) for name in names[:most]) + more
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON: NaN and infinity become null, arrays become lists, other types become their str."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

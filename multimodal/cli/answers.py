@@ -127,36 +127,20 @@ class GenerateOptions:
             raise ConfigError(f"--seed {self.seed} has more than 64 bits")
 
     def _sampler(self, tokenizer: Any) -> "Sampler | None":
-        """Samplers in the order they apply: what may be written, then how it is drawn; None where the temperature is enough."""
-        from multimodal.generate import Greedy, MinP, NoRepeat, OneOf, Only, Repetition, Temperature, TopK, TopP
+        """What may be written, then how it is drawn; None where the temperature is enough."""
+        from multimodal.generate.samplers import Repetition, combined_sampler
 
-        # rules first: probabilities are cut (top-k, top-p, min-p) among what may be written at all
-        ruled: list[Sampler] = []
-        if self.repetition is not None:
-            ruled.append(Repetition(self.repetition))
-        if self.no_repeat is not None:
-            ruled.append(NoRepeat(self.no_repeat))
-        if self.only:
-            ruled.append(Only(_words(tokenizer, "only", self.only)))
-        if self.one_of:
-            ruled.append(OneOf(_words(tokenizer, "one_of", self.one_of)))
-        drawn: list[Sampler] = []
-        if self.top_k is not None:
-            drawn.append(TopK(self.top_k))
-        if self.top_p is not None:
-            drawn.append(TopP(self.top_p))
-        if self.min_p is not None:
-            drawn.append(MinP(self.min_p))
-        if not ruled and not drawn:
-            return None
-        if self.temperature is not None:
-            drawn.insert(0, Temperature(self.temperature))
-        elif not drawn and self.beams == 1:
-            drawn.append(Greedy())
-        first, *others = ruled + drawn
-        for then in others:
-            first = first | then
-        return first
+        return combined_sampler(
+            repetition=None if self.repetition is None else Repetition(self.repetition),
+            no_repeat=self.no_repeat,
+            only=_words(tokenizer, "only", self.only) if self.only else (),
+            one_of=_words(tokenizer, "one_of", self.one_of) if self.one_of else (),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            beams=self.beams,
+        )
 
 
 DEFAULTS = GenerateOptions()

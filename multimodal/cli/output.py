@@ -1,13 +1,12 @@
 """Output of the commands: answers as text, JSON or files that other programs open, and progress bars."""
 
-import io
 import json
-import math
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from multimodal.texts import as_json
 
 if TYPE_CHECKING:
     from multimodal.heads import Prediction
@@ -24,27 +23,6 @@ def print_json(value: Any, indent: int | None = None) -> None:
     except (UnicodeEncodeError, LookupError):
         text = json.dumps(json.loads(text), indent=indent)
     print(text)
-
-
-def as_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON: NaN and infinity become null, arrays become lists, other types become their str."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str, indent=indent)
-
-
-def _finite(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lists(value: Any) -> Any:
-    """An array as lists; a TypeError for any other type."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def show(
@@ -70,7 +48,9 @@ def show(
         entries = {"sample": dict(sample), **entries} if sample else entries
         print_json({"task": task, **entries, **_entries(answer, name, folder, texts=out is not None)})
         return
-    file = _as_file(answer.value, texts=out is not None, arrays=True)
+    from multimodal.media.encoding import as_file
+
+    file = as_file(answer.value, texts=out is not None, arrays=True)
     if heading and (file is None or sample):
         print(printable(heading))
     if file is not None:
@@ -83,8 +63,10 @@ def show(
 
 
 def _entries(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
+    from multimodal.media.encoding import as_file
+
     value = answer.value
-    file = _as_file(value, texts=texts, arrays=False)
+    file = as_file(value, texts=texts, arrays=False)
     entries: dict[str, Any] = {}
     if file is None or file[0] in (".txt", ".json"):
         entries["answer"] = value
@@ -138,43 +120,6 @@ def check_folder(out: Path | None, option: str = "--out") -> None:
     for path in () if out is None else (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{option} {out}: {path} is a file, not a folder")
-
-
-def _as_file(value: Any, *, texts: bool, arrays: bool) -> tuple[str, bytes] | None:
-    """(ending, bytes) of a value that belongs into a file, as tokenizers decode it: a sound (wave_S, rate_hz), a picture (C, Y, X)
-    in 0..1, any other array, a text; with `texts` also lists and numbers, as JSON."""
-    import numpy as np
-
-    if isinstance(value, str):
-        return (".txt", value.encode()) if texts else None
-    data = io.BytesIO()
-    if isinstance(value, tuple) and len(value) == 2 and getattr(value[0], "ndim", None) == 1:
-        import soundfile
-
-        wave_S = np.clip(np.asarray(value[0], dtype=np.float32), -1, 1)
-        soundfile.write(data, wave_S, int(value[1]), format="WAV")
-        return ".wav", data.getvalue()
-    if not hasattr(value, "shape"):
-        with suppress(TypeError):  # an object that JSON cannot hold
-            return (".json", json.dumps(value, ensure_ascii=False, default=_lists).encode()) if texts else None
-        return None
-    array = np.asarray(value)
-    if _is_picture(array):
-        from PIL import Image
-
-        image_YXC = np.rint(array * 255).astype(np.uint8).transpose(1, 2, 0)
-        Image.fromarray(image_YXC[:, :, 0] if len(array) == 1 else image_YXC).save(data, format="PNG")
-        return ".png", data.getvalue()
-    if not arrays:
-        return None
-    np.save(data, array, allow_pickle=False)
-    return ".npy", data.getvalue()
-
-
-def _is_picture(array: Any) -> bool:
-    """Whether this is (C, Y, X) in 0..1; what is not finite is none."""
-    shaped = array.ndim == 3 and len(array) in (1, 3, 4) and array.size and array.dtype.kind == "f"
-    return bool(shaped and array.min() >= 0 and array.max() <= 1)
 
 
 def saved(ending: str, data: bytes, name: str, folder: Path) -> Path:

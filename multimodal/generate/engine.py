@@ -120,8 +120,8 @@ class Engine:
         request = new_request(self.model.packer, task, sample, name or f"request {self._tickets}", prefix, options)
         return self.enter(request)
 
-    def enter(self, request: Request) -> int:
-        """`submit` for a request that `new_request` made."""
+    def check(self, request: Request) -> None:
+        """Raise the error of a request that can never be answered here: too long for a row or the model, or too many rows."""
         needed = request.prompt + request.limit
         if not self.has_room(request):
             raise StreamError(
@@ -147,6 +147,10 @@ class Engine:
             raise ConfigError(
                 f"{request.name}: needs {request.width} rows at once, but the engine has rows={self.rows}"
             )
+
+    def enter(self, request: Request) -> int:
+        """`submit` for a request that `new_request` made."""
+        self.check(request)
         request.ticket = self._tickets
         self._tickets += 1
         self._waiting.append(request)

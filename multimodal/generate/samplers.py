@@ -378,3 +378,45 @@ class Only(Sampler):
 
 
 _word_tree = lru_cache(maxsize=64)(WordTree)
+
+
+def combined_sampler(
+    *,
+    repetition: Repetition | None = None,
+    no_repeat: int | None = None,
+    only: Sequence[str] = (),
+    one_of: Sequence[str] = (),
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    beams: int = 1,
+) -> Sampler | None:
+    """The sampler of options that were given one by one; None where nothing but perhaps a temperature was.
+
+    Rules come first: probabilities are cut (top-k, top-p, min-p) among what may be written at all.
+    """
+    ruled: list[Sampler] = [] if repetition is None else [repetition]
+    if no_repeat is not None:
+        ruled.append(NoRepeat(no_repeat))
+    if only:
+        ruled.append(Only(tuple(only)))
+    if one_of:
+        ruled.append(OneOf(tuple(one_of)))
+    drawn: list[Sampler] = []
+    if top_k is not None:
+        drawn.append(TopK(top_k))
+    if top_p is not None:
+        drawn.append(TopP(top_p))
+    if min_p is not None:
+        drawn.append(MinP(min_p))
+    if not ruled and not drawn:
+        return None
+    if temperature is not None:
+        drawn.insert(0, Temperature(temperature))
+    elif not drawn and beams == 1:
+        drawn.append(Greedy())
+    first, *others = ruled + drawn
+    for then in others:
+        first = first | then
+    return first

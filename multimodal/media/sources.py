@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,8 @@ LONGEST_URL = 2**27  # characters of a data: URL, which hold 96 MiB
 HEAD = 64  # bytes that are enough to recognise a file
 LONGEST_PATH = 100  # characters of a path that a message shows
 
+_PATHS_REFUSED: ContextVar[bool] = ContextVar("_PATHS_REFUSED", default=False)
+
 warned: set[str] = set()  # keys of the warnings that this process has logged
 
 
@@ -34,6 +38,16 @@ def warn_once(text: str, key: str | None = None) -> None:
     if key not in warned:
         warned.add(key)
         log.warning(text)
+
+
+@contextmanager
+def paths_refused() -> Iterator[None]:
+    """Within this context no file is opened by its name, for values that a stranger sent: bytes and data: URLs are read as ever."""
+    token = _PATHS_REFUSED.set(True)
+    try:
+        yield
+    finally:
+        _PATHS_REFUSED.reset(token)
 
 
 def is_file_like(value: Any) -> bool:
@@ -62,6 +76,10 @@ def file_source(value: Any, who: str) -> tuple[Path | BinaryIO, str]:
         if value[:5].lower() == "data:":
             return io.BytesIO(_data_url(value, who)), f"a data: URL of {len(value)} characters"
         _check_url(value, who)
+    if _PATHS_REFUSED.get():
+        raise MediaError(
+            f"{who}: {describe(value)} names a file, and here no file is opened by its name; give its bytes"
+        )
     path = Path(value)
     shown = repr(shortened(str(path), LONGEST_PATH))
     try:

@@ -6,7 +6,7 @@ Memory: a few blocks, one batch of windows, and the rows of one passage (see `Wo
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from multimodal.media import sound_blocks
 from multimodal.model import Model
 from multimodal.process_state import preserved_state
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, check_number, check_whole
+from multimodal.stream import Stream
 from multimodal.tokenizer import Tokenizer
 from multimodal.transcription.alignment import WordDecoder, WordJoiner, align
 from multimodal.transcription.ctc import Decoder, GreedyCTC, log_probabilities
@@ -104,7 +105,7 @@ def transcripts(
     check_whole("transcribe", least=1, batch=batch)
     check_whole("transcribe", max_tokens=max_tokens)
     check_number("transcribe", window_s=window_s, **({} if overlap_s is None else {"overlap_s": overlap_s}))
-    length, overlap = _tokens(spec, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
+    length, overlap = window_tokens(spec, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
     if decoder is not None and not spec.ctc:
         raise ConfigError(f"transcribe: task {task!r} writes token by token and takes no decoder; leave it out")
     if overlap_s is not None and not spec.ctc:
@@ -115,17 +116,7 @@ def transcripts(
     def windows() -> Iterator[tuple[int, SoundWindow | MediaError]]:
         for index, sound in enumerate(sounds):
             try:
-                blocks = sound_blocks(
-                    sound,
-                    rate_hz=spec.rate_hz,
-                    who="transcribe",
-                    resampling=getattr(spec.tokenizer, "resampling", "kaiser"),
-                )
-                if spec.ctc:
-                    parts = overlapping_windows(blocks, window=length, overlap=overlap, unit=spec.unit)
-                else:
-                    parts = windows_between_pauses(blocks, window=length, search=max(length // 4, 1), unit=spec.unit)
-                for window in parts:
+                for window in sound_windows(spec, sound, length, overlap):
                     # encoding raises an error here, for this sound alone, instead of for the whole batch
                     spec.tokenizer((window.wave_S, spec.rate_hz))
                     yield index, window
@@ -133,7 +124,7 @@ def transcripts(
                 yield index, error
 
     # a batch may hold windows of several sounds, so several transcripts are open at once
-    open_: dict[int, _CTCTranscript | _GeneratedTranscript] = {}
+    open_: dict[int, CTCTranscript | GeneratedTranscript] = {}
     for group in in_batches(windows(), batch):
         good = [window for _, window in group if isinstance(window, SoundWindow)]
         results = iter(_read(model, spec, good, max_tokens))
@@ -143,7 +134,7 @@ def transcripts(
                 yield index, window
                 continue
             if index not in open_:
-                open_[index] = _CTCTranscript(spec, decoder or GreedyCTC()) if spec.ctc else _GeneratedTranscript(spec)
+                open_[index] = CTCTranscript(spec, decoder or GreedyCTC()) if spec.ctc else GeneratedTranscript(spec)
             open_[index].add(window, next(results))
             end = window.start + len(window.wave_S)
             if progress is not None:
@@ -232,7 +223,7 @@ def transcription_tasks(model: Model) -> list[str]:
     return found
 
 
-def _tokens(spec: TranscriptionTask, window_s: float, overlap_s: float) -> tuple[int, int]:
+def window_tokens(spec: TranscriptionTask, window_s: float, overlap_s: float) -> tuple[int, int]:
     """Window and overlap in tokens."""
     if not 0 < overlap_s < window_s < math.inf:
         raise ConfigError(f"transcribe: overlap_s={overlap_s} must lie between 0 and window_s={window_s}")
@@ -267,6 +258,22 @@ class SoundWindow:
     stop: int | None
     last: bool
     total: int
+
+
+def sound_windows(
+    spec: TranscriptionTask, sound: Any, length: int, overlap: int, max_seconds: float = math.inf
+) -> Iterator[SoundWindow]:
+    """The windows of a recording, of at most `length` tokens; those of a CTC task share `overlap` tokens.
+
+    Raises:
+        MediaError: as `media.sound_blocks`; a sound of more than max_seconds.
+    """
+    resampling = getattr(spec.tokenizer, "resampling", "kaiser")
+    options = {"rate_hz": spec.rate_hz, "who": "transcribe", "max_seconds": max_seconds, "resampling": resampling}
+    blocks = sound_blocks(sound, **options)
+    if spec.ctc:
+        return overlapping_windows(blocks, window=length, overlap=overlap, unit=spec.unit)
+    return windows_between_pauses(blocks, window=length, search=max(length // 4, 1), unit=spec.unit)
 
 
 def overlapping_windows(
@@ -324,26 +331,41 @@ def _read(model: Model, spec: TranscriptionTask, windows: list[SoundWindow], max
 
 def _ctc_rows(model: Model, spec: TranscriptionTask, samples: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor]]:
     """Log-probabilities (N, V) and times (N,) in seconds, float64, of each sample."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
     with model.inference_mode():
         stream = model.pack(spec.task, samples, answers=False)
-        r = stream.readings[spec.task]
-        log_p_NV = log_probabilities(model.logits(stream)[spec.task])
-        # seconds / step is seldom whole in float32
-        step_N = stream.position_TA[r.row_N, 0].double().cpu().round(decimals=3)
+        logits = model.logits(stream)[spec.task]
+        sizes = [len(sample[spec.name][0]) for sample in samples]
+        found = window_rows(spec, stream, logits, dict(enumerate(sizes)))
+    return [found[i] for i in range(len(samples))]
+
+
+def window_rows(
+    spec: TranscriptionTask, stream: Stream, logits_NV: Tensor, sizes: Mapping[int, int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """By the number of a window in a packed stream: its log-probabilities (N, V), and their times (N,) in seconds, float64.
+
+    logits_NV: those of the CTC task. sizes: by number, the sound samples of a window; other windows of the task are left out.
+    """
+    r = stream.readings[spec.task]
+    log_p_NV = log_probabilities(logits_NV)
+    # seconds / step is seldom whole in float32
+    step_N = stream.position_TA[r.row_N, 0].double().cpu().round(decimals=3)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     parts = zip(r.samples, log_p_NV.split(list(r.lengths)), step_N.split(list(r.lengths)), strict=True)
-    for index, rows_NV, at_N in parts:
-        tokens = -(-len(samples[index][spec.name][0]) // spec.unit)
+    for number, rows_NV, at_N in parts:
+        if number not in sizes:
+            continue
+        tokens = -(-sizes[number] // spec.unit)
         if len(rows_NV) != tokens:
             raise StreamError(
                 f"transcribe: {type(spec.tokenizer).__name__} gave {len(rows_NV)} rows for a sound of {tokens} steps; long "
                 "sounds need a tokenizer that gives one token for each step"
             )
-        found[index] = rows_NV, at_N * spec.step_s
-    return [found[i] for i in range(len(samples))]
+        found[number] = rows_NV, at_N * spec.step_s
+    return found
 
 
-class _CTCTranscript:
+class CTCTranscript:
     """The transcript of one sound by a CTC task, built window by window."""
 
     def __init__(self, spec: TranscriptionTask, decoder: Decoder) -> None:
@@ -358,11 +380,13 @@ class _CTCTranscript:
         return Transcript(" ".join(word.text for word in words), words, seconds)
 
 
-class _GeneratedTranscript:
+class GeneratedTranscript:
     """The transcript of one sound by a task that writes token by token, built window by window."""
 
     def __init__(self, spec: TranscriptionTask) -> None:
-        self.spec, self.words, self.complete = spec, [], True
+        self.spec, self.complete = spec, True
+        self.words: list[Word] = []
+        self.of_window: set[int] = set()  # the words that have the times of their whole window
         self.joiner = WordJoiner(spec.timing.writes) if spec.timing else None
 
     def add(self, window: SoundWindow, result: tuple[Any, tuple[Tensor, Tensor] | None]) -> None:
@@ -379,6 +403,7 @@ class _GeneratedTranscript:
             count = len(self.spec.writes(answer.value)) + 1 if answer.value else 1  # the stop is a token too
             sure = answer.confidence ** (1 / count)
             words = [Word(text, start_s, end_s, sure) for text in answer.value.split()]
+            self.of_window |= set(range(len(self.words), len(self.words) + len(words)))
         self.words += words
 
     def _aligned(self, text: str, rows: tuple[Tensor, Tensor], start_s: float) -> list[Word] | None:

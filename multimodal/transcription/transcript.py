@@ -47,16 +47,19 @@ class Transcript:
     def __str__(self) -> str:
         return self.text
 
+    def cues(self) -> list[tuple[int, int, str]]:
+        """The subtitles, in order and without overlaps: (start in ms, end in ms, text)."""
+        return list(_cues(self.words))
+
     def srt(self) -> str:
         """SubRip subtitles."""
-        cues = enumerate(_cues(self.words), start=1)
+        cues = enumerate(self.cues(), start=1)
         return "".join(f"{i}\n{_clock(a, ',')} --> {_clock(b, ',')}\n{text}\n\n" for i, (a, b, text) in cues)
 
     def vtt(self) -> str:
         """WebVTT subtitles (W3C)."""
         cues = "".join(
-            f"{_clock(a, '.')} --> {_clock(b, '.')}\n{html.escape(text, quote=False)}\n\n"
-            for a, b, text in _cues(self.words)
+            f"{_clock(a, '.')} --> {_clock(b, '.')}\n{html.escape(text, quote=False)}\n\n" for a, b, text in self.cues()
         )
         return "WEBVTT\n\n" + cues
 

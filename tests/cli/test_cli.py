@@ -72,6 +72,7 @@ COMMANDS = [
     "predict",
     "generate",
     "transcribe",
+    "serve",
     "look",
     "check",
     "verify",

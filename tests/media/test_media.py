@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from multimodal.media import read_image, read_sound
-from multimodal.media.sources import warned
+from multimodal.media.sources import paths_refused, warned
 from multimodal.shapes import MediaError
 from multimodal_tokenizers import AudioFrames
 
@@ -667,3 +667,16 @@ def test_clips_shorter_than_a_window(samples: int, normalise: str) -> None:
 
 def test_silence() -> None:
     assert AudioFrames()((np.zeros(RATE, np.float32), RATE)).content.abs().max() < 0.01
+
+
+def test_within_a_context_no_file_is_opened_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(file_of(Image.new("L", (2, 2))))
+    soundfile.write(tmp_path / "a.wav", np.zeros(9, np.float32), RATE)
+    for read, path in ((image, tmp_path / "a.png"), (sound, tmp_path / "a.wav")):
+        wanted = read(path)
+        with paths_refused():
+            for named in (path, str(path), {"path": str(path), "bytes": None}):
+                with pytest.raises(MediaError, match="no file is opened by its name"):
+                    read(named)
+            np.testing.assert_array_equal(read(path.read_bytes()), wanted)
+        np.testing.assert_array_equal(read(str(path)), wanted)

@@ -20,6 +20,11 @@ LAZY = (
     "av",
     "pillow_heif",
     "torchcodec",
+    "anyio",
+    "httpx",
+    "python_multipart",
+    "starlette",
+    "uvicorn",
 )
 
 

@@ -1,0 +1,169 @@
+"""`serve`: models behind HTTP, from checkpoints on this machine."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Group, Parameter
+
+from multimodal.cli.arguments import Device, Plugins
+from multimodal.cli.loading import load, model_folder
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from multimodal.model import Model
+
+LIMITS = Group("Limits", sort_key=1)
+LOCAL = ("127.0.0.1", "localhost", "::1")
+PATIENCE_S = 600.0  # how long a stop waits for answers that are being written
+Limit = partial(Parameter, group=LIMITS)
+
+
+def serve(
+    *checkpoints: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: Path | None = None,
+    rows: Annotated[int, Limit(help="Answers that are written at the same time.")] = 16,
+    capacity: Annotated[int, Limit(help="Tokens of an answer with its prompt.")] = 1024,
+    queue: Annotated[int, Limit(help="Requests that may wait; further ones get status 429.")] = 64,
+    max_tokens: Annotated[int, Limit(help="Tokens of an answer, unless the client says how many.")] = 256,
+    timeout_s: Annotated[float, Limit(help="Seconds in which a request is answered.")] = 600.0,
+    gather_ms: Annotated[float, Limit(help="What is answered at once waits this long for others in its pass.")] = 5.0,
+    pass_tokens: Annotated[int, Limit(help="Tokens that are read at once.")] = 16384,
+    max_body: Annotated[int, Limit(help="Bytes of a request.")] = 2**25,
+    max_pixels: Annotated[int, Limit(help="Pixels of a picture.")] = 2**24,
+    max_seconds: Annotated[float, Limit(help="Seconds of a sound.")] = 600.0,
+    window_s: Annotated[float, Limit(help="Seconds of a recording that are transcribed at once.")] = 30.0,
+    allow_host: Annotated[list[str] | None, Parameter(negative="")] = None,
+    strings: Annotated[list[str] | None, Parameter(negative="")] = None,
+    plugin: Plugins = None,
+    device: Device = "auto",
+) -> int:
+    """Serve checkpoints over HTTP, for clients of OpenAI's interface and for any task. docs/serving.md has examples.
+
+    Ctrl-C or SIGTERM finishes what runs; SIGHUP loads the checkpoints again. The log goes to stderr, a JSON object a line.
+
+    Example: multimodal serve runs/digits
+
+    Example: multimodal serve runs/digits small=runs/words --host 0.0.0.0 --api-key-file keys.txt
+
+    Parameters
+    ----------
+    checkpoints
+        Run folders, or the model folders in them. Clients name a model by its folder, or by the NAME of NAME=FOLDER.
+    host
+        The address to listen at; 0.0.0.0 for every one of this machine.
+    port
+        The port; 0 for one that is not in use.
+    api_key_file
+        A text file with a key a line. Every request then needs one of them: "Authorization: Bearer KEY".
+    allow_host
+        A host from which pictures and sounds may be fetched; otherwise only data: URLs are read. Repeat it for more.
+    strings
+        A kind of your own whose values are texts, though it is neither text nor classes. It must not open files. Repeat it for
+        more.
+    """
+    from multimodal.shapes import ConfigError
+
+    if not checkpoints:
+        raise ConfigError("serve: give one checkpoint or more, such as runs/digits")
+    _check_installed()
+    import uvicorn
+
+    from multimodal.serve.app import make_app
+    from multimodal.serve.checkpoints import Checkpoint, named_folder
+    from multimodal.serve.logs import log, log_to
+    from multimodal.serve.settings import Settings
+
+    settings = Settings(
+        rows=rows,
+        capacity=capacity,
+        queue=queue,
+        max_tokens=max_tokens,
+        timeout_s=timeout_s,
+        gather_ms=gather_ms,
+        pass_tokens=pass_tokens,
+        max_body=max_body,
+        max_pixels=max_pixels,
+        max_seconds=max_seconds,
+        window_s=window_s,
+        keys=_keys(api_key_file),
+        hosts=tuple(host.lower() for host in allow_host or ()),
+        strings=tuple(strings or ()),
+    )
+    folders = [named_folder(word) for word in checkpoints]
+    for _, folder in folders:
+        model_folder(folder)  # raises before any of them is loaded
+    listening = _listen(host, port)
+    handler = log_to(sys.stderr)
+    try:
+        with listening:
+
+            def loader(folder: Path) -> "Callable[[], Model]":
+                return lambda: load(folder, plugin, device)
+
+            served = [Checkpoint(name, loader(folder), settings) for name, folder in folders]
+            app = make_app(served, settings, patience_s=PATIENCE_S, on_hangup=True)
+            if host not in LOCAL and not settings.keys:
+                print(
+                    f"multimodal: whoever reaches {host} may use this service; --api-key-file asks for a key",
+                    file=sys.stderr,
+                )
+            shown = f"[{host}]" if ":" in host else host
+            names = ", ".join(checkpoint.name for checkpoint in served)
+            print(f"serving {names} at http://{shown}:{listening.getsockname()[1]}", flush=True)
+            config = uvicorn.Config(
+                app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(PATIENCE_S)
+            )
+            uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        log.removeHandler(handler)
+    return 0
+
+
+def _check_installed() -> None:
+    """Raise a ConfigError that says what to install, if a library of the service is missing."""
+    from multimodal.shapes import ConfigError
+
+    try:
+        import python_multipart  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"serve: the package {error.name} is missing; pip install 'multimodal-stream[serve]', or uv sync --extra serve"
+        ) from error
+
+
+def _listen(host: str, port: int) -> "socket":
+    import socket
+
+    from multimodal.shapes import ConfigError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"serve: cannot listen at {host} port {port}: {error}; choose another --port, or 0 for one that is not in use"
+        ) from error
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """The keys in a file."""
+    from multimodal.shapes import ConfigError
+
+    if file is None:
+        return ()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: cannot be read: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"--api-key-file {file}: holds no key; write one a line")
+    return keys

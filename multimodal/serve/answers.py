@@ -1,0 +1,88 @@
+"""Predictions and pieces as what is sent: JSON, data: URLs of pictures and sounds, server-sent events."""
+
+import base64
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+
+from multimodal.heads import Prediction
+from multimodal.media.encoding import as_file
+from multimodal.serve.errors import ApiError
+from multimodal.texts import as_json
+
+TYPES = {".png": "image/png", ".wav": "audio/wav"}
+DONE = b"data: [DONE]\n\n"
+
+
+def json_bytes(data: Any) -> bytes:
+    """UTF-8; lone surrogates, which UTF-8 cannot hold, stay the escapes that they are in JSON."""
+    return as_json(data).encode("utf-8", "backslashreplace")
+
+
+def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A value as the whole response."""
+    return Response(json_bytes(data), status, headers=headers, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """The response that refuses a request."""
+    return json_response(error.body(), error.status, error.headers)
+
+
+def event(data: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json_bytes(data) + b"\n\n"
+
+
+class EventStream:
+    """A response of server-sent events. end: called once it is over, however it ends, also if it never began."""
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+        self.events, self.end = events, end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy must not collect the events
+        try:
+            await StreamingResponse(self.events, media_type="text/event-stream", headers=headers)(scope, receive, send)
+        finally:
+            self.end()
+
+
+def file_of(value: Any) -> tuple[str, bytes] | None:
+    """(media type, bytes) of a picture or a sound; None for other values."""
+    file = as_file(value, texts=False, arrays=False)
+    return None if file is None else (TYPES[file[0]], file[1])
+
+
+def value_json(value: Any) -> Any:
+    """A value for JSON: a picture or a sound as a data: URL, anything else as it is."""
+    file = file_of(value)
+    return value if file is None else f"data:{file[0]};base64,{base64.b64encode(file[1]).decode()}"
+
+
+def answer_json(answer: Prediction) -> dict[str, Any]:
+    """A prediction with its probabilities."""
+    found: dict[str, Any] = {
+        "value": value_json(answer.value),
+        "confidence": answer.confidence,
+        "probability": {str(name): p for name, p in answer.probability.items()},
+        "complete": answer.complete,
+    }
+    if answer.tokens is not None:
+        found |= {"ended": answer.ended, "tokens": len(answer.tokens)}
+        if not answer.tokens.content.is_floating_point():
+            found["ids"] = answer.tokens.content.tolist()
+    if answer.others:
+        found["others"] = [answer_json(other) for other in answer.others]
+    return found
+
+
+def finish_reason(answer: Prediction) -> str:
+    """Why an answer ended, in the words of chat completions."""
+    return "stop" if answer.complete else "length"
+
+
+def usage(prompt: int, written: int) -> dict[str, int]:
+    """Token counts."""
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -1,0 +1,294 @@
+"""The application: routes, keys, what is counted and logged of each request, health, metrics and reloads."""
+
+import asyncio
+import functools
+import hashlib
+import hmac
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from multimodal.serve.answers import EventStream, error_response, json_response
+from multimodal.serve.bodies import read_params
+from multimodal.serve.calls import Call
+from multimodal.serve.chat import complete_chat
+from multimodal.serve.checkpoints import Checkpoint, Checkpoints
+from multimodal.serve.embeddings import embed_inputs
+from multimodal.serve.errors import ApiError, as_api_error
+from multimodal.serve.logs import log
+from multimodal.serve.media_answers import draw, speak
+from multimodal.serve.metrics import Labels, Metrics
+from multimodal.serve.native import answer_task
+from multimodal.serve.settings import Settings
+from multimodal.serve.tasks import described
+from multimodal.serve.transcriptions import transcribe_file
+from multimodal.texts import shortened
+
+PAGE = Path(__file__).with_name("page.html")
+"""What is shown at /, if it is there."""
+ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
+    "/v1/tasks/{task:path}": answer_task,
+    "/v1/chat/completions": complete_chat,
+    "/v1/audio/transcriptions": transcribe_file,
+    "/v1/embeddings": embed_inputs,
+    "/v1/audio/speech": speak,
+    "/v1/images/generations": draw,
+}
+
+
+class Service:
+    """The state of an application."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], settings: Settings) -> None:
+        self.checkpoints, self.settings = Checkpoints(checkpoints), settings
+        self.metrics = Metrics()
+        self.stopping = False
+        self.open = 0  # requests whose bodies are read or that are answered
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+
+    def check_key(self, request: Request) -> None:
+        """Raise a 401 unless the request has one of the keys; none is needed where there are none."""
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode("utf-8", "replace")).digest()
+        # every key is compared, in a time that does not depend on how much of it is right
+        right = [hmac.compare_digest(digest, key) for key in self._keys]
+        if self._keys and not (any(right) and kind.lower() == "bearer"):
+            raise ApiError(401, "wanted 'Authorization: Bearer KEY' with a key of this service", code="invalid_api_key")
+
+    def check(self, request: Request) -> None:
+        """Raise an error for a request whose body should not even be read."""
+        self.check_key(request)
+        # a page of another host in the browser of somebody who can reach this service
+        origin = request.headers.get("origin", "")
+        if origin and urlsplit(origin).netloc != request.headers.get("host", ""):
+            raise ApiError(403, f"requests of pages of {shortened(origin, 100)} are refused", code="foreign_origin")
+        places = len(self.checkpoints.by_name) * (self.settings.rows + self.settings.queue)
+        if self.open >= places:
+            raise ApiError(429, f"{self.open} requests are open; try again later", code="queue_full", retry_s=1)
+
+    def gauges(self) -> list[tuple[str, Labels, float]]:
+        """What the schedulers count."""
+        found: list[tuple[str, Labels, float]] = []
+        for name, checkpoint in self.checkpoints.by_name.items():
+            scheduler, model = checkpoint.scheduler, ("model", name)
+            load = scheduler.load
+            found += [
+                ("tokens_total", (("direction", "read"), model), load.read),
+                ("tokens_total", (("direction", "written"), model), load.written),
+                ("steps_total", (model,), load.steps),
+                ("passes_total", (model,), load.passes),
+                ("packed_total", (model,), load.packed),
+                ("rows", (model,), load.rows),
+                ("rows_most", (model,), scheduler.settings.rows),
+                ("waiting", (model,), load.waiting),
+                ("waiting_tokens", (model,), scheduler.waiting_tokens),
+                ("open_requests", (model,), scheduler.leases),
+            ]
+        return found
+
+    async def reload(self, name: str) -> None:
+        """Load a checkpoint again, in a thread of its own."""
+        checkpoint = self.checkpoints.named(name)
+        await to_thread.run_sync(checkpoint.reload)
+        self.metrics.add("reloads_total", model=name)
+
+
+def make_app(
+    checkpoints: Sequence[Checkpoint], settings: Settings, *, patience_s: float = 600.0, on_hangup: bool = False
+) -> Starlette:
+    """The application (ASGI) that serves these checkpoints.
+
+    patience_s: how long a stop waits for requests that run. on_hangup: load all checkpoints again at SIGHUP.
+
+    Raises:
+        ConfigError: no checkpoint, or two of one name.
+    """
+    service = Service(checkpoints, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        if on_hangup and hasattr(signal, "SIGHUP"):
+            with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
+                loop.add_signal_handler(signal.SIGHUP, functools.partial(_reload_all, service, loop))
+        log.info("started", extra={"fields": {"models": list(service.checkpoints.by_name)}})
+        try:
+            yield
+        finally:
+            service.stopping = True
+            for name, checkpoint in service.checkpoints.by_name.items():
+                if not await to_thread.run_sync(checkpoint.close, patience_s):
+                    log.warning("stopped before its end", extra={"fields": {"model": name}})
+            log.info("stopped")
+
+    get = ["GET"]
+    routes = [Route(path, _endpoint(service, path, door), methods=["POST"]) for path, door in ENDPOINTS.items()]
+    routes = [
+        Route("/health", functools.partial(_health, service), methods=get),
+        Route("/metrics", functools.partial(_metrics, service), methods=get),
+        Route("/v1/models", functools.partial(_models, service), methods=get),
+        Route("/v1/models/{name}", functools.partial(_models, service), methods=get),
+        Route("/v1/models/{name}/reload", functools.partial(_reload, service), methods=["POST"]),
+        Route("/v1/tasks", functools.partial(_tasks, service), methods=get),
+        *routes,
+    ]
+    if PAGE.is_file():
+        routes.append(Route("/", lambda _: FileResponse(PAGE, media_type="text/html; charset=utf-8"), methods=get))
+    handlers: dict[Any, Any] = {HTTPException: _no_such_page, ApiError: _refused, Exception: _refused}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.state.service = service
+    return app
+
+
+def _reload_all(service: Service, loop: asyncio.AbstractEventLoop) -> None:
+    async def one(name: str) -> None:
+        try:
+            await service.reload(name)
+        except Exception as error:
+            log.error("reload failed", exc_info=error, extra={"fields": {"model": name}})
+
+    for name in service.checkpoints.by_name:
+        task = loop.create_task(one(name))
+        _reloads.add(task)
+        task.add_done_callback(_reloads.discard)
+
+
+_reloads: set[asyncio.Task[None]] = set()  # an event loop holds its tasks only weakly
+
+
+def _endpoint(service: Service, path: str, door: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    name = path.partition("/{")[0]
+
+    async def endpoint(request: Request) -> Response | EventStream:
+        call = Call(name, service.settings, service.metrics)
+        counted = False
+        try:
+            service.check(request)
+            service.open, counted = service.open + 1, True
+            params = await read_params(request, service.settings)
+            response = await _unless_left(request, door(call, service.checkpoints, params, **request.path_params))
+        except ClientDisconnect:
+            call.close(left=True)
+            return Response(status_code=499)
+        except Exception as error:
+            told = call.failed(error)
+            call.close(told)
+            return error_response(told)
+        except BaseException:  # the server is made to stop
+            call.close(left=True)
+            raise
+        finally:
+            service.open -= counted
+        if not isinstance(response, EventStream):
+            call.close()
+        return response
+
+    return endpoint
+
+
+async def _unless_left(request: Request, answer: Awaitable[Any]) -> Any:
+    """The answer; ClientDisconnect as soon as the client has left, and then what makes the answer is cancelled."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        with suppress(BaseException):
+            await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _health(service: Service, request: Request) -> Response:
+    dead = [n for n, c in service.checkpoints.by_name.items() if not c.scheduler.thread.is_alive()]
+    status = "stopping" if service.stopping else "failed" if dead else "ok"
+    return json_response(
+        {"status": status, "models": list(service.checkpoints.by_name)}, 200 if status == "ok" else 503
+    )
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    service.check_key(request)
+    return PlainTextResponse(service.metrics.text(service.gauges()), media_type="text/plain; version=0.0.4")
+
+
+async def _models(service: Service, request: Request) -> Response:
+    service.check_key(request)
+    wanted = request.path_params.get("name")
+    chosen = service.checkpoints.by_name.values() if wanted is None else [service.checkpoints.named(wanted)]
+    found = [
+        {
+            "id": checkpoint.name,
+            "object": "model",
+            "created": checkpoint.created,
+            "owned_by": "multimodal",
+            "tasks": list(checkpoint.scheduler.model.tasks),
+        }
+        for checkpoint in chosen
+    ]
+    return json_response({"object": "list", "data": found} if wanted is None else found[0])
+
+
+async def _tasks(service: Service, request: Request) -> Response:
+    service.check_key(request)
+    found = [
+        task
+        for name, checkpoint in service.checkpoints.by_name.items()
+        for task in described(checkpoint.scheduler.model, name)
+    ]
+    return json_response({"object": "list", "data": found})
+
+
+async def _reload(service: Service, request: Request) -> Response:
+    service.check_key(request)
+    if not service.settings.keys:
+        raise ApiError(
+            403,
+            "a model is loaded again only for whoever has a key, and this service has none; send it SIGHUP",
+            code="no_keys",
+        )
+    name = request.path_params["name"]
+    service.checkpoints.named(name)
+    try:
+        await service.reload(name)
+    except ApiError:
+        raise
+    except Exception as error:
+        log.error("reload failed", exc_info=error, extra={"fields": {"model": name}})
+        raise ApiError(
+            500,
+            f"the model {name!r} cannot be loaded again, so the old one stays; the log has the reason",
+            code="reload_failed",
+        ) from error
+    return json_response({"id": name, "object": "model", "reloaded": True})
+
+
+async def _no_such_page(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 500)
+    path = shortened(repr(request.url.path), 100)
+    what = f"{path} takes no {request.method}" if status == 405 else f"there is no {path}"
+    return error_response(ApiError(status, what if status in (404, 405) else str(error), code="not_found"))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    told = as_api_error(error)
+    if told.status >= 500 and not isinstance(error, ApiError):
+        log.error("failed", exc_info=error, extra={"fields": {"endpoint": request.url.path}})
+    return error_response(told)

@@ -1,0 +1,295 @@
+"""One request of a client: its place among the others, its time, and its jobs, which end when it leaves."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from anyio import CapacityLimiter, to_thread
+
+from multimodal.generate import Piece
+from multimodal.generate.request import Request, new_request
+from multimodal.heads import Prediction
+from multimodal.model import Model
+from multimodal.serve.answers import DONE, EventStream, event
+from multimodal.serve.bodies import Params
+from multimodal.serve.checkpoints import Checkpoint
+from multimodal.serve.errors import ApiError, as_api_error, bad
+from multimodal.serve.logs import log
+from multimodal.serve.metrics import Metrics
+from multimodal.serve.options import WritingOptions, refuse_options, writing_options
+from multimodal.serve.scheduler import Job, OnePass, Scheduler, Writing
+from multimodal.serve.settings import Settings
+from multimodal.serve.tasks import TaskView
+from multimodal.serve.values import encoded
+from multimodal.tokenizer import Tokens
+from multimodal.transcription.recordings import TranscriptionTask
+
+POOL = 4  # threads that decode and encode what clients sent
+_T = TypeVar("_T")
+_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, CapacityLimiter] = WeakKeyDictionary()
+
+
+def _pool(loop: asyncio.AbstractEventLoop) -> CapacityLimiter:
+    """The limit of an event loop's threads."""
+    if loop not in _pools:
+        _pools[loop] = CapacityLimiter(POOL)
+    return _pools[loop]
+
+
+class Call:
+    """A request from its place to its answer. Use it in one event loop, and `close` it.
+
+    id: its name in answers and in the log.
+    prompt, written: tokens so far.
+    """
+
+    def __init__(self, endpoint: str, settings: Settings, metrics: Metrics) -> None:
+        self.endpoint, self.settings, self.metrics = endpoint, settings, metrics
+        self.id, self.created = f"{endpoint.rpartition('/')[2]}-{secrets.token_hex(12)}", int(time.time())
+        self.prompt = self.written = 0
+        self.model_name = self.task = ""
+        self.status = 200
+        self._start = time.monotonic()
+        self._first_s: float | None = None
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        self._ended: set[int] = set()
+        self._held = ExitStack()
+        self._scheduler: Scheduler | None = None
+        self._closed = False
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The thread that answers it, once it has a place."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def model(self) -> Model:
+        """The model that answers it; a reload in between changes nothing for this request."""
+        return self.scheduler.model
+
+    def enter(self, checkpoint: Checkpoint) -> None:
+        """Take a place at a model.
+
+        Raises:
+            ApiError: 429, all places are taken.
+        """
+        self.model_name, self._scheduler = checkpoint.name, checkpoint.scheduler
+        self._held.enter_context(self._scheduler.lease())
+
+    async def in_pool(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Run a function in a thread of the pool, so that other requests go on."""
+        return await to_thread.run_sync(function, *arguments, limiter=_pool(self._loop))
+
+    def encode(self, view: TaskView, raws: Mapping[str, Any]) -> dict[str, Tokens | None]:
+        """The tokens of each field that came; called in the pool."""
+        kinds = {field.name: field.kind for field in view.reads}
+        return {
+            name: encoded(self.model.packer.tokenizers[kinds[name]], kinds[name], raw, name, self.settings)
+            for name, raw in raws.items()
+        }
+
+    async def ask(self, view: TaskView, raws: Mapping[str, Any], params: Params) -> WritingOptions | None:
+        """Take what is left of the parameters as options, and ask for answers to one sample; None: it is answered at once."""
+        if view.token_by_token:
+            options = writing_options(params, self.model, view.task, self.settings.rows)
+            params.done()
+            await self.write(view, raws, options)
+            return options
+        refuse_options(params)
+        params.done()
+        await self.read(view, [raws])
+        return None
+
+    async def write(self, view: TaskView, raws: Mapping[str, Any], options: WritingOptions) -> None:
+        """Ask for answers that are written token by token, one a seed; `next` brings their pieces."""
+        self.task = view.task
+
+        def made() -> list[Request]:
+            tokens = self.encode(view, raws)
+            return [self._request(view.task, tokens, options, seed) for seed in options.seeds]
+
+        requests = await self.in_pool(made)
+        self.prompt += requests[0].prompt
+        for request in requests:
+            self._submit(lambda tell, request=request: Writing(request, tell), admitted=bool(self._jobs))
+
+    async def write_sample(self, task: str, sample: Mapping[str, Any], options: WritingOptions) -> int:
+        """Ask for one answer to a sample of plain values, as a part of a request that has a place; returns its number."""
+        request = await self.in_pool(self._request, task, sample, options, options.seeds[0])
+        self.prompt += request.prompt
+        return self._submit(lambda tell: Writing(request, tell), admitted=True)
+
+    def _request(self, task: str, sample: Mapping[str, Any], options: WritingOptions, seed: int) -> Request:
+        engine = self.scheduler.engine
+        assert engine is not None
+        packer = self.model.packer
+
+        def made(most: int) -> Request:
+            given = {**options.options, "max_tokens": most, "seed": seed}
+            return new_request(packer, task, sample, "the request", None, given)
+
+        request = made(options.max_tokens or self.settings.max_tokens)
+        if options.max_tokens is None:
+            # as many as there is room for; an answer that this cuts off says that its length ended it
+            room = min(engine.capacity, self.model.most_tokens or engine.capacity) - request.prompt
+            if self.model.most_written is not None:
+                room = min(room, self.model.most_written - request.start_count - request.begin_count)
+            if 0 < room < request.limit:
+                request = made(room)
+        engine.check(request)
+        return request
+
+    async def read(self, view: TaskView, samples: list[Mapping[str, Any]], *, encode: bool = True) -> None:
+        """Ask for answers that are given at once, one a sample; `next` brings them."""
+        self.task = view.task
+
+        def made() -> list[Any]:
+            packer = self.model.packer
+            every = [self.encode(view, sample) if encode else sample for sample in samples]
+            absent = dict.fromkeys(field.name for field in view.reads) if view.writes is None else {}
+            found = [
+                packer.prepare(view.task, {**absent, **sample}, "the request", answers=False, random=False)
+                for sample in every
+            ]
+            most = self.settings.pass_tokens
+            if any(len(prepared) > most for prepared in found):
+                longest = max(map(len, found))
+                raise bad(
+                    f"this is {longest} tokens, more than the {most} that one pass reads; send less, or a smaller file"
+                )
+            return found
+
+        for prepared in await self.in_pool(made):
+            self.prompt += len(prepared)
+            self._submit(lambda tell, prepared=prepared: OnePass(prepared, tell))
+
+    async def read_window(self, spec: TranscriptionTask, wave_S: Any) -> int:
+        """Ask for the rows of a window of a recording; returns its number."""
+        sample = {spec.name: (wave_S, spec.rate_hz)}
+        prepared = await self.in_pool(
+            lambda: self.model.packer.prepare(spec.task, sample, "the sound", answers=False, random=False)
+        )
+        self.prompt += len(prepared)
+        return self._submit(lambda tell: OnePass(prepared, tell, spec, len(wave_S)))
+
+    def _submit(self, make: Callable[[Callable[[Any], None]], Job], *, admitted: bool = False) -> int:
+        number = len(self._jobs)
+
+        def tell(event: Any) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+            except RuntimeError:  # the loop is closed, so nobody waits
+                job.cancelled = True
+
+        job = make(tell)
+        self.scheduler.submit(job, admitted=admitted)
+        self._jobs.append(job)
+        return number
+
+    async def next(self) -> tuple[int, Any]:
+        """The number of a job, and what the thread says of it: a Piece, or the result of one pass.
+
+        Raises:
+            ApiError: 504, the time is over. Else the error of the job.
+        """
+        left_s = self._start + self.settings.timeout_s - time.monotonic()
+        try:
+            number, event = await asyncio.wait_for(self._events.get(), max(left_s, 0))
+        except TimeoutError:
+            raise ApiError(
+                504, f"no answer within {self.settings.timeout_s:g} s; ask for less", code="timeout"
+            ) from None
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._start
+        error = event.error if isinstance(event, Piece) else event if isinstance(event, BaseException) else None
+        if error is not None:
+            self._ended.add(number)
+            raise error
+        if not isinstance(event, Piece):
+            self._ended.add(number)
+        elif event.prediction is not None:
+            self._ended.add(number)
+            self.written += written_tokens(event.prediction, self._jobs[number])
+        return number, event
+
+    async def results(self, count: int) -> list[Any]:
+        """The results of the first `count` jobs, in their order; of pieces, the predictions."""
+        found: dict[int, Any] = {}
+        while len(found) < count:
+            number, event = await self.next()
+            if not isinstance(event, Piece):
+                found[number] = event
+            elif event.prediction is not None:
+                found[number] = event.prediction
+        return [found[i] for i in range(count)]
+
+    def stream(self, events: AsyncGenerator[bytes]) -> EventStream:
+        """A response of these events; an error on the way is the last of them."""
+        failed: list[ApiError] = []
+
+        async def guarded() -> AsyncGenerator[bytes]:
+            try:
+                async for each in events:
+                    yield each
+                yield DONE
+            except Exception as error:
+                failed.append(self.failed(error))
+                yield event(failed[0].body())
+            finally:
+                await events.aclose()
+
+        return EventStream(guarded(), lambda: self.close(failed[0] if failed else None))
+
+    def failed(self, error: Exception) -> ApiError:
+        """What the client is told of an error; of a bug the log has the traceback."""
+        told = as_api_error(error)
+        if told.status >= 500 and not isinstance(error, ApiError):
+            log.error("failed", exc_info=error, extra={"fields": {"id": self.id, "endpoint": self.endpoint}})
+        return told
+
+    def close(self, error: ApiError | None = None, left: bool = False) -> None:
+        """Drop the jobs that have not ended, give the place back, count and log."""
+        if self._closed:
+            return
+        self._closed = True
+        for number, job in enumerate(self._jobs):
+            if number not in self._ended:
+                self.scheduler.cancel(job)
+        left = left or (error is None and len(self._ended) < len(self._jobs))
+        seconds = time.monotonic() - self._start
+        status = 499 if left else error.status if error else self.status
+        self.metrics.add("requests_total", endpoint=self.endpoint, status=str(status))
+        if left:
+            self.metrics.add("left_total", endpoint=self.endpoint)
+        elif error is None and self._scheduler is not None and self._jobs:
+            self._scheduler.load.latest_s.append(seconds)
+            self.metrics.time("whole_seconds", seconds, endpoint=self.endpoint)
+            self.metrics.time("first_seconds", self._first_s or seconds, endpoint=self.endpoint)
+        self._held.close()
+        fields = {
+            "id": self.id,
+            "endpoint": self.endpoint,
+            "model": self.model_name,
+            "task": self.task,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "first_seconds": None if self._first_s is None else round(self._first_s, 4),
+            "prompt_tokens": self.prompt,
+            "written_tokens": self.written,
+        }
+        if error is not None:
+            fields["error"] = error.message
+        log.info("left" if left else "refused" if error else "answered", extra={"fields": fields})
+
+
+def written_tokens(answer: Prediction, job: Job) -> int:
+    """Tokens of an answer, without those with which it was made to begin."""
+    begin = job.request.begin_count if isinstance(job, Writing) else 0
+    return 0 if answer.tokens is None else len(answer.tokens) - begin

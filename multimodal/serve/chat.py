@@ -1,0 +1,180 @@
+"""POST /v1/chat/completions: tasks that write text. The parts of the messages fill the fields of a task, by kind and in order."""
+
+from collections import Counter
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from multimodal.generate import Piece
+from multimodal.heads import Prediction
+from multimodal.serve.answers import EventStream, event, finish_reason, json_response, usage
+from multimodal.serve.bodies import Params
+from multimodal.serve.calls import Call
+from multimodal.serve.checkpoints import Checkpoints
+from multimodal.serve.errors import bad
+from multimodal.serve.tasks import choose_task, task_views
+from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT
+from multimodal.texts import shortened
+
+MOST_MESSAGES = 256
+UNSUPPORTED = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "audio": (),
+    "modalities": (["text"],), "prediction": (), "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
+    "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
+}  # fmt: skip
+"""Parameters of OpenAI's that no model here can honour, and the values that ask for nothing."""
+
+
+async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
+    """The answer as a `chat.completion`, or as its chunks."""
+    call.enter(checkpoints.named(params.text("model")))
+    parts = _parts(params.take("messages"))
+    counts = Counter(form for form, _ in parts)
+    shown = ", ".join(f"{count} {form}" for form, count in counts.items()) or "nothing"
+    view = choose_task(
+        task_views(call.model),
+        params.text("task"),
+        lambda view: view.writes == TEXT and Counter(_form(field.takes) for field in view.reads) == counts,
+        f"writes text from what the messages hold ({shown}; there is no template of a conversation)",
+    )
+    waiting = {form: [raw for f, raw in parts if f == form] for form in counts}
+    raws = {field.name: waiting[_form(field.takes)].pop(0) for field in view.reads}
+    stream, with_usage = params.flag("stream"), _stream_options(params)
+    if with_usage and not stream:
+        raise bad("stream_options has a meaning only with stream", "stream_options")
+    longest = params.whole("max_completion_tokens", low=1)
+    if longest is not None and params.values.get("max_tokens") is not None:
+        raise bad("max_tokens is the old name of max_completion_tokens; give one of them", "max_tokens")
+    if longest is not None:
+        params.values["max_tokens"] = longest
+    params.text("user")
+    _check_format(params.take("response_format"))
+    params.without("no model here can do that", **UNSUPPORTED)
+    options = await call.ask(view, raws, params)
+    seeds = (0,) if options is None else options.seeds
+    extra = {"seed": seeds[0]} if options is not None and options.drawn else {}
+    if stream:
+        return _streamed(call, len(seeds), with_usage, extra)
+    answers = await call.results(len(seeds))
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": answer.value, "refusal": None},
+            "logprobs": None,
+            "finish_reason": finish_reason(answer),
+        }
+        for i, answer in enumerate(answers)
+    ]
+    head = {"id": call.id, "object": "chat.completion", "created": call.created, "model": call.model_name}
+    return json_response({**head, "choices": choices, "usage": usage(call.prompt, call.written), **extra})
+
+
+def _form(takes: str) -> str:
+    """A class is named by a text."""
+    return TEXT if takes == CLASS else takes
+
+
+def _stream_options(params: Params) -> bool:
+    """Whether the last chunk should have the usage."""
+    given = params.take("stream_options")
+    if given is None:
+        return False
+    if not isinstance(given, dict):
+        raise bad("stream_options: wanted an object with include_usage", "stream_options")
+    inner = Params(given)
+    found = inner.flag("include_usage")
+    inner.without("no padding is added", include_obfuscation=(False,))
+    inner.done()
+    return found
+
+
+def _check_format(given: Any) -> None:
+    if given is None or given == {"type": "text"}:
+        return
+    raise bad(
+        'response_format: only {"type": "text"} can be honoured; `one_of` lists the only answers and `only` the only words that '
+        "may be written",
+        "response_format",
+        "unsupported_value",
+    )
+
+
+def _parts(messages: Any) -> list[tuple[str, Any]]:
+    """(TEXT, PICTURE or SOUND; what came) of every part of every message, in order."""
+    if not isinstance(messages, list) or not messages:
+        raise bad("messages: wanted a list of one message or more", "messages")
+    if len(messages) > MOST_MESSAGES:
+        raise bad(f"messages: {len(messages)} came, and at most {MOST_MESSAGES} are read", "messages")
+    found: list[tuple[str, Any]] = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise bad(f"{where}: wanted an object with role and content", where)
+        inner = Params(message)
+        role = inner.text("role", "user", ("system", "developer", "user", "assistant"))
+        content = inner.take("content")
+        inner.without("no model here tells who speaks", name=())
+        inner.without("no model here calls tools", tool_calls=([],), refusal=("",), audio=())
+        inner.done()
+        if role == "assistant":
+            raise bad(
+                f"{where}: no model here reads what it wrote before; give the beginning of an answer as `begin`", where
+            )
+        if isinstance(content, str):
+            found.append((TEXT, content))
+        elif isinstance(content, list):
+            found += [part_of(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
+        else:
+            raise bad(f"{where}.content: wanted a text or a list of parts", f"{where}.content")
+    return found
+
+
+def part_of(part: Any, where: str) -> tuple[str, Any]:
+    """(TEXT, PICTURE or SOUND; what came) of one part of a message."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and isinstance(kind, str) and (more := set(part) - {"type", kind}):
+        raise bad(
+            f"{where}: {shortened(repr(min(more)), 60)} is no key of a part of type {shortened(repr(kind), 60)}", where
+        )
+    if kind == "text" and isinstance(part.get("text"), str):
+        return TEXT, part["text"]
+    inner = part.get(kind) if isinstance(kind, str) and isinstance(part, dict) else None
+    if kind == "image_url":
+        if isinstance(inner, dict) and isinstance(inner.get("url"), str):
+            if set(inner) - {"url", "detail"} or inner.get("detail") not in (None, "auto"):
+                raise bad(f"{where}: a picture is read at its own size; leave detail out", f"{where}.image_url")
+            return PICTURE, inner["url"]
+        raise bad(f'{where}: wanted {{"url": "data:image/png;base64,.."}}', f"{where}.image_url")
+    if kind == "input_audio":
+        if isinstance(inner, dict) and isinstance(inner.get("data"), str) and set(inner) <= {"data", "format"}:
+            return SOUND, {"data": inner["data"]}  # the format is read off the bytes
+        raise bad(f'{where}: wanted {{"data": "base64 ..", "format": "wav"}}', f"{where}.input_audio")
+    shown = shortened(repr(kind), 60)
+    raise bad(f"{where}: type {shown} is none of text, image_url and input_audio, or is incomplete", where)
+
+
+def _streamed(call: Call, count: int, with_usage: bool, extra: dict[str, Any]) -> EventStream:
+    head = {"id": call.id, "object": "chat.completion.chunk", "created": call.created, "model": call.model_name}
+    nothing = {"usage": None} if with_usage else {}
+
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return event({**head, "choices": [choice], **nothing, **extra})
+
+    async def events() -> AsyncGenerator[bytes]:
+        for index in range(count):
+            yield chunk(index, {"role": "assistant", "content": ""})
+        left = count
+        while left:
+            number, piece = await call.next()
+            text = piece.text if isinstance(piece, Piece) else piece.value
+            answer: Prediction | None = piece.prediction if isinstance(piece, Piece) else piece
+            if text:
+                yield chunk(number, {"content": text})
+            if answer is not None:
+                left -= 1
+                yield chunk(number, {}, finish_reason(answer))
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage(call.prompt, call.written), **extra})
+
+    return call.stream(events())

@@ -1,0 +1,67 @@
+"""What a client is told when something is refused or fails: a status and {"error": {"message", "type", "param", "code"}}."""
+
+from typing import Any
+
+from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError
+from multimodal.texts import shortened
+
+REFUSED = (ConfigError, MediaError, ShapeError, StreamError)  # their messages are written for whoever sent the value
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in the RuntimeErrors of PyTorch
+
+
+class ApiError(Exception):
+    """A request that is not answered.
+
+    status: of HTTP. param: the parameter that is wrong. code: a word for programs. retry_s: seconds after which to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_s = status, message, param, code, retry_s
+
+    @property
+    def kind(self) -> str:
+        """The type of the error, as OpenAI's clients know it."""
+        if self.status >= 500:
+            return "server_error"
+        return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error"
+        )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the response."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+
+    def body(self) -> dict[str, Any]:
+        """The body of the response."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that cannot be answered as it is written."""
+    return ApiError(400, message, param=param, code=code or "invalid_value")
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of any error; of a bug of ours nothing but that there was one."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, REFUSED) and not isinstance(error, CheckpointError):
+        return bad(shortened(error, 1000))
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "this took longer than the service allows; ask for less", code="timeout")
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(part in text for part in OUT_OF_MEMORY):
+        return ApiError(503, "there is no memory for this now; try again later, or ask for less", retry_s=5)
+    return ApiError(500, "this failed inside the service; its log has the reason", code="internal_error")

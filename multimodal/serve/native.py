@@ -1,0 +1,146 @@
+"""POST /v1/tasks/{task}: any task of any model, with probabilities."""
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import torch
+
+from multimodal.generate import Piece
+from multimodal.heads import Contrast
+from multimodal.retrieval import match_probabilities
+from multimodal.serve.answers import EventStream, answer_json, event, json_response, usage
+from multimodal.serve.bodies import Params
+from multimodal.serve.calls import Call
+from multimodal.serve.checkpoints import Checkpoints
+from multimodal.serve.errors import bad
+from multimodal.serve.options import OPTIONS, WritingOptions, refuse_options
+from multimodal.serve.tasks import TaskView, named_task, task_views
+from multimodal.shapes import did_you_mean
+from multimodal.texts import shortened
+
+PREFIX = "fields."  # of a part of a form that has the name of a parameter
+RESERVED = {*OPTIONS, "model", "stream", "fields"}
+
+
+async def answer_task(call: Call, checkpoints: Checkpoints, params: Params, task: str) -> Any:
+    """JSON: {"model", "fields": {..}, options of writing, "stream"}. A form has a part for each field beside these.
+
+    The fields of one side of a pair give its vector; those of both give how similar they are.
+    """
+    call.enter(checkpoints.named(params.text("model"), task))
+    view = named_task(task_views(call.model), task)
+    stream, raws = params.flag("stream"), _fields(params, view)
+    if view.writes is None:
+        return await _pair(call, view, raws, params)
+    missing = [field.name for field in view.reads if field.name not in raws]
+    if missing:
+        raise bad(
+            f"task {view.task!r} also reads {', '.join(missing)}; give it, or null for a field that this sample lacks",
+            f"fields.{missing[0]}",
+            "missing_field",
+        )
+    options = await call.ask(view, raws, params)
+    if stream:
+        return _streamed(call, view, options)
+    count = 1 if options is None else len(options.seeds)
+    return json_response(_whole(call, view, options, await call.results(count)))
+
+
+def _fields(params: Params, view: TaskView) -> dict[str, Any]:
+    """What the client sent for each field."""
+    known = [field.name for field in view.reads]
+    if params.form:
+        found = {}
+        for name in list(params.values):
+            field = name.removeprefix(PREFIX)
+            if name.startswith(PREFIX) or (name in known and name not in RESERVED):
+                found[field] = params.take(name)
+    else:
+        found = params.take("fields") or {}
+    if not isinstance(found, Mapping):
+        raise bad('fields: wanted an object, such as {"image": "data:image/png;base64,.."}', "fields")
+    for name in found:
+        if name not in known:
+            raise bad(
+                f"task {view.task!r} has no field {shortened(repr(name), 60)}; it reads {', '.join(known) or 'nothing'}"
+                f"{did_you_mean(name, known)}",
+                shortened(f"fields.{name}", 60),
+                "unknown_field",
+            )
+    return dict(found)
+
+
+def _whole(call: Call, view: TaskView, options: WritingOptions | None, answers: list[Any]) -> dict[str, Any]:
+    seed = {"seed": options.seeds[0]} if options is not None and options.drawn else {}
+    return {
+        "id": call.id,
+        "object": "task.answer",
+        "created": call.created,
+        "model": call.model_name,
+        "task": view.task,
+        "answers": [answer_json(answer) for answer in answers],
+        **seed,
+        "usage": usage(call.prompt, call.written),
+    }
+
+
+def _streamed(call: Call, view: TaskView, options: WritingOptions | None) -> EventStream:
+    async def events() -> AsyncGenerator[bytes]:
+        count = 1 if options is None else len(options.seeds)
+        answers: dict[int, Any] = {}
+        while len(answers) < count:
+            number, piece = await call.next()
+            if not isinstance(piece, Piece):
+                answers[number] = piece
+                continue
+            if piece.text:
+                yield event({"id": call.id, "object": "task.piece", "index": number, "text": piece.text})
+            if piece.prediction is not None:
+                answers[number] = piece.prediction
+        yield event(_whole(call, view, options, [answers[i] for i in range(count)]))
+
+    return call.stream(events())
+
+
+async def _pair(call: Call, view: TaskView, raws: Mapping[str, Any], params: Params) -> Any:
+    """The vectors of the sides that came, and how similar they are."""
+    refuse_options(params)
+    params.done()
+    sides = {
+        side: {field.name: raws[field.name] for field in view.side(side) if field.name in raws}
+        for side in ("left", "right")
+    }
+    given = {side: sample for side, sample in sides.items() if any(raw is not None for raw in sample.values())}
+    if not given:
+        names = " ".join(field.name for field in view.reads)
+        raise bad(f"task {view.task!r} is a pair; give the fields of one side or of both: {names}", "fields")
+    for side, sample in given.items():
+        if missing := [field.name for field in view.side(side) if field.name not in sample]:
+            raise bad(f"the {side} side of {view.task!r} also reads {', '.join(missing)}", f"fields.{missing[0]}")
+    await call.read(view, list(given.values()))
+    vectors = dict(zip(given, await call.results(len(given)), strict=True))
+    answer: dict[str, Any] = {side: vector.tolist() for side, vector in vectors.items()}
+    if len(vectors) == 2:
+        left_F, right_F = vectors["left"], vectors["right"]
+        answer["similarity"] = float(left_F @ right_F)
+        head = call.model.packer.head(view.task)
+        if isinstance(head, Contrast) and head.form == "sigmoid":  # a softmax compares with others
+            device = call.model.device
+
+            def match() -> float:
+                with torch.inference_mode():
+                    sides = (vector_F[None].to(device) for vector_F in (left_F, right_F))
+                    return float(match_probabilities(call.model, view.task, *sides))
+
+            answer["match"] = await call.in_pool(match)
+    return json_response(
+        {
+            "id": call.id,
+            "object": "task.vectors",
+            "created": call.created,
+            "model": call.model_name,
+            "task": view.task,
+            **answer,
+            "usage": usage(call.prompt, 0),
+        }
+    )

@@ -1,0 +1,118 @@
+"""Parameters of a request as the options of `Model.generate`."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from multimodal.generate import Repetition
+from multimodal.generate.samplers import combined_sampler
+from multimodal.model import Model
+from multimodal.serve.bodies import Params
+from multimodal.serve.errors import bad
+from multimodal.shapes import MediaError
+from multimodal.texts import shortened
+
+MOST_STOPS, MOST_LETTERS = 16, 20_000  # stop strings; letters of all words or answers to choose from
+AT_ONCE = "this task answers at once, not token by token"
+NOTHING = {"n": (1,), "temperature": (0, 0.0), "top_p": (1, 1.0), "presence_penalty": (0, 0.0)} | {
+    "frequency_penalty": (0, 0.0),
+    "beams": (1,),
+}
+"""By parameter, the values that ask for nothing."""
+OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "beams", "length_penalty", "guidance", "stop", "begin"),
+    *("seed", "no_repeat", "repetition", "presence_penalty", "frequency_penalty", "only", "one_of", "n"),
+)
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """How the answers of a request are written.
+
+    options: of `Model.generate`, without the seed.
+    max_tokens: None: the client did not say.
+    seeds: one an answer. drawn: whether the answers depend on them.
+    """
+
+    options: dict[str, Any]
+    max_tokens: int | None
+    seeds: tuple[int, ...]
+    drawn: bool
+
+
+def writing_options(params: Params, model: Model, task: str, most_answers: int) -> WritingOptions:
+    """Take the options of writing from the parameters.
+
+    Raises:
+        ApiError: of a wrong type. ConfigError: options that contradict one another or the task, or that do nothing.
+    """
+    head, tokenizer = model.packer.heads[task], model.packer.answer_tokenizers[task]
+    max_tokens = params.whole("max_tokens", low=1)
+    temperature = params.number("temperature", low=0)
+    top_p = params.number("top_p")
+    presence, frequency = params.number("presence_penalty", 0.0), params.number("frequency_penalty", 0.0)
+    penalty = params.number("repetition")
+    if penalty is not None and (presence or frequency):
+        raise bad(
+            "repetition and presence_penalty or frequency_penalty both weigh what was written; give one", "repetition"
+        )
+    if penalty is not None:
+        repetition = Repetition(penalty)
+    else:
+        repetition = Repetition(presence, frequency, last=0) if presence or frequency else None
+    only, one_of = _words(params, "only", tokenizer), _words(params, "one_of", tokenizer)
+    if only and one_of:
+        raise bad("only lists words and one_of whole answers; give one of them", "only")
+    beams = params.whole("beams", 1, low=1)
+    sampler = combined_sampler(
+        repetition=repetition,
+        no_repeat=params.whole("no_repeat", low=1),
+        only=only,
+        one_of=one_of,
+        temperature=temperature,
+        top_k=params.whole("top_k", low=1),
+        top_p=None if top_p == 1 else top_p,
+        min_p=params.number("min_p"),
+        beams=beams,
+    )
+    stop = params.texts("stop")
+    if len(stop) > MOST_STOPS or sum(map(len, stop)) > MOST_LETTERS:
+        raise bad(f"stop has {len(stop)} texts of {sum(map(len, stop))} letters; give at most {MOST_STOPS}", "stop")
+    begin = params.text("begin")
+    if begin and not tokenizer.text:
+        raise bad(f"begin is a text, and task {task!r} writes no text", "begin")
+    options = {
+        "sampler": sampler,
+        "temperature": temperature if sampler is None else None,
+        "beams": beams,
+        "length_penalty": params.number("length_penalty", 1.0),
+        "guidance": params.number("guidance", 1.0),
+        "stop": stop,
+        "begin": begin or None,
+    }
+    drawn = head.draws_features or bool(temperature) or (sampler is not None and sampler.draws)
+    seed, count = params.whole("seed"), params.whole("n", 1, low=1, high=most_answers)
+    if count > 1 and not drawn:
+        raise bad(f"n={count}: nothing is drawn, so all answers would be the same; give a temperature", "n")
+    first = seed if seed is not None else secrets.randbelow(2**31) if drawn else 0
+    return WritingOptions(options, max_tokens, tuple((first + i) % 2**63 for i in range(count)), drawn)
+
+
+def refuse_options(params: Params) -> None:
+    """Refuse the options of writing for a task that answers at once."""
+    params.without(AT_ONCE, **{name: NOTHING.get(name, ()) for name in OPTIONS})
+
+
+def _words(params: Params, name: str, tokenizer: Any) -> tuple[str, ...]:
+    """Words or answers, each of which this kind can be."""
+    words = params.texts(name)
+    if sum(map(len, words)) > MOST_LETTERS:
+        raise bad(f"{name} has more than {MOST_LETTERS} letters", name)
+    for word in words if tokenizer.text or tokenizer.classes else ():
+        try:
+            tokenizer(word)
+        except ValueError as error:
+            raise MediaError(f"{name} {shortened(repr(word), 60)}: {error}") from None
+    if words and not (tokenizer.text or tokenizer.classes):
+        raise bad(f"{name} lists texts, and this task writes none", name)
+    return words
