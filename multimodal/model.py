@@ -293,12 +293,12 @@ class Model(Network):
         seed: int = 0,
         **options: Any,
     ) -> "Model":
-        """A model with trained weights of others, and further kinds and tasks with new ones.
+        """Load a model that others trained, and add further kinds and tasks with new weights.
 
-        source, options: as `multimodal.pretrained.pretrained` takes them.
+        source, options: those of `multimodal.pretrained.pretrained`. The others: those of `Pretrained.model`.
 
         Raises:
-            CheckpointError: weights that cannot be read, or a layout that is not known.
+            CheckpointError: a model that cannot be read, or is of an unknown family.
 
         Examples:
             >>> model = mm.Model.from_pretrained("smollm2", ["text -> label"], {"label": Labels(("question", "answer"))})

@@ -1,4 +1,4 @@
-"""Pools: how the states of what was read become one vector, where no learned token attends to them."""
+"""Pools: how the states of what was read become one vector, without a learned token in the stream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Pool(Declared, ABC):
     """How the states (N, D) of what was read become one vector for each sample. Subclass as a frozen dataclass and write `pool`."""
 
     def rows(self, read: int) -> tuple[int, int]:
-        """The rows that it needs, from the first to before the last, of a sample of which `read` tokens were read."""
+        """The rows [first, last) that it needs, of a sample of which `read` tokens were read."""
         return 0, read
 
     def width(self, width: int) -> int:
@@ -26,12 +26,16 @@ class Pool(Declared, ABC):
         return width
 
     def weights(self, width: int) -> nn.Module | None:
-        """Makes its learned parameters, for states of this width; `pool` gets them last."""
+        """Make its learned parameters, for states of this width; None: there are none."""
         return None
 
     @abstractmethod
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
-        """The vectors (B, `width`), from the rows that it needs, sample after sample; `lengths` is their number in each."""
+        """The vectors (B, `width`).
+
+        state_ND: the rows that it needs, sample after sample. lengths: their number in each sample.
+        weights: what `weights` made.
+        """
 
     def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
         """The same of padded states of all that was read, for a program that is exported.
@@ -107,7 +111,7 @@ class Mean(Pool):
 
 @dataclass(frozen=True)
 class FirstAndMean(Pool):
-    """The state of the first token and the mean of others, one after the other (Oquab et al. 2023, section 7.1).
+    """The state of the first token and the mean of others, concatenated (Oquab et al. 2023, section 7.1).
 
     skip: number of tokens at the beginning that are left out of the mean.
     """
@@ -137,7 +141,7 @@ class Attended(Pool):
 
     heads: number of heads.
     hidden: hidden width of the MLP; None: four times that of the states.
-    activation: that of the MLP, see `MLP`.
+    activation: that of the MLP, one of those of `MLP`.
     norm: the norm before the MLP.
     """
 
@@ -184,14 +188,14 @@ class _Attended(nn.Module):
 
 @dataclass(frozen=True)
 class Transformed(Pool):
-    """Another pool, then a norm, a linear layer with an activation, and a norm, as far as they are declared.
+    """Another pool, then a norm, a linear layer with an activation, and a norm; each is optional.
 
     of: the other pool.
     first_norm: the norm of the pooled vector.
-    dense: the activation of a linear layer, "tanh", one of `MLP`, or "linear": no activation; None: there is no such layer.
+    dense: the activation after the linear layer: "tanh", one of those of `MLP`, or "linear" for none; None: no linear layer.
     bias: whether the linear layer has a bias.
-    last_norm: the norm behind it.
-    out: width of the linear layer; None: that of what it gets.
+    last_norm: the norm after it.
+    out: output width of the linear layer; None: that of its input.
     """
 
     of: Pool
@@ -208,7 +212,9 @@ class Transformed(Pool):
         if self.out is not None:
             check_whole("Transformed", least=1, out=self.out)
             if self.dense is None:
-                raise ConfigError(f"Transformed: out={self.out} is of the linear layer, which dense=None leaves out")
+                raise ConfigError(
+                    f"Transformed: out={self.out} is the width of a linear layer, and dense=None has none; give dense='linear'"
+                )
 
     def rows(self, read: int) -> tuple[int, int]:
         return self.of.rows(read)

@@ -1,6 +1,8 @@
 """Trained weights of others in our core, and back: `pretrained("owner/model")`, and the families that can be read.
 
 config.json --family--> tokenizers, core, tasks (a Blueprint)        their tensors --pairs--> our weights
+
+"Ours" is this library, "theirs" the one that a model comes from.
 """
 
 import sys
@@ -45,17 +47,17 @@ FAMILIES: tuple[Family, ...] = (
     *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), NanoVLM()),
     *(PaliGemma(), SigLIP(), SmolVLM(), T5(), TimmViT(), ViT(), Whisper()),
 )
-"""Every layout that can be read and written."""
+"""Every family that can be read and written."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained model of others as our declarations and weights.
+    """A model that others trained, as our declarations and weights.
 
     tokenizers, core, tasks: what `Model` takes.
-    weights: by name as in `Model.state_dict`, its weights.
-    unused: by name, tensors of theirs that this model has no use for, and why; they are not given back.
-    origin: what a checkpoint stores of it, so that it can be given back in its own layout.
+    weights: by name as in `Model.state_dict`.
+    unused: by name, tensors of theirs that this model does not need, and why; they are not exported.
+    origin: what a checkpoint stores so that `export` can write the original layout.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -72,28 +74,30 @@ class Pretrained:
 
     @property
     def revision(self) -> str | None:
-        """Its commit on the hub; None: it has none."""
+        """The commit on the hub; None: it is not from the hub."""
         return self.origin["revision"]
 
     def model(
         self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
     ) -> Model:
-        """A model with these weights, in evaluation mode; further kinds and tasks have new weights.
+        """A model with these weights, in evaluation mode, all in the precision of the first.
 
-        tasks: a pattern alone that writes a kind of this model, such as "image -> text", is answered by its head.
+        tasks: further ones. A pattern without a head, such as "image -> text", gets the head that writes this kind already, if any.
+        tokenizers: of further kinds, whose embeddings are new.
+        seed: of new weights.
 
         Raises:
-            ConfigError: a kind or task that is there already.
+            ConfigError: a kind or task that the model has already.
         """
         made = Model(self.tokenizers, self.core, self.tasks, seed=seed)
         dtype = next(iter(self.weights.values())).dtype
         made.to(dtype).load_state_dict(dict(self.weights))
         made.origin = self.origin
-        tasks = [self._answered(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
+        tasks = [self._with_head(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
         return (made.extended(tokenizers, tasks) if tasks or tokenizers else made).eval()
 
-    def _answered(self, task: str | Task) -> Task:
-        """A task with the head that writes its kind already, if it names none."""
+    def _with_head(self, task: str | Task) -> Task:
+        """A task; if it is a pattern alone, with the head that writes its kind already."""
         if isinstance(task, Task):
             return task
         written = Pattern.parse(task).written
@@ -112,20 +116,21 @@ def pretrained(
     pickle: bool = False,
     **options: Any,
 ) -> Pretrained:
-    """Read a trained model of others.
+    """Load a model that others trained.
 
-    source: a folder with config.json and safetensors, a name on the hub such as "facebook/dinov2-small", or a model of transformers
-        or timm.
+    source: a folder with config.json and safetensors, a file of weights in one, a name on the hub such as "facebook/dinov2-small",
+        or a model object of transformers or timm.
     revision: the branch, tag or commit of a hub name.
     dtype: the precision of the weights; None: as they are stored.
     pickle: whether weights may be a pickle (.bin), which is read with `weights_only`.
-    options: what a family lets one choose, such as language="de" of Whisper; its class describes them.
+    options: those of the family, such as language="de" for Whisper; the class of the family describes them.
 
     Raises:
-        CheckpointError: nothing there; a configuration with a field that we do not know; a tensor without a place.
+        CheckpointError: no such model; an unknown family, field, value, tensor or option.
+        ConfigError: another kind of source.
 
     Examples:
-        >>> smollm = mm.pretrained("smollm2")  # a folder here, or a name such as "HuggingFaceTB/SmolLM2-135M"
+        >>> smollm = mm.pretrained("smollm2")  # a folder, or a name such as "HuggingFaceTB/SmolLM2-135M"
         >>> answer = smollm.model().generate("text -> text", text=[5, 9, 2], max_tokens=4)
         >>> sorted(smollm.tokenizers), smollm.core.depth
         (['text'], 2)
@@ -153,10 +158,10 @@ def blueprint_of(
     names: Sequence[str],
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Blueprint, dict[str, torch.Size]]:
-    """(our declarations for a configuration of theirs, every field of which is understood; by name the shapes of our weights).
+    """(our declarations for a configuration of theirs, the shapes of our weights by name).
 
     Raises:
-        CheckpointError: an unknown family or field.
+        CheckpointError: an unknown family, field or value.
     """
     family = family_of(where, config)
     settings = Settings(where, config, options)
@@ -185,15 +190,15 @@ def family_of(where: str, config: Mapping[str, Any]) -> Family:
 
 
 def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
-    """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
+    """Write a loaded model as a folder in its original layout, which transformers' Auto classes load.
 
-    Weights that were not trained are written bit for bit as they came. A text model that was trained here is written in the layout
-    of Qwen3, if its core and head fit that: `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
+    Weights that were not trained have the same numbers as before, and with `pretrained(.., dtype=None)` the same bits. A text model
+    that was trained here is written in the layout of Qwen3: it needs `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
 
     to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
-        ConfigError: the model has kinds, tasks or a core that this layout cannot hold.
+        ConfigError: adapters, or tokenizers, tasks or a core that this layout cannot hold.
         CheckpointError: the folder has files already.
     """
     folder, origin = Path(folder), model.origin
@@ -209,7 +214,7 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     own = "timm" if str(origin["config"].get("model_type")).startswith("timm:") else "hf"
     if to != own:
         raise ConfigError(
-            f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
+            f"export: {origin['name']} has the layout of {own!r}, not of {to!r}; use Model.export({own!r}, folder)"
         )
     if (part := origin.get("options", {}).get("part", "both")) != "both":
         raise ConfigError(
@@ -228,8 +233,8 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     }
     if changed := [name for name, equal in same.items() if not equal]:
         raise ConfigError(
-            f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout has no place "
-            "for others; use Model.save"
+            f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout "
+            "holds no others; use Model.save"
         )
     theirs = given_back(blueprint.pairs, model.state_dict())
     theirs |= unpacked_spare(origin.get("spare"))

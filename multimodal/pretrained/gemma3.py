@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team 2025), the models of text alone."""
+"""Gemma 3 (Gemma Team 2025), the text-only models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Gemma3(Family):
-    """Causal language models with norms on both sides of each layer, in most of which a token sees only those near it."""
+    """Causal language models with norms on both sides of each layer, most of which have sliding-window attention."""
 
     names = ("gemma3_text",)
     peers: ClassVar = {"text -> text": "AutoModelForCausalLM"}
@@ -60,7 +60,7 @@ class Gemma3(Family):
             score=ScaledDotProduct() if scalar == key_width else DotProduct(scale=scalar**-0.5),
             block=blocks[0] if len(set(blocks)) == 1 else blocks,
         )
-        # a text that is read begins with a token of its own, without which these models write badly
+        # a text begins with a token of its own, without which these models write badly
         text = text_tokenizer(settings, files, scale=math.sqrt(width), template=adds_tokens(files))
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
         cap = settings.get("final_logit_softcapping")
@@ -92,7 +92,7 @@ def rotaries_of(settings: Settings, defaults: Mapping[str, float], old: Mapping[
 
 
 def every_sixth(settings: Settings, depth: int) -> Settings:
-    """The settings with the list of layers that older configurations leave out: every sixth one sees all."""
+    """The settings with the list of layers that older configurations leave out: every sixth has full attention."""
     every = settings.get("sliding_window_pattern", 6)
     if settings.get("layer_types") is not None:
         return settings

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and what has its layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
+"""Llama (Touvron et al. 2023) and models of the same layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -86,9 +86,9 @@ class Llama(Family):
 
 
 def decoder_pairs(core: Core, prefix: str, tied: bool) -> Iterator[Pair]:
-    """The tensors of a language model of the layout that Llama, Qwen and Gemma share.
+    """The tensors of a language model, in the layout that Llama, Qwen and Gemma share.
 
-    prefix: before all names but that of the head. tied: whether the head has no matrix of its own.
+    prefix: of all names but the head's. tied: whether the head has no matrix of its own.
     """
     yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
     yield same("core.norm.weight", f"{prefix}norm.weight")
@@ -126,7 +126,7 @@ def decoder_block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
 
 
 def rotary_of(settings: Settings) -> tuple[float, Rotary | None]:
-    """The base of rotary positions, and what differs from the core's if they are scaled."""
+    """The base of rotary positions, and their scaling if there is one."""
     given = settings.get("rope_parameters", {})
     old = settings.get("rope_scaling", {})
     base = given.get("rope_theta", settings.get("rope_theta", 10000.0))
@@ -138,7 +138,7 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
     """Rotary positions with the scaling that "rope_parameters" name; None: there is none.
 
     Raises:
-        CheckpointError: a kind of scaling, or a field of it, that we do not have.
+        CheckpointError: a kind of scaling, or a field of it, that is not supported.
     """
     scaling = {name: value for name, value in scaling.items() if value is not None}
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
@@ -164,7 +164,7 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
 
 
 def windows_of(settings: Settings, depth: int) -> list[int | None]:
-    """By block, the number of tokens that a token sees back, itself included; None: all."""
+    """By block, the size of its attention window, the token itself included; None: no window."""
     window = settings.get("sliding_window")
     kinds = settings.get("layer_types")
     used = settings.get("use_sliding_window", True)
@@ -186,9 +186,9 @@ def windows_of(settings: Settings, depth: int) -> list[int | None]:
 
 
 def stop_of(settings: Settings) -> int:
-    """The id that ends a text: the first one, if there are several."""
+    """The id that ends a text: the first, if there are several."""
     stop, begin = settings.get("eos_token_id"), settings.get("bos_token_id")
     if isinstance(stop, (list, tuple)):
         stop = stop[0]
-    # without one the first id of the vocabulary stands for it
+    # without one, bos_token_id or id 0 ends a text
     return next((i for i in (stop, begin) if isinstance(i, int)), 0)

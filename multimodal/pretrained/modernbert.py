@@ -30,10 +30,10 @@ from multimodal.tokenizer import Tokenizer
 
 
 class ModernBert(Family):
-    """Encoders of texts with rotary positions, in two of three layers of which a token sees only those near it.
+    """Text encoders with rotary positions, two of three layers of which have local attention.
 
-    Without a classifier it offers the pair "text <-> other:text", whose vectors are the mean of all states; with the head that
-    fills in hidden tokens also "text -> text".
+    Without a classifier there is the pair "text <-> other:text", whose vectors are the mean of all states; with the
+    masked-language-modelling head also "text -> text".
     """
 
     names = ("modernbert",)
@@ -124,7 +124,7 @@ def attention(rotary: Rotary, window: Window | None, *, first: bool) -> SelfAtte
 
 
 def kinds_of(settings: Settings, depth: int) -> list[str]:
-    """By block, whether its tokens see all or only those near them; older configurations say it by a number."""
+    """By block, full or sliding attention; older configurations give a period instead."""
     every = settings.get("global_attn_every_n_layers", 3)
     kinds = settings.get("layer_types") or [SLIDING if i % every else FULL for i in range(depth)]
     if len(kinds) != depth or set(kinds) - {FULL, SLIDING}:

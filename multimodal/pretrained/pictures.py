@@ -1,4 +1,4 @@
-"""What the families of vision transformers share: their pictures, their classes, and the tensors of embeddings and blocks."""
+"""What encoders share: the preparation of pictures, classes, tasks, and the tensors of embeddings and blocks."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def sides(settings: Settings, name: str) -> tuple[int, int]:
 
 
 def image_processor(files: Mapping[str, bytes], default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How pictures are prepared, as the files beside the weights say; default: where they say nothing."""
+    """The settings for pictures in the files beside the weights; default: if there are none."""
     for name in (PREPROCESSOR, "processor_config.json"):
         if name in files:
             found = json.loads(files[name])
@@ -55,9 +55,9 @@ def patches(settings: Settings, processor: Mapping[str, Any]) -> ImagePatches:
 
 
 def classes(settings: Settings) -> Labels:
-    """The classes of a classifier by their names; a name that several have gets its number behind it."""
+    """The names of the classes; to a name that occurs twice its number is added."""
     config = settings.config
-    # the two classes of a configuration that names none are not written
+    # two classes without names are the default, which is not saved
     given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
     names = [str(name) for _, name in sorted((int(i), name) for i, name in given.items())]
     names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -65,20 +65,19 @@ def classes(settings: Settings) -> Labels:
 
 
 def vectors(kind: str, pool: Pool, width: int) -> tuple[list[Task], list[Pair]]:
-    """For an encoder without a head, the task whose `Model.vectors` are its pooled states, and the pair of its unused scale."""
+    """The task of an encoder without a head, whose `Model.vectors` are its pooled states, and the pair of its unused scale."""
     head = Contrast(width=width, pool=pool, maps=())
     scale = new(f"readouts.{kind}__{kind}_Contrast.log_scale", lambda: torch.full((1,), math.log(1 / 0.07)))
     return [Task(f"{kind} <-> other:{kind}", head)], [scale]
 
 
 def new(ours: str, make: Callable[[], Tensor]) -> Pair:
-    """A weight of ours that theirs have nothing for, as a new model has it; it is not given back."""
+    """A weight of ours without a counterpart, initialised as in a new model; it is not exported."""
     return Pair(ours, (), make, lambda x: [])
 
 
 def classifier(kind: str, pool: Pool, labels: Labels, width: int, theirs: str) -> tuple[list[Task], list[Pair]]:
-    """The task of naming the class of a value of this kind; the weights of its linear layer, and of classes that are read, which is
-    new."""
+    """The task of classifying a value of this kind, the pairs of its linear layer, and a new embedding of classes."""
     pairs = affine("readouts.label_Classify.linear", theirs)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -109,20 +108,20 @@ def embedding_pairs(
 
 
 def positions_pair(kind: str, theirs: str, count: int, width: int) -> Pair:
-    """The learned positions of `ClassTokens`, which they store with an axis of size 1 before."""
+    """The learned positions of `ClassTokens`, which they store with a leading axis of size 1."""
     return shaped(f"embeds.{kind}.positions_ND", theirs, (count, width), (1, count, width))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderBlock:
-    """A block of a vision transformer: its layers, and the names of their tensors below that of the block.
+    """A block of an encoder: its layers, and the names of their tensors within the block.
 
     width, heads: of the core. hidden: hidden width of the MLP. activation, gated: of the MLP.
-    bias: which projections of the attention have one. mlp_bias: whether those of the MLP have.
-    merge: how updates join the stream; a LayerScale has its own names in `scales`.
-    rotary: whether queries and keys have rotary positions, whose pairs they store as halves.
-    projections, out, up, down, norms, scales: their names. `projections` are those of queries, keys and values, or a single one if
-        they are one tensor; `up` has two where the gate is a matrix of its own.
+    bias: which projections of the attention have a bias. mlp_bias: whether those of the MLP have.
+    merge: how a layer's output joins the stream; `scales` has the names of a LayerScale.
+    rotary: whether queries and keys have rotary positions, whose pairs are stored as halves.
+    projections, out, up, down, norms, scales: their names. `projections` are those of queries, keys and values, or one name if
+        they are one tensor; `up` has two names where the gate is a matrix of its own.
     """
 
     width: int
@@ -148,7 +147,7 @@ class EncoderBlock:
         return SelfAttention(bias=self.bias, merge=self.merge), mlp
 
     def pairs(self, i: int, theirs: str) -> Iterator[Pair]:
-        """The tensors of block i, whose name of theirs is given."""
+        """The tensors of block i; theirs: its name."""
         ours, width = f"core.blocks.{i}.layers", self.width
         turn = width // self.heads if self.rotary else None
         projections = [f"{theirs}.{name}" for name in self.projections]

@@ -24,13 +24,13 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class Source:
-    """A model of theirs that has been found, with its weights not yet read.
+    """A model of theirs, whose weights are not read yet.
 
-    name: what the user gave, for errors and records.
+    name: what the user gave.
     config: its configuration.
-    tensors: by name, its tensors, each read when it is asked for.
-    files: by name, the contents of the files beside them that say how data are prepared.
-    revision: the commit of a hub name; None: it has none.
+    tensors: its tensors by name; a tensor of a safetensors file is read when it is looked up.
+    files: by name, the contents of files beside the weights, such as tokenizer.json.
+    revision: the commit on the hub; None: it is not from the hub.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Source:
 def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> Source:
     """Find a model of theirs.
 
-    source: a folder with config.json and weights, or a file of weights in it; a name such as "facebook/dinov2-small"; or a model
-        of transformers or timm.
+    source: a folder with config.json and weights, or a file of weights in one; a name on the hub such as "facebook/dinov2-small";
+        or a model object of transformers or timm.
     revision: the branch, tag or commit of a hub name. pickle: whether a file of weights may be a pickle (.bin), which is read with
         `weights_only`; else only safetensors are read.
 
     Raises:
-        CheckpointError: nothing there, or files that cannot be read. ConfigError: something else was given.
+        CheckpointError: no such model, or files that cannot be read. ConfigError: another kind of source.
     """
     if isinstance(source, torch.nn.Module):
         return _of_module(source)
@@ -60,7 +60,7 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
     path = Path(source)
     if path.exists():
         if revision is not None:
-            raise ConfigError(f"pretrained: {path} is here, so revision={revision!r} has no meaning")
+            raise ConfigError(f"pretrained: {path} is a local path, which has no revision={revision!r}; leave it out")
         return _of_folder(str(source), path if path.is_dir() else path.parent, pickle, path if path.is_file() else None)
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise CheckpointError(
@@ -81,12 +81,12 @@ def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, 
         names = _json(weights).get("weight_map", {})
         parts = [folder / part for part in sorted(set(names.values()))]
         if any(Path(part.name) != part.relative_to(folder) for part in parts):
-            raise CheckpointError(f"{weights}: it names files outside its folder")
+            raise CheckpointError(f"{weights}: it names files outside its folder, which are not read")
     if any(part.suffix != ".safetensors" for part in parts):
         if not pickle:
             raise CheckpointError(
-                f"{weights}: a pickle, which is read only if you say so: pretrained(.., pickle=True). It is then read with "
-                "weights_only, so that it can run no code; safetensors are better"
+                f"{weights}: a pickle, which is read only with pretrained(.., pickle=True), and then by weights_only, "
+                "which runs no code; safetensors are better"
             )
         return Source(name, config, _read_pickles(parts), files, revision)
     return Source(name, config, _Lazy(parts), files, revision)
@@ -102,7 +102,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read when it is asked for."""
+    """The tensors of safetensors files, each read when it is looked up."""
 
     def __init__(self, parts: list[Path]) -> None:
         self._file_of: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
                 commit = HfApi().model_info(name, revision=revision).sha
             except HfHubHTTPError:
                 raise
-            except Exception:  # there is no connection, which each version of the library says in another way
+            except Exception:  # no connection; the class depends on the version of the library
                 cached = True
         get = partial(snapshot_download, name, revision=commit, local_files_only=cached)
         folder = Path(get(allow_patterns=wanted))
@@ -157,21 +157,21 @@ def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
             folder = Path(get(allow_patterns=[*wanted, "*.bin", "*.bin.index.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
-            f"pretrained: {name!r} is no folder here, and cannot be had from the hub: {shortened(error, 300)}"
+            f"pretrained: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
         ) from None
-    # a folder of the cache has the name of its commit
+    # a folder in the cache is named after its commit
     return _of_folder(name, folder, pickle, revision=folder.name if cached else commit)
 
 
 def _of_module(module: torch.nn.Module) -> Source:
     name = type(module).__name__
     if hasattr(module, "save_pretrained") and hasattr(module, "config"):
-        # their names in memory differ from those of their files, so it is written once
+        # names in memory differ from those in files, so the module is saved and read
         with tempfile.TemporaryDirectory() as folder:
             module.save_pretrained(folder)  # type: ignore[operator]
             source = _of_folder(name, Path(folder), False)
             return Source(name, source.config, {key: x.clone() for key, x in source.tensors.items()}, source.files)
-    if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration but themselves
+    if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration file
         from multimodal.pretrained.timm_vit import CLASSES, described
 
         config = {"model_type": f"timm:{name}", **(described(module) if name in CLASSES else {})}

@@ -29,9 +29,9 @@ from multimodal.task import Task
 
 
 class T5(Family):
-    """Encoders and decoders with a bias for each range of distances, which all layers share.
+    """Encoder-decoders with bucketed relative position biases, which all layers share.
 
-    An encoder alone offers the pair "text <-> other:text", whose vectors are the mean of all states.
+    An encoder alone has the pair "text <-> other:text", whose vectors are the mean of all states.
     """
 
     names = ("t5",)

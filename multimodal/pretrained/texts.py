@@ -15,7 +15,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def adds_tokens(files: Mapping[str, bytes]) -> bool:
-    """Whether tokenizer.json puts tokens around a text, such as a first token that every text begins with."""
+    """Whether tokenizer.json adds tokens to a text, such as one at its beginning."""
     return (
         TOKENIZER in files
         and HFTokenizer.from_str(files[TOKENIZER].decode("utf-8")).num_special_tokens_to_add(is_pair=False) > 0
@@ -23,7 +23,7 @@ def adds_tokens(files: Mapping[str, bytes]) -> bool:
 
 
 def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bool = True, **options: Any) -> Tokenizer:
-    """The tokenizer of tokenizer.json, with as many ids as the model has; without that file, one whose values are lists of ids."""
+    """The tokenizer of tokenizer.json, with as many ids as the model has; without that file, `Ids`."""
     vocab = settings.need("vocab_size")
     if TOKENIZER not in files:
         return Ids(vocab, causal, **{name: options[name] for name in ("scale",) if name in options})
@@ -32,7 +32,7 @@ def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bo
 
 
 def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) -> list[Pair]:
-    """The tensors of a dense layer and a norm behind it, as far as they are declared, by the names of the two."""
+    """The tensors of a linear layer and of the norm after it, as far as declared; dense, norm: their names."""
     found = [same(f"{ours}.dense.linear.{part}", f"{dense}.{part}") for part in ("weight", "bias")]
     found = found if transform.bias else found[:1]
     if transform.last_norm is not None:
@@ -42,7 +42,7 @@ def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) 
 
 
 def filling_pairs(head: EachRow, dense: str, norm: str, weight: str, bias: str) -> list[Pair]:
-    """The tensors of the head of "text -> text" that fills in hidden tokens; weight, bias: of its logits."""
+    """The tensors of the masked-language-modelling head of "text -> text"; weight, bias: of its logits."""
     ours = "readouts.text_EachRow"
     assert head.transform is not None
     found = transformed_pairs(head.transform, f"{ours}.pool", dense, norm)

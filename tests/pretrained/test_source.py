@@ -54,9 +54,7 @@ def test_a_pickle_is_read_only_when_asked_and_runs_nothing(tmp_path: Path, monke
     whole = pretrained(folder, dtype=torch.float64)  # a copy, since the file goes
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(
-        mm.CheckpointError, match=r"a pickle, which is read only if you say so: pretrained\(\.\., pickle=True\)"
-    ):
+    with pytest.raises(mm.CheckpointError, match=r"a pickle, which is read only with pretrained\(\.\., pickle=True\)"):
         pretrained(folder)
     assert same(whole, pretrained(folder, dtype=torch.float64, pickle=True))
     torch.save({**weights, "more": Harm()}, folder / "pytorch_model.bin")
@@ -80,7 +78,7 @@ def test_what_is_not_there_or_damaged_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(mm.ConfigError, match=r"Linear is no model of transformers or timm"):
         pretrained(torch.nn.Linear(2, 2))
     folder = tiny_llama(tmp_path / "tiny")
-    with pytest.raises(mm.ConfigError, match=r"is here, so revision='main' has no meaning"):
+    with pytest.raises(mm.ConfigError, match=r"is a local path, which has no revision='main'; leave it out"):
         pretrained(folder, revision="main")
     (folder / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"not json")
     with pytest.raises(mm.CheckpointError, match=r"model.safetensors: cannot be read"):
@@ -159,7 +157,9 @@ def test_without_a_network_a_name_that_is_not_cached_is_an_error(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(mm.CheckpointError, match=r"'owner/tiny' is no folder here, and cannot be had from the hub"):
+    with pytest.raises(
+        mm.CheckpointError, match=r"'owner/tiny' is no folder here, and could not be loaded from the hub"
+    ):
         pretrained("owner/tiny")
 
 
