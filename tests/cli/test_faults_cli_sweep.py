@@ -49,6 +49,7 @@ WORK = {
     "check": ["multimodal_tokenizers:Labels"],
     "verify": ["model", "--image", "light.png"],
     "pretrained": ["check", "model"],
+    "export": ["model", "--to", "hf", "--out", "exported"],
 }
 NUMBERS = ("nan", "-inf", "-1", str(10**20), "1e400", "")
 LONG = "n" * 300
