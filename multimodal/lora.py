@@ -1,9 +1,9 @@
-"""Low-rank adapters by the package peft: attached to a model's linear layers, trained, saved alone, and merged.
+"""Low-rank adapters by the package peft: attach them to linear layers, train, save them alone, merge.
 
-mm.lora.LoRA(rank=8, alpha=16).attach(model)     every linear layer of the core gets an adapter; nothing else learns
+mm.lora.LoRA(rank=8, alpha=16).attach(model)     every linear layer of the core gets an adapter; only these learn
 mm.fit(model, data, steps=500)
-mm.lora.save(model, "adapters")                  the adapters alone; mm.lora.load(model, "adapters") elsewhere
-mm.lora.merge(model)                             plain weights again, which compute the same
+mm.lora.save(model, "adapters")                  without the model; mm.lora.load(model, "adapters") attaches them again
+mm.lora.merge(model)                             adds them to the weights, which compute the same
 """
 
 import json
@@ -40,13 +40,13 @@ BASE = "base_layer"  # peft's name of the layer that an adapter is added to
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Declared):
-    """x W + alpha / rank * x A B beside every linear layer x W: Hu et al. 2021, equation 3. B is 0 at first.
+    """x W + alpha / rank * x A B in the place of a linear layer x W (Hu et al. 2021, equation 3). B is 0 at first.
 
     rank: the number of columns of A and of rows of B.
-    alpha: the adapters' scale, times the rank.
+    alpha: the scale of the adapters is alpha / rank.
     parts: where linear layers get adapters, by the names that `weights_of` lists: "core", "core[-4:]", "image".
-    learn: parts that learn in all their weights besides, such as a new head: ("head:image -> label",).
-    dropout: the share of a layer's inputs that its adapter does not see in training.
+    learn: parts that learn in full, such as a new head: ("head:image -> label",).
+    dropout: the probability of dropout on the inputs of adapters.
     """
 
     rank: int = 8
@@ -65,7 +65,7 @@ class LoRA(Declared):
                 raise ConfigError(f"LoRA: {name}={given!r} must be a tuple of names of parts, such as ('core',)")
 
     def attach(self, model: Network) -> None:
-        """Give the linear layers in `parts` adapters, in place; of the other weights only those in `learn` learn from now on.
+        """Give the linear layers in `parts` adapters, in place. From now on only these and the parts in `learn` learn.
 
         Raises:
             ConfigError: peft is not installed, the model has adapters already, or there is no such part or linear layer.
@@ -101,7 +101,7 @@ class LoRA(Declared):
 
 
 def merge(model: Network) -> None:
-    """Add the adapters to the weights of their layers, which are plain again, with their former names; everything learns again.
+    """Add the adapters to the weights of their layers, under their former names; everything learns again.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -112,7 +112,7 @@ def merge(model: Network) -> None:
 def remove(model: Network) -> None:
     """Take the adapters out: the model computes what it did before they were attached; everything learns again.
 
-    Parts that learned in all their weights (`LoRA.learn`) keep what they have learned.
+    Parts that learned in full (`LoRA.learn`) stay as trained.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -121,11 +121,11 @@ def remove(model: Network) -> None:
 
 
 def save(model: Network, folder: str | Path) -> Path:
-    """Write the adapters and the parts in `LoRA.learn` alone, or replace those that are there; return the folder.
+    """Write only the adapters and the parts in `LoRA.learn`, or replace saved ones; return the folder.
 
     Raises:
         ConfigError: the model has no adapters.
-        CheckpointError: a file that a save did not write has a name that is needed.
+        CheckpointError: a file that no save wrote has a name that is needed.
     """
     folder = Path(folder).resolve()
     _check_attached(model, "lora.save")
@@ -149,9 +149,9 @@ def save(model: Network, folder: str | Path) -> Path:
 
 
 def load(model: Network, folder: str | Path, *, any_base: bool = False) -> None:
-    """Attach the adapters that `save` wrote, in place. The folder can run no code.
+    """Attach the adapters that `save` wrote, in place. Loading runs no code from the folder.
 
-    any_base: load them also where the model's other weights are not those that they were trained with.
+    any_base: load them even if the model's other weights are not those that they were trained with.
 
     Raises:
         CheckpointError: files or tensors that are missing, damaged or do not fit, or a model with other weights.
@@ -208,7 +208,7 @@ def _check_attached(model: Network, who: str) -> None:
 
 
 def _take_out(model: Network, first: Callable[[Any], Any]) -> None:
-    """Replace layers with adapters by the layers without, after a function was called with each."""
+    """Call a function with each layer that has an adapter, then replace it by the plain layer."""
     _check_attached(model, "lora")
     for name, layer in _adapted(model).items():
         first(layer)
@@ -219,7 +219,7 @@ def _take_out(model: Network, first: Callable[[Any], Any]) -> None:
 
 
 def _divided(model: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What belongs to the adapters, and all other tensors under the names that they have without adapters."""
+    """(what `save` writes, all other tensors under their names without adapters)."""
     assert isinstance(model.adapters, LoRA)
     adapted = tuple(f"{name}." for name in _adapted(model))
     learned = weights_of("LoRA", model, model.adapters.learn)

@@ -44,7 +44,7 @@ class Model(Network):
         read                        read the first fields of a task once, for many answers
         vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
         save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
-        from_pretrained, export     begin with trained weights of others; write them back in their layout
+        from_pretrained, export     begin with trained weights of others; write programs, or weights in the layout of others
         pack, logits, losses, loss  pack samples as a stream, and compute its logits and losses
         forward, embed, rows        the core's states of a stream, and its embedded tokens
         readout, report             the module of a task's head, and the number of parameters by part
@@ -293,12 +293,12 @@ class Model(Network):
         seed: int = 0,
         **options: Any,
     ) -> "Model":
-        """A model with trained weights of others, and further kinds and tasks with new ones.
+        """Load a model that others trained, and add further kinds and tasks with new weights.
 
-        source, options: as `multimodal.pretrained.pretrained` takes them.
+        source, options: those of `multimodal.pretrained.pretrained`. The others: those of `Pretrained.model`.
 
         Raises:
-            CheckpointError: weights that cannot be read, or a layout that is not known.
+            CheckpointError: a model that cannot be read, or is of an unknown family.
 
         Examples:
             >>> model = mm.Model.from_pretrained("smollm2", ["text -> label"], {"label": Labels(("question", "answer"))})
@@ -309,16 +309,23 @@ class Model(Network):
         room = importlib.import_module("multimodal.pretrained")
         return room.pretrained(source, **options).model(tasks, tokenizers, seed=seed)
 
-    def export(self, to: str, folder: str | Path) -> Path:
-        """Write the model in the layout of another library, and return the folder.
+    def export(self, to: str, folder: str | Path, *, task: str | None = None) -> Path:
+        """Write the model for another library or runtime, and return the folder.
 
-        to: the library from which the weights came: "hf", transformers, or "timm".
+        to: "onnx" or "pt2" (torch.export): one task as programs that run without this library, see docs/export.md; or the library
+            from which the weights came, in whose layout the whole model is written: "hf", transformers, or "timm".
+        task: for "onnx" and "pt2", the task; None: the only one.
 
         Raises:
-            ConfigError: another layout, or a model that it has no place for. CheckpointError: the folder has files already.
+            ConfigError: another format, a part that it has no place for, or programs that differ from the model.
+            TaskError: no such task. CheckpointError: the folder has files already.
         """
+        if to in ("onnx", "pt2"):
+            return importlib.import_module("multimodal.export").export(self, to, folder, task)
         if to not in ("hf", "timm"):
-            raise ConfigError(f"Model.export: to={to!r} is unknown; there are 'hf' and 'timm'")
+            raise ConfigError(f"Model.export: to={to!r} is unknown; there are 'onnx', 'pt2', 'hf' and 'timm'")
+        if task is not None:
+            raise ConfigError(f"Model.export: {to!r} takes the whole model, so leave task={task!r} out")
         return importlib.import_module("multimodal.pretrained").export(self, folder, to)
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:

@@ -1,4 +1,4 @@
-"""Parts of a model by name: what is frozen, what gets adapters, and how far a weight lies from the loss."""
+"""Parts of a model by name, for freezing and adapters, and the depth of each weight."""
 
 import re
 from collections.abc import Iterable
@@ -22,19 +22,19 @@ def cores(model: Network) -> dict[str, Transformer]:
 
 
 def weights_of(where: str, model: Network, parts: Iterable[str]) -> set[str]:
-    """Names of the parameters in some parts of a model.
+    """The names of the parameters in these parts of a model.
 
     A part is one of:
         "image"                the embedding of the kind with this name
         "core"                 everything in the core; of an EncoderDecoder also "reader" and "writer"
         "core[:6]", "core[-1]" blocks of the core, as Python slices a list
         "head:image -> label"  the head of a task, its learned tokens included; or "head:" and the name of its weights
-        "queries"              the learned tokens of all heads, which enter the core beside what is read
-        "image.frozen_part"    a part of the embedding of this kind, by the beginning of its parameters' names
-        "core.norm"            all parameters whose names begin so, at a dot
+        "queries"              the learned tokens of all heads, which enter the core with what is read
+        "image.frozen_part"    a part of the embedding of a kind, by its name in it
+        "core.norm"            a module or parameter by its name in the model
 
     Raises:
-        ConfigError: no such part; the message, which begins with `where`, lists those that there are.
+        ConfigError: no such part; the message begins with `where` and lists the parts.
     """
     names = [name for name, _ in model.named_parameters()]
     found: set[str] = set()
@@ -52,7 +52,7 @@ def weights_of(where: str, model: Network, parts: Iterable[str]) -> set[str]:
 
 
 def topmost(model: nn.Module, names: set[str]) -> list[nn.Module]:
-    """The largest modules all of whose parameters are among these names."""
+    """The largest modules that have no other parameters than these."""
 
     def search(module: nn.Module, prefix: str) -> list[nn.Module]:
         own = {prefix + name for name, _ in module.named_parameters()}
@@ -66,9 +66,9 @@ def topmost(model: nn.Module, names: set[str]) -> list[nn.Module]:
 def depths(model: Network) -> tuple[dict[str, int], int]:
     """The depth of each parameter by name, and the highest depth.
 
-    Embeddings have depth 0, as has what a core adds to them before its first block (learned times and fields, the first norm).
-    Block i of the core has i + 1, and heads, their learned tokens included, the highest one. The norm behind the last block has its
-    depth. In an EncoderDecoder the writer's blocks go on counting after the reader's.
+    Embeddings have depth 0, and so do learned times and fields and the first norm of a core.
+    Block i of the core has i + 1; heads, with their learned tokens, have the highest depth. The norm after the last block has the
+    depth of that block. In an EncoderDecoder the writer's blocks count on from the reader's.
     """
     blocks: dict[str, int] = {}
     ends: dict[str, int] = {}

@@ -75,8 +75,13 @@ def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[floa
 
 
 def rotations(position_TA: Tensor, axis_K: Tensor, frequency_K: Tensor) -> Tensor:
-    """The rotation of each pair of a head at each token's position: complex numbers (T, 1, K/2) of length 1."""
+    """The rotation of each pair of a head at each token's position: complex numbers (T, 1, K/2) of length 1.
+
+    In a program of torch.export they are real, see `rotate`.
+    """
     angle_TK = position_TA.float()[:, axis_K] * frequency_K
+    if torch.compiler.is_exporting():
+        return torch.stack([angle_TK.cos(), angle_TK.sin()], -1)[:, None]
     return torch.polar(torch.ones_like(angle_TK), angle_TK)[:, None]
 
 
@@ -84,7 +89,8 @@ def rotate(x_THK: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the pairs (2i, 2i + 1) of every head, in float32 at least.
 
     rotation: complex (T, 1, K/2), because one complex product is one pass over memory and sines and cosines are six; or, in a
-    compiled piece, real (T, 1, K/2, 2), because the compiler fuses those passes but has no code for complex numbers.
+    compiled piece or an exported program, real (T, 1, K/2, 2): the compiler fuses those passes but has no code for complex
+    numbers, nor has ONNX.
     """
     x_THK = x_THK if x_THK.dtype == torch.float64 else x_THK.float()
     pairs = x_THK.view(*x_THK.shape[:-1], x_THK.shape[-1] // 2, 2)

@@ -1,4 +1,4 @@
-"""Towers: a whole core with its tokenizer and a connector is the embedding of one kind, as the vision tower of a language model.
+"""Towers: a whole core, with its tokenizer and a connector, as the embedding of one kind, such as a vision tower.
 
 value --inner tokenizer--> inner tokens --grouped--> tokens of the stream, one for several inner ones
 rows of the stream <--connector-- states, grouped <--inner core-- inner tokens, taken apart again
@@ -29,8 +29,8 @@ PLACED = 4  # numbers of a slot besides its content: time, row and column in ste
 class Connector(Declared, ABC):
     """How the states of inner tokens become rows of the stream. Subclass as a frozen dataclass and write `build`.
 
-    Each token of the stream has as many slots as inner tokens may stand in it. `group` fills them, `gather` makes one vector of the
-    states in them, and the module of `build` maps these vectors to rows.
+    A token of the stream has a slot for each inner token that it stands for. `group` fills the slots, `gather` makes one vector of
+    the states in them, and the module of `build` maps these vectors to rows.
     """
 
     full: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Connector(Declared, ABC):
 
     @property
     def slots(self) -> int:
-        """Number of inner tokens of a token, at most."""
+        """The most inner tokens that a token stands for."""
         return 1
 
     def group(self, position_NA: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Connector(Declared, ABC):
         return position_NA
 
     def learned(self, inner: int) -> int:
-        """How many of a value's tokens of the stream are learned ones, if `inner` of its inner tokens are."""
+        """How many of a value's tokens in the stream are learned, if `inner` of its inner tokens are."""
         return inner
 
     def filled(self, lengths: Sequence[int], index_NT: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Connector(Declared, ABC):
         return width
 
     def weights(self, width: int) -> nn.Module | None:
-        """Makes the learned parameters of `gather`, which count as parts of the tower; `gather` gets them last."""
+        """Make the learned parameters of `gather`, which belong to the tower; None: there are none."""
         return None
 
     def gather(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
@@ -80,7 +80,10 @@ class Connector(Declared, ABC):
 
     @abstractmethod
     def build(self, width: int, rows: int) -> nn.Module:
-        """The module from vectors of `gather`, for states of this width, to rows of the stream of that width."""
+        """The module from the vectors of `gather` to rows of the stream.
+
+        width: of the states. rows: the width of the stream.
+        """
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class _TwoLayers(nn.Module):
 
 @dataclass(frozen=True)
 class PixelShuffle(Connector):
-    """The states of a square of patches one after the other, row by row, are one vector (Shi et al. 2016, the other way round).
+    """Concatenates the states of a square of patches, row by row, into one vector (the inverse of Shi et al. 2016).
 
     side: rows, and columns, of patches in a square.
     then: what maps the vectors to rows.
@@ -191,12 +194,12 @@ class PixelShuffle(Connector):
 
 @dataclass(frozen=True)
 class Dropped(Connector):
-    """The first inner tokens, such as a class token and registers, are read by the inner core and have no rows in the stream.
+    """Leaves the first inner tokens, such as a class token and registers, out of the stream; the inner core still reads them.
 
-    They travel in a second slot of the first tokens of the stream, so that a value needs at least as many of these.
+    The first `count` tokens of the stream carry them in a further slot, so a value needs at least `count` other tokens.
 
     count: number of inner tokens that are left out.
-    then: what is done with the others.
+    then: the connector of the others.
     """
 
     count: int
@@ -207,7 +210,7 @@ class Dropped(Connector):
         check_whole("Dropped", least=1, count=self.count)
         check_part("Dropped: then", self.then, Connector, "Linear()")
         if isinstance(self.then, (Dropped, Pooled)):
-            raise ConfigError(f"Dropped: then={self.then} groups tokens by itself; give its tokens to leave out there")
+            raise ConfigError(f"Dropped: then={self.then} chooses tokens by itself; give its own count or pool instead")
 
     @property
     def slots(self) -> int:
@@ -249,11 +252,11 @@ class Dropped(Connector):
 
 @dataclass(frozen=True)
 class Pooled(Connector):
-    """The whole value is one token.
+    """Pools a whole value into one token.
 
-    most: the most inner tokens of a value; contents are padded to as many, so the number should be near.
+    most: the most inner tokens of a value. Contents are padded to this number, so choose it close.
     pool: how their states become one vector.
-    then: what maps it to a row.
+    then: what maps the vector to a row.
     """
 
     most: int
@@ -314,17 +317,17 @@ def _check_last(where: str, then: Any) -> None:
 
 @dataclass(frozen=True)
 class Tower(Tokenizer):
-    """A kind whose embedding is a whole core, with its own tokenizer before it and a connector behind it.
+    """A kind whose embedding is a whole core, between its own tokenizer and a connector.
 
-    The inner core reads each value by itself, exactly as if it were alone. One token of the stream stands for as many inner tokens
-    as the connector says: its content holds theirs, and its time is that of the first of them, or its index if times do not rise.
+    The inner core reads each value as if it were alone. The connector says for how many inner tokens a token of the stream stands:
+    its content holds theirs, and its time is that of the first of them, or its index if times do not rise.
 
-    tokenizer: what turns a value into inner tokens, which attend to each other in both directions unless it is causal.
+    tokenizer: turns a value into inner tokens, which are bidirectional unless it is causal.
     core: the inner core.
     connector: how its states become rows of the stream.
     causal: whether the tokens of the stream are causal, as in most vision-language models.
-    weights: trained weights with which the embedding starts; `of` sets them. They are no part of the declaration: a checkpoint of
-        the model has them.
+    weights: initial weights of the inner embedding and core; `of` sets them. They are not part of the declaration: the model's
+        checkpoint has them.
 
     Examples:
         >>> eye = mm.Tower.of(model, mm.tower.PixelShuffle(5), kind="image")
@@ -348,9 +351,9 @@ class Tower(Tokenizer):
     def of(
         cls, source: Any, connector: Connector | None = None, *, kind: str | None = None, causal: bool = False
     ) -> Self:
-        """A tower with the trained weights of a `Pretrained` or a `Model`: its tokenizer, and its core or the reader of its two.
+        """A tower with the tokenizer, core and weights of a `Pretrained` or a `Model`; of an EncoderDecoder, those of its reader.
 
-        kind: the name of the tokenizer; None: the only one, or the one that is named "image" or "audio".
+        kind: the kind that the tower reads; None: the only one, or the only one named "image" or "audio".
 
         Raises:
             ConfigError: no such kind.
@@ -374,7 +377,7 @@ class Tower(Tokenizer):
         return {name: value for name, value in super().config().items() if name != "weights"}
 
     def __getstate__(self) -> dict[str, Any]:
-        # data workers encode, and need no weights
+        # data workers only encode, which needs no weights
         return {name: x for name, x in vars(self).items() if name != "weights"}
 
     @property
@@ -407,7 +410,7 @@ class Tower(Tokenizer):
         content_NF = tokens.content.float().reshape(len(tokens), -1)
         step = torch.tensor(self.step)
         slot_NF = torch.cat([content_NF, tokens.position_NA / step, torch.arange(len(tokens))[:, None]], 1)
-        # the last row is that of empty slots
+        # the last row stands for empty slots
         slot_NF = torch.cat([slot_NF, torch.zeros(1, slot_NF.shape[1])])
         slot_NF[-1, -1] = -1
         position_NA = self.connector.place(tokens.position_NA[index_NT[:, 0]])
@@ -456,9 +459,9 @@ def _parts(source: Any) -> tuple[Mapping[str, Tokenizer], Any, Mapping[str, Tens
 class _TowerEmbed(nn.Module):
     """The inner model and the connector.
 
-    frozen_part: from (content, places) to one vector for each token of the stream, which may be cached where it is not trained.
+    frozen_part: from (content, places) to one vector for each token of the stream; may be frozen, and then cached.
     connector: from these vectors to rows.
-    cache: called in the place of `frozen_part`, with it as the first argument; None: there is none.
+    cache: called instead of `frozen_part`, which is its first argument; None: no cache.
     """
 
     cache: Callable[[nn.Module, Tensor, Places], Tensor] | None = None
@@ -480,7 +483,7 @@ class _TowerEmbed(nn.Module):
 
 
 def _grouping(connector: Any) -> Any:
-    """A connector with the same vectors, whatever maps them to rows."""
+    """A connector without its map to rows, on which the vectors do not depend."""
     if type(connector) in (Linear, MLPConnector):
         return Linear()
     then = getattr(connector, "then", None)
@@ -537,7 +540,7 @@ class _Inner(nn.Module):
 
     def _lengths(self, lengths: Sequence[int], filled_NT: Tensor) -> list[int]:
         """By value, its number of inner tokens."""
-        if self.tower.connector.full:  # a GPU need not be waited for
+        if self.tower.connector.full:  # avoids a synchronisation with the GPU
             return [n * self.tower.connector.slots for n in lengths]
         return [int(part.sum()) for part in filled_NT.cpu().split(list(lengths))]
 

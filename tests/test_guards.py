@@ -35,7 +35,7 @@ LAYERS = (
     {"network", "model_parts", "tower"},
     {"checkpoint", "generate", "model", "retrieval", "data", "lora"},
     {"train"},
-    {"count", "look", "transcription", "check", "pretrained", "serve"},
+    {"count", "look", "transcription", "check", "pretrained", "export", "serve"},
     {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
@@ -482,7 +482,8 @@ ALLOWED = {
     ("multimodal.data.tables", "import_module"): "optional libraries, under fixed names",
     ("multimodal.declare", "import_module"): "modules of the framework, from a list of its own",
     ("multimodal.old_names", "import_module"): "the same",
-    ("multimodal.model", "import_module"): "multimodal.pretrained, under a fixed name",
+    ("multimodal.export.formats", "import_module"): "optional libraries, under fixed names",
+    ("multimodal.model", "import_module"): "multimodal.pretrained and multimodal.export, under fixed names",
     ("multimodal.pretrained.gate", "import_module"): "transformers, under a fixed name",
     (
         "multimodal.pretrained.source",

@@ -169,7 +169,7 @@ class Mechanism(nn.Module):
     def _written_out(self, q_BTHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, pairs: Pairs, trace: Trace | None) -> Tensor:
         """The same by plain PyTorch, with every matrix of (queries, keys); here anything can be traced."""
         score = self.score.log_likelihood(q_BTHK, k_BMHK, self.score_weights)
-        wanted = (len(q_BTHK), q_BTHK.shape[2], q_BTHK.shape[1], k_BMHK.shape[1])
+        wanted = (q_BTHK.shape[0], q_BTHK.shape[2], q_BTHK.shape[1], k_BMHK.shape[1])
         _check(self.score, "log_likelihood", score, wanted)
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         log_prior, empty = self._log_prior(pairs, q_BTHK)

@@ -179,8 +179,7 @@ class LocationBased(Factored):
     def keys(self, k_BMGK: Tensor, order_BM: Tensor) -> Tensor:
         # one-hot positions as keys make W q a product of features
         order_BM = order_BM.expand(k_BMGK.shape[:2]).long()
-        count = int(order_BM.max()) + 1
-        if count > self.places:
+        if not torch.compiler.is_exporting() and (count := int(order_BM.max()) + 1) > self.places:
             raise StreamError(
                 f"LocationBased: there are {count} keys to point at, but places={self.places}; declare more places"
             )

@@ -14,6 +14,7 @@ from multimodal.cli import console
 from multimodal.cli.answers import generate, predict
 from multimodal.cli.arguments import joined
 from multimodal.cli.checks import bench, check, look, verify
+from multimodal.cli.export import export
 from multimodal.cli.pretrained import pretrained
 from multimodal.cli.serve import serve
 from multimodal.cli.shards import shards
@@ -37,7 +38,7 @@ app = App(
 
 COMMANDS = (
     *(train, report, replay, shards, plan, bench, predict, generate, transcribe, serve, check, verify, look),
-    pretrained,
+    *(pretrained, export),
 )
 for command in COMMANDS:
     app.command(command)

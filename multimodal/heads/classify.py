@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +105,7 @@ class Classify(Head):
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         several = tokenizer.vocab_size is None  # features of 0 and 1, which are independent decisions
         probability = logits.float().sigmoid() if several else logits.float().softmax(-1)
-        if several:
-            names = tokenizer.decode(Tokens(torch.ones(1, logits.shape[-1]), torch.zeros(1, 3)))
-        else:
-            names = [tokenizer.decode(one_class(c, tokenizer)) for c in range(logits.shape[-1])]
+        names = class_names(tokenizer)
         answers = []
         for row in probability.tolist():
             by_name = dict(sorted(zip(names, row, strict=True), key=lambda item: -item[1]))
@@ -119,6 +117,13 @@ class Classify(Head):
                 best = next(iter(by_name))
                 answers.append(Prediction(best, by_name[best], by_name))
         return answers
+
+
+def class_names(tokenizer: Tokenizer) -> list[Any]:
+    """The name of each class, in the order of the logits."""
+    if tokenizer.vocab_size is None:  # features of 0 and 1, of which all are 1
+        return tokenizer.decode(Tokens(torch.ones(1, tokenizer.feature_size or 0), torch.zeros(1, 3)))
+    return [tokenizer.decode(one_class(c, tokenizer)) for c in range(tokenizer.vocab_size)]
 
 
 def one_class(c: int, tokenizer: Tokenizer) -> Tokens:

@@ -207,17 +207,24 @@ class ContrastReadout(Readout):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if head.form == "softmax" else 10.0)))
         self.bias = nn.Parameter(torch.full((1,), -10.0)) if head.form == "sigmoid" else None
 
+    def pool_of(self, side: str) -> tuple[Pool | None, nn.Module | None]:
+        """The pool of a side and its learned parameters; None: a learned token reads the side."""
+        return self.pools[side], self.pool[side] if isinstance(self.pool, nn.ModuleDict) else self.pool
+
     def vectors(self, state_ND: Tensor, side: str, lengths: Sequence[int] | None = None) -> Tensor:
         """Unit vectors (B, F) of one side, "left" or "right", from the rows (N, D) that the head reads of it.
 
         lengths: by sample, the number of its rows; None: one each.
         """
-        pool, weights = self.pools[side], self.pool
+        pool, weights = self.pool_of(side)
         lengths = [1] * len(state_ND) if lengths is None else lengths
         if pool is not None and len(lengths):
-            weights = weights[side] if isinstance(weights, nn.ModuleDict) else weights
             state_ND = pool.pool(state_ND, lengths, weights)
-        vector_BF = getattr(self, side)(state_ND)
+        return self.mapped(state_ND, side)
+
+    def mapped(self, vector_BD: Tensor, side: str) -> Tensor:
+        """Unit vectors (B, F) of one side, from one vector of each sample."""
+        vector_BF = getattr(self, side)(vector_BD)
         return F.normalize(vector_BF.to(torch.promote_types(vector_BF.dtype, torch.float32)), dim=-1)
 
     def scores(self, left_NF: Tensor, right_MF: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pools: how the states of what was read become one vector, where no learned token attends to them."""
+"""Pools: how the states of what was read become one vector, without a learned token in the stream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Pool(Declared, ABC):
     """How the states (N, D) of what was read become one vector for each sample. Subclass as a frozen dataclass and write `pool`."""
 
     def rows(self, read: int) -> tuple[int, int]:
-        """The rows that it needs, from the first to before the last, of a sample of which `read` tokens were read."""
+        """The rows [first, last) that it needs, of a sample of which `read` tokens were read."""
         return 0, read
 
     def width(self, width: int) -> int:
@@ -26,12 +26,27 @@ class Pool(Declared, ABC):
         return width
 
     def weights(self, width: int) -> nn.Module | None:
-        """Makes its learned parameters, for states of this width; `pool` gets them last."""
+        """Make its learned parameters, for states of this width; None: there are none."""
         return None
 
     @abstractmethod
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
-        """The vectors (B, `width`), from the rows that it needs, sample after sample; `lengths` is their number in each."""
+        """The vectors (B, `width`).
+
+        state_ND: the rows that it needs, sample after sample. lengths: their number in each sample.
+        weights: what `weights` made.
+        """
+
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        """The same of padded states of all that was read, for a program that is exported.
+
+        order_BT: the index of each row in its sample; of padding `read_B` or more. read_B: number of tokens that were read.
+
+        Raises:
+            ConfigError: this pool does not say how.
+        """
+        name = type(self).__name__
+        raise ConfigError(f"{name}: this pool has no `padded`, which a program needs to be exported; write it")
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,9 @@ class First(Pool):
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
         return state_ND if self.count == 1 else means(state_ND, lengths)
 
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        return _mean_of(state_BTD, order_BT < read_B.clamp(max=self.count)[:, None])
+
 
 @dataclass(frozen=True)
 class Last(Pool):
@@ -62,6 +80,9 @@ class Last(Pool):
 
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
         return state_ND
+
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        return _mean_of(state_BTD, order_BT == read_B[:, None] - 1)
 
 
 @dataclass(frozen=True)
@@ -84,10 +105,13 @@ class Mean(Pool):
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
         return means(state_ND, lengths)
 
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        return _mean_of(state_BTD, (order_BT >= self.skip) & (order_BT < read_B[:, None]))
+
 
 @dataclass(frozen=True)
 class FirstAndMean(Pool):
-    """The state of the first token and the mean of others, one after the other (Oquab et al. 2023, section 7.1).
+    """The state of the first token and the mean of others, concatenated (Oquab et al. 2023, section 7.1).
 
     skip: number of tokens at the beginning that are left out of the mean.
     """
@@ -106,6 +130,10 @@ class FirstAndMean(Pool):
             raise ConfigError(f"FirstAndMean: a sample has no more than skip={self.skip} tokens; skip fewer")
         return torch.stack([torch.cat([part[0], part[self.skip :].mean(0)]) for part in parts])
 
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        parts = First(), Mean(self.skip)
+        return torch.cat([part.padded(state_BTD, order_BT, read_B, None) for part in parts], -1)
+
 
 @dataclass(frozen=True)
 class Attended(Pool):
@@ -113,7 +141,7 @@ class Attended(Pool):
 
     heads: number of heads.
     hidden: hidden width of the MLP; None: four times that of the states.
-    activation: that of the MLP, see `MLP`.
+    activation: that of the MLP, one of those of `MLP`.
     norm: the norm before the MLP.
     """
 
@@ -130,7 +158,14 @@ class Attended(Pool):
         return _Attended(width, self)
 
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
-        return weights(state_ND, lengths)
+        # padded here, because each sample has a single query
+        state_BTD = nn.utils.rnn.pad_sequence(list(state_ND.split(list(lengths))), batch_first=True)
+        length_B = torch.tensor(lengths, device=state_ND.device)
+        order_BT = torch.arange(state_BTD.shape[1], device=state_ND.device).expand(state_BTD.shape[:2])
+        return self.padded(state_BTD, order_BT, length_B, weights)
+
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        return weights(state_BTD, order_BT >= read_B[:, None])
 
 
 class _Attended(nn.Module):
@@ -143,12 +178,8 @@ class _Attended(nn.Module):
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[pool.activation]
 
-    def forward(self, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        # padded here, because each sample has a single query
-        state_BTD = nn.utils.rnn.pad_sequence(list(state_ND.split(list(lengths))), batch_first=True)
-        length_B = torch.tensor(lengths, device=state_ND.device)
-        padding_BT = torch.arange(state_BTD.shape[1], device=state_ND.device) >= length_B[:, None]
-        query_B1D = self.query.expand(len(state_BTD), 1, -1)
+    def forward(self, state_BTD: Tensor, padding_BT: Tensor) -> Tensor:
+        query_B1D = self.query.expand(state_BTD.shape[0], 1, -1)
         read_BD = self.attention(query_B1D, state_BTD, state_BTD, key_padding_mask=padding_BT, need_weights=False)[0][
             :, 0
         ]
@@ -157,14 +188,14 @@ class _Attended(nn.Module):
 
 @dataclass(frozen=True)
 class Transformed(Pool):
-    """Another pool, then a norm, a linear layer with an activation, and a norm, as far as they are declared.
+    """Another pool, then a norm, a linear layer with an activation, and a norm; each is optional.
 
     of: the other pool.
     first_norm: the norm of the pooled vector.
-    dense: the activation of a linear layer, "tanh", one of `MLP`, or "linear": no activation; None: there is no such layer.
+    dense: the activation after the linear layer: "tanh", one of those of `MLP`, or "linear" for none; None: no linear layer.
     bias: whether the linear layer has a bias.
-    last_norm: the norm behind it.
-    out: width of the linear layer; None: that of what it gets.
+    last_norm: the norm after it.
+    out: output width of the linear layer; None: that of its input.
     """
 
     of: Pool
@@ -181,7 +212,9 @@ class Transformed(Pool):
         if self.out is not None:
             check_whole("Transformed", least=1, out=self.out)
             if self.dense is None:
-                raise ConfigError(f"Transformed: out={self.out} is of the linear layer, which dense=None leaves out")
+                raise ConfigError(
+                    f"Transformed: out={self.out} is the width of a linear layer, and dense=None has none; give dense='linear'"
+                )
 
     def rows(self, read: int) -> tuple[int, int]:
         return self.of.rows(read)
@@ -193,7 +226,10 @@ class Transformed(Pool):
         return _Transformed(self, width)
 
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
-        return weights.last_norm(weights.dense(weights.first_norm(self.of.pool(state_ND, lengths, weights.of))))
+        return weights(self.of.pool(state_ND, lengths, weights.of))
+
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        return weights(self.of.padded(state_BTD, order_BT, read_B, weights.of))
 
 
 class _Transformed(nn.Module):
@@ -206,6 +242,9 @@ class _Transformed(nn.Module):
         self.dense = nn.Identity() if pool.dense is None else _Dense(width, out, pool.dense, pool.bias)
         width = out
         self.last_norm = nn.Identity() if pool.last_norm is None else pool.last_norm.build(width)
+
+    def forward(self, vector_BD: Tensor) -> Tensor:
+        return self.last_norm(self.dense(self.first_norm(vector_BD)))
 
 
 class _Dense(nn.Module):
@@ -224,6 +263,12 @@ def means(state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
     number_N = torch.arange(len(lengths), device=state_ND.device).repeat_interleave(length_B)
     sum_BD = state_ND.new_zeros(len(lengths), state_ND.shape[1]).index_add(0, number_N, state_ND)
     return sum_BD / length_B[:, None]
+
+
+def _mean_of(state_BTD: Tensor, chosen_BT: Tensor) -> Tensor:
+    """The mean (B, D) of the rows that are chosen of each sample."""
+    count_B1 = chosen_BT.sum(1, keepdim=True).to(state_BTD.dtype)
+    return (state_BTD * chosen_BT[..., None]).sum(1) / count_B1
 
 
 def _check_activation(pool: Pool, name: str) -> None:

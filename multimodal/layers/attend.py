@@ -121,8 +121,9 @@ class Attention(nn.Module):
             q, k, v = (
                 x if name not in self.biases else x + self.biases[name] for name, x in zip(QKV, (q, k, v), strict=True)
             )
-        q_THK, k_TGK = q.view(len(q), self.heads, self.key_width), k.view(len(k), self.kv_heads, self.key_width)
-        v_TGK = v.view(len(v), self.kv_heads, self.value_width)
+        # shape[0] and not len(), which would make a number of the program of torch.export
+        q_THK, k_TGK = (x.view(x.shape[0], n, self.key_width) for x, n in ((q, self.heads), (k, self.kv_heads)))
+        v_TGK = v.view(v.shape[0], self.kv_heads, self.value_width)
         q_THK, k_TGK = self.norm_q(q_THK), self.norm_k(k_TGK)
         if self.turned and rotation is not None and k_rotation is not None:
             q_THK, k_TGK = rotate(q_THK, rotation), rotate(k_TGK, k_rotation)

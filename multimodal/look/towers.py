@@ -1,4 +1,4 @@
-"""A tower of a model as a model of its own, so that all that looks into models looks into it."""
+"""A tower of a model as a model of its own, for the X-ray and the other tools."""
 
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ from multimodal.tower import Dropped, Pooled, Tower
 
 
 def inside(model: Model, kind: str) -> Model:
-    """The inner core of a kind's tower with its tokenizer, as a model of this kind alone; it shares the weights.
+    """The tokenizer and core of a kind's tower as a model of this kind; it shares the weights.
 
-    A tower computes each value as if it were alone, so this model does with a value what the tower does with it in any sample. Its
-    task is the pair "image <-> other:image", whose vector is pooled from the inner tokens that the connector hands on.
+    A tower computes each value as if it were alone, so this model computes the same. Its task is the pair "image <-> other:image",
+    whose vector is pooled from the inner tokens that the connector uses.
 
     Raises:
         ConfigError: the kind is none of the model's, or no tower.

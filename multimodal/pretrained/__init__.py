@@ -1,12 +1,15 @@
 """Trained weights of others in our core, and back: `pretrained("owner/model")`, and the families that can be read.
 
 config.json --family--> tokenizers, core, tasks (a Blueprint)        their tensors --pairs--> our weights
+
+"Ours" is this library, "theirs" the one that a model comes from.
 """
 
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from multimodal.pattern import Pattern
 from multimodal.pretrained import source as sources
 from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.clip import CLIP, SigLIP
-from multimodal.pretrained.convert import converted, given_back, packed_spare, unpacked_spare
+from multimodal.pretrained.convert import STORED, converted, given_back, packed_spare, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
@@ -39,23 +42,29 @@ from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.task import Task
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
     *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), NanoVLM()),
     *(PaliGemma(), SigLIP(), SmolVLM(), T5(), TimmViT(), ViT(), Whisper()),
 )
-"""Every layout that can be read and written."""
+"""Every family that can be read and written."""
+DEPTHS = {
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "encoder_layers", "decoder_layers", "depth"),
+    *("vit_n_blocks", "lm_n_blocks"),
+}
+"""Fields of configurations that count layers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality of their own
 class Pretrained:
-    """A trained model of others as our declarations and weights.
+    """A model that others trained, as our declarations and weights.
 
     tokenizers, core, tasks: what `Model` takes.
-    weights: by name as in `Model.state_dict`, its weights.
-    unused: by name, tensors of theirs that this model has no use for, and why; they are not given back.
-    origin: what a checkpoint stores of it, so that it can be given back in its own layout.
+    weights: by name as in `Model.state_dict`.
+    unused: by name, tensors of theirs that this model does not need, and why; they are not exported.
+    origin: what a checkpoint stores so that `export` can write the original layout.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -72,28 +81,31 @@ class Pretrained:
 
     @property
     def revision(self) -> str | None:
-        """Its commit on the hub; None: it has none."""
+        """The commit on the hub; None: it is not from the hub."""
         return self.origin["revision"]
 
     def model(
         self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
     ) -> Model:
-        """A model with these weights, in evaluation mode; further kinds and tasks have new weights.
+        """A model with these weights, in evaluation mode, all in the finest of their precisions.
 
-        tasks: a pattern alone that writes a kind of this model, such as "image -> text", is answered by its head.
+        tasks: further ones. A pattern without a head, such as "image -> text", gets the head that writes this kind already, if any.
+        tokenizers: of further kinds, whose embeddings are new.
+        seed: of new weights.
 
         Raises:
-            ConfigError: a kind or task that is there already.
+            ConfigError: a kind or task that the model has already.
         """
         made = Model(self.tokenizers, self.core, self.tasks, seed=seed)
-        dtype = next(iter(self.weights.values())).dtype
+        # a model has one precision: the finest of the weights, so that no bit is lost
+        dtype = reduce(torch.promote_types, {x.dtype for x in self.weights.values()})
         made.to(dtype).load_state_dict(dict(self.weights))
         made.origin = self.origin
-        tasks = [self._answered(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
+        tasks = [self._with_head(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
         return (made.extended(tokenizers, tasks) if tasks or tokenizers else made).eval()
 
-    def _answered(self, task: str | Task) -> Task:
-        """A task with the head that writes its kind already, if it names none."""
+    def _with_head(self, task: str | Task) -> Task:
+        """A task; if it is a pattern alone, with the head that writes its kind already."""
         if isinstance(task, Task):
             return task
         written = Pattern.parse(task).written
@@ -112,24 +124,27 @@ def pretrained(
     pickle: bool = False,
     **options: Any,
 ) -> Pretrained:
-    """Read a trained model of others.
+    """Load a model that others trained.
 
-    source: a folder with config.json and safetensors, a name on the hub such as "facebook/dinov2-small", or a model of transformers
-        or timm.
+    source: a folder with config.json and safetensors, a file of weights in one, a name on the hub such as "facebook/dinov2-small",
+        or a model object of transformers or timm.
     revision: the branch, tag or commit of a hub name.
     dtype: the precision of the weights; None: as they are stored.
     pickle: whether weights may be a pickle (.bin), which is read with `weights_only`.
-    options: what a family lets one choose, such as language="de" of Whisper; its class describes them.
+    options: those of the family, such as language="de" for Whisper; the class of the family describes them.
 
     Raises:
-        CheckpointError: nothing there; a configuration with a field that we do not know; a tensor without a place.
+        CheckpointError: no such model; an unknown family, field, value, tensor or option.
+        ConfigError: another kind of source.
 
     Examples:
-        >>> smollm = mm.pretrained("smollm2")  # a folder here, or a name such as "HuggingFaceTB/SmolLM2-135M"
+        >>> smollm = mm.pretrained("smollm2")  # a folder, or a name such as "HuggingFaceTB/SmolLM2-135M"
         >>> answer = smollm.model().generate("text -> text", text=[5, 9, 2], max_tokens=4)
         >>> sorted(smollm.tokenizers), smollm.core.depth
         (['text'], 2)
     """
+    if dtype is not None and dtype not in STORED:
+        raise ConfigError(f"pretrained: dtype={dtype!r} must be one of {', '.join(map(str, STORED))}, or None")
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
     weights, unused = converted(found, blueprint, shapes, dtype)
@@ -153,22 +168,44 @@ def blueprint_of(
     names: Sequence[str],
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Blueprint, dict[str, torch.Size]]:
-    """(our declarations for a configuration of theirs, every field of which is understood; by name the shapes of our weights).
+    """(our declarations for a configuration of theirs, the shapes of our weights by name).
 
     Raises:
-        CheckpointError: an unknown family or field.
+        CheckpointError: an unknown family, field or value.
     """
     family = family_of(where, config)
     settings = Settings(where, config, options)
-    blueprint = family.read(settings, files, names)
-    settings.finish()
-    with torch.device("meta"):
-        outline = Model(blueprint.tokenizers, blueprint.core, list(blueprint.tasks))
+    _check_depth(where, config, len(names))
+    try:
+        blueprint = family.read(settings, files, names)
+        settings.finish()
+        with torch.device("meta"):
+            outline = Model(blueprint.tokenizers, blueprint.core, list(blueprint.tasks))
+    except (CheckpointError, AssertionError):
+        raise
+    except Exception as error:  # whatever values that no model can have, or files that are no JSON, lead to
+        said = (
+            shortened(error, 300)
+            if isinstance(error, ConfigError)
+            else f"{type(error).__name__}: {shortened(error, 300)}"
+        )
+        raise CheckpointError(
+            f"{where}: no model follows from its configuration and the files beside it: {said}"
+        ) from error
     shapes = {name: x.shape for name, x in outline.state_dict().items()}
     made = [pair.ours for pair in blueprint.pairs]
     # each weight of ours has one source; anything else is a mistake in the family
     assert sorted(made) == sorted(shapes), f"{set(shapes) ^ set(made) or 'one is made twice'}"
     return blueprint, shapes
+
+
+def _check_depth(where: str, config: Mapping[str, Any], count: int) -> None:
+    """Raise a CheckpointError for more layers than tensors, lest memory ends before one is found missing."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(f"{where}, {name}", value, count)
+        elif name in DEPTHS and isinstance(value, (int, float)) and value > count:
+            raise CheckpointError(f"{where}: {name}={value}, but there are only {count} tensors")
 
 
 def family_of(where: str, config: Mapping[str, Any]) -> Family:
@@ -185,15 +222,15 @@ def family_of(where: str, config: Mapping[str, Any]) -> Family:
 
 
 def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
-    """Write a model that came from `pretrained` as a folder in its own layout, which transformers' Auto classes load.
+    """Write a loaded model as a folder in its original layout, which transformers' Auto classes load.
 
-    Weights that were not trained are written bit for bit as they came. A text model that was trained here is written in the layout
-    of Qwen3, if its core and head fit that: `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
+    Weights that were not trained have the same numbers as before, and with `pretrained(.., dtype=None)` the same bits. A text model
+    that was trained here is written in the layout of Qwen3: it needs `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
 
     to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
-        ConfigError: the model has kinds, tasks or a core that this layout cannot hold.
+        ConfigError: adapters, or tokenizers, tasks or a core that this layout cannot hold.
         CheckpointError: the folder has files already.
     """
     folder, origin = Path(folder), model.origin
@@ -202,14 +239,14 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     if origin is None:
         if to != "hf":
             raise ConfigError(f"export: a model that was trained here has no layout of {to}; there is 'hf'")
-        names = ["model.norm.weight", "lm_head.weight"]
+        names = ["model.norm.weight", "lm_head.weight", *model.state_dict()]
         config, tensors, files = as_qwen3(model, lambda config: blueprint_of("export", config, {}, names)[0])
         sources.write(folder, config, tensors, files)
         return folder
     own = "timm" if str(origin["config"].get("model_type")).startswith("timm:") else "hf"
     if to != own:
         raise ConfigError(
-            f"export: {origin['name']} has a layout of another library; use Model.export({own!r}, folder)"
+            f"export: {origin['name']} has the layout of {own!r}, not of {to!r}; use Model.export({own!r}, folder)"
         )
     if (part := origin.get("options", {}).get("part", "both")) != "both":
         raise ConfigError(
@@ -228,8 +265,8 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     }
     if changed := [name for name, equal in same.items() if not equal]:
         raise ConfigError(
-            f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout has no place "
-            "for others; use Model.save"
+            f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout "
+            "holds no others; use Model.save"
         )
     theirs = given_back(blueprint.pairs, model.state_dict())
     theirs |= unpacked_spare(origin.get("spare"))

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and what has its layout, such as MiniLM and most encoders of sentences."""
+"""BERT (Devlin et al. 2019) and what has its layout, such as MiniLM and most sentence encoders."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,14 +15,14 @@ from multimodal.pretrained.texts import filling_pairs, text_tokenizer, transform
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FILLING = "cls.predictions"  # the head that fills in hidden tokens
+FILLING = "cls.predictions"  # the masked-language-modelling head
 
 
 class Bert(Family):
-    """Encoders of texts with learned positions and the norms behind the layers.
+    """Text encoders with learned positions and post-norm layers.
 
-    Without a classifier it offers the pair "text <-> other:text", whose vectors are the mean of all states, as encoders of
-    sentences are trained to give it; with the head that fills in hidden tokens also "text -> text".
+    Without a classifier there is the pair "text <-> other:text", whose vectors are the mean of all states, as sentence encoders are
+    trained; with the masked-language-modelling head also "text -> text".
     """
 
     names = ("bert",)
@@ -36,8 +36,8 @@ class Bert(Family):
         settings.only("position_embedding_type", "absolute")
         settings.only("is_decoder", False)
         settings.only("add_cross_attention", False)
-        settings.ignore("bos_token_id", "eos_token_id")  # they end no text
-        settings.ignore("tie_word_embeddings")  # the head that they tie is a part of some models alone
+        settings.ignore("bos_token_id", "eos_token_id")  # an encoder ends no text
+        settings.ignore("tie_word_embeddings")  # it concerns a head that not every file has
         block = EncoderBlock(
             width=settings.need("hidden_size"),
             heads=settings.need("num_attention_heads"),
@@ -76,7 +76,7 @@ class Bert(Family):
             more += transformed_pairs(pool, "readouts.label_Classify.pool", f"{prefix}pooler.dense", "")
         else:
             tasks, more = vectors("text", Mean(), core.width)
-            # the pooler was trained to tell whether two sentences follow each other, which is not asked of it any more
+            # the pooler belongs to next-sentence prediction, which is not offered
             spare = [rf"{prefix}pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"]
             if f"{FILLING}.transform.dense.weight" in names:
                 transform = Transformed(First(), dense=activation(settings, "hidden_act", "gelu"), last_norm=core.norm)
@@ -90,7 +90,7 @@ class Bert(Family):
                     f"{FILLING}.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
                 }
         pairs += more
-        if any(name.endswith("LayerNorm.gamma") for name in names):  # as the first files of BERT name a norm's weight
+        if any(name.endswith("LayerNorm.gamma") for name in names):  # the names in the first files of BERT
             pairs = [replace(pair, theirs=tuple(map(old_name, pair.theirs))) for pair in pairs]
         derived = [r".*embeddings\.(position_ids|token_type_ids)"]
         return Blueprint(tokenizers, core, tasks, pairs, copies, derived, spare=spare)

@@ -32,8 +32,8 @@ KINDS = {"vision": "image", "text": "text"}
 class Half:
     """One of the two towers.
 
-    tokenizer, core, pool: its declarations. most: the most tokens of a value. pairs: of the tensors of tokenizer and core, as those
-    of a model of their own. pooled: of those of the pool, by their names within it.
+    tokenizer, core, pool: its declarations. most: the most tokens of a value. pairs: those of tokenizer and core, named as in a
+    model of their own. pooled: those of the pool, named within it.
     """
 
     tokenizer: Tokenizer
@@ -45,9 +45,9 @@ class Half:
 
 
 class TwoTowers(Family):
-    """Encoders of pictures and of texts whose vectors are near if they belong together.
+    """An image encoder and a text encoder, whose vectors are similar if they belong together.
 
-    Options: part, which is "both" (the default), or "vision" or "text": one encoder as a model of its own.
+    Options: part, "both" by default; "vision" or "text" loads one encoder as a model of its own.
     """
 
     form: ClassVar[str]
@@ -57,17 +57,17 @@ class TwoTowers(Family):
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
-        """The encoder of pictures; size: width of its vectors by the configuration of both."""
+        """The image encoder; size: the width of its vectors by the configuration of both."""
 
     @abstractmethod
     def text(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
     ) -> Half:
-        """The encoder of texts."""
+        """The text encoder."""
 
     @abstractmethod
     def whole(self, settings: Settings) -> int:
-        """The width of the vectors, from what the configuration of both says besides those of the parts."""
+        """The width of the vectors, by the configuration of both."""
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         kind = str(settings.need("model_type"))
@@ -103,7 +103,7 @@ class TwoTowers(Family):
             kind = KINDS[name]
             if half.pool.width(half.core.width) != size:
                 raise CheckpointError(
-                    f"{settings.where}: the vectors of its {name} tower are not {size} wide as the others"
+                    f"{settings.where}: the vectors of its {name} tower are not {size} wide, as those of the other"
                 )
             tokenizers[kind] = Tower(half.tokenizer, half.core, Pooled(half.most, half.pool, Unchanged()))
             within = f"embeds.{kind}.frozen_part"
@@ -120,15 +120,15 @@ class TwoTowers(Family):
     scale_shape: ClassVar[tuple[int, ...]] = (1,)
 
     def scales(self) -> dict[str, str]:
-        """By name of a number of the head, that of theirs."""
+        """By the name of a scalar of the head, their name."""
         return {"log_scale": "logit_scale", "bias": "logit_bias"}
 
 
 class CLIP(TwoTowers):
-    """The first of these models, with a class token and causal texts.
+    """CLIP, with a class token for pictures and causal texts.
 
-    Texts get the start and the end that tokenizer.json puts around them, and the state of the end is their vector; lists of ids,
-    where there is no such file, must end with it too.
+    tokenizer.json adds a start and an end token to a text, and the state of the end is its vector. Without this file, texts are
+    lists of ids, which must end with the end token.
     """
 
     names = ("clip", "clip_vision_model", "clip_text_model")
@@ -217,9 +217,9 @@ class CLIP(TwoTowers):
 
 
 class SigLIP(TwoTowers):
-    """The models whose pairs are decided one by one, with a head that attends to all patches; SigLIP 2 at a fixed size is the same.
+    """SigLIP and SigLIP 2 of fixed resolution, with a sigmoid loss for each pair and an attention pool.
 
-    Texts are padded to as many tokens as there are positions, and padding is read. SigLIP 2 was trained on texts in lower case.
+    Texts are padded to the number of positions, and padding is read. SigLIP 2 was trained on lower-case texts: give it such.
     """
 
     names = ("siglip", "siglip_vision_model", "siglip_text_model")
@@ -263,7 +263,7 @@ class SigLIP(TwoTowers):
         pairs = list(vision_pairs(core, image, prefix))
         assert image.table is not None
         most, head = image.table[0] * image.table[1], f"{prefix}head"
-        if f"{head}.probe" not in names:  # an encoder for language models, whose states are read one by one
+        if f"{head}.probe" not in names:  # the encoder of a vision-language model, which reads all states
             return Half(image, core, Mean(), most, pairs, [])
         pool = Attended(core.heads, core.hidden, activation(settings, "hidden_act", "gelu_pytorch_tanh"), core.norm)
         pooled = [
@@ -312,7 +312,7 @@ def _alone(part: str, half: Half) -> Blueprint:
 
 
 def _check_plain(settings: Settings) -> None:
-    """Raise a CheckpointError for a tower that is no plain encoder, by the fields that older configurations have."""
+    """Raise a CheckpointError for a tower that is no plain encoder."""
     settings.only("add_cross_attention", False)
     settings.only("is_decoder", False)
     settings.only("is_encoder_decoder", False)

@@ -14,16 +14,19 @@ from multimodal.pretrained.source import Source
 from multimodal.shapes import CheckpointError
 from multimodal.texts import shortened
 
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Precisions of weights that mean what they say, without scales beside them."""
+
 
 def converted(
     source: Source, blueprint: Blueprint, shapes: Mapping[str, torch.Size], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(our weights by name, the tensors of theirs that this model has no use for and why).
+    """(our weights by name, the tensors of theirs that this model does not need and why).
 
     shapes: by name, those of our weights. dtype: their precision; None: as they are stored.
 
     Raises:
-        CheckpointError: a tensor that is missing, or that nothing asks for, or that has another shape.
+        CheckpointError: a tensor that is missing, unused, of another shape, or not equal to its original.
     """
     read: set[str] = set()
     ours: dict[str, Tensor] = {}
@@ -36,6 +39,12 @@ def converted(
             )
         read.update(pair.theirs)
         given = [source.tensors[name] for name in pair.theirs]
+        for name, x in zip(pair.theirs, given, strict=True):
+            if x.dtype not in STORED:
+                raise CheckpointError(
+                    f"{source.name}: {name} is stored as {x.dtype}, and not as numbers of 16, 32 or 64 bits with a point; take the "
+                    "model before it was quantized"
+                )
         try:
             made = pair.join(*given)
         except RuntimeError:
@@ -51,7 +60,7 @@ def converted(
             read.add(copy)
             if not torch.equal(source.tensors[copy], source.tensors[original]):
                 raise CheckpointError(
-                    f"{source.name}: {copy} should equal {original}, to which it is tied, and does not"
+                    f"{source.name}: {copy} differs from {original}, to which the configuration ties it"
                 )
     unused: dict[str, str] = {}
     for name in source.tensors:
@@ -60,14 +69,14 @@ def converted(
         pattern = matching(list(blueprint.unused), name)
         if pattern is None:
             raise CheckpointError(
-                f"{source.name}: nothing uses the tensor {name!r}, so ours would compute something else; it is refused"
+                f"{source.name}: nothing uses the tensor {name!r}, so ours would compute something else"
             )
         unused[name] = blueprint.unused[pattern]
     return ours, unused
 
 
 def packed_spare(source: Source, blueprint: Blueprint) -> str | None:
-    """The tensors that only training used, as safetensors in letters of JSON; None: there are none."""
+    """The tensors that only training used, as safetensors in base64; None: there are none."""
     found = {name: source.tensors[name].clone() for name in source.tensors if matching(blueprint.spare, name)}
     return base64.b64encode(save(found)).decode("ascii") if found else None
 

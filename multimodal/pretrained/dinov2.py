@@ -20,16 +20,16 @@ PUBLISHED = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-"""How pictures were prepared for all its published weights."""
+"""How pictures are prepared for the published weights."""
 BACKBONE = (
     "apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names", "_out_features", "_out_indices",
     "return_class_token",
 )  # fmt: skip
-"""Fields of what a backbone returns to a detector: states that ours gives anyway."""
+"""Fields that choose which states a backbone returns."""
 
 
 class DINOv2(Family):
-    """Encoders of pictures that were trained without labels, with a class token, registers and scales of updates."""
+    """Self-supervised image encoders with a class token, registers and LayerScale."""
 
     names = ("dinov2", "dinov2_with_registers")
     peers: ClassVar = {"image <-> other:image": "AutoModel", "image -> label": "AutoModelForImageClassification"}

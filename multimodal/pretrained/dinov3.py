@@ -1,4 +1,4 @@
-"""DINOv3 (Simeoni et al. 2025): rotary positions that span every picture alike, a class token and registers without positions."""
+"""DINOv3 (Simeoni et al. 2025): relative rotary positions, a class token and registers without positions."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -24,7 +24,7 @@ PROJECTIONS = {"query": "query_bias", "key": "key_bias", "value": "value_bias", 
 
 
 class DINOv3(Family):
-    """Encoders of pictures that were trained without labels."""
+    """Self-supervised image encoders."""
 
     names = ("dinov3_vit",)
     peers: ClassVar = {"image <-> other:image": "AutoModel"}

@@ -17,7 +17,7 @@ from multimodal.texts import short_repr
 from multimodal.tokenizer import Tokenizer
 
 NO_MATTER = {
-    # how it was saved, and how a program would run it or write with it
+    # how it was saved, and how a program would run it or generate with it
     "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "auto_map", "bad_words_ids",
     "chunk_size_feed_forward", "cls_token_id", "cross_attention_hidden_size", "diversity_penalty", "do_sample",
     "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
@@ -28,7 +28,7 @@ NO_MATTER = {
     "return_dict", "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature",
     "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
     "typical_p", "use_bfloat16", "use_cache",
-    # only for weights that are new, or for training
+    # only for training, and for the initial weights
     "activation_dropout", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout",
     "drop_path_rate", "dropout", "dropout_rate", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob",
     "initializer_factor", "initializer_range", "layerdrop", "resid_pdrop",
@@ -37,7 +37,7 @@ NO_MATTER = {
 
 
 class Settings:
-    """A configuration of theirs, field by field; a field that is not asked for, or whose value we cannot do, is refused by name."""
+    """A configuration of theirs, read field by field. `finish` refuses fields that were not read; `only` refuses other values."""
 
     def __init__(self, where: str, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         self.where, self.config = where, config
@@ -49,10 +49,25 @@ class Settings:
         return name in self.config
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field; the default if it is missing or None."""
+        """The value of a field; the default if it is missing or None.
+
+        Raises:
+            CheckpointError: a text, or fields by name, where the default is none, or the other way round.
+        """
         self._known.add(name)
         value = self.config.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        for kind, wanted in ((str, "a text"), (Mapping, "fields by name")):
+            if default is not None and isinstance(value, kind) != isinstance(default, kind):
+                wanted = wanted if isinstance(default, kind) else f"a value such as {short_repr(default)}"
+                raise CheckpointError(f"{self.where}: {name}={short_repr(value)} is not supported; wanted {wanted}")
+        return value
+
+    def stated(self, name: str, default: Any) -> Any:
+        """The value of a field in which None has a meaning of its own; the default only if it is missing."""
+        self._known.add(name)
+        return self.config.get(name, default)
 
     def need(self, name: str) -> Any:
         """The value of a field that must be there."""
@@ -64,7 +79,7 @@ class Settings:
         """The value of a field, which must be one of these or missing.
 
         Raises:
-            CheckpointError: it is another, so that the model computes something that ours would not.
+            CheckpointError: another value, with which ours would compute something else.
         """
         value = self.get(name, values[0])
         if value not in values:
@@ -73,10 +88,10 @@ class Settings:
         return value
 
     def option(self, name: str, default: Any, values: Sequence[Any]) -> Any:
-        """What the user chose of these values by an argument of `pretrained`, such as the language; the default if nothing.
+        """The value that the user passed to `pretrained` under this name, such as the language; else the default.
 
         Raises:
-            CheckpointError: another value.
+            CheckpointError: it is none of `values`.
         """
         self._asked[name] = values
         value = self._options.get(name, default)
@@ -85,7 +100,7 @@ class Settings:
         return value
 
     def ignore(self, *names: str) -> None:
-        """Fields that do not change what the trained model computes, for a reason that the caller writes beside them."""
+        """Accept fields that do not change what the trained model computes; the caller says why in a comment."""
         self._known.update(names)
 
     def inner(self, name: str) -> "Settings":
@@ -93,7 +108,7 @@ class Settings:
         return Settings(f"{self.where}, {name}", self.need(name))
 
     def finish(self) -> None:
-        """Raise a CheckpointError if there are fields or options that nobody has asked for."""
+        """Raise a CheckpointError if the family did not read a field or an option."""
         if wrong := sorted(set(self._options) - set(self._asked)):
             known = ", ".join(self._asked)
             raise CheckpointError(f"{self.where}: this family has no option {wrong[0]!r}; it has {known or 'none'}")
@@ -117,7 +132,7 @@ ACTIVATIONS = {
 
 
 def activation(settings: Settings, name: str, default: str) -> Any:
-    """Our name of the activation that a field names."""
+    """Our name for the activation in a field."""
     given = settings.get(name, default)
     if given not in ACTIVATIONS:
         raise CheckpointError(
@@ -128,12 +143,12 @@ def activation(settings: Settings, name: str, default: str) -> Any:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of ours and those of theirs with the same numbers.
+    """A tensor of ours and the tensors of theirs with the same numbers.
 
-    ours: its name in `Model.state_dict`.
-    theirs: their names.
+    ours: the name in `Model.state_dict`.
+    theirs: the names in their file.
     join: makes ours from theirs. split: makes theirs from ours, bit for bit.
-    part: if one tensor of theirs has the numbers of several of ours one after the other, (which, of how many) this one is.
+    part: if one tensor of theirs is several of ours one below the other, (which one this is, of how many).
     """
 
     ours: str
@@ -159,14 +174,14 @@ def shaped(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[i
 
 
 def transposed(ours: str, theirs: str) -> Pair:
-    """A matrix that they store by columns."""
+    """A matrix that they store transposed."""
     return Pair(ours, (theirs,), lambda x: x.T, lambda x: [x.T])
 
 
 def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Sequence[int | None] | None = None) -> Pair:
-    """Matrices (or vectors) of theirs one below the other, as `qkv` and `gate_up` have them.
+    """Several matrices (or vectors) of theirs, which ours has one below the other, as in `qkv` and `gate_up`.
 
-    rows: of each. turned: of each the width of a head whose rotary pairs they store as two halves; None: it has none.
+    rows: the number of rows of each. turned: for each, the width of a head if its rotary pairs are stored as two halves, or None.
     """
     widths = turned or [None] * len(theirs)
 
@@ -180,7 +195,7 @@ def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Seque
 
 
 def fused(ours: str, theirs: str, rows: Sequence[int], turned: Sequence[int | None]) -> Pair:
-    """One matrix on both sides, with several of these numbers of rows in it; turned: as for `stacked`."""
+    """One matrix on both sides that consists of several; rows, turned: as for `stacked`."""
 
     def each(turn: Callable[[Tensor, int | None], Tensor], x: Tensor) -> Tensor:
         return torch.cat([turn(part, width) for part, width in zip(x.split(list(rows)), turned, strict=True)])
@@ -191,7 +206,7 @@ def fused(ours: str, theirs: str, rows: Sequence[int], turned: Sequence[int | No
 def parted(
     ours: Sequence[str], theirs: str, rows: Sequence[int], turned: Sequence[int | None] | None = None
 ) -> list[Pair]:
-    """Tensors of ours that are one of theirs, one below the other, such as the biases of queries, keys and values.
+    """Several tensors of ours, which theirs has one below the other, such as the biases of queries, keys and values.
 
     rows, turned: as for `stacked`.
     """
@@ -219,8 +234,8 @@ def attention_pairs(
 ) -> Iterator[Pair]:
     """The tensors of an attention layer.
 
-    ours: the start of our names, see `attention_names`. out: their name of the output.
-    projections: their names of queries, keys and values, or a single one if they are one tensor.
+    ours: the start of our names, see `attention_names`. out: their name for the output projection.
+    projections: their names for queries, keys and values, or one name if they are one tensor.
     rows, turned: as for `stacked`. bias: which projections have one, as in `SelfAttention`.
     """
     parts = ("query", "key", "value")
@@ -240,7 +255,7 @@ def attention_pairs(
 
 
 def halves_to_pairs(x: Tensor, width: int | None) -> Tensor:
-    """Rows of heads of this width, whose rotary pairs are (i, i + K/2), as neighbouring pairs (2i, 2i + 1)."""
+    """Reorder the rows of heads of this width: rotary pairs (i, i + K/2) become (2i, 2i + 1). None: unchanged."""
     if width is None:
         return x
     return x.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
@@ -254,19 +269,19 @@ def pairs_to_halves(x: Tensor, width: int | None) -> Tensor:
 
 
 def moved(pairs: Sequence[Pair], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[Pair]:
-    """The pairs of a model that is a part of another one.
+    """The pairs of a model that is a part of another one, under other names.
 
-    ours, theirs: by the beginning of a name, another beginning; the first that fits counts.
+    ours, theirs: by the prefix of a name, the new prefix; the first that fits counts.
     """
     return [
         replace(p, ours=renamed(p.ours, ours), theirs=tuple(renamed(name, theirs) for name in p.theirs)) for p in pairs
     ]
 
 
-def renamed(name: str, beginnings: Mapping[str, str]) -> str:
-    """A name with another beginning, if it has one of these."""
-    old = next((old for old in beginnings if name.startswith(old)), None)
-    return name if old is None else beginnings[old] + name.removeprefix(old)
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name with another prefix, if it has one of these."""
+    old = next((old for old in prefixes if name.startswith(old)), None)
+    return name if old is None else prefixes[old] + name.removeprefix(old)
 
 
 @dataclass(frozen=True)
@@ -274,11 +289,11 @@ class Blueprint:
     """What a configuration of theirs becomes.
 
     tokenizers, core, tasks: as `Model` takes them.
-    pairs: every tensor of the model, and those of theirs with the same numbers.
-    copies: by the name of a tensor of theirs that some files hold twice, the name of the one that it equals.
+    pairs: one for each tensor of our model.
+    copies: by the name of a tensor of theirs that some files store twice, the name of its original.
     derived: patterns of tensors of theirs that follow from the configuration, such as tables of angles.
-    unused: patterns of tensors that are not part of this model, and why; each is reported, never dropped in silence.
-    spare: patterns of small tensors that only training used; they are stored with the origin, so that they can be given back.
+    unused: patterns of tensors that are not part of this model, and why; `Pretrained.unused` reports them.
+    spare: patterns of small tensors that only training used; the checkpoint stores them, so that they are exported again.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -292,10 +307,10 @@ class Blueprint:
 
 
 class Family(ABC):
-    """One layout of trained weights. Subclass, set `names`, and write `read`.
+    """A group of models with one layout of configuration and tensors. Subclass, set `names`, and write `read`.
 
     names: the values of "model_type" in a config.json that this class reads.
-    peers: by task, the class of transformers that computes it too, or "timm"; `multimodal.pretrained.gate` compares with it.
+    peers: by task, the class of transformers that computes it too, or "timm"; `gate.compare` compares with it.
     """
 
     names: tuple[str, ...]
@@ -309,19 +324,19 @@ class Family(ABC):
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         """Our declarations for a configuration, and the pairs of tensors.
 
-        files: what lies beside the weights, such as tokenizer.json, by name. names: of the tensors that there are, by which
-        folders of a model with and without its head are told apart.
+        files: by name, the files beside the weights, such as tokenizer.json. names: of the tensors; they show whether the head
+        is there.
 
         Raises:
-            CheckpointError: a field whose meaning we do not know or cannot do, by name.
+            CheckpointError: a field that is missing, or has a value that is not supported.
         """
 
     def peer(self, task: str, names: Sequence[str]) -> str | None:
         """Which of `peers` computes a task of the model with these tensors; None: there is none."""
         return self.peers.get(task)
 
-    def asked(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
-        """The arguments of the peer, if it wants more than ids, pixels or frames; read: how many ids stand before the answer."""
+    def peer_inputs(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
+        """The arguments of the peer, from its ids, pixels or frames; read: how many ids stand before the answer."""
         return inputs
 
 
@@ -331,5 +346,5 @@ def attention_names(block: int, layer: int = 0) -> str:
 
 
 def matching(patterns: Sequence[str], name: str) -> str | None:
-    """The first of these patterns that a name matches as a whole."""
+    """The first of these patterns that matches the whole name."""
     return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)

@@ -1,10 +1,10 @@
-"""The gate: a loaded model beside the library that it came from, on the same input, packed and alone.
+"""The check of a loaded model: it computes what its own library computes of the same input, packed and alone.
 
-Each family names its peers, the classes that compute its tasks in that library. What both are given follows from the tokenizers and
-what is compared from the head:
+Each family names its peers, the classes of that library that compute its tasks. The tokenizers determine the inputs, and the head
+what is compared:
 
 head                           compared
-NextToken                      logits of random ids, from the last token that was read on
+NextToken                      logits of the answer, whose ids are random
 Classify, EachRow              logits
 Contrast of two kinds          logits of pairs, and the vectors of both sides
 Contrast of one kind           states, and the vectors if the pool has weights
@@ -34,10 +34,10 @@ from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal.tower import Tower
 from multimodal_tokenizers import ClassTokens, Ids, ImagePatches, SpectrogramPatches, WhisperFrames
 
-MOST = 1e-4  # the largest difference that passes, in float32
+TOLERANCE = 1e-4  # the largest difference that passes, in float32
 LENGTHS = (5, 17)  # of the texts in tokens
 SIZES = ((256, 300), (320, 256))  # of the pictures in pixels, rows and columns
-SHARES = (0.1, 0.4)  # of the longest sound
+SHARES = (0.1, 0.4)  # of the longest sound that fits
 
 What = Literal["logits", "states", "vectors", "logits of pairs"]
 Peer = Callable[..., Mapping[str, Tensor]]
@@ -47,8 +47,8 @@ Peer = Callable[..., Mapping[str, Tensor]]
 class Difference:
     """One input of the comparison.
 
-    case: what was compared of what.
-    packed, alone: the largest difference, packed with the others and by itself.
+    case: what was compared, and the input.
+    packed, alone: the largest difference, packed with other inputs and by itself.
     """
 
     case: str
@@ -58,12 +58,12 @@ class Difference:
     @property
     def passed(self) -> bool:
         """Whether both are small enough."""
-        return self.packed <= MOST and self.alone <= MOST  # NaN is never small enough
+        return self.packed <= TOLERANCE and self.alone <= TOLERANCE  # NaN is never small enough
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input of both sides: a sample of ours, and what theirs computes of it."""
+    """An input: a sample of ours, and what theirs computes of it."""
 
     what: What
     name: str
@@ -73,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Value:
-    """A value of both sides: what ours reads, and the arguments of theirs by name."""
+    """A value: what ours reads, and the arguments of theirs by name."""
 
     name: str
     ours: Any
@@ -86,7 +86,7 @@ def compare(source: str | Path | nn.Module, **options: Any) -> list[Difference]:
     source, options: as `pretrained` takes them.
 
     Raises:
-        CheckpointError: it cannot be loaded, the library is not installed or has no such model.
+        CheckpointError: it cannot be loaded, or its library is not installed or does not compute its tasks.
     """
     if isinstance(source, nn.Module) and hasattr(source, "save_pretrained"):
         with tempfile.TemporaryDirectory() as folder:
@@ -94,12 +94,14 @@ def compare(source: str | Path | nn.Module, **options: Any) -> list[Difference]:
             return compare(folder, **options)
     loaded = pretrained(source, **options)
     if options.get("part", "both") != "both":
-        raise CheckpointError(f"{loaded.name}: not checked: this is the {options['part']} tower alone; check both")
+        raise CheckpointError(
+            f"{loaded.name}: not checked: this is the {options['part']} tower alone; leave part out to check both"
+        )
     family, model = family_of(loaded.name, loaded.origin["config"]), loaded.model()
     peers = {task: family.peer(task, loaded.origin["tensors"]) for task in model.tasks}
     if missing := [task for task, peer in peers.items() if peer is None]:
         raise CheckpointError(
-            f"{loaded.name}: not checked: no library is known here that computes {missing[0]!r} of models of type "
+            f"{loaded.name}: not checked: no known library computes {missing[0]!r} of models of type "
             f"{family.names[0]!r}"
         )
     load = cache(lambda peer: _theirs(loaded, source, peer))
@@ -109,7 +111,7 @@ def compare(source: str | Path | nn.Module, **options: Any) -> list[Difference]:
             module = load(peer)
 
             def call(inputs: Mapping[str, Tensor], read: int = 0, module: nn.Module = module) -> Mapping[str, Tensor]:
-                return module(**family.asked(inputs, read))
+                return module(**family.peer_inputs(inputs, read))
 
             found += _differences(model, task, list(_cases(loaded, model, task, call)))
     return found
@@ -130,9 +132,9 @@ def _differences(model: Model, task: str, cases: Sequence[Case]) -> Iterator[Dif
 
 @torch.inference_mode()
 def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], what: What) -> list[Tensor]:
-    """Of each sample its logits, the states of what it reads, or its vector, all packed together."""
+    """For each sample its logits, the states of what it reads, or its vector; all are packed together."""
     if what == "vectors":
-        return list(_sized(model.vectors(task, samples)))
+        return list(_normed(model.vectors(task, samples)))
     if what == "logits of pairs":
         left_NF, right_NF = (model.vectors(task, samples, side=side) for side in ("left", "right"))
         readout: Any = model.readout(task)
@@ -152,7 +154,7 @@ def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], what: W
 
 
 def _theirs(loaded: Pretrained, source: Any, peer: str) -> nn.Module:
-    """The peer of a model, in evaluation mode; it is called with arguments by name and returns tensors by name."""
+    """The peer of a model, in evaluation mode, called with arguments by name; it returns tensors by name."""
     if peer == "timm":
         return _Timm(_timm(loaded, source))
     try:
@@ -170,7 +172,7 @@ def _theirs(loaded: Pretrained, source: Any, peer: str) -> nn.Module:
 
 
 def _timm(loaded: Pretrained, source: Any) -> nn.Module:
-    """The module itself, or of a folder in its layout a new one."""
+    """The given module, or a new one with the weights of a folder."""
     if isinstance(source, nn.Module):
         return source.eval()
     import timm
@@ -181,7 +183,7 @@ def _timm(loaded: Pretrained, source: Any) -> nn.Module:
     differ = [name for name, value in described(made).items() if value != config[name]]
     if differ:
         raise CheckpointError(
-            f"{loaded.name}: not checked: its {', '.join(differ)} are not those of timm's {config['architecture']}; give the "
+            f"{loaded.name}: not checked: {', '.join(differ)} differ from timm's {config['architecture']}; give the "
             "module itself to multimodal.pretrained.gate.compare"
         )
     made.load_state_dict(dict(sources.find(source).tensors))
@@ -223,28 +225,30 @@ def _cases(loaded: Pretrained, model: Model, task: str, call: Peer) -> Iterator[
         if len(values) == 2:
             yield Case("logits of pairs", name, sample, found["logits_per_image"][0, 0])
             for field, value in values.items():
-                yield Case("vectors", value.name, {field: value.ours}, _sized(found[vectors[field]][0]))
+                yield Case("vectors", value.name, {field: value.ours}, _normed(found[vectors[field]][0]))
             continue
         yield Case("states", name, {**sample, fields[1].name: None}, found["last_hidden_state"][0])
         if head.pools and head.pools[0].weights(core.width) is not None:
             projected = vectors.get(fields[0].kind, "")
             key = projected if projected in found else "pooler_output"
-            yield Case("vectors", name, sample, _sized(found[key][0]))
+            yield Case("vectors", name, sample, _normed(found[key][0]))
 
 
-def _sized(vector_F: Tensor) -> Tensor:
-    """Of unit length times the root of the width: the numbers are as large as those of normed states, whatever the width."""
+def _normed(vector_F: Tensor) -> Tensor:
+    """Scaled to the length sqrt(width), so that its numbers are about as large as those of normed states."""
     return F.normalize(vector_F, dim=-1) * vector_F.shape[-1] ** 0.5
 
 
 def _continued(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
-    """Of a model with one core: what it reads, and behind it the answer, as one row of ids with one for each token of a picture."""
+    """With one core: one row of ids has what is read, a placeholder for each token of a picture, and the answer."""
     pattern, config = model.packer.patterns[task], loaded.origin["config"]
     alone = len(pattern.reads) == 1
     values = {f.name: value_of(loaded, f.kind, i, 1 if alone else 4 + i) for f in pattern.reads}
     answer = value_of(loaded, pattern.writes.kind, i + len(LENGTHS), LENGTHS[i])
-    hole = config.get("image_token_id", config.get("image_token_index"))
-    parts = [value.theirs.get("input_ids", torch.full((1, len(value.ours)), hole or 0)) for value in values.values()]
+    image_id = config.get("image_token_id", config.get("image_token_index"))
+    parts = [
+        value.theirs.get("input_ids", torch.full((1, len(value.ours)), image_id or 0)) for value in values.values()
+    ]
     inputs = {key: x for value in values.values() for key, x in value.theirs.items()}
     read = sum(part.shape[1] for part in parts)
     inputs["input_ids"] = torch.cat([*parts, answer.theirs["input_ids"]], 1)
@@ -254,7 +258,7 @@ def _continued(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) 
 
 
 def _after_encoder(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
-    """Of a model with two cores: what the first one reads, and the answer that the second one writes."""
+    """With two cores: the first reads, the second writes the answer."""
     pattern, head = model.packer.patterns[task], model.packer.heads[task]
     assert isinstance(head, NextToken)
     (field,) = pattern.reads
@@ -268,9 +272,9 @@ def _after_encoder(loaded: Pretrained, model: Model, task: str, call: Peer, i: i
 
 
 def value_of(loaded: Pretrained, kind: str, i: int, count: int, *, ends: bool = False) -> Value:
-    """Random value number i of a kind; what is a picture or a sound is prepared by our tokenizer for both sides.
+    """Random value number i of a kind; our tokenizer prepares pictures and sounds for both sides.
 
-    count: of a text, its tokens. ends: whether a text ends with the token that ends texts, whose state is the vector of CLIP.
+    count: tokens of a text. ends: whether a text ends with the end token, whose state is CLIP's vector.
     """
     generator = torch.Generator().manual_seed(i)
     tokenizer = loaded.tokenizers[kind]
@@ -296,11 +300,11 @@ def value_of(loaded: Pretrained, kind: str, i: int, count: int, *, ends: bool = 
 
 
 def _ids(config: Mapping[str, Any], vocab: int, count: int, generator: torch.Generator, ends: bool) -> Tensor:
-    """Random ids without those that the configuration names, such as that of padding or of a picture."""
+    """Random ids, without special ones that the configuration names, such as that of padding."""
     every = {**config, **(config.get("text_config") or {})}
     named = {name: value for name, value in every.items() if name.endswith(("_token_id", "_token_index"))}
     special = {i for value in named.values() for i in (value if isinstance(value, list) else [value])}
-    # the last one, because of some configurations CLIP takes the state of the highest id
+    # without the last one: with some configurations CLIP pools at the highest id
     free = [i for i in range(vocab - 1) if i not in special] or list(range(vocab))
     ids = torch.tensor(free)[torch.randint(len(free), (count,), generator=generator)]
     if ends:

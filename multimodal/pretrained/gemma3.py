@@ -1,7 +1,7 @@
-"""Gemma 3 (Gemma Team 2025), the models of text alone."""
+"""Gemma 3 (Gemma Team 2025), the text-only models."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from multimodal.attention import DotProduct, ScaledDotProduct
@@ -13,14 +13,16 @@ from multimodal.norm import Norm
 from multimodal.positions import Rotary
 from multimodal.pretrained.family import Blueprint, Family, Settings, activation
 from multimodal.pretrained.llama import decoder_pairs, scaled_rotary, stop_of, windows_of
-from multimodal.pretrained.texts import adds_tokens, text_tokenizer
+from multimodal.pretrained.texts import adds_tokens, check_head, text_tokenizer
+from multimodal.shapes import CheckpointError
 from multimodal.task import Task
+from multimodal.texts import short_repr
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Gemma3(Family):
-    """Causal language models with norms on both sides of each layer, in most of which a token sees only those near it."""
+    """Causal language models with norms on both sides of each layer, most of which have sliding-window attention."""
 
     names = ("gemma3_text",)
     peers: ClassVar = {"text -> text": "AutoModelForCausalLM"}
@@ -36,7 +38,10 @@ class Gemma3(Family):
         tied = settings.get("tie_word_embeddings", True)
         scalar = settings.get("query_pre_attn_scalar", 256)
         mlp = MLP(activation=activation(settings, "hidden_activation", "gelu_pytorch_tanh"), merge=SandwichNorm())
-        rotary = rotaries_of(settings, {FULL: 1e6, SLIDING: 1e4}, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"})
+        rotary = rotaries_of(
+            settings, {FULL: 1e6, SLIDING: 1e4}, {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}, (FULL,)
+        )
+        window = settings.get("sliding_window", 4096)
 
         def attention(window: int | None) -> SelfAttention:
             return SelfAttention(
@@ -47,7 +52,7 @@ class Gemma3(Family):
                 merge=SandwichNorm(),
             )
 
-        blocks = tuple((attention(window), mlp) for window in windows_of(every_sixth(settings, depth), depth))
+        blocks = tuple((attention(window), mlp) for window in windows_of(every_sixth(settings, depth), depth, window))
         core = Core(
             width=width,
             depth=depth,
@@ -60,11 +65,12 @@ class Gemma3(Family):
             score=ScaledDotProduct() if scalar == key_width else DotProduct(scale=scalar**-0.5),
             block=blocks[0] if len(set(blocks)) == 1 else blocks,
         )
-        # a text that is read begins with a token of its own, without which these models write badly
+        # a text begins with a token of its own, without which these models write badly
         text = text_tokenizer(settings, files, scale=math.sqrt(width), template=adds_tokens(files))
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
+        check_head(settings, tied=tied, bare=bare)
         cap = settings.get("final_logit_softcapping")
-        head = NextToken(start_ids=(), stop_id=stop_of(settings), tied=tied or bare, bias=False, cap=cap)
+        head = NextToken(start_ids=(), stop_id=stop_of(settings, 1), tied=tied, bias=False, cap=cap)
         return Blueprint(
             {"text": text},
             core,
@@ -74,17 +80,23 @@ class Gemma3(Family):
         )
 
 
-def rotaries_of(settings: Settings, defaults: Mapping[str, float], old: Mapping[str, str]) -> dict[str, Rotary]:
+def rotaries_of(
+    settings: Settings, defaults: Mapping[str, float], old: Mapping[str, str], scaled: Collection[str]
+) -> dict[str, Rotary]:
     """By kind of layer, its rotary positions.
 
-    defaults: by kind, the base where none is given. old: by kind, the field of the base in older configurations, whose
-        "rope_scaling" is that of the layers without a window.
+    defaults: by kind, the base where none is given. old: by kind, the field of the base in older configurations. scaled: the kinds
+        that their "rope_scaling" changes.
     """
-    given: dict[str, Any] = {kind: dict(value) for kind, value in settings.get("rope_parameters", {}).items()}
-    scaling = settings.get("rope_scaling", {})
+    given, scaling = settings.get("rope_parameters", {}), settings.get("rope_scaling", {})
+    if not all(kind in defaults and isinstance(value or {}, Mapping) for kind, value in given.items()):
+        raise CheckpointError(
+            f"{settings.where}: rope_parameters={short_repr(given)} is not supported; wanted those of {' and '.join(defaults)}, by "
+            "name"
+        )
     found = {}
     for kind, default in defaults.items():
-        own = given.get(kind) or (dict(scaling) if kind == FULL else {})
+        own: dict[str, Any] = {**(given.get(kind) or {}), **(scaling if kind in scaled else {})}
         base = settings.get(old[kind], default)
         base = own.pop("rope_theta", base)
         found[kind] = scaled_rotary(settings.where, base, own) or Rotary(base=(float(base), 100.0, 100.0))
@@ -92,9 +104,9 @@ def rotaries_of(settings: Settings, defaults: Mapping[str, float], old: Mapping[
 
 
 def every_sixth(settings: Settings, depth: int) -> Settings:
-    """The settings with the list of layers that older configurations leave out: every sixth one sees all."""
+    """The settings with the list of layers that older configurations leave out: every sixth has full attention."""
     every = settings.get("sliding_window_pattern", 6)
     if settings.get("layer_types") is not None:
         return settings
     kinds = [FULL if (i + 1) % every == 0 else SLIDING for i in range(depth)]
-    return Settings(settings.where, {"layer_types": kinds, "sliding_window": settings.get("sliding_window", 4096)})
+    return Settings(settings.where, {"layer_types": kinds})

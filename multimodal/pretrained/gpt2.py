@@ -20,7 +20,7 @@ from multimodal.pretrained.family import (
     transposed,
 )
 from multimodal.pretrained.llama import stop_of
-from multimodal.pretrained.texts import text_tokenizer
+from multimodal.pretrained.texts import check_head, text_tokenizer
 from multimodal.task import Task
 
 
@@ -52,8 +52,8 @@ class GPT2(Family):
             block=(SelfAttention(bias=("query", "key", "value", "out")), mlp),
         )
         prefix = "transformer." if any(name.startswith("transformer.") for name in names) else ""
-        # without a prefix it was saved without its head, which is the table of embeddings
-        head = NextToken(start_ids=(), stop_id=stop_of(settings), tied=tied or not prefix, bias=False)
+        check_head(settings, tied=tied, bare=not prefix)
+        head = NextToken(start_ids=(), stop_id=stop_of(settings, 50256), tied=tied, bias=False)
         return Blueprint(
             {"text": text_tokenizer(settings, files)},
             core,

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and what has its layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
+"""Llama (Touvron et al. 2023) and models of the same layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from multimodal.pretrained.family import (
     same,
     stacked,
 )
-from multimodal.pretrained.texts import text_tokenizer
+from multimodal.pretrained.texts import check_head, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
 
@@ -49,7 +49,7 @@ class Llama(Family):
         settings.only("rope_interleaved", False)
         mlp = MLP(activation=activation(settings, "hidden_act", "silu"), bias=settings.get("mlp_bias", False))
         base, rotary = rotary_of(settings)
-        windows = windows_of(settings, depth)
+        windows = windows_of(settings, depth, *window_of(settings, family))
 
         def attention(window: int | None) -> SelfAttention:
             return SelfAttention(
@@ -74,7 +74,13 @@ class Llama(Family):
         )
         text = text_tokenizer(settings, files)
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
-        head = NextToken(start_ids=(), stop_id=stop_of(settings), tied=tied or bare, bias=False)
+        check_head(settings, tied=tied, bare=bare)
+        head = NextToken(
+            start_ids=(),
+            stop_id=stop_of(settings, 2 if family in ("llama", "mistral") else None),
+            tied=tied,
+            bias=False,
+        )
         return Blueprint(
             {"text": text},
             core,
@@ -86,9 +92,9 @@ class Llama(Family):
 
 
 def decoder_pairs(core: Core, prefix: str, tied: bool) -> Iterator[Pair]:
-    """The tensors of a language model of the layout that Llama, Qwen and Gemma share.
+    """The tensors of a language model, in the layout that Llama, Qwen and Gemma share.
 
-    prefix: before all names but that of the head. tied: whether the head has no matrix of its own.
+    prefix: of all names but the head's. tied: whether the head has no matrix of its own.
     """
     yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
     yield same("core.norm.weight", f"{prefix}norm.weight")
@@ -126,11 +132,11 @@ def decoder_block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
 
 
 def rotary_of(settings: Settings) -> tuple[float, Rotary | None]:
-    """The base of rotary positions, and what differs from the core's if they are scaled."""
-    given = settings.get("rope_parameters", {})
-    old = settings.get("rope_scaling", {})
-    base = given.get("rope_theta", settings.get("rope_theta", 10000.0))
-    scaling = {**old, **{name: value for name, value in given.items() if name != "rope_theta"}}
+    """The base of rotary positions, and their scaling if there is one."""
+    # where a file has both, the older field is the one that counts
+    given, old = settings.get("rope_parameters", {}), settings.get("rope_scaling", {})
+    scaling = dict(old or given)
+    base = scaling.pop("rope_theta", settings.get("rope_theta", 10000.0))
     return base, scaled_rotary(settings.where, base, scaling)
 
 
@@ -138,7 +144,7 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
     """Rotary positions with the scaling that "rope_parameters" name; None: there is none.
 
     Raises:
-        CheckpointError: a kind of scaling, or a field of it, that we do not have.
+        CheckpointError: a kind of scaling, or a field of it, that is not supported.
     """
     scaling = {name: value for name, value in scaling.items() if value is not None}
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
@@ -163,19 +169,28 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
     return Rotary(base=(float(base), 100.0, 100.0), factor=float(factor), bands=bands)
 
 
-def windows_of(settings: Settings, depth: int) -> list[int | None]:
-    """By block, the number of tokens that a token sees back, itself included; None: all."""
-    window = settings.get("sliding_window")
+def window_of(settings: Settings, family: str) -> tuple[int | None, int]:
+    """(the window, how many of the first layers have none): the families read the same fields differently.
+
+    Llama has no window, Mistral has it in every layer, and Qwen only if it is said to be used.
+    """
+    used, first = settings.get("use_sliding_window", False), settings.get("max_window_layers", 28)
+    window = settings.stated("sliding_window", 4096)
+    if family == "llama" or (family != "mistral" and not used):
+        return None, 0
+    return window, 0 if family == "mistral" else first
+
+
+def windows_of(settings: Settings, depth: int, window: int | None, first: int = 0) -> list[int | None]:
+    """By block, the size of its attention window, the token itself included; None: no window.
+
+    window: of the layers that have one; None: no layer has. first: how many layers have none, where "layer_types" does not say it.
+    """
     kinds = settings.get("layer_types")
-    used = settings.get("use_sliding_window", True)
-    # which layers have a window follows from this in older configurations, and from "layer_types" in newer ones
-    most = settings.get("max_window_layers")
-    if window is None or not used:
+    if window is None:
         return [None] * depth
-    if kinds is None and most is not None:
-        kinds = ["full_attention" if i < most else "sliding_attention" for i in range(depth)]
     if kinds is None:
-        kinds = ["sliding_attention"] * depth
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(depth)]
     if len(kinds) != depth:
         raise CheckpointError(f"{settings.where}: layer_types has {len(kinds)} layers, but there are {depth}")
     known = {"full_attention": None, "sliding_attention": window}
@@ -185,10 +200,10 @@ def windows_of(settings: Settings, depth: int) -> list[int | None]:
     return [known[kind] for kind in kinds]
 
 
-def stop_of(settings: Settings) -> int:
-    """The id that ends a text: the first one, if there are several."""
-    stop, begin = settings.get("eos_token_id"), settings.get("bos_token_id")
+def stop_of(settings: Settings, default: int | None = None) -> int:
+    """The id that ends a text: the first, if there are several; default: the id if the field is missing."""
+    stop, begin = settings.stated("eos_token_id", default), settings.get("bos_token_id")
     if isinstance(stop, (list, tuple)):
-        stop = stop[0]
-    # without one the first id of the vocabulary stands for it
+        stop = next(iter(stop), None)
+    # without one, bos_token_id or id 0 ends a text
     return next((i for i in (stop, begin) if isinstance(i, int)), 0)

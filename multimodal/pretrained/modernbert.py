@@ -30,10 +30,10 @@ from multimodal.tokenizer import Tokenizer
 
 
 class ModernBert(Family):
-    """Encoders of texts with rotary positions, in two of three layers of which a token sees only those near it.
+    """Text encoders with rotary positions, two of three layers of which have local attention.
 
-    Without a classifier it offers the pair "text <-> other:text", whose vectors are the mean of all states; with the head that
-    fills in hidden tokens also "text -> text".
+    Without a classifier there is the pair "text <-> other:text", whose vectors are the mean of all states; with the
+    masked-language-modelling head also "text -> text".
     """
 
     names = ("modernbert",)
@@ -56,9 +56,8 @@ class ModernBert(Family):
         settings.ignore("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "layer_norm_eps")
         norm = Norm(eps=settings.get("norm_eps", 1e-5), centred=True)
         mlp = MLP(activation=activation(settings, "hidden_activation", "gelu"))
-        rotary = rotaries_of(
-            settings, {FULL: 160000.0, SLIDING: 10000.0}, {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
-        )
+        bases = {FULL: 160000.0, SLIDING: 10000.0}
+        rotary = rotaries_of(settings, bases, {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}, tuple(bases))
         # half of the window to either side, and the token itself
         window = Window(settings.get("local_attention", 128) // 2 + 1)
         blocks = tuple(
@@ -124,7 +123,7 @@ def attention(rotary: Rotary, window: Window | None, *, first: bool) -> SelfAtte
 
 
 def kinds_of(settings: Settings, depth: int) -> list[str]:
-    """By block, whether its tokens see all or only those near them; older configurations say it by a number."""
+    """By block, full or sliding attention; older configurations give a period instead."""
     every = settings.get("global_attn_every_n_layers", 3)
     kinds = settings.get("layer_types") or [SLIDING if i % every else FULL for i in range(depth)]
     if len(kinds) != depth or set(kinds) - {FULL, SLIDING}:

@@ -1,4 +1,4 @@
-"""nanoVLM (Wiedmann et al. 2025): the vision tower of SigLIP, squares of patches, and SmolLM2, under names of its own."""
+"""nanoVLM (Wiedmann et al. 2025): the vision tower of SigLIP, a pixel shuffle, and SmolLM2, under names of its own."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,16 +35,16 @@ RENAMED = {
     ".input_layernorm.": ".norm1.",
     ".post_attention_layernorm.": ".norm2.",
 }
-"""By a part of Llama's names, that of nanoVLM's."""
+"""By a part of Llama's names, the same part of nanoVLM's."""
 
 
 class NanoVLM(Family):
-    """Writes about pictures: "image text -> text", or "before:text image text -> text" where a picture stands within the prompt.
+    """Writes about pictures: "image text -> text", or "before:text image text -> text" with a picture within the prompt.
 
-    All of it is causal, the tokens of a picture too.
+    Everything is causal, including the tokens of a picture.
 
-    The folder has no tokenizer: put the tokenizer.json that its configuration names beside the weights, or give lists of ids. Later
-    versions cut pictures into tiles; `pretrained(.., do_image_splitting=False)` reads them whole. Beyond the longest text of the
+    The folder has no tokenizer: put the tokenizer.json of its `lm_tokenizer` beside the weights, or give lists of ids. Later
+    versions cut pictures into tiles; `pretrained(.., do_image_splitting=False)` reads them as one. Beyond the longest text of the
     language model nanoVLM divides positions by a factor that depends on the length, and ours does not.
     """
 
@@ -71,13 +71,13 @@ class NanoVLM(Family):
                 f"{settings.where}: max_img_size={settings.get('max_img_size')} cuts pictures into tiles, which is not supported; "
                 "pretrained(.., do_image_splitting=False) reads them whole"
             )
-        image, eye = self._tokens(settings), self._eye(settings)
-        core, tied = self._words(settings), settings.get("lm_tie_weights", True)
+        image, vision = self._tokens(settings), self._vision_core(settings)
+        core, tied = self._text_core(settings), settings.get("lm_tie_weights", True)
         text = text_tokenizer(
             Settings(settings.where, {"vocab_size": settings.need("lm_vocab_size")}), files, specials=True
         )
         side, biased = settings.need("mp_pixel_shuffle_factor"), "MP.proj.bias" in names
-        tower = Tower(image, eye, PixelShuffle(side, Linear(bias=biased)), causal=True)
+        tower = Tower(image, vision, PixelShuffle(side, Linear(bias=biased)), causal=True)
         # of SmolLM2's tokenizer, which is not in the folder: the end of a turn of a chat, or of a text
         end = 2 if "<|im_end|>" in settings.get("lm_chat_template", "") else 0
         head = NextToken(start_ids=(), stop_id=end, tied=tied, bias=False)
@@ -93,7 +93,7 @@ class NanoVLM(Family):
         pairs += [
             same(f"embeds.image.connector.{kind}", f"MP.proj.{kind}") for kind in ("weight", "bias")[: 1 + biased]
         ]
-        pairs += moved(list(self._eye_pairs(eye, image)), TOWER, {})
+        pairs += moved(list(self._vision_pairs(vision, image)), TOWER, {})
         return Blueprint(
             {"image": tower, "text": text},
             core,
@@ -110,7 +110,7 @@ class NanoVLM(Family):
         of = ImagePatches(patch=patch, position="rotary", mean=0.0, std=1.0, edge="cut", fit=fit)
         return ClassTokens(of, count=0, table=(side // patch, side // patch))
 
-    def _eye(self, settings: Settings) -> Core:
+    def _vision_core(self, settings: Settings) -> Core:
         return Core(
             width=settings.need("vit_hidden_dim"),
             depth=settings.need("vit_n_blocks"),
@@ -122,7 +122,7 @@ class NanoVLM(Family):
             block=(SelfAttention(bias=BIASES), MLP(activation="gelu_tanh", gated=False, bias=True)),
         )
 
-    def _words(self, settings: Settings) -> Core:
+    def _text_core(self, settings: Settings) -> Core:
         return Core(
             width=settings.need("lm_hidden_dim"),
             depth=settings.need("lm_n_blocks"),
@@ -135,7 +135,7 @@ class NanoVLM(Family):
             rotary_base=(float(settings.get("lm_re_base", 100000)), 100.0, 100.0),
         )
 
-    def _eye_pairs(self, core: Core, tokens: ClassTokens) -> Iterator[Pair]:
+    def _vision_pairs(self, core: Core, tokens: ClassTokens) -> Iterator[Pair]:
         assert tokens.table is not None
         of: Any = tokens.of
         theirs, width = "vision_encoder", core.width

@@ -26,10 +26,10 @@ def as_qwen3(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
     """(configuration, tensors, files) of a folder that `AutoModelForCausalLM` loads.
 
-    The stop, and the learned start, become two more tokens behind those of the text.
+    The stop and the learned start become two more tokens at the end of the vocabulary.
 
     Raises:
-        ConfigError: the model has something that Qwen3 has not; the message says what to declare instead.
+        ConfigError: Qwen3 cannot hold the model; the message says what to declare instead.
     """
     core, text = _parts(model)
     vocab, state = text.vocab_size or 0, model.state_dict()
@@ -57,7 +57,7 @@ def as_qwen3(
     blueprint = blueprint_of(config)
     if differ := [name for name, value in vars(core).items() if _differs(name, value, blueprint.core)]:
         wanted = ", ".join(f"{name}={getattr(blueprint.core, name)!r}" for name in differ)
-        raise ConfigError(f"export: Qwen3 has no core with another {' and '.join(differ)}; train one with {wanted}")
+        raise ConfigError(f"export: Qwen3 cannot hold this core's {' and '.join(differ)}; train one with {wanted}")
     key = model.packer.keys[next(iter(model.tasks))]
     table_VD, start_1D = state["embeds.text.weight"] * getattr(text, "scale", 1.0), state[f"readouts.{key}.query"]
     nothing_1D = torch.zeros_like(start_1D)
@@ -66,7 +66,7 @@ def as_qwen3(
         "embeds.text.weight": torch.cat([table_VD, nothing_1D, start_1D]),
         "readouts.text_NextToken.linear.weight": torch.cat([state[f"readouts.{key}.linear.weight"], nothing_1D]),
     }
-    # nothing keeps the logit of the start, which is 0, below the others, so it must be left out when writing
+    # the logit of the start is 0, which may be the largest, so generation must suppress it
     writing = {"bos_token_id": vocab + 1, "eos_token_id": vocab, "suppress_tokens": [vocab + 1]}
     files = {"generation_config.json": _json(writing), **_tokenizer_files(text)}
     return config, given_back(blueprint.pairs, weights), files
@@ -78,21 +78,21 @@ def _parts(model: Model) -> tuple[Core, Tokenizer]:
     head = model.packer.heads[tasks[0]]
     if list(model.packer.tokenizers) != ["text"] or len(tasks) != 1 or tasks[0] not in ("-> text", "text -> text"):
         raise ConfigError(
-            "export: only a model with one task, '-> text' or 'text -> text', has a place in the layout of Qwen3; this one has "
+            "export: the layout of Qwen3 holds a model with one task, '-> text' or 'text -> text'; this one has "
             f"{', '.join(map(repr, tasks))}"
         )
     text = model.packer.tokenizers["text"]
     if not isinstance(core, Core) or not isinstance(head, NextToken):
-        raise ConfigError("export: the layout of Qwen3 holds a Core with a NextToken head alone")
+        raise ConfigError("export: the layout of Qwen3 holds a Core with a NextToken head, and no other")
     if head != NextToken(label_smoothing=head.label_smoothing, bias=False):
-        raise ConfigError(f"export: Qwen3 has no place for what {head} has; train with NextToken(bias=False)")
+        raise ConfigError(f"export: Qwen3 cannot hold {head}; train with NextToken(bias=False)")
     if not text.causal and model.packer.patterns[tasks[0]].reads:
         raise ConfigError("export: Qwen3 reads causally; make the tokenizer with causal=True")
     return core, text
 
 
 def _differs(name: str, value: Any, other: Any) -> bool:
-    """Whether a setting of the core matters and is another than that of the layout."""
+    """Whether a setting of the core differs from that of the layout and changes what it computes."""
     if name in ("dropout", "drop_path", "kv_heads", "mlp_width"):  # training, and sizes that may be left to defaults
         return False
     if name == "rotary_base":  # rows and columns of a text are 0
@@ -113,9 +113,7 @@ def _tokenizer_files(text: Tokenizer) -> dict[str, bytes]:
         return {}
     made.add_special_tokens([AddedToken(name, special=True) for name in (STOP, START)])
     if made.token_to_id(STOP) != text.vocab_size:
-        raise ConfigError(
-            "export: this tokenizer.json skips ids, so that the stop and the start would get other numbers"
-        )
+        raise ConfigError("export: this tokenizer.json skips ids, so that the stop and the start would get wrong ids")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": STOP, "bos_token": START}
     return {"tokenizer.json": made.to_str().encode("utf-8"), "tokenizer_config.json": _json(settings)}
 

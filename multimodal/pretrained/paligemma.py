@@ -1,4 +1,4 @@
-"""PaliGemma (Beyer et al. 2024): the vision tower of SigLIP, a linear layer, and Gemma 1, which reads picture and prompt freely."""
+"""PaliGemma (Beyer et al. 2024): the vision tower of SigLIP, a linear layer, and Gemma 1, bidirectional over picture and prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,12 +26,14 @@ VISION = {
     "image_size": 224,
     "patch_size": 16,
 }
-"""What a configuration of SigLIP means where it says nothing."""
+"""The defaults of a configuration of SigLIP."""
 
 
 class PaliGemma(Family):
-    """Writes about pictures: "image text -> text", where the text is "<bos>" + the prompt + a new line, and read freely as the
-    picture is."""
+    """Writes about pictures: "image text -> text", where the text is "<bos>" + the prompt + a new line.
+
+    Picture and text are bidirectional.
+    """
 
     names = ("paligemma",)
     peers: ClassVar = {"image text -> text": "AutoModelForImageTextToText"}
@@ -55,32 +57,34 @@ class PaliGemma(Family):
         processor = dict(image_processor(files, default))
         # the number of tokens of a picture, which follows from its size
         processor.pop("image_seq_length", None)
-        image, eye = vision_tokens(vision, processor), encoder_core(vision)
+        image, vision_core = vision_tokens(vision, processor), encoder_core(vision)
         # of their other models and of counts; the projector has no activation
         vision.ignore("num_image_tokens", "projection_dim", "projector_hidden_act", "vision_use_head", "vocab_size")
         for part in (text, vision):
             part.finish()
 
-        words, sees = "language_model.model.", "vision_tower."
-        if any(name.startswith(f"{sees}vision_model.") for name in names):  # as versions before 5 write it
-            sees += "vision_model."
-        pairs: list[Pair] = [*decoder_pairs(core, words, tied=True)]
+        text_prefix, vision_prefix = "language_model.model.", "vision_tower."
+        if any(name.startswith(f"{vision_prefix}vision_model.") for name in names):  # as versions before 5 write it
+            vision_prefix += "vision_model."
+        pairs: list[Pair] = [*decoder_pairs(core, text_prefix, tied=True)]
         pairs += affine("embeds.image.connector", "multi_modal_projector.linear")
-        pairs += moved(list(vision_pairs(eye, image, sees)), TOWER, {})
+        pairs += moved(list(vision_pairs(vision_core, image, vision_prefix)), TOWER, {})
         return Blueprint(
-            {"image": Tower(image, eye, Linear()), "text": reads},
+            {"image": Tower(image, vision_core, Linear()), "text": reads},
             core,
             [Task("image text -> text", head)],
             pairs,
-            copies=dict.fromkeys(("language_model.lm_head.weight", "lm_head.weight"), f"{words}embed_tokens.weight"),
+            copies=dict.fromkeys(
+                ("language_model.lm_head.weight", "lm_head.weight"), f"{text_prefix}embed_tokens.weight"
+            ),
             derived=[r".*rotary_emb\.inv_freq", r".*position_ids"],
             unused={
                 r"vision_tower\.(vision_model\.)?head\..*": "the pooling head of SigLIP, which PaliGemma does not use"
             },
         )
 
-    def asked(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
-        # 0 for what is read freely, 1 for what is causal
+    def peer_inputs(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
+        # 0: bidirectional, 1: causal
         kinds = (torch.arange(inputs["input_ids"].shape[1]) >= read).long()
         return {**inputs, "token_type_ids": kinds[None]}
 

@@ -1,7 +1,8 @@
-"""What the families of vision transformers share: their pictures, their classes, and the tensors of embeddings and blocks."""
+"""What encoders share: the preparation of pictures, classes, tasks, and the tensors of embeddings and blocks."""
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,9 @@ from multimodal_tokenizers import ImagePatches, Labels
 from multimodal_tokenizers.fit import image_settings
 
 PREPROCESSOR = "preprocessor_config.json"
+MOST_CLASSES = 2**20  # of a configuration without their names, lest memory ends before the tensors are seen
+OTHER_CLASSIFIERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+"""How the classes of models end whose tensors a classifier of whole values has too."""
 
 
 def sides(settings: Settings, name: str) -> tuple[int, int]:
@@ -31,7 +35,7 @@ def sides(settings: Settings, name: str) -> tuple[int, int]:
 
 
 def image_processor(files: Mapping[str, bytes], default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How pictures are prepared, as the files beside the weights say; default: where they say nothing."""
+    """The settings for pictures in the files beside the weights; default: if there are none."""
     for name in (PREPROCESSOR, "processor_config.json"):
         if name in files:
             found = json.loads(files[name])
@@ -55,30 +59,50 @@ def patches(settings: Settings, processor: Mapping[str, Any]) -> ImagePatches:
 
 
 def classes(settings: Settings) -> Labels:
-    """The classes of a classifier by their names; a name that several have gets its number behind it."""
-    config = settings.config
+    """The names of the classes; to a name that occurs twice its number is added.
+
+    Raises:
+        CheckpointError: its outputs are not classes of a whole value.
+    """
+    config, several = settings.config, settings.config.get("problem_type") == "multi_label_classification"
+    for name in config.get("architectures") or ():
+        if str(name).endswith(OTHER_CLASSIFIERS):
+            raise CheckpointError(
+                f"{settings.where}: its tensors have the names of a classifier of whole values, but a {name} is none; save it as "
+                "the encoder alone"
+            )
     # the two classes of a configuration that names none are not written
-    given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
+    given, count = config.get("id2label"), settings.get("num_labels", 2)
+    if not given and count > MOST_CLASSES:
+        raise CheckpointError(
+            f"{settings.where}: num_labels={count} is more than {MOST_CLASSES}; give their names as id2label"
+        )
+    given = given or {i: f"LABEL_{i}" for i in range(count)}
     names = [str(name) for _, name in sorted((int(i), name) for i, name in given.items())]
-    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return Labels(tuple(names), several=config.get("problem_type") == "multi_label_classification")
+    times = Counter(names)
+    names = [f"{name} ({i})" if times[name] > 1 else name for i, name in enumerate(names)]
+    if config.get("problem_type") == "regression" or (len(names) == 1 and not several):
+        raise CheckpointError(
+            f"{settings.where}: {len(names)} outputs with problem_type={config.get('problem_type')!r} are scores, and no "
+            "classes; save it as the encoder alone"
+        )
+    return Labels(tuple(names), several=several)
 
 
 def vectors(kind: str, pool: Pool, width: int) -> tuple[list[Task], list[Pair]]:
-    """For an encoder without a head, the task whose `Model.vectors` are its pooled states, and the pair of its unused scale."""
+    """The task of an encoder without a head, whose `Model.vectors` are its pooled states, and the pair of its unused scale."""
     head = Contrast(width=width, pool=pool, maps=())
     scale = new(f"readouts.{kind}__{kind}_Contrast.log_scale", lambda: torch.full((1,), math.log(1 / 0.07)))
     return [Task(f"{kind} <-> other:{kind}", head)], [scale]
 
 
 def new(ours: str, make: Callable[[], Tensor]) -> Pair:
-    """A weight of ours that theirs have nothing for, as a new model has it; it is not given back."""
+    """A weight of ours without a counterpart, initialised as in a new model; it is not exported."""
     return Pair(ours, (), make, lambda x: [])
 
 
 def classifier(kind: str, pool: Pool, labels: Labels, width: int, theirs: str) -> tuple[list[Task], list[Pair]]:
-    """The task of naming the class of a value of this kind; the weights of its linear layer, and of classes that are read, which is
-    new."""
+    """The task of classifying a value of this kind, the pairs of its linear layer, and a new embedding of classes."""
     pairs = affine("readouts.label_Classify.linear", theirs)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -109,20 +133,20 @@ def embedding_pairs(
 
 
 def positions_pair(kind: str, theirs: str, count: int, width: int) -> Pair:
-    """The learned positions of `ClassTokens`, which they store with an axis of size 1 before."""
+    """The learned positions of `ClassTokens`, which they store with a leading axis of size 1."""
     return shaped(f"embeds.{kind}.positions_ND", theirs, (count, width), (1, count, width))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderBlock:
-    """A block of a vision transformer: its layers, and the names of their tensors below that of the block.
+    """A block of an encoder: its layers, and the names of their tensors within the block.
 
     width, heads: of the core. hidden: hidden width of the MLP. activation, gated: of the MLP.
-    bias: which projections of the attention have one. mlp_bias: whether those of the MLP have.
-    merge: how updates join the stream; a LayerScale has its own names in `scales`.
-    rotary: whether queries and keys have rotary positions, whose pairs they store as halves.
-    projections, out, up, down, norms, scales: their names. `projections` are those of queries, keys and values, or a single one if
-        they are one tensor; `up` has two where the gate is a matrix of its own.
+    bias: which projections of the attention have a bias. mlp_bias: whether those of the MLP have.
+    merge: how a layer's output joins the stream; `scales` has the names of a LayerScale.
+    rotary: whether queries and keys have rotary positions, whose pairs are stored as halves.
+    projections, out, up, down, norms, scales: their names. `projections` are those of queries, keys and values, or one name if
+        they are one tensor; `up` has two names where the gate is a matrix of its own.
     """
 
     width: int
@@ -148,7 +172,7 @@ class EncoderBlock:
         return SelfAttention(bias=self.bias, merge=self.merge), mlp
 
     def pairs(self, i: int, theirs: str) -> Iterator[Pair]:
-        """The tensors of block i, whose name of theirs is given."""
+        """The tensors of block i; theirs: its name."""
         ours, width = f"core.blocks.{i}.layers", self.width
         turn = width // self.heads if self.rotary else None
         projections = [f"{theirs}.{name}" for name in self.projections]

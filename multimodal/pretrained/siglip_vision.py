@@ -1,4 +1,4 @@
-"""The encoders of CLIP and SigLIP (Zhai et al. 2023) as functions, for models that have one within too: PaliGemma, SmolVLM."""
+"""The encoders of CLIP and SigLIP (Zhai et al. 2023) as functions, also for models that contain one: PaliGemma, SmolVLM."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -12,20 +12,20 @@ from multimodal_tokenizers import ClassTokens
 
 BIASES = ("query", "key", "value", "out")
 TOWER = {"embeds.image.": "embeds.image.frozen_part.embed.", "core.": "embeds.image.frozen_part.core."}
-"""By the beginning of a name of our tensors in a model of its own, that in a tower for pictures."""
+"""By the prefix of our names in a model of its own, the prefix in a tower for pictures."""
 
 
 def vision_tokens(
     settings: Settings, processor: Mapping[str, Any], resample: Literal["bicubic", "nearest"] = "bicubic"
 ) -> ClassTokens:
-    """Patches of pictures with learned positions."""
+    """Image patches with learned positions."""
     of = patches(settings, processor)
     rows, columns = sides(settings, "image_size")
     return ClassTokens(of, count=0, table=(rows // of.patch, columns // of.patch), resample=resample)
 
 
 def encoder_core(settings: Settings, act: str = "gelu_pytorch_tanh", eps: float = 1e-6, **more: Any) -> Core:
-    """An encoder of pictures or texts; act, eps: what holds where the configuration says nothing."""
+    """An encoder of pictures or texts; act, eps: the defaults of the configuration."""
     mlp = MLP(activation=activation(settings, "hidden_act", act), gated=False, bias=True)
     return Core(
         width=settings.need("hidden_size"),
@@ -41,7 +41,7 @@ def encoder_core(settings: Settings, act: str = "gelu_pytorch_tanh", eps: float 
 
 
 def vision_pairs(core: Core, tokens: ClassTokens, theirs: str) -> Iterator[Pair]:
-    """The tensors, ours as those of a model of its own whose pictures are named "image"; theirs: before their names."""
+    """The tensors; ours are named as in a model of its own with the kind "image". theirs: the prefix of their names."""
     of: Any = tokens.of
     yield from embedding_pairs("image", f"{theirs}embeddings.patch_embedding", core.width, 3, of.patch)
     yield same("embeds.image.positions_ND", f"{theirs}embeddings.position_embedding.weight")

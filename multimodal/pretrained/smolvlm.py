@@ -1,4 +1,4 @@
-"""Idefics 3 (Laurencon et al. 2024) and SmolVLM (Marafioti et al. 2025): SigLIP, squares of patches, and Llama."""
+"""Idefics 3 (Laurencon et al. 2024) and SmolVLM (Marafioti et al. 2025): SigLIP, a pixel shuffle, and Llama."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,16 @@ VISION = {
     "image_size": 224,
     "patch_size": 32,
 }
-"""What their configurations mean where they say nothing."""
+"""The defaults of their configurations."""
 WORDS = {"model.": "model.text_model."}
 
 
 class SmolVLM(Family):
-    """Writes about pictures: "before:text image text -> text". All of it is causal, the tokens of a picture too.
+    """Writes about pictures: "before:text image text -> text". Everything is causal, including the tokens of a picture.
 
-    What their processor puts around a picture belongs to the texts: `before` ends with "<fake_token_around_image><global-img>", and
-    `text` begins with "<fake_token_around_image>". A picture is read whole: tiles are not supported, so that a model whose files
-    ask for them is loaded by `pretrained(.., do_image_splitting=False)`.
+    The tokens that their processor puts around a picture belong to the texts: `before` ends with
+    "<fake_token_around_image><global-img>", and `text` begins with "<fake_token_around_image>". Tiles are not supported: if the
+    files ask for them, `pretrained(.., do_image_splitting=False)` reads a picture as one.
     """
 
     names = ("idefics3", "smolvlm")
@@ -65,7 +65,7 @@ class SmolVLM(Family):
         if not settings.option("do_image_splitting", True, [True, False]):
             processor["do_image_splitting"] = False
         image = vision_tokens(vision, processor, "nearest")
-        eye = encoder_core(vision)
+        vision_core = encoder_core(vision)
         # how pictures are prepared is in a file of its own
         vision.ignore("max_image_size", "size", "use_base_siglip", "tie_word_embeddings")
         for part in (text, vision):
@@ -73,8 +73,8 @@ class SmolVLM(Family):
 
         pairs = moved(words.pairs, {}, WORDS)
         pairs.append(same("embeds.image.connector.weight", "model.connector.modality_projection.proj.weight"))
-        pairs += moved(list(vision_pairs(eye, image, "model.vision_model.")), TOWER, {})
-        tower = Tower(image, eye, PixelShuffle(side, Linear(bias=False)), causal=True)
+        pairs += moved(list(vision_pairs(vision_core, image, "model.vision_model.")), TOWER, {})
+        tower = Tower(image, vision_core, PixelShuffle(side, Linear(bias=False)), causal=True)
         head = words.tasks[0].head
         return Blueprint(
             {"image": tower, "text": text_tokenizer(text, files, specials=True)},
@@ -85,12 +85,12 @@ class SmolVLM(Family):
             derived=[*words.derived, r".*position_ids"],
         )
 
-    def asked(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
+    def peer_inputs(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
         # by sample and picture
         return {name: x[None] if name == "pixel_values" else x for name, x in inputs.items()}
 
 
 def _stops(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The end of what is written, which newer models say in a file of its own."""
+    """The stop ids, which newer models have in a file of their own."""
     found = json.loads(files.get("generation_config.json", b"{}"))
     return {name: found[name] for name in ("eos_token_id",) if found.get(name) is not None}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multimodal.files import parse_json
 from multimodal.shapes import CheckpointError, ConfigError
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 
 CONFIG = "config.json"
 BESIDE = ("tokenizer.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
@@ -24,13 +24,13 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True)
 class Source:
-    """A model of theirs that has been found, with its weights not yet read.
+    """A model of theirs, whose weights are not read yet.
 
-    name: what the user gave, for errors and records.
+    name: what the user gave.
     config: its configuration.
-    tensors: by name, its tensors, each read when it is asked for.
-    files: by name, the contents of the files beside them that say how data are prepared.
-    revision: the commit of a hub name; None: it has none.
+    tensors: its tensors by name; a tensor of a safetensors file is read when it is looked up.
+    files: by name, the contents of files beside the weights, such as tokenizer.json.
+    revision: the commit on the hub; None: it is not from the hub.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Source:
 def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> Source:
     """Find a model of theirs.
 
-    source: a folder with config.json and weights, or a file of weights in it; a name such as "facebook/dinov2-small"; or a model
-        of transformers or timm.
+    source: a folder with config.json and weights, or a file of weights in one; a name on the hub such as "facebook/dinov2-small";
+        or a model object of transformers or timm.
     revision: the branch, tag or commit of a hub name. pickle: whether a file of weights may be a pickle (.bin), which is read with
         `weights_only`; else only safetensors are read.
 
     Raises:
-        CheckpointError: nothing there, or files that cannot be read. ConfigError: something else was given.
+        CheckpointError: no such model, or files that cannot be read. ConfigError: another kind of source.
     """
     if isinstance(source, torch.nn.Module):
         return _of_module(source)
@@ -60,7 +60,7 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
     path = Path(source)
     if path.exists():
         if revision is not None:
-            raise ConfigError(f"pretrained: {path} is here, so revision={revision!r} has no meaning")
+            raise ConfigError(f"pretrained: {path} is a local path, which has no revision={revision!r}; leave it out")
         return _of_folder(str(source), path if path.is_dir() else path.parent, pickle, path if path.is_file() else None)
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         raise CheckpointError(
@@ -71,25 +71,46 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
 
 def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, revision: str | None = None) -> Source:
     config = _json(folder / CONFIG)
-    files = {beside: (folder / beside).read_bytes() for beside in BESIDE if (folder / beside).is_file()}
+    files = {beside: _text(folder / beside) for beside in BESIDE if (folder / beside).is_file()}
     found = [file] if file else [folder / name for name in (*WEIGHTS, *PICKLES) if (folder / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder}: there are no weights here; wanted {' or '.join(WEIGHTS)}")
     weights = found[0]
-    parts = [weights]
+    parts, file_of = [weights], {}
     if weights.name.endswith(".index.json"):
-        names = _json(weights).get("weight_map", {})
-        parts = [folder / part for part in sorted(set(names.values()))]
-        if any(Path(part.name) != part.relative_to(folder) for part in parts):
-            raise CheckpointError(f"{weights}: it names files outside its folder")
+        file_of = _weight_map(weights)
+        parts = [folder / part for part in sorted(set(file_of.values()))]
     if any(part.suffix != ".safetensors" for part in parts):
         if not pickle:
             raise CheckpointError(
-                f"{weights}: a pickle, which is read only if you say so: pretrained(.., pickle=True). It is then read with "
-                "weights_only, so that it can run no code; safetensors are better"
+                f"{weights}: a pickle, which is read only with pretrained(.., pickle=True), and then by weights_only, "
+                "which runs no code; safetensors are better"
             )
         return Source(name, config, _read_pickles(parts), files, revision)
-    return Source(name, config, _Lazy(parts), files, revision)
+    return Source(name, config, _Lazy(parts, file_of), files, revision)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """By tensor, the file in the folder of an index that has it."""
+    file_of = _json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
+        raise CheckpointError(
+            f"{index}: its weight_map is {short_repr(file_of)}; wanted the name of a file for each tensor"
+        )
+    for name, file in file_of.items():
+        if file != Path(file).name or file in ("", "..") or "\0" in file:
+            raise CheckpointError(f"{index}: it names files outside its folder: {name} in {file!r}")
+    return file_of
+
+
+def _text(path: Path) -> bytes:
+    """The content of a file that is text in UTF-8."""
+    data = path.read_bytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read: {shortened(error, 300)}") from None
+    return data
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -102,16 +123,28 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read when it is asked for."""
+    """The tensors of safetensors files, each read when it is looked up.
 
-    def __init__(self, parts: list[Path]) -> None:
+    said: by name, the file that an index says it is in; files of several versions of a model contradict it.
+    """
+
+    def __init__(self, parts: list[Path], said: Mapping[str, str]) -> None:
         self._file_of: dict[str, Any] = {}
         for part in parts:
             try:
                 opened = safe_open(part, framework="pt")
-                self._file_of |= dict.fromkeys(opened.keys(), opened)
+                names = set(opened.keys())
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{part}: cannot be read: {shortened(error, 300)}") from None
+            if twice := sorted(names & set(self._file_of)):
+                raise CheckpointError(
+                    f"{part}: another file has a tensor {twice[0]!r} too; which of them counts is not known"
+                )
+            if missing := sorted(name for name, file in said.items() if file == part.name and name not in names):
+                raise CheckpointError(
+                    f"{part}: there is no tensor {missing[0]!r}, which the index says is here; get all files of one version"
+                )
+            self._file_of |= dict.fromkeys(names, opened)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)
@@ -130,7 +163,9 @@ def _read_pickles(parts: list[Path]) -> dict[str, Tensor]:
             state = torch.load(part, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged or foreign pickle raises
             raise CheckpointError(f"{part}: cannot be read: {type(error).__name__}: {shortened(error, 300)}") from None
-        if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        if not isinstance(state, Mapping) or not all(
+            isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()
+        ):
             raise CheckpointError(f"{part}: wanted tensors by name")
         found |= state
     return found
@@ -149,29 +184,30 @@ def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
                 commit = HfApi().model_info(name, revision=revision).sha
             except HfHubHTTPError:
                 raise
-            except Exception:  # there is no connection, which each version of the library says in another way
+            except Exception:  # no connection; the class depends on the version of the library
                 cached = True
         get = partial(snapshot_download, name, revision=commit, local_files_only=cached)
         folder = Path(get(allow_patterns=wanted))
         if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
             folder = Path(get(allow_patterns=[*wanted, "*.bin", "*.bin.index.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    # ValueError: a name that the hub cannot have
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise CheckpointError(
-            f"pretrained: {name!r} is no folder here, and cannot be had from the hub: {shortened(error, 300)}"
+            f"pretrained: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
         ) from None
-    # a folder of the cache has the name of its commit
+    # a folder in the cache is named after its commit
     return _of_folder(name, folder, pickle, revision=folder.name if cached else commit)
 
 
 def _of_module(module: torch.nn.Module) -> Source:
     name = type(module).__name__
     if hasattr(module, "save_pretrained") and hasattr(module, "config"):
-        # their names in memory differ from those of their files, so it is written once
+        # names in memory differ from those in files, so the module is saved and read
         with tempfile.TemporaryDirectory() as folder:
             module.save_pretrained(folder)  # type: ignore[operator]
             source = _of_folder(name, Path(folder), False)
             return Source(name, source.config, {key: x.clone() for key, x in source.tensors.items()}, source.files)
-    if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration but themselves
+    if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration file
         from multimodal.pretrained.timm_vit import CLASSES, described
 
         config = {"model_type": f"timm:{name}", **(described(module) if name in CLASSES else {})}
@@ -189,9 +225,18 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """
     from safetensors.torch import save_file
 
+    known = {*BESIDE, "tokenizer_config.json"}
+    if foreign := [name for name in files if name not in known]:
+        # a checkpoint that others made could name any place on this machine
+        raise CheckpointError(
+            f"{folder}: a file {foreign[0]!r} is none that is written here; there are {', '.join(sorted(known))}"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there are files here already; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the folder cannot be made: {error.strerror or error}") from error
     save_file({name: x.contiguous().clone() for name, x in tensors.items()}, folder / WEIGHTS[0], {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, data in files.items():

@@ -13,11 +13,11 @@ from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import ClassTokens, SpectrogramPatches
 
 UNUSED = ("feature_extractor_type", "processor_class", "feature_size", "return_attention_mask", "padding_side")
-"""Fields of the preprocessor that say nothing about numbers."""
+"""Fields of the preprocessor that do not change the numbers."""
 
 
 def sound(settings: Settings, files: Mapping[str, bytes]) -> SpectrogramPatches:
-    """The patches of a sound, as the configuration and preprocessor_config.json prepare them."""
+    """The tokenizer, as the configuration and preprocessor_config.json declare it."""
     patch, stride = settings.need("patch_size"), settings.need("frequency_stride")
     settings.only("time_stride", stride)
     frames, mels = settings.need("max_length"), settings.need("num_mel_bins")
@@ -40,9 +40,9 @@ def sound(settings: Settings, files: Mapping[str, bytes]) -> SpectrogramPatches:
 
 
 class AST(Family):
-    """Encoders of sounds with two learned tokens and learned positions of a fixed length.
+    """Sound encoders of a fixed length, with two learned tokens and learned positions.
 
-    Options: cut, False by default: a longer sound, which transformers cuts in silence, is refused; True: its beginning is read.
+    Options: cut, False by default, which refuses a longer sound; True reads its beginning, as transformers silently does.
     """
 
     names = ("audio-spectrogram-transformer",)

@@ -29,9 +29,9 @@ from multimodal.task import Task
 
 
 class T5(Family):
-    """Encoders and decoders with a bias for each range of distances, which all layers share.
+    """Encoder-decoders with bucketed relative position biases, which all layers share.
 
-    An encoder alone offers the pair "text <-> other:text", whose vectors are the mean of all states.
+    An encoder alone has the pair "text <-> other:text", whose vectors are the mean of all states.
     """
 
     names = ("t5",)
@@ -46,7 +46,7 @@ class T5(Family):
         tie = settings.get("tie_word_embeddings", True)
         scaled = settings.get("scale_decoder_outputs", tie)
         start = settings.get("decoder_start_token_id", settings.get("pad_token_id", 0))
-        depth, stop = settings.need("num_layers"), stop_of(settings)
+        depth, stop = settings.need("num_layers"), stop_of(settings, 1)
         reader = core_of(settings, depth, writes=False)
         writer = core_of(settings, settings.get("num_decoder_layers", depth), writes=True)
         text = text_tokenizer(settings, files, causal=False, template=adds_tokens(files))

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from multimodal.heads import EachRow
 from multimodal.heads.pool import Transformed
 from multimodal.pretrained.family import Pair, Settings, same
+from multimodal.shapes import CheckpointError
 from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import Ids, TextBPE
 
@@ -15,7 +16,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def adds_tokens(files: Mapping[str, bytes]) -> bool:
-    """Whether tokenizer.json puts tokens around a text, such as a first token that every text begins with."""
+    """Whether tokenizer.json adds tokens to a text, such as one at its beginning."""
     return (
         TOKENIZER in files
         and HFTokenizer.from_str(files[TOKENIZER].decode("utf-8")).num_special_tokens_to_add(is_pair=False) > 0
@@ -23,7 +24,7 @@ def adds_tokens(files: Mapping[str, bytes]) -> bool:
 
 
 def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bool = True, **options: Any) -> Tokenizer:
-    """The tokenizer of tokenizer.json, with as many ids as the model has; without that file, one whose values are lists of ids."""
+    """The tokenizer of tokenizer.json, with as many ids as the model has; without that file, `Ids`."""
     vocab = settings.need("vocab_size")
     if TOKENIZER not in files:
         return Ids(vocab, causal, **{name: options[name] for name in ("scale",) if name in options})
@@ -31,8 +32,17 @@ def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bo
     return TextBPE(spec, causal=causal, lossy=True, ids=vocab, **options)
 
 
+def check_head(settings: Settings, *, tied: bool, bare: bool) -> None:
+    """Raise a CheckpointError if a model that writes was saved without its head, and no other tensor has the head's numbers."""
+    if bare and not tied:
+        raise CheckpointError(
+            f"{settings.where}: it was saved without its head, and tie_word_embeddings=False says that the table of embeddings is "
+            "none, so that it cannot write; save the model with its head"
+        )
+
+
 def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) -> list[Pair]:
-    """The tensors of a dense layer and a norm behind it, as far as they are declared, by the names of the two."""
+    """The tensors of a linear layer and of the norm after it, as far as declared; dense, norm: their names."""
     found = [same(f"{ours}.dense.linear.{part}", f"{dense}.{part}") for part in ("weight", "bias")]
     found = found if transform.bias else found[:1]
     if transform.last_norm is not None:
@@ -42,7 +52,7 @@ def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) 
 
 
 def filling_pairs(head: EachRow, dense: str, norm: str, weight: str, bias: str) -> list[Pair]:
-    """The tensors of the head of "text -> text" that fills in hidden tokens; weight, bias: of its logits."""
+    """The tensors of the masked-language-modelling head of "text -> text"; weight, bias: of its logits."""
     ours = "readouts.text_EachRow"
     assert head.transform is not None
     found = transformed_pairs(head.transform, f"{ours}.pool", dense, norm)

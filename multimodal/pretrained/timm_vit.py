@@ -1,4 +1,4 @@
-"""timm's VisionTransformer as an object, in whose layout ViT, DeiT, DINOv2, CLIP's and SigLIP's encoders of pictures exist."""
+"""Objects of timm's VisionTransformer: ViT, DeiT, DINOv2, and the image encoders of CLIP and SigLIP."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -36,10 +36,10 @@ PARTS = {
 
 
 def described(module: nn.Module) -> dict[str, Any]:
-    """What such a module computes, as the fields of a configuration, which it has not: JSON values.
+    """What such a module computes, as a configuration of JSON values.
 
     Raises:
-        CheckpointError: a part of it that is not known here.
+        CheckpointError: a part that is not supported.
     """
     import timm.data
 
@@ -117,7 +117,7 @@ def _activation(part: nn.Module) -> str | None:
 
 
 def _labels(vit: Any, cfg: Mapping[str, Any]) -> dict[str, str]:
-    """The names of the classes by their numbers."""
+    """The names of the classes by number."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     count = vit.num_classes
@@ -210,7 +210,7 @@ class TimmViT(Family):
         return ClassTokens(of, int(count), settings.need("placed"), table, "antialiased")
 
     def _pool(self, settings: Settings, norm: Norm, block: EncoderBlock, learned: int) -> Pool:
-        """What becomes of the states before the linear layer."""
+        """The pool before the linear layer."""
         kind, classified = settings.get("pool"), settings.need("num_classes")
         if settings.need("distilled"):
             if classified:
@@ -227,7 +227,7 @@ class TimmViT(Family):
         elif kind == "avg":
             pool = Mean(0 if settings.need("pool_include_prefix") else learned)
         elif kind == "token" or (not kind and not classified):
-            # without a pool the states themselves are what it gives
+            # without a pool it returns the states themselves
             pool = First() if learned else Mean()
         else:
             raise CheckpointError(f"{settings.where}: global_pool={kind!r} is not known here")

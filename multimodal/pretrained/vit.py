@@ -57,7 +57,7 @@ def encoder_core(settings: Settings, block: EncoderBlock, eps: float = 1e-12) ->
 
 
 class ViT(Family):
-    """Encoders of pictures with a class token and learned positions."""
+    """Image encoders with a class token and learned positions."""
 
     names = ("vit", "deit")
     peers: ClassVar = {"image <-> other:image": "AutoModel", "image -> label": "AutoModelForImageClassification"}
@@ -67,7 +67,7 @@ class ViT(Family):
         block = encoder_block(settings)
         core = encoder_core(settings, block)
         rows, columns = sides(settings, "image_size")
-        # the decoder of masked images is a tensor that nothing uses, so that such a model is refused
+        # of masked image modelling, whose decoder is refused as an unknown tensor
         settings.ignore("encoder_stride")
         default = {"image_processor_type": PROCESSORS[family], "size": {"height": rows, "width": columns}}
         if family == "deit":
@@ -112,7 +112,7 @@ def encoder_pairs(
 ) -> Iterator[Pair]:
     """The tensors of an encoder of the layout that ViT, DeiT, DINOv2 and AST share.
 
-    prefix: before all names. learned: the names of the learned tokens. channels: of a patch. linear: see `embedding_pairs`.
+    prefix: of all names. learned: the names of the learned tokens. channels: of a patch. linear: see `embedding_pairs`.
     """
     assert tokens.table is not None
     theirs, width = f"{prefix}embeddings", core.width

@@ -12,7 +12,7 @@ from multimodal.layers import MLP, CrossAttention, SelfAttention
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, attention_pairs, same
 from multimodal.pretrained.pictures import classes, classifier
-from multimodal.pretrained.texts import text_tokenizer
+from multimodal.pretrained.texts import check_head, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
 from multimodal_tokenizers import WhisperFrames
@@ -24,8 +24,8 @@ NORM = Norm(eps=1e-5, centred=True, bias=True)
 class Whisper(Family):
     """Speech to text.
 
-    Options: language, the code of the spoken language such as "de" ("en" by default), and task, "transcribe" or "translate" into
-    English. Models of English alone have no language. Answers are without times.
+    Options: language, the code of the spoken language ("en" by default), and task, "transcribe" (the default) or "translate" into
+    English. English-only models have neither. Answers have no timestamps.
     """
 
     names = ("whisper",)
@@ -66,7 +66,8 @@ class Whisper(Family):
         settings.ignore("classifier_proj_size")
         tokenizers = {"audio": audio, "text": text_tokenizer(settings, files)}
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
-        tied = settings.get("tie_word_embeddings", True) or bare
+        tied = settings.get("tie_word_embeddings", True)
+        check_head(settings, tied=tied, bare=bare)
         prefix = "" if bare else "model."
         return Blueprint(
             tokenizers,
@@ -89,7 +90,7 @@ class Whisper(Family):
         return Blueprint({"audio": audio, "label": labels}, reader, tasks, [*pairs, *more])
 
     def _head(self, settings: Settings, files: Mapping[str, bytes], tied: bool) -> NextToken:
-        # older models have these in their configuration, newer ones beside it, which then counts
+        # newer models have these in generation_config.json, which overrides the configuration
         names = (
             "suppress_tokens",
             "begin_suppress_tokens",
@@ -109,7 +110,7 @@ class Whisper(Family):
             return tuple(i for i in writing.get(name) or () if 0 <= i < vocab)
 
         return NextToken(
-            start_ids=(start, *_marks(settings, writing)),
+            start_ids=(start, *_prompt_ids(settings, writing)),
             stop_id=stop[0] if isinstance(stop, list) else stop,
             tied=tied,
             bias=False,
@@ -158,12 +159,12 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return json.loads(files[name]) if name in files else {}
 
 
-def _marks(settings: Settings, writing: Mapping[str, Any]) -> list[int]:
-    """The ids behind the start, as far as the model has them: of the language, of the task, of an answer without times."""
+def _prompt_ids(settings: Settings, writing: Mapping[str, Any]) -> list[int]:
+    """The ids after the start, as far as the model has them: of the language, the task, and an answer without timestamps."""
     forced = dict(writing.get("forced_decoder_ids") or ())
     languages = {name.strip("<|>"): i for name, i in (writing.get("lang_to_id") or {}).items()}
     tasks = writing.get("task_to_id") or {}
-    if not languages:  # a model of English alone, or one that names a single way to begin
+    if not languages:  # an English-only model, or one that always begins alike
         return [forced[place] for place in sorted(forced) if forced[place] is not None]
     language = settings.option("language", "en" if "en" in languages else next(iter(languages)), list(languages))
     task = settings.option("task", "transcribe", list(tasks))
@@ -172,7 +173,7 @@ def _marks(settings: Settings, writing: Mapping[str, Any]) -> list[int]:
 
 
 def _check_sound(where: str, files: Mapping[str, bytes], mels: int) -> None:
-    """Raise a CheckpointError if the sound is to be prepared in another way than `WhisperFrames` does."""
+    """Raise a CheckpointError if the preprocessor differs from `WhisperFrames`."""
     settings = Settings(f"{where}, preprocessor_config.json", _json(files, "preprocessor_config.json"))
     for name, value in (("sampling_rate", 16000), ("hop_length", 160), ("n_fft", 400), ("feature_size", mels)):
         settings.only(name, value)

@@ -1,10 +1,10 @@
-"""The vectors of a frozen tower on disk, so that each value passes it once.
+"""The vectors of a frozen tower on disk, so that each value is computed once.
 
-content --key of each value--> records in the folder, or the tower for those that are not there --> vectors --connector--> rows
+content --key of each value--> records in the folder, or the tower for missing ones --> vectors --connector--> rows
 
-FOLDER/PART/NAME.vectors: PART is a hash of the tower's weights and declaration. Each process appends to a file of its own, so that
-none has to wait, and reads those of all. A record is a header with checksums and the numbers of one value's vectors; one that is
-incomplete or damaged is computed again.
+FOLDER/PART/NAME.vectors: PART is a hash of the tower's weights and declaration. Each process appends to a file of its own, without
+locks, and reads the files of all. A record is a header with checksums and one value's vectors; an incomplete or damaged one is
+computed again.
 """
 
 import hashlib
@@ -46,11 +46,10 @@ MOST_OPEN = 64  # files that are open for reading at once
 
 @contextmanager
 def cached(model: Model, folder: str | Path) -> Iterator["EmbeddingCache"]:
-    """Within this context the towers of a model compute no value twice: their vectors are read from a folder, and added to it.
+    """Within this context the towers of a model compute no value twice: their vectors are read from a folder, or added to it.
 
-    A tower's vectors are cached in evaluation, and in training where it is frozen. Other weights have other records, so that the
-    model may change inside the block, though not through `parameter.data`, which torch does not notice. Yields the cache, whose
-    `read` and `computed` count values.
+    Vectors are cached in evaluation mode, and in training if the tower is frozen. Changed weights get new records, so the model may
+    change meanwhile; only changes through `parameter.data` go unnoticed. Yields the cache: its `read` and `computed` count values.
 
     Raises:
         ConfigError: the model has no tower, or the folder cannot be made.
@@ -65,7 +64,7 @@ def cached(model: Model, folder: str | Path) -> Iterator["EmbeddingCache"]:
     """
     towers = _towers(model)
     if not towers:
-        raise ConfigError("cached: no kind of this model is a Tower, so that there is nothing to cache")
+        raise ConfigError("cached: no kind of this model is a Tower, so there is nothing to cache")
     cache = EmbeddingCache(model, Path(folder))
     before = {kind: module.cache for kind, module in towers.items()}
     try:
@@ -107,7 +106,7 @@ def _towers(model: Model) -> dict[str, Any]:
 
 
 class EmbeddingCache:
-    """Stands for the frozen parts of a model's towers; `cached` makes one.
+    """Called instead of the frozen parts of a model's towers; `cached` makes one.
 
     read: values whose vectors were found. computed: values that passed a tower.
     """
@@ -123,10 +122,10 @@ class EmbeddingCache:
             raise ConfigError(f"cache: the folder {folder} cannot be made: {error.strerror or error}") from error
 
     def __deepcopy__(self, memo: Any) -> Self:
-        return self  # averaged weights are a copy of the model, and read the same files
+        return self  # a copy of the model for averaged weights reads the same files
 
     def close(self) -> None:
-        """Close all files. A copy of the model that was made meanwhile computes everything from now on."""
+        """Close all files. Copies of the model that still call this cache compute everything themselves."""
         self.closed = True
         for store in self._stores.values():
             store.close()
@@ -169,7 +168,7 @@ class EmbeddingCache:
         known = self._hashes.get(part)
         if known is None or known[0] != state:
             self._hashes[part] = known = (state, weights_hash(weights))
-        # bfloat16 in the products of matrices gives other vectors
+        # autocast gives other vectors
         autocast = short_name(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         adapters = self.model.adapters
         declared = {
@@ -187,7 +186,7 @@ class EmbeddingCache:
 
 
 def _is_constant(part: nn.Module, content_NF: Tensor) -> bool:
-    """Whether what a part returns is a function of the value alone, and no gradient passes it."""
+    """Whether a part's output depends on the value alone, and needs no gradient."""
     if torch.is_grad_enabled() and (content_NF.requires_grad or any(p.requires_grad for p in part.parameters())):
         return False
     # a block's own mode decides only whether it is recomputed; hooks may change what it returns
@@ -223,7 +222,7 @@ class _Record(NamedTuple):
 
 
 class _Store:
-    """The records of one part, of which this process appends some, and others may append more."""
+    """The records of one part; this process and others append to them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -285,7 +284,7 @@ class _Store:
         self.scanned[path] = begin + len(header) + len(data)
 
     def scan(self) -> None:
-        """Find the records that were added since the last time, by any process."""
+        """Find the records that any process added since the last scan."""
         try:
             # the newest file last: a damaged record was computed again later
             there = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name))

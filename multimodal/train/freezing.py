@@ -1,4 +1,4 @@
-"""Freezes parts of a model while it trains: they get no gradients, and what was frozen here learns again afterwards."""
+"""Freezes parts of a model while it trains; afterwards they learn again."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ def frozen(model: Model, parts: Sequence[str]) -> Iterator[None]:
         raise ConfigError(f"fit: freeze={tuple(parts)} leaves nothing to learn; freeze less")
     for parameter in changed:
         parameter.requires_grad_(False)
-        # a gradient of earlier training would take memory, and count in the norm that gradients are clipped by
+        # an old gradient would take memory, and count in the norm for clipping
         parameter.grad = None
     try:
         yield
@@ -32,7 +32,7 @@ def frozen(model: Model, parts: Sequence[str]) -> Iterator[None]:
 
 
 def set_modes(model: Model, parts: Sequence[str]) -> None:
-    """Put a model into training mode, but these parts into evaluation mode: without dropout, and without new statistics."""
+    """Put a model into training mode, but these parts into evaluation mode: no dropout, no running statistics."""
     model.train()
     for part in topmost(model, weights_of("freeze", model, parts)):
         for module in part.modules():

@@ -79,6 +79,7 @@ COMMANDS = [
     "shards",
     "plan",
     "replay",
+    "export",
 ]
 
 

@@ -45,10 +45,12 @@ WORK = {
     "predict": ["model", "--image", "light.png", "--task", "image -> label"],
     "generate": ["model", "--image", "light.png", "--task", "image -> text", "--max-tokens", "2", "--one-of", "a,b"],
     "transcribe": ["model", "beep.wav"],
+    "serve": ["no_such_model"],  # one that is there would be served without end
     "look": ["model", "--image", "light.png", "--task", "image -> label"],
     "check": ["multimodal_tokenizers:Labels"],
     "verify": ["model", "--image", "light.png"],
     "pretrained": ["check", "model"],
+    "export": ["model", "--to", "hf", "--out", "exported"],
 }
 NUMBERS = ("nan", "-inf", "-1", str(10**20), "1e400", "")
 LONG = "n" * 300

@@ -103,7 +103,9 @@ def test_a_pool_says_what_it_cannot_do() -> None:
         Transformed(First(), dense="tan")  # type: ignore[arg-type]
     with pytest.raises(mm.ConfigError, match=r"Attended: 'linear' is no activation"):
         Attended(heads=2, activation="linear")
-    with pytest.raises(mm.ConfigError, match=r"Transformed: out=8 is of the linear layer, which dense=None leaves out"):
+    with pytest.raises(
+        mm.ConfigError, match=r"Transformed: out=8 is the width of a linear layer, and dense=None has none"
+    ):
         Transformed(First(), out=8)
     with pytest.raises(mm.ConfigError, match=r"Classify: pool='first' is no Pool; give one such as First\(\)"):
         mm.Classify(pool="first")  # type: ignore[arg-type]

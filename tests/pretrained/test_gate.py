@@ -254,7 +254,7 @@ def test_the_command_prints_the_largest_differences(
 def test_what_was_not_checked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"not checked: no library is known here that computes 'image text -> text' of .*'nanovlm'",
+        match=r"not checked: no known library computes 'image text -> text' of .*'nanovlm'",
     ):
         gate.compare(saved_nanovlm(tmp_path / "nanovlm"))
     folder = llama(tmp_path)
@@ -270,7 +270,9 @@ def test_a_model_object_is_compared_too(tmp_path: Path) -> None:
     rows = gate.compare(transformers.CLIPModel.from_pretrained(folder))
     assert len(rows) == 6
     assert all(row.passed for row in rows)
-    with pytest.raises(CheckpointError, match="not checked: this is the text tower alone; check both"):
+    with pytest.raises(
+        CheckpointError, match="not checked: this is the text tower alone; leave part out to check both"
+    ):
         gate.compare(folder, part="text")
 
 
@@ -282,7 +284,7 @@ def test_a_folder_of_timm_is_compared_with_a_new_module(tmp_path: Path, monkeypa
     other = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=2, num_heads=4)
     folder = pretrained(other).model().export("timm", tmp_path / "other")
     with pytest.raises(
-        CheckpointError, match=r"not checked: its depth, heads, head_width are not those of timm's vit_tiny_patch16_224"
+        CheckpointError, match=r"not checked: depth, heads, head_width differ from timm's vit_tiny_patch16_224"
     ):
         gate.compare(folder)
 

@@ -1,5 +1,6 @@
 """Llama, SmolLM2, Mistral, Qwen2.5 and Qwen3 against transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,47 @@ def test_the_default_size_of_a_small_model(tmp_path: Path) -> None:
     settings = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     module = build("smollm2", **settings, num_hidden_layers=2)
     assert largest(text_logits(pretrained(saved(module, tmp_path)), IDS), their_logits(module, IDS)) < TOLERANCE
+
+
+def test_fields_mean_what_they_mean_to_each_family(tmp_path: Path) -> None:
+    """The same field of a window, and the one of several names of rotary settings that counts, differ by family."""
+    window, linear = {"sliding_window": 4}, {"rope_type": "linear", "factor": 4.0}
+    for name, changes in (
+        ("llama", {**window, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+        ("llama", {"rope_scaling": linear}),
+        ("llama", {"rope_scaling": {**linear, "rope_theta": 70.0}, "rope_theta": 50.0}),
+        ("mistral", {"use_sliding_window": False, "max_window_layers": 2}),
+        ("qwen2", {"layer_types": None, "use_sliding_window": None}),
+        ("qwen2", {"layer_types": None, "max_window_layers": None}),
+    ):
+        given = saved(build(name), tmp_path / name)
+        path = given / "config.json"
+        config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+        module = transformers.AutoModelForCausalLM.from_pretrained(given)
+        assert largest(text_logits(pretrained(given), IDS), their_logits(module, IDS)) < TOLERANCE, changes
+
+
+def test_a_missing_field_means_what_it_means_to_transformers(tmp_path: Path) -> None:
+    for name, stop, window in (("mistral", 2, 4096), ("qwen2", 0, None)):
+        given = saved(build(name), tmp_path / name)
+        path = given / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for field in ("eos_token_id", "bos_token_id", "sliding_window", "layer_types", "use_sliding_window"):
+            config.pop(field, None)
+        path.write_text(json.dumps(config), encoding="utf-8")
+        loaded = pretrained(given)
+        attention: Any = loaded.core.blocks[0][0]
+        head: Any = loaded.tasks[0].head
+        assert (head.stop_id, attention.mask) == (stop, None if window is None else mm.masks.Window(window))
+        theirs = transformers.AutoConfig.from_pretrained(given)
+        assert (theirs.eos_token_id or 0, theirs.sliding_window) == (stop, window)
+
+
+def test_a_head_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
+    given = saved(build("llama").model, tmp_path / "untied")
+    with pytest.raises(mm.CheckpointError, match="it was saved without its head, and tie_word_embeddings=False says"):
+        pretrained(given)
+    module = build("smollm2")
+    given = saved(module.model, tmp_path / "tied")
+    assert largest(text_logits(pretrained(given), IDS), their_logits(module.eval(), IDS)) < TOLERANCE

@@ -12,6 +12,7 @@ from multimodal.masks import Window
 from multimodal.norm import Norm
 from multimodal.positions import Rotary
 from multimodal.pretrained import Pretrained, pretrained
+from multimodal.shapes import CheckpointError
 from tests.pretrained.compared import (
     TOLERANCE,
     check_mutations,
@@ -138,3 +139,19 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     )
     refused({"layer_types": [FULL] * 3}, given, r"wanted full_attention or sliding_attention for each of 4 layers")
     refused({"num_hidden_layers": 3, "layer_types": [FULL] * 3}, given, r"nothing uses the tensor 'layers.3")
+
+
+def test_outputs_that_are_no_classes_of_a_text_are_refused(tmp_path: Path) -> None:
+    """Of other heads the tensors have the names of a classifier's."""
+    settings = {**SMALL, "num_labels": 3}
+    config = transformers.ModernBertConfig(**settings)
+    given = saved(transformers.ModernBertForTokenClassification(config), tmp_path / "tokens")
+    with pytest.raises(CheckpointError, match="but a ModernBertForTokenClassification is none"):
+        pretrained(given)
+    refused(
+        {"architectures": ["ModernBertForQuestionAnswering"]}, given, "but a ModernBertForQuestionAnswering is none"
+    )
+    whole = {"architectures": ["ModernBertForSequenceClassification"]}
+    refused({**whole, "problem_type": "regression"}, given, "3 outputs with problem_type='regression' are scores")
+    refused({**whole, "id2label": {"0": "score"}}, given, "1 outputs with problem_type=None are scores")
+    refused({**whole, "id2label": None, "num_labels": 10**12}, given, "num_labels=1000000000000 is more than 1048576")

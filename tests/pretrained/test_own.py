@@ -74,14 +74,14 @@ def test_it_comes_back_as_a_model_of_ours(tmp_path: Path) -> None:
     [
         (
             lambda: model_of(TextBytes(), rotary_split=(2, 1, 1)),
-            r"no core with another rotary_split; train one with rotary_split=\(1, 0, 0\)",
+            r"cannot hold this core's rotary_split; train one with rotary_split=\(1, 0, 0\)",
         ),
-        (lambda: model_of(TextBytes(), qk_norm=False), r"no core with another qk_norm; train one with qk_norm=True"),
+        (lambda: model_of(TextBytes(), qk_norm=False), r"cannot hold this core's qk_norm; train one with qk_norm=True"),
         (lambda: model_of(TextBytes(), "text -> text"), r"reads causally; make the tokenizer with causal=True"),
         (lambda: mm.Model({"text": TextBytes()}, mm.Core.tiny(), ["-> text"]), r"train with NextToken\(bias=False\)"),
         (
             lambda: mm.Model({"a": Ids(9), "text": TextBytes()}, mm.Core.tiny(), ["a -> text"]),
-            r"only a model with one task, '-> text'",
+            r"holds a model with one task, '-> text'",
         ),
     ],
     ids=["rotary", "norm", "causal", "bias", "kinds"],

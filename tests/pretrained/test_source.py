@@ -1,5 +1,6 @@
 """Where trained weights come from: folders, files, shards, pickles, the hub, model objects; and what is said when they cannot."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,16 @@ def test_a_pickle_is_read_only_when_asked_and_runs_nothing(tmp_path: Path, monke
     whole = pretrained(folder, dtype=torch.float64)  # a copy, since the file goes
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(
-        mm.CheckpointError, match=r"a pickle, which is read only if you say so: pretrained\(\.\., pickle=True\)"
-    ):
+    with pytest.raises(mm.CheckpointError, match=r"a pickle, which is read only with pretrained\(\.\., pickle=True\)"):
         pretrained(folder)
     assert same(whole, pretrained(folder, dtype=torch.float64, pickle=True))
     torch.save({**weights, "more": Harm()}, folder / "pytorch_model.bin")
     with pytest.raises(mm.CheckpointError, match=r"pytorch_model.bin: cannot be read: UnpicklingError"):
         pretrained(folder, pickle=True)
     assert not Path("harm").exists()
+    torch.save({1: torch.zeros(2), **weights}, folder / "pytorch_model.bin")
+    with pytest.raises(mm.CheckpointError, match=r"pytorch_model.bin: wanted tensors by name"):
+        pretrained(folder, pickle=True)
 
 
 def test_what_is_not_there_or_damaged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,7 @@ def test_what_is_not_there_or_damaged_is_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(mm.ConfigError, match=r"Linear is no model of transformers or timm"):
         pretrained(torch.nn.Linear(2, 2))
     folder = tiny_llama(tmp_path / "tiny")
-    with pytest.raises(mm.ConfigError, match=r"is here, so revision='main' has no meaning"):
+    with pytest.raises(mm.ConfigError, match=r"is a local path, which has no revision='main'; leave it out"):
         pretrained(folder, revision="main")
     (folder / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"not json")
     with pytest.raises(mm.CheckpointError, match=r"model.safetensors: cannot be read"):
@@ -159,7 +161,9 @@ def test_without_a_network_a_name_that_is_not_cached_is_an_error(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(mm.CheckpointError, match=r"'owner/tiny' is no folder here, and cannot be had from the hub"):
+    with pytest.raises(
+        mm.CheckpointError, match=r"'owner/tiny' is no folder here, and could not be loaded from the hub"
+    ):
         pretrained("owner/tiny")
 
 
@@ -167,6 +171,9 @@ def test_nothing_of_a_folder_is_overwritten(tmp_path: Path) -> None:
     model = pretrained(tiny_llama(tmp_path / "tiny")).model()
     with pytest.raises(mm.CheckpointError, match=r"there are files here already; choose another folder"):
         model.export("hf", tmp_path / "tiny")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(mm.CheckpointError, match=r"the folder cannot be made: Not a directory"):
+        model.export("hf", tmp_path / "file" / "out")
     with pytest.raises(mm.ConfigError, match=r"Model.export: to='onnxx' is unknown"):
         model.export("onnxx", tmp_path / "out")
 
@@ -208,3 +215,143 @@ def test_positions_that_would_be_turned_otherwise_are_refused(tmp_path: Path) ->
         (folder / "config.json").write_text(json.dumps({**config, **more}), encoding="utf-8")
         with pytest.raises(mm.CheckpointError, match=message):
             pretrained(folder)
+
+
+def in_shards(folder: Path) -> dict[str, str]:
+    """Splits the weights of a folder into two files with an index; by tensor, its file."""
+    tensors = load_file(folder / "model.safetensors")
+    file_of = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(file_of.values()):
+        save_file({name: tensors[name].clone() for name in tensors if file_of[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    write_json(folder / "model.safetensors.index.json", {"weight_map": file_of})
+    return file_of
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    file_of = in_shards(folder)
+    first, index = min(file_of), folder / "model.safetensors.index.json"
+    for wrong, message in (
+        (
+            "/etc/passwd",
+            "names files outside its folder: lm_head|names files outside its folder: model.embed_tokens.weight in",
+        ),
+        ("..", "names files outside its folder"),
+        ("", "names files outside its folder"),
+        ("a\0b", "names files outside its folder"),
+        (5, "wanted the name of a file for each tensor"),
+        (["x"], "wanted the name of a file for each tensor"),
+        ("model-1.safetensors", rf"model-1.safetensors: there is no tensor '{first}', which the index says is here"),
+        ("model-2.safetensors", "model-2.safetensors: cannot be read"),
+    ):
+        write_json(index, {"weight_map": {**file_of, first: wrong}})
+        with pytest.raises(mm.CheckpointError, match=message):
+            pretrained(folder)
+    for wrong in (None, [], {}, ["a"]):
+        write_json(index, {"weight_map": wrong})
+        with pytest.raises(mm.CheckpointError, match="wanted the name of a file for each tensor"):
+            pretrained(folder)
+
+
+def test_what_was_loaded_is_compared_and_copied_like_any_object(tmp_path: Path) -> None:
+    loaded = pretrained(tiny_llama(tmp_path / "tiny"))
+    again = copy.deepcopy(loaded)
+    assert loaded == loaded != again
+    assert same(loaded, again)
+    assert len({loaded, again}) == 2
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    file_of = in_shards(folder)
+    first = min(file_of)
+    other = {name: x.clone() for name, x in load_file(folder / "model-1.safetensors").items()}
+    save_file({**other, first: torch.zeros(40, 16)}, folder / "model-1.safetensors")
+    with pytest.raises(mm.CheckpointError, match=rf"another file has a tensor '{first}' too"):
+        pretrained(folder)
+
+
+def test_values_that_no_model_can_have_are_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for changes, message in (
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not supported; wanted a value such as 1e-06"),
+        ({"hidden_act": ["silu"]}, r"hidden_act=\['silu'\] is not supported; wanted a text"),
+        ({"rope_parameters": 5}, "rope_parameters=5 is not supported; wanted fields by name"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "no model follows from its configuration"),
+        ({"hidden_size": "16"}, "no model follows from its configuration and the files beside it: TypeError"),
+        ({"num_attention_heads": 0}, "no model follows from its configuration .*: ZeroDivisionError"),
+        ({"num_attention_heads": 3}, "no model follows from .*: Core: width=16 does not give heads=3"),
+        ({"rms_norm_eps": float("nan")}, "no model follows from .*: Norm: eps=nan|NaN"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, but there are only 20 tensors"),
+        ({"eos_token_id": 999}, "no model follows from .*: NextToken: stop_id=999 is not among the ids 0 to 39"),
+    ):
+        write_json(folder / "config.json", {**config, **changes})
+        with pytest.raises(mm.CheckpointError, match=message):
+            pretrained(folder)
+    write_json(folder / "config.json", {**config, "eos_token_id": []})
+    assert pretrained(folder).tasks[0].head == mm.NextToken(start_ids=(), stop_id=1, tied=True, bias=False)
+
+
+def test_files_beside_the_weights_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    for name, data, message in (
+        ("generation_config.json", b"\xff\xfe", "generation_config.json: cannot be read"),
+        ("tokenizer.json", b"\xff\xfe", "tokenizer.json: cannot be read"),
+        ("tokenizer.json", b"{", "no model follows from its configuration and the files beside it"),
+    ):
+        (folder / name).write_bytes(data)
+        with pytest.raises(mm.CheckpointError, match=message):
+            pretrained(folder)
+        (folder / name).unlink()
+
+
+def test_a_name_that_the_hub_cannot_have_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("own er/mod el", "a/", "owner/--x"):
+        with pytest.raises(mm.CheckpointError, match="cannot be had from the hub"):
+            pretrained(name)
+
+
+def test_precisions_that_cannot_be_read_or_given_are_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(mm.ConfigError, match=r"pretrained: dtype=.* must be one of torch.float32, .* or None"):
+            pretrained(folder, dtype=dtype)
+    tensors = {name: x.clone() for name, x in load_file(folder / "model.safetensors").items()}
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file(
+            {**tensors, "model.norm.weight": tensors["model.norm.weight"].to(dtype)}, folder / "model.safetensors"
+        )
+        with pytest.raises(
+            mm.CheckpointError, match=r"model.norm.weight is stored as torch.*; take the model before it was"
+        ):
+            pretrained(folder)
+
+
+def test_a_file_of_two_precisions_loses_no_bit(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    tensors = {name: x.clone() for name, x in load_file(folder / "model.safetensors").items()}
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()  # the first one that is read
+    save_file(tensors, folder / "model.safetensors")
+    out = pretrained(folder, dtype=None).model().export("hf", tmp_path / "out")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], x.float()) for name, x in tensors.items())
+
+
+def test_a_checkpoint_of_others_writes_no_file_elsewhere(tmp_path: Path) -> None:
+    model = pretrained(tiny_llama(tmp_path / "tiny")).model()
+    for name in ("../evil.txt", str(tmp_path / "evil.txt"), "model.safetensors"):
+        model.origin = {**model.origin, "files": {name: "x"}}  # type: ignore[dict-item]
+        model.save(tmp_path / "ours")
+        with pytest.raises(mm.CheckpointError, match="is none that is written here"):
+            mm.Model.load(tmp_path / "ours").export("hf", tmp_path / "out")
+        assert not (tmp_path / "evil.txt").exists()
+        assert not (tmp_path / "out").exists()

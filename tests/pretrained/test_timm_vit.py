@@ -72,7 +72,9 @@ def check_round_trip(module: Any, loaded: Pretrained, folder: Path) -> None:
         found = load_file(folder / out / "model.safetensors")
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    with pytest.raises(mm.ConfigError, match=r"has a layout of another library; use Model.export\('timm', folder\)"):
+    with pytest.raises(
+        mm.ConfigError, match=r"has the layout of 'timm', not of 'hf'; use Model.export\('timm', folder\)"
+    ):
         model.export("hf", folder / "hf")
 
 

@@ -101,12 +101,12 @@ def test_declaration_and_errors() -> None:
         assert rebuild(json.loads(json.dumps(declaration(case)))) == case
     for settings, message in (
         ({"of": 3}, r"of is 3, not a Tokenizer"),
-        ({"of": Labels(("a",))}, r"of=Labels is a kind of classes"),
+        ({"of": Labels(("a",))}, r"of=Labels has classes or files"),
         ({"of": PATCHES, "placed": 2}, r"placed=2 is more than count=1"),
         ({"of": PATCHES, "count": -1}, r"count=-1 must be a whole number, 0 or more"),
         ({"of": PATCHES, "table": (0, 2)}, r"table=\(0, 2\) is not rows and columns"),
         ({"of": PATCHES, "resample": "cubic"}, r"resample='cubic' must be one of bicubic, antialiased, bilinear"),
-        ({"of": PATCHES, "turns": 1.0, "table": (2, 2)}, r"turns=1.0 must be above 0 and without a table"),
+        ({"of": PATCHES, "turns": 1.0, "table": (2, 2)}, r"turns=1.0 must be above 0, and needs table=None"),
     ):
         with pytest.raises(ConfigError, match=f"^ClassTokens: {message}"):
             ClassTokens(**settings)  # type: ignore[arg-type]

@@ -271,7 +271,7 @@ def test_fields_of_timm_that_are_not_known_are_named(settings: dict[str, Any], m
     [
         ({}, "it does nothing"),
         ({"size": (3,)}, r"size=\(3,\) is not rows and columns"),
-        ({"size": (224, 224), "shortest": 224}, "both say the size"),
+        ({"size": (224, 224), "shortest": 224}, "shortest=224 exclude each other"),
         ({"shortest": 0}, "shortest=0 must be"),
         ({"shortest": 9, "longest": 9}, "longest=9 must be a number of pixels, beside a size"),
         ({"shortest": 9, "filter": "box"}, "filter='box' must be one of bilinear"),

@@ -1,4 +1,4 @@
-"""The tokens of another tokenizer behind learned ones, and the learned positions of both, as vision transformers have them."""
+"""Learned tokens before those of another tokenizer, and learned positions of both, as in vision transformers."""
 
 from dataclasses import dataclass
 from math import pi
@@ -22,20 +22,20 @@ RESAMPLE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ClassTokens(Tokenizer):
-    """`count` learned tokens, which are read freely, and then the tokens of `of`: a class token (Dosovitskiy et al. 2021), a
-    distillation token (Touvron et al. 2021), registers (Darcet et al. 2023).
+    """`count` learned tokens, then the tokens of `of`: a class token (Dosovitskiy et al. 2021), a distillation token (Touvron
+    et al. 2021), registers (Darcet et al. 2023).
 
-    The learned tokens are the first `count` times of a value, and its own times begin after them. A grid of learned positions is
-    resized to the grid of each value: as many rows as it has, and its tokens row after row.
+    The learned tokens have the first `count` times, and the value's own times begin after them. A grid of learned positions is
+    resized to the rows and columns of each value, whose tokens must come row by row.
 
-    of: the tokenizer of the values; its embedding depends on each token alone.
+    of: the tokenizer of the values, whose embedding must not depend on places.
     count: number of learned tokens.
     placed: how many of them, the first ones, have learned positions too.
     table: rows and columns of the grid of learned positions; None: there is none.
     resample: how the grid is resized: "bicubic" (transformers), "antialiased" bicubic (timm), "bilinear", or "nearest": a token has
         the position of the grid's cell that its row and column fall into (Dehghani et al. 2023; Idefics 3, SmolVLM).
-    turns: rows and columns become places around the middle of a value, which span this many turns of the fastest rotary pair
-        to either side, whatever its size (Simeoni et al. 2025); None: they are counted.
+    turns: rows and columns are measured from the middle of a value, and span this many turns of the fastest rotary pair to either
+        side, whatever its size (Simeoni et al. 2025); None: they are counted from 0.
     """
 
     of: Tokenizer
@@ -51,7 +51,7 @@ class ClassTokens(Tokenizer):
                 f"ClassTokens: of is {shortened(repr(self.of), 100)}, not a Tokenizer made by its constructor"
             )
         if self.of.classes or self.of.files():
-            raise ConfigError(f"ClassTokens: of={type(self.of).__name__} is a kind of classes, or one with files")
+            raise ConfigError(f"ClassTokens: of={type(self.of).__name__} has classes or files, which is not supported")
         check_whole("ClassTokens", least=0, count=self.count, placed=self.placed)
         if self.placed > self.count:
             raise ConfigError(f"ClassTokens: placed={self.placed} is more than count={self.count}")
@@ -62,9 +62,7 @@ class ClassTokens(Tokenizer):
         if self.resample not in RESAMPLE:
             raise ConfigError(f"ClassTokens: resample={self.resample!r} must be one of {', '.join(RESAMPLE)}")
         if self.turns is not None and (self.table is not None or not self.turns > 0):
-            raise ConfigError(
-                f"ClassTokens: turns={self.turns} must be above 0 and without a table, whose rows and columns are counted"
-            )
+            raise ConfigError(f"ClassTokens: turns={self.turns} must be above 0, and needs table=None")
 
     @property
     def vocab_size(self) -> int | None:

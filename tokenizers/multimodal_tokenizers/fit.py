@@ -1,4 +1,4 @@
-"""Brings pictures to the size that trained weights expect, as the library does that trained them, to the last level of a pixel."""
+"""Brings pictures to the size that trained weights expect, as transformers and timm do: 8-bit levels are equal bit for bit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Fit(Declared):
     size: rows and columns in pixels to which it is resized, whatever its aspect ratio; None: `shortest` says it.
     shortest: pixels of the shorter side after resizing; the aspect ratio stays; None: `size` says it, or nothing is resized.
     crop: rows and columns of the centre that is cut out after resizing; None: everything.
-    longest: pixels of the longer side after a resizing before this one; the other side is rounded down, and up if it is odd, and no
-        side is longer than 4096 (Idefics 3); None: there is no such step.
+    longest: pixels of the longer side after a resizing that comes first (Idefics 3): the other side is rounded down and then up to
+        an even number, and no side is longer than 4096; None: there is no such step.
     filter: "bilinear", "bicubic" or "lanczos".
-    by: what resizes: "torchvision" 8-bit levels to 8-bit levels (transformers 5), "pillow" likewise (timm, and processors of
-        transformers whose names end in Pil), or "float" numbers that were scaled to 0..1 before (DINOv3).
-    corner: how the corner of the centre is rounded where it falls on half a pixel: "down" (transformers), or to the "even"
-        neighbour (torchvision's CenterCrop, timm).
+    by: what resizes: "torchvision" in 8-bit levels (transformers 5), "pillow" likewise (timm, and processors of transformers whose
+        names end in Pil), or "float": torchvision, in numbers from 0 to 1 (DINOv3).
+    corner: how the crop's corner is rounded if it falls on half a pixel: "down" (transformers), or to the "even" neighbour
+        (torchvision's CenterCrop, timm).
     """
 
     size: tuple[int, int] | None = None
@@ -51,7 +51,9 @@ class Fit(Declared):
         if self.shortest is not None and (type(self.shortest) is not int or self.shortest < 1):
             raise ConfigError(f"Fit: shortest={self.shortest!r} must be a number of pixels")
         if self.size is not None and self.shortest is not None:
-            raise ConfigError(f"Fit: size={self.size} and shortest={self.shortest} both say the size; give one of them")
+            raise ConfigError(
+                f"Fit: size={self.size} and shortest={self.shortest} exclude each other; give one of them"
+            )
         if self.longest is not None and (type(self.longest) is not int or self.longest < 1 or self.size is None):
             raise ConfigError(f"Fit: longest={self.longest!r} must be a number of pixels, beside a size")
         if self.size is None and self.shortest is None and self.crop is None:
@@ -61,7 +63,9 @@ class Fit(Declared):
                 raise ConfigError(f"Fit: {name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         least = self.size or (self.shortest and (self.shortest, self.shortest))
         if self.crop is not None and least and any(a > b for a, b in zip(self.crop, least, strict=True)):
-            raise ConfigError(f"Fit: crop={self.crop} is larger than the resized picture, {least}; nothing is padded")
+            raise ConfigError(
+                f"Fit: crop={self.crop} is larger than the resized picture, {least}; resize to more, or crop less"
+            )
 
     @property
     def sides(self) -> tuple[int, int] | None:
@@ -69,10 +73,10 @@ class Fit(Declared):
         return self.crop or self.size
 
     def read(self, value: Any, *, channels: int, max_pixels: int, who: str) -> Tensor:
-        """Any picture (`multimodal.media.read_image`) as (C, Y, X) float32 of this size, in 0..1 and a little beyond by="float".
+        """Any picture (`multimodal.media.read_image`) as (C, Y, X) float32 of this size, in 0..1, a little beyond for "float".
 
         Raises:
-            MediaError: no picture, or its size does not allow this; names `who`.
+            MediaError: no picture, or one that is too small or too large; the message begins with `who`.
         """
         levels = self.by != "float"
         # with its alpha, since transparency is put on white in 8-bit levels too
@@ -123,8 +127,8 @@ class Fit(Declared):
 
 
 def _by_longest(given: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Rows and columns with a longer side of so many pixels."""
-    # columns / rows first, as there, because rounding decides about one pixel
+    """Rows and columns with a longer side of this many pixels."""
+    # columns / rows first, as in transformers, because rounding may change a pixel
     ratio, wide = given[1] / given[0], given[1] >= given[0]
     other = int(longest / ratio) if wide else int(longest * ratio)
     other = max(other + other % 2, 1)
@@ -205,19 +209,19 @@ UNUSED = {
     "image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "use_fast", "_valid_processor_keys",
     "return_tensors", "data_format", "input_data_format", "device", "disable_grouping", "default_to_square", "do_convert_rgb",
 }  # fmt: skip
-"""Fields that say nothing about numbers; pictures are always turned into RGB."""
+"""Fields that do not change the numbers; pictures are always converted to RGB."""
 _READ = {
     "size", "crop_size", "resample", "image_mean", "image_std", "do_resize", "do_center_crop", "do_rescale", "rescale_factor",
     "do_normalize",
 }  # fmt: skip
 _READ_OF_TILES = {"do_image_splitting", "max_image_size", "do_pad", "return_row_col_info", "video_sampling"}
-"""Further fields where pictures may be cut into tiles; what is padded there are other pictures of a batch."""
+"""Further fields of processors that may cut tiles; do_pad pads other pictures of a batch."""
 
 
 def image_settings(
     preprocessor: Mapping[str, Any], *, by: Literal["torchvision", "pillow"] = "torchvision"
 ) -> dict[str, Any]:
-    """The arguments of ImagePatches, but for `patch` and `position`, that prepare pictures as a processor of transformers does.
+    """The arguments of ImagePatches, except `patch` and `position`, that prepare pictures as a processor of transformers does.
 
     preprocessor: the content of preprocessor_config.json.
     by: "torchvision", as the processors of transformers 5, or "pillow", as those whose names end in Pil and those before.
@@ -278,8 +282,8 @@ def _whole(said: Mapping[str, Any], came: str) -> dict[str, Any]:
     """The sizes of a Fit for a processor that may cut pictures into tiles."""
     if said.get("do_image_splitting", True):
         raise ConfigError(
-            f"image_settings: do_image_splitting=True of {came} is not known here: pictures are not cut into tiles; choose "
-            "do_image_splitting=False, with which they are read whole"
+            f"image_settings: do_image_splitting=True of {came} is not known here: tiles are not supported; "
+            "do_image_splitting=False reads a picture as one"
         )
     edges = [(name, said[name]) for name in (["size"] if said.get("do_resize", True) else []) + ["max_image_size"]]
     for name, value in edges:
@@ -304,7 +308,7 @@ def _size(name: str, value: Any, *, one_is_shortest: bool) -> dict[str, Any]:
 
 
 def timm_image_settings(data_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ImagePatches, but for `patch` and `position`, that prepare pictures as timm's transform for evaluation does.
+    """The arguments of ImagePatches, except `patch` and `position`, that prepare pictures as timm's evaluation transform does.
 
     data_config: what `timm.data.resolve_model_data_config(model)` gives.
 

@@ -1,4 +1,4 @@
-"""Ids of a vocabulary as they are, for a model whose texts another program tokenizes."""
+"""Lists of ids as values, for a model whose texts another program tokenizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Ids(Tokenizer):
 
     vocab_size: V, number of ids.
     causal: whether a token that is read attends only to earlier ones.
-    scale: factor of the embedded vectors; the table of weights is without it.
+    scale: factor of the embedded vectors, which is not in the table of weights.
 
     Examples:
         >>> Ids(100)([7, 0, 99]).content.tolist()

@@ -18,17 +18,16 @@ class SpectrogramPatches(Tokenizer):
     """Overlapping patches of Kaldi's log-mel frames (Gong et al. 2021), equal to transformers' ASTFeatureExtractor and to what the
     convolution of its ASTModel reads, in its order: all times of the lowest bands first.
 
-    A place is (seconds, row of patches from low to high bands, 0); the content of a patch is (band, frame) by (band, frame), as
-    in the weights of that convolution. Less than 10 ms at the end, which fill no frame, and up to `stride` of the highest bands
-    are in no patch.
+    A position is (seconds, row of patches from low to high bands, 0). The content of a patch is its bands, one after the other, as
+    in the weights of that convolution. Less than 10 ms at the end, and fewer than `stride` of the highest bands, are in no patch.
 
-    frames: number of frames of 10 ms of every sound, after padding; theirs is max_length.
+    frames: number of frames of 10 ms of every sound, after padding; transformers calls it max_length.
     mels: number of bands.
     patch: bands and frames of a patch.
     stride: bands and frames from patch to patch.
     mean: subtracted from the log-mels.
     std: half of their divisor.
-    cut: whether only the beginning of a sound is read that is too long; if not, it is refused.
+    cut: whether of a sound that is too long the beginning is read; otherwise it is refused.
     """
 
     frames: int = 1024
@@ -73,7 +72,7 @@ class SpectrogramPatches(Tokenizer):
         return Tokens(patches.reshape(rows * times, self.feature_size), position_NA)
 
     def spectrogram(self, value: Any) -> Tensor:
-        """Normalised log-mel frames (N, mels) of a sound, as many as there are in patches and padded as theirs."""
+        """Normalised log-mel frames (N, mels) of a sound, cut or padded to those that are in patches."""
         from torchaudio.compliance.kaldi import fbank
 
         read = (self.grid[1] - 1) * self.stride + self.patch  # frames that are in patches

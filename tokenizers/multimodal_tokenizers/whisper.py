@@ -1,4 +1,4 @@
-"""Sound as Whisper hears it: its log-mel frames, two a token, and its two convolutions as the embedding."""
+"""Sound as Whisper reads it: log-mel frames, two a token, and two convolutions as the embedding."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from multimodal_tokenizers.audio import read_limited, spectrogram_picture
 HOP, WINDOW = 160, 400  # samples from frame to frame, and of a frame: 10 and 25 ms
 FRAMES = 2  # of a token: the stride of the second convolution
 POWER_FLOOR = 1e-10  # the least power that the logarithm gets
-RANGE = 8.0  # powers of ten below the loudest one, under which everything is equally silent
+RANGE = 8.0  # powers of ten below the loudest one, below which powers are clamped
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class WhisperFrames(Tokenizer):
     """Log-mel frames of 10 ms and their embedding by convolutions (Radford et al. 2022), equal to transformers'
     WhisperFeatureExtractor; a token is two frames, and its time is in seconds.
 
-    The loudest moment of a value sets its floor, as there, so that no part of it can be encoded by itself.
+    The loudest moment of a sound sets its floor, as in Whisper, so that no part of it can be encoded by itself.
 
     mels: number of bands of a frame: 80, or 128 of large-v3.
-    pad_seconds: every sound is followed by silence up to this duration, on which Whisper was trained; a longer one is refused.
-        None: a sound has its own duration, up to a whole token.
+    pad_seconds: sounds are padded with silence to this duration, as in Whisper's training; a longer one is refused.
+        None: a sound is padded to a whole token only.
     """
 
     mels: int = 80
@@ -97,7 +97,7 @@ def _mel_bands(mels: int) -> Tensor:
 
 
 class _ConvStem(nn.Module):
-    """gelu(conv) twice, over three frames each, the second with stride 2; each value is by itself, with silence around it."""
+    """gelu(conv) twice, over three frames each, the second with stride 2; each value is zero-padded by itself."""
 
     reads_places = True  # the neighbours of a frame are those of its own value
 

@@ -1,0 +1,165 @@
+"""A task as a program for others' runtimes: ONNX or torch.export, compared with the model before it is written.
+
+Model --programs--> padded modules over the same weights --formats--> files        compare: files against the packed model
+"""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multimodal.checkpoint import FILES, package_version
+from multimodal.declare import declaration
+from multimodal.export.compare import SHAPES, Run, largest_difference
+from multimodal.export.formats import FORMATS, Format
+from multimodal.export.programs import Entry, Program, programs_of
+from multimodal.heads import CTC, Classify, Contrast, NextToken
+from multimodal.heads.classify import class_names
+from multimodal.heads.contrast import ContrastReadout
+from multimodal.network import Network
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.texts import shortened
+
+MANIFEST = "manifest.json"
+MOST = 1e-4
+"""The largest difference from the packed model, as a share of the largest number (or of 1), with which a program is written."""
+
+
+def export(model: Network, to: str, folder: str | Path, task: str | None = None) -> Path:
+    """Write one task as programs that run without this library, and return the folder.
+
+    to: "onnx" or "pt2". task: None: the only one.
+
+    Raises:
+        ConfigError: a part that cannot be exported, a package that is missing, or programs that differ too much from the model.
+        TaskError: no such task. CheckpointError: the folder has files already.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"export: to={to!r} is unknown; there are {', '.join(map(repr, FORMATS))}")
+    folder, form, task = Path(folder), FORMATS[to], _chosen(model, task)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: there are files here already; choose another folder")
+    form.check_installed()
+    if model.training or model.device.type != "cpu":  # the user's own stays as it is
+        model = copy.deepcopy(model).cpu().eval()
+    made = programs_of(model, task)
+    # everything is made in a folder beside, so that there is the whole or nothing
+    beside = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
+    beside.mkdir(parents=True)
+    try:
+        for program in made:
+            form.write(program, beside / f"{program.name}{form.ending}")
+        run = form.read({program.name: beside / f"{program.name}{form.ending}" for program in made})
+        difference = _compared(model, task, to, made, run)
+        if not difference <= MOST:
+            raise ConfigError(
+                f"export of {task!r} to {to}: what the programs compute differs from the model by {difference:.1e}, and at most "
+                f"{MOST:g} is written; a part of one's own may depend on values or lengths that tracing took for constant"
+            )
+        manifest = _manifest(model, task, to, form, made, difference)
+        for kind in manifest["tokenizers"]:
+            for name, data in model.packer.tokenizers[kind].files().items():
+                path = beside / FILES / kind / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
+        (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _compared(model: Network, task: str, to: str, made: tuple[Program, ...], run: Run) -> float:
+    """`largest_difference`; programs that do not run are refused."""
+    try:
+        return largest_difference(model, task, made, run)
+    except ConfigError:
+        raise
+    except Exception as error:  # a runtime may raise of any kind
+        raise ConfigError(
+            f"export of {task!r} to {to}: the programs were written, but do not run on samples of other sizes: "
+            f"{type(error).__name__}: {shortened(str(error), 600)}"
+        ) from error
+
+
+def _chosen(model: Network, task: str | None) -> str:
+    """The task that is meant."""
+    if task is None and len(model.tasks) == 1:
+        return next(iter(model.tasks))
+    if task is None:
+        raise ConfigError(f"export: this model has several tasks; name one of {', '.join(map(repr, model.tasks))}")
+    model.packer.check_task(task)
+    return task
+
+
+def _manifest(
+    model: Network, task: str, to: str, form: Format, made: tuple[Program, ...], difference: float
+) -> dict[str, Any]:
+    """What a runner has to know, as JSON values."""
+    packer, pattern = model.packer, model.packer.patterns[task]
+    kinds = dict.fromkeys(field.kind for field in pattern.fields)
+    return {
+        "format": 1,
+        "made_by": f"multimodal-stream {package_version()}",
+        "to": to,
+        **form.versions(),
+        "task": task,
+        "head": type(packer.heads[task]).__name__,
+        "difference": {"largest": difference, "allowed": MOST, "shapes": len(SHAPES)},
+        "most_tokens": model.most_tokens,
+        "most_written": model.most_written,
+        "tokenizers": {
+            kind: {**declaration(packer.tokenizers[kind]), "files": sorted(packer.tokenizers[kind].files())}
+            for kind in kinds
+        },
+        "programs": {
+            program.name: {
+                "file": f"{program.name}{form.ending}",
+                "fields": {field.name: field.kind for field in getattr(program, "fields", ())},
+                "inputs": [_described(entry) for entry in program.inputs],
+                "outputs": [_described(entry) for entry in program.outputs],
+            }
+            for program in made
+        },
+        "answer": _answer(model, task),
+    }
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    kind = str(entry.dtype).removeprefix("torch.")
+    return {"name": entry.name, "type": kind, "axes": list(entry.axes), "meaning": entry.meaning}
+
+
+def _answer(model: Network, task: str) -> dict[str, Any]:
+    """What the outputs mean, by the head."""
+    head, tokenizer, readout = model.packer.heads[task], model.packer.answer_tokenizers[task], model.readout(task)
+    written = model.packer.patterns[task].written
+    kind = {} if written is None else {"kind": written.kind, "field": written.name}
+    if isinstance(head, Classify):
+        several = tokenizer.vocab_size is None
+        return {**kind, "labels": class_names(tokenizer), "probability": "sigmoid" if several else "softmax"}
+    if isinstance(head, CTC):
+        return {**kind, "blank": readout.linear.out_features - 1}
+    if isinstance(head, NextToken):
+        never, never_first = head.forbidden()
+        return {
+            **kind,
+            "stop": head.stop(tokenizer),
+            "length": tokenizer.length,
+            "never": list(never),
+            "never_first": list(never_first),
+        }
+    assert isinstance(head, Contrast)
+    assert isinstance(readout, ContrastReadout)
+    one = torch.ones(1, 1)
+    with torch.no_grad():
+        bias = float(readout.scores(one * 0, one))
+        scale = float(readout.scores(one, one)) - bias
+    return {"width": head.width, "scale": scale, "bias": bias, "probability": head.form}

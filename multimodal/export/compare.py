@@ -1,0 +1,159 @@
+"""Compares the programs of a task with the packed model, on samples of three shapes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import Mechanism
+from multimodal.core import Transformer
+from multimodal.export.padded import ReadField
+from multimodal.export.programs import INT, NEXT, Program, Reading, Vectors
+from multimodal.heads.pool import Pool
+from multimodal.network import Network
+from multimodal.retrieval import side_vectors
+from multimodal.tokenizer import Tokenizer, Tokens
+
+SHAPES = ((1, 3), (2, 11), (3, 6))
+"""(samples, the most tokens of a field) of each batch; none is that of `example_inputs`, from which programs are traced."""
+WRITTEN = 3  # tokens that are written one by one
+
+Sample = Mapping[str, Tokens | None]
+Run = Callable[[str, dict[str, Tensor]], dict[str, Tensor]]
+"""(name of a program, its inputs) -> its outputs."""
+
+
+def example_inputs(program: Program) -> dict[str, Tensor]:
+    """Inputs of sizes that all differ, from which a program is traced; values play no part in it."""
+    sizes: dict[str, int] = {}
+    for entry in program.inputs:
+        for axis in entry.axes:
+            if isinstance(axis, str):
+                sizes.setdefault(axis, 2 if axis == "batch" else 5 + 2 * len(sizes))
+    shape = {entry.name: [sizes[a] if isinstance(a, str) else a for a in entry.axes] for entry in program.inputs}
+    return {entry.name: torch.zeros(shape[entry.name], dtype=entry.dtype) for entry in program.inputs}
+
+
+def largest_difference(model: Network, task: str, programs: Sequence[Program], run: Run) -> float:
+    """The largest difference of programs and model, as a share of the largest number (or of 1); NaN counts as infinite."""
+    random, worst = torch.Generator().manual_seed(0), 0.0
+    with model.inference_mode():
+        for program in programs:
+            if not isinstance(program, Reading):
+                continue
+            for count, most in SHAPES:
+                samples = list(_samples(model, program, count, most, random))
+                for found, wanted in _both(model, task, program, samples, run, random):
+                    size = wanted.abs().max().clamp(min=1)
+                    difference = (
+                        float((found - wanted).abs().max() / size) if found.shape == wanted.shape else torch.inf
+                    )
+                    worst = max(worst, difference if difference == difference else torch.inf)
+    return worst
+
+
+def _both(
+    model: Network, task: str, program: Reading, samples: Sequence[Sample], run: Run, random: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the programs give for these samples, and what the model does."""
+    given = padded(model, program.fields, samples)
+    out = run(program.name, given)
+    if isinstance(program, Vectors):
+        yield out["vectors"], side_vectors(model, task, [samples], program.side)
+    elif model.packer.heads[task].autoregressive:
+        yield from _written(model, task, samples, out, run, random)
+    else:
+        wanted = _packed_logits(model, task, samples)
+        if "rows" not in out:
+            yield out["logits"], torch.cat(wanted)
+            return
+        for logits, there, rows in zip(out["logits"], out["rows"], wanted, strict=True):
+            yield logits[there], rows
+
+
+def _written(
+    model: Network, task: str, samples: Sequence[Sample], out: dict[str, Tensor], run: Run, random: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    tokenizer = model.packer.answer_tokenizers[task]
+    count = min(WRITTEN, tokenizer.length or WRITTEN)
+    place_NA = tokenizer.places(count)
+    id_BN = torch.randint(tokenizer.vocab_size or 1, (len(samples), count), generator=random)
+    wanted = _packed_logits(model, task, samples, [Tokens(id_N, place_NA) for id_N in id_BN])
+    yield out["logits"], torch.stack([rows[0] for rows in wanted])
+    state = {}
+    for i in range(count):
+        state |= {name.removesuffix(NEXT): x for name, x in out.items() if name.endswith(NEXT)}
+        token = {"token": id_BN[:, i], "token.place": place_NA[i].expand(len(samples), 3)}
+        out = run("step", token | state)
+        yield out["logits"], torch.stack([rows[i + 1] for rows in wanted])
+
+
+def _packed_logits(
+    model: Network, task: str, samples: Sequence[Sample], begins: Sequence[Tokens] | None = None
+) -> list[Tensor]:
+    """By sample, the logits of the rows that the head reads of it."""
+    stream = model.packer([(task, sample) for sample in samples], answers=False, begins=begins)
+    reading, logits = stream.readings[task], model.logits(stream)[task]
+    rows = [1] * len(samples) if len(logits) == len(samples) else list(reading.lengths)
+    found = dict(zip(reading.samples, logits.split(rows), strict=True))
+    return [found[i] for i in range(len(samples))]
+
+
+def padded(model: Network, fields: Sequence[ReadField], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The inputs of a program that reads these fields."""
+    inputs = {}
+    for field in fields:
+        tokenizer, values = model.packer.tokenizers[field.kind], [sample[field.name] for sample in samples]
+        count = max(1, *(0 if tokens is None else len(tokens) for tokens in values))
+        one = torch.zeros(count, dtype=INT) if tokenizer.vocab_size else torch.zeros(count, tokenizer.feature_size or 0)
+        content, place = one.repeat(len(samples), *[1] * one.dim()), torch.zeros(len(samples), count, 3)
+        for i, tokens in enumerate(values):
+            if tokens is not None:
+                content[i, : len(tokens)], place[i, : len(tokens)] = tokens.content, tokens.position_NA
+        length_B = torch.tensor([0 if tokens is None else len(tokens) for tokens in values])
+        inputs |= {field.name: content, f"{field.name}.place": place, f"{field.name}.length": length_B}
+    return inputs or {"answers": torch.zeros(len(samples), dtype=INT)}
+
+
+def _samples(
+    model: Network, program: Reading, count: int, most: int, random: torch.Generator
+) -> Iterator[dict[str, Tokens | None]]:
+    """Samples of random tokens; with several fields one sample of three lacks one."""
+    fields, pattern = program.fields, model.packer.patterns[program.task]
+    least, known = _least(program), _known_places(model)
+    room = most if known is None else (known - len(program.start.tokens) - WRITTEN) // max(len(fields), 1)
+    most = max(least, min(most + least - 1, room))
+    for i in range(count):
+        lacks = fields[most % len(fields)].name if len(fields) > 1 and i == 1 and count == 3 else None
+        sample: dict[str, Any] = {field.name: None for field in pattern.reads}
+        for field in fields:
+            # the first sample has the most, so that the others are padded
+            tokens = most if i == 0 else int(torch.randint(least, most + 1, (), generator=random))
+            if field.name != lacks:
+                sample[field.name] = _tokens(model.packer.tokenizers[field.kind], tokens, random)
+        yield sample
+
+
+def _tokens(tokenizer: Tokenizer, count: int, random: torch.Generator) -> Tokens:
+    index_N = torch.arange(count)
+    position_NA = torch.stack([index_N, index_N // 3, index_N % 3], -1) * torch.tensor(tokenizer.step)
+    if tokenizer.vocab_size is not None:
+        return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), position_NA)
+    return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), position_NA)
+
+
+def _known_places(model: Network) -> int | None:
+    """The most tokens for which every layer and table of either core has a place; None: any number."""
+    layers = [m for m in model.core.modules() if isinstance(m, Mechanism) and not m.name.endswith("memory")]
+    tables = [m.core.learned_times for m in model.core.modules() if isinstance(m, Transformer)]
+    bounds = [part.most for m in layers for part in (m.score, *m.priors, *m.factors)] + tables
+    return min((most for most in bounds if most is not None), default=None)
+
+
+def _least(program: Reading) -> int:
+    """The least tokens of a field that the head's pool takes."""
+    pool: Any = getattr(program.head, "pool", None)
+    pools = [pool] if isinstance(pool, Pool) else list(pool or ())
+    pools += [pool.of for pool in pools if hasattr(pool, "of")]
+    return 1 + max((getattr(pool, "skip", 0) for pool in pools), default=0)

@@ -1,0 +1,163 @@
+"""Formats of programs: torch.export's .pt2, which needs PyTorch alone, and ONNX. Each traces, writes, and runs what it wrote."""
+
+import importlib
+import importlib.metadata
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.export.compare import Run, example_inputs
+from multimodal.export.programs import Program
+from multimodal.shapes import ConfigError
+from multimodal.texts import shortened
+
+OPSET = 20
+MOST_BYTES = 2**31 - 2**24  # of weights in one .onnx file, which has to stay below 2 GiB
+
+
+class Format(ABC):
+    """A format of files.
+
+    ending: of a program's file. needs: the packages that it takes, besides torch.
+    """
+
+    ending: str
+    needs: tuple[str, ...] = ()
+
+    def check_installed(self) -> None:
+        """Raise a ConfigError if a package is missing."""
+        for name in self.needs:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise ConfigError(
+                    f"export to {self.ending[1:]}: {name} is not installed ({error}); install it with "
+                    "pip install 'multimodal-stream[export]', or export to pt2, which needs PyTorch alone"
+                ) from error
+
+    def versions(self) -> dict[str, Any]:
+        """What the manifest says of how the files were made."""
+        return {"versions": {name: importlib.metadata.version(name) for name in ("torch", *self.needs)}}
+
+    @abstractmethod
+    def write(self, program: Program, path: Path) -> None:
+        """Write a program."""
+
+    @abstractmethod
+    def read(self, paths: dict[str, Path]) -> Run:
+        """What runs the programs in these files, by name."""
+
+
+class PT2(Format):
+    ending = ".pt2"
+
+    def write(self, program: Program, path: Path) -> None:
+        with _quiet():
+            torch.export.save(traced(program), path)
+
+    def read(self, paths: dict[str, Path]) -> Run:
+        with _quiet():
+            loaded = {name: torch.export.load(path).module() for name, path in paths.items()}
+        return lambda name, inputs: loaded[name](inputs)
+
+
+class ONNX(Format):
+    ending = ".onnx"
+    needs = ("onnx", "onnxscript", "onnxruntime")
+
+    def versions(self) -> dict[str, Any]:
+        return {"opset": OPSET, **super().versions()}
+
+    def write(self, program: Program, path: Path) -> None:
+        import torch.onnx
+
+        example = example_inputs(program)
+        with _quiet():
+            made = torch.onnx.export(
+                traced(program),
+                (example,),
+                input_names=list(example),
+                output_names=[entry.name for entry in program.outputs],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        assert made is not None
+        symbols = {}  # torch's names of axes, such as s71 -> ours
+        for entry, given in zip(program.inputs, made.model.graph.inputs, strict=True):
+            assert given.shape is not None
+            pairs = zip(entry.axes, given.shape, strict=True)
+            symbols |= {str(size): axis for axis, size in pairs if isinstance(axis, str)}
+        made.rename_axes(symbols)
+        for (
+            node
+        ) in made.model.graph.all_nodes():  # where it comes from in this library takes more room than small weights
+            node.metadata_props.clear()
+        weights = sum(p.numel() * p.element_size() for p in program.parameters())
+        made.save(path, external_data=weights > MOST_BYTES)
+
+    def read(self, paths: dict[str, Path]) -> Run:
+        runtime = importlib.import_module("onnxruntime")
+        sessions = {name: runtime.InferenceSession(path) for name, path in paths.items()}
+
+        def run(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            names = [output.name for output in sessions[name].get_outputs()]
+            found = sessions[name].run(names, {key: x.numpy() for key, x in inputs.items()})
+            return {key: torch.from_numpy(x) for key, x in zip(names, found, strict=True)}
+
+        return run
+
+
+FORMATS: dict[str, Format] = {"onnx": ONNX(), "pt2": PT2()}
+
+
+def traced(program: Program) -> torch.export.ExportedProgram:
+    """The program of torch.export, with axes of any size.
+
+    Raises:
+        ConfigError: a part of the model cannot be traced.
+    """
+    example = example_inputs(program)
+    known: dict[str, Any] = {}
+    axes = {
+        entry.name: {
+            i: known.setdefault(axis, torch.export.Dim(axis))
+            for i, axis in enumerate(entry.axes)
+            if isinstance(axis, str)
+        }
+        for entry in program.inputs
+    }
+    try:
+        made = torch.export.export(program, (example,), dynamic_shapes=(axes,))
+    except ConfigError:
+        raise
+    except Exception as error:  # torch raises of many kinds, and a part of a user's may raise any
+        raise ConfigError(
+            f"export, program {program.name!r}: torch.export cannot trace it: {type(error).__name__}: "
+            f"{shortened(str(error), 600)}; a part of one's own must not look at values or lengths: x.shape[0] in the place of "
+            "len(x), and no branch on what a tensor holds"
+        ) from error
+    for node in made.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it has the paths of this machine
+    return made
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without gradients, and without what torch's exporters warn of and log about themselves."""
+    log = logging.getLogger("onnxscript")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
