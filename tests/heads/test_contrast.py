@@ -378,7 +378,9 @@ def test_what_has_no_meaning_for_a_pair_says_what_has(model, values: Callable, t
     ):
         with pytest.raises(mm.TaskError, match=useless):
             call()
-    with pytest.raises(mm.TaskError, match=r"xray: .* has two sides, and both came; give the fields of one, image or text"):
+    with pytest.raises(
+        mm.TaskError, match=r"xray: .* has two sides, and both came; give the fields of one, image or text"
+    ):
         xray(model, TASK, sample)
     for call in (
         lambda: model.vectors("image -> label", [sample]),
