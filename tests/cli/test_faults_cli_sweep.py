@@ -176,7 +176,9 @@ def test_fault_78d_every_command_with_files_that_are_none(command, ends_well, ho
         for place in places
     ]
     first, *rest = WORK[command]
-    wrong += [ends_well(command, place, *rest) for place in places]
+    # the folder itself holds a model, and would be served without end
+    firsts = [place for place in places if (command, place) != ("serve", ".")]
+    wrong += [ends_well(command, place, *rest) for place in firsts]
     if "--image" in rest:
         at = rest.index("--image") + 1
         wrong += [ends_well(command, first, *rest[:at], place, *rest[at + 1 :]) for place in places]
