@@ -23,10 +23,9 @@ from PIL import Image, ImageEnhance
 from benchmarks import report, script
 from benchmarks.data import DATA, manifest, recordings, records
 from benchmarks.fetched_weights import ready
-from benchmarks.pretrained import plain
-from multimodal import Classify, Core, Model, Task, evaluate, fit, override, pretrained
+from benchmarks.pretrained import at_16_khz, plain, their_whisper
+from multimodal import Classify, Core, EncoderDecoder, Model, Task, evaluate, fit, override, pretrained
 from multimodal.heads import FirstAndMean, Mean
-from multimodal.media import read_sound
 from multimodal.pretrained import Pretrained
 from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels
 from multimodal_tokenizers.fit import Fit
@@ -100,7 +99,7 @@ def clips() -> tuple[Samples, Samples]:
     """Clips of folds 1 and 2, and of fold 3, with their classes."""
     found: dict[bool, Samples] = {True: [], False: []}
     for row, wave_S, rate in recordings("esc10_folds1-3.zip"):
-        wave_S = read_sound((wave_S, rate), rate_hz=HERTZ, who="benchmark").numpy()
+        wave_S = at_16_khz(wave_S, rate)
         found[row["fold"] < 3].append({"audio": (wave_S, HERTZ), "label": row["category"]})
     return found[True], found[False]
 
@@ -182,9 +181,10 @@ def sounds(seed: int) -> Iterator[Found]:
 
     data = {task: Varied(train, "audio", shifted)}
     loaded = unpadded()
+    assert isinstance(loaded.core, EncoderDecoder)
     model = Model(
         {"audio": loaded.tokenizers["audio"], "label": labels},
-        override(loaded.core.reader, depth=BLOCKS),  # type: ignore[union-attr]
+        override(loaded.core.reader, depth=BLOCKS),
         [Task(task, Classify(pool=Mean(), label_smoothing=0.1))],
         seed=seed,
     )
@@ -237,7 +237,7 @@ def read_aloud() -> tuple[Samples, Samples]:
     """Clips of LJ Speech to train on and to score, with what is read."""
     read = [
         {
-            "audio": (read_sound((wave_S, rate), rate_hz=HERTZ, who="benchmark").numpy(), HERTZ),
+            "audio": (at_16_khz(wave_S, rate), HERTZ),
             "text": row["normalized"],
         }
         for row, wave_S, rate in recordings("ljspeech.zip")
@@ -248,7 +248,7 @@ def read_aloud() -> tuple[Samples, Samples]:
 @cache
 def untrained() -> tuple[Found, ...]:
     """What needs no training, and so no seed."""
-    padded = heard("transformers, padded to 30 s", _theirs())
+    padded = heard("transformers, padded to 30 s", their_whisper(ready("whisper-base")))
     return *padded, *heard("ours as it is, not padded", _ours(unpadded().model()))
 
 
@@ -265,7 +265,7 @@ def heard(who: str, write: Callable[[Any], str]) -> tuple[Found, Found]:
     import jiwer
 
     start, held_out = time.process_time(), read_aloud()[1]
-    told = [write(sample["audio"]) for sample in held_out]
+    told = [write(sample["audio"][0]) for sample in held_out]
     seconds = (time.process_time() - start) / len(held_out)
     wanted = [plain(sample["text"]) for sample in held_out]
     errors = 100 * jiwer.wer(wanted, list(map(plain, told)))
@@ -273,24 +273,7 @@ def heard(who: str, write: Callable[[Any], str]) -> tuple[Found, Found]:
 
 
 def _ours(model: Model) -> Callable[[Any], str]:
-    return lambda audio: str(model.generate("audio -> text", audio=audio, max_tokens=200))
-
-
-def _theirs() -> Callable[[Any], str]:
-    import torch
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
-    folder = ready("whisper-base")
-    module = WhisperForConditionalGeneration.from_pretrained(folder).eval()
-    processor = WhisperProcessor.from_pretrained(folder)
-
-    def write(audio: Any) -> str:
-        features = processor(audio[0], sampling_rate=audio[1], return_tensors="pt").input_features
-        with torch.inference_mode():
-            ids: Any = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)
-        return processor.decode(ids[0], skip_special_tokens=True)
-
-    return write
+    return lambda wave_S: str(model.generate("audio -> text", audio=(wave_S, HERTZ), max_tokens=200))
 
 
 PARTS = {"clothing": clothing, "sounds": sounds, "pairs": pairs, "speech": speech}

@@ -6,7 +6,7 @@ The weights are those of benchmarks/fetched_weights.py, which says how to get th
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ def whisper_base(folder: Path) -> Compared:
     theirs = []
     with torch.inference_mode():
         for wave_S, rate, said in clips:
-            features = extractor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
+            features = extractor(at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
             ids = [*start, *text(said).content.tolist()]
             logits = module(input_features=features, decoder_input_ids=torch.tensor([ids])).logits[0]
             theirs.append(logits[len(start) - 1 :])
@@ -142,20 +142,35 @@ def speech(count: int) -> Iterator[tuple[Any, int, str]]:
         yield wave_S, rate, row["normalized"]
 
 
-def _at_16_khz(wave_S: Any, rate: int) -> Any:
+def at_16_khz(wave_S: Any, rate: int) -> Any:
+    """The same sound at 16 kHz, with one channel."""
     from multimodal.media import read_sound
 
     return read_sound((wave_S, rate), rate_hz=16000, who="benchmark").numpy()
+
+
+def their_whisper(folder: Path) -> Callable[[Any], str]:
+    """What Whisper of transformers writes of a sound at 16 kHz, which it pads to 30 s."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    module = WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    processor = WhisperProcessor.from_pretrained(folder)
+
+    def write(wave_S: Any) -> str:
+        features = processor(wave_S, sampling_rate=16000, return_tensors="pt").input_features
+        with torch.inference_mode():
+            ids: Any = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)
+        return processor.decode(ids[0], skip_special_tokens=True).strip()
+
+    return write
 
 
 def transcribed(folder: Path, wavs: Path | None, count: int) -> str:
     """Transcripts here and in transformers: how many are the same, and the word error rates of both."""
     import jiwer
     import soundfile
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    module = WhisperForConditionalGeneration.from_pretrained(folder).eval()
-    processor, model = WhisperProcessor.from_pretrained(folder), pretrained(folder).model()
+    write, model = their_whisper(folder), pretrained(folder).model()
     clips = list(speech(count))
     if wavs is not None:
         for path in sorted(wavs.glob("*.wav")):
@@ -163,10 +178,7 @@ def transcribed(folder: Path, wavs: Path | None, count: int) -> str:
             clips.append((wave_S[: 30 * rate], rate, ""))
     same, pairs = 0, []
     for i, (wave_S, rate, said) in enumerate(clips):
-        features = processor(_at_16_khz(wave_S, rate), sampling_rate=16000, return_tensors="pt").input_features
-        with torch.inference_mode():
-            ids: Any = module.generate(input_features=features, language="en", task="transcribe", do_sample=False)
-        theirs = processor.decode(ids[0], skip_special_tokens=True).strip()
+        theirs = write(at_16_khz(wave_S, rate))
         ours = model.generate("audio -> text", audio=(wave_S, rate), max_tokens=400).value.strip()
         same += ours == theirs
         if ours != theirs:

@@ -96,9 +96,8 @@ class ONNX(Format):
             pairs = zip(entry.axes, given.shape, strict=True)
             symbols |= {str(size): axis for axis, size in pairs if isinstance(axis, str)}
         made.rename_axes(symbols)
-        for (
-            node
-        ) in made.model.graph.all_nodes():  # where it comes from in this library takes more room than small weights
+        for node in made.model.graph.all_nodes():
+            # where it comes from in this library takes more room than small weights
             node.metadata_props.clear()
         weights = sum(p.numel() * p.element_size() for p in program.parameters())
         made.save(path, external_data=weights > MOST_BYTES)

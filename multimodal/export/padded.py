@@ -165,9 +165,8 @@ class PaddedPlan(Plan):
                 pairs = zip(self.before[layer], (k_BMGK, v_BMGK), strict=True)
                 k_BMGK, v_BMGK = (torch.cat(pair, 1) for pair in pairs)
         self.joined[layer] = k_BMGK, v_BMGK
-        if (
-            groups := q_BTHK.shape[2] // k_BMGK.shape[2]
-        ) > 1:  # a kernel that groups heads would tie sizes to one another
+        # a kernel that groups heads would tie sizes to one another
+        if (groups := q_BTHK.shape[2] // k_BMGK.shape[2]) > 1:
             k_BMGK, v_BMGK = k_BMGK.repeat_interleave(groups, 2), v_BMGK.repeat_interleave(groups, 2)
         # with a trace the matrix is written out in one piece, and not by blocks whose number depends on its size
         read = mechanism(q_BTHK, k_BMGK, v_BMGK, self.pairs, None if mechanism.fused else Trace())

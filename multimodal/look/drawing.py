@@ -255,6 +255,7 @@ def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel
     gap, bar = 0.06, 0.15 if field.learned else 0.0
     size = min(1.25, (WIDTH - 0.7 - MARGIN) / (most + 2) - gap)
     tall, above = size * min(high / wide, 2.0), 0.34
+    font = 6.5 if size > 0.7 else 4.5
 
     def picture(figure: "Figure", box: tuple[float, float, float, float]) -> None:
         left, bottom, _, height = box
@@ -275,7 +276,6 @@ def _tiles(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads) -> Panel
                 if field.learned:
                     _bar(figure, (at, under - bar + 0.02, size, bar - 0.04), share_N[: field.learned].tolist(), font)
 
-    font = 6.5 if size > 0.7 else 4.5
     patches = [(layer, heat[:, field.learned :]) for layer, heat in looks]
     title = f"{field.name}: where the answer looked, and the share of the head that fell on it; one patch {scale(ray, patches)}"
     if field.learned:
@@ -347,6 +347,7 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
     """A row for each head, a column for each token; under the picture where there is one, such as a spectrogram."""
     field, looks, tail = without_tail(field, looks)
     looks, note = without_sink(ray, field, looks)
+    sink = ray.sunk(field.name)
     if heads is not None:
         looks = [(layer, heat[list(heads[layer.name])]) for layer, heat in looks]
     # each head is shaded up to its own largest share: a head that spreads evenly would be white otherwise
@@ -374,8 +375,6 @@ def strips(ray: "XRay", field: "XRayField", looks: Looks, heads: Heads | None = 
             if at < rows:
                 axes.axhline(at - 0.5, color="0.6", linewidth=0.6)
         _name_columns(axes, field, below > 0)
-
-    sink = ray.sunk(field.name)
 
     title = "the same for each head (a row each" if field.text else "where the answer looked, a row for each head ("
     title = f"{field.name}: {title}{'; ' if field.text else ''}darkest: its largest); a token {scale(ray, looks)}"

@@ -38,7 +38,7 @@ from multimodal.serve.transcriptions import transcribe_file
 from multimodal.texts import shortened
 
 PAGE = Path(__file__).with_name("page.html")
-"""What is shown at /, if it is there."""
+"""What is shown at /."""
 ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "/v1/tasks/{task:path}/look": look_into,
     "/v1/tasks/{task:path}": answer_task,
@@ -135,20 +135,19 @@ def make_app(
                     log.warning("stopped before its end", extra={"fields": {"model": name}})
             log.info("stopped")
 
+    page = PAGE.read_text(encoding="utf-8")
+    shown = Response(page, media_type="text/html", headers=page_headers(page))
     get = ["GET"]
-    routes = [Route(path, _endpoint(service, path, door), methods=["POST"]) for path, door in ENDPOINTS.items()]
     routes = [
+        Route("/", lambda _: shown, methods=get),
         Route("/health", functools.partial(_health, service), methods=get),
         Route("/metrics", functools.partial(_metrics, service), methods=get),
         Route("/v1/models", functools.partial(_models, service), methods=get),
         Route("/v1/models/{name}", functools.partial(_models, service), methods=get),
         Route("/v1/models/{name}/reload", functools.partial(_reload, service), methods=["POST"]),
         Route("/v1/tasks", functools.partial(_tasks, service), methods=get),
-        *routes,
+        *(Route(path, _endpoint(service, path, door), methods=["POST"]) for path, door in ENDPOINTS.items()),
     ]
-    if PAGE.is_file():
-        page, headers = PAGE.read_bytes(), page_headers(PAGE.read_text(encoding="utf-8"))
-        routes.append(Route("/", lambda _: Response(page, media_type="text/html", headers=headers), methods=get))
     handlers: dict[Any, Any] = {HTTPException: _no_such_page, ApiError: _refused, Exception: _refused}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.state.service = service

@@ -3,10 +3,9 @@
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-import torch
-
 from multimodal.generate import Piece
 from multimodal.heads import Contrast
+from multimodal.model import Model
 from multimodal.retrieval import match_probabilities
 from multimodal.serve.answers import EventStream, answer_json, event, json_response, usage
 from multimodal.serve.bodies import Params
@@ -130,14 +129,12 @@ async def _pair(call: Call, view: TaskView, raws: Mapping[str, Any], params: Par
         answer["similarity"] = float(left_F @ right_F)
         head = call.model.packer.head(view.task)
         if isinstance(head, Contrast) and head.form == "sigmoid":  # a softmax compares with others
-            device = call.model.device
 
-            def match() -> float:
-                with torch.inference_mode():
-                    sides = (vector_F[None].to(device) for vector_F in (left_F, right_F))
-                    return float(match_probabilities(call.model, view.task, *sides))
+            def match(model: Model) -> float:
+                sides = (vector_F[None].to(model.device) for vector_F in (left_F, right_F))
+                return float(match_probabilities(model, view.task, *sides))
 
-            answer["match"] = await call.in_pool(match)
+            answer["match"] = await call.visit(match)
     return json_response(
         {
             "id": call.id,

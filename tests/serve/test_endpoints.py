@@ -333,14 +333,3 @@ def test_what_a_model_has_no_task_for_is_refused_clearly():
         idle = {"fields": {"image": data_url(png())}, "temperature": 0.5}
         assert "answers at once" in refused(client.post("/v1/tasks/image -> label", json=idle))["message"]
         assert client.post("/v1/tasks/image -> label", json={**idle, "temperature": 0}).status_code == 200
-
-
-def test_a_page_is_shown_where_there_is_one(tmp_path, monkeypatch):
-    from multimodal.serve import app
-
-    monkeypatch.setattr(app, "PAGE", tmp_path / "page.html")
-    with serving() as client:
-        refused(client.get("/"), 404)
-    (tmp_path / "page.html").write_text("<p>hello</p>", encoding="utf-8")
-    with serving() as client:
-        assert client.get("/").text == "<p>hello</p>"
