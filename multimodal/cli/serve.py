@@ -76,6 +76,7 @@ def serve(
 
     from multimodal.serve.app import make_app
     from multimodal.serve.checkpoints import Checkpoint, named_folder
+    from multimodal.serve.http import http_protocol
     from multimodal.serve.logs import log, log_to
     from multimodal.serve.settings import Settings
 
@@ -117,7 +118,12 @@ def serve(
             names = ", ".join(checkpoint.name for checkpoint in served)
             print(f"serving {names} at http://{shown}:{listening.getsockname()[1]}", flush=True)
             config = uvicorn.Config(
-                app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(PATIENCE_S)
+                app,
+                http=http_protocol(settings),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(PATIENCE_S),
             )
             uvicorn.Server(config).run(sockets=[listening])
     finally:
@@ -159,6 +165,8 @@ def _keys(file: Path | None) -> tuple[str, ...]:
 
     if file is None:
         return ()
+    if not file.is_file():  # reading a pipe would wait
+        raise ConfigError(f"--api-key-file {file}: there is no such file; write one with a key a line")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -133,7 +133,7 @@ def _data_url(text: str, who: str) -> bytes:
         raise MediaError(f"{who}: {shortened(text, 60)!r} is a data: URL without a comma, behind which its data begin")
     if not head.lower().rstrip().endswith(";base64"):
         return urllib.parse.unquote_to_bytes(body)
-    body = "".join((urllib.parse.unquote(body) if "%" in body else body).split())
+    body = re.sub(r"[ \t\r\n\f\v]+", "", urllib.parse.unquote(body) if "%" in body else body)
     body = body.translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")  # some writers use the URL-safe alphabet
     try:
         return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)

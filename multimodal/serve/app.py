@@ -74,7 +74,7 @@ class Service:
         self.check_key(request)
         # a page of another host in the browser of somebody who can reach this service
         origin = request.headers.get("origin", "")
-        if origin and urlsplit(origin).netloc != request.headers.get("host", ""):
+        if origin and _host_of(origin) != request.headers.get("host", ""):
             raise ApiError(403, f"requests of pages of {shortened(origin, 100)} are refused", code="foreign_origin")
         places = len(self.checkpoints.by_name) * (self.settings.rows + self.settings.queue)
         if self.open >= places:
@@ -150,6 +150,7 @@ def make_app(
     ]
     handlers: dict[Any, Any] = {HTTPException: _no_such_page, ApiError: _refused, Exception: _refused}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # it would send clients to whatever host their own header names
     app.state.service = service
     return app
 
@@ -179,6 +180,14 @@ def page_headers(page: str) -> dict[str, str]:
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-cache",
     }
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an origin; None: it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _reload_all(service: Service, loop: asyncio.AbstractEventLoop) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import sys
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
@@ -179,6 +180,7 @@ class _FormParser(MultiPartParser):
     """Also knows whether the form came to its end, and closes the files of parts that did not."""
 
     ended = False
+    spool_max_size = sys.maxsize  # the body is in memory already, and nothing of it goes to a file
 
     def on_end(self) -> None:
         self.ended = True

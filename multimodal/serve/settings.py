@@ -17,7 +17,7 @@ class Settings:
     gather_ms: how long what is answered at once waits for others, to be packed with them.
     pass_tokens: tokens that one packed pass reads, and that join the rows in one step; a sample of more is refused.
     timeout_s: seconds from a request to its whole answer.
-    body_s: seconds in which the body of a request has to arrive.
+    body_s: seconds in which the head of a request has to arrive, and then its body.
     max_body: bytes of a request.
     max_pixels: pixels of a picture; a tokenizer may allow fewer.
     max_seconds: seconds of a sound; a tokenizer may allow fewer.

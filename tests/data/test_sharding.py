@@ -422,7 +422,7 @@ print(json.dumps([error, len(names), sum(met.values()), peak() - before, time.pr
 """
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="bounds memory as Linux does")
 def test_a_stream_of_100_000_samples_that_is_larger_than_the_memory_it_may_have(tmp_path: Path):
     """40 s of CPU here. RLIMIT_DATA bounds what a process allocates (heap and private maps), not the libraries it maps."""

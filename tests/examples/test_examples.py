@@ -86,7 +86,7 @@ def test_cross_modal_demo_runs_to_its_table(tmp_path, run):
     assert (tmp_path / "runs" / "cross_modal" / "answers.png").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_cross_modal_demo_on_real_voices_with_a_speaker_held_out(tmp_path, run):
     path = needs("fsdd.zip")
     out = run(

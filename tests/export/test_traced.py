@@ -27,7 +27,7 @@ CORE = mm.Core(width=32, depth=1, heads=4, kv_heads=2, learned_times=64, learned
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["pt2", "onnx"])
+@pytest.mark.parametrize("to", [pytest.param("pt2", marks=pytest.mark.training), "onnx"])
 def test_every_part_that_factors_is_written_and_writes_what_the_model_writes(tokenizers, lively, values, tmp_path, to):
     if to == "onnx":
         for name in FORMATS["onnx"].needs:

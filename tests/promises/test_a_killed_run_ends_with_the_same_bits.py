@@ -18,6 +18,7 @@ JOBS = {
     "packs, 2 processes": {"tokens": 96, "packs": 2, "look_ahead": 24, "processes": 2},
     "batches, 2 processes, shared out": {"batch": 8, "parallel": "fsdp", "processes": 2},
 }
+MINUTES = ("packs, 2 workers", "batches, 2 processes, shared out")
 
 
 def in_a_new_python(job: list[str]) -> str:
@@ -34,7 +35,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.training) if n in MINUTES else n for n in JOBS])
 def test_five_kills_leave_no_trace(tmp_path, program, name):
     settings = {**COMMON, **JOBS[name]}
     job = {"processes": settings.pop("processes", 1), "settings": settings, "seed": 3}

@@ -244,7 +244,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     tiny = str(tmp_path / "tiny")
     assert "one checkpoint or more" in refused()
     assert "there is no folder" in refused(str(tmp_path / "none"))
-    assert "holds no key" in refused(tiny, "--api-key-file", "/dev/null")
+    (tmp_path / "empty").write_text("\n")
+    assert "holds no key" in refused(tiny, "--api-key-file", str(tmp_path / "empty"))
+    assert "there is no such file" in refused(tiny, "--api-key-file", "/dev/zero")
     assert "rows=0 must be at least 1" in refused(tiny, "--rows", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
