@@ -180,8 +180,10 @@ async def client(
             async with http.stream("POST", path, json=body) as answer:
                 m.statuses[answer.status_code] += 1
                 async for line in answer.aiter_lines():
-                    seen = seen or time.monotonic() - start
-                    found = json.loads(line.removeprefix("data: ") or "{}")
+                    line = line.removeprefix("data: ")
+                    if not line.startswith("{"):  # between events, and behind the last one
+                        continue
+                    seen, found = seen or time.monotonic() - start, json.loads(line)
                     if leaving and "text" in found:
                         m.left += 1
                         break
