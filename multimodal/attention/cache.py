@@ -24,6 +24,7 @@ class Cache:
     k, v: by layer, keys and values (B, M, G, K).
     state: by layer, the states (B, F) of recurrent layers, convolutions and tapes.
     length: number of tokens of each row; a list on the host.
+    dropped: number of the oldest tokens of each row that are no longer stored; a list on the host.
     bidirectional_BM, segment_BM: what rules may know of the cached tokens, see `MaskInfo`.
     origin_BA: the position at which the writer of an `EncoderDecoder` starts in each row.
     rows: the row of the first, second, .. sample of a stream; `at` sets it.
@@ -49,6 +50,7 @@ class Cache:
         self.segment_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.origin_BA = torch.zeros(batch, 3, device=device)
         self.length = [0] * batch
+        self.dropped = [0] * batch
         self.rows: Sequence[int] = range(batch)
         self.memory = memory
 
@@ -64,6 +66,17 @@ class Cache:
         """The row (T,) of each token of a stream, from the number of its sample."""
         return torch.tensor(self.rows, device=sample_T.device)[sample_T.long()]
 
+    def stored(self, row: int) -> int:
+        """Number of tokens of a row whose keys and values are stored."""
+        return self.length[row] - self.dropped[row]
+
+    def drop(self, row: int, count: int) -> None:
+        """Forget the keys and values of the `count` oldest tokens that are stored: those that no later token attends to."""
+        stored = self.stored(row)
+        for each in (*self.k, *self.v, self.bidirectional_BM, self.segment_BM):
+            each[row, : stored - count] = each[row, count:stored].clone()  # both ranges may overlap
+        self.dropped[row] += count
+
     def reserve(self, added: Sequence[int]) -> None:
         """Lengthen the row of each sample of a stream by `added` tokens, all rows or none.
 
@@ -71,22 +84,25 @@ class Cache:
             StreamError: a row would exceed the capacity.
         """
         for row, count in zip(self.rows, added, strict=False):
-            if self.length[row] + count > self.capacity:
+            if self.stored(row) + count > self.capacity:
                 raise StreamError(
-                    f"Cache: sample {row} needs {self.length[row] + count} tokens, but capacity={self.capacity}; "
+                    f"Cache: sample {row} needs {self.stored(row) + count} tokens, but capacity={self.capacity}; "
                     "make the cache larger or the answer shorter"
                 )
         for row, count in zip(self.rows, added, strict=False):
             self.length[row] += count
 
     def write(self, layer: int, row: Tensor | slice, order: Tensor | int, k_TGK: Tensor, v_TGK: Tensor) -> None:
-        """Store the keys and values of a stream at (row, order) of its tokens; a slice and an int are faster than tensors."""
+        """Store the keys and values of a stream at (row, order) of its tokens; a slice and an int are faster than tensors.
+
+        order: among the tokens that are stored, so without the dropped ones.
+        """
         self.k[layer][row, order] = k_TGK.to(self.k[layer].dtype)
         self.v[layer][row, order] = v_TGK.to(self.v[layer].dtype)
 
     def clear(self, row: int) -> None:
         """Make a row empty; its keys and values are overwritten later, its states become 0."""
-        self.length[row] = 0
+        self.length[row] = self.dropped[row] = 0
         for state in self.state:
             state[row] = 0
         if self.memory is not None:
@@ -101,7 +117,8 @@ class Cache:
             StreamError: the row exceeds the capacity of this cache.
         """
         of = of or self
-        stop = of.length[source]
+        stop = of.stored(source)
+        start = max(start - of.dropped[source], 0) if self.dropped[target] == of.dropped[source] else 0
         if stop > self.capacity:
             raise StreamError(f"Cache: a row of {stop} tokens does not fit capacity={self.capacity}; make it larger")
         for ours, theirs in zip((*self.k, *self.v), (*of.k, *of.v), strict=True):
@@ -111,6 +128,6 @@ class Cache:
         for ours, theirs in ((self.bidirectional_BM, of.bidirectional_BM), (self.segment_BM, of.segment_BM)):
             ours[target, start:stop] = theirs[source, start:stop]
         self.origin_BA[target] = of.origin_BA[source]
-        self.length[target] = stop
+        self.length[target], self.dropped[target] = of.length[source], of.dropped[source]
         if self.memory is not None and of.memory is not None and start == 0:
             self.memory.copy(source, target, of=of.memory)

@@ -25,7 +25,7 @@ class FillingPlan(Plan):
 
 
 Where = tuple[Tensor | slice, Tensor | int]
-"""(row, order) of every token of a stream, as an index into a cache."""
+"""(row, order among the stored tokens) of every token of a stream, as an index into a cache."""
 
 
 def reserved(layout: Layout, cache: Cache, where: Where | None = None) -> Where:
@@ -35,7 +35,10 @@ def reserved(layout: Layout, cache: Cache, where: Where | None = None) -> Where:
     """
     cache.reserve([span.total for span in layout.spans])
     if where is None:
-        where = (cache.row_index(layout.info.sample), layout.info.order.long())
+        row_T = cache.row_index(layout.info.sample)
+        where = (row_T, layout.info.order.long())
+        if any(cache.dropped):
+            where = (row_T, where[1] - torch.tensor(cache.dropped, device=row_T.device)[row_T])
     cache.bidirectional_BM[where] = layout.info.bidirectional.to(cache.bidirectional_BM.dtype)
     cache.segment_BM[where] = layout.info.segment.to(cache.segment_BM.dtype)
     return where
@@ -51,18 +54,18 @@ def check_appended(rule: Rule, layout: Layout, cache: Cache) -> None:
     """Raise a StreamError if a cached token would have had to attend to a new one: the states of cached tokens are final."""
     start = 0
     for row, span in zip(cache.rows, layout.spans, strict=False):
-        info, before = layout.info[start : start + span.total], cache.length[row]
+        info, before = layout.info[start : start + span.total], cache.stored(row)
         start += span.total
         if span.total and before and rule.allows(_cached_info(cache, row, before, info)[:, None], info[None]).any():
             raise StreamError(
-                f"sample {row} has {before} tokens in the cache that would have had to attend to the {span.total} new ones; what "
-                "is read piece by piece must be causal: make its tokenizer causal, or use a rule such as Chunked"
+                f"sample {row} has {cache.length[row]} tokens in the cache that would have had to attend to the {span.total} new "
+                "ones; what is read piece by piece must be causal: make its tokenizer causal, or use a rule such as Chunked"
             )
 
 
 def _cached_info(cache: Cache, row: int, count: int, new: MaskInfo) -> MaskInfo:
-    """What rules may know of the first `count` tokens of a row, whose sample has the number of the `new` tokens."""
-    order_M = torch.arange(count, dtype=new.order.dtype, device=new.order.device)
+    """What rules may know of the first `count` stored tokens of a row, whose sample has the number of the `new` tokens."""
+    order_M = torch.arange(count, dtype=new.order.dtype, device=new.order.device) + cache.dropped[row]
     return MaskInfo(
         new.sample[:1].expand(count), order_M, cache.bidirectional_BM[row, :count], cache.segment_BM[row, :count]
     )
@@ -75,7 +78,7 @@ class StepPlan(Plan):
         self.cache = cache
         first, count = cache.rows[0], len(layout.spans)
         rows = slice(first, first + count)
-        lengths = cache.length[rows]
+        lengths = [cache.stored(row) for row in range(first, first + count)]
         self.where: Where
         if beside is not None:
             self.where = _where(beside)
@@ -85,7 +88,7 @@ class StepPlan(Plan):
             self.where = reserved(layout, cache, (rows, lengths[0]))
         else:
             self.where = reserved(layout, cache)
-        self.window = (rows, slice(0, max(cache.length[rows])))
+        self.window = (rows, slice(0, max(cache.stored(row) for row in range(first, first + count))))
         self.rule, self.info = rule, layout.info
         # rows of equal length have no tokens after the new one, and the default rule masks nothing else
         self.full = rule == PREFIX_LM and isinstance(self.where[1], int)
@@ -94,11 +97,13 @@ class StepPlan(Plan):
     def pairs(self) -> Pairs:
         """The new tokens as queries, and the tokens of their rows as keys."""
         info, cache = self.info, self.cache
-        order_M = torch.arange(self.window[1].stop, device=info.order.device)
+        order_BM = torch.arange(self.window[1].stop, device=info.order.device).expand(len(info.order), -1)
+        if any(cache.dropped):
+            order_BM = order_BM + torch.tensor(cache.dropped[self.window[0]], device=order_BM.device)[:, None]
         q = info[:, None]
         k = MaskInfo(
-            q.sample.expand(-1, len(order_M)),
-            order_M.expand(len(info.order), -1),
+            q.sample.expand(-1, order_BM.shape[1]),
+            order_BM,
             cache.bidirectional_BM[self.window],
             cache.segment_BM[self.window],
         )
@@ -132,7 +137,7 @@ class AppendPlan(Plan):
         self.where: Where = reserved(layout, cache) if beside is None else _where(beside)
         self.parts: list[tuple[int, int, Pairs]] = []
         for row, info in zip(rows, new, strict=True):
-            total = cache.length[row]
+            total = cache.stored(row)
             q, k = info[None, :, None], _cached_info(cache, row, total, info)[None, None]
             self.parts.append((row, total, Pairs(q, k, rule.allows(q, k))))
 

@@ -1,5 +1,6 @@
 """`serve`: models behind HTTP, from checkpoints on this machine."""
 
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,10 @@ def serve(
     max_pixels: Annotated[int, Limit(help="Pixels of a picture.")] = 2**24,
     max_seconds: Annotated[float, Limit(help="Seconds of a sound.")] = 600.0,
     window_s: Annotated[float, Limit(help="Seconds of a recording that are transcribed at once.")] = 30.0,
+    live_sessions: Annotated[int, Limit(help="Live transcriptions that are open at the same time.")] = 16,
+    live_seconds: Annotated[float, Limit(help="Seconds of a live sound, if the model has no window.")] = 600.0,
+    live_idle_s: Annotated[float, Limit(help="Seconds after which a silent live transcription ends.")] = 60.0,
+    max_message: Annotated[int, Limit(help="Bytes of a message of a live transcription.")] = 2**20,
     allow_host: Annotated[list[str] | None, Parameter(negative="")] = None,
     strings: Annotated[list[str] | None, Parameter(negative="")] = None,
     plugin: Plugins = None,
@@ -92,6 +97,10 @@ def serve(
         max_pixels=max_pixels,
         max_seconds=max_seconds,
         window_s=window_s,
+        live_sessions=live_sessions,
+        live_seconds=live_seconds,
+        live_idle_s=live_idle_s,
+        max_message=max_message,
         keys=_keys(api_key_file),
         hosts=tuple(host.lower() for host in allow_host or ()),
         strings=tuple(strings or ()),
@@ -100,7 +109,9 @@ def serve(
     for _, folder in folders:
         model_folder(folder)  # raises before any of them is loaded
     listening = _listen(host, port)
-    handler = log_to(sys.stderr)
+    handler, server_log = log_to(sys.stderr), logging.getLogger("uvicorn.error")
+    server_log.addHandler(handler)  # its warnings and errors are lines of JSON too
+    server_log.propagate = False
     try:
         with listening:
 
@@ -124,10 +135,20 @@ def serve(
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(PATIENCE_S),
+                ws_max_size=max_message,
             )
-            uvicorn.Server(config).run(sockets=[listening])
+
+            class Server(uvicorn.Server):
+                async def shutdown(self, sockets: "list[socket] | None" = None) -> None:
+                    # before the server closes their connections, which would cut off the last words
+                    await app.state.service.end_live(PATIENCE_S)
+                    await super().shutdown(sockets)
+
+            Server(config).run(sockets=[listening])
     finally:
         log.removeHandler(handler)
+        server_log.removeHandler(handler)
+        server_log.propagate = True
     return 0
 
 
@@ -139,6 +160,7 @@ def _check_installed() -> None:
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
+        import websockets  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"serve: the package {error.name} is missing; pip install 'multimodal-stream[serve]', or uv sync --extra serve"

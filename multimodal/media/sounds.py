@@ -188,32 +188,64 @@ def _check_range(wave: Tensor, name: str, who: str) -> None:
         )
 
 
-def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling: Filter, who: str) -> Iterator[Tensor]:
-    """Resample block by block, with enough of the neighbouring blocks that the result is that of the whole."""
-    common = math.gcd(rate, rate_hz)
-    old, new = rate // common, rate_hz // common
-    if old * new > _LARGEST_FILTER:
-        raise MediaError(
-            f"{who}: {rate} Hz and {rate_hz} Hz have only {common} as a common divisor, which takes too large a filter; "
-            "resample it first to a usual rate such as 16000, 22050, 44100 or 48000 Hz"
-        )
-    warn_once(f"{who}: resampling {rate} Hz to {rate_hz} Hz")
-    resample = _resampler(old, new, resampling) if old * new <= 2**20 else _resampler.__wrapped__(old, new, resampling)
-    # the reach of the filter to either side, in periods of the lower rate; multiples of `old` samples keep its phase
-    reach = math.ceil(FILTERS[resampling]["lowpass_filter_width"] / FILTERS[resampling]["rolloff"]) + 1
-    context = old * math.ceil((reach * max(1, old / new) + old) / old)
-    pending, done = torch.empty(0), 0  # done: samples of `pending` that were yielded already and serve as context
-    for block_S in (part_S for whole_S in raw for part_S in whole_S.split(max(BLOCK_SAMPLES * old // new, 1))):
-        pending = torch.cat([pending, block_S]) if len(pending) else block_S
+class Resampler:
+    """Resamples a sound that comes in blocks, with enough of the neighbouring blocks that the result is that of the whole.
+
+    rate, rate_hz: samples a second before and after. who: who is named in errors.
+
+    Raises:
+        MediaError: the two rates take too large a filter.
+    """
+
+    def __init__(self, rate: int, rate_hz: int, *, resampling: Filter = "kaiser", who: str) -> None:
+        common = math.gcd(rate, rate_hz)
+        self.old, self.new = old, new = rate // common, rate_hz // common
+        if old * new > _LARGEST_FILTER:
+            raise MediaError(
+                f"{who}: {rate} Hz and {rate_hz} Hz have only {common} as a common divisor, which takes too large a filter; "
+                "resample it first to a usual rate such as 16000, 22050, 44100 or 48000 Hz"
+            )
+        if rate != rate_hz:
+            warn_once(f"{who}: resampling {rate} Hz to {rate_hz} Hz")
+        make = _resampler if old * new <= 2**20 else _resampler.__wrapped__  # large filters are not cached
+        self._resample = make(old, new, resampling)
+        # the reach of the filter to either side, in periods of the lower rate; multiples of `old` samples keep its phase
+        reach = math.ceil(FILTERS[resampling]["lowpass_filter_width"] / FILTERS[resampling]["rolloff"]) + 1
+        self._context = old * math.ceil((reach * max(1, old / new) + old) / old)
+        self._pending = torch.empty(0)
+        self._done = 0  # samples of `_pending` that were resampled already and serve as context
+
+    def push(self, block_S: Tensor) -> Tensor:
+        """Take more samples, and return the resampled ones (S,) that no later sample changes."""
+        if self.old == self.new:
+            return block_S
+        old, new, context, done = self.old, self.new, self._context, self._done
+        pending = torch.cat([self._pending, block_S]) if len(self._pending) else block_S
         ready = (len(pending) - done - context) // old * old
         if ready <= 0:
-            continue
-        given = resample(pending[: done + ready + context])
-        yield given[done // old * new : (done + ready) // old * new]
+            self._pending = pending
+            return pending[:0]
+        given = self._resample(pending[: done + ready + context])
         keep = max(done + ready - context, 0)
-        pending, done = pending[keep:], done + ready - keep
-    if len(pending) > done:
-        yield resample(pending)[done // old * new :]
+        self._pending, self._done = pending[keep:], done + ready - keep
+        return given[done // old * new : (done + ready) // old * new]
+
+    def finish(self) -> Tensor:
+        """The sound is over: return the rest of the resampled samples (S,)."""
+        pending, done = self._pending, self._done
+        self._pending, self._done = pending[:0], 0
+        return self._resample(pending)[done // self.old * self.new :] if len(pending) > done else pending[:0]
+
+
+def _resampled_blocks(raw: Iterator[Tensor], rate: int, rate_hz: int, resampling: Filter, who: str) -> Iterator[Tensor]:
+    """Resample block by block; none of the blocks is empty."""
+    resampler = Resampler(rate, rate_hz, resampling=resampling, who=who)
+    size = max(BLOCK_SAMPLES * resampler.old // resampler.new, 1)
+    for block_S in (part_S for whole_S in raw for part_S in whole_S.split(size)):
+        if len(given_S := resampler.push(block_S)):
+            yield given_S
+    if len(rest_S := resampler.finish()):
+        yield rest_S
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,9 +17,10 @@ from urllib.parse import urlsplit
 from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from multimodal.serve.answers import EventStream, error_response, json_response
 from multimodal.serve.bodies import read_params
@@ -32,6 +34,7 @@ from multimodal.serve.looks import look_into
 from multimodal.serve.media_answers import draw, speak
 from multimodal.serve.metrics import Labels, Metrics
 from multimodal.serve.native import answer_task
+from multimodal.serve.realtime import LiveSession
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import described
 from multimodal.serve.transcriptions import transcribe_file
@@ -48,6 +51,10 @@ ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "/v1/audio/speech": speak,
     "/v1/images/generations": draw,
 }
+LIVE = "/v1/realtime"
+KEY_PROTOCOL = (
+    "openai-insecure-api-key."  # before a key among the protocols of a WebSocket, where browsers send no header
+)
 
 
 class Service:
@@ -58,18 +65,23 @@ class Service:
         self.metrics = Metrics()
         self.stopping = False
         self.open = 0  # requests whose bodies are read or that are answered
+        self.live: set[LiveSession] = set()
+        self.ending = asyncio.Event()  # live sessions end
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
 
-    def check_key(self, request: Request) -> None:
+    def check_key(self, request: HTTPConnection) -> None:
         """Raise a 401 unless the request has one of the keys; none is needed where there are none."""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
+        for protocol in request.scope.get("subprotocols", ()):
+            if not kind and protocol.startswith(KEY_PROTOCOL):
+                kind, given = "bearer", protocol.removeprefix(KEY_PROTOCOL)
         digest = hashlib.sha256(given.strip().encode("utf-8", "replace")).digest()
         # every key is compared, in a time that does not depend on how much of it is right
         right = [hmac.compare_digest(digest, key) for key in self._keys]
         if self._keys and not (any(right) and kind.lower() == "bearer"):
             raise ApiError(401, "wanted 'Authorization: Bearer KEY' with a key of this service", code="invalid_api_key")
 
-    def check(self, request: Request) -> None:
+    def check(self, request: HTTPConnection) -> None:
         """Raise an error for a request whose body should not even be read."""
         self.check_key(request)
         # a page of another host in the browser of somebody who can reach this service
@@ -80,9 +92,25 @@ class Service:
         if self.open >= places:
             raise ApiError(429, f"{self.open} requests are open; try again later", code="queue_full", retry_s=1)
 
+    def check_live(self, socket: WebSocket) -> None:
+        """Raise an error for a live session that may not begin."""
+        self.check(socket)
+        most = self.settings.live_sessions
+        if self.ending.is_set():
+            raise ApiError(503, "the service stops", code="stopping", retry_s=5)
+        if len(self.live) >= most:
+            raise ApiError(429, f"{most} live sessions are open; try again later", code="queue_full", retry_s=5)
+
+    async def end_live(self, patience_s: float) -> None:
+        """End all live sessions; what was said so far is still written down."""
+        self.ending.set()
+        until = time.monotonic() + patience_s
+        while self.live and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+
     def gauges(self) -> list[tuple[str, Labels, float]]:
-        """What the schedulers count."""
-        found: list[tuple[str, Labels, float]] = []
+        """What the schedulers count, and live sessions."""
+        found: list[tuple[str, Labels, float]] = [("live_sessions", (), len(self.live))]
         for name, checkpoint in self.checkpoints.by_name.items():
             scheduler, model = checkpoint.scheduler, ("model", name)
             load = scheduler.load
@@ -130,6 +158,7 @@ def make_app(
             yield
         finally:
             service.stopping = True
+            await service.end_live(patience_s)
             for name, checkpoint in service.checkpoints.by_name.items():
                 if not await to_thread.run_sync(checkpoint.close, patience_s):
                     log.warning("stopped before its end", extra={"fields": {"model": name}})
@@ -147,6 +176,7 @@ def make_app(
         Route("/v1/models/{name}/reload", functools.partial(_reload, service), methods=["POST"]),
         Route("/v1/tasks", functools.partial(_tasks, service), methods=get),
         *(Route(path, _endpoint(service, path, door), methods=["POST"]) for path, door in ENDPOINTS.items()),
+        WebSocketRoute(LIVE, _live(service)),
     ]
     handlers: dict[Any, Any] = {HTTPException: _no_such_page, ApiError: _refused, Exception: _refused}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
@@ -232,6 +262,36 @@ def _endpoint(service: Service, path: str, door: Callable[..., Awaitable[Any]]) 
         if not isinstance(response, EventStream):
             call.close()
         return response
+
+    return endpoint
+
+
+def _live(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
+    async def endpoint(socket: WebSocket) -> None:
+        call = Call(LIVE, service.settings, service.metrics, live=True)
+        try:
+            service.check_live(socket)
+        except ApiError as error:
+            call.close(error)
+            if "websocket.http.response" in socket.scope.get("extensions", {}):
+                await socket.send_denial_response(error_response(error))
+                await asyncio.sleep(0.1)  # uvicorn logs an error if this returns before it has closed the connection
+            else:  # the server can say no more than 403
+                await socket.close()
+            return
+        session = LiveSession(call, service.checkpoints, socket, service.ending)
+        service.open += 1
+        service.live.add(session)
+        try:
+            call.close(await session.run())
+        except WebSocketDisconnect:
+            call.close(left=True)
+        except BaseException as error:
+            call.close(call.failed(error) if isinstance(error, Exception) else None, left=True)
+            raise
+        finally:
+            service.open -= 1
+            service.live.discard(session)
 
     return endpoint
 

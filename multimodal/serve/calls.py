@@ -43,22 +43,25 @@ def _pool(loop: asyncio.AbstractEventLoop) -> CapacityLimiter:
 class Call:
     """A request from its place to its answer. Use it in one event loop, and `close` it.
 
+    live: whether it is a conversation, whose duration the client decides: it is in no histogram.
     id: its name in answers and in the log.
     prompt, written: tokens so far.
     """
 
-    def __init__(self, endpoint: str, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, endpoint: str, settings: Settings, metrics: Metrics, *, live: bool = False) -> None:
         self.endpoint, self.settings, self.metrics = endpoint, settings, metrics
         self.id, self.created = f"{endpoint.rpartition('/')[2]}-{secrets.token_hex(12)}", int(time.time())
+        self.live = live
         self.prompt = self.written = 0
         self.model_name = self.task = ""
         self.status = 200
         self._start = time.monotonic()
+        self._until = self._start + settings.timeout_s
         self._first_s: float | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self._jobs: list[Job] = []
-        self._ended: set[int] = set()
+        self._jobs: dict[int, Job] = {}  # those that have not ended, by number
+        self._asked = 0  # jobs so far
         self._held = ExitStack()
         self._scheduler: Scheduler | None = None
         self._closed = False
@@ -75,13 +78,18 @@ class Call:
         return self.scheduler.model
 
     def enter(self, checkpoint: Checkpoint) -> None:
-        """Take a place at a model.
+        """Take a place at a model, and give back the one at another, if there is one.
 
         Raises:
             ApiError: 429, all places are taken.
         """
-        self.model_name, self._scheduler = checkpoint.name, checkpoint.scheduler
-        self._held.enter_context(self._scheduler.lease())
+        self.model_name = checkpoint.name
+        if self._scheduler is checkpoint.scheduler:
+            return
+        held = ExitStack()
+        held.enter_context(checkpoint.scheduler.lease())
+        self._held.close()
+        self._held, self._scheduler = held, checkpoint.scheduler
 
     async def in_pool(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Run a function in a thread of the pool, so that other requests go on."""
@@ -118,7 +126,7 @@ class Call:
         requests = await self.in_pool(made)
         self.prompt += requests[0].prompt
         for request in requests:
-            self._submit(lambda tell, request=request: Writing(request, tell), admitted=bool(self._jobs))
+            self._submit(lambda tell, request=request: Writing(request, tell), admitted=bool(self._asked))
 
     async def write_sample(self, task: str, sample: Mapping[str, Any], options: WritingOptions) -> int:
         """Ask for one answer to a sample of plain values, as a part of a request that has a place; returns its number."""
@@ -181,6 +189,8 @@ class Call:
 
     async def visit(self, run: Callable[[Model], _T]) -> _T:
         """What a function of the model returns, called in the model's thread once everything asked for before has ended."""
+        if self.live:
+            self._until = time.monotonic() + self.settings.timeout_s
         wanted = self._submit(lambda tell: Visit(run, tell))
         while True:
             number, found = await self.next()
@@ -188,7 +198,7 @@ class Call:
                 return found
 
     def _submit(self, make: Callable[[Callable[[Any], None]], Job], *, admitted: bool = False) -> int:
-        number = len(self._jobs)
+        number = self._asked
 
         def tell(event: Any) -> None:
             try:
@@ -198,7 +208,8 @@ class Call:
 
         job = make(tell)
         self.scheduler.submit(job, admitted=admitted)
-        self._jobs.append(job)
+        self._asked += 1
+        self._jobs[number] = job
         return number
 
     async def next(self) -> tuple[int, Any]:
@@ -207,7 +218,7 @@ class Call:
         Raises:
             ApiError: 504, the time is over. Else the error of the job.
         """
-        left_s = self._start + self.settings.timeout_s - time.monotonic()
+        left_s = self._until - time.monotonic()
         try:
             number, event = await asyncio.wait_for(self._events.get(), max(left_s, 0))
         except TimeoutError:
@@ -218,13 +229,12 @@ class Call:
             self._first_s = time.monotonic() - self._start
         error = event.error if isinstance(event, Piece) else event if isinstance(event, BaseException) else None
         if error is not None:
-            self._ended.add(number)
+            self._jobs.pop(number, None)
             raise error
         if not isinstance(event, Piece):
-            self._ended.add(number)
+            self._jobs.pop(number, None)
         elif event.prediction is not None:
-            self._ended.add(number)
-            self.written += written_tokens(event.prediction, self._jobs[number])
+            self.written += written_tokens(event.prediction, self._jobs.pop(number))
         return number, event
 
     async def results(self, count: int) -> list[Any]:
@@ -267,16 +277,15 @@ class Call:
         if self._closed:
             return
         self._closed = True
-        for number, job in enumerate(self._jobs):
-            if number not in self._ended:
-                self.scheduler.cancel(job)
-        left = left or (error is None and len(self._ended) < len(self._jobs))
+        for job in self._jobs.values():
+            self.scheduler.cancel(job)
+        left = left or (error is None and bool(self._jobs))
         seconds = time.monotonic() - self._start
         status = 499 if left else error.status if error else self.status
         self.metrics.add("requests_total", endpoint=self.endpoint, status=str(status))
         if left:
             self.metrics.add("left_total", endpoint=self.endpoint)
-        elif error is None and self._scheduler is not None and self._jobs:
+        elif error is None and self._scheduler is not None and self._asked and not self.live:
             self._scheduler.load.latest_s.append(seconds)
             self.metrics.time("whole_seconds", seconds, endpoint=self.endpoint)
             self.metrics.time("first_seconds", self._first_s or seconds, endpoint=self.endpoint)

@@ -18,6 +18,8 @@ HELP = {
     "waiting": ("gauge", "Jobs that wait for a row or a pass."),
     "waiting_tokens": ("gauge", "Tokens of the requests that wait for a row."),
     "open_requests": ("gauge", "Requests that have a place."),
+    "live_sessions": ("gauge", "Live transcriptions that are open."),
+    "heard_seconds_total": ("counter", "Seconds of sound of live transcriptions."),
     "reloads_total": ("counter", "How often a checkpoint was loaded again."),
     "first_seconds": ("histogram", "From a request to the first text of its answer."),
     "whole_seconds": ("histogram", "From a request to the end of its answer."),

@@ -22,6 +22,10 @@ class Settings:
     max_pixels: pixels of a picture; a tokenizer may allow fewer.
     max_seconds: seconds of a sound; a tokenizer may allow fewer.
     window_s: seconds of a recording that are transcribed at once.
+    live_sessions: live transcriptions that are open at the same time, of all checkpoints together.
+    live_seconds: seconds of a live sound, where the model has no window and so its memory grows with the sound.
+    live_idle_s: seconds after which a live transcription ends if its client sends nothing.
+    max_message: bytes of a message of a live transcription.
     keys: API keys, one of which every request must have; (): none is asked for.
     hosts: hosts from which pictures and sounds may be fetched; (): only data: URLs are read.
     strings: kinds of one's own whose values are, or hold, texts; no such kind may open files.
@@ -40,17 +44,22 @@ class Settings:
     max_pixels: int = 2**24
     max_seconds: float = 600.0
     window_s: float = 30.0
+    live_sessions: int = 16
+    live_seconds: float = 600.0
+    live_idle_s: float = 60.0
+    max_message: int = 2**20
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         whole = ("rows", "capacity", "queue", "max_tokens", "pass_tokens", "max_body", "max_pixels")
+        whole = (*whole, "live_sessions", "max_message")
         check_whole("serve", **{name: getattr(self, name) for name in whole})
-        numbers = ("gather_ms", "timeout_s", "body_s", "max_seconds", "window_s")
+        numbers = ("gather_ms", "timeout_s", "body_s", "max_seconds", "window_s", "live_seconds", "live_idle_s")
         check_number("serve", **{name: getattr(self, name) for name in numbers})
         for name in (*whole, *numbers):
-            least = 0 if name in ("queue", "gather_ms") else 1 if name in whole else 1e-3
+            least = 0 if name in ("queue", "gather_ms", "live_sessions") else 1 if name in whole else 1e-3
             if not least <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"serve: {name}={getattr(self, name)} must be at least {least:g}")
 

@@ -1,9 +1,12 @@
 """Transcribes a sound while it is recorded: each chunk of tokens passes through the core once, with the KV cache of the past."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 from multimodal.attention import Cache, Layout, Span
+from multimodal.core import Transformer
 from multimodal.masks import And, Causal, Chunked, MaskInfo, Or, Rule
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, MediaError, StreamError
@@ -15,6 +18,7 @@ from multimodal.transcription.transcript import Word
 
 _FARTHEST = 16  # the most tokens before or after a token from which its content may come
 _CAPACITY = 512  # tokens of the first cache; its size doubles when it is full
+_AT_ONCE = 128  # the most tokens of one pass, or one chunk; whatever is pushed at once, memory depends on this
 
 
 class Listener:
@@ -29,8 +33,11 @@ class Listener:
             print(*(word.text for word in listener.push(wave_S)))
         print(listener.finish(), listener.text)
 
-    Its KV cache grows with the recording, by about 2 * depth * width numbers a token.
+    Where the core's mask has a `Window`, the KV cache holds the tokens within its reach and no more, so that hours take no more
+    memory than a minute; the final words are stored. Without one it grows by about 2 * depth * width numbers a token.
 
+    chunk: number of tokens that are read together.
+    reach: number of the newest tokens that the cache has to hold; None: all of them.
     decoder: decodes the rows, `GreedyCTC` unless given. patience_s: after this time a `Beam`'s best text becomes final at the next
     sure blank.
 
@@ -45,8 +52,7 @@ class Listener:
                 f"Listener: task {task!r} writes after the whole sound; give the model a task with the head CTC()"
             )
         self.model, tokenizer = model, self.spec.tokenizer
-        self._cache = self._new_cache(_CAPACITY)
-        if self._cache.memory is not None:
+        if not isinstance(model.core, Transformer):
             raise ConfigError("Listener: an EncoderDecoder has no cache of what it reads; use Core")
         mask = model.core.core.mask
         chunk = 1 if tokenizer.causal else _chunk(mask)
@@ -57,6 +63,14 @@ class Listener:
             )
         self.chunk = chunk
         self.left, self.right = _reach(tokenizer, self.spec.rate_hz, self.spec.unit)
+        longest = (
+            tokenizer.max_tokens - self.left - self.right - chunk - 1
+        )  # with the samples around the tokens of one pass
+        self._at_once = max(min(_AT_ONCE, longest) // chunk, 1) * chunk
+        self.reach = model.core.reach
+        # twice the reach, so that moving the tokens within reach costs a constant time a token
+        self._most = sys.maxsize if self.reach is None else 2 * self.reach + self._at_once + chunk + self.right + 1
+        self._cache = self._new_cache(min(_CAPACITY, self._most))
         passage = max(round(patience_s / self.spec.step_s), 1)
         self.decoder = WordDecoder(decoder or GreedyCTC(), self.spec.writes, self.spec.step_s, passage)
         self._wave_S = torch.empty(0)
@@ -81,6 +95,16 @@ class Listener:
         """Seconds of sound that were pushed."""
         return self._samples / self.spec.rate_hz
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the model has read."""
+        return self._fed
+
+    @property
+    def wanted(self) -> int:
+        """Number of samples that are still wanted until the next chunk is read; `push` of fewer only stores them."""
+        return max((self._fed + self.chunk + self.right) * self.spec.unit - self._samples, 1)
+
     def push(self, wave_S: Tensor) -> list[Word]:
         """Take more samples, in -1..1 at the tokenizer's rate, and return the words that became final.
 
@@ -95,11 +119,12 @@ class Listener:
                 f"Listener.push: the samples are {wave_S.dtype} {tuple(wave_S.shape)}; wanted one channel (S,) of finite floats "
                 f"at {self.spec.rate_hz} Hz"
             )
-        self._wave_S = torch.cat([self._wave_S, wave_S.detach().float().cpu()])
-        self._samples += len(wave_S)
-        # whole chunks only: a token of an unfinished chunk may still look at samples that are to come
-        ready = self._samples // self.spec.unit - self.right  # tokens that no later sample changes
-        self._feed(ready // self.chunk * self.chunk)
+        for part_S in wave_S.detach().float().cpu().split(self._at_once * self.spec.unit):
+            self._wave_S = torch.cat([self._wave_S, part_S])
+            self._samples += len(part_S)
+            # whole chunks only: a token of an unfinished chunk may still look at samples that are to come
+            ready = self._samples // self.spec.unit - self.right  # tokens that no later sample changes
+            self._feed(ready // self.chunk * self.chunk)
         self.decoder.settle()
         return self._new_words()
 
@@ -142,11 +167,7 @@ class Listener:
 
     def _log_p(self, content: Tensor, position_TA: Tensor) -> Tensor:
         model, spec, count = self.model, self.spec, len(content)
-        if self._fed + count > self._cache.capacity:
-            # doubling, so that copying costs a constant time a token
-            larger = self._new_cache(max(2 * self._cache.capacity, self._fed + count))
-            larger.copy(0, 0, of=self._cache)
-            self._cache = larger
+        self._make_room(count)
         order_T = torch.arange(self._fed, self._fed + count, dtype=torch.int32, device=model.device)
         nothing, bidirectional = torch.zeros_like(order_T), not spec.tokenizer.causal
         places = MaskInfo(sample=nothing, order=order_T, bidirectional=nothing + int(bidirectional), segment=nothing)
@@ -156,6 +177,17 @@ class Listener:
             state_TD = model.core(rows_TD, position_TA.to(model.device), layout, cache=self._cache)
             readout = model.readout(spec.task)
             return log_probabilities(model.packer.head(spec.task).logits(readout, state_TD, [count]))
+
+    def _make_room(self, count: int) -> None:
+        """Make the cache larger or, once it is as large as it may be, drop the tokens out of reach, for `count` more tokens."""
+        while self._cache.stored(0) + count > self._cache.capacity:
+            if self.reach is not None and self._cache.capacity == self._most:
+                self._cache.drop(0, self._cache.stored(0) - self.reach)
+                return
+            # doubling, so that copying costs a constant time a token
+            larger = self._new_cache(min(max(2 * self._cache.capacity, self._cache.stored(0) + count), self._most))
+            larger.copy(0, 0, of=self._cache)
+            self._cache = larger
 
     def _new_cache(self, capacity: int) -> Cache:
         weight = self.model.readout(self.spec.task).linear.weight

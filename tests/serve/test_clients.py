@@ -32,8 +32,8 @@ CHAT, KEY = "/v1/chat/completions", "a key of tests"
 class Server:
     """`multimodal serve` in a process of its own."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        make_model().save(folder / "tiny")
+    def __init__(self, folder: Path, *options: str, model: mm.Model | None = None) -> None:
+        (model or make_model()).save(folder / "tiny")
         (folder / "keys").write_text(f"{KEY}\n")
         self.log = (folder / "log").open("w+", encoding="utf-8")
         command = ["-m", "multimodal", "serve", str(folder / "tiny"), "--port", "0", "--rows", "4", "--capacity", "128"]

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import multimodal as mm
+from multimodal.attention import Layout, RelativeBias, Span
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.masks import Chunked, SameSample, Window
+from multimodal.layers import MLP, Recurrent, SelfAttention
+from multimodal.masks import PREFIX_LM, Chunked, MaskInfo, SameSample, Window
 from multimodal.media import sound_blocks
 from multimodal.media import sounds as sound_module
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
@@ -42,58 +43,17 @@ from multimodal.transcription import alignment as alignment_module
 from multimodal.transcription.alignment import WordDecoder
 from multimodal.transcription.recordings import overlapping_windows, windows_between_pauses
 from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
+from tests.transcription.tones import RATE, TASK, UNIT, frames, said, text_of, trained_ear
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("cyclopts")
 
 from multimodal.cli import main  # noqa: E402
 
-RATE = 8000
-UNIT = 320  # samples a token
-TONES = {"a": 400, "b": 700, "c": 1100, "d": 1700, " ": 2600}  # Hz of each letter
-TASK = "sound -> text"
-
-
-def text_of(words: int, seed: int) -> str:
-    random = np.random.default_rng(seed)
-    return " ".join("".join(random.choice(list("abcd"), size=random.integers(1, 5))) for _ in range(words))
-
-
-def said(text: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Each letter as its tone and a silence; and the letter of every sample, 256 where there is none."""
-    random = np.random.default_rng(seed)
-    waves, labels = [], []
-    for letter in text:
-        tone, gap = int(random.integers(640, 1100)), int(random.integers(640, 900))
-        phase = random.uniform(0, 6)
-        waves += [0.3 * np.sin(2 * np.pi * TONES[letter] * np.arange(tone) / RATE + phase), np.zeros(gap)]
-        labels += [np.full(tone, ord(letter)), np.full(gap, 256)]
-    sound_S = np.concatenate(waves)
-    return (sound_S + 0.001 * random.standard_normal(len(sound_S))).astype(np.float32), np.concatenate(labels)
-
-
-def frames(**settings) -> AudioFrames:
-    return AudioFrames(
-        **{"rate_hz": RATE, "mels": 16, "hop_ms": 20.0, "stack": 2, "normalise": "fixed"} | settings,
-    )
-
 
 @pytest.fixture(scope="module")
 def ear() -> mm.Model:
-    """Learns the letter of every token's middle, which is what CTC comes to after much longer."""
-    torch.manual_seed(0)
-    core = mm.Core(width=48, depth=2, heads=2, mask=SameSample() & Chunked(4) & Window(6))
-    model = mm.Model({"sound": frames(), "text": TextBytes()}, core, [mm.Task(TASK, mm.CTC())])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(50):
-        wave_S, label_S = said(text_of(30, step), step)
-        logits_NV = model.logits(model.pack(TASK, [{"sound": (wave_S, RATE)}], answers=False))[TASK]
-        middle = (torch.arange(len(logits_NV)) * UNIT + UNIT // 2).clamp(max=len(label_S) - 1)
-        loss = F.cross_entropy(logits_NV, torch.from_numpy(label_S)[middle])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    return trained_ear()
 
 
 @dataclass(frozen=True)
@@ -482,6 +442,104 @@ def test_words_arrive_while_they_are_spoken(ear: mm.Model, decoder, latest: floa
     assert listener.finish() == []
     with pytest.raises(StreamError, match="this sound is finished; make a new Listener"):
         listener.push(wave_S)
+
+
+WINDOWS = {
+    "the core's": (frames(), {"mask": SameSample() & Chunked(4) & Window(6)}, 5),
+    "a causal one": (frames(causal=True), {"mask": PREFIX_LM & Window(9)}, 8),
+    "the layers' own": (
+        frames(),
+        {
+            "mask": SameSample() & Chunked(2),
+            "block": ((SelfAttention(mask=Window(4)), MLP()), (SelfAttention(mask=Window(11)), MLP())),
+        },
+        10,
+    ),
+    "recurrent": (frames(causal=True), {"block": (Recurrent(), MLP())}, 0),
+    "with a bias": (frames(), {"mask": SameSample() & Chunked(3) & Window(7), "prior": RelativeBias(20)}, 6),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_under_a_window_the_cache_stays_at_one_size(lively, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr("multimodal.transcription.streaming._AT_ONCE", 16)
+    tokenizer, settings, reach = WINDOWS[name]
+    model = a_model(mm.Core(width=16, depth=2, heads=2, **settings), lively, sound=tokenizer)
+    wave_S = torch.from_numpy(said(text_of(40, 1), 1)[0])[: 700 * UNIT]
+    spy = Spy()
+    listener = Listener(model, TASK, decoder=spy)
+    assert listener.reach == reach
+    random, start, sizes = np.random.default_rng(0), 0, set()
+    while start < len(wave_S):
+        count = int(random.choice([1, UNIT, 5 * UNIT, 40 * UNIT]))  # less than a token, and more than one pass
+        listener.push(wave_S[start : start + count])
+        sizes.add((listener._cache.capacity, sum(x.numel() for x in (*listener._cache.k, *listener._cache.v))))
+        start += count
+    listener.finish()
+    ((capacity, numbers),) = sizes  # from the first token to the last
+    assert capacity < 50 < listener.tokens == 700
+    assert numbers <= 2 * 2 * 16 * capacity
+    rows_NV, wanted_NV = torch.cat(spy.rows), whole_rows(model, (wave_S, RATE))
+    torch.testing.assert_close(rows_NV, wanted_NV, atol=2e-4, rtol=1e-4)  # angles of place 700 are rounded
+
+
+@pytest.mark.parametrize("name", ["no window", "one layer without"])
+def test_without_a_window_the_cache_grows(lively, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr("multimodal.transcription.streaming._CAPACITY", 16)
+    some = {"block": ((SelfAttention(mask=Window(4)), MLP()), (SelfAttention(), MLP()))} if name != "no window" else {}
+    core = mm.Core(width=16, depth=2, heads=2, mask=SameSample() & Chunked(2), **some)
+    listener = Listener(a_model(core, lively), TASK)
+    assert listener.reach is None
+    listener.push(torch.zeros(100 * UNIT))
+    assert listener._cache.capacity >= 96
+
+
+def test_a_row_without_its_oldest_tokens_is_read_as_before(lively):
+    """One token at a time, in a row beside one of which nothing is dropped: the plan of steps has another path."""
+    model = a_model(mm.Core(width=16, depth=2, heads=2, mask=PREFIX_LM & Window(5)), lively, sound=frames(causal=True))
+    core, generator = model.core, torch.Generator().manual_seed(0)
+    stream_BTD = torch.randn(2, 30, 16, generator=generator)
+    cache = core.core.cache(rows=2, capacity=30)
+
+    def read(start: int, stop: int) -> Tensor:
+        count = stop - start
+        order_T = torch.arange(start, stop, dtype=torch.int32).repeat(2)
+        zeros, sample_T = torch.zeros_like(order_T), torch.arange(2, dtype=torch.int32).repeat_interleave(count)
+        info = MaskInfo(sample=sample_T, order=order_T, bidirectional=zeros, segment=zeros)
+        position_TA = torch.stack([order_T.float(), zeros.float(), zeros.float()], -1)
+        layout = Layout((Span(0, count),) * 2, info)
+        with torch.no_grad():
+            return core(stream_BTD[:, start:stop].flatten(0, 1), position_TA, layout, cache=cache).view(2, count, -1)
+
+    whole_BTD = read(0, 30)
+    cache.clear(0), cache.clear(1)
+    parts = [read(0, 8)]
+    for at in range(8, 20):
+        parts.append(read(at, at + 1))
+        cache.drop(0, cache.stored(0) - 4)
+    parts += [read(20, 26), read(26, 30)]
+    assert (cache.stored(0), cache.stored(1), cache.length) == (14, 30, [30, 30])
+    torch.testing.assert_close(torch.cat(parts, 1), whole_BTD, atol=1e-5, rtol=1e-5)
+    other = core.core.cache(rows=1, capacity=14)
+    other.copy(0, 0, of=cache)
+    assert (other.length, other.dropped) == ([30], [16])
+    torch.testing.assert_close(other.k[0][0], cache.k[0][0, :14])
+    cache.clear(0)
+    assert cache.stored(0) == cache.dropped[0] == 0
+
+
+def test_wanted_samples_are_those_of_the_next_chunk(ear: mm.Model):
+    listener = Listener(ear, TASK)
+    wave_S = torch.from_numpy(said(text_of(3, 1), 1)[0])
+    start, wanted = 0, listener.wanted
+    while start + wanted <= len(wave_S):
+        before = listener.tokens
+        listener.push(wave_S[start : start + wanted - 1])
+        assert listener.tokens == before
+        listener.push(wave_S[start + wanted - 1 : start + wanted])
+        assert listener.tokens == before + listener.chunk
+        start, wanted = start + wanted, listener.wanted
+    assert start > 20 * UNIT
 
 
 def test_listening_to_nothing(ear: mm.Model):
