@@ -251,12 +251,23 @@ class Engine:
                 keys = states_TD[reading.key_N].split(reading.key_lengths)
                 for prompt, state_MD in zip(reading.samples, keys, strict=True):
                     batch[prompt][0].source_MD = state_MD
+        for prompt, (request, _) in enumerate(batch):
+            if request.options.ctc is not None:
+                self._read_ctc(request, request.options.ctc[0], stream, where[prompt][0], states_TD)
         for request in requests:
             request.cached = self.cache.length[request.rows[0]]
             # beams start alike
             for row in request.rows[len(found[request]) :]:
                 self.cache.copy(request.rows[0], row)
         return [torch.stack(states) for states in found.values()]
+
+    def _read_ctc(self, request: Request, task: str, stream: Stream, sample: int, states_TD: Tensor) -> None:
+        """Let the CTC task of a request read the states of its context, which do not depend on what is written after it."""
+        info = stream.layout.info
+        (rows,) = ((info.sample == sample) & (info.order < request.read_count)).nonzero(as_tuple=True)
+        head, readout = self.model.packer.heads[task], self.model.readout(task)
+        logits = head.logits(readout, states_TD[rows], [len(rows)])
+        request.start_ctc(logits.float().log_softmax(-1))
 
     def _prefill(
         self,

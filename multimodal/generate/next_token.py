@@ -150,10 +150,12 @@ def _extend_beams(request: Request, beams: Beams, log_p_BV: Tensor, allowed_BV: 
             "only rules tokens out, or beams=1"
         )
     log_p_BV = log_p_BV.masked_fill(out_BV, NEVER)
-    parents = beams.advance(log_p_BV[request.live_rows], request.stop)
+    parents = beams.advance(request.joint(log_p_BV[request.live_rows]), request.stop)
     if beams.done or not parents or len(beams.live[0]) == request.fixed:
         request.ended = "stop"
         return []
+    if request.ctc is not None:
+        request.ctc.extend(parents, [ids[-1] for ids in beams.live])
     held, live_rows = request.hypotheses, request.live_rows
     taken = {live_rows[parent] for parent in parents}  # the first child of a hypothesis stays in its row
     spare = [row for row in range(request.width) if row not in taken]

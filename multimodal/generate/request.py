@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from multimodal.generate.beams import MOST_BEAMS, Beams
+from multimodal.generate.ctc_prefix import CTCPrefixScores
 from multimodal.generate.detokenizer import Detokenizer
 from multimodal.generate.prefix import CachedPrefix
 from multimodal.generate.samplers import AtLeast, Forbid, Greedy, Sampler, Temperature, Written
-from multimodal.heads import Head, Prediction
+from multimodal.heads import CTC, Head, Prediction
 from multimodal.heads.base import EncodedSample, encode_field
 from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole, did_you_mean
@@ -31,6 +32,7 @@ class Options:
     sampler: Sampler | None = None
     temperature: float | None = None
     beams: int = 1
+    ctc: tuple[str, float] | None = None
     length_penalty: float = 1.0
     guidance: float = 1.0
     stop: Sequence[str] = ()
@@ -60,6 +62,8 @@ class Options:
             raise ConfigError(
                 f"generate: guidance={self.guidance} and length_penalty={self.length_penalty} must be finite numbers"
             )
+        if self.ctc is not None:
+            self._check_ctc(self.ctc)
         if self.sampler is not None and not isinstance(self.sampler, Sampler):
             raise ConfigError(f"generate: sampler={self.sampler!r} is no Sampler; give for instance TopP(0.9)")
         if self.sampler is not None and self.temperature is not None:
@@ -94,6 +98,18 @@ class Options:
                     f"generate: beams={self.beams} rank by the model's own log-probabilities, which {part} does not change; "
                     "use a rule that rules tokens out, such as NoRepeat(3)"
                 )
+
+    def _check_ctc(self, given: Any) -> None:
+        if not isinstance(given, (tuple, list)) or len(given) != 2 or not isinstance(given[0], str):
+            raise ConfigError(f"generate: ctc={given!r} must be a task and its weight, such as ('audio -> text', 0.3)")
+        check_number("generate", ctc=given[1])
+        if not 0 < given[1] < 1:
+            raise ConfigError(
+                f"generate: ctc={given!r} has a weight of {given[1]}, which must lie between 0 and 1; leave it out for 0, and call "
+                f"predict({given[0]!r}) or transcribe with a Beam for 1"
+            )
+        if self.beams == 1:
+            raise ConfigError(f"generate: ctc={given!r} ranks beams, and there is one only; give beams too")
 
     @cached_property
     def rule(self) -> Sampler:
@@ -146,12 +162,15 @@ class Request:
                 "give its first part in full width"
             )
         self.limit = options.max_tokens if self.tokenizer.length is None else self.tokenizer.length - count
-        self.prompt = sum(len(t) for t in self.tokens.values() if t is not None) + len(sample.start.tokens) + count
+        self.prompt = self.read_count + len(sample.start.tokens) + count
         self.guided = options.guidance != 1.0
         # what is read: the sample, and with guidance one more of which nothing is read
         self.prompts = [self.tokens, dict.fromkeys(self.tokens)] if self.guided else [self.tokens]
         self.width = options.beams * (2 if self.guided else 1)
         self._check()
+        if options.ctc is not None:
+            self._check_ctc(packer, options.ctc[0])
+        self.ctc: CTCPrefixScores | None = None  # after the prefill
         self.fixed = None if self.tokenizer.length is None else self.limit  # tokens to write, where the kind says
         # the number of logits to choose from, and the id among them that ends the answer
         self.choices, self.stop = 0, -1
@@ -221,6 +240,35 @@ class Request:
                 "begin with fewer"
             )
 
+    def _check_ctc(self, packer: Packer, task: str) -> None:
+        """Raise an error unless this CTC task reads what this request reads, and writes the same symbols."""
+        where = f"{self.name} of task {self.task!r}"
+        packer.check_task(task)
+        head, pattern = packer.heads[task], packer.patterns[task]
+        if not isinstance(head, CTC):
+            raise ConfigError(
+                f"{where}: ctc names {task!r}, which answers by {type(head).__name__}; name a task with the head CTC()"
+            )
+        ours, theirs = ([(field.name, field.kind) for field in p.reads] for p in (self.pattern, pattern))
+        if ours != theirs:
+            raise ConfigError(
+                f"{where}: ctc names {task!r}, which reads other fields; both must read the same ones, in the same order, since "
+                "they are read once for both"
+            )
+        if self.source is not None or self.head.draws_features or packer.answer_tokenizers[task] != self.tokenizer:
+            raise ConfigError(
+                f"{where}: ctc names {task!r}, which writes other symbols than {self.kind!r}; both must write one kind"
+            )
+        if self.prefix is not None:
+            raise ConfigError(
+                f"{where}: ctc needs the states of what is read, which a prefix does not keep; leave one out"
+            )
+
+    @property
+    def read_count(self) -> int:
+        """Number of tokens that are read."""
+        return sum(len(tokens) for tokens in self.tokens.values() if tokens is not None)
+
     @property
     def count(self) -> int:
         """Number of tokens written, without those of `begin`."""
@@ -233,6 +281,19 @@ class Request:
         step = query_A.new_tensor([1.0, 0.0, 0.0])
         self.after.append(query_A * step + step)
         self.segments.append(segment)
+
+    def start_ctc(self, log_p_NV: Tensor) -> None:
+        """Called after the prefill with the log-probabilities of the CTC task's rows."""
+        self.ctc = CTCPrefixScores(log_p_NV)
+        for symbol in self.begin_ids:
+            self.ctc.extend([0], [symbol])
+
+    def joint(self, log_p_BV: Tensor) -> Tensor:
+        """Log-probabilities of the live hypotheses' next tokens, with those of the CTC task if there is one, by their weights."""
+        if self.ctc is None or self.options.ctc is None:
+            return log_p_BV
+        weight = self.options.ctc[1]
+        return (1 - weight) * log_p_BV.double() + weight * self.ctc.next_nats(self.choices, self.stop)
 
     def written(self, rows: int) -> list[Written]:
         """What samplers may know of each row."""
