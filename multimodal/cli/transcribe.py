@@ -26,6 +26,7 @@ def transcribe(
     form: Annotated[Literal["text", "srt", "vtt", "json"], Parameter(name="--format")] = "text",
     out: Path | None = None,
     beam: int = 0,
+    ctc_weight: float = 0.0,
     prior: float = 0.0,
     words: Path | None = None,
     window_s: float = 30.0,
@@ -54,7 +55,9 @@ def transcribe(
     out
         A folder for one file each; without it, all is printed.
     beam
-        Number of beams of a beam search (CTC); 0 takes the likeliest symbol of each frame.
+        Number of beams of a beam search; 0 takes the likeliest symbol of each frame, or the likeliest next token.
+    ctc_weight
+        Weight with which the beams of a task that writes token by token are ranked by the model's CTC task too, such as 0.3.
     prior
         Weight of the model's own text task, such as "-> text", where texts are ranked (CTC).
     words
@@ -68,6 +71,7 @@ def transcribe(
     max_tokens
         The longest text of one window, where it is written token by token.
     """
+    from multimodal.heads import CTC
     from multimodal.shapes import ConfigError, MediaError
     from multimodal.transcription import FORMATS, transcripts
 
@@ -76,6 +80,7 @@ def transcribe(
     model = load(checkpoint, plugin, device)
     chosen = _choose_task(model, task)
     decoder = _make_beam(model, chosen, beam, prior, words)
+    by_ctc = isinstance(model.packer.head(chosen), CTC)
     paths = _paths_for(files, out, FORMATS[form])
     failed = 0
     with progress_bar("reading", 0) as bar:
@@ -93,6 +98,8 @@ def transcribe(
             overlap_s=overlap_s,
             batch=batch,
             max_tokens=max_tokens,
+            beams=1 if by_ctc or not beam else beam,
+            ctc_weight=ctc_weight,
             progress=progress,
         )
         for index, transcript in done:
@@ -144,9 +151,9 @@ def _make_beam(model: "Model", task: str, width: int, prior: float, words: Path 
     if words is not None and not words.is_file():
         raise MediaError(f"--words {words}: wanted a text file with the words that may be written; this is none")
     if not isinstance(model.packer.head(task), CTC):
-        raise ConfigError(
-            f"--beam, --prior and --words are for CTC; task {task!r} writes token by token, so leave them out"
-        )
+        if not prior and not words:
+            return None
+        raise ConfigError(f"--prior and --words are for CTC; task {task!r} writes token by token, so leave them out")
     kind = model.packer.patterns[task].writes.kind
     source = None
     if prior:

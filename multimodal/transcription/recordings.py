@@ -40,6 +40,8 @@ def transcribe(
     overlap_s: float | None = None,
     batch: int = 8,
     max_tokens: int = 256,
+    beams: int = 1,
+    ctc_weight: float = 0.0,
     progress: Progress | None = None,
 ) -> list[Transcript]:
     """A transcript of each sound; `transcripts` describes the settings.
@@ -68,6 +70,8 @@ def transcribe(
         overlap_s=overlap_s,
         batch=batch,
         max_tokens=max_tokens,
+        beams=beams,
+        ctc_weight=ctc_weight,
         progress=progress,
     )
     for index, transcript in every:
@@ -87,6 +91,8 @@ def transcripts(
     overlap_s: float | None = None,
     batch: int = 8,
     max_tokens: int = 256,
+    beams: int = 1,
+    ctc_weight: float = 0.0,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Transcript | MediaError]]:
     """Yields (index, transcript or the error of that sound) for every sound, as each is finished.
@@ -97,6 +103,7 @@ def transcripts(
     Its words get their times from a CTC task that reads the same field, if the model has one; otherwise those of their window.
 
     decoder: decodes CTC rows (`GreedyCTC` unless given). batch: windows that the model reads at once.
+    beams: of a task that writes token by token. ctc_weight: with which they are ranked by that CTC task too, see `Model.generate`.
 
     Raises:
         ConfigError, TaskError: a task or settings that cannot transcribe.
@@ -108,6 +115,18 @@ def transcripts(
     length, overlap = window_tokens(spec, window_s, min(4.0, window_s / 4) if overlap_s is None else overlap_s)
     if decoder is not None and not spec.ctc:
         raise ConfigError(f"transcribe: task {task!r} writes token by token and takes no decoder; leave it out")
+    if spec.ctc and (beams != 1 or ctc_weight):
+        raise ConfigError(
+            f"transcribe: task {task!r} reads by CTC alone; leave beams and ctc_weight out, and give decoder=Beam(width)"
+        )
+    if ctc_weight and spec.timing is None:
+        raise ConfigError(
+            f"transcribe: ctc_weight={ctc_weight} needs a task with the head CTC() that reads the same sound, and this model has "
+            "none"
+        )
+    writing: dict[str, Any] = {"max_tokens": max_tokens, "beams": beams}
+    if ctc_weight and spec.timing is not None:
+        writing["ctc"] = (spec.timing.task, ctc_weight)
     if overlap_s is not None and not spec.ctc:
         raise ConfigError(
             f"transcribe: task {task!r} reads windows that end at quiet places and share nothing; leave overlap_s={overlap_s} out"
@@ -127,7 +146,7 @@ def transcripts(
     open_: dict[int, CTCTranscript | GeneratedTranscript] = {}
     for group in in_batches(windows(), batch):
         good = [window for _, window in group if isinstance(window, SoundWindow)]
-        results = iter(_read(model, spec, good, max_tokens))
+        results = iter(_read(model, spec, good, writing))
         for index, window in group:
             if isinstance(window, MediaError):
                 open_.pop(index, None)
@@ -317,14 +336,17 @@ def windows_between_pauses(
         yield SoundWindow(waiting, start, 0, None, True, total)
 
 
-def _read(model: Model, spec: TranscriptionTask, windows: list[SoundWindow], max_tokens: int) -> list[Any]:
-    """For each window its rows and their times, or a prediction with the rows of the CTC task that gives times."""
+def _read(model: Model, spec: TranscriptionTask, windows: list[SoundWindow], writing: Mapping[str, Any]) -> list[Any]:
+    """For each window its rows and their times, or a prediction with the rows of the CTC task that gives times.
+
+    writing: the options of `Model.generate`.
+    """
     if not windows:
         return []
     samples = [{spec.name: (window.wave_S, spec.rate_hz)} for window in windows]
     if spec.ctc:
         return _ctc_rows(model, spec, samples)
-    answers = model.generate(spec.task, samples, max_tokens=max_tokens, batch=len(samples))
+    answers = model.generate(spec.task, samples, **writing, batch=len(samples))
     rows = _ctc_rows(model, spec.timing, samples) if spec.timing else [None] * len(samples)
     return list(zip(answers, rows, strict=True))
 

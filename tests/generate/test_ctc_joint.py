@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import multimodal as mm
 from multimodal.generate.ctc_prefix import CTCPrefixScores
 from multimodal.heads import Prediction
 from multimodal.shapes import ConfigError, TaskError
+from multimodal.transcription import error_rates
 from multimodal_tokenizers import ImagePatches
 from tests.generate.test_beams import CORES, Code, listed, log_p_of
 
@@ -193,3 +195,36 @@ def test_what_cannot_be_is_refused_by_name(make):
     prefix = causal.read("code -> x:code", code=[1, 0])
     with pytest.raises(ConfigError, match="which a prefix does not keep; leave one out"):
         causal.generate("code -> x:code", [{}], prefix=prefix, beams=2, ctc=("code -> y:code", 0.5))
+
+
+@pytest.mark.slow
+def test_both_together_err_less_than_either_alone():
+    """Symbols that are held for one to three tokens each, of which one in ten is heard wrong: 200 steps, so that both still err."""
+    said, by_ctc = "heard -> code", "heard -> said:code"
+    tokenizers = {"heard": Code(6), "code": Code(5)}
+    model = mm.Model(tokenizers, mm.Core(width=24, depth=2, heads=2), [said, mm.Task(by_ctc, mm.CTC())])
+
+    def spoken(seed: int) -> dict[str, list[int]]:
+        random = np.random.default_rng(seed)
+        ids = random.integers(0, 5, random.integers(3, 7)).tolist()
+        heard = [i for s in ids for i in [s] * random.integers(1, 4) + [5] * random.integers(1, 3)]
+        heard = [int(random.integers(0, 6)) if random.random() < 0.1 else i for i in heard]
+        return {"heard": heard, "code": ids, "said": ids}
+
+    samples = [spoken(i) for i in range(2000)]
+    settings = {"steps": 200, "batch": 12, "lr": 0.02, "optimizer": "muon", "quiet": True}
+    mm.fit(model, {by_ctc: samples, said: samples}, **settings)
+    held_out = [spoken(10_000 + i) for i in range(100)]
+    heard = [{"heard": sample["heard"]} for sample in held_out]
+
+    def errors(answers: Sequence[Prediction]) -> float:
+        texts = ([" ".join(map(str, ids)) for ids in every] for every in zip(*pairs(answers), strict=True))
+        return error_rates(*texts)["wer"]
+
+    def pairs(answers: Sequence[Prediction]) -> list[tuple[list[int], list[int]]]:
+        return [(sample["code"], answer.value) for sample, answer in zip(held_out, answers, strict=True)]
+
+    ctc = errors(model.predict(by_ctc, heard))
+    attention = errors(model.generate(said, heard, max_tokens=8, beams=4))
+    both = errors(model.generate(said, heard, max_tokens=8, beams=4, ctc=(by_ctc, 0.5)))
+    assert both < 0.9 * min(ctc, attention) < max(ctc, attention) < 0.6  # 0.196 of 0.261 and 0.333

@@ -372,6 +372,29 @@ def test_a_task_that_writes_reads_pieces(lively, twin: bool):
     assert formatted(found[0], "srt")
 
 
+def test_a_task_that_writes_is_ranked_by_ctc_too(lively, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tasks = [mm.Task("sound -> written:text", mm.NextToken()), mm.Task(TASK, mm.CTC())]
+    model = a_model(mm.Core(width=32, depth=2, heads=2), lively, tasks)
+    wave_S, _ = said(text_of(3, 4), 4)
+    options = {"beams": 3, "ctc": (TASK, 0.6)}
+    wanted = model.generate("sound -> written:text", sound=(wave_S, RATE), max_tokens=9, **options)
+    assert wanted.value != model.generate("sound -> written:text", sound=(wave_S, RATE), max_tokens=9, beams=3).value
+    (found,) = transcribe(
+        model, "sound -> written:text", [(wave_S, RATE)], window_s=60.0, max_tokens=9, beams=3, ctc_weight=0.6
+    )
+    assert found.text.split() == wanted.value.split()
+    model.save(tmp_path / "both")
+    soundfile.write(tmp_path / "a.wav", wave_S, RATE, subtype="FLOAT")
+    command = ["transcribe", str(tmp_path / "both"), str(tmp_path / "a.wav"), "--task", "sound -> written:text"]
+    assert main([*command, "--window-s", "60", "--max-tokens", "9", "--beam", "3", "--ctc-weight", "0.6"]) == 0
+    assert capsys.readouterr().out.split() == wanted.value.split()
+    alone = a_model(mm.Core(width=32, depth=2, heads=2), lively, tasks[:1])
+    with pytest.raises(ConfigError, match=r"needs a task with the head CTC\(\) that reads the same sound"):
+        transcribe(alone, "sound -> written:text", [(wave_S, RATE)], beams=3, ctc_weight=0.6)
+    with pytest.raises(ConfigError, match=r"reads by CTC alone; .* give decoder=Beam\(width\)"):
+        transcribe(model, TASK, [(wave_S, RATE)], beams=3)
+
+
 def test_written_words_take_the_times_of_ctc(ear: mm.Model, monkeypatch: pytest.MonkeyPatch):
     more = ear.extended(tasks=[mm.Task("sound -> written:text", mm.NextToken())])
     text = text_of(5, 21)
@@ -746,7 +769,12 @@ def test_the_command_says_what_is_wrong(saved: Path, recordings: dict[str, Path]
             [str(both), file],
             "several tasks transcribe; choose one with --task: 'sound -> written:text', 'sound -> text'",
         ),
-        ([str(both), file, "--task", "sound->written:text", "--beam", "3"], "are for CTC"),
+        ([str(both), file, "--task", "sound->written:text", "--prior", "0.5"], "are for CTC"),
+        (
+            [str(both), file, "--task", "sound->written:text", "--ctc-weight", "0.5"],
+            "ranks beams, and there is one only",
+        ),
+        ([str(both), file, "--task", TASK, "--ctc-weight", "0.5"], "reads by CTC alone"),
         ([str(saved), file, "--task", "text -> sound"], "there is no task"),
         ([str(plain), file, "--task", "text->answer:text", "--beam", "3"], "reads 'text', which is no sound"),
         ([str(saved), file, "--prior", "0.5"], "no task '-> text'"),
