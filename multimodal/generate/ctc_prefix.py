@@ -10,8 +10,8 @@ LEAST = -1e4  # nats; sums over rows stay finite
 
 
 class CTCPrefixScores:
-    """The probability, under the rows of a CTC task, that a text begins with each live hypothesis: Watanabe et al. 2017, "Hybrid
-    CTC/Attention Architecture for End-to-End Speech Recognition", section III-C.
+    """The probability, under the rows of a CTC task, that a text begins with each live hypothesis (Watanabe et al. 2017, "Hybrid
+    CTC/Attention Architecture for End-to-End Speech Recognition").
 
     The recursions over rows are sums in the log domain, so each is one `logcumsumexp` instead of a loop.
 

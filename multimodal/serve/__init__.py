@@ -5,6 +5,7 @@ client --HTTP--> app.py            the key, the number of open requests; routes;
                  native.py         any task of any model                    one file an endpoint: which parameters
                  chat.py           tasks that write text                    there are, and what the answer looks like
                  transcriptions.py tasks that write down what is said
+                 realtime.py       sound as it comes, over a WebSocket
                  embeddings.py     pairs, for the vectors of one side
                  media_answers.py  tasks that write sound or pictures
                  looks.py          the attention of any task, as a picture
