@@ -378,14 +378,15 @@ class Transformer(nn.Module):
     @property
     def reach(self) -> int | None:
         """The largest distance, in tokens, at which a token of the stream attends to another; None: no bound is known."""
-        found = [0]
+        found: list[int | None] = [0]
         for sublayer in self.sublayers():
             layer = sublayer.layer
             if isinstance(layer, SelfAttention):
                 found.append((self.core.mask if layer.mask is None else self.core.mask & layer.mask).reach)
             elif layer.keys(self.core) is not None and not layer.crosses:
                 return None  # a layer of somebody's own, whose keys may be read in any way
-        return None if None in found else max(each for each in found if each is not None)
+        known = [reach for reach in found if reach is not None]
+        return max(known) if len(known) == len(found) else None
 
     def sublayers(self) -> Iterator[Sublayer]:
         """The layers of all blocks, in order."""

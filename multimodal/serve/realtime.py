@@ -272,7 +272,7 @@ class LiveSession:
         assert self._prepared is not None
         (_, listener), self._prepared = self._prepared, None
         spec = listener.spec
-        resampling = getattr(spec.tokenizer, "resampling", "kaiser")
+        resampling: Any = getattr(spec.tokenizer, "resampling", "kaiser")
         return Item(listener, Resampler(self.rate_hz, spec.rate_hz, resampling=resampling, who="audio"))
 
     async def _hear(self, item: Item, last: bool = False) -> bool:
