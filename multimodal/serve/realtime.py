@@ -34,7 +34,8 @@ from multimodal.transcription import Listener, Word, transcription_tasks
 from multimodal.transcription.recordings import TranscriptionTask
 
 RATE_HZ = 24_000  # of the samples, unless the client says another
-RATES_HZ = (4_000, 192_000)
+RATES_HZ = (8_000, 11_025, 12_000, 16_000, 22_050, RATE_HZ, 32_000, 44_100, 48_000)  # others may need vast filters
+LONGEST_ID = 512  # letters of a client's event_id that its error has
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
 GOES, REFUSED, TOO_LARGE = 1001, 1008, 1009  # codes with which a WebSocket is closed (RFC 6455, section 7.4.1)
 
@@ -121,12 +122,11 @@ class LiveSession:
             query.text("intent", one_of=("transcription",))
             model, task = query.text("model"), query.text("task")
             query.done()
-            await self._prepare(model, task)
+            await self._choose(model, task, self.rate_hz)
         except Exception as error:
             told = self.call.failed(error)
-            return (
-                told if {*self.socket.query_params} - {"intent"} else None
-            )  # else `session.update` may still name them
+            # where the address names nothing, `session.update` may still do so
+            return told if {*self.socket.query_params} - {"intent"} else None
         return None
 
     async def _receive(self) -> str:
@@ -172,7 +172,7 @@ class LiveSession:
             except ValueError as error:
                 raise bad(f"this is no JSON that can be read: {shortened(error, 200)}", code="invalid_json") from None
             params = Params(values)
-            event_id = params.text("event_id")
+            event_id = params.text("event_id", "")[:LONGEST_ID] or None
             kind = params.text("type", "")
             if kind not in self._answers:
                 raise bad(
@@ -197,7 +197,7 @@ class LiveSession:
         heard = _object(audio, "input") or Params({})
         form = _object(heard, "format") or Params({"rate": self.rate_hz})
         form.text("type", one_of=("audio/pcm",))
-        rate_hz = form.whole("rate", RATE_HZ, *RATES_HZ)
+        rate_hz = form.whole("rate", RATE_HZ)
         heard.without("pauses do not end a sound; send input_audio_buffer.commit", turn_detection=())
         heard.without("sounds are heard as they are", noise_reduction=())
         wanted = _object(heard, "transcription") or Params({})
@@ -208,8 +208,7 @@ class LiveSession:
         wanted.without("words come as soon as they are final", delay=())
         for each in (session, audio, heard, form, wanted):
             each.done()
-        await self._prepare(model, task)
-        self.rate_hz = rate_hz
+        await self._choose(model, task, rate_hz)
         await self._send("session.updated", session=self._session())
 
     async def _append(self, params: Params) -> None:
@@ -251,24 +250,30 @@ class LiveSession:
         self.item = None
         await self._send("input_audio_buffer.cleared")
 
-    async def _prepare(self, model: str | None, task: str | None) -> None:
+    async def _choose(self, model: str | None, task: str | None, rate_hz: int) -> None:
         """Take a place at a model, and make a listener for the next sound.
 
         Raises:
-            ApiError: no such model or task, or no place. ConfigError: the task cannot be heard live; it says what to change.
+            ApiError: no such model, task or rate, or no place. ConfigError: the task cannot be heard live; it says what to change.
         """
         call, checkpoint = self.call, self.checkpoints.named(model, task)
         call.enter(checkpoint)
         chosen = _live_task(call.model, task)
         scheduler, listener = call.scheduler, await call.visit(lambda model: Listener(model, chosen))
-        self._prepared, self.model, self.task = (scheduler, listener), checkpoint.name, chosen
+        own = listener.spec.rate_hz
+        if rate_hz not in RATES_HZ and rate_hz != own:
+            raise bad(
+                f"rate={rate_hz}: wanted {', '.join(map(str, RATES_HZ))} Hz, or the {own} Hz of the model", "rate"
+            )
+        self._prepared, self.rate_hz = (scheduler, listener), rate_hz
+        self.model, self.task = checkpoint.name, chosen
         call.task = chosen
 
     async def _new_item(self) -> Item:
         checkpoint = self.checkpoints.named(self.model, self.task)
         # a checkpoint that was loaded again since hears the next sound
         if self._prepared is None or self._prepared[0] is not checkpoint.scheduler:
-            await self._prepare(self.model, self.task)
+            await self._choose(self.model, self.task, self.rate_hz)
         assert self._prepared is not None
         (_, listener), self._prepared = self._prepared, None
         spec = listener.spec

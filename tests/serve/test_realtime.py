@@ -276,7 +276,10 @@ INPUTS = [
     ({"turn_detection": {"type": "server_vad"}}, "pauses do not end a sound; send input_audio_buffer.commit"),
     ({"noise_reduction": {"type": "near_field"}}, "heard as they are"),
     ({"format": {"type": "audio/pcmu"}}, "not one of audio/pcm"),
-    ({"format": {"rate": 10}}, "from 4000 to 192000"),
+    (
+        {"format": {"rate": 15_999}},
+        "wanted 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000 Hz, or the 8000 Hz",
+    ),
     ({"format": {"rate": "8000"}}, "wanted a whole number"),
     ({"transcription": {"model": "gpt-4o-transcribe"}}, "there is no model 'gpt-4o-transcribe'"),
     ({"transcription": {"task": "a -> b"}}, "there is no task 'a -> b'"),
