@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import multimodal as mm
-from multimodal.attention import Layout, RelativeBias, Span
+from multimodal.attention import Cache, Layout, RelativeBias, Span
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.layers import MLP, Recurrent, SelfAttention
 from multimodal.masks import PREFIX_LM, Chunked, MaskInfo, SameSample, Window
@@ -522,9 +522,9 @@ def test_a_row_without_its_oldest_tokens_is_read_as_before(lively):
     model = a_model(mm.Core(width=16, depth=2, heads=2, mask=PREFIX_LM & Window(5)), lively, sound=frames(causal=True))
     core, generator = model.core, torch.Generator().manual_seed(0)
     stream_BTD = torch.randn(2, 30, 16, generator=generator)
-    cache = core.core.cache(rows=2, capacity=30)
+    caches = [core.core.cache(rows=2, capacity=30) for _ in range(2)]
 
-    def read(start: int, stop: int) -> Tensor:
+    def read(cache: Cache, start: int, stop: int) -> Tensor:
         count = stop - start
         order_T = torch.arange(start, stop, dtype=torch.int32).repeat(2)
         zeros, sample_T = torch.zeros_like(order_T), torch.arange(2, dtype=torch.int32).repeat_interleave(count)
@@ -534,13 +534,12 @@ def test_a_row_without_its_oldest_tokens_is_read_as_before(lively):
         with torch.no_grad():
             return core(stream_BTD[:, start:stop].flatten(0, 1), position_TA, layout, cache=cache).view(2, count, -1)
 
-    whole_BTD = read(0, 30)
-    cache.clear(0), cache.clear(1)
-    parts = [read(0, 8)]
+    whole_BTD, cache = read(caches[0], 0, 30), caches[1]
+    parts = [read(cache, 0, 8)]
     for at in range(8, 20):
-        parts.append(read(at, at + 1))
+        parts.append(read(cache, at, at + 1))
         cache.drop(0, cache.stored(0) - 4)
-    parts += [read(20, 26), read(26, 30)]
+    parts += [read(cache, 20, 26), read(cache, 26, 30)]
     assert (cache.stored(0), cache.stored(1), cache.length) == (14, 30, [30, 30])
     torch.testing.assert_close(torch.cat(parts, 1), whole_BTD, atol=1e-5, rtol=1e-5)
     other = core.core.cache(rows=1, capacity=14)
