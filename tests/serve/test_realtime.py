@@ -154,8 +154,14 @@ def test_samples_of_another_rate_are_resampled_as_a_file_is(client, ear):
     samples = np.frombuffer(data, "<i2")
     (whole,) = transcribe(ear, TASK, [(samples, 24_000)])
     with talking(client) as talk:  # OpenAI's rate is the default
-        end = talk.said(data, 4800)
+        talk.append(data, 4800)
+        (session,) = client.app.state.service.live
+        assert until(lambda: session.item)
+        listener = session.item.listener
+        talk.send("input_audio_buffer.commit")
+        end = talk.next(f"{TRANSCRIPTION}.completed")
     assert end["transcript"] == whole.text == text_of(6, 5)
+    assert listener.seconds == pytest.approx(len(samples) / 24_000, abs=1 / RATE)  # with the last samples of the filter
     assert [w["end"] for w in talk.words(end["item_id"])[1]] == [pytest.approx(w.end_s) for w in whole.words]
 
 
@@ -435,6 +441,11 @@ def test_a_reload_between_two_sounds_changes_the_model(load):
         assert session.item.listener.model is made[1]
         talk.send("input_audio_buffer.commit")
         assert talk.next(f"{TRANSCRIPTION}.completed")["transcript"] == text
+        talk.rate(RATE)  # makes a listener of the second model, which is replaced before it hears anything
+        checkpoint.reload()
+        talk.append(data)
+        assert until(lambda: session.item and session.item.listener.tokens)
+        assert session.item.listener.model is made[2]
         for scheduler in list(checkpoint.retired):
             scheduler.thread.join(30)
             assert not scheduler.thread.is_alive()  # the session has given its place there back
