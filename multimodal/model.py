@@ -44,6 +44,7 @@ class Model(Network):
         read                        read the first fields of a task once, for many answers
         vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
         save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
+        push_to_hub, from_hub       the same with a repository of the Hugging Face hub, which gets a model card too
         from_pretrained, export     begin with trained weights of others; write programs, or weights in the layout of others
         pack, logits, losses, loss  pack samples as a stream, and compute its logits and losses
         forward, embed, rows        the core's states of a stream, and its embedded tokens
@@ -275,6 +276,8 @@ class Model(Network):
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
         """Read what `save` wrote, in evaluation mode; a checkpoint can run no code but that of installed entry points.
 
+        folder: where it was saved; or where there is none, a name on the hub, "owner/model" or "owner/model@revision", as of
+            `from_hub`. A name with "hf:" before it is always one of the hub.
         finite: raise on weights that are NaN or infinite; False lets you inspect such a model.
 
         Raises:
@@ -285,7 +288,43 @@ class Model(Network):
             >>> mm.Model.load("shapes").predict("image -> label", image=square).value
             'square'
         """
-        return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
+        return checkpoint.load(cls, checkpoint.folder_of(folder), finite=finite).to(device).eval()
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device = "cpu",
+        finite: bool = True,
+    ) -> Self:
+        """Load what `push_to_hub` pushed. All files are of one commit; without a connection those in the cache are read.
+
+        name: "owner/model". revision: a branch, tag or commit. token: of the hub; None: the one that is stored, if any.
+        finite: as of `load`.
+
+        Raises:
+            CheckpointError: no such repository, no right to read it, no connection, or no checkpoint of this library.
+        """
+        folder = checkpoint.folder_from_hub(name, revision, token)
+        return checkpoint.load(cls, folder, finite=finite).to(device).eval()
+
+    def push_to_hub(self, name: str, **options: Any) -> Any:
+        """Push this model with a model card to a repository of the Hugging Face hub, and return what was written.
+
+        Only config.json, safetensors, the tokenizers' files and README.md go there, as one commit; earlier versions stay in the
+        history. The figures of the card are those of `run`. A README.md that was changed on the hub by hand stays.
+
+        name: "owner/model". options: those of `multimodal.publish.push`: private, token, message, revision, run, license,
+            datasets, overwrite.
+
+        Raises:
+            ConfigError: no token, no right, another model under this name, or no connection.
+        """
+        # by name, because the core must not depend on what stands on it
+        return importlib.import_module("multimodal.publish").push(self, name, **options)
 
     @classmethod
     def from_pretrained(
