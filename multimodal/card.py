@@ -67,8 +67,7 @@ def card(
     counts = model.parameter_counts()
     parts = [
         f"# {name.rpartition('/')[2]}",
-        f"A model of [{LIBRARY}](https://pypi.org/project/{LIBRARY}/) with {counts['all']:,} parameters: "
-        f"{listed(map(_code, model.tasks))}.",
+        f"A model of {LIBRARY} with {counts['all']:,} parameters: {listed(map(_code, model.tasks))}.",
         _origin(model),
         "## What it reads and writes",
         _table(("task", "head"), [(_code(p), _code(short_form(head))) for p, head in model.packer.heads.items()]),

@@ -311,20 +311,45 @@ class Model(Network):
         folder = checkpoint.folder_from_hub(name, revision, token)
         return checkpoint.load(cls, folder, finite=finite).to(device).eval()
 
-    def push_to_hub(self, name: str, **options: Any) -> Any:
-        """Push this model with a model card to a repository of the Hugging Face hub, and return what was written.
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str | None = None,
+        revision: str | None = None,
+        run: str | Path | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        overwrite: bool = False,
+    ) -> Any:
+        """Push this model with a model card to a repository of the Hugging Face hub as one commit; docs/hub.md has more.
 
-        Only config.json, safetensors, the tokenizers' files and README.md go there, as one commit; earlier versions stay in the
-        history. The figures of the card are those of `run`. A README.md that was changed on the hub by hand stays.
+        Only config.json, safetensors, the tokenizers' files and README.md go there. Earlier versions stay in the history, and a
+        README.md that was changed on the hub by hand stays as it is.
 
-        name: "owner/model". options: those of `multimodal.publish.push`: private, token, message, revision, run, license,
-            datasets, overwrite.
+        Args:
+            name: "owner/model".
+            private: None: a new repository is private, and an old one stays as it is.
+            token: of the hub; None: the one that `hf auth login` stored, or HF_TOKEN.
+            message: of the commit.
+            revision: a branch, which is made if it is not there; None: the main one.
+            run: the folder of the run that trained it, for the data and the figures of the card.
+            license: for the card, as the hub writes it, such as "apache-2.0".
+            datasets: for the card, names on the hub of what it was trained on.
+            overwrite: replace the files of another model, or a README.md that was changed there.
+
+        Returns:
+            A `multimodal.publish.Published`: the page, the commit, and which files were written.
 
         Raises:
-            ConfigError: no token, no right, another model under this name, or no connection.
+            ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
         """
+        options = {"token": token, "message": message, "revision": revision, "license": license, "datasets": datasets}
         # by name, because the core must not depend on what stands on it
-        return importlib.import_module("multimodal.publish").push(self, name, **options)
+        room = importlib.import_module("multimodal.publish")
+        return room.push(self, name, private=private, run=run, overwrite=overwrite, **options)
 
     @classmethod
     def from_pretrained(

@@ -53,13 +53,7 @@ def push(
     datasets: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Published:
-    """Push a model with its card as one commit.
-
-    name: "owner/model". private: None: a new repository is private, an old one stays as it is.
-    token: of the hub; None: the one that `hf auth login` stored, or HF_TOKEN. message: of the commit. revision: a branch, which
-        is made if it is not there; None: the main one.
-    run, license, datasets: those of `card`.
-    overwrite: replace the files of another model, or a README.md that was changed on the hub. The hub keeps them in its history.
+    """Push a model with its card as one commit; the arguments are those of `Model.push_to_hub`.
 
     Raises:
         ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
@@ -120,7 +114,7 @@ def push_files(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Published:
-    """Push the files of `files_of`, so that a repository holds them and no older ones. The options are those of `push`.
+    """Push the files of `files_of`; a repository then has no older ones of ours. The options are those of `Model.push_to_hub`.
 
     Raises:
         ConfigError: as of `push`.
