@@ -64,9 +64,11 @@ def fetch(
 class Repository:
     """A repository for models as it stands, whether it is there or not.
 
-    name: "owner/model". revision: the branch. commit: its last commit; None: there is no such repository or branch.
+    name: "owner/model". revision: the branch; None: the main one.
+    commit: the last one of the branch; None: there is no such repository or branch.
     private: whether only its owner sees it; None: there is no repository.
-    sums: by file, its checksum as git counts it, or the SHA-256 of a large file.
+    sums: by file of the branch, or of the main one that a new branch begins with, its checksum as git counts it, or the SHA-256 of a
+        large file.
     api: the client of the hub, which has the token.
     """
 
@@ -79,7 +81,8 @@ class Repository:
 
     def has(self, file: str, data: bytes | Path) -> bool:
         """Whether the file is there with this content."""
-        return self.sums.get(file) in (_git_sum(data), _sha256(data)) if file in self.sums else False
+        known = self.sums.get(file)
+        return known is not None and known == (_sha256 if len(known) == 64 else _git_sum)(data)
 
     def read(self, file: str) -> bytes:
         """The content of a file of the last commit.
@@ -107,6 +110,8 @@ class Repository:
                 self.api.create_repo(self.name, private=private)
             if self.commit is None and self.revision is not None:
                 self.api.create_branch(self.name, branch=self.revision, exist_ok=True)
+            if not files and not deleted:
+                return self.api.model_info(self.name, revision=self.revision).sha
             # lists of operations and no folder, so that nothing else can go along
             done = self.api.create_commit(
                 self.name,
@@ -141,16 +146,19 @@ def look_up(name: str, revision: str | None = None, token: str | None = None) ->
     private, commit, sums = None, None, {}
     with _errors("push", name, ConfigError):
         try:
-            private = bool(api.model_info(name).private)
-            commit = api.model_info(name, revision=revision).sha
-            for entry in api.list_repo_tree(name, recursive=True, revision=commit):
+            main = api.model_info(name)
+            private, commit = bool(main.private), main.sha
+            if revision is not None:
+                try:
+                    commit = api.model_info(name, revision=revision).sha
+                except RevisionNotFoundError:
+                    commit = None
+            for entry in api.list_repo_tree(name, recursive=True, revision=commit or main.sha):
                 if (blob := getattr(entry, "blob_id", None)) is not None:  # folders have none
                     sums[entry.path] = entry.lfs.sha256 if entry.lfs else blob
         except RepositoryNotFoundError as error:
             if getattr(error.response, "status_code", 404) != 404:  # a token that is wrong, or may not see it
                 raise
-        except RevisionNotFoundError:
-            pass
     return Repository(name, revision, commit, private, sums, api)
 
 

@@ -125,6 +125,11 @@ def test_a_branch_is_made(hub: Hub) -> None:
     assert same_weights(mm.Model.load("ann/shapes"), shapes())
     assert same_weights(mm.Model.load("ann/shapes@second"), shapes(seed=1))
     assert same_weights(mm.Model.from_hub("ann/new", revision="second"), shapes(seed=2))
+    before = len(hub.repos["ann/shapes"].commits)
+    same = shapes().push_to_hub("ann/shapes", revision="third")  # what the main branch has, which a new one begins with
+    assert (same.written, same.commit) == ((), hub.repos["ann/shapes"].branches["main"])
+    assert hub.repos["ann/shapes"].branches["third"] == same.commit
+    assert len(hub.repos["ann/shapes"].commits) == before
 
 
 def test_another_model_is_not_overwritten_unasked(hub: Hub) -> None:

@@ -39,7 +39,7 @@ def push(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or another name on the hub.
     name
         OWNER/MODEL on the hub.
     private

@@ -145,8 +145,8 @@ def _tokens(tokenizer: Tokenizer, count: int, random: torch.Generator, grid: boo
         inner, connector = tokenizer.tokenizer, tokenizer.connector
         side = getattr(connector, "side", getattr(getattr(connector, "then", None), "side", 0))
         others = getattr(connector, "count", 1)  # as many tokens have to carry those that are dropped
-        least = inner.learned + others * max(side, 1) ** 2
-        return tokenizer.grouped(_grid(inner, count + least, random, side))
+        count += inner.learned + others * max(side, 1) ** 2
+        return tokenizer.grouped(_grid(inner, min(count, getattr(connector, "most", count)), random, side))
     if grid:
         return _grid(tokenizer, count, random)
     index_N = torch.arange(count)

@@ -94,6 +94,7 @@ CONNECTORS: dict[str, tuple[int, Connector]] = {
     "dropped": (3, Dropped(3, MLPConnector())),
     "dropped and shuffled": (1, Dropped(1, PixelShuffle(2))),
     "pooled": (1, Pooled(40, FirstAndMean(1))),
+    "pooled, few": (1, Pooled(5)),
 }
 
 
@@ -225,7 +226,7 @@ def test_whisper_is_that_of_transformers_prefill_and_steps(tmp_path: Path) -> No
 def test_all_of_them_in_one_program_as_it_is_written(lively, tmp_path, to):
     for name in FORMATS[to].needs:
         pytest.importorskip(name, reason="the extra `export` is not installed")
-    tower = mm.Tower(ClassTokens(PATCHES, 1, 0, (3, 4)), INNER.replace(depth=1), Dropped(1, PixelShuffle(2)))
-    kinds = {"image": ClassTokens(PATCHES, 1, 1, (5, 7), "antialiased"), "eye": tower, "audio": SOUND, **KINDS}
-    model = lively(mm.Model(kinds, CORE.replace(depth=1), ["image eye audio -> label"]))
+    eye = ClassTokens(PATCHES, 1, 0, (3, 4), "antialiased")
+    tower = mm.Tower(eye, INNER.replace(depth=1), Dropped(1, PixelShuffle(2)))
+    model = lively(mm.Model({"eye": tower, "audio": SOUND, **KINDS}, CORE.replace(depth=1), ["eye audio -> label"]))
     model.export(to, tmp_path / "out")  # which compares it with the model
