@@ -67,8 +67,7 @@ class Repository:
     name: "owner/model". revision: the branch; None: the main one.
     commit: the last one of the branch; None: there is no such repository or branch.
     private: whether only its owner sees it; None: there is no repository.
-    sums: by file of the branch, or of the main one that a new branch begins with, its checksum as git counts it, or the SHA-256 of a
-        large file.
+    sums: by file, its checksum as git counts it, or the SHA-256 of a large one. A new branch begins with the files of the main one.
     api: the client of the hub, which has the token.
     """
 
