@@ -49,10 +49,11 @@ def fetch(
     """
     from huggingface_hub import snapshot_download
 
-    given = {} if token is None else {"token": token}
+    given: dict[str, Any] = {} if token is None else {"token": token}
     try:
         # it asks for the commit first, so that all files are of one version, and notes that it was the last one of this branch
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), **given))
+        found: Any = snapshot_download(name, revision=revision, allow_patterns=list(wanted), **given)
+        folder = Path(found)
     except Exception as error:  # of many classes, some of which depend on the version of the library
         raise CheckpointError(
             f"{where}: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
@@ -141,8 +142,9 @@ def look_up(name: str, revision: str | None = None, token: str | None = None) ->
             "push: there is no token of the hub; make one with the right to write in the settings of your account, and give it "
             "to `hf auth login`, or in the variable HF_TOKEN, or as token= (a file with it as --token-file)"
         )
-    api = HfApi(token=token)
-    private, commit, sums = None, None, {}
+    api: Any = HfApi(token=token)
+    private, commit = None, None
+    sums: dict[str, str] = {}
     with _errors("push", name, ConfigError):
         try:
             main = api.model_info(name)

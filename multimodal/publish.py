@@ -98,9 +98,10 @@ def files_of(folder: Path, readme: str) -> dict[str, bytes | Path]:
             raise ConfigError(
                 f"push: {file} of {folder} is none of {', '.join(ENDINGS)}; only texts, JSON and safetensors are pushed"
             )
-        files[file] = stored(folder, config, file)
-        if not files[file].is_file():
+        path = stored(folder, config, file)
+        if not path.is_file():
             raise CheckpointError(f"{folder}: {file} is missing")
+        files[file] = path
     return files
 
 
