@@ -23,6 +23,7 @@ from multimodal.core import Core
 from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.files import check_fields, check_inside, file_hash, parse_json, read_json
+from multimodal.hub import fetch, hub_name, split_name
 from multimodal.network import Network
 from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, version_of
 from multimodal.shapes import CheckpointError, did_you_mean
@@ -109,7 +110,7 @@ def save(model: Network, folder: Path, weights: Mapping[str, Tensor] | None = No
             saving.add(WEIGHTS, partial(write_tensors, tensors))
             config = {"format": FORMAT, "made_by": f"multimodal-stream {package_version()}", **declarations(model)}
             config[SHA256] = dict(sorted(saving.sums.items()))
-            saving.commit(_as_json({**config, CHECK: _checksum(config)}), before)
+            saving.commit(config_file(config), before)
     except OSError as error:
         said = f"{folder}: the model cannot be saved here: {error}"
         raise (OSError(error.errno, said) if error.errno else OSError(said)) from error
@@ -168,7 +169,10 @@ def _checksum(config: Mapping[str, Any]) -> str:
     return sha256(json.dumps({name: part for name, part in config.items() if name != CHECK}).encode()).hexdigest()
 
 
-def _as_json(config: Mapping[str, Any]) -> bytes:
+def config_file(config: Mapping[str, Any]) -> bytes:
+    """The content of config.json, with the checksum of its entries."""
+    config = {name: part for name, part in config.items() if name != CHECK}
+    config[CHECK] = _checksum(config)
     try:
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # a class name that comes from a file name and is not UTF-8
@@ -185,6 +189,30 @@ def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
     return found.keys() == weights.keys() and all(
         found[name].dtype == t.dtype and torch.equal(found[name], t.cpu()) for name, t in weights.items()
     )
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder of a checkpoint: a path of this machine, or a copy of a repository of the hub (see `hub.hub_name`).
+
+    Raises:
+        CheckpointError: as of `folder_from_hub`.
+    """
+    name = hub_name(source)
+    return Path(source) if name is None else folder_from_hub(*split_name(name))
+
+
+def folder_from_hub(name: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of the cache with a checkpoint from the hub, all of one commit, which is the folder's name.
+
+    Raises:
+        CheckpointError: no such repository, no right to read it, no connection, or a model of another library.
+    """
+    folder, _ = fetch("load", name, [CONFIG, WEIGHTS, f"{FILES}/*"], revision=revision, token=token)
+    if own_config(folder) is None:
+        raise CheckpointError(
+            f"load: {name!r} on the hub holds no checkpoint of this library; Model.from_pretrained loads models of others"
+        )
+    return folder
 
 
 def model_folder(folder: Path) -> Path:

@@ -44,6 +44,7 @@ class Model(Network):
         read                        read the first fields of a task once, for many answers
         vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
         save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
+        push_to_hub, from_hub       the same with a repository of the Hugging Face hub, which gets a model card too
         from_pretrained, export     begin with trained weights of others; write programs, or weights in the layout of others
         pack, logits, losses, loss  pack samples as a stream, and compute its logits and losses
         forward, embed, rows        the core's states of a stream, and its embedded tokens
@@ -275,6 +276,8 @@ class Model(Network):
     def load(cls, folder: str | Path, *, device: str | torch.device = "cpu", finite: bool = True) -> Self:
         """Read what `save` wrote, in evaluation mode; a checkpoint can run no code but that of installed entry points.
 
+        folder: where it was saved; or where there is none, a name on the hub, "owner/model" or "owner/model@revision", as of
+            `from_hub`. A name with "hf:" before it is always one of the hub.
         finite: raise on weights that are NaN or infinite; False lets you inspect such a model.
 
         Raises:
@@ -285,7 +288,68 @@ class Model(Network):
             >>> mm.Model.load("shapes").predict("image -> label", image=square).value
             'square'
         """
-        return checkpoint.load(cls, Path(folder), finite=finite).to(device).eval()
+        return checkpoint.load(cls, checkpoint.folder_of(folder), finite=finite).to(device).eval()
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device = "cpu",
+        finite: bool = True,
+    ) -> Self:
+        """Load what `push_to_hub` pushed. All files are of one commit; without a connection those in the cache are read.
+
+        name: "owner/model". revision: a branch, tag or commit. token: of the hub; None: the one that is stored, if any.
+        finite: as of `load`.
+
+        Raises:
+            CheckpointError: no such repository, no right to read it, no connection, or no checkpoint of this library.
+        """
+        folder = checkpoint.folder_from_hub(name, revision, token)
+        return checkpoint.load(cls, folder, finite=finite).to(device).eval()
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str | None = None,
+        revision: str | None = None,
+        run: str | Path | None = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        overwrite: bool = False,
+    ) -> Any:
+        """Push this model with a model card to a repository of the Hugging Face hub as one commit; docs/hub.md has more.
+
+        Only config.json, safetensors, the tokenizers' files and README.md go there. Earlier versions stay in the history, and a
+        README.md that was changed on the hub by hand stays as it is.
+
+        Args:
+            name: "owner/model".
+            private: None: a new repository is private, and an old one stays as it is.
+            token: of the hub; None: the one that `hf auth login` stored, or HF_TOKEN.
+            message: of the commit.
+            revision: a branch, which is made if it is not there; None: the main one.
+            run: the folder of the run that trained it, for the data and the figures of the card.
+            license: for the card, as the hub writes it, such as "apache-2.0".
+            datasets: for the card, names on the hub of what it was trained on.
+            overwrite: replace the files of another model, or a README.md that was changed there.
+
+        Returns:
+            A `multimodal.publish.Published`: the page, the commit, and which files were written.
+
+        Raises:
+            ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
+        """
+        options = {"token": token, "message": message, "revision": revision, "license": license, "datasets": datasets}
+        # by name, because the core must not depend on what stands on it
+        room = importlib.import_module("multimodal.publish")
+        return room.push(self, name, private=private, run=run, overwrite=overwrite, **options)
 
     @classmethod
     def from_pretrained(

@@ -192,7 +192,9 @@ class Tokenizer(Declared, ABC):
 
         Features are cast to the precision of the weights. A module with an attribute `full_precision = True` gets them in float32
         at least, so that bfloat16 does not round neighbouring positions to the same number. A module with an attribute
-        `reads_places = True` is called with the content and its `Places`, for instance to convolve the frames of each value.
+        `reads_places = True` is called with the content and its `Places`, for instance to convolve the frames of each value. To
+        be exported as a program it has a method `padded(content, position_BNA, length_B)` for values side by side too, (B, N) of
+        which each has `length_B` tokens: positions are in steps, and the rows (B, N, width) behind a value may be anything.
 
         Raises:
             ConfigError: neither vocab_size nor feature_size is declared.

@@ -78,6 +78,10 @@ class Connector(Declared, ABC):
         """The vectors (tokens, `gathered`), from the states in all slots, with zeros in empty ones."""
         return state_NTD[:, 0]
 
+    def padded(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
+        """`gather` where the number of filled slots may differ from call to call, as in an exported program."""
+        return self.gather(state_NTD, filled_NT, weights)
+
     @abstractmethod
     def build(self, width: int, rows: int) -> nn.Module:
         """The module from the vectors of `gather` to rows of the stream.
@@ -246,6 +250,9 @@ class Dropped(Connector):
     def gather(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
         return self.then.gather(state_NTD[:, :-1], filled_NT[:, :-1], weights)
 
+    def padded(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
+        return self.then.padded(state_NTD[:, :-1], filled_NT[:, :-1], weights)
+
     def build(self, width: int, rows: int) -> nn.Module:
         return self.then.build(width, rows)
 
@@ -304,6 +311,11 @@ class Pooled(Connector):
             parts.append(state_TD[first:last])
             lengths.append(last - first)
         return self.pool.pool(torch.cat(parts), lengths, weights)
+
+    def padded(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
+        total_N = filled_NT.sum(1)
+        order_NT = torch.where(filled_NT, filled_NT.cumsum(1) - 1, total_N[:, None])
+        return self.pool.padded(state_NTD, order_NT, total_N, weights)
 
     def build(self, width: int, rows: int) -> nn.Module:
         return self.then.build(self.gathered(width), rows)
@@ -403,10 +415,17 @@ class Tower(Tokenizer):
 
     def encode(self, value: Any) -> Tokens:
         try:
-            tokens = self.tokenizer(value)
-            index_NT = self.connector.group(tokens.position_NA)
+            return self.grouped(self.tokenizer(value))
         except (MediaError, ConfigError) as error:
             raise type(error)(f"Tower.encode: {error}") from error
+
+    def grouped(self, tokens: Tokens) -> Tokens:
+        """The tokens of the stream for the inner tokens of a value.
+
+        Raises:
+            MediaError: the connector cannot group them.
+        """
+        index_NT = self.connector.group(tokens.position_NA)
         content_NF = tokens.content.float().reshape(len(tokens), -1)
         step = torch.tensor(self.step)
         slot_NF = torch.cat([content_NF, tokens.position_NA / step, torch.arange(len(tokens))[:, None]], 1)
@@ -430,7 +449,7 @@ class Tower(Tokenizer):
         return self.tokenizer.picture(self.inner_tokens(tokens))
 
     def embed(self, width: int) -> nn.Module:
-        made = _TowerEmbed(self, width)
+        made = TowerEmbed(self, width)
         if self.weights is not None and not next(made.parameters()).is_meta:
             missing, foreign = made.frozen_part.load_state_dict(dict(self.weights), strict=False)
             missing = [name for name in missing if not name.startswith("pool.")]
@@ -456,7 +475,7 @@ def _parts(source: Any) -> tuple[Mapping[str, Tokenizer], Any, Mapping[str, Tens
     return source.tokenizers, source.core, source.weights
 
 
-class _TowerEmbed(nn.Module):
+class TowerEmbed(nn.Module):
     """The inner model and the connector.
 
     frozen_part: from (content, places) to one vector for each token of the stream; may be frozen, and then cached.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ import multimodal as mm
 from multimodal.attention import Layout, Span
 from multimodal.masks import MaskInfo
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
+
+if TYPE_CHECKING:
+    from tests.stand_in_hub import Hub
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +180,37 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
     with server:  # closes its stdin, and so ends it
         yield run
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator["Hub"]:
+    from tests.stand_in_hub import served
+
+    with served() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(running_hub: "Hub", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Hub":
+    """An empty stand-in for the Hugging Face hub; the test runs in a folder of its own, with a token of the user ann."""
+    from huggingface_hub import constants
+
+    for state in (running_hub.repos, running_hub.large, running_hub.asked):
+        state.clear()
+    running_hub.tokens = {"hf_ann": ("ann", True), "hf_ann_reads": ("ann", False), "hf_bob": ("bob", True)}
+    address = running_hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, setting in {
+        "ENDPOINT": running_hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": str(tmp_path / "no token"),
+    }.items():
+        monkeypatch.setattr(constants, name, setting)
+    monkeypatch.setenv("HF_TOKEN", "hf_ann")
+    monkeypatch.chdir(tmp_path)
+    return running_hub
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
-    {"texts", "shapes", "declare", "files", "notebook", "progress", "saving", "process_state", "old_names"},
+    {"texts", "shapes", "declare", "files", "notebook", "progress", "saving", "process_state", "old_names", "hub"},
     {"tokenizer", "masks", "positions", "norm", "media"},
     {"attention"},
     {"layers"},
@@ -35,7 +35,7 @@ LAYERS = (
     {"network", "model_parts", "tower"},
     {"checkpoint", "generate", "model", "retrieval", "data", "lora"},
     {"train"},
-    {"count", "look", "transcription", "check", "pretrained", "export", "serve"},
+    {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish"},
     {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
@@ -52,7 +52,20 @@ WITH_TOKENIZERS = {"pretrained"}
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
 CORE = ("model", "generate", "train")
 """Where the core starts: it is all that these parts reach by imports."""
-ABOVE_CORE = {"look", "transcription", "check", "count", "zoo", "cli", "pretrained", "export", "serve", "tower"}
+ABOVE_CORE = {
+    "look",
+    "transcription",
+    "check",
+    "count",
+    "zoo",
+    "cli",
+    "pretrained",
+    "export",
+    "serve",
+    "tower",
+    "card",
+    "publish",
+}
 """Parts that the core never imports, so that each can change, or go, without it."""
 MAY_PRINT = ("cli", "__main__", "check", "train")
 
@@ -483,7 +496,7 @@ ALLOWED = {
     ("multimodal.declare", "import_module"): "modules of the framework, from a list of its own",
     ("multimodal.old_names", "import_module"): "the same",
     ("multimodal.export.formats", "import_module"): "optional libraries, under fixed names",
-    ("multimodal.model", "import_module"): "multimodal.pretrained and multimodal.export, under fixed names",
+    ("multimodal.model", "import_module"): "multimodal.pretrained, .export and .publish, under fixed names",
     ("multimodal.pretrained.gate", "import_module"): "transformers, under a fixed name",
     (
         "multimodal.pretrained.source",

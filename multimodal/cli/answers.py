@@ -168,7 +168,7 @@ def predict(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
     task
         Which task, such as "image -> label"; needed only where several read the same fields.
     """
@@ -209,7 +209,7 @@ def generate(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
     task
         Which task, such as "image -> text"; needed only where several write from the same fields.
     """

@@ -88,7 +88,7 @@ def verify(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
     """
     from multimodal.check import verify as verify_model
 
@@ -125,7 +125,7 @@ def look(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
     task
         Which task, such as "image -> label"; needed only where several read the same fields.
     answer

@@ -15,6 +15,7 @@ from multimodal.cli.answers import generate, predict
 from multimodal.cli.arguments import joined
 from multimodal.cli.checks import bench, check, look, verify
 from multimodal.cli.export import export
+from multimodal.cli.hub import push
 from multimodal.cli.pretrained import pretrained
 from multimodal.cli.serve import serve
 from multimodal.cli.shards import shards
@@ -38,7 +39,7 @@ app = App(
 
 COMMANDS = (
     *(train, report, replay, shards, plan, bench, predict, generate, transcribe, serve, check, verify, look),
-    *(pretrained, export),
+    *(pretrained, export, push),
 )
 for command in COMMANDS:
     app.command(command)

@@ -30,7 +30,7 @@ def export(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
     to
         "onnx": for onnxruntime; needs pip install 'multimodal-stream[export]'. "pt2": for torch.export.load. "hf" and "timm": the
         whole model, for transformers or timm.

@@ -69,15 +69,20 @@ def import_recipe(path: Path) -> Callable[..., Any]:
 
 
 def model_folder(checkpoint: Path) -> Path:
-    """The model's folder, for that folder or for the run folder around it.
+    """The model's folder, for that folder, for the run folder around it, or for a name on the hub, whose commit is printed.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: none of them.
     """
-    from multimodal.checkpoint import CONFIG, RUN
+    from multimodal.checkpoint import CONFIG, RUN, folder_of
     from multimodal.checkpoint import model_folder as found_in
+    from multimodal.hub import EXPLICIT, NAME, hub_name
     from multimodal.shapes import CheckpointError, did_you_mean
 
+    if (name := hub_name(checkpoint)) is not None:
+        folder = folder_of(checkpoint)
+        print(f"{name} of the hub, commit {folder.name}", file=sys.stderr)
+        return folder
     if ((folder := found_in(checkpoint)) / CONFIG).is_file():
         return folder
     if checkpoint.is_dir():
@@ -89,7 +94,10 @@ def model_folder(checkpoint: Path) -> Path:
         )
     parent = checkpoint.parent
     near = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    raise CheckpointError(f"there is no folder {checkpoint}{did_you_mean(checkpoint.name, near)}")
+    on_hub = (
+        f"; a model on the hub is {EXPLICIT}{checkpoint.as_posix()}" if NAME.fullmatch(checkpoint.as_posix()) else ""
+    )
+    raise CheckpointError(f"there is no folder {checkpoint}{did_you_mean(checkpoint.name, near)}{on_hub}")
 
 
 def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finite: bool = True) -> "Model":

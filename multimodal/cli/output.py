@@ -100,11 +100,15 @@ def printable(text: str) -> str:
 
 
 def folder_for(out: Path | None, checkpoint: Path) -> Path:
-    """The folder for written files: `out`, else the run folder of the checkpoint, else the checkpoint itself."""
+    """The folder for written files: `out`, else the run folder of the checkpoint, else the checkpoint itself; the current folder
+    for a checkpoint on the hub."""
     if out is not None:
         return out
+    from multimodal.hub import hub_name
     from multimodal.train.run_folder import MODEL, is_run
 
+    if hub_name(checkpoint) is not None:
+        return Path()
     around = checkpoint.resolve().parent
     return checkpoint.parent if checkpoint.name == MODEL and is_run(around) else checkpoint
 

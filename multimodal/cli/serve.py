@@ -59,7 +59,8 @@ def serve(
     Parameters
     ----------
     checkpoints
-        Run folders, or the model folders in them. Clients name a model by its folder, or by the NAME of NAME=FOLDER.
+        Run folders, the model folders in them, or names on the hub. Clients name a model by the last part of it, or by the NAME of
+        NAME=FOLDER.
     host
         The address to listen at; 0.0.0.0 for every one of this machine.
     port

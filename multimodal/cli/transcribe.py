@@ -45,7 +45,7 @@ def transcribe(
     Parameters
     ----------
     checkpoint
-        A run folder, or the model folder in it.
+        A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
     files
         Sound files.
     task

@@ -14,6 +14,7 @@ from multimodal.heads.pool import Pool
 from multimodal.network import Network
 from multimodal.retrieval import side_vectors
 from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tower import Tower
 
 SHAPES = ((1, 3), (2, 11), (3, 6))
 """(samples, the most tokens of a field) of each batch; none is that of `example_inputs`, from which programs are traced."""
@@ -122,6 +123,8 @@ def _samples(
     """Samples of random tokens; with several fields one sample of three lacks one."""
     fields, pattern = program.fields, model.packer.patterns[program.task]
     least, known = _least(program), _known_places(model)
+    tokenizers = [model.packer.tokenizers[field.kind] for field in fields if field.kind in model.packer.reads_places]
+    least = max([least, *(tokenizer.learned + 1 for tokenizer in tokenizers)])
     room = most if known is None else (known - len(program.start.tokens) - WRITTEN) // max(len(fields), 1)
     most = max(least, min(most + least - 1, room))
     for i in range(count):
@@ -131,16 +134,47 @@ def _samples(
             # the first sample has the most, so that the others are padded
             tokens = most if i == 0 else int(torch.randint(least, most + 1, (), generator=random))
             if field.name != lacks:
-                sample[field.name] = _tokens(model.packer.tokenizers[field.kind], tokens, random)
+                tokenizer, grid = model.packer.tokenizers[field.kind], field.kind in model.packer.reads_places
+                sample[field.name] = _tokens(tokenizer, tokens, random, grid)
         yield sample
 
 
-def _tokens(tokenizer: Tokenizer, count: int, random: torch.Generator) -> Tokens:
+def _tokens(tokenizer: Tokenizer, count: int, random: torch.Generator, grid: bool) -> Tokens:
+    """Random tokens. grid: at most `count` that are learned ones, if any, and whole rows and columns of others."""
+    if isinstance(tokenizer, Tower):
+        inner, connector = tokenizer.tokenizer, tokenizer.connector
+        side = getattr(connector, "side", getattr(getattr(connector, "then", None), "side", 0))
+        others = getattr(connector, "count", 1)  # as many tokens have to carry those that are dropped
+        count += inner.learned + others * max(side, 1) ** 2
+        return tokenizer.grouped(_grid(inner, min(count, getattr(connector, "most", count)), random, side))
+    if grid:
+        return _grid(tokenizer, count, random)
     index_N = torch.arange(count)
-    position_NA = torch.stack([index_N, index_N // 3, index_N % 3], -1) * torch.tensor(tokenizer.step)
+    return _content(tokenizer, torch.stack([index_N, index_N // 3, index_N % 3], -1), random)
+
+
+def _grid(tokenizer: Tokenizer, count: int, random: torch.Generator, side: int = 0) -> Tokens:
+    """At most `count` tokens: the learned ones, then rows and columns of others, at least one.
+
+    side: a number that divides rows and columns of a picture, whose tokens are of one time; 0: of a sound or a text, with times.
+    """
+    square, own = max(side, 1), count - tokenizer.learned
+    columns = min(int(torch.randint(2, 5, (), generator=random)), max(own // square**2, 1)) * square
+    rows = max(own // columns // square, 1) * square
+    index_N = torch.arange(rows * columns)
+    time_N = torch.zeros_like(index_N) if side else index_N
+    position_NA = torch.stack([time_N + tokenizer.learned, index_N // columns, index_N % columns], -1)
+    first_NA = torch.zeros(tokenizer.learned, 3, dtype=torch.long)
+    first_NA[:, 0] = torch.arange(tokenizer.learned)
+    return _content(tokenizer, torch.cat([first_NA, position_NA]), random)
+
+
+def _content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Generator) -> Tokens:
+    """Random tokens at these places, which are in steps."""
+    count, place_NA = len(position_NA), position_NA * torch.tensor(tokenizer.step)
     if tokenizer.vocab_size is not None:
-        return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), position_NA)
-    return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), position_NA)
+        return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), place_NA)
+    return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), place_NA)
 
 
 def _known_places(model: Network) -> int | None:

@@ -7,7 +7,7 @@ The layers are those of the model and are called as ever, with B * T rows as one
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from multimodal.heads.base import Segment
 from multimodal.layers import Crossing
 from multimodal.masks import MaskInfo, Pairs, Rule
 from multimodal.network import Network
+from multimodal.tower import PLACED, TowerEmbed
 
 LayerKeys = dict[int, tuple[Tensor, Tensor]]
 """By the index of a layer, its keys and values (B, M, G, K)."""
@@ -116,9 +117,13 @@ def laid_out(model: Network, fields: Sequence[ReadField], start: Segment, inputs
 
     for field in fields:
         content, length_B = inputs[field.name], inputs[f"{field.name}.length"]
-        count = content.shape[1]
-        stream = model.embed(field.kind, content.flatten(0, 1)).view(batch, count, -1)
-        add(stream, inputs[f"{field.name}.place"] / torch.tensor(field.step), field.bidirectional, length_B)
+        position_BNA = inputs[f"{field.name}.place"] / torch.tensor(field.step)
+        add(
+            embedded(model.embeds[field.kind], content, position_BNA, length_B),
+            position_BNA,
+            field.bidirectional,
+            length_B,
+        )
     if count := len(start.tokens):
         stream = model.embed(start.kind, start.tokens.content)
         position = start.tokens.position_NA / torch.tensor(start.step)
@@ -130,6 +135,53 @@ def laid_out(model: Network, fields: Sequence[ReadField], start: Segment, inputs
         )
     stream, position, *known = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return Rows(stream, position, Known.of(*known))
+
+
+def embedded(module: nn.Module, content: Tensor, position_BNA: Tensor, length_B: Tensor) -> Tensor:
+    """The embedded tokens (B, N, D) of values side by side, of which each has `length_B` tokens.
+
+    position_BNA: their positions in steps, within the value.
+    """
+    if isinstance(module, TowerEmbed):
+        found = _embedded_by_tower(module, content, length_B)
+    elif getattr(module, "reads_places", False):
+        padded: Any = module.padded
+        found = padded(content, position_BNA, length_B)
+    else:
+        return module(content.flatten(0, 1)).view(*content.shape[:2], -1)
+    # padding may be anything, such as the mean of no tokens, and NaN would come through a mask
+    there_BN = torch.arange(content.shape[1]) < length_B[:, None]
+    return torch.where(there_BN[..., None], found, 0.0)
+
+
+def _embedded_by_tower(module: TowerEmbed, content_BNF: Tensor, length_B: Tensor) -> Tensor:
+    """What a tower makes of values: its inner tokens side by side, through its inner core, and together again."""
+    inner, (batch, count) = module.frozen_part, content_BNF.shape[:2]
+    tower, slots = inner.tower, inner.tower.connector.slots
+    slot_BMF = content_BNF.view(batch, count * slots, -1)
+    there_BN = torch.arange(count) < length_B[:, None]
+    filled_BM = (slot_BMF[..., -1] > -0.5) & there_BN[..., None].expand(-1, -1, slots).flatten(1)
+    total_B = filled_BM.sum(1)
+    # an inner token comes to the place that its slot names, and what is none to one behind all others
+    index_BM = torch.where(filled_BM, slot_BMF[..., -1].round().long(), count * slots)
+    ordered_BMF = slot_BMF.new_zeros(batch, count * slots + 1, slot_BMF.shape[-1])
+    ordered_BMF = ordered_BMF.scatter(1, index_BM[..., None].expand_as(slot_BMF), slot_BMF)[:, :-1]
+    content, position_BMA = ordered_BMF[..., :-PLACED], ordered_BMF[..., -PLACED:-1]
+    if tower.tokenizer.vocab_size is not None:
+        content = content[..., 0].round().long().clamp(0, tower.tokenizer.vocab_size - 1)
+    order_BM = torch.arange(count * slots).expand(batch, -1)
+    inside_BM = order_BM < total_B[:, None]
+    bidirectional_BM = torch.full_like(order_BM, int(not tower.tokenizer.causal))
+    known = Known.of(order_BM, bidirectional_BM, torch.zeros_like(order_BM), inside_BM)
+    position_BMA = torch.where(inside_BM[..., None], position_BMA, 0.0)
+    stream_BMD = embedded(inner.embed, content, position_BMA, total_B)
+    state_BMD = _transformed(inner.core, Rows(stream_BMD, position_BMA, known), Cached({}, {}))
+    found_BMD = state_BMD.gather(
+        1, index_BM.clamp(max=count * slots - 1)[..., None].expand(-1, -1, state_BMD.shape[-1])
+    )
+    found_NTD = found_BMD.masked_fill(~filled_BM[..., None], 0.0).view(batch * count, slots, -1)
+    vector_NF = tower.connector.padded(found_NTD, filled_BM.view(batch * count, slots), inner.pool)
+    return module.connector(vector_NF).view(batch, count, -1)
 
 
 class PaddedPlan(Plan):

@@ -8,6 +8,7 @@ write                  prefill    fields -> logits, cache          step   a toke
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from multimodal.layers import Sublayer
 from multimodal.network import Network
 from multimodal.shapes import ConfigError, ShapeError
 from multimodal.tokenizer import Tokens
+from multimodal.tower import TowerEmbed
 
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
 NEXT = ".next"
@@ -228,14 +230,23 @@ def programs_of(model: Network, task: str) -> tuple[Program, ...]:
             "Model.save, and this library where it runs"
         )
     pattern = packer.patterns[task]
-    kinds = {field.kind for field in (pattern.fields if head.autoregressive else pattern.reads)}
-    for kind in sorted(kinds & packer.reads_places):
+    for kind in dict.fromkeys(field.kind for field in pattern.reads):
+        if (module := _not_padded(model.embeds[kind])) is not None:
+            raise ConfigError(
+                f"{where}: the embedding of {kind!r} ({type(packer.tokenizers[kind]).__name__}: {type(module).__name__}) depends "
+                "on where the tokens of a whole value stand, and does not say how it embeds padded ones; write `padded` of its "
+                "module (Tokenizer.embed says what it takes), or use a tokenizer that embeds each token by itself"
+            )
+    if head.autoregressive and (kind := pattern.fields[-1].kind) in packer.reads_places:
         raise ConfigError(
             f"{where}: the embedding of {kind!r} ({type(packer.tokenizers[kind]).__name__}) depends on where the tokens of a whole "
-            "value stand, which a padded program cannot say; use a tokenizer that embeds each token by itself"
+            "value stand, and a program writes them one by one; use a tokenizer that embeds each token by itself"
         )
-    for sublayer in model.core.modules():
-        if isinstance(sublayer, Sublayer) and sublayer.layer.state(*_sizes(model, sublayer)) is not None:
+    inside = [module for field in pattern.fields for module in model.embeds[field.kind].modules()]
+    towers = [module.frozen_part.core for module in inside if isinstance(module, TowerEmbed)]
+    sublayers = [(one.core, module) for one in (model.core, *towers) for module in one.modules()]
+    for core, sublayer in sublayers:
+        if isinstance(sublayer, Sublayer) and sublayer.layer.state(*_sizes(core, sublayer)) is not None:
             raise ConfigError(
                 f"{where}: {type(sublayer.layer).__name__} carries a state from token to token, which a padded program cannot do; "
                 "use attention in its place"
@@ -254,9 +265,15 @@ def programs_of(model: Network, task: str) -> tuple[Program, ...]:
     return tuple(make(model, task) for make in makers[type(head)])
 
 
-def _sizes(model: Network, sublayer: Sublayer) -> tuple:
+def _not_padded(module: nn.Module) -> nn.Module | None:
+    """The part of an embedding that depends on places and cannot embed padded values; None: there is none."""
+    if isinstance(module, TowerEmbed):
+        return _not_padded(module.frozen_part.embed)
+    return module if getattr(module, "reads_places", False) and not hasattr(module, "padded") else None
+
+
+def _sizes(core: Any, sublayer: Sublayer) -> tuple:
     """What `Layer.state` takes: the settings of the sublayer's core, and the width of its stream."""
-    core = model.core.core
     return getattr(core, "writer", core), sublayer.in_width
 
 

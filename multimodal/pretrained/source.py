@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from multimodal.files import parse_json
+from multimodal.hub import fetch
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.texts import short_repr, shortened
 
@@ -172,31 +172,11 @@ def _read_pickles(parts: list[Path]) -> dict[str, Tensor]:
 
 
 def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     wanted = [CONFIG, *BESIDE, "*.safetensors", "*.safetensors.index.json"]
-    try:
-        # the commit is pinned before anything is read, so that all files are of one version
-        commit, cached = revision, constants.HF_HUB_OFFLINE
-        if not cached:
-            try:
-                commit = HfApi().model_info(name, revision=revision).sha
-            except HfHubHTTPError:
-                raise
-            except Exception:  # no connection; the class depends on the version of the library
-                cached = True
-        get = partial(snapshot_download, name, revision=commit, local_files_only=cached)
-        folder = Path(get(allow_patterns=wanted))
-        if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
-            folder = Path(get(allow_patterns=[*wanted, "*.bin", "*.bin.index.json"]))
-    # ValueError: a name that the hub cannot have
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"pretrained: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
-        ) from None
-    # a folder in the cache is named after its commit
-    return _of_folder(name, folder, pickle, revision=folder.name if cached else commit)
+    folder, commit = fetch("pretrained", name, wanted, revision=revision)
+    if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
+        folder, _ = fetch("pretrained", name, [*wanted, "*.bin", "*.bin.index.json"], revision=commit)
+    return _of_folder(name, folder, pickle, revision=commit)
 
 
 def _of_module(module: torch.nn.Module) -> Source:

@@ -14,13 +14,13 @@ import multimodal as mm
 from multimodal.export.formats import FORMATS
 from multimodal.heads import Mean
 from multimodal.media import read_sound
-from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
+from multimodal_tokenizers import AudioFrames, ClassTokens, ImagePatches, Labels, TextBytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("MULTIMODAL_DATA", ROOT.parent / "shared" / "data"))
 CORE = mm.Core(width=32, depth=1, heads=4, kv_heads=2)
 KINDS = {
-    "image": ImagePatches(patch=4, channels=1),
+    "image": ClassTokens(ImagePatches(patch=4, channels=1), count=2, placed=1, table=(3, 5)),
     "audio": AudioFrames(rate_hz=8000, mels=16),
     "text": TextBytes(causal=True),
     "label": Labels([str(n) for n in range(10)]),

@@ -103,16 +103,14 @@ def refusals() -> dict[str, tuple[mm.Core | mm.EncoderDecoder, str | mm.Task, st
         ),
         "start": (two, mm.Task("image -> story", mm.NextToken(start_ids=())), "needs a field that is read and a start of what"),
         "nothing read": (two, "-> text", "needs a field that is read and a start of what"),
-        "tower": (CORE, "eye -> label", r"the embedding of 'eye' \(Tower\) depends on where the tokens of a whole value stand"),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", refusals())
 def test_what_cannot_be_exported_is_refused_by_name(tokenizers, tmp_path, name):
     core, task, message = refusals()[name]
-    kinds = {**tokenizers, "eye": mm.Tower(tokenizers["image"], CORE)}
     with pytest.raises(mm.ConfigError, match=message):
-        mm.Model(kinds, core, [task]).eval().export("pt2", tmp_path / "out")
+        mm.Model(tokenizers, core, [task]).eval().export("pt2", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from multimodal.pretrained import pretrained
 from multimodal.pretrained import source as sources
 from multimodal_tokenizers import Labels
 from tests.pretrained.tiny import tiny_llama
+from tests.stand_in_hub import NOWHERE, Hub, Repo
 
 
 class Harm:
@@ -98,34 +99,31 @@ def test_what_is_not_there_or_damaged_is_named(tmp_path: Path, monkeypatch: pyte
         pretrained(folder)
 
 
-def test_a_name_is_read_at_one_commit_which_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    folder, asked, cut = tiny_llama(tmp_path / "snapshots" / "abc123"), [], False
-
-    class Api:
-        def model_info(self, name: str, revision: str | None = None) -> Any:
-            asked.append((name, revision))
-            return type("Info", (), {"sha": "abc123"})
-
-    def download(name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
-        asked.append((name, revision))
-        assert local_files_only == cut
-        assert not any(pattern.endswith(".bin") for pattern in allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    loaded = pretrained("owner/tiny", revision="main")
-    assert asked == [("owner/tiny", "main"), ("owner/tiny", "abc123")]
-    assert (loaded.name, loaded.revision) == ("owner/tiny", "abc123")
-    # without a connection what is cached counts, whose folder has the name of its commit
-    cut = True
-    monkeypatch.setattr(Api, "model_info", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no route to host")))
-    assert pretrained("owner/tiny").revision == "abc123"
+def test_a_name_is_read_at_one_commit_which_is_recorded(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    files = {path.name: (path.read_bytes(), path.suffix == ".safetensors") for path in folder.iterdir()}
+    repo = hub.repos["owner/tiny"] = Repo(private=False)
+    first = repo.commit("main", {**files, "pytorch_model.bin": (b"harm", True)}, "first")
+    loaded = pretrained("owner/tiny")
+    assert (loaded.name, loaded.revision) == ("owner/tiny", first)
+    assert same(loaded, pretrained(folder))
+    assert not [path for _, path in hub.asked if path.endswith(".bin")]
+    weights = {name: x * 2 for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors")
+    second = repo.commit(
+        "main", {**files, "model.safetensors": ((folder / "model.safetensors").read_bytes(), True)}, "x"
+    )
+    assert pretrained("owner/tiny", revision="main").revision == second
+    assert same(pretrained("owner/tiny"), pretrained(folder))
+    assert same(pretrained("owner/tiny", revision=first), loaded)
+    # without a connection what is cached counts: the newest version that was there, and each by its commit
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NOWHERE)
+    assert pretrained("owner/tiny").revision == second
+    assert same(pretrained("owner/tiny", revision=first), loaded)
     loaded.model().save(tmp_path / "ours")
-    assert mm.Model.load(tmp_path / "ours").origin["revision"] == "abc123"  # type: ignore[index]
+    assert mm.Model.load(tmp_path / "ours").origin["revision"] == first  # type: ignore[index]
 
 
 def test_a_pickle_of_a_name_is_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +134,7 @@ def test_a_pickle_of_a_name_is_fetched_only_when_asked(tmp_path: Path, monkeypat
     whole = pretrained(folder, dtype=torch.float64)  # a copy, since the file goes
     (folder / "model.safetensors").unlink()
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append("*.bin" in allow_patterns)
         if asked[-1]:
             torch.save(weights, folder / "pytorch_model.bin")

@@ -168,6 +168,60 @@ class _Embed(nn.Module):
         tokens_ND = tokens_ND.to(embedded_ND.dtype).repeat(len(places.lengths), 1)
         return stream_TD.index_copy(0, first_BN.flatten().to(content.device), tokens_ND)
 
+    def padded(self, content: Tensor, position_BNA: Tensor, length_B: Tensor) -> Tensor:
+        """The same for values side by side (B, N), padded behind; every size may differ from value to value and is computed."""
+        batch, count = content.shape[:2]
+        embedded_BND = self.of(content.flatten(0, 1)).view(batch, count, -1)
+        index_N = torch.arange(count, device=content.device)
+        if self.table is not None:
+            assert self.positions_ND is not None
+            there_BN = index_N < length_B[:, None]
+            row_B = position_BNA[..., 1].masked_fill(~there_BN, 0.0).amax(1)
+            rows_B = (row_B + 1).round().long().clamp(min=1)
+            columns_B = ((length_B - self.count) // rows_B).clamp(min=1)
+            # padding counts as the last cell, since beyond the grid no cell of the table has a share
+            cell_BN = torch.minimum(
+                (index_N - self.count).clamp(min=0).expand(batch, count), (rows_B * columns_B - 1)[:, None]
+            )
+            down_BNY = self._shares(self.table[0], cell_BN // columns_B[:, None], rows_B)
+            along_BNX = self._shares(self.table[1], cell_BN % columns_B[:, None], columns_B)
+            share_BNF = (down_BNY[..., None] * along_BNX[..., None, :]).flatten(2)
+            embedded_BND = embedded_BND + share_BNF @ self.positions_ND[self.placed :]
+        if self.tokens_ND is None:
+            return embedded_BND
+        learned_ND = self.tokens_ND
+        if self.placed and self.positions_ND is not None:
+            learned_ND = learned_ND + F.pad(self.positions_ND[: self.placed], (0, 0, 0, self.count - self.placed))
+        return torch.where((index_N < self.count)[:, None], learned_ND[index_N.clamp(max=self.count - 1)], embedded_BND)
+
+    def _shares(self, have: int, place_BN: Tensor, size_B: Tensor) -> Tensor:
+        """(B, N, have): the share that each cell of a side of the table has in the cell `place_BN` of a side of `size_B` cells, as
+        F.interpolate has them."""
+        cell_F = torch.arange(have, dtype=torch.float32, device=place_BN.device)
+        size_B1 = size_B[:, None].float()
+        if not self.resample:
+            fraction_BN = (place_BN * (1.0 / size_B1)).clamp(max=1 - 1e-6)
+            edge_F = torch.arange(1 / have, 1.0, 1 / have, device=place_BN.device)
+            return ((edge_F <= fraction_BN[..., None]).sum(-1, keepdim=True) == cell_F).float()
+        scale_B1 = have / size_B1
+        centre_BN1 = (scale_B1 * (place_BN + 0.5))[..., None]
+        if self.resample.get("antialias"):
+            wide_B11 = scale_B1.clamp(min=1)[..., None]  # a smaller grid averages over more cells
+            first_BN1 = (centre_BN1 - 2 * wide_B11 + 0.5).floor().clamp(min=0)
+            last_BN1 = (centre_BN1 + 2 * wide_B11 + 0.5).floor().clamp(max=have)
+            share_BNF = _cubic((cell_F + 0.5 - centre_BN1) / wide_B11, -0.5)
+            share_BNF = torch.where((cell_F >= first_BN1) & (cell_F < last_BN1), share_BNF, 0.0)
+            return share_BNF / share_BNF.sum(-1, keepdim=True)
+        source_BN1 = centre_BN1 - 0.5
+        if self.resample["mode"] == "bilinear":
+            return (1 - (source_BN1.clamp(0, have - 1) - cell_F).abs()).clamp(min=0)
+        first_BN1 = source_BN1.floor()
+        share_BNF = torch.zeros_like(cell_F)
+        for step in (-1, 0, 1, 2):  # what lies beyond the table counts as its edge
+            share_BN1 = _cubic(first_BN1 + step - source_BN1, -0.75)
+            share_BNF = share_BNF + torch.where((first_BN1 + step).clamp(0, have - 1) == cell_F, share_BN1, 0.0)
+        return share_BNF
+
     def _grids(self, places: Places) -> Tensor:
         """The positions of the tokens of all values, end to end."""
         assert self.table is not None
@@ -191,6 +245,13 @@ class _Embed(nn.Module):
                 known[grid] = resized.flatten(1).T
             found.append(known[grid])
         return torch.cat(found)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """The kernel of cubic convolution (Keys 1981, equation 4)."""
+    x = distance.abs()
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
 
 
 def _cells(have: int, size: int) -> Tensor:

@@ -118,3 +118,12 @@ class _ConvStem(nn.Module):
         # the bias of the first convolution fills the empty tokens, which the second must see empty
         hidden = F.gelu(self.first(frames)).masked_fill(~there_N.repeat_interleave(FRAMES), 0.0)
         return F.gelu(self.second(hidden))[0].T[row_N]
+
+    def padded(self, content: Tensor, position_BNA: Tensor, length_B: Tensor) -> Tensor:
+        """The same for values side by side (B, N), padded behind."""
+        count = content.shape[1]
+        there_B1N = (torch.arange(count, device=content.device) < length_B[:, None])[:, None]
+        there_B1S = there_B1N[..., None].expand(-1, -1, -1, FRAMES).flatten(2)
+        frames = content.unflatten(2, (FRAMES, -1)).permute(0, 3, 1, 2).flatten(2)
+        hidden = F.gelu(self.first(frames.masked_fill(~there_B1S, 0.0))).masked_fill(~there_B1S, 0.0)
+        return F.gelu(self.second(hidden)).transpose(1, 2)

@@ -1,0 +1,219 @@
+"""Pushes a model to the hub: its checkpoint and its card, and nothing else of the folders that it lies in."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from multimodal import checkpoint
+from multimodal.card import card, is_as_written
+from multimodal.checkpoint import CONFIG, FILES, WEIGHTS
+from multimodal.files import parse_json
+from multimodal.hub import Repository, look_up
+from multimodal.model import Model
+from multimodal.saving import stored
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.texts import listed, short_repr
+from multimodal.train.run_folder import BEST, is_run
+
+README = "README.md"
+ENDINGS = (".json", ".safetensors", ".txt")  # of the files of tokenizers: what holds no code
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a push did.
+
+    name: of the repository. url: its page. commit: the one that has these files. private: whether others cannot see it.
+    written, unchanged, deleted: files. kept: files that somebody changed on the hub, which stay as they are there.
+    """
+
+    name: str
+    url: str
+    commit: str
+    private: bool
+    written: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    deleted: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def push(
+    model: Model,
+    name: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str | None = None,
+    revision: str | None = None,
+    run: str | Path | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Published:
+    """Push a model with its card as one commit; the arguments are those of `Model.push_to_hub`.
+
+    Raises:
+        ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        files = files_of(Path(folder), card(model, name, run=run, license=license, datasets=datasets))
+        return push_files(
+            name, files, private=private, token=token, message=message, revision=revision, overwrite=overwrite
+        )
+
+
+def run_of(folder: Path) -> tuple[Path | None, bool]:
+    """(the run folder that a model's folder lies in or is, whether the model is the best of that run and not the last)."""
+    folder = folder.resolve()
+    around = next((path for path in (folder, folder.parent) if is_run(path)), None)
+    return around, around is not None and folder == around / BEST
+
+
+def files_of(folder: Path, readme: str) -> dict[str, bytes | Path]:
+    """By name, what is pushed of a checkpoint: its own files, and the card.
+
+    Raises:
+        CheckpointError: no checkpoint. ConfigError: a file that might hold code, or a path of this machine in config.json.
+    """
+    config = checkpoint.read_config(folder)
+    origin = config.get("origin")
+    if isinstance(origin, dict):
+        config["origin"] = _without_paths(origin)
+    for where, text in _texts(config):
+        if os.path.isabs(text) and len(Path(text).parts) > 2 and len(text) < 1000 and os.path.exists(text):
+            raise ConfigError(
+                f"push: {CONFIG} of {folder} names a path of this machine, {short_repr(text)} as {where}, which others do not "
+                "have; make this part without it"
+            )
+    files: dict[str, bytes | Path] = {README: readme.encode("utf-8"), CONFIG: checkpoint.config_file(config)}
+    named = [
+        f"{FILES}/{kind}/{file}" for kind, entry in config["tokenizers"].items() for file in entry.get("files", [])
+    ]
+    for file in (WEIGHTS, *named):
+        if not file.endswith(ENDINGS):
+            raise ConfigError(
+                f"push: {file} of {folder} is none of {', '.join(ENDINGS)}; only texts, JSON and safetensors are pushed"
+            )
+        path = stored(folder, config, file)
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {file} is missing")
+        files[file] = path
+    return files
+
+
+def push_files(
+    name: str,
+    files: Mapping[str, bytes | Path],
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Published:
+    """Push the files of `files_of`; a repository then has no older ones of ours. The options are those of `Model.push_to_hub`.
+
+    Raises:
+        ConfigError: as of `push`.
+    """
+    from huggingface_hub import constants
+
+    there = look_up(name, revision, token)
+    if private and there.private is False:
+        raise ConfigError(
+            f"push: {name} is public already, and is not made private here; do that in its settings, or choose another name"
+        )
+    before = _config_of(there)
+    new = parse_json(_read(files[CONFIG]))
+    same = before is not None and _patterns(before) == _patterns(new)
+    changed = [file for file in files if not there.has(file, files[file])]
+    other = [] if same or overwrite else [file for file in changed if file in there.sums and file != README]
+    if other:
+        what = "other files" if before is None else f"a model for other tasks ({listed(_patterns(before))})"
+        raise ConfigError(
+            f"push: {name} holds {what}; {listed(other)} would be overwritten. Choose another name, or push with overwrite=True "
+            "(--overwrite), which leaves them in the history of the repository"
+        )
+    kept = [README] if not overwrite and README in changed and not _is_ours(there) else []
+    written = [file for file in changed if file not in kept]
+    old = (
+        []
+        if before is None
+        else [f"{FILES}/{kind}/{f}" for kind, t in before["tokenizers"].items() for f in t["files"]]
+    )
+    deleted = [file for file in old if file in there.sums and file not in files]
+    commit = there.commit
+    if written or deleted or commit is None:
+        text = message or f"{listed(_patterns(new))} by {new['made_by']}"
+        chosen = {file: files[file] for file in written}
+        commit = there.write(chosen, deleted, text, private=True if private is None else private)
+    return Published(
+        name,
+        f"{constants.ENDPOINT}/{name}",
+        commit,
+        (private is not False) if there.private is None else there.private,
+        tuple(written),
+        tuple(file for file in files if file not in changed),
+        tuple(deleted),
+        tuple(kept),
+    )
+
+
+def _config_of(there: Repository) -> dict[str, Any] | None:
+    """The config.json of a repository if it is one of this library, else None."""
+    if CONFIG not in there.sums:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, CONFIG).write_bytes(there.read(CONFIG))
+        return checkpoint.own_config(Path(folder))
+
+
+def _is_ours(there: Repository) -> bool:
+    """Whether the card there, if any, is as a push wrote it."""
+    return README not in there.sums or is_as_written(there.read(README).decode("utf-8", "replace"))
+
+
+def _patterns(config: Mapping[str, Any]) -> list[str]:
+    return sorted(str(task.get("pattern")) for task in config["tasks"] if isinstance(task, Mapping))
+
+
+def _read(data: bytes | Path) -> bytes:
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def _without_paths(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model came from, without the folders of this machine: a name on the hub, or the last part of a path."""
+    local = not origin.get("revision")
+    return {
+        **origin,
+        "name": Path(str(origin.get("name"))).name if local else origin["name"],
+        "config": _with_short_paths(origin.get("config", {})),
+    }
+
+
+def _with_short_paths(config: Any) -> Any:
+    """A configuration of theirs, whose own name may be the path from which it was once loaded."""
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        name: Path(value).name if name == "_name_or_path" and _is_path(value) else _with_short_paths(value)
+        for name, value in config.items()
+    }
+
+
+def _is_path(text: Any) -> bool:
+    return isinstance(text, str) and (os.path.isabs(text) or text.startswith((".", "~")))
+
+
+def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """(where it is, the text) of every text in JSON values."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, (Mapping, list)):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in pairs:
+            yield from _texts(inner, f"{where}.{key}" if where else str(key))
