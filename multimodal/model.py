@@ -213,12 +213,14 @@ class Model(Network):
         """A model with more kinds and tasks, which has all weights of this one, bit for bit.
 
         Raises:
-            ConfigError: a name that is already taken, or the model has adapters.
+            ConfigError: a name that is already taken, or the model has adapters or is quantized.
         """
         if self.adapters is not None:
             raise ConfigError(
                 "Model.extended: the model has adapters, which the new one would lose; call lora.merge or lora.remove first"
             )
+        if self.quantization is not None:
+            raise ConfigError("Model.extended: the model is quantized; extend the original, and quantize that")
         for name in tokenizers or {}:
             if name in self.packer.tokenizers:
                 raise ConfigError(f"Model.extended: there is already a tokenizer named {name!r}; choose another name")

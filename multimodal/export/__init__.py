@@ -40,6 +40,11 @@ def export(model: Network, to: str, folder: str | Path, task: str | None = None)
     """
     if to not in FORMATS:
         raise ConfigError(f"export: to={to!r} is unknown; there are {', '.join(map(repr, FORMATS))}")
+    if model.quantization is not None:
+        raise ConfigError(
+            "export: the model is quantized, and programs compute in float32; export the original, for onnx with int8=True if you "
+            "like"
+        )
     folder, form, task = Path(folder), FORMATS[to], _chosen(model, task)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there are files here already; choose another folder")

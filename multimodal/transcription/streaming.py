@@ -158,8 +158,8 @@ class Listener:
             return log_probabilities(model.packer.head(spec.task).logits(readout, state_TD, [count]))
 
     def _new_cache(self, capacity: int) -> Cache:
-        weight = self.model.readout(self.spec.task).linear.weight
-        return self.model.core.core.cache(rows=1, capacity=capacity, device=weight.device, dtype=weight.dtype)
+        model = self.model
+        return model.core.core.cache(rows=1, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
 def _chunk(rule: Rule) -> int | None:
