@@ -89,7 +89,9 @@ def quantize(model: _Model, to: str = "int8") -> _Model:
         assert isinstance(new, _Stored)
         assert isinstance(module.weight, Tensor)
         if not bool(module.weight.isfinite().all()):
-            raise ConfigError(f"quantize: the weights in {name} are not all finite (NaN or infinity); train a model anew")
+            raise ConfigError(
+                f"quantize: the weights in {name} are not all finite (NaN or infinity); train a model anew"
+            )
         new.fill(module.weight.detach())
     # what is left may be of another precision; codes are no floating-point numbers, and bfloat16 ones are converted back exactly
     for module in small.modules():
@@ -114,7 +116,7 @@ def _matrices(model: Network) -> Iterator[tuple[str, nn.Module]]:
         if type(module) is nn.Linear and (id(module) in inside or id(module) in last):
             yield name, module
         elif isinstance(module, nn.Embedding) and name.startswith("embeds.") and id(module) not in inside:
-            kind, _, rest = name.removeprefix("embeds.").partition(".")
+            rest = name.removeprefix("embeds.").partition(".")[2]
             # in an embedding of one's own a table may be one of places
             if rest in ("", "frozen_part.embed") and (type(module) is nn.Embedding or hasattr(module, "scale")):
                 yield name, module
@@ -215,7 +217,8 @@ class QuantizedLinear(_Stored):
     def __init__(self, linear: nn.Linear, to: str) -> None:
         super().__init__(linear.weight, to)
         self.out_features, self.in_features = linear.weight.shape
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+        bias = None if linear.bias is None else linear.bias.detach().float().clone()
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x)

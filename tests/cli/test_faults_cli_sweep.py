@@ -51,6 +51,7 @@ WORK = {
     "verify": ["model", "--image", "light.png"],
     "pretrained": ["check", "model"],
     "export": ["model", "--to", "hf", "--out", "exported"],
+    "quantize": ["model", "--out", "smaller", "--data", "photos", "--samples", "2"],
 }
 NUMBERS = ("nan", "-inf", "-1", str(10**20), "1e400", "")
 LONG = "n" * 300
