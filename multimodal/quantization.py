@@ -25,8 +25,10 @@ from multimodal.shapes import ConfigError, did_you_mean
 _Model = TypeVar("_Model", bound=Network)
 FORMS = {"int8": torch.int8, "int8-weights": torch.int8, "bfloat16": torch.bfloat16}
 """What a model can be quantized to, and how a matrix is stored then."""
-MOST = 127  # the largest code of a weight
-MOST_INPUT = 63  # of an input: CPUs add two products in 16 bits, and 2 * (63 + 64) * 127 is the most that fits
+LARGEST = {"int8": 63, "int8-weights": 127}
+"""The largest code of a weight. CPUs without VNNI add two products in 16 bits, where 2 * 255 * 63 fits; inputs get the finer steps,
+since a token's largest number is many times its others, and a row of weights is even."""
+MOST_INPUT = 127  # the largest code of an input; stored without a sign, it is up to 255
 BLOCK = 2**18  # numbers of a matrix that are converted at once; as float32 they take 1 MB, which caches hold
 
 
@@ -70,7 +72,7 @@ def quantize(model: _Model, to: str = "int8") -> _Model:
     All else stays float32: positions, rotary turns, learned times and tables of places, norms, biases, and what embeds features
     or draws them. A matrix that a head shares with an embedding is one matrix still.
 
-    to: "int8": a fourth of the bytes, and faster on x86 CPUs; each token's inputs are rounded to 127 steps. "int8-weights": the
+    to: "int8": a fourth of the bytes, and faster on x86 CPUs; the inputs of each token are rounded too. "int8-weights": the
         same bytes, only weights are rounded, and it is no faster. "bfloat16": half of the bytes, nearly the same numbers.
 
     Raises:
@@ -149,7 +151,7 @@ class _Stored(nn.Module):
             self.stored.copy_(weight)
             return
         # a row of zeros needs no scale, but 0 / 0 has no value
-        scale_N = (weight.abs().amax(1) / MOST).clamp(min=torch.finfo(torch.float32).tiny)
+        scale_N = (weight.abs().amax(1) / LARGEST[self.form]).clamp(min=torch.finfo(torch.float32).tiny)
         self.scale.copy_(scale_N)
         self.stored.copy_((weight / scale_N[:, None]).round())
         self._packs.clear()
@@ -184,7 +186,7 @@ class _Stored(nn.Module):
         return y_TN * self.scale[first:end] if self.coded else y_TN
 
     def _rounded(self, x_TD: Tensor, first: int, end: int) -> Tensor:
-        """The product with inputs that are rounded to MOST_INPUT steps of their token's largest number.
+        """The product with inputs that are rounded to steps of their token's largest number.
 
         By token and not, as is usual, by batch, because an answer must not depend on the other samples.
         """

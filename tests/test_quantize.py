@@ -87,10 +87,10 @@ def test_int8_multiplies_whole_numbers_and_no_row_depends_on_another(monkeypatch
     x_TD[3], x_TD[4], x_TD[5] = 0, x_TD[4].abs(), -1
     y_TN, bias_N = small(x_TD), plain.bias.detach()
     largest_T1 = x_TD.abs().amax(1, keepdim=True).double()
-    code_TD = (x_TD / largest_T1.float().clamp(min=1e-30) * 63).round().double()
-    scale_N = plain.weight.detach().double().abs().amax(1) / 127
+    code_TD = (x_TD / largest_T1.float().clamp(min=1e-30) * 127).round().double()
+    scale_N = plain.weight.detach().double().abs().amax(1) / 63
     code_ND = torch.where(scale_N[:, None] > 0, plain.weight.detach() / scale_N[:, None], 0).round()
-    wanted = code_TD @ code_ND.double().T * scale_N * largest_T1 / 63 + bias_N
+    wanted = code_TD @ code_ND.double().T * scale_N * largest_T1 / 127 + bias_N
     torch.testing.assert_close(y_TN.double(), wanted, rtol=1e-5, atol=1e-5)
     alone = torch.cat([small(row[None]) for row in x_TD])
     assert torch.equal(alone, y_TN) or (not kernel and torch.allclose(alone, y_TN, rtol=1e-5))
@@ -385,7 +385,7 @@ def test_int8_programs_of_onnx_are_compared_on_data(make, sample, tmp_path):
     assert manifest["difference"]["largest"] <= 1e-5
     entry, file = manifest["int8"], folder / "answer.onnx"
     assert [path.name for path in sorted(folder.iterdir())] == ["answer.onnx", "manifest.json"]
-    assert entry["bytes"] == file.stat().st_size < 0.6 * entry["bytes_before"]
+    assert entry["bytes"] == file.stat().st_size < 0.8 * entry["bytes_before"]
     assert 0 < entry["largest"] < 0.2
     # the program alone, beside what the model answers
     run = FORMATS["onnx"].read({"answer": file})
@@ -400,7 +400,7 @@ def test_int8_programs_of_onnx_are_compared_on_data(make, sample, tmp_path):
     ]
     assert entry["data"] | {"largest": 0} == {"samples": 20, "rows": 20, "same": sum(same) / 20, "largest": 0}
     kinds = {tensor.name: tensor.data_type for tensor in onnx.load(file).graph.initializer}
-    exact = {name for name in kinds if name in ("model.core.times.weight", "model.embeds.image.linear.weight")}
-    assert len(exact) == 2
+    exact = {name for name in kinds if name.startswith(("model.core.times.", "model.embeds.image."))}
+    assert len(exact) >= 2
     assert {kinds[name] for name in exact} == {onnx.TensorProto.FLOAT}
     assert sum(kind == onnx.TensorProto.INT8 for name, kind in kinds.items() if name.endswith("_quantized")) == 5
