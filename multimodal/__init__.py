@@ -17,6 +17,7 @@ _FROM = {
     "generate": "Engine NoRepeat Temperature TopK TopP",
     "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken Pointer Prediction",
     "model": "Model",
+    "quantization": "quantize",
     "shapes": "CheckpointError ConfigError MediaError ShapeError StreamError TaskError",
     "task": "Task",
     "tokenizer": "Tokenizer Tokens at_times",

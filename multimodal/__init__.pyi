@@ -43,6 +43,7 @@ from multimodal.heads import Pointer as Pointer
 from multimodal.heads import Prediction as Prediction
 from multimodal.model import Model as Model
 from multimodal.pretrained import pretrained as pretrained
+from multimodal.quantization import quantize as quantize
 from multimodal.shapes import CheckpointError as CheckpointError
 from multimodal.shapes import ConfigError as ConfigError
 from multimodal.shapes import MediaError as MediaError

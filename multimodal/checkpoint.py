@@ -65,7 +65,7 @@ FLOATS = tuple(name for name, kind in KINDS.items() if kind.is_floating_point)
 def declarations(model: Network) -> dict[str, Any]:
     """What a model declares, as JSON values: all but its weights and the files of its tokenizers."""
     tokenizers = model.packer.tokenizers.items()
-    adapters = {} if model.adapters is None else {"adapters": declaration(model.adapters)}
+    parts = {"adapters": model.adapters, "quantization": model.quantization}
     return {
         "tokenizers": {name: {**declaration(t), "files": sorted(t.files())} for name, t in tokenizers},
         "core": declaration(model.core.core),
@@ -75,7 +75,7 @@ def declarations(model: Network) -> dict[str, Any]:
         ],
         "seed": model.seed,
         **({} if model.origin is None else {"origin": model.origin}),
-        **adapters,
+        **{name: declaration(part) for name, part in parts.items() if part is not None},
     }
 
 
@@ -254,12 +254,12 @@ def _load(cls: type[Network], folder: Path, finite: bool) -> Any:
         core = rebuild(config["core"])
         _check_depth(core, len(header))
         tasks = [Task(t["pattern"], rebuild(t["head"]), t["weight"]) for t in config["tasks"]]
-        adapters = rebuild(config["adapters"]) if "adapters" in config else None
+        attached = [rebuild(config[name]) for name in ("adapters", "quantization") if name in config]
 
         def build() -> Network:
             built = cls(tokenizers, core, tasks, seed=config["seed"])
-            if adapters is not None:
-                adapters.attach(built)
+            for part in attached:
+                part.attach(built)
             return built
 
         outline = _outline(build, config)

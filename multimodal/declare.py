@@ -28,6 +28,7 @@ PARTS = {
         "masks",
         "norm",
         "positions",
+        "quantization",
     ),
     *("heads.pool", "tower", "train.recipe"),
     *(

@@ -72,6 +72,10 @@ class LoRA(Declared):
         """
         if model.adapters is not None:
             raise ConfigError("LoRA: the model has adapters already; call lora.merge or lora.remove first")
+        if model.quantization is not None:
+            raise ConfigError(
+                "LoRA: the model is quantized; attach adapters to the original, and merge them before quantize"
+            )
         peft = _peft()
         inside, learned = weights_of("LoRA", model, self.parts), weights_of("LoRA", model, self.learn)
         # subclasses of nn.Linear are left out: what holds them may use their weight without calling them

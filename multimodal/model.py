@@ -218,12 +218,14 @@ class Model(Network):
         """A model with more kinds and tasks, which has all weights of this one, bit for bit.
 
         Raises:
-            ConfigError: a name that is already taken, or the model has adapters.
+            ConfigError: a name that is already taken, or the model has adapters or is quantized.
         """
         if self.adapters is not None:
             raise ConfigError(
                 "Model.extended: the model has adapters, which the new one would lose; call lora.merge or lora.remove first"
             )
+        if self.quantization is not None:
+            raise ConfigError("Model.extended: the model is quantized; extend the original, and quantize that")
         for name in tokenizers or {}:
             if name in self.packer.tokenizers:
                 raise ConfigError(f"Model.extended: there is already a tokenizer named {name!r}; choose another name")
@@ -377,23 +379,36 @@ class Model(Network):
         room = importlib.import_module("multimodal.pretrained")
         return room.pretrained(source, **options).model(tasks, tokenizers, seed=seed)
 
-    def export(self, to: str, folder: str | Path, *, task: str | None = None) -> Path:
+    def export(
+        self,
+        to: str,
+        folder: str | Path,
+        *,
+        task: str | None = None,
+        int8: bool = False,
+        data: Sequence[Sample] = (),
+    ) -> Path:
         """Write the model for another library or runtime, and return the folder.
 
         to: "onnx" or "pt2" (torch.export): one task as programs that run without this library, see docs/export.md; or the library
             from which the weights came, in whose layout the whole model is written: "hf", transformers, or "timm".
         task: for "onnx" and "pt2", the task; None: the only one.
+        int8: for "onnx", programs whose matrices are int8, once those in float32 have passed.
+        data: for int8, samples on which they are compared with the model; the manifest says how far they agree.
 
         Raises:
             ConfigError: another format, a part that it has no place for, or programs that differ from the model.
             TaskError: no such task. CheckpointError: the folder has files already.
         """
         if to in ("onnx", "pt2"):
-            return importlib.import_module("multimodal.export").export(self, to, folder, task)
+            room = importlib.import_module("multimodal.export")
+            return room.export(self, to, folder, task, int8=int8, data=data)
         if to not in ("hf", "timm"):
             raise ConfigError(f"Model.export: to={to!r} is unknown; there are 'onnx', 'pt2', 'hf' and 'timm'")
         if task is not None:
             raise ConfigError(f"Model.export: {to!r} takes the whole model, so leave task={task!r} out")
+        if int8 or len(data):
+            raise ConfigError(f"Model.export: int8 and data are for 'onnx'; {to!r} holds the weights as they are")
         return importlib.import_module("multimodal.pretrained").export(self, folder, to)
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:

@@ -35,6 +35,7 @@ class Network(nn.Module):
     most_written: the same for the tokens of the writer of an EncoderDecoder, which are those of the start and of the answer.
     origin: where weights of others came from, as `multimodal.pretrained` notes it; None: these weights are our own.
     adapters: the declaration of the adapters that were attached to its layers, see lora.py; None: there are none.
+    quantization: how its matrices are stored, if `quantize` made it, see quantization.py; None: as they were trained.
     learns_from_rewards: whether an attention layer samples one key (`Hard`) and is therefore trained by REINFORCE.
     """
 
@@ -51,6 +52,7 @@ class Network(nn.Module):
         super().__init__()
         self._inferring = False
         self.adapters: Declared | None = None
+        self.quantization: Declared | None = None
         if isinstance(tasks, (str, Task)):
             tasks = [tasks]
         if not isinstance(core, (Core, EncoderDecoder)):
@@ -96,7 +98,7 @@ class Network(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the core's weights."""
+        """The precision of the core's weights; of quantized ones that in which they are multiplied."""
         return self._weight.dtype
 
     @property

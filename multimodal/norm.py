@@ -1,6 +1,9 @@
 """Norms of tokens: RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016), and the declaration that chooses one."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,15 @@ from multimodal.shapes import ConfigError
 def is_untouched(linear: nn.Module) -> bool:
     """Whether this is a plain nn.Linear without hooks (or pruning), so that callers may use its weight and bias directly."""
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def divided(linear: nn.Module, sizes: Sequence[int]) -> list[Callable[[Tensor], Tensor]] | None:
+    """The products with parts of a linear module's rows, of these sizes; None: the module has to be called as a whole."""
+    if is_untouched(linear):
+        assert isinstance(linear, nn.Linear)
+        return [partial(F.linear, weight=rows) for rows in linear.weight.split(list(sizes))]
+    own: Any = getattr(linear, "divided", None)  # of a QuantizedLinear
+    return None if own is None or linear._forward_hooks or linear._forward_pre_hooks else own(sizes)
 
 
 def matrix_of(linear: nn.Module) -> Tensor:

@@ -37,6 +37,7 @@ MOST_USED = {
     "Masked": mm.Masked,
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
+    "quantize": mm.quantize,
     "Run": mm.Run,
     "Shards": mm.Shards,
     "Task": mm.Task,

@@ -33,7 +33,7 @@ LAYERS = (
     {"task"},
     {"stream", "packer"},
     {"network", "model_parts", "tower"},
-    {"checkpoint", "generate", "model", "retrieval", "data", "lora"},
+    {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish"},
     {"zoo"},

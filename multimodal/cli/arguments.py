@@ -52,6 +52,22 @@ Without = Annotated[
         negative="", help="A field that the task reads and this sample lacks: --without image. Repeat it for more."
     ),
 ]
+DataSource = Annotated[
+    str | None,
+    Parameter(
+        help="Samples to measure on: a folder of pictures or sounds in class folders, a .csv, .tsv, .jsonl or .parquet file, "
+        "hf:NAME, or a folder of shards."
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    Parameter(negative="", help="A column of the data to take, or field=column. Repeat it for more; all unless given."),
+]
+DataFiles = Annotated[
+    list[str] | None,
+    Parameter(negative="", help="A field of the data whose values are paths of files. Repeat it for more."),
+]
+Most = Annotated[int, Parameter(help="The most samples of the data, the first ones.")]
 OPTION_NAMES = {
     *(
         "answer",

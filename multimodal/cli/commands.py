@@ -17,6 +17,7 @@ from multimodal.cli.checks import bench, check, look, verify
 from multimodal.cli.export import export
 from multimodal.cli.hub import push
 from multimodal.cli.pretrained import pretrained
+from multimodal.cli.quantize import quantize
 from multimodal.cli.serve import serve
 from multimodal.cli.shards import shards
 from multimodal.cli.train import plan, replay, report, train
@@ -39,7 +40,7 @@ app = App(
 
 COMMANDS = (
     *(train, report, replay, shards, plan, bench, predict, generate, transcribe, serve, check, verify, look),
-    *(pretrained, export, push),
+    *(pretrained, export, push, quantize),
 )
 for command in COMMANDS:
     app.command(command)

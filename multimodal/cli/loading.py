@@ -140,6 +140,42 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finit
     return Model.load(folder, device=choose_device(device), finite=finite)
 
 
+def samples_of(
+    source: str, fields: Sequence[str] | None, files: Sequence[str] | None, most: int
+) -> list[dict[str, Any]]:
+    """The first samples of a source of `multimodal shards`, or of a folder of shards; broken rows are named on stderr and left out.
+
+    fields: columns to take, "field=column" or a name. files: fields whose values are paths of files.
+
+    Raises:
+        ConfigError: nothing that can be read, or no samples.
+    """
+    from multimodal.data import Shards, open_table
+    from multimodal.data.shards import INDEX
+    from multimodal.shapes import ConfigError
+
+    if most < 1:
+        raise ConfigError(f"--samples {most}: take one sample or more")
+    columns = {name: column or name for name, _, column in (text.partition("=") for text in fields or [])}
+    found: list[dict[str, Any]] = []
+    if (Path(source) / INDEX).is_file():
+        shards = Shards(source)
+        for i in range(min(most, len(shards))):
+            row = shards[i]
+            found.append({name: row.get(column) for name, column in columns.items()} if columns else row)
+    else:
+        for number, row in enumerate(open_table(source).select(columns, files or []).rows(0)):
+            if len(found) == most:
+                break
+            if isinstance(row, Exception):
+                print(f"row {number} is left out: {row}", file=sys.stderr)
+            else:
+                found.append(row)
+    if not found:
+        raise ConfigError(f"--data {shortened(source, 100)} holds no samples")
+    return found
+
+
 def make_tokenizer(name: str, config: str) -> "Tokenizer":
     """The tokenizer behind module:Class or file.py:Class, with its settings from JSON.
 

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from multimodal.checkpoint import FILES, package_version
 from multimodal.declare import declaration
-from multimodal.export.compare import SHAPES, Run, largest_difference
+from multimodal.export.compare import SHAPES, Run, agreement, largest_difference
 from multimodal.export.formats import FORMATS, Format
 from multimodal.export.programs import Entry, Program, programs_of
 from multimodal.heads import CTC, Classify, Contrast, NextToken
@@ -29,10 +30,19 @@ MOST = 1e-4
 """The largest difference from the packed model, as a share of the largest number (or of 1), with which a program is written."""
 
 
-def export(model: Network, to: str, folder: str | Path, task: str | None = None) -> Path:
+def export(
+    model: Network,
+    to: str,
+    folder: str | Path,
+    task: str | None = None,
+    *,
+    int8: bool = False,
+    data: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Write one task as programs that run without this library, and return the folder.
 
-    to: "onnx" or "pt2". task: None: the only one.
+    to: "onnx" or "pt2". task: None: the only one. int8: for "onnx", write programs whose matrices are int8, once those in float32
+    have passed. data: samples on which these are compared with the model; the manifest says how far they agree.
 
     Raises:
         ConfigError: a part that cannot be exported, a package that is missing, or programs that differ too much from the model.
@@ -40,7 +50,16 @@ def export(model: Network, to: str, folder: str | Path, task: str | None = None)
     """
     if to not in FORMATS:
         raise ConfigError(f"export: to={to!r} is unknown; there are {', '.join(map(repr, FORMATS))}")
+    if model.quantization is not None:
+        raise ConfigError(
+            "export: the model is quantized, and programs compute in float32; export the original, for onnx with int8=True if you "
+            "like"
+        )
     folder, form, task = Path(folder), FORMATS[to], _chosen(model, task)
+    if int8:
+        form.check_smaller()
+    elif len(data):
+        raise ConfigError("export: data is for int8=True; programs in float32 are compared on samples of their own")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there are files here already; choose another folder")
     form.check_installed()
@@ -61,6 +80,8 @@ def export(model: Network, to: str, folder: str | Path, task: str | None = None)
                 f"{MOST:g} is written; a part of one's own may depend on values or lengths that tracing took for constant"
             )
         manifest = _manifest(model, task, to, form, made, difference)
+        if int8:
+            manifest["int8"] = _made_smaller(model, task, form, made, beside, data)
         for kind in manifest["tokenizers"]:
             for name, data in model.packer.tokenizers[kind].files().items():
                 path = beside / FILES / kind / name
@@ -74,6 +95,26 @@ def export(model: Network, to: str, folder: str | Path, task: str | None = None)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _made_smaller(
+    model: Network, task: str, form: Format, made: tuple[Program, ...], folder: Path, data: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Replace the programs by int8 ones, and return what the manifest says of them."""
+    paths = {program.name: folder / f"{program.name}{form.ending}" for program in made}
+    before = sum(path.stat().st_size for path in paths.values())
+    for path in paths.values():
+        form.make_smaller(path)
+    run = form.read(paths)
+    largest = largest_difference(model, task, made, run)
+    if largest == torch.inf:
+        raise ConfigError(f"export of {task!r} to int8: the programs give no numbers, or others than the model gives")
+    return {
+        "bytes": sum(path.stat().st_size for path in paths.values()),
+        "bytes_before": before,
+        "largest": largest,
+        "data": agreement(model, task, made, run, data) if len(data) else None,
+    }
 
 
 def _compared(model: Network, task: str, to: str, made: tuple[Program, ...], run: Run) -> float:

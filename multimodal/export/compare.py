@@ -13,12 +13,14 @@ from multimodal.export.programs import INT, NEXT, Program, Reading, Vectors
 from multimodal.heads.pool import Pool
 from multimodal.network import Network
 from multimodal.retrieval import side_vectors
+from multimodal.shapes import MediaError
 from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal.tower import Tower
 
 SHAPES = ((1, 3), (2, 11), (3, 6))
 """(samples, the most tokens of a field) of each batch; none is that of `example_inputs`, from which programs are traced."""
 WRITTEN = 3  # tokens that are written one by one
+BATCH = 16  # samples of one's own at once
 
 Sample = Mapping[str, Tokens | None]
 Run = Callable[[str, dict[str, Tensor]], dict[str, Tensor]]
@@ -54,6 +56,49 @@ def largest_difference(model: Network, task: str, programs: Sequence[Program], r
     return worst
 
 
+def agreement(
+    model: Network, task: str, programs: Sequence[Program], run: Run, data: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How far programs and model agree on samples of one's own, as JSON values.
+
+    Of logits the share of rows whose largest one is the same, "same"; of vectors the least cosine, "cosine".
+    """
+    random, read = torch.Generator().manual_seed(0), [p for p in programs if isinstance(p, Reading)]
+    rows, same, cosine, worst = 0, 0, 1.0, 0.0
+    with model.inference_mode():
+        for start in range(0, len(data), BATCH):
+            part = [data[i] for i in range(start, min(start + BATCH, len(data)))]
+            for program in read:
+                samples = [_encoded(model, task, sample, start + i) for i, sample in enumerate(part)]
+                for found, wanted in _both(model, task, program, samples, run, random):
+                    size = wanted.abs().max().clamp(min=1)
+                    worst = max(worst, float((found - wanted).abs().max() / size))
+                    if isinstance(program, Vectors):
+                        cosine = min(cosine, float((found * wanted).sum(-1).min()))
+                        rows += len(found)
+                    else:
+                        rows += len(found.reshape(-1, found.shape[-1]))
+                        same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+    measure = {"cosine": cosine} if isinstance(read[0], Vectors) else {"same": same / max(rows, 1)}
+    return {"samples": len(data), "rows": rows, **measure, "largest": worst}
+
+
+def _encoded(model: Network, task: str, sample: Mapping[str, Any], number: int) -> Sample:
+    """The tokens of the fields of a sample that are read, and of its answer if it has one."""
+    pattern, tokenizers = model.packer.patterns[task], model.packer.tokenizers
+    pattern.check_sample(sample, answer=False)
+    kinds = {field.name: field.kind for field in pattern.reads}
+    if pattern.answer and sample.get(pattern.answer) is not None:
+        kinds[pattern.answer] = pattern.writes.kind
+    found: dict[str, Tokens | None] = {}
+    for name, kind in kinds.items():
+        try:
+            found[name] = None if sample[name] is None else tokenizers[kind](sample[name], empty=name == pattern.answer)
+        except ValueError as error:
+            raise MediaError(f"sample {number} of task {task!r}, field {name!r}: {error}") from None
+    return found
+
+
 def _both(
     model: Network, task: str, program: Reading, samples: Sequence[Sample], run: Run, random: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,9 +122,15 @@ def _written(
     model: Network, task: str, samples: Sequence[Sample], out: dict[str, Tensor], run: Run, random: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     tokenizer = model.packer.answer_tokenizers[task]
-    count = min(WRITTEN, tokenizer.length or WRITTEN)
+    answers = [sample.get(model.packer.patterns[task].answer) for sample in samples]
+    count = min(
+        WRITTEN, tokenizer.length or WRITTEN, *(len(tokens) or WRITTEN for tokens in answers if tokens is not None)
+    )
     place_NA = tokenizer.places(count)
     id_BN = torch.randint(tokenizer.vocab_size or 1, (len(samples), count), generator=random)
+    for id_N, tokens in zip(id_BN, answers, strict=True):
+        if tokens is not None and len(tokens):
+            id_N.copy_(tokens.content[:count])
     wanted = _packed_logits(model, task, samples, [Tokens(id_N, place_NA) for id_N in id_BN])
     yield out["logits"], torch.stack([rows[0] for rows in wanted])
     state = {}

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import logging
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -45,6 +46,14 @@ class Format(ABC):
     def versions(self) -> dict[str, Any]:
         """What the manifest says of how the files were made."""
         return {"versions": {name: importlib.metadata.version(name) for name in ("torch", *self.needs)}}
+
+    def check_smaller(self) -> None:
+        """Raise a ConfigError if programs of this format cannot be made smaller."""
+        raise ConfigError(f"export: int8 programs are for to='onnx'; {self.ending[1:]} holds the weights as they are")
+
+    def make_smaller(self, path: Path) -> None:
+        """Replace a program by one whose matrices are int8."""
+        raise NotImplementedError
 
     @abstractmethod
     def write(self, program: Program, path: Path) -> None:
@@ -102,6 +111,34 @@ class ONNX(Format):
         weights = sum(p.numel() * p.element_size() for p in program.parameters())
         made.save(path, external_data=weights > MOST_BYTES)
 
+    def check_smaller(self) -> None:
+        pass
+
+    def make_smaller(self, path: Path) -> None:
+        import onnx  # pyright: ignore[reportMissingImports]  an extra
+        from onnxruntime import quantization  # pyright: ignore[reportMissingImports]
+
+        if path.with_name(f"{path.name}.data").exists():
+            raise ConfigError(
+                f"export: int8 programs are made of files below 2 GB, and {path.name} has more in weights"
+            )
+        program, smaller = onnx.load(path), path.with_name(f"{path.stem}.int8.onnx")
+        # what embeds features, and tables of places, stay exact; of the embeddings only tables of symbols are rounded
+        stay = [node.name for node in program.graph.node if not _may_be_rounded(node)]
+        with _quiet():
+            quantization.quantize_dynamic(
+                path,
+                smaller,
+                op_types_to_quantize=["MatMul", "Gather"],
+                # a Gemm becomes a MatMul and an Add first
+                nodes_to_exclude=stay + [f"{name}_MatMul" for name in stay],
+                per_channel=True,
+                # CPUs without VNNI add two products in 16 bits, which full ranges exceed
+                reduce_range=True,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        smaller.replace(path)
+
     def read(self, paths: dict[str, Path]) -> Run:
         runtime = importlib.import_module("onnxruntime")
         sessions = {name: runtime.InferenceSession(path) for name, path in paths.items()}
@@ -148,15 +185,25 @@ def traced(program: Program) -> torch.export.ExportedProgram:
     return made
 
 
+def _may_be_rounded(node: Any) -> bool:
+    """Whether a node of ONNX multiplies by a matrix of a core or a head, or looks up symbols."""
+    if node.op_type == "Gather":
+        return re.fullmatch(r"model\.embeds\.\w+\.weight", node.input[0]) is not None
+    return not any(name.startswith("model.embeds.") for name in node.input) or node.op_type not in ("Gemm", "MatMul")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without gradients, and without what torch's exporters warn of and log about themselves."""
-    log = logging.getLogger("onnxscript")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    # onnxruntime's quantization writes to the root logger
+    logs = [logging.getLogger(name) for name in ("onnxscript", None)]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

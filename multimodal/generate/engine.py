@@ -64,9 +64,8 @@ class Engine:
             raise ConfigError(f"Engine: rows={rows} must be at least 1 and capacity={capacity} at least 2")
         self.model = model
         self.rows, self.capacity = rows, capacity
-        dtype = next(model.core.parameters()).dtype
         try:
-            self.cache = model.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=dtype)
+            self.cache = model.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=model.dtype)
         except RuntimeError as error:
             raise ConfigError(
                 f"Engine: there is no memory for rows={rows} of capacity={capacity} tokens; lower max_tokens, the capacity or "

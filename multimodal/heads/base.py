@@ -232,21 +232,32 @@ class TiedLinear(nn.Module):
     The table belongs to the embedding, so this module neither stores nor saves it.
     """
 
+    table: Any  # an nn.Embedding, or the QuantizedTable in its place
+
     def __init__(self, table: nn.Embedding, bias: bool) -> None:
         super().__init__()
-        self.__dict__["table"] = table  # past nn.Module, which would make it a part of this module too
+        self.table = table
         self.bias = nn.Parameter(torch.zeros(table.num_embeddings)) if bias else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "table":  # past nn.Module, which would make it a part of this module too
+            self.__dict__["table"] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def weight(self) -> Tensor:
-        return self.__dict__["table"].weight
+        return self.table.weight
 
     @property
     def out_features(self) -> int:
-        return self.__dict__["table"].num_embeddings
+        return self.table.num_embeddings
 
     def forward(self, state_ND: Tensor) -> Tensor:
-        return F.linear(state_ND, self.weight, self.bias)
+        if isinstance(self.table, nn.Embedding):
+            return F.linear(state_ND, self.weight, self.bias)
+        logits_NV = self.table.product(state_ND)  # a smaller table multiplies itself
+        return logits_NV if self.bias is None else logits_NV + self.bias
 
 
 def tied_linear(head: Any, embedding: nn.Module) -> TiedLinear:

@@ -22,11 +22,18 @@ def linear_cross_entropy(
     (Bridle 1990), is computed in the same pass, so that only gradients of states, weight and bias are stored.
     """
     chunk = CHUNK_CUDA if state_ND.is_cuda else CHUNK
-    if state_ND.shape[0] * linear.out_features <= chunk or not (is_untouched(linear) or type(linear) is TiedLinear):
-        logits = linear(state_ND)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, target_N, label_smoothing=smoothing, reduction="sum")
     size = max(1, chunk // linear.out_features)
+    few = state_ND.shape[0] * linear.out_features <= chunk
+    plain = is_untouched(linear) or (type(linear) is TiedLinear and isinstance(linear.table, nn.Embedding))
+    if few or not plain:
+        # without gradients any layer can take some rows at a time
+        sizes = len(state_ND) if few or torch.is_grad_enabled() else size
+        losses = []
+        for state, target in zip(state_ND.split(sizes or 1), target_N.split(sizes or 1), strict=True):
+            logits = linear(state)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses.append(F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="sum"))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     given = (state_ND, linear.weight, linear.bias)
     if not torch.is_grad_enabled():  # within an autograd.Function, needs_input_grad is True even under no_grad
         given = tuple(None if x is None else x.detach() for x in given)

@@ -6,14 +6,13 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.attention import Mechanism, Read, Score
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes, init_in, init_out
 from multimodal.masks import Pairs, Prior, Rule, all_pairs
-from multimodal.norm import Norm, is_untouched
+from multimodal.norm import Norm, divided, is_untouched
 from multimodal.positions import Rotary, rotate
 from multimodal.shapes import ConfigError
 
@@ -110,9 +109,8 @@ class Attention(nn.Module):
             k_rotation = rotation
         else:  # queries and keys come of different tokens, so the joint projection is divided
             both = [self.rows[0], self.rows[1] + self.rows[2]]
-            if is_untouched(self.qkv):
-                q_rows, kv_rows = self.qkv.weight.split(both)
-                q, kv = F.linear(stream_TD, q_rows), F.linear(memory[0], kv_rows)
+            if (parts := divided(self.qkv, both)) is not None:
+                q, kv = parts[0](stream_TD), parts[1](memory[0])
             else:  # an adapter or hooks: the module itself has to be called
                 q, kv = self.qkv(stream_TD).split(both, -1)[0], self.qkv(memory[0]).split(both, -1)[1]
             k, v = kv.split(self.rows[1:], -1)

@@ -236,6 +236,8 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     folder, origin = Path(folder), model.origin
     if model.adapters is not None:
         raise ConfigError("export: other libraries would not read this model's adapters; call lora.merge first")
+    if model.quantization is not None:
+        raise ConfigError("export: other libraries would not read quantized weights; export the original")
     if origin is None:
         if to != "hf":
             raise ConfigError(f"export: a model that was trained here has no layout of {to}; there is 'hf'")

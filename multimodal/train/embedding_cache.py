@@ -170,12 +170,13 @@ class EmbeddingCache:
             self._hashes[part] = known = (state, weights_hash(weights))
         # autocast gives other vectors
         autocast = short_name(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        adapters = self.model.adapters
+        adapters, quantization = self.model.adapters, self.model.quantization
         declared = {
             "format": FORMAT,
             "version": installed_version("multimodal-stream"),
             "part": part.declared(),  # type: ignore[operator]
             "adapters": None if adapters is None else declaration(adapters),
+            **({} if quantization is None else {"quantization": declaration(quantization)}),
             "autocast": autocast,
             "weights": known[1],
         }

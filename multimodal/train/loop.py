@@ -189,6 +189,10 @@ def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: boo
     """Raise a ConfigError for arguments of wrong types."""
     if not isinstance(model, Model):
         raise ConfigError(f"fit: model is {type(model).__name__}, wanted a Model")
+    if model.quantization is not None:
+        raise ConfigError(
+            "fit: the model is quantized, and rounded weights have no gradients; train the original, and quantize the result"
+        )
     if not isinstance(data, Mapping):
         raise ConfigError(f"fit: data is {type(data).__name__}; give data by task, as in {{'image -> label': samples}}")
     if not isinstance(evaluation, (Mapping, type(None))):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from multimodal.declare import Declared
+from multimodal.quantization import multiplies_bfloat16
 from multimodal.shapes import ConfigError, check_seed, check_whole
 
 WANTED = {float: "a number", int: "a whole number", bool: "True or False", str: "a text", tuple: "a tuple"}
@@ -202,12 +203,11 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, st
     """The type to compute in, and why in a few words."""
     if wanted != "auto":
         return getattr(torch, wanted), "as asked"
+    native = multiplies_bfloat16(device)
     if device.type == "cuda":
-        return (
-            (torch.bfloat16, "native") if torch.cuda.is_bf16_supported(False) else (torch.float32, "no native bfloat16")
-        )
+        return (torch.bfloat16, "native") if native else (torch.float32, "no native bfloat16")
     if device.type != "cpu":
         return torch.float32, "the safe choice here"
-    if torch.cpu._is_amx_tile_supported():
+    if native:
         return torch.bfloat16, "this CPU has bfloat16 tiles (AMX)"
     return torch.float32, "no bfloat16 tiles (AMX) on this CPU"

@@ -190,8 +190,7 @@ class ModelLM:
         model, core = self.model, self.model.core.core
         stream = model.pack(self.task, [{}], answers=False)
         tokenizer = model.packer.tokenizers[self.kind]
-        dtype = model.readout(self.task).linear.weight.dtype
-        cache = core.cache(rows=1, capacity=len(stream) + self.context, device=model.device, dtype=dtype)
+        cache = core.cache(rows=1, capacity=len(stream) + self.context, device=model.device, dtype=model.dtype)
         self._prompted = len(stream)
         self._segment = int(stream.layout.info.segment[-1]) + 1
         self._place_NA = (tokenizer.places(self.context) / torch.tensor(tokenizer.step)).to(model.device)

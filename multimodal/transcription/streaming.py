@@ -190,8 +190,8 @@ class Listener:
             self._cache = larger
 
     def _new_cache(self, capacity: int) -> Cache:
-        weight = self.model.readout(self.spec.task).linear.weight
-        return self.model.core.core.cache(rows=1, capacity=capacity, device=weight.device, dtype=weight.dtype)
+        model = self.model
+        return model.core.core.cache(rows=1, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
 def _chunk(rule: Rule) -> int | None:

@@ -52,6 +52,7 @@ WORK = {
     "pretrained": ["check", "model"],
     "export": ["model", "--to", "hf", "--out", "exported"],
     "push": ["model", "ann/shapes", "--dry-run"],
+    "quantize": ["model", "--out", "smaller", "--data", "photos", "--samples", "2"],
 }
 NUMBERS = ("nan", "-inf", "-1", str(10**20), "1e400", "")
 LONG = "n" * 300
