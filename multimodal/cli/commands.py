@@ -14,6 +14,7 @@ from multimodal.cli import console
 from multimodal.cli.answers import generate, predict
 from multimodal.cli.arguments import joined
 from multimodal.cli.checks import bench, check, look, verify
+from multimodal.cli.demo import demo
 from multimodal.cli.export import export
 from multimodal.cli.pretrained import pretrained
 from multimodal.cli.serve import serve
@@ -38,7 +39,7 @@ app = App(
 
 COMMANDS = (
     *(train, report, replay, shards, plan, bench, predict, generate, transcribe, serve, check, verify, look),
-    *(pretrained, export),
+    *(pretrained, export, demo),
 )
 for command in COMMANDS:
     app.command(command)
