@@ -176,7 +176,8 @@ def check_installed(command: str) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"{command}: the package {error.name} is missing; pip install 'multimodal-stream[{command}]', or uv sync --extra {command}"
+            f"{command}: the package {error.name} is missing; pip install 'multimodal-stream[{command}]', "
+            f"or uv sync --extra {command}"
         ) from error
 
 

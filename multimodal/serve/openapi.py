@@ -268,7 +268,8 @@ def _value(row: dict[str, Any], name: str) -> Schema:
         schema = VALUES.get(read["takes"], {"description": f"numbers and lists, as {read['kind']} reads them"})
     if row["pair"] or len(row["reads"]) == 1:
         return schema
-    return {"description": "null: this sample lacks it", "anyOf": [schema, {"type": "null"}]}
+    about = "; ".join(filter(None, [schema.get("description"), "null: this sample lacks it"]))
+    return {"description": about, "anyOf": [schema, {"type": "null"}]}
 
 
 def _part(row: dict[str, Any], name: str) -> Schema:

@@ -76,7 +76,7 @@ def test_a_moved_scan_is_another_each_time_and_of_the_same_digit():
 def test_nothing_that_is_held_out_is_learned():
     job = sums_job(1)
     held = job.evaluation[ADD]
-    scans, digits = scanned_digits()
+    scans, _ = scanned_digits()
     for task in (ADD, SEE):
         learned = job.data[task].pictures
         assert len(learned) + len(held.pictures) == len(scans)
@@ -91,10 +91,15 @@ def test_nothing_that_is_held_out_is_learned():
 
 def test_a_picture_of_any_size_is_read_at_one():
     model = sums_model()
-    small = np.kron(np.eye(4, dtype=np.uint8) * 255, np.ones((4, 4), np.uint8))
-    large = Image.fromarray(np.kron(small, np.ones((14, 14), np.uint8)))
-    read = [model.packer.tokenizers["image"](value).content for value in (small, large)]
-    torch.testing.assert_close(read[0], read[1], atol=0.05, rtol=0)
+
+    def slope(size: int) -> Image.Image:
+        """Dark at the left, light at the right."""
+        level = (np.arange(size) + 0.5) / size * 255
+        return Image.fromarray(np.uint8(np.tile(level, (size, 1))))
+
+    read = [model.packer.tokenizers["image"](slope(size)).content for size in (16, 224)]
+    torch.testing.assert_close(read[0], read[1], atol=0.15, rtol=0)
+    assert read[0].max() - read[0].min() > 2
 
 
 def test_the_command_trains_once_and_serves(tmp_path, monkeypatch, capsys):
@@ -131,7 +136,7 @@ def test_the_command_trains_once_and_serves(tmp_path, monkeypatch, capsys):
             answer = client.post(f"/v1/tasks/{ADD}", files=files, data={"max_tokens": "3"})
             assert answer.status_code == 200, answer.text
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn ends what runs, then sends itself the signal
     # the next start trains nothing
     calls = []
     monkeypatch.chdir(tmp_path)
@@ -160,3 +165,22 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, monkeypatch,
     assert "scikit-learn" in refused("--port", "0")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install 'multimodal-stream[demo]'" in refused()
+
+
+@pytest.mark.training
+def test_what_it_promises_is_learned():
+    """Of unseen scans and unheard voices, four sums of five are right; with either left out, few are."""
+    from multimodal.demo import sums_job
+    from multimodal.train import fit
+
+    job = sums_job(420)
+    assert fit(job.model, job.data, job.recipe, evaluation=job.evaluation, mix=job.mix, quiet=True).finished
+    samples = list(job.evaluation[ADD])
+
+    def share(samples: list[dict]) -> float:
+        answers = job.model.predict(ADD, samples)
+        return np.mean([a.value.split()[-1:] == s["text"].split()[-1:] for a, s in zip(answers, samples, strict=True)])
+
+    assert share(samples) > 0.8
+    assert share([{**sample, "image": None} for sample in samples]) < 0.3
+    assert share([{**sample, "audio": None} for sample in samples]) < 0.3
