@@ -17,12 +17,12 @@ def demo(
     *,
     folder: Path = Path("runs/demo"),
     port: int = 8000,
-    steps: int = 500,
+    steps: int = 420,
     browser: Annotated[bool, Parameter(help="Open the page in the browser of this machine.")] = True,
 ) -> int:
     """Draw a digit, say another, and see their sum: a small model on the page of `serve`.
 
-    The first call trains the model, in two minutes or so on two cores; it needs no internet. Ctrl-C ends it, and the next call goes
+    The first call trains the model, in some minutes on two cores; it needs no internet. Ctrl-C ends it, and the next call goes
     on from there.
 
     Example: multimodal demo

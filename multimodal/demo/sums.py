@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from multimodal.core import Core
 from multimodal.demo.digits import DIGITS, RATE_HZ, Clip, disturbed, scanned_digits, spoken_words
-from multimodal.demo.strokes import written
 from multimodal.model import Model
 from multimodal.train import Recipe, TrainingJob
 
@@ -19,7 +18,6 @@ SEE, HEAR, ADD = "image -> text", "audio -> text", "image audio -> text"
 NUMBERS = (*DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
 TENTH = 10  # one scan in so many is held out
 PAUSE_S = 0.4  # of silence before and after a word, as in a recording of somebody who presses a button
-ECHO = RATE_HZ // 5  # samples
 SIDE = 16  # pixels of a picture's side, twice those of a scan: there is room for digits that are small, or not in the middle
 
 
@@ -63,8 +61,7 @@ class Samples:
 class Sheets(Sequence[Mapping[str, Any]]):
     """Scans on a black sheet of SIDE pixels.
 
-    moved: whether they are as people draw, another each time: smaller, not upright, not in the middle, with thicker strokes; and
-        every other one, by chance, is not the scan but its digit written by a pen.
+    moved: whether they are as people draw, another each time: smaller, not upright, not in the middle, with thicker strokes.
     """
 
     scans: np.ndarray
@@ -80,22 +77,9 @@ class Sheets(Sequence[Mapping[str, Any]]):
 
         sheet = Image.fromarray(self.scans[index]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         if self.moved:
-            sheet = written(self.digits[index], SIDE) if np.random.random() < 0.5 else sheet
-            sheet = RandomAffine(15, (0.12, 0.12), (0.5, 1.0), 12, interpolation=InterpolationMode.BILINEAR)(sheet)
-            sheet = ColorJitter(brightness=(1.0, 1.6))(sheet)  # the soft edges of strokes become white too
+            sheet = RandomAffine(15, (0.12, 0.12), (0.55, 1.1), 12, interpolation=InterpolationMode.BILINEAR)(sheet)
+            sheet = ColorJitter(brightness=(1.0, 2.5))(sheet)  # the soft edges of strokes become white too
         return {"image": sheet, "label": str(self.digits[index])}
-
-
-def as_recorded(wave_S: Tensor) -> Tensor:
-    """A clip as a microphone in a room gives it: disturbed, with pauses, some bands louder than others, and an echo."""
-    wave_S = disturbed(wave_S, PAUSE_S)
-    loudness_db = np.interp(np.linspace(0, 1, len(wave_S) // 2 + 1), np.linspace(0, 1, 6), np.random.normal(0, 6, 6))
-    echo_S = torch.randn(ECHO) * torch.exp(-torch.arange(ECHO) * (7 / ECHO))
-    echo_S = echo_S * (np.random.uniform(0, 0.5) / float(echo_S.norm()))
-    echo_S[0] = 1
-    bands = torch.fft.rfft(wave_S) * torch.from_numpy(np.float32(10 ** (loudness_db / 20)))
-    wave_S = torch.fft.irfft(bands * torch.fft.rfft(echo_S, n=len(wave_S)), n=len(wave_S))
-    return wave_S / wave_S.abs().max().clamp(min=1e-3)
 
 
 def sums_model(seed: int = 0) -> Model:
@@ -126,10 +110,11 @@ def sums_job(steps: int) -> TrainingJob:
     unseen = np.arange(len(digits)) % TENTH == 0
     clips, unheard = ([clip for clip in part if clip.word in DIGITS] for part in spoken_words())
     pictures = Sheets(scans[~unseen], list(np.compress(~unseen, digits)), moved=True)
+    speak = partial(disturbed, pause_s=PAUSE_S)
     data = {
-        ADD: Samples(pictures, clips, as_recorded),
+        ADD: Samples(pictures, clips, speak),
         SEE: Samples(pictures, None),
-        HEAR: Samples(None, clips, as_recorded),
+        HEAR: Samples(None, clips, speak),
     }
     held_out = {ADD: Samples(Sheets(scans[unseen], list(np.compress(unseen, digits))), unheard)}
     recipe = Recipe(steps=steps, batch=96, lr=3e-3, optimizer="muon", ema=0.98, weight_decay=0.1, workers=1)
