@@ -20,7 +20,7 @@ import numpy as np
 import sound_sets
 
 import multimodal as mm
-from multimodal.demo import ADD, DIGITS, HEAR, RATE_HZ, SEE, Samples, disturbed
+from multimodal.demo import ADD, DIGITS, HEAR, RATE_HZ, SEE, DigitSamples, disturbed
 from multimodal.look import draw_answers
 from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
 
@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     spoken_digits = [clip for clip in sounds.train if clip.word in DIGITS]
     train = {
-        SEE: Samples(pictures.train, None),
-        HEAR: Samples(None, sounds.train, disturbed),
-        ADD: Samples(pictures.train, spoken_digits, disturbed),
+        SEE: DigitSamples(pictures.train, None),
+        HEAR: DigitSamples(None, sounds.train, disturbed),
+        ADD: DigitSamples(pictures.train, spoken_digits, disturbed),
     }
 
     # tokenizers and model
@@ -65,17 +65,19 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # show
     digits_heard = [clip for clip in sounds.test if clip.word in DIGITS]
-    adding = Samples(pictures.test, digits_heard)
+    adding = DigitSamples(pictures.test, digits_heard)
     sums = [adding[i] for i in range(len(adding))]
     right = {
-        "unseen pictures": share_right(model, SEE, Samples(pictures.test, None)),
-        sounds.about: share_right(model, HEAR, Samples(None, sounds.test)),
+        "unseen pictures": share_right(model, SEE, DigitSamples(pictures.test, None)),
+        sounds.about: share_right(model, HEAR, DigitSamples(None, sounds.test)),
         "sums": share_right(model, ADD, sums),
         "sums, picture left out": share_right(model, ADD, [{**s, "image": None} for s in sums]),
         "sums, sound left out": share_right(model, ADD, [{**s, "audio": None} for s in sums]),
     }
     if sounds.unheard:
-        right[f"all clips of {args.hold_out}, never heard"] = share_right(model, HEAR, Samples(None, sounds.unheard))
+        right[f"all clips of {args.hold_out}, never heard"] = share_right(
+            model, HEAR, DigitSamples(None, sounds.unheard)
+        )
     for name, share in right.items():
         print(f"{name:<40} {share:7.1%} right")
     draw_answers(model, ADD, sums[:6], args.folder / "answers.png")

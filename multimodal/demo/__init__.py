@@ -1,7 +1,7 @@
 """The data and the model of `multimodal demo`: a digit that is drawn and one that is said are added, in words."""
 
 from multimodal.demo.digits import DIGITS, RATE_HZ, Clip, disturbed, scanned_digits, spoken_words
-from multimodal.demo.sums import ADD, HEAR, SEE, Samples, sums_job, sums_model, write_examples
+from multimodal.demo.sums import ADD, HEAR, SEE, DigitSamples, sums_job, sums_model, write_examples
 
 __all__ = [
     "ADD",
@@ -10,7 +10,7 @@ __all__ = [
     "RATE_HZ",
     "SEE",
     "Clip",
-    "Samples",
+    "DigitSamples",
     "disturbed",
     "scanned_digits",
     "spoken_words",

@@ -1,6 +1,6 @@
 """One model that reads a digit, hears one, and adds the two in words: its samples, its declaration, its training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from multimodal.core import Core
+from multimodal.data import Samples
 from multimodal.demo.digits import DIGITS, RATE_HZ, Clip, disturbed, scanned_digits, spoken_words
 from multimodal.model import Model
 from multimodal.train import Recipe, TrainingJob
@@ -22,7 +23,7 @@ SIDE = 16  # pixels of a picture's side, twice those of a scan: there is room fo
 
 
 @dataclass(frozen=True)
-class Samples:
+class DigitSamples:
     """Samples of one task: pictures with their digit, clips with their word, or both with their sum.
 
     pictures: samples {"image", "label"} whose label is a digit.
@@ -30,7 +31,7 @@ class Samples:
     seed: which clip goes with which picture otherwise.
     """
 
-    pictures: Sequence[Mapping[str, Any]] | None
+    pictures: Samples | None
     clips: Sequence[Clip] | None
     disturb: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
@@ -58,7 +59,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Sheets(Sequence[Mapping[str, Any]]):
+class Sheets:
     """Scans on a black sheet of SIDE pixels.
 
     moved: whether they are as people draw, another each time: smaller, not upright, not in the middle, with thicker strokes.
@@ -71,7 +72,7 @@ class Sheets(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self.digits)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> dict[str, Any]:
         from PIL import Image
         from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine
 
@@ -112,11 +113,11 @@ def sums_job(steps: int) -> TrainingJob:
     pictures = Sheets(scans[~unseen], list(np.compress(~unseen, digits)), moved=True)
     speak = partial(disturbed, pause_s=PAUSE_S)
     data = {
-        ADD: Samples(pictures, clips, speak),
-        SEE: Samples(pictures, None),
-        HEAR: Samples(None, clips, speak),
+        ADD: DigitSamples(pictures, clips, speak),
+        SEE: DigitSamples(pictures, None),
+        HEAR: DigitSamples(None, clips, speak),
     }
-    held_out = {ADD: Samples(Sheets(scans[unseen], list(np.compress(unseen, digits))), unheard)}
+    held_out = {ADD: DigitSamples(Sheets(scans[unseen], list(np.compress(unseen, digits))), unheard)}
     recipe = Recipe(steps=steps, batch=96, lr=3e-3, optimizer="muon", ema=0.98, weight_decay=0.1, workers=1)
     # handwriting is the hardest of the three, and pictures alone are the shortest samples
     return TrainingJob(

@@ -13,7 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from multimodal.demo import ADD, DIGITS, HEAR, RATE_HZ, SEE, Samples, scanned_digits, spoken_words, sums_job, sums_model
+from multimodal.demo import (
+    ADD,
+    DIGITS,
+    HEAR,
+    RATE_HZ,
+    SEE,
+    DigitSamples,
+    scanned_digits,
+    spoken_words,
+    sums_job,
+    sums_model,
+)
 from multimodal.demo.sums import NUMBERS, Sheets
 from multimodal.shapes import ConfigError
 from tests.serve.conftest import EXTRA
@@ -46,7 +57,7 @@ def test_the_scans_are_those_of_scikit_learn(monkeypatch):
 def test_samples_add_what_is_seen_and_heard():
     pictures = [{"image": digit, "label": str(digit)} for digit in range(10)] * 20
     clips = [clip for clip in spoken_words()[0] if clip.word in DIGITS][:30]
-    samples = Samples(pictures, clips)
+    samples = DigitSamples(pictures, clips)
     by_wave = {clip.wave_S.data_ptr(): clip.word for clip in clips}
     sums = set()
     for i in range(len(samples)):
@@ -57,9 +68,11 @@ def test_samples_add_what_is_seen_and_heard():
         assert NUMBERS.index(total) == DIGITS.index(seen) + DIGITS.index(heard)
         sums.add(total)
     assert len(sums) > 12
-    assert [samples[i]["text"] for i in range(20)] == [Samples(pictures, clips)[i]["text"] for i in range(20)]
-    assert [samples[i]["text"] for i in range(20)] != [Samples(pictures, clips, seed=1)[i]["text"] for i in range(20)]
-    assert (Samples(pictures, None)[7]["text"], Samples(None, clips)[3]["text"]) == ("seven", clips[3].word)
+    assert [samples[i]["text"] for i in range(20)] == [DigitSamples(pictures, clips)[i]["text"] for i in range(20)]
+    assert [samples[i]["text"] for i in range(20)] != [
+        DigitSamples(pictures, clips, seed=1)[i]["text"] for i in range(20)
+    ]
+    assert (DigitSamples(pictures, None)[7]["text"], DigitSamples(None, clips)[3]["text"]) == ("seven", clips[3].word)
 
 
 def test_a_moved_scan_is_another_each_time_and_of_the_same_digit():
@@ -175,7 +188,7 @@ def test_what_it_promises_is_learned():
 
     job = sums_job(420)
     assert fit(job.model, job.data, job.recipe, evaluation=job.evaluation, mix=job.mix, quiet=True).finished
-    samples = list(job.evaluation[ADD])
+    samples = [job.evaluation[ADD][i] for i in range(len(job.evaluation[ADD]))]
 
     def share(samples: list[dict]) -> float:
         answers = job.model.predict(ADD, samples)

@@ -16,7 +16,7 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WHY_NOT = "there is no Chromium, or no bash to start it" if not (CHROMIUM and shutil.which("bash")) else ""
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 OPTIONS = (
     *("--headless", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
