@@ -34,6 +34,7 @@ SHOTS = os.environ.get("MULTIMODAL_SHOTS")  # a folder for pictures of the page,
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a service on a port of this machine."""
+    from multimodal.serve import looks
     from multimodal.serve.app import make_app
     from multimodal.serve.checkpoints import Checkpoint
     from multimodal.serve.settings import Settings
@@ -41,7 +42,9 @@ def address() -> Iterator[str]:
     settings = Settings(rows=4, capacity=128, max_tokens=12, keys=(KEY,), about="A model of tests.")
     app = make_app([Checkpoint("tiny", make_model, settings)], settings)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listening:
+        # matplotlib takes seconds, and test_page.py has what it draws
+        patch.setattr(looks, "_png", lambda ray: png(size=600))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
