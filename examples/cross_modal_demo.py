@@ -12,51 +12,17 @@ import argparse
 import shlex
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import image_sets
 import numpy as np
 import sound_sets
-from sound_sets import DIGITS, RATE_HZ, Clip
 
 import multimodal as mm
+from multimodal.demo import ADD, DIGITS, HEAR, RATE_HZ, SEE, DigitSamples, disturbed
 from multimodal.look import draw_answers
 from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
-
-SEE, HEAR, ADD = "image -> text", "audio -> text", "image audio -> text"
-NUMBERS = (*DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples of one task: pictures with their digit, clips with their word, or both with their sum."""
-
-    pictures: image_sets.Pictures | None
-    clips: list[Clip] | None
-    disturb: bool = False
-    seed: int = 0  # which clip goes with which picture when both are read
-
-    def __len__(self) -> int:
-        return len(self.pictures) if self.pictures is not None else len(self.clips or ())
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample: dict[str, Any] = {}
-        if self.pictures is not None:
-            picture = self.pictures[index]
-            seen = int(picture["label"])
-            sample |= {"image": picture["image"], "text": DIGITS[seen]}
-        if self.clips is not None:
-            both = self.pictures is not None
-            draw = np.random if self.disturb else np.random.default_rng([self.seed, index])
-            clip = self.clips[int(draw.random() * len(self.clips)) if both else index]
-            wave_S = sound_sets.disturbed(clip.wave_S) if self.disturb else clip.wave_S
-            sample |= {"audio": (wave_S, RATE_HZ), "text": clip.word}
-            if both:
-                heard = DIGITS.index(clip.word)
-                sample["text"] = f"{DIGITS[seen]} plus {clip.word} is {NUMBERS[seen + heard]}"
-        return sample
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -71,9 +37,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     spoken_digits = [clip for clip in sounds.train if clip.word in DIGITS]
     train = {
-        SEE: Samples(pictures.train, None),
-        HEAR: Samples(None, list(sounds.train), disturb=True),
-        ADD: Samples(pictures.train, spoken_digits, disturb=True),
+        SEE: DigitSamples(pictures.train, None),
+        HEAR: DigitSamples(None, sounds.train, disturbed),
+        ADD: DigitSamples(pictures.train, spoken_digits, disturbed),
     }
 
     # tokenizers and model
@@ -99,18 +65,18 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # show
     digits_heard = [clip for clip in sounds.test if clip.word in DIGITS]
-    adding = Samples(pictures.test, digits_heard)
+    adding = DigitSamples(pictures.test, digits_heard)
     sums = [adding[i] for i in range(len(adding))]
     right = {
-        "unseen pictures": share_right(model, SEE, Samples(pictures.test, None)),
-        sounds.about: share_right(model, HEAR, Samples(None, list(sounds.test))),
+        "unseen pictures": share_right(model, SEE, DigitSamples(pictures.test, None)),
+        sounds.about: share_right(model, HEAR, DigitSamples(None, sounds.test)),
         "sums": share_right(model, ADD, sums),
         "sums, picture left out": share_right(model, ADD, [{**s, "image": None} for s in sums]),
         "sums, sound left out": share_right(model, ADD, [{**s, "audio": None} for s in sums]),
     }
     if sounds.unheard:
         right[f"all clips of {args.hold_out}, never heard"] = share_right(
-            model, HEAR, Samples(None, list(sounds.unheard))
+            model, HEAR, DigitSamples(None, sounds.unheard)
         )
     for name, share in right.items():
         print(f"{name:<40} {share:7.1%} right")

@@ -13,6 +13,7 @@ from torchvision import datasets, transforms
 
 from multimodal import ConfigError
 from multimodal.data import read_folder
+from multimodal.demo import scanned_digits
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,10 @@ class PictureSet:
 
 def digits(seed: int) -> PictureSet:
     """1,797 scans of 8x8 pixels from 43 writers, bundled with scikit-learn; a stratified fifth is held out."""
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    scans, kinds = (np.asarray(part) for part in load_digits(return_X_y=True))
-    images = [Image.fromarray(np.uint8(scan * 255 / 16)) for scan in scans.reshape(-1, 8, 8)]
-    labels = [str(kind) for kind in kinds]
+    scans, kinds = scanned_digits()
+    images, labels = [Image.fromarray(scan) for scan in scans], [str(kind) for kind in kinds]
     train, test, train_labels, test_labels = map(
         list, train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
     )

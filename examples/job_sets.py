@@ -14,9 +14,9 @@ import numpy as np
 import sound_sets
 import torch
 from PIL import Image
-from sound_sets import DIGITS, RATE_HZ, Clip
 
 import multimodal as mm
+from multimodal.demo import DIGITS, RATE_HZ, Clip, disturbed
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBytes
 
 CLASSIFY, CAPTION = "image -> label", "photo -> caption:text"
@@ -117,7 +117,7 @@ def _jobs(
         return {"image": image, "label": row[1]}
 
     def heard(clip: Clip) -> dict[str, Any]:
-        return {"audio": (sound_sets.disturbed(clip.wave_S), RATE_HZ), "text": clip.word, "heard": clip.word}
+        return {"audio": (disturbed(clip.wave_S), RATE_HZ), "text": clip.word, "heard": clip.word}
 
     def spoken(clip: Clip) -> dict[str, Any]:
         return {"text": clip.word, "speech": (clip.wave_S, RATE_HZ)}

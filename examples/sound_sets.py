@@ -1,31 +1,16 @@
 """The recordings of cross_modal_demo.py: our own synthetic voices, or the Free Spoken Digit Dataset."""
 
 import io
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from multimodal import ConfigError
-
-RATE_HZ = 8000
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One recorded word: its samples, float32 at RATE_HZ, and who says it."""
-
-    wave_S: Tensor
-    word: str
-    speaker: str
+from multimodal.demo import DIGITS, RATE_HZ, Clip, spoken_words
 
 
 @dataclass(frozen=True)
@@ -43,14 +28,8 @@ class SoundSet:
 
 
 def synthetic() -> SoundSet:
-    """Ten digits and six words by espeak-ng voices; the test voices speak nowhere in training. Made by make_spoken_words.py."""
-    folder = Path(__file__).parent / "data"
-    wave, _ = soundfile.read(folder / "spoken_words.flac", dtype="float32")
-    clips: dict[str, list[Clip]] = {"train": [], "test": []}
-    for row in json.loads((folder / "spoken_words.json").read_text(encoding="utf-8")):
-        part = torch.from_numpy(wave[row["start"] : row["start"] + row["length"]].copy())
-        clips[row["split"]].append(Clip(part, row["word"], row["voice"]))
-    return SoundSet(clips["train"], clips["test"], "unseen synthetic voices")
+    """Ten digits and six words by espeak-ng voices; the test voices speak nowhere in training. They come with multimodal."""
+    return SoundSet(*spoken_words(), "unseen synthetic voices")
 
 
 def fsdd(path: Path, held_out: str | None) -> SoundSet:
@@ -80,13 +59,3 @@ def _wav_files(path: Path) -> list[tuple[str, bytes]]:
     if not files:
         raise ConfigError(f"--audio fsdd: no .wav files in {str(path)!r}; give the data set's folder or a zip of it")
     return files
-
-
-def disturbed(wave_S: Tensor) -> Tensor:
-    """The same word a little faster or slower (and so higher or lower), with silence around it and noise under it."""
-    speed = np.random.uniform(0.85, 1.2)
-    wave_S = F.interpolate(wave_S[None, None], size=int(len(wave_S) / speed), mode="linear")[0, 0]
-    before, after = np.random.randint(0, RATE_HZ // 12, 2)
-    wave_S = F.pad(wave_S, (int(before), int(after)))
-    loudness = float(wave_S.std()) * 10 ** (-np.random.uniform(10, 45) / 20)  # 10 to 45 dB below the word
-    return wave_S + loudness * torch.randn(len(wave_S))

@@ -36,6 +36,7 @@ LAYERS = (
     {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish"},
+    {"demo"},
     {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
@@ -47,8 +48,8 @@ Imports inside functions count, and those for type checkers too.
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
-WITH_TOKENIZERS = {"pretrained"}
-"""Parts that name the tokenizers of this project, because trained weights belong to their preprocessing."""
+WITH_TOKENIZERS = {"pretrained", "demo"}
+"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, and the demo declares a model."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
 CORE = ("model", "generate", "train")
 """Where the core starts: it is all that these parts reach by imports."""
@@ -65,6 +66,7 @@ ABOVE_CORE = {
     "tower",
     "card",
     "publish",
+    "demo",
 }
 """Parts that the core never imports, so that each can change, or go, without it."""
 MAY_PRINT = ("cli", "__main__", "check", "train")
@@ -507,7 +509,7 @@ ALLOWED = {
     ("multimodal.train.launch", "subprocess"): "starts this program once more a process, with the user's own arguments",
     ("multimodal.train.processes", "all_gather_object"): "between one's own processes, of one user and one run",
     ("multimodal.train.state", "dcp.load"): "a state of an earlier version, in a run that the user names as trusted",
-    ("examples.data.make_spoken_words", "subprocess"): "the speech synthesiser, on sentences of the script's own",
+    ("examples.make_spoken_words", "subprocess"): "the speech synthesiser, on sentences of the script's own",
 }
 """(module, what it does) -> why that is no data that runs code."""
 

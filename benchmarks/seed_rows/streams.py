@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from benchmarks import pretraining, shakespeare, speech, speech_data, writing
-from benchmarks.data import Rows, digits_8x8, example, mnist, spoken
+from benchmarks.data import Rows, digits_8x8, mnist, spoken
+from multimodal.demo import disturbed
 from multimodal.positions import sine_cosine
 from multimodal_tokenizers import AudioFrames, Codes, ImagePatches, Labels, TextBytes
 
@@ -154,7 +155,7 @@ def measure_one_stream(seed: int = 0, quick: bool = False, out: Path | None = No
         for row in clips
         for wave in (
             row["audio"][0],
-            *(example("sound_sets").disturbed(torch.from_numpy(row["audio"][0])) for _ in range(5)),
+            *(disturbed(torch.from_numpy(row["audio"][0])) for _ in range(5)),
         )
     ]
     heard_test = encoded(frames, clips_test, "audio")

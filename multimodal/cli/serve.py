@@ -1,8 +1,9 @@
 """`serve`: models behind HTTP, from checkpoints on this machine."""
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from socket import socket
 
     from multimodal.model import Model
+    from multimodal.serve.settings import Settings
 
 LIMITS = Group("Limits", sort_key=1)
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -77,13 +79,8 @@ def serve(
 
     if not checkpoints:
         raise ConfigError("serve: give one checkpoint or more, such as runs/digits")
-    _check_installed()
-    import uvicorn
-
-    from multimodal.serve.app import make_app
-    from multimodal.serve.checkpoints import Checkpoint, named_folder
-    from multimodal.serve.http import http_protocol
-    from multimodal.serve.logs import log, log_to
+    check_installed("serve")
+    from multimodal.serve.checkpoints import named_folder
     from multimodal.serve.settings import Settings
 
     settings = Settings(
@@ -107,9 +104,34 @@ def serve(
         strings=tuple(strings or ()),
     )
     folders = [named_folder(word) for word in checkpoints]
+    return serve_folders("serve", folders, settings, host=host, port=port, plugin=plugin, device=device)
+
+
+def serve_folders(
+    command: str,
+    folders: "Sequence[tuple[str, Path]]",
+    settings: "Settings",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    plugin: Plugins = None,
+    device: str = "auto",
+    browser: bool = False,
+) -> int:
+    """Serve checkpoints, each under its name, until somebody stops it.
+
+    command: for messages. browser: whether the page is opened in a browser.
+    """
+    import uvicorn
+
+    from multimodal.serve.app import make_app
+    from multimodal.serve.checkpoints import Checkpoint
+    from multimodal.serve.http import http_protocol
+    from multimodal.serve.logs import log, log_to
+
     for _, folder in folders:
         model_folder(folder)  # raises before any of them is loaded
-    listening = _listen(host, port)
+    listening = listen(command, host, port)
     handler, server_log = log_to(sys.stderr), logging.getLogger("uvicorn.error")
     server_log.addHandler(handler)  # its warnings and errors are lines of JSON too
     server_log.propagate = False
@@ -128,7 +150,10 @@ def serve(
                 )
             shown = f"[{host}]" if ":" in host else host
             names = ", ".join(checkpoint.name for checkpoint in served)
-            print(f"serving {names} at http://{shown}:{listening.getsockname()[1]}", flush=True)
+            address = f"http://{shown}:{listening.getsockname()[1]}"
+            print(f"serving {names} at {address}", flush=True)
+            if browser:
+                _open_soon(address)
             config = uvicorn.Config(
                 app,
                 http=http_protocol(settings),
@@ -136,7 +161,7 @@ def serve(
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(PATIENCE_S),
-                ws_max_size=max_message,
+                ws_max_size=settings.max_message,
             )
 
             class Server(uvicorn.Server):
@@ -153,7 +178,17 @@ def serve(
     return 0
 
 
-def _check_installed() -> None:
+def _open_soon(address: str) -> None:
+    """Open a page in a browser, where there is a screen. The port is listened at already, so a browser that is early waits."""
+    import threading
+    import webbrowser
+
+    # without a screen, `webbrowser` may start a browser of texts in this terminal
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+
+def check_installed(command: str) -> None:
     """Raise a ConfigError that says what to install, if a library of the service is missing."""
     from multimodal.shapes import ConfigError
 
@@ -164,11 +199,13 @@ def _check_installed() -> None:
         import websockets  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"serve: the package {error.name} is missing; pip install 'multimodal-stream[serve]', or uv sync --extra serve"
+            f"{command}: the package {error.name} is missing; pip install 'multimodal-stream[{command}]', "
+            f"or uv sync --extra {command}"
         ) from error
 
 
-def _listen(host: str, port: int) -> "socket":
+def listen(command: str, host: str, port: int) -> "socket":
+    """A socket that listens there; of port 0, at one that is not in use."""
     import socket
 
     from multimodal.shapes import ConfigError
@@ -178,7 +215,7 @@ def _listen(host: str, port: int) -> "socket":
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"serve: cannot listen at {host} port {port}: {error}; choose another --port, or 0 for one that is not in use"
+            f"{command}: cannot listen at {host} port {port}: {error}; choose another --port, or 0 for one that is not in use"
         ) from error
 
 

@@ -20,6 +20,7 @@ client --HTTP--> app.py            the key, the number of open requests; routes;
 client <--HTTP-- answers.py        pieces and predictions -> JSON, files, server-sent events
 
 checkpoints.py  the models by name; loads one again while the old one finishes what it has
-page.html       the page at /: a form for each task, made from /v1/tasks
+openapi.py      the description of all this for other programs, made of the endpoints and the models' tasks
+page.html       the page: at / a form for each task, made from /v1/tasks; at /docs the endpoints, made from /openapi.json
 settings.py     limits; errors.py: what a client is told; metrics.py, logs.py: what the operator sees
 """

@@ -34,6 +34,7 @@ from multimodal.serve.looks import look_into
 from multimodal.serve.media_answers import draw, speak
 from multimodal.serve.metrics import Labels, Metrics
 from multimodal.serve.native import answer_task
+from multimodal.serve.openapi import api_description
 from multimodal.serve.realtime import LiveSession
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import described
@@ -41,7 +42,7 @@ from multimodal.serve.transcriptions import transcribe_file
 from multimodal.texts import shortened
 
 PAGE = Path(__file__).with_name("page.html")
-"""What is shown at /."""
+"""What is shown at / and, for programmers, at /docs."""
 ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "/v1/tasks/{task:path}/look": look_into,
     "/v1/tasks/{task:path}": answer_task,
@@ -166,9 +167,11 @@ def make_app(
 
     page = PAGE.read_text(encoding="utf-8")
     shown = Response(page, media_type="text/html", headers=page_headers(page))
+    pages = ("/", "/docs")  # the page looks at its own address
     get = ["GET"]
     routes = [
-        Route("/", lambda _: shown, methods=get),
+        *(Route(path, lambda _: shown, methods=get) for path in pages),
+        Route("/openapi.json", functools.partial(_openapi, service), methods=get),
         Route("/health", functools.partial(_health, service), methods=get),
         Route("/metrics", functools.partial(_metrics, service), methods=get),
         Route("/v1/models", functools.partial(_models, service), methods=get),
@@ -353,7 +356,14 @@ async def _tasks(service: Service, request: Request) -> Response:
         for name, checkpoint in service.checkpoints.by_name.items()
         for task in described(checkpoint.scheduler.model, name)
     ]
-    return json_response({"object": "list", "data": found})
+    about = service.settings.about
+    return json_response({"object": "list", "data": found} | ({"about": about} if about else {}))
+
+
+async def _openapi(service: Service, request: Request) -> Response:
+    service.check_key(request)
+    models = {name: checkpoint.scheduler.model for name, checkpoint in service.checkpoints.by_name.items()}
+    return json_response(api_description(models, service.settings))
 
 
 async def _reload(service: Service, request: Request) -> Response:

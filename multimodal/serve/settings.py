@@ -29,6 +29,7 @@ class Settings:
     keys: API keys, one of which every request must have; (): none is asked for.
     hosts: hosts from which pictures and sounds may be fetched; (): only data: URLs are read.
     strings: kinds of one's own whose values are, or hold, texts; no such kind may open files.
+    about: a line that the page shows, such as what the models are for.
     """
 
     rows: int = 16
@@ -51,6 +52,7 @@ class Settings:
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     strings: tuple[str, ...] = ()
+    about: str = ""
 
     def __post_init__(self) -> None:
         whole = ("rows", "capacity", "queue", "max_tokens", "pass_tokens", "max_body", "max_pixels")

@@ -46,6 +46,12 @@ WORK = {
     "generate": ["model", "--image", "light.png", "--task", "image -> text", "--max-tokens", "2", "--one-of", "a,b"],
     "transcribe": ["model", "beep.wav"],
     "serve": ["no_such_model"],  # one that is there would be served without end
+    "demo": [
+        "--folder",
+        "small.py",
+        "--steps",
+        "0",
+    ],  # a file, and no step: either is refused, so that nothing is trained
     "look": ["model", "--image", "light.png", "--task", "image -> label"],
     "check": ["multimodal_tokenizers:Labels"],
     "verify": ["model", "--image", "light.png"],

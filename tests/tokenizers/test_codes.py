@@ -22,7 +22,7 @@ from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 from multimodal_tokenizers import codes as codes_module
 from multimodal_tokenizers.codes import BOOK, Codes, nearest
 
-DATA = Path(__file__).parents[2] / "examples" / "data"
+DATA = Path(__file__).parents[2] / "multimodal" / "demo"
 SPOKEN_HZ = 8000
 GREY = ImagePatches(patch=4, channels=1)
 RANDOM = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Make the small set of spoken words that the examples and tests learn from.
+"""Make the small set of spoken words that the demo, the examples and tests learn from.
 
 The set is sixteen English words (ten digits and six commands), each said once by forty synthetic speakers.
 A speaker is an espeak-ng accent with a voice variant, a pitch and a speed, and no two speakers share a variant.
@@ -6,10 +6,10 @@ The split is by speaker: a test speaker's voice never occurs in training, its ac
 
 Run it with:
 
-    python examples/data/make_spoken_words.py
+    python examples/make_spoken_words.py
 
 It needs the espeak-ng program (the stored set was made with version 1.51), takes under a minute, and writes two
-files beside itself, about 1.7 MB together: ``spoken_words.flac``, all clips one after another (mono, 8000 Hz),
+files into multimodal/demo, about 1.7 MB together: ``spoken_words.flac``, all clips one after another (mono, 8000 Hz),
 and ``spoken_words.json``, a list with each clip's word, voice, split, and start and length in samples.
 The same version of espeak-ng gives the same set. The program is needed only to remake the set, never to read it.
 """
@@ -100,7 +100,7 @@ def main() -> None:
                 row = {"word": word, "voice": voice, "split": split, "start": start, "length": len(clip)}
                 rows.append(json.dumps(row, separators=(",", ":")))
                 start += len(clip)
-    base = Path(__file__).resolve().with_name("spoken_words")
+    base = Path(__file__).resolve().parents[1] / "multimodal" / "demo" / "spoken_words"
     flac, index = base.with_suffix(".flac"), base.with_suffix(".json")
     soundfile.write(flac, np.concatenate(clips), RATE, subtype="PCM_16", compression_level=1.0)
     index.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")

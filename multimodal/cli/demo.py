@@ -1,0 +1,61 @@
+"""`demo`: a small model that adds a digit that is drawn and one that is said, and the page to try it on."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from multimodal.cli.output import check_folder
+from multimodal.cli.serve import check_installed, listen, serve_folders
+
+HOST = "127.0.0.1"
+ABOUT = "Draw a digit and say another, from zero to nine: the model writes their sum."
+EXAMPLES = "examples"  # the folder in that of the run; it is made last, when the model has learned all
+
+
+def demo(
+    *,
+    folder: Path = Path("runs/demo"),
+    port: int = 8000,
+    steps: int = 420,
+    browser: Annotated[bool, Parameter(help="Open the page in the browser of this machine.")] = True,
+) -> int:
+    """Draw a digit, say another, and see their sum: a small model on the page of `serve`.
+
+    The first call trains the model, in some minutes on two cores; it needs no internet. Ctrl-C ends it, and the next call goes
+    on from there.
+
+    Example: multimodal demo
+
+    Parameters
+    ----------
+    folder
+        Where the model is, or is trained if there is none.
+    port
+        The port; 0 for one that is not in use.
+    steps
+        Steps of training, if it is trained.
+    """
+    check_folder(folder, "--folder")
+    check_installed("demo")
+    from multimodal.serve.settings import Settings
+
+    if not (folder / EXAMPLES).is_dir():
+        listen("demo", HOST, port).close()  # raises before minutes of training
+        if not _train(folder, steps):
+            return 130
+    print(f"pictures and sounds to try, which it has not learned from: {folder / EXAMPLES}")
+    settings = Settings(about=ABOUT)
+    return serve_folders("demo", [("demo", folder)], settings, host=HOST, port=port, browser=browser)
+
+
+def _train(folder: Path, steps: int) -> bool:
+    """Train the model and write the examples; False: it was stopped."""
+    from multimodal.demo import sums_job, write_examples
+
+    job = sums_job(steps)
+    print("the model is trained first, once", flush=True)
+    if not job.run(folder, resume=True, go_on="give the same command again").finished:
+        return False
+    write_examples(folder / EXAMPLES)
+    return True

@@ -1,0 +1,376 @@
+"""GET /openapi.json: every endpoint, and a path of its own for each task, in the words of OpenAPI 3.1."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from multimodal.checkpoint import package_version
+from multimodal.model import Model
+from multimodal.serve.media_answers import SOUND_TYPES
+from multimodal.serve.native import PREFIX, RESERVED
+from multimodal.serve.settings import Settings
+from multimodal.serve.tasks import described
+from multimodal.serve.transcriptions import FORMATS
+from multimodal.serve.transcriptions import TYPES as TEXT_TYPES
+from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT
+
+JSON, FORM, EVENTS = "application/json", "multipart/form-data", "text/event-stream"
+Schema = dict[str, Any]
+
+
+def _text(about: str, **more: Any) -> Schema:
+    return {"type": "string", "description": about, **more}
+
+
+def _number(about: str, **more: Any) -> Schema:
+    return {"type": "number", "description": about, **more}
+
+
+def _whole(about: str, **more: Any) -> Schema:
+    return {"type": "integer", "description": about, **more}
+
+
+def _flag(about: str) -> Schema:
+    return {"type": "boolean", "description": about}
+
+
+def _texts(about: str) -> Schema:
+    several = {"type": "array", "items": {"type": "string", "minLength": 1}}
+    return {"description": about, "anyOf": [{"type": "string"}, several]}
+
+
+def _object(properties: Mapping[str, Schema], required: Iterable[str] = (), **more: Any) -> Schema:
+    return {"type": "object", "properties": dict(properties), "required": list(required), **more}
+
+
+OPTIONS: dict[str, Schema] = {
+    "max_tokens": _whole("tokens that are written at most", minimum=1),
+    "temperature": _number("how much chance there is; 0: the likeliest token each time", minimum=0),
+    "top_k": _whole("only the k likeliest tokens are drawn", minimum=1),
+    "top_p": _number("only the likeliest tokens are drawn that have this probability together"),
+    "min_p": _number("only tokens are drawn that have this share of the likeliest one's probability"),
+    "beams": _whole("beams of the search for the likeliest answer; 1: none", minimum=1),
+    "length_penalty": _number("the power of its length that a beam's log-probability is divided by"),
+    "guidance": _number("how much more the answer follows what was read; 1: as it learned to"),
+    "stop": _texts("texts that end an answer in text"),
+    "begin": _text("the text that an answer in text begins with"),
+    "seed": _whole("the first answer's seed; those after it have the next ones"),
+    "no_repeat": _whole("no run of so many tokens is written twice", minimum=1),
+    "repetition": _number("the penalty of tokens that were written already"),
+    "presence_penalty": _number("subtracted once from the logit of each token that was written"),
+    "frequency_penalty": _number("subtracted for each time that a token was written"),
+    "only": _texts("the only words that an answer in text has"),
+    "one_of": _texts("the only answers in text, or classes, that are given"),
+    "n": _whole("number of answers", minimum=1),
+}
+"""The options of writing, for tasks that write token by token."""
+STREAM = {"stream": _flag("whether pieces come as server-sent events while they are written")}
+URL = "a data: URL, such as data:image/png;base64,.."
+VALUES: dict[str, Schema] = {
+    TEXT: {"type": "string"},
+    PICTURE: {
+        "description": f"a picture: {URL}, or rows of numbers in 0..1",
+        "anyOf": [{"type": "string"}, {"type": "array"}],
+    },
+    SOUND: {
+        "description": f"a sound: {URL.replace('image/png', 'audio/wav')}, its file in base64, or its samples",
+        "anyOf": [
+            {"type": "string"},
+            _object({"data": {"type": "string"}, "format": {"type": "string"}}, ["data"]),
+            _object(
+                {"array": {"type": "array"}, "sampling_rate": {"type": "integer", "minimum": 1}},
+                ["array", "sampling_rate"],
+            ),
+        ],
+    },
+}
+"""By what a field takes, its values in JSON; anything else is numbers and lists."""
+FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
+COUNTS = {"type": "object", "additionalProperties": {"type": "integer"}}
+ANSWER = _object(
+    {
+        "value": {"description": "the answer; a picture or a sound is a data: URL"},
+        "confidence": _number("the probability of the value, where it is known") | {"type": ["number", "null"]},
+        "probability": {"type": "object", "additionalProperties": {"type": "number"}, "description": "of every class"},
+        "complete": _flag("whether it came to its end"),
+        "ended": _text("what ended it: stop, stop string, length or max_tokens"),
+        "tokens": _whole("number of tokens that were written"),
+        "ids": {"type": "array", "items": {"type": "integer"}, "description": "the tokens"},
+        "others": {"type": "array", "items": {"$ref": "#/components/schemas/Answer"}, "description": "of other beams"},
+    },
+    ["value", "confidence", "probability", "complete"],
+)
+HEAD = {name: {"type": "string"} for name in ("id", "task")} | {"created": {"type": "integer"}}
+SCHEMAS: dict[str, Schema] = {
+    "Answer": ANSWER,
+    "TaskAnswer": _object(
+        {
+            **HEAD,
+            "object": {"const": "task.answer"},
+            "answers": {"type": "array", "items": {"$ref": "#/components/schemas/Answer"}},
+            "seed": _whole("that was used, where something was drawn"),
+            "usage": COUNTS,
+        },
+        [*HEAD, "object", "answers", "usage"],
+    ),
+    "TaskVectors": _object(
+        {
+            **HEAD,
+            "object": {"const": "task.vectors"},
+            **{side: {"type": "array", "items": {"type": "number"}} for side in ("left", "right")},
+            "similarity": _number("of both sides, from -1 to 1"),
+            "match": _number("the probability that both sides belong together"),
+            "usage": COUNTS,
+        },
+        [*HEAD, "object", "usage"],
+    ),
+    "Error": _object(
+        {
+            "error": _object(
+                {
+                    "message": {"type": "string"},
+                    "type": {"type": "string"},
+                    "param": {"type": ["string", "null"]},
+                    "code": {"type": ["string", "null"]},
+                },
+                ["message", "type", "param", "code"],
+            )
+        },
+        ["error"],
+    ),
+}
+KEY = "key"
+
+
+def api_description(models: Mapping[str, Model], settings: Settings) -> dict[str, Any]:
+    """The description of a service that has these models."""
+    rows = [row for name, model in models.items() for row in described(model, name)]
+    paths = {**_gets(), **_reload(models)}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        where = f"/v1/tasks/{quote(task, safe='')}"
+        paths[where] = {"post": _task(own)}
+        paths[f"{where}/look"] = {"post": _look(own)}
+    paths |= {path: {"post": made} for path, made in _openai(list(models), rows).items()}
+    found = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "multimodal",
+            "version": package_version(),
+            "description": "Tasks of trained models. A value is a JSON value, or a part of a form. Unknown parameters are refused.",
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "responses": {
+                "Error": {
+                    "description": "refused, or failed: 400 says what is wrong, 401 no key, 404 no such model or task, 413 too "
+                    "large, 429 and 503 try again after Retry-After, 504 too late",
+                    "content": {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}},
+                }
+            },
+            "securitySchemes": {KEY: {"type": "http", "scheme": "bearer"}},
+        },
+    }
+    return found | ({"security": [{KEY: []}]} if settings.keys else {})
+
+
+def _operation(summary: str, content: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """content: by media type, the schema of the answer."""
+    answers = {kind: {"schema": schema} for kind, schema in content.items()}
+    return {
+        "summary": summary,
+        **more,
+        "responses": {
+            "200": {"description": "the answer", "content": answers},
+            "default": {"$ref": "#/components/responses/Error"},
+        },
+    }
+
+
+def _body(bodies: Mapping[str, Schema]) -> dict[str, Any]:
+    return {"required": True, "content": {kind: {"schema": schema} for kind, schema in bodies.items()}}
+
+
+def _gets() -> dict[str, Any]:
+    anything: Schema = {"type": "object"}
+    text = {"text/plain": {"type": "string"}}
+    name = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return {
+        "/health": {"get": _operation("Whether it answers", {JSON: anything}, security=[])},
+        "/metrics": {"get": _operation("Counts and times, for Prometheus", text)},
+        "/openapi.json": {"get": _operation("This description", {JSON: anything})},
+        "/v1/models": {"get": _operation("The models", {JSON: anything})},
+        "/v1/models/{name}": {"get": _operation("One model", {JSON: anything}, parameters=name)},
+        "/v1/tasks": {"get": _operation("The tasks, and what each field takes", {JSON: anything})},
+    }
+
+
+def _reload(models: Mapping[str, Model]) -> dict[str, Any]:
+    name = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(models)}}]
+    done = _object({"id": {"type": "string"}, "object": {"const": "model"}, "reloaded": {"type": "boolean"}})
+    return {
+        "/v1/models/{name}/reload": {
+            "post": _operation("Load a model again; needs a key", {JSON: done}, parameters=name)
+        }
+    }
+
+
+def _task(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A task by its own path. rows: of /v1/tasks, one a model that has it."""
+    task, pair = rows[0]["task"], rows[0]["pair"]
+    answer = {"$ref": f"#/components/schemas/{'TaskVectors' if pair else 'TaskAnswer'}"}
+    content: dict[str, Any] = {JSON: answer} if pair else {JSON: answer, EVENTS: {"type": "string"}}
+    says = "Vectors of one side, or how similar both are" if pair else f"Answers in {rows[0]['writes']}"
+    body = _body(_task_bodies(rows, {} if pair else STREAM))
+    return _operation(f"{task}: {says[0].lower()}{says[1:]}", content, requestBody=body)
+
+
+def _look(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    body, png = _body(_task_bodies(rows, {}, several=False)), {"image/png": FILE}
+    task = rows[0]["task"]
+    return _operation(f"{task}: what every attention head did", png, requestBody=body)
+
+
+def _task_bodies(rows: list[dict[str, Any]], more: dict[str, Schema], *, several: bool = True) -> dict[str, Schema]:
+    """several: whether there may be more answers than one."""
+    models = [row["model"] for row in rows]
+    options = {name: OPTIONS[name] for name in OPTIONS if several or name != "n"} if rows[0]["token_by_token"] else {}
+    model = {"model": _text("which one", enum=models)}
+    names = [read["field"] for read in rows[0]["reads"]]
+    fields = {name: _any_of([_value(row, name) for row in rows]) for name in names}
+    files = {name: _any_of([_part(row, name) for row in rows]) for name in names}
+    needed = [] if rows[0]["pair"] else names
+    asked = ["model"] if len(models) > 1 else []
+    closed: Any = {"additionalProperties": False}
+    parts = {f"{PREFIX}{name}" if name in RESERVED else name: schema for name, schema in files.items()}
+    # null, for a field that a sample lacks, has no place in a form
+    return {
+        JSON: _object(
+            {"fields": _object(fields, needed, **closed), **model, **options, **more}, ["fields", *asked], **closed
+        ),
+        FORM: _object(
+            {**parts, **model, **_in_form({**options, **more})},
+            [*(name for name, read in zip(parts, names, strict=True) if read in needed), *asked],
+            **closed,
+        ),
+    }
+
+
+def _value(row: dict[str, Any], name: str) -> Schema:
+    """A field in JSON."""
+    read = next(read for read in row["reads"] if read["field"] == name)
+    if read["takes"] == CLASS:
+        one: Schema = {"type": "string", "enum": read["classes"]} if read["classes"] else {"type": "string"}
+        schema = {"type": "array", "items": one} if read["several"] else one
+    else:
+        schema = VALUES.get(read["takes"], {"description": f"numbers and lists, as {read['kind']} reads them"})
+    if row["pair"] or len(row["reads"]) == 1:
+        return schema
+    about = "; ".join(filter(None, [schema.get("description"), "null: this sample lacks it"]))
+    return {"description": about, "anyOf": [schema, {"type": "null"}]}
+
+
+def _part(row: dict[str, Any], name: str) -> Schema:
+    """A field in a form."""
+    read = next(read for read in row["reads"] if read["field"] == name)
+    return {"type": "string"} if read["takes"] in (TEXT, CLASS) else FILE
+
+
+def _any_of(schemas: list[Schema]) -> Schema:
+    """What one of several models reads."""
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    return distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
+
+
+def _in_form(properties: Mapping[str, Schema]) -> dict[str, Schema]:
+    """A list is several parts whose name ends in []."""
+    found: dict[str, Schema] = {}
+    for name, schema in properties.items():
+        if "anyOf" in schema:
+            one, several = schema["anyOf"]
+            found |= {name: {**one, "description": schema["description"]}, f"{name}[]": several}
+        else:
+            found[name] = schema
+    return found
+
+
+def _openai(models: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The endpoints that OpenAI's clients know."""
+    asked = ["model"] if len(models) > 1 else []
+    head = {
+        "model": _text("which one", enum=models),
+        "task": _text("which task, where several fit", enum=list(dict.fromkeys(row["task"] for row in rows))),
+    }
+    user = {"user": _text("is not read")}
+    closed: Any = {"additionalProperties": False}
+    anything: Schema = {"type": "object"}
+    sound = dict.fromkeys(SOUND_TYPES.values(), FILE)
+    chat = {
+        "messages": {
+            "type": "array",
+            "items": _object({"role": {"type": "string"}, "content": {}}, ["content"]),
+            "minItems": 1,
+            "description": "their parts of type text, image_url and input_audio fill the fields of the task, in order",
+        },
+        **head,
+        **OPTIONS,
+        "max_completion_tokens": OPTIONS["max_tokens"],
+        **STREAM,
+        "stream_options": _object({"include_usage": _flag("whether the last chunk has the counts of tokens")}),
+        "response_format": _object({"type": {"const": "text"}}),
+        **user,
+    }
+    one = {name: schema for name, schema in OPTIONS.items() if name != "n"}
+    heard = {
+        "file": FILE,
+        **head,
+        "response_format": _text("the format", enum=list(FORMATS)),
+        "timestamp_granularities[]": {"type": "array", "items": {"type": "string", "enum": ["word", "segment"]}},
+        **_in_form(one),
+        **STREAM,
+    }
+    embedded = {
+        "input": {"description": "a text, or a list of texts and of parts of type image_url and input_audio"},
+        **head,
+        "side": _text("of the pair, where both fit", enum=["left", "right"]),
+        "encoding_format": _text("of the vectors", enum=["float", "base64"]),
+        **user,
+    }
+    spoken = {
+        "input": _text("what is spoken"),
+        **head,
+        "voice": _text("the class that the task reads beside the text, if it reads one"),
+        "response_format": _text("the format", enum=list(SOUND_TYPES)),
+        **one,
+    }
+    drawn = {"prompt": _text("what is drawn"), **head, "size": _text("its columns x rows, or auto"), **user, **OPTIONS}
+    texts = {kind: {"type": "string"} for kind in (*TEXT_TYPES.values(), EVENTS)}
+    made = {
+        "chat/completions": (
+            "Chat",
+            {JSON: _object(chat, ["messages", *asked], **closed)},
+            {JSON: anything, EVENTS: {"type": "string"}},
+        ),
+        "audio/transcriptions": (
+            "What is said in a recording",
+            {FORM: _object(heard, ["file", *asked], **closed)},
+            {JSON: anything, **texts},
+        ),
+        "embeddings": (
+            "Vectors of a pair's side",
+            {JSON: _object(embedded, ["input", *asked], **closed)},
+            {JSON: anything},
+        ),
+        "audio/speech": ("Speech of a text", {JSON: _object(spoken, ["input", *asked], **closed)}, sound),
+        "images/generations": (
+            "Pictures of a text",
+            {JSON: _object(drawn, ["prompt", *asked], **closed)},
+            {JSON: anything},
+        ),
+    }
+    return {
+        f"/v1/{path}": _operation(f"{summary}, as OpenAI's clients ask for it", content, requestBody=_body(bodies))
+        for path, (summary, bodies, content) in made.items()
+    }
