@@ -202,7 +202,7 @@ def test_a_tower_has_smaller_matrices_and_exact_places(tokenizers, lively, sampl
         small.embeds["image"].frozen_part.embed.linear.weight, model.embeds["image"].frozen_part.embed.linear.weight
     )
     samples = [sample(i) for i in range(4)]
-    assert difference(logits(small, LABEL, samples), logits(model, LABEL, samples)) < CLOSE["int8"]
+    assert difference(logits(small, LABEL, samples), logits(model, LABEL, samples)) < 2 * CLOSE["int8"]
 
 
 @pytest.mark.parametrize("to", EXACT)
