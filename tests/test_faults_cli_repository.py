@@ -163,6 +163,8 @@ def produced(command: str) -> set[str]:
     words = shlex.split(command)
     if words[:2] == ["multimodal", "train"]:
         return {words[words.index("--folder") + 1] if "--folder" in words else f"runs/{Path(words[2]).stem}"}
+    if words[:2] == ["multimodal", "push"]:
+        return {words[3]}  # a name on the hub
     return {
         "examples/train_image_classifier.py": {"runs/digits"},
         "examples/one_model_four_jobs.py": {"runs/four_jobs"},
@@ -172,7 +174,7 @@ def produced(command: str) -> set[str]:
 def listed() -> list[str]:
     """The commands of the README's section on the command line, in their order, without their explanations."""
     section = (ROOT / "README.md").read_text("utf-8").split("## On the command line")[1].split("\n## ")[0]
-    section = section.split("a folder of yours")[0]
+    section = section.split("With the internet")[0]
     lines = [line.strip() for line in section.splitlines() if line.startswith("    uv run ")]
     return [re.split(r"\s{2,}", line.removeprefix("uv run "))[0] for line in lines]
 

@@ -202,7 +202,8 @@ def test_a_tower_has_smaller_matrices_and_exact_places(tokenizers, lively, sampl
         small.embeds["image"].frozen_part.embed.linear.weight, model.embeds["image"].frozen_part.embed.linear.weight
     )
     samples = [sample(i) for i in range(4)]
-    assert difference(logits(small, LABEL, samples), logits(model, LABEL, samples)) < 2 * CLOSE["int8"]
+    # two cores of random weights, one behind the other; without the scales the difference is above 1
+    assert difference(logits(small, LABEL, samples), logits(model, LABEL, samples)) < 4 * CLOSE["int8"]
     words = mm.quantize(mm.Model({**tokenizers, "text": mm.Tower(tokenizers["text"], CORE)}, CORE, ["text -> label"]))
     assert isinstance(words.embeds["text"].frozen_part.embed, QuantizedTable)
     assert len(logits(words, "text -> label", samples)) == 4

@@ -115,9 +115,7 @@ class ONNX(Format):
         pass
 
     def make_smaller(self, path: Path) -> None:
-        import onnx  # pyright: ignore[reportMissingImports]  an extra
-        from onnxruntime import quantization  # pyright: ignore[reportMissingImports]
-
+        onnx, quantization = (importlib.import_module(name) for name in ("onnx", "onnxruntime.quantization"))
         if path.with_name(f"{path.name}.data").exists():
             raise ConfigError(
                 f"export: int8 programs are made of files below 2 GB, and {path.name} has more in weights"
