@@ -53,7 +53,7 @@ def scanned_digits() -> tuple[np.ndarray, list[int]]:
             "the scanned digits come with scikit-learn, which is missing; pip install 'multimodal-stream[demo]'"
         ) from error
     scans, digits = (np.asarray(part) for part in load_digits(return_X_y=True))
-    return np.uint8(scans.reshape(-1, 8, 8) * 255 / 16), [int(digit) for digit in digits]
+    return (scans.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8), [int(digit) for digit in digits]
 
 
 def disturbed(wave_S: Tensor, pause_s: float = 1 / 12) -> Tensor:

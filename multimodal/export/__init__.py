@@ -83,10 +83,10 @@ def export(
         if int8:
             manifest["int8"] = _made_smaller(model, task, form, made, beside, data)
         for kind in manifest["tokenizers"]:
-            for name, data in model.packer.tokenizers[kind].files().items():
+            for name, content in model.packer.tokenizers[kind].files().items():
                 path = beside / FILES / kind / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
+                path.write_bytes(content)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
         (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
         if folder.exists():
