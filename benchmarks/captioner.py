@@ -135,11 +135,12 @@ def main() -> None:
     ]
     head = ["", *next(iter(found.values()))]
     rows += from_nothing()
-    effort = f"{len(samples)} photographs; {minutes:.0f} CPU-minutes of training on one thread, seed {args.seed}"
+    trained_in = "trained before" if args.score else f"{minutes:.0f} CPU-minutes of training on one thread"
+    effort = f"{len(samples)} photographs; {trained_in}, seed {args.seed}"
     body = f"{script.table(head, rows)}\n{effort}"
     print(body)
     if args.write:
-        command = f"benchmarks/captioner.py --seed {args.seed} --write"
+        command = f"benchmarks/captioner.py{' --score RUN' if args.score else ''} --seed {args.seed} --write"
         report.keep("captioner", "A captioner of two trained parts", command, body)
 
 

@@ -225,8 +225,8 @@ def compared(url: str, tasks: list[Mapping[str, Any]], m: Measured, args: Any) -
         n for n in numbers for found in m.answers[n] if not all(same(found, x) for x in alone.answers.get(n, [None]))
     ]
     count = sum(map(len, m.answers.values()))
-    told = f"{count - len(other):,} of {count:,} answers to {len(numbers)} requests are those that each gets alone"
-    return told if not other else f"{told}; others: {sorted(set(other))[:20]}"
+    agree = f"{count - len(other):,} of {count:,} answers to {len(numbers)} requests are those that each gets alone"
+    return agree if not other else f"{agree}; others: {sorted(set(other))[:20]}"
 
 
 def row(name: str, m: Measured) -> list[str]:

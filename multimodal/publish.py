@@ -44,16 +44,12 @@ def push(
     model: Model,
     name: str,
     *,
-    private: bool | None = None,
-    token: str | None = None,
-    message: str | None = None,
-    revision: str | None = None,
     run: str | Path | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
-    overwrite: bool = False,
+    **options: Any,
 ) -> Published:
-    """Push a model with its card as one commit; the arguments are those of `Model.push_to_hub`.
+    """Push a model with its card as one commit; the arguments are those of `Model.push_to_hub`, and go on to `push_files`.
 
     Raises:
         ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
@@ -61,9 +57,7 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         files = files_of(Path(folder), card(model, name, run=run, license=license, datasets=datasets))
-        return push_files(
-            name, files, private=private, token=token, message=message, revision=revision, overwrite=overwrite
-        )
+        return push_files(name, files, **options)
 
 
 def run_of(folder: Path) -> tuple[Path | None, bool]:

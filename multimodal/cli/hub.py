@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from multimodal.cli.arguments import Json, Plugins
-from multimodal.cli.loading import load, model_folder
+from multimodal.cli.loading import load, model_folder, text_of
 from multimodal.cli.output import print_json, printable
 
 
@@ -101,12 +101,7 @@ def _token(file: Path) -> str:
     """The token in a file."""
     from multimodal.shapes import ConfigError
 
-    if not file.is_file():  # reading a pipe would wait
-        raise ConfigError(f"--token-file {file}: there is no such file")
-    try:
-        words = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {file}: cannot be read: {error}") from error
+    words = text_of("--token-file", file).split()
     if len(words) != 1:
         raise ConfigError(f"--token-file {file}: holds {len(words)} words; wanted the token alone")
     return words[0]

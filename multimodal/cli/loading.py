@@ -140,6 +140,22 @@ def load(checkpoint: Path, plugins: Sequence[Path] | None, device: str, *, finit
     return Model.load(folder, device=choose_device(device), finite=finite)
 
 
+def text_of(option: str, file: Path) -> str:
+    """The text in a file that an option names, such as a key.
+
+    Raises:
+        ConfigError: no file, or no text.
+    """
+    from multimodal.shapes import ConfigError
+
+    if not file.is_file():  # reading a pipe would wait
+        raise ConfigError(f"{option} {file}: there is no such file")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {file}: cannot be read: {error}") from error
+
+
 def samples_of(
     source: str, fields: Sequence[str] | None, files: Sequence[str] | None, most: int
 ) -> list[dict[str, Any]]:

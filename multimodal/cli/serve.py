@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Group, Parameter
 
 from multimodal.cli.arguments import Device, Plugins
-from multimodal.cli.loading import load, model_folder
+from multimodal.cli.loading import load, model_folder, text_of
 
 if TYPE_CHECKING:
     from socket import socket
@@ -225,12 +225,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
 
     if file is None:
         return ()
-    if not file.is_file():  # reading a pipe would wait
-        raise ConfigError(f"--api-key-file {file}: there is no such file; write one with a key a line")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {file}: cannot be read: {error}") from error
+    lines = text_of("--api-key-file", file).splitlines()
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise ConfigError(f"--api-key-file {file}: holds no key; write one a line")

@@ -286,20 +286,21 @@ class LiveSession:
         item.waiting.clear()
         call, listener, load = self.call, item.listener, self.call.scheduler.load
 
-        def hear(_: Model) -> tuple[list[Word], int]:
+        def hear(_: Model) -> list[Word]:
             before = listener.tokens
             words = listener.push(wave_S) + (listener.finish() if last else [])
+            # here, since whoever waits for the words may leave
+            call.prompt += listener.tokens - before
             load.read += listener.tokens - before
-            return words, listener.tokens - before
+            return words
 
         try:
-            words, tokens = await call.visit(hear)
+            words = await call.visit(hear)
         except Exception as error:
             self.item = None
             told = call.failed(error).body()["error"]
             await self._send(f"{TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=told)
             return False
-        call.prompt += tokens
         if words:
             seconds = item.samples / self.rate_hz
             first = len(listener.decoder.words) == len(words)

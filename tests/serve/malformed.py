@@ -204,7 +204,7 @@ def json_bomb(draw: Random) -> bytes:
 
 def large_json(draw: Random) -> bytes:
     body = draw.choice(
-        (b'{"stop": [' + b'"a",' * 200_000 + b'"a"]}', b'{"a":1,' * 1 + b'"b": "' + b"c" * (MOST_BODY + 1) + b'"}')
+        (b'{"stop": [' + b'"a",' * 200_000 + b'"a"]}', b'{"a":1,"b": "' + b"c" * (MOST_BODY + 1) + b'"}')
     )
     return raw(any_path(draw), body)
 
@@ -384,7 +384,7 @@ def no_route(draw: Random) -> bytes:
     whole = json.dumps(GOOD[WRITE]).encode()
     made = (
         lambda: raw(lost, whole),
-        lambda: raw(lost if lost.startswith("/v1/tasks") is False else "/x", b"", "", "GET"),
+        lambda: raw("/x" if lost.startswith("/v1/tasks") else lost, b"", "", "GET"),
         lambda: raw(
             any_path(draw),
             whole,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import os
@@ -213,15 +214,40 @@ def test_a_sound_is_recorded(page):
     brightness(page, "recorded")
 
 
-def test_text_appears_while_it_is_written(page, model):
+def one_by_one(patch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """From here on the engine goes on after a piece of text only when it is told to, so that the browser can show each of them."""
+    from multimodal.generate import Engine
+
+    go, step = threading.Semaphore(0), Engine.step
+    waits = False
+
+    def step_when_told(engine: Engine) -> Any:
+        nonlocal waits
+        if waits:
+            go.acquire(timeout=60)
+        pieces = step(engine)
+        waits = any(piece.text for piece in pieces)
+        return pieces
+
+    patch.setattr(Engine, "step", step_when_told)
+    return go
+
+
+def test_text_appears_while_it_is_written(page, model, monkeypatch):
     choose(page, "question -> text")
     page.run("$('field-0').value = 'hello'")
     page.run(
         "seen = []; new MutationObserver(() => seen.push($('answer').querySelector('.written')?.textContent ?? ''))"
         ".observe($('answer'), { childList: true, subtree: true, characterData: true })"
     )
-    ask(page)
     wanted = model.generate("question -> text", question="hello", max_tokens=12).value
+    pieces = [piece.text for piece in model.stream("question -> text", question="hello", max_tokens=12) if piece.text]
+    go = one_by_one(monkeypatch)
+    page.run("$('send').click()")
+    for text in itertools.accumulate(pieces):
+        page.until(f"document.querySelector('#answer .written').textContent === {json.dumps(text)}")
+        go.release()
+    page.until("!running")
     seen = list(dict.fromkeys(page.run("seen")))
     assert shown(page) == wanted
     assert len(seen) > 3

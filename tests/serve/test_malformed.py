@@ -32,7 +32,7 @@ TOUCHES = re.compile(
 )
 CLIENTS = 8
 touched: list[str] = []  # what the service's threads did with files, processes and hosts
-watching = False
+watching: bool | None = None  # None: not yet
 
 
 def _notice(event: str, arguments: tuple[Any, ...]) -> None:
@@ -40,12 +40,11 @@ def _notice(event: str, arguments: tuple[Any, ...]) -> None:
         touched.append(f"{event} {arguments[:1]}")
 
 
-sys.addaudithook(_notice)
-
-
 @contextmanager
 def watched() -> Iterator[list[str]]:
     global watching
+    if watching is None:  # a hook stays to the end of the process, so there is none before it is needed
+        sys.addaudithook(_notice)
     touched.clear()
     watching = True
     try:
