@@ -217,7 +217,7 @@ def main() -> None:
     body = f"Largest difference from transformers, fp32, real weights:\n\n{body}\n\n{transcripts}"
     print(body)
     if args.write:
-        report.keep("pretrained", "Trained weights of others", "benchmarks/pretrained.py --write", body)
+        report.keep("pretrained", "Pretrained weights", "benchmarks/pretrained.py --write", body)
 
 
 if __name__ == "__main__":
