@@ -1,8 +1,8 @@
-"""Trained weights of others in our core, and back: `pretrained("owner/model")`, and the families that can be read.
+"""Loads pretrained models of other libraries into our core, `pretrained("owner/model")`, and exports them again.
 
 config.json --family--> tokenizers, core, tasks (a Blueprint)        their tensors --pairs--> our weights
 
-"Ours" is this library, "theirs" the one that a model comes from.
+"Ours" is this library; "theirs" is the library that a model comes from.
 """
 
 import sys
@@ -23,7 +23,7 @@ from multimodal.pattern import Pattern
 from multimodal.pretrained import source as sources
 from multimodal.pretrained.bert import Bert
 from multimodal.pretrained.clip import CLIP, SigLIP
-from multimodal.pretrained.convert import STORED, converted, given_back, packed_spare, unpacked_spare
+from multimodal.pretrained.convert import STORED, our_weights, packed_spare, their_tensors, unpacked_spare
 from multimodal.pretrained.dinov2 import DINOv2
 from multimodal.pretrained.dinov3 import DINOv3
 from multimodal.pretrained.family import Blueprint, Family, Settings
@@ -49,22 +49,22 @@ FAMILIES: tuple[Family, ...] = (
     *(AST(), Bert(), CLIP(), DINOv2(), DINOv3(), Gemma3(), GPT2(), Llama(), ModernBert(), NanoVLM()),
     *(PaliGemma(), SigLIP(), SmolVLM(), T5(), TimmViT(), ViT(), Whisper()),
 )
-"""Every family that can be read and written."""
+"""The families of models that can be loaded and exported."""
 DEPTHS = {
     *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "encoder_layers", "decoder_layers", "depth"),
     *("vit_n_blocks", "lm_n_blocks"),
 }
-"""Fields of configurations that count layers."""
+"""Fields of a config.json that give a number of layers."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality of their own
 class Pretrained:
-    """A model that others trained, as our declarations and weights.
+    """A pretrained model as declarations and weights of this library.
 
-    tokenizers, core, tasks: what `Model` takes.
-    weights: by name as in `Model.state_dict`.
-    unused: by name, tensors of theirs that this model does not need, and why; they are not exported.
-    origin: what a checkpoint stores so that `export` can write the original layout.
+    tokenizers, core, tasks: the arguments of `Model`.
+    weights: tensors by their name in `Model.state_dict`.
+    unused: for each tensor in the files that this model does not need, its name and the reason; it is not exported.
+    origin: what a checkpoint stores so that `export` can write the original configuration and tensor names.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -76,7 +76,7 @@ class Pretrained:
 
     @property
     def name(self) -> str:
-        """What it was loaded from."""
+        """The folder, hub name or class name that it was loaded from."""
         return self.origin["name"]
 
     @property
@@ -87,14 +87,14 @@ class Pretrained:
     def model(
         self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
     ) -> Model:
-        """A model with these weights, in evaluation mode, all in the finest of their precisions.
+        """Make a model with these weights, in evaluation mode. If weights differ in precision, all get the highest one.
 
-        tasks: further ones. A pattern without a head, such as "image -> text", gets the head that writes this kind already, if any.
-        tokenizers: of further kinds, whose embeddings are new.
-        seed: of new weights.
+        tasks: more tasks. One without a head, such as "image -> text", uses the pretrained head that writes the same kind, if any.
+        tokenizers: more kinds, whose embeddings get new weights.
+        seed: the seed of new weights.
 
         Raises:
-            ConfigError: a kind or task that the model has already.
+            ConfigError: the model has a kind or task of this name already.
         """
         made = Model(self.tokenizers, self.core, self.tasks, seed=seed)
         # a model has one precision: the finest of the weights, so that no bit is lost
@@ -105,7 +105,7 @@ class Pretrained:
         return (made.extended(tokenizers, tasks) if tasks or tokenizers else made).eval()
 
     def _with_head(self, task: str | Task) -> Task:
-        """A task; if it is a pattern alone, with the head that writes its kind already."""
+        """A task; a pattern without a head gets the pretrained head that writes the same kind, if there is one."""
         if isinstance(task, Task):
             return task
         written = Pattern.parse(task).written
@@ -124,18 +124,18 @@ def pretrained(
     pickle: bool = False,
     **options: Any,
 ) -> Pretrained:
-    """Load a model that others trained.
+    """Load a pretrained model of transformers or timm.
 
-    source: a folder with config.json and safetensors, a file of weights in one, a name on the hub such as "facebook/dinov2-small",
-        or a model object of transformers or timm.
-    revision: the branch, tag or commit of a hub name.
-    dtype: the precision of the weights; None: as they are stored.
-    pickle: whether weights may be a pickle (.bin), which is read with `weights_only`.
-    options: those of the family, such as language="de" for Whisper; the class of the family describes them.
+    source: a folder with config.json and safetensors, a file of weights in such a folder, a name on the hub such as
+        "facebook/dinov2-small", or a model object of transformers or timm.
+    revision: the branch, tag or commit to load from the hub.
+    dtype: the precision of the weights; None: as in the file.
+    pickle: whether to read weights from a pickle (.bin), with `torch.load(weights_only=True)`.
+    options: options of the model family, such as language="de" for Whisper; the docstring of its class lists them.
 
     Raises:
-        CheckpointError: no such model; an unknown family, field, value, tensor or option.
-        ConfigError: another kind of source.
+        CheckpointError: there is no such model, or its family, a field, a value, a tensor or an option is unknown.
+        ConfigError: `source` is of another type.
 
     Examples:
         >>> smollm = mm.pretrained("smollm2")  # a folder, or a name such as "HuggingFaceTB/SmolLM2-135M"
@@ -147,7 +147,7 @@ def pretrained(
         raise ConfigError(f"pretrained: dtype={dtype!r} must be one of {', '.join(map(str, STORED))}, or None")
     found = sources.find(source, revision=revision, pickle=pickle)
     blueprint, shapes = blueprint_of(found.name, found.config, found.files, list(found.tensors), options)
-    weights, unused = converted(found, blueprint, shapes, dtype)
+    weights, unused = our_weights(found, blueprint, shapes, dtype)
     origin = {
         "name": found.name,
         "revision": found.revision,
@@ -168,10 +168,13 @@ def blueprint_of(
     names: Sequence[str],
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Blueprint, dict[str, torch.Size]]:
-    """(our declarations for a configuration of theirs, the shapes of our weights by name).
+    """Return (our declarations for a configuration of theirs, the shapes of our weights by name).
+
+    where: the name of the model, for errors. files: by name, the files beside the weights. names: of their tensors.
+    options: those of `pretrained`.
 
     Raises:
-        CheckpointError: an unknown family, field or value.
+        CheckpointError: the family, a field or a value is unknown.
     """
     family = family_of(where, config)
     settings = Settings(where, config, options)
@@ -183,24 +186,22 @@ def blueprint_of(
             outline = Model(blueprint.tokenizers, blueprint.core, list(blueprint.tasks))
     except (CheckpointError, AssertionError):
         raise
-    except Exception as error:  # whatever values that no model can have, or files that are no JSON, lead to
+    except Exception as error:  # impossible values and malformed files may raise errors of any class
         said = (
             shortened(error, 300)
             if isinstance(error, ConfigError)
             else f"{type(error).__name__}: {shortened(error, 300)}"
         )
-        raise CheckpointError(
-            f"{where}: no model follows from its configuration and the files beside it: {said}"
-        ) from error
+        raise CheckpointError(f"{where}: its configuration and the files beside it make no model: {said}") from error
     shapes = {name: x.shape for name, x in outline.state_dict().items()}
     made = [pair.ours for pair in blueprint.pairs]
-    # each weight of ours has one source; anything else is a mistake in the family
+    # each of our weights comes from exactly one pair; anything else is a bug in the family
     assert sorted(made) == sorted(shapes), f"{set(shapes) ^ set(made) or 'one is made twice'}"
     return blueprint, shapes
 
 
 def _check_depth(where: str, config: Mapping[str, Any], count: int) -> None:
-    """Raise a CheckpointError for more layers than tensors, lest memory ends before one is found missing."""
+    """Raise a CheckpointError if there are more layers than tensors: to build them all might fill the memory."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             _check_depth(f"{where}, {name}", value, count)
@@ -209,28 +210,28 @@ def _check_depth(where: str, config: Mapping[str, Any], count: int) -> None:
 
 
 def family_of(where: str, config: Mapping[str, Any]) -> Family:
-    """The family that reads a configuration.
+    """The family that can read this configuration.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no family can.
     """
     family = next((family for family in FAMILIES if family.reads(config)), None)
     if family is None:
         kind, known = config.get("model_type"), ", ".join(sorted(name for family in FAMILIES for name in family.names))
-        raise CheckpointError(f"{where}: models of type {kind!r} are not among those that can be read: {known}")
+        raise CheckpointError(f"{where}: models of type {kind!r} are not supported; supported are {known}")
     return family
 
 
 def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
-    """Write a loaded model as a folder in its original layout, which transformers' Auto classes load.
+    """Write a loaded model with its original configuration and tensor names, so that transformers' Auto classes load the folder.
 
-    Weights that were not trained have the same numbers as before, and with `pretrained(.., dtype=None)` the same bits. A text model
-    that was trained here is written in the layout of Qwen3: it needs `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
+    Weights that you did not train keep their numbers, and with `pretrained(.., dtype=None)` their bits. A text model that was
+    trained here is written as a Qwen3 model: it needs `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
 
-    to: the library whose layout it is: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
+    to: the library that will load the folder: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
 
     Raises:
-        ConfigError: adapters, or tokenizers, tasks or a core that this layout cannot hold.
+        ConfigError: the model has adapters, is quantized, or has tokenizers, tasks or a core that this layout cannot hold.
         CheckpointError: the folder has files already.
     """
     folder, origin = Path(folder), model.origin
@@ -256,7 +257,7 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
         )
     files = {name: text.encode("utf-8") for name, text in origin["files"].items()}
     text = model.packer.tokenizers.get("text")
-    spec = getattr(getattr(text, "tokenizer", text), "spec", None)  # that of a tower is in it
+    spec = getattr(getattr(text, "tokenizer", text), "spec", None)  # a tower has its tokenizer inside
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
     blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))
@@ -270,21 +271,21 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
             f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout "
             "holds no others; use Model.save"
         )
-    theirs = given_back(blueprint.pairs, model.state_dict())
+    theirs = their_tensors(blueprint.pairs, model.state_dict())
     theirs |= unpacked_spare(origin.get("spare"))
     theirs |= {copy: theirs[name] for copy, name in blueprint.copies.items() if copy in origin["tensors"]}
-    # transformers loads weights in the precision that the configuration names, whatever the file has
+    # transformers converts weights to the precision that the configuration names
     precision = str(model.dtype).removeprefix("torch.")
     named = {name: precision for name in ("dtype", "torch_dtype") if name in origin["config"]}
     sources.write(folder, {**origin["config"], **named}, theirs, files)
     return folder
 
 
-class _Room(types.ModuleType):
-    """This module, which may also be called: `mm.pretrained("owner/model")`."""
+class _CallableModule(types.ModuleType):
+    """Makes this module callable: `mm.pretrained("owner/model")`."""
 
     def __call__(self, source: Any, **options: Any) -> Pretrained:
         return pretrained(source, **options)
 
 
-sys.modules[__name__].__class__ = _Room
+sys.modules[__name__].__class__ = _CallableModule

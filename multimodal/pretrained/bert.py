@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and what has its layout, such as MiniLM and most sentence encoders."""
+"""BERT (Devlin et al. 2019) and models with its tensor names, such as MiniLM and most sentence encoders."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,19 +10,19 @@ from multimodal.heads.pool import First, Mean, Transformed
 from multimodal.layers.base import PostNorm
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, same
-from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, vectors
-from multimodal.pretrained.texts import filling_pairs, text_tokenizer, transformed_pairs
+from multimodal.pretrained.pictures import EncoderBlock, classes, classifier_task, vector_task
+from multimodal.pretrained.texts import mlm_head_pairs, text_tokenizer, transformed_pairs
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-FILLING = "cls.predictions"  # the masked-language-modelling head
+MLM_HEAD = "cls.predictions"  # the masked-language-modelling head
 
 
 class Bert(Family):
     """Text encoders with learned positions and post-norm layers.
 
-    Without a classifier there is the pair "text <-> other:text", whose vectors are the mean of all states, as sentence encoders are
-    trained; with the masked-language-modelling head also "text -> text".
+    Tasks: "text -> label" if there is a classifier. Else "text <-> other:text", whose vector is the mean of all states, as for
+    sentence encoders, and "text -> text" if there is a masked-language-modelling head.
     """
 
     names = ("bert",)
@@ -36,8 +36,8 @@ class Bert(Family):
         settings.only("position_embedding_type", "absolute")
         settings.only("is_decoder", False)
         settings.only("add_cross_attention", False)
-        settings.ignore("bos_token_id", "eos_token_id")  # an encoder ends no text
-        settings.ignore("tie_word_embeddings")  # it concerns a head that not every file has
+        settings.ignore("bos_token_id", "eos_token_id")  # an encoder generates no text
+        settings.ignore("tie_word_embeddings")  # about the masked-language-modelling head, which not every file has
         block = EncoderBlock(
             width=settings.need("hidden_size"),
             heads=settings.need("num_attention_heads"),
@@ -72,25 +72,25 @@ class Bert(Family):
         if "classifier.weight" in names:
             tokenizers["label"] = labels = classes(settings)
             pool = Transformed(First(), dense="tanh")
-            tasks, more = classifier("text", pool, labels, core.width, "classifier")
+            tasks, more = classifier_task("text", pool, labels, core.width, "classifier")
             more += transformed_pairs(pool, "readouts.label_Classify.pool", f"{prefix}pooler.dense", "")
         else:
-            tasks, more = vectors("text", Mean(), core.width)
-            # the pooler belongs to next-sentence prediction, which is not offered
+            tasks, more = vector_task("text", Mean(), core.width)
+            # the pooler was trained for next-sentence prediction, which has no task here
             spare = [rf"{prefix}pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"]
-            if f"{FILLING}.transform.dense.weight" in names:
+            if f"{MLM_HEAD}.transform.dense.weight" in names:
                 transform = Transformed(First(), dense=activation(settings, "hidden_act", "gelu"), last_norm=core.norm)
                 settings.only("tie_word_embeddings", True)
                 head = EachRow(transform=transform, tied=True)
                 tasks.append(Task("text -> text", head))
-                dense, norm = f"{FILLING}.transform.dense", f"{FILLING}.transform.LayerNorm"
-                more += filling_pairs(head, dense, norm, f"{FILLING}.decoder.weight", f"{FILLING}.bias")
+                dense, norm = f"{MLM_HEAD}.transform.dense", f"{MLM_HEAD}.transform.LayerNorm"
+                more += mlm_head_pairs(head, dense, norm, f"{MLM_HEAD}.decoder.weight", f"{MLM_HEAD}.bias")
                 copies = {
-                    f"{FILLING}.decoder.bias": f"{FILLING}.bias",
-                    f"{FILLING}.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
+                    f"{MLM_HEAD}.decoder.bias": f"{MLM_HEAD}.bias",
+                    f"{MLM_HEAD}.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
                 }
         pairs += more
-        if any(name.endswith("LayerNorm.gamma") for name in names):  # the names in the first files of BERT
+        if any(name.endswith("LayerNorm.gamma") for name in names):  # the original release names them so
             pairs = [replace(pair, theirs=tuple(map(old_name, pair.theirs))) for pair in pairs]
         derived = [r".*embeddings\.(position_ids|token_type_ids)"]
         return Blueprint(tokenizers, core, tasks, pairs, copies, derived, spare=spare)
@@ -106,5 +106,5 @@ class Bert(Family):
 
 
 def old_name(name: str) -> str:
-    """The name of a tensor in the first files of BERT."""
+    """The name of a tensor in the original release of BERT."""
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

@@ -1,4 +1,4 @@
-"""Pictures and texts with two towers: CLIP (Radford et al. 2021), SigLIP and SigLIP 2 (Zhai et al. 2023; Tschannen et al. 2025)."""
+"""Image and text encoders in one space: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023; Tschannen et al. 2025)."""
 
 import json
 from abc import abstractmethod
@@ -10,7 +10,7 @@ from multimodal.core import Core
 from multimodal.heads import Contrast
 from multimodal.heads.pool import Attended, First, Last, Mean, Pool, Transformed
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, same, shaped
-from multimodal.pretrained.pictures import embedding_pairs, image_processor, patches, sides, vectors
+from multimodal.pretrained.pictures import embedding_pairs, image_processor, patches, sides, vector_task
 from multimodal.pretrained.siglip_vision import (
     encoder_core,
     encoder_pairs,
@@ -29,11 +29,13 @@ KINDS = {"vision": "image", "text": "text"}
 
 
 @dataclass(frozen=True)
-class Half:
-    """One of the two towers.
+class Encoder:
+    """One of the two encoders.
 
-    tokenizer, core, pool: its declarations. most: the most tokens of a value. pairs: those of tokenizer and core, named as in a
-    model of their own. pooled: those of the pool, named within it.
+    tokenizer, core, pool: its declarations.
+    most: the most tokens of a value.
+    pairs: of tokenizer and core; ours are named as in a model of this encoder alone.
+    pooled: of the pool; ours are named without a prefix.
     """
 
     tokenizer: Tokenizer
@@ -45,7 +47,7 @@ class Half:
 
 
 class TwoTowers(Family):
-    """An image encoder and a text encoder, whose vectors are similar if they belong together.
+    """An image encoder and a text encoder, trained so that the vectors of matching pairs are similar.
 
     Options: part, "both" by default; "vision" or "text" loads one encoder as a model of its own.
     """
@@ -56,18 +58,18 @@ class TwoTowers(Family):
     @abstractmethod
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
-    ) -> Half:
-        """The image encoder; size: the width of its vectors by the configuration of both."""
+    ) -> Encoder:
+        """The image encoder. prefix: of its tensor names. size: the width of its vectors, from the outer configuration."""
 
     @abstractmethod
     def text(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
-    ) -> Half:
-        """The text encoder."""
+    ) -> Encoder:
+        """The text encoder; the arguments are those of `vision`."""
 
     @abstractmethod
-    def whole(self, settings: Settings) -> int:
-        """The width of the vectors, by the configuration of both."""
+    def vector_width(self, settings: Settings) -> int:
+        """The width of the vectors, from the outer configuration."""
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         kind = str(settings.need("model_type"))
@@ -75,42 +77,42 @@ class TwoTowers(Family):
         if alone is not None:
             prefix = f"{alone}_model." if any(name.startswith(f"{alone}_model.") for name in names) else ""
             own = Settings(settings.where, {**self.defaults[alone], **settings.config})
-            half = getattr(self, alone)(own, files, names, prefix, own.get("projection_dim", 0))
+            encoder = getattr(self, alone)(own, files, names, prefix, own.get("projection_dim", 0))
             settings.ignore(*settings.config)
             own.finish()
-            return _alone(alone, half)
+            return _one_encoder(alone, encoder)
         part = settings.option("part", "both", PARTS)
-        size = self.whole(settings)
-        halves: dict[str, Half] = {}
+        size = self.vector_width(settings)
+        encoders: dict[str, Encoder] = {}
         for name in KINDS:
             given = settings.inner(f"{name}_config")
             own = Settings(given.where, {**self.defaults[name], **given.config})
-            halves[name] = getattr(self, name)(own, files, names, f"{name}_model.", size)
+            encoders[name] = getattr(self, name)(own, files, names, f"{name}_model.", size)
             own.finish()
         settings.only("text_config_dict", None)
         settings.only("vision_config_dict", None)
-        settings.ignore("logit_scale_init_value")  # the start of training
+        settings.ignore("logit_scale_init_value")  # an initial value
         derived = [r".*embeddings\.position_ids"]
         if part != "both":
-            made = _alone(part, halves[part])
+            made = _one_encoder(part, encoders[part])
             unread = {name for pair in made.pairs for name in pair.theirs}
-            unused = {name.replace(".", r"\."): "it is not of this tower" for name in names if name not in unread}
+            unused = {name.replace(".", r"\."): "it belongs to the other tower" for name in names if name not in unread}
             return replace(made, derived=derived, unused=unused)
         head = Contrast(width=size, form=self.form, pool=Last(), maps=())
         tokenizers: dict[str, Tokenizer] = {}
         pairs: list[Pair] = []
-        for name, half in halves.items():
+        for name, encoder in encoders.items():
             kind = KINDS[name]
-            if half.pool.width(half.core.width) != size:
+            if encoder.pool.width(encoder.core.width) != size:
                 raise CheckpointError(
-                    f"{settings.where}: the vectors of its {name} tower are not {size} wide, as those of the other"
+                    f"{settings.where}: the vectors of its {name} tower are not {size} wide, as those of the other tower"
                 )
-            tokenizers[kind] = Tower(half.tokenizer, half.core, Pooled(half.most, half.pool, Unchanged()))
+            tokenizers[kind] = Tower(encoder.tokenizer, encoder.core, Pooled(encoder.most, encoder.pool, Unchanged()))
             within = f"embeds.{kind}.frozen_part"
-            for pair in half.pairs:
+            for pair in encoder.pairs:
                 ours = pair.ours.replace(f"embeds.{kind}.", "embed.", 1) if pair.ours[0] == "e" else pair.ours
                 pairs.append(replace(pair, ours=f"{within}.{ours}"))
-            pairs += [replace(pair, ours=f"{within}.pool.{pair.ours}") for pair in half.pooled]
+            pairs += [replace(pair, ours=f"{within}.pool.{pair.ours}") for pair in encoder.pooled]
         readout = "readouts.image__text_Contrast"
         for ours, theirs in self.scales().items():
             pairs.append(shaped(f"{readout}.{ours}", theirs, (1,), self.scale_shape))
@@ -120,15 +122,15 @@ class TwoTowers(Family):
     scale_shape: ClassVar[tuple[int, ...]] = (1,)
 
     def scales(self) -> dict[str, str]:
-        """By the name of a scalar of the head, their name."""
+        """{our name of a scalar of the head: their name}."""
         return {"log_scale": "logit_scale", "bias": "logit_bias"}
 
 
 class CLIP(TwoTowers):
     """CLIP, with a class token for pictures and causal texts.
 
-    tokenizer.json adds a start and an end token to a text, and the state of the end is its vector. Without this file, texts are
-    lists of ids, which must end with the end token.
+    tokenizer.json adds a start and an end token to a text; the state of the end token becomes its vector. Without this file, texts
+    are lists of ids, which must end with the end token.
     """
 
     names = ("clip", "clip_vision_model", "clip_text_model")
@@ -158,7 +160,7 @@ class CLIP(TwoTowers):
         },
     }
 
-    def whole(self, settings: Settings) -> int:
+    def vector_width(self, settings: Settings) -> int:
         return settings.get("projection_dim", 512)
 
     def scales(self) -> dict[str, str]:
@@ -171,7 +173,7 @@ class CLIP(TwoTowers):
 
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
-    ) -> Half:
+    ) -> Encoder:
         _check_plain(settings)
         core = encoder_core(settings, "quick_gelu", 1e-5, first_norm=True, last_norm=False)
         rows, columns = sides(settings, "image_size")
@@ -182,7 +184,7 @@ class CLIP(TwoTowers):
         }
         of = replace(patches(settings, image_processor(files, default)), bias=False)
         image = ClassTokens(of, 1, 1, (rows // of.patch, columns // of.patch))
-        settings.ignore("projection_dim")  # of a part, whose width both say
+        settings.ignore("projection_dim")  # of one encoder; the outer configuration has the width too
         pairs = [
             shaped("embeds.image.tokens_ND", f"{prefix}embeddings.class_embedding", (1, core.width), (core.width,)),
             *embedding_pairs(
@@ -198,28 +200,29 @@ class CLIP(TwoTowers):
         pooled = list(affine("first_norm", f"{prefix}post_layernorm"))
         if projected:
             pooled.append(same("dense.linear.weight", "visual_projection.weight"))
-        return Half(image, core, pool, 1 + rows * columns // of.patch**2, pairs, pooled)
+        return Encoder(image, core, pool, 1 + rows * columns // of.patch**2, pairs, pooled)
 
     def text(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
-    ) -> Half:
+    ) -> Encoder:
         places = settings.need("max_position_embeddings")
         _check_plain(settings)
         core = encoder_core(settings, "quick_gelu", 1e-5, learned_times=places)
-        # the end of a text is its last token; older configurations name another id for it
+        # the pool takes the last token; older configurations have another eos_token_id
         settings.ignore("eos_token_id", "bos_token_id", "projection_dim")
         options = {"template": True} if TOKENIZER in files else {}
         tokenizer = text_tokenizer(settings, files, causal=True, **options)
         projected = "text_projection.weight" in names
         pool = Transformed(Last(), dense="linear", out=size, bias=False) if projected else Last()
         pooled = [same("dense.linear.weight", "text_projection.weight")] if projected else []
-        return Half(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
+        return Encoder(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
 
 
 class SigLIP(TwoTowers):
     """SigLIP and SigLIP 2 of fixed resolution, with a sigmoid loss for each pair and an attention pool.
 
-    Texts are padded to the number of positions, and padding is read. SigLIP 2 was trained on lower-case texts: give it such.
+    Texts are padded to the number of positions, and attention does not mask the padding. SigLIP 2 was trained on lower-case texts:
+    convert yours.
     """
 
     names = ("siglip", "siglip_vision_model", "siglip_text_model")
@@ -248,12 +251,12 @@ class SigLIP(TwoTowers):
         },
     }
 
-    def whole(self, settings: Settings) -> int:
+    def vector_width(self, settings: Settings) -> int:
         return (settings.need("vision_config") or {}).get("hidden_size", self.defaults["vision"]["hidden_size"])
 
     def vision(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
-    ) -> Half:
+    ) -> Encoder:
         _check_plain(settings)
         core = encoder_core(settings)
         rows, columns = sides(settings, "image_size")
@@ -263,8 +266,10 @@ class SigLIP(TwoTowers):
         pairs = list(vision_pairs(core, image, prefix))
         assert image.table is not None
         most, head = image.table[0] * image.table[1], f"{prefix}head"
-        if f"{head}.probe" not in names:  # the encoder of a vision-language model, which reads all states
-            return Half(image, core, Mean(), most, pairs, [])
+        if (
+            f"{head}.probe" not in names
+        ):  # the encoder of a vision-language model, which uses all states and has no pool
+            return Encoder(image, core, Mean(), most, pairs, [])
         pool = Attended(core.heads, core.hidden, activation(settings, "hidden_act", "gelu_pytorch_tanh"), core.norm)
         pooled = [
             shaped("query", f"{head}.probe", (1, core.width), (1, 1, core.width)),
@@ -275,11 +280,11 @@ class SigLIP(TwoTowers):
             *affine("up", f"{head}.mlp.fc1"),
             *affine("down", f"{head}.mlp.fc2"),
         ]
-        return Half(image, core, pool, most, pairs, pooled)
+        return Encoder(image, core, pool, most, pairs, pooled)
 
     def text(
         self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str], prefix: str, size: int
-    ) -> Half:
+    ) -> Encoder:
         places = settings.need("max_position_embeddings")
         _check_plain(settings)
         core = encoder_core(settings, "gelu_pytorch_tanh", 1e-6, learned_times=places)
@@ -299,20 +304,20 @@ class SigLIP(TwoTowers):
         width = settings.get("projection_size", core.width)
         pool = Transformed(Last(), dense="linear", out=width)
         pooled = list(affine("dense.linear", f"{prefix}head"))
-        return Half(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
+        return Encoder(tokenizer, core, pool, places, _text_pairs(core, prefix), pooled)
 
 
-def _alone(part: str, half: Half) -> Blueprint:
-    """One tower as a model of its own, whose vectors are those of the pool."""
+def _one_encoder(part: str, encoder: Encoder) -> Blueprint:
+    """A model of one encoder alone, whose vectors are those of its pool."""
     kind = KINDS[part]
-    tasks, more = vectors(kind, half.pool, half.pool.width(half.core.width))
+    tasks, more = vector_task(kind, encoder.pool, encoder.pool.width(encoder.core.width))
     before = f"readouts.{kind}__{kind}_Contrast.pool"
-    pooled = [replace(pair, ours=f"{before}.{pair.ours}") for pair in half.pooled]
-    return Blueprint({kind: half.tokenizer}, half.core, tasks, [*half.pairs, *pooled, *more])
+    pooled = [replace(pair, ours=f"{before}.{pair.ours}") for pair in encoder.pooled]
+    return Blueprint({kind: encoder.tokenizer}, encoder.core, tasks, [*encoder.pairs, *pooled, *more])
 
 
 def _check_plain(settings: Settings) -> None:
-    """Raise a CheckpointError for a tower that is no plain encoder."""
+    """Raise a CheckpointError if an encoder has decoder features, such as cross-attention."""
     settings.only("add_cross_attention", False)
     settings.only("is_decoder", False)
     settings.only("is_encoder_decoder", False)

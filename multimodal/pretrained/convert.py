@@ -1,4 +1,4 @@
-"""Weights of theirs as weights of ours, and back: every tensor exactly once."""
+"""Converts their tensors to our weights, and back; every tensor is used exactly once."""
 
 import base64
 from collections import Counter
@@ -15,18 +15,18 @@ from multimodal.shapes import CheckpointError
 from multimodal.texts import shortened
 
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Precisions of weights that mean what they say, without scales beside them."""
+"""Precisions that can be read: floating-point numbers, not codes that need a scale."""
 
 
-def converted(
+def our_weights(
     source: Source, blueprint: Blueprint, shapes: Mapping[str, torch.Size], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(our weights by name, the tensors of theirs that this model does not need and why).
+    """Return (our weights by name, {name: reason} of the tensors that this model does not need).
 
-    shapes: by name, those of our weights. dtype: their precision; None: as they are stored.
+    shapes: of our weights, by name. dtype: the precision of our weights; None: as in the file.
 
     Raises:
-        CheckpointError: a tensor that is missing, unused, of another shape, or not equal to its original.
+        CheckpointError: a tensor is missing, unknown, quantized, of another shape, or a copy that differs from its original.
     """
     read: set[str] = set()
     ours: dict[str, Tensor] = {}
@@ -42,7 +42,7 @@ def converted(
         for name, x in zip(pair.theirs, given, strict=True):
             if x.dtype not in STORED:
                 raise CheckpointError(
-                    f"{source.name}: {name} is stored as {x.dtype}, and not as numbers of 16, 32 or 64 bits with a point; take the "
+                    f"{source.name}: {name} is stored as {x.dtype}, not as floating-point numbers of 16, 32 or 64 bits; take the "
                     "model before it was quantized"
                 )
         try:
@@ -52,7 +52,7 @@ def converted(
         if made is None or made.shape != shapes[pair.ours]:
             found = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(pair.theirs, given, strict=True))
             raise CheckpointError(
-                f"{source.name}: {found}: by the configuration they should make a tensor of {tuple(shapes[pair.ours])}"
+                f"{source.name}: {found}: the configuration needs a tensor of shape {tuple(shapes[pair.ours])} here"
             )
         ours[pair.ours] = (made if dtype is None else made.to(dtype)).contiguous()
     for copy, original in blueprint.copies.items():
@@ -60,7 +60,7 @@ def converted(
             read.add(copy)
             if not torch.equal(source.tensors[copy], source.tensors[original]):
                 raise CheckpointError(
-                    f"{source.name}: {copy} differs from {original}, to which the configuration ties it"
+                    f"{source.name}: {copy} differs from {original}, although the configuration ties them"
                 )
     unused: dict[str, str] = {}
     for name in source.tensors:
@@ -69,14 +69,14 @@ def converted(
         pattern = matching(list(blueprint.unused), name)
         if pattern is None:
             raise CheckpointError(
-                f"{source.name}: nothing uses the tensor {name!r}, so ours would compute something else"
+                f"{source.name}: nothing uses the tensor {name!r}, so our model would compute something else"
             )
         unused[name] = blueprint.unused[pattern]
     return ours, unused
 
 
 def packed_spare(source: Source, blueprint: Blueprint) -> str | None:
-    """The tensors that only training used, as safetensors in base64; None: there are none."""
+    """The tensors of `Blueprint.spare`, as safetensors in base64; None: there are none."""
     found = {name: source.tensors[name].clone() for name in source.tensors if matching(blueprint.spare, name)}
     return base64.b64encode(save(found)).decode("ascii") if found else None
 
@@ -85,7 +85,7 @@ def unpacked_spare(packed: str | None) -> dict[str, Tensor]:
     """The inverse of `packed_spare`.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the data are damaged.
     """
     try:
         return load(base64.b64decode(packed)) if packed else {}
@@ -93,7 +93,7 @@ def unpacked_spare(packed: str | None) -> dict[str, Tensor]:
         raise CheckpointError(f"the origin's spare tensors cannot be read: {shortened(error, 200)}") from None
 
 
-def given_back(pairs: Sequence[Pair], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def their_tensors(pairs: Sequence[Pair], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors by name, from our weights."""
     theirs: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}

@@ -8,7 +8,15 @@ from multimodal.heads.pool import First, FirstAndMean
 from multimodal.layers import LayerScale
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Settings, activation
-from multimodal.pretrained.pictures import EncoderBlock, classes, classifier, image_processor, patches, sides, vectors
+from multimodal.pretrained.pictures import (
+    EncoderBlock,
+    classes,
+    classifier_task,
+    image_processor,
+    patches,
+    sides,
+    vector_task,
+)
 from multimodal.pretrained.vit import encoder_pairs
 from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import ClassTokens
@@ -20,12 +28,12 @@ PUBLISHED = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-"""How pictures are prepared for the published weights."""
+"""The image preprocessing for the pretrained weights."""
 BACKBONE = (
     "apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names", "_out_features", "_out_indices",
     "return_class_token",
 )  # fmt: skip
-"""Fields that choose which states a backbone returns."""
+"""Fields that choose which states a backbone of transformers returns."""
 
 
 class DINOv2(Family):
@@ -37,7 +45,9 @@ class DINOv2(Family):
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         family, width = settings.need("model_type"), settings.need("hidden_size")
         settings.ignore(*BACKBONE)
-        settings.ignore("layerscale_value", "use_mask_token")  # the start of weights, and a tensor that is there or not
+        settings.ignore(
+            "layerscale_value", "use_mask_token"
+        )  # an initial value; whether there is a mask token, which the tensors show
         gated, parts = settings.get("use_swiglu_ffn", False), ("query", "key", "value")
         hidden = int(width * settings.get("mlp_ratio", 4))
         act = activation(settings, "hidden_act", "gelu")
@@ -79,9 +89,9 @@ class DINOv2(Family):
         prefix = "" if "embeddings.cls_token" in names else f"{family}."
         if "classifier.weight" in names:
             tokenizers["label"] = labels = classes(settings)
-            tasks, more = classifier("image", FirstAndMean(image.count), labels, width, "classifier")
+            tasks, more = classifier_task("image", FirstAndMean(image.count), labels, width, "classifier")
         else:
-            tasks, more = vectors("image", First(), width)
+            tasks, more = vector_task("image", First(), width)
         pairs = [*encoder_pairs("image", image, core, block, prefix, learned), *more]
-        # which hides patches in training alone
+        # the mask token replaces hidden patches in pretraining; nothing reads it later
         return Blueprint(tokenizers, core, tasks, pairs, spare=[r".*embeddings\.mask_token"])

@@ -15,12 +15,12 @@ from multimodal.pretrained.pictures import (
     image_processor,
     learned_pair,
     patches,
-    vectors,
+    vector_task,
 )
 from multimodal_tokenizers import ClassTokens
 
 PROJECTIONS = {"query": "query_bias", "key": "key_bias", "value": "value_bias", "out": "proj_bias"}
-"""By projection, the field that says whether it has a bias."""
+"""{projection: the field that says whether it has a bias}."""
 
 
 class DINOv3(Family):
@@ -32,7 +32,7 @@ class DINOv3(Family):
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width = settings.need("hidden_size")
         settings.ignore(*BACKBONE)
-        # the start of weights; how positions were varied in training; the size at which they were made, which does not matter
+        # an initial value; augmentation of positions in training; the training resolution, which rotary positions do not need
         settings.ignore("layerscale_value", "pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", "image_size")
         gated = settings.get("use_gated_mlp", False)
         block = EncoderBlock(
@@ -66,7 +66,7 @@ class DINOv3(Family):
         )
         registers = settings.get("num_register_tokens", 0)
         of = patches(settings, image_processor(files, {"image_processor_type": "DINOv3ViTImageProcessor"}))
-        tasks, more = vectors("image", First(), width)
+        tasks, more = vector_task("image", First(), width)
         learned = [f"embeddings.{name}" for name in ("cls_token", "register_tokens")]
         pairs: list[Pair] = [
             learned_pair("image", learned, [1, registers], width),
@@ -76,5 +76,5 @@ class DINOv3(Family):
             *more,
         ]
         image = ClassTokens(of, 1 + registers, turns=1.0)
-        # which hides patches in training alone
+        # the mask token replaces hidden patches in pretraining; nothing reads it later
         return Blueprint({"image": image}, core, tasks, pairs, spare=[r"embeddings\.mask_token"])

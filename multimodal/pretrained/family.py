@@ -1,4 +1,4 @@
-"""The contract of a family: how its configuration becomes our declarations, and which tensors hold which of our weights."""
+"""What a family of models defines: how its configuration becomes our declarations, and its tensors our weights."""
 
 import re
 from abc import ABC, abstractmethod
@@ -16,8 +16,8 @@ from multimodal.task import Task
 from multimodal.texts import short_repr
 from multimodal.tokenizer import Tokenizer
 
-NO_MATTER = {
-    # how it was saved, and how a program would run it or generate with it
+IGNORED = {
+    # how the model was saved, run and used for generation
     "_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "auto_map", "bad_words_ids",
     "chunk_size_feed_forward", "cls_token_id", "cross_attention_hidden_size", "diversity_penalty", "do_sample",
     "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
@@ -28,7 +28,7 @@ NO_MATTER = {
     "return_dict", "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature",
     "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
     "typical_p", "use_bfloat16", "use_cache",
-    # only for training, and for the initial weights
+    # training and initial weights
     "activation_dropout", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout",
     "drop_path_rate", "dropout", "dropout_rate", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob",
     "initializer_factor", "initializer_range", "layerdrop", "resid_pdrop",
@@ -37,11 +37,11 @@ NO_MATTER = {
 
 
 class Settings:
-    """A configuration of theirs, read field by field. `finish` refuses fields that were not read; `only` refuses other values."""
+    """Reads a configuration of theirs field by field. `finish` raises an error if a field was not read."""
 
     def __init__(self, where: str, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         self.where, self.config = where, config
-        self._known = {name for name in config if name in NO_MATTER}
+        self._known = {name for name in config if name in IGNORED}
         self._options = dict(options or {})
         self._asked: dict[str, Sequence[Any]] = {}
 
@@ -52,7 +52,7 @@ class Settings:
         """The value of a field; the default if it is missing or None.
 
         Raises:
-            CheckpointError: a text, or fields by name, where the default is none, or the other way round.
+            CheckpointError: only one of value and default is a str, or only one is a mapping.
         """
         self._known.add(name)
         value = self.config.get(name)
@@ -65,21 +65,21 @@ class Settings:
         return value
 
     def stated(self, name: str, default: Any) -> Any:
-        """The value of a field in which None has a meaning of its own; the default only if it is missing."""
+        """The value of a field for which None is a value; the default only if the field is missing."""
         self._known.add(name)
         return self.config.get(name, default)
 
     def need(self, name: str) -> Any:
-        """The value of a field that must be there."""
+        """The value of a required field."""
         if self.get(name) is None:
             raise CheckpointError(f"{self.where}: its configuration has no {name!r}")
         return self.config[name]
 
     def only(self, name: str, *values: Any) -> Any:
-        """The value of a field, which must be one of these or missing.
+        """The value of a field that supports only these values; the first one if it is missing.
 
         Raises:
-            CheckpointError: another value, with which ours would compute something else.
+            CheckpointError: another value, with which our model would compute something else.
         """
         value = self.get(name, values[0])
         if value not in values:
@@ -88,10 +88,10 @@ class Settings:
         return value
 
     def option(self, name: str, default: Any, values: Sequence[Any]) -> Any:
-        """The value that the user passed to `pretrained` under this name, such as the language; else the default.
+        """The value of an option that the user passed to `pretrained`, such as the language; else the default.
 
         Raises:
-            CheckpointError: it is none of `values`.
+            CheckpointError: it is not one of `values`.
         """
         self._asked[name] = values
         value = self._options.get(name, default)
@@ -100,22 +100,22 @@ class Settings:
         return value
 
     def ignore(self, *names: str) -> None:
-        """Accept fields that do not change what the trained model computes; the caller says why in a comment."""
+        """Ignore fields that do not change what the trained model computes; the caller gives the reason in a comment."""
         self._known.update(names)
 
     def inner(self, name: str) -> "Settings":
-        """The configuration within this one; `finish` must be called for it too."""
+        """The configuration in a field of this one; call `finish` on it too."""
         return Settings(f"{self.where}, {name}", self.need(name))
 
     def finish(self) -> None:
-        """Raise a CheckpointError if the family did not read a field or an option."""
+        """Raise a CheckpointError if a field or an option was not read."""
         if wrong := sorted(set(self._options) - set(self._asked)):
             known = ", ".join(self._asked)
             raise CheckpointError(f"{self.where}: this family has no option {wrong[0]!r}; it has {known or 'none'}")
         if unknown := sorted(set(self.config) - self._known):
             raise CheckpointError(
-                f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; it is "
-                "refused, because ours might compute something else"
+                f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; without "
+                "it our model might compute something else"
             )
 
 
@@ -132,7 +132,7 @@ ACTIVATIONS = {
 
 
 def activation(settings: Settings, name: str, default: str) -> Any:
-    """Our name for the activation in a field."""
+    """Our name for the activation function in a field."""
     given = settings.get(name, default)
     if given not in ACTIVATIONS:
         raise CheckpointError(
@@ -143,12 +143,12 @@ def activation(settings: Settings, name: str, default: str) -> Any:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of ours and the tensors of theirs with the same numbers.
+    """One of our weights, and the tensors of theirs that have the same numbers.
 
-    ours: the name in `Model.state_dict`.
-    theirs: the names in their file.
-    join: makes ours from theirs. split: makes theirs from ours, bit for bit.
-    part: if one tensor of theirs is several of ours one below the other, (which one this is, of how many).
+    ours: its name in `Model.state_dict`.
+    theirs: the names of their tensors.
+    join: their tensors -> our weight. split: our weight -> their tensors, bit for bit.
+    part: (index, count), if one tensor of theirs is the concatenation of `count` weights of ours along axis 0.
     """
 
     ours: str
@@ -159,7 +159,7 @@ class Pair:
 
 
 def same(ours: str, theirs: str) -> Pair:
-    """One tensor of the same shape."""
+    """The same tensor under another name."""
     return Pair(ours, (theirs,), lambda x: x, lambda x: [x])
 
 
@@ -169,7 +169,7 @@ def affine(ours: str, theirs: str) -> list[Pair]:
 
 
 def shaped(ours: str, theirs: str, shape: Sequence[int], their_shape: Sequence[int]) -> Pair:
-    """One tensor, of another shape with the numbers in the same order."""
+    """A tensor that they store in another shape, with the numbers in the same order."""
     return Pair(ours, (theirs,), lambda x: x.reshape(shape), lambda x: [x.reshape(their_shape)])
 
 
@@ -178,12 +178,15 @@ def transposed(ours: str, theirs: str) -> Pair:
     return Pair(ours, (theirs,), lambda x: x.T, lambda x: [x.T])
 
 
-def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Sequence[int | None] | None = None) -> Pair:
-    """Several matrices (or vectors) of theirs, which ours has one below the other, as in `qkv` and `gate_up`.
+def stacked(
+    ours: str, theirs: Sequence[str], rows: Sequence[int], rotary_widths: Sequence[int | None] | None = None
+) -> Pair:
+    """One weight of ours that is the concatenation of several tensors of theirs along axis 0, such as `qkv` and `gate_up`.
 
-    rows: the number of rows of each. turned: for each, the width of a head if its rotary pairs are stored as two halves, or None.
+    rows: the number of rows of each.
+    rotary_widths: for each, the width K of a head if they store rotary pairs as two halves (i, i + K/2); None: no reordering.
     """
-    widths = turned or [None] * len(theirs)
+    widths = rotary_widths or [None] * len(theirs)
 
     def join(*parts: Tensor) -> Tensor:
         return torch.cat([halves_to_pairs(x, width) for x, width in zip(parts, widths, strict=True)])
@@ -194,23 +197,23 @@ def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int], turned: Seque
     return Pair(ours, tuple(theirs), join, split)
 
 
-def fused(ours: str, theirs: str, rows: Sequence[int], turned: Sequence[int | None]) -> Pair:
-    """One matrix on both sides that consists of several; rows, turned: as for `stacked`."""
+def fused(ours: str, theirs: str, rows: Sequence[int], rotary_widths: Sequence[int | None]) -> Pair:
+    """A matrix that both sides concatenate; its parts are reordered. rows, rotary_widths: as for `stacked`."""
 
-    def each(turn: Callable[[Tensor, int | None], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([turn(part, width) for part, width in zip(x.split(list(rows)), turned, strict=True)])
+    def each(reorder: Callable[[Tensor, int | None], Tensor], x: Tensor) -> Tensor:
+        return torch.cat([reorder(part, width) for part, width in zip(x.split(list(rows)), rotary_widths, strict=True)])
 
     return Pair(ours, (theirs,), lambda x: each(halves_to_pairs, x), lambda x: [each(pairs_to_halves, x)])
 
 
-def parted(
-    ours: Sequence[str], theirs: str, rows: Sequence[int], turned: Sequence[int | None] | None = None
+def unstacked(
+    ours: Sequence[str], theirs: str, rows: Sequence[int], rotary_widths: Sequence[int | None] | None = None
 ) -> list[Pair]:
-    """Several tensors of ours, which theirs has one below the other, such as the biases of queries, keys and values.
+    """Several weights of ours that they concatenate along axis 0, such as the biases of queries, keys and values.
 
-    rows, turned: as for `stacked`.
+    rows, rotary_widths: as for `stacked`.
     """
-    widths = turned or [None] * len(ours)
+    widths = rotary_widths or [None] * len(ours)
 
     def pair(i: int) -> Pair:
         return Pair(
@@ -230,32 +233,32 @@ def attention_pairs(
     out: str,
     rows: Sequence[int],
     bias: Sequence[str],
-    turned: Sequence[int | None] = (None, None, None),
+    rotary_widths: Sequence[int | None] = (None, None, None),
 ) -> Iterator[Pair]:
-    """The tensors of an attention layer.
+    """The pairs of an attention layer.
 
-    ours: the start of our names, see `attention_names`. out: their name for the output projection.
-    projections: their names for queries, keys and values, or one name if they are one tensor.
-    rows, turned: as for `stacked`. bias: which projections have one, as in `SelfAttention`.
+    ours: the prefix of our names, see `attention_names`. out: their name of the output projection.
+    projections: their names of the query, key and value projections, or one name if they are one tensor.
+    rows, rotary_widths: as for `stacked`. bias: which projections have a bias, as in `SelfAttention`.
     """
     parts = ("query", "key", "value")
     own = [name for name in parts if name in bias]
     if len(projections) == 1:
         (together,) = projections
-        yield fused(f"{ours}.qkv.weight", f"{together}.weight", rows, turned)
-        assert own in ([], [*parts]), "one tensor has the biases of all three"
+        yield fused(f"{ours}.qkv.weight", f"{together}.weight", rows, rotary_widths)
+        assert own in ([], [*parts]), "one tensor holds the biases of all three"
         if own:
-            yield from parted([f"{ours}.biases.{name}" for name in own], f"{together}.bias", rows, turned)
+            yield from unstacked([f"{ours}.biases.{name}" for name in own], f"{together}.bias", rows, rotary_widths)
     else:
-        yield stacked(f"{ours}.qkv.weight", [f"{name}.weight" for name in projections], rows, turned)
-        for name, theirs, count, width in zip(parts, projections, rows, turned, strict=True):
+        yield stacked(f"{ours}.qkv.weight", [f"{name}.weight" for name in projections], rows, rotary_widths)
+        for name, theirs, count, width in zip(parts, projections, rows, rotary_widths, strict=True):
             if name in bias:
                 yield stacked(f"{ours}.biases.{name}", [f"{theirs}.bias"], [count], [width])
     yield from affine(f"{ours}.out", out) if "out" in bias else [same(f"{ours}.out.weight", f"{out}.weight")]
 
 
 def halves_to_pairs(x: Tensor, width: int | None) -> Tensor:
-    """Reorder the rows of heads of this width: rotary pairs (i, i + K/2) become (2i, 2i + 1). None: unchanged."""
+    """Reorder the rows of each head of width K: row pairs (i, i + K/2) become (2i, 2i + 1). None: unchanged."""
     if width is None:
         return x
     return x.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
@@ -268,10 +271,10 @@ def pairs_to_halves(x: Tensor, width: int | None) -> Tensor:
     return x.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def moved(pairs: Sequence[Pair], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[Pair]:
-    """The pairs of a model that is a part of another one, under other names.
+def nested_pairs(pairs: Sequence[Pair], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[Pair]:
+    """The pairs of a model that is a part of another model, renamed.
 
-    ours, theirs: by the prefix of a name, the new prefix; the first that fits counts.
+    ours, theirs: {old prefix: new prefix}; the first prefix that matches is replaced.
     """
     return [
         replace(p, ours=renamed(p.ours, ours), theirs=tuple(renamed(name, theirs) for name in p.theirs)) for p in pairs
@@ -279,21 +282,21 @@ def moved(pairs: Sequence[Pair], ours: Mapping[str, str], theirs: Mapping[str, s
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """A name with another prefix, if it has one of these."""
+    """The name with its prefix replaced, if it starts with one of these."""
     old = next((old for old in prefixes if name.startswith(old)), None)
     return name if old is None else prefixes[old] + name.removeprefix(old)
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a configuration of theirs becomes.
+    """Our declarations for a configuration of theirs, and what to do with each of their tensors. Patterns are regular expressions.
 
-    tokenizers, core, tasks: as `Model` takes them.
-    pairs: one for each tensor of our model.
-    copies: by the name of a tensor of theirs that some files store twice, the name of its original.
-    derived: patterns of tensors of theirs that follow from the configuration, such as tables of angles.
-    unused: patterns of tensors that are not part of this model, and why; `Pretrained.unused` reports them.
-    spare: patterns of small tensors that only training used; the checkpoint stores them, so that they are exported again.
+    tokenizers, core, tasks: the arguments of `Model`.
+    pairs: one for each weight of our model.
+    copies: {name of a copy: name of its original}, for tensors that some files store twice, such as a tied head.
+    derived: patterns of tensors that are computed from the configuration, such as rotary frequencies.
+    unused: {pattern: reason} of tensors of parts that this model does not have; `Pretrained.unused` lists them.
+    spare: patterns of small tensors that only training used; the checkpoint stores them, and `export` writes them again.
     """
 
     tokenizers: Mapping[str, Tokenizer]
@@ -307,44 +310,44 @@ class Blueprint:
 
 
 class Family(ABC):
-    """A group of models with one layout of configuration and tensors. Subclass, set `names`, and write `read`.
+    """Models that share one format of configuration and tensor names. Subclass, set `names`, and write `read`.
 
-    names: the values of "model_type" in a config.json that this class reads.
-    peers: by task, the class of transformers that computes it too, or "timm"; `gate.compare` compares with it.
+    names: the values of "model_type" in config.json that this class reads.
+    peers: {task: class of transformers that computes it, or "timm"}; `gate.compare` compares our model with it.
     """
 
     names: tuple[str, ...]
     peers: ClassVar[Mapping[str, str]] = {}
 
     def reads(self, config: Mapping[str, Any]) -> bool:
-        """Whether this family reads a configuration."""
+        """Whether this family can read a configuration."""
         return config.get("model_type") in self.names
 
     @abstractmethod
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         """Our declarations for a configuration, and the pairs of tensors.
 
-        files: by name, the files beside the weights, such as tokenizer.json. names: of the tensors; they show whether the head
-        is there.
+        files: by name, the contents of files beside the weights, such as tokenizer.json.
+        names: of their tensors; they show, for example, whether the file has a head.
 
         Raises:
-            CheckpointError: a field that is missing, or has a value that is not supported.
+            CheckpointError: a field is missing, or has a value that is not supported.
         """
 
     def peer(self, task: str, names: Sequence[str]) -> str | None:
-        """Which of `peers` computes a task of the model with these tensors; None: there is none."""
+        """The class that computes a task of the model with these tensors; None: there is none."""
         return self.peers.get(task)
 
     def peer_inputs(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
-        """The arguments of the peer, from its ids, pixels or frames; read: how many ids stand before the answer."""
+        """The keyword arguments of the peer's forward, from its ids, pixels or frames. read: number of ids before the answer."""
         return inputs
 
 
 def attention_names(block: int, layer: int = 0) -> str:
-    """The start of the names of an attention layer's tensors."""
+    """The prefix of our names of an attention layer's weights."""
     return f"core.blocks.{block}.layers.{layer}.body.attention"
 
 
 def matching(patterns: Sequence[str], name: str) -> str | None:
-    """The first of these patterns that matches the whole name."""
+    """The first pattern that matches the whole name; None: none does."""
     return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)

@@ -1,10 +1,10 @@
-"""The check of a loaded model: it computes what its own library computes of the same input, packed and alone.
+"""Checks a loaded model against its own library: both compute the same outputs from the same input, packed and alone.
 
-Each family names its peers, the classes of that library that compute its tasks. The tokenizers determine the inputs, and the head
-what is compared:
+Each family names its peers: the classes of that library that compute its tasks. Inputs are random values of the kinds that the
+tokenizers take. The head decides which outputs are compared:
 
-head                           compared
-NextToken                      logits of the answer, whose ids are random
+head                           compared outputs
+NextToken                      logits of an answer of random ids
 Classify, EachRow              logits
 Contrast of two kinds          logits of pairs, and the vectors of both sides
 Contrast of one kind           states, and the vectors if the pool has weights
@@ -28,13 +28,13 @@ from multimodal.heads import Contrast, NextToken
 from multimodal.model import Model
 from multimodal.pretrained import Pretrained, family_of, pretrained
 from multimodal.pretrained import source as sources
-from multimodal.pretrained.timm_vit import described
+from multimodal.pretrained.timm_vit import module_config
 from multimodal.shapes import CheckpointError
 from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal.tower import Tower
 from multimodal_tokenizers import ClassTokens, Ids, ImagePatches, SpectrogramPatches, WhisperFrames
 
-TOLERANCE = 1e-4  # the largest difference that passes, in float32
+TOLERANCE = 1e-4  # the largest allowed difference, in float32
 LENGTHS = (5, 17)  # of the texts in tokens
 SIZES = ((256, 300), (320, 256))  # of the pictures in pixels, rows and columns
 SHARES = (0.1, 0.4)  # of the longest sound that fits
@@ -45,10 +45,10 @@ Peer = Callable[..., Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Difference:
-    """One input of the comparison.
+    """The result for one input.
 
-    case: what was compared, and the input.
-    packed, alone: the largest difference, packed with other inputs and by itself.
+    case: the compared outputs and the input, such as "logits of 5 tokens of text".
+    packed, alone: the largest absolute difference, when the input is packed with others and when it is alone.
     """
 
     case: str
@@ -63,7 +63,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Case:
-    """An input: a sample of ours, and what theirs computes of it."""
+    """An input for our model, and the outputs (N, D) of theirs."""
 
     what: What
     name: str
@@ -73,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Value:
-    """A value: what ours reads, and the arguments of theirs by name."""
+    """A value: the input of our model, and the keyword arguments of theirs."""
 
     name: str
     ours: Any
@@ -81,12 +81,12 @@ class Value:
 
 
 def compare(source: str | Path | nn.Module, **options: Any) -> list[Difference]:
-    """Load a model here and in the library that it came from, and compare what they compute.
+    """Load a model here and in its own library, and compare their outputs.
 
     source, options: as `pretrained` takes them.
 
     Raises:
-        CheckpointError: it cannot be loaded, or its library is not installed or does not compute its tasks.
+        CheckpointError: the model cannot be loaded, its library is not installed, or no library computes its tasks.
     """
     if isinstance(source, nn.Module) and hasattr(source, "save_pretrained"):
         with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def _differences(model: Model, task: str, cases: Sequence[Case]) -> Iterator[Dif
 
 @torch.inference_mode()
 def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], what: What) -> list[Tensor]:
-    """For each sample its logits, the states of what it reads, or its vector; all are packed together."""
+    """For each sample, its logits, the states of its input tokens, or its vector, each (N, D); all samples are packed together."""
     if what == "vectors":
         return list(_normed(model.vectors(task, samples)))
     if what == "logits of pairs":
@@ -154,7 +154,7 @@ def computed(model: Model, task: str, samples: Sequence[dict[str, Any]], what: W
 
 
 def _theirs(loaded: Pretrained, source: Any, peer: str) -> nn.Module:
-    """The peer of a model, in evaluation mode, called with arguments by name; it returns tensors by name."""
+    """Their model in evaluation mode: a module from keyword arguments to tensors by name."""
     if peer == "timm":
         return _Timm(_timm(loaded, source))
     try:
@@ -172,7 +172,7 @@ def _theirs(loaded: Pretrained, source: Any, peer: str) -> nn.Module:
 
 
 def _timm(loaded: Pretrained, source: Any) -> nn.Module:
-    """The given module, or a new one with the weights of a folder."""
+    """The timm module: `source` itself, or a new one with the weights in the folder `source`."""
     if isinstance(source, nn.Module):
         return source.eval()
     import timm
@@ -180,7 +180,7 @@ def _timm(loaded: Pretrained, source: Any) -> nn.Module:
     config, sides = loaded.origin["config"], ("grid", "patch_size")
     size = [count * pixels for count, pixels in zip(*(loaded.origin["config"][name] for name in sides), strict=True)]
     made = timm.create_model(config["architecture"], num_classes=config["num_classes"], img_size=size)
-    differ = [name for name, value in described(made).items() if value != config[name]]
+    differ = [name for name, value in module_config(made).items() if value != config[name]]
     if differ:
         raise CheckpointError(
             f"{loaded.name}: not checked: {', '.join(differ)} differ from timm's {config['architecture']}; give the "
@@ -191,7 +191,7 @@ def _timm(loaded: Pretrained, source: Any) -> nn.Module:
 
 
 class _Timm(nn.Module):
-    """A VisionTransformer of timm, called as those of transformers are."""
+    """A VisionTransformer of timm with the interface of transformers' models."""
 
     def __init__(self, vit: Any) -> None:
         super().__init__()
@@ -203,11 +203,11 @@ class _Timm(nn.Module):
 
 
 def _cases(loaded: Pretrained, model: Model, task: str, call: Peer) -> Iterator[Case]:
-    """The inputs of a task."""
+    """The test inputs of a task, with the outputs of theirs."""
     head, pattern, core = model.packer.heads[task], model.packer.patterns[task], model.core.core
     for i, count in enumerate(LENGTHS):
         if isinstance(head, NextToken):
-            make = _after_encoder if isinstance(core, EncoderDecoder) else _continued
+            make = _encoder_decoder_case if isinstance(core, EncoderDecoder) else _decoder_case
             yield make(loaded, model, task, call, i)
             continue
         fields = [side[0] for side in pattern.sides.values()] if pattern.pair else list(pattern.reads)
@@ -235,12 +235,12 @@ def _cases(loaded: Pretrained, model: Model, task: str, call: Peer) -> Iterator[
 
 
 def _normed(vector_F: Tensor) -> Tensor:
-    """Scaled to the length sqrt(width), so that its numbers are about as large as those of normed states."""
+    """Scaled to the length sqrt(F), so that its numbers are about as large as those of normalised states."""
     return F.normalize(vector_F, dim=-1) * vector_F.shape[-1] ** 0.5
 
 
-def _continued(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
-    """With one core: one row of ids has what is read, a placeholder for each token of a picture, and the answer."""
+def _decoder_case(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
+    """A case for one core. Theirs reads one row of ids: the input, a placeholder for each picture token, and the answer."""
     pattern, config = model.packer.patterns[task], loaded.origin["config"]
     alone = len(pattern.reads) == 1
     values = {f.name: value_of(loaded, f.kind, i, 1 if alone else 4 + i) for f in pattern.reads}
@@ -257,8 +257,8 @@ def _continued(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) 
     return Case("logits", name, sample, call(inputs, read)["logits"][0, read - 1 :])
 
 
-def _after_encoder(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
-    """With two cores: the first reads, the second writes the answer."""
+def _encoder_decoder_case(loaded: Pretrained, model: Model, task: str, call: Peer, i: int) -> Case:
+    """A case for an encoder-decoder: the encoder reads the input, the decoder the answer."""
     pattern, head = model.packer.patterns[task], model.packer.heads[task]
     assert isinstance(head, NextToken)
     (field,) = pattern.reads
@@ -272,9 +272,9 @@ def _after_encoder(loaded: Pretrained, model: Model, task: str, call: Peer, i: i
 
 
 def value_of(loaded: Pretrained, kind: str, i: int, count: int, *, ends: bool = False) -> Value:
-    """Random value number i of a kind; our tokenizer prepares pictures and sounds for both sides.
+    """A random value of a kind, with seed i; our tokenizer preprocesses pictures and sounds for both models.
 
-    count: tokens of a text. ends: whether a text ends with the end token, whose state is CLIP's vector.
+    count: tokens of a text. ends: whether a text must end with the end token, from which CLIP takes its vector.
     """
     generator = torch.Generator().manual_seed(i)
     tokenizer = loaded.tokenizers[kind]
@@ -300,11 +300,11 @@ def value_of(loaded: Pretrained, kind: str, i: int, count: int, *, ends: bool = 
 
 
 def _ids(config: Mapping[str, Any], vocab: int, count: int, generator: torch.Generator, ends: bool) -> Tensor:
-    """Random ids, without special ones that the configuration names, such as that of padding."""
+    """Random ids (count,), without the special ids in the configuration, such as padding."""
     every = {**config, **(config.get("text_config") or {})}
     named = {name: value for name, value in every.items() if name.endswith(("_token_id", "_token_index"))}
     special = {i for value in named.values() for i in (value if isinstance(value, list) else [value])}
-    # without the last one: with some configurations CLIP pools at the highest id
+    # not the last id: with some configurations CLIP pools at the highest id of a text
     free = [i for i in range(vocab - 1) if i not in special] or list(range(vocab))
     ids = torch.tensor(free)[torch.randint(len(free), (count,), generator=generator)]
     if ends:
@@ -314,7 +314,7 @@ def _ids(config: Mapping[str, Any], vocab: int, count: int, generator: torch.Gen
 
 
 def _text(tokenizer: Tokenizer, ids: Tensor) -> Tokens:
-    """The tokens of these ids, whatever values the tokenizer takes."""
+    """Tokens with these ids, also if the tokenizer takes texts."""
     if isinstance(tokenizer, Tower):
         inner = tokenizer.tokenizer
         return replace(tokenizer, tokenizer=Ids(inner.vocab_size or 1, inner.causal))(ids.tolist())

@@ -32,7 +32,7 @@ class Gemma3(Family):
         depth, key_width = settings.need("num_hidden_layers"), settings.get("head_dim", 256)
         settings.only("attn_logit_softcapping", None)
         settings.only("use_bidirectional_attention", False)
-        # the tables that they allocate, how a program would cache, and what the list of layers says already
+        # the size of their position tables; the class of their cache; a copy of what layer_types says
         settings.ignore("max_position_embeddings", "cache_implementation", "_sliding_window_pattern")
         bias = ("query", "key", "value", "out") if settings.get("attention_bias", False) else ()
         tied = settings.get("tie_word_embeddings", True)
@@ -52,7 +52,9 @@ class Gemma3(Family):
                 merge=SandwichNorm(),
             )
 
-        blocks = tuple((attention(window), mlp) for window in windows_of(every_sixth(settings, depth), depth, window))
+        blocks = tuple(
+            (attention(window), mlp) for window in windows_of(with_layer_types(settings, depth), depth, window)
+        )
         core = Core(
             width=width,
             depth=depth,
@@ -65,7 +67,7 @@ class Gemma3(Family):
             score=ScaledDotProduct() if scalar == key_width else DotProduct(scale=scalar**-0.5),
             block=blocks[0] if len(set(blocks)) == 1 else blocks,
         )
-        # a text begins with a token of its own, without which these models write badly
+        # each text begins with <bos>, without which these models generate bad text
         text = text_tokenizer(settings, files, scale=math.sqrt(width), template=adds_tokens(files))
         bare = not any(name.startswith("model.") for name in names)  # saved without its head
         check_head(settings, tied=tied, bare=bare)
@@ -83,10 +85,10 @@ class Gemma3(Family):
 def rotaries_of(
     settings: Settings, defaults: Mapping[str, float], old: Mapping[str, str], scaled: Collection[str]
 ) -> dict[str, Rotary]:
-    """By kind of layer, its rotary positions.
+    """{kind of layer: its rotary positions}.
 
-    defaults: by kind, the base where none is given. old: by kind, the field of the base in older configurations. scaled: the kinds
-        that their "rope_scaling" changes.
+    defaults: {kind: the base if the configuration has none}. old: {kind: the field of the base in older configurations}.
+    scaled: the kinds to which "rope_scaling" applies.
     """
     given, scaling = settings.get("rope_parameters", {}), settings.get("rope_scaling", {})
     if not all(kind in defaults and isinstance(value or {}, Mapping) for kind, value in given.items()):
@@ -103,8 +105,8 @@ def rotaries_of(
     return found
 
 
-def every_sixth(settings: Settings, depth: int) -> Settings:
-    """The settings with the list of layers that older configurations leave out: every sixth has full attention."""
+def with_layer_types(settings: Settings, depth: int) -> Settings:
+    """The settings, with `layer_types` if they lack it, as older ones do: every sixth layer has full attention."""
     every = settings.get("sliding_window_pattern", 6)
     if settings.get("layer_types") is not None:
         return settings

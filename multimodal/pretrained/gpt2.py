@@ -15,9 +15,9 @@ from multimodal.pretrained.family import (
     activation,
     affine,
     attention_names,
-    parted,
     same,
     transposed,
+    unstacked,
 )
 from multimodal.pretrained.llama import stop_of
 from multimodal.pretrained.texts import check_head, text_tokenizer
@@ -32,7 +32,7 @@ class GPT2(Family):
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width = settings.need("n_embd")
-        # numbers of the heads that no language model has; how the softmax is rounded in half precision; settings of writing
+        # settings of a classification head; the rounding of the softmax in half precision; generation settings
         settings.ignore(*(name for name in settings.config if name.startswith("summary_")))
         settings.ignore("reorder_and_upcast_attn", "task_specific_params", "n_ctx")
         settings.only("scale_attn_weights", True)
@@ -73,7 +73,7 @@ class GPT2(Family):
             ours, theirs, attention = f"core.blocks.{i}.layers", f"{prefix}h.{i}", attention_names(i)
             yield transposed(f"{attention}.qkv.weight", f"{theirs}.attn.c_attn.weight")
             biases = [f"{attention}.biases.{name}" for name in ("query", "key", "value")]
-            yield from parted(biases, f"{theirs}.attn.c_attn.bias", [core.width] * 3)
+            yield from unstacked(biases, f"{theirs}.attn.c_attn.bias", [core.width] * 3)
             for name, other in (
                 (f"{attention}.out", "attn.c_proj"),
                 (f"{ours}.1.body.up", "mlp.c_fc"),

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and models of the same layout: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
+"""Llama (Touvron et al. 2023) and models with its tensor names: SmolLM2, Mistral, Qwen2.5 and Qwen3."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -37,12 +37,12 @@ class Llama(Family):
         depth, hidden = settings.need("num_hidden_layers"), settings.need("intermediate_size")
         groups = settings.get("num_key_value_heads", heads)
         key_width = settings.get("head_dim", width // heads)
-        # Qwen2 has biases on queries, keys and values, whatever its configuration says
+        # Qwen2 always has biases on queries, keys and values; its configuration does not say so
         bias: tuple[str, ...] = ("query", "key", "value") if family == "qwen2" else ()
         if settings.get("attention_bias", False):
             bias = ("query", "key", "value", "out")
         tied = settings.get("tie_word_embeddings", False)
-        # the tables that they allocate; rotary positions have no end
+        # the size of their position tables; rotary positions need none
         settings.ignore("max_position_embeddings")
         # SmolLM2 notes the framework that trained it; the tensors are stored as all others are
         settings.ignore("is_llama_config")
@@ -92,9 +92,9 @@ class Llama(Family):
 
 
 def decoder_pairs(core: Core, prefix: str, tied: bool) -> Iterator[Pair]:
-    """The tensors of a language model, in the layout that Llama, Qwen and Gemma share.
+    """The pairs of a language model; Llama, Qwen and Gemma share these tensor names.
 
-    prefix: of all names but the head's. tied: whether the head has no matrix of its own.
+    prefix: of all their names except that of the head. tied: whether the head shares the embedding table.
     """
     yield same("embeds.text.weight", f"{prefix}embed_tokens.weight")
     yield same("core.norm.weight", f"{prefix}norm.weight")
@@ -105,15 +105,15 @@ def decoder_pairs(core: Core, prefix: str, tied: bool) -> Iterator[Pair]:
 
 
 def decoder_block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
-    """The tensors of block i, as the core declares it."""
+    """The pairs of block i of a core. theirs: the prefix of their names."""
     attends, mlp = core.blocks[i]
     assert isinstance(attends, SelfAttention)
     assert isinstance(mlp, MLP)
     ours, attention = f"core.blocks.{i}.layers", attention_names(i)
     width = attends.key_width or core.head_width
-    rows, turned = [core.heads * width, core.groups * width, core.groups * width], [width, width, None]
+    rows, rotary_widths = [core.heads * width, core.groups * width, core.groups * width], [width, width, None]
     projections = [f"{theirs}.self_attn.{part}_proj" for part in "qkv"]
-    yield from attention_pairs(attention, projections, f"{theirs}.self_attn.o_proj", rows, attends.bias, turned)
+    yield from attention_pairs(attention, projections, f"{theirs}.self_attn.o_proj", rows, attends.bias, rotary_widths)
     if core.qk_norm:
         for name in "qk":
             norm = f"{theirs}.self_attn.{name}_norm.weight"
@@ -122,7 +122,7 @@ def decoder_block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
         both = [f"{theirs}.mlp.gate_proj.{kind}", f"{theirs}.mlp.up_proj.{kind}"]
         yield stacked(f"{ours}.1.body.gate_up.{kind}", both, [core.hidden] * 2)
         yield same(f"{ours}.1.body.down.{kind}", f"{theirs}.mlp.down_proj.{kind}")
-    # norms behind the layers change the names of those before them
+    # if a layer also has a norm at its output, they name the norm at its input differently
     norms = {"0.norm": "input", "1.norm": "post_attention"}
     if isinstance(attends.merge, SandwichNorm):
         norms = {"0.norm": "input", "0.merge_weights": "post_attention"}
@@ -132,8 +132,8 @@ def decoder_block(core: Core, i: int, theirs: str) -> Iterator[Pair]:
 
 
 def rotary_of(settings: Settings) -> tuple[float, Rotary | None]:
-    """The base of rotary positions, and their scaling if there is one."""
-    # where a file has both, the older field is the one that counts
+    """Return (the base of rotary positions, the scaled rotary positions or None)."""
+    # if a file has both, transformers uses the older field
     given, old = settings.get("rope_parameters", {}), settings.get("rope_scaling", {})
     scaling = dict(old or given)
     base = scaling.pop("rope_theta", settings.get("rope_theta", 10000.0))
@@ -141,10 +141,10 @@ def rotary_of(settings: Settings) -> tuple[float, Rotary | None]:
 
 
 def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary | None:
-    """Rotary positions with the scaling that "rope_parameters" name; None: there is none.
+    """Rotary positions with the scaling in "rope_parameters"; None: there is no scaling.
 
     Raises:
-        CheckpointError: a kind of scaling, or a field of it, that is not supported.
+        CheckpointError: the type of scaling, or one of its fields, is not supported.
     """
     scaling = {name: value for name, value in scaling.items() if value is not None}
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
@@ -170,9 +170,9 @@ def scaled_rotary(where: str, base: float, scaling: Mapping[str, Any]) -> Rotary
 
 
 def window_of(settings: Settings, family: str) -> tuple[int | None, int]:
-    """(the window, how many of the first layers have none): the families read the same fields differently.
+    """Return (the size of the attention window or None, how many of the first layers have no window).
 
-    Llama has no window, Mistral has it in every layer, and Qwen only if it is said to be used.
+    Llama has no window. Mistral has one in every layer. Qwen has one only if `use_sliding_window` is true.
     """
     used, first = settings.get("use_sliding_window", False), settings.get("max_window_layers", 28)
     window = settings.stated("sliding_window", 4096)
@@ -182,9 +182,10 @@ def window_of(settings: Settings, family: str) -> tuple[int | None, int]:
 
 
 def windows_of(settings: Settings, depth: int, window: int | None, first: int = 0) -> list[int | None]:
-    """By block, the size of its attention window, the token itself included; None: no window.
+    """For each block, the size of its attention window in tokens, including the query itself; None: no window.
 
-    window: of the layers that have one; None: no layer has. first: how many layers have none, where "layer_types" does not say it.
+    window: the size in layers that have one; None: no layer has one. first: how many of the first layers have none, if there is no
+        "layer_types".
     """
     kinds = settings.get("layer_types")
     if window is None:
@@ -201,9 +202,9 @@ def windows_of(settings: Settings, depth: int, window: int | None, first: int = 
 
 
 def stop_of(settings: Settings, default: int | None = None) -> int:
-    """The id that ends a text: the first, if there are several; default: the id if the field is missing."""
+    """The id that ends a text, or the first one of several. default: the id if the field is missing."""
     stop, begin = settings.stated("eos_token_id", default), settings.get("bos_token_id")
     if isinstance(stop, (list, tuple)):
         stop = next(iter(stop), None)
-    # without one, bos_token_id or id 0 ends a text
+    # our head needs a stop id: without eos_token_id it is bos_token_id, or id 0
     return next((i for i in (stop, begin) if isinstance(i, int)), 0)

@@ -22,18 +22,18 @@ from multimodal.pretrained.family import (
     same,
 )
 from multimodal.pretrained.gemma3 import FULL, SLIDING, rotaries_of
-from multimodal.pretrained.pictures import classes, classifier, vectors
-from multimodal.pretrained.texts import filling_pairs, text_tokenizer, transformed_pairs
+from multimodal.pretrained.pictures import classes, classifier_task, vector_task
+from multimodal.pretrained.texts import mlm_head_pairs, text_tokenizer, transformed_pairs
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
 
 class ModernBert(Family):
-    """Text encoders with rotary positions, two of three layers of which have local attention.
+    """Text encoders with rotary positions and, in two of three layers, sliding-window attention.
 
-    Without a classifier there is the pair "text <-> other:text", whose vectors are the mean of all states; with the
-    masked-language-modelling head also "text -> text".
+    Tasks: "text -> label" if there is a classifier. Else "text <-> other:text", whose vector is the mean of all states, and
+    "text -> text" if there is a masked-language-modelling head.
     """
 
     names = ("modernbert",)
@@ -47,7 +47,7 @@ class ModernBert(Family):
         width, depth = settings.need("hidden_size"), settings.need("num_hidden_layers")
         for name in ("attention_bias", "mlp_bias", "norm_bias"):
             settings.only(name, False)
-        # tables that they allocate, how their kernels run, and what concerns training alone
+        # the size of their position tables, settings of their kernels, and settings of training
         settings.ignore(
             "max_position_embeddings", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"
         )
@@ -58,7 +58,7 @@ class ModernBert(Family):
         mlp = MLP(activation=activation(settings, "hidden_activation", "gelu"))
         bases = {FULL: 160000.0, SLIDING: 10000.0}
         rotary = rotaries_of(settings, bases, {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}, tuple(bases))
-        # half of the window to either side, and the token itself
+        # half of local_attention on each side, plus the token itself
         window = Window(settings.get("local_attention", 128) // 2 + 1)
         blocks = tuple(
             (attention(rotary[kind], window if kind == SLIDING else None, first=i == 0), mlp)
@@ -90,14 +90,14 @@ class ModernBert(Family):
             pool = (
                 transform if pooling == "cls" else Transformed(Mean(), dense=dense, bias=bias["dense"], last_norm=norm)
             )
-            tasks, more = classifier("text", pool, labels, width, "classifier")
+            tasks, more = classifier_task("text", pool, labels, width, "classifier")
             more += transformed_pairs(transform, "readouts.label_Classify.pool", "head.dense", "head.norm")
         else:
-            tasks, more = vectors("text", Mean(), width)
+            tasks, more = vector_task("text", Mean(), width)
             if "head.dense.weight" in names:
                 head = EachRow(transform=transform, tied=tied, bias=bias["decoder"])
                 tasks.append(Task("text -> text", head))
-                more += filling_pairs(head, "head.dense", "head.norm", "decoder.weight", "decoder.bias")
+                more += mlm_head_pairs(head, "head.dense", "head.norm", "decoder.weight", "decoder.bias")
                 copies = {"decoder.weight": f"{prefix}embeddings.tok_embeddings.weight"} if tied else {}
         return Blueprint(tokenizers, core, tasks, pairs + more, copies=copies)
 
@@ -108,11 +108,11 @@ class ModernBert(Family):
         yield same("core.norm.weight", f"{prefix}final_norm.weight")
         for i in range(core.depth):
             ours, theirs, attention = f"core.blocks.{i}.layers", f"{prefix}layers.{i}", attention_names(i)
-            rows, turned = [core.width] * 3, [key_width, key_width, None]
-            yield from attention_pairs(attention, [f"{theirs}.attn.Wqkv"], f"{theirs}.attn.Wo", rows, (), turned)
+            rows, rotary_widths = [core.width] * 3, [key_width, key_width, None]
+            yield from attention_pairs(attention, [f"{theirs}.attn.Wqkv"], f"{theirs}.attn.Wo", rows, (), rotary_widths)
             yield same(f"{ours}.1.body.gate_up.weight", f"{theirs}.mlp.Wi.weight")
             yield same(f"{ours}.1.body.down.weight", f"{theirs}.mlp.Wo.weight")
-            if i > 0:  # the embedded tokens are normed already
+            if i > 0:  # the embedding ends with a norm, so the first block has none before its attention
                 yield same(f"{ours}.0.norm.weight", f"{theirs}.attn_norm.weight")
             yield same(f"{ours}.1.norm.weight", f"{theirs}.mlp_norm.weight")
 
@@ -123,7 +123,7 @@ def attention(rotary: Rotary, window: Window | None, *, first: bool) -> SelfAtte
 
 
 def kinds_of(settings: Settings, depth: int) -> list[str]:
-    """By block, full or sliding attention; older configurations give a period instead."""
+    """For each block, full or sliding attention; older configurations have a period instead of the list."""
     every = settings.get("global_attn_every_n_layers", 3)
     kinds = settings.get("layer_types") or [SLIDING if i % every else FULL for i in range(depth)]
     if len(kinds) != depth or set(kinds) - {FULL, SLIDING}:

@@ -1,4 +1,4 @@
-"""nanoVLM (Wiedmann et al. 2025): the vision tower of SigLIP, a pixel shuffle, and SmolLM2, under names of its own."""
+"""nanoVLM (Wiedmann et al. 2025): the vision tower of SigLIP, a pixel shuffle, and SmolLM2, with tensor names of its own."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from multimodal.pretrained.family import (
     affine,
     attention_names,
     attention_pairs,
-    moved,
+    nested_pairs,
     same,
 )
 from multimodal.pretrained.llama import decoder_block
@@ -35,32 +35,32 @@ RENAMED = {
     ".input_layernorm.": ".norm1.",
     ".post_attention_layernorm.": ".norm2.",
 }
-"""By a part of Llama's names, the same part of nanoVLM's."""
+"""{part of a tensor name of Llama: the same part in nanoVLM}."""
 
 
 class NanoVLM(Family):
-    """Writes about pictures: "image text -> text", or "before:text image text -> text" with a picture within the prompt.
+    """Answers in text about a picture: "image text -> text", or "before:text image text -> text" with the picture in the prompt.
 
-    Everything is causal, including the tokens of a picture.
+    All tokens are causal, including those of a picture.
 
-    The folder has no tokenizer: put the tokenizer.json of its `lm_tokenizer` beside the weights, or give lists of ids. Later
-    versions cut pictures into tiles; `pretrained(.., do_image_splitting=False)` reads them as one. Beyond the longest text of the
-    language model nanoVLM divides positions by a factor that depends on the length, and ours does not.
+    The folder has no tokenizer: put the tokenizer.json of its `lm_tokenizer` beside the weights, or pass lists of ids. Later
+    versions split a picture into tiles; `pretrained(.., do_image_splitting=False)` reads it as one image. For texts longer than the
+    language model was trained on, nanoVLM divides positions by a factor that depends on the length; our model does not.
     """
 
     names = ("nanovlm",)
 
     def reads(self, config: Mapping[str, Any]) -> bool:
-        # its configuration does not say what it is
+        # its configuration has no model_type
         return "model_type" not in config and {"vit_hidden_dim", "lm_hidden_dim"} <= set(config)
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
-        # where its parts came from, and how it is trained and stored
+        # the origin of its parts, training, and how it is stored
         settings.ignore(
             "vit_model_type", "lm_model_type", "lm_tokenizer", "lm_chat_template", "vlm_load_backbone_weights"
         )
         settings.ignore("vlm_checkpoint_path", "hf_repo_name", "vit_dropout", "lm_dropout", "lm_max_length")
-        # parts of sizes that are given whole, and the names of tokens in prompts
+        # summands of sizes that other fields have as a sum; names of special tokens in prompts
         settings.ignore("lm_base_vocab_size", "extra_token_amount", "vlm_extra_tokens", "mp_image_token_length")
         settings.ignore("lm_max_position_embeddings", "resize_to_max_side_len")
         settings.only("vit_cls_flag", False)
@@ -68,8 +68,8 @@ class NanoVLM(Family):
         settings.only("lm_attn_scaling", 1.0)
         if settings.get("max_img_size") is not None and settings.option("do_image_splitting", True, [True, False]):
             raise CheckpointError(
-                f"{settings.where}: max_img_size={settings.get('max_img_size')} cuts pictures into tiles, which is not supported; "
-                "pretrained(.., do_image_splitting=False) reads them whole"
+                f"{settings.where}: max_img_size={settings.get('max_img_size')} splits pictures into tiles, which is not "
+                "supported; pretrained(.., do_image_splitting=False) reads a picture as one image"
             )
         image, vision = self._tokens(settings), self._vision_core(settings)
         core, tied = self._text_core(settings), settings.get("lm_tie_weights", True)
@@ -78,11 +78,11 @@ class NanoVLM(Family):
         )
         side, biased = settings.need("mp_pixel_shuffle_factor"), "MP.proj.bias" in names
         tower = Tower(image, vision, PixelShuffle(side, Linear(bias=biased)), causal=True)
-        # of SmolLM2's tokenizer, which is not in the folder: the end of a turn of a chat, or of a text
+        # the folder has no tokenizer; in that of SmolLM2, id 2 ends a turn of a chat, and id 0 a text
         end = 2 if "<|im_end|>" in settings.get("lm_chat_template", "") else 0
         head = NextToken(start_ids=(), stop_id=end, tied=tied, bias=False)
         words, logits = "decoder.token_embedding.weight", "decoder.head.weight"
-        if tied and words not in names:  # of two names of one tensor a file has the first
+        if tied and words not in names:  # a file has only one of two tied tensors
             words, logits = logits, words
         pairs: list[Pair] = [same("embeds.text.weight", words), same("core.norm.weight", "decoder.norm.weight")]
         if not tied:
@@ -93,7 +93,7 @@ class NanoVLM(Family):
         pairs += [
             same(f"embeds.image.connector.{kind}", f"MP.proj.{kind}") for kind in ("weight", "bias")[: 1 + biased]
         ]
-        pairs += moved(list(self._vision_pairs(vision, image)), TOWER, {})
+        pairs += nested_pairs(list(self._vision_pairs(vision, image)), TOWER, {})
         return Blueprint(
             {"image": tower, "text": text},
             core,
@@ -105,7 +105,7 @@ class NanoVLM(Family):
 
     def _tokens(self, settings: Settings) -> ClassTokens:
         patch, side = settings.need("vit_patch_size"), settings.need("vit_img_size")
-        # levels are divided by 255 and not normalised
+        # pixels are divided by 255 and not normalised
         fit = Fit(size=(side, side), filter="bilinear", by="pillow")
         of = ImagePatches(patch=patch, position="rotary", mean=0.0, std=1.0, edge="cut", fit=fit)
         return ClassTokens(of, count=0, table=(side // patch, side // patch))

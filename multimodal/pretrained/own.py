@@ -1,4 +1,4 @@
-"""A text model that was trained here, in the layout of Qwen3, which other programs know."""
+"""Exports a text model that was trained here as a Qwen3 model, which other programs can load."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.core import Core
 from multimodal.heads import NextToken
 from multimodal.model import Model
-from multimodal.pretrained.convert import given_back
+from multimodal.pretrained.convert import their_tensors
 from multimodal.pretrained.family import Blueprint
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer
@@ -24,12 +24,12 @@ STOP, START = "<|stop|>", "<|start|>"
 def as_qwen3(
     model: Model, blueprint_of: Callable[[Mapping[str, Any]], Blueprint]
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
-    """(configuration, tensors, files) of a folder that `AutoModelForCausalLM` loads.
+    """Return (config, tensors, files) of a folder that `AutoModelForCausalLM` loads.
 
-    The stop and the learned start become two more tokens at the end of the vocabulary.
+    The stop id and the learned start vector become two new tokens at the end of the vocabulary.
 
     Raises:
-        ConfigError: Qwen3 cannot hold the model; the message says what to declare instead.
+        ConfigError: the model does not fit Qwen3; the message says what to declare instead.
     """
     core, text = _parts(model)
     vocab, state = text.vocab_size or 0, model.state_dict()
@@ -69,11 +69,15 @@ def as_qwen3(
     # the logit of the start is 0, which may be the largest, so generation must suppress it
     writing = {"bos_token_id": vocab + 1, "eos_token_id": vocab, "suppress_tokens": [vocab + 1]}
     files = {"generation_config.json": _json(writing), **_tokenizer_files(text)}
-    return config, given_back(blueprint.pairs, weights), files
+    return config, their_tensors(blueprint.pairs, weights), files
 
 
 def _parts(model: Model) -> tuple[Core, Tokenizer]:
-    """The core and the tokenizer of a model of text alone."""
+    """The core and the tokenizer of a model with one text task.
+
+    Raises:
+        ConfigError: the model does not fit Qwen3.
+    """
     core, tasks = model.core.core, list(model.tasks)
     head = model.packer.heads[tasks[0]]
     if list(model.packer.tokenizers) != ["text"] or len(tasks) != 1 or tasks[0] not in ("-> text", "text -> text"):
@@ -92,18 +96,23 @@ def _parts(model: Model) -> tuple[Core, Tokenizer]:
 
 
 def _differs(name: str, value: Any, other: Any) -> bool:
-    """Whether a setting of the core differs from that of the layout and changes what it computes."""
-    if name in ("dropout", "drop_path", "kv_heads", "mlp_width"):  # training, and sizes that may be left to defaults
+    """Whether a setting of the core differs from that of Qwen3 and changes what it computes."""
+    if name in (
+        "dropout",
+        "drop_path",
+        "kv_heads",
+        "mlp_width",
+    ):  # only in training, or sizes whose defaults may be written as None
         return False
-    if name == "rotary_base":  # rows and columns of a text are 0
+    if name == "rotary_base":  # the other two bases do not matter: a text has row 0 and column 0
         return value[0] != other.rotary_base[0]
     return value != getattr(other, name)
 
 
 def _tokenizer_files(text: Tokenizer) -> dict[str, bytes]:
-    """tokenizer.json and what transformers wants beside it; none for lists of ids."""
+    """tokenizer.json and tokenizer_config.json; no files for a tokenizer of ids."""
     if isinstance(text, TextBytes):
-        alphabet = _letters_of_bytes()
+        alphabet = _byte_letters()
         made = HFTokenizer(models.BPE({letter: byte for byte, letter in enumerate(alphabet)}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
@@ -113,13 +122,15 @@ def _tokenizer_files(text: Tokenizer) -> dict[str, bytes]:
         return {}
     made.add_special_tokens([AddedToken(name, special=True) for name in (STOP, START)])
     if made.token_to_id(STOP) != text.vocab_size:
-        raise ConfigError("export: this tokenizer.json skips ids, so that the stop and the start would get wrong ids")
+        raise ConfigError(
+            "export: the ids in this tokenizer.json have gaps, so the stop and start tokens would get wrong ids"
+        )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": STOP, "bos_token": START}
     return {"tokenizer.json": made.to_str().encode("utf-8"), "tokenizer_config.json": _json(settings)}
 
 
-def _letters_of_bytes() -> list[str]:
-    """The letter that stands for each byte in byte-level tokenizers (Radford et al. 2019): itself where it can be printed."""
+def _byte_letters() -> list[str]:
+    """The character for each byte in byte-level tokenizers (Radford et al. 2019): printable bytes stand for themselves."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printed)
     letter_of = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -9,7 +9,7 @@ from multimodal.core import Core
 from multimodal.heads import NextToken
 from multimodal.layers import MLP, SelfAttention
 from multimodal.norm import Norm
-from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, moved
+from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, nested_pairs
 from multimodal.pretrained.llama import decoder_pairs, rotary_of, stop_of
 from multimodal.pretrained.pictures import image_processor
 from multimodal.pretrained.siglip_vision import TOWER, encoder_core, vision_pairs, vision_tokens
@@ -26,13 +26,13 @@ VISION = {
     "image_size": 224,
     "patch_size": 16,
 }
-"""The defaults of a configuration of SigLIP."""
+"""The default configuration of SigLIP."""
 
 
 class PaliGemma(Family):
-    """Writes about pictures: "image text -> text", where the text is "<bos>" + the prompt + a new line.
+    """Answers in text about a picture: "image text -> text", where the input text is "<bos>" + the prompt + "\\n".
 
-    Picture and text are bidirectional.
+    Attention over picture and prompt is bidirectional.
     """
 
     names = ("paligemma",)
@@ -43,7 +43,7 @@ class PaliGemma(Family):
         ends = {"eos_token_id": settings.get("eos_token_id", 1), "bos_token_id": settings.get("bos_token_id", 2)}
         text = Settings(f"{settings.where}, text_config", {**ends, **given[0]})
         vision = Settings(f"{settings.where}, vision_config", {**VISION, **given[1]})
-        # which id stands for a patch in their prompts; the loss of their training; sizes that the parts say too
+        # the placeholder id of a patch in their prompts; a setting of their loss; sizes that the inner configurations have too
         settings.ignore("image_token_index", "image_token_id", "ignore_index", "vocab_size", "hidden_size")
         settings.only("tie_word_embeddings", True)
 
@@ -55,20 +55,22 @@ class PaliGemma(Family):
         size = vision.get("image_size", 224)
         default = {"image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size}}
         processor = dict(image_processor(files, default))
-        # the number of tokens of a picture, which follows from its size
+        # the number of tokens of a picture, which we compute from its size
         processor.pop("image_seq_length", None)
         image, vision_core = vision_tokens(vision, processor), encoder_core(vision)
-        # of their other models and of counts; the projector has no activation
+        # settings of other models; a number that we compute; the projector uses no activation
         vision.ignore("num_image_tokens", "projection_dim", "projector_hidden_act", "vision_use_head", "vocab_size")
         for part in (text, vision):
             part.finish()
 
         text_prefix, vision_prefix = "language_model.model.", "vision_tower."
-        if any(name.startswith(f"{vision_prefix}vision_model.") for name in names):  # as versions before 5 write it
+        if any(
+            name.startswith(f"{vision_prefix}vision_model.") for name in names
+        ):  # transformers before version 5 writes it so
             vision_prefix += "vision_model."
         pairs: list[Pair] = [*decoder_pairs(core, text_prefix, tied=True)]
         pairs += affine("embeds.image.connector", "multi_modal_projector.linear")
-        pairs += moved(list(vision_pairs(vision_core, image, vision_prefix)), TOWER, {})
+        pairs += nested_pairs(list(vision_pairs(vision_core, image, vision_prefix)), TOWER, {})
         return Blueprint(
             {"image": Tower(image, vision_core, Linear()), "text": reads},
             core,
@@ -96,11 +98,11 @@ class PaliGemma(Family):
             )
         text.only("attention_bias", False)
         text.only("tie_word_embeddings", True)
-        # which their versions set where it is not said
+        # transformers sets it if it is missing
         text.only("use_bidirectional_attention", True)
-        # the tables that they allocate; a count that follows from the pictures
+        # the size of their position tables; a number that we compute
         text.ignore("max_position_embeddings", "num_image_tokens")
-        # an older name; what files of Gemma 1 call "gelu" was trained as its approximation
+        # hidden_act is the older name; Gemma 1 was trained with the tanh approximation, although files say "gelu"
         named = "hidden_activation" if text.get("hidden_activation") else "hidden_act"
         text.ignore("hidden_act", "hidden_activation")
         act: Any = "gelu_tanh" if text.get(named) == "gelu" else activation(text, named, "gelu_pytorch_tanh")

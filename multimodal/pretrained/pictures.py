@@ -1,4 +1,4 @@
-"""What encoders share: the preparation of pictures, classes, tasks, and the tensors of embeddings and blocks."""
+"""What encoder families share: image preprocessing, class names, tasks, and the pairs of embeddings and blocks."""
 
 import json
 import math
@@ -22,24 +22,24 @@ from multimodal_tokenizers import ImagePatches, Labels
 from multimodal_tokenizers.fit import image_settings
 
 PREPROCESSOR = "preprocessor_config.json"
-MOST_CLASSES = 2**20  # of a configuration without their names, lest memory ends before the tensors are seen
+MOST_CLASSES = 2**20  # if the configuration has no names, which are then made up: more might fill the memory
 OTHER_CLASSIFIERS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-"""How the classes of models end whose tensors a classifier of whole values has too."""
+"""Suffixes of model classes that do not classify whole values, although their tensors have the same names."""
 
 
 def sides(settings: Settings, name: str) -> tuple[int, int]:
-    """Rows and columns of a field that is one number for both, or two numbers."""
+    """(rows, columns) in a field that has one number for both, or two numbers."""
     value = settings.need(name)
     rows, columns = value if isinstance(value, (list, tuple)) else (value, value)
     return rows, columns
 
 
 def image_processor(files: Mapping[str, bytes], default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings for pictures in the files beside the weights; default: if there are none."""
+    """The image preprocessing in the files beside the weights; the default if there is none."""
     for name in (PREPROCESSOR, "processor_config.json"):
         if name in files:
             found = json.loads(files[name])
-            # newer versions write one file for all processors of a model
+            # newer versions of transformers write one file for all processors of a model
             found = found.get("image_processor", found if name == PREPROCESSOR else None)
             if found:
                 return found
@@ -47,7 +47,7 @@ def image_processor(files: Mapping[str, bytes], default: Mapping[str, Any]) -> M
 
 
 def patches(settings: Settings, processor: Mapping[str, Any]) -> ImagePatches:
-    """The pictures of a vision transformer; processor: how they are prepared, see `image_processor`."""
+    """The tokenizer of a vision transformer. processor: the image preprocessing, see `image_processor`."""
     rows, columns = sides(settings, "patch_size")
     if rows != columns:
         raise CheckpointError(f"{settings.where}: patch_size={(rows, columns)} is not supported; wanted squares")
@@ -59,19 +59,19 @@ def patches(settings: Settings, processor: Mapping[str, Any]) -> ImagePatches:
 
 
 def classes(settings: Settings) -> Labels:
-    """The names of the classes; to a name that occurs twice its number is added.
+    """The tokenizer of the classes. A name that occurs twice gets its class number as a suffix.
 
     Raises:
-        CheckpointError: its outputs are not classes of a whole value.
+        CheckpointError: the outputs are not classes of a whole value.
     """
     config, several = settings.config, settings.config.get("problem_type") == "multi_label_classification"
     for name in config.get("architectures") or ():
         if str(name).endswith(OTHER_CLASSIFIERS):
             raise CheckpointError(
-                f"{settings.where}: its tensors have the names of a classifier of whole values, but a {name} is none; save it as "
-                "the encoder alone"
+                f"{settings.where}: its tensors look like a classifier of whole values, but a {name} is none; save the "
+                "encoder alone"
             )
-    # the two classes of a configuration that names none are not written
+    # transformers does not write the default, two classes without names
     given, count = config.get("id2label"), settings.get("num_labels", 2)
     if not given and count > MOST_CLASSES:
         raise CheckpointError(
@@ -83,36 +83,36 @@ def classes(settings: Settings) -> Labels:
     names = [f"{name} ({i})" if times[name] > 1 else name for i, name in enumerate(names)]
     if config.get("problem_type") == "regression" or (len(names) == 1 and not several):
         raise CheckpointError(
-            f"{settings.where}: {len(names)} outputs with problem_type={config.get('problem_type')!r} are scores, and no "
-            "classes; save it as the encoder alone"
+            f"{settings.where}: {len(names)} outputs with problem_type={config.get('problem_type')!r} are scores, not "
+            "classes; save the encoder alone"
         )
     return Labels(tuple(names), several=several)
 
 
-def vectors(kind: str, pool: Pool, width: int) -> tuple[list[Task], list[Pair]]:
-    """The task of an encoder without a head, whose `Model.vectors` are its pooled states, and the pair of its unused scale."""
+def vector_task(kind: str, pool: Pool, width: int) -> tuple[list[Task], list[Pair]]:
+    """The task of an encoder without a head, whose `Model.vectors` are the pooled states, and the pair of its new, unused scale."""
     head = Contrast(width=width, pool=pool, maps=())
-    scale = new(f"readouts.{kind}__{kind}_Contrast.log_scale", lambda: torch.full((1,), math.log(1 / 0.07)))
+    scale = new_weight(f"readouts.{kind}__{kind}_Contrast.log_scale", lambda: torch.full((1,), math.log(1 / 0.07)))
     return [Task(f"{kind} <-> other:{kind}", head)], [scale]
 
 
-def new(ours: str, make: Callable[[], Tensor]) -> Pair:
-    """A weight of ours without a counterpart, initialised as in a new model; it is not exported."""
+def new_weight(ours: str, make: Callable[[], Tensor]) -> Pair:
+    """A weight of ours that they do not have; it gets the initial value of a new model, and is not exported."""
     return Pair(ours, (), make, lambda x: [])
 
 
-def classifier(kind: str, pool: Pool, labels: Labels, width: int, theirs: str) -> tuple[list[Task], list[Pair]]:
-    """The task of classifying a value of this kind, the pairs of its linear layer, and a new embedding of classes."""
+def classifier_task(kind: str, pool: Pool, labels: Labels, width: int, theirs: str) -> tuple[list[Task], list[Pair]]:
+    """The task that classifies values of this kind, and the pairs of its linear layer and of the class embedding, which is new."""
     pairs = affine("readouts.label_Classify.linear", theirs)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         table = labels.embed(width)
-    pairs += [new(f"embeds.label.{name}", x.detach().clone) for name, x in table.named_parameters()]
+    pairs += [new_weight(f"embeds.label.{name}", x.detach().clone) for name, x in table.named_parameters()]
     return [Task(f"{kind} -> label", Classify(pool=pool))], pairs
 
 
 def learned_pair(kind: str, theirs: Sequence[str], counts: Sequence[int], width: int) -> Pair:
-    """The learned tokens of `ClassTokens`, which they store as several tensors (1, count, D)."""
+    """The learned tokens (N, D) of `ClassTokens`, which they store as several tensors (1, count, D)."""
     return Pair(
         f"embeds.{kind}.tokens_ND",
         tuple(theirs),
@@ -124,7 +124,7 @@ def learned_pair(kind: str, theirs: Sequence[str], counts: Sequence[int], width:
 def embedding_pairs(
     kind: str, theirs: str, width: int, channels: int, patch: int, *, bias: bool = True, linear: str = "of.linear"
 ) -> Iterator[Pair]:
-    """The linear map of patches, which they store as a convolution; linear: its name within the embedding."""
+    """The linear layer that embeds patches, which they store as a convolution. linear: its name within our embedding."""
     ours = f"embeds.{kind}.{linear}"
     square = (width, channels, patch, patch)
     yield shaped(f"{ours}.weight", f"{theirs}.weight", (width, channels * patch**2), square)
@@ -133,20 +133,20 @@ def embedding_pairs(
 
 
 def positions_pair(kind: str, theirs: str, count: int, width: int) -> Pair:
-    """The learned positions of `ClassTokens`, which they store with a leading axis of size 1."""
+    """The learned positions (N, D) of `ClassTokens`, which they store as (1, N, D)."""
     return shaped(f"embeds.{kind}.positions_ND", theirs, (count, width), (1, count, width))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderBlock:
-    """A block of an encoder: its layers, and the names of their tensors within the block.
+    """A transformer block of an encoder: its layers, and the names of their tensors within the block.
 
     width, heads: of the core. hidden: hidden width of the MLP. activation, gated: of the MLP.
-    bias: which projections of the attention have a bias. mlp_bias: whether those of the MLP have.
-    merge: how a layer's output joins the stream; `scales` has the names of a LayerScale.
-    rotary: whether queries and keys have rotary positions, whose pairs are stored as halves.
-    projections, out, up, down, norms, scales: their names. `projections` are those of queries, keys and values, or one name if
-        they are one tensor; `up` has two names where the gate is a matrix of its own.
+    bias: which attention projections have a bias. mlp_bias: whether the linear layers of the MLP have one.
+    merge: how a layer's output is added to the residual stream.
+    rotary: whether queries and keys have rotary positions, stored as two halves.
+    projections, out, up, down, norms, scales: their tensor names. `projections`: of queries, keys and values, or one name if they
+        are one tensor. `up`: two names if the gate is a matrix of its own. `scales`: of the two LayerScales, if any.
     """
 
     width: int
@@ -167,18 +167,18 @@ class EncoderBlock:
 
     @property
     def layers(self) -> tuple[SelfAttention, MLP]:
-        """The declaration."""
+        """The declarations of its layers."""
         mlp = MLP(activation=self.activation, gated=self.gated, bias=self.mlp_bias, merge=self.merge)
         return SelfAttention(bias=self.bias, merge=self.merge), mlp
 
     def pairs(self, i: int, theirs: str) -> Iterator[Pair]:
-        """The tensors of block i; theirs: its name."""
+        """The pairs of block i. theirs: the prefix of its tensor names."""
         ours, width = f"core.blocks.{i}.layers", self.width
-        turn = width // self.heads if self.rotary else None
+        rotary_width = width // self.heads if self.rotary else None
         projections = [f"{theirs}.{name}" for name in self.projections]
-        turned = [turn, turn, None]
+        rotary_widths = [rotary_width, rotary_width, None]
         yield from attention_pairs(
-            attention_names(i), projections, f"{theirs}.{self.out}", [width] * 3, self.bias, turned
+            attention_names(i), projections, f"{theirs}.{self.out}", [width] * 3, self.bias, rotary_widths
         )
         up = "gate_up" if self.gated else "up"
         rows = [(1 + self.gated) * self.hidden // len(self.up)] * len(self.up)

@@ -1,4 +1,4 @@
-"""The encoders of CLIP and SigLIP (Zhai et al. 2023) as functions, also for models that contain one: PaliGemma, SmolVLM."""
+"""The encoders of CLIP and SigLIP (Zhai et al. 2023), also for models that contain one: PaliGemma and SmolVLM."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from multimodal_tokenizers import ClassTokens
 
 BIASES = ("query", "key", "value", "out")
 TOWER = {"embeds.image.": "embeds.image.frozen_part.embed.", "core.": "embeds.image.frozen_part.core."}
-"""By the prefix of our names in a model of its own, the prefix in a tower for pictures."""
+"""{prefix of our names in a model of this encoder alone: prefix in a tower of the kind "image"}."""
 
 
 def vision_tokens(
@@ -25,7 +25,7 @@ def vision_tokens(
 
 
 def encoder_core(settings: Settings, act: str = "gelu_pytorch_tanh", eps: float = 1e-6, **more: Any) -> Core:
-    """An encoder of pictures or texts; act, eps: the defaults of the configuration."""
+    """The core of an image or text encoder. act, eps: the defaults of `hidden_act` and `layer_norm_eps`."""
     mlp = MLP(activation=activation(settings, "hidden_act", act), gated=False, bias=True)
     return Core(
         width=settings.need("hidden_size"),
@@ -41,7 +41,7 @@ def encoder_core(settings: Settings, act: str = "gelu_pytorch_tanh", eps: float 
 
 
 def vision_pairs(core: Core, tokens: ClassTokens, theirs: str) -> Iterator[Pair]:
-    """The tensors; ours are named as in a model of its own with the kind "image". theirs: the prefix of their names."""
+    """The pairs of an image encoder; ours are named as in a model of this encoder alone. theirs: the prefix of their names."""
     of: Any = tokens.of
     yield from embedding_pairs("image", f"{theirs}embeddings.patch_embedding", core.width, 3, of.patch)
     yield same("embeds.image.positions_ND", f"{theirs}embeddings.position_embedding.weight")
@@ -51,7 +51,7 @@ def vision_pairs(core: Core, tokens: ClassTokens, theirs: str) -> Iterator[Pair]
 
 
 def encoder_pairs(core: Core, theirs: str) -> Iterator[Pair]:
-    """The tensors of all blocks."""
+    """The pairs of all blocks. theirs: the prefix of their names."""
     mlp: Any = core.blocks[0][1]
     block = EncoderBlock(
         width=core.width,

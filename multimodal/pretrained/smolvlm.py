@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from multimodal.pretrained.family import Blueprint, Family, Settings, moved, renamed, same
+from multimodal.pretrained.family import Blueprint, Family, Settings, nested_pairs, renamed, same
 from multimodal.pretrained.llama import Llama
 from multimodal.pretrained.pictures import image_processor
 from multimodal.pretrained.siglip_vision import TOWER, encoder_core, vision_pairs, vision_tokens
@@ -21,16 +21,16 @@ VISION = {
     "image_size": 224,
     "patch_size": 32,
 }
-"""The defaults of their configurations."""
+"""The default configuration of their vision encoder."""
 WORDS = {"model.": "model.text_model."}
 
 
 class SmolVLM(Family):
-    """Writes about pictures: "before:text image text -> text". Everything is causal, including the tokens of a picture.
+    """Answers in text about a picture: "before:text image text -> text". All tokens are causal, including those of a picture.
 
-    The tokens that their processor puts around a picture belong to the texts: `before` ends with
-    "<fake_token_around_image><global-img>", and `text` begins with "<fake_token_around_image>". Tiles are not supported: if the
-    files ask for them, `pretrained(.., do_image_splitting=False)` reads a picture as one.
+    Write the special tokens around a picture yourself: `before` ends with "<fake_token_around_image><global-img>", and `text`
+    begins with "<fake_token_around_image>". Tiles are not supported: if the files ask for them,
+    `pretrained(.., do_image_splitting=False)` reads a picture as one image.
     """
 
     names = ("idefics3", "smolvlm")
@@ -45,9 +45,9 @@ class SmolVLM(Family):
             raise CheckpointError(
                 f"{text.where}: model_type={text.need('model_type')!r} is not supported; wanted 'llama'"
             )
-        # which id stands for a token of a picture in their prompts; sizes that the parts say too
+        # the placeholder id of a picture in their prompts; sizes that the inner configurations have too
         settings.ignore("image_token_id", "_pad_token_id", "vocab_size")
-        # of their training, and of parts that released models do not have
+        # settings of training, and of parts that no released model has
         settings.ignore("use_reentrant_checkpointing")
         text.only("qk_layer_norms", False)
         text.only("use_resampler", False)
@@ -66,14 +66,14 @@ class SmolVLM(Family):
             processor["do_image_splitting"] = False
         image = vision_tokens(vision, processor, "nearest")
         vision_core = encoder_core(vision)
-        # how pictures are prepared is in a file of its own
+        # image preprocessing is in preprocessor_config.json
         vision.ignore("max_image_size", "size", "use_base_siglip", "tie_word_embeddings")
         for part in (text, vision):
             part.finish()
 
-        pairs = moved(words.pairs, {}, WORDS)
+        pairs = nested_pairs(words.pairs, {}, WORDS)
         pairs.append(same("embeds.image.connector.weight", "model.connector.modality_projection.proj.weight"))
-        pairs += moved(list(vision_pairs(vision_core, image, "model.vision_model.")), TOWER, {})
+        pairs += nested_pairs(list(vision_pairs(vision_core, image, "model.vision_model.")), TOWER, {})
         tower = Tower(image, vision_core, PixelShuffle(side, Linear(bias=False)), causal=True)
         head = words.tasks[0].head
         return Blueprint(
@@ -86,11 +86,11 @@ class SmolVLM(Family):
         )
 
     def peer_inputs(self, inputs: Mapping[str, Any], read: int) -> Mapping[str, Any]:
-        # by sample and picture
+        # they want the axes (sample, picture, C, Y, X)
         return {name: x[None] if name == "pixel_values" else x for name, x in inputs.items()}
 
 
 def _stops(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The stop ids, which newer models have in a file of their own."""
+    """The stop ids, which newer models have in generation_config.json."""
     found = json.loads(files.get("generation_config.json", b"{}"))
     return {name: found[name] for name in ("eos_token_id",) if found.get(name) is not None}

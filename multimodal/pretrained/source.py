@@ -1,4 +1,4 @@
-"""Where trained weights come from: a folder or file, a name on the Hugging Face hub, or a model object of transformers or timm."""
+"""Finds a pretrained model: a folder or file, a name on the Hugging Face hub, or a model object of transformers or timm."""
 
 import json
 import tempfile
@@ -17,18 +17,18 @@ from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.texts import short_repr, shortened
 
 CONFIG = "config.json"
-BESIDE = ("tokenizer.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
+OTHER_FILES = ("tokenizer.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of theirs, whose weights are not read yet.
+    """A pretrained model that was found; most of its weights are not read yet.
 
-    name: what the user gave.
-    config: its configuration.
-    tensors: its tensors by name; a tensor of a safetensors file is read when it is looked up.
+    name: the name, path or class that the user gave.
+    config: the content of config.json.
+    tensors: its tensors by name; a tensor in a safetensors file is read when it is looked up.
     files: by name, the contents of files beside the weights, such as tokenizer.json.
     revision: the commit on the hub; None: it is not from the hub.
     """
@@ -41,15 +41,16 @@ class Source:
 
 
 def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> Source:
-    """Find a model of theirs.
+    """Find a pretrained model.
 
-    source: a folder with config.json and weights, or a file of weights in one; a name on the hub such as "facebook/dinov2-small";
-        or a model object of transformers or timm.
-    revision: the branch, tag or commit of a hub name. pickle: whether a file of weights may be a pickle (.bin), which is read with
-        `weights_only`; else only safetensors are read.
+    source: a folder with config.json and weights, a file of weights in such a folder, a name on the hub such as
+        "facebook/dinov2-small", or a model object of transformers or timm.
+    revision: the branch, tag or commit to load from the hub.
+    pickle: whether weights may be a pickle (.bin), which is read with `torch.load(weights_only=True)`.
 
     Raises:
-        CheckpointError: no such model, or files that cannot be read. ConfigError: another kind of source.
+        CheckpointError: there is no such model, or its files cannot be read.
+        ConfigError: `source` is of another type.
     """
     if isinstance(source, torch.nn.Module):
         return _of_module(source)
@@ -71,7 +72,7 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
 
 def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, revision: str | None = None) -> Source:
     config = _json(folder / CONFIG)
-    files = {beside: _text(folder / beside) for beside in BESIDE if (folder / beside).is_file()}
+    files = {beside: _text(folder / beside) for beside in OTHER_FILES if (folder / beside).is_file()}
     found = [file] if file else [folder / name for name in (*WEIGHTS, *PICKLES) if (folder / name).is_file()]
     if not found:
         raise CheckpointError(f"{folder}: there are no weights here; wanted {' or '.join(WEIGHTS)}")
@@ -83,15 +84,15 @@ def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, 
     if any(part.suffix != ".safetensors" for part in parts):
         if not pickle:
             raise CheckpointError(
-                f"{weights}: a pickle, which is read only with pretrained(.., pickle=True), and then by weights_only, "
-                "which runs no code; safetensors are better"
+                f"{weights}: a pickle, which is read only with pretrained(.., pickle=True), and then with "
+                "torch.load(weights_only=True), which runs no code; use safetensors if there are any"
             )
         return Source(name, config, _read_pickles(parts), files, revision)
-    return Source(name, config, _Lazy(parts, file_of), files, revision)
+    return Source(name, config, _LazyTensors(parts, file_of), files, revision)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """By tensor, the file in the folder of an index that has it."""
+    """{name of a tensor: name of its file}, from an index file."""
     file_of = _json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
         raise CheckpointError(
@@ -104,7 +105,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _text(path: Path) -> bytes:
-    """The content of a file that is text in UTF-8."""
+    """The content of a file, which must be UTF-8 text."""
     data = path.read_bytes()
     try:
         data.decode("utf-8")
@@ -122,10 +123,10 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {shortened(error, 300)}") from None
 
 
-class _Lazy(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read when it is looked up.
+class _LazyTensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files; each is read when it is looked up.
 
-    said: by name, the file that an index says it is in; files of several versions of a model contradict it.
+    said: {name of a tensor: its file by the index}. Files of different versions of a model do not match their index.
     """
 
     def __init__(self, parts: list[Path], said: Mapping[str, str]) -> None:
@@ -138,11 +139,11 @@ class _Lazy(Mapping[str, Tensor]):
                 raise CheckpointError(f"{part}: cannot be read: {shortened(error, 300)}") from None
             if twice := sorted(names & set(self._file_of)):
                 raise CheckpointError(
-                    f"{part}: another file has a tensor {twice[0]!r} too; which of them counts is not known"
+                    f"{part}: another file has a tensor {twice[0]!r} too; remove the file that does not belong to the model"
                 )
             if missing := sorted(name for name, file in said.items() if file == part.name and name not in names):
                 raise CheckpointError(
-                    f"{part}: there is no tensor {missing[0]!r}, which the index says is here; get all files of one version"
+                    f"{part}: it has no tensor {missing[0]!r}, although the index says so; get all files of one version"
                 )
             self._file_of |= dict.fromkeys(names, opened)
 
@@ -161,7 +162,7 @@ def _read_pickles(parts: list[Path]) -> dict[str, Tensor]:
     for part in parts:
         try:
             state = torch.load(part, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged or foreign pickle raises
+        except Exception as error:  # a damaged or foreign pickle may raise any error
             raise CheckpointError(f"{part}: cannot be read: {type(error).__name__}: {shortened(error, 300)}") from None
         if not isinstance(state, Mapping) or not all(
             isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()
@@ -172,7 +173,7 @@ def _read_pickles(parts: list[Path]) -> dict[str, Tensor]:
 
 
 def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
-    wanted = [CONFIG, *BESIDE, "*.safetensors", "*.safetensors.index.json"]
+    wanted = [CONFIG, *OTHER_FILES, "*.safetensors", "*.safetensors.index.json"]
     folder, commit = fetch("pretrained", name, wanted, revision=revision)
     if pickle and not any((folder / weights).is_file() for weights in WEIGHTS):
         folder, _ = fetch("pretrained", name, [*wanted, "*.bin", "*.bin.index.json"], revision=commit)
@@ -182,15 +183,15 @@ def _of_hub(name: str, revision: str | None, pickle: bool) -> Source:
 def _of_module(module: torch.nn.Module) -> Source:
     name = type(module).__name__
     if hasattr(module, "save_pretrained") and hasattr(module, "config"):
-        # names in memory differ from those in files, so the module is saved and read
+        # tensor names in memory differ from those in files, so the module is saved and read
         with tempfile.TemporaryDirectory() as folder:
             module.save_pretrained(folder)  # type: ignore[operator]
             source = _of_folder(name, Path(folder), False)
             return Source(name, source.config, {key: x.clone() for key, x in source.tensors.items()}, source.files)
-    if hasattr(module, "pretrained_cfg"):  # of timm, whose models have no configuration file
-        from multimodal.pretrained.timm_vit import CLASSES, described
+    if hasattr(module, "pretrained_cfg"):  # a timm model, which has no configuration file
+        from multimodal.pretrained.timm_vit import CLASSES, module_config
 
-        config = {"model_type": f"timm:{name}", **(described(module) if name in CLASSES else {})}
+        config = {"model_type": f"timm:{name}", **(module_config(module) if name in CLASSES else {})}
         return Source(name, config, {key: x.clone() for key, x in module.state_dict().items()})
     raise ConfigError(
         f"pretrained: {name} is no model of transformers or timm; give a folder, a name on the hub, or such a model"
@@ -198,18 +199,18 @@ def _of_module(module: torch.nn.Module) -> Source:
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
-    """Write a folder in their layout.
+    """Write a folder that their library loads.
 
     Raises:
-        CheckpointError: the folder has files already.
+        CheckpointError: the folder has files already, or one of `files` has an unknown name.
     """
     from safetensors.torch import save_file
 
-    known = {*BESIDE, "tokenizer_config.json"}
+    known = {*OTHER_FILES, "tokenizer_config.json"}
     if foreign := [name for name in files if name not in known]:
-        # a checkpoint that others made could name any place on this machine
+        # a checkpoint from somebody else could name any path on this machine
         raise CheckpointError(
-            f"{folder}: a file {foreign[0]!r} is none that is written here; there are {', '.join(sorted(known))}"
+            f"{folder}: export does not write files named {foreign[0]!r}; known names are {', '.join(sorted(known))}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there are files here already; choose another folder")

@@ -6,18 +6,18 @@ from typing import ClassVar
 
 from multimodal.heads.pool import First, Transformed
 from multimodal.pretrained.family import Blueprint, Family, Settings, same
-from multimodal.pretrained.pictures import PREPROCESSOR, classes, classifier, vectors
+from multimodal.pretrained.pictures import PREPROCESSOR, classes, classifier_task, vector_task
 from multimodal.pretrained.vit import TOKENS, encoder_block, encoder_core, encoder_pairs
 from multimodal.shapes import CheckpointError
 from multimodal.tokenizer import Tokenizer
 from multimodal_tokenizers import ClassTokens, SpectrogramPatches
 
 UNUSED = ("feature_extractor_type", "processor_class", "feature_size", "return_attention_mask", "padding_side")
-"""Fields of the preprocessor that do not change the numbers."""
+"""Fields of preprocessor_config.json that do not change the spectrogram."""
 
 
 def sound(settings: Settings, files: Mapping[str, bytes]) -> SpectrogramPatches:
-    """The tokenizer, as the configuration and preprocessor_config.json declare it."""
+    """The tokenizer that the configuration and preprocessor_config.json describe."""
     patch, stride = settings.need("patch_size"), settings.need("frequency_stride")
     settings.only("time_stride", stride)
     frames, mels = settings.need("max_length"), settings.need("num_mel_bins")
@@ -40,9 +40,9 @@ def sound(settings: Settings, files: Mapping[str, bytes]) -> SpectrogramPatches:
 
 
 class AST(Family):
-    """Sound encoders of a fixed length, with two learned tokens and learned positions.
+    """Encoders of sounds of a fixed duration, with two learned tokens and learned positions.
 
-    Options: cut, False by default, which refuses a longer sound; True reads its beginning, as transformers silently does.
+    Options: cut, False by default. False: a longer sound raises an error. True: it is cut at its end, as transformers does.
     """
 
     names = ("audio-spectrogram-transformer",)
@@ -58,10 +58,10 @@ class AST(Family):
         if "classifier.dense.weight" in names:
             tokenizers["label"] = labels = classes(settings)
             pool = Transformed(First(2), last_norm=core.norm)
-            tasks, more = classifier("audio", pool, labels, core.width, "classifier.dense")
+            tasks, more = classifier_task("audio", pool, labels, core.width, "classifier.dense")
             for part in ("weight", "bias"):
                 more.append(same(f"readouts.label_Classify.pool.last_norm.{part}", f"classifier.layernorm.{part}"))
         else:
-            tasks, more = vectors("audio", First(2), core.width)
+            tasks, more = vector_task("audio", First(2), core.width)
         pairs = encoder_pairs("audio", audio, core, block, prefix, TOKENS["deit"], 1, "of")
         return Blueprint(tokenizers, core, tasks, [*pairs, *more])

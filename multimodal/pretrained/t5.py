@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020), both versions: encoder and decoder, and the encoder alone."""
+"""T5 (Raffel et al. 2020), versions 1.0 and 1.1: encoder and decoder, or the encoder alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -22,16 +22,16 @@ from multimodal.pretrained.family import (
     transposed,
 )
 from multimodal.pretrained.llama import stop_of
-from multimodal.pretrained.pictures import vectors
+from multimodal.pretrained.pictures import vector_task
 from multimodal.pretrained.texts import adds_tokens, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
 
 
 class T5(Family):
-    """Encoder-decoders with bucketed relative position biases, which all layers share.
+    """Encoder-decoders with a bucketed relative position bias, which all layers share.
 
-    An encoder alone has the pair "text <-> other:text", whose vectors are the mean of all states.
+    An encoder alone has the task "text <-> other:text", whose vector is the mean of all states.
     """
 
     names = ("t5",)
@@ -39,7 +39,7 @@ class T5(Family):
 
     def read(self, settings: Settings, files: Mapping[str, bytes], names: Sequence[str]) -> Blueprint:
         width = settings.need("d_model")
-        # two that follow from feed_forward_proj, numbers of tables that they allocate, and settings of writing
+        # two copies of what feed_forward_proj says, the size of a table, and generation settings
         settings.ignore("dense_act_fn", "is_gated_act", "n_positions", "output_past", "task_specific_params")
         settings.only("is_decoder", False)
         settings.ignore("is_encoder_decoder")  # the tensors say it
@@ -53,11 +53,11 @@ class T5(Family):
         copies = {f"{part}.embed_tokens.weight": "shared.weight" for part in ("encoder", "decoder")}
         pairs = [same("embeds.text.weight", "shared.weight")]
         if not any(name.startswith("decoder.") for name in names):
-            tasks, more = vectors("text", Mean(), width)
+            tasks, more = vector_task("text", Mean(), width)
             pairs += [*core_pairs(reader, "core", "encoder"), *more]
             return Blueprint({"text": text}, reader, tasks, pairs, copies)
         pairs += [*core_pairs(reader, "core.reader", "encoder"), *core_pairs(writer, "core.writer", "decoder")]
-        # the second version has a matrix of its own behind the decoder, whatever a newer configuration says
+        # version 1.1 has a head of its own, even if a newer configuration says that it is tied
         tied = scaled or "lm_head.weight" not in names
         if tied:
             copies["lm_head.weight"] = "shared.weight"
@@ -65,7 +65,7 @@ class T5(Family):
             pairs.append(same("readouts.text_NextToken.linear.weight", "lm_head.weight"))
         scale = width**-0.5 if scaled else 1.0
         head = NextToken(start_ids=(start,), stop_id=stop, tied=tied, bias=False, scale=scale)
-        # a table that the first files hold and no layer reads
+        # a table in the original files that no layer reads
         spare = [r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"]
         core = EncoderDecoder(reader=reader, writer=writer)
         return Blueprint({"text": text}, core, [Task("text -> text", head)], pairs, copies, spare=spare)
@@ -79,7 +79,7 @@ def core_of(settings: Settings, depth: int, *, writes: bool) -> Core:
         reach=settings.get("relative_attention_max_distance", 128),
         directed=not writes,
     )
-    # some have a number of heads that does not divide the width
+    # in some models the number of heads does not divide the width
     divides = width % (2 * heads) == 0
     own: dict[str, Any] = {
         "heads": None if divides else heads,
@@ -107,7 +107,7 @@ def core_of(settings: Settings, depth: int, *, writes: bool) -> Core:
 
 
 def core_pairs(core: Core, ours: str, theirs: str) -> Iterator[Pair]:
-    """The tensors of the encoder or the decoder."""
+    """The pairs of the encoder or the decoder. ours, theirs: the prefixes of the names."""
     yield same(f"{ours}.norm.weight", f"{theirs}.final_layer_norm.weight")
     table = "body.attention.mechanism.prior_weights.0.table"
     bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -1,4 +1,4 @@
-"""What trained text models share: their tokenizers, and the heads of encoders."""
+"""What text families share: tokenizers, and the heads of text encoders."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def adds_tokens(files: Mapping[str, bytes]) -> bool:
-    """Whether tokenizer.json adds tokens to a text, such as one at its beginning."""
+    """Whether tokenizer.json adds special tokens to a text, such as one at its beginning."""
     return (
         TOKENIZER in files
         and HFTokenizer.from_str(files[TOKENIZER].decode("utf-8")).num_special_tokens_to_add(is_pair=False) > 0
@@ -24,7 +24,7 @@ def adds_tokens(files: Mapping[str, bytes]) -> bool:
 
 
 def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bool = True, **options: Any) -> Tokenizer:
-    """The tokenizer of tokenizer.json, with as many ids as the model has; without that file, `Ids`."""
+    """The tokenizer in tokenizer.json, with the vocabulary size of the model; without that file, `Ids`."""
     vocab = settings.need("vocab_size")
     if TOKENIZER not in files:
         return Ids(vocab, causal, **{name: options[name] for name in ("scale",) if name in options})
@@ -33,16 +33,19 @@ def text_tokenizer(settings: Settings, files: Mapping[str, bytes], *, causal: bo
 
 
 def check_head(settings: Settings, *, tied: bool, bare: bool) -> None:
-    """Raise a CheckpointError if a model that writes was saved without its head, and no other tensor has the head's numbers."""
+    """Raise a CheckpointError if a model that generates text was saved without its head, and the head is not tied to the embedding.
+
+    bare: whether it was saved without its head.
+    """
     if bare and not tied:
         raise CheckpointError(
-            f"{settings.where}: it was saved without its head, and tie_word_embeddings=False says that the table of embeddings is "
-            "none, so that it cannot write; save the model with its head"
+            f"{settings.where}: it was saved without its head, and tie_word_embeddings=False says that the embedding table is not "
+            "the head, so it cannot generate text; save the model with its head"
         )
 
 
 def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) -> list[Pair]:
-    """The tensors of a linear layer and of the norm after it, as far as declared; dense, norm: their names."""
+    """The pairs of a linear layer and of the norm after it, if declared. dense, norm: their names of both."""
     found = [same(f"{ours}.dense.linear.{part}", f"{dense}.{part}") for part in ("weight", "bias")]
     found = found if transform.bias else found[:1]
     if transform.last_norm is not None:
@@ -51,8 +54,8 @@ def transformed_pairs(transform: Transformed, ours: str, dense: str, norm: str) 
     return found
 
 
-def filling_pairs(head: EachRow, dense: str, norm: str, weight: str, bias: str) -> list[Pair]:
-    """The tensors of the masked-language-modelling head of "text -> text"; weight, bias: of its logits."""
+def mlm_head_pairs(head: EachRow, dense: str, norm: str, weight: str, bias: str) -> list[Pair]:
+    """The pairs of the masked-language-modelling head of "text -> text". weight, bias: their names of its last linear layer."""
     ours = "readouts.text_EachRow"
     assert head.transform is not None
     found = transformed_pairs(head.transform, f"{ours}.pool", dense, norm)

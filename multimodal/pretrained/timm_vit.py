@@ -1,4 +1,4 @@
-"""Objects of timm's VisionTransformer: ViT, DeiT, DINOv2, and the image encoders of CLIP and SigLIP."""
+"""VisionTransformer objects of timm: ViT, DeiT, DINOv2, and the image encoders of CLIP and SigLIP."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,11 +14,11 @@ from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, affi
 from multimodal.pretrained.pictures import (
     EncoderBlock,
     classes,
-    classifier,
+    classifier_task,
     embedding_pairs,
     learned_pair,
     positions_pair,
-    vectors,
+    vector_task,
 )
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.tokenizer import Tokenizer
@@ -30,16 +30,16 @@ ACTIVATIONS = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu
 PARTS = {
     *("PatchEmbed", "Block", "Attention", "Mlp", "LayerScale", "AttentionPoolLatent", *CLASSES),
     *("Conv2d", "Linear", "LayerNorm", "Identity", "Sequential", "GELU", *ACTIVATIONS),
-    *("Dropout", "DropPath", "PatchDropout"),  # of training alone
+    *("Dropout", "DropPath", "PatchDropout"),  # only in training
 }
-"""Classes of modules whose meaning is known here."""
+"""Classes of submodules that are supported."""
 
 
-def described(module: nn.Module) -> dict[str, Any]:
-    """What such a module computes, as a configuration of JSON values.
+def module_config(module: nn.Module) -> dict[str, Any]:
+    """The configuration of a timm module, as JSON values.
 
     Raises:
-        CheckpointError: a part that is not supported.
+        CheckpointError: a submodule or setting is not supported.
     """
     import timm.data
 
@@ -47,7 +47,7 @@ def described(module: nn.Module) -> dict[str, Any]:
     where = type(module).__name__
     for name, part in module.named_modules():
         if type(part).__name__ not in PARTS:
-            raise CheckpointError(f"{where}: {name} is {type(part).__name__}, which is not known here")
+            raise CheckpointError(f"{where}: {name} is {type(part).__name__}, which is not supported")
     block, patch = vit.blocks[0], vit.patch_embed
     eps = sorted({part.eps for part in module.modules() if isinstance(part, nn.LayerNorm)})
     activations = {_activation(part) for part in module.modules() if _activation(part)}
@@ -67,9 +67,9 @@ def described(module: nn.Module) -> dict[str, Any]:
         ("blocks.0.mlp.norm", block.mlp.norm),
     ):
         if not isinstance(part, nn.Identity):
-            raise CheckpointError(f"{where}: {name} is {type(part).__name__}, which is not known here")
+            raise CheckpointError(f"{where}: {name} is {type(part).__name__}, which is not supported")
     if block.attn.gate is not None:
-        raise CheckpointError(f"{where}: blocks.0.attn.gate is not known here")
+        raise CheckpointError(f"{where}: blocks.0.attn.gate is not supported")
     data = timm.data.resolve_model_data_config(module)
     if not vit.dynamic_img_size:
         data = {**data, "input_size": (vit.in_chans, *patch.img_size)}
@@ -110,14 +110,14 @@ def described(module: nn.Module) -> dict[str, Any]:
 
 
 def _activation(part: nn.Module) -> str | None:
-    """Our name of the activation that a module is; None: it is none."""
+    """Our name of an activation module; None: the module is no activation."""
     if isinstance(part, nn.GELU):
         return "gelu" if part.approximate == "none" else "gelu_tanh"
     return "gelu" if type(part).__name__ == "GELU" else ACTIVATIONS.get(type(part).__name__)
 
 
 def _labels(vit: Any, cfg: Mapping[str, Any]) -> dict[str, str]:
-    """The names of the classes by number."""
+    """{class number: class name}."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     count = vit.num_classes
@@ -130,7 +130,7 @@ def _labels(vit: Any, cfg: Mapping[str, Any]) -> dict[str, str]:
 
 
 class TimmViT(Family):
-    """timm's VisionTransformer; `Model.export` writes timm's own names, which `load_state_dict` takes."""
+    """timm's VisionTransformer. `Model.export("timm", folder)` writes timm's tensor names, for its `load_state_dict`."""
 
     names = tuple(f"timm:{name}" for name in CLASSES)
     peers: ClassVar = {"image <-> other:image": "timm", "image -> label": "timm"}
@@ -177,10 +177,10 @@ class TimmViT(Family):
         labels = classes(settings)
         if settings.need("num_classes"):
             tokenizers["label"] = labels
-            tasks, more = classifier("image", pool, labels, width, "head")
+            tasks, more = classifier_task("image", pool, labels, width, "head")
             readout = "readouts.label_Classify.pool"
         else:
-            tasks, more = vectors("image", pool, width)
+            tasks, more = vector_task("image", pool, width)
             readout = "readouts.image__image_Contrast.pool"
         pairs = [
             *self._embedding(image, learned, settings.need("patch_bias"), width),
@@ -194,7 +194,7 @@ class TimmViT(Family):
         return Blueprint(tokenizers, core, tasks, pairs)
 
     def _image(self, settings: Settings) -> ClassTokens:
-        """The pictures, prepared as timm's transform for evaluation does."""
+        """The image tokenizer, with the preprocessing of timm's evaluation transform."""
         rows, columns = settings.need("patch_size")
         settings.only("channels", 3, 1)
         if rows != columns:
@@ -210,27 +210,29 @@ class TimmViT(Family):
         return ClassTokens(of, int(count), settings.need("placed"), table, "antialiased")
 
     def _pool(self, settings: Settings, norm: Norm, block: EncoderBlock, learned: int) -> Pool:
-        """The pool before the linear layer."""
+        """The pool before the last linear layer."""
         kind, classified = settings.get("pool"), settings.need("num_classes")
         if settings.need("distilled"):
             if classified:
                 raise CheckpointError(
-                    f"{settings.where}: it has two classifiers, whose answers it averages, and ours has one; "
+                    f"{settings.where}: it averages two classifiers, and our model has one; "
                     "call its reset_classifier(0) first"
                 )
             pool: Pool = First(2)
         elif kind == "map":
             if learned and not settings.need("pool_include_prefix"):
-                raise CheckpointError(f"{settings.where}: its pool by attention leaves {learned} learned tokens out")
+                raise CheckpointError(
+                    f"{settings.where}: its attention pool leaves out the {learned} learned tokens, which ours cannot"
+                )
             heads, hidden = settings.need("pool_heads"), settings.need("pool_hidden")
             pool = Attended(heads, hidden, block.activation, norm)
         elif kind == "avg":
             pool = Mean(0 if settings.need("pool_include_prefix") else learned)
         elif kind == "token" or (not kind and not classified):
-            # without a pool it returns the states themselves
+            # without a pool, timm's module returns all states
             pool = First() if learned else Mean()
         else:
-            raise CheckpointError(f"{settings.where}: global_pool={kind!r} is not known here")
+            raise CheckpointError(f"{settings.where}: global_pool={kind!r} is not supported")
         settings.ignore("pool_include_prefix", "pool_heads", "pool_hidden")
         return Transformed(pool, last_norm=norm) if settings.need("pool_norm") else pool
 
@@ -250,7 +252,7 @@ def _query_key_norms(i: int) -> list[Pair]:
 
 
 def _pool_pairs(pool: Pool, ours: str) -> Iterator[Pair]:
-    """The weights of a pool."""
+    """The pairs of a pool. ours: the prefix of our names."""
     if isinstance(pool, Transformed):
         yield from affine(f"{ours}.last_norm", "fc_norm")
         yield from _pool_pairs(pool.of, f"{ours}.of")

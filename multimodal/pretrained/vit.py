@@ -10,14 +10,14 @@ from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, acti
 from multimodal.pretrained.pictures import (
     EncoderBlock,
     classes,
-    classifier,
+    classifier_task,
     embedding_pairs,
     image_processor,
     learned_pair,
     patches,
     positions_pair,
     sides,
-    vectors,
+    vector_task,
 )
 from multimodal.shapes import CheckpointError
 from multimodal.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def encoder_block(settings: Settings) -> EncoderBlock:
 
 
 def encoder_core(settings: Settings, block: EncoderBlock, eps: float = 1e-12) -> Core:
-    """A core of such blocks."""
+    """A core of these blocks. eps: the default of `layer_norm_eps`."""
     return Core(
         width=block.width,
         depth=settings.need("num_hidden_layers"),
@@ -67,7 +67,7 @@ class ViT(Family):
         block = encoder_block(settings)
         core = encoder_core(settings, block)
         rows, columns = sides(settings, "image_size")
-        # of masked image modelling, whose decoder is refused as an unknown tensor
+        # used only by the decoder for masked image modelling, whose tensors raise an error as unknown
         settings.ignore("encoder_stride")
         default = {"image_processor_type": PROCESSORS[family], "size": {"height": rows, "width": columns}}
         if family == "deit":
@@ -84,19 +84,19 @@ class ViT(Family):
         pairs = list(encoder_pairs("image", image, core, block, prefix, learned))
         if "distillation_classifier.weight" in names:
             raise CheckpointError(
-                f"{settings.where}: it has two classifiers, whose answers it averages, and ours has one; save it as a "
+                f"{settings.where}: it averages two classifiers, and our model has one; save it as a "
                 "DeiTForImageClassification"
             )
         if "classifier.weight" in names:
             tokenizers["label"] = labels = classes(settings)
-            tasks, more = classifier("image", First(), labels, core.width, "classifier")
+            tasks, more = classifier_task("image", First(), labels, core.width, "classifier")
         elif "pooler.dense.weight" in names:
-            tasks, more = vectors("image", pooled, core.width)
+            tasks, more = vector_task("image", pooled, core.width)
             ours = "readouts.image__image_Contrast.pool.dense.linear"
             more += [same(f"{ours}.{part}", f"pooler.dense.{part}") for part in ("weight", "bias")]
         else:
-            tasks, more = vectors("image", First(), core.width)
-        # which hides patches in training alone
+            tasks, more = vector_task("image", First(), core.width)
+        # the mask token replaces hidden patches in pretraining; nothing reads it later
         return Blueprint(tokenizers, core, tasks, pairs + more, spare=[r".*embeddings\.mask_token"])
 
 
@@ -110,9 +110,9 @@ def encoder_pairs(
     channels: int = 3,
     linear: str = "of.linear",
 ) -> Iterator[Pair]:
-    """The tensors of an encoder of the layout that ViT, DeiT, DINOv2 and AST share.
+    """The pairs of an encoder; ViT, DeiT, DINOv2 and AST share these tensor names.
 
-    prefix: of all names. learned: the names of the learned tokens. channels: of a patch. linear: see `embedding_pairs`.
+    prefix: of all their names. learned: their names of the learned tokens. channels: of a patch. linear: see `embedding_pairs`.
     """
     assert tokens.table is not None
     theirs, width = f"{prefix}embeddings", core.width

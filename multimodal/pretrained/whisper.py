@@ -11,7 +11,7 @@ from multimodal.heads.pool import Mean, Transformed
 from multimodal.layers import MLP, CrossAttention, SelfAttention
 from multimodal.norm import Norm
 from multimodal.pretrained.family import Blueprint, Family, Pair, Settings, activation, affine, attention_pairs, same
-from multimodal.pretrained.pictures import classes, classifier
+from multimodal.pretrained.pictures import classes, classifier_task
 from multimodal.pretrained.texts import check_head, text_tokenizer
 from multimodal.shapes import CheckpointError
 from multimodal.task import Task
@@ -40,7 +40,7 @@ class Whisper(Family):
         settings.only("scale_embedding", False)
         settings.only("is_encoder_decoder", True)
         settings.only("use_weighted_layer_sum", False)
-        # of word times, of new weights, and of training; the depth is named by encoder and decoder too
+        # settings of word times, initial weights and training; a depth that encoder_layers and decoder_layers have too
         settings.ignore("median_filter_width", "init_std", "num_hidden_layers")
         settings.ignore("encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment")
         settings.ignore(*(name for name in settings.config if name.startswith(("mask_time_", "mask_feature_"))))
@@ -78,19 +78,19 @@ class Whisper(Family):
         )
 
     def _classifier(self, settings: Settings, reader: Core, audio: WhisperFrames) -> Blueprint:
-        """A classifier on the encoder alone: the mean of the states, a linear layer, and another one onto classes."""
+        """A classifier on the encoder: the mean of its states, a linear layer, and the linear layer of the classes."""
         writing = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "decoder_start_token_id")
         settings.ignore(*writing, "eos_token_id", "bos_token_id", "vocab_size", "tie_word_embeddings")
         width, labels = settings.get("classifier_proj_size", 256), classes(settings)
-        # they map each state and then take the mean, which is the same
+        # they apply the linear layer before the mean, which gives the same vector
         pool = Transformed(Mean(), dense="linear", out=width)
-        tasks, more = classifier("audio", pool, labels, reader.width, "classifier")
+        tasks, more = classifier_task("audio", pool, labels, reader.width, "classifier")
         more += affine("readouts.label_Classify.pool.dense.linear", "projector")
         pairs = [*_stem("encoder."), *_blocks("core", "encoder", reader, crosses=False)]
         return Blueprint({"audio": audio, "label": labels}, reader, tasks, [*pairs, *more])
 
     def _head(self, settings: Settings, files: Mapping[str, bytes], tied: bool) -> NextToken:
-        # newer models have these in generation_config.json, which overrides the configuration
+        # newer models have these fields in generation_config.json, which overrides config.json
         names = (
             "suppress_tokens",
             "begin_suppress_tokens",
@@ -104,7 +104,9 @@ class Whisper(Family):
         vocab = settings.need("vocab_size")
         start, stop = writing["decoder_start_token_id"], writing["eos_token_id"]
         if start is None or stop is None:
-            raise CheckpointError(f"{settings.where}: it names no decoder_start_token_id and eos_token_id")
+            raise CheckpointError(
+                f"{settings.where}: decoder_start_token_id or eos_token_id is missing in config.json and generation_config.json"
+            )
 
         def allowed(name: str) -> tuple[int, ...]:
             return tuple(i for i in writing.get(name) or () if 0 <= i < vocab)
@@ -133,7 +135,7 @@ def _stem(theirs: str) -> Iterator[Pair]:
 
 
 def _blocks(ours: str, theirs: str, core: Core, *, crosses: bool) -> Iterator[Pair]:
-    """The tensors of the encoder, or with `crosses` of the decoder."""
+    """The pairs of the encoder, or with `crosses` of the decoder."""
     yield same(f"{ours}.times.weight", f"{theirs}.embed_positions.weight")
     yield from affine(f"{ours}.norm", f"{theirs}.layer_norm")
     for i in range(core.depth):
@@ -150,7 +152,7 @@ def _blocks(ours: str, theirs: str, core: Core, *, crosses: bool) -> Iterator[Pa
 
 
 def _attention(ours: str, theirs: str, core: Core) -> Iterator[Pair]:
-    """An attention layer, over the stream itself or over the encoder's states."""
+    """The pairs of a self-attention or cross-attention layer."""
     projections = [f"{theirs}.{part}_proj" for part in "qkv"]
     return attention_pairs(f"{ours}.body.attention", projections, f"{theirs}.out_proj", [core.width] * 3, BIAS)
 
@@ -160,11 +162,11 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _prompt_ids(settings: Settings, writing: Mapping[str, Any]) -> list[int]:
-    """The ids after the start, as far as the model has them: of the language, the task, and an answer without timestamps."""
+    """The ids after the start token: language, task and "no timestamps", as far as the model has them."""
     forced = dict(writing.get("forced_decoder_ids") or ())
     languages = {name.strip("<|>"): i for name, i in (writing.get("lang_to_id") or {}).items()}
     tasks = writing.get("task_to_id") or {}
-    if not languages:  # an English-only model, or one that always begins alike
+    if not languages:  # an English-only model, or one with a fixed prompt
         return [forced[place] for place in sorted(forced) if forced[place] is not None]
     language = settings.option("language", "en" if "en" in languages else next(iter(languages)), list(languages))
     task = settings.option("task", "transcribe", list(tasks))
@@ -180,7 +182,7 @@ def _check_sound(where: str, files: Mapping[str, bytes], mels: int) -> None:
     settings.only("padding_value", 0.0)
     settings.only("do_normalize", False)
     settings.only("dither", 0.0)
-    # the duration follows from the positions; files of older versions hold the bands themselves
+    # the duration follows from the number of positions; older files contain the mel filters, which we compute
     settings.ignore("feature_extractor_type", "processor_class", "chunk_length", "n_samples", "nb_max_frames")
     settings.ignore("padding_side", "return_attention_mask", "mel_filters")
     settings.finish()

@@ -130,7 +130,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"extra": 4}, given, r"has extra, which this version does not know")
     refused({"hidden_act": "mish"}, given, r"hidden_act='mish' is not supported")
     refused({"use_swiglu_ffn": True}, given, r"there is no tensor 'encoder.layer.0.mlp.weights_in")
-    refused({"image_size": 20}, given, r"position_embeddings \(1, 17, 32\): by the configuration .* \(26, 32\)")
+    refused({"image_size": 20}, given, r"position_embeddings \(1, 17, 32\): the configuration needs .* \(26, 32\)")
     processor = transformers.BitImageProcessor(size={"shortest_edge": 24}, do_rescale=False)
     processor.save_pretrained(given)
     refused({}, given, r"preprocessor_config.json: image_settings: do_rescale=False")

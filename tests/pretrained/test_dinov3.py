@@ -117,7 +117,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"extra": 4}, given, r"has extra, which this version does not know")
     refused({"hidden_act": "mish"}, given, r"hidden_act='mish' is not supported")
     refused({"use_gated_mlp": True}, given, r"there is no tensor 'layer.0.mlp.gate_proj.weight'")
-    refused({"num_register_tokens": 2}, given, r"register_tokens \(1, 3, 32\): by the configuration .* \(3, 32\)")
+    refused({"num_register_tokens": 2}, given, r"register_tokens \(1, 3, 32\): the configuration needs .* \(3, 32\)")
     refused({"key_bias": True}, given, r"there is no tensor 'layer.0.attention.k_proj.bias'")
 
 

@@ -93,4 +93,4 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"scale_attn_by_inverse_layer_idx": True}, given, r"scale_attn_by_inverse_layer_idx=True is not supported")
     refused({"n_layer": 4}, given, r"there is no tensor 'transformer.h.3")
     refused({"n_layer": 2}, given, r"nothing uses the tensor 'transformer.h.2")
-    refused({"n_inner": 64}, given, r"c_fc.weight \(32, 128\): by the configuration they should make .* \(64, 32\)")
+    refused({"n_inner": 64}, given, r"c_fc.weight \(32, 128\): the configuration needs .* \(64, 32\)")

@@ -116,7 +116,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused(
         {"intermediate_size": 64},
         given,
-        r"gate_proj.weight \(48, 32\), .*up_proj.weight \(48, 32\): by the configuration they should make .* \(128, 32\)",
+        r"gate_proj.weight \(48, 32\), .*up_proj.weight \(48, 32\): the configuration needs .* \(128, 32\)",
     )
     refused({"num_hidden_layers": 4}, given, r"there is no tensor 'model.layers.3")
     refused({"num_hidden_layers": 2}, given, r"nothing uses the tensor 'model.layers.2")

@@ -264,7 +264,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"vit_windows": 4}, given, r"has vit_windows, which this version does not know")
     refused({"vit_cls_flag": True}, given, r"vit_cls_flag=True is not supported")
     refused({"lm_attn_scaling": 0.5}, given, r"lm_attn_scaling=0.5 is not supported")
-    refused({"max_img_size": 2048}, given, r"max_img_size=2048 cuts pictures into tiles.*do_image_splitting=False")
+    refused({"max_img_size": 2048}, given, r"max_img_size=2048 splits pictures into tiles.*do_image_splitting=False")
     config = json.loads((given / "config.json").read_text(encoding="utf-8"))
     newer = {**config, "max_img_size": 2048, "lm_chat_template": "<|im_start|>{{ text }}<|im_end|>"}
     (given / "config.json").write_text(json.dumps(newer), encoding="utf-8")

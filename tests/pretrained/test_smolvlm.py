@@ -244,5 +244,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"vision_config": {**vision, "num_channels": 1}}, given, r"num_channels=1 is not supported")
     refused({"vision_config": {**vision, "windows": 2}}, given, r"vision_config: its configuration has windows")
     refused(
-        {"scale_factor": 4}, given, r"modality_projection.proj.weight \(32, 96\): by the configuration .* \(32, 384\)"
+        {"scale_factor": 4},
+        given,
+        r"modality_projection.proj.weight \(32, 96\): the configuration needs .* \(32, 384\)",
     )

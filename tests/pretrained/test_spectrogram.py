@@ -158,7 +158,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     given = saved(build("encoder"), tmp_path)
     refused({"extra": 4}, given, r"has extra, which this version does not know")
     refused({"time_stride": 4}, given, r"time_stride=4 is not supported; wanted 5")
-    refused({"max_length": 101}, given, r"position_embeddings \(1, 92, 32\): by the configuration .* \(97, 32\)")
+    refused({"max_length": 101}, given, r"position_embeddings \(1, 92, 32\): the configuration needs .* \(97, 32\)")
 
 
 def test_the_width_of_the_released_model(tmp_path: Path) -> None:

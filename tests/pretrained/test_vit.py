@@ -156,7 +156,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"pooler_output_size": 16}, given, r"pooler_output_size=16 is not supported; wanted 32")
     refused({"num_channels": 1}, given, r"num_channels=1 is not supported; wanted 3")
     refused({"patch_size": [4, 2]}, given, r"patch_size=\(4, 2\) is not supported; wanted squares")
-    refused({"image_size": 20}, given, r"position_embeddings \(1, 17, 32\): by the configuration .* \(26, 32\)")
+    refused({"image_size": 20}, given, r"position_embeddings \(1, 17, 32\): the configuration needs .* \(26, 32\)")
     config = transformers.DeiTConfig(**SMALL)
     teacher = saved(transformers.DeiTForImageClassificationWithTeacher(config), tmp_path / "teacher")
     with pytest.raises(mm.CheckpointError, match=r"two classifiers.*DeiTForImageClassification"):
