@@ -1,4 +1,4 @@
-"""The model card of a model: what it does, what it was trained on, how good it is and how it is used, as README.md for the hub."""
+"""Writes the model card for the hub (README.md): tasks, training data, evaluation results and usage."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from multimodal.train.run_report import Record
 LIBRARY = "multimodal-stream"
 MARK = "<!-- written by multimodal-stream from the model and its run; checksum "
 SAMPLES = {PICTURE: '"image.png"', SOUND: '"sound.wav"', TEXT: '"a text"'}
-# what the hub calls a task, by what is read and what is written; it has no words for the others
+# {(what is read, what is written): the hub's name of the task}; other tasks have no name there
 PIPELINES = {
     ((PICTURE,), CLASS): "image-classification",
     ((SOUND,), CLASS): "audio-classification",
@@ -54,9 +54,10 @@ def card(
 ) -> str:
     """The text of README.md, with the metadata that the hub reads.
 
-    name: "owner/model". run: the folder of the run that trained it, for data and figures; None: they are left out.
-    best: the model is the best of that run, not its last.
-    license: as the hub writes it, such as "apache-2.0". datasets: names on the hub of what it was trained on.
+    name: "owner/model".
+    run: the run folder of the training, for data, settings and evaluation results; None: the card leaves them out.
+    best: whether this is the best model of the run, not the last.
+    license: the hub's identifier, such as "apache-2.0". datasets: names on the hub of the training data.
 
     Raises:
         ConfigError: `run` holds no log.
@@ -85,12 +86,12 @@ def card(
 
 
 def signed(text: str) -> str:
-    """A card with its checksum as a last line, by which a later push knows that nobody has changed it."""
+    """A card with its checksum as the last line, so that a later push can see whether somebody changed it."""
     return f"{text}\n{MARK}{_checksum(text)} -->\n"
 
 
 def is_as_written(text: str) -> bool:
-    """Whether a card is one that `card` wrote, and was not changed since."""
+    """Whether `card` wrote this card, and nobody changed it since."""
     body, mark, checksum = text.rpartition(f"\n{MARK}")
     return bool(mark) and checksum.strip().removesuffix(" -->") == _checksum(body)
 
@@ -102,7 +103,7 @@ def _checksum(text: str) -> str:
 def _front_matter(
     model: Model, name: str, figures: Mapping[tuple[str, str], float], license: str | None, datasets: Sequence[str]
 ) -> str:
-    """The metadata in YAML, whose scalars are JSON, which YAML reads as well."""
+    """The metadata as YAML. Scalars are written as JSON, which is valid YAML."""
     tags = dict.fromkeys([LIBRARY, "multimodal", *model.packer.tokenizers])
     pipelines = [found for pattern in model.tasks if (found := pipeline(model, pattern))]
     origin = model.origin or {}
@@ -116,7 +117,7 @@ def _front_matter(
         "metrics": list(dict.fromkeys(_metric(model, *key) for key in figures)),
     }
     if figures:
-        # the hub asks for a type; a set of one's own has none
+        # the hub requires a type, which private data do not have
         dataset = {"name": "held-out data of the run", "type": datasets[0] if len(datasets) == 1 else "held-out"}
         results = [
             {
@@ -152,7 +153,7 @@ def _yaml(value: Any, indent: str = "") -> Iterable[str]:
 
 
 def pipeline(model: Model, pattern: str) -> str | None:
-    """What the hub calls a task; None: it has no word for it."""
+    """The hub's name of a task; None: it has none."""
     parsed, tokenizers = model.packer.patterns[pattern], model.packer.tokenizers
     if parsed.pair:
         forms = sorted(takes(tokenizers[field.kind]) for field in parsed.fields)
@@ -164,7 +165,7 @@ def pipeline(model: Model, pattern: str) -> str | None:
 
 
 def _metric(model: Model, pattern: str, measure: str) -> str:
-    """What the hub calls a measure."""
+    """The hub's name of a measure."""
     if measure == "exact":
         return "accuracy" if isinstance(model.packer.heads.get(pattern), Classify) else "exact_match"
     return re.sub(r"\W+", "_", measure).strip("_").lower()
@@ -180,14 +181,16 @@ def _record(run: Path) -> Record:
 
 
 def _figures(record: Record, best: bool, patterns: Iterable[str]) -> tuple[dict[tuple[str, str], float], int | None]:
-    """({(task, measure): value}, the step at which they were measured), of the last model or of the best one."""
+    """Return ({(task, measure): value}, the step of the measurement), for the last or the best model of the run."""
     recipe = record.config.get("recipe")
     chosen = record.best(str(recipe.get("best", ""))) if best and isinstance(recipe, dict) else None
     steps = [row["step"] for row in record.history if any(key in row for key in record.measures)]
     if not steps or (best and chosen is None):
         return {}, None
     step = chosen[1] if chosen else max(steps)
-    tasks = sorted(patterns, key=len, reverse=True)  # one may begin like another
+    tasks = sorted(
+        patterns, key=len, reverse=True
+    )  # the longest first, since a task may begin with the name of another
     figures = {}
     for row in record.history:
         for key in record.measures:
@@ -198,7 +201,7 @@ def _figures(record: Record, best: bool, patterns: Iterable[str]) -> tuple[dict[
 
 
 def _origin(model: Model) -> str:
-    """Which trained weights it began with."""
+    """A sentence about the pretrained weights that the model began with."""
     if model.origin is None:
         return ""
     at = f", commit `{model.origin['revision']}`" if model.origin.get("revision") else ""
@@ -234,7 +237,7 @@ def _held_out(figures: Mapping[tuple[str, str], float], step: int | None) -> lis
 
 
 def _usage(model: Model, name: str) -> list[str]:
-    """How it is loaded in Python, on the command line, and served."""
+    """Blocks that show how to use the model in Python, on the command line and as a service."""
     pattern = next(iter(model.tasks))
     parsed, head = model.packer.patterns[pattern], model.packer.heads[pattern]
     fields = {field.name: SAMPLES.get(takes(model.packer.tokenizers[field.kind]), "...") for field in parsed.reads}
@@ -281,6 +284,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _code(text: object) -> str:
-    """A text as code of Markdown, also in a table."""
+    """A text as Markdown code, also inside a table."""
     plain = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
     return f"`{plain.encode('utf-8', 'backslashreplace').decode()}`"

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: their files at one commit, and commits of new ones. Nothing here opens what it fetches."""
+"""Downloads files from a repository of the Hugging Face hub, and commits files to one. Nothing here opens a downloaded file."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.texts import shortened
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?", re.ASCII)
-EXPLICIT = "hf:"  # before a name that could be a folder
+EXPLICIT = "hf:"  # prefix of a name on the hub that could also be a path
 
 
 def hub_name(source: str | Path) -> str | None:
-    """The name on the hub that is meant, "owner/model" or "owner/model@revision"; None: a path of this machine.
+    """The name on the hub, "owner/model" or "owner/model@revision"; None: `source` is a path of this machine.
 
-    A name with the prefix "hf:" is always one of the hub. Without it, one is meant where neither that path nor the folder "owner"
-    is there: "runs/digts" beside a folder "runs" is a typing error, and no model of a stranger.
+    A source with the prefix "hf:" is always a name on the hub. Without it, "owner/model" is one only if neither this path nor the
+    folder "owner" exists here: if there is a folder "runs", then "runs/digts" is a mistyped path, not somebody's model.
     """
     text = source.as_posix() if isinstance(source, Path) else source
     if text.startswith(EXPLICIT):
@@ -32,7 +32,7 @@ def hub_name(source: str | Path) -> str | None:
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """("owner/model", its revision) of "owner/model@revision"; None where no revision is named."""
+    """Split "owner/model@revision" into ("owner/model", "revision"); None: there is no revision."""
     name, _, revision = name.partition("@")
     return name, revision or None
 
@@ -40,36 +40,38 @@ def split_name(name: str) -> tuple[str, str | None]:
 def fetch(
     where: str, name: str, wanted: Sequence[str], *, revision: str | None = None, token: str | None = None
 ) -> tuple[Path, str]:
-    """(a folder of the cache with the files that fit the patterns `wanted`, the commit that they are of).
+    """Download the files of a repository that match the patterns `wanted`; return (their folder in the cache, their commit).
 
-    Without a connection the files in the cache count. where: the caller's name, for errors.
+    Without a connection, cached files are used. where: the name of the caller, for errors.
 
     Raises:
-        CheckpointError: no such repository or revision, no right to read it, or no connection and nothing in the cache.
+        CheckpointError: there is no such repository or revision, the token may not read it, or there is no connection and no
+            cached file.
     """
     from huggingface_hub import snapshot_download
 
     given: dict[str, Any] = {} if token is None else {"token": token}
     try:
-        # it asks for the commit first, so that all files are of one version, and notes that it was the last one of this branch
+        # snapshot_download resolves the commit first, so all files are of one version
         found: Any = snapshot_download(name, revision=revision, allow_patterns=list(wanted), **given)
         folder = Path(found)
-    except Exception as error:  # of many classes, some of which depend on the version of the library
+    except Exception as error:  # its classes depend on the version of huggingface_hub
         raise CheckpointError(
             f"{where}: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
         ) from None
-    return folder, folder.name  # which is the commit
+    return folder, folder.name  # the cache names the folder after the commit
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository for models as it stands, whether it is there or not.
+    """The present state of a model repository, which may not exist yet.
 
-    name: "owner/model". revision: the branch; None: the main one.
-    commit: the last one of the branch; None: there is no such repository or branch.
-    private: whether only its owner sees it; None: there is no repository.
-    sums: by file, its checksum as git counts it, or the SHA-256 of a large one. A new branch begins with the files of the main one.
-    api: the client of the hub, which has the token.
+    name: "owner/model".
+    revision: the branch; None: the main branch.
+    commit: the newest commit of the branch; None: there is no such repository or branch.
+    private: whether it is private; None: there is no repository.
+    sums: {file: checksum}: the git blob SHA-1, or the SHA-256 of a large file. For a new branch, the files of the main branch.
+    api: the `HfApi` client with the token.
     """
 
     name: str
@@ -80,15 +82,15 @@ class Repository:
     api: Any = field(repr=False)
 
     def has(self, file: str, data: bytes | Path) -> bool:
-        """Whether the file is there with this content."""
+        """Whether the repository has the file with this content."""
         known = self.sums.get(file)
         return known is not None and known == (_sha256 if len(known) == 64 else _git_sum)(data)
 
     def read(self, file: str) -> bytes:
-        """The content of a file of the last commit.
+        """The content of a file at `commit`.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the file cannot be read.
         """
         with _errors("the hub", self.name, CheckpointError):
             return Path(self.api.hf_hub_download(self.name, file, revision=self.commit)).read_bytes()
@@ -96,12 +98,12 @@ class Repository:
     def write(
         self, files: Mapping[str, bytes | Path], deleted: Sequence[str], message: str, *, private: bool | None
     ) -> str:
-        """Commit files, and return the commit. Where there is no repository or branch, it is made.
+        """Commit files, and return the new commit. Creates the repository and the branch if they do not exist.
 
-        private: of a new repository.
+        private: whether a new repository is private.
 
         Raises:
-            ConfigError: no right to write, a name that is taken, no connection, or somebody else has pushed since.
+            ConfigError: the token may not write, the name is taken, there is no connection, or somebody pushed since `look_up`.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -112,7 +114,7 @@ class Repository:
                 self.api.create_branch(self.name, branch=self.revision, exist_ok=True)
             if not files and not deleted:
                 return self.api.model_info(self.name, revision=self.revision).sha
-            # lists of operations and no folder, so that nothing else can go along
+            # explicit operations instead of a folder, so that no other file can be uploaded
             done = self.api.create_commit(
                 self.name,
                 [
@@ -127,10 +129,10 @@ class Repository:
 
 
 def look_up(name: str, revision: str | None = None, token: str | None = None) -> Repository:
-    """The repository of this name, to be written to.
+    """The present state of the repository that a push will write to.
 
     Raises:
-        ConfigError: no such name, no token, no right to see it, or no connection.
+        ConfigError: the name is malformed, there is no token, the token may not see the repository, or there is no connection.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -139,8 +141,8 @@ def look_up(name: str, revision: str | None = None, token: str | None = None) ->
         raise ConfigError(f"push: {name!r} is no name on the hub; wanted 'owner/model', such as 'ann/digits'")
     if not (token := token or get_token()):
         raise ConfigError(
-            "push: there is no token of the hub; make one with the right to write in the settings of your account, and give it "
-            "to `hf auth login`, or in the variable HF_TOKEN, or as token= (a file with it as --token-file)"
+            "push: there is no token of the hub; create one with write access in the settings of your account, and pass it "
+            "to `hf auth login`, in the variable HF_TOKEN, as token=, or in a file as --token-file"
         )
     api: Any = HfApi(token=token)
     private, commit = None, None
@@ -155,17 +157,17 @@ def look_up(name: str, revision: str | None = None, token: str | None = None) ->
                 except RevisionNotFoundError:
                     commit = None
             for entry in api.list_repo_tree(name, recursive=True, revision=commit or main.sha):
-                if (blob := getattr(entry, "blob_id", None)) is not None:  # folders have none
+                if (blob := getattr(entry, "blob_id", None)) is not None:  # folders have no blob
                     sums[entry.path] = entry.lfs.sha256 if entry.lfs else blob
         except RepositoryNotFoundError as error:
-            if getattr(error.response, "status_code", 404) != 404:  # a token that is wrong, or may not see it
+            if getattr(error.response, "status_code", 404) != 404:  # the token is wrong, or may not see the repository
                 raise
     return Repository(name, revision, commit, private, sums, api)
 
 
 @contextmanager
 def _errors(where: str, name: str, kind: type[ValueError]) -> Iterator[None]:
-    """Whatever the hub or the way to it raises, as one error that says what to do."""
+    """Turn every error of the hub or the connection into a `kind` that says what to do."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -173,23 +175,23 @@ def _errors(where: str, name: str, kind: type[ValueError]) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise kind(f"{where}: {name!r} is no name on the hub: {shortened(error, 200)}") from None
-    except Exception as error:  # without a connection, of a class that depends on the version of the library
-        # an upload that fails in a thread is the cause of another error
+    except Exception as error:  # connection errors: their classes depend on the version of huggingface_hub
+        # if an upload fails in a thread, its error is the cause of a RuntimeError
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         if isinstance(cause, HfHubHTTPError):
             status = getattr(cause.response, "status_code", None)
-            # the answer of the server, without its address and our headers
+            # only the server's message: the full text has URLs and headers
             answer = shortened(getattr(cause, "server_message", None) or f"status {status}", 200)
             repair = {
-                401: "the hub does not know this token; make a new one, and give it to `hf auth login` or in HF_TOKEN",
-                403: f"this token has no right to write there; give one that has it, or write to a name of your own "
+                401: "the hub does not know this token; create a new one, and pass it to `hf auth login` or in HF_TOKEN",
+                403: f"this token may not write there; use one that may, or push under a name of your own "
                 f"instead of {name.partition('/')[0]!r}",
                 404: "the hub has no such repository, or hides it from this token",
                 409: "the name is taken, by a repository that this token may not see; choose another",
                 412: "somebody else has written to it meanwhile; look at what is there now, and push again",
             }.get(status or 0, "the hub refused it")
             raise kind(f"{where}: {name}: {repair} ({answer})") from None
-        if isinstance(cause, ValueError):  # the metadata of the card, or an answer that is none
+        if isinstance(cause, ValueError):  # invalid metadata of the card, or a malformed response
             raise kind(f"{where}: {name}: the hub refused it: {shortened(cause, 500)}") from None
         raise kind(
             f"{where}: {name}: the hub at {constants.ENDPOINT} cannot be reached: {type(cause).__name__}: "
@@ -198,7 +200,7 @@ def _errors(where: str, name: str, kind: type[ValueError]) -> Iterator[None]:
 
 
 def _git_sum(data: bytes | Path) -> str:
-    """The checksum that git gives a file."""
+    """The SHA-1 of a git blob with this content."""
     whole = data if isinstance(data, bytes) else data.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(whole) + whole, usedforsecurity=False).hexdigest()
 

@@ -1,9 +1,9 @@
-"""Low-rank adapters by the package peft: attach them to linear layers, train, save them alone, merge.
+"""LoRA adapters (low-rank, made by the package peft): attach them to linear layers, train, save them alone, merge.
 
-mm.lora.LoRA(rank=8, alpha=16).attach(model)     every linear layer of the core gets an adapter; only these learn
+mm.lora.LoRA(rank=8, alpha=16).attach(model)     each linear layer of the core gets an adapter; only adapters are trained
 mm.fit(model, data, steps=500)
-mm.lora.save(model, "adapters")                  without the model; mm.lora.load(model, "adapters") attaches them again
-mm.lora.merge(model)                             adds them to the weights, which compute the same
+mm.lora.save(model, "adapters")                  only the adapters; mm.lora.load(model, "adapters") attaches them again
+mm.lora.merge(model)                             adds them to the weights; the outputs stay the same
 """
 
 import json
@@ -40,12 +40,12 @@ BASE = "base_layer"  # peft's name of the layer that an adapter is added to
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Declared):
-    """x W + alpha / rank * x A B in the place of a linear layer x W (Hu et al. 2021, equation 3). B is 0 at first.
+    """Replaces a linear layer x W by x W + alpha / rank * x A B (Hu et al. 2021, equation 3). B is 0 at first.
 
     rank: the number of columns of A and of rows of B.
     alpha: the scale of the adapters is alpha / rank.
-    parts: where linear layers get adapters, by the names that `weights_of` lists: "core", "core[-4:]", "image".
-    learn: parts that learn in full, such as a new head: ("head:image -> label",).
+    parts: the parts of the model whose linear layers get adapters: "core", "core[-4:]" (its last four blocks), "image".
+    learn: parts that are trained in full, such as a new head: ("head:image -> label",).
     dropout: the probability of dropout on the inputs of adapters.
     """
 
@@ -65,10 +65,10 @@ class LoRA(Declared):
                 raise ConfigError(f"LoRA: {name}={given!r} must be a tuple of names of parts, such as ('core',)")
 
     def attach(self, model: Network) -> None:
-        """Give the linear layers in `parts` adapters, in place. From now on only these and the parts in `learn` learn.
+        """Add adapters to the linear layers in `parts`, in place. All other weights are frozen, except the parts in `learn`.
 
         Raises:
-            ConfigError: peft is not installed, the model has adapters already, or there is no such part or linear layer.
+            ConfigError: peft is not installed, the model has adapters or is quantized, or no such part or layer.
         """
         if model.adapters is not None:
             raise ConfigError("LoRA: the model has adapters already; call lora.merge or lora.remove first")
@@ -78,14 +78,14 @@ class LoRA(Declared):
             )
         peft = _peft()
         inside, learned = weights_of("LoRA", model, self.parts), weights_of("LoRA", model, self.learn)
-        # subclasses of nn.Linear are left out: what holds them may use their weight without calling them
+        # not subclasses of nn.Linear: their parent may use the weight without a call, which would skip the adapter
         names = [
             name
             for name, module in model.named_modules()
             if type(module) is nn.Linear and f"{name}.weight" in inside - learned
         ]
         if not names:
-            raise ConfigError(f"LoRA: parts={self.parts} have no linear layer that could get an adapter")
+            raise ConfigError(f"LoRA: parts={self.parts} have no linear layer that could get an adapter; name others")
         config = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -94,7 +94,7 @@ class LoRA(Declared):
         )
         with _seeded(model.seed, "lora"):
             peft.inject_adapter_in_model(config, model)
-        vars(model).pop("peft_config", None)  # our declaration says the same
+        vars(model).pop("peft_config", None)  # a copy of our declaration
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in learned)
         for layer in _adapted(model).values():
@@ -105,35 +105,35 @@ class LoRA(Declared):
 
 
 def merge(model: Network) -> None:
-    """Add the adapters to the weights of their layers, under their former names; everything learns again.
+    """Add the adapters to the weights of their layers and remove them; all weights have their former names and are trainable again.
 
     Raises:
         ConfigError: the model has no adapters.
     """
-    _take_out(model, lambda layer: layer.merge())
+    _detach(model, lambda layer: layer.merge())
 
 
 def remove(model: Network) -> None:
-    """Take the adapters out: the model computes what it did before they were attached; everything learns again.
+    """Remove the adapters without merging: the outputs are as before `attach`, and all weights are trainable again.
 
-    Parts that learned in full (`LoRA.learn`) stay as trained.
+    The parts in `LoRA.learn` keep their trained weights.
 
     Raises:
         ConfigError: the model has no adapters.
     """
-    _take_out(model, lambda layer: None)
+    _detach(model, lambda layer: None)
 
 
 def save(model: Network, folder: str | Path) -> Path:
-    """Write only the adapters and the parts in `LoRA.learn`, or replace saved ones; return the folder.
+    """Write only the adapters and the parts in `LoRA.learn`, and return the folder. Adapters saved there before are replaced.
 
     Raises:
         ConfigError: the model has no adapters.
-        CheckpointError: a file that no save wrote has a name that is needed.
+        CheckpointError: the folder has a file of the same name that `save` did not write.
     """
     folder = Path(folder).resolve()
     _check_attached(model, "lora.save")
-    own, base = _divided(model)
+    own, base = _split_tensors(model)
     before: dict[str, str | None] = {}
     if (folder / CONFIG).is_file():
         before = {WEIGHTS: _read_config(folder)[SHA256].get(WEIGHTS), CONFIG: None}
@@ -153,12 +153,12 @@ def save(model: Network, folder: str | Path) -> Path:
 
 
 def load(model: Network, folder: str | Path, *, any_base: bool = False) -> None:
-    """Attach the adapters that `save` wrote, in place. Loading runs no code from the folder.
+    """Attach the adapters in a folder that `save` wrote, in place. Loading runs no code from the folder.
 
-    any_base: load them even if the model's other weights are not those that they were trained with.
+    any_base: load them also if the other weights of the model differ from those that they were trained with.
 
     Raises:
-        CheckpointError: files or tensors that are missing, damaged or do not fit, or a model with other weights.
+        CheckpointError: files or tensors are missing, damaged or do not fit, or the model has other weights.
         ConfigError: peft is not installed, or the model has adapters already.
     """
     folder = Path(folder)
@@ -175,7 +175,7 @@ def load(model: Network, folder: str | Path, *, any_base: bool = False) -> None:
         raise CheckpointError(f"{folder / WEIGHTS}: damaged: its checksum is not the one it was saved with")
     declared.attach(model)
     try:
-        own, base = _divided(model)
+        own, base = _split_tensors(model)
         check_tensors(header, own, folder)
         if not any_base and weights_hash(base) != config["base"]:
             raise CheckpointError(
@@ -200,7 +200,7 @@ def _peft() -> Any:
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers that have an adapter, by name."""
+    """{name: layer} of the layers that have an adapter."""
     return {
         name: module for name, module in model.named_modules() if hasattr(module, BASE) and hasattr(module, "lora_A")
     }
@@ -208,11 +208,11 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
 
 def _check_attached(model: Network, who: str) -> None:
     if model.adapters is None:
-        raise ConfigError(f"{who}: the model has no adapters; LoRA(..).attach(model) gives it some")
+        raise ConfigError(f"{who}: the model has no adapters; LoRA(..).attach(model) adds them")
 
 
-def _take_out(model: Network, first: Callable[[Any], Any]) -> None:
-    """Call a function with each layer that has an adapter, then replace it by the plain layer."""
+def _detach(model: Network, first: Callable[[Any], Any]) -> None:
+    """Call `first` on each layer that has an adapter, then replace it by the plain layer."""
     _check_attached(model, "lora")
     for name, layer in _adapted(model).items():
         first(layer)
@@ -222,12 +222,12 @@ def _take_out(model: Network, first: Callable[[Any], Any]) -> None:
     model.requires_grad_(True)
 
 
-def _divided(model: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what `save` writes, all other tensors under their names without adapters)."""
+def _split_tensors(model: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return (tensors that `save` writes, all other tensors under their names without adapters)."""
     assert isinstance(model.adapters, LoRA)
     adapted = tuple(f"{name}." for name in _adapted(model))
     learned = weights_of("LoRA", model, model.adapters.learn)
-    # statistics of modules that learn belong to them
+    # buffers of trained modules, such as running statistics, are saved with them
     buffers = {id(buffer) for module in topmost(model, learned) for buffer in module.buffers()}
     learned |= {name for name, buffer in model.named_buffers() if id(buffer) in buffers}
     own: dict[str, Tensor] = {}

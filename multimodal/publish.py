@@ -1,4 +1,4 @@
-"""Pushes a model to the hub: its checkpoint and its card, and nothing else of the folders that it lies in."""
+"""Pushes a model to the hub: only the files of its checkpoint, and its model card."""
 
 import os
 import tempfile
@@ -19,15 +19,16 @@ from multimodal.texts import listed, short_repr
 from multimodal.train.run_folder import BEST, is_run
 
 README = "README.md"
-ENDINGS = (".json", ".safetensors", ".txt")  # of the files of tokenizers: what holds no code
+ENDINGS = (".json", ".safetensors", ".txt")  # allowed file names of tokenizers: formats that hold no code
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a push did.
+    """The result of a push.
 
-    name: of the repository. url: its page. commit: the one that has these files. private: whether others cannot see it.
-    written, unchanged, deleted: files. kept: files that somebody changed on the hub, which stay as they are there.
+    name, url: of the repository. commit: the commit that has these files. private: whether the repository is private.
+    written, unchanged, deleted: names of files.
+    kept: names of files that somebody changed on the hub, and that the push did not overwrite.
     """
 
     name: str
@@ -49,10 +50,11 @@ def push(
     datasets: Sequence[str] = (),
     **options: Any,
 ) -> Published:
-    """Push a model with its card as one commit; the arguments are those of `Model.push_to_hub`, and go on to `push_files`.
+    """Push a model with its card as one commit. The arguments are those of `Model.push_to_hub`; `options` go to `push_files`.
 
     Raises:
-        ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
+        ConfigError: there is no token or connection, the token may not write, the repository holds another model, or the model has
+            parts that others cannot load.
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
@@ -61,17 +63,18 @@ def push(
 
 
 def run_of(folder: Path) -> tuple[Path | None, bool]:
-    """(the run folder that a model's folder lies in or is, whether the model is the best of that run and not the last)."""
+    """Return (the run folder that is or contains `folder`, or None; whether the model is the best of that run, not the last)."""
     folder = folder.resolve()
     around = next((path for path in (folder, folder.parent) if is_run(path)), None)
     return around, around is not None and folder == around / BEST
 
 
 def files_of(folder: Path, readme: str) -> dict[str, bytes | Path]:
-    """By name, what is pushed of a checkpoint: its own files, and the card.
+    """{file name: content or path} of all that a push uploads: the files of a checkpoint, and the card `readme`.
 
     Raises:
-        CheckpointError: no checkpoint. ConfigError: a file that might hold code, or a path of this machine in config.json.
+        CheckpointError: the folder holds no checkpoint.
+        ConfigError: a file might hold code, or config.json contains a path of this machine.
     """
     config = checkpoint.read_config(folder)
     origin = config.get("origin")
@@ -81,7 +84,7 @@ def files_of(folder: Path, readme: str) -> dict[str, bytes | Path]:
         if os.path.isabs(text) and len(Path(text).parts) > 2 and len(text) < 1000 and os.path.exists(text):
             raise ConfigError(
                 f"push: {CONFIG} of {folder} names a path of this machine, {short_repr(text)} as {where}, which others do not "
-                "have; make this part without it"
+                "have; declare this part without a path"
             )
     files: dict[str, bytes | Path] = {README: readme.encode("utf-8"), CONFIG: checkpoint.config_file(config)}
     named = [
@@ -90,7 +93,7 @@ def files_of(folder: Path, readme: str) -> dict[str, bytes | Path]:
     for file in (WEIGHTS, *named):
         if not file.endswith(ENDINGS):
             raise ConfigError(
-                f"push: {file} of {folder} is none of {', '.join(ENDINGS)}; only texts, JSON and safetensors are pushed"
+                f"push: {file} of {folder} is not one of {', '.join(ENDINGS)}; a push uploads only text, JSON and safetensors"
             )
         path = stored(folder, config, file)
         if not path.is_file():
@@ -109,17 +112,17 @@ def push_files(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Published:
-    """Push the files of `files_of`; a repository then has no older ones of ours. The options are those of `Model.push_to_hub`.
+    """Push the files of `files_of`, and delete tokenizer files of the former model. The options are those of `Model.push_to_hub`.
 
     Raises:
-        ConfigError: as of `push`.
+        ConfigError: see `push`.
     """
     from huggingface_hub import constants
 
     there = look_up(name, revision, token)
     if private and there.private is False:
         raise ConfigError(
-            f"push: {name} is public already, and is not made private here; do that in its settings, or choose another name"
+            f"push: {name} is public already, which a push does not change; make it private in its settings, or choose another name"
         )
     before = _config_of(there)
     new = parse_json(_read(files[CONFIG]))
@@ -158,7 +161,7 @@ def push_files(
 
 
 def _config_of(there: Repository) -> dict[str, Any] | None:
-    """The config.json of a repository if it is one of this library, else None."""
+    """The config.json of a repository; None: there is none, or it is not of this library."""
     if CONFIG not in there.sums:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +170,7 @@ def _config_of(there: Repository) -> dict[str, Any] | None:
 
 
 def _is_ours(there: Repository) -> bool:
-    """Whether the card there, if any, is as a push wrote it."""
+    """Whether the repository has no card, or one that nobody changed since a push wrote it."""
     return README not in there.sums or is_as_written(there.read(README).decode("utf-8", "replace"))
 
 
@@ -180,7 +183,7 @@ def _read(data: bytes | Path) -> bytes:
 
 
 def _without_paths(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a model came from, without the folders of this machine: a name on the hub, or the last part of a path."""
+    """The origin of a model without paths of this machine: a name on the hub, or only the last part of a path."""
     local = not origin.get("revision")
     return {
         **origin,
@@ -190,7 +193,7 @@ def _without_paths(origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_short_paths(config: Any) -> Any:
-    """A configuration of theirs, whose own name may be the path from which it was once loaded."""
+    """A configuration of transformers, with only the last part of a path in "_name_or_path"."""
     if not isinstance(config, Mapping):
         return config
     return {
@@ -204,7 +207,7 @@ def _is_path(text: Any) -> bool:
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """(where it is, the text) of every text in JSON values."""
+    """Yield (where, text) for every text in a JSON value; where: its keys joined by dots."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, (Mapping, list)):

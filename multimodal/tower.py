@@ -1,7 +1,9 @@
-"""Towers: a whole core, with its tokenizer and a connector, as the embedding of one kind, such as a vision tower.
+"""Towers: an encoder (tokenizer, core and connector) that embeds one kind, such as a vision tower for images.
 
-value --inner tokenizer--> inner tokens --grouped--> tokens of the stream, one for several inner ones
-rows of the stream <--connector-- states, grouped <--inner core-- inner tokens, taken apart again
+encode: value --inner tokenizer--> inner tokens --connector.group--> stream tokens, each with the content of several inner tokens
+embed:  content of stream tokens --> inner tokens --inner core--> states --connector.gather, build--> embeddings in the stream
+
+Inner tokens are those of the tower; stream tokens are those that the model's core reads.
 """
 
 from abc import ABC, abstractmethod
@@ -23,78 +25,83 @@ from multimodal.masks import MaskInfo
 from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Places, Tokenizer, Tokens
 
-PLACED = 4  # numbers of a slot besides its content: time, row and column in steps, and the index of the inner token
+PLACED = 4  # numbers in a slot after the content: time, row and column in steps, and the index of the inner token in its value
 
 
 class Connector(Declared, ABC):
-    """How the states of inner tokens become rows of the stream. Subclass as a frozen dataclass and write `build`.
+    """How the states of inner tokens become embeddings of stream tokens. Subclass as a frozen dataclass and write `build`.
 
-    A token of the stream has a slot for each inner token that it stands for. `group` fills the slots, `gather` makes one vector of
-    the states in them, and the module of `build` maps these vectors to rows.
+    A stream token has one slot for each of its inner tokens. `group` assigns inner tokens to slots, `gather` combines the states in
+    the slots of a token into one vector, and the module that `build` makes maps the vectors to the width of the stream.
+
+    Shapes: N stream tokens, T slots of each, D the width of the inner core. Methods that take `position_NA` get one value.
     """
 
     full: ClassVar[bool] = True
-    """Whether every slot of every token holds an inner token; else `filled` says which."""
+    """Whether every slot always holds an inner token. If False, override `filled`."""
 
     @property
     def slots(self) -> int:
-        """The most inner tokens that a token stands for."""
+        """T, the number of slots of a stream token."""
         return 1
 
     def group(self, position_NA: Tensor) -> Tensor:
-        """(tokens, slots): the indices of the inner tokens of each token of the stream, -1 for an empty slot.
+        """The index (N, T) of the inner token in each slot; -1: the slot is empty.
 
-        position_NA: the positions of a value's inner tokens.
+        position_NA: the positions of the inner tokens of one value.
 
         Raises:
-            MediaError: inner tokens that cannot be grouped.
+            MediaError: the inner tokens cannot be grouped.
         """
         return torch.arange(len(position_NA))[:, None]
 
     def place(self, position_NA: Tensor) -> Tensor:
-        """The positions of tokens of the stream, from those of the inner tokens in their first slots."""
+        """The positions (N, A) of stream tokens. position_NA: of the inner token in the first slot of each."""
         return position_NA
 
     def learned(self, inner: int) -> int:
-        """How many of a value's tokens in the stream are learned, if `inner` of its inner tokens are."""
+        """The number of learned stream tokens of a value of which `inner` inner tokens are learned, such as a class token."""
         return inner
 
     def filled(self, lengths: Sequence[int], index_NT: Tensor) -> Tensor:
-        """(tokens, slots): which slots hold an inner token.
+        """Which slots hold an inner token: (N, T) bool, for several values end to end.
 
-        lengths: by value, its number of tokens in the stream. index_NT: what `group` gave for them.
+        lengths: the number of stream tokens of each value. index_NT: the results of `group`.
         """
         return torch.ones_like(index_NT, dtype=torch.bool)
 
     def gathered(self, width: int) -> int:
-        """The size of the vectors of `gather`, for states of this width."""
+        """F, the size of the vectors that `gather` returns. width: D, of the states."""
         return width
 
     def weights(self, width: int) -> nn.Module | None:
-        """Make the learned parameters of `gather`, which belong to the tower; None: there are none."""
+        """Make the parameters of `gather`, for states of width D; None: it has none. They are part of `TowerEmbed.frozen_part`."""
         return None
 
     def gather(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
-        """The vectors (tokens, `gathered`), from the states in all slots, with zeros in empty ones."""
+        """The vectors (N, F) of stream tokens.
+
+        state_NTD: the states in all slots, zeros in empty ones. weights: what `weights` made.
+        """
         return state_NTD[:, 0]
 
     def padded(self, state_NTD: Tensor, filled_NT: Tensor, weights: Any) -> Tensor:
-        """`gather` where the number of filled slots may differ from call to call, as in an exported program."""
+        """`gather` for exported programs: written so that it can be traced for any `filled_NT`."""
         return self.gather(state_NTD, filled_NT, weights)
 
     @abstractmethod
     def build(self, width: int, rows: int) -> nn.Module:
-        """The module from the vectors of `gather` to rows of the stream.
+        """Make the module that maps the vectors (N, F) of `gather` to embeddings in the stream.
 
-        width: of the states. rows: the width of the stream.
+        width: D, of the states. rows: the width of the stream, which is the output size.
         """
 
 
 @dataclass(frozen=True)
 class Linear(Connector):
-    """A linear layer.
+    """A linear layer on each state.
 
-    bias: whether it has one.
+    bias: whether it has a bias.
     """
 
     bias: bool = True
@@ -105,7 +112,7 @@ class Linear(Connector):
 
 @dataclass(frozen=True)
 class Unchanged(Connector):
-    """The vectors themselves, which must be as wide as the stream."""
+    """No map: the vectors must be as wide as the stream."""
 
     def build(self, width: int, rows: int) -> nn.Module:
         if width != rows:
@@ -117,10 +124,10 @@ class Unchanged(Connector):
 
 @dataclass(frozen=True)
 class MLPConnector(Connector):
-    """Two linear layers and an activation between them.
+    """Two linear layers with an activation between them, on each state.
 
-    hidden: hidden width; None: that of the stream.
-    activation: one of those of `MLP`.
+    hidden: hidden width; None: the width of the stream.
+    activation: as in `MLP`.
     bias: whether the layers have biases.
     """
 
@@ -152,10 +159,10 @@ class _TwoLayers(nn.Module):
 
 @dataclass(frozen=True)
 class PixelShuffle(Connector):
-    """Concatenates the states of a square of patches, row by row, into one vector (the inverse of Shi et al. 2016).
+    """Merges squares of patches into one token: concatenates their states row by row (the inverse of Shi et al. 2016).
 
-    side: rows, and columns, of patches in a square.
-    then: what maps the vectors to rows.
+    side: patches on one side of a square.
+    then: the connector that maps the vectors (N, side * side * D) to the width of the stream.
     """
 
     side: int
@@ -172,11 +179,13 @@ class PixelShuffle(Connector):
     def group(self, position_NA: Tensor) -> Tensor:
         times, rows, columns = (len(position_NA[:, axis].unique()) for axis in range(3))
         if times * rows * columns != len(position_NA):
-            raise MediaError(f"PixelShuffle: {len(position_NA)} tokens are no whole grid of {rows} rows x {columns}")
+            raise MediaError(
+                f"PixelShuffle: {len(position_NA)} tokens are no whole grid of {rows} rows x {columns} columns"
+            )
         if rows % self.side or columns % self.side:
             raise MediaError(
-                f"PixelShuffle: side={self.side} does not divide {rows} rows x {columns} columns of patches; bring pictures to a "
-                "size that it divides"
+                f"PixelShuffle: side={self.side} does not divide {rows} rows x {columns} columns of patches; resize pictures so "
+                "that it does"
             )
         grid = torch.arange(len(position_NA)).reshape(
             times, rows // self.side, self.side, columns // self.side, self.side
@@ -198,12 +207,12 @@ class PixelShuffle(Connector):
 
 @dataclass(frozen=True)
 class Dropped(Connector):
-    """Leaves the first inner tokens, such as a class token and registers, out of the stream; the inner core still reads them.
+    """Drops the first inner tokens, such as a class token and registers, after the inner core has read them.
 
-    The first `count` tokens of the stream carry them in a further slot, so a value needs at least `count` other tokens.
+    The first `count` stream tokens of a value transport the dropped ones in one more slot, so it needs at least `count` of them.
 
-    count: number of inner tokens that are left out.
-    then: the connector of the others.
+    count: number of dropped inner tokens.
+    then: the connector of the other inner tokens.
     """
 
     count: int
@@ -214,7 +223,7 @@ class Dropped(Connector):
         check_whole("Dropped", least=1, count=self.count)
         check_part("Dropped: then", self.then, Connector, "Linear()")
         if isinstance(self.then, (Dropped, Pooled)):
-            raise ConfigError(f"Dropped: then={self.then} chooses tokens by itself; give its own count or pool instead")
+            raise ConfigError(f"Dropped: then={self.then} chooses tokens by itself; use its count or pool instead")
 
     @property
     def slots(self) -> int:
@@ -259,11 +268,11 @@ class Dropped(Connector):
 
 @dataclass(frozen=True)
 class Pooled(Connector):
-    """Pools a whole value into one token.
+    """Pools the states of a whole value into one token.
 
-    most: the most inner tokens of a value. Contents are padded to this number, so choose it close.
-    pool: how their states become one vector.
-    then: what maps the vector to a row.
+    most: the largest number of inner tokens of a value. Every value is padded to it, so choose no more than you need.
+    pool: how the states become one vector.
+    then: the connector that maps the vector to the width of the stream.
     """
 
     most: int
@@ -324,22 +333,22 @@ class Pooled(Connector):
 def _check_last(where: str, then: Any) -> None:
     check_part(f"{where}: then", then, Connector, "Linear()")
     if isinstance(then, (PixelShuffle, Dropped, Pooled)):
-        raise ConfigError(f"{where}: then={then} would group what is grouped already; give Linear() or MLPConnector()")
+        raise ConfigError(f"{where}: then={then} would group tokens a second time; use Linear() or MLPConnector()")
 
 
 @dataclass(frozen=True)
 class Tower(Tokenizer):
-    """A kind whose embedding is a whole core, between its own tokenizer and a connector.
+    """A kind that is embedded by an encoder of its own: a tokenizer, an inner core and a connector, such as a vision tower.
 
-    The inner core reads each value as if it were alone. The connector says for how many inner tokens a token of the stream stands:
-    its content holds theirs, and its time is that of the first of them, or its index if times do not rise.
+    The inner core reads each value by itself. The connector groups inner tokens into stream tokens. A stream token has the content
+    of its inner tokens, and its time is the time of the first of them, or its index if these times do not increase.
 
-    tokenizer: turns a value into inner tokens, which are bidirectional unless it is causal.
+    tokenizer: turns a value into inner tokens. Attention among them is bidirectional unless it is causal.
     core: the inner core.
-    connector: how its states become rows of the stream.
-    causal: whether the tokens of the stream are causal, as in most vision-language models.
-    weights: initial weights of the inner embedding and core; `of` sets them. They are not part of the declaration: the model's
-        checkpoint has them.
+    connector: how the states of the inner core become embeddings in the stream.
+    causal: whether attention among the stream tokens is causal, as in most vision-language models.
+    weights: initial weights of the inner embedding and core; `of` sets them. They are stored in the model's checkpoint, not in its
+        declaration.
 
     Examples:
         >>> eye = mm.Tower.of(model, mm.tower.PixelShuffle(5), kind="image")
@@ -363,12 +372,12 @@ class Tower(Tokenizer):
     def of(
         cls, source: Any, connector: Connector | None = None, *, kind: str | None = None, causal: bool = False
     ) -> Self:
-        """A tower with the tokenizer, core and weights of a `Pretrained` or a `Model`; of an EncoderDecoder, those of its reader.
+        """Make a tower from the tokenizer, core and weights of a `Pretrained` or a `Model`; of an EncoderDecoder, from its reader.
 
-        kind: the kind that the tower reads; None: the only one, or the only one named "image" or "audio".
+        kind: the kind that the tower embeds; None: the only kind, or the only one named "image" or "audio".
 
         Raises:
-            ConfigError: no such kind.
+            ConfigError: there is no such kind.
         """
         tokenizers, core, weights = _parts(source)
         kinds = list(tokenizers)
@@ -389,12 +398,12 @@ class Tower(Tokenizer):
         return {name: value for name, value in super().config().items() if name != "weights"}
 
     def __getstate__(self) -> dict[str, Any]:
-        # data workers only encode, which needs no weights
+        # data workers only encode; they need no weights
         return {name: x for name, x in vars(self).items() if name != "weights"}
 
     @property
     def content_size(self) -> int:
-        """Numbers of the content of one inner token."""
+        """Numbers in the content of one inner token."""
         return self.tokenizer.feature_size or 1
 
     @property
@@ -420,7 +429,7 @@ class Tower(Tokenizer):
             raise type(error)(f"Tower.encode: {error}") from error
 
     def grouped(self, tokens: Tokens) -> Tokens:
-        """The tokens of the stream for the inner tokens of a value.
+        """Group the inner tokens of a value into stream tokens. Their content is (N, T * (F + PLACED)).
 
         Raises:
             MediaError: the connector cannot group them.
@@ -429,7 +438,7 @@ class Tower(Tokenizer):
         content_NF = tokens.content.float().reshape(len(tokens), -1)
         step = torch.tensor(self.step)
         slot_NF = torch.cat([content_NF, tokens.position_NA / step, torch.arange(len(tokens))[:, None]], 1)
-        # the last row stands for empty slots
+        # index -1, an empty slot, looks up the last row
         slot_NF = torch.cat([slot_NF, torch.zeros(1, slot_NF.shape[1])])
         slot_NF[-1, -1] = -1
         position_NA = self.connector.place(tokens.position_NA[index_NT[:, 0]])
@@ -438,7 +447,7 @@ class Tower(Tokenizer):
         return Tokens(slot_NF[index_NT].flatten(1), position_NA)
 
     def inner_tokens(self, tokens: Tokens) -> Tokens:
-        """The inner tokens of a value's tokens."""
+        """The inner tokens of a value, from its stream tokens: the inverse of `grouped`."""
         slot_NTF = tokens.content.reshape(len(tokens), self.connector.slots, -1)
         slot_NF = slot_NTF[slot_NTF[..., -1] >= 0]
         slot_NF = slot_NF[slot_NF[:, -1].argsort()]
@@ -468,7 +477,7 @@ class Tower(Tokenizer):
 
 
 def _parts(source: Any) -> tuple[Mapping[str, Tokenizer], Any, Mapping[str, Tensor]]:
-    """The tokenizers, the declaration of the core, and the weights of a model or of what declares one."""
+    """Return (tokenizers, declaration of the core, weights) of a `Model` or a `Pretrained`."""
     if isinstance(source, nn.Module):
         model: Any = source
         return model.packer.tokenizers, model.core.core, model.state_dict()
@@ -476,11 +485,11 @@ def _parts(source: Any) -> tuple[Mapping[str, Tokenizer], Any, Mapping[str, Tens
 
 
 class TowerEmbed(nn.Module):
-    """The inner model and the connector.
+    """The embedding module of a `Tower`.
 
-    frozen_part: from (content, places) to one vector for each token of the stream; may be frozen, and then cached.
-    connector: from these vectors to rows.
-    cache: called instead of `frozen_part`, which is its first argument; None: no cache.
+    frozen_part: maps (content, places) to one vector (F,) for each stream token. If it is frozen, its vectors can be cached.
+    connector: maps these vectors to embeddings in the stream.
+    cache: called as cache(frozen_part, content, places) instead of `frozen_part`; None: no cache.
     """
 
     cache: Callable[[nn.Module, Tensor, Places], Tensor] | None = None
@@ -502,7 +511,7 @@ class TowerEmbed(nn.Module):
 
 
 def _grouping(connector: Any) -> Any:
-    """A connector without its map to rows, on which the vectors do not depend."""
+    """The connector with its last map replaced by `Linear()`: the vectors of `gather` do not depend on that map."""
     if type(connector) in (Linear, MLPConnector):
         return Linear()
     then = getattr(connector, "then", None)
@@ -520,7 +529,7 @@ class _Inner(nn.Module):
         self.pool = tower.connector.weights(tower.core.width)
 
     def declared(self) -> dict[str, Any]:
-        """What the vectors depend on besides the weights, as JSON values."""
+        """All that the vectors depend on, except weights, as JSON values."""
         parts = {
             "tokenizer": self.tower.tokenizer,
             "core": self.tower.core,
@@ -533,7 +542,7 @@ class _Inner(nn.Module):
         slot_NTF = content_NF.reshape(len(content_NF), connector.slots, -1)
         filled_NT = connector.filled(places.lengths, slot_NTF[..., -1])
         lengths = self._lengths(places.lengths, filled_NT)
-        # neighbours of one length run as one batch
+        # values are sorted by length, because neighbours of equal length run as one batch
         ranks = torch.tensor(sorted(range(len(lengths)), key=lengths.__getitem__)).argsort()
         rank_N = ranks.repeat_interleave(torch.tensor(places.lengths)).to(content_NF.device)
         there = filled_NT.flatten().nonzero()[:, 0]
@@ -558,13 +567,13 @@ class _Inner(nn.Module):
         return connector.gather(gathered_ND.unflatten(0, (-1, connector.slots)), filled_NT, self.pool)
 
     def _lengths(self, lengths: Sequence[int], filled_NT: Tensor) -> list[int]:
-        """By value, its number of inner tokens."""
+        """The number of inner tokens of each value."""
         if self.tower.connector.full:  # avoids a synchronisation with the GPU
             return [n * self.tower.connector.slots for n in lengths]
         return [int(part.sum()) for part in filled_NT.cpu().split(list(lengths))]
 
     def _embedded(self, content: Tensor, position_NA: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The embedded inner tokens (N, D)."""
+        """The embeddings (N, D) of inner tokens."""
         tokenizer, dtype = self.tower.tokenizer, next(self.core.parameters()).dtype
         if tokenizer.vocab_size is not None:
             content = content[:, 0].round().long().clamp(0, tokenizer.vocab_size - 1)

@@ -167,8 +167,8 @@ def test_a_card_that_was_changed_there_stays(hub: Hub) -> None:
 def test_rights_tokens_and_names(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shapes()
     for name, token, message in (
-        ("bob/shapes", "hf_ann", r"push: bob/shapes: this token has no right to write there.*instead of 'bob'"),
-        ("ann/shapes", "hf_ann_reads", r"this token has no right to write there"),
+        ("bob/shapes", "hf_ann", r"push: bob/shapes: this token may not write there.*instead of 'bob'"),
+        ("ann/shapes", "hf_ann_reads", r"this token may not write there"),
         ("ann/shapes", "hf_nobody", r"the hub does not know this token"),
         ("shapes", "hf_ann", r"'shapes' is no name on the hub; wanted 'owner/model'"),
         ("ann/sha--pes.", "hf_ann", r"is no name on the hub"),
@@ -280,7 +280,7 @@ def test_what_others_could_not_load_is_refused(hub: Hub, tmp_path: Path) -> None
     (folder / "tokenizers/label/rules.py").write_text("import os")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        mm.ConfigError, match=r"tokenizers/label/rules.py of .*there is none of .json, .safetensors, .txt"
+        mm.ConfigError, match=r"tokenizers/label/rules.py of .*there is not one of .json, .safetensors, .txt"
     ):
         files_of(folder, "")
 

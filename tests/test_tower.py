@@ -309,7 +309,7 @@ def test_errors_say_what_to_do() -> None:
         Tower(Marked(3), CORE, Dropped(3))(pictures((2, 2))[0])
     with pytest.raises(mm.MediaError, match=r"PixelShuffle: 14 tokens are no whole grid"):
         Tower(Marked(2), CORE, PixelShuffle(2))(pictures((6, 8))[0])
-    with pytest.raises(mm.ConfigError, match=r"then=Pooled.* would group what is grouped"):
+    with pytest.raises(mm.ConfigError, match=r"then=Pooled.* would group tokens a second time"):
         PixelShuffle(2, Pooled(4))
     with pytest.raises(mm.ConfigError, match=r"Tower.of: kind='sound' is none of its kinds, which are image, label"):
         Tower.of(base(), kind="sound")
