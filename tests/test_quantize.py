@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import multimodal as mm
 from multimodal import lora, quantization
 from multimodal.checkpoint import read_header
-from multimodal.export.compare import padded
+from multimodal.export.compare import padded_inputs
 from multimodal.export.formats import FORMATS
 from multimodal.export.programs import read_fields
 from multimodal.heads import cross_entropy
@@ -396,7 +396,7 @@ def test_int8_programs_of_onnx_are_compared_on_data(make, sample, tmp_path):
     run = FORMATS["onnx"].read({"answer": file})
     tokens = [{"image": model.packer.tokenizers["image"](one["image"])} for one in samples]
     best = [
-        run("answer", padded(model, read_fields(model, LABEL), tokens[i : i + 16]))["logits"].argmax(-1)
+        run("answer", padded_inputs(model, read_fields(model, LABEL), tokens[i : i + 16]))["logits"].argmax(-1)
         for i in (0, 16)
     ]
     names = ("circle", "square", "star")

@@ -1,6 +1,6 @@
-"""A task as a program for others' runtimes: ONNX or torch.export, compared with the model before it is written.
+"""Exports a task to ONNX or torch.export, and compares the files with the model before it keeps them.
 
-Model --programs--> padded modules over the same weights --formats--> files        compare: files against the packed model
+Model --programs--> modules for padded batches, same weights --formats--> files        compare: files against the packed model
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch
 
 from multimodal.checkpoint import FILES, package_version
 from multimodal.declare import declaration
-from multimodal.export.compare import SHAPES, Run, agreement, largest_difference
+from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference
 from multimodal.export.formats import FORMATS, Format
 from multimodal.export.programs import Entry, Program, programs_of
 from multimodal.heads import CTC, Classify, Contrast, NextToken
@@ -27,7 +27,7 @@ from multimodal.texts import shortened
 
 MANIFEST = "manifest.json"
 MOST = 1e-4
-"""The largest difference from the packed model, as a share of the largest number (or of 1), with which a program is written."""
+"""The largest allowed difference from the packed model, relative to the largest output (or to 1)."""
 
 
 def export(
@@ -41,47 +41,50 @@ def export(
 ) -> Path:
     """Write one task as programs that run without this library, and return the folder.
 
-    to: "onnx" or "pt2". task: None: the only one. int8: for "onnx", write programs whose matrices are int8, once those in float32
-    have passed. data: samples on which these are compared with the model; the manifest says how far they agree.
+    to: "onnx" or "pt2" (torch.export).
+    task: the pattern of the task; None: the only one.
+    int8: only for "onnx": quantize the matrices to int8, after the float32 programs passed the comparison.
+    data: samples on which the int8 programs are compared with the model; the manifest has the result.
 
     Raises:
-        ConfigError: a part that cannot be exported, a package that is missing, or programs that differ too much from the model.
-        TaskError: no such task. CheckpointError: the folder has files already.
+        ConfigError: a part cannot be exported, a package is missing, or the programs differ too much from the model.
+        TaskError: there is no such task.
+        CheckpointError: the folder has files already.
     """
     if to not in FORMATS:
         raise ConfigError(f"export: to={to!r} is unknown; there are {', '.join(map(repr, FORMATS))}")
     if model.quantization is not None:
         raise ConfigError(
-            "export: the model is quantized, and programs compute in float32; export the original, for onnx with int8=True if you "
+            "export: the model is quantized, but programs compute in float32; export the original, for onnx with int8=True if you "
             "like"
         )
-    folder, form, task = Path(folder), FORMATS[to], _chosen(model, task)
+    folder, form, task = Path(folder), FORMATS[to], _chosen_task(model, task)
     if int8:
-        form.check_smaller()
+        form.check_int8()
     elif len(data):
         raise ConfigError("export: data is for int8=True; programs in float32 are compared on samples of their own")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: there are files here already; choose another folder")
     form.check_installed()
-    if model.training or model.device.type != "cpu":  # the user's own stays as it is
+    if model.training or model.device.type != "cpu":  # a copy, so that the user's model does not change
         model = copy.deepcopy(model).cpu().eval()
     made = programs_of(model, task)
-    # everything is made in a folder beside, so that there is the whole or nothing
+    # written to a temporary folder and renamed at the end, so that there is a whole export or none
     beside = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
     beside.mkdir(parents=True)
     try:
         for program in made:
             form.write(program, beside / f"{program.name}{form.ending}")
         run = form.read({program.name: beside / f"{program.name}{form.ending}" for program in made})
-        difference = _compared(model, task, to, made, run)
+        difference = _check_programs(model, task, to, made, run)
         if not difference <= MOST:
             raise ConfigError(
                 f"export of {task!r} to {to}: what the programs compute differs from the model by {difference:.1e}, and at most "
-                f"{MOST:g} is written; a part of one's own may depend on values or lengths that tracing took for constant"
+                f"{MOST:g} is allowed; a part of your own may depend on values or lengths that are constants in the trace"
             )
         manifest = _manifest(model, task, to, form, made, difference)
         if int8:
-            manifest["int8"] = _made_smaller(model, task, form, made, beside, data)
+            manifest["int8"] = _quantize_programs(model, task, form, made, beside, data)
         for kind in manifest["tokenizers"]:
             for name, content in model.packer.tokenizers[kind].files().items():
                 path = beside / FILES / kind / name
@@ -97,18 +100,20 @@ def export(
     return folder
 
 
-def _made_smaller(
+def _quantize_programs(
     model: Network, task: str, form: Format, made: tuple[Program, ...], folder: Path, data: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Replace the programs by int8 ones, and return what the manifest says of them."""
+    """Replace the programs by int8 ones, and return the entry "int8" of the manifest."""
     paths = {program.name: folder / f"{program.name}{form.ending}" for program in made}
     before = sum(path.stat().st_size for path in paths.values())
     for path in paths.values():
-        form.make_smaller(path)
+        form.make_int8(path)
     run = form.read(paths)
     largest = largest_difference(model, task, made, run)
     if largest == torch.inf:
-        raise ConfigError(f"export of {task!r} to int8: the programs give no numbers, or others than the model gives")
+        raise ConfigError(
+            f"export of {task!r} to int8: the programs return NaN, or outputs of another shape than the model"
+        )
     return {
         "bytes": sum(path.stat().st_size for path in paths.values()),
         "bytes_before": before,
@@ -117,21 +122,21 @@ def _made_smaller(
     }
 
 
-def _compared(model: Network, task: str, to: str, made: tuple[Program, ...], run: Run) -> float:
-    """`largest_difference`; programs that do not run are refused."""
+def _check_programs(model: Network, task: str, to: str, made: tuple[Program, ...], run: RunProgram) -> float:
+    """`largest_difference`, with a ConfigError if a program does not run."""
     try:
         return largest_difference(model, task, made, run)
     except ConfigError:
         raise
-    except Exception as error:  # a runtime may raise of any kind
+    except Exception as error:  # a runtime may raise errors of any class
         raise ConfigError(
             f"export of {task!r} to {to}: the programs were written, but do not run on samples of other sizes: "
             f"{type(error).__name__}: {shortened(str(error), 600)}"
         ) from error
 
 
-def _chosen(model: Network, task: str | None) -> str:
-    """The task that is meant."""
+def _chosen_task(model: Network, task: str | None) -> str:
+    """The task of this pattern, or the only one."""
     if task is None and len(model.tasks) == 1:
         return next(iter(model.tasks))
     if task is None:
@@ -143,7 +148,7 @@ def _chosen(model: Network, task: str | None) -> str:
 def _manifest(
     model: Network, task: str, to: str, form: Format, made: tuple[Program, ...], difference: float
 ) -> dict[str, Any]:
-    """What a runner has to know, as JSON values."""
+    """The content of manifest.json."""
     packer, pattern = model.packer, model.packer.patterns[task]
     kinds = dict.fromkeys(field.kind for field in pattern.fields)
     return {
@@ -164,8 +169,8 @@ def _manifest(
             program.name: {
                 "file": f"{program.name}{form.ending}",
                 "fields": {field.name: field.kind for field in getattr(program, "fields", ())},
-                "inputs": [_described(entry) for entry in program.inputs],
-                "outputs": [_described(entry) for entry in program.outputs],
+                "inputs": [_entry_json(entry) for entry in program.inputs],
+                "outputs": [_entry_json(entry) for entry in program.outputs],
             }
             for program in made
         },
@@ -173,13 +178,13 @@ def _manifest(
     }
 
 
-def _described(entry: Entry) -> dict[str, Any]:
+def _entry_json(entry: Entry) -> dict[str, Any]:
     kind = str(entry.dtype).removeprefix("torch.")
     return {"name": entry.name, "type": kind, "axes": list(entry.axes), "meaning": entry.meaning}
 
 
 def _answer(model: Network, task: str) -> dict[str, Any]:
-    """What the outputs mean, by the head."""
+    """How to read the outputs; depends on the head."""
     head, tokenizer, readout = model.packer.heads[task], model.packer.answer_tokenizers[task], model.readout(task)
     written = model.packer.patterns[task].written
     kind = {} if written is None else {"kind": written.kind, "field": written.name}

@@ -1,4 +1,4 @@
-"""Compares the programs of a task with the packed model, on samples of three shapes."""
+"""Compares the programs of a task with the packed model, on three batches of random samples or on samples of the user."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from multimodal.attention import Mechanism
 from multimodal.core import Transformer
 from multimodal.export.padded import ReadField
-from multimodal.export.programs import INT, NEXT, Program, Reading, Vectors
+from multimodal.export.programs import INT, NEXT, FieldProgram, Program, Vectors
 from multimodal.heads.pool import Pool
 from multimodal.network import Network
 from multimodal.retrieval import side_vectors
@@ -18,17 +18,17 @@ from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal.tower import Tower
 
 SHAPES = ((1, 3), (2, 11), (3, 6))
-"""(samples, the most tokens of a field) of each batch; none is that of `example_inputs`, from which programs are traced."""
-WRITTEN = 3  # tokens that are written one by one
-BATCH = 16  # samples of one's own at once
+"""(number of samples, most tokens of a field) of each batch; all differ from `example_inputs`, with which programs are traced."""
+STEPS = 3  # decoding steps that are compared
+BATCH = 16  # samples of the user in one batch
 
 Sample = Mapping[str, Tokens | None]
-Run = Callable[[str, dict[str, Tensor]], dict[str, Tensor]]
-"""(name of a program, its inputs) -> its outputs."""
+RunProgram = Callable[[str, dict[str, Tensor]], dict[str, Tensor]]
+"""Runs a program: (its name, its inputs by name) -> its outputs by name."""
 
 
 def example_inputs(program: Program) -> dict[str, Tensor]:
-    """Inputs of sizes that all differ, from which a program is traced; values play no part in it."""
+    """Zeros as inputs for tracing; all dynamic axes have different sizes."""
     sizes: dict[str, int] = {}
     for entry in program.inputs:
         for axis in entry.axes:
@@ -38,16 +38,16 @@ def example_inputs(program: Program) -> dict[str, Tensor]:
     return {entry.name: torch.zeros(shape[entry.name], dtype=entry.dtype) for entry in program.inputs}
 
 
-def largest_difference(model: Network, task: str, programs: Sequence[Program], run: Run) -> float:
-    """The largest difference of programs and model, as a share of the largest number (or of 1); NaN counts as infinite."""
+def largest_difference(model: Network, task: str, programs: Sequence[Program], run: RunProgram) -> float:
+    """The largest difference of programs and model on random samples, relative to the largest output (or to 1); NaN gives inf."""
     random, worst = torch.Generator().manual_seed(0), 0.0
     with model.inference_mode():
         for program in programs:
-            if not isinstance(program, Reading):
+            if not isinstance(program, FieldProgram):
                 continue
             for count, most in SHAPES:
-                samples = list(_samples(model, program, count, most, random))
-                for found, wanted in _both(model, task, program, samples, run, random):
+                samples = list(_random_samples(model, program, count, most, random))
+                for found, wanted in _outputs(model, task, program, samples, run, random):
                     size = wanted.abs().max().clamp(min=1)
                     difference = (
                         float((found - wanted).abs().max() / size) if found.shape == wanted.shape else torch.inf
@@ -57,20 +57,20 @@ def largest_difference(model: Network, task: str, programs: Sequence[Program], r
 
 
 def agreement(
-    model: Network, task: str, programs: Sequence[Program], run: Run, data: Sequence[Mapping[str, Any]]
+    model: Network, task: str, programs: Sequence[Program], run: RunProgram, data: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """How far programs and model agree on samples of one's own, as JSON values.
+    """How far programs and model agree on samples of the user, as JSON values.
 
-    Of logits the share of rows whose largest one is the same, "same"; of vectors the least cosine, "cosine".
+    For logits "same", the share of rows with the same argmax; for vectors "cosine", the smallest cosine similarity.
     """
-    random, read = torch.Generator().manual_seed(0), [p for p in programs if isinstance(p, Reading)]
+    random, read = torch.Generator().manual_seed(0), [p for p in programs if isinstance(p, FieldProgram)]
     rows, same, cosine, worst = 0, 0, 1.0, 0.0
     with model.inference_mode():
         for start in range(0, len(data), BATCH):
             part = [data[i] for i in range(start, min(start + BATCH, len(data)))]
             for program in read:
                 samples = [_encoded(model, task, sample, start + i) for i, sample in enumerate(part)]
-                for found, wanted in _both(model, task, program, samples, run, random):
+                for found, wanted in _outputs(model, task, program, samples, run, random):
                     size = wanted.abs().max().clamp(min=1)
                     worst = max(worst, float((found - wanted).abs().max() / size))
                     if isinstance(program, Vectors):
@@ -84,7 +84,7 @@ def agreement(
 
 
 def _encoded(model: Network, task: str, sample: Mapping[str, Any], number: int) -> Sample:
-    """The tokens of the fields of a sample that are read, and of its answer if it has one."""
+    """The tokens of the fields that the task reads, and of the answer if the sample has one. number: of the sample, for errors."""
     pattern, tokenizers = model.packer.patterns[task], model.packer.tokenizers
     pattern.check_sample(sample, answer=False)
     kinds = {field.name: field.kind for field in pattern.reads}
@@ -99,16 +99,21 @@ def _encoded(model: Network, task: str, sample: Mapping[str, Any], number: int) 
     return found
 
 
-def _both(
-    model: Network, task: str, program: Reading, samples: Sequence[Sample], run: Run, random: torch.Generator
+def _outputs(
+    model: Network,
+    task: str,
+    program: FieldProgram,
+    samples: Sequence[Sample],
+    run: RunProgram,
+    random: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the programs give for these samples, and what the model does."""
-    given = padded(model, program.fields, samples)
+    """Yield (output of the programs, output of the model) for these samples."""
+    given = padded_inputs(model, program.fields, samples)
     out = run(program.name, given)
     if isinstance(program, Vectors):
         yield out["vectors"], side_vectors(model, task, [samples], program.side)
     elif model.packer.heads[task].autoregressive:
-        yield from _written(model, task, samples, out, run, random)
+        yield from _decoding_outputs(model, task, samples, out, run, random)
     else:
         wanted = _packed_logits(model, task, samples)
         if "rows" not in out:
@@ -118,14 +123,17 @@ def _both(
             yield logits[there], rows
 
 
-def _written(
-    model: Network, task: str, samples: Sequence[Sample], out: dict[str, Tensor], run: Run, random: torch.Generator
+def _decoding_outputs(
+    model: Network,
+    task: str,
+    samples: Sequence[Sample],
+    out: dict[str, Tensor],
+    run: RunProgram,
+    random: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     tokenizer = model.packer.answer_tokenizers[task]
     answers = [sample.get(model.packer.patterns[task].answer) for sample in samples]
-    count = min(
-        WRITTEN, tokenizer.length or WRITTEN, *(len(tokens) or WRITTEN for tokens in answers if tokens is not None)
-    )
+    count = min(STEPS, tokenizer.length or STEPS, *(len(tokens) or STEPS for tokens in answers if tokens is not None))
     place_NA = tokenizer.places(count)
     id_BN = torch.randint(tokenizer.vocab_size or 1, (len(samples), count), generator=random)
     for id_N, tokens in zip(id_BN, answers, strict=True):
@@ -144,7 +152,7 @@ def _written(
 def _packed_logits(
     model: Network, task: str, samples: Sequence[Sample], begins: Sequence[Tokens] | None = None
 ) -> list[Tensor]:
-    """By sample, the logits of the rows that the head reads of it."""
+    """For each sample, the logits (N, V) of the packed model. begins: tokens that each answer begins with."""
     stream = model.packer([(task, sample) for sample in samples], answers=False, begins=begins)
     reading, logits = stream.readings[task], model.logits(stream)[task]
     rows = [1] * len(samples) if len(logits) == len(samples) else list(reading.lengths)
@@ -152,8 +160,8 @@ def _packed_logits(
     return [found[i] for i in range(len(samples))]
 
 
-def padded(model: Network, fields: Sequence[ReadField], samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The inputs of a program that reads these fields."""
+def padded_inputs(model: Network, fields: Sequence[ReadField], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The inputs of a program that reads these fields: tokens of the samples, padded with zeros."""
     inputs = {}
     for field in fields:
         tokenizer, values = model.packer.tokenizers[field.kind], [sample[field.name] for sample in samples]
@@ -168,46 +176,46 @@ def padded(model: Network, fields: Sequence[ReadField], samples: Sequence[Sample
     return inputs or {"answers": torch.zeros(len(samples), dtype=INT)}
 
 
-def _samples(
-    model: Network, program: Reading, count: int, most: int, random: torch.Generator
+def _random_samples(
+    model: Network, program: FieldProgram, count: int, most: int, random: torch.Generator
 ) -> Iterator[dict[str, Tokens | None]]:
-    """Samples of random tokens; with several fields one sample of three lacks one."""
+    """Samples of random tokens. With several fields, one sample in a batch of three lacks a field."""
     fields, pattern = program.fields, model.packer.patterns[program.task]
-    least, known = _least(program), _known_places(model)
+    least, known = _fewest_tokens(program), _most_positions(model)
     tokenizers = [model.packer.tokenizers[field.kind] for field in fields if field.kind in model.packer.reads_places]
     least = max([least, *(tokenizer.learned + 1 for tokenizer in tokenizers)])
-    room = most if known is None else (known - len(program.start.tokens) - WRITTEN) // max(len(fields), 1)
+    room = most if known is None else (known - len(program.start.tokens) - STEPS) // max(len(fields), 1)
     most = max(least, min(most + least - 1, room))
     for i in range(count):
         lacks = fields[most % len(fields)].name if len(fields) > 1 and i == 1 and count == 3 else None
         sample: dict[str, Any] = {field.name: None for field in pattern.reads}
         for field in fields:
-            # the first sample has the most, so that the others are padded
+            # the first sample is the longest, so that the others are padded
             tokens = most if i == 0 else int(torch.randint(least, most + 1, (), generator=random))
             if field.name != lacks:
                 tokenizer, grid = model.packer.tokenizers[field.kind], field.kind in model.packer.reads_places
-                sample[field.name] = _tokens(tokenizer, tokens, random, grid)
+                sample[field.name] = _random_tokens(tokenizer, tokens, random, grid)
         yield sample
 
 
-def _tokens(tokenizer: Tokenizer, count: int, random: torch.Generator, grid: bool) -> Tokens:
-    """Random tokens. grid: at most `count` that are learned ones, if any, and whole rows and columns of others."""
+def _random_tokens(tokenizer: Tokenizer, count: int, random: torch.Generator, grid: bool) -> Tokens:
+    """Random tokens. grid: whether the embedding needs a whole grid: at most `count` tokens, first the learned ones, if any."""
     if isinstance(tokenizer, Tower):
         inner, connector = tokenizer.tokenizer, tokenizer.connector
         side = getattr(connector, "side", getattr(getattr(connector, "then", None), "side", 0))
-        others = getattr(connector, "count", 1)  # as many tokens have to carry those that are dropped
+        others = getattr(connector, "count", 1)  # `Dropped` needs as many other tokens as it drops
         count += inner.learned + others * max(side, 1) ** 2
-        return tokenizer.grouped(_grid(inner, min(count, getattr(connector, "most", count)), random, side))
+        return tokenizer.grouped(_random_grid(inner, min(count, getattr(connector, "most", count)), random, side))
     if grid:
-        return _grid(tokenizer, count, random)
+        return _random_grid(tokenizer, count, random)
     index_N = torch.arange(count)
-    return _content(tokenizer, torch.stack([index_N, index_N // 3, index_N % 3], -1), random)
+    return _random_content(tokenizer, torch.stack([index_N, index_N // 3, index_N % 3], -1), random)
 
 
-def _grid(tokenizer: Tokenizer, count: int, random: torch.Generator, side: int = 0) -> Tokens:
-    """At most `count` tokens: the learned ones, then rows and columns of others, at least one.
+def _random_grid(tokenizer: Tokenizer, count: int, random: torch.Generator, side: int = 0) -> Tokens:
+    """At most `count` tokens: the learned ones, then a grid of at least one.
 
-    side: a number that divides rows and columns of a picture, whose tokens are of one time; 0: of a sound or a text, with times.
+    side: divides rows and columns of the grid of a picture, whose tokens have one time; 0: tokens have increasing times.
     """
     square, own = max(side, 1), count - tokenizer.learned
     columns = min(int(torch.randint(2, 5, (), generator=random)), max(own // square**2, 1)) * square
@@ -217,27 +225,27 @@ def _grid(tokenizer: Tokenizer, count: int, random: torch.Generator, side: int =
     position_NA = torch.stack([time_N + tokenizer.learned, index_N // columns, index_N % columns], -1)
     first_NA = torch.zeros(tokenizer.learned, 3, dtype=torch.long)
     first_NA[:, 0] = torch.arange(tokenizer.learned)
-    return _content(tokenizer, torch.cat([first_NA, position_NA]), random)
+    return _random_content(tokenizer, torch.cat([first_NA, position_NA]), random)
 
 
-def _content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Generator) -> Tokens:
-    """Random tokens at these places, which are in steps."""
+def _random_content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Generator) -> Tokens:
+    """Random tokens at these positions, which are in steps."""
     count, place_NA = len(position_NA), position_NA * torch.tensor(tokenizer.step)
     if tokenizer.vocab_size is not None:
         return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), place_NA)
     return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), place_NA)
 
 
-def _known_places(model: Network) -> int | None:
-    """The most tokens for which every layer and table of either core has a place; None: any number."""
+def _most_positions(model: Network) -> int | None:
+    """The most tokens that every attention layer and position table supports; None: there is no limit."""
     layers = [m for m in model.core.modules() if isinstance(m, Mechanism) and not m.name.endswith("memory")]
     tables = [m.core.learned_times for m in model.core.modules() if isinstance(m, Transformer)]
     bounds = [part.most for m in layers for part in (m.score, *m.priors, *m.factors)] + tables
     return min((most for most in bounds if most is not None), default=None)
 
 
-def _least(program: Reading) -> int:
-    """The least tokens of a field that the head's pool takes."""
+def _fewest_tokens(program: FieldProgram) -> int:
+    """The fewest tokens of a field that the head's pool accepts."""
     pool: Any = getattr(program.head, "pool", None)
     pools = [pool] if isinstance(pool, Pool) else list(pool or ())
     pools += [pool.of for pool in pools if hasattr(pool, "of")]

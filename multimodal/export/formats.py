@@ -1,4 +1,4 @@
-"""Formats of programs: torch.export's .pt2, which needs PyTorch alone, and ONNX. Each traces, writes, and runs what it wrote."""
+"""File formats of programs, which trace, write, load and run them: .pt2 of torch.export, which needs only PyTorch, and ONNX."""
 
 import importlib
 import importlib.metadata
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.export.compare import Run, example_inputs
+from multimodal.export.compare import RunProgram, example_inputs
 from multimodal.export.programs import Program
 from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
 
 OPSET = 20
-MOST_BYTES = 2**31 - 2**24  # of weights in one .onnx file, which has to stay below 2 GiB
+MOST_BYTES = 2**31 - 2**24  # of weights in one .onnx file, which must be smaller than 2 GiB
 
 
 class Format(ABC):
-    """A format of files.
+    """A file format.
 
-    ending: of a program's file. needs: the packages that it takes, besides torch.
+    ending: the suffix of file names. needs: the packages that it needs besides torch.
     """
 
     ending: str
@@ -44,24 +44,24 @@ class Format(ABC):
                 ) from error
 
     def versions(self) -> dict[str, Any]:
-        """What the manifest says of how the files were made."""
+        """The versions that the manifest records."""
         return {"versions": {name: importlib.metadata.version(name) for name in ("torch", *self.needs)}}
 
-    def check_smaller(self) -> None:
-        """Raise a ConfigError if programs of this format cannot be made smaller."""
+    def check_int8(self) -> None:
+        """Raise a ConfigError if programs of this format cannot be quantized to int8."""
         raise ConfigError(f"export: int8 programs are for to='onnx'; {self.ending[1:]} holds the weights as they are")
 
-    def make_smaller(self, path: Path) -> None:
-        """Replace a program by one whose matrices are int8."""
+    def make_int8(self, path: Path) -> None:
+        """Replace the program in a file by one whose matrices are int8."""
         raise NotImplementedError
 
     @abstractmethod
     def write(self, program: Program, path: Path) -> None:
-        """Write a program."""
+        """Trace a program and write it to a file."""
 
     @abstractmethod
-    def read(self, paths: dict[str, Path]) -> Run:
-        """What runs the programs in these files, by name."""
+    def read(self, paths: dict[str, Path]) -> RunProgram:
+        """Load programs. paths: {name of a program: its file}."""
 
 
 class PT2(Format):
@@ -71,7 +71,7 @@ class PT2(Format):
         with _quiet():
             torch.export.save(traced(program), path)
 
-    def read(self, paths: dict[str, Path]) -> Run:
+    def read(self, paths: dict[str, Path]) -> RunProgram:
         with _quiet():
             loaded = {name: torch.export.load(path).module() for name, path in paths.items()}
         return lambda name, inputs: loaded[name](inputs)
@@ -99,45 +99,43 @@ class ONNX(Format):
                 verbose=False,
             )
         assert made is not None
-        symbols = {}  # torch's names of axes, such as s71 -> ours
+        symbols = {}  # {torch's name of an axis, such as s71: our name}
         for entry, given in zip(program.inputs, made.model.graph.inputs, strict=True):
             assert given.shape is not None
             pairs = zip(entry.axes, given.shape, strict=True)
             symbols |= {str(size): axis for axis, size in pairs if isinstance(axis, str)}
         made.rename_axes(symbols)
         for node in made.model.graph.all_nodes():
-            # where it comes from in this library takes more room than small weights
+            # the stack trace of each node takes more bytes than small weights
             node.metadata_props.clear()
         weights = sum(p.numel() * p.element_size() for p in program.parameters())
         made.save(path, external_data=weights > MOST_BYTES)
 
-    def check_smaller(self) -> None:
+    def check_int8(self) -> None:
         pass
 
-    def make_smaller(self, path: Path) -> None:
+    def make_int8(self, path: Path) -> None:
         onnx, quantization = (importlib.import_module(name) for name in ("onnx", "onnxruntime.quantization"))
         if path.with_name(f"{path.name}.data").exists():
-            raise ConfigError(
-                f"export: int8 programs are made of files below 2 GB, and {path.name} has more in weights"
-            )
+            raise ConfigError(f"export: int8 needs an .onnx file below 2 GB, and the weights of {path.name} are larger")
         program, smaller = onnx.load(path), path.with_name(f"{path.stem}.int8.onnx")
-        # what embeds features, and tables of places, stay exact; of the embeddings only tables of symbols are rounded
-        stay = [node.name for node in program.graph.node if not _may_be_rounded(node)]
+        # embeddings of continuous features and position tables stay float32; of the embeddings, only token tables become int8
+        stay = [node.name for node in program.graph.node if not _is_quantized(node)]
         with _quiet():
             quantization.quantize_dynamic(
                 path,
                 smaller,
                 op_types_to_quantize=["MatMul", "Gather"],
-                # a Gemm becomes a MatMul and an Add first
+                # quantize_dynamic first turns a Gemm into a MatMul and an Add
                 nodes_to_exclude=stay + [f"{name}_MatMul" for name in stay],
                 per_channel=True,
-                # CPUs without VNNI add two products in 16 bits, which full ranges exceed
+                # with the full range, CPUs without VNNI overflow when they add two products in 16 bits
                 reduce_range=True,
                 weight_type=quantization.QuantType.QInt8,
             )
         smaller.replace(path)
 
-    def read(self, paths: dict[str, Path]) -> Run:
+    def read(self, paths: dict[str, Path]) -> RunProgram:
         runtime = importlib.import_module("onnxruntime")
         sessions = {name: runtime.InferenceSession(path) for name, path in paths.items()}
 
@@ -153,7 +151,7 @@ FORMATS: dict[str, Format] = {"onnx": ONNX(), "pt2": PT2()}
 
 
 def traced(program: Program) -> torch.export.ExportedProgram:
-    """The program of torch.export, with axes of any size.
+    """Trace a program with torch.export; axes with a name are dynamic.
 
     Raises:
         ConfigError: a part of the model cannot be traced.
@@ -172,19 +170,19 @@ def traced(program: Program) -> torch.export.ExportedProgram:
         made = torch.export.export(program, (example,), dynamic_shapes=(axes,))
     except ConfigError:
         raise
-    except Exception as error:  # torch raises of many kinds, and a part of a user's may raise any
+    except Exception as error:  # torch and parts of the user may raise errors of any class
         raise ConfigError(
             f"export, program {program.name!r}: torch.export cannot trace it: {type(error).__name__}: "
-            f"{shortened(str(error), 600)}; a part of one's own must not look at values or lengths: x.shape[0] in the place of "
+            f"{shortened(str(error), 600)}; a part of your own must not depend on values or lengths: use x.shape[0], not "
             "len(x), and no branch on what a tensor holds"
         ) from error
     for node in made.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it has the paths of this machine
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
     return made
 
 
-def _may_be_rounded(node: Any) -> bool:
-    """Whether a node of ONNX multiplies by a matrix of a core or a head, or looks up symbols."""
+def _is_quantized(node: Any) -> bool:
+    """Whether a node of ONNX is a matrix product of a core or a head, or a lookup of token embeddings."""
     if node.op_type == "Gather":
         return re.fullmatch(r"model\.embeds\.\w+\.weight", node.input[0]) is not None
     return not any(name.startswith("model.embeds.") for name in node.input) or node.op_type not in ("Gemm", "MatMul")
@@ -192,7 +190,7 @@ def _may_be_rounded(node: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without gradients, and without what torch's exporters warn of and log about themselves."""
+    """Turn off gradients, and warnings and logs of the exporters about themselves."""
     # onnxruntime's quantization writes to the root logger
     logs = [logging.getLogger(name) for name in ("onnxscript", None)]
     levels = [log.level for log in logs]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from multimodal.export import formats
-from multimodal.export.compare import Run
+from multimodal.export.compare import RunProgram
 from multimodal.export.programs import Program
 
 
@@ -19,7 +19,7 @@ class Untraced(formats.Format):
         path.touch()
         self.made[program.name] = program
 
-    def read(self, paths: dict[str, Path]) -> Run:
+    def read(self, paths: dict[str, Path]) -> RunProgram:
         assert all(path.is_file() for path in paths.values())
         return lambda name, inputs: self.made[name](inputs)
 

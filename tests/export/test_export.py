@@ -96,13 +96,13 @@ def refusals() -> dict[str, tuple[mm.Core | mm.EncoderDecoder, str | mm.Task, st
     block = (mm.layers.SelfAttention(), mm.layers.Recurrent())
     two = mm.EncoderDecoder(reader=CORE, writer=CORE)
     return {
-        "head": (CORE, mm.Task("image -> image", mm.Masked(0.5)), "Masked cannot be exported; those of Classify, CTC"),
+        "head": (CORE, mm.Task("image -> image", mm.Masked(0.5)), "Masked cannot be exported, only those of Classify, CTC"),
         "layer": (CORE.replace(block=block), "image -> label", "Recurrent carries a state from token to token"),
         "layer of a writer": (
             two.replace(writer=CORE.replace(block=block)), "image -> text", "Recurrent carries a state from token to token",
         ),
-        "start": (two, mm.Task("image -> story", mm.NextToken(start_ids=())), "needs a field that is read and a start of what"),
-        "nothing read": (two, "-> text", "needs a field that is read and a start of what"),
+        "start": (two, mm.Task("image -> story", mm.NextToken(start_ids=())), "needs a field to read and a start token of the answer"),
+        "nothing read": (two, "-> text", "needs a field to read and a start token of the answer"),
     }  # fmt: skip
 
 
@@ -168,12 +168,12 @@ def test_a_pool_of_ones_own_says_how_it_pools_padded_states(tokenizers, untraced
 
 def planted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """One fault in what padded programs do."""
-    plan, known, rows = padded.PaddedPlan, padded.Known, padded.laid_out
+    plan, known, rows = padded.PaddedPlan, padded.TokenInfo, padded.lay_out
     if name == "padding is attended to":
         make = plan.__init__
 
         def init(self, rule, queries, keys, *rest, **more):
-            make(self, rule, queries, replace(keys, there_BT=keys.there_BT | True), *rest, **more)
+            make(self, rule, queries, replace(keys, valid_BT=keys.valid_BT | True), *rest, **more)
 
         monkeypatch.setattr(plan, "__init__", init)
     elif name == "the mask is dropped":
@@ -185,11 +185,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             found = rows(model, fields, start, inputs)
             return replace(found, position_BTA=found.position_BTA % 4)
 
-        monkeypatch.setattr(programs, "laid_out", at_zero)
+        monkeypatch.setattr(programs, "lay_out", at_zero)
     elif name == "the written token has the order of the one before it":
         of = known.from_numbers
         monkeypatch.setattr(
-            known, "from_numbers", lambda numbers: replace(of(numbers), there_BT=of(numbers).info.order > 0)
+            known, "from_numbers", lambda numbers: replace(of(numbers), valid_BT=of(numbers).mask_info.order > 0)
         )
     elif name == "keys are not cached":
         attend = plan.attend

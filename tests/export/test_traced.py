@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.export.compare import padded
+from multimodal.export.compare import padded_inputs
 from multimodal.export.formats import FORMATS
 from multimodal.export.programs import NEXT, read_fields
 from multimodal.layers import MLP, PersistentMemory, SelfAttention
@@ -43,7 +43,7 @@ def test_every_part_that_factors_is_written_and_writes_what_the_model_writes(tok
         tokens = [
             {n: None if s[n] is None else model.packer.tokenizers[n](s[n]) for n in ("image", "story")} for s in samples
         ]
-        out = run("prefill", padded(model, read_fields(model, task), tokens))
+        out = run("prefill", padded_inputs(model, read_fields(model, task), tokens))
         written, state = [], {}
         for place_A in tokenizers["text"].places(6):
             state |= {name.removesuffix(NEXT): x for name, x in out.items() if name.endswith(NEXT)}
@@ -53,7 +53,7 @@ def test_every_part_that_factors_is_written_and_writes_what_the_model_writes(tok
         assert [answer.tokens.content.tolist() for answer in answers] == torch.stack(written, 1).tolist()
     one = {
         name: x[:, :1] if x.dim() > 1 else x.clamp(max=1)
-        for name, x in padded(model, read_fields(model, task), tokens[:1]).items()
+        for name, x in padded_inputs(model, read_fields(model, task), tokens[:1]).items()
     }
     first = {name: mm.Tokens(x.content[:1], x.position_NA[:1]) for name, x in tokens[0].items()}
     wanted = model.logits(model.packer([(task, first)], answers=False))[task]

@@ -189,7 +189,7 @@ def test_a_dinov2_classifier_is_that_of_transformers_at_three_sizes(tmp_path: Pa
     (program,) = programs.programs_of(model, "image -> label")
     samples = [{"image": tokens(loaded, x)} for x in values]
     with torch.inference_mode():
-        found = program(compare.padded(model, program.fields, samples))["logits"]
+        found = program(compare.padded_inputs(model, program.fields, samples))["logits"]
         wanted = torch.cat([theirs(normalised(x)).logits for x in values])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
@@ -212,7 +212,7 @@ def test_whisper_is_that_of_transformers_prefill_and_steps(tmp_path: Path) -> No
     frames = heard.content.view(len(heard), 2, -1).flatten(0, 1).T[None]
     with torch.inference_mode():
         wanted = theirs(frames, decoder_input_ids=torch.tensor([[*starts, *ids]])).logits[0, len(starts) - 1 :]
-        out = made["prefill"](compare.padded(model, made["prefill"].fields, [{"audio": heard}]))
+        out = made["prefill"](compare.padded_inputs(model, made["prefill"].fields, [{"audio": heard}]))
         found, state = [out["logits"]], {}
         for token, place_A in zip(ids, place_NA, strict=True):
             state |= {name.removesuffix(programs.NEXT): x for name, x in out.items() if name.endswith(programs.NEXT)}
