@@ -1,4 +1,4 @@
-"""Digits that people wrote and that voices say: scikit-learn's scans, and recordings that lie beside this file."""
+"""Handwritten and spoken digits: scans from scikit-learn, and recordings of synthetic voices beside this file."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @dataclass(frozen=True)
 class Clip:
-    """One recorded word: its samples, float32 at RATE_HZ, and who says it."""
+    """One recorded word: its samples (float32, at RATE_HZ), the word, and its speaker."""
 
     wave_S: Tensor
     word: str
@@ -25,9 +25,9 @@ class Clip:
 
 
 def spoken_words() -> tuple[list[Clip], list[Clip]]:
-    """Ten digits and six words by espeak-ng voices, to learn from and to test on; no voice is in both.
+    """Return (training clips, test clips): ten digits and six other words by espeak-ng voices. No voice is in both.
 
-    examples/make_spoken_words.py made them.
+    `examples/make_spoken_words.py` made the recordings.
     """
     import soundfile
 
@@ -41,10 +41,10 @@ def spoken_words() -> tuple[list[Clip], list[Clip]]:
 
 
 def scanned_digits() -> tuple[np.ndarray, list[int]]:
-    """1,797 scans (rows, 8, 8) in levels 0..255 from 43 writers, and their digits.
+    """Return (1,797 scans of 8 x 8 pixels by 43 writers, uint8 (1797, 8, 8) in 0..255; their digits).
 
     Raises:
-        ConfigError: scikit-learn, which they come with, is not installed.
+        ConfigError: scikit-learn, which contains the scans, is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -57,9 +57,9 @@ def scanned_digits() -> tuple[np.ndarray, list[int]]:
 
 
 def disturbed(wave_S: Tensor, pause_s: float = 1 / 12) -> Tensor:
-    """The same word a little faster or slower (and so higher or lower), with silence around it and noise under it.
+    """A randomly changed copy of a word: other speed (and pitch), silence before and after it, and added noise.
 
-    pause_s: the longest silence before it, and after it.
+    wave_S: at RATE_HZ. pause_s: the longest silence before the word, and after it, in seconds.
     """
     speed = np.random.uniform(0.85, 1.2)
     wave_S = F.interpolate(wave_S[None, None], size=int(len(wave_S) / speed), mode="linear")[0, 0]

@@ -1,4 +1,4 @@
-"""One model that reads a digit, hears one, and adds the two in words: its samples, its declaration, its training."""
+"""The demo model, which adds a drawn digit and a spoken digit: its samples, declaration and training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ from multimodal.train import Recipe, TrainingJob
 
 SEE, HEAR, ADD = "image -> text", "audio -> text", "image audio -> text"
 NUMBERS = (*DIGITS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
-TENTH = 10  # one scan in so many is held out
-PAUSE_S = 0.4  # of silence before and after a word, as in a recording of somebody who presses a button
-SIDE = 16  # pixels of a picture's side, twice those of a scan: there is room for digits that are small, or not in the middle
+TENTH = 10  # one scan in ten is held out
+PAUSE_S = 0.4  # the longest silence before and after a word, as when somebody presses a button to record
+SIDE = 16  # side of a picture in pixels, twice that of a scan: room for digits that are small or off-centre
 
 
 @dataclass(frozen=True)
 class DigitSamples:
     """Samples of one task: pictures with their digit, clips with their word, or both with their sum.
 
-    pictures: samples {"image", "label"} whose label is a digit.
-    disturb: changes a clip each time that it is asked for, and then the clip beside a picture is drawn each time too.
-    seed: which clip goes with which picture otherwise.
+    pictures: samples {"image", "label"}; the label is a digit. None: no picture field.
+    clips: spoken words. None: no audio field.
+    disturb: augmentation of clips, applied at each access; the clip for a picture is then random at each access too.
+    seed: chooses the clip for each picture if there is no augmentation.
     """
 
     pictures: Samples | None
@@ -60,9 +61,9 @@ class DigitSamples:
 
 @dataclass(frozen=True)
 class Sheets:
-    """Scans on a black sheet of SIDE pixels.
+    """Scans resized to pictures of SIDE x SIDE pixels.
 
-    moved: whether they are as people draw, another each time: smaller, not upright, not in the middle, with thicker strokes.
+    moved: whether to augment them at each access, to look more like drawings: smaller, rotated, off-centre, with thicker strokes.
     """
 
     scans: np.ndarray
@@ -79,12 +80,12 @@ class Sheets:
         sheet = Image.fromarray(self.scans[index]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         if self.moved:
             sheet = RandomAffine(15, (0.12, 0.12), (0.55, 1.1), 12, interpolation=InterpolationMode.BILINEAR)(sheet)
-            sheet = ColorJitter(brightness=(1.0, 2.5))(sheet)  # the soft edges of strokes become white too
+            sheet = ColorJitter(brightness=(1.0, 2.5))(sheet)  # makes the grey edges of strokes white too
         return {"image": sheet, "label": str(self.digits[index])}
 
 
 def sums_model(seed: int = 0) -> Model:
-    """The model, untrained. It reads a picture of any size, such as a drawing of the page."""
+    """The untrained model. It accepts pictures of any size, such as a drawing on the web page."""
     from multimodal_tokenizers import AudioFrames, ImagePatches, TextBytes
     from multimodal_tokenizers.fit import Fit
 
@@ -102,7 +103,8 @@ def sums_model(seed: int = 0) -> Model:
 
 
 def sums_job(steps: int) -> TrainingJob:
-    """Train it on nine tenths of the scans and on the voices to learn from; sums of the others are held out.
+    """The training of the demo model on nine tenths of the scans and on the training voices; sums of the other scans and voices are
+    held out.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -119,17 +121,17 @@ def sums_job(steps: int) -> TrainingJob:
     }
     held_out = {ADD: DigitSamples(Sheets(scans[unseen], list(np.compress(unseen, digits))), unheard)}
     recipe = Recipe(steps=steps, batch=96, lr=3e-3, optimizer="muon", ema=0.98, weight_decay=0.1, workers=1)
-    # handwriting is the hardest of the three, and pictures alone are the shortest samples
+    # more samples of handwriting: it is the hardest of the three, and its samples are the shortest
     return TrainingJob(
         model=sums_model(), data=data, evaluation=held_out, mix={ADD: 1, SEE: 3, HEAR: 0.7}, recipe=recipe
     )
 
 
 def write_examples(folder: Path) -> None:
-    """Write a picture and a sound of each digit that the model has not learned from.
+    """Write a held-out picture and a held-out sound of each digit to a folder.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder cannot be written.
     """
     import soundfile
     from PIL import Image

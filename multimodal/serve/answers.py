@@ -1,4 +1,4 @@
-"""Predictions and pieces as what is sent: JSON, data: URLs of pictures and sounds, server-sent events."""
+"""Turns predictions and pieces into responses: JSON, data: URLs of pictures and sounds, server-sent events."""
 
 import base64
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,17 +16,17 @@ DONE = b"data: [DONE]\n\n"
 
 
 def json_bytes(data: Any) -> bytes:
-    """UTF-8; lone surrogates, which UTF-8 cannot hold, stay the escapes that they are in JSON."""
+    """JSON as UTF-8; lone surrogates, which UTF-8 cannot encode, are written as \\u escapes."""
     return as_json(data).encode("utf-8", "backslashreplace")
 
 
 def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A value as the whole response."""
+    """A JSON response."""
     return Response(json_bytes(data), status, headers=headers, media_type="application/json")
 
 
 def error_response(error: ApiError) -> Response:
-    """The response that refuses a request."""
+    """The response for an error."""
     return json_response(error.body(), error.status, error.headers)
 
 
@@ -36,13 +36,13 @@ def event(data: Any) -> bytes:
 
 
 class EventStream:
-    """A response of server-sent events. end: called once it is over, however it ends, also if it never began."""
+    """A response of server-sent events. end: called when the response ends, also after an error or if it never began."""
 
     def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
         self.events, self.end = events, end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy must not collect the events
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy must not buffer the events
         try:
             await StreamingResponse(self.events, media_type="text/event-stream", headers=headers)(scope, receive, send)
         finally:
@@ -56,7 +56,7 @@ def file_of(value: Any) -> tuple[str, bytes] | None:
 
 
 def value_json(value: Any) -> Any:
-    """A value for JSON: a picture or a sound as a data: URL, anything else as it is."""
+    """A value as JSON: a picture or a sound as a data: URL, any other value unchanged."""
     file = file_of(value)
     return value if file is None else f"data:{file[0]};base64,{base64.b64encode(file[1]).decode()}"
 
@@ -79,7 +79,7 @@ def answer_json(answer: Prediction) -> dict[str, Any]:
 
 
 def finish_reason(answer: Prediction) -> str:
-    """Why an answer ended, in the words of chat completions."""
+    """Why an answer ended, in the terms of chat completions."""
     return "stop" if answer.complete else "length"
 
 

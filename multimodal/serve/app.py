@@ -1,4 +1,4 @@
-"""The application: routes, keys, what is counted and logged of each request, health, metrics and reloads."""
+"""The ASGI application: routes, API keys, accounting of requests, health, metrics and reloads."""
 
 import asyncio
 import base64
@@ -42,7 +42,7 @@ from multimodal.serve.transcriptions import transcribe_file
 from multimodal.texts import shortened
 
 PAGE = Path(__file__).with_name("page.html")
-"""What is shown at / and, for programmers, at /docs."""
+"""The web page at / and /docs."""
 ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "/v1/tasks/{task:path}/look": look_into,
     "/v1/tasks/{task:path}": answer_task,
@@ -53,9 +53,7 @@ ENDPOINTS: dict[str, Callable[..., Awaitable[Any]]] = {
     "/v1/images/generations": draw,
 }
 LIVE = "/v1/realtime"
-KEY_PROTOCOL = (
-    "openai-insecure-api-key."  # before a key among the protocols of a WebSocket, where browsers send no header
-)
+KEY_PROTOCOL = "openai-insecure-api-key."  # prefix of a key among the protocols of a WebSocket, where browsers cannot send a header
 
 
 class Service:
@@ -65,36 +63,38 @@ class Service:
         self.checkpoints, self.settings = Checkpoints(checkpoints), settings
         self.metrics = Metrics()
         self.stopping = False
-        self.open = 0  # requests whose bodies are read or that are answered
+        self.open = 0  # number of open requests
         self.live: set[LiveSession] = set()
-        self.ending = asyncio.Event()  # live sessions end
+        self.ending = asyncio.Event()  # set to end all live sessions
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
 
     def check_key(self, request: HTTPConnection) -> None:
-        """Raise a 401 unless the request has one of the keys; none is needed where there are none."""
+        """Raise a 401 unless the request has one of the keys; without keys, every request may pass."""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         for protocol in request.scope.get("subprotocols", ()):
             if not kind and protocol.startswith(KEY_PROTOCOL):
                 kind, given = "bearer", protocol.removeprefix(KEY_PROTOCOL)
         digest = hashlib.sha256(given.strip().encode("utf-8", "replace")).digest()
-        # every key is compared, in a time that does not depend on how much of it is right
+        # all keys are compared in constant time, so that the time gives no hint
         right = [hmac.compare_digest(digest, key) for key in self._keys]
         if self._keys and not (any(right) and kind.lower() == "bearer"):
             raise ApiError(401, "wanted 'Authorization: Bearer KEY' with a key of this service", code="invalid_api_key")
 
     def check(self, request: HTTPConnection) -> None:
-        """Raise an error for a request whose body should not even be read."""
+        """Raise an error for a request that is refused before its body is read."""
         self.check_key(request)
-        # a page of another host in the browser of somebody who can reach this service
+        # cross-origin: a web page of another host, in the browser of somebody who can reach this service
         origin = request.headers.get("origin", "")
         if origin and _host_of(origin) != request.headers.get("host", ""):
-            raise ApiError(403, f"requests of pages of {shortened(origin, 100)} are refused", code="foreign_origin")
+            raise ApiError(
+                403, f"requests from web pages of {shortened(origin, 100)} are refused", code="foreign_origin"
+            )
         places = len(self.checkpoints.by_name) * (self.settings.rows + self.settings.queue)
         if self.open >= places:
             raise ApiError(429, f"{self.open} requests are open; try again later", code="queue_full", retry_s=1)
 
     def check_live(self, socket: WebSocket) -> None:
-        """Raise an error for a live session that may not begin."""
+        """Raise an error if a live session may not begin."""
         self.check(socket)
         most = self.settings.live_sessions
         if self.ending.is_set():
@@ -103,14 +103,14 @@ class Service:
             raise ApiError(429, f"{most} live sessions are open; try again later", code="queue_full", retry_s=5)
 
     async def end_live(self, patience_s: float) -> None:
-        """End all live sessions; what was said so far is still written down."""
+        """End all live sessions after they finish their open sounds. patience_s: how long to wait for them."""
         self.ending.set()
         until = time.monotonic() + patience_s
         while self.live and time.monotonic() < until:
             await asyncio.sleep(0.02)
 
     def gauges(self) -> list[tuple[str, Labels, float]]:
-        """What the schedulers count, and live sessions."""
+        """(name, labels, value) of the counters of the schedulers, and the number of live sessions."""
         found: list[tuple[str, Labels, float]] = [("live_sessions", (), len(self.live))]
         for name, checkpoint in self.checkpoints.by_name.items():
             scheduler, model = checkpoint.scheduler, ("model", name)
@@ -130,7 +130,7 @@ class Service:
         return found
 
     async def reload(self, name: str) -> None:
-        """Load a checkpoint again, in a thread of its own."""
+        """Reload a checkpoint in a thread of its own."""
         checkpoint = self.checkpoints.named(name)
         await to_thread.run_sync(checkpoint.reload)
         self.metrics.add("reloads_total", model=name)
@@ -139,12 +139,12 @@ class Service:
 def make_app(
     checkpoints: Sequence[Checkpoint], settings: Settings, *, patience_s: float = 600.0, on_hangup: bool = False
 ) -> Starlette:
-    """The application (ASGI) that serves these checkpoints.
+    """The ASGI application that serves these checkpoints.
 
-    patience_s: how long a stop waits for requests that run. on_hangup: load all checkpoints again at SIGHUP.
+    patience_s: seconds that a stop waits for open requests. on_hangup: whether SIGHUP reloads all checkpoints.
 
     Raises:
-        ConfigError: no checkpoint, or two of one name.
+        ConfigError: there is no checkpoint, or two have one name.
     """
     service = Service(checkpoints, settings)
 
@@ -167,7 +167,7 @@ def make_app(
 
     page = PAGE.read_text(encoding="utf-8")
     shown = Response(page, media_type="text/html", headers=page_headers(page))
-    pages = ("/", "/docs")  # the page looks at its own address
+    pages = ("/", "/docs")  # the page chooses its view by its URL
     get = ["GET"]
     routes = [
         *(Route(path, lambda _: shown, methods=get) for path in pages),
@@ -178,18 +178,18 @@ def make_app(
         Route("/v1/models/{name}", functools.partial(_models, service), methods=get),
         Route("/v1/models/{name}/reload", functools.partial(_reload, service), methods=["POST"]),
         Route("/v1/tasks", functools.partial(_tasks, service), methods=get),
-        *(Route(path, _endpoint(service, path, door), methods=["POST"]) for path, door in ENDPOINTS.items()),
+        *(Route(path, _endpoint(service, path, handler), methods=["POST"]) for path, handler in ENDPOINTS.items()),
         WebSocketRoute(LIVE, _live(service)),
     ]
     handlers: dict[Any, Any] = {HTTPException: _no_such_page, ApiError: _refused, Exception: _refused}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-    app.router.redirect_slashes = False  # it would send clients to whatever host their own header names
+    app.router.redirect_slashes = False  # a redirect would use the host in the client's own header
     app.state.service = service
     return app
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """What a browser may do for the page: run its own script and style, and talk to this service alone."""
+    """Headers that restrict the page to its own script and style, and to requests to this service."""
 
     def own(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -216,7 +216,7 @@ def page_headers(page: str) -> dict[str, str]:
 
 
 def _host_of(origin: str) -> str | None:
-    """Host and port of an origin; None: it is none."""
+    """The host and port of an origin; None: it is malformed."""
     try:
         return urlsplit(origin).netloc
     except ValueError:
@@ -239,7 +239,7 @@ def _reload_all(service: Service, loop: asyncio.AbstractEventLoop) -> None:
 _reloads: set[asyncio.Task[None]] = set()  # an event loop holds its tasks only weakly
 
 
-def _endpoint(service: Service, path: str, door: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _endpoint(service: Service, path: str, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     name = path.partition("/{")[0]
 
     async def endpoint(request: Request) -> Response | EventStream:
@@ -249,16 +249,18 @@ def _endpoint(service: Service, path: str, door: Callable[..., Awaitable[Any]]) 
             service.check(request)
             service.open, counted = service.open + 1, True
             params = await read_params(request, service.settings)
-            response = await _unless_left(request, door(call, service.checkpoints, params, **request.path_params))
+            response = await _unless_disconnected(
+                request, handler(call, service.checkpoints, params, **request.path_params)
+            )
         except ClientDisconnect:
-            call.close(left=True)
+            call.close(disconnected=True)
             return Response(status_code=499)
         except Exception as error:
-            told = call.failed(error)
-            call.close(told)
-            return error_response(told)
-        except BaseException:  # the server is made to stop
-            call.close(left=True)
+            api_error = call.failed(error)
+            call.close(api_error)
+            return error_response(api_error)
+        except BaseException:  # the server is stopped
+            call.close(disconnected=True)
             raise
         finally:
             service.open -= counted
@@ -278,8 +280,8 @@ def _live(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
             call.close(error)
             if "websocket.http.response" in socket.scope.get("extensions", {}):
                 await socket.send_denial_response(error_response(error))
-                await asyncio.sleep(0.1)  # uvicorn logs an error if this returns before it has closed the connection
-            else:  # the server can say no more than 403
+                await asyncio.sleep(0.1)  # uvicorn logs an error if this returns before the connection is closed
+            else:  # without this extension the server can only send 403
                 await socket.close()
             return
         session = LiveSession(call, service.checkpoints, socket, service.ending)
@@ -288,9 +290,9 @@ def _live(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
         try:
             call.close(await session.run())
         except WebSocketDisconnect:
-            call.close(left=True)
+            call.close(disconnected=True)
         except BaseException as error:
-            call.close(call.failed(error) if isinstance(error, Exception) else None, left=True)
+            call.close(call.failed(error) if isinstance(error, Exception) else None, disconnected=True)
             raise
         finally:
             service.open -= 1
@@ -299,14 +301,14 @@ def _live(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
     return endpoint
 
 
-async def _unless_left(request: Request, answer: Awaitable[Any]) -> Any:
-    """The answer; ClientDisconnect as soon as the client has left, and then what makes the answer is cancelled."""
+async def _unless_disconnected(request: Request, answer: Awaitable[Any]) -> Any:
+    """The answer. If the client disconnects first, cancel the computation and raise ClientDisconnect."""
 
-    async def left() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(left())
+    working, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -371,7 +373,7 @@ async def _reload(service: Service, request: Request) -> Response:
     if not service.settings.keys:
         raise ApiError(
             403,
-            "a model is loaded again only for whoever has a key, and this service has none; send it SIGHUP",
+            "a reload needs an API key, and this service has none; send it SIGHUP instead",
             code="no_keys",
         )
     name = request.path_params["name"]
@@ -384,7 +386,7 @@ async def _reload(service: Service, request: Request) -> Response:
         log.error("reload failed", exc_info=error, extra={"fields": {"model": name}})
         raise ApiError(
             500,
-            f"the model {name!r} cannot be loaded again, so the old one stays; the log has the reason",
+            f"the reload of model {name!r} failed, so the old one stays; the log has the reason",
             code="reload_failed",
         ) from error
     return json_response({"id": name, "object": "model", "reloaded": True})
@@ -398,7 +400,7 @@ async def _no_such_page(request: Request, error: Exception) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    told = as_api_error(error)
-    if told.status >= 500 and not isinstance(error, ApiError):
+    api_error = as_api_error(error)
+    if api_error.status >= 500 and not isinstance(error, ApiError):
         log.error("failed", exc_info=error, extra={"fields": {"endpoint": request.url.path}})
-    return error_response(told)
+    return error_response(api_error)

@@ -1,4 +1,4 @@
-"""Reads the body of a request within its limits, as parameters by name: JSON or multipart."""
+"""Reads the body of a request, JSON or multipart, into parameters by name, within the limits of the service."""
 
 import asyncio
 import json
@@ -18,13 +18,13 @@ from multimodal.shapes import did_you_mean
 from multimodal.texts import is_text, shortened
 
 MOST_FILES, MOST_FIELDS = 16, 64  # of a form
-LONGEST_LIST = 1000  # texts of a parameter that is a list
+LONGEST_LIST = 1000  # texts in one parameter
 
 
 class Params:
-    """The parameters of a request. Each is taken once, by its type; `done` refuses by name what nobody took.
+    """The parameters of a request. Endpoints take each one by its type; `done` raises an error for a parameter that nobody took.
 
-    form: whether they came as multipart, in which numbers are texts.
+    form: whether they came as multipart, where numbers are texts.
     """
 
     def __init__(self, values: dict[str, Any], form: bool = False) -> None:
@@ -32,7 +32,7 @@ class Params:
         self.known: list[str] = []
 
     def take(self, name: str) -> Any:
-        """The parameter as it came; None if it did not, or is null."""
+        """The raw value of a parameter; None if it is missing or null."""
         self.known.append(name)
         return self.values.pop(name, None)
 
@@ -82,7 +82,7 @@ class Params:
         return value
 
     def flag(self, name: str) -> bool:
-        """Whether it is true."""
+        """A boolean; False if it is missing."""
         value = self.take(name)
         if self.form and value in ("true", "false", "1", "0", "True", "False"):
             value = value in ("true", "1", "True")
@@ -91,7 +91,7 @@ class Params:
         return bool(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A text or a list of texts."""
+        """A text or a list of texts, as a tuple; () if it is missing."""
         value = self.take(name)
         if value is None:
             return ()
@@ -103,17 +103,20 @@ class Params:
         return tuple(value)
 
     def without(self, why: str, **allowed: Iterable[Any]) -> None:
-        """Refuse parameters that cannot be honoured, unless they have one of these values, which ask for nothing."""
+        """Raise an error if an unsupported parameter is given, unless its value is one of these, which have no effect.
+
+        why: the reason, for the error. allowed: {parameter: values without effect}.
+        """
         for name, values in allowed.items():
             value = self.take(name)
             nothing = any(type(value) is type(v) and value == v for v in values)
             if self.form and isinstance(value, str):
                 nothing = nothing or value in [json.dumps(v) for v in values]
             if value is not None and not nothing:
-                raise bad(f"{name}={_shown(value)} cannot be honoured: {why}; leave it out", name, "unsupported_value")
+                raise bad(f"{name}={_shown(value)} is not supported: {why}; leave it out", name, "unsupported_value")
 
     def done(self) -> None:
-        """Refuse the first parameter that nobody took."""
+        """Raise an error for the first parameter that nobody took."""
         for name in self.values:
             hint = did_you_mean(name, self.known)
             raise bad(
@@ -137,7 +140,7 @@ async def read_params(request: Request, settings: Settings) -> Params:
     """The parameters in the body of a request.
 
     Raises:
-        ApiError: too large, too slow, malformed, or of another type.
+        ApiError: the body is too large, too slow, malformed, or of another content type.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/json", "multipart/form-data"):
@@ -153,17 +156,15 @@ async def read_params(request: Request, settings: Settings) -> Params:
         try:
             values = parse_json(data)
         except UnicodeDecodeError as error:
-            raise bad(f"the body is no UTF-8: {error}", code="invalid_json") from None
+            raise bad(f"the body is not UTF-8: {error}", code="invalid_json") from None
         except ValueError as error:
-            raise bad(f"the body is no JSON that can be read: {shortened(error, 200)}", code="invalid_json") from None
+            raise bad(f"the body is not valid JSON: {shortened(error, 200)}", code="invalid_json") from None
         return Params(values)
     return Params(await _form(request, data, settings), form=True)
 
 
 async def _read(request: Request, settings: Settings) -> bytes:
-    too_large = ApiError(
-        413, f"the body has more than the {settings.max_body} bytes that are read", code="body_too_large"
-    )
+    too_large = ApiError(413, f"the body has more than the allowed {settings.max_body} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isdigit() and len(length) < 20 and int(length) > settings.max_body:
         raise too_large
@@ -177,16 +178,16 @@ async def _read(request: Request, settings: Settings) -> bytes:
 
 
 class _FormParser(MultiPartParser):
-    """Also knows whether the form came to its end, and closes the files of parts that did not."""
+    """A parser that knows whether the form is complete, and can close the files of incomplete parts."""
 
     ended = False
-    spool_max_size = sys.maxsize  # the body is in memory already, and nothing of it goes to a file
+    spool_max_size = sys.maxsize  # never write to disk: the body is in memory already
 
     def on_end(self) -> None:
         self.ended = True
 
     def close(self) -> None:
-        """Close the files of all parts, which Starlette does for some errors only."""
+        """Close the files of all parts; Starlette does so only for some errors."""
         for file in getattr(self, "_files_to_close_on_error", ()):
             file.close()
 
@@ -223,7 +224,7 @@ async def _form(request: Request, data: bytes, settings: Settings) -> dict[str, 
         raise
     except MultiPartException as error:
         raise bad(f"the form cannot be read: {shortened(error.message, 200)}", code="invalid_form") from None
-    except Exception as error:  # the parser raises errors of many classes for what it does not understand
+    except Exception as error:  # the parser raises errors of many classes for malformed forms
         raise bad(f"the form cannot be read: {type(error).__name__}", code="invalid_form") from None
     finally:
         parser.close()

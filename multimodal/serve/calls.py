@@ -1,4 +1,4 @@
-"""One request of a client: its place among the others, its time, and its jobs, which end when it leaves."""
+"""One request of a client: its slot at a model, its timeout, and its jobs, which are cancelled when the client disconnects."""
 
 import asyncio
 import secrets
@@ -21,31 +21,31 @@ from multimodal.serve.errors import ApiError, as_api_error, bad
 from multimodal.serve.logs import log
 from multimodal.serve.metrics import Metrics
 from multimodal.serve.options import WritingOptions, refuse_options, writing_options
-from multimodal.serve.scheduler import Job, OnePass, Scheduler, Visit, Writing
+from multimodal.serve.scheduler import Job, ModelCall, OnePass, Scheduler, Writing
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import TaskView
 from multimodal.serve.values import encoded
 from multimodal.tokenizer import Tokens
 from multimodal.transcription.recordings import TranscriptionTask
 
-POOL = 4  # threads that decode and encode what clients sent
+POOL = 4  # threads that decode and encode pictures, sounds and texts
 _T = TypeVar("_T")
 _pools: WeakKeyDictionary[asyncio.AbstractEventLoop, CapacityLimiter] = WeakKeyDictionary()
 
 
 def _pool(loop: asyncio.AbstractEventLoop) -> CapacityLimiter:
-    """The limit of an event loop's threads."""
+    """The limit on threads of an event loop."""
     if loop not in _pools:
         _pools[loop] = CapacityLimiter(POOL)
     return _pools[loop]
 
 
 class Call:
-    """A request from its place to its answer. Use it in one event loop, and `close` it.
+    """The state of one request. Use it in one event loop, and `close` it at the end.
 
-    live: whether it is a conversation, whose duration the client decides: it is in no histogram.
+    live: whether it is a live session. The client decides how long one takes, so no histogram counts it.
     id: its name in answers and in the log.
-    prompt, written: tokens so far.
+    prompt, written: tokens that were read and generated so far.
     """
 
     def __init__(self, endpoint: str, settings: Settings, metrics: Metrics, *, live: bool = False) -> None:
@@ -60,43 +60,43 @@ class Call:
         self._first_s: float | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self._jobs: dict[int, Job] = {}  # those that have not ended, by number
-        self._asked = 0  # jobs so far
-        self._held = ExitStack()
+        self._jobs: dict[int, Job] = {}  # unfinished jobs by number
+        self._submitted = 0  # number of jobs so far
+        self._lease = ExitStack()
         self._scheduler: Scheduler | None = None
         self._closed = False
 
     @property
     def scheduler(self) -> Scheduler:
-        """The thread that answers it, once it has a place."""
+        """The scheduler of its model; only after `enter`."""
         assert self._scheduler is not None
         return self._scheduler
 
     @property
     def model(self) -> Model:
-        """The model that answers it; a reload in between changes nothing for this request."""
+        """The model that answers it; a reload does not change it for this request."""
         return self.scheduler.model
 
     def enter(self, checkpoint: Checkpoint) -> None:
-        """Take a place at a model, and give back the one at another, if there is one.
+        """Take a slot at a model, and release the former one, if any.
 
         Raises:
-            ApiError: 429, all places are taken.
+            ApiError: 429, all slots are taken.
         """
         self.model_name = checkpoint.name
         if self._scheduler is checkpoint.scheduler:
             return
         held = ExitStack()
         held.enter_context(checkpoint.scheduler.lease())
-        self._held.close()
-        self._held, self._scheduler = held, checkpoint.scheduler
+        self._lease.close()
+        self._lease, self._scheduler = held, checkpoint.scheduler
 
     async def in_pool(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Run a function in a thread of the pool, so that other requests go on."""
+        """Run a function in a thread of the pool, so that it does not block the event loop."""
         return await to_thread.run_sync(function, *arguments, limiter=_pool(self._loop))
 
     def encode(self, view: TaskView, raws: Mapping[str, Any]) -> dict[str, Tokens | None]:
-        """The tokens of each field that came; called in the pool."""
+        """{field: tokens} of the raw values that the client sent. Call it in the pool."""
         kinds = {field.name: field.kind for field in view.reads}
         return {
             name: encoded(self.model.packer.tokenizers[kinds[name]], kinds[name], raw, name, self.settings)
@@ -104,7 +104,7 @@ class Call:
         }
 
     async def ask(self, view: TaskView, raws: Mapping[str, Any], params: Params) -> WritingOptions | None:
-        """Take what is left of the parameters as options, and ask for answers to one sample; None: it is answered at once."""
+        """Read the other parameters as options, and submit jobs for one sample; returns None if the task answers in one pass."""
         if view.token_by_token:
             options = writing_options(params, self.model, view.task, self.settings.rows)
             params.done()
@@ -116,7 +116,7 @@ class Call:
         return None
 
     async def write(self, view: TaskView, raws: Mapping[str, Any], options: WritingOptions) -> None:
-        """Ask for answers that are written token by token, one a seed; `next` brings their pieces."""
+        """Submit answers that are generated token by token, one for each seed; `next` returns their pieces."""
         self.task = view.task
 
         def made() -> list[Request]:
@@ -126,13 +126,13 @@ class Call:
         requests = await self.in_pool(made)
         self.prompt += requests[0].prompt
         for request in requests:
-            self._submit(lambda tell, request=request: Writing(request, tell), admitted=bool(self._asked))
+            self._submit(lambda send, request=request: Writing(request, send), admitted=bool(self._submitted))
 
     async def write_sample(self, task: str, sample: Mapping[str, Any], options: WritingOptions) -> int:
-        """Ask for one answer to a sample of plain values, as a part of a request that has a place; returns its number."""
+        """Submit one answer for a sample of plain values, as one more job of this request; returns its number."""
         request = await self.in_pool(self._request, task, sample, options, options.seeds[0])
         self.prompt += request.prompt
-        return self._submit(lambda tell: Writing(request, tell), admitted=True)
+        return self._submit(lambda send: Writing(request, send), admitted=True)
 
     def _request(self, task: str, sample: Mapping[str, Any], options: WritingOptions, seed: int) -> Request:
         engine = self.scheduler.engine
@@ -145,7 +145,7 @@ class Call:
 
         request = made(options.max_tokens or self.settings.max_tokens)
         if options.max_tokens is None:
-            # as many as there is room for; an answer that this cuts off says that its length ended it
+            # if the client sets no limit, an answer may fill the rest of its row
             room = min(engine.capacity, self.model.most_tokens or engine.capacity) - request.prompt
             if self.model.most_written is not None:
                 room = min(room, self.model.most_written - request.start_count - request.begin_count)
@@ -155,7 +155,7 @@ class Call:
         return request
 
     async def read(self, view: TaskView, samples: list[Mapping[str, Any]], *, encode: bool = True) -> None:
-        """Ask for answers that are given at once, one a sample; `next` brings them."""
+        """Submit samples that are answered in one pass, one answer each; `next` returns them."""
         self.task = view.task
 
         def made() -> list[Any]:
@@ -176,47 +176,47 @@ class Call:
 
         for prepared in await self.in_pool(made):
             self.prompt += len(prepared)
-            self._submit(lambda tell, prepared=prepared: OnePass(prepared, tell))
+            self._submit(lambda send, prepared=prepared: OnePass(prepared, send))
 
     async def read_window(self, spec: TranscriptionTask, wave_S: Any) -> int:
-        """Ask for the rows of a window of a recording; returns its number."""
+        """Submit a window of a recording for its CTC rows; returns its number. wave_S: at the rate of the task."""
         sample = {spec.name: (wave_S, spec.rate_hz)}
         prepared = await self.in_pool(
             lambda: self.model.packer.prepare(spec.task, sample, "the sound", answers=False, random=False)
         )
         self.prompt += len(prepared)
-        return self._submit(lambda tell: OnePass(prepared, tell, spec, len(wave_S)))
+        return self._submit(lambda send: OnePass(prepared, send, spec, len(wave_S)))
 
-    async def visit(self, run: Callable[[Model], _T]) -> _T:
-        """What a function of the model returns, called in the model's thread once everything asked for before has ended."""
+    async def run_on_model(self, run: Callable[[Model], _T]) -> _T:
+        """Run a function of the model in the model's thread, and return its result, after all earlier jobs of the request ended."""
         if self.live:
             self._until = time.monotonic() + self.settings.timeout_s
-        wanted = self._submit(lambda tell: Visit(run, tell))
+        wanted = self._submit(lambda send: ModelCall(run, send))
         while True:
             number, found = await self.next()
             if number == wanted:
                 return found
 
     def _submit(self, make: Callable[[Callable[[Any], None]], Job], *, admitted: bool = False) -> int:
-        number = self._asked
+        number = self._submitted
 
-        def tell(event: Any) -> None:
+        def send(event: Any) -> None:
             try:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-            except RuntimeError:  # the loop is closed, so nobody waits
+            except RuntimeError:  # the event loop is closed, so nobody waits for the result
                 job.cancelled = True
 
-        job = make(tell)
+        job = make(send)
         self.scheduler.submit(job, admitted=admitted)
-        self._asked += 1
+        self._submitted += 1
         self._jobs[number] = job
         return number
 
     async def next(self) -> tuple[int, Any]:
-        """The number of a job, and what the thread says of it: a Piece, or the result of one pass.
+        """The next result: (number of the job, a Piece or the result of one pass).
 
         Raises:
-            ApiError: 504, the time is over. Else the error of the job.
+            ApiError: 504, the timeout. Otherwise the error of the job.
         """
         left_s = self._until - time.monotonic()
         try:
@@ -238,7 +238,7 @@ class Call:
         return number, event
 
     async def results(self, count: int) -> list[Any]:
-        """The results of the first `count` jobs, in their order; of pieces, the predictions."""
+        """The results of the first `count` jobs in order; for generated answers, the final predictions."""
         found: dict[int, Any] = {}
         while len(found) < count:
             number, event = await self.next()
@@ -249,7 +249,7 @@ class Call:
         return [found[i] for i in range(count)]
 
     def stream(self, events: AsyncGenerator[bytes]) -> EventStream:
-        """A response of these events; an error on the way is the last of them."""
+        """A response that streams these events; an error is sent as the last event."""
         failed: list[ApiError] = []
 
         async def guarded() -> AsyncGenerator[bytes]:
@@ -266,30 +266,33 @@ class Call:
         return EventStream(guarded(), lambda: self.close(failed[0] if failed else None))
 
     def failed(self, error: Exception) -> ApiError:
-        """What the client is told of an error; of a bug the log has the traceback."""
-        told = as_api_error(error)
-        if told.status >= 500 and not isinstance(error, ApiError):
+        """The error that the client gets; logs the traceback if it is a bug of ours."""
+        api_error = as_api_error(error)
+        if api_error.status >= 500 and not isinstance(error, ApiError):
             log.error("failed", exc_info=error, extra={"fields": {"id": self.id, "endpoint": self.endpoint}})
-        return told
+        return api_error
 
-    def close(self, error: ApiError | None = None, left: bool = False) -> None:
-        """Drop the jobs that have not ended, give the place back, count and log."""
+    def close(self, error: ApiError | None = None, disconnected: bool = False) -> None:
+        """Cancel unfinished jobs, release the slot, and record the request in metrics and log.
+
+        error: the error that was sent. disconnected: whether the client disconnected before the answer.
+        """
         if self._closed:
             return
         self._closed = True
         for job in self._jobs.values():
             self.scheduler.cancel(job)
-        left = left or (error is None and bool(self._jobs))
+        disconnected = disconnected or (error is None and bool(self._jobs))
         seconds = time.monotonic() - self._start
-        status = 499 if left else error.status if error else self.status
+        status = 499 if disconnected else error.status if error else self.status
         self.metrics.add("requests_total", endpoint=self.endpoint, status=str(status))
-        if left:
+        if disconnected:
             self.metrics.add("left_total", endpoint=self.endpoint)
-        elif error is None and self._scheduler is not None and self._asked and not self.live:
+        elif error is None and self._scheduler is not None and self._submitted and not self.live:
             self._scheduler.load.latest_s.append(seconds)
             self.metrics.time("whole_seconds", seconds, endpoint=self.endpoint)
             self.metrics.time("first_seconds", self._first_s or seconds, endpoint=self.endpoint)
-        self._held.close()
+        self._lease.close()
         fields = {
             "id": self.id,
             "endpoint": self.endpoint,
@@ -303,10 +306,10 @@ class Call:
         }
         if error is not None:
             fields["error"] = error.message
-        log.info("left" if left else "refused" if error else "answered", extra={"fields": fields})
+        log.info("left" if disconnected else "refused" if error else "answered", extra={"fields": fields})
 
 
 def written_tokens(answer: Prediction, job: Job) -> int:
-    """Tokens of an answer, without those with which it was made to begin."""
+    """Number of generated tokens of an answer, without the given beginning."""
     begin = job.request.begin_count if isinstance(job, Writing) else 0
     return 0 if answer.tokens is None else len(answer.tokens) - begin

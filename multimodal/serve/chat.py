@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: tasks that write text. The parts of the messages fill the fields of a task, by kind and in order."""
+"""POST /v1/chat/completions: tasks that write text. The parts of the messages become the fields of a task, by kind and in order."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -22,7 +22,7 @@ UNSUPPORTED = {
     "modalities": (["text"],), "prediction": (), "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
     "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
 }  # fmt: skip
-"""Parameters of OpenAI's that no model here can honour, and the values that ask for nothing."""
+"""{parameter of OpenAI that is not supported: values that have no effect}."""
 
 
 async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
@@ -41,7 +41,7 @@ async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) ->
     raws = {field.name: waiting[_form(field.takes)].pop(0) for field in view.reads}
     stream, with_usage = params.flag("stream"), _stream_options(params)
     if with_usage and not stream:
-        raise bad("stream_options has a meaning only with stream", "stream_options")
+        raise bad("stream_options is allowed only with stream", "stream_options")
     longest = params.whole("max_completion_tokens", low=1)
     if longest is not None and params.values.get("max_tokens") is not None:
         raise bad("max_tokens is the old name of max_completion_tokens; give one of them", "max_tokens")
@@ -49,7 +49,7 @@ async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) ->
         params.values["max_tokens"] = longest
     params.text("user")
     _check_format(params.take("response_format"))
-    params.without("no model here can do that", **UNSUPPORTED)
+    params.without("no model here can do this", **UNSUPPORTED)
     options = await call.ask(view, raws, params)
     seeds = (0,) if options is None else options.seeds
     extra = {"seed": seeds[0]} if options is not None and options.drawn else {}
@@ -70,12 +70,12 @@ async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) ->
 
 
 def _form(takes: str) -> str:
-    """A class is named by a text."""
+    """The form of the message part for a field; a class is sent as its name, a text."""
     return TEXT if takes == CLASS else takes
 
 
 def _stream_options(params: Params) -> bool:
-    """Whether the last chunk should have the usage."""
+    """Whether the last chunk should contain the usage."""
     given = params.take("stream_options")
     if given is None:
         return False
@@ -92,19 +92,18 @@ def _check_format(given: Any) -> None:
     if given is None or given == {"type": "text"}:
         return
     raise bad(
-        'response_format: only {"type": "text"} can be honoured; `one_of` lists the only answers and `only` the only words that '
-        "may be written",
+        'response_format: only {"type": "text"} is supported; `one_of` lists the allowed answers, and `only` the allowed words',
         "response_format",
         "unsupported_value",
     )
 
 
 def _parts(messages: Any) -> list[tuple[str, Any]]:
-    """(TEXT, PICTURE or SOUND; what came) of every part of every message, in order."""
+    """[(TEXT, PICTURE or SOUND, raw value)] of all parts of all messages, in order."""
     if not isinstance(messages, list) or not messages:
         raise bad("messages: wanted a list of one message or more", "messages")
     if len(messages) > MOST_MESSAGES:
-        raise bad(f"messages: {len(messages)} came, and at most {MOST_MESSAGES} are read", "messages")
+        raise bad(f"messages: there are {len(messages)}, and at most {MOST_MESSAGES} are allowed", "messages")
     found: list[tuple[str, Any]] = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -113,12 +112,12 @@ def _parts(messages: Any) -> list[tuple[str, Any]]:
         inner = Params(message)
         role = inner.text("role", "user", ("system", "developer", "user", "assistant"))
         content = inner.take("content")
-        inner.without("no model here tells who speaks", name=())
+        inner.without("no model here reads the names of participants", name=())
         inner.without("no model here calls tools", tool_calls=([],), refusal=("",), audio=())
         inner.done()
         if role == "assistant":
             raise bad(
-                f"{where}: no model here reads what it wrote before; give the beginning of an answer as `begin`", where
+                f"{where}: no model here reads its former answers; pass the beginning of an answer as `begin`", where
             )
         if isinstance(content, str):
             found.append((TEXT, content))
@@ -130,7 +129,7 @@ def _parts(messages: Any) -> list[tuple[str, Any]]:
 
 
 def part_of(part: Any, where: str) -> tuple[str, Any]:
-    """(TEXT, PICTURE or SOUND; what came) of one part of a message."""
+    """Return (TEXT, PICTURE or SOUND, raw value) for one part of a message."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and isinstance(kind, str) and (more := set(part) - {"type", kind}):
         raise bad(
@@ -147,7 +146,7 @@ def part_of(part: Any, where: str) -> tuple[str, Any]:
         raise bad(f'{where}: wanted {{"url": "data:image/png;base64,.."}}', f"{where}.image_url")
     if kind == "input_audio":
         if isinstance(inner, dict) and isinstance(inner.get("data"), str) and set(inner) <= {"data", "format"}:
-            return SOUND, {"data": inner["data"]}  # the format is read off the bytes
+            return SOUND, {"data": inner["data"]}  # the bytes show the format
         raise bad(f'{where}: wanted {{"data": "base64 ..", "format": "wav"}}', f"{where}.input_audio")
     shown = shortened(repr(kind), 60)
     raise bad(f"{where}: type {shown} is none of text, image_url and input_audio, or is incomplete", where)

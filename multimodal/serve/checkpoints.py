@@ -1,4 +1,4 @@
-"""The models of a service by name. A checkpoint is loaded again while requests run: new ones go to the new model."""
+"""The models of a service by name, and how they are reloaded while requests run."""
 
 import threading
 import time
@@ -16,14 +16,14 @@ from multimodal.texts import shortened
 
 
 class Checkpoint:
-    """A model under its name, and how it is loaded.
+    """A model of a service.
 
-    name: what clients call it.
+    name: the name that clients use.
     load: makes the model, at the start and at each reload.
     created: when it was loaded, in seconds since 1970.
 
     Raises:
-        Whatever `load` raises. ConfigError: there is no memory for the rows.
+        The errors of `load`. ConfigError: the memory does not suffice for the rows.
     """
 
     def __init__(self, name: str, load: Callable[[], Model], settings: Settings) -> None:
@@ -32,16 +32,16 @@ class Checkpoint:
         self._reloading = threading.Lock()
         self.scheduler = Scheduler(load().eval(), name, settings)
         self.created = int(time.time())
-        self.retired: WeakSet[Scheduler] = WeakSet()  # those that finish what they have; then nothing holds them
+        self.retired: WeakSet[Scheduler] = WeakSet()  # old schedulers that finish their requests and are then freed
 
     def reload(self) -> None:
-        """Load it again. Requests that have come finish with the old model; if loading fails, the old one stays.
+        """Reload the model. Open requests finish with the old model; if loading fails, the old model stays.
 
         Raises:
-            ApiError: it is being loaded already. Else whatever loading raises.
+            ApiError: 409, a reload is running already. Otherwise the errors of `load`.
         """
         if not self._reloading.acquire(blocking=False):
-            raise ApiError(409, f"the model {self.name!r} is being loaded already", code="reloading")
+            raise ApiError(409, f"a reload of model {self.name!r} is running already", code="reloading")
         try:
             new = Scheduler(self._load().eval(), self.name, self.settings)
             old, self.scheduler = self.scheduler, new
@@ -53,7 +53,7 @@ class Checkpoint:
         log.info("reloaded", extra={"fields": {"model": self.name}})
 
     def close(self, patience_s: float) -> bool:
-        """Finish what runs; False if that took longer than patience_s."""
+        """Finish open requests; returns False if this takes longer than `patience_s` seconds."""
         schedulers = (*self.retired, self.scheduler)
         for scheduler in schedulers:
             scheduler.close()
@@ -95,7 +95,7 @@ class Checkpoints:
             if len(found) == 1 or len(self.by_name) == 1:
                 return (found or list(self.by_name.values()))[0]
             listed = ", ".join(map(repr, self.by_name))
-            raise ApiError(400, f"model: say which; there are {listed}", param="model", code="missing_model")
+            raise ApiError(400, f"model: choose one of {listed}", param="model", code="missing_model")
         if name not in self.by_name:
             raise ApiError(
                 404,
@@ -108,7 +108,7 @@ class Checkpoints:
 
 
 def named_folder(word: str) -> tuple[str, Path]:
-    """("digits", runs/digits) of `runs/digits` or of `digits=runs/digits`; the model's folder in a run has the name of the run."""
+    """Turn "runs/digits" or "digits=runs/digits" into ("digits", runs/digits); "runs/digits/model" gets the name "digits" too."""
     name, equals, folder = word.partition("=")
     if equals and name and "/" not in name:
         return name, Path(folder)

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: the vectors of one side of a pair, of texts, pictures or sounds."""
+"""POST /v1/embeddings: embedding vectors of texts, pictures or sounds, by a task that is a pair."""
 
 import base64
 from typing import Any
@@ -16,12 +16,12 @@ MOST_INPUTS = 2048
 
 
 async def embed_inputs(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
-    """A unit vector for each input, in their order."""
+    """A vector of length 1 for each input, in order."""
     call.enter(checkpoints.named(params.text("model")))
     inputs = _inputs(params.take("input"))
     form = inputs[0][0]
     if any(other != form for other, _ in inputs):
-        raise bad("input: texts, pictures and sounds came together; ask for each kind by itself", "input")
+        raise bad("input: it mixes texts, pictures and sounds; send one request for each of them", "input")
     view = choose_task(
         task_views(call.model),
         params.text("task"),
@@ -31,14 +31,14 @@ async def embed_inputs(call: Call, checkpoints: Checkpoints, params: Params) -> 
     sides = _sides(view, form)
     side = params.text("side", None, ("left", "right"))
     if side is None and len(sides) > 1:
-        raise bad(f"side: both sides of {view.task!r} are one {form}; say left or right", "side")
+        raise bad(f"side: both sides of {view.task!r} are one {form}; choose left or right", "side")
     if side is not None and side not in sides:
         raise bad(f"side: the {side} side of {view.task!r} is not one {form}", "side")
     field = sides[side] if side else next(iter(sides.values()))
     encoding = params.text("encoding_format", "float", ("float", "base64"))
     params.text("user")
     width = call.model.packer.heads[view.task].vocab(call.model.packer.answer_tokenizers[view.task])
-    params.without(f"vectors have {width} numbers, and a part of one is no vector", dimensions=(width,))
+    params.without(f"vectors have {width} numbers and cannot be shortened", dimensions=(width,))
     params.done()
     await call.read(view, [{field.name: raw} for _, raw in inputs])
     vectors = await call.results(len(inputs))
@@ -55,7 +55,7 @@ async def embed_inputs(call: Call, checkpoints: Checkpoints, params: Params) -> 
 
 
 def _inputs(given: Any) -> list[tuple[str, Any]]:
-    """(TEXT, PICTURE or SOUND; what came) of each input."""
+    """[(TEXT, PICTURE or SOUND, raw value)] of the inputs."""
     given = given if isinstance(given, list) else [given]
     if not given or len(given) > MOST_INPUTS:
         raise bad(f"input: wanted from 1 to {MOST_INPUTS} inputs, not {len(given)}", "input")
@@ -67,14 +67,14 @@ def _inputs(given: Any) -> list[tuple[str, Any]]:
             found.append(part_of(one, f"input[{i}]"))
         else:
             raise bad(
-                f"input[{i}]: wanted a text, or a part of type image_url or input_audio; ids of tokens are not read",
+                f"input[{i}]: wanted a text, or a part of type image_url or input_audio; token ids are not supported",
                 "input",
             )
     return found
 
 
 def _sides(view: TaskView, form: str) -> dict[str, Input]:
-    """The sides of a pair that are one field of this form, by name."""
+    """{side: field} for the sides of a pair that have one field of this form."""
     found = {}
     for side in ("left", "right"):
         fields = view.side(side)
@@ -84,5 +84,5 @@ def _sides(view: TaskView, form: str) -> dict[str, Input]:
 
 
 def _packed(vector_F: Any) -> str:
-    """Little-endian float32 in base64, which OpenAI's client asks for."""
+    """A vector as little-endian float32 in base64, the default of OpenAI's client."""
     return base64.b64encode(vector_F.numpy().astype("<f4").tobytes()).decode()

@@ -1,18 +1,18 @@
-"""What a client is told when something is refused or fails: a status and {"error": {"message", "type", "param", "code"}}."""
+"""Errors that clients get: a status, and a body {"error": {"message", "type", "param", "code"}}."""
 
 from typing import Any
 
 from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError
 from multimodal.texts import shortened
 
-REFUSED = (ConfigError, MediaError, ShapeError, StreamError)  # their messages are written for whoever sent the value
+REFUSED = (ConfigError, MediaError, ShapeError, StreamError)  # clients get their messages
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in the RuntimeErrors of PyTorch
 
 
 class ApiError(Exception):
-    """A request that is not answered.
+    """An error response.
 
-    status: of HTTP. param: the parameter that is wrong. code: a word for programs. retry_s: seconds after which to try again.
+    status: of HTTP. param: the wrong parameter. code: an identifier for programs. retry_s: seconds after which to try again.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class ApiError(Exception):
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that cannot be answered as it is written."""
+    """An error 400."""
     return ApiError(400, message, param=param, code=code or "invalid_value")
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of any error; of a bug of ours nothing but that there was one."""
+    """The `ApiError` for any error. For a bug of ours, it has no details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, REFUSED) and not isinstance(error, CheckpointError):
@@ -63,5 +63,5 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(504, "this took longer than the service allows; ask for less", code="timeout")
     text = str(error).lower()
     if isinstance(error, MemoryError) or any(part in text for part in OUT_OF_MEMORY):
-        return ApiError(503, "there is no memory for this now; try again later, or ask for less", retry_s=5)
-    return ApiError(500, "this failed inside the service; its log has the reason", code="internal_error")
+        return ApiError(503, "out of memory; try again later, or send less", retry_s=5)
+    return ApiError(500, "internal error; the log of the service has the reason", code="internal_error")

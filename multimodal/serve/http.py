@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with a time in which the head of a request has to arrive."""
+"""uvicorn's HTTP/1.1, with a timeout for the head (request line and headers) of a request."""
 
 import asyncio
 import functools
@@ -13,9 +13,9 @@ from multimodal.serve.settings import Settings
 
 
 class Http(H11Protocol):
-    """A connection. Without a limit, one that sends its head byte by byte, or nothing, would stay open for ever.
+    """A connection. Without the timeout, a client that sends its head byte by byte, or nothing, could hold it open for ever.
 
-    head_s: seconds in which the head of a request has to arrive; then the client is told so, and the connection is closed.
+    head_s: seconds for the head of a request; after them, the client gets an error 408, and the connection is closed.
     """
 
     def __init__(self, *arguments: Any, head_s: float, **options: Any) -> None:
@@ -50,23 +50,23 @@ class Http(H11Protocol):
         self._late = None
         if self.transport.is_closing() or self.conn.their_state is not h11.IDLE:
             return
-        if self.conn.trailing_data[0]:  # a part of a head came
+        if self.conn.trailing_data[0]:  # a part of the head has arrived
             error = ApiError(408, f"the head of the request did not arrive within {self.head_s:g} s", code="timeout")
             self.transport.write(_response("408 Request Timeout", error))
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
+        """Answer malformed HTTP with an error 400."""
         error = ApiError(
             400,
-            "this is no request of HTTP/1.1 that can be read: its first line, a header, its length or a chunk is malformed",
+            "this is no valid HTTP/1.1 request: its first line, a header, its length or a chunk is malformed",
         )
         self.transport.write(_response("400 Bad Request", error))
         self.transport.close()
 
 
 def http_protocol(settings: Settings) -> Any:
-    """What uvicorn's `http` takes."""
+    """The protocol class for uvicorn's option `http`."""
     return functools.partial(Http, head_s=settings.body_s)
 
 

@@ -1,4 +1,4 @@
-"""The service's log: a JSON object a line."""
+"""The log of the service: one JSON object a line."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger("multimodal.serve")
 
 
 class JsonLines(logging.Formatter):
-    """time (UTC), level, event, and the fields that the event has; of an error its traceback as well."""
+    """Formats a record as time (UTC), level, event, the fields of the event and, for an error, its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
@@ -20,11 +20,11 @@ class JsonLines(logging.Formatter):
         entry |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[1] is not None:
             entry["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
-        return json.dumps(json.loads(as_json(entry)))  # ASCII alone, whatever a client sent
+        return json.dumps(json.loads(as_json(entry)))  # only ASCII, whatever a client sent
 
 
 def log_to(stream: IO[str], level: int = logging.INFO) -> logging.Handler:
-    """Write the log to an open file; returns the handler, to take it off again."""
+    """Write the log to an open file; returns the handler, so that it can be removed."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""POST /v1/audio/speech and /v1/images/generations: tasks that write a sound or a picture from one text or class."""
+"""POST /v1/audio/speech and /v1/images/generations: tasks that generate a sound or a picture from one text or class."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ SOUND_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "pcm": "audio/pcm"}
 
 
 async def speak(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
-    """The sound file. A second field of the task that is a class takes the voice."""
+    """The sound file. If the task also reads a class, `voice` gives it."""
     call.enter(checkpoints.named(params.text("model")))
     view = choose_task(
         task_views(call.model),
@@ -33,7 +33,7 @@ async def speak(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     text, voice = split
     raws = {text.name: params.text("input")}
     if raws[text.name] is None:
-        raise bad("input: wanted the text that is spoken", "input")
+        raise bad("input: wanted the text to speak", "input")
     if voice is None:
         params.without(f"task {view.task!r} has one voice", voice=("default",))
     else:
@@ -42,25 +42,25 @@ async def speak(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
             raise bad(f"voice: task {view.task!r} reads it, as its field {voice.name!r}", "voice")
     form = params.text("response_format", "wav", tuple(SOUND_TYPES))
     params.without("no model here speaks faster or slower", speed=(1, 1.0))
-    params.without("no model here reads how to speak", instructions=("",))
-    params.without("the sound comes as a whole", stream_format=("audio",), n=(1,))
+    params.without("no model here reads instructions how to speak", instructions=("",))
+    params.without("there is one sound, which is not streamed", stream_format=("audio",), n=(1,))
     await call.ask(view, raws, params)
     (answer,) = await call.results(1)
     value = answer.value
     if not (isinstance(value, tuple) and len(value) == 2):
-        raise ApiError(500, f"task {view.task!r} wrote {type(value).__name__}, and a sound was wanted")
+        raise ApiError(500, f"task {view.task!r} gave {type(value).__name__} instead of a sound")
     return Response(
         await call.in_pool(_sound, value, form), media_type=SOUND_TYPES[form], headers=_ended(answer, value[1])
     )
 
 
 def _ended(answer: Prediction, rate_hz: int) -> dict[str, str]:
-    """What the file itself does not say."""
+    """Headers with what the file does not contain."""
     return {"X-Sample-Rate": str(rate_hz), "X-Finish-Reason": "stop" if answer.complete else "length"}
 
 
 def _sound(value: Any, form: str) -> bytes:
-    """A sound (wave_S, rate_hz) as a file; pcm: 16 bits, little-endian, one channel."""
+    """A sound (wave_S, rate_hz) as a file; pcm: 16-bit little-endian samples, one channel."""
     wave_S = np.clip(np.asarray(value[0], dtype=np.float32), -1, 1)
     if form == "pcm":
         return np.rint(wave_S * 32767).astype("<i2").tobytes()
@@ -82,9 +82,9 @@ async def draw(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     )
     prompt = params.text("prompt")
     if prompt is None:
-        raise bad("prompt: wanted the text that is drawn", "prompt")
+        raise bad("prompt: wanted a text that describes the picture", "prompt")
     params.without(
-        "pictures come in the answer itself", response_format=("b64_json",), stream=(False,), partial_images=(0,)
+        "pictures are base64 in the response", response_format=("b64_json",), stream=(False,), partial_images=(0,)
     )
     params.without("pictures are PNG", output_format=("png",), output_compression=(100,), background=("auto", "opaque"))
     params.without("the model has one way to draw", quality=("auto", "standard"), style=(), moderation=("auto", "low"))
@@ -101,7 +101,7 @@ async def draw(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     for answer in answers:
         file = await call.in_pool(file_of, answer.value)
         if file is None:
-            raise ApiError(500, f"task {view.task!r} wrote {type(answer.value).__name__}, and a picture was wanted")
+            raise ApiError(500, f"task {view.task!r} gave {type(answer.value).__name__} instead of a picture")
         data.append({"b64_json": base64.b64encode(file[1]).decode()})
     seed = {"seed": options.seeds[0]} if options is not None and options.drawn else {}
     counts = usage(call.prompt, call.written)
@@ -118,7 +118,7 @@ async def draw(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
 
 
 def _split(view: TaskView) -> tuple[Input, Input | None] | None:
-    """The field that takes the text, and the one that takes a class beside it; None: the task reads something else."""
+    """Return (the field for the text, the field for a class or None); None: the task reads something else."""
     texts = [field for field in view.reads if field.takes == TEXT]
     classes = [field for field in view.reads if field.takes == CLASS]
     if len(texts) + len(classes) != len(view.reads) or len(texts) > 1:
@@ -130,7 +130,7 @@ def _split(view: TaskView) -> tuple[Input, Input | None] | None:
 
 
 def _size(call: Call, view: TaskView) -> str | None:
-    """Columns x rows of the written picture, where the kind says so."""
+    """Columns x rows of the generated picture, such as "64x32"; None: the tokenizer has no fixed size."""
     tokenizer: Any = call.model.packer.answer_tokenizers[view.task]
     size = getattr(tokenizer, "size", None) or getattr(getattr(tokenizer, "of", None), "size", None)
     return f"{size[1]}x{size[0]}" if isinstance(size, tuple) and len(size) == 2 else None

@@ -1,4 +1,4 @@
-"""Counts and durations of a service, as the text that Prometheus reads."""
+"""Counters and histograms of a service, in the text format of Prometheus."""
 
 import threading
 from bisect import bisect_left
@@ -8,21 +8,21 @@ from collections.abc import Iterable
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 HELP = {
     "requests_total": ("counter", "Requests that were answered or refused, by endpoint and status."),
-    "left_total": ("counter", "Requests whose client left before the answer."),
-    "tokens_total": ("counter", "Tokens that the cores read and wrote."),
-    "steps_total": ("counter", "Steps of decoding."),
-    "passes_total": ("counter", "Packed passes of what is answered at once."),
+    "left_total": ("counter", "Requests whose client disconnected before the answer."),
+    "tokens_total": ("counter", "Tokens that the cores read and generated."),
+    "steps_total": ("counter", "Decoding steps."),
+    "passes_total": ("counter", "Packed forward passes of samples that need only one."),
     "packed_total": ("counter", "Samples in these passes."),
-    "rows": ("gauge", "Rows of the engine that are in use."),
-    "rows_most": ("gauge", "Rows of the engine."),
+    "rows": ("gauge", "Rows of the decoding batch that are in use."),
+    "rows_most": ("gauge", "Rows of the decoding batch."),
     "waiting": ("gauge", "Jobs that wait for a row or a pass."),
     "waiting_tokens": ("gauge", "Tokens of the requests that wait for a row."),
-    "open_requests": ("gauge", "Requests that have a place."),
+    "open_requests": ("gauge", "Requests that are open."),
     "live_sessions": ("gauge", "Live transcriptions that are open."),
-    "heard_seconds_total": ("counter", "Seconds of sound of live transcriptions."),
-    "reloads_total": ("counter", "How often a checkpoint was loaded again."),
-    "first_seconds": ("histogram", "From a request to the first text of its answer."),
-    "whole_seconds": ("histogram", "From a request to the end of its answer."),
+    "heard_seconds_total": ("counter", "Seconds of sound that live transcriptions received."),
+    "reloads_total": ("counter", "Reloads of a checkpoint."),
+    "first_seconds": ("histogram", "Seconds from a request to the first text of its answer."),
+    "whole_seconds": ("histogram", "Seconds from a request to the end of its answer."),
 }
 Labels = tuple[tuple[str, str], ...]
 
@@ -33,7 +33,9 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
-        self._times: dict[tuple[str, Labels], list[float]] = {}  # a count a bucket, then the sum
+        self._times: dict[
+            tuple[str, Labels], list[float]
+        ] = {}  # a count for each bucket, then the sum of all durations
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
@@ -48,7 +50,7 @@ class Metrics:
             times[-1] += seconds
 
     def text(self, now: Iterable[tuple[str, Labels, float]] = ()) -> str:
-        """All of them. now: gauges and counters that somebody else keeps, as (name, labels, value)."""
+        """All metrics as text. now: values of gauges and counters that are not stored here, as (name, labels, value)."""
         with self._lock:
             rows = [(name, labels, value) for (name, labels), value in self._counts.items()] + list(now)
             times = {key: list(value) for key, value in self._times.items()}

@@ -17,21 +17,21 @@ from multimodal.serve.tasks import TaskView, named_task, task_views
 from multimodal.shapes import did_you_mean
 from multimodal.texts import shortened
 
-PREFIX = "fields."  # of a part of a form that has the name of a parameter
+PREFIX = "fields."  # before a field in a form whose name is also that of a parameter
 RESERVED = {*OPTIONS, "model", "stream", "fields"}
 
 
 async def answer_task(call: Call, checkpoints: Checkpoints, params: Params, task: str) -> Any:
-    """JSON: {"model", "fields": {..}, options of writing, "stream"}. A form has a part for each field beside these.
+    """Answers JSON {"model", "fields": {..}, options of generation, "stream"}, or a form with a part for each field and parameter.
 
-    The fields of one side of a pair give its vector; those of both give how similar they are.
+    For a pair, the fields of one side return its vector; the fields of both sides also return their similarity.
     """
     call.enter(checkpoints.named(params.text("model"), task))
     view = named_task(task_views(call.model), task)
     stream, raws = params.flag("stream"), fields_of(params, view)
     if view.writes is None:
         return await _pair(call, view, raws, params)
-    check_all_there(view, raws)
+    check_all_fields(view, raws)
     options = await call.ask(view, raws, params)
     if stream:
         return _streamed(call, view, options)
@@ -39,8 +39,8 @@ async def answer_task(call: Call, checkpoints: Checkpoints, params: Params, task
     return json_response(_whole(call, view, options, await call.results(count)))
 
 
-def check_all_there(view: TaskView, raws: Mapping[str, Any]) -> None:
-    """Raise a 400 unless every field came, if only as null."""
+def check_all_fields(view: TaskView, raws: Mapping[str, Any]) -> None:
+    """Raise an error 400 if a field is missing; null is allowed."""
     missing = [field.name for field in view.reads if field.name not in raws]
     if missing:
         raise bad(
@@ -51,7 +51,7 @@ def check_all_there(view: TaskView, raws: Mapping[str, Any]) -> None:
 
 
 def fields_of(params: Params, view: TaskView) -> dict[str, Any]:
-    """What the client sent for each field."""
+    """{field: raw value} that the client sent."""
     known = [field.name for field in view.reads]
     if params.form:
         found = {}
@@ -107,7 +107,7 @@ def _streamed(call: Call, view: TaskView, options: WritingOptions | None) -> Eve
 
 
 async def _pair(call: Call, view: TaskView, raws: Mapping[str, Any], params: Params) -> Any:
-    """The vectors of the sides that came, and how similar they are."""
+    """The vectors of the given sides, and their similarity."""
     refuse_options(params)
     params.done()
     sides = {
@@ -128,13 +128,13 @@ async def _pair(call: Call, view: TaskView, raws: Mapping[str, Any], params: Par
         left_F, right_F = vectors["left"], vectors["right"]
         answer["similarity"] = float(left_F @ right_F)
         head = call.model.packer.head(view.task)
-        if isinstance(head, Contrast) and head.form == "sigmoid":  # a softmax compares with others
+        if isinstance(head, Contrast) and head.form == "sigmoid":  # a softmax needs other candidates
 
             def match(model: Model) -> float:
                 sides = (vector_F[None].to(model.device) for vector_F in (left_F, right_F))
                 return float(match_probabilities(model, view.task, *sides))
 
-            answer["match"] = await call.visit(match)
+            answer["match"] = await call.run_on_model(match)
     return json_response(
         {
             "id": call.id,

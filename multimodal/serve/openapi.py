@@ -1,4 +1,4 @@
-"""GET /openapi.json: every endpoint, and a path of its own for each task, in the words of OpenAPI 3.1."""
+"""GET /openapi.json: an OpenAPI 3.1 description of every endpoint, with one path for each task."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -44,27 +44,27 @@ def _object(properties: Mapping[str, Schema], required: Iterable[str] = (), **mo
 
 
 OPTIONS: dict[str, Schema] = {
-    "max_tokens": _whole("tokens that are written at most", minimum=1),
-    "temperature": _number("how much chance there is; 0: the likeliest token each time", minimum=0),
-    "top_k": _whole("only the k likeliest tokens are drawn", minimum=1),
-    "top_p": _number("only the likeliest tokens are drawn that have this probability together"),
-    "min_p": _number("only tokens are drawn that have this share of the likeliest one's probability"),
-    "beams": _whole("beams of the search for the likeliest answer; 1: none", minimum=1),
-    "length_penalty": _number("the power of its length that a beam's log-probability is divided by"),
-    "guidance": _number("how much more the answer follows what was read; 1: as it learned to"),
-    "stop": _texts("texts that end an answer in text"),
-    "begin": _text("the text that an answer in text begins with"),
-    "seed": _whole("the first answer's seed; those after it have the next ones"),
-    "no_repeat": _whole("no run of so many tokens is written twice", minimum=1),
-    "repetition": _number("the penalty of tokens that were written already"),
-    "presence_penalty": _number("subtracted once from the logit of each token that was written"),
-    "frequency_penalty": _number("subtracted for each time that a token was written"),
-    "only": _texts("the only words that an answer in text has"),
-    "one_of": _texts("the only answers in text, or classes, that are given"),
+    "max_tokens": _whole("the most tokens that are generated", minimum=1),
+    "temperature": _number("divides the logits before sampling; 0: greedy decoding", minimum=0),
+    "top_k": _whole("sample only from the k likeliest tokens", minimum=1),
+    "top_p": _number("sample only from the fewest likeliest tokens whose probabilities add up to this"),
+    "min_p": _number("sample only from tokens with at least this fraction of the largest probability"),
+    "beams": _whole("number of beams of beam search; 1: no beam search", minimum=1),
+    "length_penalty": _number("beams are ranked by log-probability / length ** length_penalty"),
+    "guidance": _number("classifier-free guidance scale; 1: no guidance"),
+    "stop": _texts("stop strings of a text answer"),
+    "begin": _text("the beginning of a text answer, which the model continues"),
+    "seed": _whole("the seed of the first answer; the following answers use the following seeds"),
+    "no_repeat": _whole("the n for which no n-gram of tokens is repeated", minimum=1),
+    "repetition": _number("the repetition penalty of tokens that the answer has already"),
+    "presence_penalty": _number("subtracted once from the logit of each token that the answer has already"),
+    "frequency_penalty": _number("subtracted from a token's logit for each time that the answer has it already"),
+    "only": _texts("the allowed words of a text answer"),
+    "one_of": _texts("the allowed answers: texts or classes"),
     "n": _whole("number of answers", minimum=1),
 }
-"""The options of writing, for tasks that write token by token."""
-STREAM = {"stream": _flag("whether pieces come as server-sent events while they are written")}
+"""The options of generation, for tasks that generate token by token."""
+STREAM = {"stream": _flag("whether to stream pieces of the answer as server-sent events")}
 URL = "a data: URL, such as data:image/png;base64,.."
 VALUES: dict[str, Schema] = {
     TEXT: {"type": "string"},
@@ -84,19 +84,23 @@ VALUES: dict[str, Schema] = {
         ],
     },
 }
-"""By what a field takes, its values in JSON; anything else is numbers and lists."""
+"""{form of a value: its JSON schema}; all other values are numbers and lists."""
 FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
 COUNTS = {"type": "object", "additionalProperties": {"type": "integer"}}
 ANSWER = _object(
     {
         "value": {"description": "the answer; a picture or a sound is a data: URL"},
-        "confidence": _number("the probability of the value, where it is known") | {"type": ["number", "null"]},
+        "confidence": _number("the probability of the value, if known") | {"type": ["number", "null"]},
         "probability": {"type": "object", "additionalProperties": {"type": "number"}, "description": "of every class"},
-        "complete": _flag("whether it came to its end"),
+        "complete": _flag("whether the answer is complete"),
         "ended": _text("what ended it: stop, stop string, length or max_tokens"),
-        "tokens": _whole("number of tokens that were written"),
-        "ids": {"type": "array", "items": {"type": "integer"}, "description": "the tokens"},
-        "others": {"type": "array", "items": {"$ref": "#/components/schemas/Answer"}, "description": "of other beams"},
+        "tokens": _whole("number of generated tokens"),
+        "ids": {"type": "array", "items": {"type": "integer"}, "description": "the token ids"},
+        "others": {
+            "type": "array",
+            "items": {"$ref": "#/components/schemas/Answer"},
+            "description": "the answers of other beams",
+        },
     },
     ["value", "confidence", "probability", "complete"],
 )
@@ -108,7 +112,7 @@ SCHEMAS: dict[str, Schema] = {
             **HEAD,
             "object": {"const": "task.answer"},
             "answers": {"type": "array", "items": {"$ref": "#/components/schemas/Answer"}},
-            "seed": _whole("that was used, where something was drawn"),
+            "seed": _whole("the seed that was used, if tokens were sampled"),
             "usage": COUNTS,
         },
         [*HEAD, "object", "answers", "usage"],
@@ -118,7 +122,7 @@ SCHEMAS: dict[str, Schema] = {
             **HEAD,
             "object": {"const": "task.vectors"},
             **{side: {"type": "array", "items": {"type": "number"}} for side in ("left", "right")},
-            "similarity": _number("of both sides, from -1 to 1"),
+            "similarity": _number("the cosine similarity of both sides, from -1 to 1"),
             "match": _number("the probability that both sides belong together"),
             "usage": COUNTS,
         },
@@ -143,7 +147,7 @@ KEY = "key"
 
 
 def api_description(models: Mapping[str, Model], settings: Settings) -> dict[str, Any]:
-    """The description of a service that has these models."""
+    """The OpenAPI description of a service with these models."""
     rows = [row for name, model in models.items() for row in described(model, name)]
     paths = {**_gets(), **_reload(models)}
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -165,8 +169,8 @@ def api_description(models: Mapping[str, Model], settings: Settings) -> dict[str
             "schemas": SCHEMAS,
             "responses": {
                 "Error": {
-                    "description": "refused, or failed: 400 says what is wrong, 401 no key, 404 no such model or task, 413 too "
-                    "large, 429 and 503 try again after Retry-After, 504 too late",
+                    "description": "an error: 400 a wrong parameter, 401 no key, 404 no such model or task, 413 too large, 429 and "
+                    "503 try again after Retry-After, 504 timeout",
                     "content": {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}},
                 }
             },
@@ -177,7 +181,7 @@ def api_description(models: Mapping[str, Model], settings: Settings) -> dict[str
 
 
 def _operation(summary: str, content: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """content: by media type, the schema of the answer."""
+    """content: {media type: schema of the answer}."""
     answers = {kind: {"schema": schema} for kind, schema in content.items()}
     return {
         "summary": summary,
@@ -211,18 +215,16 @@ def _reload(models: Mapping[str, Model]) -> dict[str, Any]:
     name = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": list(models)}}]
     done = _object({"id": {"type": "string"}, "object": {"const": "model"}, "reloaded": {"type": "boolean"}})
     return {
-        "/v1/models/{name}/reload": {
-            "post": _operation("Load a model again; needs a key", {JSON: done}, parameters=name)
-        }
+        "/v1/models/{name}/reload": {"post": _operation("Reload a model; needs a key", {JSON: done}, parameters=name)}
     }
 
 
 def _task(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A task by its own path. rows: of /v1/tasks, one a model that has it."""
+    """The operation of a task. rows: entries of /v1/tasks, one for each model that has the task."""
     task, pair = rows[0]["task"], rows[0]["pair"]
     answer = {"$ref": f"#/components/schemas/{'TaskVectors' if pair else 'TaskAnswer'}"}
     content: dict[str, Any] = {JSON: answer} if pair else {JSON: answer, EVENTS: {"type": "string"}}
-    says = "Vectors of one side, or how similar both are" if pair else f"Answers in {rows[0]['writes']}"
+    says = "Vectors of one side, or the similarity of both" if pair else f"Answers in {rows[0]['writes']}"
     body = _body(_task_bodies(rows, {} if pair else STREAM))
     return _operation(f"{task}: {says[0].lower()}{says[1:]}", content, requestBody=body)
 
@@ -230,14 +232,14 @@ def _task(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _look(rows: list[dict[str, Any]]) -> dict[str, Any]:
     body, png = _body(_task_bodies(rows, {}, several=False)), {"image/png": FILE}
     task = rows[0]["task"]
-    return _operation(f"{task}: what every attention head did", png, requestBody=body)
+    return _operation(f"{task}: the attention of every head", png, requestBody=body)
 
 
 def _task_bodies(rows: list[dict[str, Any]], more: dict[str, Schema], *, several: bool = True) -> dict[str, Schema]:
-    """several: whether there may be more answers than one."""
+    """The schemas of a request body. several: whether it may ask for several answers."""
     models = [row["model"] for row in rows]
     options = {name: OPTIONS[name] for name in OPTIONS if several or name != "n"} if rows[0]["token_by_token"] else {}
-    model = {"model": _text("which one", enum=models)}
+    model = {"model": _text("the model", enum=models)}
     names = [read["field"] for read in rows[0]["reads"]]
     fields = {name: _any_of([_value(row, name) for row in rows]) for name in names}
     files = {name: _any_of([_part(row, name) for row in rows]) for name in names}
@@ -245,7 +247,7 @@ def _task_bodies(rows: list[dict[str, Any]], more: dict[str, Schema], *, several
     asked = ["model"] if len(models) > 1 else []
     closed: Any = {"additionalProperties": False}
     parts = {f"{PREFIX}{name}" if name in RESERVED else name: schema for name, schema in files.items()}
-    # null, for a field that a sample lacks, has no place in a form
+    # a form cannot contain null, for a field that a sample lacks
     return {
         JSON: _object(
             {"fields": _object(fields, needed, **closed), **model, **options, **more}, ["fields", *asked], **closed
@@ -259,7 +261,7 @@ def _task_bodies(rows: list[dict[str, Any]], more: dict[str, Schema], *, several
 
 
 def _value(row: dict[str, Any], name: str) -> Schema:
-    """A field in JSON."""
+    """The schema of a field in JSON."""
     read = next(read for read in row["reads"] if read["field"] == name)
     if read["takes"] == CLASS:
         one: Schema = {"type": "string", "enum": read["classes"]} if read["classes"] else {"type": "string"}
@@ -273,19 +275,19 @@ def _value(row: dict[str, Any], name: str) -> Schema:
 
 
 def _part(row: dict[str, Any], name: str) -> Schema:
-    """A field in a form."""
+    """The schema of a field in a form."""
     read = next(read for read in row["reads"] if read["field"] == name)
     return {"type": "string"} if read["takes"] in (TEXT, CLASS) else FILE
 
 
 def _any_of(schemas: list[Schema]) -> Schema:
-    """What one of several models reads."""
+    """One schema for a field whose schema differs between models."""
     distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
     return distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
 
 
 def _in_form(properties: Mapping[str, Schema]) -> dict[str, Schema]:
-    """A list is several parts whose name ends in []."""
+    """The schemas in a form, where a list is several parts with a name that ends in []."""
     found: dict[str, Schema] = {}
     for name, schema in properties.items():
         if "anyOf" in schema:
@@ -297,13 +299,13 @@ def _in_form(properties: Mapping[str, Schema]) -> dict[str, Schema]:
 
 
 def _openai(models: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The endpoints that OpenAI's clients know."""
+    """The operations of OpenAI's endpoints."""
     asked = ["model"] if len(models) > 1 else []
     head = {
-        "model": _text("which one", enum=models),
-        "task": _text("which task, where several fit", enum=list(dict.fromkeys(row["task"] for row in rows))),
+        "model": _text("the model", enum=models),
+        "task": _text("the task, if several fit", enum=list(dict.fromkeys(row["task"] for row in rows))),
     }
-    user = {"user": _text("is not read")}
+    user = {"user": _text("ignored")}
     closed: Any = {"additionalProperties": False}
     anything: Schema = {"type": "object"}
     sound = dict.fromkeys(SOUND_TYPES.values(), FILE)
@@ -312,13 +314,13 @@ def _openai(models: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
             "type": "array",
             "items": _object({"role": {"type": "string"}, "content": {}}, ["content"]),
             "minItems": 1,
-            "description": "their parts of type text, image_url and input_audio fill the fields of the task, in order",
+            "description": "their parts of type text, image_url and input_audio become the fields of the task, in order",
         },
         **head,
         **OPTIONS,
         "max_completion_tokens": OPTIONS["max_tokens"],
         **STREAM,
-        "stream_options": _object({"include_usage": _flag("whether the last chunk has the counts of tokens")}),
+        "stream_options": _object({"include_usage": _flag("whether the last chunk contains the token counts")}),
         "response_format": _object({"type": {"const": "text"}}),
         **user,
     }
@@ -334,18 +336,24 @@ def _openai(models: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
     embedded = {
         "input": {"description": "a text, or a list of texts and of parts of type image_url and input_audio"},
         **head,
-        "side": _text("of the pair, where both fit", enum=["left", "right"]),
-        "encoding_format": _text("of the vectors", enum=["float", "base64"]),
+        "side": _text("the side of the pair, if both fit", enum=["left", "right"]),
+        "encoding_format": _text("the encoding of the vectors", enum=["float", "base64"]),
         **user,
     }
     spoken = {
-        "input": _text("what is spoken"),
+        "input": _text("the text to speak"),
         **head,
-        "voice": _text("the class that the task reads beside the text, if it reads one"),
+        "voice": _text("the class that the task reads besides the text, if any"),
         "response_format": _text("the format", enum=list(SOUND_TYPES)),
         **one,
     }
-    drawn = {"prompt": _text("what is drawn"), **head, "size": _text("its columns x rows, or auto"), **user, **OPTIONS}
+    drawn = {
+        "prompt": _text("a description of the picture"),
+        **head,
+        "size": _text("its columns x rows, or auto"),
+        **user,
+        **OPTIONS,
+    }
     texts = {kind: {"type": "string"} for kind in (*TEXT_TYPES.values(), EVENTS)}
     made = {
         "chat/completions": (
@@ -354,23 +362,23 @@ def _openai(models: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
             {JSON: anything, EVENTS: {"type": "string"}},
         ),
         "audio/transcriptions": (
-            "What is said in a recording",
+            "Transcript of a recording",
             {FORM: _object(heard, ["file", *asked], **closed)},
             {JSON: anything, **texts},
         ),
         "embeddings": (
-            "Vectors of a pair's side",
+            "Embedding vectors",
             {JSON: _object(embedded, ["input", *asked], **closed)},
             {JSON: anything},
         ),
-        "audio/speech": ("Speech of a text", {JSON: _object(spoken, ["input", *asked], **closed)}, sound),
+        "audio/speech": ("Speech from text", {JSON: _object(spoken, ["input", *asked], **closed)}, sound),
         "images/generations": (
-            "Pictures of a text",
+            "Pictures from text",
             {JSON: _object(drawn, ["prompt", *asked], **closed)},
             {JSON: anything},
         ),
     }
     return {
-        f"/v1/{path}": _operation(f"{summary}, as OpenAI's clients ask for it", content, requestBody=_body(bodies))
+        f"/v1/{path}": _operation(f"{summary}, compatible with OpenAI's clients", content, requestBody=_body(bodies))
         for path, (summary, bodies, content) in made.items()
     }

@@ -1,4 +1,4 @@
-"""Parameters of a request as the options of `Model.generate`."""
+"""Turns parameters of a request into options of `Model.generate`."""
 
 import secrets
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from multimodal.serve.errors import bad
 from multimodal.shapes import MediaError
 from multimodal.texts import shortened
 
-MOST_STOPS, MOST_LETTERS = 16, 20_000  # stop strings; letters of all words or answers to choose from
+MOST_STOPS, MOST_LETTERS = 16, 20_000  # stop strings; characters of all `only` words, or of all `one_of` answers
 AT_ONCE = "this task answers at once, not token by token"
 NOTHING = {"n": (1,), "temperature": (0, 0.0), "top_p": (1, 1.0), "presence_penalty": (0, 0.0)} | {
     "frequency_penalty": (0, 0.0),
     "beams": (1,),
 }
-"""By parameter, the values that ask for nothing."""
+"""{parameter: values that have no effect}."""
 OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "beams", "length_penalty", "guidance", "stop", "begin"),
     *("seed", "no_repeat", "repetition", "presence_penalty", "frequency_penalty", "only", "one_of", "n"),
@@ -27,11 +27,11 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class WritingOptions:
-    """How the answers of a request are written.
+    """How the answers of a request are generated.
 
     options: of `Model.generate`, without the seed.
-    max_tokens: None: the client did not say.
-    seeds: one an answer. drawn: whether the answers depend on them.
+    max_tokens: None: the client sets no limit.
+    seeds: one for each answer. drawn: whether the answers depend on the seeds.
     """
 
     options: dict[str, Any]
@@ -41,10 +41,11 @@ class WritingOptions:
 
 
 def writing_options(params: Params, model: Model, task: str, most_answers: int) -> WritingOptions:
-    """Take the options of writing from the parameters.
+    """Take the options of generation from the parameters. most_answers: the largest allowed `n`.
 
     Raises:
-        ApiError: of a wrong type. ConfigError: options that contradict one another or the task, or that do nothing.
+        ApiError: an option has a wrong type or value.
+        ConfigError: options contradict one another or the task, or have no effect.
     """
     head, tokenizer = model.packer.heads[task], model.packer.answer_tokenizers[task]
     max_tokens = params.whole("max_tokens", low=1)
@@ -54,7 +55,7 @@ def writing_options(params: Params, model: Model, task: str, most_answers: int) 
     penalty = params.number("repetition")
     if penalty is not None and (presence or frequency):
         raise bad(
-            "repetition and presence_penalty or frequency_penalty both weigh what was written; give one", "repetition"
+            "repetition and presence_penalty or frequency_penalty both penalise repeated tokens; give one", "repetition"
         )
     if penalty is not None:
         repetition = Repetition(penalty)
@@ -77,7 +78,9 @@ def writing_options(params: Params, model: Model, task: str, most_answers: int) 
     )
     stop = params.texts("stop")
     if len(stop) > MOST_STOPS or sum(map(len, stop)) > MOST_LETTERS:
-        raise bad(f"stop has {len(stop)} texts of {sum(map(len, stop))} letters; give at most {MOST_STOPS}", "stop")
+        raise bad(
+            f"stop has {len(stop)} texts of {sum(map(len, stop))} characters; give at most {MOST_STOPS} texts", "stop"
+        )
     begin = params.text("begin")
     if begin and not tokenizer.text:
         raise bad(f"begin is a text, and task {task!r} writes no text", "begin")
@@ -93,21 +96,21 @@ def writing_options(params: Params, model: Model, task: str, most_answers: int) 
     drawn = head.draws_features or bool(temperature) or (sampler is not None and sampler.draws)
     seed, count = params.whole("seed"), params.whole("n", 1, low=1, high=most_answers)
     if count > 1 and not drawn:
-        raise bad(f"n={count}: nothing is drawn, so all answers would be the same; give a temperature", "n")
+        raise bad(f"n={count}: nothing is sampled, so all answers would be the same; give a temperature", "n")
     first = seed if seed is not None else secrets.randbelow(2**31) if drawn else 0
     return WritingOptions(options, max_tokens, tuple((first + i) % 2**63 for i in range(count)), drawn)
 
 
 def refuse_options(params: Params) -> None:
-    """Refuse the options of writing for a task that answers at once."""
+    """Raise an error if options of generation are given for a task that answers in one pass."""
     params.without(AT_ONCE, **{name: NOTHING.get(name, ()) for name in OPTIONS})
 
 
 def _words(params: Params, name: str, tokenizer: Any) -> tuple[str, ...]:
-    """Words or answers, each of which this kind can be."""
+    """A parameter that lists words or answers, each checked by the tokenizer."""
     words = params.texts(name)
     if sum(map(len, words)) > MOST_LETTERS:
-        raise bad(f"{name} has more than {MOST_LETTERS} letters", name)
+        raise bad(f"{name} has more than {MOST_LETTERS} characters", name)
     for word in words if tokenizer.text or tokenizer.classes else ():
         try:
             tokenizer(word)

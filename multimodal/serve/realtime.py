@@ -1,9 +1,9 @@
-"""WebSocket /v1/realtime: words while they are spoken, in the events of OpenAI's transcription sessions.
+"""WebSocket /v1/realtime: live transcription, with the events of OpenAI's transcription sessions.
 
-client -> session.update, which model and task, and the rate of the samples; it may be left out
-       -> input_audio_buffer.append, base64 of 16-bit samples, again and again
-       <- conversation.item.input_audio_transcription.delta, the words that became final, with their times
-       -> input_audio_buffer.commit, the sound is over; the next samples begin another
+client -> session.update: model, task and sample rate; optional
+       -> input_audio_buffer.append: 16-bit samples in base64; repeatedly
+       <- conversation.item.input_audio_transcription.delta: words that became final, with their times
+       -> input_audio_buffer.commit: the sound ends; the next samples begin a new one
        <- input_audio_buffer.committed, conversation.item.input_audio_transcription.completed
 """
 
@@ -33,19 +33,29 @@ from multimodal.texts import shortened
 from multimodal.transcription import Listener, Word, transcription_tasks
 from multimodal.transcription.recordings import TranscriptionTask
 
-RATE_HZ = 24_000  # of the samples, unless the client says another
-RATES_HZ = (8_000, 11_025, 12_000, 16_000, 22_050, RATE_HZ, 32_000, 44_100, 48_000)  # others may need vast filters
-LONGEST_ID = 512  # letters of a client's event_id that its error has
+RATE_HZ = 24_000  # the default sample rate
+RATES_HZ = (
+    8_000,
+    11_025,
+    12_000,
+    16_000,
+    22_050,
+    RATE_HZ,
+    32_000,
+    44_100,
+    48_000,
+)  # other rates may need very long resampling filters
+LONGEST_ID = 512  # characters of a client's event_id that an error repeats
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
-GOES, REFUSED, TOO_LARGE = 1001, 1008, 1009  # codes with which a WebSocket is closed (RFC 6455, section 7.4.1)
+GOING_AWAY, POLICY_VIOLATION, MESSAGE_TOO_BIG = 1001, 1008, 1009  # close codes of a WebSocket (RFC 6455, section 7.4.1)
 
 
 @dataclass
 class Item:
     """A sound, from its first samples to its commit.
 
-    waiting: resampled waves that the listener has not got.
-    samples: number of those that came, at the client's rate.
+    waiting: resampled waves that the listener has not read yet.
+    samples: number of received samples, at the client's rate.
     """
 
     listener: Listener
@@ -56,12 +66,12 @@ class Item:
 
     @property
     def ready(self) -> bool:
-        """Whether the model can read more tokens."""
+        """Whether there are enough samples for the model to read more tokens."""
         return sum(map(len, self.waiting)) >= self.listener.wanted
 
 
-class Ended(Exception):
-    """The service ends the session. code: with which the WebSocket is closed. error: what the client is told."""
+class SessionEnded(Exception):
+    """Raised to end a session. code: the close code of the WebSocket. error: sent to the client first, if given."""
 
     def __init__(self, code: int, error: ApiError | None = None) -> None:
         super().__init__()
@@ -69,9 +79,9 @@ class Ended(Exception):
 
 
 class LiveSession:
-    """One connection. Its messages are answered one after the other, so that a client that sends too fast has to wait.
+    """One connection. It handles messages one after another, so a client that sends too fast has to wait.
 
-    ending: set when the service stops; the open sound is then finished as by a commit.
+    ending: set when the service stops; the open sound is then finished as if it were committed.
     """
 
     def __init__(self, call: Call, checkpoints: Checkpoints, socket: WebSocket, ending: asyncio.Event) -> None:
@@ -91,10 +101,10 @@ class LiveSession:
         }
 
     async def run(self) -> ApiError | None:
-        """Answer until one side ends the session; returns why the service did.
+        """Handle messages until one side ends the session; returns the error with which the service ended it, if any.
 
         Raises:
-            WebSocketDisconnect: the client left within a sound.
+            WebSocketDisconnect: the client disconnected during a sound.
         """
         await self.socket.accept("realtime" if "realtime" in self.socket.scope.get("subprotocols", ()) else None)
         refused = await self._read_query()
@@ -108,15 +118,15 @@ class LiveSession:
             if self.item is not None:
                 raise
             return None
-        except Ended as end:
+        except SessionEnded as end:
             if end.error is not None:
                 await self._send_error(end.error)
-            with suppress(RuntimeError):  # the client was faster
+            with suppress(RuntimeError):  # the client has closed it already
                 await self.socket.close(end.code)
             return end.error
 
     async def _read_query(self) -> ApiError | None:
-        """Choose the model and the task that the address names, or the only ones."""
+        """Choose the model and the task that the URL names, or the only ones."""
         query = Params(dict(self.socket.query_params))
         try:
             query.text("intent", one_of=("transcription",))
@@ -124,16 +134,17 @@ class LiveSession:
             query.done()
             await self._choose(model, task, self.rate_hz)
         except Exception as error:
-            told = self.call.failed(error)
-            # where the address names nothing, `session.update` may still do so
-            return told if {*self.socket.query_params} - {"intent"} else None
+            api_error = self.call.failed(error)
+            # if the URL names none, `session.update` still can
+            return api_error if {*self.socket.query_params} - {"intent"} else None
         return None
 
     async def _receive(self) -> str:
         """The next message.
 
         Raises:
-            WebSocketDisconnect: the client left. Ended: it is silent for too long, its message too large, or the service stops.
+            WebSocketDisconnect: the client disconnected.
+            SessionEnded: the client sent nothing for too long, its message is too large, or the service stops.
         """
         settings = self.call.settings
         came, ends = asyncio.ensure_future(self.socket.receive()), asyncio.ensure_future(self.ending.wait())
@@ -142,10 +153,10 @@ class LiveSession:
             if self.ending.is_set():
                 if self.item is not None:
                     await self._finish(self.item)
-                raise Ended(GOES)
+                raise SessionEnded(GOING_AWAY)
             if not came.done():
                 idle = f"nothing came for {settings.live_idle_s:g} s, so this session is over"
-                raise Ended(REFUSED, ApiError(408, idle, code="idle_timeout"))
+                raise SessionEnded(POLICY_VIOLATION, ApiError(408, idle, code="idle_timeout"))
             message = came.result()
         finally:
             for waiting in (came, ends):
@@ -155,14 +166,12 @@ class LiveSession:
         text = message.get("text")
         size = len(message.get("bytes") or b"") if text is None else len(text)
         if size > settings.max_message:
-            large = (
-                f"the message has {size} bytes, more than the {settings.max_message} that are read; send shorter pieces"
-            )
-            raise Ended(TOO_LARGE, ApiError(413, large, code="message_too_large"))
+            large = f"the message has {size} bytes, more than the allowed {settings.max_message}; send shorter pieces"
+            raise SessionEnded(MESSAGE_TOO_BIG, ApiError(413, large, code="message_too_large"))
         return "" if text is None else text
 
     async def _answer(self, text: str) -> None:
-        """Do what a message asks for; what is wrong with it is told, and the session goes on."""
+        """Handle a message. If it is wrong, send an error; the session continues."""
         event_id = None
         try:
             if not text:
@@ -170,7 +179,7 @@ class LiveSession:
             try:
                 values = parse_json(text.encode("utf-8", "replace"))
             except ValueError as error:
-                raise bad(f"this is no JSON that can be read: {shortened(error, 200)}", code="invalid_json") from None
+                raise bad(f"the message is not valid JSON: {shortened(error, 200)}", code="invalid_json") from None
             params = Params(values)
             event_id = params.text("event_id", "")[:LONGEST_ID] or None
             kind = params.text("type", "")
@@ -181,7 +190,7 @@ class LiveSession:
                     "type",
                 )
             await self._answers[kind](params)
-        except (WebSocketDisconnect, Ended):
+        except (WebSocketDisconnect, SessionEnded):
             raise
         except Exception as error:
             await self._send_error(self.call.failed(error), event_id)
@@ -199,11 +208,11 @@ class LiveSession:
         form.text("type", one_of=("audio/pcm",))
         rate_hz = form.whole("rate", RATE_HZ)
         heard.without("pauses do not end a sound; send input_audio_buffer.commit", turn_detection=())
-        heard.without("sounds are heard as they are", noise_reduction=())
+        heard.without("sounds are not denoised", noise_reduction=())
         wanted = _object(heard, "transcription") or Params({})
         model = wanted.text("model", self.model)
         task = wanted.text("task", self.task if model == self.model else None)
-        wanted.without("no model here is told the language", language=("",), languages=([],))
+        wanted.without("no model here takes the language", language=("",), languages=([],))
         wanted.without("no model here reads a prompt beside the sound", prompt=("",), keywords=([],))
         wanted.without("words come as soon as they are final", delay=())
         for each in (session, audio, heard, form, wanted):
@@ -237,7 +246,7 @@ class LiveSession:
         item.waiting.append(wave_S)
         call.metrics.add("heard_seconds_total", len(data) / 2 / self.rate_hz, model=call.model_name)
         if item.ready:
-            await self._hear(item)
+            await self._transcribe(item)
 
     async def _commit(self, params: Params) -> None:
         params.done()
@@ -251,15 +260,16 @@ class LiveSession:
         await self._send("input_audio_buffer.cleared")
 
     async def _choose(self, model: str | None, task: str | None, rate_hz: int) -> None:
-        """Take a place at a model, and make a listener for the next sound.
+        """Take a slot at a model, and make a listener for the next sound.
 
         Raises:
-            ApiError: no such model, task or rate, or no place. ConfigError: the task cannot be heard live; it says what to change.
+            ApiError: there is no such model, task or rate, or no free slot.
+            ConfigError: the task cannot transcribe live; the message says what to change.
         """
         call, checkpoint = self.call, self.checkpoints.named(model, task)
         call.enter(checkpoint)
         chosen = _live_task(call.model, task)
-        scheduler, listener = call.scheduler, await call.visit(lambda model: Listener(model, chosen))
+        scheduler, listener = call.scheduler, await call.run_on_model(lambda model: Listener(model, chosen))
         own = listener.spec.rate_hz
         if rate_hz not in RATES_HZ and rate_hz != own:
             raise bad(
@@ -271,7 +281,7 @@ class LiveSession:
 
     async def _new_item(self) -> Item:
         checkpoint = self.checkpoints.named(self.model, self.task)
-        # a checkpoint that was loaded again since hears the next sound
+        # after a reload, the new model transcribes the next sound
         if self._prepared is None or self._prepared[0] is not checkpoint.scheduler:
             await self._choose(self.model, self.task, self.rate_hz)
         assert self._prepared is not None
@@ -280,32 +290,32 @@ class LiveSession:
         resampling: Any = getattr(spec.tokenizer, "resampling", "kaiser")
         return Item(listener, Resampler(self.rate_hz, spec.rate_hz, resampling=resampling, who="audio"))
 
-    async def _hear(self, item: Item, last: bool = False) -> bool:
-        """Let the model read what waits, and send the words that became final; False: it failed, and the sound is given up."""
+    async def _transcribe(self, item: Item, last: bool = False) -> bool:
+        """Transcribe the waiting samples, and send words that became final. Returns False if it failed, which drops the sound."""
         wave_S = torch.cat([torch.empty(0), *item.waiting])
         item.waiting.clear()
         call, listener, load = self.call, item.listener, self.call.scheduler.load
 
-        def hear(_: Model) -> list[Word]:
+        def transcribe(_: Model) -> list[Word]:
             before = listener.tokens
             words = listener.push(wave_S) + (listener.finish() if last else [])
-            # here, since whoever waits for the words may leave
+            # counted here, because the client may disconnect while it waits for the words
             call.prompt += listener.tokens - before
             load.read += listener.tokens - before
             return words
 
         try:
-            words = await call.visit(hear)
+            words = await call.run_on_model(transcribe)
         except Exception as error:
             self.item = None
-            told = call.failed(error).body()["error"]
-            await self._send(f"{TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=told)
+            error_json = call.failed(error).body()["error"]
+            await self._send(f"{TRANSCRIPTION}.failed", item_id=item.id, content_index=0, error=error_json)
             return False
         if words:
             seconds = item.samples / self.rate_hz
             first = len(listener.decoder.words) == len(words)
             text = ("" if first else " ") + " ".join(word.text for word in words)
-            found = [  # a word that is cut off by the end of the sound may end with its token, after it
+            found = [  # a last word may end with its token, which may be after the end of the sound
                 {"word": w.text, "start": w.start_s, "end": min(w.end_s, seconds), "confidence": w.confidence}
                 for w in words
             ]
@@ -313,14 +323,14 @@ class LiveSession:
         return True
 
     async def _finish(self, item: Item) -> None:
-        """The sound is over: send the rest of its words, and the whole text."""
+        """End a sound: send the rest of its words, and the whole text."""
         item.waiting.append(await self.call.in_pool(item.resampler.finish))
         await self._send("input_audio_buffer.committed", item_id=item.id, previous_item_id=self._last_item)
         self._last_item = item.id
-        if await self._hear(item, last=True):
+        if await self._transcribe(item, last=True):
             usage = {"type": "duration", "seconds": item.samples / self.rate_hz}
-            told = {"item_id": item.id, "content_index": 0, "transcript": item.listener.text, "usage": usage}
-            await self._send(f"{TRANSCRIPTION}.completed", **told)
+            completed = {"item_id": item.id, "content_index": 0, "transcript": item.listener.text, "usage": usage}
+            await self._send(f"{TRANSCRIPTION}.completed", **completed)
         self.item = None
 
     def _session(self) -> dict[str, Any]:
@@ -339,7 +349,7 @@ class LiveSession:
         text = json_bytes(event).decode()
         try:
             await asyncio.wait_for(self.socket.send_text(text), self.call.settings.body_s)
-        except (TimeoutError, RuntimeError, OSError):  # it reads nothing, or is gone
+        except (TimeoutError, RuntimeError, OSError):  # the client reads nothing, or has disconnected
             raise WebSocketDisconnect(1006) from None
 
     async def _send_error(self, error: ApiError, event_id: str | None = None) -> None:
@@ -347,7 +357,7 @@ class LiveSession:
 
 
 def _object(params: Params, name: str) -> Params | None:
-    """A parameter that is an object, as parameters."""
+    """The parameter of this name, an object, as `Params`; None: it is missing."""
     value = params.take(name)
     if value is not None and not isinstance(value, dict):
         raise bad(f"{name}: wanted an object", name)
@@ -355,16 +365,16 @@ def _object(params: Params, name: str) -> Params | None:
 
 
 def _live_task(model: Model, task: str | None) -> str:
-    """The task of this name, or the only one by CTC."""
+    """The task of this pattern, or the only CTC task."""
     views = task_views(model)
     if task is not None:
         return named_task(views, task).task
     by_ctc = {each for each in transcription_tasks(model) if TranscriptionTask.of(model, each).ctc}
-    what = "writes down what is said while it is said, by the head CTC()"
+    what = "transcribes live, by the head CTC()"
     return choose_task(views, None, lambda view: view.task in by_ctc, what).task
 
 
 def _resampled(data: bytes, resampler: Resampler) -> Tensor:
-    """16-bit samples, the lower byte first, as a wave in -1..1 at the rate of the tokenizer."""
+    """16-bit little-endian samples as a wave in -1..1, at the rate of the tokenizer."""
     samples_S = torch.frombuffer(bytearray(data), dtype=torch.int16)
     return resampler.push(samples_S.float() / 2**15)

@@ -1,4 +1,4 @@
-"""One thread for each checkpoint: it decodes the rows of an engine step by step, and packs what is answered at once."""
+"""One thread for each checkpoint: it decodes generated answers in one batch, and packs samples that need only one pass."""
 
 import math
 import queue
@@ -28,58 +28,58 @@ MOST_AT_ONCE = 256  # samples of one packed pass
 
 @dataclass(eq=False)
 class Writing:
-    """An answer that is written token by token.
+    """A job: an answer that is generated token by token.
 
-    request: what is asked for.
-    tell: called in the thread with each `Piece`; the last one has the prediction or the error.
+    request: the request of the engine.
+    send: called in the thread with each `Piece`; the last one has the prediction or the error.
     """
 
     request: Request
-    tell: Callable[[Piece], None]
+    send: Callable[[Piece], None]
     cancelled: bool = False
 
     @property
     def tokens(self) -> int:
-        """Prompt and answer."""
+        """Tokens of the prompt, and at most of the answer."""
         return self.request.prompt + self.request.limit
 
 
 @dataclass(eq=False)
 class OnePass:
-    """A sample that is answered in one pass.
+    """A job: a sample that is answered in one forward pass.
 
-    prepared: the sample, laid out.
-    tell: called in the thread with the result or the error: a Prediction; the vector of a pair's side; or, for a window of a
-        recording, its rows and their times.
-    spec: the CTC task of a window. size: its sound samples.
+    prepared: the sample, prepared by the packer.
+    send: called in the thread with the result or the error. The result is a Prediction, the vector of one side of a pair, or, for
+        a window of a recording, its CTC rows and their times.
+    spec: for a window, the CTC task. size: for a window, its number of sound samples.
     """
 
     prepared: Prepared
-    tell: Callable[[Any], None]
+    send: Callable[[Any], None]
     spec: TranscriptionTask | None = None
     size: int = 0
     cancelled: bool = False
 
 
 @dataclass(eq=False)
-class Visit:
-    """Anything else that is done with the model, between two steps.
+class ModelCall:
+    """A job: a function that runs with the model between two decoding steps.
 
     run: called in the thread with the model.
-    tell: called in the thread with what it returns, or with the error.
+    send: called in the thread with the result of `run`, or with the error.
     """
 
     run: Callable[[Model], Any]
-    tell: Callable[[Any], None]
+    send: Callable[[Any], None]
     cancelled: bool = False
 
 
-Job = Writing | OnePass | Visit
+Job = Writing | OnePass | ModelCall
 
 
 @dataclass
 class Load:
-    """What a scheduler does now, for metrics. The thread alone writes it, but for latest_s, to which requests add theirs."""
+    """Counters of a scheduler, for metrics. Only its thread writes them, except latest_s, to which requests append."""
 
     rows: int = 0
     waiting: int = 0
@@ -92,10 +92,10 @@ class Load:
 
 
 class Scheduler:
-    """Answers the requests of one model, in a thread of its own, which nothing else may use the model in.
+    """Runs the jobs of one model in a thread of its own. Nothing else may use the model.
 
     Raises:
-        ConfigError: there is no memory for the rows.
+        ConfigError: the memory does not suffice for the rows.
     """
 
     def __init__(self, model: Model, name: str, settings: Settings) -> None:
@@ -108,21 +108,21 @@ class Scheduler:
         self._leases = 0
         self._waiting_tokens = 0
         self._closing = False
-        # these belong to the thread
+        # only the thread uses these
         self._waiting: deque[Writing] = deque()
         self._running: dict[int, Writing] = {}  # by ticket
         self._gathered: deque[OnePass] = deque()
-        self._due = math.inf  # when the gathered samples are read
-        self._visits: deque[Visit] = deque()
+        self._due = math.inf  # monotonic time, in seconds, at which the gathered samples run
+        self._model_calls: deque[ModelCall] = deque()
         self.thread = threading.Thread(target=self._run, name=f"serve {name}", daemon=True)
         self.thread.start()
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """A place among the requests of this model; the thread goes on until all are given back.
+        """Hold a slot for a request of this model. After `close`, the thread runs until all slots are released.
 
         Raises:
-            ApiError: all places are taken.
+            ApiError: 429, all slots are taken.
         """
         with self._lock:
             if self._leases >= self.settings.rows + self.settings.queue:
@@ -137,7 +137,7 @@ class Scheduler:
 
     @property
     def leases(self) -> int:
-        """Number of places that are taken."""
+        """Number of slots that are taken."""
         return self._leases
 
     @property
@@ -146,7 +146,7 @@ class Scheduler:
         return self._waiting_tokens
 
     def busy(self, why: str) -> ApiError:
-        """The error of a request that finds no place."""
+        """The error 429 for a request that gets no slot."""
         latest = list(self.load.latest_s)
         mean_s = sum(latest) / len(latest) if latest else 1.0
         wait_s = mean_s * max(self.load.waiting, 1) / self.settings.rows
@@ -158,14 +158,14 @@ class Scheduler:
         )
 
     def submit(self, job: Job, *, admitted: bool = False) -> None:
-        """Hand a job to the thread. admitted: it belongs to a request that was let in before.
+        """Give a job to the thread. admitted: whether it belongs to a request that has a job already.
 
         Raises:
-            ApiError: too many tokens wait already.
+            ApiError: 429, too many tokens wait already.
         """
         if isinstance(job, Writing):
             with self._lock:
-                # whoever comes first is let in, however long it is: the engine has refused what no row can hold
+                # if nothing waits, a request of any length is admitted: the engine has refused those that fit no row
                 if self._waiting_tokens and not admitted:
                     most = self.settings.waiting_tokens
                     if self._waiting_tokens + job.tokens > most:
@@ -174,12 +174,12 @@ class Scheduler:
         self._inbox.put(job)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job between two steps; nothing happens if it has ended."""
+        """Cancel a job before the next step; has no effect if the job has ended."""
         job.cancelled = True
         self._inbox.put(None)
 
     def close(self) -> None:
-        """Let the thread end as soon as all requests have; those with a place may still hand in jobs."""
+        """End the thread after all requests have ended; requests with a slot may still submit jobs."""
         self._closing = True
         self._inbox.put(None)
 
@@ -192,9 +192,9 @@ class Scheduler:
                 self._fail_all(error)
 
     def _receive(self) -> bool:
-        """Take new jobs, and wait while there is nothing to do. False: closed, and all is done."""
+        """Take new jobs; wait while there is nothing to do. Returns False when the scheduler is closed and has no work."""
         while True:
-            working = bool(self._running or self._waiting or self._visits)
+            working = bool(self._running or self._waiting or self._model_calls)
             if self._closing and not (working or self._gathered or self._leases) and self._inbox.empty():
                 return False
             wait_s = 0.0 if working else self._due - time.monotonic()
@@ -207,8 +207,8 @@ class Scheduler:
                 return True
             if isinstance(job, Writing):
                 self._waiting.append(job)
-            elif isinstance(job, Visit):
-                self._visits.append(job)
+            elif isinstance(job, ModelCall):
+                self._model_calls.append(job)
             elif job is not None:
                 if not self._gathered:
                     self._due = time.monotonic() + self.settings.gather_ms / 1000
@@ -223,29 +223,31 @@ class Scheduler:
                 del self._running[ticket]
         for job in [job for job in self._waiting if job.cancelled]:
             self._waiting.remove(job)
-            self._no_longer_waits(job)
+            self._subtract_waiting(job)
         self._gathered = deque(job for job in self._gathered if not job.cancelled)
-        self._visits = deque(job for job in self._visits if not job.cancelled)
+        self._model_calls = deque(job for job in self._model_calls if not job.cancelled)
         if not self._gathered:
             self._due = math.inf
-        self._count()
+        self._update_load()
 
-    def _no_longer_waits(self, job: Writing) -> None:
+    def _subtract_waiting(self, job: Writing) -> None:
         with self._lock:
             self._waiting_tokens -= job.tokens
 
-    def _count(self) -> None:
+    def _update_load(self) -> None:
         self.load.rows = sum(job.request.width for job in self._running.values())
-        self.load.waiting = len(self._waiting) + len(self._gathered) + len(self._visits)
+        self.load.waiting = len(self._waiting) + len(self._gathered) + len(self._model_calls)
 
     def _work(self) -> None:
         if self._gathered and time.monotonic() >= self._due:
             self._read_gathered()
-        if self._visits:
-            self._visit(self._visits.popleft())  # one a step, so that those who write go on
+        if self._model_calls:
+            self._run_model_call(
+                self._model_calls.popleft()
+            )  # one in each step, so that it does not hold up generation for long
         if self.engine is None:
             return
-        self._enter_waiting(self.engine)
+        self._admit_waiting(self.engine)
         if not self.engine.busy:
             return
         pieces = self.engine.step()
@@ -257,35 +259,35 @@ class Scheduler:
                 continue
             if piece.prediction is not None or piece.error is not None:
                 del self._running[piece.ticket]
-            job.tell(piece)
-        self._count()
+            job.send(piece)
+        self._update_load()
 
-    def _visit(self, job: Visit) -> None:
+    def _run_model_call(self, job: ModelCall) -> None:
         if job.cancelled:
             return
         try:
             found = job.run(self.model)
         except Exception as error:
             found = error
-        job.tell(found)
-        self._count()
+        job.send(found)
+        self._update_load()
 
-    def _enter_waiting(self, engine: Engine) -> None:
-        """Let those that wait into free rows, in their order, but not more tokens than one pass may read."""
+    def _admit_waiting(self, engine: Engine) -> None:
+        """Move waiting jobs to free rows, in order, but at most `pass_tokens` tokens of prompts."""
         tokens = 0
         while self._waiting and self._waiting[0].request.width <= engine.free_rows:
             job = self._waiting[0]
             if tokens and tokens + job.request.prompt > self.settings.pass_tokens:
                 break
             self._waiting.popleft()
-            self._no_longer_waits(job)
+            self._subtract_waiting(job)
             if job.cancelled:
                 continue
             tokens += job.request.prompt
             try:
                 self._running[engine.enter(job.request)] = job
             except Exception as error:
-                job.tell(Piece(-1, error=error))
+                job.send(Piece(-1, error=error))
         self.load.read += tokens
 
     def _read_gathered(self) -> None:
@@ -298,26 +300,26 @@ class Scheduler:
             tokens += count
             jobs.append(self._gathered.popleft())
         if not self._gathered:
-            self._due = math.inf  # else the rest is read after the next step
+            self._due = math.inf  # otherwise the next step takes the rest
         self._read(jobs)
         self.load.passes += 1
         self.load.packed += len(jobs)
         self.load.read += tokens
-        self._count()
+        self._update_load()
 
     def _read(self, jobs: list[OnePass]) -> None:
-        """Answer samples in one pass; if it fails, each by itself, so that one bad sample spoils no other."""
+        """Answer samples in one pass. If that fails, run each one alone, so that a bad sample fails no other."""
         try:
             results = self._pass(jobs)
         except Exception as error:
             if len(jobs) == 1:
-                jobs[0].tell(error)
+                jobs[0].send(error)
                 return
             for job in jobs:
                 self._read([job])
             return
         for number, job in enumerate(jobs):
-            job.tell(results[number])
+            job.send(results[number])
 
     def _pass(self, jobs: list[OnePass]) -> dict[int, Any]:
         packer = self.model.packer
@@ -332,7 +334,7 @@ class Scheduler:
     def _answers(
         self, task: str, stream: Stream, reading: Reading, logits: Tensor, jobs: list[OnePass]
     ) -> Mapping[int, Any]:
-        """By number of a job of this task, its result."""
+        """{number of a job: its result} for the jobs of one task."""
         head, pattern = self.model.packer.heads[task], self.model.packer.patterns[task]
         if pattern.pair:
             return dict(zip(reading.samples, logits.float().cpu(), strict=True))
@@ -349,19 +351,19 @@ class Scheduler:
         return found
 
     def _fail_all(self, error: BaseException) -> None:
-        """After an error that no single request is to blame for: all that run fail, and the engine starts afresh."""
+        """After an error that belongs to no single request: fail all running jobs, and make a new engine."""
         running, self._running = list(self._running.values()), {}
         gathered, self._gathered, self._due = list(self._gathered), deque(), math.inf
         for job in running:
-            job.tell(Piece(-1, error=_as_exception(error)))
+            job.send(Piece(-1, error=_as_exception(error)))
         for job in gathered:
-            job.tell(error)
+            job.send(error)
         if self.engine is not None:
-            self.engine = None  # its cache is freed before the new one is made
+            self.engine = None  # free its cache before the new one is allocated
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.engine = Engine(self.model, rows=self.settings.rows, capacity=self.settings.capacity)
-        self._count()
+        self._update_load()
 
 
 def _as_exception(error: BaseException) -> Exception:

@@ -7,29 +7,29 @@ from multimodal.shapes import ConfigError, check_number, check_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a service allows, by checkpoint where nothing else is said.
+    """The limits of a service. They hold for each checkpoint, unless they say otherwise.
 
-    rows: answers that are written at the same time.
+    rows: rows of the decoding batch: the most answers that are generated at the same time.
     capacity: tokens of a row, prompt and answer together.
-    queue: requests that may wait; further ones are refused with status 429.
+    queue: requests that may wait; more are refused with status 429.
     queue_tokens: tokens that may wait, prompts and answers together; None: four times what all rows hold.
-    max_tokens: tokens of an answer where the client does not say how many.
-    gather_ms: how long what is answered at once waits for others, to be packed with them.
-    pass_tokens: tokens that one packed pass reads, and that join the rows in one step; a sample of more is refused.
+    max_tokens: tokens of an answer if the client sets no limit.
+    gather_ms: milliseconds that a sample which needs only one pass waits for others, to be packed with them.
+    pass_tokens: the most tokens of a packed pass, and of the prompts that join the batch in one step; a longer sample is refused.
     timeout_s: seconds from a request to its whole answer.
-    body_s: seconds in which the head of a request has to arrive, and then its body.
+    body_s: seconds for the head of a request to arrive, and then for its body.
     max_body: bytes of a request.
     max_pixels: pixels of a picture; a tokenizer may allow fewer.
     max_seconds: seconds of a sound; a tokenizer may allow fewer.
-    window_s: seconds of a recording that are transcribed at once.
+    window_s: seconds of the windows in which a recording is transcribed.
     live_sessions: live transcriptions that are open at the same time, of all checkpoints together.
-    live_seconds: seconds of a live sound, where the model has no window and so its memory grows with the sound.
+    live_seconds: seconds of a live sound, if the mask of the model has no window, so that memory grows with the sound.
     live_idle_s: seconds after which a live transcription ends if its client sends nothing.
     max_message: bytes of a message of a live transcription.
-    keys: API keys, one of which every request must have; (): none is asked for.
+    keys: API keys; every request must have one of them. (): no key is needed.
     hosts: hosts from which pictures and sounds may be fetched; (): only data: URLs are read.
-    strings: kinds of one's own whose values are, or hold, texts; no such kind may open files.
-    about: a line that the page shows, such as what the models are for.
+    strings: kinds that you defined whose values are, or contain, texts. Their tokenizers must not open files.
+    about: a line that the web page shows, such as the purpose of the models.
     """
 
     rows: int = 16

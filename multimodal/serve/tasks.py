@@ -1,4 +1,4 @@
-"""What a client must know of each task of a model, and which task is meant where it names none."""
+"""Describes the tasks of a model to clients, and chooses a task for a request."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from multimodal.transcription.recordings import TranscriptionTask
 class Input:
     """A field that a task reads.
 
-    name: of the field. kind: the name of its tokenizer. takes: what its values are made of, as `values.takes` says.
-    classes: of CLASS, their names. several: whether a value is a list of them.
+    name: of the field. kind: the name of its tokenizer. takes: the form of its values, see `values.takes`.
+    classes: for CLASS, the class names. several: for CLASS, whether a value is a list of classes.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Input:
 
 @dataclass(frozen=True)
 class TaskView:
-    """A task, as far as its clients see it.
+    """A task as clients see it.
 
     task: its pattern.
-    reads: the fields that it reads; of a pair, those of both sides.
-    writes: what its answers are made of; None: a pair.
-    token_by_token: whether its answers are written token by token, with options; else they are answered at once.
-    left: of a pair, how many of the fields are those of the left side.
+    reads: the fields that it reads; for a pair, those of both sides.
+    writes: the form of its answers; None: the task is a pair.
+    token_by_token: whether answers are generated token by token, with options; otherwise in one forward pass.
+    left: for a pair, the number of fields of the left side.
     """
 
     task: str
@@ -59,12 +59,12 @@ class TaskView:
     left: int = 0
 
     def side(self, side: str) -> tuple[Input, ...]:
-        """The fields of a pair's side, "left" or "right"."""
+        """The fields of one side of a pair, "left" or "right"."""
         return self.reads[: self.left] if side == "left" else self.reads[self.left :]
 
 
 def task_views(model: Model) -> dict[str, TaskView]:
-    """By pattern, each task of a model."""
+    """{pattern: task} of a model."""
     packer, found = model.packer, {}
     for task, pattern in packer.patterns.items():
         reads = tuple(Input.of(f.name, f.kind, packer.tokenizers[f.kind]) for f in pattern.reads)
@@ -94,10 +94,10 @@ def described(model: Model, name: str) -> list[dict[str, Any]]:
 
 
 def named_task(views: dict[str, TaskView], wanted: str) -> TaskView:
-    """The task of this pattern, however it is spaced.
+    """The task of this pattern; extra spaces do not matter.
 
     Raises:
-        ApiError: 404, there is none.
+        ApiError: 404, there is no such task.
     """
     for task, view in views.items():
         if task.split() == wanted.split():
@@ -113,17 +113,17 @@ def named_task(views: dict[str, TaskView], wanted: str) -> TaskView:
 def choose_task(
     views: dict[str, TaskView], wanted: str | None, fits: Callable[[TaskView], bool], what: str
 ) -> TaskView:
-    """The task that is named, or the only one that fits.
+    """The task of the pattern `wanted`, or the only task that fits.
 
-    what: what a fitting task does, for errors: "writes text from one text".
+    what: what a fitting task does, for errors, such as "writes text from one text".
 
     Raises:
-        ApiError: none or several fit, or the named one does not.
+        ApiError: no task or several tasks fit, or the named one does not.
     """
     if wanted is not None:
         view = named_task(views, wanted)
         if not fits(view):
-            raise bad(f"task {view.task!r} is none that {what}", "task")
+            raise bad(f"task {view.task!r} does not fit: wanted a task that {what}", "task")
         return view
     fitting = [view for view in views.values() if fits(view)]
     if len(fitting) == 1:
@@ -131,7 +131,7 @@ def choose_task(
     if fitting:
         several = _listed(view.task for view in fitting)
         raise bad(
-            f"several tasks of this model {what.replace('s ', ' ', 1)}; say which by the parameter task: {several}",
+            f"several tasks of this model {what.replace('s ', ' ', 1)}; choose one with the parameter task: {several}",
             "task",
         )
     raise bad(f"this model has no task that {what}; it has {_listed(views)}", "model", "no_such_task")

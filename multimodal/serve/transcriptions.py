@@ -1,4 +1,4 @@
-"""POST /v1/audio/transcriptions: what is said in a file of any length that the service allows, with the times of its words."""
+"""POST /v1/audio/transcriptions: the transcript of a sound file, with the times of its words."""
 
 import re
 from collections.abc import AsyncGenerator
@@ -28,12 +28,12 @@ from multimodal.transcription.recordings import (
 )
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
-AHEAD = 4  # windows of a recording that are asked for before the first of them is answered
+AHEAD = 4  # windows of a recording whose jobs are submitted at the same time
 TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 
 
 async def transcribe_file(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
-    """The transcript in the format that is asked for, or its words as events while windows are read."""
+    """The transcript in the requested format, or with `stream` its words as events while windows are read."""
     call.enter(checkpoints.named(params.text("model")))
     file = params.take("file")
     if not isinstance(file, Upload):
@@ -43,18 +43,18 @@ async def transcribe_file(call: Call, checkpoints: Checkpoints, params: Params) 
         task_views(call.model),
         params.text("task"),
         lambda view: view.task in there,
-        "writes down what is said in one sound",
+        "transcribes one sound",
     )
     spec = TranscriptionTask.of(call.model, view.task)
     form = params.text("response_format", "json", FORMATS)
     stream, wants_words, wants_segments = params.flag("stream"), *_granularities(params, form, spec)
     if stream and form not in ("json", "text"):
-        raise bad(f"stream: response_format={form} comes as a whole; use json or text", "stream")
-    params.without("no model here is told the language", language=("",))
+        raise bad(f"stream: response_format={form} cannot be streamed; use json or text", "stream")
+    params.without("no model here takes the language", language=("",))
     params.without("no model here reads a prompt beside the sound", prompt=("",))
     params.without("probabilities of tokens are not given", include=([],))
     params.without("the service cuts recordings itself", chunking_strategy=("auto",))
-    params.without("speakers are not told apart", known_speaker_names=([],), known_speaker_references=([],))
+    params.without("speakers are not distinguished", known_speaker_names=([],), known_speaker_references=([],))
     options = None
     if spec.ctc:
         refuse_options(params)
@@ -79,7 +79,7 @@ async def transcribe_file(call: Call, checkpoints: Checkpoints, params: Params) 
 
 
 def _granularities(params: Params, form: str, spec: TranscriptionTask) -> tuple[bool, bool]:
-    """Whether the times of words, and of segments, are wanted."""
+    """Return (whether times of words are wanted, whether times of segments are)."""
     given = params.texts("timestamp_granularities")
     for name in given:
         if name not in ("word", "segment"):
@@ -119,8 +119,10 @@ async def _read(
     maker: CTCTranscript | GeneratedTranscript,
     words: bool,
 ) -> AsyncGenerator[tuple[str, Transcript | None]]:
-    """Yields (text that has become final, None), and at the end ("", the transcript). words: whether such text is wanted."""
-    jobs: list[list[int]] = []  # of each window: what is written, or its rows; then the rows that give times
+    """Yield (text that became final, None) while windows are read, then ("", the transcript). words: whether to yield such text."""
+    jobs: list[
+        list[int]
+    ] = []  # numbers of the jobs of each window: its text or CTC rows, then the CTC rows for word times, if any
     results: dict[int, Any] = {}
     texts: dict[int, str] = {}
     joined = _Joined()
@@ -157,7 +159,7 @@ async def _read(
 
 
 async def _ask(call: Call, spec: TranscriptionTask, window: SoundWindow, options: WritingOptions | None) -> list[int]:
-    """Hand in the jobs of a window; returns their numbers."""
+    """Submit the jobs of a window; returns their numbers."""
     if options is None:
         return [await call.read_window(spec, window.wave_S)]
     sample = {spec.name: (window.wave_S, spec.rate_hz)}
@@ -166,21 +168,21 @@ async def _ask(call: Call, spec: TranscriptionTask, window: SoundWindow, options
 
 
 class _Joined:
-    """The text of a transcript as it grows: whole words with single blanks between them.
+    """The growing text of a transcript: whole words with single spaces between them.
 
-    text: what was given so far.
+    text: all words so far.
     """
 
     def __init__(self) -> None:
         self.text, self._open, self._count = "", "", 0
 
     def push(self, text: str) -> str:
-        """More of what is written; returns the words that it completes."""
+        """Append generated text; returns the words that it completes."""
         *whole, self._open = re.split(r"\s+", self._open + text)
         return self._add([word for word in whole if word])
 
     def words(self, every: list[str]) -> str:
-        """All words so far; returns the new ones."""
+        """Takes all words so far; returns the new ones as text."""
         new, self._count = every[self._count :], len(every)
         return self._add(new)
 
@@ -204,7 +206,7 @@ def _usage(call: Call) -> dict[str, int]:
 def _verbose(transcript: Transcript, of_window: set[int], words: bool, segments: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "task": "transcribe",
-        "language": None,  # no model here says which it is
+        "language": None,  # no model here detects it
         "duration": transcript.seconds,
         "text": transcript.text,
         "complete": transcript.complete,
@@ -212,7 +214,9 @@ def _verbose(transcript: Transcript, of_window: set[int], words: bool, segments:
     if words:
         found["words"] = [
             {"word": w.text, "start": w.start_s, "end": w.end_s, "confidence": w.confidence}
-            | ({"times_of": "window"} if i in of_window else {})  # where the words could not be aligned
+            | (
+                {"times_of": "window"} if i in of_window else {}
+            )  # the times are those of the window, if its words could not be aligned
             for i, w in enumerate(transcript.words)
         ]
     if segments:

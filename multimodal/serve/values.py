@@ -1,4 +1,4 @@
-"""What came over the wire as tokens: texts, bytes of pictures and sounds, numbers. No text of a client is opened as a file."""
+"""Turns what a client sent for a field into tokens: texts, pictures, sounds, numbers. Never opens a file that it names."""
 
 import base64
 import binascii
@@ -35,7 +35,7 @@ class Upload:
 
 
 def takes(tokenizer: Tokenizer) -> str:
-    """What a value of this kind is made of: TEXT, CLASS, PICTURE, SOUND or NUMBERS."""
+    """The form of the values of this kind: TEXT, CLASS, PICTURE, SOUND or NUMBERS."""
     if tokenizer.text:
         return TEXT
     if tokenizer.classes:
@@ -44,12 +44,12 @@ def takes(tokenizer: Tokenizer) -> str:
         return SOUND
     if isinstance(getattr(tokenizer, "max_pixels", None), int):
         return PICTURE
-    # one kind around another, as codes of pictures or the tower of an encoder
+    # a tokenizer that wraps another, such as `Codes` of pictures or a `Tower`
     return next((takes(inner) for inner in _inside(tokenizer).values()), NUMBERS)
 
 
 def limited(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
-    """The same kind, which refuses pictures and sounds that are larger than the service allows, before they are decoded."""
+    """The same tokenizer with the limits of the service, which are checked before a picture or sound is decoded."""
     changes: dict[str, Any] = {name: limited(inner, settings) for name, inner in _inside(tokenizer).items()}
     for name in {"max_pixels", "max_seconds"} & set(_fields(tokenizer)):
         changes[name] = min(getattr(tokenizer, name), getattr(settings, name))
@@ -64,18 +64,18 @@ def _inside(tokenizer: Tokenizer) -> dict[str, Tokenizer]:
 
 
 def _fields(tokenizer: Any) -> list[str]:
-    """The arguments with which a copy is made."""
+    """The constructor arguments of a dataclass."""
     fields = dataclasses.fields(tokenizer) if dataclasses.is_dataclass(tokenizer) else ()
     return [field.name for field in fields if field.init]
 
 
 def encoded(tokenizer: Tokenizer, kind: str, raw: Any, where: str, settings: Settings) -> Tokens | None:
-    """The tokens of what a client sent for one field; None where it sent null, for a field that its sample lacks.
+    """The tokens of the raw value that a client sent for one field; None if it sent null.
 
     where: the name of the field, for errors.
 
     Raises:
-        ApiError, MediaError: no value of this kind.
+        ApiError, MediaError: this is no value of the kind.
     """
     if raw is None:
         return None
@@ -91,7 +91,7 @@ def encoded(tokenizer: Tokenizer, kind: str, raw: Any, where: str, settings: Set
 
 
 def _readings(form: str, kind: str, raw: Any, where: str, settings: Settings) -> list[Any]:
-    """The values that this may stand for, the likeliest first."""
+    """The possible values of a raw value, the most likely first."""
     if form in (TEXT, CLASS):
         if isinstance(raw, Upload):
             raw = _decoded(raw.data, where)
@@ -106,20 +106,20 @@ def _readings(form: str, kind: str, raw: Any, where: str, settings: Settings) ->
         try:
             raw = parse_json(raw.data, object)
         except ValueError:
-            return [raw.data]  # a file of a kind of its own
+            return [raw.data]  # a file of a kind that the user defined
     elif isinstance(raw, str) and raw[:5].lower() == "data:":
         return [url_bytes(raw, where, settings)]
     if kind not in settings.strings and (text := _text_in(raw)) is not None:
         raise bad(
-            f"{where}: {shortened(repr(text), 60)} is a text, and values of {kind!r} are numbers; a text might name a file of the "
-            "server. Whoever runs it allows texts of a kind that opens no files by --strings",
+            f"{where}: {shortened(repr(text), 60)} is a text, and values of {kind!r} are numbers. A text could name a file of the "
+            "server; if this kind opens no files, the operator can allow texts with --strings",
             where,
         )
     if not isinstance(raw, list):
         return [raw]
     try:
         return [raw, np.array(raw, dtype=np.float32)]
-    except (ValueError, TypeError, OverflowError):  # lists of different lengths
+    except (ValueError, TypeError, OverflowError):  # the lists have different lengths
         return [raw]
 
 
@@ -128,14 +128,14 @@ def _text_in(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return next(iter(value), None)  # its keys are texts
+        return next(iter(value), None)  # keys are texts
     if isinstance(value, list):
         return next((text for inner in value if (text := _text_in(inner)) is not None), None)
     return None
 
 
 def _media(form: str, raw: Any, where: str, settings: Settings) -> Any:
-    """A picture or a sound: the bytes of its file, an array, or a pair (wave, rate)."""
+    """A picture or a sound: the bytes of its file, an array, or a pair (wave_S, rate_hz)."""
     if isinstance(raw, Upload):
         return raw.data
     if isinstance(raw, str):
@@ -163,21 +163,21 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise bad(f"{where}: this is no UTF-8 text: {error}", where) from None
+        raise bad(f"{where}: this is not UTF-8 text: {error}", where) from None
 
 
 def base64_bytes(text: str, where: str) -> bytes:
-    """The bytes of base64, with or without `data:..,` before it."""
+    """Decode base64, or a data: URL."""
     if text[:5].lower() == "data:":
         return url_bytes(text, where, Settings())
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise bad(f"{where}: this is no base64: {error}", where) from None
+        raise bad(f"{where}: this is not valid base64: {error}", where) from None
 
 
 def url_bytes(url: str, where: str, settings: Settings) -> bytes:
-    """The bytes that a data: URL holds, or that an allowed host sends."""
+    """The bytes in a data: URL, or at a URL of an allowed host."""
     if url[:5].lower() == "data:":
         try:
             source, _ = file_source(url, where)
@@ -194,7 +194,7 @@ def url_bytes(url: str, where: str, settings: Settings) -> bytes:
         shown = shortened(repr(url), 60)
         allowed = f", and from {', '.join(settings.hosts)}" if settings.hosts else ""
         raise bad(
-            f"{where}: {shown} is no data: URL; only data:..;base64,.. URLs are read here{allowed}, and no files by name",
+            f"{where}: {shown} is no data: URL; only data:..;base64,.. URLs are read here{allowed}, and no file names",
             where,
         )
     return _fetched(url, where, settings)
@@ -202,7 +202,7 @@ def url_bytes(url: str, where: str, settings: Settings) -> bytes:
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
-        """An allowed host could lead to one that is not."""
+        """Follow no redirect, since it could lead to a host that is not allowed."""
 
 
 def _fetched(url: str, where: str, settings: Settings) -> bytes:
@@ -210,7 +210,7 @@ def _fetched(url: str, where: str, settings: Settings) -> bytes:
     try:
         with opener.open(url, timeout=FETCH_S) as answer:
             data = answer.read(settings.max_body + 1)
-    except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
+    except (OSError, ValueError) as error:  # including URLError and HTTPError
         raise bad(f"{where}: {shortened(repr(url), 100)} cannot be fetched: {shortened(error, 100)}", where) from None
     if len(data) > settings.max_body:
         raise ApiError(

@@ -101,8 +101,8 @@ def refusals() -> dict[str, tuple[mm.Core | mm.EncoderDecoder, str | mm.Task, st
         "layer of a writer": (
             two.replace(writer=CORE.replace(block=block)), "image -> text", "Recurrent carries a state from token to token",
         ),
-        "start": (two, mm.Task("image -> story", mm.NextToken(start_ids=())), "needs a field to read and a start token of the answer"),
-        "nothing read": (two, "-> text", "needs a field to read and a start token of the answer"),
+        "start": (two, mm.Task("image -> story", mm.NextToken(start_ids=())), "needs a field to read and a start token"),
+        "nothing read": (two, "-> text", "needs a field to read and a start token"),
     }  # fmt: skip
 
 

@@ -352,5 +352,5 @@ def test_base64_is_strict():
     from multimodal.serve.values import base64_bytes
 
     assert base64_bytes(base64.b64encode(b"abc").decode(), "x") == b"abc"
-    with pytest.raises(ApiError, match="no base64"):
+    with pytest.raises(ApiError, match="not valid base64"):
         base64_bytes("/etc/passwd", "x")
