@@ -34,7 +34,7 @@ class Connector(Declared, ABC):
     A stream token has one slot for each of its inner tokens. `group` assigns inner tokens to slots, `gather` combines the states in
     the slots of a token into one vector, and the module that `build` makes maps the vectors to the width of the stream.
 
-    Shapes: N stream tokens, T slots of each, D the width of the inner core. Methods that take `position_NA` get one value.
+    Shapes: N stream tokens, T slots of each, D the width of the inner core, A position axes. `group` and `place` get one value.
     """
 
     full: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class Connector(Declared, ABC):
     def group(self, position_NA: Tensor) -> Tensor:
         """The index (N, T) of the inner token in each slot; -1: the slot is empty.
 
-        position_NA: the positions of the inner tokens of one value.
+        position_NA: the positions (inner tokens, A) of one value.
 
         Raises:
             MediaError: the inner tokens cannot be grouped.

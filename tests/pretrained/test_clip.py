@@ -198,7 +198,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"text_config": {**TEXT, "rope_theta": 1.0}}, given, r"text_config: its configuration has rope_theta")
     refused({"vision_config": {**VISION, "hidden_act": "mish"}}, given, r"vision_config: hidden_act='mish'")
     given = saved(build("Siglip"), tmp_path / "siglip")
-    refused({"model_type": "siglip2"}, given, r"models of type 'siglip2' are not among")
+    refused({"model_type": "siglip2"}, given, r"models of type 'siglip2' are not supported")
     refused({"text_config": {**TEXT, "projection_size": 30}}, given, r"vectors of its text tower are not 32 wide")
 
 

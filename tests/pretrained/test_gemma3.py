@@ -153,7 +153,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"layer_types": [FULL, "chunked", FULL]}, given, r"layer_types has 'chunked'; there are full_attention")
     yarn = {FULL: {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0}}
     refused({"rope_parameters": yarn}, given, r"rope_type='yarn' is not supported; there are 'default'")
-    refused({"model_type": "gemma3"}, given, r"models of type 'gemma3' are not among")
+    refused({"model_type": "gemma3"}, given, r"models of type 'gemma3' are not supported")
     refused({"num_hidden_layers": 2}, given, r"layer_types has 3 layers, but there are 2")
     fewer = {"num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}
     refused(fewer, given, r"nothing uses the tensor 'model.layers.2")

@@ -112,7 +112,7 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     refused({"hidden_act": "mish"}, given, r"hidden_act='mish' is not supported; there are silu")
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     refused({"rope_parameters": yarn}, given, r"rope_type='yarn' is not supported; there are 'default'")
-    refused({"model_type": "llamaa"}, given, r"models of type 'llamaa' are not among")
+    refused({"model_type": "llamaa"}, given, r"models of type 'llamaa' are not supported")
     refused(
         {"intermediate_size": 64},
         given,

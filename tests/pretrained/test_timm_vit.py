@@ -150,7 +150,7 @@ def test_classes_of_imagenet_have_their_names() -> None:
     ("kind", "settings", "message"),
     [
         ("resnet18", {}, r"models of type 'timm:ResNet' are not supported; supported are"),
-        ("eva02_tiny_patch14_224", {}, r"models of type 'timm:Eva' are not among"),
+        ("eva02_tiny_patch14_224", {}, r"models of type 'timm:Eva' are not supported"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, r"global_pool='max' is not supported"),
         ("vit_tiny_patch16_224", {"global_pool": ""}, r"global_pool='' is not supported"),
         ("vit_giant_patch14_dinov2", {"depth": 1}, r"blocks.0.mlp is GluMlp, which is not supported"),

@@ -134,7 +134,7 @@ def test_attention_is_refused_where_it_is_too_much_or_unclear(client, monkeypatc
     assert "has two sides, and both came" in refused("image <-> text", fields={**image, "text": "a cat"})
     assert client.post("/v1/tasks/no -> task/look", json={"fields": {}}).status_code == 404
     monkeypatch.setattr(looks, "MOST_WEIGHTS", 30)
-    assert "the attention of 2 heads is shown over 3 at most" in refused("image -> label", fields=image)
+    assert "the attention of 2 heads can be drawn over 3 at most" in refused("image -> label", fields=image)
 
 
 def test_a_key_is_asked_for():
