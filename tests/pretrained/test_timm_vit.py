@@ -154,7 +154,7 @@ def test_classes_of_imagenet_have_their_names() -> None:
         ("vit_tiny_patch16_224", {"global_pool": "max"}, r"global_pool='max' is not supported"),
         ("vit_tiny_patch16_224", {"global_pool": ""}, r"global_pool='' is not supported"),
         ("vit_giant_patch14_dinov2", {"depth": 1}, r"blocks.0.mlp is GluMlp, which is not supported"),
-        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, r"blocks.0.attn.norm is LayerNorm, which is not known"),
+        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, r"blocks.0.attn.norm is LayerNorm, which is not supported"),
         ("deit_tiny_distilled_patch16_224", {}, r"it averages two classifiers.*reset_classifier\(0\)"),
         ("vit_tiny_patch16_224", {"norm_layer": "rmsnorm"}, r"is RmsNorm, which is not supported"),
         ("vit_relpos_small_patch16_224", {"img_size": 224, "patch_size": 16}, r"timm:VisionTransformerRelPos' are not"),
