@@ -321,7 +321,7 @@ def test_too_large_a_message_ends_the_session(client):
 
     with talking(client) as talk:
         talk.socket.send_text(" " * (2**18 + 1))
-        assert "more than the 262144" in talk.next("error")["error"]["message"]
+        assert "more than the allowed 262144" in talk.next("error")["error"]["message"]
         with pytest.raises(WebSocketDisconnect) as caught:
             talk.socket.receive_json()
         assert caught.value.code == 1009
