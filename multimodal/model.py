@@ -239,7 +239,7 @@ class Model(Network):
         missing, _ = more.to(self.device, self.dtype).load_state_dict(self.state_dict(), strict=False)
         more.origin = self.origin
         if self.origin is not None:
-            more.origin = {**self.origin, NEW: [*self.origin.get(NEW, []), *_parts_of(more, missing)]}
+            more.origin = {**self.origin, NEW: [*self._new_parts(), *_parts_of(more, missing)]}
         return more.train(self.training)
 
     def report(self) -> str:
@@ -247,12 +247,16 @@ class Model(Network):
 
         Of a model that began with pretrained weights, "(new)" marks the parts that did not.
         """
-        new = (self.origin or {}).get(NEW, [])
-        lines = []
+        lines, new = [], self._new_parts()
         for name, count in self.parameter_counts().items():
             mark = "  (new)" if name in new else "  (new connector)" if f"{name} connector" in new else ""
             lines.append(f"{name:<32}{count:>14,}{mark}")
         return "\n".join(lines)
+
+    def _new_parts(self) -> list[str]:
+        """The parts that a model has besides its pretrained ones, as `origin` lists them."""
+        new = self.origin.get(NEW) if isinstance(self.origin, Mapping) else None
+        return new if isinstance(new, list) else []  # a config.json that was edited by hand may have anything here
 
     def __repr__(self) -> str:
         tasks = [f"    {pattern}  by {short_form(head)}" for pattern, head in self.packer.heads.items()]

@@ -253,8 +253,7 @@ def family_of(where: str, config: Mapping[str, Any]) -> Family:
 
 
 def foreign_model(source: str, config: Mapping[str, Any]) -> str:
-    """What a configuration of another library says of its model, and how to make a checkpoint of it, for errors; "" if the
-    configuration names no model."""
+    """For errors: which model a configuration of another library is of, and how to make a checkpoint of it; "" if it names none."""
     family = next((family for family in FAMILIES if family.reads(config)), None)
     kind = config.get("model_type", config.get("architectures", config.get("architecture")))
     if family is None and kind is None:

@@ -88,7 +88,8 @@ def _layers(name: str, wanted: Iterable[str], there: Iterable[str]) -> str:
         asked, given = ({int(m[1]) for other in names if (m := layer.match(other))} for names in (wanted, there))
         # numbers with gaps are those of other modules in a row
         if asked and given and asked != given and all(own == set(range(len(own))) for own in (asked, given)):
-            return f"; {CONFIG} asks for {len(asked)} layers in {before.rstrip('.')}, the weights have {len(given)}"
+            layers = "layer" if len(asked) == 1 else "layers"
+            return f"; {CONFIG} asks for {len(asked)} {layers} in {before.rstrip('.')}, the weights have {len(given)}"
     return ""
 
 
