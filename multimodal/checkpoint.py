@@ -3,6 +3,7 @@
 multimodal/saving.py describes how a new version replaces an old one while others read it.
 """
 
+import importlib
 import json
 import os
 import random
@@ -209,10 +210,24 @@ def folder_from_hub(name: str, revision: str | None = None, token: str | None = 
     """
     folder, _ = fetch("load", name, [CONFIG, WEIGHTS, f"{FILES}/*"], revision=revision, token=token)
     if own_config(folder) is None:
+        foreign = _foreign_model(name, folder / CONFIG)
         raise CheckpointError(
-            f"load: {name!r} on the hub holds no checkpoint of this library; Model.from_pretrained loads models of others"
+            f"load: {name!r} on the hub holds no checkpoint of this library"
+            + (f", but {foreign}" if foreign else "; Model.from_pretrained loads models of others")
         )
     return folder
+
+
+def _foreign_model(source: str | Path, path: Path) -> str:
+    """What a config.json of another library says of its model, and how to load that; "" if it is of none that is known."""
+    try:
+        config = read_json(path, ValueError)
+    except (OSError, ValueError):
+        return ""
+    if "format" in config:
+        return ""
+    # by name, because the core must not depend on the families
+    return importlib.import_module("multimodal.pretrained").foreign_model(str(source), config)
 
 
 def model_folder(folder: Path) -> Path:
@@ -359,6 +374,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
         raise CheckpointError(f"{folder}: no {CONFIG} here; a checkpoint is a folder that Model.save wrote{hint}")
     config = read_json(path, CheckpointError)
+    if foreign := _foreign_model(folder, path):
+        raise CheckpointError(f"{folder}: no checkpoint of this library, but {foreign}")
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {short_repr(config.get('format'))}, but this version reads {FORMAT}; update multimodal-stream"

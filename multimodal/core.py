@@ -489,8 +489,8 @@ class Transformer(nn.Module):
                 most = max(span.total for span in layout.spans) if time_T.is_cuda else int(time_T.max()) + 1
                 if most > count:
                     raise StreamError(
-                        f"Core: a sample has {most} tokens, more than learned_times={count}; shorten it, or declare a core with "
-                        "more"
+                        f"Core: a sample has {most} tokens, more than learned_times={count}; shorten it, because positions that "
+                        "were never trained mean nothing"
                     )
             stream_TD = stream_TD + self.times(time_T).to(stream_TD.dtype)
         if self.fields is not None:

@@ -28,6 +28,7 @@ from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+NEW = "new"  # the entry of `origin` with the parts whose first weights were random
 BY_KEYWORD = [*DEFAULTS, "begins", "prefix", "batch"]  # the keywords of `generate` that are no fields of a sample
 
 
@@ -235,13 +236,27 @@ class Model(Network):
             [*self.tasks.values(), *tasks],
             seed=self.seed,
         )
-        more.to(self.device, self.dtype).load_state_dict(self.state_dict(), strict=False)
+        missing, _ = more.to(self.device, self.dtype).load_state_dict(self.state_dict(), strict=False)
         more.origin = self.origin
+        if self.origin is not None:
+            more.origin = {**self.origin, NEW: [*self._new_parts(), *_parts_of(more, missing)]}
         return more.train(self.training)
 
     def report(self) -> str:
-        """The number of parameters by part, as lines of text."""
-        return "\n".join(f"{name:<32}{count:>14,}" for name, count in self.parameter_counts().items())
+        """The number of parameters by part, as lines of text.
+
+        Of a model that began with pretrained weights, "(new)" marks the parts that did not.
+        """
+        lines, new = [], self._new_parts()
+        for name, count in self.parameter_counts().items():
+            mark = "  (new)" if name in new else "  (new connector)" if f"{name} connector" in new else ""
+            lines.append(f"{name:<32}{count:>14,}{mark}")
+        return "\n".join(lines)
+
+    def _new_parts(self) -> list[str]:
+        """The parts that a model has besides its pretrained ones, as `origin` lists them."""
+        new = self.origin.get(NEW) if isinstance(self.origin, Mapping) else None
+        return new if isinstance(new, list) else []  # a config.json that was edited by hand may have anything here
 
     def __repr__(self) -> str:
         tasks = [f"    {pattern}  by {short_form(head)}" for pattern, head in self.packer.heads.items()]
@@ -360,12 +375,14 @@ class Model(Network):
         tasks: Sequence[str | Task] = (),
         tokenizers: Mapping[str, Tokenizer] | None = None,
         *,
+        keep: Sequence[str] | None = None,
         seed: int = 0,
         **options: Any,
     ) -> "Model":
         """Load a model that others trained, and add further kinds and tasks with new weights.
 
-        source, options: those of `multimodal.pretrained.pretrained`. The others: those of `Pretrained.model`.
+        source, options: those of `multimodal.pretrained.pretrained`. The others: those of `Pretrained.model`. The model has its
+        pretrained tasks too, unless `keep` says which.
 
         Raises:
             CheckpointError: a model that cannot be read, or is of an unknown family.
@@ -377,7 +394,7 @@ class Model(Network):
         """
         # by name, because the core must not depend on the families
         room = importlib.import_module("multimodal.pretrained")
-        return room.pretrained(source, **options).model(tasks, tokenizers, seed=seed)
+        return room.pretrained(source, **options).model(tasks, tokenizers, keep=keep, seed=seed)
 
     def export(
         self,
@@ -387,6 +404,7 @@ class Model(Network):
         task: str | None = None,
         int8: bool = False,
         data: Sequence[Sample] = (),
+        only_original: bool = False,
     ) -> Path:
         """Write the model for another library or runtime, and return the folder.
 
@@ -395,12 +413,15 @@ class Model(Network):
         task: for "onnx" and "pt2", the task; None: the only one.
         int8: for "onnx", programs whose matrices are int8, once those in float32 have passed.
         data: for int8, samples on which they are compared with the model; the manifest says how far they agree.
+        only_original: for "hf" and "timm", leave out kinds and tasks that were added to the loaded ones; else they are an error.
 
         Raises:
             ConfigError: another format, a part that it has no place for, or programs that differ from the model.
             TaskError: no such task. CheckpointError: the folder has files already.
         """
         if to in ("onnx", "pt2"):
+            if only_original:
+                raise ConfigError(f"Model.export: only_original is for 'hf' and 'timm'; {to!r} writes one task")
             room = importlib.import_module("multimodal.export")
             return room.export(self, to, folder, task, int8=int8, data=data)
         if to not in ("hf", "timm"):
@@ -409,7 +430,7 @@ class Model(Network):
             raise ConfigError(f"Model.export: {to!r} takes the whole model, so leave task={task!r} out")
         if int8 or len(data):
             raise ConfigError(f"Model.export: int8 and data are for 'onnx'; {to!r} holds the weights as they are")
-        return importlib.import_module("multimodal.pretrained").export(self, folder, to)
+        return importlib.import_module("multimodal.pretrained").export(self, folder, to, only_original=only_original)
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
         """The answers of a head that is not autoregressive, in the order of the samples."""
@@ -580,6 +601,20 @@ class Model(Network):
             elif name in BY_KEYWORD:
                 clue = "; that is an option of generate"
             raise TaskError(f"task {task!r} has no field {name!r}; it reads {', '.join(known) or 'nothing'}{clue}")
+
+
+def _parts_of(model: Network, names: Iterable[str]) -> list[str]:
+    """The parts that have these weights, as `parameter_counts` calls them; of a pretrained tower its connector alone."""
+    parts = []
+    for name in names:
+        group, key, *_ = name.split(".")
+        if group == "embeds":
+            # a tower has weights of its own until it is loaded from a checkpoint
+            trained = getattr(model.packer.tokenizers[key], "weights", None) is not None
+            parts.append(f"tokenizer {key} connector" if trained else f"tokenizer {key}")
+        else:
+            parts.append(f"head {key}")
+    return list(dict.fromkeys(parts))
 
 
 def _is_default(name: str, option: Any) -> bool:

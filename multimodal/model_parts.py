@@ -125,8 +125,15 @@ def _some_blocks(where: str, model: Network, part: str, core: str, index: str) -
     try:
         bounds = [int(text) if text.strip() else None for text in index.split(":")]
         chosen = numbers[slice(*bounds)] if ":" in index else [numbers[int(index)]]
+        # a slice of a list may end anywhere, but a bound that the model does not have is a mistake
+        beyond = [bound for bound in bounds[:2] if bound is not None and abs(bound) > len(numbers)]
     except (ValueError, TypeError, IndexError):
-        chosen = []
+        chosen, beyond = [], []
+    if chosen and beyond:
+        raise ConfigError(
+            f"{where}: {part!r}: {beyond[0]} is beyond the {len(numbers)} blocks of {core!r}; all of them are "
+            f"'{part.partition('[')[0]}[:]'"
+        )
     if not chosen:
         raise ConfigError(
             f"{where}: {part!r} names no block; there are {len(numbers)}, counted from 0, as in '[0]', '[:2]' and '[-1]'"

@@ -68,6 +68,10 @@ class Network(nn.Module):
         with _seeded(seed, "core"):
             self.core = core.build()
         self.packer.reads_places = frozenset(k for k, m in self.embeds.items() if getattr(m, "reads_places", False))
+        if not isinstance(core, EncoderDecoder):
+            self.packer.most_times = core.learned_times
+        elif core.reader.learned_times is not None or core.writer.learned_times is not None:
+            self.packer.most_times = core.reader.learned_times, core.writer.learned_times
         mechanisms = [m for m in self.core.modules() if isinstance(m, Mechanism)]
         # the choice of a key has no gradient, so that such layers learn from a reward
         self.learns_from_rewards = any(isinstance(m.read, Hard) for m in mechanisms)

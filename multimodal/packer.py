@@ -71,9 +71,12 @@ class Packer:
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
     reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
+    most_times: the times for which the core has learned positions, of an EncoderDecoder those of reader and writer; None: any. The
+        model sets it.
     """
 
     reads_places: frozenset[str] = frozenset()
+    most_times: int | tuple[int | None, int | None] | None = None
 
     def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
         self.tokenizers = dict(tokenizers)
@@ -82,6 +85,7 @@ class Packer:
             if not isinstance(tokenizer, Tokenizer):
                 raise ConfigError(
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
+                    f"{_names_of_classes(tokenizer)}"
                 )
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
@@ -190,7 +194,35 @@ class Packer:
             parts = self.heads[pattern_text].lay_out(sample)
         except StreamError as error:
             raise StreamError(f"{sample.where}: {error}") from None
+        if self.most_times is not None:
+            for part in parts:
+                self._check_times(sample, part)
         return Prepared(pattern_text, parts, sum(tokens_of(part.segments) for part in parts))
+
+    def _check_times(self, sample: EncodedSample, part: LaidOut) -> None:
+        """Raise a StreamError for more times than the core has positions, which it would refuse without naming the sample."""
+        total, most = tokens_of(part.segments), self.most_times
+        sizes = torch.tensor([len(segment.tokens) for segment in part.segments])
+        time_T = _positions([_Placed(0, "", part, _span(part))], part.segments, sizes)[:, 0]
+        pattern = sample.pattern
+        side = list(pattern.sides.values())[part.side] if pattern.pair else pattern.reads
+        counts = {f.name: len(tokens) for f in side if (tokens := sample.tokens.get(f.name)) is not None}
+        if total > part.read and not pattern.pair:
+            counts[pattern.answer] = total - part.read
+        bounds = [("has", 0, total, most)]
+        if isinstance(most, tuple):
+            bounds = [("reads", 0, part.read, most[0]), ("writes", part.read, total, most[1])]
+        for does, first, last, bound in bounds:
+            if bound is None or first == last:
+                continue
+            # the times of a writer begin anew
+            times = int((time_T[first:last] - (time_T[first] if first else 0)).max().round()) + 1
+            if times > bound:
+                listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+                raise StreamError(
+                    f"{sample.where}: it {does} {last - first} tokens, and the core has learned positions for {bound}; shorten it, "
+                    f"because positions that were never trained mean nothing (tokens by field: {listed})"
+                )
 
     def encoded(
         self,
@@ -312,6 +344,14 @@ class Packer:
                 left=sum(part.side == 0 for part in parts) if pair else None,
             )
         return readings
+
+
+def _names_of_classes(given: Any) -> str:
+    """The repair for names of classes in the place of a tokenizer; '' for anything else."""
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(name, str) for name in given):
+        return ""
+    listed = ", ".join(map(repr, given[:3])) + (", .." if len(given) > 3 else "," if len(given) == 1 else "")
+    return f"; names of classes are multimodal_tokenizers.Labels(({shortened(listed, 100)}))"
 
 
 def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) -> Tensor:

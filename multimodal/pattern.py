@@ -164,7 +164,10 @@ class Pattern:
             TaskError: names the missing field and the fields that the sample has.
         """
         if not isinstance(sample, Mapping):
-            raise TaskError(f"task {self.text!r}: a sample is a mapping of fields, not {type(sample).__name__}")
+            first = next((f.name for f in (*self.reads, *self.fields)), "text")
+            raise TaskError(
+                f"task {self.text!r}: a sample is a mapping of fields, not {type(sample).__name__}; write {{{first!r}: ..}}"
+            )
         wanted = [f.name for f in self.reads] + ([self.answer] if answer and self.written is not None else [])
         for name in wanted:
             if name not in sample:

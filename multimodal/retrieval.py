@@ -41,6 +41,9 @@ def side_vectors(model: Network, task: str, parts: Iterable[Sequence[Mapping[str
 
     with preserved_state(), model.inference_mode():
         for part in parts:
+            for sample in part:
+                if not isinstance(sample, Mapping):
+                    model.packer.patterns[task].check_sample(sample, answer=False)  # raises
             given |= {name for name in names if any(field in sample for sample in part for field in names[name])}
             own = names[chosen()]
             other = dict.fromkeys(name for names_of in names.values() for name in names_of if name not in own)

@@ -292,7 +292,8 @@ class Pooled(Connector):
     def group(self, position_NA: Tensor) -> Tensor:
         if len(position_NA) > self.most:
             raise MediaError(
-                f"Pooled: a value has {len(position_NA)} inner tokens, more than most={self.most}; shorten it, or raise most"
+                f"Pooled: a value has {len(position_NA)} inner tokens, more than most={self.most}; shorten it, or raise most "
+                "if the core of the tower has positions for more"
             )
         index_N = torch.full((self.most,), -1)
         index_N[: len(position_NA)] = torch.arange(len(position_NA))
@@ -424,7 +425,15 @@ class Tower(Tokenizer):
 
     def encode(self, value: Any) -> Tokens:
         try:
-            return self.grouped(self.tokenizer(value))
+            tokens = self.tokenizer(value)
+            most, times = self.core.learned_times, tokens.position_NA[:, 0] / self.step[0]
+            # the inner core would refuse it too, but without the names of the sample and the field
+            if most is not None and len(tokens) and (count := int(times.max().round()) + 1) > most:
+                raise MediaError(
+                    f"it has {count} tokens, and the core of the tower has learned positions for {most}; shorten it, because "
+                    "positions that were never trained mean nothing"
+                )
+            return self.grouped(tokens)
         except (MediaError, ConfigError) as error:
             raise type(error)(f"Tower.encode: {error}") from error
 

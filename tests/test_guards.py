@@ -486,6 +486,7 @@ ALLOWED = {
         "multimodal.check.fresh",
         "pickle",
     ): "sends the user's own values to the new interpreter that a check starts",
+    ("multimodal.checkpoint", "import_module"): "multimodal.pretrained, under a fixed name",
     ("multimodal.check.fresh", "subprocess"): "that interpreter",
     ("multimodal.check.fresh", "os.fork"): "a copy of that interpreter for each question",
     ("multimodal.check.fresh", "find_spec"): "finds there the file of the class that is checked",

@@ -28,7 +28,6 @@ from multimodal.cli.output import check_folder, folder_for, print_json, printabl
 if TYPE_CHECKING:
     from multimodal.model import Model
 
-MOST_HEADS = 24  # rows of the table that `look` prints
 MOST = 10_000  # rounds and threads of `bench`
 
 
@@ -170,12 +169,10 @@ def _look_at(
     if as_json:
         print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})
         return
-    rows = ray.table()
-    if len(rows) > MOST_HEADS:
-        heads = ray.chosen_heads(MOST_HEADS)
-        rows = [row for row in rows if row["head"] in heads[row["layer"]]][-MOST_HEADS:]
+    every, shown = ray.table(), ray.chosen_heads()  # those of the picture
+    rows = [row for row in every if row["head"] in shown[row["layer"]]]
     heads_table = ray.lines(rows)
-    if more := len(ray.table()) - len(rows):
+    if more := len(every) - len(rows):
         heads_table += f"\n{more} more heads are on the page"
     print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\npicture  {files[0]}\npage     {files[1]}")
 

@@ -111,8 +111,12 @@ def message_of(error: Exception) -> str | None:
 
 def _message_of_parser(error: "CycloptsError") -> str:
     """The message of the argument parser, with a repair where it names none."""
-    from cyclopts import MissingArgumentError, UnusedCliTokensError
+    from cyclopts import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
+    if isinstance(error, UnknownCommandError) and error.app is not None:
+        # cyclopts lists no more than eight
+        listed = ", ".join(name for name in error.app if not name.startswith("-"))
+        return f"{str(error).partition(' Available commands:')[0]} There are {listed}"
     if isinstance(error, UnusedCliTokensError):
         words = [shortened(word, 100) for word in error.unused_tokens or []]
         more = f" and {len(words) - 3} more" if len(words) > 3 else ""

@@ -23,6 +23,7 @@ def export(
     fields: Columns = None,
     files: DataFiles = None,
     samples: Most = 200,
+    only_original: Annotated[bool, Parameter(negative="")] = False,
     as_json: Json = False,
     plugin: Plugins = None,
 ) -> int:
@@ -45,6 +46,8 @@ def export(
         For onnx and pt2, which task, such as "image -> label"; needed only if there are several.
     int8
         For onnx: programs whose matrices are int8, about a third of the bytes; with --data they are compared on it.
+    only_original
+        For hf and timm: leave out kinds and tasks that were added to the model after it was loaded.
     """
     from multimodal.shapes import ConfigError
 
@@ -52,7 +55,8 @@ def export(
         raise ConfigError("export: --fields and --files are about data, and none are given; add --data")
     model = load(checkpoint, plugin, "cpu")
     found = [] if data is None else samples_of(data, fields, files, samples)
-    folder = model.export(to, out, task=None if task is None else choose_task(model, task, []), int8=int8, data=found)
+    chosen = None if task is None else choose_task(model, task, [])
+    folder = model.export(to, out, task=chosen, int8=int8, data=found, only_original=only_original)
     manifest = folder / "manifest.json"
     known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""`pretrained check` compares a trained model of others with the library that it came from."""
+"""`pretrained list` shows the families of trained models, and `check` compares a model with the library that it came from."""
 
 from typing import Literal
 
@@ -7,17 +7,25 @@ from multimodal.cli.output import print_json
 
 
 def pretrained(
-    action: Literal["check"], name: str, /, *, revision: str | None = None, pickle: bool = False, as_json: Json = False
+    action: Literal["check", "list"],
+    name: str | None = None,
+    /,
+    *,
+    revision: str | None = None,
+    pickle: bool = False,
+    as_json: Json = False,
 ) -> int:
-    """Load a trained model here and in its own library, and print the largest difference between what they compute.
-    Exit code 1: too large.
+    """List the families of trained models that can be read; or load one here and in its own library, and print the largest
+    difference between what they compute. Exit code 1: too large.
+
+    Example: multimodal pretrained list
 
     Example: multimodal pretrained check HuggingFaceTB/SmolLM2-135M
 
     Parameters
     ----------
     action
-        "check".
+        "list", or "check" and the model.
     name
         A folder with config.json and weights, or a name on the hub.
     revision
@@ -25,6 +33,14 @@ def pretrained(
     pickle
         Read weights that are a pickle (.bin), with weights_only.
     """
+    from multimodal.shapes import ConfigError
+
+    if action == "list":
+        if name is not None or revision is not None or pickle:
+            raise ConfigError("pretrained list: it shows every family, so give nothing more")
+        return _list_families(as_json)
+    if name is None:
+        raise ConfigError("pretrained check: give a folder with config.json and weights, or a name on the hub")
     from multimodal.pretrained.gate import TOLERANCE, compare
 
     rows = compare(name, revision=revision, pickle=pickle)
@@ -39,3 +55,18 @@ def pretrained(
         print(f"  {row.case:<{width}}   packed {row.packed:.1e}   alone {row.alone:.1e}   {said}")
     print("passed" if passed else f"failed: more than {TOLERANCE:g}")
     return 0 if passed else 1
+
+
+def _list_families(as_json: bool) -> int:
+    """Print each family with the model_type of its configurations, and by task the class that computes it too."""
+    from multimodal.pretrained import FAMILIES
+
+    families = sorted(FAMILIES, key=lambda family: type(family).__name__.lower())
+    if as_json:
+        print_json([{"family": type(f).__name__, "types": f.names, "tasks": dict(f.peers)} for f in families], indent=2)
+        return 0
+    for family in families:
+        print(f"{type(family).__name__}: model_type {', '.join(family.names)}")
+        for task, peer in family.peers.items():
+            print(f"  {task:<38} {peer}")
+    return 0

@@ -172,7 +172,8 @@ class XRay:
     def sharpness(self, layer: LayerXRay) -> Tensor:
         """How far the attention of each head (H,) is from even, in nats: the mean over asked queries of sum_j r_j log(keys r_j).
 
-        The sum leaves out the sink and the learned tokens of fields.
+        The sum leaves out the sink and the learned tokens of fields. It is 0 if attention is even, and below 0 if the keys that
+        remain get less than even shares, because most of the attention is on those that are left out.
         """
         share_HTM, seen_HTM = (x[:, self.asked(layer)] for x in (layer.share_HTM, layer.seen_HTM))
         away_HTM = torch.xlogy(share_HTM, share_HTM * seen_HTM.sum(-1, keepdim=True))

@@ -8,7 +8,7 @@ config.json --family--> tokenizers, core, tasks (a Blueprint)        their tenso
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ from multimodal.pretrained.t5 import T5
 from multimodal.pretrained.timm_vit import TimmViT
 from multimodal.pretrained.vit import ViT
 from multimodal.pretrained.whisper import Whisper
-from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.shapes import CheckpointError, ConfigError, TaskError
 from multimodal.task import Task
-from multimodal.texts import shortened
+from multimodal.texts import short_repr, shortened
 from multimodal.tokenizer import Tokenizer
 
 FAMILIES: tuple[Family, ...] = (
@@ -84,17 +84,32 @@ class Pretrained:
         """The commit on the hub; None: it is not from the hub."""
         return self.origin["revision"]
 
+    def __post_init__(self) -> None:
+        # a mapping that replaces another one easily loses its other kinds
+        kinds = {field.kind: task.pattern for task in self.tasks for field in Pattern.parse(task.pattern).fields}
+        if lost := [kind for kind in kinds if kind not in self.tokenizers]:
+            raise TaskError(
+                f"Pretrained: tokenizers has {', '.join(self.tokenizers) or 'none'}, and task {kinds[lost[0]]!r} needs {lost[0]!r} "
+                "too; keep the others, as in tokenizers={**loaded.tokenizers, 'image': ..}"
+            )
+
     def model(
-        self, tasks: Sequence[str | Task] = (), tokenizers: Mapping[str, Tokenizer] | None = None, *, seed: int = 0
+        self,
+        tasks: Sequence[str | Task] = (),
+        tokenizers: Mapping[str, Tokenizer] | None = None,
+        *,
+        keep: Sequence[str] | None = None,
+        seed: int = 0,
     ) -> Model:
         """Make a model with these weights, in evaluation mode. If weights differ in precision, all get the highest one.
 
         tasks: more tasks. One without a head, such as "image -> text", uses the pretrained head that writes the same kind, if any.
         tokenizers: more kinds, whose embeddings get new weights.
+        keep: which of the pretrained tasks the model has, by pattern; None: all of them; (): none.
         seed: the seed of new weights.
 
         Raises:
-            ConfigError: the model has a kind or task of this name already.
+            ConfigError: the model has a kind of this name already. TaskError: it has this task already, or no task to keep.
         """
         made = Model(self.tokenizers, self.core, self.tasks, seed=seed)
         # a model has one precision: the finest of the weights, so that no bit is lost
@@ -102,7 +117,22 @@ class Pretrained:
         made.to(dtype).load_state_dict(dict(self.weights))
         made.origin = self.origin
         tasks = [self._with_head(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
-        return (made.extended(tokenizers, tasks) if tasks or tokenizers else made).eval()
+        made = made.extended(tokenizers, tasks) if tasks or tokenizers else made
+        return (made if keep is None else self._with_some(made, [keep] if isinstance(keep, str) else keep)).eval()
+
+    def _with_some(self, model: Model, keep: Sequence[str]) -> Model:
+        """The model without those pretrained tasks that are not in `keep`."""
+        own = [task.pattern for task in self.tasks]
+        if foreign := [pattern for pattern in keep if pattern not in own]:
+            raise TaskError(f"Pretrained.model: keep names {foreign[0]!r}; {self.name} has {', '.join(map(repr, own))}")
+        tasks = [task for pattern, task in model.tasks.items() if pattern in keep or pattern not in own]
+        if not tasks:
+            raise TaskError("Pretrained.model: keep=() leaves no task; give tasks, or keep one")
+        made = Model(model.packer.tokenizers, self.core, tasks, seed=model.seed)
+        weights, names = model.state_dict(), made.state_dict().keys()
+        made.to(model.dtype).load_state_dict({name: weights[name] for name in names})
+        made.origin = model.origin
+        return made
 
     def _with_head(self, task: str | Task) -> Task:
         """A task; a pattern without a head gets the pretrained head that writes the same kind, if there is one."""
@@ -222,13 +252,27 @@ def family_of(where: str, config: Mapping[str, Any]) -> Family:
     return family
 
 
-def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
+def foreign_model(source: str, config: Mapping[str, Any]) -> str:
+    """For errors: which model a configuration of another library is of, and how to make a checkpoint of it; "" if it names none."""
+    family = next((family for family in FAMILIES if family.reads(config)), None)
+    kind = config.get("model_type", config.get("architectures", config.get("architecture")))
+    if family is None and kind is None:
+        return ""
+    what = f"a model of another library, of type {short_repr(kind if kind is not None else family.names[0])}"
+    if family is None:
+        return f"{what}, which mm.pretrained cannot read; `multimodal pretrained list` shows what it can"
+    make = f'mm.pretrained({source!r}).model().save("FOLDER")'
+    return f"{what} (family {type(family).__name__}); make a checkpoint of it first, in Python: {make}"
+
+
+def export(model: Model, folder: str | Path, to: str = "hf", *, only_original: bool = False) -> Path:
     """Write a loaded model with its original configuration and tensor names, so that transformers' Auto classes load the folder.
 
     Weights that you did not train keep their numbers, and with `pretrained(.., dtype=None)` their bits. A text model that was
     trained here is written as a Qwen3 model: it needs `Core(rotary_split=(1, 0, 0))` and `NextToken(bias=False)`.
 
     to: the library that will load the folder: "hf" (transformers), or "timm", whose `load_state_dict` takes the tensors.
+    only_original: leave out kinds and tasks that were added to the loaded ones; else they are an error that names them.
 
     Raises:
         ConfigError: the model has adapters, is quantized, or has tokenizers, tasks or a core that this layout cannot hold.
@@ -242,6 +286,10 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     if origin is None:
         if to != "hf":
             raise ConfigError(f"export: a model that was trained here has no layout of {to}; there is 'hf'")
+        if only_original:
+            raise ConfigError(
+                "export: only_original=True, but this model was trained here and has no original; leave it out"
+            )
         names = ["model.norm.weight", "lm_head.weight", *model.state_dict()]
         config, tensors, files = as_qwen3(model, lambda config: blueprint_of("export", config, {}, names)[0])
         sources.write(folder, config, tensors, files)
@@ -261,16 +309,7 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     if spec is not None:
         files["tokenizer.json"] = spec.encode("utf-8")
     blueprint, _ = blueprint_of(origin["name"], origin["config"], files, origin["tensors"], origin.get("options"))
-    same = {
-        "core": model.core.core == blueprint.core,
-        "tokenizers": model.packer.tokenizers == dict(blueprint.tokenizers),
-        "tasks": {p: t.head for p, t in model.tasks.items()} == {t.pattern: t.head for t in blueprint.tasks},
-    }
-    if changed := [name for name, equal in same.items() if not equal]:
-        raise ConfigError(
-            f"export: the {' and '.join(changed)} of this model are no longer those of {origin['name']}, whose layout "
-            "holds no others; use Model.save"
-        )
+    _check_exportable(model, blueprint, origin["name"], to, only_original)
     theirs = their_tensors(blueprint.pairs, model.state_dict())
     theirs |= unpacked_spare(origin.get("spare"))
     theirs |= {copy: theirs[name] for copy, name in blueprint.copies.items() if copy in origin["tensors"]}
@@ -279,6 +318,36 @@ def export(model: Model, folder: str | Path, to: str = "hf") -> Path:
     named = {name: precision for name in ("dtype", "torch_dtype") if name in origin["config"]}
     sources.write(folder, {**origin["config"], **named}, theirs, files)
     return folder
+
+
+def _check_exportable(model: Model, blueprint: Blueprint, name: str, to: str, only_original: bool) -> None:
+    """Raise a ConfigError that says what was changed in a model or, unless `only_original`, added to it since it was loaded."""
+    changed, added = [], []
+    if (core := model.core.core) != blueprint.core:
+        changed.append(f"the core was changed ({_differing(core, blueprint.core)})")
+    parts = (
+        ("kind", model.packer.tokenizers, dict(blueprint.tokenizers)),
+        ("task", model.packer.heads, {task.pattern: task.head for task in blueprint.tasks}),
+    )
+    for what, now, before in parts:
+        changed += [f"{what} {key!r} is missing" for key in before if key not in now]
+        for key in (key for key in before if key in now and now[key] != before[key]):
+            changed.append(f"{what} {key!r} was changed ({_differing(now[key], before[key])})")
+        added += [f"{what} {key!r} was added" for key in now if key not in before]
+    if changed or (added and not only_original):
+        out = "" if changed else f"Model.export({to!r}, folder, only_original=True), which leaves out what was added; "
+        raise ConfigError(
+            f"export: {'; '.join([*changed, *added])}. The layout of {name} has no place for that. What remains: {out}"
+            'Model.export("onnx", folder, task=..) for one task; Model.save for the whole model'
+        )
+
+
+def _differing(now: Any, before: Any) -> str:
+    """The fields in which two declarations differ, or their classes."""
+    if type(now) is not type(before):
+        return f"{type(before).__name__} is now {type(now).__name__}"
+    names = [f.name for f in fields(now) if f.compare]
+    return ", ".join(name for name in names if getattr(now, name) != getattr(before, name))
 
 
 class _CallableModule(types.ModuleType):

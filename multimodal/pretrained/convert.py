@@ -1,8 +1,9 @@
 """Converts their tensors to our weights, and back; every tensor is used exactly once."""
 
 import base64
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from multimodal.pretrained.family import Blueprint, Pair, matching
-from multimodal.pretrained.source import Source
+from multimodal.pretrained.source import CONFIG, Source
 from multimodal.shapes import CheckpointError
 from multimodal.texts import shortened
 
@@ -34,8 +35,10 @@ def our_weights(
     assert set(uses.values()) <= {1}, f"{uses.most_common(1)[0][0]} is used twice"
     for pair in blueprint.pairs:
         if missing := [name for name in pair.theirs if name not in source.tensors]:
+            wanted = [name for other in blueprint.pairs for name in other.theirs]
             raise CheckpointError(
-                f"{source.name}: there is no tensor {missing[0]!r}; it has {shortened(', '.join(sorted(source.tensors)), 300)}"
+                f"{source.name}: there is no tensor {missing[0]!r}{_layers(missing[0], wanted, source.tensors)}; it has "
+                f"{shortened(', '.join(sorted(source.tensors)), 300)}"
             )
         read.update(pair.theirs)
         given = [source.tensors[name] for name in pair.theirs]
@@ -68,11 +71,26 @@ def our_weights(
             continue
         pattern = matching(list(blueprint.unused), name)
         if pattern is None:
+            wanted = [other for pair in blueprint.pairs for other in pair.theirs]
             raise CheckpointError(
                 f"{source.name}: nothing uses the tensor {name!r}, so our model would compute something else"
+                f"{_layers(name, wanted, source.tensors)}"
             )
         unused[name] = blueprint.unused[pattern]
     return ours, unused
+
+
+def _layers(name: str, wanted: Iterable[str], there: Iterable[str]) -> str:
+    """How many layers the configuration asks for and how many the file has, if they differ where this tensor is; else ''."""
+    for number in re.finditer(r"(?<![^.])\d+(?=\.)", name):
+        before = name[: number.start()]
+        layer = re.compile(rf"{re.escape(before)}(\d+)\.")
+        asked, given = ({int(m[1]) for other in names if (m := layer.match(other))} for names in (wanted, there))
+        # numbers with gaps are those of other modules in a row
+        if asked and given and asked != given and all(own == set(range(len(own))) for own in (asked, given)):
+            layers = "layer" if len(asked) == 1 else "layers"
+            return f"; {CONFIG} asks for {len(asked)} {layers} in {before.rstrip('.')}, the weights have {len(given)}"
+    return ""
 
 
 def packed_spare(source: Source, blueprint: Blueprint) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multimodal.core import Core
 from multimodal.encoder_decoder import EncoderDecoder
-from multimodal.shapes import CheckpointError
+from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.task import Task
 from multimodal.texts import short_repr
 from multimodal.tokenizer import Tokenizer
@@ -111,7 +111,10 @@ class Settings:
         """Raise a CheckpointError if a field or an option was not read."""
         if wrong := sorted(set(self._options) - set(self._asked)):
             known = ", ".join(self._asked)
-            raise CheckpointError(f"{self.where}: this family has no option {wrong[0]!r}; it has {known or 'none'}")
+            raise CheckpointError(
+                f"{self.where}: this family has no option {wrong[0]!r}; it has {known or 'none'}, and every family has "
+                f"{', '.join(EVERY)}{did_you_mean(wrong[0], [*self._asked, *EVERY])}"
+            )
         if unknown := sorted(set(self.config) - self._known):
             raise CheckpointError(
                 f"{self.where}: its configuration has {', '.join(unknown)}, which this version does not know; without "
@@ -119,6 +122,7 @@ class Settings:
             )
 
 
+EVERY = ("revision", "dtype", "pickle")  # options of `pretrained` itself
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

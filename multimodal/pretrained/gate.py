@@ -13,6 +13,7 @@ Contrast of one kind           states, and the vectors if the pool has weights
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -168,7 +169,21 @@ def _theirs(loaded: Pretrained, source: Any, peer: str) -> nn.Module:
     path = Path(source)
     where = loaded.name if loaded.revision else str(path.parent if path.is_file() else path)
     given = {"revision": loaded.revision} if loaded.revision else {}
-    return auto.from_pretrained(where, dtype=torch.float32, **given).eval()
+    with _without_bars():
+        return auto.from_pretrained(where, dtype=torch.float32, **given).eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within this context transformers draws no progress bars, which would stand in the middle of the report."""
+    bars = importlib.import_module("transformers").utils.logging
+    before = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            bars.enable_progress_bar()
 
 
 def _timm(loaded: Pretrained, source: Any) -> nn.Module:

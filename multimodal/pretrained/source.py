@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from multimodal.checkpoint import model_folder, own_config
 from multimodal.files import parse_json
 from multimodal.hub import fetch
 from multimodal.shapes import CheckpointError, ConfigError
@@ -71,6 +72,13 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
 
 
 def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, revision: str | None = None) -> Source:
+    if (own := own_config(model_folder(folder))) is not None:
+        origin = own.get("origin")
+        known = isinstance(origin, dict) and "name" in origin
+        began = f"; it began with the weights of {origin['name']}, which mm.pretrained reads" if known else ""
+        raise CheckpointError(
+            f"{name}: a checkpoint of this library, which mm.Model.load reads, and no model of another one{began}"
+        )
     config = _json(folder / CONFIG)
     files = {beside: _text(folder / beside) for beside in OTHER_FILES if (folder / beside).is_file()}
     found = [file] if file else [folder / name for name in (*WEIGHTS, *PICKLES) if (folder / name).is_file()]

@@ -41,6 +41,7 @@ HEADER = struct.Struct(
     "<4s16sBIIII"
 )  # magic, key, type, vectors, numbers in each, checksum of these, checksum of the fields before
 MAGIC = b"mmv1"
+MAKE_ONE = "make the frozen part one, as mm.Tower.of(mm.pretrained(..)), or leave cache out"
 MOST_OPEN = 64  # files that are open for reading at once
 
 
@@ -64,7 +65,7 @@ def cached(model: Model, folder: str | Path) -> Iterator["EmbeddingCache"]:
     """
     towers = _towers(model)
     if not towers:
-        raise ConfigError("cached: no kind of this model is a Tower, so there is nothing to cache")
+        raise ConfigError(f"cached: no kind of this model is a Tower, so there is nothing to cache; {MAKE_ONE}")
     cache = EmbeddingCache(model, Path(folder))
     before = {kind: module.cache for kind, module in towers.items()}
     try:
@@ -88,7 +89,9 @@ def check_cacheable(model: Model, freeze: Sequence[str]) -> None:
         if all(f"embeds.{kind}.frozen_part.{name}" in names for name, _ in module.frozen_part.named_parameters()):
             return
     if not towers:
-        raise ConfigError("fit: cache= is for the vectors of frozen towers, and no kind of this model is a Tower")
+        raise ConfigError(
+            f"fit: cache= is for the vectors of frozen towers, and no kind of this model is a Tower; {MAKE_ONE}"
+        )
     wanted = " or ".join(f'"{kind}.frozen_part"' for kind in towers)
     raise ConfigError(
         f"fit: cache= is for the vectors of frozen towers, and freeze={tuple(freeze)} freezes none; add {wanted}, "

@@ -64,7 +64,8 @@ class Run:
     """The result of a training run. `repr` gives one line; `history` has every row.
 
     folder: the run folder; None: the run was not saved.
-    history: a row {"step", "loss", ...} for each report.
+    history: a row {"step", "loss", ...} for each report. What is measured during training on held-out data is in the row of its
+        step; what is measured at the end is a last row of its own, without "loss".
     finished: whether all steps were done.
     bad: the broken samples that were left out, each with its reason.
 
@@ -573,9 +574,11 @@ class _Training:
             return
         recipe, count = self.recipe, self.processes.count
         parameters = sum(p.numel() for p in self.model.parameters())
+        learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        some = f", of which {learning:,} learn" if learning < parameters else ""
         each = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
         print(
-            f"fit: {parameters:,} parameters, {recipe.steps} steps of {each} on {self.device.type} "
+            f"fit: {parameters:,} parameters{some}, {recipe.steps} steps of {each} on {self.device.type} "
             f"({threads} {'thread' if threads == 1 else 'threads'}) in {short_name(self.dtype)} ({self.dtype_reason})"
             + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")

@@ -132,7 +132,16 @@ def test_texts_are_framed_and_classes_are_named(tmp_path: Path) -> None:
 def test_a_text_of_more_tokens_than_places_is_refused(tmp_path: Path) -> None:
     model = pretrained(saved(build("bert"), tmp_path)).model()
     assert model.vectors(PAIR, [{"text": [5] * 24}]).shape == (1, 32)
-    with pytest.raises(mm.StreamError, match=r"a sample has 25 tokens, more than learned_times=24; shorten it"):
+    said = r"sample 1 of task .text <-> other:text.: it has 25 tokens, .* positions for 24; shorten it, .*by field: text 25\)"
+    with pytest.raises(mm.StreamError, match=said):
+        model.vectors(PAIR, [{"text": [5] * 24}, {"text": [5] * 25}])
+    # the other side is named too, and what the core says of a stream is the same advice
+    with pytest.raises(mm.StreamError, match=r"sample 0 .*\(tokens by field: other 26\)"):
+        model.vectors(PAIR, [{"other": [5] * 26}])
+    model.packer.most_times = None
+    with pytest.raises(
+        mm.StreamError, match=r"25 tokens, more than learned_times=24; shorten it, because positions that were"
+    ):
         model.vectors(PAIR, [{"text": [5] * 25}])
 
 

@@ -304,9 +304,12 @@ def test_nothing_to_cache_is_refused(tmp_path: Path):
             mm.fit(make(), {TASK: DATA}, **PLAIN, freeze=freeze, cache=tmp_path / "vectors")
     assert not (tmp_path / "vectors").exists()
     plain = mm.Model({"text": TextBytes()}, CORE, ["-> text"])
-    with pytest.raises(ConfigError, match="no kind of this model is a Tower"):
+    with pytest.raises(ConfigError, match=r"no kind of this model is a Tower.* mm\.Tower\.of\("):
         mm.fit(plain, {"-> text": [{"text": "a"}]}, **PLAIN, freeze=("text",), cache="vectors")
-    with pytest.raises(ConfigError, match="no kind of this model is a Tower"), cached(plain, tmp_path):
+    with (
+        pytest.raises(ConfigError, match=r"no kind of this model is a Tower.* mm\.Tower\.of\("),
+        cached(plain, tmp_path),
+    ):
         pass
     with pytest.raises(ConfigError, match="use parallel='ddp'"):
         mm.Recipe(cache="vectors", parallel="fsdp")

@@ -102,6 +102,9 @@ def test_a_block_is_not_another_whose_number_begins_alike():
         (make, "head:text -> labels", r"did you mean 'head:text -> label'\?"),
         (make, "core[3:]", r"'core\[3:\]' names no block; there are 3, counted from 0"),
         (make, "core[7]", r"names no block"),
+        (make, "core[:4]", r"'core\[:4\]': 4 is beyond the 3 blocks of 'core'; all of them are 'core\[:\]'"),
+        (make, "core[-4:]", r"-4 is beyond the 3 blocks"),
+        (two_cores, "writer[:3]", r"3 is beyond the 2 blocks of 'core.writer'; all of them are 'writer\[:\]'"),
         (make, "core[a]", r"names no block"),
         (make, "reader[0]", r"names blocks of 'reader', and this model has blocks in core"),
         (two_cores, "core[0]", r"names blocks of 'core', and this model has blocks in reader, writer"),
@@ -178,6 +181,14 @@ def test_what_was_frozen_by_hand_stays_frozen_and_all_is_as_before_after_an_erro
         mm.fit(model, {TASK: DATA}, **PLAIN, freeze=("text", "core[:1]"), trackers=[fails])
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(module.training for module in model.modules())
+
+
+def test_the_first_line_says_how_many_learn(capsys):
+    model = make()
+    learning = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("core."))
+    for freeze, said in ((("core",), f", of which {learning:,} learn, 6 steps"), ((), "parameters, 6 steps")):
+        mm.fit(model, {TASK: DATA}, **{**PLAIN, "quiet": False}, freeze=freeze)
+        assert said in capsys.readouterr().out.splitlines()[0]
 
 
 def test_freezing_everything_is_refused():
