@@ -21,7 +21,8 @@ from multimodal.heads import Contrast, Head, default_head
 from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
-from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
+from multimodal.positions import check_axes
+from multimodal.shapes import AXES, ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
 from multimodal.task import Task
 from multimodal.texts import shortened
@@ -70,12 +71,15 @@ class Packer:
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
+    axes: the position axes of its streams, which are those of the model's core; if not given, those of all its kinds.
     reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
     """
 
     reads_places: frozenset[str] = frozenset()
 
-    def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
+    def __init__(
+        self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task], axes: tuple[str, ...] | None = None
+    ) -> None:
         self.tokenizers = dict(tokenizers)
         check_ordered("tasks", tasks)
         for name, tokenizer in self.tokenizers.items():
@@ -83,6 +87,9 @@ class Packer:
                 raise ConfigError(
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
                 )
+            check_axes(f"tokenizers[{name!r}]: axes", tokenizer.axes)
+        known = dict.fromkeys(axis for tokenizer in self.tokenizers.values() for axis in tokenizer.axes)
+        self.axes: tuple[str, ...] = axes or (*AXES, *(axis for axis in known if axis not in AXES))
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
@@ -276,7 +283,7 @@ class Packer:
         return Stream(
             content=content,
             order_T=order_T,
-            position_TA=_positions(placed, segments, sizes),
+            position_TA=_positions(placed, segments, sizes, self.axes),
             layout=Layout(tuple(p.span for p in placed), info),
             readings=self._readings(placed, start_B.tolist(), answers),
             places=places,
@@ -314,10 +321,13 @@ class Packer:
         return readings
 
 
-def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) -> Tensor:
-    """Positions (T, 3) in steps; time 0 of each field is one step after the last token of the field before it."""
-    step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
-    position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
+def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """Positions (T, A) in steps on these axes; time 0 of each field is one step after the last token of the field before it."""
+    if axes == AXES:  # one division for all, as segments are many and short
+        step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
+        position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
+    else:
+        position_TA = torch.cat([s.position(axes) for s in segments])
     last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
     offsets, at = [], 0
     for p in placed:

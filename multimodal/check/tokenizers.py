@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from multimodal.check.cases import CORE, TokenizerCase, check_close, check_gradients, contents, equal_tokens
 from multimodal.check.information import resembles
 from multimodal.check.report import Check, ConformanceError, promise, want
+from multimodal.positions import steps_of
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Places, Tokenizer, Tokens, describe
 
@@ -20,11 +21,12 @@ CHECKS: list[Check] = []
 
 @promise(CHECKS, basic=True)
 def one_place_a_token(case: TokenizerCase) -> None:
-    """Every token has one place (time, row, column), and a value has at least one token."""
+    """Every token has one place (time, row, column, and further axes of the kind), and a value has at least one token."""
+    axes = case.tokenizer.axes
     for tokens in case.tokens:
-        shape = tuple(tokens.position_NA.shape)
+        shape, wanted = tuple(tokens.position_NA.shape), (len(tokens), len(axes))
         want(len(tokens) > 0, "a value gave no tokens")
-        want(shape == (len(tokens), 3), f"{len(tokens)} tokens have places {shape}, wanted ({len(tokens)}, 3)")
+        want(shape == wanted, f"{len(tokens)} tokens have places {shape}, wanted {wanted}: {', '.join(axes)}")
         want(len(tokens) == 1 or not case.tokenizer.classes, f"classes=True, but a value has {len(tokens)} tokens")
 
 
@@ -83,10 +85,10 @@ def time_from_zero(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def step_fits_places(case: TokenizerCase) -> None:
     """`step` is about the distance of neighbours (0.1 to 100 steps apart), so that the core can tell them apart."""
-    for axis, name in enumerate(("time", "row", "column")):
+    for axis, name in enumerate(case.tokenizer.axes):
         gaps = [tokens.position_NA[:, axis].unique().diff() for tokens in case.tokens]
         if gap := torch.cat(gaps).tolist():
-            typical = sorted(gap)[len(gap) // 2] / case.tokenizer.step[axis]
+            typical = sorted(gap)[len(gap) // 2] / float(steps_of(case.tokenizer.step, axis + 1)[axis])
             want(0.1 <= typical <= 100, f"neighbours along {name} are {typical:.3g} steps apart; declare another step")
 
 

@@ -94,7 +94,7 @@ def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
         else:
             assert tokenizer.feature_size is not None
             features = torch.randn(count, tokenizer.feature_size, generator=random)
-            tokens.append(Tokens(features, at_times(torch.arange(count) * tokenizer.step[0])))
+            tokens.append(Tokens(features, at_times(torch.arange(count) * tokenizer.step[0], tokenizer.axes)))
     return tokens
 
 
@@ -121,7 +121,11 @@ class Encoded(Tokenizer):
         return self.inner.classes
 
     @property
-    def step(self) -> tuple[float, float, float]:
+    def axes(self) -> tuple[str, ...]:
+        return self.inner.axes
+
+    @property
+    def step(self) -> tuple[float, ...]:
         return self.inner.step
 
     def encode(self, value: Any) -> Tokens:

@@ -18,6 +18,7 @@ from multimodal.generate.samplers import AtLeast, Forbid, Greedy, Sampler, Tempe
 from multimodal.heads import CTC, Head, Prediction
 from multimodal.heads.base import EncodedSample, encode_field
 from multimodal.packer import Packer
+from multimodal.positions import in_steps, on_axes, only_time
 from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole, did_you_mean
 from multimodal.tokenizer import Tokens
 
@@ -205,8 +206,10 @@ class Request:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
         self.cached = 0  # tokens of the prompt in the cache
-        self.place_NA = torch.empty(0, 3) if self.source is not None else self.tokenizer.places(count)
-        self.step_A = torch.tensor(self.tokenizer.step)
+        self.place_NA = (
+            torch.empty(0, len(self.tokenizer.axes)) if self.source is not None else self.tokenizer.places(count)
+        )
+        self.axes = packer.axes
         self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
         self.segments: list[int] = []
 
@@ -278,8 +281,7 @@ class Request:
 
     def start(self, query_A: Tensor, segment: int) -> None:
         """Called after the prefill for each prompt, with the position of its start and the number of the written field."""
-        step = query_A.new_tensor([1.0, 0.0, 0.0])
-        self.after.append(query_A * step + step)
+        self.after.append(only_time(query_A + 1))
         self.segments.append(segment)
 
     def start_ctc(self, log_p_NV: Tensor) -> None:
@@ -335,18 +337,18 @@ class Request:
             self.ended = "length"
 
     def ahead(self, most: int) -> Tensor:
-        """Positions (N, rows, 3) in steps of the newest tokens and of those after them: at most `most`, as far as known."""
-        device = self.after[0].device
-        if self.source is not None:
-            place_BA = (self.source.position_NA[self.newest_ids()] / self.step_A).to(device)
-            return (self.after[0] + place_BA)[None]
-        first = self.begin_count + self.count - 1
-        place_NA = self.placed(min(first + most, self.begin_count + self.limit))[first:] / self.step_A
+        """Positions (N, rows, A) in steps of the newest tokens and of those after them: at most `most`, as far as known."""
         after_BA = torch.stack([self.after[i if i < len(self.after) else 0] for i in range(self.width)])
-        return after_BA + place_NA.to(device)[:, None]
+        if self.source is not None:
+            place_NBA = self.source.position_NA[self.newest_ids()][None]
+        else:
+            first = self.begin_count + self.count - 1
+            place_NBA = self.placed(min(first + most, self.begin_count + self.limit))[first:, None]
+        place_NBA = on_axes(in_steps(place_NBA, self.tokenizer.step), self.tokenizer.axes, self.axes)
+        return after_BA + place_NBA.to(after_BA.device)
 
     def placed(self, count: int) -> Tensor:
-        """Positions (count, 3) of the first tokens, from those of `begin` on; made in growing parts, as max_tokens may be vast."""
+        """Positions (count, A) of the first tokens, from those of `begin` on; made in growing parts, as max_tokens may be vast."""
         if count > len(self.place_NA):
             self.place_NA = self.tokenizer.places(min(self.begin_count + self.limit, max(64, 2 * count)))
         return self.place_NA[:count]

@@ -80,7 +80,7 @@ class NextToken(Head):
         if self.start_ids is None:
             return super().start(key, kind, tokenizer)
         ids = torch.tensor(self.start_ids, dtype=torch.long)
-        return Segment(kind, Tokens(ids, tokenizer.places(len(ids))), tokenizer.step, False)
+        return Segment(kind, Tokens(ids, tokenizer.places(len(ids))), tokenizer.step, False, axes=tokenizer.axes)
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
         (part,) = super().lay_out(sample)

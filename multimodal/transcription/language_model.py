@@ -14,6 +14,7 @@ from multimodal.attention import Cache, Layout, Span
 from multimodal.files import write_atomic
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
+from multimodal.positions import in_steps, on_axes, only_time
 from multimodal.shapes import CheckpointError, ConfigError
 
 _START = -1  # a symbol before the text, so that beginnings have counts of their own
@@ -193,8 +194,8 @@ class ModelLM:
         cache = core.cache(rows=1, capacity=len(stream) + self.context, device=model.device, dtype=model.dtype)
         self._prompted = len(stream)
         self._segment = int(stream.layout.info.segment[-1]) + 1
-        self._place_NA = (tokenizer.places(self.context) / torch.tensor(tokenizer.step)).to(model.device)
-        last_A = stream.position_TA[-1]
-        self._after_A = (last_A + 1) * last_A.new_tensor([1, 0, 0])  # one step after the last token in time, as packed
+        place_NA = in_steps(tokenizer.places(self.context), tokenizer.step)
+        self._place_NA = on_axes(place_NA, tokenizer.axes, model.packer.axes).to(model.device)
+        self._after_A = only_time(stream.position_TA[-1] + 1)  # one step after the last token in time, as packed
         self._first_D = model(stream, cache=cache)[-1]
         return cache
