@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from multimodal.declare import Declared
 from multimodal.positions import in_steps
-from multimodal.shapes import AXES, ConfigError, MediaError
+from multimodal.shapes import AXES, ConfigError, MediaError, StreamError
 from multimodal.texts import shortened
 
 
@@ -95,7 +95,8 @@ class Tokenizer(Declared, ABC):
     time, row and column, and 1 on further axes.
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
 
-    Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
+    Methods to override: `encode`; to write the kind `decode` and `places`, or `next_place` where a token stands where contents say
+    (and for features `written_features` and `fed_back`);
     `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
 
     Examples:
@@ -261,9 +262,7 @@ class Tokenizer(Declared, ABC):
             )
         # tensors of the right shape and type, because encoders often return torch.tensor([]) for an empty value
         if not count:
-            shape = (0,) if self.vocab_size is not None else (0, self.feature_size or 0)
-            dtype = torch.int64 if self.vocab_size is not None else torch.float32
-            return Tokens(torch.zeros(shape, dtype=dtype), torch.zeros(0, len(self.axes)))
+            return no_tokens(self)
         if position_NA.shape != (count, len(self.axes)) or position_NA.dtype != torch.float32:
             raise MediaError(
                 f"{name}.encode: position is {position_NA.dtype} {tuple(position_NA.shape)}, "
@@ -298,6 +297,75 @@ class Tokenizer(Declared, ABC):
     def places(self, count: int) -> Tensor:
         """Positions (count, A) of the first tokens of a value that is being written; they must agree with `encode`."""
         return at_times(torch.arange(count, dtype=torch.float32), self.axes)
+
+    def next_place(self, written: Tokens, content: Tensor) -> Tensor:
+        """The position (A,) of the token with this content that is written after the tokens of a value so far; it must agree with
+        `encode`.
+
+        Override it where a token stands where contents say, such as a note whose time is the sum of the steps before it. A model
+        may write any contents. By default the contents do not matter, and `places` has the positions.
+
+        written: the tokens before it; 0 tokens before the first.
+        content: its id (1,), or the features (1, F) that a head has written, the first `written_features`.
+        """
+        return self.places(len(written) + 1)[-1]
+
+    @property
+    def placed_by_content(self) -> bool:
+        """Whether `next_place` depends on contents, so that positions are known one by one: by default whether it is overridden."""
+        return type(self).next_place is not Tokenizer.next_place
+
+
+def no_tokens(tokenizer: Tokenizer) -> Tokens:
+    """The tokens of an empty value."""
+    if tokenizer.vocab_size is not None:
+        content = torch.zeros(0, dtype=torch.int64)
+    else:
+        content = torch.zeros(0, tokenizer.feature_size or 0)
+    return Tokens(content, torch.zeros(0, len(tokenizer.axes)))
+
+
+def with_next(tokenizer: Tokenizer, written: Tokens, content: Tensor) -> Tokens:
+    """Written tokens and one more, with this content, at the position where it stands.
+
+    content: its id (1,), or the features (1, F) that a head has written.
+
+    Raises:
+        StreamError: the tokenizer's `next_place` fails, or gives no finite position.
+    """
+    name, axes = type(tokenizer).__name__, tokenizer.axes
+    try:
+        place_A = tokenizer.next_place(written, content)
+    except Exception as error:  # a user's next_place may fail in any way; say where
+        raise StreamError(
+            f"{name}.next_place: fails after {len(written)} tokens: {type(error).__name__}: {shortened(str(error), 200)}"
+        ) from error
+    if not isinstance(place_A, Tensor) or place_A.shape != (len(axes),) or not bool(place_A.isfinite().all()):
+        raise StreamError(
+            f"{name}.next_place: gave {describe(place_A)}, wanted finite numbers ({len(axes)},): {', '.join(axes)}"
+        )
+    place_1A = place_A[None].float()
+    if tokenizer.vocab_size is None:
+        content = tokenizer.fed_back(content, place_1A)
+    return Tokens(torch.cat([written.content, content]), torch.cat([written.position_NA, place_1A]))
+
+
+def written_tokens(tokenizer: Tokenizer, content: Tensor, after: Tokens | None = None) -> Tokens:
+    """Tokens with these contents as a head writes them, each at the position where it stands.
+
+    after: the tokens written before them, which are not in the result.
+
+    Raises:
+        ConfigError: this kind cannot be written. StreamError: its `next_place` fails.
+    """
+    after = no_tokens(tokenizer) if after is None else after
+    first = len(after)
+    if not tokenizer.placed_by_content:
+        return Tokens(content, tokenizer.places(first + len(content))[first:])
+    for i in range(len(content)):
+        part = content[i : i + 1]
+        after = with_next(tokenizer, after, part if part.dim() == 1 else part[:, : tokenizer.written_features])
+    return Tokens(content, after.position_NA[first:])
 
 
 def _finite(tensor: Tensor) -> bool:

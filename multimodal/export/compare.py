@@ -15,7 +15,7 @@ from multimodal.network import Network
 from multimodal.positions import on_axes, steps_of
 from multimodal.retrieval import side_vectors
 from multimodal.shapes import AXES, MediaError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, Tokens, written_tokens
 from multimodal.tower import Tower
 
 SHAPES = ((1, 3), (2, 11), (3, 6))
@@ -135,17 +135,18 @@ def _decoding_outputs(
     tokenizer = model.packer.answer_tokenizers[task]
     answers = [sample.get(model.packer.patterns[task].answer) for sample in samples]
     count = min(STEPS, tokenizer.length or STEPS, *(len(tokens) or STEPS for tokens in answers if tokens is not None))
-    place_NA = tokenizer.places(count)
     id_BN = torch.randint(tokenizer.vocab_size or 1, (len(samples), count), generator=random)
     for id_N, tokens in zip(id_BN, answers, strict=True):
         if tokens is not None and len(tokens):
             id_N.copy_(tokens.content[:count])
-    wanted = _packed_logits(model, task, samples, [Tokens(id_N, place_NA) for id_N in id_BN])
+    written = [written_tokens(tokenizer, id_N) for id_N in id_BN]
+    place_BNA = torch.stack([tokens.position_NA for tokens in written])
+    wanted = _packed_logits(model, task, samples, written)
     yield out["logits"], torch.stack([rows[0] for rows in wanted])
     state = {}
     for i in range(count):
         state |= {name.removesuffix(NEXT): x for name, x in out.items() if name.endswith(NEXT)}
-        token = {"token": id_BN[:, i], "token.place": place_NA[i].expand(len(samples), -1)}
+        token = {"token": id_BN[:, i], "token.place": place_BNA[:, i]}
         out = run("step", token | state)
         yield out["logits"], torch.stack([rows[i + 1] for rows in wanted])
 

@@ -195,7 +195,7 @@ class Step(Program):
                 "token.place",
                 FLOAT,
                 ("batch", len(self.tokenizer.axes)),
-                "position of this token: the last row of tokenizer.places(count)",
+                "position of this token: tokenizer.next_place, which is the last row of tokenizer.places(count) in most kinds",
             ),
             *cache,
         )

@@ -127,6 +127,11 @@ class Codes(Tokenizer):
 
     def places(self, count: int) -> Tensor:
         places_NA = _opened(self.book).get("places")
+        if places_NA is None and self.of.placed_by_content:
+            raise ConfigError(
+                f"Codes: where a token of {type(self.of).__name__} stands depends on its features, which codes only approximate; "
+                "such codes can be read but not written"
+            )
         if places_NA is None:
             return self.of.places(count)
         if count > len(places_NA):
