@@ -191,7 +191,7 @@ class Tokenizer(Declared, ABC):
         return [f"at {time:.4g}{unit}" for time in position[:, 0].tolist()]
 
     def _names_by_place(self, position_NA: Tensor) -> list[str]:
-        """ "row 2, column 0"; of kinds with further axes "row 2, column 0, page 1", or where all are in row 0 "at 0.5, voice 1"."""
+        """Names such as "row 2, column 0", and with further axes "row 2, column 0, page 1" or, of one row, "at 0.5, voice 1"."""
         grid = bool(position_NA[:, 1:3].any())
         further = [axis for axis in range(3, position_NA.shape[1]) if bool(position_NA[:, axis].any())]
         names = []

@@ -424,7 +424,7 @@ class Request:
         elif self.so_far is None:
             tokens = Tokens(content, self.placed(len(content)))
         elif self.beams is None:
-            tokens = Tokens(content, self.so_far[0].position_NA)
+            tokens = Tokens(content, self.so_far[0].position_NA.clone())  # which is no inference tensor
         else:
             tokens = written_tokens(self.tokenizer, content)
         # beams have no detokenizer: their text may change until the end

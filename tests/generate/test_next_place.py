@@ -57,9 +57,12 @@ class Points(mm.Tokenizer):
     """Points (n, 4) of x, y, z and a colour, each at its coordinates; the last feature is how far from 0 its position is."""
 
     feature_size = 5
-    written_features = 4
     axes = (*AXES, "height")
     step = (1.0, 0.5, 0.5, 0.25)
+
+    @property
+    def written_features(self) -> int:
+        return 4
 
     def encode(self, value: Any) -> mm.Tokens:
         if not isinstance(value, np.ndarray) or value.ndim != 2 or value.shape[1] != 4:
@@ -175,6 +178,7 @@ def test_the_probability_is_that_of_the_answer_at_the_places_of_encode(lively, c
     begin = len(options.get("begin", ()))
     for sample, answer in zip(read, answers, strict=True):
         assert torch.equal(answer.tokens.position_NA, Notes()(answer.value).position_NA)
+        assert not answer.tokens.position_NA.is_inference()
         assert answer.value[:begin] == options.get("begin", [])
         for one in (answer, *answer.others):
             found = nats(model, "text -> notes", sample, one, begin, "beams" in options)
@@ -241,7 +245,7 @@ def test_answers_of_all_kinds_in_one_engine_are_as_if_alone(model: mm.Model):
     ]
     engine = mm.Engine(model, rows=3, capacity=64)
     tickets = [engine.submit(task, sample, **options) for task, sample, options in asked]
-    found = {piece.ticket: piece.prediction for piece in engine.run() if piece.prediction is not None}
+    found: dict[int, Any] = {piece.ticket: piece.prediction for piece in engine.run() if piece.prediction is not None}
     for ticket, (task, sample, options) in zip(tickets, asked, strict=True):
         alone = model.generate(task, [sample], **options)[0]
         torch.testing.assert_close(found[ticket].tokens.content, alone.tokens.content, atol=1e-4, rtol=0)
@@ -262,7 +266,7 @@ def test_one_that_fails_stops_only_its_own_answer(lively):
     engine = mm.Engine(model, rows=2, capacity=64)
     failing = engine.submit("text -> notes", {"text": "ab"}, sampler=mm.generate.AtLeast(5), max_tokens=6)
     other = engine.submit("text -> text", {"text": "ab"}, max_tokens=6)
-    ended = {piece.ticket: piece for piece in engine.run() if piece.prediction or piece.error}
+    ended: dict[int, Any] = {piece.ticket: piece for piece in engine.run() if piece.prediction or piece.error}
     assert str(ended[failing].error) == (
         "request 0 of task 'text -> notes': Failing.next_place: fails after 2 tokens: KeyError: 'a third note'"
     )
@@ -397,6 +401,5 @@ def test_it_is_trained(model: mm.Model, tmp_path):
     run = mm.fit(model, SAMPLES, steps=3, batch=4, folder=tmp_path / "run", quiet=True)
     assert run.finished
     again = mm.Model.load(tmp_path / "run" / "model").eval()
-    sample = {"text": "abc"}
-    first, second = (m.eval().generate("text -> notes", **sample, max_tokens=6) for m in (model, again))
+    first, second = (m.eval().generate("text -> notes", text="abc", max_tokens=6) for m in (model, again))
     assert dataclasses.astuple(first)[:2] == dataclasses.astuple(second)[:2]
