@@ -29,8 +29,8 @@ from multimodal.layers import MLP, Attention, Context, CrossAttention, Crossing,
 from multimodal.layers.attend import check_parts
 from multimodal.masks import PREFIX_LM, Prior, Rule
 from multimodal.norm import Norm
-from multimodal.positions import Rotary, check_rotary, rotations
-from multimodal.shapes import ConfigError, StreamError, check_shapes
+from multimodal.positions import Rotary, check_axes, check_rotary, rotations
+from multimodal.shapes import AXES, ConfigError, StreamError, check_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,10 @@ class Core(Declared):
     qk_norm: the norm on queries and keys too, which bounds the attention logits (Dehghani et al. 2023).
     dropout: probability that an element of a layer's update is dropped in training, from 0 to below 1.
     drop_path: probability that a layer is skipped for a sample in training; it rises linearly from 0 to this at the last block.
-    rotary_split: the ratio in which time, row and column share the rotary pairs of a head; all 0: no rotary positions.
-    rotary_base: for time, row and column, about the largest number of steps per radian of a rotary pair.
+    axes: names of the position axes that it knows: time, row, column, and behind them those that kinds declare, such as "voice".
+    rotary_split: the ratio in which the axes share the rotary pairs of a head; all 0: no rotary positions. Of fewer numbers than
+        axes the further ones are 1.
+    rotary_base: for each axis, about the largest number of steps per radian of a rotary pair; of fewer numbers the further are 100.
     learned_times: number of learned vectors, one for each time in steps, that are added to the embedded tokens; None: none.
     learned_fields: number of learned vectors, one for each field of a sample (the last one for all further fields); None: none.
     mask: the rule that says which token may attend to which.
@@ -78,6 +80,7 @@ class Core(Declared):
     qk_norm: bool = True
     dropout: float = 0.0
     drop_path: float = 0.0
+    axes: tuple[str, ...] = AXES
     rotary_split: tuple[int, ...] = (2, 1, 1)
     rotary_base: tuple[float, ...] = (10000.0, 100.0, 100.0)
     learned_times: int | None = None
@@ -103,7 +106,7 @@ class Core(Declared):
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Core: {name}={getattr(self, name)} is not in 0 to 1")
-        check_rotary("Core: rotary_split and rotary_base", self.rotary_split, self.rotary_base)
+        self._check_axes()
         for name in ("learned_times", "learned_fields"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"Core: {name}={getattr(self, name)} must be at least 1, or None")
@@ -124,6 +127,28 @@ class Core(Declared):
         check_part("Core: score", self.score, Score, "Cosine()")
         check_part("Core: read", self.read, Read, "Soft()")
         check_parts("Core", None, self.prior, None)
+        for layer in (layer for block in blocks for layer in block):
+            rotary = getattr(layer, "rotary", None)
+            if isinstance(rotary, Rotary) and len(rotary.split) > len(self.axes):
+                raise ConfigError(
+                    f"Core: {type(layer).__name__} has {rotary} for {len(rotary.split)} axes, but the core's axes are "
+                    f"{', '.join(self.axes)}; give the core more axes, or the layer fewer numbers"
+                )
+
+    def _check_axes(self) -> None:
+        """Check the axes and their rotary shares and bases, and add those of further axes."""
+        check_axes("Core: axes", self.axes)
+        # without rotary positions further axes have none either
+        for name, value in (("rotary_split", int(any(self.rotary_split))), ("rotary_base", 100.0)):
+            given, further = getattr(self, name), len(self.axes) - len(getattr(self, name))
+            if len(given) >= len(AXES) and further > 0:
+                object.__setattr__(self, name, (*given, *(value,) * further))
+        check_rotary("Core: rotary_split and rotary_base", self.rotary_split, self.rotary_base)
+        if len(self.rotary_split) > len(self.axes):
+            raise ConfigError(
+                f"Core: rotary_split and rotary_base give {len(self.rotary_split)} numbers, one for each axis, but the axes are "
+                f"{', '.join(self.axes)}"
+            )
 
     @property
     def head_width(self) -> int:
@@ -428,7 +453,7 @@ class Transformer(nn.Module):
 
         crossed: the capacity, in tokens, of the cross-attention cache; None: this core has no cross-attention.
         """
-        where: dict[str, Any] = {"batch": rows, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {"batch": rows, "device": device, "dtype": dtype, "axes": len(self.core.axes)}
         memory = None if crossed is None else Cache(keys=self.memory_sizes, capacity=crossed, **where)
         return Cache(keys=self.key_sizes, capacity=capacity, states=self.state_sizes, memory=memory, **where)
 
@@ -448,7 +473,7 @@ class Transformer(nn.Module):
 
         Args:
             stream_TD: embedded tokens.
-            position_TA: their positions (T, 3) in steps.
+            position_TA: their positions (T, A) in steps, on the axes of the core.
             layout: which rows belong to which sample.
             cache: filled by a prompt, extended by later tokens; None: nothing is cached.
             backend: the attention backend, see `plan_attention`.
@@ -461,9 +486,8 @@ class Transformer(nn.Module):
             ShapeError: stream, positions and layout disagree.
         """
         sample_T = layout.info.sample
-        check_shapes(
-            "Core", {"D": self.core.width, "A": 3}, stream_TD=stream_TD, position_TA=position_TA, sample_T=sample_T
-        )
+        sizes = {"D": self.core.width, "A": len(self.core.axes)}
+        check_shapes("Core", sizes, stream_TD=stream_TD, position_TA=position_TA, sample_T=sample_T)
         dtype = (
             torch.get_autocast_dtype(stream_TD.device.type)
             if torch.is_autocast_enabled(stream_TD.device.type)

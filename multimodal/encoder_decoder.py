@@ -17,6 +17,7 @@ from multimodal.core import Core, Transformer
 from multimodal.declare import Declared, check_part, override
 from multimodal.layers import Crossing
 from multimodal.masks import MaskInfo
+from multimodal.positions import only_time
 from multimodal.shapes import ConfigError, StreamError
 
 
@@ -45,6 +46,11 @@ class EncoderDecoder(Declared):
                 f"EncoderDecoder: reader has width={self.reader.width} and writer width={self.writer.width}; "
                 "the tokenizers feed both, so make them equal"
             )
+        if self.reader.axes != self.writer.axes:
+            raise ConfigError(
+                f"EncoderDecoder: reader has axes={self.reader.axes} and writer axes={self.writer.axes}; both get the positions of "
+                "one stream, so make them equal"
+            )
         if self.last is not None and self.last < 1:
             raise ConfigError(
                 f"EncoderDecoder: last={self.last} leaves nothing to attend to; use 1 or more, or None for all"
@@ -56,6 +62,11 @@ class EncoderDecoder(Declared):
     def width(self) -> int:
         """D, size of each token's state, in both cores."""
         return self.writer.width
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the position axes, in both cores."""
+        return self.writer.axes
 
     @property
     def depth(self) -> int:
@@ -205,6 +216,6 @@ def _without_empty(layout: Layout) -> Layout:
 
 
 def _origins(position_TA: Tensor, written: Layout) -> Tensor:
-    """(B, 3): the time of each sample's first written token; row and column are 0, since only time starts anew in the writer."""
+    """(B, A): the time of each sample's first written token, and 0 on other axes, since only time starts anew in the writer."""
     starts = torch.tensor([0, *(s.total for s in written.spans)]).cumsum(0)[:-1].clamp(max=len(position_TA) - 1)
-    return position_TA[starts.to(position_TA.device)] * position_TA.new_tensor([1.0, 0.0, 0.0])
+    return only_time(position_TA[starts.to(position_TA.device)])

@@ -18,6 +18,7 @@ from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
 from multimodal.old_names import warn
 from multimodal.packer import Packer
+from multimodal.positions import check_known
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Stream
 from multimodal.task import Task
@@ -58,7 +59,12 @@ class Network(nn.Module):
         if not isinstance(core, (Core, EncoderDecoder)):
             raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
         _check_names(tokenizers)
-        self.packer = Packer(tokenizers, tasks)
+        self.packer = Packer(tokenizers, tasks, core.axes)
+        kinds = {f"tokenizers[{name!r}]": tokenizer.axes for name, tokenizer in self.packer.tokenizers.items()}
+        repair = "core.replace(axes={axes})"
+        if isinstance(core, EncoderDecoder):
+            repair = "core.replace(reader=core.reader.replace(axes={axes}), writer=core.writer.replace(axes={axes}))"
+        check_known("Model: ", kinds, core.axes, repair)
         self.seed = seed
         # each part has its own random numbers, by the seed and its name, so that one more tokenizer changes no other part
         self.embeds = nn.ModuleDict()

@@ -21,7 +21,8 @@ from multimodal.heads import Contrast, Head, default_head
 from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
-from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
+from multimodal.positions import check_axes
+from multimodal.shapes import AXES, ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
 from multimodal.task import Task
 from multimodal.texts import shortened
@@ -70,6 +71,7 @@ class Packer:
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
+    axes: the position axes of its streams, which are those of the model's core; if not given, those of all its kinds.
     reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
     most_times: the times for which the core has learned positions, of an EncoderDecoder those of reader and writer; None: any. The
         model sets it.
@@ -78,7 +80,9 @@ class Packer:
     reads_places: frozenset[str] = frozenset()
     most_times: int | tuple[int | None, int | None] | None = None
 
-    def __init__(self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task]) -> None:
+    def __init__(
+        self, tokenizers: Mapping[str, Tokenizer], tasks: Sequence[str | Task], axes: tuple[str, ...] | None = None
+    ) -> None:
         self.tokenizers = dict(tokenizers)
         check_ordered("tasks", tasks)
         for name, tokenizer in self.tokenizers.items():
@@ -87,6 +91,9 @@ class Packer:
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
                     f"{_names_of_classes(tokenizer)}"
                 )
+            check_axes(f"tokenizers[{name!r}]: axes", tokenizer.axes)
+        known = dict.fromkeys(axis for tokenizer in self.tokenizers.values() for axis in tokenizer.axes)
+        self.axes: tuple[str, ...] = axes or (*AXES, *(axis for axis in known if axis not in AXES))
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
@@ -203,7 +210,7 @@ class Packer:
         """Raise a StreamError for more times than the core has positions, which it would refuse without naming the sample."""
         total, most = tokens_of(part.segments), self.most_times
         sizes = torch.tensor([len(segment.tokens) for segment in part.segments])
-        time_T = _positions([_Placed(0, "", part, _span(part))], part.segments, sizes)[:, 0]
+        time_T = _positions([_Placed(0, "", part, _span(part))], part.segments, sizes, self.axes)[:, 0]
         pattern = sample.pattern
         side = list(pattern.sides.values())[part.side] if pattern.pair else pattern.reads
         counts = {f.name: len(tokens) for f in side if (tokens := sample.tokens.get(f.name)) is not None}
@@ -308,7 +315,7 @@ class Packer:
         return Stream(
             content=content,
             order_T=order_T,
-            position_TA=_positions(placed, segments, sizes),
+            position_TA=_positions(placed, segments, sizes, self.axes),
             layout=Layout(tuple(p.span for p in placed), info),
             readings=self._readings(placed, start_B.tolist(), answers),
             places=places,
@@ -354,10 +361,13 @@ def _names_of_classes(given: Any) -> str:
     return f"; names of classes are multimodal_tokenizers.Labels(({shortened(listed, 100)}))"
 
 
-def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) -> Tensor:
-    """Positions (T, 3) in steps; time 0 of each field is one step after the last token of the field before it."""
-    step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
-    position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
+def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor, axes: tuple[str, ...]) -> Tensor:
+    """Positions (T, A) in steps on these axes; time 0 of each field is one step after the last token of the field before it."""
+    if axes == AXES:  # one division for all, as segments are many and short
+        step = torch.tensor([s.step for s in segments]).repeat_interleave(sizes, 0)
+        position_TA = torch.cat([s.tokens.position_NA for s in segments]) / step
+    else:
+        position_TA = torch.cat([s.position(axes) for s in segments])
     last = torch.segment_reduce(position_TA[:, 0].contiguous(), "max", lengths=sizes).tolist()
     offsets, at = [], 0
     for p in placed:

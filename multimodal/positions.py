@@ -1,6 +1,7 @@
-"""Positions (time, row, column) as rotary angles, as sine-cosine encodings, and as learned grids."""
+"""Positions (time, row, column, ..) in steps and on a core's axes; as rotary angles, sine-cosine encodings and learned grids."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,15 +9,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError
+from multimodal.shapes import AXES, ConfigError
+
+
+def check_axes(where: str, axes: tuple[str, ...]) -> None:
+    """Raise a ConfigError unless these are different names of axes, of which the first are time, row and column."""
+    named = isinstance(axes, tuple) and all(isinstance(axis, str) and axis for axis in axes)
+    if not named or axes[: len(AXES)] != AXES or len(set(axes)) != len(axes):
+        raise ConfigError(
+            f"{where}={axes!r} must be a tuple of different names that begins with {AXES}; further axes come behind, as in "
+            f"{(*AXES, 'voice')}"
+        )
+
+
+def check_known(where: str, kinds: Mapping[str, Sequence[str]], known: Sequence[str], repair: str) -> None:
+    """Raise a ConfigError if a kind has an axis that a core does not know.
+
+    kinds: by name of a kind, its axes. known: those of the core. repair: what to write instead, with {axes} in it.
+    """
+    for name, axes in kinds.items():
+        if lacking := [axis for axis in axes if axis not in known]:
+            wanted = tuple(dict.fromkeys([*known, *(axis for axes in kinds.values() for axis in axes)]))
+            raise ConfigError(
+                f"{where}{name} places its tokens by {' and '.join(lacking)} too, but the core knows only {', '.join(known)}; "
+                f"give it {repair.format(axes=wanted)}"
+            )
+
+
+def steps_of(step: Sequence[float], axes: int) -> Tensor:
+    """One step on each of so many axes (A,): those of a kind's `step`, and 1 on further axes."""
+    return torch.tensor((*step, *(1.0,) * (axes - len(step))))
+
+
+def in_steps(position_NA: Tensor, step: Sequence[float]) -> Tensor:
+    """Positions (.., A) in steps, from those in the units of a kind."""
+    return position_NA / steps_of(step, position_NA.shape[-1])
+
+
+def on_axes(position_NA: Tensor, axes: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Positions on other axes than their own, by name: 0 on those that they lack."""
+    if tuple(axes) == tuple(wanted):
+        return position_NA
+    none_N = torch.zeros_like(position_NA[..., 0])
+    return torch.stack([position_NA[..., axes.index(axis)] if axis in axes else none_N for axis in wanted], -1)
+
+
+def only_time(position_NA: Tensor) -> Tensor:
+    """The same times, and 0 on all other axes."""
+    return F.pad(position_NA[..., :1], (0, position_NA.shape[-1] - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(Declared):
     """Rotary positions of an attention layer, where they differ from those of the core (Su et al. 2021).
 
-    split: the ratio in which time, row and column share the rotary pairs of a head; all 0: no rotary positions.
-    base: for time, row and column, about the largest number of steps per radian of a pair.
+    split: the ratio in which time, row, column and the core's further axes share the rotary pairs of a head; all 0: no rotary
+        positions. Axes behind the last number have no pairs.
+    base: for each of these axes, about the largest number of steps per radian of a pair.
     fraction: the share of the pairs of a head that rotate, the first ones; the others stay as they are.
     factor: positions are divided by it, so that longer samples have angles known from training (Chen et al. 2023).
     bands: (low, high, tokens) of Llama 3.1, or None. Pairs that turn fewer than `low` times in `tokens` steps are divided by the
@@ -55,20 +104,34 @@ class Rotary(Declared):
 
 
 def check_rotary(where: str, split: tuple[int, ...], base: tuple[float, ...]) -> None:
-    """Raise a ConfigError unless there is one share and one base for each of the three axes."""
-    if len(split) != 3 or len(base) != 3 or min(split) < 0:
-        raise ConfigError(f"{where} give one number each for time, row and column")
+    """Raise a ConfigError unless there is one share and one base for each axis."""
+    if len(split) != len(base) or len(split) < len(AXES) or min(split) < 0:
+        raise ConfigError(f"{where} give one number each for time, row and column, and for each further axis")
 
 
 def rotary_frequencies(head_width: int, split: tuple[int, ...], base: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """For each pair of a head of width K, the position axis that rotates it and its radians per step: two vectors (K/2,).
 
-    The pairs are divided among time, row and column in the ratio `split`; within an axis of n pairs, pair i rotates by
+    The pairs are divided among the axes in the ratio `split`; within an axis of n pairs, pair i rotates by
     base ** (-i / n) radians per step (Su et al. 2021, section 3.2.2; one base per axis).
+
+    Raises:
+        ConfigError: with more axes than three, one that has a share would get no pair.
     """
     pairs = head_width // 2
     shares = [pairs * s // sum(split) for s in split]
-    shares[0] += pairs - sum(shares)  # time gets what rounding leaves over
+    if len(split) > len(AXES):  # of three axes rows and columns may get none, as in models that are trained already
+        empty = [axis for axis, s in enumerate(split) if s and not shares[axis]]
+        if sum(shares) + len(empty) > pairs:
+            raise ConfigError(
+                f"rotary positions: the {pairs} pairs of a head of width {head_width} do not suffice for split={split}; use fewer, "
+                "wider heads, or give 0 for axes that need none"
+            )
+        for axis in empty:
+            shares[axis] = 1
+    # time gets what rounding leaves over; of more axes than three the first that has a share
+    first = 0 if len(split) == len(AXES) else next(axis for axis, s in enumerate(split) if s)
+    shares[first] += pairs - sum(shares)
     axis_K = torch.cat([torch.full((n,), axis) for axis, n in enumerate(shares)])
     frequency = [float(b) ** (-torch.arange(n) / max(n, 1)) for n, b in zip(shares, base, strict=True)]
     return axis_K, torch.cat(frequency)

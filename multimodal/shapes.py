@@ -18,7 +18,7 @@ LEGEND = {
     "G": "key-value heads (grouped queries)",
     "K": "width of one head",
     "V": "vocabulary or classes",
-    "A": "position axes: time, row, column",
+    "A": "position axes: time, row, column, and further ones of a kind",
     "N": "tokens of one value, or of all values of one kind",
     "F": "features of a token",
     "L": "layers",
@@ -27,6 +27,8 @@ LEGEND = {
     "X": "pixel columns",
     "S": "sound samples",
 }
+AXES = ("time", "row", "column")
+"""The position axes of every kind of data; a kind may declare further ones behind these."""
 
 
 class ShapeError(ValueError):

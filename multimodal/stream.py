@@ -19,7 +19,7 @@ class Stream:
 
     content: by kind, the contents of all its tokens as one tensor, so that one call embeds them: ids (N,) or features (N, F).
     order_T: for each row of the stream, its index in the contents of all kinds end to end; None: they are in order already.
-    position_TA: positions (T, 3) of the tokens in steps; within a sample, time goes on from field to field.
+    position_TA: positions (T, A) of the tokens in steps, on the core's axes; within a sample, time goes on from field to field.
     layout: which rows belong to which sample and field, and which are bidirectional.
     readings: by task, the rows that its head reads, and their targets.
     places: by kind, where its tokens stand, for embeddings that depend on it.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError, MediaError
+from multimodal.positions import in_steps
+from multimodal.shapes import AXES, ConfigError, MediaError, StreamError
 from multimodal.texts import shortened
 
 
@@ -25,7 +26,7 @@ class Tokens:
     """The tokens of one value.
 
     content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
-    position_NA: (N, 3) float32, the position of each token: time, row, column, in the tokenizer's own units.
+    position_NA: (N, A) float32, the position of each token on the axes of its kind (time, row, column), in the kind's own units.
 
     Examples:
         >>> tokens = mm.Tokens(torch.tensor([4, 0, 7]), mm.at_times(torch.arange(3)))
@@ -40,9 +41,9 @@ class Tokens:
         return self.content.shape[0]
 
 
-def at_times(time_N: Tensor) -> Tensor:
-    """Positions (N, 3) of tokens at these times (N,), with row 0 and column 0."""
-    position_NA = torch.zeros(len(time_N), 3)
+def at_times(time_N: Tensor, axes: Sequence[str] = AXES) -> Tensor:
+    """Positions (N, A) of tokens at these times (N,), with 0 on all other axes: row 0, column 0."""
+    position_NA = torch.zeros(len(time_N), len(axes))
     position_NA[:, 0] = time_N
     return position_NA
 
@@ -53,19 +54,19 @@ class Places:
 
     The values lie end to end, as in the content.
 
-    position_NA: (N, 3) the position of each token within its value, in steps.
+    position_NA: (N, A) the position of each token within its value, in steps, on the axes of its kind.
     lengths: by value, its number of tokens.
-    extents: by value, its size in times, rows and columns: its largest position on each axis in steps, plus 1, rounded.
+    extents: by value, its size in times, rows, columns and so on: its largest position on each axis in steps, plus 1, rounded.
     """
 
     position_NA: Tensor
     lengths: tuple[int, ...]
-    extents: tuple[tuple[int, int, int], ...]
+    extents: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, values: Sequence[Tokens], step: tuple[float, float, float]) -> "Places":
+    def of(cls, values: Sequence[Tokens], step: tuple[float, ...]) -> "Places":
         """The places of the tokens of these values."""
-        positions = [tokens.position_NA / torch.tensor(step) for tokens in values]
+        positions = [in_steps(tokens.position_NA, step) for tokens in values]
         extents = [tuple((position_NA.amax(0) + 1).round().int().tolist()) for position_NA in positions]
         return cls(torch.cat(positions), tuple(map(len, values)), tuple(extents))
 
@@ -88,10 +89,14 @@ class Tokenizer(Declared, ABC):
     to its own value than to others. If False, decode(encode(value)) is the value.
     length: number of tokens of every value that is written; None: the head decides when to stop.
     learned: number of tokens before those of the value itself, such as a class token; they are no part of its picture.
-    step: the distance in (time, row, column) that is one step for rotary positions, in the units of `position_NA`.
+    axes: names of the position axes, whose number is A: time, row and column, and behind them those that only some kinds have,
+    such as "voice" or "page". The core must know them too: `core.replace(axes=...)`.
+    step: the distance on each axis that is one step for rotary positions, in the units of `position_NA`; of three numbers, that of
+    time, row and column, and 1 on further axes.
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
 
-    Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
+    Methods to override: `encode`; to write the kind `decode` and `places`, or `next_place` where a token stands where contents say
+    (and for features `written_features` and `fed_back`);
     `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
 
     Examples:
@@ -112,7 +117,8 @@ class Tokenizer(Declared, ABC):
     lossy: bool = False
     length: int | None = None
     learned: int = 0
-    step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    axes: tuple[str, ...] = AXES
+    step: tuple[float, ...] = (1.0, 1.0, 1.0)
     max_tokens: ClassVar[int] = 65536
 
     @abstractmethod
@@ -172,7 +178,7 @@ class Tokenizer(Declared, ABC):
             # a token that is a part of a character decodes to the replacement character
             return [piece.replace("\ufffd", "·") or "·" for piece in pieces]
         if bool(position[:, 1:].any()):
-            return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
+            return self._names_by_place(position)
         if self.classes and self.vocab_size is not None:
             return [
                 str(self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
@@ -182,7 +188,17 @@ class Tokenizer(Declared, ABC):
         if self.feature_size == 1:
             return [f"{number:.4g}" for number in tokens.content.flatten().tolist()]
         unit = "" if self.step[0] == 1 else " s"  # positions with other steps are seconds
-        return [f"at {time:.4g}{unit}" for time, _, _ in position.tolist()]
+        return [f"at {time:.4g}{unit}" for time in position[:, 0].tolist()]
+
+    def _names_by_place(self, position_NA: Tensor) -> list[str]:
+        """Names such as "row 2, column 0", and with further axes "row 2, column 0, page 1" or, of one row, "at 0.5, voice 1"."""
+        grid = bool(position_NA[:, 1:3].any())
+        further = [axis for axis in range(3, position_NA.shape[1]) if bool(position_NA[:, axis].any())]
+        names = []
+        for place in position_NA.tolist():
+            first = f"row {place[1]:g}, column {place[2]:g}" if grid else f"at {place[0]:.4g}"
+            names.append(", ".join([first, *(f"{self.axes[axis]} {place[axis]:g}" for axis in further)]))
+        return names
 
     def embed(self, width: int) -> nn.Module:
         """Make the module that embeds content as (N, width), each token independently of the others.
@@ -246,13 +262,11 @@ class Tokenizer(Declared, ABC):
             )
         # tensors of the right shape and type, because encoders often return torch.tensor([]) for an empty value
         if not count:
-            shape = (0,) if self.vocab_size is not None else (0, self.feature_size or 0)
-            dtype = torch.int64 if self.vocab_size is not None else torch.float32
-            return Tokens(torch.zeros(shape, dtype=dtype), torch.zeros(0, 3))
-        if position_NA.shape != (count, 3) or position_NA.dtype != torch.float32:
+            return no_tokens(self)
+        if position_NA.shape != (count, len(self.axes)) or position_NA.dtype != torch.float32:
             raise MediaError(
                 f"{name}.encode: position is {position_NA.dtype} {tuple(position_NA.shape)}, "
-                f"wanted float32 ({count}, 3): time, row, column"
+                f"wanted float32 ({count}, {len(self.axes)}): {', '.join(self.axes)}"
             )
         if self.vocab_size is not None:
             if content.dim() != 1 or content.dtype != torch.int64:
@@ -281,8 +295,77 @@ class Tokenizer(Declared, ABC):
         return {}
 
     def places(self, count: int) -> Tensor:
-        """Positions (count, 3) of the first tokens of a value that is being written; they must agree with `encode`."""
-        return at_times(torch.arange(count, dtype=torch.float32))
+        """Positions (count, A) of the first tokens of a value that is being written; they must agree with `encode`."""
+        return at_times(torch.arange(count, dtype=torch.float32), self.axes)
+
+    def next_place(self, written: Tokens, content: Tensor) -> Tensor:
+        """The position (A,) of the token with this content that is written after the tokens of a value so far; it must agree with
+        `encode`.
+
+        Override it where a token stands where contents say, such as a note whose time is the sum of the steps before it. A model
+        may write any contents. By default the contents do not matter, and `places` has the positions.
+
+        written: the tokens before it; 0 tokens before the first.
+        content: its id (1,), or the features (1, F) that a head has written, the first `written_features`.
+        """
+        return self.places(len(written) + 1)[-1]
+
+    @property
+    def placed_by_content(self) -> bool:
+        """Whether `next_place` depends on contents, so that positions are known one by one: by default whether it is overridden."""
+        return type(self).next_place is not Tokenizer.next_place
+
+
+def no_tokens(tokenizer: Tokenizer) -> Tokens:
+    """The tokens of an empty value."""
+    if tokenizer.vocab_size is not None:
+        content = torch.zeros(0, dtype=torch.int64)
+    else:
+        content = torch.zeros(0, tokenizer.feature_size or 0)
+    return Tokens(content, torch.zeros(0, len(tokenizer.axes)))
+
+
+def with_next(tokenizer: Tokenizer, written: Tokens, content: Tensor) -> Tokens:
+    """Written tokens and one more, with this content, at the position where it stands.
+
+    content: its id (1,), or the features (1, F) that a head has written.
+
+    Raises:
+        StreamError: the tokenizer's `next_place` fails, or gives no finite position.
+    """
+    name, axes = type(tokenizer).__name__, tokenizer.axes
+    try:
+        place_A = tokenizer.next_place(written, content)
+    except Exception as error:  # a user's next_place may fail in any way; say where
+        raise StreamError(
+            f"{name}.next_place: fails after {len(written)} tokens: {type(error).__name__}: {shortened(str(error), 200)}"
+        ) from error
+    if not isinstance(place_A, Tensor) or place_A.shape != (len(axes),) or not bool(place_A.isfinite().all()):
+        raise StreamError(
+            f"{name}.next_place: gave {describe(place_A)}, wanted finite numbers ({len(axes)},): {', '.join(axes)}"
+        )
+    place_1A = place_A[None].float()
+    if tokenizer.vocab_size is None:
+        content = tokenizer.fed_back(content, place_1A)
+    return Tokens(torch.cat([written.content, content]), torch.cat([written.position_NA, place_1A]))
+
+
+def written_tokens(tokenizer: Tokenizer, content: Tensor, after: Tokens | None = None) -> Tokens:
+    """Tokens with these contents as a head writes them, each at the position where it stands.
+
+    after: the tokens written before them, which are not in the result.
+
+    Raises:
+        ConfigError: this kind cannot be written. StreamError: its `next_place` fails.
+    """
+    after = no_tokens(tokenizer) if after is None else after
+    first = len(after)
+    if not tokenizer.placed_by_content:
+        return Tokens(content, tokenizer.places(first + len(content))[first:])
+    for i in range(len(content)):
+        part = content[i : i + 1]
+        after = with_next(tokenizer, after, part if part.dim() == 1 else part[:, : tokenizer.written_features])
+    return Tokens(content, after.position_NA[first:])
 
 
 def _finite(tensor: Tensor) -> bool:

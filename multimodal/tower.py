@@ -22,10 +22,9 @@ from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads.pool import Mean, Pool
 from multimodal.layers.mlp import ACTIVATIONS
 from multimodal.masks import MaskInfo
+from multimodal.positions import check_known, on_axes, steps_of
 from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Places, Tokenizer, Tokens
-
-PLACED = 4  # numbers in a slot after the content: time, row and column in steps, and the index of the inner token in its value
 
 
 class Connector(Declared, ABC):
@@ -177,7 +176,11 @@ class PixelShuffle(Connector):
         return self.side**2
 
     def group(self, position_NA: Tensor) -> Tensor:
-        times, rows, columns = (len(position_NA[:, axis].unique()) for axis in range(3))
+        rows, columns = (len(position_NA[:, axis].unique()) for axis in (1, 2))
+        others = [axis for axis in range(position_NA.shape[1]) if axis not in (1, 2)]
+        times = len(
+            position_NA[:, others].unique(dim=0)
+        )  # with further axes, such as pages, as many grids as there are of these
         if times * rows * columns != len(position_NA):
             raise MediaError(
                 f"PixelShuffle: {len(position_NA)} tokens are no whole grid of {rows} rows x {columns} columns"
@@ -193,7 +196,7 @@ class PixelShuffle(Connector):
         return grid.transpose(2, 3).reshape(-1, self.slots)
 
     def place(self, position_NA: Tensor) -> Tensor:
-        return position_NA / torch.tensor([1, self.side, self.side])
+        return position_NA / steps_of((1, self.side, self.side), position_NA.shape[1])
 
     def gathered(self, width: int) -> int:
         return width * self.slots
@@ -368,6 +371,8 @@ class Tower(Tokenizer):
         check_part("Tower: tokenizer", self.tokenizer, Tokenizer, "ImagePatches()")
         check_part("Tower: core", self.core, Core, "Core.small()")
         check_part("Tower: connector", self.connector, Connector, "Linear()")
+        kind = {type(self.tokenizer).__name__: self.tokenizer.axes}
+        check_known("Tower: ", kind, self.core.axes, "core.replace(axes={axes}), where core is that of the tower")
 
     @classmethod
     def of(
@@ -409,10 +414,19 @@ class Tower(Tokenizer):
 
     @property
     def feature_size(self) -> int:
-        return self.connector.slots * (self.content_size + PLACED)
+        return self.connector.slots * (self.content_size + self.placed)
 
     @property
-    def step(self) -> tuple[float, float, float]:
+    def placed(self) -> int:
+        """Numbers of a slot besides its content: the position of the inner token on each axis in steps, and its index."""
+        return len(self.axes) + 1
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.tokenizer.axes
+
+    @property
+    def step(self) -> tuple[float, ...]:
         return self.tokenizer.step
 
     @property
@@ -438,14 +452,14 @@ class Tower(Tokenizer):
             raise type(error)(f"Tower.encode: {error}") from error
 
     def grouped(self, tokens: Tokens) -> Tokens:
-        """Group the inner tokens of a value into stream tokens. Their content is (N, T * (F + PLACED)).
+        """Group the inner tokens of a value into stream tokens. Their content is (N, T * (F + A + 1)).
 
         Raises:
             MediaError: the connector cannot group them.
         """
         index_NT = self.connector.group(tokens.position_NA)
         content_NF = tokens.content.float().reshape(len(tokens), -1)
-        step = torch.tensor(self.step)
+        step = steps_of(self.step, len(self.axes))
         slot_NF = torch.cat([content_NF, tokens.position_NA / step, torch.arange(len(tokens))[:, None]], 1)
         # index -1, an empty slot, looks up the last row
         slot_NF = torch.cat([slot_NF, torch.zeros(1, slot_NF.shape[1])])
@@ -460,7 +474,8 @@ class Tower(Tokenizer):
         slot_NTF = tokens.content.reshape(len(tokens), self.connector.slots, -1)
         slot_NF = slot_NTF[slot_NTF[..., -1] >= 0]
         slot_NF = slot_NF[slot_NF[:, -1].argsort()]
-        content, position_NA = slot_NF[:, :-PLACED], slot_NF[:, -PLACED:-1] * torch.tensor(self.step)
+        content, position_NA = slot_NF[:, : -self.placed], slot_NF[:, -self.placed : -1]
+        position_NA = position_NA * steps_of(self.step, len(self.axes))
         return Tokens(content if self.tokenizer.vocab_size is None else content[:, 0].round().long(), position_NA)
 
     def picture(self, tokens: Tokens) -> Tensor | None:
@@ -562,14 +577,16 @@ class _Inner(nn.Module):
         slot_NF, rank_N = slot_NF[order], rank_N[order]
 
         lengths = sorted(lengths)
-        position_NA = slot_NF[:, -PLACED:-1].float()
-        rows_ND = self._embedded(slot_NF[:, :-PLACED], position_NA, lengths)
+        placed = self.tower.placed
+        position_NA = slot_NF[:, -placed:-1].float()
+        rows_ND = self._embedded(slot_NF[:, :-placed], position_NA, lengths)
         bidirectional = not self.tower.tokenizer.causal
         spans = tuple(Span(n if bidirectional else 0, n, n) for n in lengths)
         first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
         number = torch.arange(len(rank_N), device=rank_N.device) - first.to(rank_N.device)[rank_N]
         ones = torch.ones_like(rank_N, dtype=torch.int32)
         info = MaskInfo(rank_N.int(), number.int(), ones * bidirectional, ones * 0)
+        position_NA = on_axes(position_NA, self.tower.axes, self.tower.core.axes)
         state_ND = self.core(rows_ND, position_NA, Layout(spans, info))
 
         gathered_ND = state_ND.new_zeros(filled_NT.numel(), state_ND.shape[1]).index_copy(0, there[order], state_ND)

@@ -54,6 +54,7 @@ FIT = "tests/train/test_fit.py::test_"
 STEP = "tests/generate/test_step.py::test_"
 ENTROPY = "tests/heads/test_cross_entropy.py::test_"
 SAMPLERS = "tests/generate/test_samplers.py::test_"
+PLACES = "tests/generate/test_next_place.py::test_"
 ATTENTION = "tests/attention/test_attention.py::test_"
 FORMULA = MECHANISM + "every_score_under_every_prior_by_every_read_is_its_formula[{}]"
 DENSE = LAYERS + "the_plain_version_is_the_oracle_of_the_fast_one[{}]"
@@ -328,6 +329,14 @@ _ALL = (
     ("cached position not from the writer's start", "encoder_decoder:TwoCores",
      "_position - _cache.origin_BA[_cache.row_index(_layout._info.sample)]", "_position",
      (CACHED.format("local-m"),)),
+    ("axes of a kind taken for those of the core by number", "positions:on_axes",
+     "_axes.index(_axis)", "_arg2.index(_axis)", ("tests/test_axes.py::test_kinds_of_other_axes_meet_on_those_of_the_core",)),
+    ("what is written stands where places count it", "tokenizer:with_next",
+     "_tokenizer.next_place(_written, _content)", "_tokenizer.places(len(_written) + 1)[-1]",
+     (PLACES + "the_probability_is_that_of_the_answer_at_the_places_of_encode[{}-plain]",)),
+    ("a row of beams takes the places of another", "generate.request:Request.take_hypotheses",
+     "_before[tuple(_ids[:-1])]", "next(iter(_before.values()))",
+     (PLACES + "the_probability_is_that_of_the_answer_at_the_places_of_encode[{'beams': 4}-plain]",)),
     ("a rule may write into what others read", "generate.next_token:_apply_rule",
      "_rule(_log_p.clone(), _written)", "_rule(_log_p, _written)",
      (SAMPLERS + "a_rule_that_writes_into_what_it_is_given_changes_nothing_else",)),

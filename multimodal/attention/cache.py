@@ -19,6 +19,7 @@ class Cache:
     capacity: the most tokens of a row.
     states: for each layer that carries a state, its size.
     memory: the cache of the keys and values that cross-attention attends to; None: there is no cross-attention.
+    axes: number of position axes of the core.
 
     Attributes:
     k, v: by layer, keys and values (B, M, G, K).
@@ -40,6 +41,7 @@ class Cache:
         device=None,
         dtype=torch.float32,
         memory: "Cache | None" = None,
+        axes: int = 3,
     ) -> None:
         place = {"device": device, "dtype": dtype}
         self.k = [torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys]
@@ -48,7 +50,7 @@ class Cache:
         self.capacity = capacity
         self.bidirectional_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
         self.segment_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
-        self.origin_BA = torch.zeros(batch, 3, device=device)
+        self.origin_BA = torch.zeros(batch, axes, device=device)
         self.length = [0] * batch
         self.dropped = [0] * batch
         self.rows: Sequence[int] = range(batch)

@@ -128,7 +128,11 @@ class TokenizerCase:
         return {"tokenizers": {"value": self.tokenizer}, "tasks": [self.task, "signal value -> answer"]}
 
     def model(self) -> Model:
-        return perturbed(plain_model().extended(**self.addition))
+        return perturbed(self.plain_model().extended(**self.addition))
+
+    def plain_model(self) -> Model:
+        """A model without this kind, whose core knows its axes."""
+        return plain_model(self.tokenizer.axes)
 
     def check_same(self, again: Tokenizer, how: str) -> None:
         for value, tokens in zip(self.values, self.tokens, strict=True):
@@ -172,7 +176,11 @@ class HeadCase:
         return {"tokenizers": {"value": self.tokenizer}, "tasks": [Task(self.task, self.head)]}
 
     def model(self) -> Model:
-        return perturbed(plain_model().extended(**self.addition))
+        return perturbed(self.plain_model().extended(**self.addition))
+
+    def plain_model(self) -> Model:
+        """A model without this head, whose core knows the axes of what it writes."""
+        return plain_model(self.tokenizer.axes)
 
     def check_same(self, again: Head, how: str) -> None:
         want(again.vocab(self.tokenizer) == self.head.vocab(self.tokenizer), f"the head has another vocabulary {how}")
@@ -194,8 +202,8 @@ def contents(value: Any) -> Any:
     return [contents(x) for x in value] if isinstance(value, (list, tuple)) else pickle.dumps(value)
 
 
-def plain_model() -> Model:
-    return Model({"signal": Signal(), "answer": Number(4)}, CORE, ["signal -> answer"])
+def plain_model(axes: tuple[str, ...]) -> Model:
+    return Model({"signal": Signal(), "answer": Number(4)}, CORE.replace(axes=axes), ["signal -> answer"])
 
 
 def perturbed(model: Model) -> Model:

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from multimodal.check.cases import TokenizerCase, close_tokens, contents, equal_tokens
 from multimodal.check.fresh import CannotAsk, fresh_answers, names_a_file
 from multimodal.check.report import Check, ConformanceError, changed, promise, settings, want
+from multimodal.positions import check_axes
+from multimodal.shapes import AXES, ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []
@@ -27,7 +29,8 @@ WORKER_S = 120  # a worker process that does not answer within this time has fai
 
 @promise(CHECKS, basic=True)
 def declared(case: TokenizerCase) -> None:
-    """A frozen dataclass that declares either vocab_size or feature_size, and three positive steps."""
+    """A frozen dataclass that declares either vocab_size or feature_size, axes that begin with time, row and column, and a positive
+    step for each."""
     t = case.tokenizer
     params = getattr(type(t), "__dataclass_params__", None)
     want(params is not None and params.frozen and params.eq, f"{type(t).__name__} is no frozen dataclass")
@@ -35,8 +38,14 @@ def declared(case: TokenizerCase) -> None:
     given = [size for size in sizes.values() if size is not None]
     want(len(given) == 1, f"{sizes}: exactly one of them is wanted")
     want(type(given[0]) is int and given[0] > 0, f"{sizes}: a positive int is wanted")
+    try:
+        check_axes("axes", t.axes)
+    except ConfigError as error:
+        raise ConformanceError(str(error)) from None
+    counts = sorted({len(AXES), len(t.axes)})
+    fine = len(t.step) in counts and all(0 < s < math.inf for s in t.step)
     want(
-        len(t.step) == 3 and all(0 < s < math.inf for s in t.step), f"step={t.step}: three positive numbers are wanted"
+        fine, f"step={t.step}: {' or '.join('three' if n == 3 else str(n) for n in counts)} positive numbers are wanted"
     )
     flags = {name: getattr(t, name) for name in ("causal", "classes", "text", "lossy")}
     want(all(type(flag) is bool for flag in flags.values()), f"{flags}: bools are wanted")

@@ -30,6 +30,7 @@ from multimodal.heads import Pointer, one_class
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
 from multimodal.pattern import Pattern
+from multimodal.positions import in_steps, on_axes
 from multimodal.process_state import preserved_state
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokens
@@ -171,9 +172,9 @@ def verify(
         model = copy.deepcopy(model).float()
     subjects, notes = _subjects(model.packer, samples or {}, seed)
     twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
-    twin.packer = Packer(
-        {name: Encoded(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
-    )
+    encoded = {name: Encoded(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}
+    twin.packer = Packer(encoded, list(model.tasks.values()), model.packer.axes)
+    twin.packer.reads_places = model.packer.reads_places
     # everything in one pack, once, and then each subject by itself
     mixed = [pair for subject in subjects for pair in subject.batch]
     rows: list[Measurement] = []
@@ -334,7 +335,7 @@ def _read_again(model: Model, task: str, sample: Sample, written: _Written, back
     # a value does not say which of two equal elements was pointed at, but the written ids do
     source = head.source(model.packer.encoded(task, sample, "verify"))
     if source is not None and written.ids:
-        place_MA = source.position_NA / torch.tensor(tokenizer.step)
+        place_MA = on_axes(in_steps(source.position_NA, tokenizer.step), tokenizer.axes, model.packer.axes)
         stream = _pointed(stream, task, place_MA, written.ids)
     stream = stream.to(model.device)
     if head.draws_features:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.check.cases import Number, check_close, perturbed, plain_model
+from multimodal.check.cases import Number, check_close, perturbed
 from multimodal.check.measure import logits_by_sample, owners, sample_gradients, split_logits
 from multimodal.check.report import Check, promise, want
 from multimodal.declare import declaration, rebuild
@@ -117,7 +117,7 @@ def save_load(case: Any) -> None:
 def extends_trained_model(case: Any) -> None:
     """Added to a trained model it changes no old weight, answer or checkpoint; so does what is added after it."""
     old_batch = [("signal -> answer", {"signal": (i, 4 + i), "answer": i}) for i in range(3)]
-    plain = perturbed(plain_model())
+    plain = perturbed(case.plain_model())
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         plain.save(Path(folder) / "old")
         more = plain.extended(**case.addition).eval()
@@ -139,7 +139,7 @@ def extends_trained_model(case: Any) -> None:
 @promise(CHECKS)
 def trains(case: Any) -> None:
     """`fit` works with it: 40 steps on a few samples bring the loss a fifth or more below where it was, and below chance."""
-    model = plain_model().extended(**case.addition)
+    model = case.plain_model().extended(**case.addition)
     stream = model.pack(case.task, case.samples)
     before = float(model.loss(stream).detach())
     data, batch = {case.task: case.samples}, len(case.samples)

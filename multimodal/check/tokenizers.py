@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from multimodal.check.cases import CORE, TokenizerCase, check_close, check_gradients, contents, equal_tokens
 from multimodal.check.information import resembles
 from multimodal.check.report import Check, ConformanceError, promise, want
-from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Places, Tokenizer, Tokens, describe
+from multimodal.positions import in_steps, steps_of
+from multimodal.shapes import ConfigError, StreamError
+from multimodal.tokenizer import Places, Tokenizer, Tokens, describe, with_next, written_tokens
 
 CHECKS: list[Check] = []
 
 
 @promise(CHECKS, basic=True)
 def one_place_a_token(case: TokenizerCase) -> None:
-    """Every token has one place (time, row, column), and a value has at least one token."""
+    """Every token has one place (time, row, column, and further axes of the kind), and a value has at least one token."""
+    axes = case.tokenizer.axes
     for tokens in case.tokens:
-        shape = tuple(tokens.position_NA.shape)
+        shape, wanted = tuple(tokens.position_NA.shape), (len(tokens), len(axes))
         want(len(tokens) > 0, "a value gave no tokens")
-        want(shape == (len(tokens), 3), f"{len(tokens)} tokens have places {shape}, wanted ({len(tokens)}, 3)")
+        want(shape == wanted, f"{len(tokens)} tokens have places {shape}, wanted {wanted}: {', '.join(axes)}")
         want(len(tokens) == 1 or not case.tokenizer.classes, f"classes=True, but a value has {len(tokens)} tokens")
 
 
@@ -83,10 +85,10 @@ def time_from_zero(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def step_fits_places(case: TokenizerCase) -> None:
     """`step` is about the distance of neighbours (0.1 to 100 steps apart), so that the core can tell them apart."""
-    for axis, name in enumerate(("time", "row", "column")):
+    for axis, name in enumerate(case.tokenizer.axes):
         gaps = [tokens.position_NA[:, axis].unique().diff() for tokens in case.tokens]
         if gap := torch.cat(gaps).tolist():
-            typical = sorted(gap)[len(gap) // 2] / case.tokenizer.step[axis]
+            typical = sorted(gap)[len(gap) // 2] / float(steps_of(case.tokenizer.step, axis + 1)[axis])
             want(0.1 <= typical <= 100, f"neighbours along {name} are {typical:.3g} steps apart; declare another step")
 
 
@@ -220,8 +222,8 @@ def length_as_declared(case: TokenizerCase) -> None:
         if len(tokens) == t.length or (len(tokens) < t.length and not flat):
             continue  # of a part of a picture nobody can say whether it is one
         try:
-            places = t.places(len(tokens))
-        except ConfigError:  # such a value is read, and never written
+            places = written_tokens(t, tokens.content).position_NA
+        except (ConfigError, StreamError):  # such a value is read, and never written
             continue
         want(
             not torch.equal(places, tokens.position_NA),
@@ -268,23 +270,32 @@ def decode_takes_anything(case: TokenizerCase) -> None:
     else:
         rows = [torch.randn(count, tokenizer.written_features or 0, generator=draw) for count in counts]
     for row in rows:
+        what = f"the ids {row.tolist()}" if vocab is not None else f"features {tuple(row.shape)}"
         try:
-            tokenizer.decode(Tokens(row, tokenizer.places(len(row))))
+            tokens = written_tokens(tokenizer, row)
+        except StreamError as error:
+            raise ConformanceError(f"{what} have no place, but a model may write them: {error}") from error
+        try:
+            tokenizer.decode(tokens)
         except Exception as error:
-            what = f"the ids {row.tolist()}" if vocab is not None else f"features {tuple(row.shape)}"
             raise ConformanceError(f"decode fails on {what}: {type(error).__name__}: {error}") from error
 
 
 @promise(CHECKS)
 def places_agree(case: TokenizerCase) -> None:
-    """`places(n)` and `fed_back`, used while writing, give the places and the content that encode gives."""
+    """`places(n)` or `next_place`, and `fed_back`, used while writing, give the places and the content that encode gives."""
     tokenizer = _decoding(case, written=True)
     tried = [tokens for tokens in case.tokens if tokenizer.length in (None, len(tokens))]
     want(tried, f"no value has the {tokenizer.length} tokens that every written one has; give some that do")
     for tokens in tried:
+        if tokenizer.placed_by_content:
+            _next_places_agree(tokenizer, tokens)
+            continue
         places = tokenizer.places(len(tokens))
         want(
-            torch.equal(places, tokens.position_NA), f"places({len(tokens)}) are not those of a value of as many tokens"
+            torch.equal(places, tokens.position_NA),
+            f"places({len(tokens)}) are not those of a value of as many tokens; where contents say where a token stands, write "
+            "next_place",
         )
         if tokenizer.vocab_size is None:
             for n in {1, len(tokens)}:  # writing feeds back one token at a time
@@ -293,6 +304,29 @@ def places_agree(case: TokenizerCase) -> None:
                     fed.shape == tokens.content[-n:].shape and torch.allclose(fed, tokens.content[-n:]),
                     f"fed_back gives {describe(fed)} that is not the content of a value with these features and places",
                 )
+
+
+def _next_places_agree(tokenizer: Tokenizer, tokens: Tokens) -> None:
+    """Fail unless next_place and fed_back give each token of a value as encode gives it, from those before it."""
+    for i in range(len(tokens)):
+        before = Tokens(tokens.content[:i], tokens.position_NA[:i])
+        content = tokens.content[i : i + 1]
+        ids = tokenizer.vocab_size is not None
+        try:
+            found = with_next(tokenizer, before, content if ids else content[:, : tokenizer.written_features])
+        except StreamError as error:
+            raise ConformanceError(str(error)) from error
+        place_A, wanted_A = found.position_NA[-1], tokens.position_NA[i]
+        gap_A = in_steps(place_A - wanted_A, tokenizer.step).abs()
+        want(
+            bool((gap_A <= 1e-4 + 1e-6 * in_steps(wanted_A, tokenizer.step).abs()).all()),
+            f"next_place puts token {i} at {place_A.tolist()}, and encode at {wanted_A.tolist()}",
+        )
+        got = found.content[-1:]
+        want(
+            got.shape == content.shape and torch.allclose(got.double(), content.double()),
+            f"fed_back gives {describe(got)} that is not the content of token {i} with these features and this place",
+        )
 
 
 def _embedded(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multimodal.check.cases import equal_tokens
 from multimodal.heads import one_class
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
+from multimodal.tokenizer import Tokenizer, Tokens, at_times, written_tokens
 
 
 def plausible_values(tokenizer: Tokenizer, count: int = 4, *, seed: int = 0) -> list[Any]:
@@ -90,11 +90,14 @@ def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
     for count in (3, 5, 5, 8) if tokenizer.length is None else [tokenizer.length] * 4:
         if tokenizer.vocab_size is not None:
             ids = torch.randint(tokenizer.vocab_size, (count,), generator=random)
-            tokens.append(Tokens(ids, tokenizer.places(count)))
+            tokens.append(written_tokens(tokenizer, ids))
         else:
             assert tokenizer.feature_size is not None
             features = torch.randn(count, tokenizer.feature_size, generator=random)
-            tokens.append(Tokens(features, at_times(torch.arange(count) * tokenizer.step[0])))
+            if tokenizer.placed_by_content:
+                tokens.append(written_tokens(tokenizer, features))
+            else:
+                tokens.append(Tokens(features, at_times(torch.arange(count) * tokenizer.step[0], tokenizer.axes)))
     return tokens
 
 
@@ -121,7 +124,11 @@ class Encoded(Tokenizer):
         return self.inner.classes
 
     @property
-    def step(self) -> tuple[float, float, float]:
+    def axes(self) -> tuple[str, ...]:
+        return self.inner.axes
+
+    @property
+    def step(self) -> tuple[float, ...]:
         return self.inner.step
 
     def encode(self, value: Any) -> Tokens:
@@ -146,3 +153,10 @@ class Encoded(Tokenizer):
 
     def places(self, count: int) -> Tensor:
         return self.inner.places(count)
+
+    def next_place(self, written: Tokens, content: Tensor) -> Tensor:
+        return self.inner.next_place(written, content)
+
+    @property
+    def placed_by_content(self) -> bool:
+        return self.inner.placed_by_content

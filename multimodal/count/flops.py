@@ -110,8 +110,9 @@ def embed_cost(tokenizer: Tokenizer, width: int, half: bool) -> EmbedCost:
         with FlopCounterMode(display=False) as counter, saved_bytes([*module.parameters(), content]) as saved:
             if getattr(module, "reads_places", False):
                 # one value along time
-                position_NA, count = torch.zeros(SAMPLE_TOKENS, 3, device="meta"), SAMPLE_TOKENS
-                out = module(content, Places(position_NA, (count,), ((count, 1, 1),)))
+                axes, count = len(tokenizer.axes), SAMPLE_TOKENS
+                position_NA = torch.zeros(count, axes, device="meta")
+                out = module(content, Places(position_NA, (count,), ((count, *[1] * (axes - 1)),)))
             else:
                 out = module(content)
             forward = counter.get_total_flops() / SAMPLE_TOKENS

@@ -325,7 +325,7 @@ def _measured(layer: Layer, core: Core, width: int, half: bool) -> tuple[float, 
         sample = torch.arange(2).repeat_interleave(length)
         places = MaskInfo(sample, order, torch.zeros_like(order), torch.zeros_like(order))
         layout = Layout(spans, places)
-        position_TA = torch.zeros(2 * length, 3)
+        position_TA = torch.zeros(2 * length, len(core.axes))
         context = Context(layout, plan_attention(core.mask, layout, bare=False), core.outline().rotations(position_TA))
         stream_TD = torch.randn(2 * length, width, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_bytes(list(sublayer.parameters())) as saved:

@@ -12,9 +12,10 @@ from multimodal.export.padded import ReadField
 from multimodal.export.programs import INT, NEXT, FieldProgram, Program, Vectors
 from multimodal.heads.pool import Pool
 from multimodal.network import Network
+from multimodal.positions import on_axes, steps_of
 from multimodal.retrieval import side_vectors
-from multimodal.shapes import MediaError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.shapes import AXES, MediaError
+from multimodal.tokenizer import Tokenizer, Tokens, written_tokens
 from multimodal.tower import Tower
 
 SHAPES = ((1, 3), (2, 11), (3, 6))
@@ -134,17 +135,18 @@ def _decoding_outputs(
     tokenizer = model.packer.answer_tokenizers[task]
     answers = [sample.get(model.packer.patterns[task].answer) for sample in samples]
     count = min(STEPS, tokenizer.length or STEPS, *(len(tokens) or STEPS for tokens in answers if tokens is not None))
-    place_NA = tokenizer.places(count)
     id_BN = torch.randint(tokenizer.vocab_size or 1, (len(samples), count), generator=random)
     for id_N, tokens in zip(id_BN, answers, strict=True):
         if tokens is not None and len(tokens):
             id_N.copy_(tokens.content[:count])
-    wanted = _packed_logits(model, task, samples, [Tokens(id_N, place_NA) for id_N in id_BN])
+    written = [written_tokens(tokenizer, id_N) for id_N in id_BN]
+    place_BNA = torch.stack([tokens.position_NA for tokens in written])
+    wanted = _packed_logits(model, task, samples, written)
     yield out["logits"], torch.stack([rows[0] for rows in wanted])
     state = {}
     for i in range(count):
         state |= {name.removesuffix(NEXT): x for name, x in out.items() if name.endswith(NEXT)}
-        token = {"token": id_BN[:, i], "token.place": place_NA[i].expand(len(samples), 3)}
+        token = {"token": id_BN[:, i], "token.place": place_BNA[:, i]}
         out = run("step", token | state)
         yield out["logits"], torch.stack([rows[i + 1] for rows in wanted])
 
@@ -167,7 +169,8 @@ def padded_inputs(model: Network, fields: Sequence[ReadField], samples: Sequence
         tokenizer, values = model.packer.tokenizers[field.kind], [sample[field.name] for sample in samples]
         count = max(1, *(0 if tokens is None else len(tokens) for tokens in values))
         one = torch.zeros(count, dtype=INT) if tokenizer.vocab_size else torch.zeros(count, tokenizer.feature_size or 0)
-        content, place = one.repeat(len(samples), *[1] * one.dim()), torch.zeros(len(samples), count, 3)
+        content = one.repeat(len(samples), *[1] * one.dim())
+        place = torch.zeros(len(samples), count, len(tokenizer.axes))
         for i, tokens in enumerate(values):
             if tokens is not None:
                 content[i, : len(tokens)], place[i, : len(tokens)] = tokens.content, tokens.position_NA
@@ -209,7 +212,8 @@ def _random_tokens(tokenizer: Tokenizer, count: int, random: torch.Generator, gr
     if grid:
         return _random_grid(tokenizer, count, random)
     index_N = torch.arange(count)
-    return _random_content(tokenizer, torch.stack([index_N, index_N // 3, index_N % 3], -1), random)
+    further = [index_N // n % 2 for n in range(2, len(tokenizer.axes) - 1)]  # those behind time, row and column
+    return _random_content(tokenizer, torch.stack([index_N, index_N // 3, index_N % 3, *further], -1), random)
 
 
 def _random_grid(tokenizer: Tokenizer, count: int, random: torch.Generator, side: int = 0) -> Tokens:
@@ -222,15 +226,16 @@ def _random_grid(tokenizer: Tokenizer, count: int, random: torch.Generator, side
     rows = max(own // columns // square, 1) * square
     index_N = torch.arange(rows * columns)
     time_N = torch.zeros_like(index_N) if side else index_N
-    position_NA = torch.stack([time_N + tokenizer.learned, index_N // columns, index_N % columns], -1)
+    place_NA = torch.stack([time_N + tokenizer.learned, index_N // columns, index_N % columns], -1)
     first_NA = torch.zeros(tokenizer.learned, 3, dtype=torch.long)
     first_NA[:, 0] = torch.arange(tokenizer.learned)
-    return _random_content(tokenizer, torch.cat([first_NA, position_NA]), random)
+    position_NA = on_axes(torch.cat([first_NA, place_NA]), AXES, tokenizer.axes)
+    return _random_content(tokenizer, position_NA, random)
 
 
 def _random_content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Generator) -> Tokens:
     """Random tokens at these positions, which are in steps."""
-    count, place_NA = len(position_NA), position_NA * torch.tensor(tokenizer.step)
+    count, place_NA = len(position_NA), position_NA * steps_of(tokenizer.step, position_NA.shape[1])
     if tokenizer.vocab_size is not None:
         return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), place_NA)
     return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), place_NA)

@@ -21,19 +21,22 @@ from multimodal.heads.base import Segment
 from multimodal.layers import Crossing
 from multimodal.masks import MaskInfo, Pairs, Rule
 from multimodal.network import Network
-from multimodal.tower import PLACED, TowerEmbed
+from multimodal.positions import in_steps, on_axes, only_time
+from multimodal.tower import TowerEmbed
 
 LayerKeys = dict[int, tuple[Tensor, Tensor]]
 """{index of an attention layer: (keys, values), each (B, M, G, K)}."""
 
 
 class ReadField(NamedTuple):
-    """A field that a program reads: its name in the task, its kind, its tokenizer's step, whether its tokens are bidirectional."""
+    """A field that a program reads: its name in the task, its kind, its tokenizer's step, whether its tokens are bidirectional, and
+    its tokenizer's axes."""
 
     name: str
     kind: str
-    step: tuple[float, float, float]
+    step: tuple[float, ...]
     bidirectional: bool
+    axes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,16 @@ def lay_out(model: Network, fields: Sequence[ReadField], start: Segment, inputs:
 
     for field in fields:
         content, length_B = inputs[field.name], inputs[f"{field.name}.length"]
-        position_BNA = inputs[f"{field.name}.place"] / torch.tensor(field.step)
+        position_BNA = in_steps(inputs[f"{field.name}.place"], field.step)
         add(
             embed_padded(model.embeds[field.kind], content, position_BNA, length_B),
-            position_BNA,
+            on_axes(position_BNA, field.axes, model.packer.axes),
             field.bidirectional,
             length_B,
         )
     if count := len(start.tokens):
         stream = model.embed(start.kind, start.tokens.content)
-        position = start.tokens.position_NA / torch.tensor(start.step)
+        position = start.position(model.packer.axes)
         add(
             stream.expand(batch, *stream.shape),
             position.expand(batch, *position.shape),
@@ -170,7 +173,7 @@ def _embed_tower(module: TowerEmbed, content_BNF: Tensor, length_B: Tensor) -> T
     index_BM = torch.where(filled_BM, slot_BMF[..., -1].round().long(), count * slots)
     ordered_BMF = slot_BMF.new_zeros(batch, count * slots + 1, slot_BMF.shape[-1])
     ordered_BMF = ordered_BMF.scatter(1, index_BM[..., None].expand_as(slot_BMF), slot_BMF)[:, :-1]
-    content, position_BMA = ordered_BMF[..., :-PLACED], ordered_BMF[..., -PLACED:-1]
+    content, position_BMA = ordered_BMF[..., : -tower.placed], ordered_BMF[..., -tower.placed : -1]
     if tower.tokenizer.vocab_size is not None:
         content = content[..., 0].round().long().clamp(0, tower.tokenizer.vocab_size - 1)
     order_BM = torch.arange(count * slots).expand(batch, -1)
@@ -179,6 +182,7 @@ def _embed_tower(module: TowerEmbed, content_BNF: Tensor, length_B: Tensor) -> T
     token_info = TokenInfo.of(order_BM, bidirectional_BM, torch.zeros_like(order_BM), inside_BM)
     position_BMA = torch.where(inside_BM[..., None], position_BMA, 0.0)
     stream_BMD = embed_padded(inner.embed, content, position_BMA, total_B)
+    position_BMA = on_axes(position_BMA, tower.axes, tower.core.axes)
     state_BMD = _run_core(inner.core, Rows(stream_BMD, position_BMA, token_info), Cached({}, {}))
     found_BMD = state_BMD.gather(
         1, index_BM.clamp(max=count * slots - 1)[..., None].expand(-1, -1, state_BMD.shape[-1])
@@ -276,7 +280,7 @@ def core_states(core: nn.Module, rows: Rows, context: int, cached: Cached) -> Te
     info = written.token_info.mask_info
     order_BT = info.order - total_B1
     token_info = TokenInfo.of(order_BT, torch.zeros_like(order_BT), info.segment, written.token_info.valid_BT)
-    origin_BA = written.position_BTA[:, :1] * torch.tensor([1.0, 0.0, 0.0])
+    origin_BA = only_time(written.position_BTA[:, :1])
     plan = PaddedPlan(None, token_info, memory, {}, cached.memory)
     rotations = core.writer.rotations(read.position_BTA.flatten(0, 1))
     crossing = Crossing(encoded_BMD.flatten(0, 1), rotations, plan)

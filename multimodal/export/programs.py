@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.encoder_decoder import TwoCores
@@ -22,14 +23,15 @@ from multimodal.heads.base import Segment
 from multimodal.heads.contrast import SIDES, ContrastReadout
 from multimodal.layers import Sublayer
 from multimodal.network import Network
+from multimodal.positions import in_steps, on_axes
 from multimodal.shapes import ConfigError, ShapeError
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokens, at_times
 from multimodal.tower import TowerEmbed
 
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
 NEXT = ".next"
 """Suffix of outputs that are inputs of the next step: the output "X.next" is its input "X"."""
-PLACE = "positions of these tokens, as the tokenizer gives them: time, row, column"
+PLACE = "positions of these tokens, as the tokenizer gives them: {}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Vectors(FieldProgram):
         head, start = model.packer.heads[task], model.packer.starts[task]
         assert isinstance(head, Contrast)
         content = torch.tensor([SIDES.index(side)] if head.pools is None else [], dtype=torch.long)
-        start = Segment(start.kind, Tokens(content, torch.zeros(len(content), 3)), (1.0, 1.0, 1.0), False)
+        start = Segment(start.kind, Tokens(content, at_times(torch.zeros(len(content)))), (1.0, 1.0, 1.0), False)
         super().__init__(model, task, read_fields(model, task, side), start, side)
         self.side = side
         self.outputs = (Entry("vectors", FLOAT, ("batch", head.width), f"a vector of length 1 for each {side} side"),)
@@ -184,13 +186,16 @@ class Step(Program):
         super().__init__()
         self.name, self.task, self.head = "step", task, model.packer.heads[task]
         self.kind = model.packer.patterns[task].fields[-1].kind
-        self.place_step = model.packer.answer_tokenizers[task].step
+        self.tokenizer = model.packer.answer_tokenizers[task]
         self.model = task_view(model, task, [self.kind])
         cache = cache_entries(self.model)
         self.inputs = (
             Entry("token", INT, ("batch",), "the last id of each answer so far"),
             Entry(
-                "token.place", FLOAT, ("batch", 3), "position of this token: the last row of tokenizer.places(count)"
+                "token.place",
+                FLOAT,
+                ("batch", len(self.tokenizer.axes)),
+                "position of this token: tokenizer.next_place, which is the last row of tokenizer.places(count) in most kinds",
             ),
             *cache,
         )
@@ -204,8 +209,9 @@ class Step(Program):
         if "memory.tokens" in inputs:
             cached.memory_info = TokenInfo.from_numbers(inputs["memory.tokens"])
         assert cached.token_info is not None
-        position_B1A = (inputs["token.place"] / torch.tensor(self.place_step))[:, None]
-        position_B1A = position_B1A + inputs["answer.time"][:, None, None] * torch.tensor([1.0, 0.0, 0.0])
+        place_BA = in_steps(inputs["token.place"], self.tokenizer.step)
+        position_B1A = on_axes(place_BA, self.tokenizer.axes, self.model.packer.axes)[:, None]
+        position_B1A = position_B1A + F.pad(inputs["answer.time"][:, None, None], (0, position_B1A.shape[-1] - 1))
         order_B1 = cached.token_info.total_B[:, None]
         token_info = TokenInfo.of(
             order_B1,
@@ -298,10 +304,8 @@ def read_fields(model: Network, task: str, side: str | None = None) -> list[Read
     """The fields that a task reads, or those of one side of a pair."""
     pattern, tokenizers = model.packer.patterns[task], model.packer.tokenizers
     fields = pattern.reads if side is None else pattern.sides[side]
-    return [
-        ReadField(field.name, field.kind, tokenizers[field.kind].step, not tokenizers[field.kind].causal)
-        for field in fields
-    ]
+    kinds = [tokenizers[field.kind] for field in fields]
+    return [ReadField(f.name, f.kind, t.step, not t.causal, t.axes) for f, t in zip(fields, kinds, strict=True)]
 
 
 def cache_entries(model: Network) -> tuple[Entry, ...]:
@@ -354,7 +358,7 @@ def _entries(model: Network, field: ReadField) -> Iterator[Entry]:
         yield Entry(field.name, INT, axes, "ids of its tokens, padded with 0")
     else:
         yield Entry(field.name, FLOAT, (*axes, tokenizer.feature_size or 0), "features of its tokens, padded with 0")
-    yield Entry(f"{field.name}.place", FLOAT, (*axes, 3), PLACE)
+    yield Entry(f"{field.name}.place", FLOAT, (*axes, len(field.axes)), PLACE.format(", ".join(field.axes)))
     yield Entry(f"{field.name}.length", INT, ("batch",), "its number of tokens; 0 for a sample that lacks this field")
 
 

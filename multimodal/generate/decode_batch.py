@@ -61,7 +61,7 @@ class DecodeBatch:
 
     def _ahead(self) -> Iterator[Tensor]:
         while True:
-            # a pointer's next position is not known, so it gives one at a time
+            # where contents say where the next token stands, as for a pointer, a request gives one position at a time
             parts = [request.ahead(AHEAD) for group in self.kinds.values() for request in group]
             place_NBA = torch.cat([part[: min(map(len, parts))] for part in parts], 1)
             yield from place_NBA if self.place_of is None else place_NBA[:, self.place_of]

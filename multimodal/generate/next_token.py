@@ -170,7 +170,7 @@ def _extend_beams(request: Request, beams: Beams, log_p_BV: Tensor, allowed_BV: 
         placed.append(row)
     new = dict(zip(placed, beams.live, strict=True))
     # rows without a hypothesis go on with any token
-    request.hypotheses = [new.get(row, [*held[row], 0]) for row in range(request.width)]
+    request.take_hypotheses([new.get(row, [*held[row], 0]) for row in range(request.width)])
     request.live_rows = placed
     return copies
 
@@ -210,7 +210,6 @@ def _take_features(request: Request, features_NF: Tensor, stop: float) -> None:
     if request.count == request.limit:
         request.ended = "max_tokens"
         return
-    at = request.begin_count + request.count
-    request.features.append(request.tokenizer.fed_back(features_NF, request.placed(at + 1)[at:]))
+    request.take_features(features_NF)
     if request.count == request.fixed:
         request.ended = "length"

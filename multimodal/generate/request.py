@@ -18,8 +18,9 @@ from multimodal.generate.samplers import AtLeast, Forbid, Greedy, Sampler, Tempe
 from multimodal.heads import CTC, Head, Prediction
 from multimodal.heads.base import EncodedSample, encode_field
 from multimodal.packer import Packer
+from multimodal.positions import in_steps, on_axes, only_time
 from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole, did_you_mean
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokens, no_tokens, with_next, written_tokens
 
 Copies = list[tuple[int, int, int]]  # (source, target, from which token on) among an answer's rows
 
@@ -155,7 +156,9 @@ class Request:
         if (
             self.begin is not None
             and self.source is None
-            and not torch.allclose(self.begin.position_NA, self.tokenizer.places(count), atol=1e-4)
+            and not torch.allclose(
+                self.begin.position_NA, written_tokens(self.tokenizer, self.begin.content).position_NA, atol=1e-4
+            )
         ):
             raise ConfigError(
                 f"{name} of task {task!r}: begin is at other positions than the first {count} tokens of what is written; "
@@ -205,8 +208,13 @@ class Request:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
         self.cached = 0  # tokens of the prompt in the cache
-        self.place_NA = torch.empty(0, 3) if self.source is not None else self.tokenizer.places(count)
-        self.step_A = torch.tensor(self.tokenizer.step)
+        self.axes = packer.axes
+        # by row, the tokens so far with those of `begin`, where contents say where the next one stands; else positions are counted
+        self.so_far: list[Tokens] | None = None
+        if self.source is None and self.tokenizer.placed_by_content:
+            self.so_far = [no_tokens(self.tokenizer) if self.begin is None else self.begin] * options.beams
+        counted = self.source is None and self.so_far is None
+        self.place_NA = self.tokenizer.places(count) if counted else torch.empty(0, len(self.tokenizer.axes))
         self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
         self.segments: list[int] = []
 
@@ -278,8 +286,7 @@ class Request:
 
     def start(self, query_A: Tensor, segment: int) -> None:
         """Called after the prefill for each prompt, with the position of its start and the number of the written field."""
-        step = query_A.new_tensor([1.0, 0.0, 0.0])
-        self.after.append(query_A * step + step)
+        self.after.append(only_time(query_A + 1))
         self.segments.append(segment)
 
     def start_ctc(self, log_p_NV: Tensor) -> None:
@@ -327,6 +334,8 @@ class Request:
             return
         self.log_p += log_p
         self.ids.append(token)
+        if self.so_far is not None:
+            self.so_far = [with_next(self.tokenizer, self.so_far[0], self.content([token]))]
         if self.detokenizer is not None:
             self.pending_text += self.detokenizer.push(self.content([token]).tolist())
             if self.detokenizer.stopped:
@@ -334,19 +343,39 @@ class Request:
         if not self.ended and len(self.ids) == self.fixed:
             self.ended = "length"
 
+    def take_features(self, features_NF: Tensor) -> None:
+        """Write a token with these features, as a head has drawn them."""
+        if self.so_far is not None:
+            self.so_far = [with_next(self.tokenizer, self.so_far[0], features_NF)]
+            self.features.append(self.so_far[0].content[-1:])
+        else:
+            at = self.begin_count + self.count
+            self.features.append(self.tokenizer.fed_back(features_NF, self.placed(at + 1)[at:]))
+
+    def take_hypotheses(self, hypotheses: list[list[int]]) -> None:
+        """Let each row of the cache hold another hypothesis, which is that of some row before and one more token."""
+        if self.so_far is not None:
+            before = {tuple(ids): tokens for ids, tokens in zip(self.hypotheses, self.so_far, strict=True)}
+            self.so_far = [
+                with_next(self.tokenizer, before[tuple(ids[:-1])], self.content(ids[-1:])) for ids in hypotheses
+            ]
+        self.hypotheses = hypotheses
+
     def ahead(self, most: int) -> Tensor:
-        """Positions (N, rows, 3) in steps of the newest tokens and of those after them: at most `most`, as far as known."""
-        device = self.after[0].device
-        if self.source is not None:
-            place_BA = (self.source.position_NA[self.newest_ids()] / self.step_A).to(device)
-            return (self.after[0] + place_BA)[None]
-        first = self.begin_count + self.count - 1
-        place_NA = self.placed(min(first + most, self.begin_count + self.limit))[first:] / self.step_A
+        """Positions (N, rows, A) in steps of the newest tokens and of those after them: at most `most`, as far as known."""
         after_BA = torch.stack([self.after[i if i < len(self.after) else 0] for i in range(self.width)])
-        return after_BA + place_NA.to(device)[:, None]
+        if self.source is not None:
+            place_NBA = self.source.position_NA[self.newest_ids()][None]
+        elif self.so_far is not None:
+            place_NBA = torch.stack([tokens.position_NA[-1] for tokens in self.so_far])[None]
+        else:
+            first = self.begin_count + self.count - 1
+            place_NBA = self.placed(min(first + most, self.begin_count + self.limit))[first:, None]
+        place_NBA = on_axes(in_steps(place_NBA, self.tokenizer.step), self.tokenizer.axes, self.axes)
+        return after_BA + place_NBA.to(after_BA.device)
 
     def placed(self, count: int) -> Tensor:
-        """Positions (count, 3) of the first tokens, from those of `begin` on; made in growing parts, as max_tokens may be vast."""
+        """Positions (count, A) of the first tokens, from those of `begin` on; made in growing parts, as max_tokens may be vast."""
         if count > len(self.place_NA):
             self.place_NA = self.tokenizer.places(min(self.begin_count + self.limit, max(64, 2 * count)))
         return self.place_NA[:count]
@@ -390,8 +419,14 @@ class Request:
             content = torch.zeros(0, self.tokenizer.feature_size or 0)
         if self.begin is not None:
             content = torch.cat([self.begin.content, content])
-        place_NA = self.placed(len(content)) if self.source is None else self.source.position_NA[self.begin_ids + ids]
-        tokens = Tokens(content, place_NA)
+        if self.source is not None:
+            tokens = Tokens(content, self.source.position_NA[self.begin_ids + ids])
+        elif self.so_far is None:
+            tokens = Tokens(content, self.placed(len(content)))
+        elif self.beams is None:
+            tokens = Tokens(content, self.so_far[0].position_NA.clone())  # which is no inference tensor
+        else:
+            tokens = written_tokens(self.tokenizer, content)
         # beams have no detokenizer: their text may change until the end
         value = self.tokenizer.decode(tokens) if self.detokenizer is None else self.detokenizer.text
         return Prediction(value, math.exp(log_p), ended=ended, tokens=tokens)

@@ -14,7 +14,8 @@ from multimodal.declare import Declared
 from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
-from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
+from multimodal.positions import in_steps, on_axes
+from multimodal.shapes import AXES, ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
@@ -65,16 +66,32 @@ class Segment:
 
     kind: the name of the tokenizer, or "head:NAME" for learned tokens.
     tokens: its tokens.
-    step: the distance in (time, row, column) that is one step of its positions.
+    step: the distance on each axis that is one step of its positions; 1 on axes behind its last number.
     bidirectional: whether its tokens attend to each other in both directions; else each attends to those before it.
     within: the index of the segment in whose time its positions are; None: its time starts after the segments before it.
+    axes: the names of the axes of its positions.
     """
 
     kind: str
     tokens: Tokens
-    step: tuple[float, float, float]
+    step: tuple[float, ...]
     bidirectional: bool
     within: int | None = None
+    axes: tuple[str, ...] = AXES
+
+    def position(self, axes: tuple[str, ...]) -> Tensor:
+        """The positions (N, A) of its tokens in steps, on the axes of a core.
+
+        Raises:
+            StreamError: the positions have other axes than the segment says.
+        """
+        position_NA = self.tokens.position_NA
+        if position_NA.shape[1] != len(self.axes):
+            raise StreamError(
+                f"the tokens of {self.kind!r} have positions {tuple(position_NA.shape)}, but their segment has the axes "
+                f"{', '.join(self.axes)}; make it with Segment(.., axes=tokenizer.axes)"
+            )
+        return on_axes(in_steps(position_NA, self.step), self.axes, axes)
 
 
 @dataclass
@@ -110,7 +127,8 @@ class EncodedSample:
         for field in self.pattern.reads if fields is None else fields:
             tokens, tokenizer = self.tokens.get(field.name), self.tokenizers[field.kind]
             if tokens is not None:
-                segments.append(Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+                free = not tokenizer.causal
+                segments.append(Segment(field.kind, tokens, tokenizer.step, free, axes=tokenizer.axes))
         return segments
 
     def read_of_kind(self) -> tuple[Tokens, Tensor]:
@@ -125,7 +143,7 @@ class EncodedSample:
         if len(found) == 1:
             return found[0], rows[0]
         if not found:
-            return Tokens(torch.empty(0), torch.empty(0, 3)), torch.empty(0, dtype=torch.long)
+            return Tokens(torch.empty(0), torch.empty(0, len(self.tokenizer.axes))), torch.empty(0, dtype=torch.long)
         content, position_NA = torch.cat([t.content for t in found]), torch.cat([t.position_NA for t in found])
         return Tokens(content, position_NA), torch.cat(rows)
 
@@ -146,7 +164,7 @@ class EncodedSample:
 
     def written(self, tokens: Tokens) -> Segment:
         """The segment of an answer, whose tokens are causal."""
-        return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
+        return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False, axes=self.tokenizer.axes)
 
 
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:

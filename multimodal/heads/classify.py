@@ -23,7 +23,7 @@ from multimodal.heads.base import (
 from multimodal.heads.cross_entropy import linear_cross_entropy
 from multimodal.heads.pool import Pool
 from multimodal.shapes import StreamError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,15 @@ class Classify(Head):
 def class_names(tokenizer: Tokenizer) -> list[Any]:
     """The name of each class, in the order of the logits."""
     if tokenizer.vocab_size is None:  # features of 0 and 1, of which all are 1
-        return tokenizer.decode(Tokens(torch.ones(1, tokenizer.feature_size or 0), torch.zeros(1, 3)))
+        every = torch.ones(1, tokenizer.feature_size or 0)
+        return tokenizer.decode(Tokens(every, at_times(torch.zeros(1), tokenizer.axes)))
     return [tokenizer.decode(one_class(c, tokenizer)) for c in range(tokenizer.vocab_size)]
 
 
 def one_class(c: int, tokenizer: Tokenizer) -> Tokens:
     """The tokens that stand for class c alone."""
+    first_NA = at_times(torch.zeros(1), tokenizer.axes)
     if tokenizer.vocab_size is not None:
-        return Tokens(torch.tensor([c]), torch.zeros(1, 3))
+        return Tokens(torch.tensor([c]), first_NA)
     assert tokenizer.feature_size is not None
-    return Tokens(F.one_hot(torch.tensor([c]), tokenizer.feature_size).float(), torch.zeros(1, 3))
+    return Tokens(F.one_hot(torch.tensor([c]), tokenizer.feature_size).float(), first_NA)

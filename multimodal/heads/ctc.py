@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multimodal.heads.base import Head, Prediction, Readout, vocabulary
 from multimodal.shapes import StreamError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, Tokens, written_tokens
 
 
 def collapse(path_N: Tensor, blank: int, before: int | None = None) -> Tensor:
@@ -68,6 +68,6 @@ class CTC(Head):
         for rows in logits.float().log_softmax(-1).split(list(lengths)):
             best, path = rows.max(-1)
             ids = collapse(path, blank).cpu()
-            value = tokenizer.decode(Tokens(ids, tokenizer.places(len(ids))))
+            value = tokenizer.decode(written_tokens(tokenizer, ids))
             answers.append(Prediction(value, float(best.sum().exp())))
         return answers

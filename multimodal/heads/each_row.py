@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from multimodal.heads.base import Head, Prediction, Readout, class_count, ranges, tied_linear
 from multimodal.heads.pool import First, Transformed
 from multimodal.shapes import ConfigError, StreamError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, Tokens, at_times, written_tokens
 
 
 @final
@@ -87,9 +87,10 @@ class EachRow(Head):
                 best, content = rows.log_softmax(-1).max(-1)
                 sure = best.sum()
             if tokenizer.classes:
-                value = [tokenizer.decode(Tokens(row[None], torch.zeros(1, 3))) for row in content]
+                first_NA = at_times(torch.zeros(1), tokenizer.axes)
+                value = [tokenizer.decode(Tokens(row[None], first_NA)) for row in content]
             else:
-                value = tokenizer.decode(Tokens(content, tokenizer.places(len(content))))
+                value = tokenizer.decode(written_tokens(tokenizer, content))
             answers.append(Prediction(value, float(sure.exp())))
         return answers
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from multimodal.heads.base import EncodedSample, Head, LaidOut, Prediction, Readout, Segment, tokens_of
 from multimodal.pattern import Pattern
+from multimodal.positions import in_steps
 from multimodal.shapes import ConfigError, StreamError, TaskError
 from multimodal.tokenizer import Tokenizer, Tokens
 
@@ -101,7 +102,7 @@ class Masked(Head):
             return super().lay_out(sample)  # raises
         segments, pattern = sample.read(), sample.pattern
         where = f"field {pattern.writes.name!r}"
-        whole, step = sample.tokens[pattern.writes.name], sample.tokenizer.step
+        whole, step, axes = sample.tokens[pattern.writes.name], sample.tokenizer.step, sample.tokenizer.axes
         if whole is None:
             raise StreamError(f"{where} is None, but it is what {type(self).__name__} hides and rebuilds")
         try:
@@ -111,17 +112,17 @@ class Masked(Head):
         present = [field.name for field in pattern.reads if sample.tokens[field.name] is not None]
         at = present.index(pattern.writes.name)
         visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
-        segments[at] = Segment(pattern.writes.kind, visible, step, True)
+        segments[at] = Segment(pattern.writes.kind, visible, step, True, axes=axes)
         read = tokens_of(segments)
         hidden_NA = whole.position_NA[hidden_N]
         query = Tokens(torch.zeros(len(hidden_NA), dtype=torch.long), hidden_NA)
-        segments.append(Segment(sample.start.kind, query, step, True, within=at))
+        segments.append(Segment(sample.start.kind, query, step, True, within=at, axes=axes))
         target = None
         if sample.learn:
             target = self.target(Tokens(whole.content[hidden_N], hidden_NA), read, sample.tokenizer)
         return [LaidOut(segments, read, read, read + len(query), target, hidden=(whole, hidden_N))]
 
-    def hidden(self, tokens: Tokens, step: tuple[float, float, float], *, random: bool) -> Tensor:
+    def hidden(self, tokens: Tokens, step: tuple[float, ...], *, random: bool) -> Tensor:
         """Which tokens (N,) of a value are hidden: at least one is, and at least one is not.
 
         random: draw them from torch's global CPU generator; else they are a function of the value.
@@ -138,7 +139,7 @@ class Masked(Head):
         if not random:  # seeded by the value alone, so that its loss does not depend on the batch
             key = tokens.content.detach().cpu().contiguous().numpy().tobytes()
             generator = torch.Generator().manual_seed(crc32(key))
-        block_N = self._blocks(tokens.position_NA / torch.tensor(step), generator)
+        block_N = self._blocks(in_steps(tokens.position_NA, step), generator)
         blocks = int(block_N.max()) + 1
         # rounded at random, so its mean is the share
         chosen = int(self.share * blocks + torch.rand(1, generator=generator))
@@ -152,7 +153,7 @@ class Masked(Head):
             span = min(span, (int((step_NA.amax(0) - step_NA.amin(0)).max()) + 1) // 2)
         if span < 2:
             return torch.arange(len(step_NA))
-        cut_NA = (step_NA + torch.randint(span, (3,), generator=generator)) // span
+        cut_NA = (step_NA + torch.randint(span, (step_NA.shape[1],), generator=generator)) // span
         return torch.unique(cut_NA, dim=0, return_inverse=True)[1]
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:

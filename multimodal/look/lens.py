@@ -13,7 +13,7 @@ from multimodal.heads import one_class
 from multimodal.look.layers import layer_names, recorded, token_labels, transformers, whole_layers
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, written_tokens
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _classes(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:
     found = []
     for c in range(count):
         try:
-            tokens = one_class(c, tokenizer) if tokenizer.classes else Tokens(torch.tensor([c]), tokenizer.places(1))
+            tokens = one_class(c, tokenizer) if tokenizer.classes else written_tokens(tokenizer, torch.tensor([c]))
             value = tokenizer.decode(tokens) if c < (tokenizer.vocab_size or count) else None
         except ValueError:
             value = None

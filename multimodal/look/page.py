@@ -33,7 +33,7 @@ from multimodal.look.layer_xray import NAMES, LayerXRay, counted, percent
 from multimodal.look.lens import lens
 from multimodal.look.parameter_count import count_parameters
 from multimodal.shapes import ConfigError
-from multimodal.tokenizer import Tokenizer, Tokens
+from multimodal.tokenizer import Tokenizer, written_tokens
 
 if TYPE_CHECKING:
     from multimodal.look.attention_xray import XRay, XRayField
@@ -470,7 +470,7 @@ def _neighbours(ray: "XRay") -> str:
 
 def _token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[int, str]:
     """Each id with its text."""
-    return {i: visible(tokenizer.decode(Tokens(torch.tensor([i]), tokenizer.places(1)))) for i in ids}
+    return {i: visible(tokenizer.decode(written_tokens(tokenizer, torch.tensor([i])))) for i in ids}
 
 
 def _parameters(ray: "XRay") -> str:

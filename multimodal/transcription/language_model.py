@@ -14,7 +14,9 @@ from multimodal.attention import Cache, Layout, Span
 from multimodal.files import write_atomic
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
+from multimodal.positions import in_steps, on_axes, only_time
 from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.tokenizer import Tokens, written_tokens
 
 _START = -1  # a symbol before the text, so that beginnings have counts of their own
 
@@ -168,12 +170,23 @@ class ModelLM:
             return self._first_D
         self._cache.length = [self._prompted + shared]
         self._history = ids[:shared]  # should a step fail, no more than this is valid in the cache
+        self._place(ids, shared)
         state_TD = self._first_D[None]
         step = 1 if self._cache.memory is not None else len(ids)  # an EncoderDecoder's writer takes one token at a time
         for start in range(shared, len(ids), step):
             state_TD = self._step(ids[start : start + step], start, self._cache)
         self._history = ids
         return state_TD[-1]
+
+    def _place(self, ids: list[int], shared: int) -> None:
+        """Work out where these ids stand, of which the first `shared` are those of the history before."""
+        tokenizer = self.model.packer.answer_tokenizers[self.task]
+        if tokenizer.placed_by_content:
+            before = Tokens(torch.tensor(ids[:shared], dtype=torch.long), self._placed_NA[:shared])
+            more = written_tokens(tokenizer, torch.tensor(ids[shared:], dtype=torch.long), before)
+            self._placed_NA = torch.cat([before.position_NA, more.position_NA])
+            place_NA = in_steps(self._placed_NA, tokenizer.step)
+            self._place_NA = on_axes(place_NA, tokenizer.axes, self.model.packer.axes).to(self.model.device)
 
     def _step(self, ids: list[int], start: int, cache: Cache) -> Tensor:
         """States (T, D) of more ids, the first of which is number `start` of the text."""
@@ -189,12 +202,13 @@ class ModelLM:
         """A cache with the start of the written segment, from which all histories go on."""
         model, core = self.model, self.model.core.core
         stream = model.pack(self.task, [{}], answers=False)
-        tokenizer = model.packer.tokenizers[self.kind]
+        tokenizer = model.packer.answer_tokenizers[self.task]
+        self._placed_NA = torch.zeros(0, len(tokenizer.axes))
         cache = core.cache(rows=1, capacity=len(stream) + self.context, device=model.device, dtype=model.dtype)
         self._prompted = len(stream)
         self._segment = int(stream.layout.info.segment[-1]) + 1
-        self._place_NA = (tokenizer.places(self.context) / torch.tensor(tokenizer.step)).to(model.device)
-        last_A = stream.position_TA[-1]
-        self._after_A = (last_A + 1) * last_A.new_tensor([1, 0, 0])  # one step after the last token in time, as packed
+        place_NA = in_steps(tokenizer.places(self.context), tokenizer.step)
+        self._place_NA = on_axes(place_NA, tokenizer.axes, model.packer.axes).to(model.device)
+        self._after_A = only_time(stream.position_TA[-1] + 1)  # one step after the last token in time, as packed
         self._first_D = model(stream, cache=cache)[-1]
         return cache

@@ -9,6 +9,7 @@ from multimodal.attention import Cache, Layout, Span
 from multimodal.core import Transformer
 from multimodal.masks import And, Causal, Chunked, MaskInfo, Or, Rule
 from multimodal.model import Model
+from multimodal.positions import in_steps, on_axes
 from multimodal.shapes import ConfigError, MediaError, StreamError
 from multimodal.tokenizer import Tokenizer
 from multimodal.transcription.alignment import WordDecoder
@@ -155,8 +156,9 @@ class Listener:
                 f"Listener: {type(spec.tokenizer).__name__} gave {len(tokens)} tokens for {len(self._wave_S)} samples; "
                 f"wanted one for every {spec.unit}"
             )
-        position_TA = position_NA / torch.tensor(spec.tokenizer.step)
+        position_TA = in_steps(position_NA, spec.tokenizer.step)
         position_TA[:, 0] += self._start
+        position_TA = on_axes(position_TA, spec.tokenizer.axes, self.model.packer.axes)
         log_p_NV = self._log_p(content, position_TA)
         self.decoder.push(log_p_NV, position_TA[:, 0].double().round(decimals=3) * spec.step_s)
         self._fed = until

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from multimodal.shapes import ConfigError, MediaError, StreamError, check_whole
 from multimodal.texts import shortened
-from multimodal.tokenizer import Places, Tokenizer, Tokens
+from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times
 
 RESAMPLE: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic"},
@@ -85,7 +85,11 @@ class ClassTokens(Tokenizer):
         return self.of.lossy
 
     @property
-    def step(self) -> tuple[float, float, float]:
+    def axes(self) -> tuple[str, ...]:
+        return self.of.axes
+
+    @property
+    def step(self) -> tuple[float, ...]:
         return self.of.step
 
     def encode(self, value: Any) -> Tokens:
@@ -101,8 +105,7 @@ class ClassTokens(Tokenizer):
                 size = place_N.max().round() + 1
                 position_NA[:, axis] = 2 * pi * self.turns * (2 * ((place_N + 0.5) / size) - 1) * step
         position_NA[:, 0] += self.count * self.step[0]
-        first_NA = torch.zeros(self.count, 3)
-        first_NA[:, 0] = torch.arange(self.count) * self.step[0]
+        first_NA = at_times(torch.arange(self.count) * self.step[0], self.axes)
         empty = tokens.content.new_zeros(self.count, *tokens.content.shape[1:])
         return Tokens(torch.cat([empty, tokens.content]), torch.cat([first_NA, position_NA]))
 
@@ -230,7 +233,8 @@ class _Embed(nn.Module):
         # the cells of a grid of the table's own size are not always its own, since they are found in float32
         known: dict[tuple[int, int], Tensor] = {self.table: table_ND} if self.resample else {}
         found = []
-        for length, (_, rows, _) in zip(places.lengths, places.extents, strict=True):
+        for length, extent in zip(places.lengths, places.extents, strict=True):
+            rows = extent[1]
             columns, rest = divmod(length - self.count, rows)
             if rest:
                 raise StreamError(f"ClassTokens: {length - self.count} tokens are no grid of {rows} rows")

@@ -32,7 +32,7 @@ class Codes(Tokenizer):
     be written, and have `length` tokens. Values of other sizes can still be read and decoded.
 
     of: the tokenizer whose features are coded.
-    book: a safetensors file with "codes" (V, F), and "places" (N, 3) if they are stored.
+    book: a safetensors file with "codes" (V, F), and "places" (N, A) if they are stored.
     causal: whether a token that is read attends only to earlier ones.
     """
 
@@ -100,7 +100,11 @@ class Codes(Tokenizer):
         return self.of.length if places is None else len(places)
 
     @property
-    def step(self) -> tuple[float, float, float]:
+    def axes(self) -> tuple[str, ...]:
+        return self.of.axes
+
+    @property
+    def step(self) -> tuple[float, ...]:
         return self.of.step
 
     def encode(self, value: Any) -> Tokens:
@@ -123,6 +127,11 @@ class Codes(Tokenizer):
 
     def places(self, count: int) -> Tensor:
         places_NA = _opened(self.book).get("places")
+        if places_NA is None and self.of.placed_by_content:
+            raise ConfigError(
+                f"Codes: where a token of {type(self.of).__name__} stands depends on its features, which codes only approximate; "
+                "such codes can be read but not written"
+            )
         if places_NA is None:
             return self.of.places(count)
         if count > len(places_NA):
