@@ -294,12 +294,12 @@ class Packer:
                 mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
             parts = [p.part for p, _ in mine]
             first = torch.tensor([start + p.part.first for p, start in mine])
-            lengths = [part.last - part.first for part in parts]
+            lengths = [part.last - part.first if part.row_N is None else len(part.row_N) for part in parts]
             targets = [part.target for part in parts if part.target is not None]
             keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
             pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=ranges(first, torch.tensor(lengths)),
+                row_N=_rows(mine) if any(p.row_N is not None for p in parts) else ranges(first, torch.tensor(lengths)),
                 lengths=tuple(lengths),
                 samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
@@ -312,6 +312,12 @@ class Packer:
                 left=sum(part.side == 0 for part in parts) if pair else None,
             )
         return readings
+
+
+def _rows(parts: list[tuple[_Placed, int]]) -> Tensor:
+    """The rows that heads read, from parts and the rows at which they start."""
+    rows = [torch.arange(p.part.first, p.part.last) if p.part.row_N is None else p.part.row_N for p, _ in parts]
+    return torch.cat([row_N + start for row_N, (_, start) in zip(rows, parts, strict=True)])
 
 
 def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ class Tokenizer(Declared, ABC):
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
 
     Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
-    `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
+    `embed`; `picture` and `token_names` for display; `wanted` for measures; `answered` where an answer belongs to some of the
+    tokens only; `files` and `from_config` for large data.
 
     Examples:
         >>> @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class Tokenizer(Declared, ABC):
         """The answer that measures compare with: a text itself; for other kinds decode(encode(value)), such as the name of a class
         that was given by its number."""
         return value if self.text else self.decode(self(value, empty=True))
+
+    def answered(self, tokens: Tokens) -> Tensor:
+        """Which tokens (N,) of a value, as bool, have an answer of their own where a head such as `EachRow` answers token by token:
+        the first piece of each word of a text, or the nodes of a graph but not its edges. By default all have."""
+        return torch.ones(len(tokens), dtype=torch.bool)
 
     @property
     def written(self) -> "Tokenizer":

@@ -141,6 +141,9 @@ class Encoded(Tokenizer):
     def written_features(self) -> int | None:
         return self.inner.written_features
 
+    def answered(self, tokens: Tokens) -> Tensor:
+        return self.inner.answered(tokens)
+
     def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
         return self.inner.fed_back(features_NF, position_NA)
 

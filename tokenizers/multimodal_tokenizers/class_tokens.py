@@ -109,6 +109,9 @@ class ClassTokens(Tokenizer):
     def places(self, count: int) -> Tensor:
         raise ConfigError("ClassTokens: this kind can be read but not written")
 
+    def answered(self, tokens: Tokens) -> Tensor:
+        return torch.cat([torch.zeros(self.count, dtype=torch.bool), self.of.answered(self._own(tokens))])
+
     def token_names(self, tokens: Tokens) -> list[str]:
         first = ["class token"] if self.count == 1 else [f"learned {i}" for i in range(self.count)]
         return first + self.of.token_names(self._own(tokens))

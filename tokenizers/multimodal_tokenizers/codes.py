@@ -114,6 +114,9 @@ class Codes(Tokenizer):
     def decode(self, tokens: Tokens) -> Any:
         return self.of.decode(self.features(tokens))
 
+    def answered(self, tokens: Tokens) -> Tensor:
+        return self.of.answered(self.features(tokens))
+
     def picture(self, tokens: Tokens) -> Tensor | None:
         return self.of.picture(self.features(tokens))
 
