@@ -21,6 +21,7 @@ from multimodal.heads import Contrast, Head, default_head
 from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
+from multimodal.relations import Links, linked
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
 from multimodal.task import Task
@@ -70,6 +71,7 @@ class Packer:
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
+    relations: the names of the relations of all kinds; two kinds may share one.
     reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
     """
 
@@ -83,6 +85,7 @@ class Packer:
                 raise ConfigError(
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
                 )
+        self.relations = tuple(dict.fromkeys(name for t in self.tokenizers.values() for name in t.relations))
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
@@ -272,6 +275,7 @@ class Packer:
             order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
             bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
             segment=(torch.arange(len(segments)) - first_segment).int().repeat_interleave(sizes),
+            links=self._links(segments, segment_starts.tolist(), stream_size),
         )
         return Stream(
             content=content,
@@ -281,6 +285,17 @@ class Packer:
             readings=self._readings(placed, start_B.tolist(), answers),
             places=places,
         )
+
+    def _links(self, segments: list[Segment], starts: list[int], stream_size: int) -> Links | None:
+        """The relations of the tokens of a stream, from the pairs of each segment and the row at which it starts."""
+        found = []
+        for segment, start in zip(segments, starts, strict=True):
+            pairs = segment.tokens.pairs
+            if pairs is not None and len(pairs):
+                names = self.tokenizers[segment.kind].relations
+                number = torch.tensor([self.relations.index(name) for name in names])
+                found.append(torch.stack([pairs[:, 0] + start, pairs[:, 1] + start, number[pairs[:, 2]]], 1))
+        return linked(torch.cat(found), stream_size, self.relations) if found else None
 
     def _readings(self, placed: list[_Placed], starts: list[int], answers: bool) -> dict[str, Reading]:
         """By task, the rows that its head reads and their targets."""

@@ -26,6 +26,8 @@ class Tokens:
 
     content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
     position_NA: (N, 3) float32, the position of each token: time, row, column, in the tokenizer's own units.
+    pairs: (E, 3) int64, the related pairs: number of the query token, number of the key token, number of the relation in
+        `Tokenizer.relations`; None: there are none. They count where the value is read.
 
     Examples:
         >>> tokens = mm.Tokens(torch.tensor([4, 0, 7]), mm.at_times(torch.arange(3)))
@@ -35,9 +37,19 @@ class Tokens:
 
     content: Tensor
     position_NA: Tensor
+    pairs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.content.shape[0]
+
+    def kept(self, keep_N: Tensor) -> "Tokens":
+        """Some of the tokens, by a bool for each; a pair is kept if both of its tokens are."""
+        pairs = self.pairs
+        if pairs is not None:
+            both = pairs[keep_N[pairs[:, 0]] & keep_N[pairs[:, 1]]]
+            number_N = keep_N.cumsum(0) - 1
+            pairs = torch.stack([number_N[both[:, 0]], number_N[both[:, 1]], both[:, 2]], 1)
+        return Tokens(self.content[keep_N], self.position_NA[keep_N], pairs)
 
 
 def at_times(time_N: Tensor) -> Tensor:
@@ -90,6 +102,7 @@ class Tokenizer(Declared, ABC):
     learned: number of tokens before those of the value itself, such as a class token; they are no part of its picture.
     step: the distance in (time, row, column) that is one step for rotary positions, in the units of `position_NA`.
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
+    relations: names of the relations of tokens, which `Tokens.pairs` numbers and `masks.Linked` and `attention.Related` name.
 
     Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
     `embed`; `picture` and `token_names` for display; `wanted` for measures; `answered` where an answer belongs to some of the
@@ -115,6 +128,7 @@ class Tokenizer(Declared, ABC):
     learned: int = 0
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
     max_tokens: ClassVar[int] = 65536
+    relations: tuple[str, ...] = ()
 
     @abstractmethod
     def encode(self, value: Any) -> Tokens:
@@ -280,7 +294,29 @@ class Tokenizer(Declared, ABC):
                 )
         if not _finite(position_NA):
             raise MediaError(f"{name}.encode: {describe(value)} gave positions that are not finite")
+        if tokens.pairs is None:
+            return tokens
+        # encoders often return torch.tensor([]) for a value without pairs
+        if isinstance(tokens.pairs, Tensor) and not tokens.pairs.numel():
+            return Tokens(content, position_NA)
+        self._check_pairs(tokens)
         return tokens
+
+    def _check_pairs(self, tokens: Tokens) -> None:
+        """Raise a MediaError unless the pairs are of tokens and relations that exist."""
+        name, pairs, wanted = type(self).__name__, tokens.pairs, "int64 (E, 3): query, key, relation"
+        if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 3:
+            kind = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else describe(pairs)
+            raise MediaError(f"{name}.encode: pairs is {kind}, wanted {wanted}")
+        for what, part, count in (
+            ("tokens", pairs[:, :2], len(tokens)),
+            ("relations", pairs[:, 2], len(self.relations)),
+        ):
+            if not 0 <= int(part.min()) <= int(part.max()) < count:
+                raise MediaError(
+                    f"{name}.encode: pairs name {what} from {int(part.min())} to {int(part.max())}, but there are {count}"
+                    + ("; declare `relations`, their names" if not self.relations else "")
+                )
 
     def files(self) -> dict[str, bytes]:
         """Files, by name, that are saved beside the weights and passed to `from_config`; for data too large for `config`."""

@@ -22,6 +22,7 @@ from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads.pool import Mean, Pool
 from multimodal.layers.mlp import ACTIVATIONS
 from multimodal.masks import MaskInfo
+from multimodal.relations import named_relations
 from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Places, Tokenizer, Tokens
 
@@ -367,6 +368,11 @@ class Tower(Tokenizer):
         check_part("Tower: tokenizer", self.tokenizer, Tokenizer, "ImagePatches()")
         check_part("Tower: core", self.core, Core, "Core.small()")
         check_part("Tower: connector", self.connector, Connector, "Linear()")
+        if names := named_relations(self.core):
+            raise ConfigError(
+                f"Tower: its core names the relations {', '.join(names)}, but a tower's content has no place for pairs of tokens; "
+                "let the model's own core read this kind"
+            )
 
     @classmethod
     def of(

@@ -124,6 +124,10 @@ class Encoded(Tokenizer):
     def step(self) -> tuple[float, float, float]:
         return self.inner.step
 
+    @property
+    def relations(self) -> tuple[str, ...]:
+        return self.inner.relations
+
     def encode(self, value: Any) -> Tokens:
         return value
 

@@ -145,7 +145,8 @@ class EncodedSample:
         return encode_field(tokenizer, self.values[name], self.where, name, empty=True)
 
     def written(self, tokens: Tokens) -> Segment:
-        """The segment of an answer, whose tokens are causal."""
+        """The segment of an answer, whose tokens are causal. They have no relations, as these are not known while it is written."""
+        tokens = tokens if tokens.pairs is None else Tokens(tokens.content, tokens.position_NA)
         return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
 
 

@@ -110,7 +110,7 @@ class Masked(Head):
             raise StreamError(f"{where}: {error}") from None
         present = [field.name for field in pattern.reads if sample.tokens[field.name] is not None]
         at = present.index(pattern.writes.name)
-        visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
+        visible = whole.kept(~hidden_N)
         segments[at] = Segment(pattern.writes.kind, visible, step, True)
         read = tokens_of(segments)
         hidden_NA = whole.position_NA[hidden_N]

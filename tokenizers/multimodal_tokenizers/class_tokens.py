@@ -85,6 +85,10 @@ class ClassTokens(Tokenizer):
         return self.of.lossy
 
     @property
+    def relations(self) -> tuple[str, ...]:
+        return self.of.relations
+
+    @property
     def step(self) -> tuple[float, float, float]:
         return self.of.step
 
@@ -104,7 +108,8 @@ class ClassTokens(Tokenizer):
         first_NA = torch.zeros(self.count, 3)
         first_NA[:, 0] = torch.arange(self.count) * self.step[0]
         empty = tokens.content.new_zeros(self.count, *tokens.content.shape[1:])
-        return Tokens(torch.cat([empty, tokens.content]), torch.cat([first_NA, position_NA]))
+        pairs = None if tokens.pairs is None else tokens.pairs + torch.tensor([self.count, self.count, 0])
+        return Tokens(torch.cat([empty, tokens.content]), torch.cat([first_NA, position_NA]), pairs)
 
     def places(self, count: int) -> Tensor:
         raise ConfigError("ClassTokens: this kind can be read but not written")

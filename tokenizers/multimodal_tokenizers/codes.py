@@ -100,6 +100,10 @@ class Codes(Tokenizer):
         return self.of.length if places is None else len(places)
 
     @property
+    def relations(self) -> tuple[str, ...]:
+        return self.of.relations
+
+    @property
     def step(self) -> tuple[float, float, float]:
         return self.of.step
 
@@ -109,7 +113,7 @@ class Codes(Tokenizer):
         except ValueError as error:
             raise MediaError(f"Codes.encode: {shortened(str(error), 1000)}") from error
         codes_VF = self.codes_VF
-        return Tokens(nearest(tokens.content[:, : codes_VF.shape[1]], codes_VF)[0], tokens.position_NA)
+        return Tokens(nearest(tokens.content[:, : codes_VF.shape[1]], codes_VF)[0], tokens.position_NA, tokens.pairs)
 
     def decode(self, tokens: Tokens) -> Any:
         return self.of.decode(self.features(tokens))
