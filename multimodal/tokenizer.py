@@ -299,24 +299,8 @@ class Tokenizer(Declared, ABC):
         # encoders often return torch.tensor([]) for a value without pairs
         if isinstance(tokens.pairs, Tensor) and not tokens.pairs.numel():
             return Tokens(content, position_NA)
-        self._check_pairs(tokens)
+        check_pairs(self, tokens)
         return tokens
-
-    def _check_pairs(self, tokens: Tokens) -> None:
-        """Raise a MediaError unless the pairs are of tokens and relations that exist."""
-        name, pairs, wanted = type(self).__name__, tokens.pairs, "int64 (E, 3): query, key, relation"
-        if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 3:
-            kind = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else describe(pairs)
-            raise MediaError(f"{name}.encode: pairs is {kind}, wanted {wanted}")
-        for what, part, count in (
-            ("tokens", pairs[:, :2], len(tokens)),
-            ("relations", pairs[:, 2], len(self.relations)),
-        ):
-            if not 0 <= int(part.min()) <= int(part.max()) < count:
-                raise MediaError(
-                    f"{name}.encode: pairs name {what} from {int(part.min())} to {int(part.max())}, but there are {count}"
-                    + ("; declare `relations`, their names" if not self.relations else "")
-                )
 
     def files(self) -> dict[str, bytes]:
         """Files, by name, that are saved beside the weights and passed to `from_config`; for data too large for `config`."""
@@ -325,6 +309,23 @@ class Tokenizer(Declared, ABC):
     def places(self, count: int) -> Tensor:
         """Positions (count, 3) of the first tokens of a value that is being written; they must agree with `encode`."""
         return at_times(torch.arange(count, dtype=torch.float32))
+
+
+def check_pairs(tokenizer: Tokenizer, tokens: Tokens) -> None:
+    """Raise a MediaError unless the pairs are of tokens and relations that exist."""
+    name, pairs, wanted = type(tokenizer).__name__, tokens.pairs, "int64 (E, 3): query, key, relation"
+    if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 3:
+        kind = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else describe(pairs)
+        raise MediaError(f"{name}.encode: pairs is {kind}, wanted {wanted}")
+    for what, part, count in (
+        ("tokens", pairs[:, :2], len(tokens)),
+        ("relations", pairs[:, 2], len(tokenizer.relations)),
+    ):
+        if not 0 <= int(part.min()) <= int(part.max()) < count:
+            raise MediaError(
+                f"{name}.encode: pairs name {what} from {int(part.min())} to {int(part.max())}, but there are {count}"
+                + ("; declare `relations`, their names" if not tokenizer.relations else "")
+            )
 
 
 def _finite(tensor: Tensor) -> bool:

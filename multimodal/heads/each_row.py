@@ -104,7 +104,7 @@ class EachRow(Head):
             for segment in sample.read([field]):
                 if self._answers(field, segment.kind):
                     tokenizer = sample.tokenizers[segment.kind]
-                    rows.append(start + _answered(tokenizer, segment.tokens).nonzero()[:, 0])
+                    rows.append(start + answered_rows(tokenizer, segment.tokens).nonzero()[:, 0])
                 start += len(segment.tokens)
         return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
 
@@ -242,7 +242,7 @@ def _given(sample: EncodedSample) -> tuple[Tokens, Tensor]:
     return Tokens(torch.cat([t.content for t in parts]), torch.cat([t.position_NA for t in parts])), known_N
 
 
-def _answered(tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
+def answered_rows(tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
     """`Tokenizer.answered`, checked.
 
     Raises:
