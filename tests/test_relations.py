@@ -214,6 +214,7 @@ def test_a_prior_is_a_number_for_each_relation(rule: Rule, backend: str):
     wanted = softmax_by_hand(q, k, v, allowed, torch.einsum("hr,rtm->htm", mine, tables))
     (wanted * upstream).sum().backward()
     torch.testing.assert_close(found, wanted, atol=5e-6, rtol=0)
+    assert mine.grad is not None
     torch.testing.assert_close(weights.table.grad, mine.grad.float(), atol=1e-5, rtol=1e-4)
     assert float(mine.grad[:, :2].abs().min()) > 1e-4, "the case has both relations"
     assert float(weights.table.grad[:, 2].abs().max()) == 0
@@ -329,6 +330,8 @@ def test_what_follows_a_cached_prefix_has_its_relations(lively, length: int):
     sample = {"text": "hey", "steps": steps}
     plain = model.generate("text steps -> answer:text", [sample], max_tokens=4)[0]
     cached = model.generate("text steps -> answer:text", [{"steps": steps}], prefix=prefix, max_tokens=4)[0]
+    assert cached.tokens is not None
+    assert plain.tokens is not None
     assert cached.tokens.content.tolist() == plain.tokens.content.tolist()
     assert cached.confidence == pytest.approx(plain.confidence, rel=1e-5)
 
@@ -424,9 +427,12 @@ def test_tokens_that_are_left_out_or_put_before_take_their_pairs_along():
     assert kept.pairs.tolist() == [[0, 2, 1], [2, 1, 0]]
     around = ClassTokens(Graph(), count=2)
     assert around.relations == ("edge", "twin")
-    assert around(([0, 1], [(0, 1, 1)])).pairs.tolist() == [[2, 3, 1]]
+    pairs = around(([0, 1], [(0, 1, 1)])).pairs
+    assert pairs is not None
+    assert pairs.tolist() == [[2, 3, 1]]
     assert Graph()(([0, 1], [])).pairs is None
     # two graphs that differ in an edge are two things that belong to two captions
+    assert tokens.pairs is not None
     assert fingerprint([tokens]) != fingerprint([replace(tokens, pairs=tokens.pairs[:2])])
 
 

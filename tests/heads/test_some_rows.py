@@ -13,7 +13,8 @@ import multimodal as mm
 from multimodal.check import verify
 from multimodal.check.values import Encoded
 from multimodal.heads import EachRow
-from multimodal.heads.base import EncodedSample, Segment
+from multimodal.heads.base import EncodedSample, Reading, Segment
+from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
@@ -93,8 +94,9 @@ def test_the_rows_are_those_that_the_kind_says_and_whose_answer_is_known():
             found[sample] = (row_N - start).tolist()
         assert found == wanted
         assert reading.target_lengths == reading.lengths
-    assert stream.readings[NODE].target is not None
-    by_sample = dict(zip(stream.readings[NODE].samples, stream.readings[NODE].target.split(2), strict=True))
+    target = stream.readings[NODE].target
+    assert target is not None
+    by_sample = dict(zip(stream.readings[NODE].samples, target.split(2), strict=True))
     assert {sample: ids.tolist() for sample, ids in by_sample.items()} == {1: [0, 2], 3: [1, 0]}
     # without answers every node and every word has one
     asked = model.packer([(TAG, texts[0]), (NODE, GRAPHS[2])], answers=False)
@@ -174,7 +176,7 @@ def test_a_part_of_a_field_is_answered():
             return segments
 
     head = EachRow(of="sheet.words")
-    pattern = head.bind(mm.pattern.Pattern.parse("text sheet:page -> tags:tag"))
+    pattern = head.bind(Pattern.parse("text sheet:page -> tags:tag"))
     kinds = {"text": TextBytes(), "page.picture": TextBytes(), "page.words": Words(), "tag": Labels(("x", "y"))}
     tokens = {"text": Words()("ab c"), "sheet": Words()("ab c")}
     sample = Page(
@@ -203,17 +205,22 @@ class Ids(Tokenizer):
         return tokens.content.tolist()
 
 
+def rows_and_target(reading: Reading) -> tuple[list[int], list[Any]]:
+    assert reading.target is not None
+    return reading.row_N.tolist(), reading.target.tolist()
+
+
 def test_lists_of_other_kinds_may_have_gaps_too():
     sets = Labels(("a", "b", "c"), several=True)
     kinds = {"words": Words(), "ids": Ids(), "sets": sets}
     tasks = [Task(f"words -> {kind}", EachRow()) for kind in ("ids", "sets")]
     model = mm.Model(kinds, mm.Core(width=8, depth=1, heads=1), tasks)
     reading = model.pack("words -> ids", [{"words": "a b c", "ids": [4, None, 7]}]).readings["words -> ids"]
-    assert (reading.row_N.tolist(), reading.target.tolist()) == ([0, 4], [4, 7])
+    assert rows_and_target(reading) == ([0, 4], [4, 7])
     reading = model.pack("words -> sets", [{"words": "a b", "sets": [None, ["a", "c"]]}]).readings["words -> sets"]
-    assert (reading.row_N.tolist(), reading.target.tolist()) == ([2], [[1, 0, 1]])
+    assert rows_and_target(reading) == ([2], [[1, 0, 1]])
     one = model.pack("words -> sets", [{"words": "a b", "sets": ["a", "c"]}]).readings["words -> sets"]
-    assert (one.row_N.tolist(), one.target.tolist()) == ([2], [[1, 0, 1]])  # one set, for the last row, as it was
+    assert rows_and_target(one) == ([2], [[1, 0, 1]])  # one set, for the last row, as it was
 
 
 def test_what_cannot_be_answered_is_refused():
