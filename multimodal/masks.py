@@ -46,7 +46,7 @@ class MaskInfo:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "MaskInfo":
         """What is known of some of the tokens, or of all of them in another shape."""
-        return MaskInfo(*map(change, self.numbers), None if self.links is None else self.links.map(change))
+        return MaskInfo(*map(change, self.numbers), links=None if self.links is None else self.links.map(change))
 
     @property
     def free(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from multimodal.attention import Layout, Span
 from multimodal.declare import check_ordered
 from multimodal.heads import Contrast, Head, default_head
-from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
+from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokenizer_of, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
 from multimodal.relations import Links, linked
@@ -85,6 +85,7 @@ class Packer:
                 raise ConfigError(
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
                 )
+        self._relation_numbers: dict[str, Tensor] = {}  # by kind, the number in `relations` of each of its own
         self.relations = tuple(dict.fromkeys(name for t in self.tokenizers.values() for name in t.relations))
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
@@ -288,12 +289,15 @@ class Packer:
 
     def _links(self, segments: list[Segment], starts: list[int], stream_size: int) -> Links | None:
         """The relations of the tokens of a stream, from the pairs of each segment and the row at which it starts."""
+        if not self.relations:
+            return None
         found = []
         for segment, start in zip(segments, starts, strict=True):
             pairs = segment.tokens.pairs
             if pairs is not None and len(pairs):
-                names = self.tokenizers[segment.kind].relations
-                number = torch.tensor([self.relations.index(name) for name in names])
+                if (number := self._relation_numbers.get(segment.kind)) is None:
+                    names = tokenizer_of(self.tokenizers, segment.kind).relations
+                    number = self._relation_numbers[segment.kind] = torch.tensor(list(map(self.relations.index, names)))
                 found.append(torch.stack([pairs[:, 0] + start, pairs[:, 1] + start, number[pairs[:, 2]]], 1))
         return linked(torch.cat(found), stream_size, self.relations) if found else None
 

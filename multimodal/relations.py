@@ -7,9 +7,11 @@ The table has a line for each related pair and none for the others, so its size 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.declare import parts_within
@@ -98,6 +100,16 @@ class Links:
             if name in self.table.names:
                 found = found | self.table.sets[:, self.table.names.index(name)][relation]
         return found
+
+    def sets_of(self, names: tuple[str, ...]) -> Tensor:
+        """Which of these relations each set has, (S, R) bool; none has one that the table does not know."""
+        return F.pad(self.table.sets, (0, 1))[:, _columns(self.table.names, names)]
+
+
+@lru_cache(256)
+def _columns(known: tuple[str, ...], names: tuple[str, ...]) -> list[int]:
+    """The place of each name among those that are known; -1 where it is none of them."""
+    return [known.index(name) if name in known else -1 for name in names]
 
 
 def linked(pairs: Tensor, rows: int, names: tuple[str, ...]) -> Links:

@@ -342,7 +342,8 @@ class Tower(Tokenizer):
     """A kind that is embedded by an encoder of its own: a tokenizer, an inner core and a connector, such as a vision tower.
 
     The inner core reads each value by itself. The connector groups inner tokens into stream tokens. A stream token has the content
-    of its inner tokens, and its time is the time of the first of them, or its index if these times do not increase.
+    of its inner tokens, and its time is the time of the first of them, or its index if these times do not increase. The relations
+    of inner tokens are not kept.
 
     tokenizer: turns a value into inner tokens. Attention among them is bidirectional unless it is causal.
     core: the inner core.

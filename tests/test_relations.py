@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import multimodal as mm
@@ -199,6 +199,7 @@ def test_a_prior_is_a_number_for_each_relation(rule: Rule, backend: str):
     stream = packed(batch)
     mechanism = plainly(Related("twin", "edge", "nowhere"))
     (weights,) = mechanism.prior_weights
+    assert isinstance(weights.table, nn.Parameter)
     assert torch.equal(weights.table, torch.zeros(4, 3))  # nothing is preferred at first
     number = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     weights.table.data.copy_(number)
@@ -215,6 +216,7 @@ def test_a_prior_is_a_number_for_each_relation(rule: Rule, backend: str):
     (wanted * upstream).sum().backward()
     torch.testing.assert_close(found, wanted, atol=5e-6, rtol=0)
     assert mine.grad is not None
+    assert weights.table.grad is not None
     torch.testing.assert_close(weights.table.grad, mine.grad.float(), atol=1e-5, rtol=1e-4)
     assert float(mine.grad[:, :2].abs().min()) > 1e-4, "the case has both relations"
     assert float(weights.table.grad[:, 2].abs().max()) == 0

@@ -107,9 +107,7 @@ class Related(ReadsRelations, Prior):
         links, relation_BTM = pairs.q.links, pairs.relation
         if links is None or relation_BTM is None:
             return weights.table.new_zeros(1, 1, 1, 1)
-        names, none = links.table.names, links.table.sets.new_zeros(len(links.table.sets))
-        has_RS = torch.stack([links.table.sets[:, names.index(n)] if n in names else none for n in self.relations])
-        bias_SH = (weights.table @ has_RS.to(weights.table.dtype)).T
+        bias_SH = links.sets_of(self.relations).to(weights.table.dtype) @ weights.table.T
         # an embedding, whose gradient is summed in a fixed order; row 0 has no relation
         return F.embedding(relation_BTM, bias_SH, padding_idx=0).permute(0, 3, 1, 2)
 

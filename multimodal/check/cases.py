@@ -183,9 +183,8 @@ def _copied(tokens: Any) -> Any:
     parts = (tokens.content, tokens.position_NA) if isinstance(tokens, Tokens) else ()
     if not parts or not all(isinstance(x, Tensor) for x in parts):
         return tokens
-    return Tokens(
-        *(x.clone() for x in parts), tokens.pairs.clone() if isinstance(tokens.pairs, Tensor) else tokens.pairs
-    )
+    pairs = tokens.pairs.clone() if isinstance(tokens.pairs, Tensor) else tokens.pairs
+    return Tokens(tokens.content.clone(), tokens.position_NA.clone(), pairs)
 
 
 def contents(value: Any) -> Any:

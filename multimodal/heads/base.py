@@ -150,6 +150,13 @@ class EncodedSample:
         return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
 
 
+def tokenizer_of(tokenizers: Mapping[str, Tokenizer], kind: str) -> Any:
+    """The tokenizer of a segment's kind; of "page.words" that of this part of the kind "page"."""
+    name, _, part = kind.partition(".")
+    tokenizer: Any = tokenizers[name]
+    return tokenizer.at(part) if part else tokenizer
+
+
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
     """The tokens of a field's value, which may be Tokens already.
 

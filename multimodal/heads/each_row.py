@@ -18,6 +18,7 @@ from multimodal.heads.base import (
     encode_field,
     ranges,
     tied_linear,
+    tokenizer_of,
 )
 from multimodal.heads.pool import First, Transformed
 from multimodal.pattern import Field, Pattern
@@ -87,7 +88,9 @@ class EachRow(Head):
             tokens, known_N = _given(sample)
             self._check_count(len(known_N), len(row_N))
             _check_bits(tokens, sample.tokenizer)
-            target, row_N = tokens.content, row_N[len(row_N) - len(known_N) :][known_N]
+            target = tokens.content
+            if len(known_N):  # an empty answer has no rows of its own
+                row_N = row_N[len(row_N) - len(known_N) :][known_N]
         return [replace(part, target=target, row_N=row_N if len(row_N) < part.read else None)]
 
     def any_answer(self, sample: EncodedSample) -> Tokens:
@@ -103,7 +106,7 @@ class EachRow(Head):
         for field in sample.pattern.reads:
             for segment in sample.read([field]):
                 if self._answers(field, segment.kind):
-                    tokenizer = sample.tokenizers[segment.kind]
+                    tokenizer = tokenizer_of(sample.tokenizers, segment.kind)
                     rows.append(start + answered_rows(tokenizer, segment.tokens).nonzero()[:, 0])
                 start += len(segment.tokens)
         return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
@@ -111,7 +114,9 @@ class EachRow(Head):
     def _answers(self, field: Field, kind: str) -> bool:
         """Whether tokens of this kind, in this field, are among those of `of`."""
         name, _, part = (self.of or "").partition(".")
-        return self.of is None or (field.name == name and (not part or kind == f"{field.kind}.{part}"))
+        return self.of is None or (
+            field.name == name and f"{kind}.".startswith(f"{field.kind}.{part}".rstrip(".") + ".")
+        )
 
     def _check_count(self, count: int, rows: int) -> None:
         """Raise a StreamError unless an answer of `count` tokens is one for these rows."""

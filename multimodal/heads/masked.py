@@ -32,7 +32,8 @@ class Masked(Head):
 
     Tokens are hidden in blocks, each with probability `share`; at least one block is hidden and one is visible. A block is a span
     of time or a square of patches, `span` steps long; of 1 step it is a single token. If a value is shorter than two blocks, blocks
-    are half as long as the value. The field is bidirectional, even if its kind is causal.
+    are half as long as the value. The field is bidirectional, even if its kind is causal. A pair of related tokens is
+    left out if one of them is hidden.
 
     The loss is the cross-entropy of ids, or the squared error of features. With normalise="token" each hidden token is normalised
     by its own mean and standard deviation first (He et al. 2022, table 1d), so that texture counts and not brightness; that is for

@@ -167,6 +167,12 @@ def test_a_model_learns_to_tag_words_and_nodes():
 def test_a_part_of_a_field_is_answered():
     """Kinds of parts are named "page.words"; the other parts and the other fields are not answered."""
 
+    class Parts:
+        """A kind made of two others."""
+
+        def at(self, part: str) -> Tokenizer:
+            return {"picture": TextBytes(), "words": Words()}[part]
+
     class Page(EncodedSample):
         def read(self, fields=None) -> list[Segment]:
             segments = []
@@ -177,7 +183,7 @@ def test_a_part_of_a_field_is_answered():
 
     head = EachRow(of="sheet.words")
     pattern = head.bind(Pattern.parse("text sheet:page -> tags:tag"))
-    kinds = {"text": TextBytes(), "page.picture": TextBytes(), "page.words": Words(), "tag": Labels(("x", "y"))}
+    kinds: dict[str, Any] = {"text": TextBytes(), "page": Parts(), "tag": Labels(("x", "y"))}
     tokens = {"text": Words()("ab c"), "sheet": Words()("ab c")}
     sample = Page(
         "sample 0", pattern, kinds, {"tags": ["x", "y"]}, tokens, kinds["tag"], head.start("", "", kinds["tag"]), True
@@ -221,6 +227,13 @@ def test_lists_of_other_kinds_may_have_gaps_too():
     assert rows_and_target(reading) == ([2], [[1, 0, 1]])
     one = model.pack("words -> sets", [{"words": "a b", "sets": ["a", "c"]}]).readings["words -> sets"]
     assert rows_and_target(one) == ([2], [[1, 0, 1]])  # one set, for the last row, as it was
+
+
+def test_an_empty_answer_has_no_target():
+    model = mm.Model({"words": Words(), "text": TextBytes()}, mm.Core.tiny(), [Task("words -> text", EachRow())])
+    stream = model.pack("words -> text", [{"words": "a b", "text": ""}, {"words": "a b", "text": "x"}])
+    assert stream.readings["words -> text"].target_lengths == (0, 1)
+    assert model.losses(stream)["words -> text"].item() > 0
 
 
 def test_what_cannot_be_answered_is_refused():
