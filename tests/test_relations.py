@@ -321,13 +321,13 @@ def test_packed_is_alone_is_cached_is_saved(lively, tmp_path):
 @pytest.mark.parametrize("length", [1, 4])
 def test_what_follows_a_cached_prefix_has_its_relations(lively, length: int):
     """With one token more the cache takes a step, with several it appends; the token has a pair with itself."""
-    core = MIXED.replace(block=(SelfAttention(mask=Linked("back") & Causal(), prior=Related("edge")), MLP()))
+    core = MIXED.replace(block=(SelfAttention(mask=Linked("back") | ~SameSegment(), prior=Related("edge")), MLP()))
     model = lively(reading(core, ["text steps -> answer:text"]))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "prior_weights" in name:
                 weight.fill_(2.0)
-    steps = (list(range(length)), [(i, j, (i + j) % 2) for i in range(length) for j in range(i + 1)])
+    steps = (list(range(length)), [(i, j, (i + j + length) % 2) for i in range(length) for j in range(i + 1)])
     prefix = model.read("text steps -> answer:text", text="hey")
     sample = {"text": "hey", "steps": steps}
     plain = model.generate("text steps -> answer:text", [sample], max_tokens=4)[0]
