@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import types
 import typing
-from collections.abc import Mapping, MappingView, Set
+from collections.abc import Iterator, Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
 from multimodal.files import check_fields
@@ -114,6 +114,17 @@ def part_types(data: Any) -> set[str]:
         own = {data["type"]} if isinstance(data.get("type"), str) and "config" in data else set()
         return own.union(*(part_types(value) for value in data.values()))
     return set().union(*(part_types(value) for value in data)) if isinstance(data, list) else set()
+
+
+def parts_within(part: Any) -> Iterator["Declared"]:
+    """A declaration and all those within it, from the outside in; also of a tuple of them."""
+    if isinstance(part, (tuple, list)):
+        for one in part:
+            yield from parts_within(one)
+    elif isinstance(part, Declared):
+        yield part
+        for name in _fields(type(part)):
+            yield from parts_within(getattr(part, name))
 
 
 def type_name(cls: type) -> str:

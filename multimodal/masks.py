@@ -5,7 +5,9 @@ a whole matrix, the block-sparse backend for single index pairs, the cached deco
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from multimodal.declare import Declared, check_part
 from multimodal.old_names import moved, warn
+from multimodal.relations import Links, ReadsRelations
 from multimodal.shapes import ConfigError
 
 
@@ -24,15 +27,26 @@ class MaskInfo:
     order: index of the token within its sample.
     bidirectional: 1 for a token that attends in both directions, 0 for a causal one.
     segment: number of the token's field within its sample.
+    links: its relations to other tokens; None: no token of the stream has any.
     """
 
     sample: Tensor
     order: Tensor
     bidirectional: Tensor
     segment: Tensor
+    links: Links | None = None
 
     def __getitem__(self, index) -> "MaskInfo":
-        return MaskInfo(*(getattr(self, f.name)[index] for f in fields(self)))
+        return self.map(lambda x: x[index])
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sample, order, bidirectional and segment."""
+        return self.sample, self.order, self.bidirectional, self.segment
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "MaskInfo":
+        """What is known of some of the tokens, or of all of them in another shape."""
+        return MaskInfo(*map(change, self.numbers), links=None if self.links is None else self.links.map(change))
 
     @property
     def free(self) -> Tensor:
@@ -75,7 +89,12 @@ class Pairs:
             return self.k.order.new_full((1, 1, 1), self.k.order.shape[-1])
         return self.allowed.sum(-1, keepdim=True)
 
-    @property
+    @cached_property
+    def relation(self) -> Tensor | None:
+        """The set of relations of each pair, (B, T, M), as a row of `PairTable.sets`; None: no token is related to another."""
+        return None if self.q.links is None or self.k.links is None else self.q.links.relation(self.k.links)
+
+    @cached_property
     def alone(self) -> "Pairs":
         """A copy with the sample index 0 for all queries and keys, also for keys of no sample, such as learned slots."""
         return replace(self, q=self.q.alone, k=self.k.alone)
@@ -295,6 +314,25 @@ class Chunked(Rule):
 
     def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
         return k.order // self.size <= q.order // self.size
+
+
+@dataclass(frozen=True, init=False)
+class Linked(ReadsRelations, Rule):
+    """A token attends to itself and to the tokens to which it has one of these relations: `Linked("edge", "next")`.
+
+    The pairs are those that `Tokenizer.encode` gives with the tokens of a value. Tokens without any, such as what a head adds,
+    attend to themselves alone; `Linked("edge") | ~SameSegment()` lets all attend to other fields too.
+
+    relations: the names of the relations, as a tokenizer of the model declares them.
+    """
+
+    relations: tuple[str, ...]
+
+    def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
+        itself = k.order == q.order
+        if q.links is None or k.links is None:
+            return itself
+        return itself | q.links.has_any(k.links, self.relations)
 
 
 @dataclass(frozen=True)

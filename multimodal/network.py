@@ -19,7 +19,8 @@ from multimodal.heads import Head, Readout
 from multimodal.old_names import warn
 from multimodal.packer import Packer
 from multimodal.positions import check_known
-from multimodal.shapes import ConfigError, StreamError
+from multimodal.relations import named_relations
+from multimodal.shapes import ConfigError, StreamError, did_you_mean
 from multimodal.stream import Stream
 from multimodal.task import Task
 from multimodal.tokenizer import Places, Tokenizer
@@ -65,6 +66,7 @@ class Network(nn.Module):
         if isinstance(core, EncoderDecoder):
             repair = "core.replace(reader=core.reader.replace(axes={axes}), writer=core.writer.replace(axes={axes}))"
         check_known("Model: ", kinds, core.axes, repair)
+        _check_relations(core, self.packer)
         self.seed = seed
         # each part has its own random numbers, by the seed and its name, so that one more tokenizer changes no other part
         self.embeds = nn.ModuleDict()
@@ -319,6 +321,20 @@ def _check_names(tokenizers: Mapping[str, Tokenizer]) -> None:
                 f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
                 f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
                 f"'{name}:{name.strip('_')}_kind -> ...'"
+            )
+
+
+def _check_relations(core: Core | EncoderDecoder, packer: Packer) -> None:
+    """Raise a ConfigError if the core names a relation that no tokenizer declares."""
+    for name in named_relations(core):
+        if name not in packer.relations:
+            known = (
+                ", ".join(map(repr, packer.relations))
+                or "none: a tokenizer declares `relations` and gives Tokens.pairs"
+            )
+            raise ConfigError(
+                f"Model: the core names the relation {name!r}, which no tokenizer declares; there are {known}"
+                + did_you_mean(name, packer.relations)
             )
 
 

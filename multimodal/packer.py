@@ -18,10 +18,11 @@ from torch import Tensor
 from multimodal.attention import Layout, Span
 from multimodal.declare import check_ordered
 from multimodal.heads import Contrast, Head, default_head
-from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
+from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokenizer_of, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
 from multimodal.positions import check_axes
+from multimodal.relations import Links, linked
 from multimodal.shapes import AXES, ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
 from multimodal.task import Task
@@ -72,6 +73,7 @@ class Packer:
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
     axes: the position axes of its streams, which are those of the model's core; if not given, those of all its kinds.
+    relations: the names of the relations of all kinds; two kinds may share one.
     reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
     most_times: the times for which the core has learned positions, of an EncoderDecoder those of reader and writer; None: any. The
         model sets it.
@@ -94,6 +96,8 @@ class Packer:
             check_axes(f"tokenizers[{name!r}]: axes", tokenizer.axes)
         known = dict.fromkeys(axis for tokenizer in self.tokenizers.values() for axis in tokenizer.axes)
         self.axes: tuple[str, ...] = axes or (*AXES, *(axis for axis in known if axis not in AXES))
+        self._relation_numbers: dict[str, Tensor] = {}  # by kind, the number in `relations` of each of its own
+        self.relations = tuple(dict.fromkeys(name for t in self.tokenizers.values() for name in t.relations))
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
@@ -311,6 +315,7 @@ class Packer:
             order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
             bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
             segment=(torch.arange(len(segments)) - first_segment).int().repeat_interleave(sizes),
+            links=self._links(segments, segment_starts.tolist(), stream_size),
         )
         return Stream(
             content=content,
@@ -320,6 +325,20 @@ class Packer:
             readings=self._readings(placed, start_B.tolist(), answers),
             places=places,
         )
+
+    def _links(self, segments: list[Segment], starts: list[int], stream_size: int) -> Links | None:
+        """The relations of the tokens of a stream, from the pairs of each segment and the row at which it starts."""
+        if not self.relations:
+            return None
+        found = []
+        for segment, start in zip(segments, starts, strict=True):
+            pairs = segment.tokens.pairs
+            if pairs is not None and len(pairs):
+                if (number := self._relation_numbers.get(segment.kind)) is None:
+                    names = tokenizer_of(self.tokenizers, segment.kind).relations
+                    number = self._relation_numbers[segment.kind] = torch.tensor(list(map(self.relations.index, names)))
+                found.append(torch.stack([pairs[:, 0] + start, pairs[:, 1] + start, number[pairs[:, 2]]], 1))
+        return linked(torch.cat(found), stream_size, self.relations) if found else None
 
     def _readings(self, placed: list[_Placed], starts: list[int], answers: bool) -> dict[str, Reading]:
         """By task, the rows that its head reads and their targets."""
@@ -333,12 +352,12 @@ class Packer:
                 mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
             parts = [p.part for p, _ in mine]
             first = torch.tensor([start + p.part.first for p, start in mine])
-            lengths = [part.last - part.first for part in parts]
+            lengths = [part.last - part.first if part.row_N is None else len(part.row_N) for part in parts]
             targets = [part.target for part in parts if part.target is not None]
             keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
             pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=ranges(first, torch.tensor(lengths)),
+                row_N=_rows(mine) if any(p.row_N is not None for p in parts) else ranges(first, torch.tensor(lengths)),
                 lengths=tuple(lengths),
                 samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
@@ -359,6 +378,12 @@ def _names_of_classes(given: Any) -> str:
         return ""
     listed = ", ".join(map(repr, given[:3])) + (", .." if len(given) > 3 else "," if len(given) == 1 else "")
     return f"; names of classes are multimodal_tokenizers.Labels(({shortened(listed, 100)}))"
+
+
+def _rows(parts: list[tuple[_Placed, int]]) -> Tensor:
+    """The rows that heads read, from parts and the rows at which they start."""
+    rows = [torch.arange(p.part.first, p.part.last) if p.part.row_N is None else p.part.row_N for p, _ in parts]
+    return torch.cat([row_N + start for row_N, (_, start) in zip(rows, parts, strict=True)])
 
 
 def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor, axes: tuple[str, ...]) -> Tensor:

@@ -65,11 +65,13 @@ class Stream:
         def move(x: Tensor) -> Tensor:
             return (x.pin_memory() if pinned and x.device.type == "cpu" else x).to(device, non_blocking=pinned)
 
+        info = self.layout.info
+        links = None if info.links is None else info.links.moved(move)
         return Stream(
             content={kind: move(x) for kind, x in self.content.items()},
             order_T=None if self.order_T is None else move(self.order_T),
             position_TA=move(self.position_TA),
-            layout=Layout(self.layout.spans, MaskInfo(**{name: move(x) for name, x in vars(self.layout.info).items()})),
+            layout=Layout(self.layout.spans, MaskInfo(*map(move, info.numbers), links=links)),
             readings={
                 pattern: dataclasses.replace(
                     r, **{name: move(x) for name, x in vars(r).items() if isinstance(x, Tensor)}

@@ -27,6 +27,8 @@ class Tokens:
 
     content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
     position_NA: (N, A) float32, the position of each token on the axes of its kind (time, row, column), in the kind's own units.
+    pairs: (E, 3) int64, the related pairs: number of the query token, number of the key token, number of the relation in
+        `Tokenizer.relations`; None: there are none. They count where the value is read.
 
     Examples:
         >>> tokens = mm.Tokens(torch.tensor([4, 0, 7]), mm.at_times(torch.arange(3)))
@@ -36,9 +38,19 @@ class Tokens:
 
     content: Tensor
     position_NA: Tensor
+    pairs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.content.shape[0]
+
+    def kept(self, keep_N: Tensor) -> "Tokens":
+        """Some of the tokens, by a bool for each; a pair is kept if both of its tokens are."""
+        pairs = self.pairs
+        if pairs is not None:
+            both = pairs[keep_N[pairs[:, 0]] & keep_N[pairs[:, 1]]]
+            number_N = keep_N.cumsum(0) - 1
+            pairs = torch.stack([number_N[both[:, 0]], number_N[both[:, 1]], both[:, 2]], 1)
+        return Tokens(self.content[keep_N], self.position_NA[keep_N], pairs)
 
 
 def at_times(time_N: Tensor, axes: Sequence[str] = AXES) -> Tensor:
@@ -94,10 +106,11 @@ class Tokenizer(Declared, ABC):
     step: the distance on each axis that is one step for rotary positions, in the units of `position_NA`; of three numbers, that of
     time, row and column, and 1 on further axes.
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
+    relations: names of the relations of tokens, which `Tokens.pairs` numbers and `masks.Linked` and `attention.Related` name.
 
     Methods to override: `encode`; to write the kind `decode` and `places`, or `next_place` where a token stands where contents say
-    (and for features `written_features` and `fed_back`);
-    `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
+    (and for features `written_features` and `fed_back`); `embed`; `picture` and `token_names` for display; `wanted` for measures;
+    `answered` where an answer belongs to some of the tokens only; `files` and `from_config` for large data.
 
     Examples:
         >>> @dataclass(frozen=True)
@@ -120,6 +133,7 @@ class Tokenizer(Declared, ABC):
     axes: tuple[str, ...] = AXES
     step: tuple[float, ...] = (1.0, 1.0, 1.0)
     max_tokens: ClassVar[int] = 65536
+    relations: tuple[str, ...] = ()
 
     @abstractmethod
     def encode(self, value: Any) -> Tokens:
@@ -144,6 +158,11 @@ class Tokenizer(Declared, ABC):
         """The answer that measures compare with: a text itself; for other kinds decode(encode(value)), such as the name of a class
         that was given by its number."""
         return value if self.text else self.decode(self(value, empty=True))
+
+    def answered(self, tokens: Tokens) -> Tensor:
+        """Which tokens (N,) of a value, as bool, have an answer of their own where a head such as `EachRow` answers token by token:
+        the first piece of each word of a text, or the nodes of a graph but not its edges. By default all have."""
+        return torch.ones(len(tokens), dtype=torch.bool)
 
     @property
     def written(self) -> "Tokenizer":
@@ -288,6 +307,12 @@ class Tokenizer(Declared, ABC):
                 )
         if not _finite(position_NA):
             raise MediaError(f"{name}.encode: {describe(value)} gave positions that are not finite")
+        if tokens.pairs is None:
+            return tokens
+        # encoders often return torch.tensor([]) for a value without pairs
+        if isinstance(tokens.pairs, Tensor) and not tokens.pairs.numel():
+            return Tokens(content, position_NA)
+        check_pairs(self, tokens)
         return tokens
 
     def files(self) -> dict[str, bytes]:
@@ -366,6 +391,23 @@ def written_tokens(tokenizer: Tokenizer, content: Tensor, after: Tokens | None =
         part = content[i : i + 1]
         after = with_next(tokenizer, after, part if part.dim() == 1 else part[:, : tokenizer.written_features])
     return Tokens(content, after.position_NA[first:])
+
+
+def check_pairs(tokenizer: Tokenizer, tokens: Tokens) -> None:
+    """Raise a MediaError unless the pairs are of tokens and relations that exist."""
+    name, pairs, wanted = type(tokenizer).__name__, tokens.pairs, "int64 (E, 3): query, key, relation"
+    if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 3:
+        kind = f"{pairs.dtype} {tuple(pairs.shape)}" if isinstance(pairs, Tensor) else describe(pairs)
+        raise MediaError(f"{name}.encode: pairs is {kind}, wanted {wanted}")
+    for what, part, count in (
+        ("tokens", pairs[:, :2], len(tokens)),
+        ("relations", pairs[:, 2], len(tokenizer.relations)),
+    ):
+        if not 0 <= int(part.min()) <= int(part.max()) < count:
+            raise MediaError(
+                f"{name}.encode: pairs name {what} from {int(part.min())} to {int(part.max())}, but there are {count}"
+                + ("; declare `relations`, their names" if not tokenizer.relations else "")
+            )
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from multimodal.heads.pool import Mean, Pool
 from multimodal.layers.mlp import ACTIVATIONS
 from multimodal.masks import MaskInfo
 from multimodal.positions import check_known, on_axes, steps_of
+from multimodal.relations import named_relations
 from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Places, Tokenizer, Tokens
 
@@ -345,7 +346,8 @@ class Tower(Tokenizer):
     """A kind that is embedded by an encoder of its own: a tokenizer, an inner core and a connector, such as a vision tower.
 
     The inner core reads each value by itself. The connector groups inner tokens into stream tokens. A stream token has the content
-    of its inner tokens, and its time is the time of the first of them, or its index if these times do not increase.
+    of its inner tokens, and its time is the time of the first of them, or its index if these times do not increase. The relations
+    of inner tokens are not kept.
 
     tokenizer: turns a value into inner tokens. Attention among them is bidirectional unless it is causal.
     core: the inner core.
@@ -373,6 +375,11 @@ class Tower(Tokenizer):
         check_part("Tower: connector", self.connector, Connector, "Linear()")
         kind = {type(self.tokenizer).__name__: self.tokenizer.axes}
         check_known("Tower: ", kind, self.core.axes, "core.replace(axes={axes}), where core is that of the tower")
+        if names := named_relations(self.core):
+            raise ConfigError(
+                f"Tower: its core names the relations {', '.join(names)}, but a tower's content has no place for pairs of tokens; "
+                "let the model's own core read this kind"
+            )
 
     @classmethod
     def of(

@@ -20,7 +20,7 @@ from torch import Tensor
 import multimodal as mm
 from multimodal.attention import Cache, Cosine, Factored, Layout, Mechanism, Soft, plan_attention
 from multimodal.core import compile_blocks, recompute
-from multimodal.masks import PREFIX_LM, Causal, Chunked, MaskInfo, Prefix, Rule, SameSample, SameSegment, Window
+from multimodal.masks import PREFIX_LM, Causal, Chunked, Prefix, Rule, SameSample, SameSegment, Window
 from multimodal.shapes import ConfigError
 from multimodal.train.optimizer import make_optimizer
 from multimodal.train.recipe import Recipe
@@ -211,7 +211,7 @@ def test_cached_tokens_are_the_whole_pass(lay, rule, dtype, many):
     for step in range(0, 3, many):
         rows = torch.cat([torch.arange(many) + s + n + step for s, n in zip(starts, lengths, strict=True)])
         spans = lay([[(many, False)]] * 3).spans
-        attended(rows, Layout(spans, MaskInfo(**{n: x[rows.to(DEVICE)] for n, x in vars(whole.info).items()})))
+        attended(rows, Layout(spans, whole.info[rows.to(DEVICE)]))
 
 
 TASKS = ("text -> out:story", "text -> label")

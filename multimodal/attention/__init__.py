@@ -4,7 +4,7 @@ from multimodal.attention.cache import Cache
 from multimodal.attention.cross import plan_cross_attention
 from multimodal.attention.mechanism import Mechanism, Plan, Seen, Trace
 from multimodal.attention.plan import BACKENDS, Backend, DensePlan, plan_attention, plan_layers
-from multimodal.attention.priors import ALiBi, BucketedBias, MixingWeights, PredictedWindow, RelativeBias
+from multimodal.attention.priors import ALiBi, BucketedBias, MixingWeights, PredictedWindow, Related, RelativeBias
 from multimodal.attention.reads import Choice, Gumbel, Hard, Read, Soft, reweighted
 from multimodal.attention.scores import (
     Additive,
@@ -45,6 +45,7 @@ __all__ = [
     "Plan",
     "PredictedWindow",
     "Read",
+    "Related",
     "RelativeBias",
     "ScaledDotProduct",
     "Score",

@@ -4,6 +4,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.attention.cache import Cache
@@ -56,18 +57,25 @@ def check_appended(rule: Rule, layout: Layout, cache: Cache) -> None:
     for row, span in zip(cache.rows, layout.spans, strict=False):
         info, before = layout.info[start : start + span.total], cache.stored(row)
         start += span.total
-        if span.total and before and rule.allows(_cached_info(cache, row, before, info)[:, None], info[None]).any():
+        if span.total and before and rule.allows(_cached_info(cache, row, before, info, 0)[:, None], info[None]).any():
             raise StreamError(
                 f"sample {row} has {cache.length[row]} tokens in the cache that would have had to attend to the {span.total} new "
                 "ones; what is read piece by piece must be causal: make its tokenizer causal, or use a rule such as Chunked"
             )
 
 
-def _cached_info(cache: Cache, row: int, count: int, new: MaskInfo) -> MaskInfo:
-    """What rules may know of the first `count` stored tokens of a row, whose sample has the number of the `new` tokens."""
+def _cached_info(cache: Cache, row: int, count: int, new: MaskInfo, added: int) -> MaskInfo:
+    """What rules may know of the first `count` stored tokens of a row, whose sample has the number of the `new` tokens.
+
+    added: how many of them, the last ones, are the new tokens. Only these have relations: the pairs of a value are between its own
+    tokens, which come all at once.
+    """
     order_M = torch.arange(count, dtype=new.order.dtype, device=new.order.device) + cache.dropped[row]
+    links = None
+    if new.links is not None:
+        links = new.links.map(lambda number_N: F.pad(number_N[:added], (count - added, 0)))
     return MaskInfo(
-        new.sample[:1].expand(count), order_M, cache.bidirectional_BM[row, :count], cache.segment_BM[row, :count]
+        new.sample[:1].expand(count), order_M, cache.bidirectional_BM[row, :count], cache.segment_BM[row, :count], links
     )
 
 
@@ -106,10 +114,17 @@ class StepPlan(Plan):
             order_BM,
             cache.bidirectional_BM[self.window],
             cache.segment_BM[self.window],
+            None if info.links is None else info.links.map(self._among_cached),
         )
         q, k = q[:, :, None], k[:, None]
         # a shorter row has no tokens from its length on, which is what `<=` masks
         return Pairs(q, k, None if self.full else self.rule.allows(q, k) & (k.order <= q.order))
+
+    def _among_cached(self, number_B: Tensor) -> Tensor:
+        """(B,) numbers of the new tokens -> (B, M), with 0 for the tokens before them: their pairs are those of other values."""
+        number_BM = torch.zeros_like(self.cache.segment_BM)
+        number_BM[self.where] = number_B
+        return number_BM[self.window]
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -138,7 +153,7 @@ class AppendPlan(Plan):
         self.parts: list[tuple[int, int, Pairs]] = []
         for row, info in zip(rows, new, strict=True):
             total = cache.stored(row)
-            q, k = info[None, :, None], _cached_info(cache, row, total, info)[None, None]
+            q, k = info[None, :, None], _cached_info(cache, row, total, info, len(info.order))[None, None]
             self.parts.append((row, total, Pairs(q, k, rule.allows(q, k))))
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, mechanism: Mechanism, layer: int) -> Tensor:

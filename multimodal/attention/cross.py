@@ -49,7 +49,7 @@ class _CrossPlan(Plan):
 
 def _side_by_side(info: MaskInfo, count: int) -> MaskInfo:
     """(B * T,) -> (B, T) for B = `count` samples of equal length."""
-    return MaskInfo(**{name: x.reshape(count, -1) for name, x in vars(info).items()})
+    return info.map(lambda x: x.reshape(count, -1))
 
 
 class _DenseCrossPlan(Plan):

@@ -139,9 +139,7 @@ class _RunsPlan(Plan):
         for span, group in groupby(layout.spans):
             count = len(list(group))
             size = count * span.total
-            info = MaskInfo(
-                **{name: x.view(count, span.total) for name, x in vars(layout.info[start : start + size]).items()}
-            )
+            info = layout.info[start : start + size].map(partial(_side_by_side, count=count))
             q, k = info[:, :, None], info[:, None]
             blocks: _Blocks | _Split | None = None
             if standard and span.bidirectional in (0, span.total):
@@ -200,6 +198,11 @@ class _RunsPlan(Plan):
         return plan
 
 
+def _side_by_side(x: Tensor, count: int) -> Tensor:
+    """(B * T,) -> (B, T) for B = `count` samples."""
+    return x.view(count, -1)
+
+
 def is_split(span: Span) -> bool:
     """Whether a prefix-LM sample runs as two calls instead of one with a mask: it is long, and at most 2/3 bidirectional."""
     return span.total >= LONG and 0 < 3 * span.bidirectional <= 2 * span.total
@@ -229,9 +232,9 @@ class _Blocks:
         self.count, self.total = info.order.shape
         self.size, self.reach = max(reach, 16), reach
         self.blocks = -(-self.total // self.size)
-        q = MaskInfo(**{name: self.queries(x) for name, x in vars(info).items()})
+        q = info.map(self.queries)
         q = replace(q, order=self.queries(info.order + 1) - 1)  # the order of padding is -1
-        k = MaskInfo(**{name: self.keys(x) for name, x in vars(info).items()})
+        k = info.map(self.keys)
         key_exists = self.keys(torch.ones_like(info.order))[:, None] != 0  # no padding beyond the ends of a sample
         query_exists = self.queries(torch.ones_like(info.order))[:, :, None] != 0
         q, k = q[:, :, None], k[:, None]

@@ -1,14 +1,16 @@
-"""Priors that weigh keys by their position: ALiBi, relative bias, windows. Mask rules, which shut keys out, are in masks.py."""
+"""Priors that weigh keys by position or relation: ALiBi, biases, windows. Mask rules, which shut keys out, are in masks.py."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.attention.scores import HeadMatrix
 from multimodal.masks import Pairs, Prior
+from multimodal.relations import ReadsRelations
 from multimodal.shapes import ConfigError
 
 
@@ -84,6 +86,30 @@ class BucketedBias(Prior):
 
     def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
         return weights.table[:, self.bucket(pairs.distance[:, 0])].transpose(0, 1)
+
+
+@dataclass(frozen=True, init=False)
+class Related(ReadsRelations, Prior):
+    """A learned number for each head and relation, 0 at first, which is added to the score of the pairs that have this relation.
+
+    `Related("edge", "next")` is the edge encoding of graph transformers (Ying et al. 2021, without paths): other pairs get 0, and
+    pairs with several of these relations the sum.
+
+    relations: the names of the relations, as a tokenizer of the model declares them.
+    """
+
+    relations: tuple[str, ...]
+
+    def weights(self, heads: int, width: int) -> nn.Module:
+        return _Table(heads, len(self.relations))
+
+    def log_prior(self, pairs: Pairs, q_BTHK: Tensor, weights: Any) -> Tensor:
+        links, relation_BTM = pairs.q.links, pairs.relation
+        if links is None or relation_BTM is None:
+            return weights.table.new_zeros(1, 1, 1, 1)
+        bias_SH = links.sets_of(self.relations).to(weights.table.dtype) @ weights.table.T
+        # an embedding, whose gradient is summed in a fixed order; row 0 has no relation
+        return F.embedding(relation_BTM, bias_SH, padding_idx=0).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

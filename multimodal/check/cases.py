@@ -189,7 +189,10 @@ class HeadCase:
 def _copied(tokens: Any) -> Any:
     """A copy of tokens, which no later call can change."""
     parts = (tokens.content, tokens.position_NA) if isinstance(tokens, Tokens) else ()
-    return Tokens(*(x.clone() for x in parts)) if parts and all(isinstance(x, Tensor) for x in parts) else tokens
+    if not parts or not all(isinstance(x, Tensor) for x in parts):
+        return tokens
+    pairs = tokens.pairs.clone() if isinstance(tokens.pairs, Tensor) else tokens.pairs
+    return Tokens(tokens.content.clone(), tokens.position_NA.clone(), pairs)
 
 
 def contents(value: Any) -> Any:
@@ -216,13 +219,23 @@ def perturbed(model: Model) -> Model:
 
 
 def equal_tokens(a: Tokens, b: Tokens) -> bool:
-    return torch.equal(a.content, b.content) and torch.equal(a.position_NA, b.position_NA)
+    return torch.equal(a.content, b.content) and torch.equal(a.position_NA, b.position_NA) and equal_pairs(a, b)
+
+
+def equal_pairs(a: Tokens, b: Tokens) -> bool:
+    """Whether the tokens are related in the same pairs, in whichever order these are given."""
+    sets = [
+        {tuple(pair) for pair in x.pairs.tolist()} if isinstance(x.pairs, Tensor) and x.pairs.numel() else set()
+        for x in (a, b)
+    ]
+    return sets[0] == sets[1]
 
 
 def close_tokens(a: Tokens, b: Tokens) -> bool:
     """Whether two values' tokens differ by rounding only."""
     pairs = (a.content, b.content), (a.position_NA, b.position_NA)
-    return all(x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5) for x, y in pairs)
+    close = all(x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5) for x, y in pairs)
+    return close and equal_pairs(a, b)
 
 
 def check_close(got: Tensor, wanted: Tensor, what: str) -> None:

@@ -279,9 +279,9 @@ def worker_process(case: TokenizerCase) -> None:
     except Exception as error:
         hint = "" if forks else " (does the script guard its start with if __name__ == '__main__'?)"
         raise ConformanceError(f"the worker failed{hint}: {str(error).strip().splitlines()[-1]}") from error
-    for value, mine, (content, position_NA) in zip(case.values, case.tokens, found, strict=True):
+    for value, mine, parts in zip(case.values, case.tokens, found, strict=True):
         want(
-            equal_tokens(mine, Tokens(content, position_NA)),
+            equal_tokens(mine, Tokens(*parts)),
             f"{describe(value)} gives other tokens in a worker process",
         )
 
@@ -293,6 +293,6 @@ class _Encodings(Dataset):
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens = self.tokenizer(self.values[index])
-        return tokens.content, tokens.position_NA
+        return tokens.content, tokens.position_NA, tokens.pairs

@@ -26,7 +26,7 @@ from multimodal.check.values import Encoded, plausible_values, random_tokens
 from multimodal.generate import Engine, Greedy, Sampler
 from multimodal.generate.request import new_request
 from multimodal.generate.samplers import Written
-from multimodal.heads import Pointer, one_class
+from multimodal.heads import EachRow, Pointer, one_class
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
 from multimodal.pattern import Pattern
@@ -399,18 +399,25 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
             notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
         ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
         ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
-        pair, pointer = pattern.pair, isinstance(packer.head(task), Pointer)
+        head, pair = packer.head(task), pattern.pair
+        pointer = isinstance(head, Pointer)
         for name in [field.name for field in pattern.reads] + ([] if pair else [pattern.answer]):
             lacking = [i for i, sample in enumerate(ready) if name not in sample]
             if pointer and name == pattern.answer:  # its answers are made of what is read
                 for i in lacking:
                     ready[i][name] = packer.head(task).source(packer.encoded(task, ready[i], "verify"))
                 continue
+            if isinstance(head, EachRow) and name == pattern.answer:  # as many as there are rows; any will do
+                ready = _answered(packer, task, ready)
+                continue
             filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
             for place, i in enumerate(lacking):
                 ready[i][name] = filling[place % len(filling)]
             if lacking and how:
                 invented[name] = how + (", beside what was given" if len(lacking) < len(ready) else "")
+        if not ready:
+            notes.append(f"{task!r}: left out, as no row of what was invented has an answer; give samples of it")
+            continue
         subjects.append(_Subject(task, task, tuple(ready)))
         if pair:
             notes.append(
@@ -420,11 +427,20 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         for field in pattern.reads if len(pattern.reads) > 1 and not pointer and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
             only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
+            only = _answered(packer, task, only) if isinstance(head, EachRow) else only
             if only and (field.name == pattern.answer or not pattern.hides):
                 subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
     if invented:
         notes.append("invented: " + ", ".join(f"{name} ({how})" for name, how in invented.items()))
     return subjects, notes
+
+
+def _answered(packer: Packer, task: str, samples: list[dict[str, Tokens | None]]) -> list[dict[str, Tokens | None]]:
+    """Samples of a head that answers row by row, each with an answer, without those that have no row to answer in."""
+    pattern, head = packer.patterns[task], packer.head(task)
+    assert isinstance(head, EachRow)
+    answers = [head.any_answer(packer.encoded(task, sample, "verify")) for sample in samples]
+    return [{**x, pattern.answer: answer} for x, answer in zip(samples, answers, strict=True) if len(answer)]
 
 
 def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | None]:

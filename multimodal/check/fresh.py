@@ -213,7 +213,8 @@ def _encoded(job: dict[str, Any]) -> Iterator[Any]:
     for i in reversed(order) if job["backwards"] else order:
         try:
             tokens = tokenizer.encode(values[i])
-            found[i] = (tokens.content.detach().numpy().copy(), tokens.position_NA.detach().numpy().copy())
+            parts = (tokens.content, tokens.position_NA, *(() if tokens.pairs is None else (tokens.pairs,)))
+            found[i] = tuple(part.detach().numpy().copy() for part in parts)
         except Exception as error:  # a user's encode may raise anything
             found[i] = f"{type(error).__name__}: {error}"
     yield from (found[i] for i in order)

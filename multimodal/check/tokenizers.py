@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.check.cases import CORE, TokenizerCase, check_close, check_gradients, contents, equal_tokens
+from multimodal.check.cases import (
+    CORE,
+    TokenizerCase,
+    check_close,
+    check_gradients,
+    contents,
+    equal_pairs,
+    equal_tokens,
+)
 from multimodal.check.information import resembles
 from multimodal.check.report import Check, ConformanceError, promise, want
+from multimodal.heads.each_row import answered_rows
 from multimodal.positions import in_steps, steps_of
-from multimodal.shapes import ConfigError, StreamError
-from multimodal.tokenizer import Places, Tokenizer, Tokens, describe, with_next, written_tokens
+from multimodal.shapes import ConfigError, MediaError, StreamError
+from multimodal.tokenizer import Places, Tokenizer, Tokens, check_pairs, describe, with_next, written_tokens
 
 CHECKS: list[Check] = []
 
@@ -178,7 +187,7 @@ def decode_inverts_encode(case: TokenizerCase) -> None:
         if same and lossy and tokenizer.vocab_size is None:
             same = (got - wanted).square().mean() < (wanted - wanted.mean()).square().mean()
         elif same and not lossy:
-            same = torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+            same = torch.allclose(got, wanted, rtol=1e-4, atol=1e-4) and equal_pairs(again, tokens)
         want(same, f"{describe(value)} comes back from decode as {describe(tokenizer.decode(tokens))}")
     if lossy:
         reordered = [Tokens(tokens.content.flip(0), tokens.position_NA) for tokens in case.tokens]
@@ -204,6 +213,18 @@ def text_as_declared(case: TokenizerCase) -> None:
             want(
                 isinstance(got, str), f"text=True, but decode gives {describe(got)}; give a str, or take text=True off"
             )
+
+
+@promise(CHECKS, basic=True)
+def relations_as_declared(case: TokenizerCase) -> None:
+    """The pairs of a value are of its tokens and of the declared `relations`; `answered` gives a bool for each token."""
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        try:
+            if tokens.pairs is not None and not (isinstance(tokens.pairs, Tensor) and not tokens.pairs.numel()):
+                check_pairs(case.tokenizer, tokens)
+            answered_rows(case.tokenizer, tokens)
+        except MediaError as error:
+            raise ConformanceError(f"{describe(value)}: {error}") from error
 
 
 @promise(CHECKS, basic=True)

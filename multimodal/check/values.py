@@ -131,6 +131,10 @@ class Encoded(Tokenizer):
     def step(self) -> tuple[float, ...]:
         return self.inner.step
 
+    @property
+    def relations(self) -> tuple[str, ...]:
+        return self.inner.relations
+
     def encode(self, value: Any) -> Tokens:
         return value
 
@@ -147,6 +151,9 @@ class Encoded(Tokenizer):
     @property
     def written_features(self) -> int | None:
         return self.inner.written_features
+
+    def answered(self, tokens: Tokens) -> Tensor:
+        return self.inner.answered(tokens)
 
     def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
         return self.inner.fed_back(features_NF, position_NA)

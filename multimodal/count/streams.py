@@ -182,7 +182,10 @@ def _add(
 def stream_tensors(stream: Stream) -> Iterable[Tensor]:
     """Everything that a packed stream holds."""
     yield from stream.content.values()
-    yield from vars(stream.layout.info).values()
+    yield from (info := stream.layout.info).numbers
+    if info.links is not None:
+        yield info.links.number
+        yield from (value for value in vars(info.links.table).values() if isinstance(value, Tensor))
     yield stream.position_TA
     for reading in stream.readings.values():
         yield from (value for value in vars(reading).values() if isinstance(value, Tensor))

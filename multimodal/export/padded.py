@@ -62,7 +62,7 @@ class TokenInfo:
 
     def followed_by(self, other: "TokenInfo") -> "TokenInfo":
         """Concatenate with other tokens along T."""
-        pairs = zip(vars(self.mask_info).values(), vars(other.mask_info).values(), strict=True)
+        pairs = zip(self.mask_info.numbers, other.mask_info.numbers, strict=True)
         return TokenInfo(
             MaskInfo(*(torch.cat(pair, 1) for pair in pairs)), torch.cat([self.valid_BT, other.valid_BT], 1)
         )
@@ -294,7 +294,7 @@ def core_states(core: nn.Module, rows: Rows, context: int, cached: Cached) -> Te
 def _run_core(core: Transformer, rows: Rows, cached: Cached, crossing: Crossing | None = None) -> Tensor:
     token_info = rows.token_info if cached.token_info is None else cached.token_info.followed_by(rows.token_info)
     before, joined = cached.keys, LayerKeys()
-    layout = Layout((), MaskInfo(**{name: x.flatten(0, 1) for name, x in vars(rows.token_info.mask_info).items()}))
+    layout = Layout((), rows.token_info.mask_info.map(lambda x: x.flatten(0, 1)))
 
     def plan(rule: Rule, layout: Layout) -> Plan:
         return PaddedPlan(rule, rows.token_info, token_info, before, joined)

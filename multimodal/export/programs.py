@@ -24,6 +24,7 @@ from multimodal.heads.contrast import SIDES, ContrastReadout
 from multimodal.layers import Sublayer
 from multimodal.network import Network
 from multimodal.positions import in_steps, on_axes
+from multimodal.relations import named_relations
 from multimodal.shapes import ConfigError, ShapeError
 from multimodal.tokenizer import Tokens, at_times
 from multimodal.tower import TowerEmbed
@@ -262,6 +263,12 @@ def programs_of(model: Network, task: str) -> tuple[Program, ...]:
             raise ConfigError(
                 f"{where}: {type(sublayer.layer).__name__} carries a state from token to token, which a padded program cannot do; "
                 "use attention in its place"
+            )
+    for field in pattern.reads:
+        if names := set(named_relations(model.core.core)) & set(packer.tokenizers[field.kind].relations):
+            raise ConfigError(
+                f"{where}: the core reads the relations {', '.join(sorted(names))} of {field.kind!r}, and a program takes no pairs "
+                "of tokens; use Model.save, and this library where it runs"
             )
     two = isinstance(model.core, TwoCores)
     if two and (not pattern.reads or (head.autoregressive and not len(packer.starts[task].tokens))):

@@ -163,8 +163,16 @@ class EncodedSample:
         return encode_field(tokenizer, self.values[name], self.where, name, empty=True)
 
     def written(self, tokens: Tokens) -> Segment:
-        """The segment of an answer, whose tokens are causal."""
+        """The segment of an answer, whose tokens are causal. They have no relations, as these are not known while it is written."""
+        tokens = tokens if tokens.pairs is None else Tokens(tokens.content, tokens.position_NA)
         return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False, axes=self.tokenizer.axes)
+
+
+def tokenizer_of(tokenizers: Mapping[str, Tokenizer], kind: str) -> Any:
+    """The tokenizer of a segment's kind; of "page.words" that of this part of the kind "page"."""
+    name, _, part = kind.partition(".")
+    tokenizer: Any = tokenizers[name]
+    return tokenizer.at(part) if part else tokenizer
 
 
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
@@ -190,6 +198,7 @@ class LaidOut:
     segments: its tokens, in order; the context comes first.
     read: number of tokens of the context.
     first, last: the head reads the rows from `first` to before `last`, counted in this sample.
+    row_N: those of these rows that the head reads, in ascending order; None: all of them.
     target: what the loss compares with; None: nothing is learned.
     key_N: for a pointer, the rows at which it may point.
     pointed_N: for a pointer, the index in `key_N` of each written token.
@@ -206,6 +215,7 @@ class LaidOut:
     pointed_N: Tensor | None = None
     side: int = 0
     hidden: tuple[Tokens, Tensor] | None = None
+    row_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -490,6 +500,14 @@ class Head(Declared, ABC):
     @abstractmethod
     def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
         """The answer of each sample."""
+
+    def wanted(self, value: Any, tokenizer: Tokenizer) -> Any:
+        """The answer that the measure "exact" compares with, from what a sample has: by default `Tokenizer.wanted` of it."""
+        return tokenizer.wanted(value)
+
+    def right_rows(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Which rows (N,), as bool, are answered as their target says, for a head whose `measures` have "rows"."""
+        raise ConfigError(f"{type(self).__name__} does not say which rows are right; take 'rows' out of its measures")
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         """The targets of the loss, from the tokens of an answer; this runs in the data workers.

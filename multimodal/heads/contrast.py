@@ -259,7 +259,7 @@ def fingerprint(values: Iterable[Tokens]) -> int:
     """A hash of 64 bits of a side's tokens, by which equal sides are recognised across data workers."""
     digest = hashlib.blake2b(digest_size=8)
     for tokens in values:
-        for part in (tokens.content, tokens.position_NA):
+        for part in (tokens.content, tokens.position_NA, *(() if tokens.pairs is None else (tokens.pairs,))):
             digest.update(f"{tuple(part.shape)} {part.dtype}".encode())
             digest.update(part.detach().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)

@@ -33,7 +33,8 @@ class Masked(Head):
 
     Tokens are hidden in blocks, each with probability `share`; at least one block is hidden and one is visible. A block is a span
     of time or a square of patches, `span` steps long; of 1 step it is a single token. If a value is shorter than two blocks, blocks
-    are half as long as the value. The field is bidirectional, even if its kind is causal.
+    are half as long as the value. The field is bidirectional, even if its kind is causal. A pair of related tokens is
+    left out if one of them is hidden.
 
     The loss is the cross-entropy of ids, or the squared error of features. With normalise="token" each hidden token is normalised
     by its own mean and standard deviation first (He et al. 2022, table 1d), so that texture counts and not brightness; that is for
@@ -111,7 +112,7 @@ class Masked(Head):
             raise StreamError(f"{where}: {error}") from None
         present = [field.name for field in pattern.reads if sample.tokens[field.name] is not None]
         at = present.index(pattern.writes.name)
-        visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
+        visible = whole.kept(~hidden_N)
         segments[at] = Segment(pattern.writes.kind, visible, step, True, axes=axes)
         read = tokens_of(segments)
         hidden_NA = whole.position_NA[hidden_N]

@@ -18,6 +18,8 @@ from multimodal.train.processes import Processes
 def evaluate(model: Model, task: str, samples: Samples, *, batch: int = 64) -> dict[str, float]:
     """{"loss": mean loss of a real target in nats, "exact": share of answers that are exactly right}.
 
+    A head that answers row by row has "rows" too, the share of rows that are right.
+
     A text is right if it equals the text of the sample, even if the tokenizer cannot represent that text. A task "a <-> b" has the
     recall at 1 and at 10 in both directions instead of "exact"; a head that hides tokens or writes features has the loss only.
     samples: each with the field that the task writes. batch: number of samples at once.
@@ -44,9 +46,9 @@ def evaluate_share(
     if pattern.pair:  # recall compares all samples, so each process computes all
         return evaluate_pairs(model, task, samples, batch=batch)
     written, head = model.packer.answer_tokenizers[task], model.packer.head(task)
-    exact = "exact" in head.measures
+    exact, by_row = "exact" in head.measures, "rows" in head.measures
     mine = range(processes.rank, len(samples), processes.count)
-    total, count, right = 0.0, 0, 0
+    total, count, right, right_rows = 0.0, 0, 0, 0
     for start in range(0, len(mine), batch):
         part = [samples[i] for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
@@ -59,13 +61,15 @@ def evaluate_share(
             longest = max(stream.readings[task].target_lengths) + 8  # a longer answer is wrong anyway
             answers = model.generate(task, part, max_tokens=longest)
         else:
-            loss, answers = _one_pass(model, task, stream)
-            total += loss
+            loss, answers, rows = _one_pass(model, task, stream)
+            total, right_rows = total + loss, right_rows + rows
         for sample, answer in zip(part, answers, strict=True):
-            right += _equal(answer.value, written.wanted(sample[pattern.answer]))
+            right += _equal(answer.value, head.wanted(sample[pattern.answer], written))
     # sums and not means, because shares of the samples differ in size
-    total, count, right = processes.all_reduce(torch.tensor([total, count, right], dtype=torch.float64)).tolist()
-    return {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
+    sums = torch.tensor([total, count, right, right_rows], dtype=torch.float64)
+    total, count, right, right_rows = processes.all_reduce(sums).tolist()
+    found = {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
+    return found | ({"rows": right_rows / max(count, 1)} if by_row else {})
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -78,8 +82,9 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
-def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction]]:
-    """Sum of the losses, and the answers in the order of the samples, by one forward pass; for heads that do not generate."""
+def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction], int]:
+    """Sum of the losses, the answers in the order of the samples, and the number of rows that are right (0 of a head without
+    this measure), by one forward pass; for heads that do not generate."""
     head, readout = model.packer.head(task), model.readout(task)
     with model.inference_mode():
         wanted_N, readings = stream.narrowed()
@@ -89,5 +94,7 @@ def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Pred
         state_ND, inputs = state_TD[r.row_N], head.inputs(r, state_TD)
         loss = float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths, **inputs))
         tokenizer = model.packer.answer_tokenizers[task]
-        found = head.answer(head.logits(readout, state_ND, r.lengths, **inputs), r.lengths, tokenizer)
-    return loss, [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])]
+        logits = head.logits(readout, state_ND, r.lengths, **inputs)
+        found = head.answer(logits, r.lengths, tokenizer)
+        rows = int(head.right_rows(logits, r.target).sum()) if "rows" in head.measures else 0
+    return loss, [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])], rows

@@ -24,6 +24,7 @@ from multimodal.checkpoint import RUN, below, read_header
 from multimodal.files import check_fields, check_inside, parse_json, read_json, write_atomic
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
+from multimodal.relations import Links, PairTable
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.stream import Reading, Stream
 from multimodal.texts import short_repr, shortened
@@ -32,6 +33,7 @@ FORMAT = 1
 FOLDER, DROPPED = "trouble", "dropped.jsonl"  # in the run folder; the names of version 0.1
 MOST = 8  # number of bad steps that a run saves by default
 _ON_DISK = {"bidirectional": "free"}  # files have the names of version 0.1
+_PLACES = ("sample", "order", "bidirectional", "segment")
 _IN_MEMORY = {old: new for new, old in _ON_DISK.items()}
 
 
@@ -92,12 +94,20 @@ def save_stream(path: Path, stream: Stream) -> None:
     tensors = {f"content/{kind}": x for kind, x in stream.content.items()} | {"position_TA": stream.position_TA}
     if stream.order_T is not None:
         tensors["order_T"] = stream.order_T
-    tensors |= {f"places/{_ON_DISK.get(name, name)}": x for name, x in vars(stream.layout.info).items()}
+    info = stream.layout.info
+    tensors |= {f"places/{_ON_DISK.get(name, name)}": getattr(info, name) for name in _PLACES}
+    relations: dict[str, Any] = {}
+    if info.links is not None:
+        table = vars(info.links.table)
+        tensors |= {f"links/{name}": x for name, x in table.items() if isinstance(x, Tensor)}
+        tensors["links/number"] = info.links.number
+        relations = {"relations": {name: x for name, x in table.items() if not isinstance(x, Tensor)}}
     readings = []
     for number, (pattern, reading) in enumerate(stream.readings.items()):
         tensors |= {f"reading {number}/{name}": x for name, x in vars(reading).items() if isinstance(x, Tensor)}
         readings.append({"task": pattern, **{n: x for n, x in vars(reading).items() if not isinstance(x, Tensor)}})
     metadata = {"format": FORMAT, "kinds": list(stream.content), "spans": stream.layout.spans, "readings": readings}
+    metadata |= relations
     # clones, because safetensors refuses tensors that share memory
     whole = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
     save_file(whole, path, metadata={"stream": json.dumps(metadata)})
@@ -127,13 +137,20 @@ def load_stream(path: Path) -> Stream:
             made: dict[str, Any] = below(tensors, f"reading {number}/")
             made |= {name: tuple(x) if isinstance(x, list) else x for name, x in entry.items() if name != "task"}
             readings[entry["task"]] = Reading(**made)
+        links = None
+        if relations := metadata.get("relations"):
+            parts = below(tensors, "links/")
+            number = parts.pop("number")
+            links = Links(number, PairTable(names=tuple(relations["names"]), steps=int(relations["steps"]), **parts))
         stream = Stream(
             content={kind: tensors[f"content/{kind}"] for kind in metadata["kinds"]},
             order_T=tensors.get("order_T"),
             position_TA=tensors["position_TA"],
             layout=Layout(
                 tuple(Span(*span) for span in metadata["spans"]),
-                MaskInfo(**{_IN_MEMORY.get(name, name): x for name, x in below(tensors, "places/").items()}),
+                MaskInfo(
+                    **{_IN_MEMORY.get(name, name): x for name, x in below(tensors, "places/").items()}, links=links
+                ),
             ),
             readings=readings,
         )
@@ -149,7 +166,7 @@ def load_stream(path: Path) -> Stream:
 def _is_consistent(stream: Stream) -> bool:
     """Whether all lengths and row indices of a stream agree with the number of its tokens."""
     count = len(stream)
-    order_T, spans, places = stream.order_T, stream.layout.spans, list(vars(stream.layout.info).values())
+    order_T, spans, places = stream.order_T, stream.layout.spans, stream.layout.info.numbers
     fits = [
         stream.position_TA.dim() == 2
         and stream.position_TA.is_floating_point()
@@ -161,6 +178,8 @@ def _is_consistent(stream: Stream) -> bool:
         sum(span.total for span in spans) == count,
         all(isinstance(x, Tensor) and x.shape == (count,) and x.dtype == torch.int32 for x in places),
     ]
+    if (links := stream.layout.info.links) is not None:
+        fits.append(links.number.shape == (count,) and links.table.is_consistent(int(links.number.max())))
     for r in stream.readings.values():
         counts = (r.lengths, r.samples, r.target_lengths, r.key_lengths, r.pointed_lengths)
         fits.append(all(type(n) is int and n >= 0 for some in counts for n in some))

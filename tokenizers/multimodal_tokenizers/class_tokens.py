@@ -89,6 +89,10 @@ class ClassTokens(Tokenizer):
         return self.of.axes
 
     @property
+    def relations(self) -> tuple[str, ...]:
+        return self.of.relations
+
+    @property
     def step(self) -> tuple[float, ...]:
         return self.of.step
 
@@ -107,10 +111,14 @@ class ClassTokens(Tokenizer):
         position_NA[:, 0] += self.count * self.step[0]
         first_NA = at_times(torch.arange(self.count) * self.step[0], self.axes)
         empty = tokens.content.new_zeros(self.count, *tokens.content.shape[1:])
-        return Tokens(torch.cat([empty, tokens.content]), torch.cat([first_NA, position_NA]))
+        pairs = None if tokens.pairs is None else tokens.pairs + torch.tensor([self.count, self.count, 0])
+        return Tokens(torch.cat([empty, tokens.content]), torch.cat([first_NA, position_NA]), pairs)
 
     def places(self, count: int) -> Tensor:
         raise ConfigError("ClassTokens: this kind can be read but not written")
+
+    def answered(self, tokens: Tokens) -> Tensor:
+        return torch.cat([torch.zeros(self.count, dtype=torch.bool), self.of.answered(self._own(tokens))])
 
     def token_names(self, tokens: Tokens) -> list[str]:
         first = ["class token"] if self.count == 1 else [f"learned {i}" for i in range(self.count)]

@@ -104,6 +104,10 @@ class Codes(Tokenizer):
         return self.of.axes
 
     @property
+    def relations(self) -> tuple[str, ...]:
+        return self.of.relations
+
+    @property
     def step(self) -> tuple[float, ...]:
         return self.of.step
 
@@ -113,10 +117,13 @@ class Codes(Tokenizer):
         except ValueError as error:
             raise MediaError(f"Codes.encode: {shortened(str(error), 1000)}") from error
         codes_VF = self.codes_VF
-        return Tokens(nearest(tokens.content[:, : codes_VF.shape[1]], codes_VF)[0], tokens.position_NA)
+        return Tokens(nearest(tokens.content[:, : codes_VF.shape[1]], codes_VF)[0], tokens.position_NA, tokens.pairs)
 
     def decode(self, tokens: Tokens) -> Any:
         return self.of.decode(self.features(tokens))
+
+    def answered(self, tokens: Tokens) -> Tensor:
+        return self.of.answered(self.features(tokens))
 
     def picture(self, tokens: Tokens) -> Tensor | None:
         return self.of.picture(self.features(tokens))
