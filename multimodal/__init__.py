@@ -10,6 +10,7 @@ from multimodal import old_names
 
 # __init__.pyi names the same for type checkers
 _FROM = {
+    "composite": "Composite",
     "core": "Core",
     "data": "Blanked Fields Mixed Shards write_shards",
     "declare": "alias override",

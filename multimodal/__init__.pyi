@@ -17,6 +17,7 @@ from multimodal import tower as tower
 from multimodal import train as train
 from multimodal import transcription as transcription
 from multimodal import zoo as zoo
+from multimodal.composite import Composite as Composite
 from multimodal.core import Core as Core
 from multimodal.data import Blanked as Blanked
 from multimodal.data import Fields as Fields

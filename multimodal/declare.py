@@ -22,6 +22,7 @@ PARTS = {
         "attention.priors",
         "attention.reads",
         "attention.scores",
+        "composite",
         "core",
         "encoder_decoder",
         "lora",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Layout, Span
+from multimodal.composite import Composite, Written, leaves
 from multimodal.declare import check_ordered
 from multimodal.heads import Contrast, Head, default_head
 from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
@@ -69,6 +70,8 @@ class Packer:
     tokenizers: by name of a kind, its tokenizer; tasks, patterns, heads: by pattern, the task, its parsed pattern and its head.
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
+    kinds: by kind of a segment, also of parts of a composite ("page.picture"), its tokenizer and the kind whose weights embed it.
+    written_parts: by name of a composite kind that some task writes, its tokenizer there.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
     reads_places: the kinds whose embeddings depend on the places of tokens; the model sets it, since it has the embeddings.
     """
@@ -83,6 +86,11 @@ class Packer:
                 raise ConfigError(
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
                 )
+        for name, tokenizer in tokenizers.items():
+            if isinstance(tokenizer, Composite):
+                self.tokenizers[name] = tokenizer.bind(tokenizers, (name,))
+        self.kinds = {kind: leaf for name, t in self.tokenizers.items() for kind, leaf in leaves(name, t)}
+        self.written_parts: dict[str, Written] = {}
         self.tasks: dict[str, Task] = {}
         self.patterns: dict[str, Pattern] = {}
         self.heads: dict[str, Head] = {}
@@ -97,7 +105,9 @@ class Packer:
             head = task.head or (Contrast() if pattern.pair else default_head(self.tokenizers[pattern.writes.kind]))
             pattern = head.bind(pattern)
             answers = self.tokenizers[pattern.fields[-1].kind]
-            self.answer_tokenizers[task.pattern] = answers.written if head.autoregressive else answers
+            self.answer_tokenizers[task.pattern] = written = answers.written if head.autoregressive else answers
+            if isinstance(written, Written):
+                self.written_parts[pattern.writes.kind] = written
             head.vocab(self.answer_tokenizers[task.pattern])
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern], self.heads[task.pattern] = pattern, head
@@ -117,6 +127,11 @@ class Packer:
     def head_key(self, pattern: str) -> str:
         """The name of the weights of a task's head; tasks that write the same kind by the same head share them."""
         return self.keys[pattern]
+
+    def ids_of(self, kind: str) -> int | None:
+        """The number of ids that content of a kind or of a part has; of a composite kind its marks. None: it has features."""
+        tokenizer = self.kinds[kind].tokenizer
+        return len(tokenizer.parts) if isinstance(tokenizer, Composite) else tokenizer.vocab_size
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
         """Raise a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
@@ -249,7 +264,8 @@ class Packer:
         # all tokens of a kind are one tensor, so that one call embeds them; order_T then brings the rows into the stream's order
         by_kind: dict[str, list[int]] = {}
         for i, segment in enumerate(segments):
-            by_kind.setdefault(segment.kind, []).append(i)
+            leaf = self.kinds.get(segment.kind)  # None: the learned tokens of a head
+            by_kind.setdefault(segment.kind if leaf is None else leaf.weights, []).append(i)
         content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
         places = {
             kind: Places.of([segments[i].tokens for i in which], segments[which[0]].step)
@@ -265,13 +281,14 @@ class Packer:
         sample_of_segment = torch.arange(len(placed)).repeat_interleave(
             torch.tensor([len(p.part.segments) for p in placed])
         )
-        # rules see segments numbered from 0 in each sample, so that they do not depend on the pack
-        first_segment = torch.searchsorted(sample_of_segment, sample_of_segment)
+        # rules see fields numbered from 0 in each sample, so that they do not depend on the pack; parts of a value share a number
+        number = torch.tensor([not s.continues for s in segments]).cumsum(0)
+        number -= number[torch.searchsorted(sample_of_segment, sample_of_segment)]
         info = MaskInfo(
             sample=torch.arange(len(placed), dtype=torch.int32).repeat_interleave(total_B),
             order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
             bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
-            segment=(torch.arange(len(segments)) - first_segment).int().repeat_interleave(sizes),
+            segment=number.int().repeat_interleave(sizes),
         )
         return Stream(
             content=content,

@@ -23,6 +23,7 @@ from multimodal.check.measure import (
     sample_gradients,
 )
 from multimodal.check.values import Encoded, plausible_values, random_tokens
+from multimodal.composite import Composite
 from multimodal.generate import Engine, Greedy, Sampler
 from multimodal.generate.request import new_request
 from multimodal.generate.samplers import Written
@@ -32,7 +33,7 @@ from multimodal.packer import Packer
 from multimodal.pattern import Pattern
 from multimodal.process_state import preserved_state
 from multimodal.stream import Stream
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokenizer, Tokens
 
 MOST_SAMPLES = 8  # of each task
 FEWEST_SAMPLES = 4  # invented ones are added up to this number, so that there is something to pack with
@@ -172,8 +173,14 @@ def verify(
     subjects, notes = _subjects(model.packer, samples or {}, seed)
     twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
     twin.packer = Packer(
-        {name: Encoded(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}, list(model.tasks.values())
+        {
+            # a composite takes tokens as they are; parts that name a kind need the tokenizer of that name
+            name: tokenizer if isinstance(tokenizer, Composite) else Encoded(tokenizer)
+            for name, tokenizer in model.packer.tokenizers.items()
+        },
+        list(model.tasks.values()),
     )
+    twin.packer.reads_places = model.packer.reads_places
     # everything in one pack, once, and then each subject by itself
     mixed = [pair for subject in subjects for pair in subject.batch]
     rows: list[Measurement] = []
@@ -436,9 +443,15 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
     return {
         name: None
         if sample[name] is None
-        else packer.tokenizers[kind](sample[name], empty=not pattern.pair and name == pattern.answer)
+        else _tokenizer(packer, task, name, kind)(sample[name], empty=not pattern.pair and name == pattern.answer)
         for name, kind in fields.items()
     }
+
+
+def _tokenizer(packer: Packer, task: str, name: str, kind: str) -> Tokenizer:
+    """The tokenizer of a field; of a composite that is written, the one that writes it."""
+    written = packer.written_parts.get(kind) if name == packer.patterns[task].answer else None
+    return packer.tokenizers[kind] if written is None else written
 
 
 def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) -> tuple[list[Tokens], str]:
@@ -446,13 +459,13 @@ def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) 
     kinds = {field.name: field.kind for field in pattern.reads}
     if not pattern.pair:
         kinds |= {pattern.answer: pattern.writes.kind}
-    tokenizer = packer.tokenizers[kinds[name]]
+    tokenizer = _tokenizer(packer, task, name, kinds[name])
     if name not in [field.name for field in pattern.reads] and not packer.head(task).autoregressive:
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
     # a kind of fixed length writes only values of that length
     written = not pattern.pair and name == pattern.answer and tokenizer.length is not None
     seed += sum(map(ord, name))  # two fields of one kind get different values
-    if values := plausible_values(tokenizer, seed=seed):
+    if values := plausible_values(packer.tokenizers[kinds[name]], seed=seed):
         tokens = [tokenizer(value) for value in values]
         if pattern.hides and name == pattern.answer:  # of one token no part can be hidden
             tokens = [t for t in tokens if len(t) > 1] or random_tokens(tokenizer, seed)

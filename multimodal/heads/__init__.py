@@ -1,5 +1,6 @@
 """Heads: each says which states it reads, how it is trained, and what it answers; one file for each head."""
 
+from multimodal.composite import Composite
 from multimodal.heads.base import Head, Prediction, Reading, Readout
 from multimodal.heads.classify import Classify, one_class
 from multimodal.heads.contrast import Contrast
@@ -47,6 +48,8 @@ def default_head(tokenizer: Tokenizer) -> Head:
     """
     if tokenizer.classes:
         return Classify()
+    if isinstance(tokenizer, Composite):
+        return default_head(tokenizer.written)
     if tokenizer.vocab_size is not None:
         return NextToken()
     raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.composite import Composed, Composite
 from multimodal.declare import Declared
 from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
@@ -68,6 +69,7 @@ class Segment:
     step: the distance in (time, row, column) that is one step of its positions.
     bidirectional: whether its tokens attend to each other in both directions; else each attends to those before it.
     within: the index of the segment in whose time its positions are; None: its time starts after the segments before it.
+    continues: whether it is a further part of the value that the segment before it is of; both have one number for mask rules.
     """
 
     kind: str
@@ -75,6 +77,7 @@ class Segment:
     step: tuple[float, float, float]
     bidirectional: bool
     within: int | None = None
+    continues: bool = False
 
 
 @dataclass
@@ -110,7 +113,7 @@ class EncodedSample:
         for field in self.pattern.reads if fields is None else fields:
             tokens, tokenizer = self.tokens.get(field.name), self.tokenizers[field.kind]
             if tokens is not None:
-                segments.append(Segment(field.kind, tokens, tokenizer.step, not tokenizer.causal))
+                segments += value_segments(field.kind, tokens, tokenizer)
         return segments
 
     def read_of_kind(self) -> tuple[Tokens, Tensor]:
@@ -147,6 +150,17 @@ class EncodedSample:
     def written(self, tokens: Tokens) -> Segment:
         """The segment of an answer, whose tokens are causal."""
         return Segment(self.pattern.writes.kind, tokens, self.tokenizer.step, False)
+
+
+def value_segments(kind: str, tokens: Tokens, tokenizer: Tokenizer) -> list[Segment]:
+    """The segments of one value that is read: one, or of a composite one for each run."""
+    if not isinstance(tokens, Composed):
+        return [Segment(kind, tokens, tokenizer.step, not tokenizer.causal)]
+    assert isinstance(tokenizer, Composite)
+    return [
+        Segment(f"{kind}.{path}".rstrip("."), run, tokenizer.at(path).step, not tokenizer.causal, continues=i > 0)
+        for i, (path, run) in enumerate(tokens.runs)
+    ]
 
 
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:

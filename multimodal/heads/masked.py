@@ -108,8 +108,8 @@ class Masked(Head):
             hidden_N = self.hidden(whole, step, random=sample.random)
         except StreamError as error:
             raise StreamError(f"{where}: {error}") from None
-        present = [field.name for field in pattern.reads if sample.tokens[field.name] is not None]
-        at = present.index(pattern.writes.name)
+        names = [field.name for field in pattern.reads]
+        at = len(sample.read(pattern.reads[: names.index(pattern.writes.name)]))
         visible = Tokens(whole.content[~hidden_N], whole.position_NA[~hidden_N])
         segments[at] = Segment(pattern.writes.kind, visible, step, True)
         read = tokens_of(segments)

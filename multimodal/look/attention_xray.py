@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Seen, Trace
+from multimodal.composite import Composed
 from multimodal.files import write_atomic
 from multimodal.heads import Prediction
 from multimodal.heads.base import encode_field
@@ -415,7 +416,8 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
         start += begin
     if pattern.answer in sample and head.autoregressive:
         kind, tokens = pattern.writes.kind, sample[pattern.answer]
-        written = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)
+        tokenizer = packer.written_parts.get(kind, packer.tokenizers[kind])
+        written = _field(pattern.answer, kind, tokenizer, tokens, start, written=True)
         reading = stream.readings[task]
         if reading.key_N is not None and reading.pointed_N is not None and not written.text:
             written = replace(written, labels=_pointed(fields, reading.key_N[reading.pointed_N].tolist()))
@@ -432,7 +434,8 @@ def _pointed(fields: Mapping[str, XRayField], rows: list[int]) -> tuple[str, ...
 
 
 def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> XRayField:
-    tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
+    if not isinstance(tokens, Composed):
+        tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
     picture_YXC, grid = picture_and_grid(tokenizer, tokens)
     content_NF = tokens.content.reshape(len(tokens), -1)
     others = (content_NF != content_NF[-1]).any(-1).nonzero().flatten().tolist()

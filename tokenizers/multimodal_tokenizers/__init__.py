@@ -3,6 +3,7 @@
 from multimodal_tokenizers.audio import AudioFrames
 from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
+from multimodal_tokenizers.composites import Joint, Record, Sequence
 from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
@@ -18,7 +19,10 @@ __all__ = [
     "Features",
     "Ids",
     "ImagePatches",
+    "Joint",
     "Labels",
+    "Record",
+    "Sequence",
     "SpectrogramPatches",
     "TextBPE",
     "TextBytes",
