@@ -85,6 +85,24 @@ class Composed(Tokens):
         return f"Composed({', '.join(f'{len(run.tokens)} of {run.path or chr(60) + chr(62)}' for run in self.runs)})"
 
 
+@dataclass(frozen=True, init=False, eq=False)
+class Several(Composed):
+    """The tokens of a field that takes a list of values ("image*"); there may be none.
+
+    values: the tokens of each value.
+    """
+
+    values: tuple[Tokens, ...]
+
+    def __init__(self, values: Iterable[Tokens], step: tuple[float, ...]) -> None:
+        """step: that of their tokenizer."""
+        object.__setattr__(self, "values", tuple(values))
+        runs: list[Run] = []
+        for tokens in self.values:
+            runs += tokens.runs if isinstance(tokens, Composed) else [Run("", tokens)]
+        super().__init__(runs, [step] * len(runs))
+
+
 @dataclass(frozen=True)
 class Composite(Tokenizer):
     """A kind whose values are made of parts. Subclass as a frozen dataclass, and write `parts` and `pieces`.

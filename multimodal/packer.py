@@ -19,7 +19,7 @@ from multimodal.attention import Layout, Span
 from multimodal.composite import Composite, Written, leaves
 from multimodal.declare import check_ordered
 from multimodal.heads import Contrast, Head, default_head
-from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokens_of
+from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, encode_read, ranges, tokens_of
 from multimodal.masks import MaskInfo
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
@@ -224,9 +224,7 @@ class Packer:
         """
         pattern, where = self.patterns[pattern_text], f"{name} of task {pattern_text!r}"
         tokens = {
-            field.name: None
-            if (value := values[field.name]) is None
-            else encode_field(self.tokenizers[field.kind], value, where, field.name)
+            field.name: encode_read(self.tokenizers[field.kind], field, values[field.name], where)
             for field in pattern.reads
         }
         if begin is not None and not answers:
@@ -345,7 +343,9 @@ def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor) ->
             end = round(last[at], 3) + 1.0  # 14.999999 is 15: seconds divided by a step are seldom whole
             ends[i] = max(end, ends[i]) if i in ends else end
             at += 1
-        starts = dict(zip(ends, accumulate(ends.values(), initial=0.0), strict=False))
+        gaps = [p.part.segments[i].gap for i in ends]
+        before = accumulate([0.0, *ends.values()])
+        starts = {i: time + gap for i, time, gap in zip(ends, before, accumulate(gaps), strict=False)}
         offsets += [starts[i if s.within is None else s.within] for i, s in enumerate(p.part.segments)]
     position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
     return position_TA

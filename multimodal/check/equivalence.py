@@ -23,11 +23,12 @@ from multimodal.check.measure import (
     sample_gradients,
 )
 from multimodal.check.values import Encoded, plausible_values, random_tokens
-from multimodal.composite import Composite
+from multimodal.composite import Composite, Several
 from multimodal.generate import Engine, Greedy, Sampler
 from multimodal.generate.request import new_request
 from multimodal.generate.samplers import Written
 from multimodal.heads import Pointer, one_class
+from multimodal.heads.base import encode_read
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
 from multimodal.pattern import Pattern
@@ -413,6 +414,9 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
                     ready[i][name] = packer.head(task).source(packer.encoded(task, ready[i], "verify"))
                 continue
             filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
+            if lacking and any(field.many and field.name == name for field in pattern.reads):
+                step = packer.tokenizers[next(f.kind for f in pattern.reads if f.name == name)].step
+                filling = [Several(filling[i : i + count], step) for i, count in enumerate((1, 2, 3, 2))]
             for place, i in enumerate(lacking):
                 ready[i][name] = filling[place % len(filling)]
             if lacking and how:
@@ -425,7 +429,9 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         # each field of several is also read alone, as the others could hide what is wrong with it
         for field in pattern.reads if len(pattern.reads) > 1 and not pointer and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
-            only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
+            only = [
+                {**sample, **others} for sample in ready if sample[field.name] is not None and len(sample[field.name])
+            ]
             if only and (field.name == pattern.answer or not pattern.hides):
                 subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
     if invented:
@@ -440,8 +446,11 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
     fields = {field.name: field.kind for field in pattern.reads}
     if packer.head(task).autoregressive and pattern.answer in sample:
         fields[pattern.answer] = pattern.writes.kind
+    many = {field.name: field for field in pattern.reads if field.many}
     return {
-        name: None
+        name: encode_read(packer.tokenizers[kind], many[name], sample[name], "verify")
+        if name in many
+        else None
         if sample[name] is None
         else _tokenizer(packer, task, name, kind)(sample[name], empty=not pattern.pair and name == pattern.answer)
         for name, kind in fields.items()

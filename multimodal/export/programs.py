@@ -237,6 +237,12 @@ def programs_of(model: Network, task: str) -> tuple[Program, ...]:
             "Model.save, and run this library instead"
         )
     pattern = packer.patterns[task]
+    for field in pattern.reads:
+        if field.many:
+            raise ConfigError(
+                f"{where}: {field.name!r} takes a list of any number of values ('{field.kind}*'); programs take one value a field: "
+                "name as many fields as there are values"
+            )
     for kind in dict.fromkeys(field.kind for field in pattern.fields):
         if isinstance(packer.tokenizers[kind], Composite):
             raise ConfigError(

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.composite import Composed, Composite
+from multimodal.composite import Composed, Composite, Several
 from multimodal.declare import Declared
 from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
 from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
+from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Segment:
     bidirectional: whether its tokens attend to each other in both directions; else each attends to those before it.
     within: the index of the segment in whose time its positions are; None: its time starts after the segments before it.
     continues: whether it is a further part of the value that the segment before it is of; both have one number for mask rules.
+    gap: steps of time that are left free before it, so that values of one list do not run together.
     """
 
     kind: str
@@ -78,6 +79,7 @@ class Segment:
     bidirectional: bool
     within: int | None = None
     continues: bool = False
+    gap: float = 0.0
 
 
 @dataclass
@@ -153,7 +155,12 @@ class EncodedSample:
 
 
 def value_segments(kind: str, tokens: Tokens, tokenizer: Tokenizer) -> list[Segment]:
-    """The segments of one value that is read: one, or of a composite one for each run."""
+    """The segments of a field's value that is read: one, of a composite one for each run, and those of each value of a list."""
+    if isinstance(tokens, Several):
+        values = [value_segments(kind, value, tokenizer) for value in tokens.values if len(value)]
+        for value in values[1:]:
+            value[0].gap = 1.0
+        return [segment for value in values for segment in value]
     if not isinstance(tokens, Composed):
         return [Segment(kind, tokens, tokenizer.step, not tokenizer.causal)]
     assert isinstance(tokenizer, Composite)
@@ -161,6 +168,24 @@ def value_segments(kind: str, tokens: Tokens, tokenizer: Tokenizer) -> list[Segm
         Segment(f"{kind}.{path}".rstrip("."), run, tokenizer.at(path).step, not tokenizer.causal, continues=i > 0)
         for i, (path, run) in enumerate(tokens.runs)
     ]
+
+
+def encode_read(tokenizer: Tokenizer, field: Field, value: Any, where: str) -> Tokens | None:
+    """The tokens of a field that is read; None where the sample does not have it. With a star its value is a list.
+
+    Raises:
+        MediaError: the tokenizer cannot encode a value; the message names the sample and the field.
+    """
+    if value is None or (field.many and isinstance(value, Several)):
+        return value
+    if not field.many:
+        return encode_field(tokenizer, value, where, field.name)
+    if not isinstance(value, (list, tuple)):
+        raise MediaError(
+            f"{where}, field {field.name!r}: '{field.kind}*' takes a list of values, also an empty one, not {describe(value)}"
+        )
+    found = [encode_field(tokenizer, each, where, f"{field.name}[{i}]") for i, each in enumerate(value)]
+    return Several(found, tokenizer.step)
 
 
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
@@ -363,8 +388,10 @@ class Head(Declared, ABC):
         segments = sample.read()
         read = tokens_of(segments)
         if sample.pattern.reads and not read and not self.autoregressive:
+            nothing = "None or an empty list" if any(field.many for field in sample.pattern.reads) else "None"
             raise StreamError(
-                f"every field that is read is None; give at least one, as {type(self).__name__} answers only from what was read"
+                f"every field that is read is {nothing}; give at least one, as {type(self).__name__} answers only from what was "
+                "read"
             )
         if sample.begin is not None and not self.autoregressive:
             raise TaskError(

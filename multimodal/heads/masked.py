@@ -85,6 +85,11 @@ class Masked(Head):
                 f"task {pattern.text!r} does not read {pattern.writes.name!r}, but {type(self).__name__} writes what is "
                 f"hidden of a field that is read, as in '{pattern.writes.kind} -> {pattern.writes.kind}'"
             )
+        if any(field.many and field.name == pattern.writes.name for field in pattern.reads):
+            raise TaskError(
+                f"task {pattern.text!r} reads a list of {pattern.writes.kind!r}, but {type(self).__name__} hides parts of one "
+                "value; leave the star out"
+            )
         return pattern
 
     def check_core(self, pattern: str, core: Any) -> None:

@@ -19,7 +19,7 @@ from multimodal.files import write_atomic
 from multimodal.heads import Prediction
 from multimodal.heads.base import encode_field
 from multimodal.look.layer_xray import NAMES, LayerXRay
-from multimodal.look.layers import START, picture_and_grid, token_labels, transformers
+from multimodal.look.layers import START, picture_and_grid, read_values, token_labels, transformers
 from multimodal.model import Model
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, TaskError, did_you_mean
@@ -403,11 +403,9 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
     pattern, head = packer.patterns[task], packer.head(task)
     fields: dict[str, XRayField] = {}
     start = 0
-    for f in pattern.reads:
-        if sample[f.name] is not None:
-            tokens = encode_field(packer.tokenizers[f.kind], sample[f.name], "xray", f.name)
-            fields[f.name] = _field(f.name, f.kind, packer.tokenizers[f.kind], tokens, start, written=False)
-            start += len(tokens)
+    for name, kind, tokens in read_values(packer, task, sample):
+        fields[name] = _field(name, kind, packer.tokenizers[kind], tokens, start, written=False)
+        start += len(tokens)
     # of a pair's two learned tokens each side has its own
     begin = len(packer.starts[task].tokens)
     if begin := min(begin, 1) if pattern.pair else begin:

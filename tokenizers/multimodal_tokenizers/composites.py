@@ -105,7 +105,7 @@ class Joint(Tokenizer):
 
     Examples:
         >>> notes = Joint(pitch=Ids(128), strength=Features(1))
-        >>> tokens = notes({"pitch": [60, 64], "strength": [[0.5], [0.7]]})
+        >>> tokens = notes({"pitch": [60, 64], "strength": np.array([[0.5], [0.7]])})
         >>> len(tokens), notes.embed(32)(tokens.content).shape
         (2, torch.Size([2, 32]))
     """
