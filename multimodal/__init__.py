@@ -16,7 +16,7 @@ _FROM = {
     "declare": "alias override",
     "encoder_decoder": "EncoderDecoder",
     "generate": "Engine NoRepeat Temperature TopK TopP",
-    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken Pointer Prediction",
+    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken NextTurn Pointer Prediction",
     "model": "Model",
     "quantization": "quantize",
     "shapes": "CheckpointError ConfigError MediaError ShapeError StreamError TaskError",

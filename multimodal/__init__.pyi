@@ -40,6 +40,7 @@ from multimodal.heads import FlowMatching as FlowMatching
 from multimodal.heads import Head as Head
 from multimodal.heads import Masked as Masked
 from multimodal.heads import NextToken as NextToken
+from multimodal.heads import NextTurn as NextTurn
 from multimodal.heads import Pointer as Pointer
 from multimodal.heads import Prediction as Prediction
 from multimodal.model import Model as Model

@@ -114,7 +114,10 @@ class Composite(Tokenizer):
     A part may be the name of another kind of the model, "image", whose tokenizer and weights it then shares. Composites whose parts
     are all discrete can be written token by token; all others are only read.
 
-    Methods to override: `parts` and `pieces`; to write or decode the kind `assemble`.
+    marked: whether a mark stands before each piece; a kind whose pieces say themselves what they are needs none.
+    said: the part that holds what the answering side said earlier, such as an assistant's turns; `NextTurn` learns it too.
+
+    Methods to override: `parts` and `pieces`; to write or decode the kind `assemble`; with `said` also `before_answer`.
 
     Examples:
         >>> @dataclass(frozen=True)
@@ -130,6 +133,8 @@ class Composite(Tokenizer):
     """
 
     causal: bool = dataclasses.field(default=False, kw_only=True)
+    marked: ClassVar[bool] = True
+    said: ClassVar[str | None] = None
     _resolved: ClassVar[Mapping[str, Tokenizer] | None] = None  # of a copy made by `bind`: the tokenizer of each part
 
     @property
@@ -152,6 +157,10 @@ class Composite(Tokenizer):
             ConfigError: this kind can be read but not written.
         """
         raise ConfigError(f"{type(self).__name__} has no assemble: this kind can be read but not written")
+
+    def before_answer(self, value: Any) -> tuple[Any, Any]:
+        """A value without what the answering side said last, and that; (value, None) where somebody else spoke last."""
+        return value, None
 
     @property
     def lossy(self) -> bool:  # type: ignore[override]
@@ -239,7 +248,8 @@ class Composite(Tokenizer):
                 raise MediaError(f"{name}.encode: pieces gave {part!r}, which is none of its parts: {', '.join(parts)}")
             path, tokenizer = f"{before}.{part}".lstrip("."), parts[part]
             if isinstance(tokenizer, Composite) and not isinstance(piece, Tokens):
-                yield Run(before, mark(numbers[part]))
+                if self.marked:
+                    yield Run(before, mark(numbers[part]))
                 try:
                     yield from tokenizer._runs(piece, encode, written, path)
                 except MediaError as error:
@@ -250,7 +260,8 @@ class Composite(Tokenizer):
                 tokens = _piece_tokens(tokenizer, path, piece, encode)
             except MediaError as error:
                 raise MediaError(f"{name}.encode: {part}: {shortened(error, 500)}") from error
-            yield from (Run(f"{before}.{inner}".strip("."), x) for inner, x in runs_of(numbers[part], part, tokens))
+            number = numbers[part] if self.marked else None
+            yield from (Run(f"{before}.{inner}".strip("."), x) for inner, x in runs_of(number, part, tokens))
 
     def check_tokens(self, tokens: Tokens, value: Any) -> Tokens:
         if not isinstance(tokens, Composed):
@@ -316,9 +327,10 @@ def mark(number: int) -> Tokens:
     return Tokens(torch.tensor([number]), torch.zeros(1, 3))
 
 
-def runs_of(number: int, part: str, tokens: Tokens) -> Iterator[Run]:
-    """The runs of a piece that has been encoded: the mark of this number, and the tokens of the part."""
-    yield Run("", mark(number))
+def runs_of(number: int | None, part: str, tokens: Tokens) -> Iterator[Run]:
+    """The runs of a piece that has been encoded: the mark of this number, if any, and the tokens of the part."""
+    if number is not None:
+        yield Run("", mark(number))
     if isinstance(tokens, Composed):
         yield from (Run(f"{part}.{inner}".rstrip("."), run) for inner, run in tokens.runs)
     elif len(tokens):
@@ -409,9 +421,10 @@ class PartEmbeds(nn.ModuleDict):
 
     def __init__(self, composite: Composite, width: int) -> None:
         super().__init__()
-        marks = nn.Embedding(len(composite.parts), width)
-        nn.init.normal_(marks.weight, std=0.02)
-        self[MARKS] = marks
+        if composite.marked:
+            marks = nn.Embedding(len(composite.parts), width)
+            nn.init.normal_(marks.weight, std=0.02)
+            self[MARKS] = marks
         for name, part in composite.parts.items():
             if isinstance(part, Tokenizer):
                 self[name] = part.embed(width)

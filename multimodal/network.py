@@ -17,6 +17,7 @@ from multimodal.core import Core
 from multimodal.declare import Declared
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
+from multimodal.heads.base import weights_class
 from multimodal.old_names import warn
 from multimodal.packer import Packer
 from multimodal.shapes import ConfigError, StreamError
@@ -88,7 +89,7 @@ class Network(nn.Module):
             # tasks of one key share the readout of the first, so the others must be of the same class and shapes
             if key not in self.readouts:
                 self.readouts[key] = made
-            if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
+            if weights_class(made_for) is not weights_class(head) or _shapes(self.readouts[key]) != _shapes(made):
                 raise ConfigError(
                     f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
                     "tasks that write one kind by one class of head share its weights, so give the class another name"

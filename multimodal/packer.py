@@ -18,10 +18,19 @@ from torch import Tensor
 from multimodal.attention import Layout, Span
 from multimodal.composite import Composite, Written, leaves
 from multimodal.declare import check_ordered
-from multimodal.heads import Contrast, Head, default_head
-from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, encode_read, ranges, tokens_of
+from multimodal.heads import Contrast, Head, NextToken, NextTurn, default_head
+from multimodal.heads.base import (
+    EncodedSample,
+    LaidOut,
+    Segment,
+    encode_field,
+    encode_read,
+    ranges,
+    tokens_of,
+    weights_class,
+)
 from multimodal.masks import MaskInfo
-from multimodal.pattern import Pattern
+from multimodal.pattern import Field, Pattern
 from multimodal.shapes import ConfigError, StreamError, TaskError, did_you_mean
 from multimodal.stream import Reading, Stream
 from multimodal.task import Task
@@ -103,6 +112,8 @@ class Packer:
             if task.pattern in self.tasks:
                 raise TaskError(f"task {task.pattern!r} is given twice")
             head = task.head or (Contrast() if pattern.pair else default_head(self.tokenizers[pattern.writes.kind]))
+            if task.head is None and type(head) is NextToken and any(_said(self.tokenizers, f) for f in pattern.reads):
+                head = NextTurn()
             pattern = head.bind(pattern)
             answers = self.tokenizers[pattern.fields[-1].kind]
             self.answer_tokenizers[task.pattern] = written = answers.written if head.autoregressive else answers
@@ -199,6 +210,7 @@ class Packer:
         """
         if pattern_text not in self.tasks:
             raise self._no_task(pattern_text)
+        values = self.completed(pattern_text, values, answers)
         self.patterns[pattern_text].check_sample(values, answers)
         sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
         try:
@@ -206,6 +218,12 @@ class Packer:
         except StreamError as error:
             raise StreamError(f"{sample.where}: {error}") from None
         return Prepared(pattern_text, parts, sum(tokens_of(part.segments) for part in parts))
+
+    def completed(self, pattern_text: str, values: Mapping[str, Any], answers: bool = True) -> Mapping[str, Any]:
+        """A sample with its answer apart from what is read; of a chat the last turn, where no answer is given."""
+        if not isinstance(values, Mapping):
+            return values  # what is wrong with it `Pattern.check_sample` says
+        return self.heads[pattern_text].complete(self.patterns[pattern_text], values, self.tokenizers, answers)
 
     def encoded(
         self,
@@ -308,13 +326,12 @@ class Packer:
             if pair:  # the loss compares row i of the left sides with row i of the right sides
                 mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
             parts = [p.part for p, _ in mine]
-            first = torch.tensor([start + p.part.first for p, start in mine])
-            lengths = [part.last - part.first for part in parts]
+            lengths = [len(part.rows_N) for part in parts]
             targets = [part.target for part in parts if part.target is not None]
             keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
             pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=ranges(first, torch.tensor(lengths)),
+                row_N=torch.cat([p.part.rows_N + start for p, start in mine]),
                 lengths=tuple(lengths),
                 samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
@@ -355,4 +372,10 @@ def _head_key(pattern: Pattern, head: Head) -> str:
     """A name without the fields' names, so that tasks over the same kinds share one readout; it is part of the weights' names."""
     sides = pattern.sides.values() if pattern.pair else [[pattern.writes]]
     kinds = "__".join("_".join(field.kind for field in side) for side in sides)
-    return f"{kinds}_{type(head).__name__}"
+    return f"{kinds}_{weights_class(head).__name__}"
+
+
+def _said(tokenizers: Mapping[str, Tokenizer], field: Field) -> bool:
+    """Whether a field holds what the answering side said earlier, as a chat does."""
+    tokenizer = tokenizers[field.kind]
+    return isinstance(tokenizer, Composite) and tokenizer.said is not None

@@ -404,7 +404,7 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         mine = list(given.get(task, ()))
         if len(mine) > MOST_SAMPLES:
             notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
-        ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
+        ready = [_as_tokens(packer, task, packer.completed(task, sample)) for sample in mine[:MOST_SAMPLES]]
         ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
         pair, pointer = pattern.pair, isinstance(packer.head(task), Pointer)
         for name in [field.name for field in pattern.reads] + ([] if pair else [pattern.answer]):

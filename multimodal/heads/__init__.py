@@ -9,6 +9,7 @@ from multimodal.heads.each_row import EachRow
 from multimodal.heads.flow import FlowMatching
 from multimodal.heads.masked import Masked
 from multimodal.heads.next_token import NextToken
+from multimodal.heads.next_turn import NextTurn
 from multimodal.heads.pointer import Memory, Pointer
 from multimodal.heads.pool import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
 from multimodal.shapes import ConfigError
@@ -29,6 +30,7 @@ __all__ = [
     "Mean",
     "Memory",
     "NextToken",
+    "NextTurn",
     "Pointer",
     "Pool",
     "Prediction",

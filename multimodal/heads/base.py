@@ -216,6 +216,7 @@ class LaidOut:
     pointed_N: for a pointer, the index in `key_N` of each written token.
     side: for a pair, 0 for the left side and 1 for the right one.
     hidden: for a head that hides tokens, all tokens of the value and which of them (N,) are hidden.
+    row_N: the rows that the head reads, counted in this sample, where they are others than `first` to `last`.
     """
 
     segments: list[Segment]
@@ -227,6 +228,12 @@ class LaidOut:
     pointed_N: Tensor | None = None
     side: int = 0
     hidden: tuple[Tokens, Tensor] | None = None
+    row_N: Tensor | None = None
+
+    @property
+    def rows_N(self) -> Tensor:
+        """The rows that the head reads, counted in this sample."""
+        return torch.arange(self.first, self.last) if self.row_N is None else self.row_N
 
 
 @dataclass(frozen=True)
@@ -337,6 +344,7 @@ class Head(Declared, ABC):
     measures: names of the measures on held-out data.
     smallest_batch: the least number of samples in a micro-batch for which its loss is defined.
     draws_features: whether it writes features, drawn by `draw`, and not ids chosen by their logits; true where `draw` is written.
+    shares: the class of heads whose weights it shares where both write one kind; None: its own.
     """
 
     queries: ClassVar[int] = 0
@@ -344,6 +352,7 @@ class Head(Declared, ABC):
     measures: ClassVar[tuple[str, ...]] = ("loss", "exact")
     smallest_batch: ClassVar[int] = 1
     draws_features: ClassVar[bool] = False
+    shares: ClassVar["type[Head] | None"] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -375,6 +384,15 @@ class Head(Declared, ABC):
                 f"task {pattern.text!r} reads nothing, and {type(self).__name__} answers only from what was read"
             )
         return pattern
+
+    def complete(
+        self, pattern: Pattern, values: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer], answers: bool
+    ) -> Mapping[str, Any]:
+        """A sample with its answer apart from what is read, for a head that finds it there; by default as it is.
+
+        answers: whether samples have answers, which are learned.
+        """
+        return values
 
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
         """The segments of a sample, the rows that this head reads, and their target; a pair returns one for each side.
@@ -527,6 +545,11 @@ class Head(Declared, ABC):
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the module of this head, for a core of this width."""
         return Readout(width, self.vocab(tokenizer), self.queries)
+
+
+def weights_class(head: Head) -> type[Head]:
+    """The class by which the weights of a head are named: its own, or the one that it shares them with."""
+    return head.shares or type(head)
 
 
 def computes_as(head: Head, kind: type[Head]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from multimodal.composite import Composite
 from multimodal.model import Model
 from multimodal.pattern import Field
 from multimodal.serve.errors import ApiError, bad
@@ -22,6 +23,7 @@ class Input:
     name: of the field. kind: the name of its tokenizer. takes: the form of its values, see `values.takes`.
     classes: for CLASS, the class names. several: for CLASS, whether a value is a list of classes.
     many: whether it takes a list of any number of values, "image*".
+    turns: whether it is a conversation, as the messages of a chat are.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Input:
     classes: tuple[str, ...] = ()
     several: bool = False
     many: bool = False
+    turns: bool = False
 
     @classmethod
     def of(cls, field: Field, tokenizer: Tokenizer) -> "Input":
@@ -39,7 +42,7 @@ class Input:
         names, several = getattr(tokenizer, "names", ()), getattr(tokenizer, "several", False)
         if found == CLASS:
             return cls(name, kind, found, tuple(names), bool(several), many)
-        return cls(name, kind, found, many=many)
+        return cls(name, kind, found, many=many, turns=isinstance(tokenizer, Composite) and tokenizer.said is not None)
 
     def json(self) -> dict[str, Any]:
         """The field, for `/v1/tasks`."""

@@ -49,7 +49,7 @@ def evaluate_share(
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right = 0.0, 0, 0
     for start in range(0, len(mine), batch):
-        part = [samples[i] for i in mine[start : start + batch]]
+        part = [model.packer.completed(task, samples[i]) for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
         count += stream.readings[task].count
         if head.autoregressive or not exact:

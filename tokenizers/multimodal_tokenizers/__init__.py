@@ -1,6 +1,7 @@
 """The tokenizers that come with the framework; they use the same interface as yours."""
 
 from multimodal_tokenizers.audio import AudioFrames
+from multimodal_tokenizers.chat import Chat
 from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.composites import Joint, Record, Sequence
@@ -14,6 +15,7 @@ from multimodal_tokenizers.whisper import WhisperFrames
 
 __all__ = [
     "AudioFrames",
+    "Chat",
     "ClassTokens",
     "Codes",
     "Features",
