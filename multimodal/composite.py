@@ -45,14 +45,15 @@ class Composed(Tokens):
     comparisons and pictures only: the number of the part, and its ids or features.
 
     runs: the runs, in order; none is empty.
+    steps: by run, the `step` of its tokenizer.
     """
 
     runs: tuple[Run, ...]
+    steps: tuple[tuple[float, ...], ...]
 
     def __init__(self, runs: Iterable[Run], steps: Iterable[tuple[float, ...]]) -> None:
-        """steps: by run, the `step` of its tokenizer."""
         object.__setattr__(self, "runs", tuple(runs))
-        object.__setattr__(self, "_steps", tuple(steps))
+        object.__setattr__(self, "steps", tuple(steps))
 
     def __len__(self) -> int:
         return sum(len(run.tokens) for run in self.runs)
@@ -73,9 +74,11 @@ class Composed(Tokens):
     def position_NA(self) -> Tensor:  # type: ignore[override]
         axes = max((run.tokens.position_NA.shape[1] for run in self.runs), default=3)
         found, time = [torch.zeros(0, axes)], 0.0
-        for (_, tokens), step in zip(self.runs, self._steps, strict=True):
-            steps_NA = torch.zeros(len(tokens), axes)
-            steps_NA[:, : len(step)] = tokens.position_NA / torch.tensor(step)
+        for (_, tokens), step in zip(self.runs, self.steps, strict=True):
+            steps_NA, step_A = torch.zeros(len(tokens), axes), torch.ones(axes)
+            step_A[: len(step)] = torch.tensor(step)
+            own = tokens.position_NA.shape[1]
+            steps_NA[:, :own] = tokens.position_NA / step_A[:own]
             steps_NA[:, 0] += time
             time = round(float(steps_NA[:, 0].max()), 3) + 1.0
             found.append(steps_NA)

@@ -429,9 +429,8 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         # each field of several is also read alone, as the others could hide what is wrong with it
         for field in pattern.reads if len(pattern.reads) > 1 and not pointer and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
-            only = [
-                {**sample, **others} for sample in ready if sample[field.name] is not None and len(sample[field.name])
-            ]
+            # without None, and without empty lists
+            only = [{**sample, **others} for sample in ready if len(sample[field.name] or ())]
             if only and (field.name == pattern.answer or not pattern.hides):
                 subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
     if invented:
