@@ -326,12 +326,15 @@ class Packer:
             if pair:  # the loss compares row i of the left sides with row i of the right sides
                 mine.sort(key=lambda m: (m[0].part.side, m[0].sample))
             parts = [p.part for p, _ in mine]
-            lengths = [len(part.rows_N) for part in parts]
+            first = torch.tensor([start + p.part.first for p, start in mine])
+            lengths = [part.last - part.first if part.row_N is None else len(part.row_N) for part in parts]
             targets = [part.target for part in parts if part.target is not None]
             keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
             pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=torch.cat([p.part.rows_N + start for p, start in mine]),
+                row_N=ranges(first, torch.tensor(lengths))
+                if all(part.row_N is None for part in parts)
+                else torch.cat([p.part.rows_N + start for p, start in mine]),
                 lengths=tuple(lengths),
                 samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
