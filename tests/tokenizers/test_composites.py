@@ -251,16 +251,25 @@ def test_what_is_learned_is_written_again_exactly():
     assert written.decode(mm.Tokens(torch.tensor(odd), written.places(6))) == {"name": "B", "kind": None, "words": None}
 
 
+def test_what_is_written_is_embedded_as_the_parts_are_where_they_are_read():
+    model = whole_model()
+    written = model.packer.answer_tokenizers["text -> row"]
+    ids = torch.arange(written.vocab_size)
+    tables = {"": "row._marks", "text": "text", ".kind": "row.kind", ".words": "row.words._marks"}
+    wanted = torch.cat([model.embeds.get_submodule(tables[at]).weight for at in written.ranges])
+    torch.testing.assert_close(model.embed("row", ids), wanted, atol=0, rtol=0)
+
+
 def test_a_checkpoint_gives_each_part_its_own_files(tmp_path):
     words = ["good day", "bad night", "what?"]
     one, other = TextBPE.train(words * 5, vocab_size=270), TextBPE.train(["xyz zyx"] * 9, vocab_size=262)
-    record = Record(a=one, more=Sequence(of=Record(b=other)), c="text", joint=Joint(pitch=Ids(9), again=Ids(4)))
+    record = Record(a=one, d=other, more=Sequence(of=Record(b=other)), c="text", joint=Joint(pitch=Ids(9), again=Ids(4)))
     model = mm.Model({"rec": record, "text": one, "label": LABEL}, mm.Core.tiny(), ["rec -> label"]).eval()
     loaded = mm.Model.load(model.save(tmp_path / "model"))
-    value = {"a": "good day", "more": [{"b": "xyz"}], "c": "what?", "joint": {"pitch": [1, 2], "again": [3, 0]}}
+    value = {"a": "good day", "d": "xyz", "more": [{"b": "xyz"}], "c": "what?", "joint": {"pitch": [1, 2], "again": [3, 0]}}
     assert loaded.packer.tokenizers == model.packer.tokenizers
     assert loaded.predict("rec -> label", rec=value) == model.predict("rec -> label", rec=value)
-    assert sorted({name.split("/")[0] for name in record.files()}) == ["0", "1"]
+    assert sorted({name.split("/")[0] for name in record.files()}) == ["0", "1", "2"]
     more = loaded.extended({"album": Sequence(of="rec")}, ["album -> label"])
     assert more.predict("album -> label", album=[value]).value in ("x", "y")
     again = pickle.loads(pickle.dumps(model.packer.tokenizers["rec"]))
