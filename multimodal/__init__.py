@@ -10,12 +10,13 @@ from multimodal import old_names
 
 # __init__.pyi names the same for type checkers
 _FROM = {
+    "composite": "Composite",
     "core": "Core",
     "data": "Blanked Fields Mixed Shards write_shards",
     "declare": "alias override",
     "encoder_decoder": "EncoderDecoder",
     "generate": "Engine NoRepeat Temperature TopK TopP",
-    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken Pointer Prediction",
+    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken NextTurn Pointer Prediction",
     "model": "Model",
     "quantization": "quantize",
     "shapes": "CheckpointError ConfigError MediaError ShapeError StreamError TaskError",

@@ -17,6 +17,7 @@ from multimodal import tower as tower
 from multimodal import train as train
 from multimodal import transcription as transcription
 from multimodal import zoo as zoo
+from multimodal.composite import Composite as Composite
 from multimodal.core import Core as Core
 from multimodal.data import Blanked as Blanked
 from multimodal.data import Fields as Fields
@@ -39,6 +40,7 @@ from multimodal.heads import FlowMatching as FlowMatching
 from multimodal.heads import Head as Head
 from multimodal.heads import Masked as Masked
 from multimodal.heads import NextToken as NextToken
+from multimodal.heads import NextTurn as NextTurn
 from multimodal.heads import Pointer as Pointer
 from multimodal.heads import Prediction as Prediction
 from multimodal.model import Model as Model

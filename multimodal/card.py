@@ -12,6 +12,7 @@ from multimodal.declare import OURS, part_types
 from multimodal.heads import Classify, Masked
 from multimodal.model import Model
 from multimodal.notebook import short_form
+from multimodal.pattern import Field
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT, takes
 from multimodal.shapes import ConfigError
 from multimodal.texts import as_json, listed
@@ -236,18 +237,21 @@ def _held_out(figures: Mapping[tuple[str, str], float], step: int | None) -> lis
     return ["## Figures", f"On held-out data of the run, at step {step:,}.", _table(("task", "measure", "value"), rows)]
 
 
+def _sample(model: Model, field: Field) -> str:
+    """A value of a field as it stands in code."""
+    value = SAMPLES.get(takes(model.packer.tokenizers[field.kind]), "...")
+    return f"[{value}]" if field.many else value
+
+
 def _usage(model: Model, name: str) -> list[str]:
     """Blocks that show how to use the model in Python, on the command line and as a service."""
     pattern = next(iter(model.tasks))
     parsed, head = model.packer.patterns[pattern], model.packer.heads[pattern]
-    fields = {field.name: SAMPLES.get(takes(model.packer.tokenizers[field.kind]), "...") for field in parsed.reads}
+    fields = {field.name: _sample(model, field) for field in parsed.reads}
     code = ["import multimodal as mm", "", f"model = mm.Model.from_hub({json.dumps(name)})"]
     line = ""
     if parsed.pair:
-        left = ", ".join(
-            f"{json.dumps(field.name)}: {SAMPLES.get(takes(model.packer.tokenizers[field.kind]), '...')}"
-            for field in parsed.sides["left"]
-        )
+        left = ", ".join(f"{json.dumps(field.name)}: {_sample(model, field)}" for field in parsed.sides["left"])
         code.append(f'vectors = model.vectors({json.dumps(pattern)}, [{{{left}}}], side="left")')
     elif isinstance(head, Masked):
         code.append(f"print(model)  # {pattern} is learned from what is hidden of its data")
@@ -258,7 +262,8 @@ def _usage(model: Model, name: str) -> list[str]:
             given = ", [{" + ", ".join(f"{json.dumps(field)}: {value}" for field, value in fields.items()) + "}]"
         code += [f"answer = model.{verb}({json.dumps(pattern)}{given})", "print(answer)"]
         typed = "".join(
-            f" --{field} {value.strip(chr(34)) if ' ' not in value else value}" for field, value in fields.items()
+            f" --{field} {value.strip('[]').strip(chr(34)) if ' ' not in value else value.strip('[]')}"
+            for field, value in fields.items()
         )
         task = f" --task {json.dumps(pattern)}" if len(model.tasks) > 1 else ""
         line = f"multimodal {verb} {name}{task}{typed}\n"

@@ -22,6 +22,7 @@ PARTS = {
         "attention.priors",
         "attention.reads",
         "attention.scores",
+        "composite",
         "core",
         "encoder_decoder",
         "lora",
@@ -33,7 +34,7 @@ PARTS = {
     *("heads.pool", "tower", "train.recipe"),
     *(
         f"heads.{name}"
-        for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "pointer")
+        for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "next_turn", "pointer")
     ),
     *("layers.attend", "layers.base", "layers.mlp", "layers.recurrent", "zoo.temporal_conv", "zoo.turing_machine"),
 }

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from multimodal.attention import Backend, Cache, Hard, Mechanism, Trace
 from multimodal.attention.reinforce import reward_loss
+from multimodal.composite import Written, check_module_name
 from multimodal.core import Core
 from multimodal.declare import Declared
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
+from multimodal.heads.base import weights_class
 from multimodal.old_names import warn
 from multimodal.packer import Packer
 from multimodal.positions import check_known
@@ -59,13 +61,14 @@ class Network(nn.Module):
             tasks = [tasks]
         if not isinstance(core, (Core, EncoderDecoder)):
             raise ConfigError(f"Model: core is {type(core).__name__}; give a Core, for instance Core.small()")
-        _check_names(tokenizers)
+        for name in tokenizers:
+            _check_name(name)
         self.packer = Packer(tokenizers, tasks, core.axes)
-        kinds = {f"tokenizers[{name!r}]": tokenizer.axes for name, tokenizer in self.packer.tokenizers.items()}
+        placed = {f"tokenizers[{name!r}]": tokenizer.axes for name, tokenizer in self.packer.tokenizers.items()}
         repair = "core.replace(axes={axes})"
         if isinstance(core, EncoderDecoder):
             repair = "core.replace(reader=core.reader.replace(axes={axes}), writer=core.writer.replace(axes={axes}))"
-        check_known("Model: ", kinds, core.axes, repair)
+        check_known("Model: ", placed, core.axes, repair)
         _check_relations(core, self.packer)
         self.seed = seed
         # each part has its own random numbers, by the seed and its name, so that one more tokenizer changes no other part
@@ -75,7 +78,8 @@ class Network(nn.Module):
                 self.embeds[name] = tokenizer.embed(core.width)
         with _seeded(seed, "core"):
             self.core = core.build()
-        self.packer.reads_places = frozenset(k for k, m in self.embeds.items() if getattr(m, "reads_places", False))
+        kinds = {leaf.weights for leaf in self.packer.kinds.values()}
+        self.packer.reads_places = frozenset(k for k in kinds if getattr(self.embedding(k), "reads_places", False))
         if not isinstance(core, EncoderDecoder):
             self.packer.most_times = core.learned_times
         elif core.reader.learned_times is not None or core.writer.learned_times is not None:
@@ -97,7 +101,7 @@ class Network(nn.Module):
             # tasks of one key share the readout of the first, so the others must be of the same class and shapes
             if key not in self.readouts:
                 self.readouts[key] = made
-            if type(made_for) is not type(head) or _shapes(self.readouts[key]) != _shapes(made):
+            if weights_class(made_for) is not weights_class(head) or _shapes(self.readouts[key]) != _shapes(made):
                 raise ConfigError(
                     f"Model: task {pattern!r} would share the weights of another head, {made_for}, which {head} does not fit; "
                     "tasks that write one kind by one class of head share its weights, so give the class another name"
@@ -232,9 +236,14 @@ class Network(nn.Module):
             )
         return rows if stream.order_T is None else rows[stream.order_T]
 
+    def embedding(self, kind: str) -> nn.Module:
+        """The module that embeds a kind, or a part of a composite one: "page.picture"."""
+        return self.embeds.get_submodule(self.packer.kinds[kind].weights)
+
     def embed(self, kind: str, content: Tensor, places: Places | None = None) -> Tensor:
         """The embedded tokens (N, D) of one kind; "head:NAME" are the learned tokens of the head with these weights.
 
+        kind: the name of a tokenizer; "page.picture" is a part of a composite one, and "page" its marks and what is written of it.
         places: where the tokens stand, which some embeddings depend on.
 
         Raises:
@@ -244,11 +253,27 @@ class Network(nn.Module):
             query = self.readouts[kind.removeprefix("head:")].query
             assert isinstance(query, Tensor)
             return F.embedding(content, query)  # indexing would sum gradients in an arbitrary order on several threads
-        module, dtype = self.embeds[kind], self.dtype
+        if (written := self.packer.written_parts.get(kind)) is not None:
+            return self._embed_written(kind, written, content)
+        return self._embed(kind, content, places)
+
+    def _embed_written(self, kind: str, written: Written, id_N: Tensor) -> Tensor:
+        """The embedded tokens of a composite that is written: an id is a mark, or a token of one of the parts."""
+        rows_ND: Tensor | None = None
+        for weights, ids in written.ranges.items():
+            inside_N = (id_N >= ids.start) & (id_N < ids.stop)
+            at = kind + weights if not weights or weights[0] == "." else weights
+            found_ND = self._embed(at, (id_N - ids.start).clamp(0, len(ids) - 1), None)
+            rows_ND = found_ND if rows_ND is None else torch.where(inside_N[:, None], found_ND, rows_ND)
+        assert rows_ND is not None
+        return rows_ND
+
+    def _embed(self, kind: str, content: Tensor, places: Places | None) -> Tensor:
+        module, dtype = self.embedding(kind), self.dtype
         if content.is_floating_point():
             full = getattr(module, "full_precision", False)
             content = content.to(torch.promote_types(dtype, torch.float32) if full else dtype)
-        if kind not in self.packer.reads_places:
+        if self.packer.kinds[kind].weights not in self.packer.reads_places:
             rows = module(content)
         elif places is not None:
             rows = module(content, places)
@@ -308,20 +333,14 @@ def _no_answers(pattern: str) -> str:
     return f"task {pattern!r}: this stream was packed without answers; pack it with answers=True"
 
 
-def _check_names(tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Raise a ConfigError for names that a pattern cannot have, or that are attributes of torch's ModuleDict."""
-    for name in tokenizers:
-        if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
-            raise ConfigError(
-                f"Model: a tokenizer cannot be named {name!r}: tasks name it, as one word of the letters a to z, digits and "
-                "underscores; use a plain word such as 'image'"
-            )
-        if hasattr(nn.ModuleDict(), name):
-            raise ConfigError(
-                f"Model: a tokenizer cannot be named {name!r}: its weights are stored under this name in a ModuleDict of "
-                f"torch, which has a {name!r} of its own; call it {name.strip('_')}_kind, say. A field may have the name: "
-                f"'{name}:{name.strip('_')}_kind -> ...'"
-            )
+def _check_name(name: Any) -> None:
+    """Raise a ConfigError for a name that a tokenizer cannot have; says that a field may have it."""
+    try:
+        check_module_name("Model: a tokenizer", name)
+    except ConfigError as error:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise
+        raise ConfigError(f"{error}. A field may have the name: '{name}:{name.strip('_')}_kind -> ...'") from None
 
 
 def _check_relations(core: Core | EncoderDecoder, packer: Packer) -> None:

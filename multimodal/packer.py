@@ -16,11 +16,21 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Layout, Span
+from multimodal.composite import Composite, Written, leaves
 from multimodal.declare import check_ordered
-from multimodal.heads import Contrast, Head, default_head
-from multimodal.heads.base import EncodedSample, LaidOut, Segment, encode_field, ranges, tokenizer_of, tokens_of
+from multimodal.heads import Contrast, Head, NextToken, NextTurn, default_head
+from multimodal.heads.base import (
+    EncodedSample,
+    LaidOut,
+    Segment,
+    encode_field,
+    encode_read,
+    ranges,
+    tokens_of,
+    weights_class,
+)
 from multimodal.masks import MaskInfo
-from multimodal.pattern import Pattern
+from multimodal.pattern import Field, Pattern
 from multimodal.positions import check_axes
 from multimodal.relations import Links, linked
 from multimodal.shapes import AXES, ConfigError, StreamError, TaskError, did_you_mean
@@ -71,6 +81,8 @@ class Packer:
     tokenizers: by name of a kind, its tokenizer; tasks, patterns, heads: by pattern, the task, its parsed pattern and its head.
     keys: by pattern, the name of its head's weights; tasks that write the same kinds by the same class of head share them.
     answer_tokenizers: by pattern, the tokenizer of the written field; for a pair, that of its last field.
+    kinds: by kind of a segment, also of parts of a composite ("page.picture"), its tokenizer and the kind whose weights embed it.
+    written_parts: by name of a composite kind that some task writes, its tokenizer there.
     starts: by pattern, the tokens between what is read and what is written, the same in every sample.
     axes: the position axes of its streams, which are those of the model's core; if not given, those of all its kinds.
     relations: the names of the relations of all kinds; two kinds may share one.
@@ -93,6 +105,12 @@ class Packer:
                     f"tokenizers[{name!r}] is {type(tokenizer).__name__}, not a Tokenizer made by its constructor"
                     f"{_names_of_classes(tokenizer)}"
                 )
+        for name, tokenizer in tokenizers.items():
+            if isinstance(tokenizer, Composite):
+                self.tokenizers[name] = tokenizer.bind(tokenizers, (name,))
+        self.kinds = {kind: leaf for name, t in self.tokenizers.items() for kind, leaf in leaves(name, t)}
+        self.written_parts: dict[str, Written] = {}
+        for name, tokenizer in self.tokenizers.items():
             check_axes(f"tokenizers[{name!r}]: axes", tokenizer.axes)
         known = dict.fromkeys(axis for tokenizer in self.tokenizers.values() for axis in tokenizer.axes)
         self.axes: tuple[str, ...] = axes or (*AXES, *(axis for axis in known if axis not in AXES))
@@ -110,9 +128,13 @@ class Packer:
             if task.pattern in self.tasks:
                 raise TaskError(f"task {task.pattern!r} is given twice")
             head = task.head or (Contrast() if pattern.pair else default_head(self.tokenizers[pattern.writes.kind]))
+            if task.head is None and type(head) is NextToken and any(_said(self.tokenizers, f) for f in pattern.reads):
+                head = NextTurn()
             pattern = head.bind(pattern)
             answers = self.tokenizers[pattern.fields[-1].kind]
-            self.answer_tokenizers[task.pattern] = answers.written if head.autoregressive else answers
+            self.answer_tokenizers[task.pattern] = written = answers.written if head.autoregressive else answers
+            if isinstance(written, Written):
+                self.written_parts[pattern.writes.kind] = written
             head.vocab(self.answer_tokenizers[task.pattern])
             self.tasks[task.pattern] = dataclasses.replace(task, head=head)
             self.patterns[task.pattern], self.heads[task.pattern] = pattern, head
@@ -132,6 +154,11 @@ class Packer:
     def head_key(self, pattern: str) -> str:
         """The name of the weights of a task's head; tasks that write the same kind by the same head share them."""
         return self.keys[pattern]
+
+    def ids_of(self, kind: str) -> int | None:
+        """The number of ids that content of a kind or of a part has; of a composite kind its marks. None: it has features."""
+        tokenizer = self.kinds[kind].tokenizer
+        return len(tokenizer.parts) if isinstance(tokenizer, Composite) else tokenizer.vocab_size
 
     def check_task(self, pattern: str, *, answers: bool = False) -> None:
         """Raise a TaskError unless this is one of the tasks; with answers=True, one that writes something."""
@@ -199,6 +226,7 @@ class Packer:
         """
         if pattern_text not in self.tasks:
             raise self._no_task(pattern_text)
+        values = self.completed(pattern_text, values, answers)
         self.patterns[pattern_text].check_sample(values, answers)
         sample = self.encoded(pattern_text, values, name, answers=answers, begin=begin, random=random)
         try:
@@ -235,6 +263,12 @@ class Packer:
                     f"because positions that were never trained mean nothing (tokens by field: {listed})"
                 )
 
+    def completed(self, pattern_text: str, values: Mapping[str, Any], answers: bool = True) -> Mapping[str, Any]:
+        """A sample with its answer apart from what is read; of a chat the last turn, where no answer is given."""
+        if not isinstance(values, Mapping):
+            return values  # what is wrong with it `Pattern.check_sample` says
+        return self.heads[pattern_text].complete(self.patterns[pattern_text], values, self.tokenizers, answers)
+
     def encoded(
         self,
         pattern_text: str,
@@ -252,9 +286,7 @@ class Packer:
         """
         pattern, where = self.patterns[pattern_text], f"{name} of task {pattern_text!r}"
         tokens = {
-            field.name: None
-            if (value := values[field.name]) is None
-            else encode_field(self.tokenizers[field.kind], value, where, field.name)
+            field.name: encode_read(self.tokenizers[field.kind], field, values[field.name], where)
             for field in pattern.reads
         }
         if begin is not None and not answers:
@@ -292,7 +324,8 @@ class Packer:
         # all tokens of a kind are one tensor, so that one call embeds them; order_T then brings the rows into the stream's order
         by_kind: dict[str, list[int]] = {}
         for i, segment in enumerate(segments):
-            by_kind.setdefault(segment.kind, []).append(i)
+            leaf = self.kinds.get(segment.kind)  # None: the learned tokens of a head
+            by_kind.setdefault(segment.kind if leaf is None else leaf.weights, []).append(i)
         content = {kind: torch.cat([segments[i].tokens.content for i in which]) for kind, which in by_kind.items()}
         places = {
             kind: Places.of([segments[i].tokens for i in which], segments[which[0]].step)
@@ -308,13 +341,14 @@ class Packer:
         sample_of_segment = torch.arange(len(placed)).repeat_interleave(
             torch.tensor([len(p.part.segments) for p in placed])
         )
-        # rules see segments numbered from 0 in each sample, so that they do not depend on the pack
-        first_segment = torch.searchsorted(sample_of_segment, sample_of_segment)
+        # rules see fields numbered from 0 in each sample, so that they do not depend on the pack; parts of a value share a number
+        number = torch.tensor([not s.continues for s in segments]).cumsum(0)
+        number -= number[torch.searchsorted(sample_of_segment, sample_of_segment)]
         info = MaskInfo(
             sample=torch.arange(len(placed), dtype=torch.int32).repeat_interleave(total_B),
             order=torch.arange(stream_size, dtype=torch.int32) - start_B.int().repeat_interleave(total_B),
             bidirectional=torch.tensor([s.bidirectional for s in segments], dtype=torch.int32).repeat_interleave(sizes),
-            segment=(torch.arange(len(segments)) - first_segment).int().repeat_interleave(sizes),
+            segment=number.int().repeat_interleave(sizes),
             links=self._links(segments, segment_starts.tolist(), stream_size),
         )
         return Stream(
@@ -335,7 +369,7 @@ class Packer:
             pairs = segment.tokens.pairs
             if pairs is not None and len(pairs):
                 if (number := self._relation_numbers.get(segment.kind)) is None:
-                    names = tokenizer_of(self.tokenizers, segment.kind).relations
+                    names = self.kinds[segment.kind].tokenizer.relations
                     number = self._relation_numbers[segment.kind] = torch.tensor(list(map(self.relations.index, names)))
                 found.append(torch.stack([pairs[:, 0] + start, pairs[:, 1] + start, number[pairs[:, 2]]], 1))
         return linked(torch.cat(found), stream_size, self.relations) if found else None
@@ -357,7 +391,9 @@ class Packer:
             keys = [p.part.key_N + start for p, start in mine if p.part.key_N is not None]
             pointed = [part.pointed_N for part in parts if part.pointed_N is not None]
             readings[pattern] = Reading(
-                row_N=_rows(mine) if any(p.row_N is not None for p in parts) else ranges(first, torch.tensor(lengths)),
+                row_N=torch.cat([p.part.rows_N + start for p, start in mine])
+                if any(part.row_N is not None for part in parts)
+                else ranges(first, torch.tensor(lengths)),
                 lengths=tuple(lengths),
                 samples=tuple(p.sample for p, _ in mine),
                 target=torch.cat(targets) if answers else None,
@@ -380,12 +416,6 @@ def _names_of_classes(given: Any) -> str:
     return f"; names of classes are multimodal_tokenizers.Labels(({shortened(listed, 100)}))"
 
 
-def _rows(parts: list[tuple[_Placed, int]]) -> Tensor:
-    """The rows that heads read, from parts and the rows at which they start."""
-    rows = [torch.arange(p.part.first, p.part.last) if p.part.row_N is None else p.part.row_N for p, _ in parts]
-    return torch.cat([row_N + start for row_N, (_, start) in zip(rows, parts, strict=True)])
-
-
 def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor, axes: tuple[str, ...]) -> Tensor:
     """Positions (T, A) in steps on these axes; time 0 of each field is one step after the last token of the field before it."""
     if axes == AXES:  # one division for all, as segments are many and short
@@ -403,7 +433,9 @@ def _positions(placed: list[_Placed], segments: list[Segment], sizes: Tensor, ax
             end = round(last[at], 3) + 1.0  # 14.999999 is 15: seconds divided by a step are seldom whole
             ends[i] = max(end, ends[i]) if i in ends else end
             at += 1
-        starts = dict(zip(ends, accumulate(ends.values(), initial=0.0), strict=False))
+        gaps = [p.part.segments[i].gap for i in ends]
+        before = accumulate([0.0, *ends.values()])
+        starts = {i: time + gap for i, time, gap in zip(ends, before, accumulate(gaps), strict=False)}
         offsets += [starts[i if s.within is None else s.within] for i, s in enumerate(p.part.segments)]
     position_TA[:, 0] += torch.tensor(offsets).repeat_interleave(sizes)
     return position_TA
@@ -413,4 +445,10 @@ def _head_key(pattern: Pattern, head: Head) -> str:
     """A name without the fields' names, so that tasks over the same kinds share one readout; it is part of the weights' names."""
     sides = pattern.sides.values() if pattern.pair else [[pattern.writes]]
     kinds = "__".join("_".join(field.kind for field in side) for side in sides)
-    return f"{kinds}_{type(head).__name__}"
+    return f"{kinds}_{weights_class(head).__name__}"
+
+
+def _said(tokenizers: Mapping[str, Tokenizer], field: Field) -> bool:
+    """Whether a field holds what the answering side said earlier, as a chat does."""
+    tokenizer = tokenizers[field.kind]
+    return isinstance(tokenizer, Composite) and tokenizer.said is not None

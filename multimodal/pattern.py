@@ -19,11 +19,13 @@ class Field:
     name: the key under which a sample has it.
     kind: the name of the tokenizer that encodes it.
     column: its index in the text of the pattern, which errors mark.
+    many: whether it takes a list of any number of values, also none: "image*".
     """
 
     name: str
     kind: str
     column: int
+    many: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Pattern:
     def parse(cls, text: str) -> "Pattern":
         """Parse "photo:image question:text -> answer:text". The left side may be empty: "-> text" writes from nothing.
 
+        A field with a star, "image* text -> label" or "photos:image* text -> label", takes a list of any number of values.
+
         "photo:image <-> caption:text" is a pair: each side is one field or more, and a model learns which belong together.
 
         Raises:
@@ -81,6 +85,12 @@ class Pattern:
             raise _error(text, len(text), "writes nothing; name one field after '->'")
         elif len(writes) > 1:
             raise _error(text, writes[1].column, "writes more than one field; write a task for each")
+        elif writes[0].many:
+            raise _error(
+                text,
+                text.index("*", writes[0].column),
+                "writes a list, but an answer is one value; a kind that is itself a list, such as Sequence(of=..), can be written",
+            )
         seen: set[str] = set()
         for field in reads:
             if field.name in seen:
@@ -197,9 +207,14 @@ def _fields(text: str, start: int, stop: int) -> list[Field]:
         if end < stop and text[end] == ":":
             kind = _word(text, end + 1, stop)
             end += 1 + len(kind)
+        many = end < stop and text[end] == "*"
+        end += many
         if end < stop and not text[end].isspace():
-            raise _error(text, end, f"has {text[end]!r} here; fields are words, or name:kind, with blanks between")
-        fields.append(Field(name, kind, at))
+            star = ", and a star behind it for a list" if "*" in (text[end], text[end - 1]) else ""
+            raise _error(
+                text, end, f"has {text[end]!r} here; fields are words, or name:kind{star}, with blanks between"
+            )
+        fields.append(Field(name, kind, at, many))
         at = end
 
 
@@ -207,7 +222,8 @@ def _word(text: str, at: int, stop: int) -> str:
     match = _WORD.match(text, at, stop)
     if match is None:
         came = repr(text[at]) if at < stop else "nothing"
-        raise _error(text, at, f"has {came} where a field's name was wanted (letters, digits, underscore)")
+        hint = "; a star stands directly behind a field, as in 'image*'" if came == "'*'" else ""
+        raise _error(text, at, f"has {came} where a field's name was wanted (letters, digits, underscore){hint}")
     return match.group()
 
 

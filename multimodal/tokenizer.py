@@ -154,6 +154,11 @@ class Tokenizer(Declared, ABC):
         """
         raise ConfigError(f"{type(self).__name__} has no decode: this kind can be read but not written")
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `decode` is written, so that tokens can be turned back into values."""
+        return type(self).decode is not Tokenizer.decode
+
     def wanted(self, value: Any) -> Any:
         """The answer that measures compare with: a text itself; for other kinds decode(encode(value)), such as the name of a class
         that was given by its number."""
@@ -279,6 +284,16 @@ class Tokenizer(Declared, ABC):
                 f"{name}.encode: {describe(value)} gave {count} tokens, more than max_tokens={self.max_tokens}; "
                 "shorten or shrink it first"
             )
+        return self.check_tokens(tokens, value)
+
+    def check_tokens(self, tokens: Tokens, value: Any) -> Tokens:
+        """The tokens of a value, checked against what this kind declares; tensors of the declared shape for an empty value.
+
+        Raises:
+            MediaError: not finite, or of another shape or type than declared; the message names this class.
+        """
+        name, count = type(self).__name__, len(tokens)
+        content, position_NA = tokens.content, tokens.position_NA
         # tensors of the right shape and type, because encoders often return torch.tensor([]) for an empty value
         if not count:
             return no_tokens(self)

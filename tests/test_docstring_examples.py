@@ -16,7 +16,18 @@ import multimodal as mm
 from multimodal.check import check_tokenizer, verify
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
-from multimodal_tokenizers import AudioFrames, Ids, ImagePatches, Labels, TextBytes
+from multimodal_tokenizers import (
+    AudioFrames,
+    Chat,
+    Features,
+    Ids,
+    ImagePatches,
+    Joint,
+    Labels,
+    Record,
+    Sequence,
+    TextBytes,
+)
 from tests.pretrained.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,14 +40,19 @@ MOST_USED = {
     "Model.load": mm.Model.load,
     "Model.from_pretrained": mm.Model.from_pretrained,
     "CTC": mm.CTC,
+    "Chat": Chat,
+    "Composite": mm.Composite,
     "Contrast": mm.Contrast,
     "Core": mm.Core,
     "Engine": mm.Engine,
     "Fields": mm.Fields,
     "Ids": Ids,
+    "Joint": Joint,
     "Masked": mm.Masked,
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
+    "Record": Record,
+    "Sequence": Sequence,
     "quantize": mm.quantize,
     "Run": mm.Run,
     "Shards": mm.Shards,
@@ -89,7 +105,7 @@ def namespace() -> dict[str, Any]:
     modules = {"mm": mm, "np": np, "torch": torch, "Path": Path, "dataclass": dataclass}
     tools = {"check_tokenizer": check_tokenizer, "inside": inside, "verify": verify, "xray": xray}
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
-    kinds |= {"Ids": Ids}
+    kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 

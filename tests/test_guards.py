@@ -25,7 +25,7 @@ LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
     {"texts", "shapes", "declare", "files", "notebook", "progress", "saving", "process_state", "old_names", "hub"},
-    {"tokenizer", "masks", "relations", "positions", "norm", "media"},
+    {"tokenizer", "composite", "masks", "relations", "positions", "norm", "media"},
     {"attention"},
     {"layers"},
     {"pattern"},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multimodal.check.measure import TOLERANCE, allowed, difference
 from multimodal.check.report import IMPORTS_MAY_CHANGE, changed, preserved_settings, settings, want
+from multimodal.composite import Composed
 from multimodal.core import Core
 from multimodal.heads import Head, Masked, Pointer
 from multimodal.model import Model
@@ -188,6 +189,8 @@ class HeadCase:
 
 def _copied(tokens: Any) -> Any:
     """A copy of tokens, which no later call can change."""
+    if isinstance(tokens, Composed):
+        return copy.deepcopy(tokens)
     parts = (tokens.content, tokens.position_NA) if isinstance(tokens, Tokens) else ()
     if not parts or not all(isinstance(x, Tensor) for x in parts):
         return tokens

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from multimodal.check.cases import TokenizerCase, close_tokens, contents, equal_tokens
 from multimodal.check.fresh import CannotAsk, fresh_answers, names_a_file
 from multimodal.check.report import Check, ConformanceError, changed, promise, settings, want
+from multimodal.composite import Composite
 from multimodal.positions import check_axes
 from multimodal.shapes import AXES, ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens, describe
@@ -36,8 +37,12 @@ def declared(case: TokenizerCase) -> None:
     want(params is not None and params.frozen and params.eq, f"{type(t).__name__} is no frozen dataclass")
     sizes = {"vocab_size": t.vocab_size, "feature_size": t.feature_size}
     given = [size for size in sizes.values() if size is not None]
-    want(len(given) == 1, f"{sizes}: exactly one of them is wanted")
-    want(type(given[0]) is int and given[0] > 0, f"{sizes}: a positive int is wanted")
+    if isinstance(t, Composite):
+        want(not given, f"{sizes}: a composite has none of them, as each of its parts declares its own")
+        t.resolved()
+    else:
+        want(len(given) == 1, f"{sizes}: exactly one of them is wanted")
+        want(type(given[0]) is int and given[0] > 0, f"{sizes}: a positive int is wanted")
     try:
         check_axes("axes", t.axes)
     except ConfigError as error:

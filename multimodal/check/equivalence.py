@@ -23,17 +23,19 @@ from multimodal.check.measure import (
     sample_gradients,
 )
 from multimodal.check.values import Encoded, plausible_values, random_tokens
+from multimodal.composite import Composite, Several
 from multimodal.generate import Engine, Greedy, Sampler
 from multimodal.generate.request import new_request
 from multimodal.generate.samplers import Written
 from multimodal.heads import EachRow, Pointer, one_class
+from multimodal.heads.base import encode_read
 from multimodal.model import Model, Sample
 from multimodal.packer import Packer
 from multimodal.pattern import Pattern
 from multimodal.positions import in_steps, on_axes
 from multimodal.process_state import preserved_state
 from multimodal.stream import Stream
-from multimodal.tokenizer import Tokens
+from multimodal.tokenizer import Tokenizer, Tokens
 
 MOST_SAMPLES = 8  # of each task
 FEWEST_SAMPLES = 4  # invented ones are added up to this number, so that there is something to pack with
@@ -172,7 +174,11 @@ def verify(
         model = copy.deepcopy(model).float()
     subjects, notes = _subjects(model.packer, samples or {}, seed)
     twin = copy.copy(model)  # the same weights behind a packer that takes values already encoded
-    encoded = {name: Encoded(tokenizer) for name, tokenizer in model.packer.tokenizers.items()}
+    encoded = {
+        # a composite takes tokens as they are; parts that name a kind need the tokenizer of that name
+        name: tokenizer if isinstance(tokenizer, Composite) else Encoded(tokenizer)
+        for name, tokenizer in model.packer.tokenizers.items()
+    }
     twin.packer = Packer(encoded, list(model.tasks.values()), model.packer.axes)
     twin.packer.reads_places = model.packer.reads_places
     # everything in one pack, once, and then each subject by itself
@@ -397,7 +403,7 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         mine = list(given.get(task, ()))
         if len(mine) > MOST_SAMPLES:
             notes.append(f"{task!r}: the first {MOST_SAMPLES} of {len(mine)} samples were used")
-        ready = [_as_tokens(packer, task, sample) for sample in mine[:MOST_SAMPLES]]
+        ready = [_as_tokens(packer, task, packer.completed(task, sample)) for sample in mine[:MOST_SAMPLES]]
         ready += [{} for _ in range(FEWEST_SAMPLES - len(ready))]
         head, pair = packer.head(task), pattern.pair
         pointer = isinstance(head, Pointer)
@@ -411,6 +417,9 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
                 ready = _answered(packer, task, ready)
                 continue
             filling, how = _filling(packer, task, pattern, name, seed) if lacking else ([], "")
+            if lacking and any(field.many and field.name == name for field in pattern.reads):
+                step = packer.tokenizers[next(f.kind for f in pattern.reads if f.name == name)].step
+                filling = [Several(filling[i : i + count], step) for i, count in enumerate((1, 2, 3, 2))]
             for place, i in enumerate(lacking):
                 ready[i][name] = filling[place % len(filling)]
             if lacking and how:
@@ -426,7 +435,8 @@ def _subjects(packer: Packer, given: Mapping[str, Sequence[Sample]], seed: int) 
         # each field of several is also read alone, as the others could hide what is wrong with it
         for field in pattern.reads if len(pattern.reads) > 1 and not pointer and not pair else ():
             others = dict.fromkeys(f.name for f in pattern.reads if f.name != field.name)
-            only = [{**sample, **others} for sample in ready if sample[field.name] is not None]
+            # without None, and without empty lists
+            only = [{**sample, **others} for sample in ready if len(sample[field.name] or ())]
             only = _answered(packer, task, only) if isinstance(head, EachRow) else only
             if only and (field.name == pattern.answer or not pattern.hides):
                 subjects.append(_Subject(f"{task} (only {field.name})", task, tuple(only)))
@@ -450,12 +460,21 @@ def _as_tokens(packer: Packer, task: str, sample: Sample) -> dict[str, Tokens | 
     fields = {field.name: field.kind for field in pattern.reads}
     if packer.head(task).autoregressive and pattern.answer in sample:
         fields[pattern.answer] = pattern.writes.kind
+    many = {field.name: field for field in pattern.reads if field.many}
     return {
-        name: None
+        name: encode_read(packer.tokenizers[kind], many[name], sample[name], "verify")
+        if name in many
+        else None
         if sample[name] is None
-        else packer.tokenizers[kind](sample[name], empty=not pattern.pair and name == pattern.answer)
+        else _tokenizer(packer, task, name, kind)(sample[name], empty=not pattern.pair and name == pattern.answer)
         for name, kind in fields.items()
     }
+
+
+def _tokenizer(packer: Packer, task: str, name: str, kind: str) -> Tokenizer:
+    """The tokenizer of a field; of a composite that is written, the one that writes it."""
+    written = packer.written_parts.get(kind) if name == packer.patterns[task].answer else None
+    return packer.tokenizers[kind] if written is None else written
 
 
 def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) -> tuple[list[Tokens], str]:
@@ -463,13 +482,13 @@ def _filling(packer: Packer, task: str, pattern: Pattern, name: str, seed: int) 
     kinds = {field.name: field.kind for field in pattern.reads}
     if not pattern.pair:
         kinds |= {pattern.answer: pattern.writes.kind}
-    tokenizer = packer.tokenizers[kinds[name]]
+    tokenizer = _tokenizer(packer, task, name, kinds[name])
     if name not in [field.name for field in pattern.reads] and not packer.head(task).autoregressive:
         return [one_class(0, tokenizer)], ""  # not part of the stream: any target will do
     # a kind of fixed length writes only values of that length
     written = not pattern.pair and name == pattern.answer and tokenizer.length is not None
     seed += sum(map(ord, name))  # two fields of one kind get different values
-    if values := plausible_values(tokenizer, seed=seed):
+    if values := plausible_values(packer.tokenizers[kinds[name]], seed=seed):
         tokens = [tokenizer(value) for value in values]
         if pattern.hides and name == pattern.answer:  # of one token no part can be hidden
             tokens = [t for t in tokens if len(t) > 1] or random_tokens(tokenizer, seed)

@@ -137,7 +137,7 @@ def _first(tokens: Tokens, count: int) -> Tokens:
 def decode_gives_value(case: TokenizerCase) -> None:
     """Decode gives back the value that was encoded (numbers within a thousandth), unless the kind declares itself `lossy`."""
     t = case.tokenizer
-    if type(t).decode is Tokenizer.decode:
+    if not t.decodes:
         raise unittest.SkipTest("it has no decode: this kind is only read")
     if t.lossy:
         return
@@ -165,6 +165,8 @@ def _same_value(value: Any, got: Any, unordered: bool) -> bool | None:
     if numbers is not None and others is not None:
         return _same_numbers(numbers, others)
     if isinstance(value, dict) and isinstance(got, dict):
+        # an entry that is None is one that is not there
+        value, got = ({k: x for k, x in one.items() if x is not None} for one in (value, got))
         return value.keys() == got.keys() and all(_same_value(value[k], got[k], unordered) is not False for k in value)
     if isinstance(value, (list, tuple)) and isinstance(got, (list, tuple)):
         if unordered:
@@ -304,7 +306,8 @@ def _end_changed(part: Any, axis: int, count: int, values: Sequence[Any]) -> Ite
     seen: list[Any] = []
     for value in [part, *values]:
         for element in value if isinstance(value, type(part)) else ():
-            if len(seen) < 8 and element not in seen and element != part[-1]:
+            # by their contents, because arrays in an element have no single answer to ==
+            if len(seen) < 8 and contents(element) not in map(contents, [*seen, part[-1]]):
                 seen.append(element)
     if isinstance(part, str):
         seen += [c for c in "ae1" if c not in seen and c != part[-1]]

@@ -82,7 +82,7 @@ def neighbour_unseen(case: Any) -> None:
         for own in range(stream.samples):
             changed = dict(stream.content)
             for kind, x in stream.content.items():
-                vocab = None if kind.startswith("head:") else model.packer.tokenizers[kind].vocab_size
+                vocab = None if kind.startswith("head:") else model.packer.ids_of(kind)
                 other = x * 0.5 + 0.25 if x.is_floating_point() else x if vocab is None else (x + 1) % vocab
                 changed[kind] = torch.where((sample_of[kind] == own).reshape(-1, *[1] * (x.dim() - 1)), x, other)
             want(torch.equal(logits(changed)[own], before[own]), f"sample {own} sees what is in its neighbours")

@@ -20,6 +20,7 @@ from multimodal.check.cases import (
 )
 from multimodal.check.information import resembles
 from multimodal.check.report import Check, ConformanceError, promise, want
+from multimodal.composite import Composed, Composite
 from multimodal.heads.each_row import answered_rows
 from multimodal.positions import in_steps, steps_of
 from multimodal.shapes import ConfigError, MediaError, StreamError
@@ -42,17 +43,28 @@ def one_place_a_token(case: TokenizerCase) -> None:
 @promise(CHECKS, basic=True)
 def content_as_declared(case: TokenizerCase) -> None:
     """Content is int64 ids (N,) below vocab_size, or float32 features (N, feature_size); places are float32."""
-    for tokens in case.tokens:
-        x, vocab = tokens.content, case.tokenizer.vocab_size
+    parts = [part for tokens in case.tokens for part in _by_part(case.tokenizer, tokens)]
+    for tokenizer, tokens in parts:
+        if isinstance(tokenizer, Composite):
+            continue
+        x, vocab = tokens.content, tokenizer.vocab_size
         came = f"content is {x.dtype} {tuple(x.shape)}"
         if vocab is not None:
             want(x.dtype == torch.int64 and x.dim() == 1, f"{came}, wanted ids: int64 (N,)")
             low, high = int(x.min()), int(x.max())
             want(low >= 0 and high < vocab, f"ids run from {low} to {high}, outside 0..{vocab - 1}")
         else:
-            wanted = (len(tokens), case.tokenizer.feature_size)
+            wanted = (len(tokens), tokenizer.feature_size)
             want(x.dtype == torch.float32 and x.shape == wanted, f"{came}, wanted features: float32 {wanted}")
         want(tokens.position_NA.dtype == torch.float32, f"places are {tokens.position_NA.dtype}, wanted float32")
+
+
+def _by_part(tokenizer: Tokenizer, tokens: Tokens) -> list[tuple[Tokenizer, Tokens]]:
+    """Tokens with their tokenizer; of a composite value those of each part."""
+    if not isinstance(tokenizer, Composite):
+        return [(tokenizer, tokens)]
+    want(isinstance(tokens, Composed), f"encode gave {describe(tokens)}, wanted the runs of its parts")
+    return [(tokenizer.at(path), run) for path, run in tokens.runs]  # type: ignore[attr-defined]
 
 
 @promise(CHECKS, basic=True)
@@ -161,8 +173,10 @@ def _refused(tokenizer: Tokenizer, value: Any) -> bool:
 def _decoding(case: TokenizerCase, *, written: bool) -> Tokenizer:
     """The tokenizer, where it decodes, and where asked for, what is written token by token."""
     tokenizer = case.tokenizer
-    if type(tokenizer).decode is Tokenizer.decode:
+    if not tokenizer.decodes:
         raise unittest.SkipTest("it has no decode: this kind is only read")
+    if written and isinstance(tokenizer, Composite):
+        raise unittest.SkipTest("it is written as ids of all its parts: check its `written` too")
     if written and tokenizer.vocab_size is None and tokenizer.classes:
         raise unittest.SkipTest("several classes at once: nothing is written token by token")
     if written:
@@ -354,10 +368,27 @@ def _embedded(
     case: TokenizerCase, module: nn.Module, values: Sequence[Tokens], content: Tensor | None = None
 ) -> Tensor:
     """The rows that the module gives for these values, called as a model calls it; content: instead of theirs."""
+    if isinstance(case.tokenizer, Composite):
+        return _embedded_parts(case.tokenizer, module, values)
     content = torch.cat([tokens.content for tokens in values]) if content is None else content
     if not getattr(module, "reads_places", False):
         return module(content)
     return module(content, Places.of(values, case.tokenizer.step))
+
+
+def _embedded_parts(composite: Composite, module: nn.Module, values: Sequence[Tokens]) -> Tensor:
+    """The rows of composite values: all runs of a part by one call, then brought into order."""
+    runs = [run for tokens in values if isinstance(tokens, Composed) for run in tokens.runs]
+    rows: list[Tensor] = [torch.empty(0)] * len(runs)
+    for path in dict.fromkeys(path for path, _ in runs):
+        which = [i for i, run in enumerate(runs) if run.path == path]
+        tokens, part = [runs[i].tokens for i in which], module.get_submodule(path)
+        content = torch.cat([x.content for x in tokens])
+        reads = getattr(part, "reads_places", False)
+        found = part(content, Places.of(tokens, composite.at(path).step)) if reads else part(content)
+        for i, x in zip(which, found.split([len(x) for x in tokens]), strict=True):
+            rows[i] = x
+    return torch.cat(rows)
 
 
 @promise(CHECKS)
@@ -375,8 +406,8 @@ def embed_rows(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def embed_any_numbers(case: TokenizerCase) -> None:
     """The module that embed makes takes numbers that encode never gives, such as the half of them: a model writes those too."""
-    if case.tokenizer.vocab_size is not None:
-        return  # of ids there are no others
+    if case.tokenizer.vocab_size is not None or isinstance(case.tokenizer, Composite):
+        return  # of ids there are no others; the parts of a composite are checked by themselves
     embed, content = case.tokenizer.embed(CORE.width).eval(), case.tokens[0].content
     for name, x in (("half of", content * 0.5), ("minus", -content), ("a little above", content + 0.25)):
         try:

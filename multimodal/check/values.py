@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from multimodal.check.cases import equal_tokens
+from multimodal.composite import Composed, Composite, runs_of
 from multimodal.heads import one_class
+from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, written_tokens
 
 
@@ -40,6 +42,9 @@ def plausible_values(tokenizer: Tokenizer, count: int = 4, *, seed: int = 0) -> 
 def _candidates(tokenizer: Tokenizer, seed: int) -> Iterator[Iterable[Any]]:
     random = np.random.default_rng(seed)
     yield getattr(tokenizer, "examples", list)()
+    if isinstance(tokenizer, Composite):
+        yield _assembled(tokenizer, seed)
+        return
     if tokenizer.classes:
         classes = tokenizer.vocab_size or tokenizer.feature_size or 0
         yield _decoded(tokenizer, [one_class(c, tokenizer) for c in range(min(classes, 8))])
@@ -73,6 +78,18 @@ def _candidates(tokenizer: Tokenizer, seed: int) -> Iterator[Iterable[Any]]:
     yield _decoded(tokenizer, random_tokens(tokenizer, seed))
 
 
+def _assembled(composite: Composite, seed: int) -> Iterator[Any]:
+    """Values of a composite with plausible values of its parts, one or two of each."""
+    found = {name: plausible_values(part, 8, seed=seed) for name, part in composite.resolved().items()}
+    for i in range(8):
+        pieces = [(name, values[i % len(values)]) for name, values in found.items() if values]
+        pieces += [(name, values[(i + 1) % len(values)]) for name, values in found.items() if values and i % 2]
+        try:
+            yield composite.assemble(pieces)
+        except ConfigError:  # this kind is only read, so that it need not be able to put pieces together
+            return
+
+
 def _decoded(tokenizer: Tokenizer, tokens: Sequence[Tokens]) -> list[Any]:
     values = []
     for one in tokens:
@@ -87,6 +104,13 @@ def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
     """Random tokens of the declared size; they need not be those of any value."""
     random = torch.Generator().manual_seed(seed)
     tokens = []
+    if isinstance(tokenizer, Composite):
+        parts = {name: random_tokens(part, seed) for name, part in tokenizer.resolved().items()}
+        for i in range(4):
+            # a mark before each, and the tokens of a composite in it as they are
+            runs = [run for n, name in enumerate(parts) for run in runs_of(n, name, parts[name][i])]
+            tokens.append(Composed(runs, [tokenizer.at(run.path).step for run in runs]))
+        return tokens
     for count in (3, 5, 5, 8) if tokenizer.length is None else [tokenizer.length] * 4:
         if tokenizer.vocab_size is not None:
             ids = torch.randint(tokenizer.vocab_size, (count,), generator=random)

@@ -176,7 +176,10 @@ def predict(
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, [*fields, *(without or [])])
     name = model.packer.patterns[chosen].answer
-    samples, names = samples_from(model, chosen, fields, without or []), named_samples(fields)
+    samples, names = (
+        samples_from(model, chosen, fields, without or []),
+        named_samples(model.packer.patterns[chosen], fields),
+    )
     for start in range(0, len(samples), BATCH):
         answers = model.predict(chosen, samples[start : start + BATCH])
         for answer, which in zip(answers, names[start:], strict=False):
@@ -217,7 +220,10 @@ def generate(
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, [*fields, *(without or [])], writing=True)
     options = writing.options(model, chosen)
-    samples, names = samples_from(model, chosen, fields, without or []), named_samples(fields)
+    samples, names = (
+        samples_from(model, chosen, fields, without or []),
+        named_samples(model.packer.patterns[chosen], fields),
+    )
     name, kind = model.packer.patterns[chosen].answer, model.packer.patterns[chosen].writes.kind
     several = writing.count > 1
     # a pipe or a file gets whole answers, so that no program reads half of one

@@ -41,7 +41,8 @@ Fields = Annotated[
     Parameter(
         negative="",
         help="A field that the task reads, by its name: --image cat.png, --text 'a cat'. Pictures and sound are files; "
-        "arrays are .npy or .json files, or JSON. Several values are several samples: --image cats/*.jpg. "
+        "arrays are .npy or .json files, or JSON. Several values are several samples: --image cats/*.jpg; of a field that takes "
+        "a list ('image* -> label') they are the list of one sample. "
         "A value that begins like an option is written --text='--no'. A field that has the name of an option is given as "
         "--field-NAME.",
     ),
@@ -161,7 +162,7 @@ def choose_task(model: "Model", wanted: str | None, fields: Iterable[str], *, wr
 
 
 def _named(pattern: "Pattern") -> tuple[int, list[tuple[str, str]]]:
-    return len(pattern.right), [(field.name, field.kind) for field in pattern.fields]
+    return len(pattern.right), [(field.name, field.kind + "*" * field.many) for field in pattern.fields]
 
 
 def _listed(tasks: Iterable[str]) -> str:
@@ -225,7 +226,8 @@ def samples_from(
         them, also, too = "it" if len(missing) == 1 else "them", "also " if given else "", " too" if given else ""
         out = f", or leave {them} out: " + " ".join(f"--without {name.removeprefix('--')}" for name in missing)
         raise TaskError(f"task {task!r} {also}reads {' '.join(missing)}; give {them}{too}{out if given else ''}")
-    counts = {name: len(texts) for name, texts in given.items() if len(texts) != 1}
+    many = {field.name for field in pattern.reads if field.many}
+    counts = {name: len(texts) for name, texts in given.items() if len(texts) != 1 and name not in many}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"--{name} {count}" for name, count in counts.items())
         raise TaskError(f"different numbers of values: {listed}; give one for all samples, or one for each")
@@ -233,6 +235,7 @@ def samples_from(
         name: [value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for text in texts]
         for name, texts in given.items()
     }
+    values |= {name: [values[name]] for name in many if name in values}  # all of them are one list
     count = max(counts.values(), default=1)
     samples = [{name: each[i % len(each)] for name, each in values.items()} for i in range(count)]
     return [sample | dict.fromkeys(absent) for sample in samples]
@@ -245,9 +248,11 @@ def _absent_side(pattern: "Pattern", given: Container[str]) -> list[str]:
     return empty[0] if len(empty) == 1 else []
 
 
-def named_samples(fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+def named_samples(pattern: "Pattern", fields: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """For each sample, the typed values of the fields that have several values; {} if there is one sample."""
-    several = {name.replace("-", "_"): texts for name, texts in fields.items() if len(texts) > 1}
+    lists = {field.name for field in pattern.reads if field.many}
+    given = _given(fields, {field.name for field in pattern.reads})
+    several = {name: texts for name, texts in given.items() if len(texts) > 1 and name not in lists}
     count = max(map(len, several.values()), default=1)
     return [{name: texts[i] for name, texts in several.items()} for i in range(count)]
 
@@ -278,12 +283,14 @@ def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[st
             mine = {name: texts for name, texts in given.items() if name in kinds}
             if not mine:
                 continue  # a task that reads nothing, whose answer was not given
-            if len(counts := {len(texts) for texts in mine.values()} - {1}) > 1:
+            many = {field.name for field in pattern.reads if field.many}
+            if len(counts := {len(texts) for name, texts in mine.items() if name not in many} - {1}) > 1:
                 raise TaskError(f"task {task!r}: fields have {sorted(counts)} values; give one, or one for each sample")
             values = {
                 name: [value_from(model.packer.tokenizers[kinds[name]], text, f"--{name}") for text in texts]
                 for name, texts in mine.items()
             }
+            values |= {name: [values[name]] for name in many}
             samples[task] = [
                 {name: each[i % len(each)] for name, each in values.items()} for i in range(max(counts, default=1))
             ]

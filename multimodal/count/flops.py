@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.composite import Composite
 from multimodal.core import Transformer
 from multimodal.count.streams import StreamStats
 from multimodal.layers import Sublayer
@@ -63,7 +64,7 @@ def token_flops(model: Model, stats: StreamStats) -> Flops:
     for kind, share in stats.kinds.items():
         if not kind.startswith("head:"):
             # content from the data needs no gradient, which the count on the module itself shows
-            cost = embed_cost(model.packer.tokenizers[kind], core.width, False)
+            cost = embed_cost(model.packer.kinds[kind].tokenizer, core.width, False)
             forward["embeddings"] += share * cost.forward
             training += share * cost.training
     for key, rows in stats.rows.items():
@@ -101,6 +102,8 @@ def embed_cost(tokenizer: Tokenizer, width: int, half: bool) -> EmbedCost:
     """The cost of embedding, counted on device "meta", so for any size. half: under autocast to bfloat16."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    if isinstance(tokenizer, Composite):  # its marks, which are looked up; each part is a kind of its own
+        return EmbedCost(forward=0.0, training=0.0, saved=0.0)
     with torch.device("meta"):
         module = tokenizer.embed(width)
         features = tokenizer.feature_size

@@ -122,7 +122,7 @@ class _Step:
         self.embedded = 0.0
         for kind, share in stats.kinds.items():
             if not kind.startswith("head:"):
-                cost = embed_cost(model.packer.tokenizers[kind], self.core.width, work.half)
+                cost = embed_cost(model.packer.kinds[kind].tokenizer, self.core.width, work.half)
                 self.embedded += share * cost.saved
                 if not cost.known:
                     self.unknown.add(f"what embedding {kind!r} saves")

@@ -83,7 +83,8 @@ class Table:
         chosen = {name: row.get(column) for name, column in self.fields.items()} if self.fields else dict(row)
         for name in self.files:
             if (file := chosen.get(name)) is not None:
-                chosen[name] = self.beside / file
+                many = isinstance(file, (list, tuple))  # of a field that takes a list
+                chosen[name] = [self.beside / each for each in file] if many else self.beside / file
         return chosen
 
 

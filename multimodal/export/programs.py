@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.composite import Composite
 from multimodal.encoder_decoder import TwoCores
 from multimodal.export.padded import Cached, LayerKeys, ReadField, Rows, TokenInfo, core_states, lay_out
 from multimodal.heads import CTC, Classify, Contrast, NextToken
@@ -243,6 +244,18 @@ def programs_of(model: Network, task: str) -> tuple[Program, ...]:
             "Model.save, and run this library instead"
         )
     pattern = packer.patterns[task]
+    for field in pattern.reads:
+        if field.many:
+            raise ConfigError(
+                f"{where}: {field.name!r} takes a list of any number of values ('{field.kind}*'); programs take one value a field: "
+                "name as many fields as there are values"
+            )
+    for kind in dict.fromkeys(field.kind for field in pattern.fields):
+        if isinstance(packer.tokenizers[kind], Composite):
+            raise ConfigError(
+                f"{where}: {kind!r} ({type(packer.tokenizers[kind]).__name__}) has tokens of several parts, whose number and order "
+                "differ from value to value; programs take kinds of one part: give each part a field of its own"
+            )
     for kind in dict.fromkeys(field.kind for field in pattern.reads):
         if (module := _unpaddable_part(model.embeds[kind])) is not None:
             raise ConfigError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multimodal.attention import Cache
-from multimodal.heads.base import encode_field
+from multimodal.heads.base import encode_read
 from multimodal.network import Network
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokens
@@ -51,10 +51,8 @@ def read_prefix(model: Network, task: str, fields: Mapping[str, Any]) -> CachedP
                 f"{field.kind!r} is bidirectional, so what comes before attends to it; make that tokenizer with causal=True"
             )
     tokens = {
-        name: None
-        if fields[name] is None
-        else encode_field(packer.tokenizers[pattern.reads[i].kind], fields[name], f"task {task!r}", name)
-        for i, name in enumerate(names[: len(fields)])
+        field.name: encode_read(packer.tokenizers[field.kind], field, fields[field.name], f"task {task!r}")
+        for field in pattern.reads[: len(fields)]
     }
     with model.inference_mode():
         stream = packer.prompt(task, tokens).to(model.device)

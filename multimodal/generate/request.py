@@ -454,6 +454,7 @@ def new_request(
         if prefix.model.packer is not packer:
             raise ConfigError(f"{name} of task {task!r}: the prefix was read by another model")
         sample = {**sample, **prefix.fields}
+    sample = packer.completed(task, sample, answers=False)
     packer.patterns[task].check_sample(sample, False)
     known = [field.name for field in dataclasses.fields(Options)]
     for option in options:

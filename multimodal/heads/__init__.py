@@ -1,5 +1,6 @@
 """Heads: each says which states it reads, how it is trained, and what it answers; one file for each head."""
 
+from multimodal.composite import Composite
 from multimodal.heads.base import Head, Prediction, Reading, Readout
 from multimodal.heads.classify import Classify, one_class
 from multimodal.heads.contrast import Contrast
@@ -8,6 +9,7 @@ from multimodal.heads.each_row import EachRow
 from multimodal.heads.flow import FlowMatching
 from multimodal.heads.masked import Masked
 from multimodal.heads.next_token import NextToken
+from multimodal.heads.next_turn import NextTurn
 from multimodal.heads.pointer import Memory, Pointer
 from multimodal.heads.pool import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
 from multimodal.shapes import ConfigError
@@ -28,6 +30,7 @@ __all__ = [
     "Mean",
     "Memory",
     "NextToken",
+    "NextTurn",
     "Pointer",
     "Pool",
     "Prediction",
@@ -47,6 +50,8 @@ def default_head(tokenizer: Tokenizer) -> Head:
     """
     if tokenizer.classes:
         return Classify()
+    if isinstance(tokenizer, Composite):
+        return default_head(tokenizer.written)
     if tokenizer.vocab_size is not None:
         return NextToken()
     raise ConfigError(

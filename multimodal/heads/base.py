@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.composite import Composed, Composite, Several
 from multimodal.declare import Declared
 from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
@@ -17,7 +18,7 @@ from multimodal.pattern import Field, Pattern
 from multimodal.positions import in_steps, on_axes
 from multimodal.shapes import AXES, ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
-from multimodal.tokenizer import Tokenizer, Tokens, at_times
+from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Segment:
     bidirectional: whether its tokens attend to each other in both directions; else each attends to those before it.
     within: the index of the segment in whose time its positions are; None: its time starts after the segments before it.
     axes: the names of the axes of its positions.
+    continues: whether it is a further part of the value that the segment before it is of; both have one number for mask rules.
+    gap: steps of time that are left free before it, so that values of one list do not run together.
     """
 
     kind: str
@@ -78,6 +81,8 @@ class Segment:
     bidirectional: bool
     within: int | None = None
     axes: tuple[str, ...] = AXES
+    continues: bool = False
+    gap: float = 0.0
 
     def position(self, axes: tuple[str, ...]) -> Tensor:
         """The positions (N, A) of its tokens in steps, on the axes of a core.
@@ -127,8 +132,7 @@ class EncodedSample:
         for field in self.pattern.reads if fields is None else fields:
             tokens, tokenizer = self.tokens.get(field.name), self.tokenizers[field.kind]
             if tokens is not None:
-                free = not tokenizer.causal
-                segments.append(Segment(field.kind, tokens, tokenizer.step, free, axes=tokenizer.axes))
+                segments += value_segments(field.kind, tokens, tokenizer)
         return segments
 
     def read_of_kind(self) -> tuple[Tokens, Tensor]:
@@ -175,6 +179,43 @@ def tokenizer_of(tokenizers: Mapping[str, Tokenizer], kind: str) -> Any:
     return tokenizer.at(part) if part else tokenizer
 
 
+def value_segments(kind: str, tokens: Tokens, tokenizer: Tokenizer) -> list[Segment]:
+    """The segments of a field's value that is read: one, of a composite one for each run, and those of each value of a list."""
+    if isinstance(tokens, Several):
+        values = [value_segments(kind, value, tokenizer) for value in tokens.values if len(value)]
+        for value in values[1:]:
+            value[0].gap = 1.0
+        return [segment for value in values for segment in value]
+    if not isinstance(tokens, Composed):
+        return [Segment(kind, tokens, tokenizer.step, not tokenizer.causal, axes=tokenizer.axes)]
+    assert isinstance(tokenizer, Composite)
+    segments = []
+    for i, (path, run) in enumerate(tokens.runs):
+        part = tokenizer.at(path)
+        axes = AXES if isinstance(part, Composite) else part.axes  # the tokens of a composite itself are its marks
+        free = not tokenizer.causal
+        segments.append(Segment(f"{kind}.{path}".rstrip("."), run, part.step, free, axes=axes, continues=i > 0))
+    return segments
+
+
+def encode_read(tokenizer: Tokenizer, field: Field, value: Any, where: str) -> Tokens | None:
+    """The tokens of a field that is read; None where the sample does not have it. With a star its value is a list.
+
+    Raises:
+        MediaError: the tokenizer cannot encode a value; the message names the sample and the field.
+    """
+    if value is None or (field.many and isinstance(value, Several)):
+        return value
+    if not field.many:
+        return encode_field(tokenizer, value, where, field.name)
+    if not isinstance(value, (list, tuple)):
+        raise MediaError(
+            f"{where}, field {field.name!r}: '{field.kind}*' takes a list of values, also an empty one, not {describe(value)}"
+        )
+    found = [encode_field(tokenizer, each, where, f"{field.name}[{i}]") for i, each in enumerate(value)]
+    return Several(found, tokenizer.step)
+
+
 def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, empty: bool = False) -> Tokens:
     """The tokens of a field's value, which may be Tokens already.
 
@@ -204,6 +245,7 @@ class LaidOut:
     pointed_N: for a pointer, the index in `key_N` of each written token.
     side: for a pair, 0 for the left side and 1 for the right one.
     hidden: for a head that hides tokens, all tokens of the value and which of them (N,) are hidden.
+    row_N: the rows that the head reads, counted in this sample, where they are others than `first` to `last`.
     """
 
     segments: list[Segment]
@@ -216,6 +258,11 @@ class LaidOut:
     side: int = 0
     hidden: tuple[Tokens, Tensor] | None = None
     row_N: Tensor | None = None
+
+    @property
+    def rows_N(self) -> Tensor:
+        """The rows that the head reads, counted in this sample."""
+        return torch.arange(self.first, self.last) if self.row_N is None else self.row_N
 
 
 @dataclass(frozen=True)
@@ -326,6 +373,7 @@ class Head(Declared, ABC):
     measures: names of the measures on held-out data.
     smallest_batch: the least number of samples in a micro-batch for which its loss is defined.
     draws_features: whether it writes features, drawn by `draw`, and not ids chosen by their logits; true where `draw` is written.
+    shares: the class of heads whose weights it shares where both write one kind; None: its own.
     """
 
     queries: ClassVar[int] = 0
@@ -333,6 +381,7 @@ class Head(Declared, ABC):
     measures: ClassVar[tuple[str, ...]] = ("loss", "exact")
     smallest_batch: ClassVar[int] = 1
     draws_features: ClassVar[bool] = False
+    shares: ClassVar["type[Head] | None"] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -365,6 +414,15 @@ class Head(Declared, ABC):
             )
         return pattern
 
+    def complete(
+        self, pattern: Pattern, values: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer], answers: bool
+    ) -> Mapping[str, Any]:
+        """A sample with its answer apart from what is read, for a head that finds it there; by default as it is.
+
+        answers: whether samples have answers, which are learned.
+        """
+        return values
+
     def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
         """The segments of a sample, the rows that this head reads, and their target; a pair returns one for each side.
 
@@ -377,8 +435,10 @@ class Head(Declared, ABC):
         segments = sample.read()
         read = tokens_of(segments)
         if sample.pattern.reads and not read and not self.autoregressive:
+            nothing = "None or an empty list" if any(field.many for field in sample.pattern.reads) else "None"
             raise StreamError(
-                f"every field that is read is None; give at least one, as {type(self).__name__} answers only from what was read"
+                f"every field that is read is {nothing}; give at least one, as {type(self).__name__} answers only from what was "
+                "read"
             )
         if sample.begin is not None and not self.autoregressive:
             raise TaskError(
@@ -522,6 +582,11 @@ class Head(Declared, ABC):
     def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
         """Make the module of this head, for a core of this width."""
         return Readout(width, self.vocab(tokenizer), self.queries)
+
+
+def weights_class(head: Head) -> type[Head]:
+    """The class by which the weights of a head are named: its own, or the one that it shares them with."""
+    return head.shares or type(head)
 
 
 def computes_as(head: Head, kind: type[Head]) -> bool:

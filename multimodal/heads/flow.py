@@ -57,7 +57,7 @@ class FlowMatching(Head):
         if features is None or tokenizer.vocab_size is not None or tokenizer.classes:
             what = "its values are classes; use Classify" if tokenizer.classes else "it has no features; use NextToken"
             raise ConfigError(f"FlowMatching writes features, which {name} has not: {what}")
-        if type(tokenizer).decode is Tokenizer.decode:
+        if not tokenizer.decodes:
             raise ConfigError(f"FlowMatching: {name} has no decode, so what is written could not be read")
         try:
             tokenizer.places(1)

@@ -87,6 +87,11 @@ class Masked(Head):
                 f"task {pattern.text!r} does not read {pattern.writes.name!r}, but {type(self).__name__} writes what is "
                 f"hidden of a field that is read, as in '{pattern.writes.kind} -> {pattern.writes.kind}'"
             )
+        if any(field.many and field.name == pattern.writes.name for field in pattern.reads):
+            raise TaskError(
+                f"task {pattern.text!r} reads a list of {pattern.writes.kind!r}, but {type(self).__name__} hides parts of one "
+                "value; leave the star out"
+            )
         return pattern
 
     def check_core(self, pattern: str, core: Any) -> None:
@@ -110,8 +115,8 @@ class Masked(Head):
             hidden_N = self.hidden(whole, step, random=sample.random)
         except StreamError as error:
             raise StreamError(f"{where}: {error}") from None
-        present = [field.name for field in pattern.reads if sample.tokens[field.name] is not None]
-        at = present.index(pattern.writes.name)
+        names = [field.name for field in pattern.reads]
+        at = len(sample.read(pattern.reads[: names.index(pattern.writes.name)]))
         visible = whole.kept(~hidden_N)
         segments[at] = Segment(pattern.writes.kind, visible, step, True, axes=axes)
         read = tokens_of(segments)

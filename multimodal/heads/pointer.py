@@ -61,7 +61,7 @@ class Pointer(Head):
         name = type(tokenizer).__name__
         if tokenizer.vocab_size is None and tokenizer.feature_size is None:
             raise ConfigError(f"Pointer: {name} declares neither vocab_size nor feature_size, so it cannot be read")
-        if type(tokenizer).decode is Tokenizer.decode:
+        if not tokenizer.decodes:
             raise ConfigError(f"Pointer: {name} has no decode, so what is written could not be read")
         return 1
 

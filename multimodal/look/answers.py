@@ -13,7 +13,7 @@ from torch import Tensor
 from multimodal.attention import Trace
 from multimodal.files import save_figure
 from multimodal.heads import Prediction
-from multimodal.look.layers import picture_and_grid
+from multimodal.look.layers import picture_and_grid, read_values
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 
@@ -44,11 +44,9 @@ def attention_rollout(model: Model, task: str, sample: Mapping[str, Any]) -> dic
         rollout_TM = (seen.weight_BHTM[0].mean(0) + identity_TM) / 2 @ rollout_TM
     share_M = rollout_TM[stream.readings[task].row_N].mean(0).cpu()
     parts, start = {}, 0
-    for field in model.packer.patterns[task].reads:
-        if sample[field.name] is not None:
-            size = int((stream.layout.info.segment == len(parts)).sum())  # fields that are None have no segment
-            parts[field.name] = share_M[start : start + size]
-            start += size
+    for name, _, tokens in read_values(model.packer, task, sample):
+        parts[name] = share_M[start : start + len(tokens)]
+        start += len(tokens)
     total = sum(float(part.sum()) for part in parts.values())
     return {name: part / total for name, part in parts.items()}
 
@@ -68,7 +66,7 @@ def draw_answers(
     pattern = model.packer.patterns[task]
     answers = model.predict(task, samples)
     shown = [_pictures(model, task, sample) for sample in samples]
-    fields = [f.name for f in pattern.reads if any(f.name in pictures for pictures in shown)]
+    fields = list(dict.fromkeys(name for pictures in shown for name in pictures))
     if not fields:
         raise ConfigError(f"draw_answers: task {task!r} reads no field that can be shown as a picture")
     columns, high = min(columns, len(samples)), 2 * len(fields)
@@ -99,9 +97,10 @@ def draw_answers(
 def _pictures(model: Model, task: str, sample: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """Field -> its picture (Y, X, C), and the attention on each of its tokens (rows, columns)."""
     pictures = {}
-    for name, share_N in attention_rollout(model, task, sample).items():
-        tokenizer = model.packer.tokenizers[next(f.kind for f in model.packer.patterns[task].reads if f.name == name)]
-        picture_YXC, grid = picture_and_grid(tokenizer, tokenizer(sample[name]))
+    shares = attention_rollout(model, task, sample)
+    for name, kind, tokens in read_values(model.packer, task, sample):
+        tokenizer, share_N = model.packer.tokenizers[kind], shares[name]
+        picture_YXC, grid = picture_and_grid(tokenizer, tokens)
         if picture_YXC is not None:
             pictures[name] = picture_YXC, share_N[tokenizer.learned :].view(grid)
     return pictures

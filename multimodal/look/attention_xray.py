@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from multimodal.attention import Seen, Trace
+from multimodal.composite import Composed
 from multimodal.files import write_atomic
 from multimodal.heads import Prediction
 from multimodal.heads.base import encode_field
 from multimodal.look.layer_xray import NAMES, LayerXRay
-from multimodal.look.layers import START, picture_and_grid, token_labels, transformers
+from multimodal.look.layers import START, picture_and_grid, read_values, token_labels, transformers
 from multimodal.model import Model
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, TaskError, did_you_mean
@@ -403,11 +404,9 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
     pattern, head = packer.patterns[task], packer.head(task)
     fields: dict[str, XRayField] = {}
     start = 0
-    for f in pattern.reads:
-        if sample[f.name] is not None:
-            tokens = encode_field(packer.tokenizers[f.kind], sample[f.name], "xray", f.name)
-            fields[f.name] = _field(f.name, f.kind, packer.tokenizers[f.kind], tokens, start, written=False)
-            start += len(tokens)
+    for name, kind, tokens in read_values(packer, task, sample):
+        fields[name] = _field(name, kind, packer.tokenizers[kind], tokens, start, written=False)
+        start += len(tokens)
     # of a pair's two learned tokens each side has its own
     begin = len(packer.starts[task].tokens)
     if begin := min(begin, 1) if pattern.pair else begin:
@@ -416,7 +415,8 @@ def _fields(model: Model, task: str, sample: Mapping[str, Any], stream: Stream) 
         start += begin
     if pattern.answer in sample and head.autoregressive:
         kind, tokens = pattern.writes.kind, sample[pattern.answer]
-        written = _field(pattern.answer, kind, packer.tokenizers[kind], tokens, start, written=True)
+        tokenizer = packer.written_parts.get(kind, packer.tokenizers[kind])
+        written = _field(pattern.answer, kind, tokenizer, tokens, start, written=True)
         reading = stream.readings[task]
         if reading.key_N is not None and reading.pointed_N is not None and not written.text:
             written = replace(written, labels=_pointed(fields, reading.key_N[reading.pointed_N].tolist()))
@@ -433,7 +433,8 @@ def _pointed(fields: Mapping[str, XRayField], rows: list[int]) -> tuple[str, ...
 
 
 def _field(name: str, kind: str, tokenizer: Tokenizer, tokens: Tokens, start: int, *, written: bool) -> XRayField:
-    tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
+    if not isinstance(tokens, Composed):
+        tokens = Tokens(tokens.content.cpu(), tokens.position_NA.cpu())
     picture_YXC, grid = picture_and_grid(tokenizer, tokens)
     content_NF = tokens.content.reshape(len(tokens), -1)
     others = (content_NF != content_NF[-1]).any(-1).nonzero().flatten().tolist()

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multimodal.composite import Several
 from multimodal.core import Block, Transformer
 from multimodal.model import Model
+from multimodal.packer import Packer
+from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.stream import Stream
 from multimodal.tokenizer import Tokenizer, Tokens
@@ -111,7 +114,9 @@ def states(
         r, places = stream.readings[task], stream.layout.info
         index_N = torch.tensor(r.samples) + start
         sample_of.append(index_N[places.sample.long().cpu()])
-        numbers = torch.tensor([_segments(reads, sample, fields) for sample in part])
+        segments = [_segments(pattern, sample, fields) for sample in part]
+        longest = max(map(len, segments))
+        numbers = torch.tensor([each + [-1] * (longest - len(each)) for each in segments])
         field_of.append(numbers[sample_of[-1] - start, places.segment.long().cpu()])
         reading.append(r.row_N.cpu() + offset)
         offset += len(stream)
@@ -125,11 +130,15 @@ def states(
     )
 
 
-def _segments(reads: Sequence[str], sample: Mapping[str, Any], fields: Sequence[str]) -> list[int]:
-    """The field of each segment of a sample, as an index of `fields`, padded with -1: fields that are None have no segment."""
-    read = [i for i, name in enumerate(reads) if sample[name] is not None]
-    numbers = [*read, *range(len(reads), len(fields))]
-    return numbers + [-1] * (len(fields) - len(numbers))
+def _segments(pattern: Pattern, sample: Mapping[str, Any], fields: Sequence[str]) -> list[int]:
+    """The field of each value of a sample, as an index of `fields`: fields that are None have no value, lists have several."""
+    counts = []
+    for field in pattern.reads:
+        value = sample[field.name]
+        several = value.values if isinstance(value, Several) else value
+        counts.append(0 if value is None else len(several) if field.many else 1)
+    read = [i for i, count in enumerate(counts) for _ in range(count)]
+    return [*read, *range(len(counts), len(fields))]
 
 
 def transformers(model: Model) -> dict[str, Transformer]:
@@ -220,6 +229,17 @@ def layer_widths(core: Transformer) -> list[int]:
         assert isinstance(block, Block)
         widths.append(block.width)
     return widths
+
+
+def read_values(packer: Packer, task: str, sample: Mapping[str, Any]) -> Iterator[tuple[str, str, Tokens]]:
+    """(name, kind, tokens) of each value that a sample has of what a task reads; of a list of values "image[0]", "image[1]", .."""
+    tokens = packer.encoded(task, sample, "look").tokens
+    for field in packer.patterns[task].reads:
+        found = tokens[field.name]
+        if isinstance(found, Several):
+            yield from ((f"{field.name}[{i}]", field.kind, value) for i, value in enumerate(found.values))
+        elif found is not None:
+            yield field.name, field.kind, found
 
 
 def picture_and_grid(tokenizer: Tokenizer, tokens: Tokens) -> tuple[Tensor | None, tuple[int, int]]:

@@ -76,7 +76,7 @@ def lens(model: Model, task: str, sample: Mapping[str, Any]) -> Lens:
         raise ConfigError(f"lens: task {task!r} is a pair, which has vectors and no classes")
     if head.draws_features:
         raise ConfigError(f"lens: task {task!r} writes features by {type(head).__name__}, which has no classes")
-    tokenizer = packer.tokenizers[pattern.writes.kind]
+    tokenizer = packer.written_parts.get(pattern.writes.kind, packer.tokenizers[pattern.writes.kind])
     several = tokenizer.classes and tokenizer.vocab_size is None
     probabilities, names = [], []
     with model.inference_mode(), recorded(model) as layers:

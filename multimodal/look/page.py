@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.heads.base import encode_field
 from multimodal.look.answers import answer_line
 from multimodal.look.drawing import (
     Looks,
@@ -30,6 +29,7 @@ from multimodal.look.drawing import (
 from multimodal.look.drawing import strips as strips_panel
 from multimodal.look.embeddings import neighbours
 from multimodal.look.layer_xray import NAMES, LayerXRay, counted, percent
+from multimodal.look.layers import read_values
 from multimodal.look.lens import lens
 from multimodal.look.parameter_count import count_parameters
 from multimodal.shapes import ConfigError
@@ -447,13 +447,13 @@ def _lens(ray: "XRay") -> str:
 def _neighbours(ray: "XRay") -> str:
     """The nearest neighbours of a text's tokens in its embedding table."""
     out = []
+    values = {name: tokens for name, _, tokens in read_values(ray.model.packer, ray.task, ray.sample)}
     for field in ray.reads:
         embed = ray.model.embeds[field.kind]
         if not field.text or not isinstance(embed, nn.Embedding) or embed.num_embeddings < SMALLEST_TABLE:
             continue
         tokenizer = ray.model.packer.tokenizers[field.kind]
-        tokens = encode_field(ray.model.packer.tokenizers[field.kind], ray.sample[field.name], "xray", field.name)
-        ids = list(dict.fromkeys(tokens.content.tolist()))[:12]
+        ids = list(dict.fromkeys(values[field.name].content.tolist()))[:12]
         table_VD = embed.weight.detach().cpu()
         found_NK, cosine_NK = neighbours(table_VD, ids, 5)
         names = _token_texts(tokenizer, [*ids, *found_NK.flatten().tolist()])

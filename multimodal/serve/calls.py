@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
 
+from multimodal.composite import Several
 from multimodal.generate import Piece
 from multimodal.generate.request import Request, new_request
 from multimodal.heads import Prediction
@@ -23,8 +24,8 @@ from multimodal.serve.metrics import Metrics
 from multimodal.serve.options import WritingOptions, refuse_options, writing_options
 from multimodal.serve.scheduler import Job, ModelCall, OnePass, Scheduler, Writing
 from multimodal.serve.settings import Settings
-from multimodal.serve.tasks import TaskView
-from multimodal.serve.values import encoded
+from multimodal.serve.tasks import Input, TaskView
+from multimodal.serve.values import Upload, encoded
 from multimodal.tokenizer import Tokens
 from multimodal.transcription.recordings import TranscriptionTask
 
@@ -97,11 +98,21 @@ class Call:
 
     def encode(self, view: TaskView, raws: Mapping[str, Any]) -> dict[str, Tokens | None]:
         """{field: tokens} of the raw values that the client sent. Call it in the pool."""
-        kinds = {field.name: field.kind for field in view.reads}
-        return {
-            name: encoded(self.model.packer.tokenizers[kinds[name]], kinds[name], raw, name, self.settings)
-            for name, raw in raws.items()
-        }
+        fields = {field.name: field for field in view.reads}
+        return {name: self._encoded(fields[name], raw) for name, raw in raws.items()}
+
+    def _encoded(self, field: Input, raw: Any) -> Tokens | None:
+        """The tokens of what came for one field; of one with a star it is a list, or the one file of a form."""
+        tokenizer = self.model.packer.tokenizers[field.kind]
+        if raw is None or not field.many:
+            return encoded(tokenizer, field.kind, raw, field.name, self.settings)
+        raw = [raw] if isinstance(raw, Upload) else raw
+        if not isinstance(raw, list) or any(each is None for each in raw):
+            raise bad(f"{field.name}: wanted a list of any number of values, without null", field.name)
+        found = [
+            encoded(tokenizer, field.kind, each, f"{field.name}[{i}]", self.settings) for i, each in enumerate(raw)
+        ]
+        return Several([tokens for tokens in found if tokens is not None], tokenizer.step)
 
     async def ask(self, view: TaskView, raws: Mapping[str, Any], params: Params) -> WritingOptions | None:
         """Read the other parameters as options, and submit jobs for one sample; returns None if the task answers in one pass."""

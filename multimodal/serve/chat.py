@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: tasks that write text. The parts of the messages become the fields of a task, by kind and in order."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from multimodal.generate import Piece
@@ -11,7 +11,7 @@ from multimodal.serve.bodies import Params
 from multimodal.serve.calls import Call
 from multimodal.serve.checkpoints import Checkpoints
 from multimodal.serve.errors import bad
-from multimodal.serve.tasks import choose_task, task_views
+from multimodal.serve.tasks import TaskView, choose_task, task_views
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT
 from multimodal.texts import shortened
 
@@ -28,17 +28,7 @@ UNSUPPORTED = {
 async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     """The answer as a `chat.completion`, or as its chunks."""
     call.enter(checkpoints.named(params.text("model")))
-    parts = _parts(params.take("messages"))
-    counts = Counter(form for form, _ in parts)
-    shown = ", ".join(f"{count} {form}" for form, count in counts.items()) or "nothing"
-    view = choose_task(
-        task_views(call.model),
-        params.text("task"),
-        lambda view: view.writes == TEXT and Counter(_form(field.takes) for field in view.reads) == counts,
-        f"writes text from what the messages hold ({shown}; there is no template of a conversation)",
-    )
-    waiting = {form: [raw for f, raw in parts if f == form] for form in counts}
-    raws = {field.name: waiting[_form(field.takes)].pop(0) for field in view.reads}
+    view, raws = _conversation(call, params) or _by_kind(call, params)
     stream, with_usage = params.flag("stream"), _stream_options(params)
     if with_usage and not stream:
         raise bad("stream_options is allowed only with stream", "stream_options")
@@ -67,6 +57,58 @@ async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) ->
     ]
     head = {"id": call.id, "object": "chat.completion", "created": call.created, "model": call.model_name}
     return json_response({**head, "choices": choices, "usage": usage(call.prompt, call.written), **extra})
+
+
+def _conversation(call: Call, params: Params) -> tuple[TaskView, dict[str, Any]] | None:
+    """The task that reads whole conversations, and its field; None where the model has none, or another task is named."""
+    wanted = params.values.get("task")
+    views = [
+        view
+        for view in task_views(call.model).values()
+        if view.writes == TEXT and len(view.reads) == 1 and view.reads[0].turns
+    ]
+    if isinstance(wanted, str):
+        views = [view for view in views if view.task.split() == wanted.split()]
+    if len(views) != 1:
+        return None
+    params.text("task")
+    messages = params.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise bad("messages: wanted a list of one message or more", "messages")
+    if len(messages) > MOST_MESSAGES:
+        raise bad(f"messages: {len(messages)} came, and at most {MOST_MESSAGES} are read", "messages")
+    return views[0], {views[0].reads[0].name: messages}
+
+
+def _by_kind(call: Call, params: Params) -> tuple[TaskView, dict[str, Any]]:
+    """The task whose fields the parts of the messages fill, by kind and in order, and its fields."""
+    parts = _parts(params.take("messages"))
+    counts = Counter(form for form, _ in parts)
+    shown = ", ".join(f"{count} {form}" for form, count in counts.items()) or "nothing"
+    view = choose_task(
+        task_views(call.model),
+        params.text("task"),
+        lambda view: view.writes == TEXT and _fits(view, counts),
+        f"writes text from what the messages hold ({shown}; there is no template of a conversation)",
+    )
+    waiting = {form: [raw for f, raw in parts if f == form] for form in counts}
+    raws = {}
+    for field in view.reads:
+        rest = waiting.get(_form(field.takes), [])
+        raws[field.name] = [rest.pop(0) for _ in list(rest)] if field.many else rest.pop(0)
+    return view, raws
+
+
+def _fits(view: TaskView, counts: Mapping[str, int]) -> bool:
+    """Whether a task reads these numbers of parts; a field that takes a list takes all that are left of its form."""
+    forms: dict[str, list[bool]] = {}
+    for field in view.reads:
+        forms.setdefault(_form(field.takes), []).append(field.many)
+    # a list comes last of its form, as a field behind it would get nothing
+    return counts.keys() <= forms.keys() and all(
+        not any(many[:-1]) and (counts.get(form, 0) == len(many) or (many[-1] and counts.get(form, 0) >= len(many) - 1))
+        for form, many in forms.items()
+    )
 
 
 def _form(takes: str) -> str:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from multimodal.composite import Composite
 from multimodal.model import Model
+from multimodal.pattern import Field
 from multimodal.serve.errors import ApiError, bad
 from multimodal.serve.values import CLASS, takes
 from multimodal.shapes import did_you_mean
@@ -20,6 +22,8 @@ class Input:
 
     name: of the field. kind: the name of its tokenizer. takes: the form of its values, see `values.takes`.
     classes: for CLASS, the class names. several: for CLASS, whether a value is a list of classes.
+    many: whether it takes a list of any number of values, "image*".
+    turns: whether it is a conversation, as the messages of a chat are.
     """
 
     name: str
@@ -27,18 +31,24 @@ class Input:
     takes: str
     classes: tuple[str, ...] = ()
     several: bool = False
+    many: bool = False
+    turns: bool = False
 
     @classmethod
-    def of(cls, name: str, kind: str, tokenizer: Tokenizer) -> "Input":
-        """The field of this name and kind."""
+    def of(cls, field: Field, tokenizer: Tokenizer) -> "Input":
+        """A field of a pattern."""
+        name, kind, many = field.name, field.kind, field.many
         found = takes(tokenizer)
         names, several = getattr(tokenizer, "names", ()), getattr(tokenizer, "several", False)
-        return cls(name, kind, found, tuple(names), bool(several)) if found == CLASS else cls(name, kind, found)
+        if found == CLASS:
+            return cls(name, kind, found, tuple(names), bool(several), many)
+        return cls(name, kind, found, many=many, turns=isinstance(tokenizer, Composite) and tokenizer.said is not None)
 
     def json(self) -> dict[str, Any]:
         """The field, for `/v1/tasks`."""
         classes = {"classes": list(self.classes), "several": self.several} if self.takes == CLASS else {}
-        return {"field": self.name, "kind": self.kind, "takes": self.takes, **classes}
+        many = {"list": True} if self.many else {}
+        return {"field": self.name, "kind": self.kind, "takes": self.takes, **classes, **many}
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def task_views(model: Model) -> dict[str, TaskView]:
     """{pattern: task} of a model."""
     packer, found = model.packer, {}
     for task, pattern in packer.patterns.items():
-        reads = tuple(Input.of(f.name, f.kind, packer.tokenizers[f.kind]) for f in pattern.reads)
+        reads = tuple(Input.of(f, packer.tokenizers[f.kind]) for f in pattern.reads)
         writes = None if pattern.written is None else takes(packer.tokenizers[pattern.writes.kind])
         left = len(pattern.reads) - len(pattern.right) if pattern.pair else 0
         found[task] = TaskView(task, reads, writes, packer.heads[task].autoregressive, left)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from multimodal.composite import Composite
+from multimodal.declare import OURS
 from multimodal.files import parse_json
 from multimodal.media import file_source
 from multimodal.media.sources import paths_refused
@@ -79,6 +81,8 @@ def encoded(tokenizer: Tokenizer, kind: str, raw: Any, where: str, settings: Set
     """
     if raw is None:
         return None
+    if isinstance(tokenizer, Composite) and type(tokenizer).__module__.partition(".")[0] in OURS:
+        return _composed(tokenizer, kind, raw, where, settings)
     refused: MediaError | None = None
     with paths_refused():
         for value in _readings(takes(tokenizer), kind, raw, where, settings):
@@ -88,6 +92,30 @@ def encoded(tokenizer: Tokenizer, kind: str, raw: Any, where: str, settings: Set
                 refused = MediaError(f"{where}: {shortened(error, 500)}")
     assert refused is not None
     raise refused
+
+
+def _composed(tokenizer: Composite, kind: str, raw: Any, where: str, settings: Settings) -> Tokens:
+    """The tokens of a value of several parts, each of which is read as a field of its kind is."""
+
+    def piece(path: str, part: Tokenizer, value: Any) -> Tokens:
+        at = f"{where}.{path}"
+        tokens = encoded(part, f"{kind}.{path}", value, at, settings)
+        if tokens is None:
+            raise bad(f"{at}: wanted a value, not null", where)
+        return tokens
+
+    if isinstance(raw, Upload):
+        try:
+            raw = parse_json(raw.data, object)
+        except ValueError as error:
+            raise bad(f"{where}: this file is no JSON: {shortened(error, 100)}", where) from None
+    try:
+        tokens = tokenizer.composed(raw, piece)
+    except MediaError as error:
+        raise MediaError(f"{where}: {shortened(error, 500)}") from error
+    if not 0 < len(tokens) <= tokenizer.max_tokens:
+        raise bad(f"{where}: {len(tokens)} tokens; wanted 1 to {tokenizer.max_tokens}", where)
+    return tokens
 
 
 def _readings(form: str, kind: str, raw: Any, where: str, settings: Settings) -> list[Any]:

@@ -103,7 +103,7 @@ def _towers(model: Model) -> dict[str, Any]:
     """By kind, the embeddings that call their `cache` where it is not None."""
     return {
         kind: module
-        for kind, module in model.embeds.items()
+        for kind, module in model.embeds.named_modules()
         if hasattr(module, "frozen_part") and hasattr(module, "cache")
     }
 

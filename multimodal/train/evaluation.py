@@ -1,5 +1,6 @@
 """Loss and accuracy on held-out data."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def evaluate_share(
     mine = range(processes.rank, len(samples), processes.count)
     total, count, right, right_rows = 0.0, 0, 0, 0
     for start in range(0, len(mine), batch):
-        part = [samples[i] for i in mine[start : start + batch]]
+        part = [model.packer.completed(task, samples[i]) for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
         count += stream.readings[task].count
         if head.autoregressive or not exact:
@@ -74,6 +75,8 @@ def evaluate_share(
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two values are equal; they may be or hold arrays."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_equal, a, b))
     if getattr(a, "shape", None) != getattr(b, "shape", None):

@@ -210,6 +210,8 @@ class TranscriptionTask:
         if len(pattern.reads) != 1:
             raise TaskError(f"transcribe: task {task!r} reads {len(pattern.reads)} fields; wanted one sound")
         read = pattern.reads[0]
+        if read.many:
+            raise TaskError(f"transcribe: task {task!r} reads a list of {read.kind!r}; wanted one sound")
         tokenizer, writes = model.packer.tokenizers[read.kind], model.packer.tokenizers[pattern.writes.kind]
         rate_hz = getattr(tokenizer, "rate_hz", None)
         if not isinstance(rate_hz, int):

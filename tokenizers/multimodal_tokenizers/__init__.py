@@ -1,8 +1,10 @@
 """The tokenizers that come with the framework; they use the same interface as yours."""
 
 from multimodal_tokenizers.audio import AudioFrames
+from multimodal_tokenizers.chat import Chat
 from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
+from multimodal_tokenizers.composites import Joint, Record, Sequence
 from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
@@ -13,12 +15,16 @@ from multimodal_tokenizers.whisper import WhisperFrames
 
 __all__ = [
     "AudioFrames",
+    "Chat",
     "ClassTokens",
     "Codes",
     "Features",
     "Ids",
     "ImagePatches",
+    "Joint",
     "Labels",
+    "Record",
+    "Sequence",
     "SpectrogramPatches",
     "TextBPE",
     "TextBytes",
