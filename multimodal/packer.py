@@ -248,8 +248,9 @@ class Packer:
         counts = {f.name: len(tokens) for f in side if (tokens := sample.tokens.get(f.name)) is not None}
         if total > part.read and not pattern.pair:
             counts[pattern.answer] = total - part.read
-        bounds = [("has", 0, total, most)]
-        if isinstance(most, tuple):
+        if not isinstance(most, tuple):
+            bounds = [("has", 0, total, most)]
+        else:
             bounds = [("reads", 0, part.read, most[0]), ("writes", part.read, total, most[1])]
         for does, first, last, bound in bounds:
             if bound is None or first == last:

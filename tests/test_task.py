@@ -208,5 +208,7 @@ def test_samples_that_lack_a_field(text: str, sample: dict, answer: bool, messag
 
 @pytest.mark.parametrize(("sample", "came"), [((1, 2), "tuple"), (None, "NoneType"), ("image", "str")])
 def test_samples_that_are_no_mapping(sample: object, came: str) -> None:
-    with pytest.raises(TaskError, match=f"^task 'image -> label': a sample is a mapping of fields, not {came}$"):
+    with pytest.raises(
+        TaskError, match=f"^task 'image -> label': a sample is a mapping of fields, not {came}; write {{'image': ..}}$"
+    ):
         Pattern.parse("image -> label").check_sample(sample, answer=False)  # type: ignore[arg-type]

@@ -255,10 +255,11 @@ def family_of(where: str, config: Mapping[str, Any]) -> Family:
 def foreign_model(source: str, config: Mapping[str, Any]) -> str:
     """For errors: which model a configuration of another library is of, and how to make a checkpoint of it; "" if it names none."""
     family = next((family for family in FAMILIES if family.reads(config)), None)
-    kind = config.get("model_type", config.get("architectures", config.get("architecture")))
-    if family is None and kind is None:
+    own = None if family is None else family.names[0]  # some configurations name no type
+    kind = config.get("model_type", config.get("architectures", config.get("architecture", own)))
+    if kind is None:
         return ""
-    what = f"a model of another library, of type {short_repr(kind if kind is not None else family.names[0])}"
+    what = f"a model of another library, of type {short_repr(kind)}"
     if family is None:
         return f"{what}, which mm.pretrained cannot read; `multimodal pretrained list` shows what it can"
     make = f'mm.pretrained({source!r}).model().save("FOLDER")'

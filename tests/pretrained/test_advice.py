@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import multimodal as mm
 from multimodal.cli import main
-from multimodal.pretrained import pretrained
+from multimodal.pretrained import FAMILIES, pretrained
 from multimodal_tokenizers import Labels, TextBytes
 from tests.pretrained.tiny import CONFIG, tiny_llama
 
@@ -205,9 +206,11 @@ def test_samples_that_are_no_mappings_are_named() -> None:
     kinds = {"text": TextBytes(), "label": Labels(("a", "b"))}
     model = mm.Model(kinds, mm.Core.tiny(), ["text <-> other:text", "text -> label"])
     said = r"a sample is a mapping of fields, not str; write \{'text': \.\.\}"
-    for call in (model.vectors, model.predict):
-        with pytest.raises(mm.TaskError, match=said):
-            call("text -> label" if call == model.predict else "text <-> other:text", ["a text", "others"])
+    texts: Any = ["a text", "others"]
+    with pytest.raises(mm.TaskError, match=said):
+        model.vectors("text <-> other:text", texts)
+    with pytest.raises(mm.TaskError, match=said):
+        model.predict("text -> label", texts)
 
 
 def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +221,7 @@ def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrained", "list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name for entry in found for name in entry["types"]} == {
-        name for family in mm.pretrained.FAMILIES for name in family.names
+        name for family in FAMILIES for name in family.names
     }
     for words, said in ((["check"], "give a folder with config.json"), (["list", "x"], "give nothing more")):
         assert main(["pretrained", *words]) == 2
