@@ -10,6 +10,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from multimodal.declare import Declared
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.texts import shortened
+from multimodal.value_files import write_value
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Tokenizer(Declared, ABC):
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
 
     Methods to override: `encode`; to write the kind `decode` and `places` (and for features `written_features` and `fed_back`);
-    `embed`; `picture` and `token_names` for display; `wanted` for measures; `files` and `from_config` for large data.
+    `embed`; `picture`, `token_names` and `write` for people (`writes_files` says whether a kind has its own `write`); `wanted`
+    for measures; `files` and `from_config` for large data.
 
     Examples:
         >>> @dataclass(frozen=True)
@@ -166,14 +169,14 @@ class Tokenizer(Declared, ABC):
 
         By default a token is named by its piece of text, its row and column, its class, its id, its single feature or its time.
         """
-        position = tokens.position_NA
-        if self.text:
+        position, decodes = tokens.position_NA, type(self).decode is not Tokenizer.decode
+        if self.text and decodes:
             pieces = [self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1])) for i in range(len(tokens))]
             # a token that is a part of a character decodes to the replacement character
             return [piece.replace("\ufffd", "·") or "·" for piece in pieces]
         if bool(position[:, 1:].any()):
             return [f"row {r:g}, column {c:g}" for _, r, c in position.tolist()]
-        if self.classes and self.vocab_size is not None:
+        if self.classes and self.vocab_size is not None and decodes:
             return [
                 str(self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
             ]
@@ -183,6 +186,23 @@ class Tokenizer(Declared, ABC):
             return [f"{number:.4g}" for number in tokens.content.flatten().tolist()]
         unit = "" if self.step[0] == 1 else " s"  # positions with other steps are seconds
         return [f"at {time:.4g}{unit}" for time, _, _ in position.tolist()]
+
+    def write(self, value: Any, path: str | Path) -> Path:
+        """Save a value as a file that other programs open, and return where it is: `path` with the ending of its format.
+
+        By default a text is saved as .txt, a picture (C, Y, X) in 0..1 as .png, a sound (wave, rate) as .wav, another array as .npy
+        and anything else as .json. Override it for a kind that has a format of its own; `generate --out`, `look` and the page of
+        `serve` then write that.
+
+        Raises:
+            MediaError: no such file can hold the value.
+        """
+        return write_value(value, path, f"{type(self).__name__}.write")
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this kind has a `write` of its own."""
+        return type(self).write is not Tokenizer.write
 
     def embed(self, width: int) -> nn.Module:
         """Make the module that embeds content as (N, width), each token independently of the others.

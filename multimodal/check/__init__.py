@@ -14,7 +14,18 @@ In a test:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from multimodal.check import encoding, heads, information, models, tokenizers
+from multimodal.check import (
+    embedding,
+    encoding,
+    heads,
+    information,
+    leftovers,
+    models,
+    tasks,
+    tokenizers,
+    variants,
+    writing,
+)
 from multimodal.check.cases import HeadCase, TokenizerCase
 from multimodal.check.equivalence import CHECKS as MODEL_CHECKS
 from multimodal.check.equivalence import Measurement, Verification, verify
@@ -29,15 +40,19 @@ from multimodal.check.report import (
 )
 from multimodal.check.values import plausible_values
 from multimodal.heads import Head
+from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer
 
-_CHECKS = (*encoding.CHECKS, *tokenizers.CHECKS, *information.CHECKS, *models.CHECKS)
+_PARTS = (encoding, leftovers, tokenizers, information, variants, writing, embedding, models)
+_CHECKS = tuple(check for part in _PARTS for check in part.CHECKS)
 # basic checks first: causes before symptoms
 TOKENIZER_CHECKS: tuple[Check, ...] = tuple(sorted(_CHECKS, key=lambda check: not check.basic))
 HEAD_CHECKS: tuple[Check, ...] = (*heads.CHECKS, *models.CHECKS)
+TASK_CHECKS: tuple[Check, ...] = tuple(tasks.CHECKS)
 __all__ = [
     "HEAD_CHECKS",
     "MODEL_CHECKS",
+    "TASK_CHECKS",
     "TOKENIZER_CHECKS",
     "BoundCheck",
     "Check",
@@ -47,9 +62,11 @@ __all__ = [
     "Result",
     "Verification",
     "check_head",
+    "check_task",
     "check_tokenizer",
     "head_checks",
     "plausible_values",
+    "task_checks",
     "tokenizer_checks",
     "verify",
 ]
@@ -90,6 +107,28 @@ def check_head(
     return run_checks(f"{head!r} writing {tokenizer!r}", checks, raises)
 
 
+def check_task(
+    task: str | Task,
+    tokenizers: Mapping[str, Tokenizer],
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    raises: bool = True,
+) -> Report:
+    """Look in the samples of a task for an answer that is read as well, and for fields on each other's places.
+
+    samples: eight or more, with their answers, so that what they share is no accident. See `check_tokenizer`.
+
+    Examples:
+        >>> kinds = {"row": TextBytes(), "label": Labels(("cat", "dog"))}
+        >>> samples = [{"row": f"weight {i}, label: {name}", "label": name} for i in range(4) for name in ("cat", "dog")]
+        >>> check_task("row -> label", kinds, samples, raises=False).failed[0].detail
+        "field 'row' holds the answer in every sample, behind ', label: ': take it out of what is read"
+    """
+    checks = task_checks(task, tokenizers, samples, expected_failures=expected_failures)
+    return run_checks(repr(task), checks, raises)
+
+
 def tokenizer_checks(
     tokenizer: Tokenizer, values: Sequence[Any], *, expected_failures: Mapping[str, str] | None = None
 ) -> list[BoundCheck]:
@@ -102,3 +141,15 @@ def head_checks(
 ) -> list[BoundCheck]:
     """The same for a head."""
     return bind(HEAD_CHECKS, HeadCase(head, tokenizer, list(values)), expected_failures or {})
+
+
+def task_checks(
+    task: str | Task,
+    tokenizers: Mapping[str, Tokenizer],
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+) -> list[BoundCheck]:
+    """The same for a task."""
+    case = tasks.TaskCase(Task(task) if isinstance(task, str) else task, tokenizers, list(samples))
+    return bind(TASK_CHECKS, case, expected_failures or {})

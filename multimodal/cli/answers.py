@@ -175,13 +175,13 @@ def predict(
     check_folder(out)
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, [*fields, *(without or [])])
-    name = model.packer.patterns[chosen].answer
+    name, tokenizer = model.packer.patterns[chosen].answer, model.packer.answer_tokenizers[chosen]
     samples, names = samples_from(model, chosen, fields, without or []), named_samples(fields)
     for start in range(0, len(samples), BATCH):
         answers = model.predict(chosen, samples[start : start + BATCH])
         for answer, which in zip(answers, names[start:], strict=False):
             heading = f"== {' '.join(which.values())}" if which else ""
-            show(chosen, answer, as_json, name=name, out=out, home=checkpoint, heading=heading, sample=which)
+            show(chosen, answer, tokenizer, as_json, name=name, out=out, home=checkpoint, heading=heading, sample=which)
             if not answer.complete:
                 print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
@@ -218,10 +218,11 @@ def generate(
     chosen = choose_task(model, task, [*fields, *(without or [])], writing=True)
     options = writing.options(model, chosen)
     samples, names = samples_from(model, chosen, fields, without or []), named_samples(fields)
-    name, kind = model.packer.patterns[chosen].answer, model.packer.patterns[chosen].writes.kind
+    name = model.packer.patterns[chosen].answer
+    tokenizer = model.packer.tokenizers[model.packer.patterns[chosen].writes.kind]
     several = writing.count > 1
     # a pipe or a file gets whole answers, so that no program reads half of one
-    live = sys.stdout.isatty() and model.packer.tokenizers[kind].text and not (as_json or out or several)
+    live = sys.stdout.isatty() and tokenizer.text and not (as_json or out or several)
     for sample, named in zip(samples, names, strict=True):
         which = " ".join(named.values())
         if live:
@@ -234,7 +235,7 @@ def generate(
             title = " ".join(filter(None, [which, f"seed {seed}" if several else ""]))
             if not live:
                 entries = {"home": checkpoint, "heading": f"== {title}" if title else "", "sample": named, "seed": seed}
-                show(chosen, answer, as_json, name=name, out=out, **entries)
+                show(chosen, answer, tokenizer, as_json, name=name, out=out, **entries)
             if not answer.complete:
                 title = f"{title}: " if title else ""
                 print(f"({title}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)

@@ -156,6 +156,7 @@ def _look_at(
     from multimodal.look.answers import answer_line
     from multimodal.look.drawing import draw
     from multimodal.look.page import page
+    from multimodal.value_files import file_of
 
     given: Any = answer
     if answer is not None and model.packer.head(task).autoregressive:
@@ -167,6 +168,9 @@ def _look_at(
         saved(".png", picture.getvalue(), "xray", folder),
         saved(".html", page(ray).encode("utf-8", "replace"), "xray", folder),
     ]
+    if not model.packer.patterns[task].pair:
+        written = file_of(model.packer.answer_tokenizers[task], ray.prediction.value)
+        files += [] if written is None else [saved(*written, "answer", folder)]
     if as_json:
         print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})
         return
@@ -177,7 +181,8 @@ def _look_at(
     heads_table = ray.lines(rows)
     if more := len(ray.table()) - len(rows):
         heads_table += f"\n{more} more heads are on the page"
-    print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\npicture  {files[0]}\npage     {files[1]}")
+    shown = f"picture  {files[0]}\npage     {files[1]}" + "".join(f"\nanswer   {file}" for file in files[2:])
+    print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\n{shown}")
 
 
 def bench(
