@@ -4,14 +4,14 @@ In a script:
 
     print(check_tokenizer(MyTokenizer(), [value, other_value]))
 
-In a test:
+In a test file, a test for each check:
 
-    @pytest.mark.parametrize("check", tokenizer_checks(MyTokenizer(), [value, other_value]), ids=str)
-    def test_my_tokenizer(check):
-        check()
+    test_my_tokenizer = mm.check.tests(MyTokenizer(), [value, other_value])
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import unittest
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from multimodal.check import (
@@ -30,6 +30,7 @@ from multimodal.check.cases import HeadCase, TokenizerCase
 from multimodal.check.equivalence import CHECKS as MODEL_CHECKS
 from multimodal.check.equivalence import Measurement, Verification, verify
 from multimodal.check.report import (
+    FAILED,
     BoundCheck,
     Check,
     ConformanceError,
@@ -67,6 +68,7 @@ __all__ = [
     "head_checks",
     "plausible_values",
     "task_checks",
+    "tests",
     "tokenizer_checks",
     "verify",
 ]
@@ -134,6 +136,42 @@ def tokenizer_checks(
 ) -> list[BoundCheck]:
     """The checks as things to call, named by `str`: for pytest.mark.parametrize(..., ids=str)."""
     return bind(TOKENIZER_CHECKS, TokenizerCase(tokenizer, list(values)), expected_failures or {})
+
+
+def tests(
+    tokenizer: Tokenizer,
+    values: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,  # noqa: PT028, as it is no test itself
+    *,
+    expected_failures: Mapping[str, str] | None = None,  # noqa: PT028
+) -> Callable[[str], None]:
+    """A pytest function with a test for each check: `test_my_kind = mm.check.tests(MyKind(), values)` in a test file is all.
+
+    values: two or more, or a function that returns them, called when the first test runs; None: plausible ones are tried.
+    A check that needs one which fails is skipped: the cause fails and not its symptoms. Write `mm.check.tests`, since pytest takes a
+    function called `tests` in a test file for a test.
+    """
+    import pytest
+
+    @functools.cache
+    def bound() -> dict[str, BoundCheck]:
+        given = values() if callable(values) else plausible_values(tokenizer) if values is None else values
+        return {str(one): one for one in tokenizer_checks(tokenizer, given, expected_failures=expected_failures)}
+
+    @functools.cache
+    def fails(name: str) -> bool:
+        return bound()[name].result().status == FAILED
+
+    @pytest.mark.parametrize("check", [one.name for one in TOKENIZER_CHECKS])
+    def test(check: str) -> None:
+        __tracebackhide__ = True  # pytest then shows the message, and none of this
+        for one in TOKENIZER_CHECKS:
+            if one.name == check:
+                break
+            if one.basic and fails(one.name):
+                raise unittest.SkipTest(f"needs {one.name}")
+        bound()[check]()
+
+    return test
 
 
 def head_checks(

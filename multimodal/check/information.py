@@ -1,5 +1,6 @@
 """Checks which information of a value its tokens hold: nothing is cut or lost, and causal tokens hold nothing of later elements."""
 
+import os
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -229,7 +230,8 @@ Put = Callable[[Any], Any]
 def sequences(value: Any) -> Iterator[tuple[Any, Put, int]]:
     """(part, function that puts another part in its place, axis) for each sequence in a value, or the value itself."""
     if isinstance(value, (str, bytes)) and value:
-        yield value, lambda new: new, 0
+        if not is_file(value):  # what it holds is in the file
+            yield value, lambda new: new, 0
     elif isinstance(value, (np.ndarray, Tensor)):
         for axis in range(value.ndim):
             if value.shape[axis]:
@@ -245,6 +247,14 @@ def sequences(value: Any) -> Iterator[tuple[Any, Put, int]]:
                 yield part, lambda new, i=i, put=put: type(value)([*value[:i], put(new), *value[i + 1 :]]), axis
         if not arrays:
             yield value, lambda new: new, 0
+
+
+def is_file(value: Any) -> bool:
+    """Whether a value is the path of a file."""
+    try:
+        return os.path.isfile(value)
+    except (TypeError, ValueError):  # a text that cannot be a path
+        return False
 
 
 def length_of(part: Any, axis: int) -> int:

@@ -1,7 +1,6 @@
 """Checks of a task with its samples: what is read does not hold the answer, and fields do not stand on each other's places."""
 
 import itertools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multimodal.check.cases import close_tokens, contents
+from multimodal.check.information import is_file
 from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.packer import Packer
 from multimodal.pattern import Field, Pattern
@@ -207,7 +207,7 @@ def file_names_unread(case: TaskCase) -> None:
                     f"field {field.name!r} reads the text {value!r}, the name of a file that says the answer {answer!r}; read the "
                     "file, or leave its name out",
                 )
-            elif _is_file(value):
+            elif is_file(value):
                 with tempfile.TemporaryDirectory() as folder:
                     copy = Path(folder) / f"value{PurePath(value).suffix}"
                     shutil.copyfile(value, copy)
@@ -216,13 +216,6 @@ def file_names_unread(case: TaskCase) -> None:
                         f"field {field.name!r}: {describe(value)} has other tokens under another name: the kind reads names, which "
                         "often say the answer",
                     )
-
-
-def _is_file(value: Any) -> bool:
-    try:
-        return os.path.isfile(value)
-    except ValueError:  # a text that cannot be a path
-        return False
 
 
 @promise(CHECKS)

@@ -27,6 +27,7 @@ from multimodal.cli.output import check_folder, folder_for, print_json, printabl
 
 if TYPE_CHECKING:
     from multimodal.model import Model
+    from multimodal.tokenizer import Tokenizer
 
 MOST_HEADS = 24  # rows of the table that `look` prints
 MOST = 10_000  # rounds and threads of `bench`
@@ -38,12 +39,16 @@ def check(
     *,
     config: str = "{}",
     value: Annotated[list[str] | None, Parameter(negative="")] = None,
+    values: str | None = None,
+    column: str | None = None,
 ) -> int:
     """Check by name that a tokenizer keeps every promise of the contract. Exit code 1: it does not.
 
     Example: multimodal check my_package:MyTokenizer
 
     Example: multimodal check sensor.py:Sensor --config '{"rate_hz": 100}' --value walk.npy --value run.npy
+
+    Example: multimodal check notes.py:Notes --values melodies/
 
     Parameters
     ----------
@@ -54,20 +59,40 @@ def check(
     value
         A value it can encode: a file, a text, or JSON; give two or more. Without any, the class's examples() or plausible
         pictures, sounds, texts and numbers are tried.
+    values
+        Real values: a folder, each file of which is one, or the rows of a .csv, .tsv, .jsonl or .parquet file. Says which fail.
+    column
+        Of a table of --values: the column that holds the values; its only one or the whole row unless given.
     """
     from multimodal.check import check_tokenizer, plausible_values
     from multimodal.shapes import ConfigError
 
     made = make_tokenizer(tokenizer, config)
-    values = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
-    if len(values) < 2:
+    if values is not None:
+        if value:
+            raise ConfigError(f"check: --value {value[0]} and --values {values}: give one of them")
+        return _check_values(made, values, column)
+    if column is not None:
+        raise ConfigError(f"--column {column}: it is a column of the table that --values names; give that too")
+    given = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
+    if len(given) < 2:
         raise ConfigError(
-            f"{type(made).__name__} accepted {len(values)} of the pictures, sounds, texts and numbers that were tried, and two are "
+            f"{type(made).__name__} accepted {len(given)} of the pictures, sounds, texts and numbers that were tried, and two are "
             "needed. Give values (--value a.npy --value b.npy), or write `examples()`, a classmethod that returns a few"
         )
-    report = check_tokenizer(made, values, raises=False)
+    report = check_tokenizer(made, given, raises=False)
     print(report)
     return 1 if report.failed else 0
+
+
+def _check_values(made: "Tokenizer", source: str, column: str | None) -> int:
+    from multimodal.check.folder import check_values, values_of
+    from multimodal.progress import progress_bar
+
+    with progress_bar("checking values", len(values_of(made, source, column).names)) as bar:
+        found = check_values(made, source, column, progress=bar.update)
+    print(printable(str(found)))
+    return 0 if found.passed else 1
 
 
 def verify(

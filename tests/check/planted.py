@@ -493,7 +493,7 @@ class EndsTheProgram(Wave):
     """Ends the program at a value it cannot read."""
 
     def encode(self, value):
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, (np.ndarray, str)):
             sys.exit("bad value")
         return super().encode(value)
 
