@@ -147,7 +147,7 @@ def tests(
     """A pytest function with a test for each check: `test_my_kind = mm.check.tests(MyKind(), values)` in a test file is all.
 
     values: two or more, or a function that returns them, called when the first test runs; None: plausible ones are tried.
-    A check that needs one which fails is skipped: the cause fails and not its symptoms. Write `mm.check.tests`, since pytest takes a
+    What needs a check that fails is skipped: the cause fails and not its symptoms. Write `mm.check.tests`, since pytest takes a
     function called `tests` in a test file for a test.
     """
     import pytest

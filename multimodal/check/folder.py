@@ -1,6 +1,7 @@
 """Checks a tokenizer on real values: every file of a folder, or every row of a table. It says which ones fail, and why."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def values_of(tokenizer: Tokenizer, source: str, column: str | None = None) -> V
         ConfigError: no such folder or table, nothing in it, or a column that is not there.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):  # False also for what cannot be a file name
         if column is not None:
             raise ConfigError(f"--column {column}: {source} is a folder, whose files are the values; leave it out")
         files = sorted(
@@ -120,11 +121,15 @@ def _value_of(tokenizer: Tokenizer, path: Path) -> Any:
 
 
 def check_values(
-    tokenizer: Tokenizer, source: str, column: str | None = None, *, progress: Callable[[int, str], None] | None = None
+    tokenizer: Tokenizer,
+    source: str,
+    column: str | None = None,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> FolderReport:
     """Check a tokenizer on the files of a folder or the rows of a table (see `values_of`).
 
-    progress: called after each value with the number of those done and the name.
+    progress: called after each value with the number of those done, of all, and the name.
     """
     values = values_of(tokenizer, source, column)
     found = FolderReport(source, len(values.names))
@@ -133,7 +138,7 @@ def check_values(
     for i, name in enumerate(values.names):
         found.failed += [(name, check, why) for check, why in _each(tokenizer, values, i, seen, chosen)]
         if progress is not None:
-            progress(i + 1, name)
+            progress(i + 1, found.count, name)
     if len(chosen) > 1:
         found.report = check_tokenizer(tokenizer, [value for _, value in chosen], raises=False)
         found.report.who += f" on {', '.join(name for name, _ in chosen)}"

@@ -86,13 +86,15 @@ def check(
 
 
 def _check_values(made: "Tokenizer", source: str, column: str | None) -> int:
-    from multimodal.check.folder import check_values, values_of
+    from multimodal.check.folder import check_values
     from multimodal.progress import progress_bar
 
-    with progress_bar("checking values", len(values_of(made, source, column).names)) as bar:
-        found = check_values(made, source, column, progress=bar.update)
-    print(printable(str(found)))
-    return 0 if found.passed else 1
+    with progress_bar("checking values", None) as bar:
+        report = check_values(
+            made, source, column, progress=lambda done, total, name: bar.update(done, name, total=total)
+        )
+    print(printable(str(report)))
+    return 0 if report.passed else 1
 
 
 def verify(

@@ -48,10 +48,12 @@ def pictures(tmp_path):
 def test_every_file_of_a_folder_is_checked_and_the_broken_ones_are_named(pictures):
     kind = ImagePatches(patch=4, channels=1)
     done = []
-    found = check_values(kind, str(pictures), progress=lambda count, name: done.append((count, name)))
+    found = check_values(kind, str(pictures), progress=lambda *done_of: done.append(done_of))
     assert found.passed, found
-    assert len(done) == found.count == 6  # the hidden file is none of them
-    assert "deep/er/1.png" in [name for _, name in done]
+    assert [(count, total) for count, total, _ in done] == [
+        (i, 6) for i in range(1, 7)
+    ]  # the hidden file is none of them
+    assert "deep/er/1.png" in [name for _, _, name in done]
     assert "on 0.png" in found.report.who
     whole = (pictures / "2.png").read_bytes()
     (pictures / "2.png").write_bytes(whole[: len(whole) // 2])

@@ -39,7 +39,7 @@ class Melody(mm.Tokenizer):
             if not 0 <= pitch - self.lowest < self.pitches or length not in LENGTHS:
                 highest = self.lowest + self.pitches - 1
                 raise mm.MediaError(
-                    f"Melody.encode: note ({pitch}, {length}): wanted a pitch of {self.lowest} to {highest} and a length in {LENGTHS}"
+                    f"Melody.encode: ({pitch}, {length}): wanted a pitch of {self.lowest} to {highest} and a length in {LENGTHS}"
                 )
             yield (pitch - self.lowest) * len(LENGTHS) + LENGTHS.index(length)
 
