@@ -64,7 +64,9 @@ def test_each_kind_of_value_is_saved_in_the_format_that_other_programs_open(tmp_
     assert np.load(TextBytes().write(np.arange(3), tmp_path / "a")).tolist() == [0, 1, 2]
     listed = Labels(("a", "b"), several=True).write(["a", "é"], tmp_path / "l")
     assert json.loads(listed.read_text(encoding="utf-8")) == ["a", "é"]
-    with pytest.raises(mm.MediaError, match=r"TextBytes\.write: a object is no text, .* override write, which saves it"):
+    with pytest.raises(
+        mm.MediaError, match=r"TextBytes\.write: a object is no text, .* override write, which saves it"
+    ):
         TextBytes().write(object(), tmp_path / "o")
 
 

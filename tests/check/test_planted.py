@@ -1,6 +1,7 @@
 """Each broken tokenizer of planted.py fails the check that names its fault, and nothing else; PLANTED.md lists them all."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ from tests.check import planted
 from tests.check.test_faults_kit import PLANTED as EARLIER
 
 LIST = Path(__file__).with_name("PLANTED.md")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A folder for what the faults leave behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def report_of(tokenizer, values):
