@@ -36,14 +36,15 @@ def write_value(value: Any, path: str | Path, who: str) -> Path:
 
 
 def file_of(
-    tokenizer: "Tokenizer", value: Any, *, texts: bool = False, arrays: bool = False
+    tokenizer: "Tokenizer | None", value: Any, *, texts: bool = False, arrays: bool = False
 ) -> tuple[str, bytes] | None:
-    """(ending, bytes) of a value that belongs into a file: as `as_file` has it, or as the tokenizer of its kind writes it.
+    """(ending, bytes) of a value that belongs into a file: as `as_file` has it, or as the tokenizer of its kind, if
+    there is one, writes it.
 
     Raises:
         MediaError: the tokenizer's own `write` fails, or returns no file.
     """
-    if not tokenizer.writes_files:
+    if tokenizer is None or not tokenizer.writes_files:
         return as_file(value, texts=texts, arrays=arrays)
     name = f"{type(tokenizer).__name__}.write"
     with tempfile.TemporaryDirectory() as folder:

@@ -181,7 +181,8 @@ def predict(
         answers = model.predict(chosen, samples[start : start + BATCH])
         for answer, which in zip(answers, names[start:], strict=False):
             heading = f"== {' '.join(which.values())}" if which else ""
-            show(chosen, answer, tokenizer, as_json, name=name, out=out, home=checkpoint, heading=heading, sample=which)
+            entries = {"home": checkpoint, "heading": heading, "sample": which}
+            show(chosen, answer, as_json, name=name, out=out, tokenizer=tokenizer, **entries)
             if not answer.complete:
                 print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
@@ -235,7 +236,7 @@ def generate(
             title = " ".join(filter(None, [which, f"seed {seed}" if several else ""]))
             if not live:
                 entries = {"home": checkpoint, "heading": f"== {title}" if title else "", "sample": named, "seed": seed}
-                show(chosen, answer, tokenizer, as_json, name=name, out=out, **entries)
+                show(chosen, answer, as_json, name=name, out=out, tokenizer=tokenizer, **entries)
             if not answer.complete:
                 title = f"{title}: " if title else ""
                 print(f"({title}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)

@@ -29,7 +29,6 @@ def print_json(value: Any, indent: int | None = None) -> None:
 def show(
     task: str,
     answer: "Prediction",
-    tokenizer: "Tokenizer",
     as_json: bool,
     *,
     name: str,
@@ -37,14 +36,14 @@ def show(
     home: Path | None = None,
     heading: str = "",
     sample: Mapping[str, str] | None = None,
+    tokenizer: "Tokenizer | None" = None,
     **entries: Any,
 ) -> None:
     """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
     anything else only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given.
 
-    tokenizer: of the written kind, which may have a format of its own.
-
-    heading: a line above the answer. sample: the typed values of this sample. entries: more entries of the JSON.
+    heading: a line above the answer. sample: the typed values of this sample. tokenizer: of the written kind, which may have
+    a format of its own. entries: more entries of the JSON.
     """
     # texts and numbers are read in the terminal; pictures and sounds only from files
     folder = folder_for(out, home or Path())
@@ -66,7 +65,9 @@ def show(
         print(f"(--out {out}: {what} is shown only; no file can hold it)", file=sys.stderr)
 
 
-def _entries(answer: "Prediction", tokenizer: "Tokenizer", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
+def _entries(
+    answer: "Prediction", tokenizer: "Tokenizer | None", name: str, folder: Path, *, texts: bool
+) -> dict[str, Any]:
     from multimodal.value_files import file_of
 
     value = answer.value
