@@ -6,15 +6,21 @@ import json
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from multimodal.shapes import MediaError
 from multimodal.texts import shortened
 
-if TYPE_CHECKING:
-    from multimodal.tokenizer import Tokenizer
+
+class Writes(Protocol):
+    """What a tokenizer has of its own: whether its kind has a `write`, and that."""
+
+    @property
+    def writes_files(self) -> bool: ...
+
+    def write(self, value: Any, path: str | Path) -> Path: ...
 
 
 def write_value(value: Any, path: str | Path, who: str) -> Path:
@@ -36,7 +42,7 @@ def write_value(value: Any, path: str | Path, who: str) -> Path:
 
 
 def file_of(
-    tokenizer: "Tokenizer | None", value: Any, *, texts: bool = False, arrays: bool = False
+    tokenizer: "Writes | None", value: Any, *, texts: bool = False, arrays: bool = False
 ) -> tuple[str, bytes] | None:
     """(ending, bytes) of a value that belongs into a file: as `as_file` has it, or as the tokenizer of its kind, if
     there is one, writes it.

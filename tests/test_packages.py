@@ -121,8 +121,8 @@ def test_one_line_in_a_test_file_is_a_test_for_each_check(tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
 
     chosen = "trains or nothing_lost or declared or decode_gives_value or file_holds_value"
-    out = pytest_of("tests", "-k", chosen, "-rs")
-    assert "1 failed, 6 passed, 3 skipped" in out, out
+    out = pytest_of("tests", "-k", chosen, "-rfs")
+    assert "1 failed, 12 passed, 3 skipped" in out, out
     assert (
         "FAILED tests/test_hears.py::test_hears[nothing_lost] - multimodal.check.report.ConformanceError: nothing_lost: list"
         in out

@@ -271,8 +271,8 @@ def _other_tile(tokenizer: Tokenizer, tokens: Tokens, picture_YXC: Tensor, grid:
         if not isinstance(other_YXC, Tensor) or other_YXC.shape != picture_YXC.shape:
             return i
         changed_YX = ((other_YXC - picture_YXC).abs() > 1e-3).any(-1)
-        tiles_RC = changed_YX.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).any(3).any(1)
-        if not set(tiles_RC.flatten().nonzero().flatten().tolist()) <= {i, j}:
+        tile_N = changed_YX.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).any(3).any(1).flatten()
+        if not set(tile_N.flatten().nonzero().flatten().tolist()) <= {i, j}:
             return i
     return None
 
