@@ -34,7 +34,7 @@ def preserved_state(*, draws: bool = False) -> Iterator[None]:
         if torch.backends.mps.is_available():
             settings.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
     if alone:
-        settings += [*PROCESS.values(), *_LIBRARIES]
+        settings += [*PROCESS.values(), *LIBRARIES.values(), _FILTERS]
         if torch.cuda.is_initialized():
             settings.append((torch.cuda.current_device, torch.cuda.set_device))
     with restored(settings):
@@ -115,13 +115,16 @@ def _put_handlers(handlers: list[logging.Handler]) -> None:
     logging.root.handlers[:] = handlers
 
 
-_LIBRARIES: tuple[Setting, ...] = (
-    *(_attribute(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
-    *(_handler(number) for number in (signal.SIGINT, signal.SIGTERM)),
-    _attribute(sys, "excepthook"),
-    (lambda: list(warnings.filters), _put_filters),
-    _attribute(logging.root.manager, "disable"),
-    (lambda: logging.root.level, logging.root.setLevel),
-    (lambda: list(logging.root.handlers), _put_handlers),
-)
-"""Settings of libraries, signals and Python's own."""
+_FILTERS: Setting = (lambda: list(warnings.filters), _put_filters)
+LIBRARIES: dict[str, Setting] = {
+    **{
+        f"torch.backends.cudnn.{n}": _attribute(torch.backends.cudnn, n)
+        for n in ("enabled", "benchmark", "deterministic")
+    },
+    **{f"the handler of {n.name}": _handler(n) for n in (signal.SIGINT, signal.SIGTERM)},
+    "sys.excepthook": _attribute(sys, "excepthook"),
+    "logging.disable": _attribute(logging.root.manager, "disable"),
+    "the level of logging": (lambda: logging.root.level, logging.root.setLevel),
+    "the handlers of logging": (lambda: list(logging.root.handlers), _put_handlers),
+}
+"""Settings of libraries, signals and Python's own, by name; the filters of warnings are apart."""

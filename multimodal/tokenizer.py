@@ -10,6 +10,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from multimodal.declare import Declared
 from multimodal.positions import in_steps
 from multimodal.shapes import AXES, ConfigError, MediaError, StreamError
 from multimodal.texts import shortened
+from multimodal.value_files import write_value
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ class Tokenizer(Declared, ABC):
     relations: names of the relations of tokens, which `Tokens.pairs` numbers and `masks.Linked` and `attention.Related` name.
 
     Methods to override: `encode`; to write the kind `decode` and `places`, or `next_place` where a token stands where contents say
-    (and for features `written_features` and `fed_back`); `embed`; `picture` and `token_names` for display; `wanted` for measures;
-    `answered` where an answer belongs to some of the tokens only; `files` and `from_config` for large data.
+    (and for features `written_features` and `fed_back`); `embed`; `picture`, `token_names` and `write` for people (`writes_files`
+    says whether a kind has its own `write`); `wanted` for measures; `answered` where an answer belongs to some of the tokens only;
+    `files` and `from_config` for large data.
 
     Examples:
         >>> @dataclass(frozen=True)
@@ -196,14 +199,14 @@ class Tokenizer(Declared, ABC):
 
         By default a token is named by its piece of text, its row and column, its class, its id, its single feature or its time.
         """
-        position = tokens.position_NA
-        if self.text:
+        position, decodes = tokens.position_NA, self.decodes
+        if self.text and decodes:
             pieces = [self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1])) for i in range(len(tokens))]
             # a token that is a part of a character decodes to the replacement character
             return [piece.replace("\ufffd", "·") or "·" for piece in pieces]
         if bool(position[:, 1:].any()):
             return self._names_by_place(position)
-        if self.classes and self.vocab_size is not None:
+        if self.classes and self.vocab_size is not None and decodes:
             return [
                 str(self.decode(Tokens(tokens.content[i : i + 1], position[i : i + 1]))) for i in range(len(tokens))
             ]
@@ -223,6 +226,23 @@ class Tokenizer(Declared, ABC):
             first = f"row {place[1]:g}, column {place[2]:g}" if grid else f"at {place[0]:.4g}"
             names.append(", ".join([first, *(f"{self.axes[axis]} {place[axis]:g}" for axis in further)]))
         return names
+
+    def write(self, value: Any, path: str | Path) -> Path:
+        """Save a value as a file that other programs open, and return where it is: `path` with the ending of its format.
+
+        By default a text is saved as .txt, a picture (C, Y, X) in 0..1 as .png, a sound (wave, rate) as .wav, another array as .npy
+        and anything else as .json. Override it for a kind that has a format of its own; `generate --out`, `look` and the page of
+        `serve` then write that.
+
+        Raises:
+            MediaError: no such file can hold the value.
+        """
+        return write_value(value, path, f"{type(self).__name__}.write")
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this kind has a `write` of its own."""
+        return type(self).write is not Tokenizer.write
 
     def embed(self, width: int) -> nn.Module:
         """Make the module that embeds content as (N, width), each token independently of the others.

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import multimodal as mm
-from multimodal.check import check_tokenizer, verify
+from multimodal.check import check_task, check_tokenizer, verify
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
 from multimodal_tokenizers import (
@@ -62,6 +62,7 @@ MOST_USED = {
     "TopP": mm.TopP,
     "Tower": mm.Tower,
     "cached": mm.train.cached,
+    "check_task": check_task,
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
     "fit": mm.fit,
@@ -103,7 +104,13 @@ def namespace() -> dict[str, Any]:
     wave = torch.sin(torch.arange(16000) * 0.1).numpy()
     shapes = {name: picture(name, 20) for name in NAMES}
     modules = {"mm": mm, "np": np, "torch": torch, "Path": Path, "dataclass": dataclass}
-    tools = {"check_tokenizer": check_tokenizer, "inside": inside, "verify": verify, "xray": xray}
+    tools = {
+        "check_task": check_task,
+        "check_tokenizer": check_tokenizer,
+        "inside": inside,
+        "verify": verify,
+        "xray": xray,
+    }
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}

@@ -24,7 +24,19 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LARGEST_FILE = 2_000_000  # bytes
 
 LAYERS = (
-    {"texts", "shapes", "declare", "files", "notebook", "progress", "saving", "process_state", "old_names", "hub"},
+    {
+        "texts",
+        "shapes",
+        "declare",
+        "files",
+        "value_files",
+        "notebook",
+        "progress",
+        "saving",
+        "process_state",
+        "old_names",
+        "hub",
+    },
     {"tokenizer", "composite", "masks", "relations", "positions", "norm", "media"},
     {"attention"},
     {"layers"},

@@ -1,19 +1,21 @@
 """What the checks work on: a tokenizer or a head, values, and small models around them."""
 
+import contextlib
 import copy
+import json
 import math
 import pickle
 import unittest
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from multimodal.check.measure import TOLERANCE, allowed, difference
-from multimodal.check.report import IMPORTS_MAY_CHANGE, changed, preserved_settings, settings, want
+from multimodal.check.report import IMPORTS_MAY_CHANGE, changed, check_given, preserved_settings, settings, want
 from multimodal.composite import Composed
 from multimodal.core import Core
 from multimodal.heads import Head, Masked, Pointer
@@ -21,6 +23,7 @@ from multimodal.model import Model
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
+Module = TypeVar("Module", bound=nn.Module)
 # 48 is a multiple of 2, 3, 4, 6, 8, 12, 16 and 24, whichever an embedding wants
 CORE = Core(width=48, depth=2, heads=2)
 
@@ -73,6 +76,7 @@ class TokenizerCase:
 
     def __post_init__(self) -> None:
         """Copy the values before anything is encoded, so that no check gets values that an earlier one has changed."""
+        self.settings = settings_of(self.tokenizer)
         self.uncopied = ""  # why the values cannot be copied; "": they can
         try:
             self.originals, self.values = copy.deepcopy(self.values), copy.deepcopy(self.values)
@@ -91,6 +95,9 @@ class TokenizerCase:
             raise unittest.SkipTest(self.uncopied)
         return copy.deepcopy(self.originals)
 
+    def check_given(self) -> None:
+        check_given(self.tokenizer, self.values)
+
     @property
     def part(self) -> Tokenizer:
         return self.tokenizer
@@ -106,7 +113,7 @@ class TokenizerCase:
         # the first call may import a library, which sets up what belongs to it: that is no fault of the tokenizer
         before = settings()
         with preserved_settings():
-            tokens = [_copied(self.tokenizer.encode(value)) for value in self.values]
+            tokens = [copied(self.tokenizer.encode(value)) for value in self.values]
             self.changed = [name for name in changed(before) if name not in IMPORTS_MAY_CHANGE]
         return tokens
 
@@ -150,6 +157,9 @@ class HeadCase:
     values: list[Any]
     chance = math.inf
 
+    def check_given(self) -> None:
+        check_given(self.tokenizer, self.values)
+
     @property
     def part(self) -> Head:
         return self.head
@@ -187,7 +197,7 @@ class HeadCase:
         want(again.vocab(self.tokenizer) == self.head.vocab(self.tokenizer), f"the head has another vocabulary {how}")
 
 
-def _copied(tokens: Any) -> Any:
+def copied(tokens: Any) -> Any:
     """A copy of tokens, which no later call can change."""
     if isinstance(tokens, Composed):
         return copy.deepcopy(tokens)
@@ -196,6 +206,13 @@ def _copied(tokens: Any) -> Any:
         return tokens
     pairs = tokens.pairs.clone() if isinstance(tokens.pairs, Tensor) else tokens.pairs
     return Tokens(tokens.content.clone(), tokens.position_NA.clone(), pairs)
+
+
+def settings_of(tokenizer: Any) -> str | None:
+    """The tokenizer's settings as JSON; None if they cannot be written as such, which `config_round_trip` reports."""
+    with contextlib.suppress(Exception):
+        return json.dumps(tokenizer.config())
+    return None
 
 
 def contents(value: Any) -> Any:
@@ -212,8 +229,8 @@ def plain_model(axes: tuple[str, ...]) -> Model:
     return Model({"signal": Signal(), "answer": Number(4)}, CORE.replace(axes=axes), ["signal -> answer"])
 
 
-def perturbed(model: Model) -> Model:
-    """The model with noise added to its weights, so that logits, and errors of logits, are as large as in a trained model."""
+def perturbed(model: Module) -> Module:
+    """The model, or a part of it, with noise added to its weights: logits, and their errors, are as large as in a trained one."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():

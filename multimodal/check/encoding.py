@@ -1,6 +1,7 @@
 """Checks that encode depends only on the content of the value, and has no side effects."""
 
 import contextlib
+import io
 import math
 import multiprocessing
 import random
@@ -18,13 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from multimodal.check.cases import TokenizerCase, close_tokens, contents, equal_tokens
 from multimodal.check.fresh import CannotAsk, fresh_answers, names_a_file
+from multimodal.check.leftovers import calls
 from multimodal.check.report import Check, ConformanceError, changed, promise, settings, want
 from multimodal.composite import Composite
 from multimodal.positions import check_axes
 from multimodal.shapes import AXES, ConfigError
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []
+MOST_ROWS = 2**26  # ids or features; more are a mistake
 WORKER_S = 120  # a worker process that does not answer within this time has failed
 
 
@@ -54,6 +58,15 @@ def declared(case: TokenizerCase) -> None:
     )
     flags = {name: getattr(t, name) for name in ("causal", "classes", "text", "lossy")}
     want(all(type(flag) is bool for flag in flags.values()), f"{flags}: bools are wanted")
+    want(
+        given[0] <= MOST_ROWS,
+        f"{sizes}: an embedding of {given[0]:,} rows is beyond memory; hash or split such ids into several tokens",
+    )
+    want(type(t.learned) is int and t.learned >= 0, f"learned={t.learned!r}: a number of tokens, 0 or more, is wanted")
+    want(type(t.max_tokens) is int and t.max_tokens > 0, f"max_tokens={t.max_tokens!r}: a positive int is wanted")
+    written = t.written_features
+    fine = written is None or (t.feature_size is not None and type(written) is int and 0 < written <= t.feature_size)
+    want(fine, f"written_features={written!r}: a number of the {t.feature_size} features of a token is wanted")
 
 
 @promise(CHECKS, basic=True)
@@ -86,32 +99,26 @@ def input_untouched(case: TokenizerCase) -> None:
 
 @promise(CHECKS, basic=True)
 def process_untouched(case: TokenizerCase) -> None:
-    """Encode, decode and picture leave the process as it was: folder, environment, autograd, default dtype, threads, warnings."""
+    """Encode, decode and picture leave the process as it was: folder, environment, autograd, default dtype, threads, warnings,
+    logging, signals; and print nothing."""
     _ = case.tokens
     want(not case.changed, _side_effect("encode", case.changed))
-    for name, call in _calls(case):
-        before, filters = settings(), list(warnings.filters)
-        call()
-        found = changed(before) + ["the filters of warnings"] * (filters != list(warnings.filters))
+    for name, call in calls(case):
+        before, filters, out = settings(), list(warnings.filters), io.StringIO()
+        with contextlib.redirect_stdout(out):
+            given = sys.stdout
+            call()
+            found = ["sys.stdout"] * (sys.stdout is not given)
+        found += changed(before) + ["the filters of warnings"] * (filters != list(warnings.filters))
         want(not found, _side_effect(name, found))
+        want(
+            not out.getvalue(),
+            f"{name} prints {shortened(repr(out.getvalue()), 60)}, once for each value; print nothing",
+        )
 
 
 def _side_effect(name: str, found: list[str]) -> str:
     return f"{name} changes {' and '.join(found)} for the whole process; leave it, or change it within a context that puts it back"
-
-
-def _calls(case: TokenizerCase) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) of encode, decode and picture for every value; other checks report their errors."""
-    t = case.tokenizer
-    for value, tokens in zip(case.values, case.tokens, strict=True):
-        yield "encode", lambda value=value: t.encode(value)
-        for name, verb in (("decode", t.decode), ("picture", t.picture)):
-            yield name, lambda verb=verb, tokens=tokens: _without_errors(verb, tokens)
-
-
-def _without_errors(call: Callable[[Tokens], Any], tokens: Tokens) -> None:
-    with contextlib.suppress(Exception):
-        call(tokens)
 
 
 @promise(CHECKS, basic=True)
@@ -123,7 +130,7 @@ def generators_untouched(case: TokenizerCase) -> None:
         return {"random": random.getstate(), "numpy.random": numpy_state, "torch": torch.get_rng_state().tolist()}
 
     _ = case.tokens
-    for name, call in _calls(case):
+    for name, call in calls(case):
         # so that a call that seeds a generator cannot end in this same state
         _ = random.random(), np.random.random(), torch.rand(1)
         before = states()
@@ -225,16 +232,15 @@ def plain_tensors(case: TokenizerCase) -> None:
 
 @promise(CHECKS)
 def fresh_process(case: TokenizerCase) -> None:
-    """A fresh Python process gives the same tokens: with another hash seed, in another folder, for copies in reverse order."""
+    """A fresh Python process gives the same tokens: with another hash seed, in another folder and time zone, in reverse order."""
     if multiprocessing.parent_process() is not None:
         raise unittest.SkipTest("this is itself a process started by another")
     values, elsewhere = case.copies(), not names_a_file(case.values)
 
     def ask(**how: bool) -> list[Tokens | str]:
         try:
-            return fresh_answers(
-                case.tokenizer, values, **{"other_seed": False, "elsewhere": False, "backwards": False} | how
-            )
+            plainly = {"other_seed": False, "other_zone": False, "elsewhere": False, "backwards": False}
+            return fresh_answers(case.tokenizer, values, **plainly | how)
         except CannotAsk as reason:
             raise unittest.SkipTest(str(reason)) from None
 
@@ -253,6 +259,7 @@ def _cause(ask: Callable[..., list[Tokens | str]]) -> str:
     causes = {
         "other_seed": "the hash seed, which every process draws anew: hash(), or the order of a set; use hashlib, and sorted()",
         "backwards": "which values came before: something grows or counts while it encodes; what was learnt belongs into a field",
+        "other_zone": "the time zone of the machine; give dates and times a zone, such as UTC",
         "elsewhere": "the current folder; hold what a file says in a field, or give it out by files()",
     }
     for name, cause in causes.items():

@@ -1,4 +1,4 @@
-"""Encodes values in a fresh Python process: with another hash seed, in another folder, in another order.
+"""Encodes values in a fresh Python process: with another hash seed, in another folder and time zone, in another order.
 
 this process --job--> server (fresh interpreter, own hash seed) --fork--> child: imports the class, encodes --> tokens
 
@@ -29,6 +29,7 @@ from multimodal.check.report import CheckedAgain, ConformanceError
 from multimodal.declare import alias, declaration, part_types, rebuild
 from multimodal.tokenizer import Tokenizer, Tokens
 
+ZONES = ("KIT-09:17", "KIT+07:41")  # as POSIX writes time zones; nobody's
 ANSWER_S = 120  # a process that does not answer within this time has failed
 
 
@@ -40,11 +41,18 @@ Reply = Tokens | str  # the tokens, or the error message of encode
 
 
 def fresh_answers(
-    tokenizer: Tokenizer, values: Sequence[Any], *, other_seed: bool, elsewhere: bool, backwards: bool
+    tokenizer: Tokenizer,
+    values: Sequence[Any],
+    *,
+    other_seed: bool,
+    other_zone: bool,
+    elsewhere: bool,
+    backwards: bool,
 ) -> list[Reply]:
     """The tokens of copies of these values, in their order, from a tokenizer that is rebuilt from its configuration.
 
-    other_seed: use another hash seed than the first server; elsewhere: in an empty folder; backwards: encode the last value first.
+    other_seed, other_zone: use another hash seed or time zone than the first server, whose own are not those of this process;
+    elsewhere: in an empty folder; backwards: encode the last value first.
 
     Raises:
         CannotAsk: another process cannot get the class or a value.
@@ -56,7 +64,7 @@ def fresh_answers(
         job["folder"] = str(empty) if elsewhere else os.getcwd()
         (Path(folder) / "job").write_bytes(pickle.dumps(job))
         seed = _seed() + 1 if other_seed else _seed()
-        code = _server(seed, os.getpid()).ask(folder)
+        code = _server(seed, ZONES[other_zone], os.getpid()).ask(folder)
         file = Path(folder) / "answer"
         if not file.is_file():
             raise ConformanceError(f"the fresh process ended with code {code} and gave no tokens")
@@ -115,12 +123,12 @@ def _job(tokenizer: Tokenizer, values: Sequence[Any]) -> dict[str, Any]:
 
 
 class _Server:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, zone: str) -> None:
         path = [os.path.abspath(entry) for entry in sys.path]
         program = f"import sys; sys.path[:] = {path!r}; from multimodal.check.fresh import serve; serve()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+            env=os.environ | {"PYTHONHASHSEED": str(seed), "TZ": zone},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -157,9 +165,9 @@ class _Server:
 
 
 @functools.lru_cache(maxsize=8)
-def _server(seed: int, owner: int) -> _Server:
-    """The server for a hash seed. `owner` is this process: a fork of it gets a server of its own, not these pipes."""
-    return _Server(seed)
+def _server(seed: int, zone: str, owner: int) -> _Server:
+    """The server for a hash seed and time zone. `owner` is this process: a fork of it gets a server of its own, not these pipes."""
+    return _Server(seed, zone)
 
 
 def serve() -> None:

@@ -1,5 +1,6 @@
 """Checks which information of a value its tokens hold: nothing is cut or lost, and causal tokens hold nothing of later elements."""
 
+import os
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,16 +26,16 @@ def nothing_lost(case: TokenizerCase) -> None:
         return  # one token holds the whole value
     tried = False
     for value in case.values:
-        for part, put, axis in _sequences(value):
-            spread = _spread(case, part, axis)
+        for part, put, axis in sequences(value):
+            spread = spread_of(case, part, axis)
             if spread and spread < 4:  # the channels of a picture: a change of one may leave its codes as they are
                 continue
-            tried |= _compared(case.tokenizer, value, (put(x) for x in _ends_changed(part, axis, spread, case.values)))
+            tried |= _compared(case.tokenizer, value, (put(x) for x in ends_changed(part, axis, spread, case.values)))
             # limits that cut, such as 512 tokens, show on long values only
-            if (long := _long(part, axis)) is not None:
-                changed = (put(x) for x in _ends_changed(long, axis, spread and _length(long, axis) // 8, case.values))
+            if (long := long_of(part, axis)) is not None:
+                changed = (put(x) for x in ends_changed(long, axis, spread and length_of(long, axis) // 8, case.values))
                 _compared(case.tokenizer, put(long), changed)
-                if not _ignores_order(case.tokenizer, value, put(_end_reversed(part, axis, _length(part, axis)))):
+                if not ignores_order(case.tokenizer, value, put(end_reversed(part, axis, length_of(part, axis)))):
                     _compared(case.tokenizer, put(long), (put(x) for x in _tails_reversed(long, axis)), close_tokens)
     if not tried:
         raise unittest.SkipTest(f"no end of {describe(case.values[0])} could be changed")
@@ -68,7 +69,7 @@ def _compared(
     return False
 
 
-def _ignores_order(tokenizer: Tokenizer, value: Any, reordered: Any) -> bool:
+def ignores_order(tokenizer: Tokenizer, value: Any, reordered: Any) -> bool:
     """Whether the tokens ignore the order of elements, as a bag of words does."""
     try:
         return close_tokens(tokenizer(reordered), tokenizer(value))
@@ -76,10 +77,10 @@ def _ignores_order(tokenizer: Tokenizer, value: Any, reordered: Any) -> bool:
         return False
 
 
-def _spread(case: TokenizerCase, part: Any, axis: int) -> int:
+def spread_of(case: TokenizerCase, part: Any, axis: int) -> int:
     """How many last elements may have to change before the tokens do; 0: one. More for ids of numbers and for lossy kinds."""
     coarse = isinstance(part, (np.ndarray, Tensor)) and (case.tokenizer.vocab_size is not None or case.tokenizer.lossy)
-    return max(_length(part, axis) // 2, 1) if coarse else 0
+    return max(length_of(part, axis) // 2, 1) if coarse else 0
 
 
 @promise(CHECKS)
@@ -92,13 +93,13 @@ def causal_prefix(case: TokenizerCase) -> None:
         return
     tried = False
     for value in case.values:
-        for part, put, axis in _sequences(value):
+        for part, put, axis in sequences(value):
             whole, tokens = _repeated(case.tokenizer, part, put, axis)
-            cut = _length(whole, axis) * 7 // 10
+            cut = length_of(whole, axis) * 7 // 10
             if tokens is None or cut < 1:
                 continue
             # a value without its end, and values with other ends: the first tokens must not know
-            for shorter in (_upto(whole, axis, cut), *_ends_changed(whole, axis, _length(whole, axis) - cut, [value])):
+            for shorter in (_upto(whole, axis, cut), *ends_changed(whole, axis, length_of(whole, axis) - cut, [value])):
                 try:
                     found = case.tokenizer(put(shorter))
                 except ValueError:
@@ -108,7 +109,7 @@ def causal_prefix(case: TokenizerCase) -> None:
                 want(
                     len(tokens) >= count and close_tokens(_first(found, count), _first(tokens, count)),
                     f"causal=True, but the first {count} of {len(tokens)} tokens of {describe(put(whole))} change with what "
-                    f"comes after {cut} of its {_length(whole, axis)} elements: tokens know the whole value; let each depend on "
+                    f"comes after {cut} of its {length_of(whole, axis)} elements: tokens know the whole value; let each depend on "
                     "what came before, or take causal=True off",
                 )
     if not tried:
@@ -144,7 +145,7 @@ def decode_gives_value(case: TokenizerCase) -> None:
     compared, got = False, None
     for value, tokens in zip(case.values, case.tokens, strict=True):
         got = t.decode(tokens)
-        same = _same_value(value, got, t.classes)
+        same = same_value(value, got, t.classes)
         compared |= same is not None
         want(
             same is not False,
@@ -157,7 +158,7 @@ def decode_gives_value(case: TokenizerCase) -> None:
         )
 
 
-def _same_value(value: Any, got: Any, unordered: bool) -> bool | None:
+def same_value(value: Any, got: Any, unordered: bool) -> bool | None:
     """Whether decode gave the value; None: their types cannot be compared, such as a file name and its picture."""
     if isinstance(value, (str, bytes)) or isinstance(got, (str, bytes)):
         return value == got or str(value) == str(got) if isinstance(got, type(value)) or unordered else None
@@ -167,12 +168,12 @@ def _same_value(value: Any, got: Any, unordered: bool) -> bool | None:
     if isinstance(value, dict) and isinstance(got, dict):
         # an entry that is None is one that is not there
         value, got = ({k: x for k, x in one.items() if x is not None} for one in (value, got))
-        return value.keys() == got.keys() and all(_same_value(value[k], got[k], unordered) is not False for k in value)
+        return value.keys() == got.keys() and all(same_value(value[k], got[k], unordered) is not False for k in value)
     if isinstance(value, (list, tuple)) and isinstance(got, (list, tuple)):
         if unordered:
             return sorted(map(str, value)) == sorted(map(str, got))
         return len(value) == len(got) and all(
-            _same_value(a, b, unordered) is not False for a, b in zip(value, got, strict=True)
+            same_value(a, b, unordered) is not False for a, b in zip(value, got, strict=True)
         )
     return bool(value == got) if type(value) is type(got) else None
 
@@ -228,28 +229,37 @@ def resembles(again: Sequence[Tokens], tokens: Sequence[Tokens]) -> bool:
 Put = Callable[[Any], Any]
 
 
-def _sequences(value: Any) -> Iterator[tuple[Any, Put, int]]:
+def sequences(value: Any) -> Iterator[tuple[Any, Put, int]]:
     """(part, function that puts another part in its place, axis) for each sequence in a value, or the value itself."""
     if isinstance(value, (str, bytes)) and value:
-        yield value, lambda new: new, 0
+        if not is_file(value):  # what it holds is in the file
+            yield value, lambda new: new, 0
     elif isinstance(value, (np.ndarray, Tensor)):
         for axis in range(value.ndim):
             if value.shape[axis]:
                 yield value, lambda new: new, axis
     elif isinstance(value, dict):
         for key, x in value.items():
-            for part, put, axis in _sequences(x):
+            for part, put, axis in sequences(x):
                 yield part, lambda new, key=key, put=put: {**value, key: put(new)}, axis
     elif type(value) in (list, tuple) and value:
         arrays = [i for i, x in enumerate(value) if isinstance(x, (np.ndarray, Tensor)) and x.ndim]
         for i in arrays:  # a pair such as (wave, rate)
-            for part, put, axis in _sequences(value[i]):
+            for part, put, axis in sequences(value[i]):
                 yield part, lambda new, i=i, put=put: type(value)([*value[:i], put(new), *value[i + 1 :]]), axis
         if not arrays:
             yield value, lambda new: new, 0
 
 
-def _length(part: Any, axis: int) -> int:
+def is_file(value: Any) -> bool:
+    """Whether a value is the path of a file."""
+    try:
+        return os.path.isfile(value)
+    except (TypeError, ValueError):  # a text that cannot be a path
+        return False
+
+
+def length_of(part: Any, axis: int) -> int:
     return part.shape[axis] if isinstance(part, (np.ndarray, Tensor)) else len(part)
 
 
@@ -263,9 +273,9 @@ def _joined(part: Any, axis: int, times: int) -> Any:
     return np.concatenate([part] * times, axis) if isinstance(part, np.ndarray) else part * times
 
 
-def _long(part: Any, axis: int) -> Any:
+def long_of(part: Any, axis: int) -> Any:
     """The part, repeated to LONG elements; None if that exceeds LARGEST numbers."""
-    times = -(-LONG // _length(part, axis))
+    times = -(-LONG // length_of(part, axis))
     return _joined(part, axis, times) if times > 1 and _size(part) * times <= LARGEST else None
 
 
@@ -277,20 +287,23 @@ def _upto(part: Any, axis: int, stop: int) -> Any:
     return part[_at(axis, slice(stop))] if isinstance(part, (np.ndarray, Tensor)) else part[:stop]
 
 
-def _ends_changed(part: Any, axis: int, spread: int, values: Sequence[Any]) -> Iterator[Any]:
-    """Copies in which the last element is changed, then the last 2, 4, .. up to `spread`."""
+def ends_changed(part: Any, axis: int, spread: int, values: Sequence[Any], where: float = 1.0) -> Iterator[Any]:
+    """Copies in which one element is changed, then 2, 4, .. up to `spread`. where: 0, .5, 1: the first, middle or last ones."""
     count = 1
     while True:
-        yield from _end_changed(part, axis, count, values)
-        if count >= spread:
+        stop = count + round(where * (length_of(part, axis) - count))
+        yield from _end_changed(part, axis, count, values, stop)
+        if count >= min(spread, length_of(part, axis)):
             return
         count = min(2 * count, spread)
 
 
-def _end_changed(part: Any, axis: int, count: int, values: Sequence[Any]) -> Iterator[Any]:
+def _end_changed(part: Any, axis: int, count: int, values: Sequence[Any], stop: int | None = None) -> Iterator[Any]:
+    """Copies in which the last `count` elements are changed, or those before `stop`."""
+    stop = length_of(part, axis) if stop is None else stop
     if isinstance(part, (np.ndarray, Tensor)):
         array = part.detach().cpu().numpy() if isinstance(part, Tensor) else part
-        end = _at(axis, slice(-count, None))
+        end = _at(axis, slice(stop - count, stop))
         if array.dtype.kind not in "biuf":
             return
         low, high = np.nanmin(array), np.nanmax(array)
@@ -307,34 +320,34 @@ def _end_changed(part: Any, axis: int, count: int, values: Sequence[Any]) -> Ite
     for value in [part, *values]:
         for element in value if isinstance(value, type(part)) else ():
             # by their contents, because arrays in an element have no single answer to ==
-            if len(seen) < 8 and contents(element) not in map(contents, [*seen, part[-1]]):
+            if len(seen) < 8 and contents(element) not in map(contents, [*seen, part[stop - 1]]):
                 seen.append(element)
     if isinstance(part, str):
-        seen += [c for c in "ae1" if c not in seen and c != part[-1]]
-    last = part[-1]
+        seen += [c for c in "ae1" if c not in seen and c != part[stop - 1]]
+    last = part[stop - 1]
     if isinstance(part, list | tuple) and isinstance(last, (int, float)) and not isinstance(last, bool):
         seen += [last + 1, last - 1]
     if isinstance(last, (list, tuple, np.ndarray, Tensor)):
-        seen += [put(x) for inner, put, at in _sequences(last) for x in _end_changed(inner, at, 1, [])]
+        seen += [put(x) for inner, put, at in sequences(last) for x in _end_changed(inner, at, 1, [])]
     for element in seen:
         tail: Any = [element] * count
         if isinstance(part, str):
             tail = element * count
         elif isinstance(part, (bytes, tuple)):
             tail = type(part)(tail)
-        yield part[: len(part) - count] + tail
+        yield part[: stop - count] + tail + part[stop:]
 
 
 def _tails_reversed(part: Any, axis: int) -> Iterator[Any]:
     """Copies whose last eighth or last half is reversed, which keeps its mean, spread and extremes."""
-    length = _length(part, axis)
-    reordered = [_end_reversed(part, axis, count) for count in (length // 8, length // 2)]
+    length = length_of(part, axis)
+    reordered = [end_reversed(part, axis, count) for count in (length // 8, length // 2)]
     yield from (other for other in reordered if contents(other) != contents(part))
 
 
-def _end_reversed(part: Any, axis: int, count: int) -> Any:
+def end_reversed(part: Any, axis: int, count: int) -> Any:
     """A copy whose last `count` elements are reversed."""
-    start = _length(part, axis) - count
+    start = length_of(part, axis) - count
     if isinstance(part, Tensor):
         return torch.cat([part.narrow(axis, 0, start), part.narrow(axis, start, count).flip(axis)], axis)
     if isinstance(part, np.ndarray):

@@ -1,7 +1,9 @@
 """What a check is, how checks are run, and the table of results."""
 
+import gc
 import locale
 import os
+import socket
 import sys
 import unittest
 import warnings
@@ -12,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageFile
 
-from multimodal.process_state import AUTOGRAD, PROCESS, Setting, preserved_rng, restored
+from multimodal.process_state import AUTOGRAD, LIBRARIES, PROCESS, Setting, preserved_rng, restored
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.tokenizer import Tokenizer, describe
 
@@ -34,14 +37,29 @@ def _set_path(before: list[str]) -> None:
 SETTINGS: dict[str, Setting] = {
     **PROCESS,
     **AUTOGRAD,
+    **LIBRARIES,
     "torch's default device": (lambda: str(torch.get_default_device()), torch.set_default_device),
     "numpy's handling of errors": (np.geterr, lambda before: np.seterr(**before)),
     "the locale": (lambda: locale.setlocale(locale.LC_ALL), lambda before: locale.setlocale(locale.LC_ALL, before)),
+    "numpy's print options": (np.get_printoptions, lambda before: np.set_printoptions(**before)),
+    "garbage collection": (gc.isenabled, lambda before: gc.enable() if before else gc.disable()),
+    "the limit of pixels of PIL": (
+        lambda: Image.MAX_IMAGE_PIXELS,
+        lambda before: setattr(Image, "MAX_IMAGE_PIXELS", before),
+    ),
+    "PIL's loading of cut pictures": (
+        lambda: ImageFile.LOAD_TRUNCATED_IMAGES,
+        lambda before: setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", before),
+    ),
+    "the timeout of sockets": (socket.getdefaulttimeout, socket.setdefaulttimeout),
     "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
     "environment variables": (lambda: dict(os.environ), _set_environment),
     "sys.path": (lambda: list(sys.path), _set_path),
 }
-IMPORTS_MAY_CHANGE = ("environment variables", "sys.path", "the recursion limit")  # a library on its first import
+IMPORTS_MAY_CHANGE = (  # a library on its first import
+    *("environment variables", "sys.path", "the recursion limit", "sys.excepthook"),
+    *("the level of logging", "the handlers of logging"),
+)
 
 
 def settings() -> dict[str, Any]:
@@ -124,6 +142,8 @@ class BoundCheck:
             status, detail = SKIPPED, str(skip)
         except ConformanceError as error:
             status, detail = FAILED, str(error)
+        except SystemExit as error:
+            status, detail = FAILED, f"SystemExit: {error}: it ends the whole program; raise a ValueError"
         except Exception as error:  # a user's code may fail in any way
             status, detail = FAILED, f"{type(error).__name__}: {error}"
         # an expected failure that passes is a failure: the list must not outlive the fault
@@ -201,11 +221,16 @@ def bind(checks: Sequence[Check], case: Any, reasons: Mapping[str, str]) -> list
             raise ConfigError(
                 f"expected_failures: there is no check {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}"
             )
-    if not isinstance(case.tokenizer, Tokenizer):
-        raise ConfigError(f"conformance: {describe(case.tokenizer)} is not a Tokenizer made by its constructor")
-    if len(case.values) < 2:
-        raise ConfigError(f"conformance: {len(case.values)} values came; give two or more that differ")
+    case.check_given()
     return [BoundCheck(check, case, reasons.get(check.name, "")) for check in checks]
+
+
+def check_given(tokenizer: Any, values: Sequence[Any]) -> None:
+    """Refuse what is no tokenizer, and less than two values."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(f"conformance: {describe(tokenizer)} is not a Tokenizer made by its constructor")
+    if len(values) < 2:
+        raise ConfigError(f"conformance: {len(values)} values came; give two or more that differ")
 
 
 def run_checks(who: str, checks: Sequence[BoundCheck], raises: bool) -> Report:

@@ -170,7 +170,7 @@ def _refused(tokenizer: Tokenizer, value: Any) -> bool:
     return False
 
 
-def _decoding(case: TokenizerCase, *, written: bool) -> Tokenizer:
+def decoding(case: TokenizerCase, *, written: bool) -> Tokenizer:
     """The tokenizer, where it decodes, and where asked for, what is written token by token."""
     tokenizer = case.tokenizer
     if not tokenizer.decodes:
@@ -191,7 +191,7 @@ def _decoding(case: TokenizerCase, *, written: bool) -> Tokenizer:
 def decode_inverts_encode(case: TokenizerCase) -> None:
     """What decode makes of a value's tokens encodes to these tokens again: features within 1e-4, or if the kind declares itself
     `lossy`, at the same places, nearer than their own mean is and nearer to them than to those of other values."""
-    tokenizer = _decoding(case, written=False)
+    tokenizer = decoding(case, written=False)
     lossy, found = tokenizer.lossy, []
     for value, tokens in zip(case.values, case.tokens, strict=True):
         again = tokenizer(tokenizer.decode(tokens))
@@ -220,7 +220,7 @@ def text_as_declared(case: TokenizerCase) -> None:
     if not t.text:
         return
     want(t.vocab_size is not None, "text=True, but the content is features; text is written by ids, piece by piece")
-    _decoding(case, written=False)
+    decoding(case, written=False)
     for tokens in case.tokens:
         for count in {1, len(tokens)}:
             got = t.decode(Tokens(tokens.content[:count], tokens.position_NA[:count]))
@@ -288,12 +288,36 @@ def picture_tiles(case: TokenizerCase) -> None:
         grid = rows, len(row_N) // rows
         whole = not any(side % n for side, n in zip(picture_YXC.shape, grid, strict=False))
         want(whole, f"{came}, which its tokens, {grid[0]} rows of {grid[1]}, do not tile")
+        if (moved := _other_tile(case.tokenizer, tokens, picture_YXC, grid)) is not None:
+            want(
+                False,
+                f"{came}, {grid[0]} rows of {grid[1]} tokens, but its token {moved} is not drawn in tile {moved}, counted row "
+                "by row: rows and columns are swapped, or the picture is turned",
+            )
+
+
+def _other_tile(tokenizer: Tokenizer, tokens: Tokens, picture_YXC: Tensor, grid: tuple[int, int]) -> int | None:
+    """A token whose content is not drawn in its own tile, found by exchanging the contents of two tokens; None: there is none."""
+    first, (rows, columns) = tokenizer.learned, grid
+    count = rows * columns
+    for i in range(0, count, max(count // 8, 1)):
+        j = (i + max(count // 2, 1)) % count
+        content = tokens.content.clone()
+        content[[first + i, first + j]] = content[[first + j, first + i]]
+        other_YXC = tokenizer.picture(Tokens(content, tokens.position_NA))
+        if not isinstance(other_YXC, Tensor) or other_YXC.shape != picture_YXC.shape:
+            return i
+        changed_YX = ((other_YXC - picture_YXC).abs() > 1e-3).any(-1)
+        tile_N = changed_YX.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).any(3).any(1).flatten()
+        if not set(tile_N.flatten().nonzero().flatten().tolist()) <= {i, j}:
+            return i
+    return None
 
 
 @promise(CHECKS)
 def decode_takes_anything(case: TokenizerCase) -> None:
     """Decode takes every row of ids (or of features) that a model could write, the empty one too."""
-    tokenizer = _decoding(case, written=True)
+    tokenizer = decoding(case, written=True)
     vocab, draw = tokenizer.vocab_size, torch.Generator().manual_seed(0)
     counts = (0, 1, 1, 2, 3, 5, 8, 13, 21)
     if tokenizer.length is not None:  # writing may be cut short, but it never goes on
@@ -319,7 +343,7 @@ def decode_takes_anything(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def places_agree(case: TokenizerCase) -> None:
     """`places(n)` or `next_place`, and `fed_back`, used while writing, give the places and the content that encode gives."""
-    tokenizer = _decoding(case, written=True)
+    tokenizer = decoding(case, written=True)
     tried = [tokens for tokens in case.tokens if tokenizer.length in (None, len(tokens))]
     want(tried, f"no value has the {tokenizer.length} tokens that every written one has; give some that do")
     for tokens in tried:
@@ -364,9 +388,7 @@ def _next_places_agree(tokenizer: Tokenizer, tokens: Tokens) -> None:
         )
 
 
-def _embedded(
-    case: TokenizerCase, module: nn.Module, values: Sequence[Tokens], content: Tensor | None = None
-) -> Tensor:
+def embedded(case: TokenizerCase, module: nn.Module, values: Sequence[Tokens], content: Tensor | None = None) -> Tensor:
     """The rows that the module gives for these values, called as a model calls it; content: instead of theirs."""
     if isinstance(case.tokenizer, Composite):
         return _embedded_parts(case.tokenizer, module, values)
@@ -395,7 +417,7 @@ def _embedded_parts(composite: Composite, module: nn.Module, values: Sequence[To
 def embed_rows(case: TokenizerCase) -> None:
     """The module that embed makes gives one row of the wanted width for every token."""
     for width in (CORE.width, 2 * CORE.width):
-        rows = _embedded(case, case.tokenizer.embed(width), case.tokens[:1])
+        rows = embedded(case, case.tokenizer.embed(width), case.tokens[:1])
         wanted = (len(case.tokens[0]), width)
         want(
             tuple(rows.shape) == wanted and rows.is_floating_point(),
@@ -411,7 +433,7 @@ def embed_any_numbers(case: TokenizerCase) -> None:
     embed, content = case.tokenizer.embed(CORE.width).eval(), case.tokens[0].content
     for name, x in (("half of", content * 0.5), ("minus", -content), ("a little above", content + 0.25)):
         try:
-            rows = _embedded(case, embed, case.tokens[:1], x)
+            rows = embedded(case, embed, case.tokens[:1], x)
         except Exception as error:
             raise ConformanceError(
                 f"embed fails on {name} the content of {describe(case.values[0])} ({type(error).__name__}: {error}); features are "
@@ -425,14 +447,14 @@ def embed_by_token(case: TokenizerCase) -> None:
     """All values embedded by one call give the rows that one call for each gives."""
     embed = case.tokenizer.embed(CORE.width).eval()
     with torch.no_grad():
-        alone = [_embedded(case, embed, [tokens]) for tokens in case.tokens]
-        check_close(_embedded(case, embed, case.tokens), torch.cat(alone), "one call and many")
+        alone = [embedded(case, embed, [tokens]) for tokens in case.tokens]
+        check_close(embedded(case, embed, case.tokens), torch.cat(alone), "one call and many")
 
 
 @promise(CHECKS)
 def embed_learns(case: TokenizerCase) -> None:
     """A gradient reaches every parameter of the module that embed makes."""
     embed = case.tokenizer.embed(CORE.width)
-    rows = _embedded(case, embed, case.tokens)
+    rows = embedded(case, embed, case.tokens)
     (rows * torch.randn_like(rows)).sum().backward()
     check_gradients(embed)

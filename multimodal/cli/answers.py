@@ -175,7 +175,7 @@ def predict(
     check_folder(out)
     model = load(checkpoint, plugin, device)
     chosen = choose_task(model, task, [*fields, *(without or [])])
-    name = model.packer.patterns[chosen].answer
+    name, tokenizer = model.packer.patterns[chosen].answer, model.packer.answer_tokenizers[chosen]
     samples, names = (
         samples_from(model, chosen, fields, without or []),
         named_samples(model.packer.patterns[chosen], fields),
@@ -184,7 +184,8 @@ def predict(
         answers = model.predict(chosen, samples[start : start + BATCH])
         for answer, which in zip(answers, names[start:], strict=False):
             heading = f"== {' '.join(which.values())}" if which else ""
-            show(chosen, answer, as_json, name=name, out=out, home=checkpoint, heading=heading, sample=which)
+            entries = {"home": checkpoint, "heading": heading, "sample": which}
+            show(chosen, answer, as_json, name=name, out=out, tokenizer=tokenizer, **entries)
             if not answer.complete:
                 print("(cut before its end; generate --max-tokens writes more)", file=sys.stderr)
     return 0
@@ -224,10 +225,11 @@ def generate(
         samples_from(model, chosen, fields, without or []),
         named_samples(model.packer.patterns[chosen], fields),
     )
-    name, kind = model.packer.patterns[chosen].answer, model.packer.patterns[chosen].writes.kind
+    name = model.packer.patterns[chosen].answer
+    tokenizer = model.packer.tokenizers[model.packer.patterns[chosen].writes.kind]
     several = writing.count > 1
     # a pipe or a file gets whole answers, so that no program reads half of one
-    live = sys.stdout.isatty() and model.packer.tokenizers[kind].text and not (as_json or out or several)
+    live = sys.stdout.isatty() and tokenizer.text and not (as_json or out or several)
     for sample, named in zip(samples, names, strict=True):
         which = " ".join(named.values())
         if live:
@@ -240,7 +242,7 @@ def generate(
             title = " ".join(filter(None, [which, f"seed {seed}" if several else ""]))
             if not live:
                 entries = {"home": checkpoint, "heading": f"== {title}" if title else "", "sample": named, "seed": seed}
-                show(chosen, answer, as_json, name=name, out=out, **entries)
+                show(chosen, answer, as_json, name=name, out=out, tokenizer=tokenizer, **entries)
             if not answer.complete:
                 title = f"{title}: " if title else ""
                 print(f"({title}stopped at --max-tokens {writing.max_tokens}, before its end)", file=sys.stderr)

@@ -341,29 +341,18 @@ def value_from(tokenizer: "Tokenizer", text: str, option: str) -> Any:
 
 def _readings(text: str) -> Iterator[Any]:
     """The readings of a text: itself, the file of this name or the text as JSON, that as an array; or a MediaError."""
-    import numpy as np
-
-    from multimodal.data.codecs import npy_array
+    from multimodal.data.codecs import as_array, values_in
     from multimodal.shapes import MediaError
 
     yield text
-    is_file = os.path.isfile(text)  # False also for a text that cannot be a file name
-    if is_file and text.endswith(".npy"):
+    if os.path.isfile(text) and text.endswith((".npy", ".json")):  # isfile is False also for what cannot be a file name
         try:
-            yield npy_array(Path(text).read_bytes())
-        except (ValueError, EOFError, OSError, MemoryError) as error:  # damaged, or an array of objects
-            yield MediaError(f"{text} is no array that can be read: {error}")
+            yield from values_in(Path(text))
+        except MediaError as error:  # damaged, or an array of objects
+            yield error
         return
-    of_file = is_file and text.endswith(".json")
     try:
-        held = json.loads(Path(text).read_text(encoding="utf-8") if of_file else text)
-    except (ValueError, RecursionError, OSError) as error:
-        if of_file:
-            yield MediaError(f"{text} is no JSON that can be read: {error}")
+        held = json.loads(text)
+    except (ValueError, RecursionError):
         return
-    yield held
-    if isinstance(held, list):
-        try:
-            yield np.array(held, dtype=np.float32)
-        except (ValueError, TypeError, OverflowError):  # no numbers, or lists of different lengths
-            return
+    yield from as_array(held)

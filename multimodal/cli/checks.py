@@ -27,6 +27,7 @@ from multimodal.cli.output import check_folder, folder_for, print_json, printabl
 
 if TYPE_CHECKING:
     from multimodal.model import Model
+    from multimodal.tokenizer import Tokenizer
 
 MOST = 10_000  # rounds and threads of `bench`
 
@@ -37,12 +38,16 @@ def check(
     *,
     config: str = "{}",
     value: Annotated[list[str] | None, Parameter(negative="")] = None,
+    values: str | None = None,
+    column: str | None = None,
 ) -> int:
     """Check by name that a tokenizer keeps every promise of the contract. Exit code 1: it does not.
 
     Example: multimodal check my_package:MyTokenizer
 
     Example: multimodal check sensor.py:Sensor --config '{"rate_hz": 100}' --value walk.npy --value run.npy
+
+    Example: multimodal check notes.py:Notes --values melodies/
 
     Parameters
     ----------
@@ -53,20 +58,42 @@ def check(
     value
         A value it can encode: a file, a text, or JSON; give two or more. Without any, the class's examples() or plausible
         pictures, sounds, texts and numbers are tried.
+    values
+        Real values: a folder, each file of which is one, or the rows of a .csv, .tsv, .jsonl or .parquet file. Says which fail.
+    column
+        Of a table of --values: the column that holds the values; its only one or the whole row unless given.
     """
     from multimodal.check import check_tokenizer, plausible_values
     from multimodal.shapes import ConfigError
 
     made = make_tokenizer(tokenizer, config)
-    values = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
-    if len(values) < 2:
+    if values is not None:
+        if value:
+            raise ConfigError(f"check: --value {value[0]} and --values {values}: give one of them")
+        return _check_values(made, values, column)
+    if column is not None:
+        raise ConfigError(f"--column {column}: it is a column of the table that --values names; give that too")
+    given = [value_from(made, text, "--value") for text in value or []] or plausible_values(made)
+    if len(given) < 2:
         raise ConfigError(
-            f"{type(made).__name__} accepted {len(values)} of the pictures, sounds, texts and numbers that were tried, and two are "
+            f"{type(made).__name__} accepted {len(given)} of the pictures, sounds, texts and numbers that were tried, and two are "
             "needed. Give values (--value a.npy --value b.npy), or write `examples()`, a classmethod that returns a few"
         )
-    report = check_tokenizer(made, values, raises=False)
+    report = check_tokenizer(made, given, raises=False)
     print(report)
     return 1 if report.failed else 0
+
+
+def _check_values(made: "Tokenizer", source: str, column: str | None) -> int:
+    from multimodal.check.folder import check_values
+    from multimodal.progress import progress_bar
+
+    with progress_bar("checking values", None) as bar:
+        report = check_values(
+            made, source, column, progress=lambda done, total, name: bar.update(done, name, total=total)
+        )
+    print(printable(str(report)))
+    return 0 if report.passed else 1
 
 
 def verify(
@@ -155,6 +182,7 @@ def _look_at(
     from multimodal.look.answers import answer_line
     from multimodal.look.drawing import draw
     from multimodal.look.page import page
+    from multimodal.value_files import file_of
 
     given: Any = answer
     if answer is not None and model.packer.head(task).autoregressive:
@@ -166,6 +194,9 @@ def _look_at(
         saved(".png", picture.getvalue(), "xray", folder),
         saved(".html", page(ray).encode("utf-8", "replace"), "xray", folder),
     ]
+    if not model.packer.patterns[task].pair:
+        written = file_of(model.packer.answer_tokenizers[task], ray.prediction.value)
+        files += [] if written is None else [saved(*written, "answer", folder)]
     if as_json:
         print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})
         return
@@ -174,7 +205,8 @@ def _look_at(
     heads_table = ray.lines(rows)
     if more := len(every) - len(rows):
         heads_table += f"\n{more} more heads are on the page"
-    print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\npicture  {files[0]}\npage     {files[1]}")
+    shown = f"picture  {files[0]}\npage     {files[1]}" + "".join(f"\nanswer   {file}" for file in files[2:])
+    print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\n{shown}")
 
 
 def bench(

@@ -10,6 +10,7 @@ from multimodal.texts import as_json
 
 if TYPE_CHECKING:
     from multimodal.heads import Prediction
+    from multimodal.tokenizer import Tokenizer
 
 _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
 _CONTROLS |= dict.fromkeys(range(128, 160), 0xFFFD)
@@ -35,22 +36,24 @@ def show(
     home: Path | None = None,
     heading: str = "",
     sample: Mapping[str, str] | None = None,
+    tokenizer: "Tokenizer | None" = None,
     **entries: Any,
 ) -> None:
     """Print an answer. A picture, a sound or (but for JSON) an array is written to a file called `name` and its path printed;
     anything else only where a folder `out` is given. home: the checkpoint, which files go to unless `out` is given.
 
-    heading: a line above the answer. sample: the typed values of this sample. entries: more entries of the JSON.
+    heading: a line above the answer. sample: the typed values of this sample. tokenizer: of the written kind, which may have
+    a format of its own. entries: more entries of the JSON.
     """
     # texts and numbers are read in the terminal; pictures and sounds only from files
     folder = folder_for(out, home or Path())
     if as_json:
         entries = {"sample": dict(sample), **entries} if sample else entries
-        print_json({"task": task, **entries, **_entries(answer, name, folder, texts=out is not None)})
+        print_json({"task": task, **entries, **_entries(answer, tokenizer, name, folder, texts=out is not None)})
         return
-    from multimodal.media.encoding import as_file
+    from multimodal.value_files import file_of
 
-    file = as_file(answer.value, texts=out is not None, arrays=True)
+    file = file_of(tokenizer, answer.value, texts=out is not None, arrays=True)
     if heading and (file is None or sample):
         print(printable(heading))
     if file is not None:
@@ -62,11 +65,13 @@ def show(
         print(f"(--out {out}: {what} is shown only; no file can hold it)", file=sys.stderr)
 
 
-def _entries(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> dict[str, Any]:
-    from multimodal.media.encoding import as_file
+def _entries(
+    answer: "Prediction", tokenizer: "Tokenizer | None", name: str, folder: Path, *, texts: bool
+) -> dict[str, Any]:
+    from multimodal.value_files import file_of
 
     value = answer.value
-    file = as_file(value, texts=texts, arrays=False)
+    file = file_of(tokenizer, value, texts=texts)
     entries: dict[str, Any] = {}
     if file is None or file[0] in (".txt", ".json"):
         entries["answer"] = value
@@ -76,7 +81,7 @@ def _entries(answer: "Prediction", name: str, folder: Path, *, texts: bool) -> d
     if answer.tokens is not None:
         entries |= {"ended": answer.ended, "tokens": len(answer.tokens)}
     if answer.others:
-        entries["others"] = [_entries(other, name, folder, texts=texts) for other in answer.others]
+        entries["others"] = [_entries(other, tokenizer, name, folder, texts=texts) for other in answer.others]
     return entries | {"probability": {str(c): p for c, p in answer.probability.items()}}
 
 

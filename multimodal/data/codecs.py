@@ -1,5 +1,6 @@
 """Encodes a value as the bytes of an archive's member, and decodes it. Media stay as they are, and nothing is pickled."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,7 +8,7 @@ import re
 import struct
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,38 @@ def npy_array(data: bytes) -> np.ndarray:
     if not data.startswith(NPY):
         raise ValueError("it is no .npy file")  # np.load would open a zip, whatever it is called
     return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def values_in(path: Path) -> Iterator[Any]:
+    """The values that a .npy, .json or .txt file may hold, for a tokenizer to choose from; none of another file.
+
+    A list of numbers may be an array too; a text is given without the line break at its end, which editors add, and as it is.
+
+    Raises:
+        MediaError: the file is damaged.
+    """
+    ending = path.suffix.lower()
+    what = {".npy": "array", ".json": "JSON", ".txt": "text in UTF-8"}.get(ending)
+    try:
+        if ending == ".npy":
+            yield npy_array(path.read_bytes())
+        elif ending == ".json":
+            yield from as_array(json.loads(path.read_text(encoding="utf-8")))
+        elif ending == ".txt":
+            text = path.read_bytes().decode("utf-8")
+            if text.endswith("\n"):
+                yield text.removesuffix("\n").removesuffix("\r")
+            yield text
+    except (ValueError, EOFError, OSError, MemoryError, RecursionError) as error:
+        raise MediaError(f"{path} is no {what} that can be read: {error}") from error
+
+
+def as_array(held: Any) -> Iterator[Any]:
+    """A value of JSON, and if it is a list of numbers, that as an array."""
+    yield held
+    if isinstance(held, list):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):  # no numbers, or lists of different lengths
+            yield np.array(held, dtype=np.float32)
 
 
 def encoded(value: Any) -> tuple[str, bytes]:

@@ -68,7 +68,7 @@ def read_folder(
     if not path.is_dir():
         raise ConfigError(f"there is no folder {str(path)!r}")
     found, tally = [], Tally("entries")  # files, and folders that yield no files
-    for name, reason in sorted(_entries(path), key=lambda entry: entry[0].parts):
+    for name, reason in sorted(entries_below(path), key=lambda entry: entry[0].parts):
         if reason is None and any(is_hidden(part) for part in name.parts):
             reason = HIDDEN
         suffix = name.suffix.lower()
@@ -99,7 +99,7 @@ def is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM
 
 
-def _entries(root: Path) -> Iterator[tuple[Path, str | None]]:
+def entries_below(root: Path) -> Iterator[tuple[Path, str | None]]:
     """(name, reason) of every file below a folder, and of every folder that is not read; reason: why it is left out, or None.
 
     Real folders are read before linked ones, so that a link to a folder that is also here makes no second copy.

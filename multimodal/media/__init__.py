@@ -4,7 +4,6 @@
     pictures.py       any source -> (C, Y, X) in 0..1
     sixteen_bit.py    colour pictures of 16 bits a channel, which Pillow cuts to 8
     sounds.py         any source -> one channel (S,) at the wanted rate, whole or block by block
-    encoding.py       an answer -> the bytes of a PNG, WAV, NPY, text or JSON file
 
 Libraries decode every format in this process; no file starts another program.
 """

@@ -1,15 +1,17 @@
 """Turns predictions and pieces into responses: JSON, data: URLs of pictures and sounds, server-sent events."""
 
 import base64
+import mimetypes
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
 from multimodal.heads import Prediction
-from multimodal.media.encoding import as_file
 from multimodal.serve.errors import ApiError
 from multimodal.texts import as_json
+from multimodal.tokenizer import Tokenizer
+from multimodal.value_files import file_of
 
 TYPES = {".png": "image/png", ".wav": "audio/wav"}
 DONE = b"data: [DONE]\n\n"
@@ -49,22 +51,19 @@ class EventStream:
             self.end()
 
 
-def file_of(value: Any) -> tuple[str, bytes] | None:
-    """(media type, bytes) of a picture or a sound; None for other values."""
-    file = as_file(value, texts=False, arrays=False)
-    return None if file is None else (TYPES[file[0]], file[1])
+def value_json(tokenizer: Tokenizer, value: Any) -> Any:
+    """A value as JSON: a picture, a sound or what the kind writes itself as a data: URL, any other value unchanged."""
+    file = file_of(tokenizer, value)
+    if file is None:
+        return value
+    kind = TYPES.get(file[0]) or f"{mimetypes.types_map.get(file[0], 'application/octet-stream')};name=answer{file[0]}"
+    return f"data:{kind};base64,{base64.b64encode(file[1]).decode()}"
 
 
-def value_json(value: Any) -> Any:
-    """A value as JSON: a picture or a sound as a data: URL, any other value unchanged."""
-    file = file_of(value)
-    return value if file is None else f"data:{file[0]};base64,{base64.b64encode(file[1]).decode()}"
-
-
-def answer_json(answer: Prediction) -> dict[str, Any]:
-    """A prediction with its probabilities."""
+def answer_json(tokenizer: Tokenizer, answer: Prediction) -> dict[str, Any]:
+    """A prediction with its probabilities. tokenizer: of the written kind."""
     found: dict[str, Any] = {
-        "value": value_json(answer.value),
+        "value": value_json(tokenizer, answer.value),
         "confidence": answer.confidence,
         "probability": {str(name): p for name, p in answer.probability.items()},
         "complete": answer.complete,
@@ -74,7 +73,7 @@ def answer_json(answer: Prediction) -> dict[str, Any]:
         if not answer.tokens.content.is_floating_point():
             found["ids"] = answer.tokens.content.tolist()
     if answer.others:
-        found["others"] = [answer_json(other) for other in answer.others]
+        found["others"] = [answer_json(tokenizer, other) for other in answer.others]
     return found
 
 

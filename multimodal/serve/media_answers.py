@@ -8,13 +8,14 @@ import numpy as np
 from starlette.responses import Response
 
 from multimodal.heads import Prediction
-from multimodal.serve.answers import file_of, json_response, usage
+from multimodal.serve.answers import json_response, usage
 from multimodal.serve.bodies import Params
 from multimodal.serve.calls import Call
 from multimodal.serve.checkpoints import Checkpoints
 from multimodal.serve.errors import ApiError, bad
 from multimodal.serve.tasks import Input, TaskView, choose_task, task_views
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT
+from multimodal.value_files import file_of
 
 SOUND_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "pcm": "audio/pcm"}
 
@@ -99,8 +100,8 @@ async def draw(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     answers = await call.results(1 if options is None else len(options.seeds))
     data = []
     for answer in answers:
-        file = await call.in_pool(file_of, answer.value)
-        if file is None:
+        file = await call.in_pool(file_of, call.model.packer.answer_tokenizers[view.task], answer.value)
+        if file is None or file[0] != ".png":
             raise ApiError(500, f"task {view.task!r} gave {type(answer.value).__name__} instead of a picture")
         data.append({"b64_json": base64.b64encode(file[1]).decode()})
     seed = {"seed": options.seeds[0]} if options is not None and options.drawn else {}

@@ -82,7 +82,7 @@ def _whole(call: Call, view: TaskView, options: WritingOptions | None, answers: 
         "created": call.created,
         "model": call.model_name,
         "task": view.task,
-        "answers": [answer_json(answer) for answer in answers],
+        "answers": [answer_json(call.model.packer.answer_tokenizers[view.task], answer) for answer in answers],
         **seed,
         "usage": usage(call.prompt, call.written),
     }
