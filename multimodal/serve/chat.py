@@ -28,7 +28,10 @@ UNSUPPORTED = {
 async def complete_chat(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     """The answer as a `chat.completion`, or as its chunks."""
     call.enter(checkpoints.named(params.text("model")))
-    parts = _parts(params.take("messages"))
+    messages = params.take("messages")
+    if messages is None:
+        raise params.missing("messages", "messages: wanted a list of one message or more")
+    parts = _parts(messages)
     counts = Counter(form for form, _ in parts)
     shown = ", ".join(f"{count} {form}" for form, count in counts.items()) or "nothing"
     view = choose_task(
