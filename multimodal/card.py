@@ -14,6 +14,7 @@ from multimodal.model import Model
 from multimodal.notebook import short_form
 from multimodal.pattern import Field
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT, takes
+from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT, inside, takes
 from multimodal.shapes import ConfigError
 from multimodal.texts import as_json, listed
 from multimodal.train.run_report import Record
@@ -52,6 +53,7 @@ def card(
     best: bool = False,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    limits: str = "",
 ) -> str:
     """The text of README.md, with the metadata that the hub reads.
 
@@ -59,6 +61,7 @@ def card(
     run: the run folder of the training, for data, settings and evaluation results; None: the card leaves them out.
     best: whether this is the best model of the run, not the last.
     license: the hub's identifier, such as "apache-2.0". datasets: names on the hub of the training data.
+    limits: what the model is not for, and where it is known to fail.
 
     Raises:
         ConfigError: `run` holds no log.
@@ -73,12 +76,16 @@ def card(
         _origin(model),
         "## What it reads and writes",
         _table(("task", "head"), [(_code(p), _code(short_form(head))) for p, head in model.packer.heads.items()]),
-        _table(("kind", "tokenizer"), [(_code(kind), _code(text)) for kind, text in settings.items()]),
+        _table(
+            ("kind", "a value", "tokenizer"),
+            [(_code(kind), _value(model.packer.tokenizers[kind]), _code(text)) for kind, text in settings.items()],
+        ),
         "## Size",
         _table(("part", "parameters"), [(part, f"{count:,}") for part, count in counts.items()]),
         f"Core: {_code(short_form(model.core.core))}",
         *_training(record, datasets),
-        *_held_out(figures, step),
+        *_held_out(figures, step, record),
+        *_limits(model, figures, limits),
         "## How to use it",
         *_usage(model, name),
     ]
@@ -125,7 +132,7 @@ def _front_matter(
                 "task": {"type": pipeline(model, pattern) or "other", "name": pattern},
                 "dataset": dataset,
                 "metrics": [
-                    {"type": _metric(model, of, measure), "name": measure, "value": value}
+                    {"type": _metric(model, of, measure), "name": measure, "value": float(f"{value:.4g}")}
                     for (of, measure), value in figures.items()
                     if of == pattern
                 ],
@@ -230,11 +237,67 @@ def _training(record: Record | None, datasets: Sequence[str]) -> list[str]:
     ]
 
 
-def _held_out(figures: Mapping[tuple[str, str], float], step: int | None) -> list[str]:
+def _held_out(figures: Mapping[tuple[str, str], float], step: int | None, record: Record | None) -> list[str]:
     if not figures:
         return []
-    rows = [(_code(task), measure, f"{value:.4f}") for (task, measure), value in figures.items()]
-    return ["## Figures", f"On held-out data of the run, at step {step:,}.", _table(("task", "measure", "value"), rows)]
+    counts = {} if record is None else record.config.get("held_out", {})
+    rows = [
+        (
+            _code(task),
+            f"{counts[task]:,}" if isinstance(counts.get(task), int) else "not recorded",
+            measure,
+            f"{value:.4g}",
+        )
+        for (task, measure), value in figures.items()
+    ]
+    return [
+        "## Figures",
+        f"On held-out data of the run, at step {step:,}.",
+        _table(("task", "held-out samples", "measure", "value"), rows),
+    ]
+
+
+def _limits(model: Model, figures: Mapping[tuple[str, str], float], said: str) -> list[str]:
+    """What is said of its limits, and those that follow from what is known."""
+    known = [" ".join(said.split())] if said.strip() else []
+    known.append(
+        "The figures are of the held-out data of the run alone; how well it does on data from elsewhere is not known."
+        if figures
+        else "How well it does is not known: no figures on held-out data go with it."
+    )
+    for pattern, head in model.packer.heads.items():
+        if isinstance(head, Classify):
+            known.append(
+                f"{_code(pattern)} answers with one of the classes of {_code(pattern.rpartition('->')[2].strip())}, whatever it "
+                "reads: it does not say that something is none of them."
+            )
+    return ["## Limits", "\n".join(f"- {line}" for line in known)]
+
+
+def _value(tokenizer: Any) -> str:
+    """What a value of a kind has to be like, in words."""
+    form, inner = takes(tokenizer), tokenizer
+    own = {PICTURE: "max_pixels", SOUND: "rate_hz"}.get(form)
+    while own and not hasattr(inner, own):
+        inner = next(of for of in inside(inner).values() if takes(of) == form)  # one kind around another, as codes
+    if form == PICTURE:
+        channels = {1: "grey", 3: "RGB", 4: "RGBA"}.get(getattr(inner, "channels", 0), "")
+        fit, patch = getattr(inner, "fit", None), getattr(inner, "patch", None)
+        sides = getattr(fit, "crop", None) or getattr(fit, "size", None)
+        if sides:
+            size = f"of any size, which is brought to {sides[0]}x{sides[1]} pixels"
+        elif getattr(fit, "shortest", None):
+            size = f"of any size, whose shorter side is brought to {fit.shortest} pixels"
+        else:
+            size = "read at its own size, so best about as large as those that it learned from"
+            size += f"; a patch has {patch}x{patch} pixels" if patch else ""
+        return f"a picture{f' ({channels})' if channels else ''}, {size}"
+    if form == SOUND:
+        return f"a sound at any rate, which is resampled to {inner.rate_hz:,} Hz"
+    if form == CLASS:
+        names = getattr(tokenizer, "names", ())
+        return f"one of {len(names):,} classes: {_code(listed(names, 20))}" if names else "a class"
+    return {TEXT: "a text"}.get(form, "numbers")
 
 
 def _sample(model: Model, field: Field) -> str:

@@ -62,6 +62,26 @@ def fetch(
     return folder, folder.name  # the cache names the folder after the commit
 
 
+def full_name(name: str, token: str | None = None) -> str:
+    """The name with its owner; of a name without one, the owner is the user of the token, for which the hub is asked.
+
+    Raises:
+        ConfigError: no name of the hub, or no owner in it and no token that says one.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    wanted = f"push: {name!r} is no name on the hub; wanted 'OWNER/NAME', such as 'ann/digits'"
+    if "/" not in name and NAME.fullmatch(f"owner/{name}") and "@" not in name:
+        token = token or get_token()
+        if not token:
+            raise ConfigError(f"{wanted}: without OWNER/ it is that of the token, and there is none")
+        with _errors("push", name, ConfigError):
+            name = f"{HfApi(token=token).whoami()['name']}/{name}"
+    if not NAME.fullmatch(name) or "@" in name:
+        raise ConfigError(wanted)
+    return name
+
+
 @dataclass(frozen=True)
 class Repository:
     """The present state of a model repository, which may not exist yet.
@@ -137,8 +157,6 @@ def look_up(name: str, revision: str | None = None, token: str | None = None) ->
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    if not NAME.fullmatch(name) or "@" in name:
-        raise ConfigError(f"push: {name!r} is no name on the hub; wanted 'owner/model', such as 'ann/digits'")
     if not (token := token or get_token()):
         raise ConfigError(
             "push: there is no token of the hub; create one with write access in the settings of your account, and pass it "

@@ -339,6 +339,7 @@ class Model(Network):
         run: str | Path | None = None,
         license: str | None = None,
         datasets: Sequence[str] = (),
+        limits: str = "",
         overwrite: bool = False,
     ) -> Any:
         """Push this model with a model card to a repository of the Hugging Face hub as one commit; docs/hub.md has more.
@@ -347,7 +348,7 @@ class Model(Network):
         README.md that was changed on the hub by hand stays as it is.
 
         Args:
-            name: "owner/model".
+            name: "owner/model"; without "owner/" it is that of the token.
             private: None: a new repository is private, and an old one stays as it is.
             token: of the hub; None: the one that `hf auth login` stored, or HF_TOKEN.
             message: of the commit.
@@ -355,6 +356,7 @@ class Model(Network):
             run: the folder of the run that trained it, for the data and the figures of the card.
             license: for the card, as the hub writes it, such as "apache-2.0".
             datasets: for the card, names on the hub of what it was trained on.
+            limits: for the card, what the model is not for, and where it is known to fail.
             overwrite: replace the files of another model, or a README.md that was changed there.
 
         Returns:
@@ -363,7 +365,8 @@ class Model(Network):
         Raises:
             ConfigError: no token, no right, no connection, another model under this name, or parts that others cannot load.
         """
-        options = {"token": token, "message": message, "revision": revision, "license": license, "datasets": datasets}
+        options = {"token": token, "message": message, "revision": revision}
+        options |= {"license": license, "datasets": datasets, "limits": limits}
         # by name, because the core must not depend on what stands on it
         room = importlib.import_module("multimodal.publish")
         return room.push(self, name, private=private, run=run, overwrite=overwrite, **options)

@@ -11,7 +11,7 @@ from multimodal import checkpoint
 from multimodal.card import card, is_as_written
 from multimodal.checkpoint import CONFIG, FILES, WEIGHTS
 from multimodal.files import parse_json
-from multimodal.hub import Repository, look_up
+from multimodal.hub import Repository, full_name, look_up
 from multimodal.model import Model
 from multimodal.saving import stored
 from multimodal.shapes import CheckpointError, ConfigError
@@ -48,6 +48,7 @@ def push(
     run: str | Path | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    limits: str = "",
     **options: Any,
 ) -> Published:
     """Push a model with its card as one commit. The arguments are those of `Model.push_to_hub`; `options` go to `push_files`.
@@ -56,9 +57,11 @@ def push(
         ConfigError: there is no token or connection, the token may not write, the repository holds another model, or the model has
             parts that others cannot load.
     """
+    name = full_name(name, options.get("token"))
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
-        files = files_of(Path(folder), card(model, name, run=run, license=license, datasets=datasets))
+        text = card(model, name, run=run, license=license, datasets=datasets, limits=limits)
+        files = files_of(Path(folder), text)
         return push_files(name, files, **options)
 
 

@@ -106,5 +106,6 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """'; did you mean 'label'?' if one of the choices is similar to the word, else ''."""
     if len(word) > 100:  # probably a value in place of a name; comparing it could take hours
         return ""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    # of few letters, half are soon the same by chance: 'stream' is not what 'extra' was meant to be
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.65 if len(word) < 8 else 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -6,6 +6,7 @@
 """
 
 import math
+import re
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -462,7 +463,10 @@ def describe(value: Any, depth: int = 0) -> str:
     if isinstance(value, (str, bytes, bytearray)) and len(value) > 60:
         unit = "characters" if isinstance(value, str) else "bytes"
         return f"{name} {shortened(repr(value[:30]), 40)}... of {len(value)} {unit}"
-    return f"{name} {shortened(' '.join(_BRIEF.repr(value).split()), 60)}"
+    text = " ".join(_BRIEF.repr(value).split())
+    if not isinstance(value, (str, bytes, bytearray)):
+        text = re.sub(" at 0x[0-9a-f]+", "", text)  # where an object lies in memory tells nobody anything
+    return f"{name} {shortened(text, 60)}"
 
 
 _BRIEF = reprlib.Repr()  # looks at the first elements only; a list of a million takes no time

@@ -172,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return 200, json.dumps({"url": f"{self.hub.url}/{name}", "name": name}).encode(), {}
 
+    def whoami(self, _: bytes) -> tuple[int, bytes, dict[str, str]]:
+        return 200, json.dumps({"type": "user", "name": self._user()[0], "orgs": []}).encode(), {}
+
     def validate(self, body: bytes) -> tuple[int, bytes, dict[str, str]]:
         errors = problems(json.loads(body)["content"])
         found = {"errors": [{"message": text} for text in errors], "warnings": []}
@@ -265,6 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 ROUTES = (
     (r"/api/repos/create", {"POST"}, _Handler.create),
+    (r"/api/whoami-v2", {"GET"}, _Handler.whoami),
     (r"/api/validate-yaml", {"POST"}, _Handler.validate),
     (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", {"POST"}, _Handler.preupload),
     (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", {"POST"}, _Handler.batch),

@@ -170,7 +170,8 @@ def test_rights_tokens_and_names(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
         ("bob/shapes", "hf_ann", r"push: bob/shapes: this token may not write there.*instead of 'bob'"),
         ("ann/shapes", "hf_ann_reads", r"this token may not write there"),
         ("ann/shapes", "hf_nobody", r"the hub does not know this token"),
-        ("shapes", "hf_ann", r"'shapes' is no name on the hub; wanted 'owner/model'"),
+        ("ann/sha/pes", "hf_ann", r"'ann/sha/pes' is no name on the hub; wanted 'OWNER/NAME'"),
+        ("shapes", "hf_nobody", r"push: shapes: the hub does not know this token"),
         ("ann/sha--pes.", "hf_ann", r"is no name on the hub"),
     ):
         with pytest.raises(mm.ConfigError, match=message) as caught:
@@ -180,6 +181,11 @@ def test_rights_tokens_and_names(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(mm.ConfigError, match=r"there is no token of the hub; .*HF_TOKEN"):
         model.push_to_hub("ann/shapes")
+    with pytest.raises(
+        mm.ConfigError, match=r"wanted 'OWNER/NAME', such as 'ann/digits': without OWNER/ it is that of"
+    ):
+        model.push_to_hub("shapes")
+    assert model.push_to_hub("mine", token="hf_ann").name == "ann/mine"
     model.push_to_hub("ann/shapes", token="hf_ann", private=False)
     with pytest.raises(mm.ConfigError, match=r"ann/shapes is public already"):
         model.push_to_hub("ann/shapes", token="hf_ann", private=True)
@@ -315,19 +321,29 @@ def test_the_card_has_the_metadata_and_the_figures_of_the_run(hub: Hub) -> None:
     assert read.pipeline_tag == "image-classification"
     figures = {result.metric_type: result.metric_value for result in read.eval_results or []}
     last = measured[-1]
-    assert figures == {"loss": last["image -> label loss"], "accuracy": last["image -> label exact"]}
+    assert figures == {  # four digits
+        "loss": pytest.approx(last["image -> label loss"], rel=1e-3),
+        "accuracy": last["image -> label exact"],
+    }
+    assert all(len(str(value).strip("0.")) <= 4 for value in figures.values())
     assert f"at step {last['step']}" in text
     for shown in (
         "| `image -> label` | 2 |",
         "6 of 6 steps",
         f"{model.parameter_counts()['all']:,} parameters",
         "patch=4",
+        "a picture (grey), read at its own size",
+        "one of 2 classes: `circle, square`",
+        "| `image -> label` | 2 | exact |",  # of two held-out samples
+        "answers with one of the classes of `label`, whatever it reads",
+        "of the held-out data of the run alone",
     ):
         assert shown in text
+    assert "- not for maps" in card(model, "ann/shapes", limits="not for\nmaps")
     best = min(measured, key=lambda row: row["image -> label loss"])
     text = card(model, "ann/shapes", run="run", best=True)
     assert f"at step {best['step']}" in text
-    assert f"| loss | {best['image -> label loss']:.4f} |" in text
+    assert f"| loss | {best['image -> label loss']:.4g} |" in text
     assert "license" not in ModelCard(text).data.to_dict()
     with pytest.raises(mm.ConfigError, match="holds no log of a run"):
         card(model, "ann/shapes", run="nowhere")
@@ -392,9 +408,18 @@ def test_push_on_the_command_line(hub: Hub) -> None:
     assert "# shapes" in out
     assert "weights.safetensors" in out
     assert "nothing was sent" in err
+    assert err.endswith("the card says nothing of: licence (--license), data set (--dataset), limits (--limits)\n")
     assert hub.asked == []
+    assert 'from_hub("ann/shapes")' in say(hub, "push", "model", "shapes", "--dry-run")[1]  # the owner of the token
+    said = ("--license", "mit", "--dataset", "ann/squares", "--limits", "drawings alone")
+    _, out, err = say(hub, "push", "model", "ann/shapes", "--dry-run", *said)
+    assert "- drawings alone" in out
+    assert "the card says nothing" not in err
     Path("token").write_text("hf_ann\n")
     os.environ.pop("HF_TOKEN")
+    code, out, err = say(hub, "push", "model", "shapes", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "wanted 'OWNER/NAME'" in err
     assert "there is no token" in say(hub, "push", "model", "ann/shapes")[2]
     code, out, _ = say(hub, "push", "model", "ann/shapes", "--token-file", "token", "--no-private", "--license", "mit")
     assert code == 0

@@ -68,3 +68,6 @@ def test_did_you_mean() -> None:
     assert did_you_mean("lable", ["image", "label"]) == "; did you mean 'label'?"
     assert did_you_mean("depth", ["image", "label"]) == ""
     assert did_you_mean("depth", []) == ""
+    # half of the letters are the same, by chance
+    assert did_you_mean("stream", ["extra", "text"]) == ""
+    assert did_you_mean("dgo", ["cat", "dog"]) == "; did you mean 'dog'?"

@@ -21,6 +21,7 @@ def push(
     revision: str | None = None,
     license: str | None = None,
     dataset: Annotated[list[str] | None, Parameter(negative="")] = None,
+    limits: str = "",
     token_file: Path | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -41,7 +42,7 @@ def push(
     checkpoint
         A run folder, the model folder in it, or another name on the hub.
     name
-        OWNER/MODEL on the hub.
+        OWNER/MODEL on the hub; without OWNER/ it is that of the token.
     private
         Who sees a new repository: only its owner, unless it is --no-private. One that is there stays as it is.
     message
@@ -52,6 +53,8 @@ def push(
         The license for the card, as the hub writes it: apache-2.0.
     dataset
         A data set of the hub that it was trained on, for the card. Repeat it for more.
+    limits
+        For the card, what the model is not for, and where it is known to fail.
     token_file
         A text file with the token; without it, the one of `hf auth login` or of the variable HF_TOKEN.
     overwrite
@@ -60,13 +63,15 @@ def push(
         Show the files and the card; nothing is sent.
     """
     from multimodal.card import card
+    from multimodal.hub import full_name
     from multimodal.publish import files_of, push_files, run_of
 
     token = None if token_file is None else _token(token_file)
+    name = full_name(name, token)
     folder = model_folder(checkpoint)
     run, best = run_of(folder)
     model = load(folder, plugin, "cpu")
-    text = card(model, name, run=run, best=best, license=license, datasets=dataset or ())
+    text = card(model, name, run=run, best=best, license=license, datasets=dataset or (), limits=limits)
     files = files_of(folder, text)
     if dry_run:
         sizes = {file: len(data) if isinstance(data, bytes) else data.stat().st_size for file, data in files.items()}
@@ -77,6 +82,7 @@ def push(
             for file, size in sizes.items():
                 print(f"{size:>15,} bytes  {printable(file)}")
             print("nothing was sent (--dry-run)", file=sys.stderr)
+            _print_unsaid(license, dataset, limits)
         return 0
     done = push_files(
         name, files, private=private, token=token, message=message, revision=revision, overwrite=overwrite
@@ -94,7 +100,16 @@ def push(
             f"{'kept':<10} {', '.join(done.kept)}: it was written or changed there by hand; --overwrite replaces it",
             file=sys.stderr,
         )
+    else:
+        _print_unsaid(license, dataset, limits)
     return 0
+
+
+def _print_unsaid(license: str | None, dataset: list[str] | None, limits: str) -> None:
+    """What a card cannot know, and nobody has said."""
+    said = {"licence (--license)": license, "data set (--dataset)": dataset, "limits (--limits)": limits}
+    if unsaid := [what for what, given in said.items() if not given]:
+        print(f"the card says nothing of: {', '.join(unsaid)}", file=sys.stderr)
 
 
 def _token(file: Path) -> str:

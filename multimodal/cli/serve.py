@@ -132,9 +132,10 @@ def serve_folders(
     for _, folder in folders:
         model_folder(folder)  # raises before any of them is loaded
     listening = listen(command, host, port)
-    handler, server_log = log_to(sys.stderr), logging.getLogger("uvicorn.error")
-    server_log.addHandler(handler)  # its warnings and errors are lines of JSON too
-    server_log.propagate = False
+    handler, others = log_to(sys.stderr), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    for other in others:  # their warnings and errors are lines of JSON too
+        other.addHandler(handler)
+        other.propagate = False
     try:
         with listening:
 
@@ -173,8 +174,9 @@ def serve_folders(
             Server(config).run(sockets=[listening])
     finally:
         log.removeHandler(handler)
-        server_log.removeHandler(handler)
-        server_log.propagate = True
+        for other in others:
+            other.removeHandler(handler)
+            other.propagate = True
     return 0
 
 

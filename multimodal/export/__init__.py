@@ -17,7 +17,7 @@ from multimodal.checkpoint import FILES, package_version
 from multimodal.declare import declaration
 from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference
 from multimodal.export.formats import FORMATS, Format
-from multimodal.export.programs import Entry, Program, programs_of
+from multimodal.export.programs import Entry, FieldProgram, Program, pair_bytes, programs_of
 from multimodal.heads import CTC, Classify, Contrast, NextToken
 from multimodal.heads.classify import class_names
 from multimodal.heads.contrast import ContrastReadout
@@ -28,6 +28,8 @@ from multimodal.texts import shortened
 MANIFEST = "manifest.json"
 MOST = 1e-4
 """The largest allowed difference from the packed model, relative to the largest output (or to 1)."""
+MOST_BYTES = 2**31
+"""Bytes that the attention of one call may take, unless somebody changes the manifest."""
 
 
 def export(
@@ -159,6 +161,7 @@ def _manifest(
         "task": task,
         "head": type(packer.heads[task]).__name__,
         "difference": {"largest": difference, "allowed": MOST, "shapes": len(SHAPES)},
+        "most_bytes": MOST_BYTES,
         "most_tokens": model.most_tokens,
         "most_written": model.most_written,
         "tokenizers": {
@@ -169,6 +172,7 @@ def _manifest(
             program.name: {
                 "file": f"{program.name}{form.ending}",
                 "fields": {field.name: field.kind for field in getattr(program, "fields", ())},
+                **({"pair_bytes": pair_bytes(program)} if isinstance(program, FieldProgram) else {}),
                 "inputs": [_entry_json(entry) for entry in program.inputs],
                 "outputs": [_entry_json(entry) for entry in program.outputs],
             }

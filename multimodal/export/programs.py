@@ -33,6 +33,9 @@ from multimodal.tower import TowerEmbed
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
 NEXT = ".next"
 """Suffix of outputs that are inputs of the next step: the output "X.next" is its input "X"."""
+MATRICES = 6
+"""Matrices (tokens, tokens) of float32 a head that onnxruntime holds at once, measured: scores, their sum with the mask, the
+softmax, its copy without NaN, and what it takes ahead. The room of one layer is used again for the next."""
 PLACE = "positions of these tokens, as the tokenizer gives them: {}"
 
 
@@ -227,6 +230,16 @@ class Step(Program):
         return {"logits": logits} | {
             name + NEXT: x for name, x in _as_tensors(cached).items() if name.startswith("cache.")
         }
+
+
+def pair_bytes(program: FieldProgram) -> int:
+    """Bytes that the attention of a layer takes for each pair of tokens of a sample, in a program that no kernel fuses."""
+    model = program.model
+    towers = [module for embed in model.embeds.values() for module in embed.modules() if isinstance(module, TowerEmbed)]
+    # a token of a tower is as many inner tokens as its connector has slots
+    cores = [(model.core, 1), *((t.frozen_part.core, t.frozen_part.tower.connector.slots) for t in towers)]
+    layers: list[Any] = [(m, slots) for core, slots in cores for m in core.modules() if hasattr(m, "mechanism")]
+    return max((MATRICES * 4 * layer.heads * slots**2 for layer, slots in layers), default=0)
 
 
 def programs_of(model: Network, task: str) -> tuple[Program, ...]:

@@ -198,7 +198,9 @@ def first_bytes(file: BinaryIO) -> bytes:
 
 def unreadable(name: str, what: str, error: BaseException | str, who: str) -> MediaError:
     """The error for a file that a decoder refuses; what: 'a picture' or 'sound'."""
-    text = shortened(" ".join(str(error).split()), 200) or type(error).__name__
+    # libsndfile's errors name the object that it reads
+    words = re.sub(r"(Error opening )?<[^<>]* at 0x[0-9a-f]+>:?", "", str(error))
+    text = shortened(" ".join(words.split()), 200) or type(error).__name__
     return MediaError(f"{who}: cannot read {name} as {what}: {text}")
 
 

@@ -228,7 +228,7 @@ def _reload_all(service: Service, loop: asyncio.AbstractEventLoop) -> None:
         try:
             await service.reload(name)
         except Exception as error:
-            log.error("reload failed", exc_info=error, extra={"fields": {"model": name}})
+            log.error("reload failed", exc_info=error, extra={"fields": {"model": name, "reason": shortened(error)}})
 
     for name in service.checkpoints.by_name:
         task = loop.create_task(one(name))
@@ -359,7 +359,12 @@ async def _tasks(service: Service, request: Request) -> Response:
         for task in described(checkpoint.scheduler.model, name)
     ]
     about = service.settings.about
-    return json_response({"object": "list", "data": found} | ({"about": about} if about else {}))
+    examples = [
+        {field: {"name": name, "url": url} for field, (name, url) in sample.items()}
+        for sample in service.settings.examples
+    ]
+    more = {name: value for name, value in (("about", about), ("examples", examples)) if value}
+    return json_response({"object": "list", "data": found} | more)
 
 
 async def _openapi(service: Service, request: Request) -> Response:
@@ -383,7 +388,7 @@ async def _reload(service: Service, request: Request) -> Response:
     except ApiError:
         raise
     except Exception as error:
-        log.error("reload failed", exc_info=error, extra={"fields": {"model": name}})
+        log.error("reload failed", exc_info=error, extra={"fields": {"model": name, "reason": shortened(error)}})
         raise ApiError(
             500,
             f"the reload of model {name!r} failed, so the old one stays; the log has the reason",
@@ -393,14 +398,21 @@ async def _reload(service: Service, request: Request) -> Response:
 
 
 async def _no_such_page(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 500)
+    status, headers = getattr(error, "status_code", 500), getattr(error, "headers", None) or {}
     path = shortened(repr(request.url.path), 100)
-    what = f"{path} takes no {request.method}" if status == 405 else f"there is no {path}"
-    return error_response(ApiError(status, what if status in (404, 405) else str(error), code="not_found"))
+    if status == 405:
+        allowed = headers.get("Allow", "")
+        what, code = f"{path} takes no {shortened(request.method, 20)}; use {allowed}", "method_not_allowed"
+    elif request.url.path == LIVE:
+        what, code = f"{path} is a WebSocket", "not_found"
+    else:
+        what, code = (f"there is no {path}" if status == 404 else str(error)), "not_found"
+    return error_response(ApiError(status, what, code=code, headers=headers))
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     api_error = as_api_error(error)
     if api_error.status >= 500 and not isinstance(error, ApiError):
-        log.error("failed", exc_info=error, extra={"fields": {"endpoint": request.url.path}})
+        endpoint = getattr(request.scope.get("route"), "path", "")  # ours, and not the address that came
+        log.error("failed", exc_info=error, extra={"fields": {"endpoint": endpoint}})
     return error_response(api_error)

@@ -25,10 +25,11 @@ class Params:
     """The parameters of a request. Endpoints take each one by its type; `done` raises an error for a parameter that nobody took.
 
     form: whether they came as multipart, where numbers are texts.
+    sent: the names of those that came.
     """
 
     def __init__(self, values: dict[str, Any], form: bool = False) -> None:
-        self.values, self.form = dict(values), form
+        self.values, self.form, self.sent = dict(values), form, frozenset(values)
         self.known: list[str] = []
 
     def take(self, name: str) -> Any:
@@ -124,7 +125,17 @@ class Params:
                 f"{', '.join(sorted(set(self.known)))}",
                 shortened(name, 60),
                 "unknown_parameter",
+                made_up=True,
             )
+
+    def missing(self, name: str, message: str) -> ApiError:
+        """The error for a parameter that did not come; of one that came under a name like it, what its name is."""
+        known = {*self.known, name}
+        for given in self.values:
+            if given not in known and did_you_mean(given, [name]):
+                hint = f"there is no parameter {shortened(repr(given), 60)} here; did you mean {name!r}?"
+                return bad(hint, shortened(given, 60), "unknown_parameter", made_up=True)
+        return bad(message, name, "missing_parameter")
 
 
 def _shown(value: Any) -> str:
@@ -217,7 +228,9 @@ async def _form(request: Request, data: bytes, settings: Settings) -> dict[str, 
             if several:
                 found.setdefault(key, []).append(got)
             elif key in found:
-                raise bad(f"the form has {shortened(repr(name), 60)} twice", shortened(name, 60), "invalid_form")
+                raise bad(
+                    f"the form has {shortened(repr(name), 60)} twice", shortened(name, 60), "invalid_form", made_up=True
+                )
             else:
                 found[key] = got
     except (ApiError, ClientDisconnect):

@@ -21,7 +21,7 @@ from multimodal.serve.checkpoints import Checkpoint
 from multimodal.serve.errors import ApiError, as_api_error, bad
 from multimodal.serve.logs import log
 from multimodal.serve.metrics import Metrics
-from multimodal.serve.options import WritingOptions, refuse_options, writing_options
+from multimodal.serve.options import WritingOptions, option_named, refuse_options, writing_options
 from multimodal.serve.scheduler import Job, ModelCall, OnePass, Scheduler, Writing
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import Input, TaskView
@@ -121,7 +121,7 @@ class Call:
             params.done()
             await self.write(view, raws, options)
             return options
-        refuse_options(params)
+        refuse_options(params, view.task)
         params.done()
         await self.read(view, [raws])
         return None
@@ -132,7 +132,8 @@ class Call:
 
         def made() -> list[Request]:
             tokens = self.encode(view, raws)
-            return [self._request(view.task, tokens, options, seed) for seed in options.seeds]
+            with option_named(options.sent):
+                return [self._request(view.task, tokens, options, seed) for seed in options.seeds]
 
         requests = await self.in_pool(made)
         self.prompt += requests[0].prompt
@@ -155,13 +156,19 @@ class Call:
             return new_request(packer, task, sample, "the request", None, given)
 
         request = made(options.max_tokens or self.settings.max_tokens)
-        if options.max_tokens is None:
+        room = min(engine.capacity, self.model.most_tokens or engine.capacity) - request.prompt
+        if self.model.most_written is not None:
+            room = min(room, self.model.most_written - request.start_count - request.begin_count)
+        if options.max_tokens is None and 0 < room < request.limit:
             # if the client sets no limit, an answer may fill the rest of its row
-            room = min(engine.capacity, self.model.most_tokens or engine.capacity) - request.prompt
-            if self.model.most_written is not None:
-                room = min(room, self.model.most_written - request.start_count - request.begin_count)
-            if 0 < room < request.limit:
-                request = made(room)
+            request = made(room)
+        if not engine.has_room(request):
+            less = f"ask for at most {room}, or send less" if room > 0 else "send less, or a smaller file"
+            raise bad(
+                f"what is read has {request.prompt} tokens, which with max_tokens={request.limit} are more than the "
+                f"capacity={engine.capacity} of this service; {less} (whoever runs it allows more by --capacity)",
+                "max_tokens" if room > 0 else _longest(sample),
+            )
         engine.check(request)
         return request
 
@@ -181,7 +188,9 @@ class Call:
             if any(len(prepared) > most for prepared in found):
                 longest = max(map(len, found))
                 raise bad(
-                    f"this is {longest} tokens, more than the {most} that one pass reads; send less, or a smaller file"
+                    f"this is {longest} tokens, more than the {most} that one pass reads; send less, or a smaller file (whoever "
+                    "runs the service allows more by --pass-tokens)",
+                    _longest(every[found.index(max(found, key=len))]),
                 )
             return found
 
@@ -316,8 +325,15 @@ class Call:
             "written_tokens": self.written,
         }
         if error is not None:
-            fields["error"] = error.message
+            # nothing of the message, which may repeat what the client sent
+            fields |= {"code": error.code, "param": None if error.made_up else error.param}
         log.info("left" if disconnected else "refused" if error else "answered", extra={"fields": fields})
+
+
+def _longest(sample: Mapping[str, Any]) -> str | None:
+    """The field with the most tokens."""
+    sizes = {name: len(tokens) for name, tokens in sample.items() if isinstance(tokens, Tokens)}
+    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def written_tokens(answer: Prediction, job: Job) -> int:

@@ -72,7 +72,7 @@ def _conversation(call: Call, params: Params) -> tuple[TaskView, dict[str, Any]]
     if len(views) != 1:
         return None
     params.text("task")
-    messages = params.take("messages")
+    messages = _messages(params)
     if not isinstance(messages, list) or not messages:
         raise bad("messages: wanted a list of one message or more", "messages")
     if len(messages) > MOST_MESSAGES:
@@ -80,9 +80,16 @@ def _conversation(call: Call, params: Params) -> tuple[TaskView, dict[str, Any]]
     return views[0], {views[0].reads[0].name: messages}
 
 
+def _messages(params: Params) -> Any:
+    messages = params.take("messages")
+    if messages is None:
+        raise params.missing("messages", "messages: wanted a list of one message or more")
+    return messages
+
+
 def _by_kind(call: Call, params: Params) -> tuple[TaskView, dict[str, Any]]:
     """The task whose fields the parts of the messages fill, by kind and in order, and its fields."""
-    parts = _parts(params.take("messages"))
+    parts = _parts(_messages(params))
     counts = Counter(form for form, _ in parts)
     shown = ", ".join(f"{count} {form}" for form, count in counts.items()) or "nothing"
     view = choose_task(

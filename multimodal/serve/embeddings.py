@@ -8,7 +8,7 @@ from multimodal.serve.bodies import Params
 from multimodal.serve.calls import Call
 from multimodal.serve.chat import part_of
 from multimodal.serve.checkpoints import Checkpoints
-from multimodal.serve.errors import bad
+from multimodal.serve.errors import bad, fields_are
 from multimodal.serve.tasks import Input, TaskView, choose_task, task_views
 from multimodal.serve.values import CLASS, TEXT
 
@@ -18,7 +18,10 @@ MOST_INPUTS = 2048
 async def embed_inputs(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     """A vector of length 1 for each input, in order."""
     call.enter(checkpoints.named(params.text("model")))
-    inputs = _inputs(params.take("input"))
+    given = params.take("input")
+    if given is None:
+        raise params.missing("input", "input: wanted a text or a part of a message, or a list of them")
+    inputs = _inputs(given)
     form = inputs[0][0]
     if any(other != form for other, _ in inputs):
         raise bad("input: it mixes texts, pictures and sounds; send one request for each of them", "input")
@@ -40,7 +43,8 @@ async def embed_inputs(call: Call, checkpoints: Checkpoints, params: Params) -> 
     width = call.model.packer.heads[view.task].vocab(call.model.packer.answer_tokenizers[view.task])
     params.without(f"vectors have {width} numbers and cannot be shortened", dimensions=(width,))
     params.done()
-    await call.read(view, [{field.name: raw} for _, raw in inputs])
+    with fields_are({field.name: "input"}):
+        await call.read(view, [{field.name: raw} for _, raw in inputs])
     vectors = await call.results(len(inputs))
     data = [
         {

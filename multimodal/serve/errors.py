@@ -1,5 +1,7 @@
 """Errors that clients get: a status, and a body {"error": {"message", "type", "param", "code"}}."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from multimodal.shapes import CheckpointError, ConfigError, MediaError, ShapeError, StreamError
@@ -13,6 +15,8 @@ class ApiError(Exception):
     """An error response.
 
     status: of HTTP. param: the wrong parameter. code: an identifier for programs. retry_s: seconds after which to try again.
+    made_up: whether `param` is a name that only the client knows; then the log has none.
+    headers: more headers of the response.
     """
 
     def __init__(
@@ -23,9 +27,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_s: int | None = None,
+        made_up: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_s = status, message, param, code, retry_s
+        self.made_up, self.more = made_up, dict(headers or {})
 
     @property
     def kind(self) -> str:
@@ -39,18 +46,27 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
-        if self.status == 401:
-            return {"WWW-Authenticate": "Bearer"}
-        return {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        own = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return own | ({} if self.retry_s is None else {"Retry-After": str(self.retry_s)}) | self.more
 
     def body(self) -> dict[str, Any]:
         """The body of the response."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def bad(message: str, param: str | None = None, code: str | None = None, *, made_up: bool = False) -> ApiError:
     """An error 400."""
-    return ApiError(400, message, param=param, code=code or "invalid_value")
+    return ApiError(400, message, param=param, code=code or "invalid_value", made_up=made_up)
+
+
+@contextmanager
+def fields_are(names: Mapping[str, str]) -> Iterator[None]:
+    """What is refused inside names the parameter that a field of the task came as."""
+    try:
+        yield
+    except ApiError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise
 
 
 def as_api_error(error: BaseException) -> ApiError:

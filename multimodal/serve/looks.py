@@ -38,7 +38,7 @@ async def look_into(call: Call, checkpoints: Checkpoints, params: Params, task: 
         await call.ask(view, raws, params)
         (answer,) = await call.results(1)
     else:
-        refuse_options(params)
+        refuse_options(params, view.task)
         params.done()
     call.task = view.task
     sample = await call.in_pool(call.encode, view, raws)

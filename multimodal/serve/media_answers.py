@@ -12,7 +12,7 @@ from multimodal.serve.answers import json_response, usage
 from multimodal.serve.bodies import Params
 from multimodal.serve.calls import Call
 from multimodal.serve.checkpoints import Checkpoints
-from multimodal.serve.errors import ApiError, bad
+from multimodal.serve.errors import ApiError, bad, fields_are
 from multimodal.serve.tasks import Input, TaskView, choose_task, task_views
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT
 from multimodal.value_files import file_of
@@ -34,7 +34,7 @@ async def speak(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     text, voice = split
     raws = {text.name: params.text("input")}
     if raws[text.name] is None:
-        raise bad("input: wanted the text to speak", "input")
+        raise params.missing("input", "input: wanted the text to speak")
     if voice is None:
         params.without(f"task {view.task!r} has one voice", voice=("default",))
     else:
@@ -45,7 +45,8 @@ async def speak(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     params.without("no model here speaks faster or slower", speed=(1, 1.0))
     params.without("no model here reads instructions how to speak", instructions=("",))
     params.without("there is one sound, which is not streamed", stream_format=("audio",), n=(1,))
-    await call.ask(view, raws, params)
+    with fields_are({text.name: "input", **({voice.name: "voice"} if voice else {})}):
+        await call.ask(view, raws, params)
     (answer,) = await call.results(1)
     value = answer.value
     if not (isinstance(value, tuple) and len(value) == 2):
@@ -83,7 +84,7 @@ async def draw(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
     )
     prompt = params.text("prompt")
     if prompt is None:
-        raise bad("prompt: wanted a text that describes the picture", "prompt")
+        raise params.missing("prompt", "prompt: wanted a text that describes the picture")
     params.without(
         "pictures are base64 in the response", response_format=("b64_json",), stream=(False,), partial_images=(0,)
     )
@@ -96,7 +97,8 @@ async def draw(call: Call, checkpoints: Checkpoints, params: Params) -> Any:
         raise bad(
             f"size={size}: task {view.task!r} draws {own or 'its own size'}; leave it out", "size", "unsupported_value"
         )
-    options = await call.ask(view, {view.reads[0].name: prompt}, params)
+    with fields_are({view.reads[0].name: "prompt"}):
+        options = await call.ask(view, {view.reads[0].name: prompt}, params)
     answers = await call.results(1 if options is None else len(options.seeds))
     data = []
     for answer in answers:

@@ -43,8 +43,9 @@ def check_all_fields(view: TaskView, raws: Mapping[str, Any]) -> None:
     """Raise an error 400 if a field is missing; null is allowed."""
     missing = [field.name for field in view.reads if field.name not in raws]
     if missing:
+        also = "also reads" if raws else "reads"
         raise bad(
-            f"task {view.task!r} also reads {', '.join(missing)}; give it, or null for a field that this sample lacks",
+            f"task {view.task!r} {also} {', '.join(missing)}; give it, or null for a field that this sample lacks",
             f"fields.{missing[0]}",
             "missing_field",
         )
@@ -63,6 +64,18 @@ def fields_of(params: Params, view: TaskView) -> dict[str, Any]:
         found = params.take("fields") or {}
     if not isinstance(found, Mapping):
         raise bad('fields: wanted an object, such as {"image": "data:image/png;base64,.."}', "fields")
+    # before anything is missed: a name that is misspelt, or a field beside `fields`, is why it is missing
+    for name in params.values:
+        if name not in RESERVED:
+            here = not params.form and name in known
+            clue = f'; fields go into "fields": {{"{name}": ..}}' if here else did_you_mean(name, [*known, *RESERVED])
+            raise bad(
+                f"there is no parameter {shortened(repr(name), 60)} here{clue or ', and none is ignored'}; task {view.task!r} "
+                f"reads {', '.join(known) or 'nothing'}",
+                shortened(name, 60),
+                "unknown_parameter",
+                made_up=not here,
+            )
     for name in found:
         if name not in known:
             raise bad(
@@ -70,6 +83,7 @@ def fields_of(params: Params, view: TaskView) -> dict[str, Any]:
                 f"{did_you_mean(name, known)}",
                 shortened(f"fields.{name}", 60),
                 "unknown_field",
+                made_up=True,
             )
     return dict(found)
 
@@ -108,7 +122,7 @@ def _streamed(call: Call, view: TaskView, options: WritingOptions | None) -> Eve
 
 async def _pair(call: Call, view: TaskView, raws: Mapping[str, Any], params: Params) -> Any:
     """The vectors of the given sides, and their similarity."""
-    refuse_options(params)
+    refuse_options(params, view.task)
     params.done()
     sides = {
         side: {field.name: raws[field.name] for field in view.side(side) if field.name in raws}

@@ -1,5 +1,6 @@
 """The limits of a service."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from multimodal.shapes import ConfigError, check_number, check_whole
@@ -30,6 +31,7 @@ class Settings:
     hosts: hosts from which pictures and sounds may be fetched; (): only data: URLs are read.
     strings: kinds that you defined whose values are, or contain, texts. Their tokenizers must not open files.
     about: a line that the web page shows, such as the purpose of the models.
+    examples: samples to try on the web page: by field, the name of a file and its data: URL.
     """
 
     rows: int = 16
@@ -53,6 +55,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     strings: tuple[str, ...] = ()
     about: str = ""
+    examples: tuple[Mapping[str, tuple[str, str]], ...] = ()
 
     def __post_init__(self) -> None:
         whole = ("rows", "capacity", "queue", "max_tokens", "pass_tokens", "max_body", "max_pixels")

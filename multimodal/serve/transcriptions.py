@@ -12,11 +12,12 @@ from multimodal.serve.answers import EventStream, event, json_response, usage
 from multimodal.serve.bodies import Params
 from multimodal.serve.calls import Call
 from multimodal.serve.checkpoints import Checkpoints
-from multimodal.serve.errors import bad
+from multimodal.serve.errors import REFUSED, bad
 from multimodal.serve.options import WritingOptions, refuse_options, writing_options
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import choose_task, task_views
 from multimodal.serve.values import Upload
+from multimodal.texts import shortened
 from multimodal.transcription import GreedyCTC, Transcript, formatted, transcription_tasks
 from multimodal.transcription.recordings import (
     CTCTranscript,
@@ -36,6 +37,8 @@ async def transcribe_file(call: Call, checkpoints: Checkpoints, params: Params) 
     """The transcript in the requested format, or with `stream` its words as events while windows are read."""
     call.enter(checkpoints.named(params.text("model")))
     file = params.take("file")
+    if file is None:
+        raise params.missing("file", "file: wanted a sound file, as a part of multipart/form-data: -F file=@talk.wav")
     if not isinstance(file, Upload):
         raise bad("file: wanted a sound file, as a part of multipart/form-data with a file name", "file")
     there = set(transcription_tasks(call.model))
@@ -57,7 +60,7 @@ async def transcribe_file(call: Call, checkpoints: Checkpoints, params: Params) 
     params.without("speakers are not distinguished", known_speaker_names=([],), known_speaker_references=([],))
     options = None
     if spec.ctc:
-        refuse_options(params)
+        refuse_options(params, view.task)
     else:
         options = writing_options(params, call.model, view.task, 1)
     params.done()
@@ -103,8 +106,11 @@ def _windows(spec: TranscriptionTask, data: bytes, settings: Settings) -> list[S
     longest = spec.tokenizer.max_tokens * spec.step_s
     window_s = min(settings.window_s, longest)
     length, overlap = window_tokens(spec, window_s, min(4.0, window_s / 4))
-    with paths_refused():
-        return list(sound_windows(spec, data, length, overlap, settings.max_seconds))
+    try:
+        with paths_refused():
+            return list(sound_windows(spec, data, length, overlap, settings.max_seconds))
+    except REFUSED as error:
+        raise bad(f"file: {shortened(error, 500)}", "file") from None
 
 
 def _maker(spec: TranscriptionTask) -> CTCTranscript | GeneratedTranscript:

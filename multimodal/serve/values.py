@@ -47,19 +47,19 @@ def takes(tokenizer: Tokenizer) -> str:
     if isinstance(getattr(tokenizer, "max_pixels", None), int):
         return PICTURE
     # a tokenizer that wraps another, such as `Codes` of pictures or a `Tower`
-    return next((takes(inner) for inner in _inside(tokenizer).values()), NUMBERS)
+    return next((takes(inner) for inner in inside(tokenizer).values()), NUMBERS)
 
 
 def limited(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
     """The same tokenizer with the limits of the service, which are checked before a picture or sound is decoded."""
-    changes: dict[str, Any] = {name: limited(inner, settings) for name, inner in _inside(tokenizer).items()}
+    changes: dict[str, Any] = {name: limited(inner, settings) for name, inner in inside(tokenizer).items()}
     for name in {"max_pixels", "max_seconds"} & set(_fields(tokenizer)):
         changes[name] = min(getattr(tokenizer, name), getattr(settings, name))
     same = all(getattr(tokenizer, name) == value for name, value in changes.items())
     return tokenizer if same else dataclasses.replace(tokenizer, **changes)  # type: ignore[type-var]
 
 
-def _inside(tokenizer: Tokenizer) -> dict[str, Tokenizer]:
+def inside(tokenizer: Tokenizer) -> dict[str, Tokenizer]:
     """The tokenizers among the fields of a tokenizer."""
     fields = ((name, getattr(tokenizer, name)) for name in _fields(tokenizer))
     return {name: value for name, value in fields if isinstance(value, Tokenizer)}
@@ -77,19 +77,19 @@ def encoded(tokenizer: Tokenizer, kind: str, raw: Any, where: str, settings: Set
     where: the name of the field, for errors.
 
     Raises:
-        ApiError, MediaError: this is no value of the kind.
+        ApiError: this is no value of the kind.
     """
     if raw is None:
         return None
     if isinstance(tokenizer, Composite) and type(tokenizer).__module__.partition(".")[0] in OURS:
         return _composed(tokenizer, kind, raw, where, settings)
-    refused: MediaError | None = None
+    refused: ApiError | None = None
     with paths_refused():
         for value in _readings(takes(tokenizer), kind, raw, where, settings):
             try:
                 return limited(tokenizer, settings)(value)
             except ValueError as error:
-                refused = MediaError(f"{where}: {shortened(error, 500)}")
+                refused = bad(f"{where}: {shortened(error, 500)}", where)
     assert refused is not None
     raise refused
 
@@ -112,7 +112,7 @@ def _composed(tokenizer: Composite, kind: str, raw: Any, where: str, settings: S
     try:
         tokens = tokenizer.composed(raw, piece)
     except MediaError as error:
-        raise MediaError(f"{where}: {shortened(error, 500)}") from error
+        raise bad(f"{where}: {shortened(error, 500)}", where) from error
     if not 0 < len(tokens) <= tokenizer.max_tokens:
         raise bad(f"{where}: {len(tokens)} tokens; wanted 1 to {tokenizer.max_tokens}", where)
     return tokens
@@ -220,9 +220,17 @@ def url_bytes(url: str, where: str, settings: Settings) -> bytes:
         host = scheme = ""
     if scheme not in ("http", "https") or host not in settings.hosts:
         shown = shortened(repr(url), 60)
-        allowed = f", and from {', '.join(settings.hosts)}" if settings.hosts else ""
+        if scheme in ("http", "https"):
+            hosts = ", ".join(settings.hosts) or "none"
+            raise bad(
+                f"{where}: {shown} is not fetched; this service fetches only from the hosts of its option --allow-host ({hosts}): "
+                "send the file itself, or a data:..;base64,.. URL",
+                where,
+            )
+        file = url if len(url) <= 60 and url.isprintable() and not any(letter.isspace() for letter in url) else "FILE"
         raise bad(
-            f"{where}: {shown} is no data: URL; only data:..;base64,.. URLs are read here{allowed}, and no file names",
+            f"{where}: {shown} is no data:..;base64,.. URL, and no file is opened by its name; send such a URL, or in a form the "
+            f"file itself: -F {where}=@{file}",
             where,
         )
     return _fetched(url, where, settings)

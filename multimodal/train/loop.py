@@ -293,7 +293,9 @@ class _Training:
         if newest is not None:
             self._load(newest, folder)
         if self.out:
-            config = {**self.metadata, "recipe": plain(self.recipe.config()), "processes": self.processes.count}
+            held_out = {pattern: len(samples) for pattern, samples in self.evaluation.items()}
+            config = {**self.metadata, "held_out": held_out, "recipe": plain(self.recipe.config())}
+            config["processes"] = self.processes.count
             # written first, because it shows that a run wrote the other files
             write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
             write_atomic(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")

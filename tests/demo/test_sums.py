@@ -1,5 +1,6 @@
 """The demo: its data are whole, its sums are right, nothing that is held out is learned, and its command trains once."""
 
+import base64
 import os
 import re
 import signal
@@ -142,6 +143,11 @@ def test_the_command_trains_once_and_serves(tmp_path, monkeypatch, capsys):
         with httpx.Client(base_url=found[1], timeout=60) as client:
             tasks = client.get("/v1/tasks").json()
             assert "Draw a digit and say another" in tasks["about"]
+            assert any("reading the digits" in line for line in lines)
+            first = tasks["examples"][0]
+            assert (first["image"]["name"], first["audio"]["name"]) == ("seven.png", "three.wav")
+            data = base64.b64decode(first["audio"]["url"].removeprefix("data:audio/wav;base64,"))
+            assert data == (examples / "three.wav").read_bytes()
             assert [row["task"] for row in tasks["data"]] == [ADD, SEE, HEAR]
             files = {
                 name: (examples / f"seven.{end}").read_bytes() for name, end in (("image", "png"), ("audio", "wav"))
@@ -150,6 +156,10 @@ def test_the_command_trains_once_and_serves(tmp_path, monkeypatch, capsys):
             assert answer.status_code == 200, answer.text
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)  # uvicorn ends what runs, then sends itself the signal
+        assert process.stderr is not None
+        assert re.search(
+            r"it adds \d+% right, and after 420 steps most are", process.stderr.read()
+        )  # after two, none are
     # the next start trains nothing
     calls = []
     monkeypatch.chdir(tmp_path)

@@ -62,6 +62,14 @@ def test_classes_of_digits(runner):
     assert [program.classify([sample])[0] for sample in samples[:3]] == wanted[:3]
     assert len(wanted) == REAL
     assert len(set(wanted)) > 1
+    # a picture whose attention would take all memory is refused, and nothing is run
+    large = {"image": np.zeros((400, 400), np.float32)}
+    with pytest.raises(ValueError, match=r"answer: attention of 1 samples of up to 10002 tokens takes about 8.9 GiB"):
+        program.classify([large])
+    program.most_bytes = 4**2 * 24 * 4  # 4 heads, the first picture without one of its rows
+    with pytest.raises(ValueError, match="give fewer at once, or smaller ones"):
+        program.classify([{"image": np.zeros((8, 8), np.float32)}])
+    assert program.classify([{"image": np.zeros((4, 8), np.float32)}])
 
 
 def test_transcripts_of_spoken_digits(runner):

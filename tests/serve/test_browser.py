@@ -1,5 +1,6 @@
 """The page in a real Chromium: what people do with it, at the sizes and colours they have, and whom it asks."""
 
+import ast
 import base64
 import io
 import itertools
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.serve.browser import WHY_NOT, Browser
-from tests.serve.conftest import EXTRA, make_model, png, wav
+from tests.serve.conftest import EXTRA, data_url, make_model, png, wav
 
 uvicorn = pytest.importorskip("uvicorn", reason=EXTRA)
 pytest.importorskip("starlette", reason=EXTRA)
@@ -40,7 +41,8 @@ def address() -> Iterator[str]:
     from multimodal.serve.checkpoints import Checkpoint
     from multimodal.serve.settings import Settings
 
-    settings = Settings(rows=4, capacity=128, max_tokens=12, keys=(KEY,), about="A model of tests.")
+    seven = {"image": ("seven.png", data_url(png(7))), "audio": ("three.wav", data_url(wav(3), "audio/wav"))}
+    settings = Settings(rows=4, capacity=128, max_tokens=12, keys=(KEY,), about="A model of tests.", examples=(seven,))
     app = make_app([Checkpoint("tiny", make_model, settings)], settings)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listening:
@@ -336,6 +338,98 @@ def test_what_is_missing_is_said_where_it_is(page):
     page.until("document.activeElement.id === 'field-0'")
     assert page.run("$('field-0-error').textContent") == "Give a picture first."
     assert page.run("$('field-0').getAttribute('aria-invalid')") == "true"
+
+
+def test_another_task_hides_the_old_answer(page, tmp_path):
+    choose(page, "image -> label")
+    upload(page, tmp_path / "cat.png", png())
+    ask(page)
+    page.run("$('look').click()")
+    page.until("document.querySelector('.looked')")
+    choose(page, "question -> text")
+    assert page.run("$('answer').textContent") == "Nothing has been asked of this task yet."
+    assert page.run("$('looked').children.length") == 0
+
+
+def test_a_question_does_not_wait_for_the_attention(page, monkeypatch):
+    from multimodal.serve import looks
+
+    drawn, draw = threading.Event(), looks._png
+    monkeypatch.setattr(looks, "_png", lambda ray: drawn.wait(60) and draw(ray))
+    choose(page, "question -> text")
+    page.run("$('field-0').value = 'hello'; $('look').click()")
+    page.until("running && $('looked').textContent.startsWith('Looking')")
+    try:
+        assert not page.run("$('send').disabled")
+        ask(page)
+        assert page.run("document.querySelector('#answer .written') !== null")
+        assert page.run("$('looked').textContent") == ""
+        assert page.run("$('stop').hidden && !$('look').disabled")
+    finally:
+        drawn.set()
+
+
+def test_the_probability_of_a_written_text_is_that_of_a_token(page, model):
+    choose(page, "question -> text")
+    page.run("$('field-0').value = 'hello'")
+    ask(page)
+    answer = model.generate("question -> text", question="hello", max_tokens=12)
+    factors = len(answer.tokens) + (answer.ended == "stop")
+    said = page.run("document.querySelector('#answer .soft').textContent")
+    assert said.startswith(f"mean probability of a token {100 * answer.confidence ** (1 / factors):.1f} %")
+
+
+def test_examples_are_offered_where_they_fit(page):
+    choose(page, "question -> text")
+    assert page.run("$('tries').hidden")
+    choose(page, "image -> label")
+    assert page.run("$('tries').textContent") == "Try:seven"
+    page.run("$('tries').querySelector('button').click()")
+    assert value_of(page) == png(7)
+    ask(page)
+    choose(page, "audio -> words:text")
+    assert page.run("$('tries').textContent") == "Try:three"
+
+
+def test_a_file_that_is_no_picture_is_said_to_be_none(page, tmp_path):
+    choose(page, "image -> label")
+    upload(page, tmp_path / "cat.txt", b"a cat")
+    page.until(
+        "document.querySelector('.drop').textContent.includes('cat.txt is no picture that this browser can show')"
+    )
+    assert page.run("document.querySelector('.drop img')") is None
+    page.run("$('send').click()")
+    page.until("!running && !$('field-0-error').hidden")
+    assert "cannot read" in page.run("$('field-0-error').textContent")
+    assert page.run("$('answer').textContent") == "There is no answer."
+    page.said.clear()  # the refusal
+
+
+def test_the_python_of_a_service_without_keys_has_nothing_to_spare(page, tmp_path):
+    page.run("sessionStorage.removeItem('multimodal.key')")
+    try:
+        for task, needs in (("image -> label", {"base64"}), ("question -> text", set())):
+            choose(page, task)
+            if needs:
+                upload(page, tmp_path / "cat.png", png())
+            code = page.run("$('python').textContent")
+            tree = ast.parse(code)
+            names = {
+                name.name.split(".")[0]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Import)
+                for name in node.names
+            }
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            assert names == {"json", "urllib"} | needs
+            assert names <= used
+            assert "Authorization" not in code
+            assert "def data_url" in code if needs else "def" not in code
+        choose(page, "audio -> text")
+        upload(page, tmp_path / "beep.wav", wav(5, 1.0))
+        assert "import os" not in page.run("$('python').textContent")
+    finally:
+        page.run(f"sessionStorage.setItem('multimodal.key', {KEY!r})")
 
 
 def test_the_endpoints_are_shown_at_docs(page, address):

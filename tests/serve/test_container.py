@@ -1,6 +1,7 @@
 """docs/Containerfile, as far as it can be tried without a container: its user, its files, its command, its check of health."""
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -62,7 +63,7 @@ def test_what_it_copies_is_there_and_is_all_that_the_package_is_made_of():
     extra = re.search(r"'\.\[(\w+)\]'", install)
     assert extra is not None
     assert extra[1] in project["project"]["optional-dependencies"]
-    version = re.fullmatch(r"python:(\d+)\.(\d+)-slim", only("FROM"))
+    version = re.fullmatch(r"python:(\d+)\.(\d+)-slim-\w+", only("FROM"))
     assert version is not None
     assert tuple(map(int, version.groups())) >= (3, 11)
     assert all(arguments.split()[0] == version[0] for name, arguments in steps() if name == "FROM")
@@ -73,7 +74,18 @@ def test_its_command_serves(monkeypatch, capsys, tmp_path):
     pytest.importorskip("python_multipart", reason=EXTRA)
     from multimodal.cli import main
 
-    program, *words = json.loads(only("ENTRYPOINT"))
+    # the command that its shell runs, without one that is installed
+    (stub := tmp_path / "bin" / "multimodal").parent.mkdir()
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+
+    def arguments(*given: str, port: str = only("EXPOSE")) -> list[str]:
+        env = {"PATH": f"{stub.parent}:{os.environ['PATH']}", "PORT": port}
+        command = [*json.loads(only("ENTRYPOINT")), *given]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert f" PORT={only('EXPOSE')}" in only("ENV")
+    program, words = stub.name, arguments()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert program in project["scripts"]
     make_model().save(tmp_path / "digits")
@@ -84,10 +96,12 @@ def test_its_command_serves(monkeypatch, capsys, tmp_path):
         return 0
 
     monkeypatch.setattr(sys.modules["multimodal.cli.serve"], "serve_folders", recorded)
-    assert main([*words, str(tmp_path / "digits"), "--rows", "2"]) == 0
+    assert main(arguments(str(tmp_path / "digits"), "--rows", "2")) == 0
     ((_, folders, settings), options) = calls[0]
     assert folders == [("digits", tmp_path / "digits")]
     assert (settings.rows, options["host"], options["port"]) == (2, "0.0.0.0", int(only("EXPOSE")))
+    assert main(arguments(str(tmp_path / "digits"), port="9001")) == 0
+    assert calls[1][1]["port"] == 9001
     assert main(words) == 2
     assert "give one checkpoint or more" in capsys.readouterr().err
 
@@ -102,18 +116,17 @@ def test_its_check_of_health_fails_with_the_service():
     _, check = only("HEALTHCHECK").split(" CMD ")
     program, option, code = json.loads(check)
     assert (program, option) == ("python", "-c")
-    assert f":{only('EXPOSE')}/health" in code
     settings = Settings(rows=1, capacity=64, keys=("secret",))
     app = make_app([Checkpoint("tiny", make_model, settings)], settings)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        command = [sys.executable, "-c", code.replace(f":{only('EXPOSE')}/", f":{port}/")]
+        command, env = [sys.executable, "-c", code], {"PORT": str(port)}
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        assert subprocess.run(command, timeout=60).returncode == 0
+        assert subprocess.run(command, env=env, timeout=60).returncode == 0
         app.state.service.stopping = True
-        assert subprocess.run(command, timeout=60, stderr=subprocess.DEVNULL).returncode != 0
+        assert subprocess.run(command, env=env, timeout=60, stderr=subprocess.DEVNULL).returncode != 0
         server.should_exit = True
         thread.join(60)
 
@@ -125,7 +138,13 @@ def test_the_lines_that_start_it_are_whole():
     words = shlex.split(build)
     assert words[words.index("-f") + 1] == FILE.relative_to(ROOT).as_posix()
     words = shlex.split(run)
-    mount = words[words.index("-v") + 1].split(":")
-    assert mount[1:] == [words[-1], "ro"]
-    assert words[-2] == shlex.split(build)[shlex.split(build).index("-t") + 1]
+    mounts = [words[i + 1].split(":")[1:] for i, word in enumerate(words) if word == "-v"]
+    image = words.index(shlex.split(build)[shlex.split(build).index("-t") + 1])
+    weights, option, keys = words[image + 1 :]
+    assert (option, mounts) == ("--api-key-file", [[weights, "ro"], [keys, "ro"]])
     assert f":{only('EXPOSE')}" in words[words.index("-p") + 1]
+    # as many threads as cores, which PyTorch does not know
+    assert words[words.index("-e") + 1] == f"OMP_NUM_THREADS={words[words.index('--cpus') + 1]}"
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", "")
+    (same,) = [line for line in page.splitlines() if "docker run" in line]
+    assert shlex.split(same) == words

@@ -282,8 +282,23 @@ def test_speech_and_pictures(client, model):
         (chat({**text("a"), "cache": 1}), "messages[0].content[0]", "'cache' is no key"),
         ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "name", "names of participants"),
         (chat({"type": "file", "file": {}}), "messages[0].content[0]", "none of text"),
-        (chat(text("a"), beams=5), None, "rows"),
-        (chat(text("a"), beams=2, temperature=1.0), None, "likeliest"),
+        (chat(text("a"), beams=5), "beams", "rows"),
+        (chat(text("a"), beams=2, temperature=1.0), "beams", "likeliest"),
+        (chat(text("a"), top_p=2, temperature=1.0), "top_p", "at most 1"),
+        (chat(text("a"), temperature=1.0, min_p=2), "min_p", "from 0 to 1"),
+        (chat(text("a"), length_penalty=2), "length_penalty", "give beams too"),
+        (
+            chat(text("a"), max_tokens=500),
+            "max_tokens",
+            "ask for at most 126, or send less (whoever runs it allows more by --capac",
+        ),
+        ({"mesages": []}, "mesages", "did you mean 'messages'"),
+        (chat({"type": "image_url", "image_url": {"url": "cat.png"}}), "image", "-F image=@cat.png"),
+        (
+            chat({"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}),
+            "image",
+            "of its option --allow-host (none)",
+        ),
     ],
 )
 def test_a_wrong_chat_is_refused_by_name(client, body, param, words):
@@ -300,7 +315,91 @@ def test_what_is_not_there_is_404(client):
     )
     assert refused(client.post("/v1/tasks/image -> lable", json={"fields": {}}), 404)["code"] == "task_not_found"
     assert "/v1/completions" in refused(client.post("/v1/completions", json={}), 404)["message"]
-    assert "takes no GET" in refused(client.get("/v1/embeddings"), 405)["message"]
+    assert "is a WebSocket" in refused(client.get("/v1/realtime"), 404)["message"]
+
+
+def test_a_wrong_method_names_the_right_one(client):
+    for found, allowed in (
+        (client.get("/v1/embeddings"), "POST"),
+        (client.put("/v1/tasks/image -> label"), "POST"),
+        (client.post("/v1/models"), "GET, HEAD"),
+    ):
+        error = refused(found, 405)
+        assert ", ".join(sorted(found.headers["allow"].split(", "))) == allowed
+        assert error["message"].startswith(f"{found.request.url.path!r} takes no {found.request.method}; use ")
+        assert all(method in error["message"] for method in allowed.split(", "))
+        assert error["code"] == "method_not_allowed"
+
+
+def test_a_field_in_the_wrong_place_is_said_before_what_is_missing(client):
+    task, image = "/v1/tasks/image question -> text", data_url(png())
+    error = refused(client.post(task, json={"image": image, "question": "why?"}))
+    assert (error["param"], error["code"]) == ("image", "unknown_parameter")
+    assert 'fields go into "fields": {"image": ..}' in error["message"]
+    error = refused(client.post(task, json={"fields": {"question": "why?"}, "imgae": image}))
+    assert error["param"] == "imgae"
+    assert "did you mean 'image'?" in error["message"]
+    error = refused(client.post(task, files={"imgae": ("cat.png", png())}, data={"question": "why?"}))
+    assert (error["param"], error["code"]) == ("imgae", "unknown_parameter")
+    assert "did you mean 'image'?" in error["message"]
+    error = refused(client.post(task, files={"question": (None, "why?"), "colour": (None, "red")}))
+    assert error["param"] == "colour"
+    assert "did you mean" not in error["message"]
+    error = refused(client.post("/v1/audio/transcriptions", files={"fiel": ("a.wav", wav())}))
+    assert (error["param"], error["message"]) == ("fiel", "there is no parameter 'fiel' here; did you mean 'file'?")
+    # what is only missing is still said
+    error = refused(client.post(task, json={"fields": {"question": "why?"}}))
+    assert (error["param"], error["code"]) == ("fields.image", "missing_field")
+    assert refused(client.post("/v1/audio/transcriptions", files={"task": (None, "audio -> text")}))["param"] == "file"
+
+
+def test_what_a_field_cannot_be_names_the_field_and_no_object_of_ours(client):
+    for task, value, words in (
+        ("image -> label", ("image", data_url(b"no picture")), "cannot read 10 bytes as a picture"),
+        ("image -> label", ("image", "a cat"), "-F image=@FILE"),
+        ("image -> label", ("image", 5), "wanted a picture"),
+        ("audio -> words:text", ("audio", data_url(b"RIFF1234WAVEfmt ", "audio/wav")), "as sound: Error in WAV file"),
+        ("audio -> words:text", ("audio", data_url(b"hello", "audio/wav")), "Format not recognised"),
+        ("label -> drawing", ("label", "dgo"), "did you mean 'dog'"),
+        ("question -> text", ("question", 5), "wanted a text"),
+    ):
+        error = refused(client.post(f"/v1/tasks/{task}", json={"fields": {value[0]: value[1]}}))
+        assert error["param"] == value[0], error
+        assert words in error["message"]
+        assert " object at 0x" not in error["message"]
+    for path, sent, param in (
+        ("/v1/embeddings", {"input": [{"type": "image_url", "image_url": {"url": data_url(b"none")}}]}, "input"),
+        ("/v1/images/generations", {"prompt": "dgo"}, "prompt"),
+        ("/v1/audio/speech", {"input": "x" * 200, "max_tokens": 3}, "input"),
+    ):
+        assert refused(client.post(path, json=sent))["param"] == param
+    sound = {"files": {"file": ("a.wav", b"RIFF1234WAVEfmt ")}, "data": {"task": "audio -> text"}}
+    error = refused(client.post("/v1/audio/transcriptions", **sound))
+    assert (error["param"], "object at" in error["message"]) == ("file", False)
+    for path, sent, name in (
+        ("/v1/embeddings", {"inptu": "a"}, "input"),
+        ("/v1/images/generations", {"promt": "cat"}, "prompt"),
+        ("/v1/audio/speech", {"inputs": "a"}, "input"),
+    ):
+        error = refused(client.post(path, json=sent))
+        assert f"did you mean {name!r}?" in error["message"]
+    error = refused(client.post("/v1/tasks/image -> label", files={"image": (None, "cat.png")}))
+    assert error["message"].endswith("in a form the file itself: -F image=@cat.png")
+    error = refused(
+        client.post("/v1/tasks/question -> text", json={"fields": {"question": "x" * 200}, "max_tokens": 3})
+    )
+    assert (error["param"], "more than the capacity=128" in error["message"]) == ("question", True)
+
+
+def test_what_is_refused_of_a_task_names_it(client):
+    for body in ({"beams": 2}, {"only": ["a"]}):
+        image = {"fields": {"image": data_url(png())}, **body}
+        assert "task 'image -> label'" in refused(client.post("/v1/tasks/image -> label", json=image))["message"]
+    spoken = {"fields": {"question": "hi"}, "only": ["a"]}
+    assert (
+        "task 'question -> speech' writes none"
+        in refused(client.post("/v1/tasks/question -> speech", json=spoken))["message"]
+    )
 
 
 def test_several_tasks_that_fit_are_named(client):

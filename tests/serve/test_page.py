@@ -71,6 +71,14 @@ def test_every_task_answers_what_the_page_asks(client):
             assert answer["object"] == ("task.vectors" if row["pair"] else "task.answer")
 
 
+def test_examples_are_listed_with_their_files():
+    sample = {"image": ("seven.png", data_url(png())), "question": ("what.txt", data_url(b"what?", "text/plain"))}
+    with serving(examples=(sample,)) as client:
+        (found,) = client.get("/v1/tasks").json()["examples"]
+        assert found["image"] == {"name": "seven.png", "url": data_url(png())}
+        assert set(found) == {"image", "question"}
+
+
 def test_classes_and_word_times_are_listed(client):
     rows = {row["task"]: row for row in client.get("/v1/tasks").json()["data"]}
     (read,) = rows["label -> drawing"]["reads"]

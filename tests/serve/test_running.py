@@ -147,6 +147,57 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(held):
         assert client.post(CHAT, json=body("b", max_tokens=2)).status_code == 200
 
 
+def test_the_log_has_nothing_of_what_clients_sent(monkeypatch):
+    """Marked words in every place of requests that are answered, refused, or fail by a bug of ours."""
+    stream, mark = io.StringIO(), "xyzzy"
+    handler = log_to(stream)
+    try:
+        with serving() as client:
+            broken = {"fields": {"question": mark}, mark: 1}
+            wav_url = data_url(mark.encode(), "audio/wav")
+            for path, sent in (
+                (CHAT, body(mark, max_tokens=2)),
+                (CHAT, body(mark, model=mark)),
+                (CHAT, body("a", task=mark)),
+                (CHAT, body("a", **{mark: mark})),
+                (CHAT, {"messages": [{"role": mark, "content": mark}]}),
+                (CHAT, body("a", begin=mark, stop=[mark], response_format={"type": mark}, max_tokens=2)),
+                ("/v1/tasks/question -> text", broken),
+                ("/v1/tasks/question -> text", {"fields": {"question": "a", mark: mark}}),
+                ("/v1/tasks/image -> label", {"fields": {"image": f"/{mark}.png"}}),
+                ("/v1/tasks/audio -> words:text", {"fields": {"audio": wav_url}}),
+                ("/v1/tasks/label -> drawing", {"fields": {"label": mark}}),
+                (f"/v1/tasks/{mark}", {}),
+                (f"/{mark}", {}),
+            ):
+                client.post(path, json=sent)
+            client.get(f"/v1/models/{mark}", headers={"Authorization": mark, "Origin": f"http://{mark}"})
+            client.post("/v1/tasks/question -> text", data={mark: "1", "question": mark}, files={mark: (mark, b"")})
+
+            def fails(*_: Any) -> None:
+                try:
+                    raise KeyError(mark)
+                except KeyError as error:
+                    raise RuntimeError(f"{mark} is broken") from error
+
+            monkeypatch.setattr("multimodal.serve.native.fields_of", fails)
+            assert client.post("/v1/tasks/question -> text", json={"fields": {"question": mark}}).status_code == 500
+    finally:
+        logging.getLogger("multimodal.serve").removeHandler(handler)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert mark not in stream.getvalue()
+    refused = [(line["code"], line["param"]) for line in lines if line["event"] == "refused"]
+    assert {("model_not_found", "model"), ("unknown_parameter", None), ("unknown_field", None)} <= set(refused)
+    assert ("invalid_value", "image") in refused
+    record = logging.makeLogRecord({"name": "asyncio", "msg": f"Task exception was never retrieved\nfuture: {mark}"})
+    assert json.loads(handler.format(record))["event"] == "Task exception was never retrieved"
+    assert mark not in handler.format(record)
+    (failed,) = [line for line in lines if line["event"] == "failed"]
+    # the lines of code are there, of both errors
+    assert ", in fails" in failed["traceback"]
+    assert failed["traceback"].index("builtins.KeyError") < failed["traceback"].index("builtins.RuntimeError")
+
+
 def test_too_many_waiting_tokens_are_429(held):
     with serving(rows=1, queue=8, queue_tokens=40) as client:
         scheduler = client.app.state.service.checkpoints.by_name["tiny"].scheduler
