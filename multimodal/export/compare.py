@@ -8,6 +8,7 @@ from torch import Tensor
 
 from multimodal.attention import Mechanism
 from multimodal.core import Transformer
+from multimodal.encoder_decoder import TwoCores
 from multimodal.export.padded import ReadField
 from multimodal.export.programs import INT, NEXT, FieldProgram, Program, Vectors
 from multimodal.heads.pool import Pool
@@ -234,6 +235,21 @@ def _random_content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Gen
     if tokenizer.vocab_size is not None:
         return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), place_NA)
     return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), place_NA)
+
+
+def read_bounds(model: Network, program: FieldProgram) -> tuple[int, int | None]:
+    """The least and the most tokens of one sample that the model would read, over all fields; a program answers anyway."""
+    least, most, core = _fewest_tokens(program), model.most_tokens, model.core
+    if isinstance(core, TwoCores):
+        reads = [m for m in core.reader.modules() if isinstance(m, Mechanism)]
+        reads += [m for m in core.writer.modules() if isinstance(m, Mechanism) and not m.name.endswith(" self")]
+        found = [part.most for m in reads if not m.name.endswith("memory") for part in (m.score, *m.priors, *m.factors)]
+        most = min((one for one in (core.reader.core.learned_times, *found) if one is not None), default=None)
+    else:
+        # the learned tokens take places too, and where there are some, what is written may stand alone
+        most = None if most is None else most - len(program.start.tokens)
+        least = 0 if program.head.autoregressive and len(program.start.tokens) else least
+    return least if program.fields else 0, most
 
 
 def _most_positions(model: Network) -> int | None:

@@ -53,6 +53,11 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code or "invalid_value")
 
 
+def stopping() -> ApiError:
+    """Nothing new is taken, because the service stops."""
+    return ApiError(503, "the service stops", code="stopping", retry_s=5)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """The `ApiError` for any error. For a bug of ours, it has no details."""
     if isinstance(error, ApiError):
