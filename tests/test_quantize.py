@@ -187,7 +187,7 @@ def outputs(model: mm.Model, task: str, sample: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", EACH)
 def test_every_head_of_ours(tokenizers, lively, sample, tmp_path, name, to):
     head, task, wanted = EACH[name]
-    given = {**sample(2), "copy": sample(2)["text"], "part": sample(2)["text"][:1], "drawn": torch.rand(8, 8).numpy()}
+    given = {**sample(3), "copy": sample(3)["text"], "part": sample(3)["text"][:1], "drawn": torch.rand(8, 8).numpy()}
     kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8))}
     model = lively(mm.Model(kinds, CORE.replace(depth=1), [mm.Task(task, head)]))
     small = mm.quantize(model, to)

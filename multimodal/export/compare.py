@@ -239,17 +239,18 @@ def _random_content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Gen
 
 def read_bounds(model: Network, program: FieldProgram) -> tuple[int, int | None]:
     """The least and the most tokens of one sample that the model would read, over all fields; a program answers anyway."""
-    least, most, core = _fewest_tokens(program), model.most_tokens, model.core
+    most, core, start = model.most_tokens, model.core, len(program.start.tokens)
     if isinstance(core, TwoCores):
         reads = [m for m in core.reader.modules() if isinstance(m, Mechanism)]
-        reads += [m for m in core.writer.modules() if isinstance(m, Mechanism) and not m.name.endswith(" self")]
+        if start:  # else the answer is read off the states of the reader
+            reads += [m for m in core.writer.modules() if isinstance(m, Mechanism) and not m.name.endswith(" self")]
         found = [part.most for m in reads if not m.name.endswith("memory") for part in (m.score, *m.priors, *m.factors)]
         most = min((one for one in (core.reader.core.learned_times, *found) if one is not None), default=None)
-    else:
-        # the learned tokens take places too, and where there are some, what is written may stand alone
-        most = None if most is None else most - len(program.start.tokens)
-        least = 0 if program.head.autoregressive and len(program.start.tokens) else least
-    return least if program.fields else 0, most
+    elif most is not None:
+        most -= start
+    # what is written may stand alone behind a start
+    least = 0 if not program.fields or (program.head.autoregressive and start) else _fewest_tokens(program)
+    return least, most
 
 
 def _most_positions(model: Network) -> int | None:
