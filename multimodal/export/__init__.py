@@ -13,7 +13,7 @@ import torch
 
 from multimodal.checkpoint import FILES, package_version
 from multimodal.declare import declaration
-from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference, read_bounds
+from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference, most_written, read_bounds
 from multimodal.export.formats import FORMATS, Format
 from multimodal.export.programs import Entry, FieldProgram, Program, programs_of
 from multimodal.files import new_folder
@@ -176,11 +176,6 @@ def _bounds(model: Network, program: Program) -> dict[str, Any]:
     return {"tokens": {"least": least, "most": most}}
 
 
-def _most_answer(model: Network, task: str) -> int | None:
-    """The most tokens of an answer for which a writer of its own has places; with one core they are among those of the sample."""
-    return None if model.most_written is None else model.most_written - len(model.packer.starts[task].tokens)
-
-
 def _entry_json(entry: Entry) -> dict[str, Any]:
     kind = str(entry.dtype).removeprefix("torch.")
     return {"name": entry.name, "type": kind, "axes": list(entry.axes), "meaning": entry.meaning}
@@ -202,7 +197,7 @@ def _answer(model: Network, task: str) -> dict[str, Any]:
             **kind,
             "stop": head.stop(tokenizer),
             "length": tokenizer.length,
-            "most": _most_answer(model, task),
+            "most": most_written(model, task),
             "never": list(never),
             "never_first": list(never_first),
         }

@@ -253,6 +253,17 @@ def read_bounds(model: Network, program: FieldProgram) -> tuple[int, int | None]
     return least, most
 
 
+def most_written(model: Network, task: str) -> int | None:
+    """The most tokens of an answer that a writer of its own supports; with one core they count among those of the sample."""
+    core = model.core
+    if not isinstance(core, TwoCores):
+        return None
+    own = [m for m in core.writer.modules() if isinstance(m, Mechanism) and m.name.endswith(" self")]
+    found = [part.most for m in own for part in (m.score, *m.priors, *m.factors)]
+    most = min((one for one in (core.writer.core.learned_times, *found) if one is not None), default=None)
+    return None if most is None else most - len(model.packer.starts[task].tokens)
+
+
 def _most_positions(model: Network) -> int | None:
     """The most tokens that every attention layer and position table supports; None: there is no limit."""
     layers = [m for m in model.core.modules() if isinstance(m, Mechanism) and not m.name.endswith("memory")]
