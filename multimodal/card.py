@@ -13,7 +13,6 @@ from multimodal.heads import Classify, Masked
 from multimodal.model import Model
 from multimodal.notebook import short_form
 from multimodal.pattern import Field
-from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT, takes
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT, inside, takes
 from multimodal.shapes import ConfigError
 from multimodal.texts import as_json, listed

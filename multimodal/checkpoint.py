@@ -439,7 +439,7 @@ def below(tensors: Mapping[str, _T], prefix: str) -> dict[str, _T]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file.
 
     Raises:
@@ -448,7 +448,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.touch()
     mode = path.stat().st_mode & 0o777  # restored below, because safetensors makes files that only their owner can read
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error

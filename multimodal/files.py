@@ -8,14 +8,16 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from multimodal.shapes import ConfigError
+from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.texts import short_repr
 
 # errors of a lock that another process has; any other error means that this disk has no locks
@@ -88,6 +90,64 @@ def write_new(path: Path, data: bytes | str, part: Path | None = None) -> None:
             f"{path} is there already, and is not what would be written; move it away, or use another folder"
         )
     write_atomic(path, data, part)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """`with new_folder(folder) as part:`, where `part` is a folder to write to, whose files are in `folder` at the end.
+
+    `folder` has to be new or empty; if it is a link, the folder that it leads to is meant. Whatever goes wrong, `folder` and the
+    folders around it are as they were.
+
+    Raises:
+        CheckpointError: there are files, or nothing can be written there; before the block, wherever that is known before.
+    """
+    occupied = CheckpointError(f"{folder}: there are files here already; choose another folder")
+    made: list[Path] = []
+    part = None
+    try:
+        try:
+            target = Path(os.path.realpath(folder))
+        except ValueError as error:  # a NUL
+            raise OSError(str(error)) from None
+        there = os.path.lexists(target)
+        if there and (not target.is_dir() or any(target.iterdir())):
+            raise occupied
+        if there:
+            # inside, as it may be the current folder, or a disk; the name is always the same, so that one process alone makes it
+            part = _made_folder(part_path(target, "new_folder"))
+        else:
+            made = [path for path in target.parents if not path.exists()]
+            if made:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            _made_folder(target).rmdir()  # its name may be too long
+            part = _made_folder(part_path(target.parent))
+        yield part
+        if there:
+            if list(target.iterdir()) != [part]:
+                raise occupied
+            for path in sorted(part.iterdir()):
+                path.rename(target / path.name)
+        else:
+            part.rename(target)  # fails if files are there by now
+        made = []
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise occupied from error
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another folder, or make room"
+        ) from error
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # somebody else writes there by now
+                path.rmdir()
+
+
+def _made_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def file_hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Downloads files from a repository of the Hugging Face hub, and commits files to one. Nothing here opens a downloaded file."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,8 @@ def fetch(
         found: Any = snapshot_download(name, revision=revision, allow_patterns=list(wanted), **given)
         folder = Path(found)
     except Exception as error:  # its classes depend on the version of huggingface_hub
+        if _is_strange(error):
+            raise CheckpointError(f"{where}: {name}: {_strange(error)}") from None
         raise CheckpointError(
             f"{where}: {name!r} is no folder here, and could not be loaded from the hub: {shortened(error, 300)}"
         ) from None
@@ -209,12 +212,29 @@ def _errors(where: str, name: str, kind: type[ValueError]) -> Iterator[None]:
                 412: "somebody else has written to it meanwhile; look at what is there now, and push again",
             }.get(status or 0, "the hub refused it")
             raise kind(f"{where}: {name}: {repair} ({answer})") from None
-        if isinstance(cause, ValueError):  # invalid metadata of the card, or a malformed response
+        if _is_strange(cause):
+            raise kind(f"{where}: {name}: {_strange(cause)}") from None
+        if isinstance(cause, ValueError):  # invalid metadata of the card
             raise kind(f"{where}: {name}: the hub refused it: {shortened(cause, 500)}") from None
         raise kind(
             f"{where}: {name}: the hub at {constants.ENDPOINT} cannot be reached: {type(cause).__name__}: "
             f"{shortened(cause, 200)}"
         ) from None
+
+
+def _is_strange(error: BaseException) -> bool:
+    """Whether something answered that is no hub, such as a page to log in: its client then looks for what is not there."""
+    found = isinstance(error, (json.JSONDecodeError, TypeError, LookupError, AttributeError, AssertionError))
+    return found or "Redirect" in type(error).__name__
+
+
+def _strange(error: BaseException) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"{constants.ENDPOINT} was reached, but its answer is not a hub's ({type(error).__name__}: {shortened(error, 200)}); "
+        "is a page to log in between, or does HF_ENDPOINT name something else?"
+    )
 
 
 def _git_sum(data: bytes | Path) -> str:

@@ -123,7 +123,7 @@ class Model(Network):
                 others are in its `others`.
             ctc: a CTC task that reads the same fields and writes the same kind, and its weight w: beams are ranked by
                 (1 - w) log p + w log p of the CTC task that a text begins so (Watanabe et al. 2017). The fields are read once.
-            length_penalty: above 1 favours long answers, below 1 short ones; only with beams.
+            length_penalty: from -10 to 10; above 1 favours long answers, below 1 short ones; only with beams.
             guidance: above 1 moves away from what would be written if nothing were read (Ho & Salimans 2022).
             stop: strings that end a text and are not part of it.
             begin: a value with which every answer begins; max_tokens does not count it. A list of texts is one for each sample.

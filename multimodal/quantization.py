@@ -5,7 +5,7 @@ small = mm.quantize(model, "int8")     a new model, which you use, serve, save a
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from threading import Lock
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from multimodal.core import Transformer
 from multimodal.declare import Declared
 from multimodal.heads.base import Readout, TiedLinear
-from multimodal.heads.flow import FlowReadout
 from multimodal.network import Network
 from multimodal.shapes import ConfigError, did_you_mean
 
@@ -48,27 +47,32 @@ class Quantization(Declared):
                 f"quantize: to={self.to!r} is unknown; there are {', '.join(map(repr, FORMS))}{did_you_mean(str(self.to), FORMS)}"
             )
 
-    def attach(self, model: Network) -> dict[str, nn.Module]:
-        """Replace the matrices of a model in place by quantized ones whose values are still zeros; returns {name: replaced module}.
+    def attach(self, model: Network) -> None:
+        """Replace the matrices of a model in place by quantized ones whose values are still zeros.
 
         Raises:
             ConfigError: the model is quantized already, or has adapters.
         """
+        self.check(model)
+        made = {id(module): _quantized_module(module, self.to) for module in _matrices(model).values()}
+        for module in list(model.modules()):
+            for name, inner in module._modules.items():  # a matrix may be registered several times
+                if id(inner) in made:
+                    setattr(module, name, made[id(inner)])
+            if isinstance(module, TiedLinear) and id(module.table) in made:
+                module.table = made[id(module.table)]
+        self._note(model)
+
+    def check(self, model: Network) -> None:
+        """Raise a ConfigError if a model cannot be quantized."""
         if model.quantization is not None:
             raise ConfigError(f"quantize: this model is quantized to {model.quantization.to!r} already")  # type: ignore[attr-defined]
         if model.adapters is not None:
             raise ConfigError("quantize: the model has adapters; call lora.merge or lora.remove first")
-        before = dict(_matrices(model))
-        made = {id(module): _quantized_module(module, self.to) for module in before.values()}
-        for name, module in before.items():
-            above, _, last = name.rpartition(".")
-            setattr(model.get_submodule(above), last, made[id(module)])
-        for module in model.modules():
-            if isinstance(module, TiedLinear) and id(module.table) in made:
-                module.table = made[id(module.table)]
+
+    def _note(self, model: Network) -> None:
         model.quantization = self
         model.requires_grad_(False)
-        return before
 
 
 def quantize(model: _Model, to: str = "int8") -> _Model:
@@ -90,17 +94,19 @@ def quantize(model: _Model, to: str = "int8") -> _Model:
         'square'
     """
     form = Quantization(to)
-    # deepcopy must not copy the matrices, as the copy gets new ones
-    small = copy.deepcopy(model, {id(module): module for _, module in _matrices(model)})
-    for name, module in form.attach(small).items():
-        new = small.get_submodule(name)
-        assert isinstance(new, _QuantizedMatrix)
+    form.check(model)
+    made: dict[int, Any] = {}
+    for name, module in _matrices(model).items():
         assert isinstance(module.weight, Tensor)
         if not bool(module.weight.isfinite().all()):
             raise ConfigError(
                 f"quantize: the weights in {name} are not all finite (NaN or infinity); train the model again"
             )
-        new.fill(module.weight.detach())
+        made[id(module)] = _quantized_module(module, to)
+        made[id(module)].fill(module.weight.detach())
+    # wherever the original refers to a matrix, the copy refers to the quantized one
+    small = copy.deepcopy(model, made)
+    form._note(small)
     # all other weights become float32; quantized matrices must keep their types
     for module in small.modules():
         if not isinstance(module, _QuantizedMatrix):
@@ -111,23 +117,21 @@ def quantize(model: _Model, to: str = "int8") -> _Model:
     return small.eval()
 
 
-def _matrices(model: Network) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the linear layers and embedding tables to quantize."""
+def _matrices(model: Network) -> dict[str, nn.Module]:
+    """{name: module} of the linear layers and embedding tables to quantize; a module with several names has the first."""
     inside = {id(m) for core in model.modules() if isinstance(core, Transformer) for m in core.modules()}
-    last = {
-        id(readout.linear)
-        for readout in model.readouts.values()
-        if isinstance(readout, Readout) and not isinstance(readout, FlowReadout)
-    }
+    last = {id(m) for readout in model.readouts.values() if isinstance(readout, Readout) for m in readout.last_layers()}
+    found = {}
     for name, module in model.named_modules():
         # not subclasses of nn.Linear: they may use their weight in another way
         if type(module) is nn.Linear and (id(module) in inside or id(module) in last):
-            yield name, module
+            found[name] = module
         elif isinstance(module, nn.Embedding) and name.startswith("embeds.") and id(module) not in inside:
             rest = name.removeprefix("embeds.").partition(".")[2]
             # a table deeper in a user's embedding may hold positions
             if rest in ("", "frozen_part.embed") and (type(module) is nn.Embedding or hasattr(module, "scale")):
-                yield name, module
+                found[name] = module
+    return found
 
 
 def _quantized_module(module: nn.Module, to: str) -> "_QuantizedMatrix":
@@ -210,7 +214,16 @@ class _QuantizedMatrix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._packed.clear()  # packed weights belong to a device
-        return super()._apply(fn, recurse)
+
+        def moved(tensor: Tensor) -> Tensor:
+            # viewed as integers, so that bfloat16 stays bfloat16 when the model is converted to another precision
+            return (
+                fn(tensor.view(torch.int16)).view(tensor.dtype)
+                if tensor is self.stored and not self.coded
+                else fn(tensor)
+            )
+
+        return super()._apply(moved, recurse)
 
     def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
         self._packed.clear()

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import shlex
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,41 @@ def test_without_a_network_what_was_loaded_before_is_loaded(hub: Hub, monkeypatc
         mm.Model.from_hub("ann/later")
     with pytest.raises(mm.ConfigError, match=rf"the hub at {NOWHERE} cannot be reached: \w+"):
         shapes().push_to_hub("ann/shapes")
+
+
+class _Strange(BaseHTTPRequestHandler):
+    """What answers is no hub: always with the same text."""
+
+    text = b""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        loop = self.text == b"loop"
+        self.send_response(302 if loop else 200)
+        if loop:
+            self.send_header("Location", self.path)
+        self.send_header("Content-Length", str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text)
+
+
+@pytest.mark.parametrize("text", ["<html>log in</html>", "[]", "null", "3", "{}", '{"id": "ann/x"}', "", "loop"])
+def test_what_is_no_hub_is_named_as_such(hub: Hub, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(_Strange, "text", text.encode())
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Strange) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        said = rf"ann/x: {url} was reached, but its answer is not a hub's \(\w+: "
+        try:
+            with pytest.raises(mm.CheckpointError, match=f"load: {said}"):
+                mm.Model.from_hub("ann/x")
+            with pytest.raises(mm.ConfigError, match=f"push: {said}"):
+                shapes().push_to_hub("ann/x")
+        finally:
+            server.shutdown()
 
 
 def test_a_model_of_others_is_named_as_such(hub: Hub) -> None:

@@ -157,6 +157,94 @@ def test_matrices_become_smaller_and_everything_else_stays_bit_for_bit(make, sam
     assert not small.training
 
 
+Points = mm.heads.Mean(), mm.heads.Attended(4)
+EACH = {  # a head, the task that it answers, and which of its layers become smaller
+    "Classify": (mm.heads.Classify(), "image -> label", {"linear"}),
+    "CTC": (mm.CTC(), HEAR, {"linear"}),
+    "EachRow": (mm.heads.EachRow(), "text -> copy:text", {"linear"}),
+    "NextToken": (mm.NextToken(), WRITE, {"linear"}),
+    "Masked": (mm.heads.Masked(0.5), "text -> text", {"linear"}),
+    "FlowMatching": (mm.heads.FlowMatching(width=32, depth=1, steps=2), "label -> drawn", set()),
+    "Pointer": (mm.heads.Pointer(), "text -> part:text", set()),
+    "Contrast": (mm.Contrast(width=16), "image <-> text", {"left", "right"}),
+    "Contrast, sigmoid": (mm.Contrast(width=16, form="sigmoid", bias=("left",)), "image <-> text", {"left", "right"}),
+    "Contrast, one pool": (mm.Contrast(width=16, pool=mm.heads.Mean()), "image <-> text", {"left", "right"}),
+    "Contrast, two pools": (mm.Contrast(width=16, pool=Points), "image <-> text", {"left", "right"}),
+    "Contrast, one map": (mm.Contrast(width=32, maps=("right",)), "image <-> text", {"right"}),
+}
+
+
+def outputs(model: mm.Model, task: str, sample: dict[str, Any]) -> Tensor:
+    """Numbers of an answer: vectors of a pair, logits of ids, or what the head makes of states where it writes features."""
+    pattern = model.packer.patterns[task]
+    if pattern.pair:
+        sides = [{field.name: sample[field.name] for field in fields} for fields in pattern.sides.values()]
+        return torch.cat([model.vectors(task, [side]) for side in sides])
+    return torch.where(torch.isfinite(found := logits(model, task, [sample])), found, 0)
+
+
+@pytest.mark.parametrize("to", FORMS)
+@pytest.mark.parametrize("name", EACH)
+def test_every_head_of_ours(tokenizers, lively, sample, tmp_path, name, to):
+    head, task, wanted = EACH[name]
+    given = {**sample(3), "copy": sample(3)["text"], "part": sample(3)["text"][:1], "drawn": torch.rand(8, 8).numpy()}
+    kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8))}
+    model = lively(mm.Model(kinds, CORE.replace(depth=1), [mm.Task(task, head)]))
+    small = mm.quantize(model, to)
+    made = {n for n, m in small.readout(task).named_modules() if isinstance(m, QuantizedLinear)}
+    assert made == wanted
+    found = outputs(small, task, given)
+    assert difference(found, outputs(model, task, given)) < 2 * CLOSE[to]
+    assert torch.equal(outputs(mm.Model.load(small.save(tmp_path / "small")), task, given), found)
+
+
+def test_no_head_is_left_out():
+    public = (getattr(mm.heads, name) for name in mm.heads.__all__)
+    heads = {each.__name__ for each in public if isinstance(each, type) and issubclass(each, mm.heads.Head)} - {"Head"}
+    assert heads == {name.partition(",")[0] for name in EACH}
+
+
+@pytest.mark.parametrize("to", FORMS)
+@pytest.mark.parametrize("how", ["registered twice", "in a list"])
+def test_a_matrix_in_two_places_is_one_matrix_still_and_the_original_stays(make, sample, to, how):
+    model = make()
+    one, other = (block.layers[1].body for block in model.core.blocks)
+    if how == "registered twice":
+        other.down = one.down
+    else:  # as a body of one's own may hold what another has
+        vars(other)["beside"] = [one.down]
+        down = other.down.weight.detach().clone()
+        other.register_forward_hook(lambda body, given, out: out + body.beside[0](torch.ones(body.down.in_features)))
+    samples = [sample(i) for i in range(3)]
+    before, state = logits(model, LABEL, samples), {n: t.clone() for n, t in model.state_dict().items()}
+    small = mm.quantize(model, to)
+    ours, theirs = ({id(m) for m in each.modules()} for each in (model, small))
+    assert not ours & theirs
+    first, second = (block.layers[1].body for block in small.core.blocks)
+    assert isinstance(first.down, QuantizedLinear)
+    assert (second.down if how == "registered twice" else second.beside[0]) is first.down
+    assert type(one.down) is nn.Linear
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(model, LABEL, samples), before)
+    assert 0 < difference(logits(small, LABEL, samples), before) < 2 * CLOSE[to]
+    assert how == "registered twice" or torch.equal(other.down.weight, down)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("to", FORMS)
+def test_another_precision_of_a_smaller_model_stores_the_same(make, sample, to, precision):
+    small = mm.quantize(make(), to)
+    stored = {n: t.clone() for n, t in small.state_dict().items() if n.endswith(".stored")}
+    written = small.generate(WRITE, image=sample(0)["image"], max_tokens=4).value
+    small.to(precision)
+    assert small.dtype == precision
+    after = small.state_dict()
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in stored.items())
+    found = small.generate(WRITE, image=sample(0)["image"], max_tokens=4).value
+    assert precision in (torch.float16, torch.bfloat16) or found == written
+
+
 @pytest.mark.parametrize("to", FORMS)
 def test_places_are_exact_far_from_the_start(tokenizers, to):
     """Pixels 5,000 rows from the corner, where bfloat16 knows every 32nd row only."""
@@ -366,6 +454,44 @@ def test_the_command_prints_both_models_side_by_side(make, sample, tmp_path, cap
     assert "--data: samples have sound, and 'image -> label' needs image, label" in capsys.readouterr().err
     assert main([*line[:-2], "--task", LABEL]) == 2
     assert "none are given; add --data" in capsys.readouterr().err
+
+
+def test_the_command_never_replaces_a_model_that_is_not_quantized(make, sample, tmp_path, capsys):
+    pytest.importorskip("cyclopts")
+    from multimodal.cli import main
+
+    model = make()
+    run = tmp_path / "run"
+    for folder in (tmp_path / "model", tmp_path / "other", run / "model", run / "best"):
+        model.save(folder)
+    (run / "log.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    digits(tmp_path / "pictures", sample)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refused(*words: Any) -> str:
+        assert main(["quantize", *map(str, words)]) == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        return capsys.readouterr().err
+
+    for given, out in (
+        ("model", "model"),
+        ("model", "other"),
+        ("model", "link"),
+        ("link", "model"),
+        ("run", "run/model"),
+        ("run/model", "run/best"),
+        ("model", "run/../model"),
+    ):
+        said = refused(tmp_path / given, "--out", tmp_path / out)
+        assert f"--out {tmp_path / out}: a model is here that is not quantized" in said
+    assert "this is no checkpoint, and saving here would replace it" in refused(tmp_path / "model", "--out", run)
+    # a sample that does not fit is found before anything is written
+    (tmp_path / "pictures" / "circle").rename(tmp_path / "pictures" / "hexagon")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    data = ("--data", tmp_path / "pictures")
+    assert "hexagon" in refused(tmp_path / "model", "--out", tmp_path / "small", *data)
+    assert not (tmp_path / "small").exists()
 
 
 def test_int8_programs_are_for_onnx(make, sample, tmp_path):

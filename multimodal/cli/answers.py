@@ -123,8 +123,8 @@ class GenerateOptions:
             raise ConfigError(f"--count {self.count} must be at least 1")
         if self.count > 1 and not drawn:
             raise ConfigError(f"--count {self.count}: nothing is drawn, so all would be the same; give --temperature")
-        if not -(2**63) <= self.seed <= 2**63 - self.count:
-            raise ConfigError(f"--seed {self.seed} has more than 64 bits")
+        if not 0 <= self.seed <= 2**63 - self.count:
+            raise ConfigError(f"--seed {self.seed} must be a whole number from 0 to {2**63 - self.count}")
 
     def _sampler(self, tokenizer: Any) -> "Sampler | None":
         """What may be written, then how it is drawn; None where the temperature is enough."""

@@ -151,7 +151,7 @@ def text_of(option: str, file: Path) -> str:
     if not file.is_file():  # reading a pipe would wait
         raise ConfigError(f"{option} {file}: there is no such file")
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # some editors begin a text with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{option} {file}: cannot be read: {error}") from error
 

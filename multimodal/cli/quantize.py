@@ -49,22 +49,29 @@ def quantize(
     task
         The task that is measured; unless given, every task whose fields the data have.
     """
-    from multimodal.checkpoint import WEIGHTS
+    from multimodal.checkpoint import WEIGHTS, check_room, own_config
     from multimodal.quantization import quantize as quantized
     from multimodal.shapes import ConfigError
 
     check_folder(out)
+    check_room(out.resolve())
+    if (there := own_config(out)) is not None and "quantization" not in there:
+        raise ConfigError(
+            f"--out {out}: a model is here that is not quantized, and the smaller one would replace it; choose another folder"
+        )
     if data is None and (fields or files or task):
         raise ConfigError("quantize: --fields, --files and --task are about data, and none are given; add --data")
     model = load(checkpoint, plugin, device)
     chosen = None if task is None else choose_task(model, task, [])
     found = samples_of(data, fields, files, samples) if data is not None else []
     tasks = [] if data is None else _tasks(model, chosen, found)
-    smaller = quantized(model, to)
-    folder = smaller.save(out)
-    models = {"original": (model, model_folder(checkpoint)), to: (smaller, folder)}
-    sizes = {name: (where / WEIGHTS).stat().st_size for name, (_, where) in models.items()}
-    measured = {one: _measured({name: m for name, (m, _) in models.items()}, one, found, as_json) for one in tasks}
+    size = (model_folder(checkpoint) / WEIGHTS).stat().st_size
+    models = {"original": model, to: quantized(model, to)}
+    measured = {one: _measured(models, one, found, as_json) for one in tasks}
+    folder = models[to].save(
+        out
+    )  # once it has answered: data that do not fit end with an error, and nothing is written
+    sizes = {"original": size, to: (folder / WEIGHTS).stat().st_size}
     if as_json:
         print_json({"folder": str(folder), "bytes": sizes, "samples": len(found), "tasks": measured}, indent=2)
         return 0

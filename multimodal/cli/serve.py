@@ -68,7 +68,8 @@ def serve(
     port
         The port; 0 for one that is not in use.
     api_key_file
-        A text file with a key a line. Every request then needs one of them: "Authorization: Bearer KEY".
+        A text file with a key a line; lines that begin with # are comments. Every request then needs one of them:
+        "Authorization: Bearer KEY".
     allow_host
         A host from which pictures and sounds may be fetched; otherwise only data: URLs are read. Repeat it for more.
     strings
@@ -222,13 +223,23 @@ def listen(command: str, host: str, port: int) -> "socket":
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
-    """The keys in a file."""
+    """The keys in a file.
+
+    Raises:
+        ConfigError: no key, or a line that is none; says which.
+    """
     from multimodal.shapes import ConfigError
 
     if file is None:
         return ()
-    lines = text_of("--api-key-file", file).splitlines()
-    keys = tuple(line.strip() for line in lines if line.strip())
+    from multimodal.serve.settings import check_key
+
+    keys = []
+    for number, line in enumerate(text_of("--api-key-file", file).split("\n"), 1):
+        key = line.strip(" \t")
+        if key and not key.startswith("#"):
+            check_key(f"--api-key-file {file}, line {number}", key)
+            keys.append(key)
     if not keys:
         raise ConfigError(f"--api-key-file {file}: holds no key; write one a line")
-    return keys
+    return tuple(keys)

@@ -5,8 +5,6 @@ Model --programs--> modules for padded batches, same weights --formats--> files 
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,15 @@ import torch
 
 from multimodal.checkpoint import FILES, package_version
 from multimodal.declare import declaration
-from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference
+from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference, most_written, read_bounds
 from multimodal.export.formats import FORMATS, Format
 from multimodal.export.programs import Entry, FieldProgram, Program, pair_bytes, programs_of
+from multimodal.files import new_folder
 from multimodal.heads import CTC, Classify, Contrast, NextToken
 from multimodal.heads.classify import class_names
 from multimodal.heads.contrast import ContrastReadout
 from multimodal.network import Network
-from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
 
 MANIFEST = "manifest.json"
@@ -51,7 +50,7 @@ def export(
     Raises:
         ConfigError: a part cannot be exported, a package is missing, or the programs differ too much from the model.
         TaskError: there is no such task.
-        CheckpointError: the folder has files already.
+        CheckpointError: the folder has files already, or cannot be written.
     """
     if to not in FORMATS:
         raise ConfigError(f"export: to={to!r} is unknown; there are {', '.join(map(repr, FORMATS))}")
@@ -65,16 +64,12 @@ def export(
         form.check_int8()
     elif len(data):
         raise ConfigError("export: data is for int8=True; programs in float32 are compared on samples of their own")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: there are files here already; choose another folder")
     form.check_installed()
-    if model.training or model.device.type != "cpu":  # a copy, so that the user's model does not change
-        model = copy.deepcopy(model).cpu().eval()
-    made = programs_of(model, task)
-    # written to a temporary folder and renamed at the end, so that there is a whole export or none
-    beside = folder.absolute().parent / f".{folder.name}.{os.getpid()}"
-    beside.mkdir(parents=True)
-    try:
+    # written to a temporary folder first, so that there is a whole export or none
+    with new_folder(folder) as beside:
+        if model.training or model.device.type != "cpu":  # a copy, so that the user's model does not change
+            model = copy.deepcopy(model).cpu().eval()
+        made = programs_of(model, task)
         for program in made:
             form.write(program, beside / f"{program.name}{form.ending}")
         run = form.read({program.name: beside / f"{program.name}{form.ending}" for program in made})
@@ -94,11 +89,6 @@ def export(
                 path.write_bytes(content)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, default=str)
         (beside / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
@@ -173,6 +163,7 @@ def _manifest(
                 "file": f"{program.name}{form.ending}",
                 "fields": {field.name: field.kind for field in getattr(program, "fields", ())},
                 **({"pair_bytes": pair_bytes(program)} if isinstance(program, FieldProgram) else {}),
+                **_bounds(model, program),
                 "inputs": [_entry_json(entry) for entry in program.inputs],
                 "outputs": [_entry_json(entry) for entry in program.outputs],
             }
@@ -180,6 +171,13 @@ def _manifest(
         },
         "answer": _answer(model, task),
     }
+
+
+def _bounds(model: Network, program: Program) -> dict[str, Any]:
+    if not isinstance(program, FieldProgram):
+        return {}
+    least, most = read_bounds(model, program)
+    return {"tokens": {"least": least, "most": most}}
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
@@ -203,6 +201,7 @@ def _answer(model: Network, task: str) -> dict[str, Any]:
             **kind,
             "stop": head.stop(tokenizer),
             "length": tokenizer.length,
+            "most": most_written(model, task),
             "never": list(never),
             "never_first": list(never_first),
         }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from multimodal.attention import Mechanism
 from multimodal.core import Transformer
+from multimodal.encoder_decoder import TwoCores
 from multimodal.export.padded import ReadField
 from multimodal.export.programs import INT, NEXT, FieldProgram, Program, Vectors
 from multimodal.heads.pool import Pool
@@ -239,6 +240,33 @@ def _random_content(tokenizer: Tokenizer, position_NA: Tensor, random: torch.Gen
     if tokenizer.vocab_size is not None:
         return Tokens(torch.randint(tokenizer.vocab_size, (count,), generator=random), place_NA)
     return Tokens(torch.randn(count, tokenizer.feature_size or 0, generator=random), place_NA)
+
+
+def read_bounds(model: Network, program: FieldProgram) -> tuple[int, int | None]:
+    """The least and the most tokens of one sample that the model would read, over all fields; a program answers anyway."""
+    most, core, start = model.most_tokens, model.core, len(program.start.tokens)
+    if isinstance(core, TwoCores):
+        reads = [m for m in core.reader.modules() if isinstance(m, Mechanism)]
+        if start:  # else the answer is read off the states of the reader
+            reads += [m for m in core.writer.modules() if isinstance(m, Mechanism) and not m.name.endswith(" self")]
+        found = [part.most for m in reads if not m.name.endswith("memory") for part in (m.score, *m.priors, *m.factors)]
+        most = min((one for one in (core.reader.core.learned_times, *found) if one is not None), default=None)
+    elif most is not None:
+        most -= start
+    # what is written may stand alone behind a start
+    least = 0 if not program.fields or (program.head.autoregressive and start) else _fewest_tokens(program)
+    return least, most
+
+
+def most_written(model: Network, task: str) -> int | None:
+    """The most tokens of an answer that a writer of its own supports; with one core they count among those of the sample."""
+    core = model.core
+    if not isinstance(core, TwoCores):
+        return None
+    own = [m for m in core.writer.modules() if isinstance(m, Mechanism) and m.name.endswith(" self")]
+    found = [part.most for m in own for part in (m.score, *m.priors, *m.factors)]
+    most = min((one for one in (core.writer.core.learned_times, *found) if one is not None), default=None)
+    return None if most is None else most - len(model.packer.starts[task].tokens)
 
 
 def _most_positions(model: Network) -> int | None:

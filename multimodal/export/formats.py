@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import io
 import logging
 import re
 import warnings
@@ -68,8 +69,10 @@ class PT2(Format):
     ending = ".pt2"
 
     def write(self, program: Program, path: Path) -> None:
+        whole = io.BytesIO()  # a full disk would end the process: torch's writer of files raises in a destructor
         with _quiet():
-            torch.export.save(traced(program), path)
+            torch.export.save(traced(program), whole)
+        path.write_bytes(whole.getbuffer())
 
     def read(self, paths: dict[str, Path]) -> RunProgram:
         with _quiet():

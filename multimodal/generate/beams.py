@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 MOST_BEAMS = 1000  # each beam is a row of the KV cache, and more than some tens hardly ever find a better answer
+MOST_LENGTH_PENALTY = 10  # or its negative; powers of lengths stay far below what a float holds
 
 
 @dataclass

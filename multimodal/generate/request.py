@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimodal.generate.beams import MOST_BEAMS, Beams
+from multimodal.generate.beams import MOST_BEAMS, MOST_LENGTH_PENALTY, Beams
 from multimodal.generate.ctc_prefix import CTCPrefixScores
 from multimodal.generate.detokenizer import Detokenizer
 from multimodal.generate.prefix import CachedPrefix
@@ -59,9 +59,11 @@ class Options:
             )
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"generate: temperature={self.temperature} must be at least 0")
-        if not (math.isfinite(self.guidance) and math.isfinite(self.length_penalty)):
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"generate: guidance={self.guidance} must be a finite number")
+        if not abs(self.length_penalty) <= MOST_LENGTH_PENALTY:
             raise ConfigError(
-                f"generate: guidance={self.guidance} and length_penalty={self.length_penalty} must be finite numbers"
+                f"generate: length_penalty={self.length_penalty} must be from -{MOST_LENGTH_PENALTY} to {MOST_LENGTH_PENALTY}"
             )
         if self.ctc is not None:
             self._check_ctc(self.ctc)

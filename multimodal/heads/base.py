@@ -363,6 +363,10 @@ class Readout(nn.Module):
         self.query = nn.Parameter(torch.randn(queries, width) * 0.02) if queries else None
         self.pool: nn.Module | None = None  # of a head that pools states
 
+    def last_layers(self) -> list[nn.Module]:
+        """The layers that end it, which `mm.quantize` makes smaller."""
+        return [self.linear] if hasattr(self, "linear") else []
+
 
 class Head(Declared, ABC):
     """How an answer is computed from the states of the stream, and its loss. Subclass as a frozen dataclass.

@@ -207,6 +207,9 @@ class ContrastReadout(Readout):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07 if head.form == "softmax" else 10.0)))
         self.bias = nn.Parameter(torch.full((1,), -10.0)) if head.form == "sigmoid" else None
 
+    def last_layers(self) -> list[nn.Module]:
+        return [self.left, self.right]
+
     def pool_of(self, side: str) -> tuple[Pool | None, nn.Module | None]:
         """The pool of a side and its learned parameters; None: a learned token reads the side."""
         return self.pools[side], self.pool[side] if isinstance(self.pool, nn.ModuleDict) else self.pool

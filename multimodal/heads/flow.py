@@ -193,6 +193,9 @@ class FlowReadout(Readout):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
+    def last_layers(self) -> list[nn.Module]:
+        return []  # `linear` is a part of the network, all of which stays exact
+
     def velocity(self, x_NF: Tensor, time_N: Tensor, condition_NF: Tensor) -> Tensor:
         """The velocities (N, F) of points x (N, F) at times (N, 1) in 0..1, given conditions (N, width of the network)."""
         x_NF = x_NF.to(self.enter.weight.dtype)

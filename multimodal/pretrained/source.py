@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from multimodal.checkpoint import model_folder, own_config
-from multimodal.files import parse_json
+from multimodal.checkpoint import model_folder, own_config, write_tensors
+from multimodal.files import new_folder, parse_json
 from multimodal.hub import fetch
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.texts import short_repr, shortened
@@ -210,23 +210,18 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Write a folder that their library loads.
 
     Raises:
-        CheckpointError: the folder has files already, or one of `files` has an unknown name.
+        CheckpointError: the folder has files already or cannot be written, or one of `files` has an unknown name.
     """
-    from safetensors.torch import save_file
-
     known = {*OTHER_FILES, "tokenizer_config.json"}
     if foreign := [name for name in files if name not in known]:
         # a checkpoint from somebody else could name any path on this machine
         raise CheckpointError(
             f"{folder}: export does not write files named {foreign[0]!r}; known names are {', '.join(sorted(known))}"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: there are files here already; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the folder cannot be made: {error.strerror or error}") from error
-    save_file({name: x.contiguous().clone() for name, x in tensors.items()}, folder / WEIGHTS[0], {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+    with new_folder(folder) as part:
+        write_tensors(
+            {name: x.contiguous().clone() for name, x in tensors.items()}, part / WEIGHTS[0], {"format": "pt"}
+        )
+        (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, data in files.items():
+            (part / name).write_bytes(data)

@@ -28,7 +28,7 @@ from multimodal.serve.calls import Call
 from multimodal.serve.chat import complete_chat
 from multimodal.serve.checkpoints import Checkpoint, Checkpoints
 from multimodal.serve.embeddings import embed_inputs
-from multimodal.serve.errors import ApiError, as_api_error
+from multimodal.serve.errors import ApiError, as_api_error, stopping
 from multimodal.serve.logs import log
 from multimodal.serve.looks import look_into
 from multimodal.serve.media_answers import draw, speak
@@ -98,7 +98,7 @@ class Service:
         self.check(socket)
         most = self.settings.live_sessions
         if self.ending.is_set():
-            raise ApiError(503, "the service stops", code="stopping", retry_s=5)
+            raise stopping()
         if len(self.live) >= most:
             raise ApiError(429, f"{most} live sessions are open; try again later", code="queue_full", retry_s=5)
 

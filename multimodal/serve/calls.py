@@ -3,8 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,11 @@ from multimodal.model import Model
 from multimodal.serve.answers import DONE, EventStream, event
 from multimodal.serve.bodies import Params
 from multimodal.serve.checkpoints import Checkpoint
-from multimodal.serve.errors import ApiError, as_api_error, bad
+from multimodal.serve.errors import ApiError, as_api_error, bad, stopping
 from multimodal.serve.logs import log
 from multimodal.serve.metrics import Metrics
 from multimodal.serve.options import WritingOptions, option_named, refuse_options, writing_options
-from multimodal.serve.scheduler import Job, ModelCall, OnePass, Scheduler, Writing
+from multimodal.serve.scheduler import Closed, Job, ModelCall, OnePass, Scheduler, Writing
 from multimodal.serve.settings import Settings
 from multimodal.serve.tasks import Input, TaskView
 from multimodal.serve.values import Upload, encoded
@@ -82,15 +82,39 @@ class Call:
         """Take a slot at a model, and release the former one, if any.
 
         Raises:
-            ApiError: 429, all slots are taken.
+            ApiError: 429, all slots are taken; 503, the service stops.
         """
-        self.model_name = checkpoint.name
-        if self._scheduler is checkpoint.scheduler:
-            return
-        held = ExitStack()
-        held.enter_context(checkpoint.scheduler.lease())
-        self._lease.close()
-        self._lease, self._scheduler = held, checkpoint.scheduler
+        with self.entered(checkpoint):
+            pass
+
+    @contextmanager
+    def entered(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """`enter` for a block; if it raises, the former slot is kept, and the new one released.
+
+        Raises:
+            ApiError: as of `enter`.
+        """
+        before, held = (self._lease, self._scheduler, self.model_name), ExitStack()
+        self.model_name = checkpoint.name  # for the log, if there is no slot
+        scheduler = checkpoint.scheduler
+        while scheduler is not self._scheduler:
+            try:
+                held.enter_context(scheduler.lease())
+                break
+            except Closed:
+                closed, scheduler = scheduler, checkpoint.scheduler
+                if scheduler is closed:  # it was not reloaded
+                    raise stopping() from None
+        if scheduler is not self._scheduler:
+            self._lease, self._scheduler = held, scheduler
+        try:
+            yield
+        except BaseException:
+            self._lease, self._scheduler, self.model_name = before
+            held.close()
+            raise
+        if before[0] is not self._lease:
+            before[0].close()
 
     async def in_pool(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Run a function in a thread of the pool, so that it does not block the event loop."""

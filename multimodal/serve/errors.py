@@ -69,6 +69,11 @@ def fields_are(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+def stopping() -> ApiError:
+    """Nothing new is taken, because the service stops."""
+    return ApiError(503, "the service stops", code="stopping", retry_s=5)
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """The `ApiError` for any error. For a bug of ours, it has no details."""
     if isinstance(error, ApiError):

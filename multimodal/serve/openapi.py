@@ -50,11 +50,13 @@ OPTIONS: dict[str, Schema] = {
     "top_p": _number("sample only from the fewest likeliest tokens whose probabilities add up to this"),
     "min_p": _number("sample only from tokens with at least this fraction of the largest probability"),
     "beams": _whole("number of beams of beam search; 1: no beam search", minimum=1),
-    "length_penalty": _number("beams are ranked by log-probability / length ** length_penalty"),
+    "length_penalty": _number(
+        "beams are ranked by log-probability / length ** length_penalty", minimum=-10, maximum=10
+    ),
     "guidance": _number("classifier-free guidance scale; 1: no guidance"),
     "stop": _texts("stop strings of a text answer"),
     "begin": _text("the beginning of a text answer, which the model continues"),
-    "seed": _whole("the seed of the first answer; the following answers use the following seeds"),
+    "seed": _whole("the seed of the first answer; the following answers use the following seeds", minimum=0),
     "no_repeat": _whole("the n for which no n-gram of tokens is repeated", minimum=1),
     "repetition": _number("the repetition penalty of tokens that the answer has already"),
     "presence_penalty": _number("subtracted once from the logit of each token that the answer has already"),

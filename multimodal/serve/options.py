@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from multimodal.generate import Repetition
+from multimodal.generate.beams import MOST_LENGTH_PENALTY
 from multimodal.generate.samplers import combined_sampler
 from multimodal.model import Model
 from multimodal.serve.bodies import Params
@@ -96,13 +97,13 @@ def writing_options(params: Params, model: Model, task: str, most_answers: int) 
         "sampler": sampler,
         "temperature": temperature if sampler is None else None,
         "beams": beams,
-        "length_penalty": params.number("length_penalty", 1.0),
+        "length_penalty": params.number("length_penalty", 1.0, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY),
         "guidance": params.number("guidance", 1.0),
         "stop": stop,
         "begin": begin or None,
     }
     drawn = head.draws_features or bool(temperature) or (sampler is not None and sampler.draws)
-    seed, count = params.whole("seed"), params.whole("n", 1, low=1, high=most_answers)
+    seed, count = params.whole("seed", low=0), params.whole("n", 1, low=1, high=most_answers)
     if count > 1 and not drawn:
         raise bad(f"n={count}: nothing is sampled, so all answers would be the same; give a temperature", "n")
     first = seed if seed is not None else secrets.randbelow(2**31) if drawn else 0

@@ -260,21 +260,21 @@ class LiveSession:
         await self._send("input_audio_buffer.cleared")
 
     async def _choose(self, model: str | None, task: str | None, rate_hz: int) -> None:
-        """Take a slot at a model, and make a listener for the next sound.
+        """Take a slot at a model, and make a listener for the next sound; after an error nothing has changed.
 
         Raises:
             ApiError: there is no such model, task or rate, or no free slot.
             ConfigError: the task cannot transcribe live; the message says what to change.
         """
         call, checkpoint = self.call, self.checkpoints.named(model, task)
-        call.enter(checkpoint)
-        chosen = _live_task(call.model, task)
-        scheduler, listener = call.scheduler, await call.run_on_model(lambda model: Listener(model, chosen))
-        own = listener.spec.rate_hz
-        if rate_hz not in RATES_HZ and rate_hz != own:
-            raise bad(
-                f"rate={rate_hz}: wanted {', '.join(map(str, RATES_HZ))} Hz, or the {own} Hz of the model", "rate"
-            )
+        with call.entered(checkpoint):
+            chosen = _live_task(call.model, task)
+            scheduler, listener = call.scheduler, await call.run_on_model(lambda model: Listener(model, chosen))
+            own = listener.spec.rate_hz
+            if rate_hz not in RATES_HZ and rate_hz != own:
+                raise bad(
+                    f"rate={rate_hz}: wanted {', '.join(map(str, RATES_HZ))} Hz, or the {own} Hz of the model", "rate"
+                )
         self._prepared, self.rate_hz = (scheduler, listener), rate_hz
         self.model, self.task = checkpoint.name, chosen
         call.task = chosen

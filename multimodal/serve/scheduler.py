@@ -91,6 +91,10 @@ class Load:
     latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=32))  # seconds of the newest requests
 
 
+class Closed(Exception):
+    """The scheduler takes no new requests; after a reload there is another one."""
+
+
 class Scheduler:
     """Runs the jobs of one model in a thread of its own. Nothing else may use the model.
 
@@ -123,8 +127,11 @@ class Scheduler:
 
         Raises:
             ApiError: 429, all slots are taken.
+            Closed: it is closed, and its thread may have ended.
         """
         with self._lock:
+            if self._closing and not self._leases:
+                raise Closed
             if self._leases >= self.settings.rows + self.settings.queue:
                 raise self.busy(f"{self._leases} requests are open")
             self._leases += 1
@@ -180,7 +187,8 @@ class Scheduler:
 
     def close(self) -> None:
         """End the thread after all requests have ended; requests with a slot may still submit jobs."""
-        self._closing = True
+        with self._lock:
+            self._closing = True
         self._inbox.put(None)
 
     def _run(self) -> None:

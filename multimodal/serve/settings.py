@@ -1,5 +1,6 @@
 """The limits of a service."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,7 +69,16 @@ class Settings:
             if not least <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"serve: {name}={getattr(self, name)} must be at least {least:g}")
 
+        for number, key in enumerate(self.keys, 1):
+            check_key(f"serve: key {number}", key)
+
     @property
     def waiting_tokens(self) -> int:
         """Tokens that may wait."""
         return 4 * self.rows * self.capacity if self.queue_tokens is None else self.queue_tokens
+
+
+def check_key(where: str, key: str) -> None:
+    """Raise a ConfigError for a key that no client could send in a header. The message does not show it."""
+    if re.fullmatch("[!-~]+", key) is None:
+        raise ConfigError(f"{where}: a key is made of letters, digits and signs of ASCII, without blanks between them")

@@ -99,6 +99,30 @@ def test_texts_written_with_the_cache(runner):
     ]
 
 
+def test_what_the_model_refuses_is_refused(runner):
+    model, program = runner(CORE.replace(learned_times=24), mm.Task("text -> answer:text", mm.NextToken()))
+    for text, written in (("a" * 18, 5), ("a" * 18, 6), ("a" * 40, 1), ("", 24), ("a", 200)):
+        sample, found = {"text": text or None}, []
+        for write in (
+            lambda sample=sample, written=written: program.write([sample], max_tokens=written)[0],
+            lambda sample=sample, written=written: (
+                model.generate("text -> answer:text", **sample, max_tokens=written).value
+            ),
+        ):
+            try:
+                found.append(write())
+            except ValueError:
+                found.append("refused")
+        assert found[0] == found[1]
+        assert (found[0] == "refused") == (len(text) + written > 23)
+
+
+def test_no_tokens_at_all_are_refused(runner):
+    _, program = runner(CORE, mm.Task("image text -> label"))
+    with pytest.raises(ValueError, match="sample 1 has 0 tokens; wanted 1 to inf"):
+        program.classify([{"image": None, "text": "a"}, {"image": None, "text": None}])
+
+
 def test_vectors_of_texts_and_pictures(runner):
     model, program = runner(CORE, mm.Task("image <-> text", mm.Contrast(width=16)))
     for side, samples in (

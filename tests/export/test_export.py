@@ -141,6 +141,158 @@ def test_other_mistakes_are_refused(tokenizers, untraced, tmp_path):
     assert files_of(tmp_path) == ["full/mine.txt"]
 
 
+def test_an_export_goes_to_any_folder_that_is_new_or_empty(tokenizers, lively, untraced, tmp_path, monkeypatch):
+    model, task = lively(mm.Model(tokenizers, CORE, ["image -> label"])), "image -> label"
+    for name in ("empty", "led to", "current", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "mine").touch()
+    (tmp_path / "file").write_text("mine")
+    for link, to in (("link", "led to"), ("dangling", "new/deep"), ("to full", "full"), ("loop", "loop")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    monkeypatch.chdir(tmp_path / "current")
+    whole = ["answer.pt2", "manifest.json"]
+    good = {
+        "..": "../full",
+        "empty": "empty",
+        "link": "led to",
+        "dangling": "new/deep",
+        ".": "current",
+        "a/b/../c": "a/c",
+    }
+    for name in ("empty", "link", "dangling", "a/b/../c", "x/y"):
+        assert model.export("pt2", tmp_path / name, task=task) == tmp_path / name
+        assert files_of(tmp_path / good.get(name, name)) == whole
+    assert (tmp_path / "link").is_symlink()
+    for name in ("", "current/new"):
+        if name:
+            (tmp_path / "current" / "current").mkdir()
+            monkeypatch.chdir(tmp_path / "current" / "current")
+        model.export("pt2", name, task=task)
+    assert files_of(tmp_path / "current") == sorted([*whole, *(f"current/current/new/{one}" for one in whole)])
+    before = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    for name, why in (
+        ("full", "there are files here already"),
+        ("to full", "there are files here already"),
+        ("file", "there are files here already"),
+        ("file/out", r"cannot be written \(Not a directory\)"),
+        ("file/out/deep", r"cannot be written \(Not a directory\)"),
+        ("n" * 300, r"cannot be written \(File name too long\)"),
+        ("new2/" + "n" * 300, r"cannot be written \(File name too long\)"),
+        ("loop", "there are files here already"),
+        ("a\0b", r"cannot be written \(.*null"),
+    ):
+        monkeypatch.setattr(untraced, "write", lambda *_: pytest.fail("work before the check"))
+        with pytest.raises(mm.CheckpointError, match=f"{why}.*choose another folder"):
+            model.export("pt2", tmp_path / name, task=task)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_two_exports_at_once_one_wins_and_nothing_is_left(
+    tokenizers, lively, untraced, tmp_path, monkeypatch, there
+):
+    model, folder = lively(mm.Model(tokenizers, CORE, ["image -> label"])), tmp_path / "out"
+    if there:
+        folder.mkdir()
+    write, others = untraced.write, [folder]
+
+    def other_first(program, path):
+        if others:
+            found = None
+            try:
+                others.pop() and model.export("pt2", folder)
+            except mm.CheckpointError as error:
+                found = error
+            assert (found is not None) == there  # the first that is in a folder has it
+        write(program, path)
+
+    monkeypatch.setattr(untraced, "write", other_first)
+    if there:
+        model.export("pt2", folder)
+    else:
+        with pytest.raises(mm.CheckpointError, match="there are files here already"):
+            model.export("pt2", folder)
+    assert files_of(tmp_path) == ["out/answer.pt2", "out/manifest.json"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("to", ["pt2", "onnx"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(tokenizers, lively, tmp_path, to, there):
+    resource = pytest.importorskip(
+        "resource"
+    )  # files can be no larger than some bytes: writing fails as on a full disk
+    for name in formats.FORMATS["onnx"].needs if to == "onnx" else ():
+        pytest.importorskip(name, reason="the extra `export` is not installed")
+    model = lively(mm.Model(tokenizers, CORE, ["text -> label"]))
+    folder = tmp_path / "deep" / "out"
+    if there:
+        folder.mkdir(parents=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(mm.CheckpointError, match=r"out: cannot be written \(.*(too large|27).*make room"):
+            model.export(to, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", folder] if there else [])
+
+
+A = mm.attention
+PLACES = {
+    "table of times": CORE.replace(learned_times=12),
+    "score": CORE.replace(score=A.LocationBased(12)),
+    "prior": CORE.replace(prior=A.MixingWeights(12)),
+    "tables of a reader and a writer": mm.EncoderDecoder(
+        reader=CORE.replace(learned_times=12), writer=CORE.replace(learned_times=8)
+    ),
+    "score of a reader": mm.EncoderDecoder(reader=CORE.replace(score=A.LocationBased(12)), writer=CORE),
+    "score of a writer": mm.EncoderDecoder(reader=CORE, writer=CORE.replace(score=A.LocationBased(12))),
+    "none": CORE,
+}
+
+
+@pytest.mark.parametrize("core", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(
+    "task",
+    [
+        mm.Task("story text -> label"),
+        mm.Task("story text -> label", mm.Classify(pool=mm.heads.Mean(skip=2))),
+        mm.Task("story <-> text"),
+        mm.Task("story -> text"),
+    ],
+    ids=["classes", "pool", "pair", "texts"],
+)
+def test_the_manifest_says_which_samples_the_model_refuses(tokenizers, lively, untraced, tmp_path, core, task):
+    model = lively(mm.Model(tokenizers, core, [task]))
+    (pattern,) = model.tasks
+    manifest = manifest_of(model.export("pt2", tmp_path / "out"))
+    (name, program), *_ = [(name, p) for name, p in manifest["programs"].items() if "tokens" in p]
+
+    def answered(count: int, written: int = 1) -> bool:
+        sample = dict.fromkeys(("story", "text")) | ({"story": "a" * count} if count else {})
+        try:
+            if name == "left":
+                model.vectors(pattern, [{"story": sample["story"]}], side="left")
+            elif name == "prefill":
+                model.generate(pattern, story=sample["story"], max_tokens=written)
+            else:
+                model.predict(pattern, **sample)
+        except ValueError:
+            return False
+        return True
+
+    bounds = program["tokens"]
+    shared = 1 if name == "prefill" and manifest["most_tokens"] is not None else 0
+    found = [count for count in range(40) if answered(count)]
+    assert found[0] == bounds["least"]
+    assert found == list(range(found[0], found[-1] + 1))
+    assert (None if found[-1] == 39 else found[-1] + shared) == bounds["most"]
+    if name == "prefill" and manifest["most_tokens"] is None:
+        written = max(count for count in range(1, 20) if answered(3, count))
+        assert manifest["answer"]["most"] == (None if written == 19 else written)
+
+
 def test_a_missing_package_is_named_with_what_to_install(tokenizers, monkeypatch, tmp_path):
     monkeypatch.setattr(formats.ONNX, "needs", ("onnx_that_nobody_has",))
     model = mm.Model(tokenizers, CORE, ["image -> label"]).eval()

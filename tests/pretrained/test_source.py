@@ -170,10 +170,27 @@ def test_nothing_of_a_folder_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(mm.CheckpointError, match=r"there are files here already; choose another folder"):
         model.export("hf", tmp_path / "tiny")
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    with pytest.raises(mm.CheckpointError, match=r"the folder cannot be made: Not a directory"):
+    with pytest.raises(
+        mm.CheckpointError, match=r"file/out: cannot be written \(Not a directory\); choose another folder"
+    ):
         model.export("hf", tmp_path / "file" / "out")
     with pytest.raises(mm.ConfigError, match=r"Model.export: to='onnxx' is unknown"):
         model.export("onnxx", tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip(
+        "resource"
+    )  # files can be no larger than some bytes: writing fails as on a full disk
+    model = pretrained(tiny_llama(tmp_path / "tiny")).model()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(mm.CheckpointError, match=r"out: cannot be written \(model.safetensors: .*make room"):
+            model.export("hf", tmp_path / "deep" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]
 
 
 def test_a_task_by_its_pattern_takes_the_head_that_writes_its_kind(tmp_path: Path) -> None:

@@ -247,6 +247,15 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     assert "holds no key" in refused(tiny, "--api-key-file", str(tmp_path / "empty"))
     assert "there is no such file" in refused(tiny, "--api-key-file", "/dev/zero")
+    (tmp_path / "keys").write_text("# of Ann\n\n", encoding="utf-8")
+    assert "holds no key" in refused(tiny, "--api-key-file", str(tmp_path / "keys"))
+    for bad in ("two words", "schl\u00fcssel", "key # of Ann", "\u00a0", "a\x0bb", "a\0b"):
+        (tmp_path / "keys").write_text(f"# of Ann\n\nright\n  {bad}\n", encoding="utf-8")
+        said = refused(tiny, "--api-key-file", str(tmp_path / "keys"))
+        assert "keys, line 4: a key is made of letters, digits and signs of ASCII" in said
+        assert bad not in said
+    (tmp_path / "keys").write_bytes("right".encode("utf-16"))
+    assert "cannot be read" in refused(tiny, "--api-key-file", str(tmp_path / "keys"))
     assert "rows=0 must be at least 1" in refused(tiny, "--rows", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

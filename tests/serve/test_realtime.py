@@ -1,6 +1,7 @@
 """Live transcription: the words of the whole sound while it comes, for OpenAI's own client, and for clients that misbehave."""
 
 import base64
+import contextlib
 import json
 import logging
 import signal
@@ -256,6 +257,53 @@ def test_tasks_that_cannot_be_heard_live_are_refused_by_name(client):
         with other.websocket_connect("/v1/realtime?task=image -> label") as socket:
             assert socket.receive_json()["session"]["audio"]["input"]["transcription"] is None
             assert "is no sound" in socket.receive_json()["error"]["message"]
+
+
+def test_what_is_refused_changes_nothing(load, ear):
+    """Of two models: neither the model that hears, nor its places, nor the rate."""
+    from starlette.testclient import TestClient
+
+    from multimodal.serve.app import make_app
+    from multimodal.serve.checkpoints import Checkpoint
+    from multimodal.serve.settings import Settings
+    from tests.serve.conftest import make_model
+
+    settings = Settings(rows=1, queue=1, capacity=64)
+    made = [
+        Checkpoint("ear", load, settings),
+        Checkpoint("tiny", make_model, settings),
+        Checkpoint("deaf", load, settings),
+    ]
+    text, data = spoken(2, 4)
+
+    def places() -> dict[str, int]:
+        return {checkpoint.name: checkpoint.scheduler.leases for checkpoint in made}
+
+    with TestClient(make_app(made, settings)) as client, talking(client, "/v1/realtime?model=ear") as talk:
+        before = talk.rate(RATE)
+        busy = contextlib.ExitStack()
+        for model, rate, words, occupied in (
+            ("tiny", RATE, "look at what comes later", False),  # none that can be heard live
+            ("deaf", 12_345, "rate=12345: wanted", False),
+            ("none", RATE, "there is no model 'none'", False),
+            ("ear", 12_345, "rate=12345: wanted", False),
+            ("deaf", RATE, "is busy", True),
+        ):
+            for _ in range(2 * occupied):
+                busy.enter_context(made[2].scheduler.lease())
+            heard = {"format": {"type": "audio/pcm", "rate": rate}, "transcription": {"model": model}}
+            error = talk.refused("session.update", session={"audio": {"input": heard}})
+            assert words in error["message"]
+            busy.close()
+            assert places() == {"ear": 1, "tiny": 0, "deaf": 0}
+            read = made[0].scheduler.load.read
+            assert talk.said(data)["transcript"] == text
+            assert made[0].scheduler.load.read > read
+            assert made[1].scheduler.load.read == made[2].scheduler.load.read == 0
+            assert talk.rate(RATE) == before
+        talk.send("session.update", session={"audio": {"input": {"transcription": {"model": "deaf"}}}})
+        assert talk.next("session.updated")["session"]["audio"]["input"]["transcription"]["model"] == "deaf"
+        assert places() == {"ear": 0, "tiny": 0, "deaf": 1}
 
 
 BAD = [

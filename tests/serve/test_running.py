@@ -339,6 +339,60 @@ def test_keys():
         assert client.post("/v1/models/tiny/reload").status_code == 403
 
 
+def test_keys_of_a_file(tmp_path):
+    from multimodal.cli.serve import _keys
+
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbfone\r\n# the next is of Ann\r\n\r\n\ttwo#2 \r\n  # three\r\n")
+    assert _keys(file) == ("one", "two#2")
+    with serving(keys=_keys(file)) as client:
+        for key, status in (("one", 200), ("two#2", 200), ("# three", 401), ("", 401)):
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == status
+    for bad in ("", "a b", "\u00e9"):
+        with pytest.raises(ConfigError, match="serve: key 2: a key is made of letters"):
+            Settings(keys=("right", bad))
+
+
+def test_whoever_comes_while_a_model_is_loaded_again_gets_the_new_one(monkeypatch):
+    """A request reads the scheduler, which ends before the request has its place."""
+    with serving() as client:
+        checkpoint = client.app.state.service.checkpoints.by_name["tiny"]
+        lease, reloads = scheduler_module.Scheduler.lease, [checkpoint.reload]
+
+        def late(scheduler: Any) -> Any:
+            if reloads:
+                reloads.pop()()
+                scheduler.thread.join(30)
+                assert not scheduler.thread.is_alive()
+            return lease(scheduler)
+
+        monkeypatch.setattr(scheduler_module.Scheduler, "lease", late)
+        assert client.post(CHAT, json=body("a", max_tokens=2)).status_code == 200
+        assert not reloads
+        monkeypatch.setattr(scheduler_module.Scheduler, "lease", lease)
+        scheduler = checkpoint.scheduler
+        assert checkpoint.close(30)
+        with pytest.raises(scheduler_module.Closed), scheduler.lease():
+            pass
+        refused = client.post(CHAT, json=body("a", max_tokens=2))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        assert refused.headers["retry-after"] == "5"
+        assert scheduler.leases == 0
+
+
+def test_places_are_given_as_long_as_somebody_has_one():
+    settings = Settings(rows=2, capacity=128)
+    scheduler = scheduler_module.Scheduler(make_model(), "tiny", settings)
+    told: list[Any] = []
+    with scheduler.lease():
+        scheduler.close()
+        with scheduler.lease():
+            scheduler.submit(scheduler_module.ModelCall(lambda model: "seen", told.append))
+    scheduler.thread.join(30)
+    assert told == ["seen"]
+    assert not scheduler.thread.is_alive()
+
+
 def test_a_stop_finishes_what_runs():
     settings = Settings(rows=2, capacity=128)
     checkpoint = Checkpoint("tiny", make_model, settings)
