@@ -275,7 +275,8 @@ def _limits(model: Model, figures: Mapping[tuple[str, str], float], said: str) -
 
 def _value(tokenizer: Any) -> str:
     """What a value of a kind has to be like, in words."""
-    form, inner = takes(tokenizer), tokenizer
+    form = takes(tokenizer)
+    inner: Any = tokenizer
     own = {PICTURE: "max_pixels", SOUND: "rate_hz"}.get(form)
     while own and not hasattr(inner, own):
         inner = next(of for of in inside(inner).values() if takes(of) == form)  # one kind around another, as codes
@@ -285,8 +286,8 @@ def _value(tokenizer: Any) -> str:
         sides = getattr(fit, "crop", None) or getattr(fit, "size", None)
         if sides:
             size = f"of any size, which is brought to {sides[0]}x{sides[1]} pixels"
-        elif getattr(fit, "shortest", None):
-            size = f"of any size, whose shorter side is brought to {fit.shortest} pixels"
+        elif shortest := getattr(fit, "shortest", None):
+            size = f"of any size, whose shorter side is brought to {shortest} pixels"
         else:
             size = "read at its own size, so best about as large as those that it learned from"
             size += f"; a patch has {patch}x{patch} pixels" if patch else ""

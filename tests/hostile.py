@@ -61,7 +61,7 @@ def make_all(folder: Path) -> Path:
     torch.manual_seed(0)
     make_model().save(folder / "model")
     bpe = TextBPE.train(["a cab", "a bed"] * 5, vocab_size=260)
-    bpe.write(folder / "tokenizer.json")
+    bpe.save(folder / "tokenizer.json")
     mm.Model({"text": bpe, "label": Labels(CLASSES)}, mm.Core(width=8, depth=1, heads=2), [TASK]).save(folder / "bpe")
     mm.fit(make_model(), {TASK: DATA}, folder=folder / "run", **PLAIN)
     write_shards(

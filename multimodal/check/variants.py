@@ -76,7 +76,7 @@ def every_part_counts(case: TokenizerCase) -> None:
             if isinstance(part, (str, list)) and not ignores_order(
                 case.tokenizer, value, put(end_reversed(part, axis, length_of(part, axis)))
             ):
-                doubled = put(part[:1] + part)
+                doubled = put(part[0] + part if isinstance(part, str) else [part[0], *part])
                 want(
                     not _share_tokens(case.tokenizer, value, doubled),
                     f"{describe(value)} and {describe(doubled)} give the same tokens: equal neighbours are merged into one",
@@ -207,7 +207,7 @@ def _gaps(part: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(part, (np.ndarray, Tensor)):
         if part.dtype not in (torch.float32, torch.float64, np.float32, np.float64):
             return
-        copy = torch.clone if isinstance(part, Tensor) else np.copy
+        copy: Any = torch.clone if isinstance(part, Tensor) else np.copy
         middle = len(part) // 2
         gap = copy(part)
         gap[middle] = float("nan")

@@ -63,9 +63,9 @@ class TokenInfo:
     def followed_by(self, other: "TokenInfo") -> "TokenInfo":
         """Concatenate with other tokens along T."""
         pairs = zip(self.mask_info.numbers, other.mask_info.numbers, strict=True)
-        return TokenInfo(
-            MaskInfo(*(torch.cat(pair, 1) for pair in pairs)), torch.cat([self.valid_BT, other.valid_BT], 1)
-        )
+        sample, order, bidirectional, segment = (torch.cat(pair, 1) for pair in pairs)
+        info = MaskInfo(sample, order, bidirectional, segment)
+        return TokenInfo(info, torch.cat([self.valid_BT, other.valid_BT], 1))
 
     def as_numbers(self) -> Tensor:
         """As int64 (B, T, 3): order, bidirectional, segment; the order of padding is -1."""

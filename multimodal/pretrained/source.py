@@ -74,8 +74,8 @@ def find(source: Any, *, revision: str | None = None, pickle: bool = False) -> S
 def _of_folder(name: str, folder: Path, pickle: bool, file: Path | None = None, revision: str | None = None) -> Source:
     if (own := own_config(model_folder(folder))) is not None:
         origin = own.get("origin")
-        known = isinstance(origin, dict) and "name" in origin
-        began = f"; it began with the weights of {origin['name']}, which mm.pretrained reads" if known else ""
+        known = origin.get("name") if isinstance(origin, dict) else None
+        began = f"; it began with the weights of {known}, which mm.pretrained reads" if known else ""
         raise CheckpointError(
             f"{name}: a checkpoint of this library, which mm.Model.load reads, and no model of another one{began}"
         )

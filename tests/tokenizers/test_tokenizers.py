@@ -437,7 +437,10 @@ def test_not_a_text(bpe: TextBPE, name: str) -> None:
 
 def test_pieces_are_those_of_the_library(bpe: TextBPE, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    bpe.write(path)
+    bpe.save(path)
+    with pytest.warns(FutureWarning, match=r"TextBPE.write\(path\) is now TextBPE.save\(path\)"):
+        assert bpe.write(tmp_path / "again.json").read_text() == path.read_text()
+    assert bpe.write("a text", tmp_path / "said").read_text() == "a text"
     library = HFTokenizer.from_file(str(path))
     ours = TextBPE.open(path)
     assert ours == bpe

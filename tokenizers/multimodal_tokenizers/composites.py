@@ -132,7 +132,11 @@ class Joint(Tokenizer):
         return sum(part.feature_size or 1 for _, part in self.entries)
 
     @property
-    def step(self) -> tuple[float, float, float]:
+    def axes(self) -> tuple[str, ...]:
+        return self.entries[0][1].axes
+
+    @property
+    def step(self) -> tuple[float, ...]:
         return self.entries[0][1].step
 
     @property

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor, nn
 
 from multimodal.files import write_atomic
+from multimodal.old_names import warn
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
@@ -206,9 +207,20 @@ class TextBPE(Tokenizer):
             )
         return opened
 
-    def write(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write tokenizer.json."""
         write_atomic(Path(path), self.spec)
+
+    def write(self, value: Any, path: str | Path | None = None) -> Path:
+        if path is not None:
+            return super().write(value, path)
+        warn("TextBPE.write(path)", "TextBPE.save(path)", 1)
+        self.save(value)
+        return Path(value)
+
+    @property
+    def writes_files(self) -> bool:
+        return False  # texts are written as any others
 
     def encode(self, value: Any) -> Tokens:
         with _no_panics(f"TextBPE.encode: {describe(value)}"):
