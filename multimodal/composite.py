@@ -309,6 +309,12 @@ class Composite(Tokenizer):
         """
         return Written(self)
 
+    def answered(self, tokens: Tokens) -> Tensor:
+        """Those of its parts; a mark has no answer of its own."""
+        if not isinstance(tokens, Composed):  # a run of marks
+            return torch.zeros(len(tokens), dtype=torch.bool)
+        return torch.cat([self.at(path).answered(run) for path, run in tokens.runs])
+
     def token_names(self, tokens: Tokens) -> list[str]:
         """Names of marks in angle brackets, of other tokens by their part: "picture: row 0, column 2"."""
         if not isinstance(tokens, Composed):

@@ -409,3 +409,22 @@ def test_the_command_line_reads_a_composite_as_json(tmp_path):
     assert value_from(PAGE, str(tmp_path / "page.json"), "--page") == json.loads(text)
     with pytest.raises(mm.MediaError, match=r"--page: Record.encode: there is no entry 'title'"):
         value_from(PAGE, '{"title": "a"}', "--page")
+
+
+@pytest.mark.parametrize(("of", "rows"), [("page.caption", [8, 9]), ("page", [1, 2, 3, 4, 5, 6, 8, 9])])
+def test_rows_of_one_part_are_answered_and_marks_never(of, rows):
+    model = mm.Model(
+        {
+            "page": Record(picture=ImagePatches(patch=4, channels=1), caption="text"),
+            "text": TextBytes(),
+            "tags": Labels(("a", "b")),
+        },
+        mm.Core.tiny(),
+        [mm.Task("page -> tags", mm.EachRow(of=of))],
+    )
+    page = {"picture": torch.zeros(1, 8, 12), "caption": "hi"}  # a mark, 6 patches, a mark, 2 bytes
+    tags = ["a", "b"] * (len(rows) // 2)
+    stream = model.pack("page -> tags", [{"page": page, "tags": tags}])
+    assert stream.readings["page -> tags"].row_N.tolist() == rows
+    assert len(model.predict("page -> tags", page=page).value) == len(rows)
+    assert verify(model).passed
