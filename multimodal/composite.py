@@ -117,6 +117,7 @@ class Composite(Tokenizer):
     A part may be the name of another kind of the model, "image", whose tokenizer and weights it then shares. Composites whose parts
     are all discrete can be written token by token; all others are only read.
 
+    causal: whether a token that is read attends only to tokens before it; the flags of the parts do not count.
     marked: whether a mark stands before each piece; a kind whose pieces say themselves what they are needs none.
     said: the part that holds what the answering side said earlier, such as an assistant's turns; `NextTurn` learns it too.
 

@@ -114,7 +114,8 @@ class Tokenizer(Declared, ABC):
     Methods to override: `encode`; to write the kind `decode` and `places`, or `next_place` where a token stands where contents say
     (and for features `written_features` and `fed_back`); `embed`; `picture`, `token_names` and `write` for people (`writes_files`
     says whether a kind has its own `write`); `wanted` for measures; `answered` where an answer belongs to some of the tokens only;
-    `files` and `from_config` for large data.
+    `files` and `from_config` for large data. A kind that wraps another hands on `decodes` (has it a decode?), `placed_by_content`
+    (do contents move its tokens?) and `check_tokens` (which `__call__` calls).
 
     Examples:
         >>> @dataclass(frozen=True)

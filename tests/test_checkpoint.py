@@ -389,7 +389,7 @@ def test_a_failed_save_leaves_the_old_one(
 ) -> None:
     calls = []
 
-    def failing(source: object, target: object) -> None:
+    def failing(source: object, target: object, *more: object) -> None:
         calls.append(target)
         if step == "save_file" or len(calls) == (1 if step.endswith("first") else 2):
             raise OSError("disk full")

@@ -18,7 +18,7 @@ from multimodal.export.programs import read_fields
 from multimodal.heads import cross_entropy
 from multimodal.heads.base import TiedLinear
 from multimodal.quantization import FORMS, QuantizedLinear, QuantizedTable
-from multimodal_tokenizers import ImagePatches, Labels
+from multimodal_tokenizers import Chat, ImagePatches, Labels
 from tests.serve.conftest import data_url, png, serving
 
 CORE = mm.Core(width=32, depth=2, heads=4, kv_heads=2)
@@ -163,6 +163,7 @@ EACH = {  # a head, the task that it answers, and which of its layers become sma
     "CTC": (mm.CTC(), HEAR, {"linear"}),
     "EachRow": (mm.heads.EachRow(), "text -> copy:text", {"linear"}),
     "NextToken": (mm.NextToken(), WRITE, {"linear"}),
+    "NextTurn": (mm.NextTurn(), "chat -> text", {"linear"}),
     "Masked": (mm.heads.Masked(0.5), "text -> text", {"linear"}),
     "FlowMatching": (mm.heads.FlowMatching(width=32, depth=1, steps=2), "label -> drawn", set()),
     "Pointer": (mm.heads.Pointer(), "text -> part:text", set()),
@@ -188,7 +189,8 @@ def outputs(model: mm.Model, task: str, sample: dict[str, Any]) -> Tensor:
 def test_every_head_of_ours(tokenizers, lively, sample, tmp_path, name, to):
     head, task, wanted = EACH[name]
     given = {**sample(3), "copy": sample(3)["text"], "part": sample(3)["text"][:1], "drawn": torch.rand(8, 8).numpy()}
-    kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8))}
+    given["chat"] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": given["text"]}]
+    kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8)), "chat": Chat(text="text")}
     model = lively(mm.Model(kinds, CORE.replace(depth=1), [mm.Task(task, head)]))
     small = mm.quantize(model, to)
     made = {n for n, m in small.readout(task).named_modules() if isinstance(m, QuantizedLinear)}

@@ -194,12 +194,12 @@ class PlacedPatches(mm.Tokenizer):
     given: str = "row and column"
 
     @property
-    def axes(self) -> int:
+    def numbers(self) -> int:
         return {"row and column": 2, "index": 1, "column": 1, "none": 0}[self.given]
 
     @property
     def feature_size(self) -> int:
-        return 49 + self.axes
+        return 49 + self.numbers
 
     def encode(self, value: Any) -> mm.Tokens:
         tokens = ImagePatches(patch=7, channels=1, position="rotary").encode(value)

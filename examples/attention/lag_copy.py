@@ -53,9 +53,9 @@ def leak(model: mm.Model, count: int = 16) -> float:
         for s in before
     ]
     with model.inference_mode():
-        one, other = (model.logits(model.pack(TASK, x))[TASK].view(count, LENGTH, -1) for x in (before, after))
+        one, other = (model.logits(model.pack(TASK, x))[TASK].view(count, LENGTH - LAG, -1) for x in (before, after))
     assert not torch.equal(one, other)
-    return float((one - other)[:, : LENGTH // 2].abs().max())
+    return float((one - other)[:, : LENGTH // 2 - LAG].abs().max())
 
 
 def measure(seed: int = 0, quick: bool = False, out: Path | None = None) -> dict[str, float]:

@@ -47,6 +47,10 @@ def declared(case: TokenizerCase) -> None:
     else:
         want(len(given) == 1, f"{sizes}: exactly one of them is wanted")
         want(type(given[0]) is int and given[0] > 0, f"{sizes}: a positive int is wanted")
+        want(
+            given[0] <= MOST_ROWS,
+            f"{sizes}: an embedding of {given[0]:,} rows is beyond memory; hash or split such ids into several tokens",
+        )
     try:
         check_axes("axes", t.axes)
     except ConfigError as error:
@@ -58,10 +62,6 @@ def declared(case: TokenizerCase) -> None:
     )
     flags = {name: getattr(t, name) for name in ("causal", "classes", "text", "lossy")}
     want(all(type(flag) is bool for flag in flags.values()), f"{flags}: bools are wanted")
-    want(
-        given[0] <= MOST_ROWS,
-        f"{sizes}: an embedding of {given[0]:,} rows is beyond memory; hash or split such ids into several tokens",
-    )
     want(type(t.learned) is int and t.learned >= 0, f"learned={t.learned!r}: a number of tokens, 0 or more, is wanted")
     want(type(t.max_tokens) is int and t.max_tokens > 0, f"max_tokens={t.max_tokens!r}: a positive int is wanted")
     written = t.written_features

@@ -23,6 +23,16 @@ class NextTurn(NextToken):
     before. A sample needs no answer of its own: without one its last turn is the answer.
 
     It shares the weights of `NextToken` where both write one kind and have no learned start; `of` makes one of such a head.
+
+    label_smoothing: the share of the target that is spread evenly over all tokens, from 0 to below 1.
+    start_ids: always (), as a turn starts from the last token that is read.
+    stop_id: the id of the vocabulary that ends a turn; None: a class of its own.
+    tied: whether logits are products with the embedded tokens, so that this head has no matrix of its own (Press & Wolf 2017).
+    bias: whether the logits have a learned bias.
+    scale: factor of the states.
+    cap: bound of the logits, which become cap * tanh(logits / cap); None: no bound.
+    never: ids that are never written, such as marks that are only read; logits and loss know nothing of it.
+    never_first: ids that do not begin a turn.
     """
 
     start_ids: tuple[int, ...] | None = ()

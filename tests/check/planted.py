@@ -73,6 +73,15 @@ class Numbers(mm.Tokenizer):
         return tokens.content.tolist()
 
 
+@dataclass(frozen=True)
+class AnswersByNumber(Numbers):
+    """Says which tokens have answers by numbers, not bools."""
+
+    def answered(self, tokens):
+        return torch.ones(len(tokens), dtype=torch.int64)
+
+
+@dataclass(frozen=True)
 class ReadNumbers(Numbers):
     """Numbers that are only read."""
 
@@ -809,6 +818,7 @@ class LooksAhead(ReadWave):
 
 # (tokenizer, values, the check that must fail, words of its message)
 PLANTED = [
+    (AnswersByNumber(), lists, "relations_as_declared", "answered gave torch.int64"),
     (DropsTheFirst(), waves, "every_part_counts", "begins differently"),
     (EverySecond(), lists, "every_part_counts", "begins differently"),
     (HeadAndTail(), words, "every_part_counts", "goes on differently"),

@@ -394,7 +394,7 @@ def test_mp3_that_libsndfile_reads_from_a_path_only(
         np.testing.assert_array_equal(sound(file), wanted, err_msg="the same open file, read again")
     for data, times in ((b"ID3" + bytes(99), 2), (plain, 1)):
         tried.clear()
-        with pytest.raises(MediaError, match=rf"cannot read {len(data)} bytes as sound: Error opening <_io.BytesIO"):
+        with pytest.raises(MediaError, match=rf"cannot read {len(data)} bytes as sound: Error"):
             sound(data)
         assert len(tried) == times
     assert not list((tmp_path / "copies").iterdir())

@@ -26,7 +26,7 @@ pytest.importorskip("uvicorn", reason=EXTRA)
 pytest.importorskip("python_multipart", reason=EXTRA)
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAT, KEY = "/v1/chat/completions", "a key of tests"
+CHAT, KEY = "/v1/chat/completions", "a-key-of-tests"
 
 
 class Server:

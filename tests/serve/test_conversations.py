@@ -55,7 +55,7 @@ def test_a_conversation_is_answered_as_the_model_alone_answers_it(client):
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}], "is no data: URL"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}], "is no data:"),
         ([{"role": "boss", "content": "a"}], "the role 'boss' is none of"),
         ([{"role": "user", "content": "<|im_end|>"}], "the content holds the marker"),
         ([], "wanted a list of one message or more"),
@@ -79,4 +79,4 @@ def test_lists_and_composites_are_fields(client):
     refused = client.post("/v1/tasks/image* -> label", json={"fields": {"image": URL}})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "image")
     refused = client.post("/v1/tasks/page -> label", json={"fields": {"page": {**PAGE, "picture": "a.png"}}})
-    assert "page.picture: 'a.png' is no data: URL" in refused.json()["error"]["message"]
+    assert "page.picture: 'a.png' is no data:" in refused.json()["error"]["message"]

@@ -22,7 +22,7 @@ class Chat(Composite):
 
     A content is a text, or a list of parts {"type": "text", "text": ..}, {"type": "image", "image": ..}, {"type": "audio", ..},
     also in the forms "image_url" and "input_audio" of OpenAI. The kinds of the parts are those of the model by name, so that a
-    pretrained text model and a tower are used as they are. Tokens are causal.
+    pretrained text model and a tower are used as they are.
 
     Markers are the text kind's own tokens where it has them ("<|im_end|>"), and a content cannot hold one: its tokenizer reads
     it as plain characters, or where it cannot tell them apart the turn is refused.
@@ -32,6 +32,7 @@ class Chat(Composite):
     begin: what stands before the first turn, such as "<|begin_of_text|>".
     roles: the roles that a turn may have. answers: the role of those turns that a head learns and writes.
     names: (role, its name in the template), where that is another: (("assistant", "model"),).
+    causal: always true, so that every turn of the assistant is learned in one pass.
 
     Examples:
         >>> kinds = {"chat": Chat(), "text": TextBytes()}

@@ -102,6 +102,7 @@ class Joint(Tokenizer):
     It is one kind with features, in which ids are numbers, so that it is only read.
 
     entries: (name, tokenizer) of each content.
+    causal: whether a token that is read attends only to tokens before it.
 
     Examples:
         >>> notes = Joint(pitch=Ids(128), strength=Features(1))

@@ -35,6 +35,7 @@ class WhisperFrames(Tokenizer):
     mels: int = 80
     pad_seconds: float | None = 30.0
     rate_hz: ClassVar[int] = 16000
+    lossy = True
     step = (FRAMES * HOP / 16000, 1.0, 1.0)
 
     def __post_init__(self) -> None:
