@@ -26,7 +26,7 @@ FARTHEST = 2**20  # steps; float32 tells sixteenths of a step apart up to here
 @promise(CHECKS)
 def text_grows(case: TokenizerCase) -> None:
     """Where the kind is text, what is shown token by token while it is written is the text of all tokens."""
-    t = decoding(case, written=True)
+    t = decoding(case, written=True).written
     if not t.text:
         return
     for value in case.values:
