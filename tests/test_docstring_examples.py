@@ -16,7 +16,7 @@ import multimodal as mm
 from multimodal.check import check_tokenizer, verify
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
-from multimodal_tokenizers import AudioFrames, Ids, ImagePatches, Labels, TextBytes
+from multimodal_tokenizers import AudioFrames, Ids, ImagePatches, Labels, Series, TableRow, TextBytes
 from tests.pretrained.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +34,15 @@ MOST_USED = {
     "Engine": mm.Engine,
     "Fields": mm.Fields,
     "Ids": Ids,
+    "Labels.from_data": Labels.from_data,
     "Masked": mm.Masked,
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
     "quantize": mm.quantize,
     "Run": mm.Run,
+    "Series": Series,
     "Shards": mm.Shards,
+    "TableRow": TableRow,
     "Task": mm.Task,
     "Tokenizer": mm.Tokenizer,
     "Tokens": mm.Tokens,
@@ -89,7 +92,7 @@ def namespace() -> dict[str, Any]:
     modules = {"mm": mm, "np": np, "torch": torch, "Path": Path, "dataclass": dataclass}
     tools = {"check_tokenizer": check_tokenizer, "inside": inside, "verify": verify, "xray": xray}
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
-    kinds |= {"Ids": Ids}
+    kinds |= {"Ids": Ids, "Series": Series, "TableRow": TableRow}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 
