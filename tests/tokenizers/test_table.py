@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from sklearn.datasets import load_wine
@@ -16,7 +17,8 @@ from multimodal.check import tokenizer_checks, verify
 from multimodal.check.values import plausible_values
 from multimodal.heads import FlowMatching
 from multimodal.shapes import ConfigError, MediaError
-from multimodal_tokenizers import Column, Labels, TableRow
+from multimodal_tokenizers import Labels, TableRow
+from multimodal_tokenizers.table import Column
 
 ROWS: list[dict[str, Any]] = [
     {"age": 31, "ship": "Titanic", "class": 1, "crew": False},
@@ -66,6 +68,7 @@ def test_a_frame_is_its_rows():
     assert frame["class"].dtype == "category"
     table = TableRow.of(frame, bins=3)
     assert table == TABLE
+    assert TableRow.of(pyarrow.Table.from_pylist(ROWS), categories="class", bins=3) == TABLE
     for (_, series), row in zip(frame.iterrows(), ROWS, strict=True):  # these hold pandas' own missing values
         assert torch.equal(table(series).content, TABLE(row).content)
 
@@ -107,6 +110,17 @@ def test_categories_and_missing_values_are_rows_of_tables():
     torch.testing.assert_close(rows, torch.stack(wanted))
     between = embed(torch.tensor([[0.25, 0.0, 1.0]]))[0]  # as a model may write it
     torch.testing.assert_close(between, column[2] + 0.75 * category[0] + 0.25 * category[1])
+
+
+def test_half_precision_keeps_columns_and_categories_apart():
+    """Weights in bfloat16, as quantization makes them: 300 columns are more than it counts exactly."""
+    names = {f"c{i}": tuple(map(str, range(i % 7 + 1))) for i in range(300)}
+    table = TableRow((*(Column(name, categories=c) for name, c in names.items()), Column("x", edges=(0.0, 1.0))))
+    content = table({name: c[-1] for name, c in names.items()} | {"x": 0.5}).content
+    model = mm.Model({"row": table, "label": Labels(("yes",))}, mm.Core(width=16, depth=0, heads=2), ["row -> label"])
+    wanted = model.embed("row", content)
+    assert len(wanted.round(decimals=4).unique(dim=0)) == 301
+    torch.testing.assert_close(model.bfloat16().embed("row", content).float(), wanted, atol=5e-3, rtol=0)
 
 
 def test_unseen_categories_are_refused_or_read_as_one():

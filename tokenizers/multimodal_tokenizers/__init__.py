@@ -9,7 +9,7 @@ from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
 from multimodal_tokenizers.series import Series
 from multimodal_tokenizers.spectrogram import SpectrogramPatches
-from multimodal_tokenizers.table import Column, TableRow
+from multimodal_tokenizers.table import TableRow
 from multimodal_tokenizers.text import TextBPE, TextBytes
 from multimodal_tokenizers.waveform import Waveform
 from multimodal_tokenizers.whisper import WhisperFrames
@@ -18,7 +18,6 @@ __all__ = [
     "AudioFrames",
     "ClassTokens",
     "Codes",
-    "Column",
     "Features",
     "Ids",
     "ImagePatches",

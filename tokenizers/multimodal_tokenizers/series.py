@@ -33,7 +33,7 @@ class Series(Tokenizer):
     causal: whether a token that is read attends only to earlier ones.
 
     Examples:
-        >>> series = Series.of([np.array([[0.0, 5.0], [1.0, np.nan], [2.0, 7.0]])], patch=2)
+        >>> series = Series.of([np.array([[0.0, 5.0], [2.0, np.nan], [0.0, 7.0], [2.0, np.nan]])], patch=2)
         >>> tokens = series(np.array([[0.0, 5.0], [np.nan, 6.0], [1.0, 5.0]]))
         >>> len(tokens), series.decode(tokens).tolist()
         (2, [[0.0, 5.0], [nan, 6.0], [1.0, 5.0]])

@@ -91,7 +91,8 @@ class TableRow(Tokenizer):
     def of(
         cls, rows: Any, *, categories: Iterable[str] = (), bins: int = 8, rarest: int = 1, unseen: bool | None = None
     ) -> Self:
-        """The columns of a DataFrame or of a list of mappings, with the means and categories of these rows.
+        """The columns of a DataFrame (of pandas or polars, or a table of Arrow) or of a list of mappings, with the means and
+        categories of these rows.
 
         Numbers are numbers; texts, truth values and pandas' categories are categories.
 
@@ -105,11 +106,10 @@ class TableRow(Tokenizer):
         """
         check_whole("TableRow.of", least=0, bins=bins)
         check_whole("TableRow.of", least=1, rarest=rarest)
-        by_name, named = (
-            _columns(rows),
-            {str(name) for name in ([categories] if isinstance(categories, str) else categories)},
-        )
-        named |= {str(name) for name, kind in _dtypes(rows) if str(kind) == "category"}
+        by_name = _columns(rows)
+        named = {str(name) for name in ([categories] if isinstance(categories, str) else categories)}
+        if hasattr(getattr(rows, "dtypes", None), "items"):  # a DataFrame of pandas
+            named |= {str(name) for name, kind in rows.dtypes.items() if str(kind) == "category"}
         if unknown := sorted(named - set(by_name)):
             raise ConfigError(
                 f"TableRow.of: categories names {unknown[0]!r}, but the columns are {listed(by_name)}"
@@ -161,17 +161,18 @@ class TableRow(Tokenizer):
         if not isinstance(row, Mapping) or not row:
             raise MediaError(f"TableRow.encode: wanted a mapping from column to value, not {describe(value)}")
         row = {str(name): x for name, x in row.items()}
-        names = [column.name for column in self.columns]
+        names = {column.name: i for i, column in enumerate(self.columns)}
         if unknown := [name for name in row if name not in names]:
             raise MediaError(
                 f"TableRow.encode: there is no column {shortened(repr(unknown[0]), 60)}; there are {listed(names)}"
                 f"{did_you_mean(unknown[0], names)}"
             )
-        content_NF = torch.zeros(len(names), 3)
+        features = []
         for i, column in enumerate(self.columns):
             x = row.get(column.name)
             missing = _is_missing(x)
-            content_NF[i] = torch.tensor([0.0 if missing else self._number(column, x), float(missing), float(i)])
+            features.append((0.0 if missing else self._number(column, x), float(missing), float(i)))
+        content_NF = torch.tensor(features, dtype=torch.float64).float()
         return Tokens(content_NF, self.places(len(names)))
 
     def _number(self, column: Column, value: Any) -> float:
@@ -276,7 +277,7 @@ class _Embedding(nn.Module):
         if hasattr(self, "slope_ND"):
             index_NF = column_N[:, None] * self.bins + torch.arange(self.bins, device=column_N.device)
             bent_NF = self._bent(value_N, column_N) * (count_N == 0)[:, None]
-            parts = parts + torch.einsum("nf,nfd->nd", bent_NF, F.embedding(index_NF, self.slope_ND))
+            parts = parts + torch.einsum("nf,nfd->nd", bent_NF.to(parts), F.embedding(index_NF, self.slope_ND))
         if hasattr(self, "category"):
             last_N = first_N + count_N
             at_N = first_N + torch.minimum(value_N.clamp(min=0), count_N.to(value_N))
@@ -298,20 +299,24 @@ class _Embedding(nn.Module):
 
 def _columns(rows: Any) -> dict[str, list[Any]]:
     """{column: its values}; rows that lack a column have None."""
-    records = rows.to_dict("records") if hasattr(rows, "dtypes") and hasattr(rows, "to_dict") else rows
-    if isinstance(records, (str, bytes, Mapping)) or not isinstance(records, Iterable):
+    for library, convert in {
+        "pandas": ("to_dict", "records"),
+        "polars": ("to_dicts",),
+        "pyarrow": ("to_pylist",),
+    }.items():
+        if type(rows).__module__.partition(".")[0] == library and hasattr(rows, convert[0]):
+            rows = getattr(rows, convert[0])(*convert[1:])
+            break
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise ConfigError(f"TableRow.of: wanted a DataFrame or a list of mappings, not {describe(rows)}")
-    records = list(records)
-    if wrong := next((row for row in records if not isinstance(row, Mapping)), None):
-        raise ConfigError(f"TableRow.of: wanted a mapping from column to value for each row, not {describe(wrong)}")
-    names = dict.fromkeys(name for row in records for name in row)
+    rows = list(rows)
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"TableRow.of: wanted a mapping from column to value for each row, not {describe(row)}")
+    names = dict.fromkeys(name for row in rows for name in row)
     if not names:
         raise ConfigError("TableRow.of: there are no rows, or they have no columns")
-    return {str(name): [row.get(name) for row in records] for name in names}
-
-
-def _dtypes(rows: Any) -> Iterable[tuple[Any, Any]]:
-    return rows.dtypes.items() if hasattr(rows, "dtypes") and hasattr(rows, "to_dict") else ()
+    return {str(name): [row.get(name) for row in rows] for name in names}
 
 
 def _of_numbers(name: str, values: list[Any], bins: int) -> Column:
@@ -327,10 +332,8 @@ def _of_numbers(name: str, values: list[Any], bins: int) -> Column:
 
 
 def _is_missing(value: Any) -> bool:
-    if value is None or type(value).__name__ in (
-        "NAType",
-        "NaTType",
-    ):  # those of pandas, which is not imported for them
+    # the last two are those of pandas, which is not imported for them
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, Real) and value != value
 
