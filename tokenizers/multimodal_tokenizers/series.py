@@ -113,21 +113,22 @@ class Series(Tokenizer):
         there = ~np.isnan(array)
         scaled = np.where(there, (array - self.mean) / self.std, 0.0)
         columns = [scaled, there, np.ones((len(array), 1))]
-        if time is not None:
-            first = time[:: self.patch]
+        count = -(-len(array) // self.patch)
+        if time is None:
+            position_NA = self.places(count)
+        else:
             if time[-1] > LATEST * self.step_s:
                 raise MediaError(
                     f"Series.encode: {describe(value)} ends after {time[-1]:.6g} s, too many steps of step_s={self.step_s:g}; "
                     "count times from the beginning of the series"
                 )
+            first = time[:: self.patch]
             columns.append(((time - np.repeat(first, self.patch)[: len(time)]) / self.step_s)[:, None])
-        steps = np.concatenate(columns, 1)
-        steps = np.pad(steps, ((0, -len(steps) % self.patch), (0, 0)))
+            position_NA = at_times(torch.from_numpy(first).float())
+        steps = np.pad(np.concatenate(columns, 1), ((0, count * self.patch - len(array)), (0, 0)))
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
             content_NF = torch.from_numpy(rearrange(steps, "(n p) f -> n (p f)", p=self.patch).astype(np.float32))
-        return Tokens(
-            content_NF, self.places(len(content_NF)) if time is None else at_times(torch.from_numpy(first).float())
-        )
+        return Tokens(content_NF, position_NA)
 
     def decode(self, tokens: Tokens) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         channels = len(self.mean)

@@ -130,7 +130,7 @@ class TableRow(Tokenizer):
                     f"TableRow.of: column {name!r} has {describe(wrong)}, which is no number and no category; convert it, or "
                     "leave the column out"
                 )
-            count = Counter(texts)
+            count = Counter(text for text in texts if text is not None)
             if name not in named and len(count) > max(FEW, len(texts) // 2):
                 raise ConfigError(
                     f"TableRow.of: column {name!r} has {len(count)} different texts in {len(texts)} rows, too many for categories; "
@@ -346,7 +346,7 @@ def _category(value: Any) -> str | None:
     """The name of a category; None: the value cannot be one. 3.0 is '3', as pandas makes floats of codes with gaps."""
     if isinstance(value, (str, bool, np.bool_, Integral)):
         return str(value)
-    return str(int(value)) if isinstance(value, Real) and float(value).is_integer() else None
+    return str(int(float(value))) if isinstance(value, Real) and float(value).is_integer() else None
 
 
 def _order(name: str) -> tuple[bool, float, str]:

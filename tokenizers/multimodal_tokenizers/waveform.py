@@ -105,11 +105,12 @@ class _Stem(nn.Module):
     def __init__(self, strides: tuple[int, ...], channels: int, left: int, width: int) -> None:
         super().__init__()
         inputs = (1, *[channels] * (len(strides) - 1))
-        self.convolutions = nn.ModuleList(
+        convolutions = [
             nn.Conv1d(count, channels, 2 * stride, stride) for count, stride in zip(inputs, strides, strict=True)
-        )
-        for convolution in self.convolutions:
+        ]
+        for convolution in convolutions:
             nn.init.kaiming_normal_(convolution.weight)  # so that a signal keeps its power through all of them
+        self.convolutions = nn.ModuleList(convolutions)
         self.linear = nn.Linear(left * channels, width)
 
     def forward(self, content_NF: Tensor) -> Tensor:
