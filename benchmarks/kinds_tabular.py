@@ -38,7 +38,7 @@ TASK = "row -> label"
 RECIPE: dict[str, Any] = {"steps": 200, "batch": 32, "lr": 3e-3, "weight_decay": 0.1, "ema": 0.98}
 SHAPE: dict[str, Any] = {"width": 32, "depth": 2, "heads": 4, "dropout": 0.1}
 # what else --tune tries: settings of the recipe, of the core and of the columns
-OTHERS: tuple[dict[str, Any], ...] = ({"bins": 0}, {"steps": 400}, {"dropout": 0.3}, {"depth": 1})
+OTHERS: tuple[dict[str, Any], ...] = ({"bins": 0}, {"steps": 400}, {"dropout": 0.3}, {"depth": 1}, {"lr": 1e-3})
 
 
 def of_sklearn(load: Callable[[], Any]) -> Samples:
