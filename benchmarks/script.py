@@ -66,3 +66,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown, with a line end behind each line."""
     lines = [f"| {' | '.join(cells)} |\n" for cells in (head, *rows)]
     return "".join([lines[0], "|---" * len(head) + "|\n", *lines[1:]])
+
+
+def compared(found: Mapping[str, Sequence[float]], ours: str) -> list[list[str]]:
+    """Rows of a table: by method, what it reached with each seed and their mean; for `ours` the points beside the best other."""
+    mean = {method: sum(right) / len(right) for method, right in found.items()}
+    best = max(mean[method] for method in found if method != ours)
+    return [
+        [
+            method,
+            *(f"{x:.2%}" for x in right),
+            f"{mean[method]:.2%}",
+            f"{100 * (mean[method] - best):+.2f}" if method == ours else "",
+        ]
+        for method, right in found.items()
+    ]

@@ -26,6 +26,8 @@ from multimodal_tokenizers import (
     Labels,
     Record,
     Sequence,
+    Series,
+    TableRow,
     TextBytes,
 )
 from tests.pretrained.tiny import tiny_llama
@@ -48,6 +50,7 @@ MOST_USED = {
     "Fields": mm.Fields,
     "Ids": Ids,
     "Joint": Joint,
+    "Labels.from_data": Labels.from_data,
     "Masked": mm.Masked,
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
@@ -55,7 +58,9 @@ MOST_USED = {
     "Sequence": Sequence,
     "quantize": mm.quantize,
     "Run": mm.Run,
+    "Series": Series,
     "Shards": mm.Shards,
+    "TableRow": TableRow,
     "Task": mm.Task,
     "Tokenizer": mm.Tokenizer,
     "Tokens": mm.Tokens,
@@ -113,6 +118,7 @@ def namespace() -> dict[str, Any]:
     }
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
+    kinds |= {"Ids": Ids, "Series": Series, "TableRow": TableRow}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 

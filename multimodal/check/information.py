@@ -98,6 +98,8 @@ def causal_prefix(case: TokenizerCase) -> None:
             cut = length_of(whole, axis) * 7 // 10
             if tokens is None or cut < 1:
                 continue
+            if getattr(part, "ndim", 1) > 1 and not _is_value(case.tokenizer, put(_upto(whole, axis, cut))):
+                continue  # an axis of fixed size, such as channels: nothing in it comes later
             # a value without its end, and values with other ends: the first tokens must not know
             for shorter in (_upto(whole, axis, cut), *ends_changed(whole, axis, length_of(whole, axis) - cut, [value])):
                 try:
@@ -128,6 +130,14 @@ def _repeated(tokenizer: Tokenizer, part: Any, put: Callable[[Any], Any], axis: 
             break
         part = _joined(part, axis, 2)
     return best, tokens
+
+
+def _is_value(tokenizer: Tokenizer, value: Any) -> bool:
+    try:
+        tokenizer(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:

@@ -584,6 +584,28 @@ def test_unknown_labels() -> None:
         several(["dog", "hat"])
 
 
+def test_labels_from_data_are_its_classes():
+    assert Labels.from_data(["dog", "cat", "dog"]) == Labels(("cat", "dog"))
+    assert Labels.from_data(np.array([10, 9, -1, 10])) == Labels(("-1", "9", "10"))
+    assert Labels.from_data(iter([True, False])) == Labels(("False", "True"))
+    assert Labels.from_data([["dog"], [], ["cat", "dog"]], several=True) == Labels(("cat", "dog"), several=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "several", "message"),
+    [
+        ([], False, "there are no values"),
+        ("cat", False, "wanted the labels of all samples, not 'cat'"),
+        (["cat", None], False, "value 1 is None, which is no name of a class; leave samples without a label out"),
+        ([0.5], False, "value 0 is 0.5, which is no name of a class"),
+        (["cat"], True, "several=True wants lists of names, and value 0 is 'cat'"),
+    ],
+)
+def test_labels_from_data_name_the_value_that_is_none(values, several, message):
+    with pytest.raises(ConfigError, match=f"^Labels.from_data: {message}"):
+        Labels.from_data(values, several=several)
+
+
 def test_wrong_label_names() -> None:
     with pytest.raises(ConfigError, match=r"^Labels: names occur twice: 1, cat$"):
         Labels(("cat", "dog", "cat", "1", 1))  # type: ignore[arg-type]

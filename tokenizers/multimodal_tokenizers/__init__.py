@@ -9,8 +9,11 @@ from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
+from multimodal_tokenizers.series import Series
 from multimodal_tokenizers.spectrogram import SpectrogramPatches
+from multimodal_tokenizers.table import TableRow
 from multimodal_tokenizers.text import TextBPE, TextBytes
+from multimodal_tokenizers.waveform import Waveform
 from multimodal_tokenizers.whisper import WhisperFrames
 
 __all__ = [
@@ -25,8 +28,11 @@ __all__ = [
     "Labels",
     "Record",
     "Sequence",
+    "Series",
     "SpectrogramPatches",
+    "TableRow",
     "TextBPE",
     "TextBytes",
+    "Waveform",
     "WhisperFrames",
 ]

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, Self
 
 import torch
 
@@ -34,6 +35,39 @@ class Labels(Tokenizer):
             raise ConfigError(
                 f"Labels: {'names occur twice: ' + shortened(', '.join(twice), 300) if twice else 'no names were given'}"
             )
+
+    @classmethod
+    def from_data(cls, values: Iterable[Any], *, several: bool = False) -> Self:
+        """The classes that occur in these values, in alphabetical order, whole numbers in the order of their size.
+
+        values: the labels of the samples to train on; with several=True a list of names for each.
+
+        Raises:
+            ConfigError: names the value that is missing, or no class.
+
+        Examples:
+            >>> Labels.from_data(sample["label"] for sample in samples).names
+            ('circle', 'square')
+        """
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ConfigError(f"Labels.from_data: wanted the labels of all samples, not {shortened(repr(values), 100)}")
+        found: set[str] = set()
+        for i, value in enumerate(values):
+            if several and (isinstance(value, str) or not isinstance(value, Iterable)):
+                raise ConfigError(
+                    f"Labels.from_data: several=True wants lists of names, and value {i} is {shortened(repr(value), 100)}"
+                )
+            for name in value if several else [value]:
+                if not isinstance(name, (str, bool, Integral)) and type(name).__name__ != "bool_":
+                    raise ConfigError(
+                        f"Labels.from_data: value {i} is {shortened(repr(name), 100)}, which is no name of a class; leave samples "
+                        "without a label out, and make texts of other names"
+                    )
+                found.add(str(name))
+        if not found:
+            raise ConfigError("Labels.from_data: there are no values")
+        numbers = all(name.removeprefix("-").isdecimal() for name in found)
+        return cls(tuple(sorted(found, key=lambda name: (int(name), name) if numbers else (0, name))), several)
 
     @property
     def vocab_size(self) -> int | None:

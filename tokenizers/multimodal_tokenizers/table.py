@@ -1,0 +1,355 @@
+"""Rows of a table: numbers, categories and missing values, a token for each column."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.declare import Declared
+from multimodal.shapes import ConfigError, MediaError, check_whole, did_you_mean
+from multimodal.texts import listed, repeated, shortened
+from multimodal.tokenizer import Tokenizer, Tokens, describe
+
+VALUE, MISSING, COLUMN = range(3)  # the features of a token
+CLIPPED = 3.0  # numbers this many deviations from the mean begin to be squashed
+FEW = 20  # different texts that are always categories, even if every row has another
+
+
+@dataclass(frozen=True)
+class Column(Declared):
+    """A column of a table: of categories if `categories` are given, else of numbers.
+
+    name: its name, which is the key of its values.
+    mean: subtracted from numbers.
+    std: numbers are then divided by it.
+    edges: rising bounds of bins, in the units of the column; the embedding bends there. (): it is a straight line.
+    categories: the names of the categories.
+    """
+
+    name: str
+    mean: float = 0.0
+    std: float = 1.0
+    edges: tuple[float, ...] = ()
+    categories: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"Column {shortened(repr(self.name), 60)}"
+        for field in ("edges", "categories"):
+            if isinstance(getattr(self, field), str) or not isinstance(getattr(self, field), Iterable):
+                raise ConfigError(f"{where}: {field}={shortened(repr(getattr(self, field)), 60)} is not a tuple")
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        object.__setattr__(self, "categories", tuple(str(name) for name in self.categories))
+        if not math.isfinite(self.mean) or not 0 < self.std < math.inf:
+            raise ConfigError(f"{where}: mean={self.mean} must be finite, and std={self.std} more than 0")
+        if any(not a < b for a, b in zip(self.edges, self.edges[1:], strict=False)) or len(self.edges) == 1:
+            raise ConfigError(f"{where}: edges={listed(self.edges)} must be two or more rising numbers, or none")
+        if self.edges and self.categories:
+            raise ConfigError(f"{where}: edges are of numbers, and it has categories; give one of them")
+        if twice := repeated(self.categories):
+            raise ConfigError(f"{where}: categories occur twice: {listed(twice)}")
+
+
+@dataclass(frozen=True)
+class TableRow(Tokenizer):
+    """A row, as a mapping from column to value; None, NaN and columns that are left out are missing values.
+
+    Make one with `TableRow.of(frame)`, from the rows to train on. A token is (value, whether it is missing, column): a number in
+    deviations from the mean, or the number of a category. The embedding of a number is linear and piecewise linear in it
+    (Gorishniy et al. 2022, equation 1), of weights that each column has for itself.
+
+    columns: the columns, in the order of the tokens.
+    unseen: whether a category that its column does not name is read as an unseen one, all of which are alike, or refused.
+
+    Examples:
+        >>> rows = [{"age": 31, "sex": "female"}, {"age": None, "sex": "male"}, {"age": 40, "sex": "male"}]
+        >>> table = TableRow.of(rows)
+        >>> [column.categories for column in table.columns]
+        [(), ('female', 'male')]
+        >>> table.decode(table({"age": 40, "sex": None}))
+        {'age': 40.0, 'sex': None}
+    """
+
+    columns: tuple[Column, ...]
+    unseen: bool = False
+    feature_size = 3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))
+        if not self.columns or not all(isinstance(column, Column) for column in self.columns):
+            raise ConfigError("TableRow: columns must be one Column or more; TableRow.of(rows) makes them")
+        if twice := repeated(column.name for column in self.columns):
+            raise ConfigError(f"TableRow: columns have the same name: {listed(twice)}")
+
+    @classmethod
+    def of(
+        cls, rows: Any, *, categories: Iterable[str] = (), bins: int = 8, rarest: int = 1, unseen: bool | None = None
+    ) -> Self:
+        """The columns of a DataFrame (of pandas or polars, or a table of Arrow) or of a list of mappings, with the means and
+        categories of these rows.
+
+        Numbers are numbers; texts, truth values and pandas' categories are categories.
+
+        categories: further columns whose values are categories, such as codes.
+        bins: number of bins of each column of numbers, with about as many rows each; 0: none.
+        rarest: categories of fewer rows are unseen ones, so that a model learns what to make of these.
+        unseen: as the field; None: if a category was too rare.
+
+        Raises:
+            ConfigError: names the column that has no value, values of another kind, or nearly as many categories as rows.
+        """
+        check_whole("TableRow.of", least=0, bins=bins)
+        check_whole("TableRow.of", least=1, rarest=rarest)
+        by_name = _columns(rows)
+        named = {str(name) for name in ([categories] if isinstance(categories, str) else categories)}
+        if hasattr(getattr(rows, "dtypes", None), "items"):  # a DataFrame of pandas
+            named |= {str(name) for name, kind in rows.dtypes.items() if str(kind) == "category"}
+        if unknown := sorted(named - set(by_name)):
+            raise ConfigError(
+                f"TableRow.of: categories names {unknown[0]!r}, but the columns are {listed(by_name)}"
+                f"{did_you_mean(unknown[0], by_name)}"
+            )
+        columns, dropped = [], False
+        for name, values in by_name.items():
+            there = [value for value in values if not _is_missing(value)]
+            if not there:
+                raise ConfigError(f"TableRow.of: column {name!r} has no value in {len(values)} rows; leave it out")
+            if name not in named and all(map(_is_number, there)):
+                columns.append(_of_numbers(name, there, bins))
+                continue
+            texts = [_category(value) for value in there]
+            if None in texts:
+                wrong = there[texts.index(None)]
+                raise ConfigError(
+                    f"TableRow.of: column {name!r} has {describe(wrong)}, which is no number and no category; convert it, or "
+                    "leave the column out"
+                )
+            count = Counter(text for text in texts if text is not None)
+            if name not in named and len(count) > max(FEW, len(texts) // 2):
+                raise ConfigError(
+                    f"TableRow.of: column {name!r} has {len(count)} different texts in {len(texts)} rows, too many for categories; "
+                    f"leave it out, read it by a tokenizer of its own, or say categories=({name!r},)"
+                )
+            kept = sorted((text for text in count if count[text] >= rarest), key=_order)
+            if not kept:
+                raise ConfigError(
+                    f"TableRow.of: no category of column {name!r} has {rarest} rows; leave it out, or rarest"
+                )
+            dropped |= len(kept) < len(count)
+            columns.append(Column(name, categories=tuple(kept)))
+        return cls(tuple(columns), dropped if unseen is None else unseen)
+
+    @property
+    def length(self) -> int:
+        return len(self.columns)
+
+    @property
+    def written_features(self) -> int:
+        return COLUMN
+
+    def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
+        return torch.cat([features_NF, position_NA[:, :1].to(features_NF)], 1)
+
+    def encode(self, value: Any) -> Tokens:
+        row = value.to_dict() if hasattr(value, "to_dict") else value  # a row of a DataFrame
+        if not isinstance(row, Mapping) or not row:
+            raise MediaError(f"TableRow.encode: wanted a mapping from column to value, not {describe(value)}")
+        row = {str(name): x for name, x in row.items()}
+        names = {column.name: i for i, column in enumerate(self.columns)}
+        if unknown := [name for name in row if name not in names]:
+            raise MediaError(
+                f"TableRow.encode: there is no column {shortened(repr(unknown[0]), 60)}; there are {listed(names)}"
+                f"{did_you_mean(unknown[0], names)}"
+            )
+        features = []
+        for i, column in enumerate(self.columns):
+            x = row.get(column.name)
+            missing = _is_missing(x)
+            features.append((0.0 if missing else self._number(column, x), float(missing), float(i)))
+        content_NF = torch.tensor(features, dtype=torch.float64).float()
+        return Tokens(content_NF, self.places(len(names)))
+
+    def _number(self, column: Column, value: Any) -> float:
+        """The first feature of a value that is not missing."""
+        where = f"TableRow.encode: column {column.name!r}"
+        if column.categories:
+            name = _category(value)
+            if name in column.categories:
+                return float(column.categories.index(name))
+            if name is not None and self.unseen:
+                return float(len(column.categories))
+            hint = (
+                ""
+                if name is None
+                else did_you_mean(name, column.categories) + "; TableRow(.., unseen=True) reads others"
+            )
+            raise MediaError(f"{where} is {describe(value)}, wanted one of {listed(column.categories)}{hint}")
+        if not _is_number(value) or not math.isfinite(value):
+            raise MediaError(f"{where} is {describe(value)}, wanted a finite number, or None where it is missing")
+        return (float(value) - column.mean) / column.std
+
+    def decode(self, tokens: Tokens) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for column, (x, missing) in zip(self.columns, tokens.content[:, :COLUMN].tolist(), strict=False):
+            if missing > 0.5:
+                found[column.name] = None
+            elif column.categories:  # an unseen one has no name
+                found[column.name] = dict(enumerate(column.categories)).get(max(round(x), 0))
+            else:
+                found[column.name] = x * column.std + column.mean
+        return found
+
+    def token_names(self, tokens: Tokens) -> list[str]:
+        """The names of the columns."""
+        return [self.columns[round(time)].name for time in tokens.position_NA[:, 0].tolist()]
+
+    def embed(self, width: int) -> nn.Module:
+        return _Embedding(self.columns, width)
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Rows for the conformance checks."""
+        rows = []
+        for i, missing in enumerate((-1, 0, -1, len(self.columns) - 1)):
+            row: dict[str, Any] = {}
+            for j, column in enumerate(self.columns):
+                names = column.categories
+                value = names[(i + j) % len(names)] if names else column.mean + (i - 1.3 + j % 3) * column.std
+                row[column.name] = None if j == missing else value
+            rows.append(row)
+        return rows
+
+
+class _Embedding(nn.Module):
+    """column + f(value), where f is linear and piecewise linear in a number, and a row of a table for a category; of a missing
+    value a vector of its column. What is between two categories, as models write it, is between their rows."""
+
+    full_precision = True  # numbers of columns and categories are in the content
+    matrices = ("slope_ND",)
+
+    edges_NF: Tensor
+    rows_2N: Tensor
+
+    def __init__(self, columns: tuple[Column, ...], width: int) -> None:
+        super().__init__()
+        most = max(max(len(column.edges) for column in columns), 1)
+        # a bin without an end is never entered
+        edges_NF = torch.full((len(columns), most), math.inf)
+        rows, total, numbers = (
+            [],
+            0,
+            0,
+        )  # rows: of each column, its first row of the table of categories, and their number
+        for i, column in enumerate(columns):
+            edges_NF[i, : len(column.edges)] = (
+                torch.tensor(column.edges, dtype=torch.float64) - column.mean
+            ) / column.std
+            rows.append((total, len(column.categories)) if column.categories else (0, 0))
+            total += len(column.categories) + 1 if column.categories else 0  # and the unseen one
+            numbers += not column.categories
+        self.register_buffer("edges_NF", edges_NF, persistent=False)
+        self.register_buffer("rows_2N", torch.tensor(rows).T.contiguous(), persistent=False)
+        self.bins = most
+        # vectors of each column: where its value is there, and where it is missing
+        self.column = nn.Embedding(2 * len(columns), width)
+        nn.init.normal_(self.column.weight, std=0.1)
+        if numbers:
+            slope = torch.randn(len(columns), most, width) * 0.02
+            slope[:, 0] *= 5  # of the number itself; the others are of the bins
+            self.slope_ND = nn.Parameter(slope.flatten(0, 1))
+        if total:
+            self.category = nn.Embedding(total, width)
+            nn.init.normal_(self.category.weight, std=0.1)
+            with torch.no_grad():  # nothing is known of an unseen category unless there are some to learn from
+                ends = [first + count for first, count in rows if count]
+                self.category.weight[ends] = 0.0
+
+    def forward(self, content_NF: Tensor) -> Tensor:
+        value_N, missing_N1, column_N = content_NF[:, VALUE], content_NF[:, MISSING, None], content_NF[:, COLUMN]
+        column_N = column_N.round().clamp(0, len(self.edges_NF) - 1).long()
+        first_N, count_N = F.embedding(column_N, self.rows_2N.T).unbind(1)
+        parts = self.column(2 * column_N)
+        if hasattr(self, "slope_ND"):
+            index_NF = column_N[:, None] * self.bins + torch.arange(self.bins, device=column_N.device)
+            bent_NF = self._bent(value_N, column_N) * (count_N == 0)[:, None]
+            parts = parts + torch.einsum("nf,nfd->nd", bent_NF.to(parts), F.embedding(index_NF, self.slope_ND))
+        if hasattr(self, "category"):
+            last_N = first_N + count_N
+            at_N = first_N + torch.minimum(value_N.clamp(min=0), count_N.to(value_N))
+            low_N = torch.minimum(at_N.floor().long(), last_N)
+            rows = torch.lerp(
+                self.category(low_N), self.category(torch.minimum(low_N + 1, last_N)), (at_N - low_N)[:, None].to(parts)
+            )
+            parts = parts + rows * (count_N > 0)[:, None]
+        return torch.lerp(parts, self.column(2 * column_N + 1), missing_N1.to(parts))
+
+    def _bent(self, value_N: Tensor, column_N: Tensor) -> Tensor:
+        """(N, F) the number, squashed far from the mean, and the share of each bin that is below it."""
+        straight_N = value_N / (1 + (value_N / CLIPPED).square()).sqrt()
+        edge_NF = F.embedding(column_N, self.edges_NF)
+        low_NF, high_NF = edge_NF[:, :-1], edge_NF[:, 1:]
+        low_NF = low_NF.masked_fill(low_NF.isinf(), 0.0)
+        return torch.cat([straight_N[:, None], ((value_N[:, None] - low_NF) / (high_NF - low_NF)).clamp(0, 1)], 1)
+
+
+def _columns(rows: Any) -> dict[str, list[Any]]:
+    """{column: its values}; rows that lack a column have None."""
+    for library, convert in {
+        "pandas": ("to_dict", "records"),
+        "polars": ("to_dicts",),
+        "pyarrow": ("to_pylist",),
+    }.items():
+        if type(rows).__module__.partition(".")[0] == library and hasattr(rows, convert[0]):
+            rows = getattr(rows, convert[0])(*convert[1:])
+            break
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        raise ConfigError(f"TableRow.of: wanted a DataFrame or a list of mappings, not {describe(rows)}")
+    rows = list(rows)
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"TableRow.of: wanted a mapping from column to value for each row, not {describe(row)}")
+    names = dict.fromkeys(name for row in rows for name in row)
+    if not names:
+        raise ConfigError("TableRow.of: there are no rows, or they have no columns")
+    return {str(name): [row.get(name) for row in rows] for name in names}
+
+
+def _of_numbers(name: str, values: list[Any], bins: int) -> Column:
+    numbers = np.array(values, dtype=np.float64)
+    if not np.isfinite(numbers).all():
+        raise ConfigError(
+            f"TableRow.of: column {name!r} has an infinite number; replace it, by None where it is missing"
+        )
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1))) if bins else np.zeros(0)
+    return Column(
+        name, float(numbers.mean()), float(numbers.std()) or 1.0, tuple(edges.tolist()) if len(edges) > 1 else ()
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    # the last two are those of pandas, which is not imported for them
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Real) and value != value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _category(value: Any) -> str | None:
+    """The name of a category; None: the value cannot be one. 3.0 is '3', as pandas makes floats of codes with gaps."""
+    if isinstance(value, (str, bool, np.bool_, Integral)):
+        return str(value)
+    return str(int(float(value))) if isinstance(value, Real) and float(value).is_integer() else None
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    """Sorts categories, and numbers among them by their size."""
+    digits = name.removeprefix("-").isdecimal()
+    return not digits, float(name) if digits else 0.0, name
