@@ -1,6 +1,7 @@
 """Clouds of points: conformance, numbers by hand, files, no order, and what is refused."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from multimodal.check.values import plausible_values
 from multimodal.heads import FlowMatching
 from multimodal.shapes import ConfigError, MediaError
 from multimodal_tokenizers import Labels, Points
+from multimodal_tokenizers.placed import PlacedLinear
 
 PLANE = Points((1.0, -2.0), 3.0)
 SPACE = Points((0.0, 10.0, 5.0), 2.0, mean=(100.0,), std=(20.0,), spacing=0.25, count=6)
@@ -71,6 +73,18 @@ def test_no_answer_depends_on_the_order_of_points(lively):
         )
     torch.testing.assert_close(first, turned, atol=1e-5, rtol=0)
     assert (first - other).abs().max() > 1e-3
+
+
+def test_places_are_added_as_sines_and_cosines():
+    """By hand; of a width of 10, two places get 8, a sine and a cosine of two frequencies each."""
+    embed = PlacedLinear(3, 2, 10, scale=4.0)
+    content = torch.tensor([[0.5, 1.5, -0.25]])
+    added = (embed(content) - embed.linear(content))[0].tolist()
+    x, y = 4 * 1.5, 4 * -0.25
+    wanted = [f(z) for places in (x, y) for f in (math.sin, math.cos) for z in (places, places / 10)]
+    assert added == pytest.approx([*wanted, 0, 0], abs=1e-6)
+    with pytest.raises(ConfigError, match="width=3 is less than the 4 sines and cosines of 2 places"):
+        PlacedLinear(3, 2, 3)
 
 
 @pytest.mark.parametrize("same", [torch.tensor, lambda x: x.astype(np.float32), lambda x: torch.tensor(x).bfloat16()])
