@@ -18,17 +18,20 @@ from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
 from multimodal_tokenizers import (
     AudioFrames,
+    Boxes,
     Chat,
     Features,
     Ids,
     ImagePatches,
     Joint,
     Labels,
+    Points,
     Record,
     Sequence,
     Series,
     TableRow,
     TextBytes,
+    VideoTubes,
 )
 from tests.pretrained.tiny import tiny_llama
 
@@ -41,6 +44,7 @@ MOST_USED = {
     "Model.save": mm.Model.save,
     "Model.load": mm.Model.load,
     "Model.from_pretrained": mm.Model.from_pretrained,
+    "Boxes": Boxes,
     "CTC": mm.CTC,
     "Chat": Chat,
     "Composite": mm.Composite,
@@ -52,6 +56,7 @@ MOST_USED = {
     "Joint": Joint,
     "Labels.from_data": Labels.from_data,
     "Masked": mm.Masked,
+    "Points": Points,
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
     "Record": Record,
@@ -66,6 +71,7 @@ MOST_USED = {
     "Tokens": mm.Tokens,
     "TopP": mm.TopP,
     "Tower": mm.Tower,
+    "VideoTubes": VideoTubes,
     "cached": mm.train.cached,
     "check_task": check_task,
     "check_tokenizer": check_tokenizer,
@@ -119,6 +125,7 @@ def namespace() -> dict[str, Any]:
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
     kinds |= {"Ids": Ids, "Series": Series, "TableRow": TableRow}
+    kinds |= {"Boxes": Boxes, "Points": Points, "VideoTubes": VideoTubes}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 

@@ -1,6 +1,7 @@
 """The tokenizers that come with the framework; they use the same interface as yours."""
 
 from multimodal_tokenizers.audio import AudioFrames
+from multimodal_tokenizers.boxes import Boxes
 from multimodal_tokenizers.chat import Chat
 from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
@@ -9,15 +10,18 @@ from multimodal_tokenizers.features import Features
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
+from multimodal_tokenizers.points import Points
 from multimodal_tokenizers.series import Series
 from multimodal_tokenizers.spectrogram import SpectrogramPatches
 from multimodal_tokenizers.table import TableRow
 from multimodal_tokenizers.text import TextBPE, TextBytes
+from multimodal_tokenizers.video import VideoTubes
 from multimodal_tokenizers.waveform import Waveform
 from multimodal_tokenizers.whisper import WhisperFrames
 
 __all__ = [
     "AudioFrames",
+    "Boxes",
     "Chat",
     "ClassTokens",
     "Codes",
@@ -26,6 +30,7 @@ __all__ = [
     "ImagePatches",
     "Joint",
     "Labels",
+    "Points",
     "Record",
     "Sequence",
     "Series",
@@ -33,6 +38,7 @@ __all__ = [
     "TableRow",
     "TextBPE",
     "TextBytes",
+    "VideoTubes",
     "Waveform",
     "WhisperFrames",
 ]

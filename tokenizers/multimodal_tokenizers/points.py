@@ -1,0 +1,222 @@
+"""Clouds of points, each a token that stands where the point is."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from multimodal.media import file_source, is_file_like
+from multimodal.shapes import AXES, ConfigError, MediaError, check_number, check_whole
+from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal_tokenizers.placed import PlacedLinear
+
+STEPS = 16  # steps across a usual cloud, from two deviations left of the middle to two right of it
+
+
+@dataclass(frozen=True)
+class Points(Tokenizer):
+    """An array (points, dims + features): of each point x, y and, in space, z; then its features, such as an intensity.
+
+    Make one with `Points.of(clouds)`, from the clouds to train on. A token is a point, at its own place: its distance from the
+    middle in the units of the cloud, x on the axis column, y on row and z on depth, so the order of the points does not matter.
+    Of points in space the core must know the axes: `core.replace(axes=Points.SPACE)`. A value may also be a .ply file, which
+    the package plyfile reads and writes.
+
+    centre: the middle of usual clouds, by coordinate.
+    size: their standard deviation, one for all coordinates.
+    mean: subtracted from each feature.
+    std: each feature is then divided by it.
+    spacing: the distance that is one step of the core's rotary places; None: a quarter of `size`, so that a usual cloud has 16
+        steps.
+    count: number of points of every written cloud; None: the head decides when to stop.
+
+    Examples:
+        >>> points = Points.of([np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[4.0, 2.0]])])
+        >>> tokens = points(np.array([[4.0, 1.0]]))
+        >>> tokens.position_NA.round(decimals=3).tolist(), points.decode(tokens).round(3).tolist()
+        ([[0.0, -1.0, 2.0]], [[4.0, 1.0]])
+    """
+
+    PLANE = AXES
+    SPACE = (*AXES, "depth")
+
+    centre: tuple[float, ...]
+    size: float
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    spacing: float | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("centre", "mean", "std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        check_number("Points", size=self.size, **({} if self.spacing is None else {"spacing": self.spacing}))
+        if self.count is not None:
+            check_whole("Points", least=1, count=self.count)
+        if len(self.centre) not in (2, 3) or len(self.mean) != len(self.std):
+            raise ConfigError(
+                f"Points: centre={self.centre} must have 2 numbers or 3, and mean ({len(self.mean)}) as many "
+                f"as std ({len(self.std)})"
+            )
+        if not all(map(math.isfinite, (*self.centre, *self.mean))):
+            raise ConfigError(f"Points: centre={self.centre} and mean={self.mean} must be finite")
+        if not all(0 < x < math.inf for x in (self.size, self._spacing, *self.std)):
+            raise ConfigError(
+                f"Points: size={self.size}, spacing={self.spacing} and std={self.std} must be more than 0 and finite"
+            )
+
+    @classmethod
+    def of(
+        cls, clouds: Iterable[Any], *, dims: int = 0, spacing: float | None = None, count: int | None = None
+    ) -> Self:
+        """Take middle, size and the features' mean and deviation from clouds such as those that will be read.
+
+        dims: number of coordinates, 2 or 3; 0: all columns of the arrays are coordinates.
+
+        Raises:
+            ConfigError: no clouds, or only equal points. MediaError: a cloud that cannot be read.
+        """
+        found = [_read(cloud, None, "Points.of") for cloud in clouds]
+        columns = {cloud.shape[1] for cloud in found}
+        if len(columns) != 1:
+            came = f"the clouds have {sorted(columns)} columns" if columns else "there are no clouds"
+            raise ConfigError(f"Points.of: {came}; give one or more, all with the same columns")
+        dims = dims or columns.pop()
+        rows = np.concatenate(found)
+        if dims not in (2, 3) or rows.shape[1] < dims:
+            raise ConfigError(
+                f"Points.of: dims={dims} of {rows.shape[1]} columns; points have 2 coordinates or 3, and features behind them: say "
+                "how many are coordinates, dims=2 or dims=3"
+            )
+        centre, mean = rows[:, :dims].mean(0), rows[:, dims:].mean(0)
+        size = float(np.sqrt(((rows[:, :dims] - centre) ** 2).mean()))
+        if not size > 0:
+            raise ConfigError("Points.of: all points are at one place; give clouds that have a size")
+        std = rows[:, dims:].std(0)
+        return cls(centre.tolist(), size, mean.tolist(), np.where(std > 0, std, 1.0).tolist(), spacing, count)
+
+    @property
+    def _spacing(self) -> float:
+        return 4 * self.size / STEPS if self.spacing is None else self.spacing
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.PLANE if len(self.centre) == 2 else self.SPACE
+
+    @property
+    def feature_size(self) -> int:
+        """The features of a point in deviations, then its coordinates in sizes from the middle."""
+        return len(self.mean) + len(self.centre)
+
+    @property
+    def step(self) -> tuple[float, ...]:
+        """A step in the units of the cloud; points have no time."""
+        return (1.0, *(self._spacing,) * len(self.centre))
+
+    @property
+    def length(self) -> int | None:
+        return self.count
+
+    def encode(self, value: Any) -> Tokens:
+        rows = _read(value, self.feature_size, "Points.encode")
+        dims = len(self.centre)
+        scaled = [(rows[:, dims:] - self.mean) / self.std, (rows[:, :dims] - self.centre) / self.size]
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+            content_NF = torch.from_numpy(np.concatenate(scaled, 1).astype(np.float32))
+        return Tokens(content_NF, self._stand(content_NF))
+
+    def _stand(self, content_NF: Tensor) -> Tensor:
+        """Where points with this content stand: time 0, then y, x, z."""
+        x, y, *z = (content_NF[:, -len(self.centre) :].float() * self.size).unbind(1)
+        return torch.stack([torch.zeros_like(x), y, x, *z], 1)
+
+    def next_place(self, written: Tokens, content: Tensor) -> Tensor:
+        return self._stand(content)[0]
+
+    def decode(self, tokens: Tokens) -> np.ndarray:
+        """The array (points, dims + features), in the order in which the points were given."""
+        content, dims = tokens.content.double().cpu().numpy(), len(self.centre)
+        features, places = content[:, :-dims], content[:, -dims:]
+        return np.concatenate([places * self.size + self.centre, features * self.std + self.mean], 1)
+
+    def write(self, value: Any, path: str | Path) -> Path:
+        """Save a cloud as a .ply file: x, y, z (0 of a plane), then its features as f0, f1, .."""
+        rows = _read(value, self.feature_size, "Points.write")
+        if len(self.centre) == 2:
+            rows = np.insert(rows, 2, 0.0, axis=1)
+        plyfile, path = _plyfile("Points.write"), Path(path)
+        path = path if path.suffix.lower() == ".ply" else path.with_name(path.name + ".ply")
+        names = ("x", "y", "z", *(f"f{i}" for i in range(rows.shape[1] - 3)))
+        table = np.array(list(map(tuple, rows)), dtype=[(name, "f8") for name in names])
+        plyfile.PlyData([plyfile.PlyElement.describe(table, "vertex")]).write(str(path))
+        return path
+
+    def token_names(self, tokens: Tokens) -> list[str]:
+        """The coordinates of each point."""
+        return [", ".join(f"{x:.4g}" for x in row[: len(self.centre)]) for row in self.decode(tokens).tolist()]
+
+    def embed(self, width: int) -> nn.Module:
+        return PlacedLinear(self.feature_size, len(self.centre), width, self.size / self._spacing)
+
+    def examples(self) -> list[np.ndarray]:
+        """Values for the conformance checks."""
+        random = np.random.default_rng(0)
+        scale, middle = (*(self.size,) * len(self.centre), *self.std), (*self.centre, *self.mean)
+        counts = [self.count] * 4 if self.count else (6, 9, 9, 14)
+        return [random.standard_normal((n, self.feature_size)) * scale + middle for n in counts]
+
+
+def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
+    """The rows (points, columns) of a cloud as a new array of float64."""
+    given = value
+    if is_file_like(value):
+        value = _from_file(value, columns, who)
+    elif isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+    wanted = f"wanted an array or tensor (points, {columns or 'coordinates and features'}) of numbers"
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.ndim != 2:
+        raise MediaError(f"{who}: {wanted}, not {describe(given)}")
+    if columns not in (None, value.shape[1]):
+        turned = "; turn it round" if value.shape[0] == columns else ""
+        raise MediaError(f"{who}: {wanted}, not {describe(value)}{turned}")
+    if not value.size:
+        raise MediaError(f"{who}: {describe(given)} has no points; to leave a field out, give None")
+    if not np.isfinite(value).all():
+        raise MediaError(f"{who}: {describe(given)} has a number that is not finite (NaN or infinity)")
+    return np.array(value, dtype=np.float64)
+
+
+def _plyfile(who: str) -> Any:
+    try:
+        import plyfile  # pyright: ignore[reportMissingImports]  an extra
+    except ImportError:
+        raise MediaError(
+            f"{who}: the package plyfile reads and writes .ply files: pip install 'multimodal-stream[points]'"
+        ) from None
+    return plyfile
+
+
+def _from_file(value: Any, columns: int | None, who: str) -> np.ndarray:
+    """The numbers of the points of a .ply file; without z, if that is 0 everywhere and the points wanted lie in a plane."""
+    source, name = file_source(value, who)
+    data = source.read_bytes() if isinstance(source, Path) else source.read()
+    if not data.startswith(b"ply"):
+        raise MediaError(f"{who}: {name} is no .ply file of points; of other files give the array")
+    plyfile = _plyfile(who)
+    try:
+        vertex = plyfile.PlyData.read(BytesIO(data))["vertex"]
+        names = [p.name for p in vertex.properties if not isinstance(p, plyfile.PlyListProperty)]
+        rows = np.stack([np.asarray(vertex[name], dtype=np.float64) for name in names], 1)
+    except (plyfile.PlyParseError, KeyError, ValueError) as error:
+        raise MediaError(f"{who}: cannot read {name} as points: {error}") from error
+    if names[:2] != ["x", "y"]:
+        raise MediaError(f"{who}: the points of {name} have {', '.join(names)}; wanted x, y and z first, then features")
+    flat = names[2:3] == ["z"] and not rows[:, 2].any() and columns == rows.shape[1] - 1
+    return np.delete(rows, 2, 1) if flat else rows
