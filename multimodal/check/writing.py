@@ -13,6 +13,7 @@ from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.check.tokenizers import decoding
 from multimodal.data.codecs import values_in
 from multimodal.generate.detokenizer import Detokenizer
+from multimodal.positions import in_steps
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
@@ -67,7 +68,7 @@ def places_grow(case: TokenizerCase) -> None:
 def places_in_reach(case: TokenizerCase) -> None:
     """Places begin near 0 and stay where float32 tells neighbours apart: no dates in seconds, no bytes of a file."""
     for value, tokens in zip(case.values, case.tokens, strict=True):
-        position_NA = tokens.position_NA / torch.tensor(case.tokenizer.step[: tokens.position_NA.shape[1]])
+        position_NA = in_steps(tokens.position_NA, case.tokenizer.step)
         farthest = float(position_NA.abs().max())
         want(
             farthest <= FARTHEST,

@@ -5,20 +5,25 @@ from multimodal_tokenizers.chat import Chat
 from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.composites import Joint, Record, Sequence
+from multimodal_tokenizers.events import Events
 from multimodal_tokenizers.features import Features
+from multimodal_tokenizers.graph import Graph
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
 from multimodal_tokenizers.spectrogram import SpectrogramPatches
 from multimodal_tokenizers.text import TextBPE, TextBytes
 from multimodal_tokenizers.whisper import WhisperFrames
+from multimodal_tokenizers.words import Words
 
 __all__ = [
     "AudioFrames",
     "Chat",
     "ClassTokens",
     "Codes",
+    "Events",
     "Features",
+    "Graph",
     "Ids",
     "ImagePatches",
     "Joint",
@@ -29,4 +34,5 @@ __all__ = [
     "TextBPE",
     "TextBytes",
     "WhisperFrames",
+    "Words",
 ]
