@@ -160,10 +160,16 @@ class Events(Tokenizer):
         if name == "duration" and whole and exact > 0:
             steps = max(steps, 1)
         if not whole and abs(exact * unit - steps) > 1e-3:
-            what = f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it" if unit > 1 else "a whole number"
+            what = (
+                f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it"
+                if unit > 1
+                else "a whole number"
+            )
             raise MediaError(f"{where} is {number}, wanted {what}")
         if not least <= steps <= most:
-            said = f"{least / unit:g} to {most / unit:g} beats" if name in ("onset", "duration") else f"{least} to {most}"
+            said = (
+                f"{least / unit:g} to {most / unit:g} beats" if name in ("onset", "duration") else f"{least} to {most}"
+            )
             raise MediaError(f"{where} is {number}, wanted {said}")
         if name == "velocity" and not self.lossy and self._velocity(self._level(steps)) != steps:
             raise MediaError(
@@ -245,7 +251,9 @@ class Events(Tokenizer):
 
     def _beats(self, steps: int) -> str:
         """A time as a person says it: "1/2 beat", "3 beats"."""
-        top, bottom = (steps / self.resolution).as_integer_ratio() if steps % self.resolution == 0 else (steps, self.resolution)
+        top, bottom = (
+            (steps / self.resolution).as_integer_ratio() if steps % self.resolution == 0 else (steps, self.resolution)
+        )
         shared = int(np.gcd(top, bottom))
         number = f"{top // shared}" + (f"/{bottom // shared}" if bottom > shared else "")
         return f"{number} beat" + ("s" if steps > self.resolution else "")
@@ -267,10 +275,14 @@ class Events(Tokenizer):
         notes: dict[tuple[int, int, int], Note] = {}
         for start, end, pitch, velocity, voice in sounding:
             if self.voices and voice >= self.voices:
-                raise MediaError(f"Events.encode: {name} has a note in channel {voice}, but voices={self.voices}; use more, or 0")
+                raise MediaError(
+                    f"Events.encode: {name} has a note in channel {voice}, but voices={self.voices}; use more, or 0"
+                )
             note = (start / beat, pitch, (end - start) / beat, velocity, voice if self.voices else 0)
             onset, pitch, duration, velocity, voice = (
-                number if has == "voice" or (has == "velocity" and not self.velocities) else self._number(f"Events.encode: {name}: {has}", has, number)
+                number
+                if has == "voice" or (has == "velocity" and not self.velocities)
+                else self._number(f"Events.encode: {name}: {has}", has, number)
                 for has, number in zip(("onset", "pitch", "duration", "velocity", "voice"), note, strict=True)
             )
             key = (onset, voice, pitch)

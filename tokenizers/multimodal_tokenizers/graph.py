@@ -95,7 +95,9 @@ class Graph(Tokenizer):
                 raise MediaError(f"Graph.encode: edge {i} is {describe(edge)}, wanted {wanted}")
             ends = [node for node in edge[:2] if isinstance(node, (int, np.integer)) and not isinstance(node, bool)]
             if len(ends) < 2 or not all(0 <= node < nodes for node in ends):
-                raise MediaError(f"Graph.encode: edge {i} is {describe(edge)}, but nodes are numbers from 0 to {nodes - 1}")
+                raise MediaError(
+                    f"Graph.encode: edge {i} is {describe(edge)}, but nodes are numbers from 0 to {nodes - 1}"
+                )
             name = self.edges[0] if single else edge[2]
             if name not in self.edges:
                 raise MediaError(
@@ -106,7 +108,9 @@ class Graph(Tokenizer):
             ways = [(start, end, sort)] if self.directed else [(start, end, sort), (end, start, sort)]
             if twice := [found[way] for way in ways if way in found]:
                 more = "" if self.directed else "; edges go both ways, unless directed=True"
-                raise MediaError(f"Graph.encode: edge {i}, {describe(edge)}, is there already, as edge {twice[0]}; leave it out{more}")
+                raise MediaError(
+                    f"Graph.encode: edge {i}, {describe(edge)}, is there already, as edge {twice[0]}; leave it out{more}"
+                )
             found[start, end, sort] = i
         return [*found]
 

@@ -68,7 +68,12 @@ class Words(Tokenizer):
 
     def examples(self) -> list[list[str]]:
         """Values for the conformance checks."""
-        texts = ("the cat sat", "a Bird on 2 wires", "birds , many !", "Zwölf Boxkämpfer jagen Viktor quer über den Deich")
+        texts = (
+            "the cat sat",
+            "a Bird on 2 wires",
+            "birds , many !",
+            "Zwölf Boxkämpfer jagen Viktor quer über den Deich",
+        )
         return [text.split() for text in texts]
 
 
