@@ -28,13 +28,14 @@ Note = tuple[int, int, int, int, int]  # onset and duration in steps: (onset, pi
 class Events(Tokenizer):
     """Notes (onset, pitch, duration), in order of their onsets; or a MIDI file: its path, its bytes, or an open file.
 
-    Onset and duration are in beats (quarter notes), pitch is 0 to 127, where 60 is the middle C. With `velocities` a note has its loudness
-    behind them, 1 to 127, and with `voices` its voice at the end, counted from 0, which in files is the channel. Files need the extra
-    `midi`; their tempo, instruments and pedals are left out, and of equal notes that begin at once the longest counts.
+    Onset and duration are in beats (quarter notes), pitch is 0 to 127, where 60 is the middle C. With `velocities` a note has its
+    loudness behind them, 1 to 127, and with `voices` its voice at the end, counted from 0, which in files is the channel. Files need
+    the extra `midi`; their tempo, instruments and pedals are left out, and of equal notes that begin at once the longest counts.
 
-    Notes that begin at once are put in order of voice and pitch. A note is a token for its pitch and voice, one or more for its duration, and one for its velocity. Tokens before it say how long after the
-    onset of the last note it begins, if it does not begin with it. All tokens of a note stand at its onset and pitch, so that rotary
-    positions are beats, semitones and voices apart: the core needs `axes=Events(..).axes` where there are voices.
+    Notes that begin at once are put in order of voice and pitch. A note is a token for its pitch and voice, one or more for its
+    duration, and one for its velocity. Tokens before it say how long after the onset of the last note it begins, if it does not begin
+    with it. All tokens of a note stand at its onset and pitch, so that rotary positions are beats, semitones and voices apart: the
+    core needs `axes=Events(..).axes` where there are voices.
 
     resolution: steps of a beat, in which time is counted; 12 has sixteenths and triplets.
     longest: steps that one token can say; what is longer takes several.
@@ -70,7 +71,7 @@ class Events(Tokenizer):
             if type(number) is not int or not least <= number <= most:
                 raise ConfigError(f"Events: {name}={number!r} must be a whole number from {least} to {most}")
 
-    # ids: waits of 1 to `longest` steps, durations of 1 to `longest` steps, velocities, pitches of the first voice, of the second ..
+    # ids: waits of 1 to `longest` steps, durations as many, velocities, pitches of the first voice, of the second ..
 
     @property
     def vocab_size(self) -> int:
@@ -173,7 +174,8 @@ class Events(Tokenizer):
             raise MediaError(f"{where} is {number}, wanted {said}")
         if name == "velocity" and not self.lossy and self._velocity(self._level(steps)) != steps:
             raise MediaError(
-                f"{where} is {number}, which is none of the {self.velocities} levels; use velocities={LOUDEST}, or lossy=True to round it"
+                f"{where} is {number}, which is none of the {self.velocities} levels; use velocities={LOUDEST}, "
+                "or lossy=True to round it"
             )
         return steps
 
@@ -214,7 +216,7 @@ class Events(Tokenizer):
         return place[: len(self.axes)]
 
     def decode(self, tokens: Tokens) -> list[tuple[float, ...]]:
-        """The notes. A pitch without a duration sounds for a step; a duration or a velocity that is not behind a pitch counts for nothing."""
+        """The notes. A pitch without a duration sounds for a step; a duration or a velocity that follows no pitch is nothing."""
         notes: list[list[int]] = []  # onset, pitch, duration, velocity, voice
         time, middle = 0, self._velocity((self.velocities - 1) // 2) if self.velocities else LOUDEST
         for id_ in tokens.content.tolist():

@@ -17,8 +17,9 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 class Words(Tokenizer):
     """A list of words, or a text that is split at white space; each word is one token, which `EachRow(of=..)` answers.
 
-    There is no vocabulary. A word is the sum of itself and of its pieces of `shortest` to `longest` characters, with marks at both ends, after
-    fastText (Bojanowski et al. 2017); each adds 1 or -1 at one of the features, by a hash (Weinberger et al. 2009). Words are only read.
+    There is no vocabulary. A word is the sum of itself and of its pieces of `shortest` to `longest` characters, with marks at both
+    ends, after fastText (Bojanowski et al. 2017); each adds 1 or -1 at one of the features, by a hash (Weinberger et al. 2009), the
+    pieces less the more they are. Words are only read.
 
     buckets: F, number of features among which words and pieces are shared out.
     causal: whether a token attends only to tokens before it.
