@@ -29,13 +29,14 @@ class Events(Tokenizer):
     """Notes (onset, pitch, duration), in order of their onsets; or a MIDI file: its path, its bytes, or an open file.
 
     Onset and duration are in beats (quarter notes), pitch is 0 to 127, where 60 is the middle C. With `velocities` a note has its
-    loudness behind them, 1 to 127, and with `voices` its voice at the end, counted from 0, which in files is the channel. Files need
-    the extra `midi`; their tempo, instruments and pedals are left out, and of equal notes that begin at once the longest counts.
+    loudness behind them, 1 to 127, and with `voices` its voice at the end, counted from 0, which in files is the channel. Files
+    need the extra `midi`; their tempo, instruments and pedals are left out, and of equal notes that begin at once the
+    longest counts.
 
     Notes that begin at once are put in order of voice and pitch. A note is a token for its pitch and voice, one or more for its
-    duration, and one for its velocity. Tokens before it say how long after the onset of the last note it begins, if it does not begin
-    with it. All tokens of a note stand at its onset and pitch, so that rotary positions are beats, semitones and voices apart: the
-    core needs `axes=Events(..).axes` where there are voices.
+    duration, and one for its velocity. Tokens before it say how long after the onset of the last note it begins, if it does not
+    begin with it. All tokens of a note stand at its onset and pitch, so that rotary positions are beats, semitones and voices
+    apart: the core needs `axes=Events(..).axes` where there are voices.
 
     resolution: steps of a beat, in which time is counted; 12 has sixteenths and triplets.
     longest: steps that one token can say; what is longer takes several.

@@ -17,8 +17,8 @@ from multimodal.tokenizer import Tokenizer, Tokens, describe
 class Graph(Tokenizer):
     """{"nodes": numbers (n, features), "edges": [(from, to), ..]}; nodes are counted from 0, and each is a token.
 
-    An edge relates its nodes, so that `masks.Linked("edge")` attends along edges and `attention.Related("edge")` prefers them. Where
-    there are several sorts of edges, each is (from, to, sort). `EachRow(of=..)` answers the nodes.
+    An edge relates its nodes, so that `masks.Linked("edge")` attends along edges and `attention.Related("edge")` prefers them.
+    Where there are several sorts of edges, each is (from, to, sort). `EachRow(of=..)` answers the nodes.
 
     Nodes have no order: they all stand at time 0, row 0, column 0, and are told apart on an axis of their own. The core has to know
     it, and permuted nodes have permuted answers if it does not rotate by it: `Core(axes=Graph.axes, rotary_split=(2, 1, 1, 0))`.
