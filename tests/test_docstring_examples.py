@@ -19,7 +19,9 @@ from multimodal.pretrained import pretrained
 from multimodal_tokenizers import (
     AudioFrames,
     Chat,
+    Events,
     Features,
+    Graph,
     Ids,
     ImagePatches,
     Joint,
@@ -27,6 +29,7 @@ from multimodal_tokenizers import (
     Record,
     Sequence,
     TextBytes,
+    Words,
 )
 from tests.pretrained.tiny import tiny_llama
 
@@ -45,7 +48,9 @@ MOST_USED = {
     "Contrast": mm.Contrast,
     "Core": mm.Core,
     "Engine": mm.Engine,
+    "Events": Events,
     "Fields": mm.Fields,
+    "Graph": Graph,
     "Ids": Ids,
     "Joint": Joint,
     "Masked": mm.Masked,
@@ -61,6 +66,7 @@ MOST_USED = {
     "Tokens": mm.Tokens,
     "TopP": mm.TopP,
     "Tower": mm.Tower,
+    "Words": Words,
     "cached": mm.train.cached,
     "check_task": check_task,
     "check_tokenizer": check_tokenizer,
@@ -113,6 +119,7 @@ def namespace() -> dict[str, Any]:
     }
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
+    kinds |= {"Events": Events, "Graph": Graph, "Words": Words}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 
