@@ -20,7 +20,9 @@ from multimodal_tokenizers import (
     AudioFrames,
     Boxes,
     Chat,
+    Events,
     Features,
+    Graph,
     Ids,
     ImagePatches,
     Joint,
@@ -32,6 +34,7 @@ from multimodal_tokenizers import (
     TableRow,
     TextBytes,
     VideoTubes,
+    Words,
 )
 from tests.pretrained.tiny import tiny_llama
 
@@ -51,7 +54,9 @@ MOST_USED = {
     "Contrast": mm.Contrast,
     "Core": mm.Core,
     "Engine": mm.Engine,
+    "Events": Events,
     "Fields": mm.Fields,
+    "Graph": Graph,
     "Ids": Ids,
     "Joint": Joint,
     "Labels.from_data": Labels.from_data,
@@ -72,6 +77,7 @@ MOST_USED = {
     "TopP": mm.TopP,
     "Tower": mm.Tower,
     "VideoTubes": VideoTubes,
+    "Words": Words,
     "cached": mm.train.cached,
     "check_task": check_task,
     "check_tokenizer": check_tokenizer,
@@ -126,6 +132,7 @@ def namespace() -> dict[str, Any]:
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
     kinds |= {"Ids": Ids, "Series": Series, "TableRow": TableRow}
     kinds |= {"Boxes": Boxes, "Points": Points, "VideoTubes": VideoTubes}
+    kinds |= {"Events": Events, "Graph": Graph, "Words": Words}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 

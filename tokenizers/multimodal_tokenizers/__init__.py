@@ -6,7 +6,9 @@ from multimodal_tokenizers.chat import Chat
 from multimodal_tokenizers.class_tokens import ClassTokens
 from multimodal_tokenizers.codes import Codes
 from multimodal_tokenizers.composites import Joint, Record, Sequence
+from multimodal_tokenizers.events import Events
 from multimodal_tokenizers.features import Features
+from multimodal_tokenizers.graph import Graph
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
@@ -18,6 +20,7 @@ from multimodal_tokenizers.text import TextBPE, TextBytes
 from multimodal_tokenizers.video import VideoTubes
 from multimodal_tokenizers.waveform import Waveform
 from multimodal_tokenizers.whisper import WhisperFrames
+from multimodal_tokenizers.words import Words
 
 __all__ = [
     "AudioFrames",
@@ -25,7 +28,9 @@ __all__ = [
     "Chat",
     "ClassTokens",
     "Codes",
+    "Events",
     "Features",
+    "Graph",
     "Ids",
     "ImagePatches",
     "Joint",
@@ -41,4 +46,5 @@ __all__ = [
     "VideoTubes",
     "Waveform",
     "WhisperFrames",
+    "Words",
 ]
