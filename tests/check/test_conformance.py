@@ -587,7 +587,13 @@ def test_the_error_and_the_table_list_every_failed_check():
 
     with pytest.raises(ConformanceError, match=rf"fails 5 of {COUNT} checks:\n  .*(\n  .*){{4}}$") as error:
         check_tokenizer(Twice(), words())
-    for name in ("decode_takes_anything", "places_agree", "pickled"):  # a class within a function cannot be pickled
+    for name in (
+        "decode_takes_anything",
+        "places_agree",
+        "text_grows",
+        "names_for_tokens",
+        "pickled",
+    ):  # a class within a function cannot be pickled
         assert f"\n  {name}: " in str(error.value)
     report = check_tokenizer(PlacesFromOne(), words(), raises=False)
     assert [result.name for result in report.failed] == ["places_agree"]
