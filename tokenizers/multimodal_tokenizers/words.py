@@ -22,6 +22,7 @@ class Words(Tokenizer):
     pieces less the more they are. Words are only read.
 
     buckets: F, number of features among which words and pieces are shared out.
+    shortest, longest: lengths of the pieces, in characters with the marks.
     causal: whether a token attends only to tokens before it.
 
     Examples:
