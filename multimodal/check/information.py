@@ -2,7 +2,7 @@
 
 import os
 import unittest
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multimodal.check.cases import TokenizerCase, close_tokens, contents, equal_tokens
-from multimodal.check.report import Check, promise, want
+from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHECKS: list[Check] = []
@@ -47,26 +47,40 @@ def _compared(
     changed: Iterator[Any],
     same: Callable[[Tokens, Tokens], bool] = equal_tokens,
 ) -> bool:
-    """Whether any changed value could be encoded; fails if all of those give the tokens of the unchanged value."""
+    """Whether a changed value gives other tokens; fails if some can be encoded, and all of those give the same."""
+    differ, count, last = tried(tokenizer, value, changed, same)
+    if count and not differ:
+        raise ConformanceError(
+            f"{describe(value)} and {describe(last)}, which ends differently, give the same {len(tokenizer(value))} tokens: the "
+            "end is cut or lost in silence; refuse what is too long"
+        )
+    return differ
+
+
+def tried(
+    tokenizer: Tokenizer,
+    value: Any,
+    others: Iterable[Any],
+    same: Callable[[Tokens, Tokens], bool] = equal_tokens,
+) -> tuple[bool, int, Any]:
+    """(whether one of these has other tokens than the value, how many were encoded until it was found, the last of them).
+
+    Values that are refused do not count; of a value that is refused itself, none does.
+    """
     try:
         tokens = tokenizer(value)
-    except ValueError:  # it is refused, hence not cut
-        return False
+    except ValueError:
+        return False, 0, value
     count, last = 0, value
-    for other in changed:
+    for other in others:
         try:
             found = tokenizer(other)
         except ValueError:
             continue
         count, last = count + 1, other
         if not same(found, tokens):
-            return True
-    want(
-        not count,
-        f"{describe(value)} and {describe(last)}, which ends differently, give the same {len(tokens)} tokens: the end is cut "
-        "or lost in silence; refuse what is too long",
-    )
-    return False
+            return True, count, last
+    return False, count, last
 
 
 def ignores_order(tokenizer: Tokenizer, value: Any, reordered: Any) -> bool:

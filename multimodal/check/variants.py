@@ -19,6 +19,7 @@ from multimodal.check.information import (
     same_value,
     sequences,
     spread_of,
+    tried,
 )
 from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.tokenizer import Tokenizer, Tokens, describe
@@ -30,20 +31,8 @@ RARE = (("日", "本"), ("щ", "ж"), ("𝄞", "𝄢"))  # letters that a vocabu
 
 def _all_same(tokenizer: Tokenizer, value: Any, others: Iterable[Any]) -> tuple[int, Any]:
     """How many of these could be encoded, all with the tokens of the value, and the last of them; 0 if any has other tokens."""
-    try:
-        tokens = tokenizer(value)
-    except ValueError:
-        return 0, value
-    count, last = 0, value
-    for other in others:
-        try:
-            found = tokenizer(other)
-        except ValueError:
-            continue
-        count, last = count + 1, other
-        if not equal_tokens(found, tokens):
-            return 0, other
-    return count, last
+    differ, count, last = tried(tokenizer, value, others)
+    return 0 if differ else count, last
 
 
 def _share_tokens(tokenizer: Tokenizer, first: Any, second: Any) -> bool:

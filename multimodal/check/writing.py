@@ -148,7 +148,7 @@ def written_fits(case: TokenizerCase) -> None:
     """`written` is a tokenizer of the same ids or features, which is itself when it is asked again, and decodes them."""
     t = decoding(case, written=False)
     if isinstance(t, Composite):
-        return  # it is written as ids of one vocabulary, whose weights are those of the head
+        raise unittest.SkipTest("it is written as ids of one vocabulary, whose weights are those of the head")
     w = t.written
     want(isinstance(w, Tokenizer), f"written is {describe(w)}, wanted a Tokenizer")
     sizes = [(x.vocab_size, x.feature_size) for x in (t, w)]

@@ -245,7 +245,6 @@ class LaidOut:
     pointed_N: for a pointer, the index in `key_N` of each written token.
     side: for a pair, 0 for the left side and 1 for the right one.
     hidden: for a head that hides tokens, all tokens of the value and which of them (N,) are hidden.
-    row_N: the rows that the head reads, counted in this sample, where they are others than `first` to `last`.
     """
 
     segments: list[Segment]
