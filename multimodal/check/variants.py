@@ -200,11 +200,13 @@ def _gaps(part: Any) -> Iterator[tuple[Any, Any]]:
         middle = len(part) // 2
         gap = copy(part)
         gap[middle] = float("nan")
-        others = part[[i for i in range(len(part)) if i != middle]]
-        for number in (0.0, float(others.mean()) if len(others) else 0.0, part[middle - 1]):
+        there = part[[i for i in range(len(part)) if i != middle]]
+        there = there[there == there]  # the value may have other missing numbers
+        for number in (0.0, float(there.mean()) if len(there) else 0.0, part[middle - 1]):
             filled = copy(part)
             filled[middle] = number
-            yield gap, filled
+            if not (filled[middle] != filled[middle]).any():
+                yield gap, filled
     elif isinstance(part, list) and part and all(isinstance(x, (int, float)) for x in part):
         middle = len(part) // 2
         for missing in (None, float("nan")):

@@ -58,11 +58,20 @@ def test_the_stem_is_its_convolutions():
     content = READ(WAVES[0]).content
     (first, second), hidden = embed.convolutions, content[:, None]
     assert (first.kernel_size, first.stride, second.kernel_size, second.stride) == ((10,), (5,), (8,), (4,))
-    for convolution in (first, second):
-        hidden = F.gelu(F.conv1d(hidden, convolution.weight, convolution.bias, convolution.stride))
-    assert hidden.shape[-1] == ((200 - 10) // 5 + 1 - 8) // 4 + 1
+    hidden = F.gelu(F.conv1d(hidden, first.weight, first.bias, 5))
+    hidden = F.gelu(F.conv1d(F.pad(hidden, (0, 1)), second.weight, second.bias, 4))  # 39 positions, and a stride is 4
+    assert hidden.shape[-1] == 40 // 4 - 1
     torch.testing.assert_close(embed(content), hidden.flatten(1) @ embed.linear.weight.T + embed.linear.bias)
     torch.testing.assert_close(embed(content)[3], embed(content[3:4])[0])
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [READ, WRITTEN, Waveform(RATE), Waveform(RATE, hop=317, context=0, strides=(7, 3, 2))]
+)
+def test_the_stem_sees_every_sample(tokenizer):
+    content = torch.zeros(1, tokenizer.feature_size, requires_grad=True)
+    tokenizer.embed(12)(content).square().sum().backward()
+    assert content.grad is not None and (content.grad != 0).all()
 
 
 @pytest.mark.parametrize(

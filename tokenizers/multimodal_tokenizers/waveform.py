@@ -72,7 +72,7 @@ class Waveform(Tokenizer):
         """Positions that the convolutions leave of a token."""
         left = self.feature_size
         for stride in self.strides:
-            left = (left - 2 * stride) // stride + 1
+            left = -(-left // stride) - 1
         return left
 
     def encode(self, value: Any) -> Tokens:
@@ -116,5 +116,7 @@ class _Stem(nn.Module):
     def forward(self, content_NF: Tensor) -> Tensor:
         hidden = content_NF[:, None]
         for convolution in self.convolutions:
+            # up to a whole number of strides, or the last samples would lie in no window
+            hidden = F.pad(hidden, (0, -hidden.shape[-1] % convolution.stride[0]))
             hidden = F.gelu(convolution(hidden))
         return self.linear(hidden.flatten(1))
