@@ -71,7 +71,8 @@ def test_the_stem_is_its_convolutions():
 def test_the_stem_sees_every_sample(tokenizer):
     content = torch.zeros(1, tokenizer.feature_size, requires_grad=True)
     tokenizer.embed(12)(content).square().sum().backward()
-    assert content.grad is not None and (content.grad != 0).all()
+    assert content.grad is not None
+    assert (content.grad != 0).all()
 
 
 @pytest.mark.parametrize(
