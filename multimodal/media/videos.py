@@ -111,7 +111,7 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
             ) from None
         try:
             # a fixed demuxer, so that a disguised play list cannot open other files
-            container = stack.enter_context(av.open(file, format=DEMUXERS[kind]))
+            container = stack.enter_context(av.open(file, mode="r", format=DEMUXERS[kind]))
         except Exception as error:
             raise unreadable(name, "moving pictures", error, who) from error
         if not container.streams.video:
@@ -131,7 +131,7 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
 
 def _at_rate(frames: Iterator[Any], rate: float, fps: float) -> Iterator[np.ndarray]:
     """Of frames with their times, those that are seen after 0, 1, 2, .. times 1 / fps seconds; the last is seen for 1 / rate."""
-    begin_s, shown, before = None, 0, None
+    begin_s, end_s, shown, before = None, 0.0, 0, None
     for frame in frames:
         time_s = frame.time if frame.time is not None else (begin_s or 0.0) + shown / rate
         begin_s = time_s if begin_s is None else begin_s

@@ -1,7 +1,7 @@
 """Notes as MIDI has them, read from lists and .mid files, and written token by token."""
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ class Events(Tokenizer):
         for count in (4, 6, 6, 11):
             onset = np.cumsum(draw.integers(0, 3, count))
             pitch, duration = draw.permutation(np.arange(48, 84))[:count], draw.integers(1, 2 * self.longest, count)
-            rows: list[Sequence[Any]] = [onset / self.resolution, pitch, duration / self.resolution]
+            rows: list[Any] = [onset / self.resolution, pitch, duration / self.resolution]
             if self.velocities:
                 rows.append([self._velocity(level) for level in draw.integers(0, self.velocities, count).tolist()])
             if self.voices:

@@ -110,13 +110,13 @@ class _Stem(nn.Module):
         ]
         for convolution in convolutions:
             nn.init.kaiming_normal_(convolution.weight)  # so that a signal keeps its power through all of them
+        self.strides = strides
         self.convolutions = nn.ModuleList(convolutions)
         self.linear = nn.Linear(left * channels, width)
 
     def forward(self, content_NF: Tensor) -> Tensor:
         hidden = content_NF[:, None]
-        for convolution in self.convolutions:
+        for convolution, stride in zip(self.convolutions, self.strides, strict=True):
             # up to a whole number of strides, or the last samples would lie in no window
-            hidden = F.pad(hidden, (0, -hidden.shape[-1] % convolution.stride[0]))
-            hidden = F.gelu(convolution(hidden))
+            hidden = F.gelu(convolution(F.pad(hidden, (0, -hidden.shape[-1] % stride))))
         return self.linear(hidden.flatten(1))

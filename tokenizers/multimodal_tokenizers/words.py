@@ -68,7 +68,7 @@ class Words(Tokenizer):
         nn.init.normal_(linear.weight, std=0.02)  # as a table of ids has it, since few features are not 0
         return linear
 
-    def examples(self) -> list[list[str]]:
+    def examples(self) -> list[Any]:
         """Values for the conformance checks."""
         texts = (
             "the cat sat",
