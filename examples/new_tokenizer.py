@@ -1,4 +1,4 @@
-"""A kind of data the framework has never seen, in one class: time series of any length and number of channels.
+"""A kind of data of one's own, in one class: time series of any length and number of channels (a fuller one ships, `Series`).
 
     uv run examples/new_tokenizer.py                          2 CPU-minutes, 100 % of 200 made-up tones: rise, fall, stay or beat
     uv run examples/new_tokenizer.py --data JapaneseVowels    20 seconds, 97 % of 370 spoken vowels: which of 9 people
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Series(mm.Tokenizer):
+class Channels(mm.Tokenizer):
     """Arrays (channels, time) of any length, `stack` neighbouring moments a token; mean and std are those of each channel."""
 
     mean: tuple[float, ...]
@@ -44,7 +44,7 @@ class Series(mm.Tokenizer):
         series = np.array(value, dtype=np.float32) if isinstance(value, np.ndarray) else None
         if series is None or series.ndim != 2 or len(series) != len(self.mean) or series.shape[1] == 0:
             came = getattr(value, "shape", type(value).__name__)
-            raise mm.MediaError(f"Series.encode: {came} came, wanted an array ({len(self.mean)} channels, time)")
+            raise mm.MediaError(f"Channels.encode: {came} came, wanted an array ({len(self.mean)} channels, time)")
         mean, std = (np.array(each, np.float32)[:, None] for each in (self.mean, self.std))
         series = (series - mean) / std
         series = np.pad(series, ((0, 0), (0, -series.shape[1] % self.stack)), mode="edge")
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> float:
     # tokenizers
     everything = np.concatenate(train[0], axis=1)
     mean, std = (tuple(x.tolist()) for x in (everything.mean(axis=1), everything.std(axis=1)))
-    tokenizers = {"series": Series(mean, std, args.stack), "label": Labels(tuple(sorted(set(train[1]))))}
+    tokenizers = {"series": Channels(mean, std, args.stack), "label": Labels(tuple(sorted(set(train[1]))))}
 
     # model
     core = mm.Core(width=64, depth=3, heads=4, dropout=0.1)

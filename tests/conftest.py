@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,6 +117,26 @@ def values() -> Callable[[int], dict[str, object]]:
         }
 
     return make
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """with full_disk(): a file can have at most 4,000 bytes; writing more fails as on a full disk."""
+    resource = pytest.importorskip("resource", reason="this system has no limits of processes")
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # or what is first imported here would be kept as bytecode of 4,000 bytes, which later processes cannot read
+        bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            sys.dont_write_bytecode = bytecode
+
+    return limited
 
 
 @pytest.fixture

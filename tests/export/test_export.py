@@ -218,23 +218,15 @@ def test_of_two_exports_at_once_one_wins_and_nothing_is_left(
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("to", ["pt2", "onnx"])
-def test_a_full_disk_is_an_error_and_leaves_nothing(tokenizers, lively, tmp_path, to, there):
-    resource = pytest.importorskip(
-        "resource"
-    )  # files can be no larger than some bytes: writing fails as on a full disk
+def test_a_full_disk_is_an_error_and_leaves_nothing(tokenizers, lively, full_disk, tmp_path, to, there):
     for name in formats.FORMATS["onnx"].needs if to == "onnx" else ():
         pytest.importorskip(name, reason="the extra `export` is not installed")
     model = lively(mm.Model(tokenizers, CORE, ["text -> label"]))
     folder = tmp_path / "deep" / "out"
     if there:
         folder.mkdir(parents=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    try:
-        with pytest.raises(mm.CheckpointError, match=r"out: cannot be written \(.*(too large|27).*make room"):
-            model.export(to, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(), pytest.raises(mm.CheckpointError, match=r"out: cannot be written \(.*(too large|27).*make room"):
+        model.export(to, folder)
     assert list(tmp_path.rglob("*")) == ([tmp_path / "deep", folder] if there else [])
 
 

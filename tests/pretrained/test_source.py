@@ -178,18 +178,11 @@ def test_nothing_of_a_folder_is_overwritten(tmp_path: Path) -> None:
         model.export("onnxx", tmp_path / "out")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    resource = pytest.importorskip(
-        "resource"
-    )  # files can be no larger than some bytes: writing fails as on a full disk
+def test_a_full_disk_leaves_nothing(full_disk: Any, tmp_path: Path) -> None:
     model = pretrained(tiny_llama(tmp_path / "tiny")).model()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    try:
-        with pytest.raises(mm.CheckpointError, match=r"out: cannot be written \(model.safetensors: .*make room"):
-            model.export("hf", tmp_path / "deep" / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = r"out: cannot be written \(model.safetensors: .*make room"
+    with full_disk(), pytest.raises(mm.CheckpointError, match=message):
+        model.export("hf", tmp_path / "deep" / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]
 
 

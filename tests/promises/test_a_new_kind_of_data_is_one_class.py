@@ -39,13 +39,13 @@ def _accuracy(out: str, name: str) -> tuple[float, float]:
 
 def test_the_tokenizer_is_one_class_of_at_most_40_lines():
     tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
-    series = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Series")
+    series = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Channels")
     assert series.end_lineno - series.decorator_list[0].lineno + 1 <= 40
     elsewhere = [
         name
         for name in ("multimodal", "tokenizers")
         for p in (ROOT / name).rglob("*.py")
-        if "Series(" in p.read_text("utf-8")
+        if "Channels(" in p.read_text("utf-8")
     ]
     assert not elsewhere
 
@@ -68,20 +68,20 @@ def example():
 @pytest.mark.parametrize("stack", [1, 3])
 def test_the_tokenizer_passes_every_check(example, stack):
     series = [np.random.default_rng(i).standard_normal((2, 7 + i)).astype(np.float32) for i in range(3)]
-    for check in tokenizer_checks(example.Series((0.1, 0.2), (1.0, 2.0), stack), series):
+    for check in tokenizer_checks(example.Channels((0.1, 0.2), (1.0, 2.0), stack), series):
         assert check.result().status in ("ok", "skipped"), check.result()
 
 
 def test_stacked_moments_stay_in_order_and_places_count_moments(example):
-    tokens = example.Series((0.0, 10.0), (1.0, 2.0), stack=2)(np.array([[1, 2, 3], [10, 12, 14]]))
+    tokens = example.Channels((0.0, 10.0), (1.0, 2.0), stack=2)(np.array([[1, 2, 3], [10, 12, 14]]))
     assert tokens.content.tolist() == [[1, 0, 2, 1], [3, 2, 3, 2]]  # moment by moment, the last one repeated
     assert tokens.position_NA[:, 0].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("value", [np.zeros((3, 5)), np.zeros(5), np.zeros((2, 0)), [[1.0], [2.0]]])
 def test_bad_series_are_refused_by_name(example, value):
-    with pytest.raises(ValueError, match=r"Series\.encode: .* wanted an array \(2 channels, time\)"):
-        example.Series((0.0, 0.0), (1.0, 1.0))(value)
+    with pytest.raises(ValueError, match=r"Channels\.encode: .* wanted an array \(2 channels, time\)"):
+        example.Channels((0.0, 0.0), (1.0, 1.0))(value)
 
 
 def test_without_the_archive_it_learns_made_up_tones(tmp_path, run):

@@ -183,6 +183,7 @@ def test_a_full_disk_damages_no_saved_state(tmp_path):
     """The limit on file sizes stands for a full disk: the write fails half-way."""
     program = f"""
 import resource, signal, sys, warnings
+sys.dont_write_bytecode = True  # cut off at the limit, it would fail later processes
 import multimodal as mm
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_state import DATA, PLAIN, TASK, make
