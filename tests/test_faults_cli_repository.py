@@ -140,6 +140,7 @@ def not_installed() -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_fault_00_every_row_of_the_benchmark_declares_what_the_default_groups_lack() -> None:
     default, wrong, seen = default_groups(), [], set()
     assert not PEERS & default

@@ -510,6 +510,7 @@ def audited(folder: Path) -> Callable[[Callable[[], object] | None, int], int]:
     return watch
 
 
+@pytest.mark.slow
 @FORKS
 @pytest.mark.parametrize("way", ["killed", "failing"])
 def test_fault_01h_a_save_that_ends_before_any_of_its_operations_leaves_one_whole_model(tmp_path, way):

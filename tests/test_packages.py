@@ -107,6 +107,7 @@ test_hears = mm.check.tests(Hears(), lambda: [[(60, 4), (62, 4), (64, 8)], [(67,
 '''
 
 
+@pytest.mark.slow
 def test_one_line_in_a_test_file_is_a_test_for_each_check(tmp_path):
     folder = installed(tmp_path / "site", "kinds", points())
     shutil.copytree(PACKAGE / "tests", tmp_path / "tests")

@@ -150,6 +150,7 @@ def made(tmp_path, monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_ends_no_other_and_is_not_saved(made, tmp_path, capsys):
     path = tmp_path / "results" / "seeds.json"
     rows = [made["crashes"], made["leaves"], made["fine"]]
@@ -181,6 +182,7 @@ def test_runs_are_merged_by_row_and_seed(made, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_quick_forms_are_shown_and_never_saved(made, tmp_path, capsys):
     path = tmp_path / "seeds.json"
     assert seeds.run_all([made["fine"]], [0], True, path, tmp_path / "logs")
@@ -319,6 +321,7 @@ def test_the_list_runs_nothing(capsys):
     assert "abstractive summarisation: not claimed" in out
 
 
+@pytest.mark.slow
 def test_a_run_of_one_row_from_the_command_line(tmp_path, program):
     out = program("benchmarks/seeds.py", "scaled-start", "--quick", cwd=tmp_path)
     assert "scaled-start, seed 0:" in out

@@ -577,6 +577,7 @@ def test_fault_24_to_31_a_planted_fault_is_caught_by_the_check_that_names_it(tok
     assert re.search(problem, failed[0].detail), failed[0].detail
 
 
+@pytest.mark.slow
 def test_fault_25a_what_only_this_process_or_folder_has_is_noticed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("letters.txt").write_text("abcdefghijklmnopqrstuvwxyzé?1", encoding="utf-8")

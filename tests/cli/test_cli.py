@@ -673,6 +673,7 @@ def test_features_are_drawn_by_their_seed(say, artist, tmp_path) -> None:
             assert np.array_equal(np.asarray(image), pixels(wanted))
 
 
+@pytest.mark.slow
 def test_a_new_process_finds_the_head_that_writes_features(artist, home, tmp_path) -> None:
     code = (
         f"import sys; from multimodal.cli import main; sys.exit(main({[*asked('painting'), '--out', str(tmp_path)]!r}))"

@@ -86,6 +86,7 @@ def in_new_python(code: str, *arguments: object, **options) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its own forks")
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(tmp_path: Path):
     kills, same, tried, files = json.loads(in_new_python(KILLED, tmp_path))

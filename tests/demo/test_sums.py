@@ -116,6 +116,7 @@ def test_a_picture_of_any_size_is_read_at_one():
     assert read[0].max() - read[0].min() > 2
 
 
+@pytest.mark.slow
 def test_the_command_trains_once_and_serves(tmp_path, monkeypatch, capsys):
     httpx = pytest.importorskip("httpx", reason=EXTRA)
     pytest.importorskip("uvicorn", reason=EXTRA)

@@ -28,9 +28,9 @@ def needs(name: str) -> Path:
 
 
 def test_digits_learn_and_leave_pictures(tmp_path, run):
-    out = run("train_image_classifier.py", "--steps", "150")
+    out = run("train_image_classifier.py", "--steps", "60")  # .ci/run runs it whole
     accuracy = float(out.split("test accuracy ")[1].split("%")[0])
-    assert accuracy > 60, out  # chance is 10
+    assert accuracy > 35, out  # chance is 10
     assert "multimodal predict" in out
     folder = tmp_path / "runs" / "digits"
     for name in ("curves.png", "answers.png", "one_test_picture.png"):
@@ -73,12 +73,14 @@ def test_clothing_photographs_train_at_their_own_size(tmp_path, run):
     assert "on 12 pictures" in out
 
 
+@pytest.mark.slow
 def test_the_cifar_reader_takes_the_validation_list(tmp_path, run):
     needs("cifar10_train.npz")
     out = run("train_image_classifier.py", "--data", "cifar10", "--root", str(DATA), "--steps", "1", "--check", "40")
     assert "on 40 pictures" in out
 
 
+@pytest.mark.slow
 def test_cross_modal_demo_runs_to_its_table(tmp_path, run):
     out = run("cross_modal_demo.py", "--steps", "4", "--workers", "0")
     for row in ("unseen pictures", "unseen synthetic voices", "sums", "picture left out", "sound left out"):
@@ -113,6 +115,7 @@ def test_the_recipe_trains_and_answers_on_the_command_line(tmp_path, monkeypatch
     assert "model " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_model_does_four_jobs(tmp_path, run):
     out = run("one_model_four_jobs.py", "--steps", "60", "--count", "20", "--share", "6", "--workers", "0")
     for name in ("image -> label", "audio -> heard:text", "audio -> text", "photo -> caption:text", "nearest picture"):

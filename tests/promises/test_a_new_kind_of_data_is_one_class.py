@@ -84,6 +84,7 @@ def test_bad_series_are_refused_by_name(example, value):
         example.Channels((0.0, 0.0), (1.0, 1.0))(value)
 
 
+@pytest.mark.slow
 def test_without_the_archive_it_learns_made_up_tones(tmp_path, run):
     out = run("--steps", "75")
     right, commonest = _accuracy(out, "tones")
@@ -93,6 +94,7 @@ def test_without_the_archive_it_learns_made_up_tones(tmp_path, run):
     assert (tmp_path / "runs" / "new_tokenizer" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_it_learns_the_official_split_of_the_archive(tmp_path, run):
     data = Path(os.environ.get("MULTIMODAL_DATA", ROOT.parent / "shared" / "data"))
     if not (data / "timeseries.npz").is_file():

@@ -506,6 +506,7 @@ def test_a_reload_between_two_sounds_changes_the_model(load):
 # in a process of its own
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:connect:DeprecationWarning")  # OpenAI's client connects in a way that is going away
 def test_the_command_hears_openais_client_and_survives_broken_ones(ear, tmp_path):
     pytest.importorskip("uvicorn", reason=EXTRA)

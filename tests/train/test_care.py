@@ -207,6 +207,7 @@ GRAPHS = {
 }
 
 
+@pytest.mark.slow
 @ITS_OWN
 @pytest.mark.parametrize("name", GRAPHS)
 def test_compiled_pieces_agree_and_are_compiled_once(request: pytest.FixtureRequest, name: str) -> None:
@@ -238,6 +239,7 @@ def test_compiled_pieces_agree_and_are_compiled_once(request: pytest.FixtureRequ
     torch.testing.assert_close(gradients(again, stream)[0], gradients(model, stream)[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @ITS_OWN
 def test_sharded_blocks_are_recomputed_and_compiled(traced: None) -> None:
     """FSDP2 gathers a block's weights around it: with one process all numbers must be those of the plain model."""

@@ -185,6 +185,7 @@ def test_one_that_stopped_and_saved_ends_no_other(command, tmp_path):
     assert (tmp_path / "saved0").is_file()
 
 
+@pytest.mark.slow
 def test_none_outlives_a_launcher_that_was_killed(command, tmp_path):
     """One is asked and saves, one does not listen and is gone after its time of grace."""
     script = tmp_path / "worker.py"

@@ -179,6 +179,7 @@ def test_a_state_that_was_being_written_is_no_state(tmp_path):
     assert not half.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_damages_no_saved_state(tmp_path):
     """The limit on file sizes stands for a full disk: the write fails half-way."""
     program = f"""
