@@ -187,14 +187,16 @@ def test_without_mido_the_error_says_what_to_install(monkeypatch):
     ("value", "message"),
     [
         ([(1, 60, 1), (0, 60, 1)], "note 1 begins before note 0; sort the notes by their onsets"),
-        ([(1, 60, 1), (1, 60, 2)], "note 1, C4, begins where an equal one of its voice does; leave one out"),
+        ([(1, 60, 1), (1, 60, 2)], "note 1, C4, has the onset, pitch and voice of a note before; leave one out"),
         ([(0, 60)], r"note 0 is tuple .*, wanted \(onset, pitch, duration\)"),
         ([(0.3, 60, 1)], "note 0: onset is 0.3, wanted a multiple of 1/12 beat; use another resolution, or lossy=True"),
         ([(0, 128, 1)], "note 0: pitch is 128, wanted 0 to 127"),
         ([(0, 60.5, 1)], "note 0: pitch is 60.5, wanted a whole number"),
         ([(0, 60, 0)], "note 0: duration is 0, wanted 0.08.* beats"),
-        ([(float("nan"), 60, 1)], "note 0: onset is nan, wanted a number"),
+        ([(float("nan"), 60, 1)], "note 0: onset is float nan, wanted a number"),
         ([("x", 60, 1)], "note 0: onset is str 'x', wanted a number"),
+        ([(0, "60", 1)], "note 0: pitch is str '60', wanted a number"),
+        ([(0, True, 1)], "note 0: pitch is bool True, wanted a number"),
         (7, r"wanted a list of notes \(onset, pitch, duration\), or a MIDI file, not int 7"),
         ("none.mid", "there is no file 'none.mid'"),
     ],
@@ -204,13 +206,15 @@ def test_bad_notes_are_refused_by_name(value: Any, message: str):
         Events()(value)
 
 
-def test_a_loudness_between_levels_is_refused_or_rounded():
+def test_a_velocity_between_levels_is_refused_or_rounded():
     with pytest.raises(
         MediaError, match="velocity is 50, which is none of the 4 levels; use velocities=127, or lossy=True"
     ):
         Events(velocities=4)([(0, 60, 1, 50)])
     rounded = Events(velocities=4, lossy=True)
     assert rounded.decode(rounded([(0, 60, 1, 50)])) == [(0, 60, 1, 43)]
+    whole = Events(resolution=1, lossy=True)
+    assert whole.decode(whole([(0.6, 60, 0.2)])) == [(1, 60, 1)]
     for number in range(1, 128):
         assert Events(velocities=127)._velocity(Events(velocities=127)._level(number)) == number
 
