@@ -14,7 +14,7 @@ from torch import Tensor
 from multimodal.media import read_sound, sound_blocks
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
-from multimodal_tokenizers.arrays import grey_levels
+from multimodal_tokenizers.features import grey_levels
 
 LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats, for normalise="fixed"
 FLOOR = 1e-6  # power added before the logarithm

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
-from multimodal_tokenizers.arrays import as_array, as_features, grey_levels
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,9 @@ class Features(Tokenizer):
 
     def _read(self, value: Any) -> Tensor:
         wanted = f"wanted an array or tensor (frames, {self.features}) of numbers"
-        value = as_array(value)
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = value.float().numpy() if value.is_floating_point() else value.numpy()
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
             raise MediaError(f"Features.encode: {wanted}, not {describe(value)}")
         if value.ndim != 2 or value.shape[1] != self.features:
@@ -105,7 +106,8 @@ class Features(Tokenizer):
             raise MediaError(
                 f"Features.encode: {describe(value)} has {len(value)} frames, but frame_names has {len(self.frame_names)}"
             )
-        return as_features(value)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+            return torch.from_numpy(np.array(value, dtype=np.float32))
 
     def embed(self, width: int) -> nn.Module:
         return embedding(self.feature_size, self.hidden, width)
@@ -136,3 +138,9 @@ def embedding(features: int, hidden: int | None, width: int) -> nn.Module:
     if hidden is None:
         return nn.Linear(features, width)
     return nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def grey_levels(frames_NF: Tensor) -> Tensor:
+    """Frames as a picture (Y, X, 1) in 0..1, the first feature at the bottom."""
+    level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
+    return level.T.flip(0)[:, :, None]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from multimodal.shapes import AXES, ConfigError, MediaError, check_whole, did_you_mean
 from multimodal.texts import listed, repeated
 from multimodal.tokenizer import Tokenizer, Tokens, describe
-from multimodal_tokenizers.arrays import as_array, as_features
 from multimodal_tokenizers.features import embedding
 
 
@@ -76,12 +75,13 @@ class Graph(Tokenizer):
     def _nodes(self, nodes: Any) -> Tensor:
         wanted = f"wanted an array, tensor or list (nodes, {self.features}) of numbers"
         try:
-            array = np.asarray(as_array(nodes))
+            array = np.asarray(nodes.detach().cpu() if isinstance(nodes, Tensor) else nodes)
         except ValueError:  # rows of different lengths
             array = np.array(None)
         if array.dtype.kind not in "fiub" or array.ndim != 2 or array.shape[1] != self.features:
             raise MediaError(f"Graph.encode: nodes: {wanted}, not {describe(nodes)}")
-        return as_features(array)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+            return torch.from_numpy(np.array(array, dtype=np.float32))
 
     def _edges(self, edges: Any, nodes: int) -> list[tuple[int, int, int]]:
         """(from, to, number of the type) of each edge."""

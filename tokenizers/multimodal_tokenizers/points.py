@@ -15,7 +15,6 @@ from multimodal.media import file_source, is_file_like, optional_package
 from multimodal.shapes import AXES, ConfigError, MediaError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 from multimodal.value_files import with_ending
-from multimodal_tokenizers.arrays import as_array, as_features
 from multimodal_tokenizers.placed import PlacedLinear
 
 STEPS = 16  # steps of rotary positions across four standard deviations of a cloud
@@ -129,7 +128,8 @@ class Points(Tokenizer):
         rows = _read(value, self.feature_size, "Points.encode")
         dims = len(self.centre)
         scaled = [(rows[:, dims:] - self.mean) / self.std, (rows[:, :dims] - self.centre) / self.size]
-        content_NF = as_features(np.concatenate(scaled, 1))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+            content_NF = torch.from_numpy(np.concatenate(scaled, 1).astype(np.float32))
         return Tokens(content_NF, self._positions(content_NF))
 
     def _positions(self, content_NF: Tensor) -> Tensor:
@@ -177,7 +177,9 @@ def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
     given = value
     if is_file_like(value):
         value = _from_file(value, columns, who)
-    value = as_array(value)
+    elif isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     wanted = f"wanted an array or tensor (points, {columns or 'coordinates and features'}) of numbers"
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.ndim != 2:
         raise MediaError(f"{who}: {wanted}, not {describe(given)}")

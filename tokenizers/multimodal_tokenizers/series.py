@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
-from multimodal_tokenizers.arrays import as_array, as_features, grey_levels
+from multimodal_tokenizers.features import grey_levels
 
 LATEST = 2**20  # steps; float32 would round later times to more than a tenth of a step
 
@@ -127,7 +127,9 @@ class Series(Tokenizer):
             columns.append(((time - np.repeat(first, self.patch)[: len(time)]) / self.step_s)[:, None])
             position_NA = at_times(torch.from_numpy(first).float())
         steps = np.pad(np.concatenate(columns, 1), ((0, count * self.patch - len(array)), (0, 0)))
-        return Tokens(as_features(rearrange(steps, "(n p) f -> n (p f)", p=self.patch)), position_NA)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
+            content_NF = torch.from_numpy(rearrange(steps, "(n p) f -> n (p f)", p=self.patch).astype(np.float32))
+        return Tokens(content_NF, position_NA)
 
     def decode(self, tokens: Tokens) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         channels = len(self.mean)
@@ -190,7 +192,9 @@ def _read(value: Any, timed: bool, channels: int | None, who: str) -> tuple[np.n
 
 def _floats(value: Any, who: str) -> np.ndarray:
     """A new float64 array of numbers; None becomes NaN."""
-    value = as_array(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     try:
         array = np.array(value)
         if array.dtype == object and not isinstance(value, (str, bytes)):  # lists with None, as JSON has them

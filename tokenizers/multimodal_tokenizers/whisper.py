@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times
-from multimodal_tokenizers.arrays import grey_levels
 from multimodal_tokenizers.audio import read_limited
+from multimodal_tokenizers.features import grey_levels
 
 HOP, WINDOW = 160, 400  # samples from frame to frame, and of a frame: 10 and 25 ms
 FRAMES = 2  # of a token: the stride of the second convolution
