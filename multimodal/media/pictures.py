@@ -327,7 +327,8 @@ def _heif(file: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     """Decode HEIC, the format of many telephones; pillow-heif has already turned it upright."""
     need = f"{who}: {name} is HEIC, which the package pillow-heif reads"
     pictures = optional_package("pillow_heif", "media", need).open_heif(file, convert_hdr_to_8bit=False)
-    _check_pixels(*pictures.size, max_pixels, who, name)
+    width, height = pictures.size
+    _check_pixels(width, height, max_pixels, who, name)
     if len(pictures) > 1:
         text = f"{who}: {name} holds {len(pictures)} pictures; only the main one is read, as of every HEIC file with several"
         warn_once(text, key="frames of HEIC")
