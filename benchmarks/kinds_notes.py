@@ -1,4 +1,4 @@
-"""Chorales that are written, nodes of graphs and words that are tagged, each beside what people use for it.
+"""Chorales to write, nodes of graphs to classify and words to tag, each beside a usual method.
 
     uv run benchmarks/kinds_notes.py [--only chorales nodes words] [--seeds 0 1 2] [--write]
     uv run benchmarks/kinds_notes.py --tune [--only ..]                              on a part of the training data alone
@@ -160,16 +160,7 @@ def written(train: list[Melody], test: list[Melody], seed: int, steps: int = 500
     """Nats a note of a model that writes them."""
     core = mm.Core(width=96, depth=3, heads=4, dropout=0.1, axes=NOTES.axes)
     model = mm.Model({"notes": NOTES}, core, [WRITE], seed=seed)
-    mm.fit(
-        model,
-        {WRITE: Transposed(train)},
-        seed=seed,
-        steps=steps,
-        batch=12,
-        lr=2e-3,
-        ema=0.99,
-        **PLAIN,
-    )
+    mm.fit(model, {WRITE: Transposed(train)}, seed=seed, steps=steps, batch=12, lr=2e-3, ema=0.99, **PLAIN)
     nats = 0.0
     for melody in test:
         stream = model.pack(WRITE, [{"notes": melody}])

@@ -5,8 +5,7 @@
 
 The sets are those of timeseries.npz, with their official test parts: JapaneseVowels (12 channels, 7 to 29 steps),
 ItalyPowerDemand and GunPoint (one channel). The features are those of 1,000 random kernels after Dempster et al. 2020, written
-below. One recipe does for all sets; it was not tuned. --write writes a table for
-each set to benchmarks/results.
+below. All sets have the same recipe, which was not tuned. --write writes a table for each set to benchmarks/results.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,13 @@
-"""Clips, clouds of points, and pictures with questions, each beside what shows what the number is worth.
+"""Videos, point clouds, and pictures with questions, each beside a control or a usual method.
 
     uv run benchmarks/kinds_space.py [--only motion points vqa] [--seeds 0 1 2] [--write]    about 25 CPU-minutes on one thread
     uv run benchmarks/kinds_space.py --tune [--only ..]                                      on a part of the training data alone
 
-motion: a digit of scikit-learn's set moves through a noisy frame in one of eight directions; which? A digit that leaves on one
-side comes back on the other, so that its place says nothing. The control reads the last frame of each clip alone.
-points: the 8 x 8 digits as clouds, a point with its ink for each pixel that has some, in no order; beside nearest neighbours and
-logistic regression on the pixels. vqa: easy-VQA's training part, of whose 4,000 pictures 800 are held
-out with their questions; beside the question alone. --write writes the table to benchmarks/results/kinds_space.md.
+motion: in which of eight directions does a digit of scikit-learn's set move through a noisy frame? A digit that leaves on one side
+comes back on the other, so that its position says nothing. The control reads the last frame of each clip alone.
+points: the 8 x 8 digits as point clouds, a point with its ink for each pixel that has some, in no order; beside nearest neighbours
+and logistic regression on the pixels. vqa: of the 4,000 pictures of easy-VQA's training part 800 are held out with their
+questions; beside a model that reads the question alone. --write writes the table to benchmarks/results/kinds_space.md.
 """
 
 import functools
@@ -42,7 +42,7 @@ def accuracy(
 
 
 def clips(pictures: Rows, count: int, seed: int) -> Rows:
-    """Clips of digits that move by two pixels a frame, of equally many in each direction."""
+    """Clips of digits that move by two pixels a frame, equally many in each direction."""
     random, samples = np.random.default_rng(seed), []
     names = list(DIRECTIONS)
     for i in range(count):

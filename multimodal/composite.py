@@ -1,10 +1,10 @@
-"""Kinds made of other kinds: a value is a sequence of parts, each with tokens, an embedding and a place in the stream of its own.
+"""Kinds made of other kinds: a value is a sequence of parts, each with its own tokens, embedding and segment of the stream.
 
     {"picture": .., "caption": ..} --pieces--> ("picture", ..), ("caption", ..)
         --encode--> mark 0, tokens of the picture, mark 1, tokens of the caption          (`Composed`: one run for each)
 
-Before every piece stands a mark, a learned token that says which part follows, so that nothing of a value is lost: which entry
-is missing, and where one text ends and the next begins.
+Before every piece stands a mark, a learned token that says which part follows, so that the tokens also tell which entry is missing,
+and where one text ends and the next begins.
 """
 
 import copy
@@ -41,8 +41,8 @@ class Run(NamedTuple):
 class Composed(Tokens):
     """The tokens of a composite value: runs of tokens of its parts.
 
-    As plain tokens they have positions (N, A) in steps, on which time goes on from run to run, and contents (N, F), which are for
-    comparisons and pictures only: the number of the part, and its ids or features.
+    As plain tokens they have positions (N, A) in steps, where the time of a run follows that of the run before, and contents
+    (N, F), which are for comparisons and pictures only: a number for the part, and its ids or features.
 
     runs: the runs, in order; none is empty.
     steps: by run, the `step` of its tokenizer.
@@ -111,15 +111,15 @@ class Composite(Tokenizer):
     """A kind whose values are made of parts. Subclass as a frozen dataclass, and write `parts` and `pieces`.
 
     Every run of tokens becomes a segment of its own in the stream, of the kind "page.picture", and is embedded by
-    `model.embeds["page"]["picture"]`; marks by `model.embeds["page"]`. Time goes on from run to run. All runs of a value have the
-    number of its field, so that mask rules see one field, and the flag `causal` of the composite.
+    `model.embeds["page"]["picture"]`; marks by `model.embeds["page"]`. The time of a run follows that of the run before. Mask rules
+    see all runs of a value as one field, whose tokens are causal if the composite is.
 
     A part may be the name of another kind of the model, "image", whose tokenizer and weights it then shares. Composites whose parts
     are all discrete can be written token by token; all others are only read.
 
     causal: whether a token that is read attends only to tokens before it; the flags of the parts do not count.
     marked: whether a mark stands before each piece; a kind whose pieces say themselves what they are needs none.
-    said: the part that holds what the answering side said earlier, such as an assistant's turns; `NextTurn` learns it too.
+    said: the part that holds earlier turns of the answering side, such as an assistant's; `NextTurn` learns them too.
 
     Methods to override: `parts` and `pieces`; to write or decode the kind `assemble`; with `said` also `before_answer`.
 
@@ -163,7 +163,7 @@ class Composite(Tokenizer):
         raise ConfigError(f"{type(self).__name__} has no assemble: this kind can be read but not written")
 
     def before_answer(self, value: Any) -> tuple[Any, Any]:
-        """A value without what the answering side said last, and that; (value, None) where somebody else spoke last."""
+        """Split a value into (all but its last turn, that turn) if that is one of the answering side; else (value, None)."""
         return value, None
 
     @property
@@ -365,7 +365,7 @@ def _piece_tokens(tokenizer: Tokenizer, path: str, piece: Any, encode: Any) -> T
 
 
 def _joined(part: Tokenizer, found: list[Tokens]) -> Tokens | None:
-    """The tokens of a part as one; None where there are none and no value has none."""
+    """The tokens of a part as one; None: there are none, but every value of the part has some."""
     if len(found) == 1:
         return found[0]
     if found:
@@ -425,7 +425,7 @@ MARKS = "_marks"
 
 
 class PartEmbeds(nn.ModuleDict):
-    """The embeddings of a composite's own parts by name, and of its marks, which it embeds when it is called.
+    """The embeddings of a composite's own parts by name; called itself, it embeds the marks.
 
     Parts that name a kind of the model are embedded by that kind's module, which is not in here.
     """
@@ -470,7 +470,7 @@ class Written(Tokenizer):
     """A composite of discrete parts as it is written token by token: ids of one vocabulary, at times 0, 1, 2, ..
 
     The ids of the composite's marks come first, then those of each part; parts that share weights share ids. A model may write
-    anything: what stands at a place where it has no meaning is left out of the value.
+    ids in any order; those that have no meaning where they stand are left out of the value.
     """
 
     composite: Composite
@@ -520,7 +520,7 @@ class Written(Tokenizer):
         return self.composite.decode(Composed(runs, [(1.0, 1.0, 1.0)] * len(runs)))
 
     def _runs(self, composite: Composite, path: str, weights: str, ids: list[int]) -> Iterator[Run]:
-        """The runs that ids of a composite stand for; `weights` is where its marks are embedded."""
+        """The runs that the ids of a composite stand for. weights: the kind that embeds its marks."""
         marks, parts = self.ranges[weights], composite.resolved()
         pieces: list[tuple[int, list[int]]] = []
         for i in ids:

@@ -26,10 +26,10 @@ class PairTable:
 
     names: the relations of the model.
     start: by number of a query, the index of its first key.
-    key: the keys of all queries end to end, by their numbers, and a last one that is none.
-    which: the set of relations of each of these pairs, as a row of `sets`.
+    key: the numbers of the keys of all queries, end to end, and a last entry -1.
+    which: by pair, the row of `sets` that holds its relations.
     sets: the sets of relations that occur, (S, R) bool; row 0 is the empty one.
-    steps: the bisections that the query with the most keys needs.
+    steps: the number of bisections for the query with the most keys.
     """
 
     names: tuple[str, ...]
@@ -102,13 +102,13 @@ class Links:
         return found
 
     def sets_of(self, names: tuple[str, ...]) -> Tensor:
-        """Which of these relations each set has, (S, R) bool; none has one that the table does not know."""
+        """Whether each set has each of these relations, (S, R) bool; False for relations that are not in the table."""
         return F.pad(self.table.sets, (0, 1))[:, _columns(self.table.names, names)]
 
 
 @lru_cache(256)
 def _columns(known: tuple[str, ...], names: tuple[str, ...]) -> list[int]:
-    """The place of each name among those that are known; -1 where it is none of them."""
+    """The index of each name among those that are known; -1: it is not among them."""
     return [known.index(name) if name in known else -1 for name in names]
 
 
@@ -174,5 +174,5 @@ class ReadsRelations:
 def _checked(where: str, names: tuple[Any, ...]) -> tuple[str, ...]:
     """Raise a ConfigError for no name, one that is no text, or one that occurs twice."""
     if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise ConfigError(f"{where}: {names!r} are no different names of relations; give some, as in {where}('edge')")
+        raise ConfigError(f"{where}: {names!r} must be one or more different names of relations, as in {where}('edge')")
     return names

@@ -89,10 +89,15 @@ def check_whole(where: str, /, *, least: int | None = None, **values: Any) -> No
             raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a whole number{bound}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, of Python or NumPy, infinity and NaN included; a truth value is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_number(where: str, /, **values: Any) -> None:
     """Raise a ConfigError unless each value is a number; infinity and NaN are left to the caller's own bounds."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if not is_number(value):
             raise ConfigError(f"{where}: {name}={shortened(repr(value), 60)} must be a number")
 
 

@@ -31,7 +31,7 @@ class Tokens:
     content: ids (N,) int64 of a discrete kind, or features (N, F) float32 of a continuous one.
     position_NA: (N, A) float32, the position of each token on the axes of its kind (time, row, column), in the kind's own units.
     pairs: (E, 3) int64, the related pairs: number of the query token, number of the key token, number of the relation in
-        `Tokenizer.relations`; None: there are none. They count where the value is read.
+        `Tokenizer.relations`; None: there are none. They are used where the value is read, and not where it is written.
 
     Examples:
         >>> tokens = mm.Tokens(torch.tensor([4, 0, 7]), mm.at_times(torch.arange(3)))
@@ -106,16 +106,16 @@ class Tokenizer(Declared, ABC):
     learned: number of tokens before those of the value itself, such as a class token; they are no part of its picture.
     axes: names of the position axes, whose number is A: time, row and column, and behind them those that only some kinds have,
     such as "voice" or "page". The core must know them too: `core.replace(axes=...)`.
-    step: the distance on each axis that is one step for rotary positions, in the units of `position_NA`; of three numbers, that of
-    time, row and column, and 1 on further axes.
+    step: the distance on each axis that is one step for rotary positions, in the units of `position_NA`; with three numbers, that
+    of time, row and column, and it is 1 on further axes.
     max_tokens: the most tokens of a value; a longer one raises a MediaError and is never cut.
     relations: names of the relations of tokens, which `Tokens.pairs` numbers and `masks.Linked` and `attention.Related` name.
 
     Methods to override: `encode`; to write the kind `decode` and `places`, or `next_place` where a token stands where contents say
     (and for features `written_features` and `fed_back`); `embed`; `picture`, `token_names` and `write` for people (`writes_files`
     says whether a kind has its own `write`); `wanted` for measures; `answered` where an answer belongs to some of the tokens only;
-    `files` and `from_config` for large data. A kind that wraps another hands on `decodes` (has it a decode?), `placed_by_content`
-    (do contents move its tokens?) and `check_tokens` (which `__call__` calls).
+    `files` and `from_config` for large data. A kind that wraps another forwards `decodes`, `placed_by_content` and
+    `check_tokens`, which `__call__` calls.
 
     Examples:
         >>> @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Tokenizer(Declared, ABC):
         return None
 
     def token_names(self, tokens: Tokens) -> list[str]:
-        """A name for each token in figures and tables of attention: "mean smoothness", "row 2, column 0".
+        """A name for each token in figures and tables of attention, such as "row 2, column 0".
 
         By default a token is named by its piece of text, its row and column, its class, its id, its single feature or its time.
         """
@@ -220,7 +220,7 @@ class Tokenizer(Declared, ABC):
         return [f"at {time:.4g}{unit}" for time in position[:, 0].tolist()]
 
     def _names_by_place(self, position_NA: Tensor) -> list[str]:
-        """Names such as "row 2, column 0", and with further axes "row 2, column 0, page 1" or, of one row, "at 0.5, voice 1"."""
+        """Names such as "row 2, column 0"; with further axes "row 2, column 0, page 1", or "at 0.5, voice 1" without rows."""
         grid = bool(position_NA[:, 1:3].any())
         further = [axis for axis in range(3, position_NA.shape[1]) if bool(position_NA[:, axis].any())]
         names = []

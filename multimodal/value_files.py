@@ -34,11 +34,15 @@ def write_value(value: Any, path: str | Path, who: str) -> Path:
         raise MediaError(
             f"{who}: a {type(value).__name__} is no text, picture, sound, array or JSON value; override write, which saves it"
         )
-    path = Path(path)
-    if path.suffix.lower() != file[0]:
-        path = path.with_name(path.name + file[0])
+    path = with_ending(path, file[0])
     path.write_bytes(file[1])
     return path
+
+
+def with_ending(path: str | Path, *endings: str) -> Path:
+    """A path, and the first of these endings behind it unless it has one of them."""
+    path = Path(path)
+    return path if path.suffix.lower() in endings else path.with_name(path.name + endings[0])
 
 
 def file_of(

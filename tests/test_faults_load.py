@@ -487,9 +487,9 @@ def test_fault_80a_what_is_remembered_while_a_model_is_outlined_has_numbers(toke
     for name in ("image", "sound", "text"):
         tokens = model.packer.tokenizers[name](values(0)[name])
         assert not tokens.content.is_meta
-    assert not multimodal_tokenizers.image._grid(2, 3).is_meta
+    assert not multimodal_tokenizers.placed.grid_positions(1, 2, 3).is_meta
     with torch.device("meta"):
-        assert not multimodal_tokenizers.image._grid(3, 2).is_meta
+        assert not multimodal_tokenizers.placed.grid_positions(1, 3, 2).is_meta
         assert not multimodal_tokenizers.image._per_channel(0.25).is_meta
 
 

@@ -495,10 +495,10 @@ def test_a_model_learns_what_only_the_pairs_say(core: dict[str, Any]):
 def test_bad_pairs_and_names_are_refused():
     for names in ((), ("a", "a"), (1,), (("a", "b"),)):
         with pytest.raises(
-            ConfigError, match=r"Linked: .* are no different names of relations; give some, as in Linked\('"
+            ConfigError, match=r"Linked: .* must be one or more different names of relations, as in Linked\('"
         ):
             Linked(*names)  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match=r"Related: .* are no different names of relations"):
+        with pytest.raises(ConfigError, match=r"Related: .* must be one or more different names"):
             Related(*names)  # type: ignore[arg-type]
     with pytest.raises(
         ConfigError, match=r"the core names the relation 'edges', .* there are 'edge', 'twin'; did you mean 'e"

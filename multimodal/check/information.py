@@ -113,7 +113,7 @@ def causal_prefix(case: TokenizerCase) -> None:
             if tokens is None or cut < 1:
                 continue
             if getattr(part, "ndim", 1) > 1 and not _is_value(case.tokenizer, put(_upto(whole, axis, cut))):
-                continue  # an axis of fixed size, such as channels: nothing in it comes later
+                continue  # an axis of fixed size, such as channels, has no beginning and end
             # a value without its end, and values with other ends: the first tokens must not know
             for shorter in (_upto(whole, axis, cut), *ends_changed(whole, axis, length_of(whole, axis) - cut, [value])):
                 try:

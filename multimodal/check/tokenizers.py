@@ -206,7 +206,7 @@ def decode_inverts_encode(case: TokenizerCase) -> None:
     if lossy:
         reordered = [Tokens(tokens.content.flip(0), tokens.position_NA) for tokens in case.tokens]
         differ = [not equal_tokens(a, b) for a, b in zip(reordered, case.tokens, strict=True)]
-        # tokens in an order that no value has may mean nothing, which is an empty value
+        # reordered tokens may decode to an empty value
         again = [tokenizer(tokenizer.decode(tokens), empty=True) for tokens in reordered]
         survive = [not equal_tokens(a, b) for a, b in zip(again, found, strict=True)]
         want(

@@ -31,9 +31,9 @@ from multimodal.tokenizer import Tokenizer, Tokens, at_times, written_tokens
 class EachRow(Head):
     """An answer for each row of the context: a class if the kind has ids, independent bits if it has features of 0 and 1.
 
-    Rows that are not `answered`, as their tokenizer says, do not count: a graph may have answers for its nodes alone. An answer is
-    a value of n tokens, or a list of n classes, for the last n rows in order; with `of` there must be one for each row. An element
-    None of a list is not known: it has no loss and counts in no measure.
+    Rows for which `Tokenizer.answered` is False are left out: a graph may have answers for its nodes alone. An answer is a value of
+    n tokens, or a list of n classes, for the last n rows in order; with `of` there must be one for each row. In a list None marks
+    an answer that is not known, which has no loss and counts in no measure.
 
     of: the field that is answered, or a part of it, such as "page.words"; None: all that are read.
     last: number of rows that are answered; None: all of them in prediction, and as many as targets in training.
@@ -94,7 +94,7 @@ class EachRow(Head):
         return [replace(part, target=target, row_N=row_N if len(row_N) < part.read else None)]
 
     def any_answer(self, sample: EncodedSample) -> Tokens:
-        """An answer that this sample may have, which says nothing: zeros for every row that is answered."""
+        """A possible answer of this sample, where none is given: zeros for every row that is answered."""
         count = len(self._rows(sample)) if self.last is None else self.last
         size = () if sample.tokenizer.vocab_size is not None else (sample.tokenizer.feature_size or 0,)
         dtype = torch.int64 if sample.tokenizer.vocab_size is not None else torch.float32
@@ -188,15 +188,14 @@ class EachRow(Head):
 
 
 def _elements(tokenizer: Tokenizer, value: Any) -> list[Any] | None:
-    """The answers of single rows, if a value is a list of them; None: it is a value of its kind, and so has tokens for all rows."""
+    """The answers of single rows if a value is a list of them; None: it is one value of its kind, whose tokens answer the rows."""
     if tokenizer.classes and getattr(value, "ndim", 0) == 1:  # an array of classes
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         return None
-    several = (
+    if (
         tokenizer.classes and tokenizer.vocab_size is None
-    )  # a list of classes is one answer, a list of lists is several
-    if several:
+    ):  # a list of classes is one answer, a list of lists is several
         listed = bool(value) and all(x is None or isinstance(x, (list, tuple, set, frozenset)) for x in value)
     else:
         listed = tokenizer.classes or any(x is None for x in value)
@@ -211,7 +210,7 @@ def _check_bits(tokens: Tokens, tokenizer: Tokenizer) -> None:
 
 
 def _given(sample: EncodedSample) -> tuple[Tokens, Tensor]:
-    """The tokens of the rows whose answer is known, and which rows (N,) of all that are answered these are.
+    """The tokens of the known answers, and for each row that is answered whether its answer is known (N,).
 
     Raises:
         StreamError: none is known, or an element of a list is not one token.

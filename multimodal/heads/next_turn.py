@@ -22,7 +22,7 @@ class NextTurn(NextToken):
     In training every turn of the assistant is learned in one pass: each of its tokens, and the stop behind it, from the tokens
     before. A sample needs no answer of its own: without one its last turn is the answer.
 
-    It shares the weights of `NextToken` where both write one kind and have no learned start; `of` makes one of such a head.
+    It shares the weights of a `NextToken` of the same kind without a learned start; `NextTurn.of(head)` copies the settings of one.
 
     label_smoothing: the share of the target that is spread evenly over all tokens, from 0 to below 1.
     start_ids: always (), as a turn starts from the last token that is read.
@@ -40,7 +40,7 @@ class NextTurn(NextToken):
 
     @classmethod
     def of(cls, head: NextToken, **changes: Any) -> Self:
-        """A head with the settings of another, such as that of a pretrained model, which starts from what is read."""
+        """A head with the settings of a `NextToken`, such as that of a pretrained model, but no ids at the start."""
         settings = {field.name: getattr(head, field.name) for field in dataclasses.fields(head)}
         return cls(**{**settings, "start_ids": (), **changes})
 

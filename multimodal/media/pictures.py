@@ -19,6 +19,7 @@ from multimodal.media.sources import (
     file_source,
     first_bytes,
     is_file_like,
+    optional_package,
     unreadable,
     warn_once,
     warned,
@@ -324,14 +325,10 @@ def _warn_of_frames(image: Any, who: str, name: str) -> None:
 
 def _heif(file: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     """Decode HEIC, the format of many telephones; pillow-heif has already turned it upright."""
-    try:
-        from pillow_heif import open_heif
-    except ImportError:
-        raise MediaError(
-            f"{who}: {name} is HEIC, which the package pillow-heif reads: pip install 'multimodal-stream[media]'"
-        ) from None
-    pictures = open_heif(file, convert_hdr_to_8bit=False)
-    _check_pixels(*pictures.size, max_pixels, who, name)
+    need = f"{who}: {name} is HEIC, which the package pillow-heif reads"
+    pictures = optional_package("pillow_heif", "media", need).open_heif(file, convert_hdr_to_8bit=False)
+    width, height = pictures.size
+    _check_pixels(width, height, max_pixels, who, name)
     if len(pictures) > 1:
         text = f"{who}: {name} holds {len(pictures)} pictures; only the main one is read, as of every HEIC file with several"
         warn_once(text, key="frames of HEIC")

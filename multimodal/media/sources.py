@@ -1,7 +1,8 @@
-"""Opens the source of a picture or a sound (a path, bytes, an open file, a data: URL) and recognises the kind of file."""
+"""Opens the file of a value (a path, bytes, an open file, a data: URL), recognises its kind, and imports optional decoders."""
 
 import base64
 import binascii
+import importlib
 import io
 import logging
 import os
@@ -196,8 +197,20 @@ def first_bytes(file: BinaryIO) -> bytes:
     return head
 
 
+def optional_package(name: str, extra: str, need: str) -> Any:
+    """Import a package that only an extra of this project installs.
+
+    Raises:
+        MediaError: it is not installed; the message is what needs it, and what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MediaError(f"{need}: pip install 'multimodal-stream[{extra}]'") from None
+
+
 def unreadable(name: str, what: str, error: BaseException | str, who: str) -> MediaError:
-    """The error for a file that a decoder refuses; what: 'a picture' or 'sound'."""
+    """The error for a file that a decoder refuses; what: 'a picture', 'a video' or 'sound'."""
     # libsndfile's errors name the object that it reads
     words = re.sub(r"(Error opening )?<[^<>]* at 0x[0-9a-f]+>:?", "", str(error))
     text = shortened(" ".join(words.split()), 200) or type(error).__name__

@@ -1,9 +1,8 @@
-"""Reads clips of moving pictures as frames (N, C, Y, X) of float32 in 0..1, so many a second."""
+"""Reads videos as frames (N, C, Y, X) of float32 in 0..1, at the wanted rate."""
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,28 @@ import torch
 from torch import Tensor
 
 from multimodal.media.pictures import read_image
-from multimodal.media.sources import FOREIGN, file_kind, file_source, first_bytes, is_file_like, unreadable
-from multimodal.shapes import MediaError
+from multimodal.media.sources import (
+    FOREIGN,
+    file_kind,
+    file_source,
+    first_bytes,
+    is_file_like,
+    optional_package,
+    unreadable,
+)
+from multimodal.shapes import MediaError, is_number
 from multimodal.tokenizer import describe
 
 DEMUXERS = {"MP4": "mov", "WebM": "matroska", "AVI": "avi", "GIF": "gif"}
 """FFmpeg's demuxer for each kind of file that is read."""
-LATE_S = 0.002  # files round the times of frames to milliseconds or less; a frame so late counts as in time
+LATE_S = 0.002  # seconds that a frame may be late, since files round times to milliseconds
 
 
 def read_video(value: Any, *, fps: float, channels: int, max_pixels: int, who: str) -> Tensor:
-    """A clip as frames (N, C, Y, X) float32 in 0..1, of which the n-th is what is seen after n / fps seconds.
+    """A clip as frames (N, C, Y, X) of float32 in 0..1; frame n is the one that is shown at n / fps seconds.
 
     value: an array (N, Y, X) or (N, Y, X, C), a tensor (N, Y, X) or (N, C, Y, X), or a list of pictures as `read_image` takes them,
-    whose frames have `fps`; a pair (any of these, its own frames per second); a file that the package av decodes (MP4, WebM, AVI,
+    at `fps`; a pair (one of these, its own frames per second); a file that the package av decodes (MP4, WebM, AVI,
     GIF), as a path, bytes, an open file or a data: URL; or a decoder of torchcodec.
     max_pixels: the most pixels of all frames together; a clip with more is refused as soon as that is known.
 
@@ -33,7 +40,7 @@ def read_video(value: Any, *, fps: float, channels: int, max_pixels: int, who: s
         MediaError: names `who`, the value and the repair.
     """
     rate = fps
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real) and not isinstance(value[1], bool):
+    if isinstance(value, tuple) and len(value) == 2 and is_number(value[1]):
         value, rate = value[0], float(value[1])
         if not 0 < rate < math.inf:
             raise MediaError(f"{who}: {rate:g} frames per second; wanted more than 0")
@@ -71,7 +78,7 @@ def _size(image_CYX: Tensor) -> str:
 
 
 def _shown_at(count: int, rate: float, fps: float) -> Sequence[int]:
-    """The number of the frame that is seen after 0, 1, 2, .. times 1 / fps seconds, of `count` frames at `rate`."""
+    """The indices of the frames that are shown at 0, 1 / fps, 2 / fps, .. seconds, of `count` frames at `rate` per second."""
     if rate == fps:
         return range(count)
     wanted = math.ceil(count * fps / rate - LATE_S * fps)
@@ -89,12 +96,12 @@ def _from_decoder(video: Any, fps: float, who: str) -> Iterator[Tensor]:
         try:
             frame = video.get_frame_at(i)
         except Exception as error:
-            raise unreadable("the video", "moving pictures", error, who) from error
+            raise unreadable("the video", "frames", error, who) from error
         yield torch.as_tensor(getattr(frame, "data", frame))
 
 
 def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np.ndarray]:
-    """The frames (Y, X, C) of the first picture track of a file, decoded one by one."""
+    """The frames (Y, X, C) of the first video track of a file, decoded one by one."""
     source, name = file_source(value, who)
     with ExitStack() as stack:
         file = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
@@ -102,20 +109,15 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
         kind = "GIF" if head[:4] == b"GIF8" else "AVI" if head[8:12] == b"AVI " else file_kind(head)
         if kind not in DEMUXERS:
             why = FOREIGN.get(kind) or (f"it is {kind}" if kind else "it is no MP4, WebM, AVI or GIF")
-            raise unreadable(name, "moving pictures", why if head else "it is empty", who)
+            raise unreadable(name, "a video", why if head else "it is empty", who)
+        av = optional_package("av", "media", f"{who}: {name} is {kind}, whose frames the package av reads")
         try:
-            import av
-        except ImportError:
-            raise MediaError(
-                f"{who}: {name} is {kind}, whose frames the package av reads: pip install 'multimodal-stream[media]'"
-            ) from None
-        try:
-            # a fixed demuxer, so that a disguised play list cannot open other files
+            # a fixed demuxer, so that a disguised playlist cannot open other files
             container = stack.enter_context(av.open(file, mode="r", format=DEMUXERS[kind]))
         except Exception as error:
-            raise unreadable(name, "moving pictures", error, who) from error
+            raise unreadable(name, "a video", error, who) from error
         if not container.streams.video:
-            raise MediaError(f"{who}: {name} is {kind} without moving pictures")
+            raise MediaError(f"{who}: {name} is {kind} without a video track")
         track = container.streams.video[0]
         track.thread_count = 1  # the process may be one of many workers
         if track.width * track.height > max_pixels:
@@ -126,11 +128,11 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
         try:
             yield from _at_rate(container.decode(track), float(track.average_rate or fps), fps)
         except av.FFmpegError as error:
-            raise unreadable(name, "moving pictures", error, who) from error
+            raise unreadable(name, "a video", error, who) from error
 
 
 def _at_rate(frames: Iterator[Any], rate: float, fps: float) -> Iterator[np.ndarray]:
-    """Of frames with their times, those that are seen after 0, 1, 2, .. times 1 / fps seconds; the last is seen for 1 / rate."""
+    """The frames that are shown at 0, 1 / fps, 2 / fps, .. seconds, by their own times; the last is shown for 1 / rate seconds."""
     begin_s, end_s, shown, before = None, 0.0, 0, None
     for frame in frames:
         time_s = frame.time if frame.time is not None else (begin_s or 0.0) + shown / rate

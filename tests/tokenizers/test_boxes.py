@@ -24,7 +24,7 @@ def test_examples_are_values():
     assert len(plausible_values(BOXES)) == 4
 
 
-def test_a_box_is_its_corners_and_its_class():
+def test_a_box_is_its_four_numbers_and_its_class():
     tokens = BOXES([CAT, DOG])
     assert tokens.content.tolist() == [5, 10, 25, 49, 50, 0, 0, 0, 0, 51]
     assert tokens.position_NA[:, 0].tolist() == list(range(10))
@@ -32,7 +32,7 @@ def test_a_box_is_its_corners_and_its_class():
     assert BOXES.decode(tokens)[0] == {"box": pytest.approx((0.11, 0.21, 0.51, 0.99)), "label": "cat"}
 
 
-def test_corners_come_back_within_half_a_bin():
+def test_numbers_come_back_within_half_a_bin():
     for value in BOXES.examples():
         for given, found in zip(value, BOXES.decode(BOXES(value)), strict=True):
             assert np.allclose(given["box"], found["box"], rtol=0, atol=0.5 / 50 + 1e-6)
@@ -40,7 +40,7 @@ def test_corners_come_back_within_half_a_bin():
 
 
 @pytest.mark.parametrize("same", [list, np.array, torch.tensor])
-def test_corners_in_another_form(same):
+def test_boxes_in_another_form(same):
     assert torch.equal(BOXES([{**CAT, "box": same(CAT["box"])}]).content, BOXES([CAT]).content)
 
 
@@ -53,7 +53,7 @@ def test_no_boxes_are_an_answer_and_no_value():
 def test_what_is_no_box_is_left_out():
     ids = torch.tensor(
         [50, 1, 2, 51, 30, 40, 10, 20, 52, 7, 7]
-    )  # a class alone, two corners alone, a box turned, the rest
+    )  # a class alone, two numbers alone, a box turned, the rest
     assert BOXES.decode(mm.Tokens(ids, BOXES.places(11))) == [
         {"box": pytest.approx((0.21, 0.41, 0.61, 0.81)), "label": "bird"}
     ]
@@ -69,7 +69,7 @@ def test_what_is_no_box_is_left_out():
         ([{**CAT, "box": (0, 0, 1)}], "box 0 has box=.*, wanted four numbers: left, top, right, bottom"),
         ([{**CAT, "box": (0, 0, 1, np.nan)}], "wanted four numbers"),
         ([{**CAT, "box": (0, 0, 14, 20)}], "box 0 has right=14, wanted 0 to 1; divide pixels by the width"),
-        ([{**CAT, "box": (0.5, 0, 0.2, 1)}], "whose left or top is behind its right or bottom"),
+        ([{**CAT, "box": (0.5, 0, 0.2, 1)}], "whose left is more than its right, or its top"),
         ([{**CAT, "label": "birds"}], "label=str 'birds', not one of cat, dog, bird; did you mean 'bird'?"),
         ([{**CAT, "label": 1}], "label=int 1, not one of"),
     ],
@@ -83,8 +83,8 @@ def test_bad_values_are_refused_by_name(value, message):
     ("settings", "message"),
     [
         ({"names": "cat"}, "names='cat' is not a list of names"),
-        ({"names": ()}, "must be one or more different names"),
-        ({"names": ("a", "a")}, "must be one or more different names"),
+        ({"names": ()}, "no names were given"),
+        ({"names": ("a", "a")}, "names occur twice: a"),
         ({"names": ("a",), "bins": 1}, "bins=1 must be a whole number, 2 or more"),
     ],
 )

@@ -83,7 +83,7 @@ def test_places_are_added_as_sines_and_cosines():
     x, y = 4 * 1.5, 4 * -0.25
     wanted = [f(z) for places in (x, y) for f in (math.sin, math.cos) for z in (places, places / 10)]
     assert added == pytest.approx([*wanted, 0, 0], abs=1e-6)
-    with pytest.raises(ConfigError, match="width=3 is less than the 4 sines and cosines of 2 places"):
+    with pytest.raises(ConfigError, match="width=3 is less than 4, a sine and a cosine for each of 2 axes"):
         PlacedLinear(3, 2, 3)
 
 
@@ -120,7 +120,7 @@ def test_a_ply_file_has_the_points_that_were_written(points, text, tmp_path):
         (PLANE, np.array([[1e300, 0.0]]), "not finite"),
         (PLANE, np.zeros((3, 2), bool), "bool"),
         (PLANE, "no such.ply", "there is no file 'no such.ply'"),
-        (PLANE, b"solid cube", "10 bytes is no .ply file of points; of other files give the array"),
+        (PLANE, b"solid cube", "10 bytes is no .ply file; of other files give the array of points"),
     ],
 )
 def test_bad_values_are_refused_by_name(points, value, message):
@@ -158,8 +158,8 @@ def test_bad_ply_files_are_refused_by_name(data, message):
         (lambda: Points((0.0, np.inf), 1.0), "must be finite"),
         (lambda: Points.of([]), "there are no clouds"),
         (lambda: Points.of([np.ones((3, 2)), np.ones((3, 3))]), r"the clouds have \[2, 3\] columns"),
-        (lambda: Points.of([np.ones((3, 4))]), "dims=4 of 4 columns; points have 2 coordinates or 3"),
-        (lambda: Points.of([np.ones((3, 2))]), "all points are at one place"),
+        (lambda: Points.of([np.ones((3, 4))]), "dims=4 of 4 columns; points have 2 or 3 coordinates"),
+        (lambda: Points.of([np.ones((3, 2))]), "all points have the same coordinates"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make, message):

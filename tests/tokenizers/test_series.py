@@ -134,7 +134,7 @@ def test_bad_values_are_refused_by_name(series, value, message):
         (lambda: Series.of([]), "there are no series"),
         (lambda: Series.of([np.ones((3, 1)), np.ones((3, 2))]), r"series have \[1, 2\] channels"),
         (lambda: Series.of([np.full((3, 2), [1.0, np.nan])]), "channel 1 has no value in any series"),
-        (lambda: TIMED.places(2), "the times of steps are not known before they are written"),
+        (lambda: TIMED.places(2), "with timed=True it can be read but not written"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make, message):

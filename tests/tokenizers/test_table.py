@@ -188,7 +188,10 @@ def test_bad_tables_are_refused_by_name(rows, settings, message):
         (lambda: Column("a", std=0.0), "Column 'a': mean=0.0 must be finite, and std=0.0 more than 0"),
         (lambda: Column("a", edges=(1.0, 1.0)), "edges=1.0, 1.0 must be two or more rising numbers"),
         (lambda: Column("a", edges=(1.0,)), "edges=1.0 must be two or more"),
-        (lambda: Column("a", edges=(1.0, 2.0), categories=("x",)), "edges are of numbers, and it has categories"),
+        (
+            lambda: Column("a", edges=(1.0, 2.0), categories=("x",)),
+            "edges are for numbers, and categories are given too",
+        ),
         (lambda: Column("a", categories=("x", "x")), "categories occur twice: x"),
         (lambda: Column("a", categories="xy"), "categories='xy' is not a tuple"),  # type: ignore[arg-type]
         (lambda: TableRow(()), "columns must be one Column or more"),

@@ -574,7 +574,9 @@ def test_unknown_labels() -> None:
         labels(0)
     with pytest.raises(MediaError, match=r"None is not one of the 3 classes"):
         labels(None)
-    with pytest.raises(MediaError, match=r"'x' is not one of the 20 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$"):
+    with pytest.raises(
+        MediaError, match=r"'x' is not one of the 20 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(20 in all\)$"
+    ):
         Labels(tuple(map(str, range(20))))("x")
     several = Labels(("cat", "dog"), several=True)
     for value in ("cat", None, 3):
@@ -588,6 +590,7 @@ def test_labels_from_data_are_its_classes():
     assert Labels.from_data(["dog", "cat", "dog"]) == Labels(("cat", "dog"))
     assert Labels.from_data(np.array([10, 9, -1, 10])) == Labels(("-1", "9", "10"))
     assert Labels.from_data(iter([True, False])) == Labels(("False", "True"))
+    assert Labels.from_data(np.array([True, False])) == Labels(("False", "True"))
     assert Labels.from_data([["dog"], [], ["cat", "dog"]], several=True) == Labels(("cat", "dog"), several=True)
 
 
@@ -596,8 +599,12 @@ def test_labels_from_data_are_its_classes():
     [
         ([], False, "there are no values"),
         ("cat", False, "wanted the labels of all samples, not 'cat'"),
-        (["cat", None], False, "value 1 is None, which is no name of a class; leave samples without a label out"),
-        ([0.5], False, "value 0 is 0.5, which is no name of a class"),
+        (
+            ["cat", None],
+            False,
+            "value 1 is None, wanted a text, a whole number or a truth value as the name of a class; leave",
+        ),
+        ([0.5], False, "value 0 is 0.5, wanted a text"),
         (["cat"], True, "several=True wants lists of names, and value 0 is 'cat'"),
     ],
 )

@@ -182,9 +182,9 @@ def test_a_decoder_of_torchcodec_is_read():
     ("value", "message"),
     [
         ("no such file.mp4", "there is no file 'no such file.mp4'"),
-        (b"RIFF....WAVE", "cannot read 12 bytes as moving pictures: it is no MP4, WebM, AVI or GIF"),
-        (b"", "0 bytes as moving pictures: it is empty"),
-        (b"\0\0\0\x18ftypmp42" + bytes(60), "cannot read 72 bytes as moving pictures"),
+        (b"RIFF....WAVE", "cannot read 12 bytes as a video: it is no MP4, WebM, AVI or GIF"),
+        (b"", "0 bytes as a video: it is empty"),
+        (b"\0\0\0\x18ftypmp42" + bytes(60), "cannot read 72 bytes as a video"),
         (clip()[0, :, :, 0], r"wanted a file, an array \(frames, Y, X, C\), .* not ndarray \(8, 12\) uint8"),
         (clip().transpose(0, 3, 1, 2), r"frame 0: ndarray \(3, 8, 12\) uint8 is no picture"),
         ([clip()[0], clip(rows=4)[0]], "frame 1 is 4x12 pixels, the first 8x12; bring all to one size"),
@@ -213,7 +213,7 @@ def test_a_sound_is_no_clip():
         frame.sample_rate = 16000
         out.mux(track.encode(frame))
         out.mux(track.encode(None))
-    with pytest.raises(MediaError, match="is MP4 without moving pictures"):
+    with pytest.raises(MediaError, match="is MP4 without a video track"):
         READ(data.getvalue())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from multimodal.media import read_sound, sound_blocks
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+from multimodal_tokenizers.features import grey_levels
 
 LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats, for normalise="fixed"
 FLOOR = 1e-6  # power added before the logarithm
@@ -160,7 +161,7 @@ class AudioFrames(Tokenizer):
 
     def picture(self, tokens: Tokens) -> Tensor:
         """The spectrogram, low tones at the bottom."""
-        return spectrogram_picture(rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack))
+        return grey_levels(rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack))
 
     def spectrogram(self, wave_S: Tensor) -> Tensor:
         """Normalised log-mel frames (N, mels), one for each hop that begins within the sound."""
@@ -175,12 +176,6 @@ class AudioFrames(Tokenizer):
         if self.normalise == "fixed":
             return (log_NF - LEVEL) / SPREAD
         return (log_NF - log_NF.mean()) / (log_NF.std(correction=0) + 1e-3)
-
-
-def spectrogram_picture(frames_NF: Tensor) -> Tensor:
-    """Frames as a picture (Y, X, 1) in 0..1, low tones at the bottom."""
-    level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
-    return level.T.flip(0)[:, :, None]
 
 
 def read_limited(value: Any, *, rate_hz: int, samples: int, who: str, cut: bool | None = None) -> Tensor:

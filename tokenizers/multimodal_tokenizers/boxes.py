@@ -1,30 +1,30 @@
-"""What is where in a picture: boxes with their classes, read or written token by token."""
+"""Bounding boxes of the objects in a picture, with their classes, read or written token by token."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 
-from multimodal.shapes import ConfigError, MediaError, check_whole, did_you_mean
-from multimodal.texts import repeated, shortened
+from multimodal.shapes import MediaError, check_whole, did_you_mean, is_number
+from multimodal.texts import listed
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal_tokenizers.labels import class_names
 
-CORNERS = ("left", "top", "right", "bottom")
+SIDES = ("left", "top", "right", "bottom")
 
 
 @dataclass(frozen=True)
 class Boxes(Tokenizer):
-    """A list of {"box": (left, top, right, bottom), "label": name}, in fractions of the width and height of a picture.
+    """A list of {"box": (left, top, right, bottom), "label": name}, whose numbers are fractions of the picture's width or height.
 
-    A box is five tokens, its corners in bins and its class (Chen et al. 2022, Pix2Seq), in the order of the list; sort the list
-    if the order of your boxes means nothing. Write it with `NextToken`, as in "image -> boxes". Where a model writes something
-    that is no box, that is left out.
+    A box is five tokens: the bins of its four numbers, and its class (Chen et al. 2022, Pix2Seq). Boxes stay in the order of the
+    list; sort them if their order means nothing. `NextToken` writes them, as in "image -> boxes"; written tokens that form no box
+    are left out.
 
-    names: the classes.
-    bins: number of bins of the width and of the height; a corner comes back as the middle of its bin.
+    names: the names of the classes.
+    bins: number of bins of the width and of the height; `decode` gives the middle of a bin.
 
     Examples:
         >>> boxes = Boxes(("cat", "dog"), bins=100)
@@ -38,12 +38,8 @@ class Boxes(Tokenizer):
     lossy = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise ConfigError(f"Boxes: names={shortened(repr(self.names), 100)} is not a list of names")
-        object.__setattr__(self, "names", tuple(str(name) for name in self.names))
+        object.__setattr__(self, "names", class_names("Boxes", self.names))
         check_whole("Boxes", least=2, bins=self.bins)
-        if not self.names or repeated(self.names):
-            raise ConfigError(f"Boxes: names={shortened(repr(self.names), 100)} must be one or more different names")
 
     @property
     def vocab_size(self) -> int:
@@ -59,57 +55,59 @@ class Boxes(Tokenizer):
     def _ids(self, one: Any, who: str) -> list[int]:
         if not isinstance(one, Mapping) or set(one) != {"box", "label"}:
             raise MediaError(f'{who} is {describe(one)}, wanted {{"box": (left, top, right, bottom), "label": name}}')
-        corners, label = one["box"], one["label"]
-        corners = corners.tolist() if hasattr(corners, "tolist") else corners
-        if not isinstance(corners, (list, tuple)) or len(corners) != 4 or not all(map(_is_number, corners)):
-            raise MediaError(f"{who} has box={describe(corners)}, wanted four numbers: {', '.join(CORNERS)}")
-        for name, x in zip(CORNERS, corners, strict=True):
+        box, label = one["box"], one["label"]
+        box = box.tolist() if hasattr(box, "tolist") else box
+        if (
+            not isinstance(box, (list, tuple))
+            or len(box) != 4
+            or not all(is_number(x) and math.isfinite(x) for x in box)
+        ):
+            raise MediaError(f"{who} has box={describe(box)}, wanted four numbers: {', '.join(SIDES)}")
+        for side, x in zip(SIDES, box, strict=True):
             if not 0 <= x <= 1:
                 raise MediaError(
-                    f"{who} has {name}={x:g}, wanted 0 to 1; divide pixels by the width or height of the picture, and cut off what "
+                    f"{who} has {side}={x:g}, wanted 0 to 1; divide pixels by the width or height of the picture, and clip what "
                     "is outside"
                 )
-        if corners[0] > corners[2] or corners[1] > corners[3]:
-            raise MediaError(f"{who} has box={tuple(corners)}, whose left or top is behind its right or bottom")
-        if label not in self.names:
-            shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        if box[0] > box[2] or box[1] > box[3]:
             raise MediaError(
-                f"{who} has label={describe(label)}, not one of {shown}{did_you_mean(str(label), self.names)}"
+                f"{who} has box={tuple(box)}, whose left is more than its right, or its top more than its bottom"
             )
-        return [*(min(int(x * self.bins), self.bins - 1) for x in corners), self.bins + self.names.index(label)]
+        if label not in self.names:
+            raise MediaError(
+                f"{who} has label={describe(label)}, not one of {listed(self.names)}{did_you_mean(str(label), self.names)}"
+            )
+        return [*(min(int(x * self.bins), self.bins - 1) for x in box), self.bins + self.names.index(label)]
 
     def decode(self, tokens: Tokens) -> list[dict[str, Any]]:
-        found, corners = [], []
+        boxes, numbers = [], []
         for i in tokens.content.tolist():
             if i < self.bins:
-                corners.append((i + 0.5) / self.bins)
+                numbers.append((i + 0.5) / self.bins)
                 continue
-            if len(corners) == 4:
-                (left, right), (top, bottom) = sorted(corners[::2]), sorted(corners[1::2])
-                found.append({"box": (left, top, right, bottom), "label": self.names[i - self.bins]})
-            corners = []
-        return found
+            if len(numbers) == 4:
+                # a model may write left and right, or top and bottom, the other way round
+                (left, right), (top, bottom) = sorted(numbers[::2]), sorted(numbers[1::2])
+                boxes.append({"box": (left, top, right, bottom), "label": self.names[i - self.bins]})
+            numbers = []
+        return boxes
 
     def token_names(self, tokens: Tokens) -> list[str]:
-        """The corners by name, and the classes."""
-        names, since = [], 0
+        """The side and its number, and the classes."""
+        names, side = [], 0
         for i in tokens.content.tolist():
             is_class = i >= self.bins
-            names.append(self.names[i - self.bins] if is_class else f"{CORNERS[since % 4]} {(i + 0.5) / self.bins:.3g}")
-            since = 0 if is_class else since + 1
+            names.append(self.names[i - self.bins] if is_class else f"{SIDES[side % 4]} {(i + 0.5) / self.bins:.3g}")
+            side = 0 if is_class else side + 1
         return names
 
     def examples(self) -> list[list[dict[str, Any]]]:
         """Values for the conformance checks."""
         draw, values = torch.Generator().manual_seed(0), []
         for count in (1, 2, 2, 3):
-            corners = torch.rand(count, 2, 2, generator=draw).sort(1).values.flatten(1)
+            boxes = torch.rand(count, 2, 2, generator=draw).sort(1).values.flatten(1)
             labels = torch.randint(len(self.names), (count,), generator=draw).tolist()
             values.append(
-                [{"box": tuple(c), "label": self.names[i]} for c, i in zip(corners.tolist(), labels, strict=True)]
+                [{"box": tuple(box), "label": self.names[i]} for box, i in zip(boxes.tolist(), labels, strict=True)]
             )
         return values
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)

@@ -1,8 +1,10 @@
-"""Notes as MIDI has them, read from lists and .mid files, and written token by token."""
+"""Notes of music as in MIDI, read from lists and .mid files, and written token by token."""
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +12,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.media.sources import file_source, is_file_like
-from multimodal.shapes import AXES, ConfigError, MediaError
+from multimodal.media import file_source, is_file_like, optional_package
+from multimodal.shapes import AXES, ConfigError, MediaError, is_number
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal.value_files import with_ending
 
 PITCHES = 128
+LATEST = 2**24  # steps; float32 holds all whole numbers up to it
 LOUDEST = 127
 CHANNELS = 16
-TICKS = 480  # of a beat in files, at least
-CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+TICKS = 480  # the fewest ticks of a beat in written files
+PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 
-Note = tuple[int, int, int, int, int]  # onset and duration in steps: (onset, pitch, duration, velocity, voice)
+Note = tuple[int, int, int, int, int]  # (onset, pitch, duration, velocity, voice), times in steps
 
 
 @dataclass(frozen=True)
 class Events(Tokenizer):
     """Notes (onset, pitch, duration), in order of their onsets; or a MIDI file: its path, its bytes, or an open file.
 
-    Onset and duration are in beats (quarter notes), pitch is 0 to 127, where 60 is the middle C. With `velocities` a note has its
-    loudness behind them, 1 to 127, and with `voices` its voice at the end, counted from 0, which in files is the channel. Files
-    need the extra `midi`; their tempo, instruments and pedals are left out, and of equal notes that begin at once the
-    longest counts.
+    Onset and duration are in beats (quarter notes); pitch is 0 to 127, and 60 is middle C. With `velocities` a note also has a
+    velocity (loudness) from 1 to 127, and with `voices` a voice after that, counted from 0, which in files is the channel. Files
+    need the extra `midi`; their tempo, instruments and pedals are ignored, and of notes with the same onset, pitch and voice the
+    longest is read.
 
-    Notes that begin at once are put in order of voice and pitch. A note is a token for its pitch and voice, one or more for its
-    duration, and one for its velocity. Tokens before it say how long after the onset of the last note it begins, if it does not
-    begin with it. All tokens of a note stand at its onset and pitch, so that rotary positions are beats, semitones and voices
-    apart: the core needs `axes=Events(..).axes` where there are voices.
+    Notes with one onset are put in order of voice and pitch. A note is a token for its pitch and voice, one or more for its
+    duration, and one for its velocity. If it begins later than the note before, tokens between them say how much later. All tokens
+    of a note have its onset in beats as time, its pitch as row, and its voice on the axis "voice", which the core must know:
+    `core.replace(axes=Events(voices=4).axes)`.
 
-    resolution: steps of a beat, in which time is counted; 12 has sixteenths and triplets.
-    longest: steps that one token can say; what is longer takes several.
-    velocities: number of levels of loudness, at most 127; 0: loudness is no part of a value.
-    voices: number of voices, at most 16; 0: voices are no part of a value.
+    resolution: steps of a beat; times are whole steps. 12 can express sixteenths and triplets.
+    longest: the largest number of steps of one token; a longer time takes several.
+    velocities: number of levels of velocity, at most 127; 0: notes have no velocity.
+    voices: number of voices, at most 16; 0: notes have no voice.
     causal: whether a token that is read attends only to tokens before it.
-    lossy: whether times and velocities are rounded to what tokens can say; if not, those that would change are refused.
+    lossy: whether times and velocities are rounded to what tokens can express; if not, those that would change are refused.
 
     Examples:
         >>> notes = Events(resolution=4)
@@ -72,14 +76,14 @@ class Events(Tokenizer):
             if type(number) is not int or not least <= number <= most:
                 raise ConfigError(f"Events: {name}={number!r} must be a whole number from {least} to {most}")
 
-    # ids: waits of 1 to `longest` steps, durations as many, velocities, pitches of the first voice, of the second ..
+    # ids: waits of 1 to `longest` steps, durations likewise, velocities, pitches of the first voice, of the second, ..
 
     @property
     def vocab_size(self) -> int:
-        return self._pitched + PITCHES * max(self.voices, 1)
+        return self._first_pitch + PITCHES * max(self.voices, 1)
 
     @property
-    def _pitched(self) -> int:
+    def _first_pitch(self) -> int:
         """The first id of a pitch."""
         return 2 * self.longest + self.velocities
 
@@ -93,7 +97,7 @@ class Events(Tokenizer):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the numbers of a note are."""
+        """The names of a note's numbers."""
         more = (("velocity", self.velocities), ("voice", self.voices))
         return ("onset", "pitch", "duration", *(name for name, has in more if has))
 
@@ -103,7 +107,7 @@ class Events(Tokenizer):
         before = 0
         for onset, pitch, duration, velocity, voice in sorted(notes, key=_order):
             ids += [steps - 1 for steps in self._split(onset - before)]
-            ids.append(self._pitched + PITCHES * voice + pitch)
+            ids.append(self._first_pitch + PITCHES * voice + pitch)
             ids += [self.longest + steps - 1 for steps in self._split(duration)]
             if self.velocities:
                 ids.append(2 * self.longest + self._level(velocity))
@@ -111,7 +115,7 @@ class Events(Tokenizer):
         return Tokens(torch.tensor(ids, dtype=torch.long), self._positions(ids))
 
     def _split(self, steps: int) -> list[int]:
-        """A time as steps that single tokens can say."""
+        """A time as numbers of steps that one token can express."""
         rest = steps % self.longest
         return [self.longest] * (steps // self.longest) + ([rest] if rest else [])
 
@@ -135,7 +139,7 @@ class Events(Tokenizer):
                 raise MediaError(f"Events.encode: note {i} begins before note {i - 1}; sort the notes by their onsets")
             if (onset, pitch, voice) in seen:
                 raise MediaError(
-                    f"Events.encode: note {i}, {_named(pitch)}, begins where an equal one of its voice does; leave one out"
+                    f"Events.encode: note {i}, {_named(pitch)}, has the onset, pitch and voice of a note before; leave one out"
                 )
             before = onset
             seen.add((onset, pitch, voice))
@@ -143,36 +147,30 @@ class Events(Tokenizer):
 
     def _number(self, where: str, name: str, number: Any) -> int:
         """One number of a note; times in steps."""
-        try:
-            exact = float(number)
-        except (TypeError, ValueError):
-            raise MediaError(f"{where} is {describe(number)}, wanted a number") from None
-        unit = self.resolution if name in ("onset", "duration") else 1
+        number = number.item() if isinstance(number, Tensor) and number.dim() == 0 else number
+        if not is_number(number) or not math.isfinite(number):
+            raise MediaError(f"{where} is {describe(number)}, wanted a number")
+        is_time = name in ("onset", "duration")
+        unit = self.resolution if is_time else 1
+        exact = float(number) * unit
+        steps = round(exact)
+        if is_time and self.lossy:
+            steps = max(steps, 1) if name == "duration" and number > 0 else steps
+        elif abs(exact - steps) > 1e-3:
+            wanted = "a whole number"
+            if is_time:
+                wanted = f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it"
+            raise MediaError(f"{where} is {number}, wanted {wanted}")
         least, most = {
-            "onset": (0, 2**24),
-            "duration": (1, 2**24),
+            "onset": (0, LATEST),
+            "duration": (1, LATEST),
             "pitch": (0, PITCHES - 1),
             "velocity": (1, LOUDEST),
             "voice": (0, self.voices - 1),
         }[name]
-        if not exact < float("inf") or not exact > -float("inf"):
-            raise MediaError(f"{where} is {number}, wanted a number")
-        steps = round(exact * unit)
-        whole = self.lossy if unit > 1 else False
-        if name == "duration" and whole and exact > 0:
-            steps = max(steps, 1)
-        if not whole and abs(exact * unit - steps) > 1e-3:
-            what = (
-                f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it"
-                if unit > 1
-                else "a whole number"
-            )
-            raise MediaError(f"{where} is {number}, wanted {what}")
         if not least <= steps <= most:
-            said = (
-                f"{least / unit:g} to {most / unit:g} beats" if name in ("onset", "duration") else f"{least} to {most}"
-            )
-            raise MediaError(f"{where} is {number}, wanted {said}")
+            beats = " beats" if is_time else ""
+            raise MediaError(f"{where} is {number}, wanted {least / unit:g} to {most / unit:g}{beats}")
         if name == "velocity" and not self.lossy and self._velocity(self._level(steps)) != steps:
             raise MediaError(
                 f"{where} is {number}, which is none of the {self.velocities} levels; use velocities={LOUDEST}, "
@@ -184,7 +182,7 @@ class Events(Tokenizer):
         return round((velocity - 1) * (self.velocities - 1) / (LOUDEST - 1))
 
     def _velocity(self, level: int) -> int:
-        """The loudness of a level; of a single one the middle."""
+        """The velocity of a level; if there is only one, the middle."""
         return 1 + round(level * (LOUDEST - 1) / (self.velocities - 1)) if self.velocities > 1 else (LOUDEST + 1) // 2
 
     def _positions(self, ids: Iterable[int]) -> Tensor:
@@ -200,8 +198,8 @@ class Events(Tokenizer):
     def _after(self, last: tuple[int, int, int, int], id_: int) -> tuple[int, int, int, int]:
         """(time in steps, pitch, number within its note, voice) of a token, by those of the token before it."""
         time, pitch, number, voice = last
-        if id_ >= self._pitched:
-            voice, pitch = divmod(id_ - self._pitched, PITCHES)
+        if id_ >= self._first_pitch:
+            voice, pitch = divmod(id_ - self._first_pitch, PITCHES)
             return time, pitch, 1, voice
         if id_ < self.longest:
             return time + id_ + 1, pitch, 0, voice
@@ -217,14 +215,14 @@ class Events(Tokenizer):
         return place[: len(self.axes)]
 
     def decode(self, tokens: Tokens) -> list[tuple[float, ...]]:
-        """The notes. A pitch without a duration sounds for a step; a duration or a velocity that follows no pitch is nothing."""
+        """The notes. A pitch without a duration lasts one step; a duration or velocity that follows no pitch is ignored."""
         notes: list[list[int]] = []  # onset, pitch, duration, velocity, voice
         time, middle = 0, self._velocity((self.velocities - 1) // 2) if self.velocities else LOUDEST
         for id_ in tokens.content.tolist():
             if id_ < self.longest:
                 time += id_ + 1
-            elif id_ >= self._pitched:
-                voice, pitch = divmod(id_ - self._pitched, PITCHES)
+            elif id_ >= self._first_pitch:
+                voice, pitch = divmod(id_ - self._first_pitch, PITCHES)
                 notes.append([time, pitch, 0, middle, voice])
             elif notes and notes[-1][0] == time:
                 if id_ < 2 * self.longest:
@@ -245,21 +243,16 @@ class Events(Tokenizer):
                 names.append(f"wait {self._beats(id_ + 1)}")
             elif id_ < 2 * self.longest:
                 names.append(self._beats(id_ - self.longest + 1))
-            elif id_ < self._pitched:
+            elif id_ < self._first_pitch:
                 names.append(f"velocity {self._velocity(id_ - 2 * self.longest)}")
             else:
-                voice, pitch = divmod(id_ - self._pitched, PITCHES)
+                voice, pitch = divmod(id_ - self._first_pitch, PITCHES)
                 names.append(_named(pitch) + (f", voice {voice}" if self.voices else ""))
         return names
 
     def _beats(self, steps: int) -> str:
-        """A time as a person says it: "1/2 beat", "3 beats"."""
-        top, bottom = (
-            (steps / self.resolution).as_integer_ratio() if steps % self.resolution == 0 else (steps, self.resolution)
-        )
-        shared = int(np.gcd(top, bottom))
-        number = f"{top // shared}" + (f"/{bottom // shared}" if bottom > shared else "")
-        return f"{number} beat" + ("s" if steps > self.resolution else "")
+        """A time for people: "1/2 beat", "3 beats"."""
+        return f"{Fraction(steps, self.resolution)} beat" + ("s" if steps > self.resolution else "")
 
     def _read(self, value: Any) -> list[Note]:
         """The notes of a MIDI file, in steps."""
@@ -267,34 +260,36 @@ class Events(Tokenizer):
         mido = _mido("Events.encode")
         try:
             opened = mido.MidiFile(source) if isinstance(source, Path) else mido.MidiFile(file=source)
-            beat = opened.ticks_per_beat
+            beat = opened.ticks_per_beat  # in ticks
             sounding = [*_sounding(opened)]
-        except (EOFError, OSError, ValueError, KeyError, IndexError, LookupError, TypeError) as error:
+        except (EOFError, OSError, ValueError, LookupError, TypeError) as error:
             raise MediaError(
                 f"Events.encode: {name} is no MIDI file that can be read: {shortened(str(error) or type(error).__name__, 100)}"
             ) from error
-        if not 0 < beat < 2**15:  # the others count seconds by frames of a film
-            raise MediaError(f"Events.encode: {name} counts time in frames and not in beats; save it with ticks a beat")
+        if not 0 < beat < 2**15:  # other numbers mean frames of a film a second
+            raise MediaError(
+                f"Events.encode: {name} counts time in frames and not in beats; save it with ticks per beat"
+            )
         notes: dict[tuple[int, int, int], Note] = {}
         for start, end, pitch, velocity, voice in sounding:
             if self.voices and voice >= self.voices:
                 raise MediaError(
-                    f"Events.encode: {name} has a note in channel {voice}, but voices={self.voices}; use more, or 0"
+                    f"Events.encode: {name} has a note in channel {voice}, but voices={self.voices}; use more, or 0 to ignore "
+                    "channels"
                 )
-            note = (start / beat, pitch, (end - start) / beat, velocity, voice if self.voices else 0)
-            onset, pitch, duration, velocity, voice = (
-                number
-                if has == "voice" or (has == "velocity" and not self.velocities)
-                else self._number(f"Events.encode: {name}: {has}", has, number)
-                for has, number in zip(("onset", "pitch", "duration", "velocity", "voice"), note, strict=True)
-            )
+            where = f"Events.encode: {name}"
+            onset = self._number(f"{where}: onset", "onset", start / beat)
+            duration = self._number(f"{where}: duration", "duration", (end - start) / beat)
+            if self.velocities:
+                velocity = self._number(f"{where}: velocity", "velocity", velocity)
+            voice = voice if self.voices else 0
             key = (onset, voice, pitch)
             if key not in notes or notes[key][2] < duration:
                 notes[key] = (onset, pitch, duration, velocity, voice)
         return [*notes.values()]
 
     def write(self, value: Any, path: str | Path) -> Path:
-        """Save notes as a .mid file at 120 beats a minute. A note that is struck again in its voice while it sounds ends there."""
+        """Save notes as a .mid file at 120 beats a minute; a note ends where its voice begins the same pitch again."""
         mido = _mido("Events.write")
         notes = [*self._notes(value)]
         ticks = self.resolution * -(-TICKS // self.resolution)
@@ -313,8 +308,7 @@ class Events(Tokenizer):
             time = at
         made = io.BytesIO()
         mido.MidiFile(type=0, ticks_per_beat=ticks, tracks=[track]).save(file=made)
-        path = Path(path)
-        path = path if path.suffix.lower() in (".mid", ".midi") else path.with_name(path.name + ".mid")
+        path = with_ending(path, ".mid", ".midi")
         path.write_bytes(made.getvalue())
         return path
 
@@ -341,35 +335,26 @@ def _order(note: Note) -> tuple[int, int, int]:
 
 
 def _named(pitch: int) -> str:
-    """ "C4" is the middle C."""
-    return f"{CLASSES[pitch % 12]}{pitch // 12 - 1}"
+    """The name of a pitch; "C4" is middle C."""
+    return f"{PITCH_CLASSES[pitch % 12]}{pitch // 12 - 1}"
 
 
 def _mido(who: str) -> Any:
-    """The package mido.
-
-    Raises:
-        MediaError: it is not installed.
-    """
-    try:
-        import mido
-    except ImportError as error:
-        raise MediaError(f"{who}: MIDI files need the package mido: pip install 'multimodal-stream[midi]'") from error
-    return mido
+    return optional_package("mido", "midi", f"{who}: the package mido reads and writes MIDI files")
 
 
 def _sounding(opened: Any) -> Iterator[tuple[int, int, int, int, int]]:
     """(start, end, pitch, velocity, channel) of each note, in ticks; one that never ends is left out."""
     for track in opened.tracks:
-        time, begun = 0, dict[tuple[int, int], tuple[int, int]]()
+        time, started = 0, dict[tuple[int, int], tuple[int, int]]()
         for message in track:
             time += message.time
             if message.type not in ("note_on", "note_off"):
                 continue
             key = (message.channel, message.note)
-            if key in begun:  # it ends, or is struck again
-                start, velocity = begun.pop(key)
+            if key in started:  # it ends, or begins again
+                start, velocity = started.pop(key)
                 if time > start:
                     yield start, time, message.note, velocity, message.channel
             if message.type == "note_on" and message.velocity:
-                begun[key] = (time, message.velocity)
+                started[key] = (time, message.velocity)

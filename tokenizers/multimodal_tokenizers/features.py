@@ -110,16 +110,13 @@ class Features(Tokenizer):
             return torch.from_numpy(np.array(value, dtype=np.float32))
 
     def embed(self, width: int) -> nn.Module:
-        if self.hidden is None:
-            return nn.Linear(self.feature_size, width)
-        return nn.Sequential(nn.Linear(self.feature_size, self.hidden), nn.GELU(), nn.Linear(self.hidden, width))
+        return embedding(self.feature_size, self.hidden, width)
 
     def picture(self, tokens: Tokens) -> Tensor:
         """The frames without context as grey levels, the first column at the bottom."""
         windows = rearrange(tokens.content, "n (w f) -> n w f", f=self.columns)
         frames_NF = rearrange(windows[:, self.context : self.context + self.stack], "n w f -> (n w) f")
-        level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
-        return level.T.flip(0)[:, :, None]
+        return grey_levels(frames_NF)
 
     def token_names(self, tokens: Tokens) -> list[str]:
         """The names of the first and last frame of each token, if frames have names."""
@@ -134,3 +131,16 @@ class Features(Tokenizer):
         random = np.random.default_rng(0)
         counts = [len(self.frame_names)] * 4 if self.frame_names else [n * self.stack for n in (6, 9, 9, 14)]
         return [random.standard_normal((count, self.features)).astype(np.float32) for count in counts]
+
+
+def embedding(features: int, hidden: int | None, width: int) -> nn.Module:
+    """A linear layer; with `hidden` two, and a GELU between them."""
+    if hidden is None:
+        return nn.Linear(features, width)
+    return nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def grey_levels(frames_NF: Tensor) -> Tensor:
+    """Frames as a picture (Y, X, 1) in 0..1, the first feature at the bottom."""
+    level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
+    return level.T.flip(0)[:, :, None]

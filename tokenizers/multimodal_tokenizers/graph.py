@@ -8,25 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.shapes import AXES, ConfigError, MediaError, did_you_mean
-from multimodal.texts import repeated
+from multimodal.shapes import AXES, ConfigError, MediaError, check_whole, did_you_mean
+from multimodal.texts import listed, repeated
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal_tokenizers.features import embedding
 
 
 @dataclass(frozen=True)
 class Graph(Tokenizer):
-    """{"nodes": numbers (n, features), "edges": [(from, to), ..]}; nodes are counted from 0, and each is a token.
+    """{"nodes": numbers (nodes, features), "edges": [(from, to), ..]}; nodes are counted from 0, and each is a token.
 
-    An edge relates its nodes, so that `masks.Linked("edge")` attends along edges and `attention.Related("edge")` prefers them.
-    Where there are several sorts of edges, each is (from, to, sort). `EachRow(of=..)` answers the nodes.
+    Edges are relations between tokens: `masks.Linked("edge")` attends along them, and `attention.Related("edge")` learns a bias for
+    them. With several types of edges, each edge is (from, to, type). `EachRow(of=..)` gives each node an answer.
 
-    Nodes have no order: they all stand at time 0, row 0, column 0, and are told apart on an axis of their own. The core has to know
-    it, and permuted nodes have permuted answers if it does not rotate by it: `Core(axes=Graph.axes, rotary_split=(2, 1, 1, 0))`.
+    Nodes have no order: all have time 0, row 0 and column 0, and their number on the axis "node". The core must know this axis, and
+    permuted nodes have permuted answers if it is not rotated: `Core(axes=Graph.axes, rotary_split=(2, 1, 1, 0))`.
 
     features: F, numbers of a node.
-    edges: names of the sorts of edges.
-    directed: whether (0, 1) is another edge than (1, 0). Then 0 is related to 1 by "edge", and 1 to 0 by "edge back"; else both by
-        "edge".
+    edges: the names of the types of edges.
+    directed: whether (0, 1) and (1, 0) are different edges. If so, (0, 1) relates 0 to 1 by "edge" and 1 to 0 by "edge back"; if
+        not, both by "edge".
     hidden: width of the hidden layer of a two-layer embedding; None: a linear one.
 
     Examples:
@@ -42,16 +43,16 @@ class Graph(Tokenizer):
     axes = (*AXES, "node")
 
     def __post_init__(self) -> None:
-        for name, number in (("features", self.features), ("hidden", self.hidden)):
-            if number is not None and (type(number) is not int or number < 1):
-                raise ConfigError(f"Graph: {name}={number!r} must be a whole number of at least 1")
+        check_whole(
+            "Graph", least=1, features=self.features, **({} if self.hidden is None else {"hidden": self.hidden})
+        )
         if isinstance(self.edges, str):
             raise ConfigError(f"Graph: edges={self.edges!r} is one name; give a list of names, as ({self.edges!r},)")
         object.__setattr__(self, "edges", tuple(self.edges))
         if not self.edges or not all(isinstance(name, str) and name for name in self.edges):
             raise ConfigError(f"Graph: edges={self.edges!r} must be one or more names")
         if twice := sorted(repeated(self.relations)):
-            raise ConfigError(f"Graph: the edges have the name {twice[0]!r} twice")
+            raise ConfigError(f"Graph: two relations along edges have the name {twice[0]!r}")
 
     @property
     def feature_size(self) -> int:
@@ -67,8 +68,8 @@ class Graph(Tokenizer):
             raise MediaError(f'Graph.encode: wanted {{"nodes": .., "edges": ..}}, not {describe(value)}')
         content_NF = self._nodes(value["nodes"])
         pairs: list[tuple[int, int, int]] = []
-        for start, end, sort in self._edges(value["edges"], len(content_NF)):
-            pairs += [(start, end, sort), (end, start, sort + len(self.edges) * self.directed)]
+        for start, end, kind in self._edges(value["edges"], len(content_NF)):
+            pairs += [(start, end, kind), (end, start, kind + len(self.edges) * self.directed)]
         return Tokens(content_NF, self.places(len(content_NF)), torch.tensor(pairs).reshape(-1, 3) if pairs else None)
 
     def _nodes(self, nodes: Any) -> Tensor:
@@ -83,9 +84,9 @@ class Graph(Tokenizer):
             return torch.from_numpy(np.array(array, dtype=np.float32))
 
     def _edges(self, edges: Any, nodes: int) -> list[tuple[int, int, int]]:
-        """(from, to, number of the sort) of each edge."""
+        """(from, to, number of the type) of each edge."""
         single = len(self.edges) == 1
-        wanted = "(from, to)" if single else "(from, to, sort)"
+        wanted = "(from, to)" if single else "(from, to, type)"
         if isinstance(edges, (np.ndarray, Tensor)):
             edges = edges.tolist()
         if not isinstance(edges, (list, tuple)):
@@ -97,28 +98,28 @@ class Graph(Tokenizer):
             ends = [node for node in edge[:2] if isinstance(node, (int, np.integer)) and not isinstance(node, bool)]
             if len(ends) < 2 or not all(0 <= node < nodes for node in ends):
                 raise MediaError(
-                    f"Graph.encode: edge {i} is {describe(edge)}, but nodes are numbers from 0 to {nodes - 1}"
+                    f"Graph.encode: edge {i} is {describe(edge)}, wanted two nodes, numbers from 0 to {nodes - 1}"
                 )
             name = self.edges[0] if single else edge[2]
             if name not in self.edges:
                 raise MediaError(
-                    f"Graph.encode: edge {i}: there is no sort {describe(name)} of edges; there are {', '.join(self.edges)}"
+                    f"Graph.encode: edge {i} has type {describe(name)}, not one of {listed(self.edges)}"
                     f"{did_you_mean(str(name), self.edges)}"
                 )
-            start, end, sort = int(ends[0]), int(ends[1]), self.edges.index(name)
-            ways = [(start, end, sort)] if self.directed else [(start, end, sort), (end, start, sort)]
+            start, end, kind = int(ends[0]), int(ends[1]), self.edges.index(name)
+            ways = [(start, end, kind)] if self.directed else [(start, end, kind), (end, start, kind)]
             if twice := [found[way] for way in ways if way in found]:
-                more = "" if self.directed else "; edges go both ways, unless directed=True"
+                more = "" if self.directed else "; an edge goes both ways, unless directed=True"
                 raise MediaError(
                     f"Graph.encode: edge {i}, {describe(edge)}, is there already, as edge {twice[0]}; leave it out{more}"
                 )
-            found[start, end, sort] = i
+            found[start, end, kind] = i
         return [*found]
 
     def decode(self, tokens: Tokens) -> dict[str, Any]:
-        """The nodes as a float32 array, and the edges, of which there are none where nodes are written."""
-        pairs = [] if tokens.pairs is None else tokens.pairs[::2].tolist()  # each second one is the way back
-        edges = [(start, end) if len(self.edges) == 1 else (start, end, self.edges[sort]) for start, end, sort in pairs]
+        """The nodes as a float32 array, and the edges; written nodes have none."""
+        pairs = [] if tokens.pairs is None else tokens.pairs[::2].tolist()  # every second pair is the way back
+        edges = [(start, end) if len(self.edges) == 1 else (start, end, self.edges[kind]) for start, end, kind in pairs]
         return {"nodes": tokens.content.numpy().copy(), "edges": edges}
 
     def places(self, count: int) -> Tensor:
@@ -130,9 +131,7 @@ class Graph(Tokenizer):
         return [f"node {number:g}" for number in tokens.position_NA[:, -1].tolist()]
 
     def embed(self, width: int) -> nn.Module:
-        if self.hidden is None:
-            return nn.Linear(self.features, width)
-        return nn.Sequential(nn.Linear(self.features, self.hidden), nn.GELU(), nn.Linear(self.hidden, width))
+        return embedding(self.features, self.hidden, width)
 
     def examples(self) -> list[dict[str, Any]]:
         """Values for the conformance checks."""

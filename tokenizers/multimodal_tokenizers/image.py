@@ -14,6 +14,7 @@ from multimodal.positions import LearnedGrid, sine_cosine
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal_tokenizers.fit import Fit
+from multimodal_tokenizers.placed import grid_positions
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class ImagePatches(Tokenizer):
         rows, columns = self._written_grid
         if count > rows * columns:
             raise ConfigError(f"ImagePatches: places({count}), but a picture of size={self.size} has {rows * columns}")
-        return _grid(rows, columns)[:count].clone()
+        return grid_positions(1, rows, columns)[:count].clone()
 
     def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
         return self._with_places(features_NF, position_NA, self._written_grid)
@@ -146,7 +147,7 @@ class ImagePatches(Tokenizer):
         # "c (y p) (x q) -> (y x) (c p q)", without reading a pattern for each picture
         squares = image_CYX.reshape(-1, rows, side, columns, side).permute(1, 3, 0, 2, 4)
         patches_NF = squares.reshape(rows * columns, self.pixel_features)
-        position_NA = _grid(rows, columns)
+        position_NA = grid_positions(1, rows, columns)
         return Tokens(self._with_places(patches_NF, position_NA, (rows, columns)), position_NA)
 
     def _with_places(self, pixels_NF: Tensor, position_NA: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -209,14 +210,6 @@ class ImagePatches(Tokenizer):
 @lru_cache(maxsize=64)
 def _per_channel(value: float | tuple[float, ...]) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
-
-
-@lru_cache(maxsize=256)
-def _grid(rows: int, columns: int) -> Tensor:
-    """Places (N, 3) of rows x columns patches."""
-    # it is cached, so it must have numbers also if the first caller builds a model on the meta device
-    with torch.device("cpu"):
-        return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
 class _PatchEmbed(nn.Module):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
-from multimodal.texts import repeated, shortened
+from multimodal.texts import listed, repeated, shortened
 from multimodal.tokenizer import Tokenizer, Tokens
 
 
@@ -27,23 +28,16 @@ class Labels(Tokenizer):
     classes = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
-            raise ConfigError(f"Labels: names={shortened(repr(self.names), 100)} is not a list of names")
-        object.__setattr__(self, "names", tuple(str(name) for name in self.names))
-        twice = sorted(repeated(self.names))
-        if twice or not self.names:
-            raise ConfigError(
-                f"Labels: {'names occur twice: ' + shortened(', '.join(twice), 300) if twice else 'no names were given'}"
-            )
+        object.__setattr__(self, "names", class_names("Labels", self.names))
 
     @classmethod
     def from_data(cls, values: Iterable[Any], *, several: bool = False) -> Self:
-        """The classes that occur in these values, in alphabetical order, whole numbers in the order of their size.
+        """Make one with the classes that occur in these values, in alphabetical order, or by size if all are whole numbers.
 
         values: the labels of the samples to train on; with several=True a list of names for each.
 
         Raises:
-            ConfigError: names the value that is missing, or no class.
+            ConfigError: there are no values, or one is not the name of a class, such as None; the message says which.
 
         Examples:
             >>> Labels.from_data(sample["label"] for sample in samples).names
@@ -58,10 +52,10 @@ class Labels(Tokenizer):
                     f"Labels.from_data: several=True wants lists of names, and value {i} is {shortened(repr(value), 100)}"
                 )
             for name in value if several else [value]:
-                if not isinstance(name, (str, bool, Integral)) and type(name).__name__ != "bool_":
+                if not names_a_class(name):
                     raise ConfigError(
-                        f"Labels.from_data: value {i} is {shortened(repr(name), 100)}, which is no name of a class; leave samples "
-                        "without a label out, and make texts of other names"
+                        f"Labels.from_data: value {i} is {shortened(repr(name), 100)}, wanted a text, a whole number or a truth "
+                        "value as the name of a class; leave samples without a label out"
                     )
                 found.add(str(name))
         if not found:
@@ -97,11 +91,30 @@ class Labels(Tokenizer):
         return self.names[int(tokens.content[0])]
 
     def _unknown(self, name: Any) -> str:
-        """What is wrong with a name that is no class."""
-        shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        """The error for a name that is no class."""
         number = isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(self.names)
         hint = "; Fields(samples, names={field: names}) turns numbers of classes into names" if number else ""
         return (
-            f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
+            f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {listed(self.names)}"
             f"{did_you_mean(str(name), self.names)}{hint}"
         )
+
+
+def class_names(who: str, names: Any) -> tuple[str, ...]:
+    """The names of classes as texts.
+
+    Raises:
+        ConfigError: they are not a list of one or more different names.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"{who}: names={shortened(repr(names), 100)} is not a list of names")
+    names = tuple(str(name) for name in names)
+    twice = sorted(repeated(names))
+    if twice or not names:
+        raise ConfigError(f"{who}: {f'names occur twice: {listed(twice)}' if twice else 'no names were given'}")
+    return names
+
+
+def names_a_class(value: Any) -> bool:
+    """Whether the text of a value can be the name of a class: a text, a whole number or a truth value, of Python or NumPy."""
+    return isinstance(value, (str, bool, np.bool_, Integral))

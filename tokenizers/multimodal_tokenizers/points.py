@@ -1,4 +1,4 @@
-"""Clouds of points, each a token that stands where the point is."""
+"""Point clouds: each point is a token at its own position."""
 
 import math
 from collections.abc import Iterable
@@ -11,29 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.media import file_source, is_file_like
+from multimodal.media import file_source, is_file_like, optional_package
 from multimodal.shapes import AXES, ConfigError, MediaError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal.value_files import with_ending
 from multimodal_tokenizers.placed import PlacedLinear
 
-STEPS = 16  # steps across a usual cloud, from two deviations left of the middle to two right of it
+STEPS = 16  # steps of rotary positions across four standard deviations of a cloud
 
 
 @dataclass(frozen=True)
 class Points(Tokenizer):
-    """An array (points, dims + features): of each point x, y and, in space, z; then its features, such as an intensity.
+    """An array (points, dims + features): the coordinates x, y and, in 3D, z of each point; then its features, such as a colour.
 
-    Make one with `Points.of(clouds)`, from the clouds to train on. A token is a point, at its own place: its distance from the
-    middle in the units of the cloud, x on the axis column, y on row and z on depth, so the order of the points does not matter.
-    Of points in space the core must know the axes: `core.replace(axes=Points.SPACE)`. A value may also be a .ply file, which
-    the package plyfile reads and writes.
+    Make one with `Points.of(clouds)`, from the clouds to train on. A token is a point. Its position is its offset from `centre` in
+    the units of the cloud: x on the axis column, y on row, z on depth; its time is 0, so that the order of points does not matter.
+    For 3D points the core must know the axis depth: `core.replace(axes=Points.SPACE)`. A value may also be a .ply file, which needs
+    the extra `points`.
 
-    centre: the middle of usual clouds, by coordinate.
-    size: their standard deviation, one for all coordinates.
+    centre: subtracted from the coordinates.
+    size: the standard deviation of the coordinates, one number for all.
     mean: subtracted from each feature.
-    std: each feature is then divided by it.
-    spacing: the distance that is one step of the core's rotary places; None: a quarter of `size`, so that a usual cloud has 16
-        steps.
+    std: the divisor of each feature after that.
+    spacing: the distance that is one step of the core's rotary positions; None: a quarter of `size`, so that most of a cloud lies
+        within 16 steps.
     count: number of points of every written cloud; None: the head decides when to stop.
 
     Examples:
@@ -75,7 +76,7 @@ class Points(Tokenizer):
     def of(
         cls, clouds: Iterable[Any], *, dims: int = 0, spacing: float | None = None, count: int | None = None
     ) -> Self:
-        """Take middle, size and the features' mean and deviation from clouds such as those that will be read.
+        """Make one with the centre and size of these clouds, and the mean and standard deviation of their features.
 
         dims: number of coordinates, 2 or 3; 0: all columns of the arrays are coordinates.
 
@@ -91,13 +92,13 @@ class Points(Tokenizer):
         rows = np.concatenate(found)
         if dims not in (2, 3) or rows.shape[1] < dims:
             raise ConfigError(
-                f"Points.of: dims={dims} of {rows.shape[1]} columns; points have 2 coordinates or 3, and features behind them: say "
-                "how many are coordinates, dims=2 or dims=3"
+                f"Points.of: dims={dims} of {rows.shape[1]} columns; points have 2 or 3 coordinates, then features; say how many "
+                "are coordinates, dims=2 or dims=3"
             )
         centre, mean = rows[:, :dims].mean(0), rows[:, dims:].mean(0)
         size = float(np.sqrt(((rows[:, :dims] - centre) ** 2).mean()))
         if not size > 0:
-            raise ConfigError("Points.of: all points are at one place; give clouds that have a size")
+            raise ConfigError("Points.of: all points have the same coordinates; give clouds of different points")
         std = rows[:, dims:].std(0)
         return cls(centre.tolist(), size, mean.tolist(), np.where(std > 0, std, 1.0).tolist(), spacing, count)
 
@@ -111,12 +112,12 @@ class Points(Tokenizer):
 
     @property
     def feature_size(self) -> int:
-        """The features of a point in deviations, then its coordinates in sizes from the middle."""
+        """The standardised features of a point, then its coordinates: their offset from `centre`, divided by `size`."""
         return len(self.mean) + len(self.centre)
 
     @property
     def step(self) -> tuple[float, ...]:
-        """A step in the units of the cloud; points have no time."""
+        """A step in the units of the cloud; no point has another time than 0."""
         return (1.0, *(self._spacing,) * len(self.centre))
 
     @property
@@ -129,15 +130,15 @@ class Points(Tokenizer):
         scaled = [(rows[:, dims:] - self.mean) / self.std, (rows[:, :dims] - self.centre) / self.size]
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
             content_NF = torch.from_numpy(np.concatenate(scaled, 1).astype(np.float32))
-        return Tokens(content_NF, self._stand(content_NF))
+        return Tokens(content_NF, self._positions(content_NF))
 
-    def _stand(self, content_NF: Tensor) -> Tensor:
-        """Where points with this content stand: time 0, then y, x, z."""
+    def _positions(self, content_NF: Tensor) -> Tensor:
+        """The positions of points with this content: time 0, then y, x, z."""
         x, y, *z = (content_NF[:, -len(self.centre) :].float() * self.size).unbind(1)
         return torch.stack([torch.zeros_like(x), y, x, *z], 1)
 
     def next_place(self, written: Tokens, content: Tensor) -> Tensor:
-        return self._stand(content)[0]
+        return self._positions(content)[0]
 
     def decode(self, tokens: Tokens) -> np.ndarray:
         """The array (points, dims + features), in the order in which the points were given."""
@@ -146,12 +147,11 @@ class Points(Tokenizer):
         return np.concatenate([places * self.size + self.centre, features * self.std + self.mean], 1)
 
     def write(self, value: Any, path: str | Path) -> Path:
-        """Save a cloud as a .ply file: x, y, z (0 of a plane), then its features as f0, f1, .."""
+        """Save a cloud as a .ply file: x, y, z (0 in 2D), then its features as f0, f1, .."""
         rows = _read(value, self.feature_size, "Points.write")
         if len(self.centre) == 2:
             rows = np.insert(rows, 2, 0.0, axis=1)
-        plyfile, path = _plyfile("Points.write"), Path(path)
-        path = path if path.suffix.lower() == ".ply" else path.with_name(path.name + ".ply")
+        plyfile, path = _plyfile("Points.write"), with_ending(path, ".ply")
         names = ("x", "y", "z", *(f"f{i}" for i in range(rows.shape[1] - 3)))
         table = np.array(list(map(tuple, rows)), dtype=[(name, "f8") for name in names])
         plyfile.PlyData([plyfile.PlyElement.describe(table, "vertex")]).write(str(path))
@@ -194,21 +194,15 @@ def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
 
 
 def _plyfile(who: str) -> Any:
-    try:
-        import plyfile  # pyright: ignore[reportMissingImports]  an extra
-    except ImportError:
-        raise MediaError(
-            f"{who}: the package plyfile reads and writes .ply files: pip install 'multimodal-stream[points]'"
-        ) from None
-    return plyfile
+    return optional_package("plyfile", "points", f"{who}: the package plyfile reads and writes .ply files")
 
 
 def _from_file(value: Any, columns: int | None, who: str) -> np.ndarray:
-    """The numbers of the points of a .ply file; without z, if that is 0 everywhere and the points wanted lie in a plane."""
+    """The points of a .ply file as rows; without z where 2D points are wanted and it is 0 everywhere."""
     source, name = file_source(value, who)
     data = source.read_bytes() if isinstance(source, Path) else source.read()
     if not data.startswith(b"ply"):
-        raise MediaError(f"{who}: {name} is no .ply file of points; of other files give the array")
+        raise MediaError(f"{who}: {name} is no .ply file; of other files give the array of points")
     plyfile = _plyfile(who)
     try:
         vertex = plyfile.PlyData.read(BytesIO(data))["vertex"]

@@ -12,24 +12,25 @@ from torch import Tensor
 
 from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+from multimodal_tokenizers.features import grey_levels
 
-LATEST = 2**20  # steps; beyond it float32 no longer tells neighbouring times apart by a tenth
+LATEST = 2**20  # steps; float32 would round later times to more than a tenth of a step
 
 
 @dataclass(frozen=True)
 class Series(Tokenizer):
-    """An array (steps, channels) of numbers, of any length; NaN is a missing value. A token is `patch` neighbouring steps.
+    """An array (steps, channels) of numbers, or (steps,) of one channel; NaN is a missing value. A token is `patch` steps.
 
-    Make one with `Series.of(values)`, from the series to train on. For each step a token has the channels in deviations from
-    their means (0 where missing), which of them are there, and whether the step itself is, because the last patch may lack some.
-    Places are the times of the patches' first steps.
+    Make one with `Series.of(values)`, from the series to train on. For each step a token has the standardised channels (0 where
+    missing), a 0 or 1 for each that says whether it is there, and one for the step, because the last patch may be filled up. A
+    token stands at the time of its first step.
 
     mean: subtracted from each channel.
-    std: each channel is then divided by it.
-    patch: number of steps of a token.
-    step_s: seconds from step to step; of irregular times about so.
-    timed: whether a value is a pair (array, times), with the seconds of each step since some beginning; then the time of each step
-        within its patch is a feature too. Such series are read, and not written.
+    std: the divisor of each channel after that.
+    patch: number of consecutive steps of a token.
+    step_s: seconds from one step to the next; of irregular times, a typical distance.
+    timed: whether a value is a pair (array, times in seconds) of irregular steps; each step then has one more feature, its time
+        after the first step of its patch. Such series can be read but not written.
     causal: whether a token that is read attends only to earlier ones.
 
     Examples:
@@ -69,12 +70,12 @@ class Series(Tokenizer):
         timed: bool = False,
         causal: bool = False,
     ) -> Self:
-        """Take the mean and standard deviation of each channel from series such as those that will be read.
+        """Make one with the mean and standard deviation of each channel of these series.
 
-        step_s: as the field; None: 1, or of irregular times their median distance.
+        step_s: as the field; None: 1, or the median distance of irregular times.
 
         Raises:
-            ConfigError: no series, other numbers of channels, or a channel without any value.
+            ConfigError: no series, different numbers of channels, or a channel without any value.
             MediaError: a series that cannot be read.
         """
         found = [_read(value, timed, None, "Series.of") for value in values]
@@ -96,7 +97,7 @@ class Series(Tokenizer):
 
     @property
     def _columns(self) -> int:
-        """Features of a step: each channel and whether it is there, whether the step is, and its time."""
+        """Features of a step: each channel and whether it is there, whether the step is there, and its time if `timed`."""
         return 2 * len(self.mean) + 1 + self.timed
 
     @property
@@ -119,8 +120,8 @@ class Series(Tokenizer):
         else:
             if time[-1] > LATEST * self.step_s:
                 raise MediaError(
-                    f"Series.encode: {describe(value)} ends after {time[-1]:.6g} s, too many steps of step_s={self.step_s:g}; "
-                    "count times from the beginning of the series"
+                    f"Series.encode: {describe(value)} ends after {time[-1]:.6g} s, more than {LATEST} steps of "
+                    f"step_s={self.step_s:g}; count times from the beginning of the series"
                 )
             first = time[:: self.patch]
             columns.append(((time - np.repeat(first, self.patch)[: len(time)]) / self.step_s)[:, None])
@@ -133,24 +134,25 @@ class Series(Tokenizer):
     def decode(self, tokens: Tokens) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         channels = len(self.mean)
         steps = rearrange(tokens.content, "n (p f) -> (n p) f", p=self.patch).double().numpy()
-        kept = steps[:, 2 * channels] > 0.5
+        there = steps[:, 2 * channels] > 0.5
         array = steps[:, :channels] * self.std + self.mean
         array[steps[:, channels : 2 * channels] < 0.5] = np.nan
         if not self.timed:
-            return array[kept]
+            return array[there]
         first = np.repeat(tokens.position_NA[:, 0].double().numpy(), self.patch)
-        return array[kept], (first + steps[:, -1] * self.step_s)[kept]
+        return array[there], (first + steps[:, -1] * self.step_s)[there]
 
     def places(self, count: int) -> Tensor:
         if self.timed:
-            raise ConfigError("Series: timed=True, and the times of steps are not known before they are written")
+            raise ConfigError(
+                "Series: with timed=True it can be read but not written, since the times of steps are not known before"
+            )
         return at_times(torch.arange(count) * self.step[0])
 
     def picture(self, tokens: Tokens) -> Tensor:
         """The steps as grey levels, the first channel at the bottom."""
         steps = rearrange(tokens.content, "n (p f) -> (n p) f", p=self.patch)[:, : len(self.mean)]
-        level = (steps - steps.min()) / (steps.max() - steps.min() + 1e-6)
-        return level.T.flip(0)[:, :, None]
+        return grey_levels(steps)
 
     def examples(self) -> list[Any]:
         """Values for the conformance checks."""
@@ -189,7 +191,7 @@ def _read(value: Any, timed: bool, channels: int | None, who: str) -> tuple[np.n
 
 
 def _floats(value: Any, who: str) -> np.ndarray:
-    """A new array of float64 of numbers, among which None is NaN."""
+    """A new float64 array of numbers; None becomes NaN."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()

@@ -1,10 +1,10 @@
-"""Rows of a table: numbers, categories and missing values, a token for each column."""
+"""Rows of a table: numbers, categories and missing values, one token for each column."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -13,23 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError, MediaError, check_whole, did_you_mean
+from multimodal.shapes import ConfigError, MediaError, check_whole, did_you_mean, is_number
 from multimodal.texts import listed, repeated, shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal_tokenizers.labels import names_a_class
 
 VALUE, MISSING, COLUMN = range(3)  # the features of a token
-CLIPPED = 3.0  # numbers this many deviations from the mean begin to be squashed
-FEW = 20  # different texts that are always categories, even if every row has another
+BOUND = 3.0  # the linear part of a number's embedding levels off towards this many standard deviations
+FEW = 20  # so many different texts are categories even if every row has another
 
 
 @dataclass(frozen=True)
 class Column(Declared):
     """A column of a table: of categories if `categories` are given, else of numbers.
 
-    name: its name, which is the key of its values.
+    name: its name, the key of its value in a row.
     mean: subtracted from numbers.
-    std: numbers are then divided by it.
-    edges: rising bounds of bins, in the units of the column; the embedding bends there. (): it is a straight line.
+    std: the divisor of numbers after that.
+    edges: rising edges of bins, in the units of the column, where the piecewise linear embedding bends; (): it is linear.
     categories: the names of the categories.
     """
 
@@ -51,7 +52,7 @@ class Column(Declared):
         if any(not a < b for a, b in zip(self.edges, self.edges[1:], strict=False)) or len(self.edges) == 1:
             raise ConfigError(f"{where}: edges={listed(self.edges)} must be two or more rising numbers, or none")
         if self.edges and self.categories:
-            raise ConfigError(f"{where}: edges are of numbers, and it has categories; give one of them")
+            raise ConfigError(f"{where}: edges are for numbers, and categories are given too; give one of them")
         if twice := repeated(self.categories):
             raise ConfigError(f"{where}: categories occur twice: {listed(twice)}")
 
@@ -60,12 +61,12 @@ class Column(Declared):
 class TableRow(Tokenizer):
     """A row, as a mapping from column to value; None, NaN and columns that are left out are missing values.
 
-    Make one with `TableRow.of(frame)`, from the rows to train on. A token is (value, whether it is missing, column): a number in
-    deviations from the mean, or the number of a category. The embedding of a number is linear and piecewise linear in it
-    (Gorishniy et al. 2022, equation 1), of weights that each column has for itself.
+    Make one with `TableRow.of(frame)`, from the rows to train on. A token is (value, whether it is missing, index of the column),
+    where the value is a standardised number or the index of a category. Each column has weights of its own: a number is embedded by
+    a linear and a piecewise linear function (Gorishniy et al. 2022, equation 1), a category and a missing value by a vector.
 
     columns: the columns, in the order of the tokens.
-    unseen: whether a category that its column does not name is read as an unseen one, all of which are alike, or refused.
+    unseen: whether categories that a column does not name are read, all as the same one; if not, they are refused.
 
     Examples:
         >>> rows = [{"age": 31, "sex": "female"}, {"age": None, "sex": "male"}, {"age": 40, "sex": "male"}]
@@ -91,18 +92,17 @@ class TableRow(Tokenizer):
     def of(
         cls, rows: Any, *, categories: Iterable[str] = (), bins: int = 8, rarest: int = 1, unseen: bool | None = None
     ) -> Self:
-        """The columns of a DataFrame (of pandas or polars, or a table of Arrow) or of a list of mappings, with the means and
-        categories of these rows.
+        """Make one for the columns of these rows: a DataFrame of pandas or polars, a table of Arrow, or a list of mappings.
 
-        Numbers are numbers; texts, truth values and pandas' categories are categories.
+        Columns of numbers are read as numbers; those of texts, truth values and pandas' categories as categories.
 
-        categories: further columns whose values are categories, such as codes.
-        bins: number of bins of each column of numbers, with about as many rows each; 0: none.
-        rarest: categories of fewer rows are unseen ones, so that a model learns what to make of these.
-        unseen: as the field; None: if a category was too rare.
+        categories: names of further columns to read as categories, such as numeric codes.
+        bins: number of bins of each column of numbers, of about equally many rows each; 0: none.
+        rarest: a category of fewer rows is read as an unseen one, so that the vector of unseen ones is trained on rare ones.
+        unseen: as the field; None: True if there was a category that rare.
 
         Raises:
-            ConfigError: names the column that has no value, values of another kind, or nearly as many categories as rows.
+            ConfigError: a column has no value, values that are neither, or too many categories; the message names it.
         """
         check_whole("TableRow.of", least=0, bins=bins)
         check_whole("TableRow.of", least=1, rarest=rarest)
@@ -120,29 +120,22 @@ class TableRow(Tokenizer):
             there = [value for value in values if not _is_missing(value)]
             if not there:
                 raise ConfigError(f"TableRow.of: column {name!r} has no value in {len(values)} rows; leave it out")
-            if name not in named and all(map(_is_number, there)):
+            if name not in named and all(map(is_number, there)):
                 columns.append(_of_numbers(name, there, bins))
                 continue
-            texts = [_category(value) for value in there]
-            if None in texts:
-                wrong = there[texts.index(None)]
+            count = _counted(name, there)
+            if name not in named and len(count) > max(FEW, len(there) // 2):
                 raise ConfigError(
-                    f"TableRow.of: column {name!r} has {describe(wrong)}, which is no number and no category; convert it, or "
-                    "leave the column out"
-                )
-            count = Counter(text for text in texts if text is not None)
-            if name not in named and len(count) > max(FEW, len(texts) // 2):
-                raise ConfigError(
-                    f"TableRow.of: column {name!r} has {len(count)} different texts in {len(texts)} rows, too many for categories; "
+                    f"TableRow.of: column {name!r} has {len(count)} different texts in {len(there)} rows, too many for categories; "
                     f"leave it out, read it by a tokenizer of its own, or say categories=({name!r},)"
                 )
-            kept = sorted((text for text in count if count[text] >= rarest), key=_order)
-            if not kept:
+            frequent = sorted((text for text in count if count[text] >= rarest), key=_order)
+            if not frequent:
                 raise ConfigError(
-                    f"TableRow.of: no category of column {name!r} has {rarest} rows; leave it out, or rarest"
+                    f"TableRow.of: no category of column {name!r} has {rarest} rows; leave out the column, or rarest"
                 )
-            dropped |= len(kept) < len(count)
-            columns.append(Column(name, categories=tuple(kept)))
+            dropped |= len(frequent) < len(count)
+            columns.append(Column(name, categories=tuple(frequent)))
         return cls(tuple(columns), dropped if unseen is None else unseen)
 
     @property
@@ -184,13 +177,11 @@ class TableRow(Tokenizer):
                 return float(column.categories.index(name))
             if name is not None and self.unseen:
                 return float(len(column.categories))
-            hint = (
-                ""
-                if name is None
-                else did_you_mean(name, column.categories) + "; TableRow(.., unseen=True) reads others"
-            )
+            hint = ""
+            if name is not None:
+                hint = did_you_mean(name, column.categories) + "; TableRow(.., unseen=True) reads others"
             raise MediaError(f"{where} is {describe(value)}, wanted one of {listed(column.categories)}{hint}")
-        if not _is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise MediaError(f"{where} is {describe(value)}, wanted a finite number, or None where it is missing")
         return (float(value) - column.mean) / column.std
 
@@ -226,10 +217,13 @@ class TableRow(Tokenizer):
 
 
 class _Embedding(nn.Module):
-    """column + f(value), where f is linear and piecewise linear in a number, and a row of a table for a category; of a missing
-    value a vector of its column. What is between two categories, as models write it, is between their rows."""
+    """A vector of the column plus one of the value: linear and piecewise linear in a number, looked up for a category.
 
-    full_precision = True  # numbers of columns and categories are in the content
+    A missing value has another vector of its column instead. What lies between two categories, as models may write it, gets a
+    vector between theirs.
+    """
+
+    full_precision = True  # bfloat16 would round the indices of columns and categories
     matrices = ("slope_ND",)
 
     edges_NF: Tensor
@@ -237,35 +231,30 @@ class _Embedding(nn.Module):
 
     def __init__(self, columns: tuple[Column, ...], width: int) -> None:
         super().__init__()
-        most = max(max(len(column.edges) for column in columns), 1)
-        # a bin without an end is never entered
-        edges_NF = torch.full((len(columns), most), math.inf)
-        rows, total, numbers = (
-            [],
-            0,
-            0,
-        )  # rows: of each column, its first row of the table of categories, and their number
+        self.bins = max(
+            1, *(len(column.edges) for column in columns)
+        )  # the number itself, and the bins between the edges
+        # infinite edges are never reached
+        edges_NF = torch.full((len(columns), self.bins), math.inf)
+        rows, total = [], 0  # of each column of categories: its first row of the table, and how many they are
         for i, column in enumerate(columns):
-            edges_NF[i, : len(column.edges)] = (
-                torch.tensor(column.edges, dtype=torch.float64) - column.mean
-            ) / column.std
+            edges = torch.tensor(column.edges, dtype=torch.float64)
+            edges_NF[i, : len(edges)] = (edges - column.mean) / column.std
             rows.append((total, len(column.categories)) if column.categories else (0, 0))
-            total += len(column.categories) + 1 if column.categories else 0  # and the unseen one
-            numbers += not column.categories
+            total += len(column.categories) + 1 if column.categories else 0  # one more row for unseen ones
         self.register_buffer("edges_NF", edges_NF, persistent=False)
         self.register_buffer("rows_2N", torch.tensor(rows).T.contiguous(), persistent=False)
-        self.bins = most
-        # vectors of each column: where its value is there, and where it is missing
+        # two vectors of each column: if its value is there, and if it is missing
         self.column = nn.Embedding(2 * len(columns), width)
         nn.init.normal_(self.column.weight, std=0.1)
-        if numbers:
-            slope = torch.randn(len(columns), most, width) * 0.02
+        if not all(column.categories for column in columns):
+            slope = torch.randn(len(columns), self.bins, width) * 0.02
             slope[:, 0] *= 5  # of the number itself; the others are of the bins
             self.slope_ND = nn.Parameter(slope.flatten(0, 1))
         if total:
             self.category = nn.Embedding(total, width)
             nn.init.normal_(self.category.weight, std=0.1)
-            with torch.no_grad():  # nothing is known of an unseen category unless there are some to learn from
+            with torch.no_grad():  # an unseen category adds nothing until it has learned from rare ones
                 ends = [first + count for first, count in rows if count]
                 self.category.weight[ends] = 0.0
 
@@ -289,8 +278,8 @@ class _Embedding(nn.Module):
         return torch.lerp(parts, self.column(2 * column_N + 1), missing_N1.to(parts))
 
     def _bent(self, value_N: Tensor, column_N: Tensor) -> Tensor:
-        """(N, F) the number, squashed far from the mean, and the share of each bin that is below it."""
-        straight_N = value_N / (1 + (value_N / CLIPPED).square()).sqrt()
+        """(N, F) the number, levelling off towards BOUND, and the share of each bin that is below it."""
+        straight_N = value_N / (1 + (value_N / BOUND).square()).sqrt()
         edge_NF = F.embedding(column_N, self.edges_NF)
         low_NF, high_NF = edge_NF[:, :-1], edge_NF[:, 1:]
         low_NF = low_NF.masked_fill(low_NF.isinf(), 0.0)
@@ -299,14 +288,13 @@ class _Embedding(nn.Module):
 
 def _columns(rows: Any) -> dict[str, list[Any]]:
     """{column: its values}; rows that lack a column have None."""
-    for library, convert in {
-        "pandas": ("to_dict", "records"),
-        "polars": ("to_dicts",),
-        "pyarrow": ("to_pylist",),
-    }.items():
-        if type(rows).__module__.partition(".")[0] == library and hasattr(rows, convert[0]):
-            rows = getattr(rows, convert[0])(*convert[1:])
-            break
+    library = type(rows).__module__.partition(".")[0]
+    if library == "pandas" and hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
+    elif library == "polars" and hasattr(rows, "to_dicts"):
+        rows = rows.to_dicts()
+    elif library == "pyarrow" and hasattr(rows, "to_pylist"):
+        rows = rows.to_pylist()
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise ConfigError(f"TableRow.of: wanted a DataFrame or a list of mappings, not {describe(rows)}")
     rows = list(rows)
@@ -331,25 +319,34 @@ def _of_numbers(name: str, values: list[Any], bins: int) -> Column:
     )
 
 
+def _counted(name: str, values: list[Any]) -> Counter[str]:
+    """How often each category occurs in a column."""
+    count: Counter[str] = Counter()
+    for value in values:
+        if (text := _category(value)) is None:
+            raise ConfigError(
+                f"TableRow.of: column {name!r} has {describe(value)}, which is no number and no category; convert it, or leave the "
+                "column out"
+            )
+        count[text] += 1
+    return count
+
+
 def _is_missing(value: Any) -> bool:
-    # the last two are those of pandas, which is not imported for them
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(value, Real) and value != value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+    # by the names of pandas' own, since pandas is not imported for them
+    return (
+        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Real) and value != value)
+    )
 
 
 def _category(value: Any) -> str | None:
-    """The name of a category; None: the value cannot be one. 3.0 is '3', as pandas makes floats of codes with gaps."""
-    if isinstance(value, (str, bool, np.bool_, Integral)):
+    """The name of a category; None: the value cannot be one. 3.0 is '3', as pandas makes floats of codes if some are missing."""
+    if names_a_class(value):
         return str(value)
     return str(int(float(value))) if isinstance(value, Real) and float(value).is_integer() else None
 
 
 def _order(name: str) -> tuple[bool, float, str]:
-    """Sorts categories, and numbers among them by their size."""
+    """Sorts categories: first numbers, by their size, then texts."""
     digits = name.removeprefix("-").isdecimal()
     return not digits, float(name) if digits else 0.0, name

@@ -1,8 +1,7 @@
-"""Clips of moving pictures as tubes: patches of a few frames, with their time in seconds, row and column."""
+"""Videos as tubes: patches that span a few frames, with their time in seconds, row and column."""
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -13,22 +12,22 @@ from torch import Tensor, nn
 from multimodal.media import read_video
 from multimodal.shapes import ConfigError, MediaError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens
-from multimodal_tokenizers.placed import PlacedLinear
+from multimodal_tokenizers.placed import PlacedLinear, grid_positions
 
 
 @dataclass(frozen=True)
 class VideoTubes(Tokenizer):
-    """Tubes of `frames` x `patch` x `patch` pixels (Arnab et al. 2021), of any size and duration.
+    """A video clip of any size and duration, as tubes of `frames` x `patch` x `patch` pixels (Arnab et al. 2021).
 
     A value is an array (frames, Y, X) or (frames, Y, X, C), a tensor (frames, C, Y, X), a list of pictures, a pair of one of these
-    and its own frames per second, or a file (MP4, WebM, AVI, GIF; with the package av). Places are seconds, rows and
-    columns of tubes, so that a clip that was recorded at another rate has the same places. At the ends the last frame, row and
-    column of pixels are repeated to a whole tube.
+    and its own frames per second, or a file (MP4, WebM, AVI, GIF), which needs the extra `media`. Positions are seconds, rows and
+    columns, so that they do not depend on the rate of the recording. At the ends the last frame, row and column of pixels are
+    repeated to fill a tube.
 
     patch: the side of a tube in pixels.
     frames: number of frames of a tube; 1: patches of single frames.
-    fps: frames per second that are read: of a clip with another rate those that are seen at these times. A value without a rate
-        has this one.
+    fps: frames per second that are read; of a clip with another rate, the frames that are shown at these times. A value without a
+        rate is taken to have this one.
     channels: number of channels: 1 grey, 3 RGB, 4 RGBA.
     mean: subtracted from pixels in 0..1.
     std: the divisor of the pixels after that.
@@ -79,7 +78,7 @@ class VideoTubes(Tokenizer):
 
     @property
     def feature_size(self) -> int:
-        """Pixels, and for "sincos" the time in tubes, row and column of the tube after them."""
+        """Pixels, and for "sincos" the position of the tube in steps after them."""
         return self.pixel_features + (3 if self.position == "sincos" else 0)
 
     @property
@@ -126,11 +125,11 @@ class VideoTubes(Tokenizer):
         times, rows, columns = (
             -(-n // k) for n, k in ((count, self.frames), (height, self.patch), (width, self.patch))
         )
-        place_NA = _grid(times, rows, columns)
+        place_NA = grid_positions(times, rows, columns)
         return Tokens(self._with_places(tubes_NF, place_NA), place_NA * torch.tensor(self.step))
 
     def _with_places(self, pixels_NF: Tensor, place_NA: Tensor) -> Tensor:
-        """The content of tokens. place_NA: their places in steps."""
+        """The content of tokens. place_NA: their positions in steps."""
         return pixels_NF if self.position == "rotary" else torch.cat([pixels_NF, place_NA.to(pixels_NF)], 1)
 
     def places(self, count: int) -> Tensor:
@@ -139,14 +138,14 @@ class VideoTubes(Tokenizer):
             raise ConfigError(
                 f"VideoTubes: places({count}), but a clip of size={self.size} has {times * rows * columns} tubes"
             )
-        return _grid(times, rows, columns)[:count] * torch.tensor(self.step)
+        return grid_positions(times, rows, columns)[:count] * torch.tensor(self.step)
 
     def fed_back(self, features_NF: Tensor, position_NA: Tensor) -> Tensor:
-        # rounded, so that it is what `encode` gives, whatever a step is
+        # rounded, because a position in seconds over its step is not always whole
         return self._with_places(features_NF, (position_NA / position_NA.new_tensor(self.step)).round())
 
     def decode(self, tokens: Tokens) -> Tensor:
-        """The clip (frames, C, Y, X) in 0..1 that these tubes tile; missing tubes up to the last are `mean`."""
+        """The clip (frames, C, Y, X) in 0..1 that these tubes tile; tubes that are missing before the last are `mean`."""
         place_NA = (tokens.position_NA.cpu() / torch.tensor(self.step)).round().long()
         times, rows, columns = (place_NA.amax(0) + 1).tolist() if len(place_NA) else (0, 0, 0)
         time_N, row_N, column_N = place_NA.unbind(1)
@@ -173,11 +172,3 @@ class VideoTubes(Tokenizer):
         draw = torch.Generator().manual_seed(0)
         sizes = [self.size] * 3 if self.size else [(k * self.frames, self.patch, 2 * self.patch) for k in (2, 2, 3)]
         return [torch.rand(n, self.channels, y, x, generator=draw) for n, y, x in sizes]
-
-
-@lru_cache(maxsize=64)
-def _grid(times: int, rows: int, columns: int) -> Tensor:
-    """Places (N, 3) of times x rows x columns tubes, in steps."""
-    # it is cached, so it must have numbers also if the first caller builds a model on the meta device
-    with torch.device("cpu"):
-        return torch.cartesian_prod(*(torch.arange(float(n)) for n in (times, rows, columns)))

@@ -1,4 +1,4 @@
-"""Sound as its raw samples, with learned convolutions as the embedding."""
+"""Sound as raw samples, embedded by learned convolutions."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,24 +11,25 @@ from multimodal.media import read_sound
 from multimodal.shapes import ConfigError, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
-QUIETEST = 1e-5  # the least root mean square that a clip is divided by
+QUIETEST = 1e-5  # the least root mean square that a sound is divided by
 
 
 @dataclass(frozen=True)
 class Waveform(Tokenizer):
-    """Raw samples; a token is `hop` of them and `context` before, read by a stack of convolutions (after Baevski et al. 2020).
+    """A sound as raw samples: a token is `hop` samples and the `context` before them, embedded by convolutions.
 
-    The convolutions see one token's samples, so that tokens are embedded each by itself. Places are seconds. `decode` gives the
-    samples back; the mean of channels, the rate and with normalise="clip" the loudness are not those of the value.
+    The convolutions, after the encoder of wav2vec 2.0 (Baevski et al. 2020), see the samples of one token only, so that each token
+    is embedded by itself. Positions are in seconds. `decode` gives one channel at `rate_hz`; with normalise="clip" its loudness is
+    not that of the value.
 
     rate_hz: samples per second, to which every sound is resampled.
     hop: samples from token to token; the last token is filled up with silence.
-    context: samples before its own that a token includes. With 0 a sound can be written too.
-    strides: of each convolution, whose kernel has twice its length.
-    channels: channels of the convolutions.
-    normalise: "clip" divides by the root mean square of the clip, or "none".
-    causal: whether a token that is read attends only to earlier ones; then use normalise="none", since the loudness of a clip is
-        known only at its end.
+    context: number of samples before its own that a token includes. Only with 0 can a sound be written.
+    strides: the stride of each convolution; its kernel is twice as long.
+    channels: channels of each convolution.
+    normalise: "clip" divides by the root mean square of the whole sound; "none" leaves it as it is.
+    causal: whether a token that is read attends only to earlier ones; then use normalise="none", since the loudness of a sound
+        is known only at its end.
     max_seconds: a longer sound is refused before it is decoded.
     """
 
@@ -52,10 +53,10 @@ class Waveform(Tokenizer):
             raise ConfigError(f"Waveform: normalise={self.normalise!r} must be 'clip' or 'none'")
         if not self.max_seconds > 0:
             raise ConfigError(f"Waveform: max_seconds={self.max_seconds} must be more than 0")
-        if not self.strides or self._left < 1:
+        if not self.strides or self._outputs < 1:
             raise ConfigError(
-                f"Waveform: strides={self.strides} leave nothing of the {self.feature_size} samples of hop={self.hop} and "
-                f"context={self.context}; give fewer or shorter strides, one at least"
+                f"Waveform: strides={self.strides} must be one or more, and leave something of the {self.feature_size} samples of "
+                f"hop={self.hop} and context={self.context}; give fewer or shorter ones"
             )
 
     @property
@@ -68,12 +69,12 @@ class Waveform(Tokenizer):
         return (self.hop / self.rate_hz, 1.0, 1.0)
 
     @property
-    def _left(self) -> int:
-        """Positions that the convolutions leave of a token."""
-        left = self.feature_size
+    def _outputs(self) -> int:
+        """Number of outputs of the last convolution for one token."""
+        outputs = self.feature_size
         for stride in self.strides:
-            left = -(-left // stride) - 1
-        return left
+            outputs = -(-outputs // stride) - 1  # filled up to whole strides, under a kernel of two
+        return outputs
 
     def encode(self, value: Any) -> Tokens:
         wave_S = read_sound(value, rate_hz=self.rate_hz, who="Waveform.encode", max_seconds=self.max_seconds)
@@ -91,32 +92,33 @@ class Waveform(Tokenizer):
     def places(self, count: int) -> Tensor:
         if self.context:
             raise ConfigError(
-                f"Waveform: context={self.context} samples are not known to a token that is written; context=0 can be written"
+                f"Waveform: with context={self.context} a sound can be read but not written, as a written token lacks these "
+                "samples; use context=0"
             )
         return at_times(torch.arange(count) * self.step[0])
 
     def embed(self, width: int) -> nn.Module:
-        return _Stem(self.strides, self.channels, self._left, width)
+        return _Stem(self.strides, self.channels, self._outputs, width)
 
 
 class _Stem(nn.Module):
-    """Convolutions with GELU, and a linear layer over the positions that are left."""
+    """Convolutions, each with GELU, and a linear layer of the outputs of the last one."""
 
-    def __init__(self, strides: tuple[int, ...], channels: int, left: int, width: int) -> None:
+    def __init__(self, strides: tuple[int, ...], channels: int, outputs: int, width: int) -> None:
         super().__init__()
         inputs = (1, *[channels] * (len(strides) - 1))
         convolutions = [
             nn.Conv1d(count, channels, 2 * stride, stride) for count, stride in zip(inputs, strides, strict=True)
         ]
         for convolution in convolutions:
-            nn.init.kaiming_normal_(convolution.weight)  # so that a signal keeps its power through all of them
+            nn.init.kaiming_normal_(convolution.weight)  # so that a signal keeps its power from one to the next
         self.strides = strides
         self.convolutions = nn.ModuleList(convolutions)
-        self.linear = nn.Linear(left * channels, width)
+        self.linear = nn.Linear(outputs * channels, width)
 
     def forward(self, content_NF: Tensor) -> Tensor:
         hidden = content_NF[:, None]
         for convolution, stride in zip(self.convolutions, self.strides, strict=True):
-            # up to a whole number of strides, or the last samples would lie in no window
+            # filled up to whole strides, or the last samples would lie under no kernel
             hidden = F.gelu(convolution(F.pad(hidden, (0, -hidden.shape[-1] % stride))))
         return self.linear(hidden.flatten(1))

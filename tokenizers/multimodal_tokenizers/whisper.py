@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times
-from multimodal_tokenizers.audio import read_limited, spectrogram_picture
+from multimodal_tokenizers.audio import read_limited
+from multimodal_tokenizers.features import grey_levels
 
 HOP, WINDOW = 160, 400  # samples from frame to frame, and of a frame: 10 and 25 ms
 FRAMES = 2  # of a token: the stride of the second convolution
@@ -74,7 +75,7 @@ class WhisperFrames(Tokenizer):
 
     def picture(self, tokens: Tokens) -> Tensor:
         """The spectrogram, low tones at the bottom."""
-        return spectrogram_picture(rearrange(tokens.content, "n (s f) -> (n s) f", s=FRAMES))
+        return grey_levels(rearrange(tokens.content, "n (s f) -> (n s) f", s=FRAMES))
 
     def embed(self, width: int) -> nn.Module:
         return _ConvStem(self.mels, width)

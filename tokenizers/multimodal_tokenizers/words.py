@@ -1,4 +1,4 @@
-"""Words, a token each, for tags: what a word is made of counts, so that words never seen have a meaning too."""
+"""Words, one token each, embedded by hashed character n-grams, so that unseen words have embeddings too."""
 
 import zlib
 from dataclasses import dataclass
@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from multimodal.shapes import ConfigError, MediaError
+from multimodal.shapes import ConfigError, MediaError, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
 
 @dataclass(frozen=True)
 class Words(Tokenizer):
-    """A list of words, or a text that is split at white space; each word is one token, which `EachRow(of=..)` answers.
+    """A list of words, or a text that is split at white space; each word is one token, so that `EachRow(of=..)` can tag it.
 
-    There is no vocabulary. A word is the sum of itself and of its pieces of `shortest` to `longest` characters, with marks at both
-    ends, after fastText (Bojanowski et al. 2017); each adds 1 or -1 at one of the features, by a hash (Weinberger et al. 2009), the
-    pieces less the more they are. Words are only read.
+    There is no vocabulary. A word is a sum over itself and its character n-grams, with marks at both ends (fastText, Bojanowski et
+    al. 2017). A hash gives each of them a feature and a sign (Weinberger et al. 2009); the word itself counts 1, and each of its
+    k n-grams 1 / sqrt(k). Words can be read but not written.
 
-    buckets: F, number of features among which words and pieces are shared out.
-    shortest, longest: lengths of the pieces, in characters with the marks.
+    buckets: F, number of features.
+    shortest: the least number of characters of an n-gram, marks included.
+    longest: the largest one.
     causal: whether a token attends only to tokens before it.
 
     Examples:
@@ -38,9 +39,7 @@ class Words(Tokenizer):
     causal: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("buckets", "shortest", "longest"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"Words: {name}={getattr(self, name)!r} must be a whole number of at least 1")
+        check_whole("Words", least=1, buckets=self.buckets, shortest=self.shortest, longest=self.longest)
         if self.longest < self.shortest:
             raise ConfigError(f"Words: longest={self.longest} must be at least shortest={self.shortest}")
 
@@ -56,8 +55,8 @@ class Words(Tokenizer):
         for i, word in enumerate(words):
             if not isinstance(word, str) or not word:
                 raise MediaError(f"Words.encode: word {i} is {describe(word)}, wanted a text that is not empty")
-            place, share = _pieces(word, self.buckets, self.shortest, self.longest)
-            content_NF[i, place] = share
+            feature, share = _hashed(word, self.buckets, self.shortest, self.longest)
+            content_NF[i, feature] = share
         return Tokens(torch.from_numpy(content_NF), at_times(torch.arange(len(words))))
 
     def token_names(self, tokens: Tokens) -> list[str]:
@@ -65,7 +64,7 @@ class Words(Tokenizer):
 
     def embed(self, width: int) -> nn.Module:
         linear = nn.Linear(self.buckets, width)
-        nn.init.normal_(linear.weight, std=0.02)  # as a table of ids has it, since few features are not 0
+        nn.init.normal_(linear.weight, std=0.02)  # as an embedding table has it, since most features are 0
         return linear
 
     def examples(self) -> list[Any]:
@@ -80,14 +79,14 @@ class Words(Tokenizer):
 
 
 @lru_cache(maxsize=2**16)
-def _pieces(word: str, buckets: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features of a word that are not 0, and what they are: the word itself counts as much as all its pieces."""
+def _hashed(word: str, buckets: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of the features of a word that are not 0, and these features."""
     marked = f"\x02{word}\x03"
-    pieces = [marked[i : i + n] for n in range(shortest, longest + 1) for i in range(len(marked) - n + 1)]
+    grams = [marked[i : i + n] for n in range(shortest, longest + 1) for i in range(len(marked) - n + 1)]
     found: dict[int, float] = {}
-    for piece, weight in ((f"\x01{word}", 1.0), *((piece, len(pieces) ** -0.5) for piece in pieces)):
+    for gram, weight in ((f"\x01{word}", 1.0), *((gram, len(grams) ** -0.5) for gram in grams)):
         # Python's own hash differs from process to process; a lone surrogate has bytes too
-        number = zlib.crc32(piece.encode("utf-8", "surrogatepass"))
-        place = number % buckets
-        found[place] = found.get(place, 0.0) + (weight if number >> 31 else -weight)
+        number = zlib.crc32(gram.encode("utf-8", "surrogatepass"))
+        feature = number % buckets
+        found[feature] = found.get(feature, 0.0) + (weight if number >> 31 else -weight)
     return np.fromiter(found.keys(), np.int64), np.fromiter(found.values(), np.float32)
