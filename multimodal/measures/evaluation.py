@@ -59,11 +59,6 @@ class Evaluation(dict[str, float]):
     left_out: by name of a measure, what to install for it.
     samples: the samples, by number.
     fields: the tokenizers of the fields that are read, by name.
-
-    Examples:
-        >>> found = mm.evaluate(model, "image -> label", samples)
-        >>> found["exact"], found["AUROC"]
-        (1.0, 1.0)
     """
 
     def __init__(
