@@ -23,12 +23,26 @@ _FROM = {
     "task": "Task",
     "tokenizer": "Tokenizer Tokens at_times",
     "tower": "Tower",
-    "train": "Recipe Run TrainingJob evaluate fit",
+    "train": "Recipe Run TrainingJob calibrate evaluate fit",
     "transcription": "Listener Transcript transcribe",
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
 _ROOMS = (
-    *("attention", "check", "count", "data", "generate", "heads", "layers", "look", "lora", "masks", "media", "packer"),
+    *(
+        "attention",
+        "check",
+        "count",
+        "data",
+        "generate",
+        "heads",
+        "layers",
+        "look",
+        "lora",
+        "masks",
+        "measures",
+        "media",
+        "packer",
+    ),
     *("pretrained", "stream", "tower", "train", "transcription", "zoo"),
 )
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,6 +10,7 @@ from multimodal import layers as layers
 from multimodal import look as look
 from multimodal import lora as lora
 from multimodal import masks as masks
+from multimodal import measures as measures
 from multimodal import media as media
 from multimodal import packer as packer
 from multimodal import stream as stream
@@ -60,6 +61,7 @@ from multimodal.tower import Tower as Tower
 from multimodal.train import Recipe as Recipe
 from multimodal.train import Run as Run
 from multimodal.train import TrainingJob as TrainingJob
+from multimodal.train import calibrate as calibrate
 from multimodal.train import evaluate as evaluate
 from multimodal.train import fit as fit
 from multimodal.transcription import Listener as Listener

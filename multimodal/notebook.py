@@ -1,8 +1,9 @@
-"""How things show themselves: predictions and runs as HTML for notebooks, and parts by the settings that are not the usual ones.
+"""How things show themselves: pages, predictions and runs as HTML, and parts by the settings that are not the usual ones.
 
 In HTML every text is escaped, and nothing is loaded from elsewhere.
 """
 
+import base64
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,72 @@ from typing import Any
 
 from multimodal.texts import shortened
 
+STYLE = """
+:root { color-scheme: light }
+body { margin: 0 auto; max-width: 1080px; padding: 28px 24px 80px; background: #fff; color: #222;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+h1 { font-size: 24px; margin: 0 0 2px }
+h2 { font-size: 17px; margin: 44px 0 8px; padding-top: 14px; border-top: 1px solid #e4e4e4 }
+h3 { font-size: 14px; margin: 18px 0 4px; font-weight: 600 }
+p { margin: 4px 0 10px; max-width: 78ch }
+.note { color: #666; font-size: 13px }
+.answer { font-size: 19px; margin: 6px 0 12px; white-space: pre-wrap }
+.bars td { padding: 1px 10px 1px 0 }
+.bar { display: inline-block; height: 11px; background: #d95f02; vertical-align: middle; border-radius: 2px }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+th { text-align: right; font-weight: 600; padding: 4px 9px; border-bottom: 1px solid #ccc }
+td { text-align: right; padding: 2px 9px }
+th:first-child, td:first-child { text-align: left }
+td.left { text-align: left }
+td.left i { font-style: normal; margin-right: 14px; display: inline-block }
+td:first-child { white-space: nowrap }
+.matrix td:first-child { white-space: normal }
+tr.first td { border-top: 1px solid #e4e4e4 }
+.row { display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-end; margin: 4px 0 12px }
+figure { margin: 0 }
+img { display: block; image-rendering: pixelated; border-radius: 3px }
+img.wide { max-width: 100%; image-rendering: auto }
+figcaption { font-size: 12px; color: #666 }
+.grid { position: relative; width: max-content }
+.grid div { position: absolute; inset: 0; display: grid }
+.learned { height: 7px; margin-top: 2px; background: #eee; display: flex; border-radius: 2px }
+.learned i { background: #d95f02; opacity: .6; border-right: 1px solid #fff }
+.text { display: flex; margin: 2px 0 8px; font: 14px/1.9 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace }
+.text p { margin: 0; max-width: none; white-space: pre-wrap; overflow-wrap: anywhere }
+.text p span { border-radius: 3px; padding: 2px 0 }
+.text b { flex: 0 0 170px; font: 12.5px/26px system-ui, sans-serif; color: #666 }
+.scroll { overflow-x: auto; margin: 4px 0 }
+.matrix { font: 11px/1.2 ui-monospace, Menlo, Consolas, monospace }
+.matrix td { min-width: 16px; height: 18px; padding: 0; border: 1px solid #f1f1f1 }
+.matrix th, .matrix th:first-child { padding: 2px 5px; border: 0; font-weight: 400; text-align: right; white-space: pre }
+.matrix thead th { vertical-align: bottom; padding: 2px 0 }
+.matrix thead span { display: inline-block; writing-mode: vertical-rl; transform: rotate(180deg); text-align: left }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px }
+.card { border: 1px solid #e4e4e4; border-radius: 5px; padding: 10px; font-size: 13px; overflow-wrap: anywhere }
+.card img { width: 100%; max-height: 220px; object-fit: contain }
+.card audio { width: 100% }
+.card pre { white-space: pre-wrap; margin: 4px 0; max-height: 220px; overflow: auto; font-size: 12px }
+details { margin: 6px 0 }
+summary { cursor: pointer; color: #a54700; font-size: 13.5px }
+dt { font-weight: 600; margin-top: 8px }
+dd { margin: 0; color: #444; max-width: 82ch }
+"""
+
 MOST_CLASSES, MOST_ROWS = 10, 8
 WIDTH, HEIGHT = 240, 60  # pixels of the curve
+
+
+def html_page(title: str, body: str) -> str:
+    """A page of its own, in the one style of all pages. title, body: HTML, so escaped already."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def data_url(media_type: str, data: bytes) -> str:
+    """Bytes as a URL, so that a page needs no other file."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def prediction_html(value: Any, confidence: float, probability: Mapping[str, float]) -> str:

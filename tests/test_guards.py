@@ -45,7 +45,7 @@ LAYERS = (
     {"task"},
     {"stream", "packer"},
     {"network", "model_parts", "tower"},
-    {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization"},
+    {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization", "measures"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish"},
     {"demo"},

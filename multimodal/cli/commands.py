@@ -15,6 +15,7 @@ from multimodal.cli.answers import generate, predict
 from multimodal.cli.arguments import joined
 from multimodal.cli.checks import bench, check, look, verify
 from multimodal.cli.demo import demo
+from multimodal.cli.evaluate import evaluate
 from multimodal.cli.export import export
 from multimodal.cli.hub import push
 from multimodal.cli.pretrained import pretrained
@@ -40,7 +41,7 @@ app = App(
 )
 
 COMMANDS = (
-    *(train, report, replay, shards, plan, bench, predict, generate, transcribe, serve, check, verify, look),
+    *(train, report, replay, shards, plan, bench, evaluate, predict, generate, transcribe, serve, check, verify, look),
     *(pretrained, export, push, quantize, demo),
 )
 for command in COMMANDS:

@@ -64,7 +64,7 @@ def quantize(
     model = load(checkpoint, plugin, device)
     chosen = None if task is None else choose_task(model, task, [])
     found = samples_of(data, fields, files, samples) if data is not None else []
-    tasks = [] if data is None else _tasks(model, chosen, found)
+    tasks = [] if data is None else tasks_of(model, chosen, found)
     size = (model_folder(checkpoint) / WEIGHTS).stat().st_size
     models = {"original": model, to: quantized(model, to)}
     measured = {one: _measured(models, one, found, as_json) for one in tasks}
@@ -89,7 +89,7 @@ def quantize(
     return 0
 
 
-def _tasks(model: "Model", chosen: str | None, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+def tasks_of(model: "Model", chosen: str | None, samples: Sequence[Mapping[str, Any]]) -> list[str]:
     """The tasks to measure: those whose fields the first sample has.
 
     Raises:

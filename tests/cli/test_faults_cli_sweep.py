@@ -58,6 +58,7 @@ WORK = {
     "pretrained": ["check", "model"],
     "export": ["model", "--to", "hf", "--out", "exported"],
     "push": ["model", "ann/shapes", "--dry-run"],
+    "evaluate": ["model", "photos", "--samples", "4", "--resamples", "10", "--out", "report"],
     "quantize": ["model", "--out", "smaller", "--data", "photos", "--samples", "2"],
 }
 NUMBERS = ("nan", "-inf", "-1", str(10**20), "1e400", "")
