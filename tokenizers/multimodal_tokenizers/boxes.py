@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -71,12 +71,13 @@ class Boxes(Tokenizer):
                 )
         if corners[0] > corners[2] or corners[1] > corners[3]:
             raise MediaError(f"{who} has box={tuple(corners)}, whose left or top is behind its right or bottom")
-        if label not in self.names:
+        name = str(label) if isinstance(label, (str, Integral)) else None
+        if name not in self.names:
             shown = ", ".join(shortened(n, 60) for n in self.names[:10]) + (", ..." if len(self.names) > 10 else "")
             raise MediaError(
                 f"{who} has label={describe(label)}, not one of {shown}{did_you_mean(str(label), self.names)}"
             )
-        return [*(min(int(x * self.bins), self.bins - 1) for x in corners), self.bins + self.names.index(label)]
+        return [*(min(int(x * self.bins), self.bins - 1) for x in corners), self.bins + self.names.index(name)]
 
     def decode(self, tokens: Tokens) -> list[dict[str, Any]]:
         found, corners = [], []

@@ -1,6 +1,7 @@
 """Notes as MIDI has them, read from lists and .mid files, and written token by token."""
 
 import io
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,11 @@ class Events(Tokenizer):
         ids: list[int] = []
         before = 0
         for onset, pitch, duration, velocity, voice in sorted(notes, key=_order):
+            if len(ids) + (onset - before + duration) // self.longest > self.max_tokens:  # before they take memory
+                raise MediaError(
+                    f"Events.encode: {describe(value)} gives more than {self.max_tokens} tokens, with a time of "
+                    f"{self._beats(max(onset - before, duration))}; cut it into pieces, or make longest={self.longest} more"
+                )
             ids += [steps - 1 for steps in self._split(onset - before)]
             ids.append(self._pitched + PITCHES * voice + pitch)
             ids += [self.longest + steps - 1 for steps in self._split(duration)]
@@ -144,9 +150,13 @@ class Events(Tokenizer):
     def _number(self, where: str, name: str, number: Any) -> int:
         """One number of a note; times in steps."""
         try:
-            exact = float(number)
+            exact = math.nan if isinstance(number, (str, bytes, bool, np.bool_)) else float(number)
         except (TypeError, ValueError):
-            raise MediaError(f"{where} is {describe(number)}, wanted a number") from None
+            exact = math.nan
+        except OverflowError:
+            exact = math.inf
+        if math.isnan(exact):
+            raise MediaError(f"{where} is {describe(number)}, wanted a number")
         unit = self.resolution if name in ("onset", "duration") else 1
         least, most = {
             "onset": (0, 2**24),
@@ -155,13 +165,11 @@ class Events(Tokenizer):
             "velocity": (1, LOUDEST),
             "voice": (0, self.voices - 1),
         }[name]
-        if not exact < float("inf") or not exact > -float("inf"):
-            raise MediaError(f"{where} is {number}, wanted a number")
-        steps = round(exact * unit)
+        steps = round(exact * unit) if math.isfinite(exact * unit) else most + 1
         whole = self.lossy if unit > 1 else False
         if name == "duration" and whole and exact > 0:
             steps = max(steps, 1)
-        if not whole and abs(exact * unit - steps) > 1e-3:
+        if not whole and steps <= most and abs(exact * unit - steps) > 1e-3:
             what = (
                 f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it"
                 if unit > 1
@@ -172,7 +180,7 @@ class Events(Tokenizer):
             said = (
                 f"{least / unit:g} to {most / unit:g} beats" if name in ("onset", "duration") else f"{least} to {most}"
             )
-            raise MediaError(f"{where} is {number}, wanted {said}")
+            raise MediaError(f"{where} is {describe(number)}, wanted {said}")
         if name == "velocity" and not self.lossy and self._velocity(self._level(steps)) != steps:
             raise MediaError(
                 f"{where} is {number}, which is none of the {self.velocities} levels; use velocities={LOUDEST}, "

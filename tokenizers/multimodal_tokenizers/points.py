@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.media import file_source, is_file_like
+from multimodal.media.sources import as_numbers
 from multimodal.shapes import AXES, ConfigError, MediaError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 from multimodal_tokenizers.placed import PlacedLinear
+from multimodal_tokenizers.scaling import check_near, scale_of
 
 STEPS = 16  # steps across a usual cloud, from two deviations left of the middle to two right of it
 
@@ -94,12 +96,17 @@ class Points(Tokenizer):
                 f"Points.of: dims={dims} of {rows.shape[1]} columns; points have 2 coordinates or 3, and features behind them: say "
                 "how many are coordinates, dims=2 or dims=3"
             )
-        centre, mean = rows[:, :dims].mean(0), rows[:, dims:].mean(0)
-        size = float(np.sqrt(((rows[:, :dims] - centre) ** 2).mean()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            centre = rows[:, :dims].mean(0)
+            size = float(np.sqrt(((rows[:, :dims] - centre) ** 2).mean()))
         if not size > 0:
             raise ConfigError("Points.of: all points are at one place; give clouds that have a size")
-        std = rows[:, dims:].std(0)
-        return cls(centre.tolist(), size, mean.tolist(), np.where(std > 0, std, 1.0).tolist(), spacing, count)
+        for i in range(dims):
+            check_near(f"Points.of: coordinate {'xyz'[i]}", rows[:, i], float(centre[i]), size)
+        features = rows[:, dims:].T
+        scales = [scale_of(f"Points.of: feature {i}", feature) for i, feature in enumerate(features)]
+        mean, std = zip(*scales, strict=True) if scales else ((), ())
+        return cls(centre.tolist(), size, mean, std, spacing, count)
 
     @property
     def _spacing(self) -> float:
@@ -177,12 +184,11 @@ def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
     given = value
     if is_file_like(value):
         value = _from_file(value, columns, who)
-    elif isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
-    wanted = f"wanted an array or tensor (points, {columns or 'coordinates and features'}) of numbers"
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.ndim != 2:
+    form = f"an array or tensor (points, {columns or 'coordinates and features'})"
+    wanted = f"wanted {form} of numbers"
+    if not isinstance(value, (np.ndarray, Tensor)) or value.ndim != 2:
         raise MediaError(f"{who}: {wanted}, not {describe(given)}")
+    value = as_numbers(value, who, form)
     if columns not in (None, value.shape[1]):
         turned = "; turn it round" if value.shape[0] == columns else ""
         raise MediaError(f"{who}: {wanted}, not {describe(value)}{turned}")
@@ -190,7 +196,7 @@ def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
         raise MediaError(f"{who}: {describe(given)} has no points; to leave a field out, give None")
     if not np.isfinite(value).all():
         raise MediaError(f"{who}: {describe(given)} has a number that is not finite (NaN or infinity)")
-    return np.array(value, dtype=np.float64)
+    return value
 
 
 def _plyfile(who: str) -> Any:

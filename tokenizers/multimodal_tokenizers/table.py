@@ -16,6 +16,7 @@ from multimodal.declare import Declared
 from multimodal.shapes import ConfigError, MediaError, check_number, check_whole, did_you_mean
 from multimodal.texts import listed, repeated, shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
+from multimodal_tokenizers.scaling import far_apart, mean_and_std, scaled
 
 VALUE, MISSING, COLUMN = range(3)  # the features of a token
 CLIPPED = 3.0  # numbers this many deviations from the mean begin to be squashed
@@ -350,32 +351,19 @@ def _of_numbers(name: str, values: list[Any], bins: int) -> Column:
         raise ConfigError(
             f"TableRow.of: column {name!r} has an infinite number; replace it, by None where it is missing"
         )
+    mean, std = mean_and_std(numbers)
+    if far_apart(
+        numbers, mean, std
+    ):  # then the middle counts: the median of the different numbers, and of their distances
+        different = np.unique(numbers)
+        mean = float(np.median(different))
+        std = 1.4826 * float(np.median(np.abs(different - mean)))  # as a standard deviation
     with np.errstate(over="ignore", invalid="ignore"):
-        mean, std = _scale(numbers)
         edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1))) if bins else np.zeros(0)
-        scaled = _scaled(edges, mean, std)
     if not np.isfinite([mean, std, *edges]).all():
         raise ConfigError(f"TableRow.of: column {name!r} has numbers that are too large; divide them first")
-    edges = edges[np.unique(scaled, return_index=True)[1]]
+    edges = edges[np.unique(scaled(edges, mean, std), return_index=True)[1]]
     return Column(name, mean, std, tuple(edges.tolist()) if len(edges) > 1 else ())
-
-
-def _scale(numbers: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation. Where a few numbers are so far away that in float32 most others would be one, what counts is the
-    middle: the median of the different numbers, and their median distance from it, as a standard deviation."""
-    different = np.unique(numbers)
-    if len(different) == 1:  # the deviation of equal numbers may be an error of rounding
-        return float(different[0]), 1.0
-    mean, std = float(numbers.mean()), float(numbers.std())
-    if math.isfinite(std) and 2 * len(np.unique(_scaled(different, mean, std))) > len(different):
-        return mean, std
-    mean = float(np.median(different))
-    return mean, 1.4826 * float(np.median(np.abs(different - mean)))
-
-
-def _scaled(numbers: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """The numbers as a token has them."""
-    return ((numbers - mean) / std).astype(np.float32)
 
 
 def _is_missing(value: Any) -> bool:

@@ -52,6 +52,10 @@ class Words(Tokenizer):
         words = value.split() if isinstance(value, str) else value
         if not isinstance(words, (list, tuple)):
             raise MediaError(f"Words.encode: wanted a list of words, or a text, not {describe(value)}")
+        if len(words) > self.max_tokens:  # before they take memory
+            raise MediaError(
+                f"Words.encode: {len(words)} words, more than max_tokens={self.max_tokens}; give fewer, a sentence say"
+            )
         content_NF = np.zeros((len(words), self.buckets), dtype=np.float32)
         for i, word in enumerate(words):
             if not isinstance(word, str) or not word:
@@ -83,7 +87,9 @@ class Words(Tokenizer):
 def _pieces(word: str, buckets: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """The features of a word that are not 0, and what they are: the word itself counts as much as all its pieces."""
     marked = f"\x02{word}\x03"
-    pieces = [marked[i : i + n] for n in range(shortest, longest + 1) for i in range(len(marked) - n + 1)]
+    pieces = [
+        marked[i : i + n] for n in range(shortest, min(longest, len(marked)) + 1) for i in range(len(marked) - n + 1)
+    ]
     found: dict[int, float] = {}
     for piece, weight in ((f"\x01{word}", 1.0), *((piece, len(pieces) ** -0.5) for piece in pieces)):
         # Python's own hash differs from process to process; a lone surrogate has bytes too
