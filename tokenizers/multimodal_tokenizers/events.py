@@ -180,7 +180,7 @@ class Events(Tokenizer):
             said = (
                 f"{least / unit:g} to {most / unit:g} beats" if name in ("onset", "duration") else f"{least} to {most}"
             )
-            raise MediaError(f"{where} is {describe(number)}, wanted {said}")
+            raise MediaError(f"{where} is {number if math.isfinite(exact) else describe(number)}, wanted {said}")
         if name == "velocity" and not self.lossy and self._velocity(self._level(steps)) != steps:
             raise MediaError(
                 f"{where} is {number}, which is none of the {self.velocities} levels; use velocities={LOUDEST}, "

@@ -1,6 +1,6 @@
 """One class of a fixed set, or several of them at once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self
@@ -49,11 +49,11 @@ class Labels(Tokenizer):
             >>> Labels.from_data(sample["label"] for sample in samples).names
             ('circle', 'square')
         """
-        if isinstance(values, str) or not isinstance(values, Iterable):
+        if not _is_list(values):
             raise ConfigError(f"Labels.from_data: wanted the labels of all samples, not {shortened(repr(values), 100)}")
         found: set[str] = set()
         for i, value in enumerate(values):
-            if several and (isinstance(value, str) or not isinstance(value, Iterable)):
+            if several and not _is_list(value):
                 raise ConfigError(
                     f"Labels.from_data: several=True wants lists of names, and value {i} is {shortened(repr(value), 100)}"
                 )
@@ -66,7 +66,7 @@ class Labels(Tokenizer):
                 found.add(str(name))
         if not found:
             raise ConfigError("Labels.from_data: there are no values")
-        numbers = all(name.removeprefix("-").isdecimal() for name in found)
+        numbers = all(name.removeprefix("-").isdecimal() and len(name) < 1000 for name in found)
         return cls(tuple(sorted(found, key=lambda name: (int(name), name) if numbers else (0, name))), several)
 
     @property
@@ -78,7 +78,7 @@ class Labels(Tokenizer):
         return len(self.names) if self.several else None
 
     def encode(self, value: Any) -> Tokens:
-        if self.several and (isinstance(value, str) or not isinstance(value, Iterable)):
+        if self.several and not _is_list(value):
             raise MediaError(f"Labels.encode: several=True wants a list of names, not {shortened(repr(value), 100)}")
         ids = []
         for name in value if self.several else [value]:
@@ -105,3 +105,8 @@ class Labels(Tokenizer):
             f"Labels.encode: {shortened(repr(name), 100)} is not one of the {len(self.names)} classes: {shown}"
             f"{did_you_mean(str(name), self.names)}{hint}"
         )
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value has elements; of a mapping, such as {"cat": 0, "dog": 1}, one would read the keys, whatever they map to."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, Mapping))
