@@ -124,6 +124,7 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
             raise unreadable(name, "moving pictures", why if head else "it is empty", who)
         try:
             import av
+            from av.stream import Disposition
         except ImportError:
             raise MediaError(
                 f"{who}: {name} is {kind}, whose frames the package av reads: pip install 'multimodal-stream[media]'"
@@ -137,8 +138,7 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
         except Exception as error:
             raise unreadable(name, "moving pictures", error, who) from error
         # a sound may have the picture of its cover as a track
-        covers = av.stream.Disposition.attached_pic
-        tracks = [track for track in container.streams.video if not track.disposition & covers]
+        tracks = [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
         if not tracks:
             raise MediaError(f"{who}: {name} is {kind} without moving pictures")
         track = tracks[0]

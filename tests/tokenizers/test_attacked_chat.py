@@ -19,7 +19,7 @@ def asked(content, **settings):
 
 
 def ids(chat: Chat, text: mm.Tokenizer, turns: list) -> list[list[int]]:
-    return [run.tokens.content.tolist() for run in chat.bind({"text": text})(turns).runs]
+    return [run.tokens.content.tolist() for run in chat.bind({"text": text}).encode(turns).runs]
 
 
 def with_markers(special: bool, **settings) -> TextBPE:
@@ -57,7 +57,8 @@ def test_a_content_cannot_become_a_turn_of_another_role(text, content):
 @pytest.mark.parametrize("settings", [{}, {"specials": True}])
 def test_special_tokens_of_the_file_are_characters_in_a_content(settings):
     text = with_markers(special=True, **settings)
-    start, end = (HFTokenizer.from_str(text.spec).token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    vocabulary = HFTokenizer.from_str(text.spec).get_vocab()
+    start, end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
     chat, turns = asked(HOSTILE)
     found = [i for run in ids(chat, text, turns) for i in run]
     assert (found.count(start), found.count(end)) == (2, 1)  # of the template alone

@@ -389,7 +389,8 @@ def _category(value: Any) -> str | None:
     """The name of a category; None: the value cannot be one. 3.0 is '3', as pandas makes floats of codes with gaps."""
     if isinstance(value, (str, bool, np.bool_, Integral)):
         return str(value)
-    return str(int(value)) if isinstance(value, Real) and _as_float(value).is_integer() else None
+    # as int, since float would round what is longer than its digits
+    return str(math.trunc(value)) if isinstance(value, Real) and _as_float(value).is_integer() else None
 
 
 def _order(name: str) -> tuple[bool, float, str]:
