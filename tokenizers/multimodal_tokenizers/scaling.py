@@ -11,6 +11,8 @@ LOOKED_AT = 10_000  # of more different numbers, so many by their order
 
 def mean_and_std(numbers: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation; 1 for the deviation of equal numbers, which rounding may make one that is not quite 0."""
+    if numbers.min() == numbers.max():
+        return float(numbers.min()), 1.0
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = float(numbers.mean()), float(numbers.std())
     return mean, std if not std <= 1e-12 * float(np.abs(numbers).max()) else 1.0
