@@ -156,7 +156,7 @@ class Events(Tokenizer):
         except OverflowError:
             exact = math.inf
         if math.isnan(exact):
-            raise MediaError(f"{where} is {describe(number)}, wanted a number")
+            raise MediaError(f"{where} is {number if isinstance(number, float) else describe(number)}, wanted a number")
         unit = self.resolution if name in ("onset", "duration") else 1
         least, most = {
             "onset": (0, 2**24),

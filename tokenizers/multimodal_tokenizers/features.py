@@ -95,15 +95,15 @@ class Features(Tokenizer):
         wanted = f"wanted an array or tensor (frames, {self.features}) of numbers"
         if not isinstance(value, (np.ndarray, Tensor)):
             raise MediaError(f"Features.encode: {wanted}, not {describe(value)}")
-        value = as_numbers(value, "Features.encode", f"an array or tensor (frames, {self.features})")
+        given, value = value, as_numbers(value, "Features.encode", f"an array or tensor (frames, {self.features})")
         if value.ndim != 2 or value.shape[1] != self.features:
             turned = "; turn it round" if value.ndim == 2 and value.shape[0] == self.features else ""
-            raise MediaError(f"Features.encode: {wanted}, not {describe(value)}{turned}")
+            raise MediaError(f"Features.encode: {wanted}, not {describe(given)}{turned}")
         if not len(value):
-            raise MediaError(f"Features.encode: {describe(value)} has no frames; to leave a field out, give None")
+            raise MediaError(f"Features.encode: {describe(given)} has no frames; to leave a field out, give None")
         if self.frame_names and len(value) != len(self.frame_names):
             raise MediaError(
-                f"Features.encode: {describe(value)} has {len(value)} frames, but frame_names has {len(self.frame_names)}"
+                f"Features.encode: {describe(given)} has {len(value)} frames, but frame_names has {len(self.frame_names)}"
             )
         return as_floats(value, "Features.encode")
 
