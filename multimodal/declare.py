@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterator, Mapping, MappingView, Set
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
 from multimodal.files import check_fields
 from multimodal.old_names import new_type
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
@@ -269,7 +271,7 @@ def _to_json(value: Any) -> Any:
         return declaration(value)
     if isinstance(value, (list, tuple)):
         return [_to_json(v) for v in value]
-    return value
+    return value.item() if isinstance(value, np.generic) else value  # a number of numpy
 
 
 def _as_int(cls: type, name: str, value: Any) -> Any:

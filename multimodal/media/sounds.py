@@ -396,7 +396,7 @@ def _open_other(source: Any, name: str, label: str, who: str, error: Exception, 
         ) from None
     try:
         # a fixed demuxer, so that a disguised play list cannot open other files
-        container = stack.enter_context(av.open(file, format=DEMUXERS[kind]))
+        container = stack.enter_context(av.open(file, format=DEMUXERS[kind], metadata_errors="replace"))
     except Exception as other:
         raise unreadable(name, "sound", other, who) from other
     if not container.streams.audio:

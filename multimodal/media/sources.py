@@ -11,6 +11,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -221,7 +222,64 @@ def as_tensor(value: np.ndarray | Tensor, who: str) -> Tensor:
     """An array or tensor as a tensor on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
+    if np.ma.is_masked(value):
+        raise MediaError(f"{who}: {describe(value)} has masked numbers; put numbers there first, as value.filled(0)")
     try:  # PyTorch takes neither read-only arrays nor those of another byte order
         return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
     except TypeError as error:
         raise MediaError(f"{who}: {describe(value)} does not hold numbers") from error
+
+
+def as_numbers(value: Any, who: str, wanted: str, kinds: str = "fiu") -> np.ndarray:
+    """A new array of float64, of an array, a tensor of any layout and type, or lists of numbers; None and what is masked are NaN.
+
+    wanted: for the error, as "an array (steps, 2)". kinds: those of numpy's types that are numbers.
+
+    Raises:
+        MediaError: it holds something else, such as texts, also where they look like numbers.
+    """
+    array: Any = value
+    if isinstance(value, Tensor):
+        value_N = value.detach().cpu()
+        value_N = value_N if value_N.layout == torch.strided else value_N.to_dense()
+        array = (value_N.float() if value_N.is_floating_point() and value_N.itemsize < 4 else value_N).numpy()
+    try:
+        array = np.array(array, subok=True)
+    except (ValueError, TypeError):  # lists of different lengths
+        array = np.zeros(0, dtype=object)
+    if array.dtype == object and not isinstance(value, (str, bytes)):
+        array = _without_none(array)
+    if array.dtype.kind not in kinds:
+        raise MediaError(f"{who}: wanted {wanted} of numbers, not {describe(value)}")
+    found = array.astype(np.float64)
+    return np.asarray(found.filled(np.nan) if isinstance(found, np.ma.MaskedArray) else found)
+
+
+def _without_none(array: np.ndarray) -> np.ndarray:
+    """Numbers among None, or pandas' missing values, as float64; the array itself where it holds something else."""
+    flat = [None if type(x).__name__ == "NAType" else x for x in array.ravel().tolist()]
+    if not flat or not all(x is None or (isinstance(x, Real) and not isinstance(x, bool)) for x in flat):
+        return array
+    try:
+        return np.array([np.nan if x is None else float(x) for x in flat]).reshape(array.shape)
+    except OverflowError:
+        return array
+
+
+def as_floats(array: np.ndarray, who: str) -> Tensor:
+    """Numbers of float64 as a tensor of float32; what that cannot hold becomes infinite, which tokenizers refuse.
+
+    Raises:
+        MediaError: whole numbers that would become others, as ids and times in seconds are.
+    """
+    with np.errstate(over="ignore"):
+        found = array.astype(np.float32)
+    size = np.abs(array)
+    # larger ones may be measured, since float64 has no fractions there
+    changed = (found != array) & (size > 2**24) & (size <= 2**53) & (array == np.rint(array))
+    if changed.any():
+        raise MediaError(
+            f"{who}: {array[changed][0]:.0f} would become {found[changed][0]:.0f} in float32, which tokens hold; subtract what "
+            "all have in common, scale the numbers, or read ids as categories"
+        )
+    return torch.from_numpy(found)

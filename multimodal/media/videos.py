@@ -1,16 +1,17 @@
 """Reads videos as frames (N, C, Y, X) of float32 in 0..1, at the wanted rate."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from multimodal.media.pictures import read_image
+from multimodal.media.sounds import STREAMED
 from multimodal.media.sources import (
     FOREIGN,
     file_kind,
@@ -25,6 +26,7 @@ from multimodal.tokenizer import describe
 
 DEMUXERS = {"MP4": "mov", "WebM": "matroska", "AVI": "avi", "GIF": "gif"}
 """FFmpeg's demuxer for each kind of file that is read."""
+LEAST_PIXELS = 256  # what a smaller frame counts as, because many small frames take memory too
 LATE_S = 0.002  # seconds that a frame may be late, since files round times to milliseconds
 
 
@@ -49,21 +51,26 @@ def read_video(value: Any, *, fps: float, channels: int, max_pixels: int, who: s
     elif hasattr(value, "get_frame_at") and hasattr(value, "metadata"):
         frames = _from_decoder(value, fps, who)
     elif isinstance(value, (list, tuple, np.ndarray, Tensor)) and getattr(value, "ndim", 3) >= 3:
-        frames = (value[i] for i in _shown_at(len(value), rate, fps))
+        frames = _picked(value.__getitem__, _shown_at(len(value), rate, fps))
     else:
         raise MediaError(
             f"{who}: wanted a file, an array (frames, Y, X, C), a tensor (frames, C, Y, X) or a list of pictures, not "
             f"{describe(value)}"
         )
     parts: list[Tensor] = []
+    before = None
     for frame in frames:
-        image_CYX = read_image(frame, channels=channels, max_pixels=max_pixels, who=f"{who}: frame {len(parts)}")
+        if parts and frame is before:  # it is seen for longer, perhaps for hours
+            image_CYX = parts[-1]
+        else:
+            image_CYX = read_image(frame, channels=channels, max_pixels=max_pixels, who=f"{who}: frame {len(parts)}")
+        before = frame
         if parts and image_CYX.shape != parts[0].shape:
             raise MediaError(
                 f"{who}: frame {len(parts)} is {_size(image_CYX)} pixels, the first {_size(parts[0])}; bring all to one size"
             )
         parts.append(image_CYX)
-        if len(parts) * image_CYX[0].numel() > max_pixels:
+        if len(parts) * max(image_CYX[0].numel(), LEAST_PIXELS) > max_pixels:
             raise MediaError(
                 f"{who}: the clip has more than {len(parts) - 1} frames of {_size(image_CYX)} pixels at fps={fps:g}, more than "
                 f"max_pixels={max_pixels}; cut or shrink it, read it at a lower fps, or raise max_pixels"
@@ -77,12 +84,21 @@ def _size(image_CYX: Tensor) -> str:
     return f"{image_CYX.shape[1]}x{image_CYX.shape[2]}"
 
 
-def _shown_at(count: int, rate: float, fps: float) -> Sequence[int]:
+def _picked(get: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Any]:
+    """The frames with these numbers; one that follows itself is the same object."""
+    frame, last = None, None
+    for number in numbers:
+        if number != last:
+            frame, last = get(number), number
+        yield frame
+
+
+def _shown_at(count: int, rate: float, fps: float) -> Iterable[int]:
     """The indices of the frames that are shown at 0, 1 / fps, 2 / fps, .. seconds, of `count` frames at `rate` per second."""
     if rate == fps:
         return range(count)
     wanted = math.ceil(count * fps / rate - LATE_S * fps)
-    return [min(int((n / fps + LATE_S) * rate), count - 1) for n in range(max(wanted, min(count, 1)))]
+    return (min(int((n / fps + LATE_S) * rate), count - 1) for n in range(max(wanted, min(count, 1))))
 
 
 def _from_decoder(video: Any, fps: float, who: str) -> Iterator[Tensor]:
@@ -92,12 +108,15 @@ def _from_decoder(video: Any, fps: float, who: str) -> Iterator[Tensor]:
         raise MediaError(
             f"{who}: the video's decoder knows neither its frames nor their rate; give a pair (frames, fps)"
         )
-    for i in _shown_at(count, rate, fps):
+
+    def get(number: int) -> Tensor:
         try:
-            frame = video.get_frame_at(i)
+            frame = video.get_frame_at(number)
         except Exception as error:
             raise unreadable("the video", "frames", error, who) from error
-        yield torch.as_tensor(getattr(frame, "data", frame))
+        return torch.as_tensor(getattr(frame, "data", frame))
+
+    yield from _picked(get, _shown_at(count, rate, fps))
 
 
 def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np.ndarray]:
@@ -111,14 +130,21 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
             why = FOREIGN.get(kind) or (f"it is {kind}" if kind else "it is no MP4, WebM, AVI or GIF")
             raise unreadable(name, "a video", why if head else "it is empty", who)
         av = optional_package("av", "media", f"{who}: {name} is {kind}, whose frames the package av reads")
+        if _cut_short(file, kind):
+            raise unreadable(name, "a video", f"this {kind} file is cut short; get it again", who)
         try:
-            # a fixed demuxer, so that a disguised playlist cannot open other files
-            container = stack.enter_context(av.open(file, mode="r", format=DEMUXERS[kind]))
+            # a fixed demuxer, so that a disguised playlist cannot open other files; titles may be in any encoding
+            opened = av.open(file, mode="r", format=DEMUXERS[kind], metadata_errors="replace")
+            container = stack.enter_context(opened)
         except Exception as error:
             raise unreadable(name, "a video", error, who) from error
-        if not container.streams.video:
+        # a sound may have the picture of its cover as a track
+        cover = av.stream.Disposition.attached_pic
+        tracks = [track for track in container.streams.video if not track.disposition & cover]
+        if not tracks:
             raise MediaError(f"{who}: {name} is {kind} without a video track")
-        track = container.streams.video[0]
+        track = tracks[0]
+        track.codec_context.options = {"max_pixels": str(max_pixels)}  # the frames may be larger than the header says
         track.thread_count = 1  # the process may be one of many workers
         if track.width * track.height > max_pixels:
             raise MediaError(
@@ -133,19 +159,57 @@ def _from_file(value: Any, fps: float, max_pixels: int, who: str) -> Iterator[np
 
 def _at_rate(frames: Iterator[Any], rate: float, fps: float) -> Iterator[np.ndarray]:
     """The frames that are shown at 0, 1 / fps, 2 / fps, .. seconds, by their own times; the last is shown for 1 / rate seconds."""
-    begin_s, end_s, shown, before = None, 0.0, 0, None
-    for frame in frames:
-        time_s = frame.time if frame.time is not None else (begin_s or 0.0) + shown / rate
+    begin_s, end_s, shown, before, seen = None, 0.0, 0, None, None
+    for number, frame in enumerate(frames):
+        time_s = frame.time if frame.time is not None else (begin_s or 0.0) + number / rate
         begin_s = time_s if begin_s is None else begin_s
         while before is not None and shown / fps < time_s - begin_s - LATE_S:
-            yield _pixels(before)
+            seen = _pixels(before) if seen is None else seen
+            yield seen
             shown += 1
-        before, end_s = frame, time_s - begin_s + 1 / rate
+        before, seen, end_s = frame, None, time_s - begin_s + 1 / rate
     while before is not None and (shown == 0 or shown / fps < end_s - LATE_S):
-        yield _pixels(before)
+        seen = _pixels(before) if seen is None else seen
+        yield seen
         shown += 1
 
 
 def _pixels(frame: Any) -> np.ndarray:
-    """A frame of av as (Y, X, 3) uint8, upright."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+    """A frame of av as (Y, X, 3) uint8, or with its alpha (Y, X, 4), upright."""
+    form = frame.format
+    alpha = form.has_palette or any(part.is_alpha for part in form.components)
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
+def _cut_short(file: BinaryIO, kind: str) -> bool:
+    """Whether a file ends before its outermost parts do; FFmpeg then gives the frames that are there, as if they were all."""
+    size, at = file.seek(0, 2), 0
+    try:
+        while at < size:
+            file.seek(at)
+            head = file.read(32)
+            if kind == "MP4":
+                length, first = int.from_bytes(head[:4], "big"), 8
+                length = int.from_bytes(head[8:16], "big") if length == 1 else length
+                if length < first:  # 0: up to the end of the file; others are none
+                    return False
+                at += length
+            elif kind == "AVI":
+                length = int.from_bytes(head[4:8], "little")
+                return head[:4] == b"RIFF" and 0 < length < STREAMED and 8 + length > size + 1
+            elif kind == "WebM":
+                name = 4  # bytes, both of EBML and of the segment behind it
+                many = 9 - head[name].bit_length()
+                length = int.from_bytes(head[name : name + many], "big") & ((1 << 7 * many) - 1)
+                if head[:4] == b"\x18\x53\x80\x67":
+                    unknown = length == (1 << 7 * many) - 1
+                    return not unknown and at + name + many + length > size
+                at += name + many + length
+            else:
+                return False
+        return at > size
+    except IndexError:
+        return True
+    finally:
+        file.seek(0)

@@ -149,7 +149,7 @@ def test_unseen_categories_are_refused_or_read_as_one():
         ({"age": float("inf")}, r"column 'age' is float inf"),
         ({"crew": 0.5}, r"column 'crew' is float 0.5, wanted one of False, True$"),
         ({"ship": ["Titanic"]}, r"column 'ship' is list"),
-        (pd.DataFrame(ROWS), r"column 'age' is dict"),
+        (pd.DataFrame(ROWS), r"wanted a mapping from column to value, not DataFrame"),
     ],
 )
 def test_bad_rows_are_refused_by_name(row, message):

@@ -10,7 +10,7 @@ import torch
 from multimodal.shapes import MediaError, check_whole, did_you_mean, is_number
 from multimodal.texts import listed
 from multimodal.tokenizer import Tokenizer, Tokens, describe
-from multimodal_tokenizers.labels import class_names
+from multimodal_tokenizers.labels import class_names, names_a_class
 
 SIDES = ("left", "top", "right", "bottom")
 
@@ -73,11 +73,12 @@ class Boxes(Tokenizer):
             raise MediaError(
                 f"{who} has box={tuple(box)}, whose left is more than its right, or its top more than its bottom"
             )
-        if label not in self.names:
+        name = str(label) if names_a_class(label) else None
+        if name not in self.names:
             raise MediaError(
                 f"{who} has label={describe(label)}, not one of {listed(self.names)}{did_you_mean(str(label), self.names)}"
             )
-        return [*(min(int(x * self.bins), self.bins - 1) for x in box), self.bins + self.names.index(label)]
+        return [*(min(int(x * self.bins), self.bins - 1) for x in box), self.bins + self.names.index(name)]
 
     def decode(self, tokens: Tokens) -> list[dict[str, Any]]:
         boxes, numbers = [], []

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from multimodal.composite import Composite
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 
 CHATML = ("<|im_start|>{role}\n", "<|im_end|>\n")
@@ -31,7 +32,7 @@ class Chat(Composite):
     before, after: the template: what stands before and after each turn. `CHATML`, `LLAMA3` and `GEMMA` are pairs of them.
     begin: what stands before the first turn, such as "<|begin_of_text|>".
     roles: the roles that a turn may have. answers: the role of those turns that a head learns and writes.
-    names: (role, its name in the template), where that is another: (("assistant", "model"),).
+    names: (role, its name in the template), where that is another: (("assistant", "model"),), or a mapping.
     causal: always true, so that every turn of the assistant is learned in one pass.
 
     Examples:
@@ -57,7 +58,19 @@ class Chat(Composite):
     said: ClassVar[str | None] = "said"
 
     def __post_init__(self) -> None:
+        if isinstance(self.roles, str):
+            raise ConfigError(f"Chat: roles={self.roles!r} is one role; give a list of them, as ({self.roles!r},)")
         object.__setattr__(self, "roles", tuple(self.roles))
+        named = self.names.items() if isinstance(self.names, Mapping) else self.names
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in named):
+            raise ConfigError(f"Chat: names={shortened(repr(self.names), 100)} must be pairs: (role, its name)")
+        object.__setattr__(self, "names", tuple((role, name) for role, name in named))
+        for role, name in self.names:
+            if role not in self.roles or not isinstance(name, str):
+                raise ConfigError(
+                    f"Chat: names has ({role!r}, {name!r}), wanted one of roles={self.roles} and a text"
+                    f"{did_you_mean(str(role), self.roles)}"
+                )
         for name in ("text", "image", "audio"):
             kind = getattr(self, name)
             if not isinstance(kind, str) and (kind is not None or name == "text"):
@@ -67,6 +80,11 @@ class Chat(Composite):
         if not self.causal:
             raise ConfigError(
                 "Chat: causal=False would let earlier turns see later ones, and what is learned see itself; leave it out"
+            )
+        if not all(isinstance(text, str) for text in (self.before, self.after, self.begin)):
+            raise ConfigError(
+                f"Chat: before={self.before!r}, after={self.after!r} and begin={self.begin!r} must be texts; CHATML, say, has both "
+                "of a turn: before=CHATML[0], after=CHATML[1]"
             )
         if "{role}" not in self.before or not self.after:
             raise ConfigError(
@@ -160,24 +178,41 @@ class Chat(Composite):
         if text:
             yield "text", text
 
+    def _text(self, specials: bool) -> Tokenizer:
+        """The text kind, which reads markers as its own tokens, or as the characters they consist of."""
+        tokenizer: Any = self.resolved()["text"].written
+        if getattr(tokenizer, "specials", None) is (not specials):
+            tokenizer = dataclasses.replace(tokenizer, specials=specials)
+        return tokenizer
+
     def _markers(self, text: str) -> Tokens:
         """The tokens of markers, which are the text kind's own tokens where it has them."""
-        tokenizer: Any = self.resolved()["text"].written
-        if getattr(tokenizer, "specials", None) is False:
-            tokenizer = dataclasses.replace(tokenizer, specials=True)
-        return tokenizer(text, empty=True)
+        return self._text(specials=True)(text, empty=True)
+
+    def _marks(self) -> list[str]:
+        """What a content must not hold: with it, a text could end its turn and begin one of another role."""
+        head = self.before.split("{role}")[0].strip()
+        marks = [head, self.after.strip(), self.begin.strip()]
+        if not head:  # then only the end of a turn and the name of a role behind it mark a beginning
+            marks += [(self.after + self.opened(role)).rstrip() for role in self.roles]
+        return [mark for mark in dict.fromkeys(marks) if mark]
 
     def _plain(self, text: str, number: int) -> Tokens:
         """The tokens of a content, in which nothing is a marker."""
-        tokenizer = self.resolved()["text"].written
-        if getattr(tokenizer, "specials", None) is not False:
-            for marker in {self.before.split("{role}")[0].strip(), self.after.strip()} - {""}:
-                if marker in text:
-                    raise MediaError(
-                        f"Chat.encode: turns[{number}]: the content holds the marker {marker!r}, which {type(tokenizer).__name__} "
-                        "cannot tell from a real one; take it out, or choose another template"
-                    )
-        return tokenizer(text, empty=True)
+        tokenizer = self._text(specials=False)
+        tokens = tokenizer(text, empty=True)
+        ids, shown = {*tokens.content.tolist()}, None
+        for mark in self._marks():
+            plain = tokenizer(mark).content.tolist()
+            own = {*self._markers(mark).content.tolist()} - {*plain}
+            if not own and shown is None:  # a file may change texts, into one with a marker too
+                shown = tokenizer.decode(tokens) if tokenizer.decodes else text
+            if own & ids or (not own and (mark in text or mark in (shown or ""))):
+                raise MediaError(
+                    f"Chat.encode: turns[{number}]: the content holds the marker {mark!r}, which {type(tokenizer).__name__} "
+                    "cannot tell from a real one; take it out, or choose another template"
+                )
+        return tokens
 
 
 def _medium(part: Mapping[str, Any], kind: Any, where: str) -> Any:
@@ -199,15 +234,22 @@ def in_turns(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] = ()) 
     Raises:
         MediaError: there are more or fewer images than such parts.
     """
-    left, turns = list(images), []
+    left, turns = list(reversed(images)), []
     for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [
-                {"type": "image", "image": left.pop(0)} if dict(part) == {"type": "image"} and left else part
-                for part in content
-            ]
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            content = [_filled(part, left) for part in content]
         turns.append({**message, "content": content})
     if left:
         raise MediaError(f"in_turns: {len(left)} of {len(images)} images are named by no turn")
     return turns
+
+
+def _filled(part: Any, left: list[Any]) -> Any:
+    """A part; one of an image without a value with the last of those that are left."""
+    # tables give all parts the same keys, with None where a part has no value
+    if not isinstance(part, Mapping) or {k: x for k, x in part.items() if x is not None} != {"type": "image"}:
+        return part
+    if not left:
+        raise MediaError("in_turns: the turns name more images than were given")
+    return {"type": "image", "image": left.pop()}

@@ -1,6 +1,6 @@
 """Kinds made of other kinds: lists, records with named entries, and tokens that have several contents at once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MappingView, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from multimodal.composite import Composite, check_module_name, with_files
 from multimodal.declare import check_part
 from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.texts import shortened
 from multimodal.tokenizer import Places, Tokenizer, Tokens, describe
 
 
@@ -36,7 +37,10 @@ class Sequence(Composite):
         return {"of": self.of}
 
     def pieces(self, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+        listed = hasattr(value, "__len__") and hasattr(value, "__iter__")
+        # a set has another order in each process, and a DataFrame gives the names of its columns
+        unordered = isinstance(value, Set) and not isinstance(value, MappingView)
+        if not listed or unordered or isinstance(value, (str, bytes, Mapping)) or hasattr(value, "columns"):
             raise MediaError(f"Sequence.encode: wanted a list of values, not {describe(value)}")
         for element in value:
             yield "of", element
@@ -82,7 +86,8 @@ class Record(Composite):
         for name in value:
             if name not in names:
                 raise MediaError(
-                    f"Record.encode: there is no entry {name!r}; there are {', '.join(names)}{did_you_mean(str(name), names)}"
+                    f"Record.encode: there is no entry {shortened(repr(name), 60)}; there are {', '.join(names)}"
+                    f"{did_you_mean(str(name), names)}"
                 )
         for name in names:
             if value.get(name) is not None:
@@ -126,6 +131,10 @@ class Joint(Tokenizer):
             if isinstance(part, Composite) or (part.vocab_size is None and part.feature_size is None):
                 raise ConfigError(
                     f"Joint: {name}={type(part).__name__} has tokens of several parts, which cannot be added to others; use Record"
+                )
+            if part.vocab_size is not None and part.vocab_size > 2**24:
+                raise ConfigError(
+                    f"Joint: {name} has {part.vocab_size} ids, and tokens hold them as float32, which tells 2**24 apart; use Record"
                 )
 
     @property

@@ -106,6 +106,11 @@ class Events(Tokenizer):
         ids: list[int] = []
         before = 0
         for onset, pitch, duration, velocity, voice in sorted(notes, key=_order):
+            if len(ids) + (onset - before + duration) // self.longest > self.max_tokens:  # before they take memory
+                raise MediaError(
+                    f"Events.encode: {describe(value)} gives more than {self.max_tokens} tokens, with a time of "
+                    f"{self._beats(max(onset - before, duration))}; cut it into pieces, or make longest={self.longest} more"
+                )
             ids += [steps - 1 for steps in self._split(onset - before)]
             ids.append(self._first_pitch + PITCHES * voice + pitch)
             ids += [self.longest + steps - 1 for steps in self._split(duration)]
@@ -148,19 +153,10 @@ class Events(Tokenizer):
     def _number(self, where: str, name: str, number: Any) -> int:
         """One number of a note; times in steps."""
         number = number.item() if isinstance(number, Tensor) and number.dim() == 0 else number
-        if not is_number(number) or not math.isfinite(number):
+        if not is_number(number) or number != number:
             raise MediaError(f"{where} is {describe(number)}, wanted a number")
         is_time = name in ("onset", "duration")
         unit = self.resolution if is_time else 1
-        exact = float(number) * unit
-        steps = round(exact)
-        if is_time and self.lossy:
-            steps = max(steps, 1) if name == "duration" and number > 0 else steps
-        elif abs(exact - steps) > 1e-3:
-            wanted = "a whole number"
-            if is_time:
-                wanted = f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it"
-            raise MediaError(f"{where} is {number}, wanted {wanted}")
         least, most = {
             "onset": (0, LATEST),
             "duration": (1, LATEST),
@@ -168,9 +164,22 @@ class Events(Tokenizer):
             "velocity": (1, LOUDEST),
             "voice": (0, self.voices - 1),
         }[name]
+        try:
+            exact = float(number) * unit
+        except OverflowError:
+            exact = math.inf
+        steps = round(exact) if math.isfinite(exact) else most + 1
+        if is_time and self.lossy:
+            steps = max(steps, 1) if name == "duration" and number > 0 else steps
+        elif steps <= most and abs(exact - steps) > 1e-3:
+            wanted = "a whole number"
+            if is_time:
+                wanted = f"a multiple of 1/{unit} beat; use another resolution, or lossy=True to round it"
+            raise MediaError(f"{where} is {number}, wanted {wanted}")
         if not least <= steps <= most:
             beats = " beats" if is_time else ""
-            raise MediaError(f"{where} is {number}, wanted {least / unit:g} to {most / unit:g}{beats}")
+            shown = number if math.isfinite(exact) else describe(number)
+            raise MediaError(f"{where} is {shown}, wanted {least / unit:g} to {most / unit:g}{beats}")
         if name == "velocity" and not self.lossy and self._velocity(self._level(steps)) != steps:
             raise MediaError(
                 f"{where} is {number}, which is none of the {self.velocities} levels; use velocities={LOUDEST}, "

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from multimodal.media.sources import as_floats, as_numbers
 from multimodal.shapes import ConfigError, MediaError
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 
@@ -92,22 +93,19 @@ class Features(Tokenizer):
 
     def _read(self, value: Any) -> Tensor:
         wanted = f"wanted an array or tensor (frames, {self.features}) of numbers"
-        if isinstance(value, Tensor):
-            value = value.detach().cpu()
-            value = value.float().numpy() if value.is_floating_point() else value.numpy()
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+        if not isinstance(value, (np.ndarray, Tensor)):
             raise MediaError(f"Features.encode: {wanted}, not {describe(value)}")
+        given, value = value, as_numbers(value, "Features.encode", f"an array or tensor (frames, {self.features})")
         if value.ndim != 2 or value.shape[1] != self.features:
             turned = "; turn it round" if value.ndim == 2 and value.shape[0] == self.features else ""
-            raise MediaError(f"Features.encode: {wanted}, not {describe(value)}{turned}")
+            raise MediaError(f"Features.encode: {wanted}, not {describe(given)}{turned}")
         if not len(value):
-            raise MediaError(f"Features.encode: {describe(value)} has no frames; to leave a field out, give None")
+            raise MediaError(f"Features.encode: {describe(given)} has no frames; to leave a field out, give None")
         if self.frame_names and len(value) != len(self.frame_names):
             raise MediaError(
-                f"Features.encode: {describe(value)} has {len(value)} frames, but frame_names has {len(self.frame_names)}"
+                f"Features.encode: {describe(given)} has {len(value)} frames, but frame_names has {len(self.frame_names)}"
             )
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
-            return torch.from_numpy(np.array(value, dtype=np.float32))
+        return as_floats(value, "Features.encode")
 
     def embed(self, width: int) -> nn.Module:
         return embedding(self.feature_size, self.hidden, width)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multimodal.media.sources import as_floats, as_numbers
 from multimodal.shapes import AXES, ConfigError, MediaError, check_whole, did_you_mean
 from multimodal.texts import listed, repeated
 from multimodal.tokenizer import Tokenizer, Tokens, describe
@@ -73,15 +74,11 @@ class Graph(Tokenizer):
         return Tokens(content_NF, self.places(len(content_NF)), torch.tensor(pairs).reshape(-1, 3) if pairs else None)
 
     def _nodes(self, nodes: Any) -> Tensor:
-        wanted = f"wanted an array, tensor or list (nodes, {self.features}) of numbers"
-        try:
-            array = np.asarray(nodes.detach().cpu() if isinstance(nodes, Tensor) else nodes)
-        except ValueError:  # rows of different lengths
-            array = np.array(None)
-        if array.dtype.kind not in "fiub" or array.ndim != 2 or array.shape[1] != self.features:
-            raise MediaError(f"Graph.encode: nodes: {wanted}, not {describe(nodes)}")
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
-            return torch.from_numpy(np.array(array, dtype=np.float32))
+        wanted = f"an array, tensor or list (nodes, {self.features})"
+        array = as_numbers(nodes, "Graph.encode: nodes", wanted, kinds="fiub")
+        if array.ndim != 2 or array.shape[1] != self.features:
+            raise MediaError(f"Graph.encode: nodes: wanted {wanted} of numbers, not {describe(nodes)}")
+        return as_floats(array, "Graph.encode: nodes")
 
     def _edges(self, edges: Any, nodes: int) -> list[tuple[int, int, int]]:
         """(from, to, number of the type) of each edge."""
@@ -101,7 +98,7 @@ class Graph(Tokenizer):
                     f"Graph.encode: edge {i} is {describe(edge)}, wanted two nodes, numbers from 0 to {nodes - 1}"
                 )
             name = self.edges[0] if single else edge[2]
-            if name not in self.edges:
+            if not isinstance(name, str) or name not in self.edges:
                 raise MediaError(
                     f"Graph.encode: edge {i} has type {describe(name)}, not one of {listed(self.edges)}"
                     f"{did_you_mean(str(name), self.edges)}"

@@ -1,6 +1,6 @@
 """One class of a fixed set, or several of them at once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self
@@ -43,11 +43,11 @@ class Labels(Tokenizer):
             >>> Labels.from_data(sample["label"] for sample in samples).names
             ('circle', 'square')
         """
-        if isinstance(values, str) or not isinstance(values, Iterable):
+        if not _is_list(values):
             raise ConfigError(f"Labels.from_data: wanted the labels of all samples, not {shortened(repr(values), 100)}")
         found: set[str] = set()
         for i, value in enumerate(values):
-            if several and (isinstance(value, str) or not isinstance(value, Iterable)):
+            if several and not _is_list(value):
                 raise ConfigError(
                     f"Labels.from_data: several=True wants lists of names, and value {i} is {shortened(repr(value), 100)}"
                 )
@@ -60,7 +60,7 @@ class Labels(Tokenizer):
                 found.add(str(name))
         if not found:
             raise ConfigError("Labels.from_data: there are no values")
-        numbers = all(name.removeprefix("-").isdecimal() for name in found)
+        numbers = all(name.removeprefix("-").isdecimal() and len(name) < 1000 for name in found)
         return cls(tuple(sorted(found, key=lambda name: (int(name), name) if numbers else (0, name))), several)
 
     @property
@@ -72,7 +72,7 @@ class Labels(Tokenizer):
         return len(self.names) if self.several else None
 
     def encode(self, value: Any) -> Tokens:
-        if self.several and (isinstance(value, str) or not isinstance(value, Iterable)):
+        if self.several and not _is_list(value):
             raise MediaError(f"Labels.encode: several=True wants a list of names, not {shortened(repr(value), 100)}")
         ids = []
         for name in value if self.several else [value]:
@@ -106,7 +106,7 @@ def class_names(who: str, names: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: they are not a list of one or more different names.
     """
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if not _is_list(names):
         raise ConfigError(f"{who}: names={shortened(repr(names), 100)} is not a list of names")
     names = tuple(str(name) for name in names)
     twice = sorted(repeated(names))
@@ -118,3 +118,8 @@ def class_names(who: str, names: Any) -> tuple[str, ...]:
 def names_a_class(value: Any) -> bool:
     """Whether the text of a value can be the name of a class: a text, a whole number or a truth value, of Python or NumPy."""
     return isinstance(value, (str, bool, np.bool_, Integral))
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value has elements; of a mapping, such as {"cat": 0, "dog": 1}, one would read the keys, whatever they map to."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, Mapping))

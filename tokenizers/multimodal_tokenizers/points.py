@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.media import file_source, is_file_like, optional_package
+from multimodal.media.sources import as_numbers
 from multimodal.shapes import AXES, ConfigError, MediaError, check_number, check_whole
+from multimodal.texts import listed, shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 from multimodal.value_files import with_ending
 from multimodal_tokenizers.placed import PlacedLinear
+from multimodal_tokenizers.scaling import check_near, scale_of
 
 STEPS = 16  # steps of rotary positions across four standard deviations of a cloud
 
@@ -83,7 +87,7 @@ class Points(Tokenizer):
         Raises:
             ConfigError: no clouds, or only equal points. MediaError: a cloud that cannot be read.
         """
-        found = [_read(cloud, None, "Points.of") for cloud in clouds]
+        found = [_read(cloud, None, dims, "Points.of") for cloud in clouds]
         columns = {cloud.shape[1] for cloud in found}
         if len(columns) != 1:
             came = f"the clouds have {sorted(columns)} columns" if columns else "there are no clouds"
@@ -95,12 +99,17 @@ class Points(Tokenizer):
                 f"Points.of: dims={dims} of {rows.shape[1]} columns; points have 2 or 3 coordinates, then features; say how many "
                 "are coordinates, dims=2 or dims=3"
             )
-        centre, mean = rows[:, :dims].mean(0), rows[:, dims:].mean(0)
-        size = float(np.sqrt(((rows[:, :dims] - centre) ** 2).mean()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            centre = rows[:, :dims].mean(0)
+            size = float(np.sqrt(((rows[:, :dims] - centre) ** 2).mean()))
         if not size > 0:
             raise ConfigError("Points.of: all points have the same coordinates; give clouds of different points")
-        std = rows[:, dims:].std(0)
-        return cls(centre.tolist(), size, mean.tolist(), np.where(std > 0, std, 1.0).tolist(), spacing, count)
+        for i in range(dims):
+            check_near(f"Points.of: coordinate {'xyz'[i]}", rows[:, i], float(centre[i]), size)
+        features = rows[:, dims:].T
+        scales = [scale_of(f"Points.of: feature {i}", feature) for i, feature in enumerate(features)]
+        mean, std = zip(*scales, strict=True) if scales else ((), ())
+        return cls(centre.tolist(), size, mean, std, spacing, count)
 
     @property
     def _spacing(self) -> float:
@@ -125,7 +134,7 @@ class Points(Tokenizer):
         return self.count
 
     def encode(self, value: Any) -> Tokens:
-        rows = _read(value, self.feature_size, "Points.encode")
+        rows = _read(value, self.feature_size, len(self.centre), "Points.encode")
         dims = len(self.centre)
         scaled = [(rows[:, dims:] - self.mean) / self.std, (rows[:, :dims] - self.centre) / self.size]
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is refused
@@ -148,7 +157,7 @@ class Points(Tokenizer):
 
     def write(self, value: Any, path: str | Path) -> Path:
         """Save a cloud as a .ply file: x, y, z (0 in 2D), then its features as f0, f1, .."""
-        rows = _read(value, self.feature_size, "Points.write")
+        rows = _read(value, self.feature_size, len(self.centre), "Points.write")
         if len(self.centre) == 2:
             rows = np.insert(rows, 2, 0.0, axis=1)
         plyfile, path = _plyfile("Points.write"), with_ending(path, ".ply")
@@ -172,17 +181,19 @@ class Points(Tokenizer):
         return [random.standard_normal((n, self.feature_size)) * scale + middle for n in counts]
 
 
-def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
-    """The rows (points, columns) of a cloud as a new array of float64."""
+def _read(value: Any, columns: int | None, dims: int, who: str) -> np.ndarray:
+    """The rows (points, columns) of a cloud as a new array of float64.
+
+    columns: how many are wanted; None: any number. dims: how many of them are coordinates; 0: that is not known.
+    """
     given = value
     if is_file_like(value):
-        value = _from_file(value, columns, who)
-    elif isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
-    wanted = f"wanted an array or tensor (points, {columns or 'coordinates and features'}) of numbers"
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.ndim != 2:
+        value = _from_file(value, dims, who)
+    form = f"an array or tensor (points, {columns or 'coordinates and features'})"
+    wanted = f"wanted {form} of numbers"
+    if not isinstance(value, (np.ndarray, Tensor)) or value.ndim != 2:
         raise MediaError(f"{who}: {wanted}, not {describe(given)}")
+    value = as_numbers(value, who, form)
     if columns not in (None, value.shape[1]):
         turned = "; turn it round" if value.shape[0] == columns else ""
         raise MediaError(f"{who}: {wanted}, not {describe(value)}{turned}")
@@ -190,27 +201,38 @@ def _read(value: Any, columns: int | None, who: str) -> np.ndarray:
         raise MediaError(f"{who}: {describe(given)} has no points; to leave a field out, give None")
     if not np.isfinite(value).all():
         raise MediaError(f"{who}: {describe(given)} has a number that is not finite (NaN or infinity)")
-    return np.array(value, dtype=np.float64)
+    return value
 
 
 def _plyfile(who: str) -> Any:
     return optional_package("plyfile", "points", f"{who}: the package plyfile reads and writes .ply files")
 
 
-def _from_file(value: Any, columns: int | None, who: str) -> np.ndarray:
-    """The points of a .ply file as rows; without z where 2D points are wanted and it is 0 everywhere."""
+def _from_file(value: Any, dims: int, who: str) -> np.ndarray:
+    """The points of a .ply file as rows; in 2D (dims=2) without z, which has to be 0 everywhere."""
     source, name = file_source(value, who)
-    data = source.read_bytes() if isinstance(source, Path) else source.read()
-    if not data.startswith(b"ply"):
-        raise MediaError(f"{who}: {name} is no .ply file; of other files give the array of points")
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        data = file.read(3)
+        data = data + file.read() if data == b"ply" else b""
+    if not data:
+        raise MediaError(f"{who}: {name} is no .ply file of points; of other files give the array")
     plyfile = _plyfile(who)
     try:
         vertex = plyfile.PlyData.read(BytesIO(data))["vertex"]
         names = [p.name for p in vertex.properties if not isinstance(p, plyfile.PlyListProperty)]
         rows = np.stack([np.asarray(vertex[name], dtype=np.float64) for name in names], 1)
-    except (plyfile.PlyParseError, KeyError, ValueError) as error:
-        raise MediaError(f"{who}: cannot read {name} as points: {error}") from error
-    if names[:2] != ["x", "y"]:
-        raise MediaError(f"{who}: the points of {name} have {', '.join(names)}; wanted x, y and z first, then features")
-    flat = names[2:3] == ["z"] and not rows[:, 2].any() and columns == rows.shape[1] - 1
-    return np.delete(rows, 2, 1) if flat else rows
+    except Exception as error:  # a crafted header makes the library fail in any way
+        raise MediaError(
+            f"{who}: cannot read {name} as points: {shortened(str(error) or type(error).__name__)}"
+        ) from error
+    if names[:2] != ["x", "y"] or (dims == 3 and names[2:3] != ["z"]):
+        raise MediaError(
+            f"{who}: the points of {name} have {listed(names)}; wanted x, y{' and z' if dims != 2 else ''} first, then features"
+        )
+    if dims != 2 or names[2:3] != ["z"]:
+        return rows
+    if rows[:, 2].any():
+        raise MediaError(
+            f"{who}: the points of {name} are in space, with z, and these lie in a plane; give the array without z"
+        )
+    return np.delete(rows, 2, 1)

@@ -10,9 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from multimodal.shapes import ConfigError, MediaError, check_whole
+from multimodal.media.sources import as_numbers
+from multimodal.shapes import ConfigError, MediaError, check_number, check_whole
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
 from multimodal_tokenizers.features import grey_levels
+from multimodal_tokenizers.scaling import scale_of
 
 LATEST = 2**20  # steps; float32 would round later times to more than a tenth of a step
 
@@ -51,6 +53,7 @@ class Series(Tokenizer):
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         check_whole("Series", least=1, patch=self.patch)
+        check_number("Series", step_s=self.step_s)
         if not self.mean or len(self.mean) != len(self.std):
             raise ConfigError(
                 f"Series: mean has {len(self.mean)} numbers and std {len(self.std)}; give one each for every channel"
@@ -92,8 +95,9 @@ class Series(Tokenizer):
         if step_s is None:
             gaps = np.concatenate([np.diff(time) for _, time in found if time is not None] or [np.ones(1)])
             step_s = float(np.median(gaps)) if len(gaps) else 1.0
-        std = np.nanstd(steps, 0)
-        return cls(np.nanmean(steps, 0).tolist(), np.where(std > 0, std, 1.0).tolist(), patch, step_s, timed, causal)
+        scales = [scale_of(f"Series.of: channel {i}", channel[~np.isnan(channel)]) for i, channel in enumerate(steps.T)]
+        mean, std = zip(*scales, strict=True)
+        return cls(mean, std, patch, step_s, timed, causal)
 
     @property
     def _columns(self) -> int:
@@ -133,13 +137,13 @@ class Series(Tokenizer):
 
     def decode(self, tokens: Tokens) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         channels = len(self.mean)
-        steps = rearrange(tokens.content, "n (p f) -> (n p) f", p=self.patch).double().numpy()
+        steps = rearrange(tokens.content, "n (p f) -> (n p) f", p=self.patch).double().cpu().numpy()
         there = steps[:, 2 * channels] > 0.5
         array = steps[:, :channels] * self.std + self.mean
         array[steps[:, channels : 2 * channels] < 0.5] = np.nan
         if not self.timed:
             return array[there]
-        first = np.repeat(tokens.position_NA[:, 0].double().numpy(), self.patch)
+        first = np.repeat(tokens.position_NA[:, 0].double().cpu().numpy(), self.patch)
         return array[there], (first + steps[:, -1] * self.step_s)[there]
 
     def places(self, count: int) -> Tensor:
@@ -172,8 +176,8 @@ def _read(value: Any, timed: bool, channels: int | None, who: str) -> tuple[np.n
     if timed:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) != 2:
             raise MediaError(f"{who}: timed=True wants a pair (array, times in seconds), not {describe(value)}")
-        value, time = value[0], _floats(value[1], f"{who}: the times")
-    array = _floats(value, who)
+        value, time = value[0], as_numbers(value[1], f"{who}: the times", "an array, tensor or list")
+    array = as_numbers(value, who, "an array, tensor or list")
     array = array[:, None] if array.ndim == 1 and channels in (None, 1) else array
     if array.ndim != 2 or array.shape[1] != (channels or array.shape[-1]):
         turned = "; turn it round" if array.ndim == 2 and array.shape[0] == channels else ""
@@ -188,19 +192,3 @@ def _read(value: Any, timed: bool, channels: int | None, who: str) -> tuple[np.n
         if not np.isfinite(time).all() or time[0] < 0 or (np.diff(time) <= 0).any():
             raise MediaError(f"{who}: times must rise from step to step, and begin at 0 s or later")
     return array, time
-
-
-def _floats(value: Any, who: str) -> np.ndarray:
-    """A new float64 array of numbers; None becomes NaN."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
-    try:
-        array = np.array(value)
-        if array.dtype == object and not isinstance(value, (str, bytes)):  # lists with None, as JSON has them
-            array = np.array(value, dtype=np.float64)
-    except (ValueError, TypeError):
-        array = np.zeros(0, dtype=object)
-    if array.dtype.kind not in "fiu":
-        raise MediaError(f"{who}: wanted an array, tensor or list of numbers, not {describe(value)}")
-    return array.astype(np.float64)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
-from multimodal.shapes import ConfigError, MediaError, check_whole, did_you_mean, is_number
+from multimodal.shapes import ConfigError, MediaError, check_number, check_whole, did_you_mean, is_number
 from multimodal.texts import listed, repeated, shortened
 from multimodal.tokenizer import Tokenizer, Tokens, describe
 from multimodal_tokenizers.labels import names_a_class
+from multimodal_tokenizers.scaling import far_apart, mean_and_std, scaled
 
 VALUE, MISSING, COLUMN = range(3)  # the features of a token
 BOUND = 3.0  # the linear part of a number's embedding levels off towards this many standard deviations
@@ -46,7 +47,16 @@ class Column(Declared):
             if isinstance(getattr(self, field), str) or not isinstance(getattr(self, field), Iterable):
                 raise ConfigError(f"{where}: {field}={shortened(repr(getattr(self, field)), 60)} is not a tuple")
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        object.__setattr__(self, "categories", tuple(str(name) for name in self.categories))
+        object.__setattr__(self, "name", str(self.name))
+        check_number(where, mean=self.mean, std=self.std, **{f"edges[{i}]": x for i, x in enumerate(self.edges)})
+        for field, number in (("mean", float(self.mean)), ("std", float(self.std))):
+            object.__setattr__(self, field, number)
+        object.__setattr__(self, "edges", tuple(map(float, self.edges)))
+        texts = tuple(map(_category, self.categories))
+        if None in texts:
+            wrong = self.categories[texts.index(None)]
+            raise ConfigError(f"{where}: {describe(wrong)} cannot be the name of a category; give a text")
+        object.__setattr__(self, "categories", texts)
         if not math.isfinite(self.mean) or not 0 < self.std < math.inf:
             raise ConfigError(f"{where}: mean={self.mean} must be finite, and std={self.std} more than 0")
         if any(not a < b for a, b in zip(self.edges, self.edges[1:], strict=False)) or len(self.edges) == 1:
@@ -150,10 +160,14 @@ class TableRow(Tokenizer):
         return torch.cat([features_NF, position_NA[:, :1].to(features_NF)], 1)
 
     def encode(self, value: Any) -> Tokens:
-        row = value.to_dict() if hasattr(value, "to_dict") else value  # a row of a DataFrame
-        if not isinstance(row, Mapping) or not row:
+        of_frame = hasattr(value, "items") and len(getattr(value, "shape", ())) == 1  # a row of a DataFrame
+        entries = [*value.items()] if of_frame or isinstance(value, Mapping) else []
+        if not entries:
             raise MediaError(f"TableRow.encode: wanted a mapping from column to value, not {describe(value)}")
-        row = {str(name): x for name, x in row.items()}
+        row = {str(name): x for name, x in entries}
+        if len(row) < len(entries):
+            twice = repeated(str(name) for name, _ in entries)
+            raise MediaError(f"TableRow.encode: the column {shortened(repr(twice[0]), 60)} is there twice; rename one")
         names = {column.name: i for i, column in enumerate(self.columns)}
         if unknown := [name for name in row if name not in names]:
             raise MediaError(
@@ -181,14 +195,15 @@ class TableRow(Tokenizer):
             if name is not None:
                 hint = did_you_mean(name, column.categories) + "; TableRow(.., unseen=True) reads others"
             raise MediaError(f"{where} is {describe(value)}, wanted one of {listed(column.categories)}{hint}")
-        if not is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(_as_float(value)):
             raise MediaError(f"{where} is {describe(value)}, wanted a finite number, or None where it is missing")
-        return (float(value) - column.mean) / column.std
+        return (_as_float(value) - column.mean) / column.std
 
     def decode(self, tokens: Tokens) -> dict[str, Any]:
+        """The row. What a model writes that is no number, such as NaN, is missing."""
         found: dict[str, Any] = {}
         for column, (x, missing) in zip(self.columns, tokens.content[:, :COLUMN].tolist(), strict=False):
-            if missing > 0.5:
+            if missing > 0.5 or not math.isfinite(x):
                 found[column.name] = None
             elif column.categories:  # an unseen one has no name
                 found[column.name] = dict(enumerate(column.categories)).get(max(round(x), 0))
@@ -279,21 +294,25 @@ class _Embedding(nn.Module):
 
     def _bent(self, value_N: Tensor, column_N: Tensor) -> Tensor:
         """(N, F) the number, levelling off towards BOUND, and the share of each bin that is below it."""
-        straight_N = value_N / (1 + (value_N / BOUND).square()).sqrt()
+        near_N = value_N.clamp(-1e9, 1e9)  # the square of what is farther away may be infinite
+        straight_N = near_N / (1 + (near_N / BOUND).square()).sqrt()
         edge_NF = F.embedding(column_N, self.edges_NF)
         low_NF, high_NF = edge_NF[:, :-1], edge_NF[:, 1:]
         low_NF = low_NF.masked_fill(low_NF.isinf(), 0.0)
-        return torch.cat([straight_N[:, None], ((value_N[:, None] - low_NF) / (high_NF - low_NF)).clamp(0, 1)], 1)
+        width_NF = (high_NF - low_NF).clamp(min=1e-30)  # edges that float32 cannot tell apart are a step
+        return torch.cat([straight_N[:, None], ((value_N[:, None] - low_NF) / width_NF).clamp(0, 1)], 1)
 
 
 def _columns(rows: Any) -> dict[str, list[Any]]:
     """{column: its values}; rows that lack a column have None."""
     library = type(rows).__module__.partition(".")[0]
     if library == "pandas" and hasattr(rows, "to_dict"):
+        _check_once(rows.columns)
         rows = rows.to_dict("records")
     elif library == "polars" and hasattr(rows, "to_dicts"):
         rows = rows.to_dicts()
     elif library == "pyarrow" and hasattr(rows, "to_pylist"):
+        _check_once(rows.column_names)
         rows = rows.to_pylist()
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise ConfigError(f"TableRow.of: wanted a DataFrame or a list of mappings, not {describe(rows)}")
@@ -304,19 +323,36 @@ def _columns(rows: Any) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for row in rows for name in row)
     if not names:
         raise ConfigError("TableRow.of: there are no rows, or they have no columns")
+    _check_once(names)  # 1 and "1" are one
     return {str(name): [row.get(name) for row in rows] for name in names}
 
 
+def _check_once(names: Iterable[Any]) -> None:
+    if twice := repeated(map(str, names)):
+        raise ConfigError(
+            f"TableRow.of: there are two columns {shortened(repr(twice[0]), 60)}; rename one, or leave it out"
+        )
+
+
 def _of_numbers(name: str, values: list[Any], bins: int) -> Column:
-    numbers = np.array(values, dtype=np.float64)
+    numbers = np.array([*map(_as_float, values)])
     if not np.isfinite(numbers).all():
         raise ConfigError(
             f"TableRow.of: column {name!r} has an infinite number; replace it, by None where it is missing"
         )
-    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1))) if bins else np.zeros(0)
-    return Column(
-        name, float(numbers.mean()), float(numbers.std()) or 1.0, tuple(edges.tolist()) if len(edges) > 1 else ()
-    )
+    mean, std = mean_and_std(numbers)
+    if far_apart(
+        numbers, mean, std
+    ):  # then the middle counts: the median of the different numbers, and of their distances
+        different = np.unique(numbers)
+        mean = float(np.median(different))
+        std = 1.4826 * float(np.median(np.abs(different - mean)))  # as a standard deviation
+    with np.errstate(over="ignore", invalid="ignore"):
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, bins + 1))) if bins else np.zeros(0)
+    if not np.isfinite([mean, std, *edges]).all():
+        raise ConfigError(f"TableRow.of: column {name!r} has numbers that are too large; divide them first")
+    edges = edges[np.unique(scaled(edges, mean, std), return_index=True)[1]]
+    return Column(name, mean, std, tuple(edges.tolist()) if len(edges) > 1 else ())
 
 
 def _counted(name: str, values: list[Any]) -> Counter[str]:
@@ -325,8 +361,8 @@ def _counted(name: str, values: list[Any]) -> Counter[str]:
     for value in values:
         if (text := _category(value)) is None:
             raise ConfigError(
-                f"TableRow.of: column {name!r} has {describe(value)}, which is no number and no category; convert it, or leave the "
-                "column out"
+                f"TableRow.of: column {name!r} has {describe(value)}, which is no number and no category; make numbers or texts of "
+                "it, or leave the column out"
             )
         count[text] += 1
     return count
@@ -334,16 +370,25 @@ def _counted(name: str, values: list[Any]) -> Counter[str]:
 
 def _is_missing(value: Any) -> bool:
     # by the names of pandas' own, since pandas is not imported for them
-    return (
-        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Real) and value != value)
-    )
+    if value is None or value is np.ma.masked or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Real) and value != value
+
+
+def _as_float(value: Any) -> float:
+    """A number; infinity where it is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _category(value: Any) -> str | None:
     """The name of a category; None: the value cannot be one. 3.0 is '3', as pandas makes floats of codes if some are missing."""
     if names_a_class(value):
         return str(value)
-    return str(int(float(value))) if isinstance(value, Real) and float(value).is_integer() else None
+    # as int, since float would round what is longer than its digits
+    return str(math.trunc(value)) if isinstance(value, Real) and _as_float(value).is_integer() else None
 
 
 def _order(name: str) -> tuple[bool, float, str]:

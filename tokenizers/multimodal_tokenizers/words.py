@@ -51,6 +51,10 @@ class Words(Tokenizer):
         words = value.split() if isinstance(value, str) else value
         if not isinstance(words, (list, tuple)):
             raise MediaError(f"Words.encode: wanted a list of words, or a text, not {describe(value)}")
+        if len(words) > self.max_tokens:  # before they take memory
+            raise MediaError(
+                f"Words.encode: {len(words)} words, more than max_tokens={self.max_tokens}; give fewer, a sentence say"
+            )
         content_NF = np.zeros((len(words), self.buckets), dtype=np.float32)
         for i, word in enumerate(words):
             if not isinstance(word, str) or not word:
@@ -82,7 +86,8 @@ class Words(Tokenizer):
 def _hashed(word: str, buckets: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices of the features of a word that are not 0, and these features."""
     marked = f"\x02{word}\x03"
-    grams = [marked[i : i + n] for n in range(shortest, longest + 1) for i in range(len(marked) - n + 1)]
+    most = min(longest, len(marked))
+    grams = [marked[i : i + n] for n in range(shortest, most + 1) for i in range(len(marked) - n + 1)]
     found: dict[int, float] = {}
     for gram, weight in ((f"\x01{word}", 1.0), *((gram, len(grams) ** -0.5) for gram in grams)):
         # Python's own hash differs from process to process; a lone surrogate has bytes too
