@@ -443,8 +443,8 @@ class Model(Network):
             for part in in_batches(samples, batch):
                 stream = self.pack(task, part, answers=False, first=len(answers))
                 r = stream.readings[task]
-                hidden = {"hidden": r.hidden} if r.hidden else {}
-                found = head.answer(self.logits(stream)[task], r.lengths, self.packer.tokenizers[kind], **hidden)
+                more = head.answer_inputs(r, stream.position_TA)
+                found = head.answer(self.logits(stream)[task], r.lengths, self.packer.tokenizers[kind], **more)
                 # a pack holds its samples in another order, by their sizes
                 by_number = zip(r.samples, found, strict=True)
                 answers += [answer for _, answer in sorted(by_number, key=lambda pair: pair[0])]

@@ -96,6 +96,8 @@ class Tokenizer(Declared, ABC):
     Declared by attributes or fields:
     vocab_size: V, number of ids; None: content is features.
     feature_size: F, numbers per token; None: content is ids.
+    one_hot: features come in groups of this many, of which one is 1 and the others are 0, or all are 0 where that is not known: the
+    classes of each pixel of a patch. `EachRow` then answers a class for each group; None: features are any numbers.
     causal: whether a token that is read attends only to tokens before it (written tokens always do). `encode` must be causal
     too: the beginning of a value gives the beginning of its tokens.
     classes: whether a value is one of a fixed set of classes, or a set of several; it is then a single token.
@@ -129,6 +131,7 @@ class Tokenizer(Declared, ABC):
 
     vocab_size: int | None = None
     feature_size: int | None = None
+    one_hot: int | None = None
     causal: bool = False
     classes: bool = False
     text: bool = False

@@ -29,6 +29,7 @@ from multimodal_tokenizers import (
     Labels,
     Points,
     Record,
+    Segments,
     Sequence,
     Series,
     TableRow,
@@ -65,6 +66,7 @@ MOST_USED = {
     "Prediction": mm.Prediction,
     "Recipe": mm.Recipe,
     "Record": Record,
+    "Segments": Segments,
     "Sequence": Sequence,
     "quantize": mm.quantize,
     "Run": mm.Run,
@@ -131,7 +133,7 @@ def namespace() -> dict[str, Any]:
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
     kinds |= {"Ids": Ids, "Series": Series, "TableRow": TableRow}
-    kinds |= {"Boxes": Boxes, "Points": Points, "VideoTubes": VideoTubes}
+    kinds |= {"Boxes": Boxes, "Points": Points, "Segments": Segments, "VideoTubes": VideoTubes}
     kinds |= {"Events": Events, "Graph": Graph, "Words": Words}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 

@@ -123,7 +123,7 @@ def test_one_line_in_a_test_file_is_a_test_for_each_check(tmp_path):
 
     chosen = "trains or nothing_lost or declared or decode_gives_value or file_holds_value"
     out = pytest_of("tests", "-k", chosen, "-rfs")
-    assert "1 failed, 14 passed, 3 skipped" in out, out
+    assert "1 failed, 16 passed, 3 skipped" in out, out
     assert "FAILED tests/test_hears.py::test_hears[nothing_lost]" in out
     assert "multimodal.check.report.ConformanceError: nothing_lost: list" in out
     assert "needs nothing_lost" in out

@@ -21,7 +21,7 @@ from multimodal.check.cases import (
 from multimodal.check.information import resembles
 from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.composite import Composed, Composite
-from multimodal.heads.each_row import answered_rows
+from multimodal.heads.each_row import answered_rows, targets_of
 from multimodal.positions import in_steps, steps_of
 from multimodal.shapes import ConfigError, MediaError, StreamError
 from multimodal.tokenizer import Places, Tokenizer, Tokens, check_pairs, describe, with_next, written_tokens
@@ -240,6 +240,23 @@ def relations_as_declared(case: TokenizerCase) -> None:
                 check_pairs(case.tokenizer, tokens)
             answered_rows(case.tokenizer, tokens)
         except MediaError as error:
+            raise ConformanceError(f"{describe(value)}: {error}") from error
+
+
+@promise(CHECKS, basic=True)
+def one_hot_as_declared(case: TokenizerCase) -> None:
+    """Where the kind declares `one_hot`, features are groups of this many, in which one is 1 and the others are 0, or all are 0."""
+    t = case.tokenizer
+    if t.one_hot is None:
+        return
+    want(
+        type(t.one_hot) is int and t.one_hot > 0 and t.feature_size is not None and not t.feature_size % t.one_hot,
+        f"one_hot={t.one_hot!r}: a whole number that divides feature_size={t.feature_size} is wanted",
+    )
+    for value, tokens in zip(case.values, case.tokens, strict=True):
+        try:
+            targets_of(tokens, t)
+        except StreamError as error:
             raise ConformanceError(f"{describe(value)}: {error}") from error
 
 

@@ -140,6 +140,10 @@ class Encoded(Tokenizer):
         return self.inner.feature_size
 
     @property
+    def one_hot(self) -> int | None:
+        return self.inner.one_hot
+
+    @property
     def causal(self) -> bool:
         return self.inner.causal
 

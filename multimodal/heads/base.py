@@ -534,6 +534,13 @@ class Head(Declared, ABC):
         """Further keyword arguments of `logits` and `state_loss`, besides the rows of a reading."""
         return {}
 
+    def answer_inputs(self, reading: Reading, position_TA: Tensor) -> dict[str, Any]:
+        """Further keyword arguments of `answer`, besides the rows of a reading: by default what the head had hidden, if it does so.
+
+        position_TA: the positions of the stream, in steps on the core's axes.
+        """
+        return {"hidden": reading.hidden} if reading.hidden else {}
+
     def source(self, sample: EncodedSample) -> Tokens | None:
         """The tokens of the context among which the head chooses by their index, as a pointer does; None: it chooses ids."""
         return None
@@ -568,8 +575,8 @@ class Head(Declared, ABC):
         """The answer that the measure "exact" compares with, from what a sample has: by default `Tokenizer.wanted` of it."""
         return tokenizer.wanted(value)
 
-    def right_rows(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Which rows (N,), as bool, are answered as their target says, for a head whose `measures` have "rows"."""
+    def right_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """By row (N,), how many of its answers are right, and how many are known, for a head whose `measures` have "rows"."""
         raise ConfigError(f"{type(self).__name__} does not say which rows are right; take 'rows' out of its measures")
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:

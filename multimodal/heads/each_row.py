@@ -13,6 +13,7 @@ from multimodal.heads.base import (
     Head,
     LaidOut,
     Prediction,
+    Reading,
     Readout,
     class_count,
     encode_field,
@@ -22,18 +23,25 @@ from multimodal.heads.base import (
 )
 from multimodal.heads.pool import First, Transformed
 from multimodal.pattern import Field, Pattern
-from multimodal.shapes import ConfigError, MediaError, StreamError, TaskError, did_you_mean
+from multimodal.positions import steps_of
+from multimodal.shapes import AXES, ConfigError, MediaError, StreamError, TaskError, did_you_mean
 from multimodal.tokenizer import Tokenizer, Tokens, at_times, written_tokens
+
+UNKNOWN = -1  # the target of a group of features that are all 0
 
 
 @final
 @dataclass(frozen=True)
 class EachRow(Head):
-    """An answer for each row of the context: a class if the kind has ids, independent bits if it has features of 0 and 1.
+    """An answer for each row of the context: a class if the kind has ids, independent bits if it has features of 0 and 1, and a
+    class for each group of features if the kind is `one_hot`, such as the pixels of a patch.
 
     Rows for which `Tokenizer.answered` is False are left out: a graph may have answers for its nodes alone. An answer is a value of
     n tokens, or a list of n classes, for the last n rows in order; with `of` there must be one for each row. In a list None marks
-    an answer that is not known, which has no loss and counts in no measure.
+    an answer that is not known, which has no loss and counts in no measure. The same holds for a group of features that are all 0.
+
+    The measure "rows" is the share of rows that are right, of a `one_hot` kind that of groups. In a row of n groups each has 1/n of
+    the loss. Answers of such a kind stand where the rows stand that they answer.
 
     of: the field that is answered, or a part of it, such as "page.words"; None: all that are read.
     last: number of rows that are answered; None: all of them in prediction, and as many as targets in training.
@@ -87,18 +95,26 @@ class EachRow(Head):
         if sample.learn:
             tokens, known_N = _given(sample)
             self._check_count(len(known_N), len(row_N))
-            _check_bits(tokens, sample.tokenizer)
-            target = tokens.content
+            target = targets_of(tokens, sample.tokenizer)
+            if sample.tokenizer.one_hot is not None:
+                _check_grid(sample, tokens, row_N[len(row_N) - len(known_N) :][known_N])
+                some_N = (target != UNKNOWN).any(1)
+                target, known_N = target[some_N], known_N.masked_scatter(known_N, some_N)
+                if not len(target):
+                    raise StreamError(f"nothing of field {sample.pattern.answer!r} is known; leave this sample out")
             if len(known_N):  # an empty answer has no rows of its own
                 row_N = row_N[len(row_N) - len(known_N) :][known_N]
         return [replace(part, target=target, row_N=row_N if len(row_N) < part.read else None)]
 
     def any_answer(self, sample: EncodedSample) -> Tokens:
-        """A possible answer of this sample, where none is given: zeros for every row that is answered."""
+        """An answer that this sample may have, which says nothing: zeros for every row, or the first class of each group."""
         count = len(self._rows(sample)) if self.last is None else self.last
         size = () if sample.tokenizer.vocab_size is not None else (sample.tokenizer.feature_size or 0,)
         dtype = torch.int64 if sample.tokenizer.vocab_size is not None else torch.float32
-        return Tokens(torch.zeros(count, *size, dtype=dtype), torch.zeros(count, 3))
+        content = torch.zeros(count, *size, dtype=dtype)
+        if sample.tokenizer.one_hot is not None:
+            content[:, :: sample.tokenizer.one_hot] = 1
+        return Tokens(content, torch.zeros(count, len(sample.tokenizer.axes)))
 
     def _rows(self, sample: EncodedSample) -> Tensor:
         """The rows (N,) of the sample that have an answer of their own."""
@@ -138,15 +154,19 @@ class EachRow(Head):
         known = [element for element in elements if element is not None]
         return [tokenizer.wanted(element) for element in known] if tokenizer.classes else tokenizer.wanted(known)
 
-    def right_rows(self, logits: Tensor, target: Tensor) -> Tensor:
+    def right_rows(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if target.is_floating_point():
-            return ((logits > 0) == (target > 0.5)).all(-1)
-        return logits.argmax(-1) == target
+            right_N = ((logits > 0) == (target > 0.5)).all(-1)
+        elif target.dim() == 2:
+            right = logits.unflatten(1, (target.shape[1], -1)).argmax(-1) == target
+            return right.sum(1), (target != UNKNOWN).sum(1)
+        else:
+            right_N = logits.argmax(-1) == target
+        return right_N.long(), torch.ones_like(right_N, dtype=torch.long)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         self._check_count(len(tokens), rows)
-        _check_bits(tokens, tokenizer)
-        return tokens.content
+        return targets_of(tokens, tokenizer)
 
     def logits(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
         if self.transform is not None:
@@ -167,13 +187,26 @@ class EachRow(Head):
         answered = logits[last_rows(lengths, target_lengths).to(logits.device, non_blocking=True)].float()
         if target.is_floating_point():  # the mean over bits is comparable with the loss of one class
             return F.binary_cross_entropy_with_logits(answered, target, reduction="none").mean(-1).sum()
+        if target.dim() == 2:
+            logits, groups = answered.unflatten(1, (target.shape[1], -1)).flatten(0, 1), target.shape[1]
+            return F.cross_entropy(logits, target.flatten(), ignore_index=UNKNOWN, reduction="sum") / groups
         return F.cross_entropy(answered, target, reduction="sum")
 
-    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
-        answers = []
+    def answer_inputs(self, reading: Reading, position_TA: Tensor) -> dict[str, Any]:
+        return {"position_NA": position_TA[reading.row_N]}
+
+    def answer(
+        self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer, position_NA: Tensor | None = None
+    ) -> list[Prediction]:
+        """The answer of each sample. position_NA: where the rows stand, which answers of a `one_hot` kind share."""
+        answers, at = [], 0
         for rows in logits.float().cpu().split(list(lengths)):
+            at += len(rows)
             rows = rows if self.last is None else rows[-self.last :]
-            if tokenizer.vocab_size is None:
+            if tokenizer.one_hot is not None:
+                best, number = rows.unflatten(1, (-1, tokenizer.one_hot)).log_softmax(-1).max(-1)
+                content, sure = F.one_hot(number, tokenizer.one_hot).flatten(1).float(), best.sum()
+            elif tokenizer.vocab_size is None:
                 content, sure = (rows > 0).float(), F.logsigmoid(rows.abs()).sum()
             else:
                 best, content = rows.log_softmax(-1).max(-1)
@@ -181,6 +214,8 @@ class EachRow(Head):
             if tokenizer.classes:
                 first_NA = at_times(torch.zeros(1), tokenizer.axes)
                 value = [tokenizer.decode(Tokens(row[None], first_NA)) for row in content]
+            elif tokenizer.one_hot is not None and position_NA is not None:
+                value = tokenizer.decode(_in_place(content, position_NA[at - len(rows) : at].cpu(), tokenizer))
             else:
                 value = tokenizer.decode(written_tokens(tokenizer, content))
             answers.append(Prediction(value, float(sure.exp())))
@@ -202,11 +237,46 @@ def _elements(tokenizer: Tokenizer, value: Any) -> list[Any] | None:
     return list(value) if listed else None
 
 
-def _check_bits(tokens: Tokens, tokenizer: Tokenizer) -> None:
-    if tokens.content.is_floating_point() and not ((tokens.content >= 0) & (tokens.content <= 1)).all():
+def targets_of(tokens: Tokens, tokenizer: Tokenizer) -> Tensor:
+    """Ids (N,), bits (N, F), or of a `one_hot` kind the number of the 1 of each group (N, groups), UNKNOWN where there is none.
+
+    Raises:
+        StreamError: the content is none of them.
+    """
+    content, name = tokens.content, type(tokenizer).__name__
+    if content.is_floating_point() and not ((content >= 0) & (content <= 1)).all():
+        raise StreamError(f"EachRow: {name} gave features outside 0 to 1, but features are answered as bits")
+    if tokenizer.one_hot is None:
+        return content
+    groups = content.unflatten(1, (-1, tokenizer.one_hot))
+    ones = groups.sum(-1)
+    if not bool(((groups == 1).sum(-1) == ones).all() and (ones <= 1).all()):
         raise StreamError(
-            f"EachRow: {type(tokenizer).__name__} gave features outside 0 to 1, but features are answered as bits"
+            f"EachRow: {name} declares one_hot={tokenizer.one_hot}, but gave a group of features that is not a 1 among 0s"
         )
+    return groups.argmax(-1).masked_fill(ones == 0, UNKNOWN)
+
+
+def _check_grid(sample: EncodedSample, tokens: Tokens, row_N: Tensor) -> None:
+    """Raise a StreamError if an answer that lies in rows and columns does not lie in as many as what it answers, as if turned."""
+    read_NA = torch.cat([segment.tokens.position_NA[:, 1:3] for segment in sample.read()])[row_N]
+    (rows, columns), answer = (
+        tuple(len(place_N.unique()) for place_N in place_NA.unbind(1))
+        for place_NA in (read_NA, tokens.position_NA[:, 1:3])
+    )
+    if answer not in ((rows, columns), (1, 1)):
+        raise StreamError(
+            f"field {sample.pattern.answer!r} lies in {answer[0]} rows and {answer[1]} columns of tokens, but what it answers in "
+            f"{rows} and {columns}; it may be turned, or belong to another picture"
+        )
+
+
+def _in_place(content: Tensor, position_NA: Tensor, tokenizer: Tokenizer) -> Tokens:
+    """Answers where the rows stand that they answer: at their row and column, and from time 0. position_NA: in steps."""
+    place_NA = torch.zeros(len(content), len(tokenizer.axes))
+    place_NA[:, : len(AXES)] = position_NA[:, : len(AXES)]
+    place_NA[:, 0] -= place_NA[:, 0].min()
+    return Tokens(content, place_NA * steps_of(tokenizer.step, len(tokenizer.axes)))
 
 
 def _given(sample: EncodedSample) -> tuple[Tokens, Tensor]:

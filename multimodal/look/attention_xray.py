@@ -317,7 +317,8 @@ def xray(model: Model, task: str, sample: Mapping[str, Any], *, answer: Any = No
             if pattern.pair:
                 prediction = Prediction(logits[0].float().cpu(), math.nan)
             else:
-                prediction = head.answer(logits, r.lengths, packer.tokenizers[pattern.writes.kind])[0]
+                more = head.answer_inputs(r, stream.position_TA)
+                prediction = head.answer(logits, r.lengths, packer.tokenizers[pattern.writes.kind], **more)[0]
     if not trace.seen:
         raise ConfigError(
             "xray: no layer of this model attends, so there is no posterior to look at; a core's block needs SelfAttention, "

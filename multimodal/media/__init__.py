@@ -1,7 +1,7 @@
 """Decodes pictures, videos and sounds from files, arrays and tensors, with units and clear errors.
 
     sources.py        paths, bytes, open files and data: URLs; the kind of a file; optional packages
-    pictures.py       any source -> (C, Y, X) in 0..1
+    pictures.py       any source -> (C, Y, X) in 0..1, or a map of whole numbers (Y, X)
     sixteen_bit.py    colour pictures of 16 bits a channel, which Pillow cuts to 8
     videos.py         any source -> frames (N, C, Y, X) in 0..1, at the wanted rate
     sounds.py         any source -> one channel (S,) at the wanted rate, whole or block by block
@@ -9,7 +9,7 @@
 Libraries decode every format in this process; no file starts another program.
 """
 
-from multimodal.media.pictures import check_decoder, read_image, upright
+from multimodal.media.pictures import check_decoder, read_image, read_map, upright
 from multimodal.media.sounds import channels_first, read_sound, sound_blocks
 from multimodal.media.sources import file_source, is_file_like, optional_package, warn_once
 from multimodal.media.videos import read_video
@@ -22,6 +22,7 @@ __all__ = [
     "is_file_like",
     "optional_package",
     "read_image",
+    "read_map",
     "read_sound",
     "read_video",
     "sound_blocks",

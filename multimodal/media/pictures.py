@@ -1,8 +1,9 @@
-"""Reads pictures as tensors (C, Y, X) of float32 in 0..1."""
+"""Reads pictures as tensors (C, Y, X) of float32 in 0..1, and maps of numbers (Y, X), which pictures can hold too."""
 
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,47 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
     else:
         raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
     return _to_channels(image_CYX, channels)
+
+
+def read_map(value: Any, *, max_pixels: int, who: str) -> Tensor:
+    """A map of whole numbers (Y, X) int64, such as the class of each pixel.
+
+    value: a file or a PIL image whose pixels are numbers, grey or of a palette, as programs for annotation save them; an array or
+    a tensor (Y, X) of whole numbers. The orientation of EXIF or XMP is applied; nothing is scaled.
+
+    Raises:
+        MediaError: names `who`, the value and the repair.
+    """
+    from PIL import Image
+
+    if isinstance(value, Image.Image) or is_file_like(value):
+        return torch.from_numpy(_decode(value, max_pixels, who, _levels).astype(np.int64))
+    if not isinstance(value, (np.ndarray, Tensor)):
+        raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
+    map_YX, came = as_tensor(value, who), describe(value)
+    if map_YX.dim() != 2 or 0 in map_YX.shape:
+        raise MediaError(f"{who}: {came} is no map; wanted an array or a tensor (Y, X)")
+    _check_pixels(map_YX.shape[1], map_YX.shape[0], max_pixels, who, came)
+    if map_YX.is_complex() or (map_YX.is_floating_point() and not bool((map_YX == map_YX.round()).all())):
+        raise MediaError(f"{who}: {came} has numbers that are not whole")
+    return map_YX.long()
+
+
+def _levels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
+    """(Y, X) of a PIL image: the numbers that its file has for the pixels."""
+    raw, kind = raw_mode(image), image.format
+    _check_sizes(image, max_pixels, who, name)
+    if kind in ("JPEG", "MPO"):
+        raise MediaError(f"{who}: {name} is a JPEG, which changes the numbers of pixels; save the map as PNG")
+    image = upright(image)
+    _check_pixels(image.width, image.height, max_pixels, who, name)
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        raise MediaError(
+            f"{who}: {name} has colours ({image.mode}), and a map has one number for each pixel; save it as a PNG in grey or with "
+            "a palette, whose numbers are the classes"
+        )
+    # grey of 2 or 4 bits, which Pillow has scaled to 8
+    return np.asarray(image).astype(np.int64) // {"L;2": 85, "L;4": 17}.get(raw, 1)
 
 
 def check_decoder(image: Any, who: str) -> None:
@@ -164,23 +206,30 @@ def _check_pixels(width: int, height: int, max_pixels: int, who: str, name: str)
 
 
 def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
+    array = _decode(value, max_pixels, who, _pixels)
+    array = array[:, :, None] if array.ndim == 2 else array
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def _decode(value: Any, max_pixels: int, who: str, pixels: Callable[[Any, int, str, str], np.ndarray]) -> np.ndarray:
+    """What `pixels` makes of the PIL image that this is, or that is in this file."""
     from PIL import Image
 
     name, opened = "the image", None
     try:
         if isinstance(value, Image.Image):
             check_decoder(value, who)
-            array = _pixels(value, max_pixels, who, name)
+            array = pixels(value, max_pixels, who, name)
         else:
             source, name = file_source(value, who)
             opened = source.open("rb") if isinstance(source, Path) else None  # files that the caller opened stay open
             file: Any = opened or source
             head = first_bytes(file)
-            if head[4:8] == b"ftyp" and file_kind(head) == "HEIC":
+            if head[4:8] == b"ftyp" and file_kind(head) == "HEIC" and pixels is _pixels:
                 array = _heif(file, max_pixels, who, name)
             else:
                 _check_inside(file, head, max_pixels, who, name)
-                array = _pixels(_opened(file, head, who, name), max_pixels, who, name)
+                array = pixels(_opened(file, head, who, name), max_pixels, who, name)
     except MediaError:
         raise
     except Exception as error:  # decoders fail in many ways on damaged files
@@ -188,8 +237,7 @@ def _decode_image(value: Any, max_pixels: int, who: str) -> Tensor:
     finally:
         if opened is not None:
             opened.close()
-    array = array[:, :, None] if array.ndim == 2 else array
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return array
 
 
 @cache
@@ -255,12 +303,7 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     """(Y, X) or (Y, X, C) float32 in 0..1 of a PIL image, decoded and upright."""
     kind, raw = image.format, raw_mode(image)
     tags = getattr(image, "tag_v2", {})
-    _check_pixels(image.width, image.height, max_pixels, who, name)
-    # a tile is decoded whole, however small the picture is that it belongs to
-    _check_pixels(
-        tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), max(4 * max_pixels, 2**20), who, f"a tile of {name}"
-    )
-    _warn_of_frames(image, who, name)
+    _check_sizes(image, max_pixels, who, name)
     levels_YXC = sixteen_bit_pixels(image) if raw or kind == "PPM" else None
     if levels_YXC is not None:
         orientation = _orientation(image) if kind == "TIFF" else _orientation_left(image)
@@ -275,6 +318,17 @@ def _pixels(image: Any, max_pixels: int, who: str, name: str) -> np.ndarray:
     # decoding may have changed the size, as of icons
     _check_pixels(image.width, image.height, max_pixels, who, name)
     return _floats(image, kind, raw, tags, max_pixels, who)
+
+
+def _check_sizes(image: Any, max_pixels: int, who: str, name: str) -> None:
+    """Check the sizes of a PIL image that is not decoded yet, and warn if only a part of it is read."""
+    tags = getattr(image, "tag_v2", {})
+    _check_pixels(image.width, image.height, max_pixels, who, name)
+    # a tile is decoded whole, however small the picture is that it belongs to
+    _check_pixels(
+        tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0), max(4 * max_pixels, 2**20), who, f"a tile of {name}"
+    )
+    _warn_of_frames(image, who, name)
 
 
 def _floats(image: Any, kind: str | None, raw: str, tags: Any, max_pixels: int, who: str) -> np.ndarray:

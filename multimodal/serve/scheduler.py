@@ -349,9 +349,9 @@ class Scheduler:
         specs = {number: job.spec for number in reading.samples if (job := jobs[number]).spec is not None}
         found: dict[int, Any] = {}
         if len(specs) < len(reading.samples):
-            hidden = {"hidden": reading.hidden} if reading.hidden else {}
             tokenizer = self.model.packer.tokenizers[pattern.writes.kind]
-            answers = head.answer(logits, reading.lengths, tokenizer, **hidden)
+            more = head.answer_inputs(reading, stream.position_TA)
+            answers = head.answer(logits, reading.lengths, tokenizer, **more)
             found |= dict(zip(reading.samples, answers, strict=True))
         if specs:
             spec = next(iter(specs.values()))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from multimodal.data import Samples, as_samples, check_samples
 from multimodal.heads import Classify, EachRow, Prediction
@@ -34,8 +35,9 @@ def evaluate(
     """How good the answers to held-out samples are: a dict of figures, which prints as a table and has the worst answers.
 
     "loss" is the mean loss of a real target in nats, "exact" the share of answers that are exactly right. A head that answers row
-    by row has "rows" too, the share of rows that are right. Further measures are those of `multimodal.measures.MEASURES` that fit
-    the answers: F1 and others of classes, error rates and others of texts, errors of numbers.
+    by row has "rows" too, the share of rows that are right, or of the groups of a `one_hot` kind, such as pixels; such a kind has
+    no further measures. These are those of `multimodal.measures.MEASURES` that fit the answers: F1 and others of classes, error
+    rates and others of texts, errors of numbers.
 
     A text is right if it equals the text of the sample, even if the tokenizer cannot represent that text. A task "a <-> b" has the
     recall at 1 and at 10 in both directions instead of "exact"; a head that hides tokens or writes features has the loss only.
@@ -113,7 +115,7 @@ def _figures(
     written, head = model.packer.answer_tokenizers[task], model.packer.head(task)
     exact, by_row = "exact" in head.measures, "rows" in head.measures
     mine = range(processes.rank, len(samples), processes.count)
-    total, count, right, right_rows = 0.0, 0, 0, 0
+    total, count, right, right_rows, known_rows = 0.0, 0, 0, 0, 0
     for start in range(0, len(mine), batch):
         part = [model.packer.completed(task, samples[i]) for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
@@ -129,17 +131,22 @@ def _figures(
             answers = model.generate(task, part, max_tokens=longest)
         else:
             loss, answers, rows = _one_pass(model, task, stream)
-            total, right_rows = total + loss, right_rows + rows
+            total += loss
+            right_rows, known_rows = right_rows + int(rows[:, 0].sum()), known_rows + int(rows[:, 1].sum())
+            if not answers:  # an answer has a class where none is known, so rows say which samples are right
+                lengths = list(stream.readings[task].lengths)
+                right += sum(bool((one[:, 0] == one[:, 1]).all()) for one in rows.split(lengths))
+                continue
         for sample, answer in zip(part, answers, strict=True):
             wanted = head.wanted(sample[pattern.answer], written)
             right += (same := _equal(answer.value, wanted))
             if answered is not None:
                 answered.add(wanted, answer, same)
     # sums and not means, because shares of the samples differ in size
-    sums = torch.tensor([total, count, right, right_rows], dtype=torch.float64)
-    total, count, right, right_rows = processes.all_reduce(sums).tolist()
+    sums = torch.tensor([total, count, right, right_rows, known_rows], dtype=torch.float64)
+    total, count, right, right_rows, known_rows = processes.all_reduce(sums).tolist()
     found = {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
-    return found | ({"rows": right_rows / max(count, 1)} if by_row else {})
+    return found | ({"rows": right_rows / max(known_rows, 1)} if by_row else {})
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -154,9 +161,9 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(same.all()) if hasattr(same, "all") else bool(same)
 
 
-def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction], int]:
-    """Sum of the losses, the answers in the order of the samples, and the number of rows that are right (0 of a head without
-    this measure), by one forward pass; for heads that do not generate."""
+def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Prediction], Tensor]:
+    """Sum of the losses, the answers in the order of the samples (none of a `one_hot` kind), and (right, known) of each row (N, 2)
+    (none of a head without the measure "rows"), by one forward pass; for heads that do not generate."""
     head, readout = model.packer.head(task), model.readout(task)
     with model.inference_mode():
         wanted_N, readings = stream.narrowed()
@@ -167,6 +174,8 @@ def _one_pass(model: Model, task: str, stream: Stream) -> tuple[float, list[Pred
         loss = float(head.state_loss(readout, state_ND, r.lengths, r.target, r.target_lengths, **inputs))
         tokenizer = model.packer.answer_tokenizers[task]
         logits = head.logits(readout, state_ND, r.lengths, **inputs)
+        rows = torch.stack(head.right_rows(logits, r.target), 1) if "rows" in head.measures else torch.zeros(0, 2)
+        if len(rows) and tokenizer.one_hot is not None:
+            return loss, [], rows
         found = head.answer(logits, r.lengths, tokenizer)
-        rows = int(head.right_rows(logits, r.target).sum()) if "rows" in head.measures else 0
     return loss, [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])], rows

@@ -110,6 +110,44 @@ class ReadWave(Wave):
     decode = mm.Tokenizer.decode
 
 
+class HotByThree(Wave):
+    """Says one_hot=3, which does not divide its 2 features."""
+
+    one_hot = 3
+
+
+class Hot(Numbers):
+    """A list of whole numbers below 10, one-hot."""
+
+    vocab_size = None
+    feature_size = 10
+    one_hot = 10
+
+    def encode(self, value):
+        tokens = super().encode(value)
+        return mm.Tokens(nn.functional.one_hot(tokens.content, 10).float(), tokens.position_NA)
+
+    def decode(self, tokens):
+        return tokens.content.argmax(-1).tolist()
+
+
+class HalfHot(Hot):
+    """Says one_hot, and gives halves."""
+
+    def encode(self, value):
+        tokens = super().encode(value)
+        return mm.Tokens(tokens.content / 2, tokens.position_NA)
+
+
+class TwiceHot(Hot):
+    """Says one_hot, and gives two ones for numbers above 4."""
+
+    def encode(self, value):
+        tokens = super().encode(value)
+        tokens.content[:, 0] += torch.tensor(value) > 4
+        return tokens
+
+
 class Text(TextBytes):
     """Bytes of a text; errors name the class that is varied."""
 
@@ -819,6 +857,14 @@ class LooksAhead(ReadWave):
 # (tokenizer, values, the check that must fail, words of its message)
 PLANTED = [
     (AnswersByNumber(), lists, "relations_as_declared", "answered gave torch.int64"),
+    (HotByThree(), waves, "one_hot_as_declared", "one_hot=3: a whole number that divides feature_size=2"),
+    (
+        HalfHot(),
+        lists,
+        "one_hot_as_declared",
+        "declares one_hot=10, but gave a group of features that is not a 1 among 0s",
+    ),
+    (TwiceHot(), lists, "one_hot_as_declared", "declares one_hot=10, but gave a group"),
     (DropsTheFirst(), waves, "every_part_counts", "begins differently"),
     (EverySecond(), lists, "every_part_counts", "begins differently"),
     (HeadAndTail(), words, "every_part_counts", "goes on differently"),

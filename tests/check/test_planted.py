@@ -49,6 +49,7 @@ HEALTHY = [
     (planted.ReadText(), planted.words),
     (planted.Kind(), planted.classes),
     (planted.Record(), planted.records),
+    (planted.Hot(), planted.lists),
 ]
 
 

@@ -13,6 +13,7 @@ from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
 from multimodal_tokenizers.points import Points
+from multimodal_tokenizers.segments import Segments
 from multimodal_tokenizers.series import Series
 from multimodal_tokenizers.spectrogram import SpectrogramPatches
 from multimodal_tokenizers.table import TableRow
@@ -37,6 +38,7 @@ __all__ = [
     "Labels",
     "Points",
     "Record",
+    "Segments",
     "Sequence",
     "Series",
     "SpectrogramPatches",

@@ -1,11 +1,12 @@
 """Brings pictures to the size that trained weights expect, as transformers and timm do: 8-bit levels are equal bit for bit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import floor
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.declare import Declared
@@ -86,8 +87,23 @@ class Fit(Declared):
         if levels:
             image_CYX = (image_CYX * 255).round_().clamp_(0, 255).to(torch.uint8)
             image_CYX = _on_white(image_CYX) if channels == 3 else image_CYX
-        given = (image_CYX.shape[1], image_CYX.shape[2])
         resize = _by_pillow if self.by == "pillow" else _by_torchvision
+        image_CYX = self._fitted(image_CYX, resize, max_pixels, who)
+        return image_CYX.float() / 255 if levels else image_CYX
+
+    def nearest(self, map_CYX: Tensor, *, max_pixels: int, who: str) -> Tensor:
+        """Numbers of the pixels of a picture (C, Y, X), as float32, of the size that the picture gets: those of the nearest pixels.
+
+        Raises:
+            MediaError: as of `read`.
+        """
+        return self._fitted(map_CYX, _by_nearest, max_pixels, who)
+
+    def _fitted(
+        self, image_CYX: Tensor, resize: Callable[[Tensor, tuple[int, int], str], Tensor], max_pixels: int, who: str
+    ) -> Tensor:
+        """Resized and cropped."""
+        given = (image_CYX.shape[1], image_CYX.shape[2])
         if self.longest is not None and (before := _by_longest(given, self.longest)) != given:
             if before[0] * before[1] > max_pixels:
                 raise MediaError(
@@ -105,7 +121,7 @@ class Fit(Declared):
             image_CYX = resize(image_CYX.contiguous(), wanted, self.filter)
         if self.crop is not None:
             image_CYX = self._centre(image_CYX, self.crop, who)
-        return image_CYX.float() / 255 if levels else image_CYX
+        return image_CYX
 
     def _resized(self, given: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns after resizing."""
@@ -137,6 +153,10 @@ def _by_longest(given: tuple[int, int], longest: int) -> tuple[int, int]:
         other = max(int(LONGEST / (columns / rows)) if wide else int(LONGEST * (columns / rows)), 1)
         longest = LONGEST
     return (other, longest) if wide else (longest, other)
+
+
+def _by_nearest(map_CYX: Tensor, size: tuple[int, int], kind: str) -> Tensor:
+    return F.interpolate(map_CYX[None], size, mode="nearest-exact")[0]
 
 
 def _by_torchvision(image_CYX: Tensor, size: tuple[int, int], kind: str) -> Tensor:

@@ -16,6 +16,10 @@ from multimodal.tokenizer import Tokenizer, Tokens
 from multimodal_tokenizers.fit import Fit
 from multimodal_tokenizers.placed import grid_positions
 
+# how pixels are resized, and numbers that must not mix
+SMOOTH: dict[str, Any] = {"mode": "bilinear", "antialias": True}
+NEAREST: dict[str, Any] = {"mode": "nearest-exact"}
+
 
 @dataclass(frozen=True)
 class ImagePatches(Tokenizer):
@@ -163,31 +167,47 @@ class ImagePatches(Tokenizer):
         """Any picture as normalised (C, Y, X) whose sides are multiples of `patch`."""
         read = read_image if self.fit is None else self.fit.read
         image_CYX = read(value, channels=self.channels, max_pixels=self.max_pixels, who="ImagePatches.encode")
+        image_CYX = self._whole(image_CYX, SMOOTH, "replicate", "ImagePatches.encode: image")
+        return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))
+
+    def fit_map(self, map_YX: Tensor, who: str) -> Tensor:
+        """Numbers (Y, X) int64 of the pixels of a picture, brought to its patches as the picture is: those of the nearest pixels,
+        and -1 where a patch reaches over the edge.
+
+        Raises:
+            MediaError: too small, or of a size that `edge` or `fit` refuses; the message begins with `who`.
+        """
+        map_CYX = map_YX[None].float()
+        if self.fit is not None:
+            map_CYX = self.fit.nearest(map_CYX, max_pixels=self.max_pixels, who=who)
+        return self._whole(map_CYX, NEAREST, "constant", f"{who}: map")[0].long()
+
+    def _whole(self, image_CYX: Tensor, filter: dict[str, Any], beyond: str, who: str) -> Tensor:
+        """Shrunk to `max_side`, and cut or padded to whole patches."""
         height, width = given = tuple(image_CYX.shape[1:])
         if min(given) < self.patch:
-            raise MediaError(
-                f"ImagePatches.encode: image is {height}x{width} pixels, smaller than one patch={self.patch}; enlarge it first"
-            )
+            raise MediaError(f"{who} is {height}x{width} pixels, smaller than one patch={self.patch}; enlarge it first")
         shrunk = ""
         if self.max_side and max(height, width) > self.max_side:
             scale = self.max_side / max(height, width)
             # no side gets smaller than one patch
             height, width = (max(round(side * scale), self.patch) for side in given)
-            image_CYX = F.interpolate(image_CYX[None], (height, width), mode="bilinear", antialias=True)[0]
+            image_CYX = F.interpolate(image_CYX[None], (height, width), **filter)[0]
             shrunk = f" ({height}x{width} after max_side={self.max_side})"
         below, beside = -height % self.patch, -width % self.patch
         if below or beside:
             if self.edge == "error":
                 raise MediaError(
-                    f"ImagePatches.encode: image is {given[0]}x{given[1]} pixels{shrunk}, which patch={self.patch} does not "
-                    "divide; resize or pad it first, or use edge='repeat'"
+                    f"{who} is {given[0]}x{given[1]} pixels{shrunk}, which patch={self.patch} does not divide; resize or pad it "
+                    "first, or use edge='repeat'"
                 )
             if self.edge == "cut":
                 rows, columns = (side // self.patch * self.patch for side in image_CYX.shape[1:])
                 image_CYX = image_CYX[:, :rows, :columns]
             else:
-                image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode="replicate")[0]
-        return (image_CYX - _per_channel(self.mean)).div_(_per_channel(self.std))
+                value = -1.0 if beyond == "constant" else None
+                image_CYX = F.pad(image_CYX[None], (0, beside, 0, below), mode=beyond, value=value)[0]
+        return image_CYX
 
     def decode(self, tokens: Tokens) -> Tensor:
         """The picture (C, Y, X) in 0..1 that these patches tile; missing patches up to the last row and column are `mean`."""
