@@ -190,7 +190,7 @@ def test_every_head_of_ours(tokenizers, lively, sample, tmp_path, name, to):
     head, task, wanted = EACH[name]
     given = {**sample(3), "copy": sample(3)["text"], "part": sample(3)["text"][:1], "drawn": torch.rand(8, 8).numpy()}
     given["chat"] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": given["text"]}]
-    kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8)), "chat": Chat(text="text")}
+    kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8)), "chat": Chat(words="text")}
     model = lively(mm.Model(kinds, CORE.replace(depth=1), [mm.Task(task, head)]))
     small = mm.quantize(model, to)
     made = {n for n, m in small.readout(task).named_modules() if isinstance(m, QuantizedLinear)}

@@ -46,7 +46,7 @@ def test_a_file_that_is_cut_short_is_no_shorter_clip(ending, codec, pixels, tmp_
     assert len(seen(whole)) == 12
     for share in (0.95, 0.7, 0.4):
         (tmp_path / "clip").write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(mm.MediaError, match=r"clip' as moving pictures: this .* file is cut short; get it again"):
+        with pytest.raises(mm.MediaError, match=r"clip' as a video: this .* file is cut short; get it again"):
             seen(tmp_path / "clip")
 
 
@@ -67,7 +67,7 @@ def test_the_cover_of_a_sound_is_no_clip():
         for track, frame in ((sound, wave), (cover, image)):
             out.mux(track.encode(frame))
             out.mux(track.encode(None))
-    with pytest.raises(mm.MediaError, match="is MP4 without moving pictures"):
+    with pytest.raises(mm.MediaError, match="is MP4 without a video track"):
         seen(data.getvalue())
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 import multimodal as mm
-from multimodal.check import verify
+from multimodal.check import tokenizer_checks, verify
 from multimodal.serve.errors import ApiError
 from multimodal.serve.settings import Settings
 from multimodal.serve.values import encoded
@@ -249,3 +249,12 @@ def test_what_cannot_be_declared_is_refused(model):
         model.predict(TASK, turns=CHATS[0])
     with pytest.raises(mm.TaskError, match="the sample has no field 'text'"):
         model.pack(TASK, [{"turns": CHATS[0][:1]}])
+
+
+def test_its_fields_are_none_of_the_contract():
+    """A field called text, the name of a kind, would say that its values are texts."""
+    values = [[{"role": "user", "content": text}] for text in ("ab", "c")]
+    (check,) = [
+        check for check in tokenizer_checks(Chat().bind({"text": TextBytes()}), values) if str(check) == "declared"
+    ]
+    check()

@@ -28,7 +28,7 @@ class Chat(Composite):
     Markers are the text kind's own tokens where it has them ("<|im_end|>"), and a content cannot hold one: its tokenizer reads
     it as plain characters, or where it cannot tell them apart the turn is refused.
 
-    text: the name of the text kind. image, audio: those of the kinds for pictures and sounds; None: there are none.
+    words: the name of the text kind. image, audio: those of the kinds for pictures and sounds; None: there are none.
     before, after: the template: what stands before and after each turn. `CHATML`, `LLAMA3` and `GEMMA` are pairs of them.
     begin: what stands before the first turn, such as "<|begin_of_text|>".
     roles: the roles that a turn may have. answers: the role of those turns that a head learns and writes.
@@ -44,7 +44,7 @@ class Chat(Composite):
         2
     """
 
-    text: str = "text"
+    words: str = "text"
     image: str | None = None
     audio: str | None = None
     before: str = CHATML[0]
@@ -71,9 +71,9 @@ class Chat(Composite):
                     f"Chat: names has ({role!r}, {name!r}), wanted one of roles={self.roles} and a text"
                     f"{did_you_mean(str(role), self.roles)}"
                 )
-        for name in ("text", "image", "audio"):
+        for name in ("words", "image", "audio"):
             kind = getattr(self, name)
-            if not isinstance(kind, str) and (kind is not None or name == "text"):
+            if not isinstance(kind, str) and (kind is not None or name == "words"):
                 raise ConfigError(
                     f"Chat: {name}={describe(kind)}: give the name of a kind of the model, whose tokenizer reads these parts"
                 )
@@ -97,7 +97,7 @@ class Chat(Composite):
     def parts(self) -> dict[str, Tokenizer | str]:
         # two parts of one kind: the texts that are read only, and those of the assistant
         media = {name: kind for name, kind in (("image", self.image), ("audio", self.audio)) if kind is not None}
-        return {"text": self.text, "said": self.text, **media}
+        return {"text": self.words, "said": self.words, **media}
 
     def opened(self, role: str) -> str:
         """What stands before a turn of this role."""

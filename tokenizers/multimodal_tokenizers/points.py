@@ -215,7 +215,7 @@ def _from_file(value: Any, dims: int, who: str) -> np.ndarray:
         data = file.read(3)
         data = data + file.read() if data == b"ply" else b""
     if not data:
-        raise MediaError(f"{who}: {name} is no .ply file of points; of other files give the array")
+        raise MediaError(f"{who}: {name} is no .ply file; of other files give the array of points")
     plyfile = _plyfile(who)
     try:
         vertex = plyfile.PlyData.read(BytesIO(data))["vertex"]
