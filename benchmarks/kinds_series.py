@@ -55,7 +55,8 @@ class Noisy:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         series, label = self.part[0][index], self.part[1][index]
-        return {"series": series + self.noise * series.std(0) * np.random.standard_normal(series.shape), "label": label}
+        noise = script.random().standard_normal(series.shape)
+        return {"series": series + self.noise * series.std(0) * noise, "label": label}
 
 
 def rocket(series: Sequence[np.ndarray], seed: int) -> np.ndarray:

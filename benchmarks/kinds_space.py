@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 import multimodal as mm
 from benchmarks import report, script
@@ -83,8 +82,7 @@ class Moved:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # PyTorch's generator is the one that a run repeats
-        random = np.random.default_rng(int(torch.randint(2**31, ())))
+        random = script.random()
         angle, stretch = random.uniform(-0.2, 0.2), 1 + random.uniform(-0.1, 0.1, 2)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         cloud = self.rows[index]["points"].copy()
