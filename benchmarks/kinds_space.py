@@ -7,7 +7,8 @@ motion: a digit of scikit-learn's set moves through a noisy frame in one of eigh
 side comes back on the other, so that its place says nothing. The control reads the last frame of each clip alone.
 points: the 8 x 8 digits as clouds, a point with its ink for each pixel that has some, in no order; beside nearest neighbours and
 logistic regression on the pixels. vqa: easy-VQA's training part, of whose 4,000 pictures 800 are held
-out with their questions; beside the question alone. --write writes the table to benchmarks/results/kinds_space.md.
+out with their questions; beside the question alone. --write writes a table for each to
+benchmarks/results.
 """
 
 import functools
@@ -175,7 +176,11 @@ def vqa(seed: int, tune: bool) -> dict[str, float]:
     return {name: float(share) for name, share in found.items()}
 
 
-ROWS: dict[str, Callable[[int, bool], dict[str, float]]] = {"motion": motion, "points": points, "vqa": vqa}
+ROWS: dict[str, tuple[str, Callable[[int, bool], dict[str, float]]]] = {
+    "motion": ("Clips of moving digits: which of eight directions", motion),
+    "points": ("Digits as clouds of points", points),
+    "vqa": ("Questions about pictures", vqa),
+}
 
 
 def main() -> None:
@@ -183,19 +188,18 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=tuple(ROWS), default=tuple(ROWS))
     options.add_argument("--tune", action="store_true", help="hold out a part of the training data, and test nothing")
     args = script.parsed(options)
-    lines = []
     for row in args.only:
+        title, run = ROWS[row]
+        found: dict[str, list[float]] = {}
         with script.cpu_time(f"{row}:"):
-            found = [ROWS[row](seed, args.tune) for seed in args.seeds]
-        for name in found[0]:
-            shares = [one[name] for one in found]
-            lines.append([row, name, ", ".join(f"{100 * x:.2f}" for x in shares), f"{np.mean(shares):.2%}"])
-    table = script.table(["", "", f"seeds {', '.join(map(str, args.seeds))}", "mean"], lines)
-    print(table)
-    if args.write:
-        report.keep(
-            "kinds_space", "Clips, points, pictures with questions", "uv run benchmarks/kinds_space.py --write", table
-        )
+            for seed in args.seeds:
+                for name, share in run(seed, args.tune).items():
+                    found.setdefault(name, []).append(share)
+        lines = [[name, *(f"{x:.2%}" for x in shares), f"{np.mean(shares):.2%}"] for name, shares in found.items()]
+        body = script.table(["right", *(f"seed {seed}" for seed in args.seeds), "mean"], lines)
+        print(f"{row}\n{body}", flush=True)
+        if args.write and not args.tune:
+            report.keep(f"kinds_{row}", title, f"uv run benchmarks/kinds_space.py --only {row} --write", body)
 
 
 if __name__ == "__main__":
