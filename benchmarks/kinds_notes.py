@@ -1,7 +1,7 @@
 """Chorales that are written, nodes of graphs and words that are tagged, each beside what people use for it.
 
-    uv run benchmarks/kinds_notes.py [--only chorales nodes words] [--seeds 0 1 2] [--write]
-    uv run benchmarks/kinds_notes.py --tune [--only ..]                              on a part of the training data alone
+    uv run benchmarks/kinds_notes.py [--only chorales nodes words] [--seeds 0 1 2] [--write]    about 14 CPU-minutes on one thread
+    uv run benchmarks/kinds_notes.py --tune [--only ..]                                       on a part of the training data alone
 
 chorales: the first 32 beats of Bach's chorales in four voices, as the package music21 ships them (pip install music21; without
 it the row is skipped), in nats a note, beside an n-gram of the same tokens with backoff (Witten & Bell 1991). Both learn from

@@ -1,6 +1,6 @@
 """Rows of tables beside logistic regression and gradient boosting, on the same splits, in the same run.
 
-    uv run benchmarks/kinds_tabular.py [--only wine] [--seeds 0 1 2] [--write]      about 2 CPU-minutes on one thread
+    uv run benchmarks/kinds_tabular.py [--only wine] [--seeds 0 1 2] [--write]      about 1 CPU-minute on one thread
     uv run benchmarks/kinds_tabular.py --tune [--only wine]                         cross-validation on rows of no test part
 
 Breast cancer and wine come with scikit-learn. Two sets have categories and missing values: the penguins and the voters of Chile's
