@@ -35,6 +35,14 @@ def parsed(options: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def random() -> Any:
+    """A generator of NumPy that is seeded by PyTorch's, the one that a run repeats: for samples that change each time."""
+    import numpy as np
+    import torch
+
+    return np.random.default_rng(int(torch.randint(2**31, ())))
+
+
 @contextmanager
 def cpu_time(what: str) -> Iterator[None]:
     """Prints the CPU-minutes of a block behind `what`."""
