@@ -424,6 +424,16 @@ def check_module_name(where: str, name: Any) -> None:
 MARKS = "_marks"
 
 
+def named_kinds(tokenizer: Tokenizer) -> dict[str, Tokenizer]:
+    """The kinds that parts of a composite name, by name, as `bind` gave them."""
+    found: dict[str, Tokenizer] = {}
+    if isinstance(tokenizer, Composite):
+        for name, part in tokenizer.resolved().items():
+            given = tokenizer.parts[name]
+            found |= {**named_kinds(part), **({given: part} if isinstance(given, str) else {})}
+    return found
+
+
 class PartEmbeds(nn.ModuleDict):
     """The embeddings of a composite's own parts by name; called itself, it embeds the marks.
 

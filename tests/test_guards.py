@@ -511,6 +511,7 @@ ALLOWED = {
     ("multimodal.declare", "import_module"): "modules of the framework, from a list of its own",
     ("multimodal.old_names", "import_module"): "the same",
     ("multimodal.media.sources", "import_module"): "optional packages, under fixed names",
+    ("multimodal.measures.evaluation", "find_spec"): "whether optional libraries are there, under fixed names",
     ("multimodal.export.formats", "import_module"): "optional libraries, under fixed names",
     ("multimodal.model", "import_module"): "multimodal.pretrained, .export and .publish, under fixed names",
     ("multimodal.pretrained.gate", "import_module"): "transformers, under a fixed name",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from multimodal.check.measure import TOLERANCE, allowed, difference
 from multimodal.check.report import IMPORTS_MAY_CHANGE, changed, check_given, preserved_settings, settings, want
-from multimodal.composite import Composed
+from multimodal.composite import Composed, Composite, named_kinds
 from multimodal.core import Core
 from multimodal.heads import Head, Masked, Pointer
 from multimodal.model import Model
@@ -133,7 +133,14 @@ class TokenizerCase:
     @property
     def addition(self) -> dict[str, Any]:
         """What `Model.extended` adds to a model that knows only signals and answers."""
-        return {"tokenizers": {"value": self.tokenizer}, "tasks": [self.task, "signal value -> answer"]}
+        kinds = {"value": self.tokenizer, **named_kinds(self.tokenizer)}
+        return {"tokenizers": kinds, "tasks": [self.task, "signal value -> answer"]}
+
+    def embed(self, width: int = CORE.width) -> nn.Module:
+        """A module that embeds this kind; of a composite also the parts that a model embeds by the kinds they name."""
+        module = self.tokenizer.embed(width)
+        _complete(module, self.tokenizer, width)
+        return module
 
     def model(self) -> Model:
         return perturbed(self.plain_model().extended(**self.addition))
@@ -143,6 +150,8 @@ class TokenizerCase:
         return plain_model(self.tokenizer.axes)
 
     def check_same(self, again: Tokenizer, how: str) -> None:
+        if isinstance(again, Composite):  # which kinds its parts name is the model's to say
+            again = again.bind(named_kinds(self.tokenizer))
         for value, tokens in zip(self.values, self.tokens, strict=True):
             want(equal_tokens(again.encode(value), tokens), f"{describe(value)} gives other tokens {how}")
 
@@ -195,6 +204,16 @@ class HeadCase:
 
     def check_same(self, again: Head, how: str) -> None:
         want(again.vocab(self.tokenizer) == self.head.vocab(self.tokenizer), f"the head has another vocabulary {how}")
+
+
+def _complete(module: Any, tokenizer: Tokenizer, width: int) -> None:
+    """Add the modules of parts that name kinds, which `Composite.embed` leaves to the model."""
+    if not isinstance(tokenizer, Composite):
+        return
+    for name, part in tokenizer.resolved().items():
+        if isinstance(tokenizer.parts[name], str):
+            module[name] = part.embed(width)
+        _complete(module[name], part, width)
 
 
 def copied(tokens: Any) -> Any:

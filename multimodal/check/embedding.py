@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from multimodal.check.cases import CORE, TokenizerCase, close_tokens, perturbed
+from multimodal.check.cases import TokenizerCase, close_tokens, perturbed
 from multimodal.check.report import Check, ConformanceError, promise, want
 from multimodal.check.tokenizers import embedded
 from multimodal.composite import Composite
@@ -23,13 +23,13 @@ SMALLEST, LARGEST = 1e-6, 1e3  # root mean square of embedded rows, between whic
 
 def _kept(case: TokenizerCase) -> bool:
     """Whether each row depends on its own content only, so that any rows may be embedded."""
-    return not getattr(case.tokenizer.embed(CORE.width), "reads_places", False)
+    return not getattr(case.embed(), "reads_places", False)
 
 
 @promise(CHECKS, basic=True)
 def embed_pure(case: TokenizerCase) -> None:
     """Embedding changes nothing in the content that it is given, and gives the same rows each time."""
-    embed, content = case.tokenizer.embed(CORE.width), case.tokens[0].content
+    embed, content = case.embed(), case.tokens[0].content
     for module in (embed.train(), embed.eval()):
         given = content.clone()
         with torch.no_grad():
@@ -47,7 +47,7 @@ def embed_pure(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def embed_reads_all(case: TokenizerCase) -> None:
     """Every feature changed changes a row; every id of the vocabulary has a row of its own."""
-    t, embed, content = case.tokenizer, perturbed(case.tokenizer.embed(CORE.width)), case.tokens[0].content
+    t, embed, content = case.tokenizer, perturbed(case.embed()), case.tokens[0].content
     if isinstance(t, Composite):
         raise unittest.SkipTest(PARTS)
     if isinstance(t, Tower):
@@ -82,7 +82,7 @@ def embed_by_seed(case: TokenizerCase) -> None:
 
     def made(seed: int) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(seed)
-        return case.tokenizer.embed(CORE.width), torch.rand(1)
+        return case.embed(), torch.rand(1)
 
     (first, then), (again, _), (_, later) = made(1), made(1), made(2)
     own = {p.data_ptr() for p in first.parameters() if p.numel()}
@@ -104,7 +104,7 @@ def embed_by_seed(case: TokenizerCase) -> None:
 def embed_scale(case: TokenizerCase) -> None:
     """Embedded rows are of a size that a core can train on: neither thousands, as of raw samples or dates, nor almost nothing."""
     with torch.no_grad():
-        rows = embedded(case, case.tokenizer.embed(CORE.width), case.tokens)
+        rows = embedded(case, case.embed(), case.tokens)
     size = float(rows.double().square().mean().sqrt())
     largest = (
         ""
@@ -122,7 +122,7 @@ def embed_moves(case: TokenizerCase) -> None:
     """The module that embed makes runs in bfloat16, and on any device: its forward makes no tensors in float32 or on the CPU."""
     if isinstance(case.tokenizer, Composite):
         raise unittest.SkipTest(PARTS)
-    content, made = case.tokens[0].content, case.tokenizer.embed(CORE.width).eval()
+    content, made = case.tokens[0].content, case.embed().eval()
     full = getattr(made, "full_precision", False)
     half = content if full or not content.is_floating_point() else content.bfloat16()
     with torch.no_grad():
@@ -182,7 +182,7 @@ def embed_causal(case: TokenizerCase) -> None:
     """Where the kind is causal, the rows of the first tokens of a value do not depend on its later ones."""
     if not case.tokenizer.causal or _kept(case):
         return
-    embed = case.tokenizer.embed(CORE.width).eval()
+    embed = case.embed().eval()
     for value, tokens in zip(case.values, case.tokens, strict=True):
         if (half := len(tokens) // 2) == 0:
             continue

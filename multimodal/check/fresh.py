@@ -26,6 +26,7 @@ import torch
 
 from multimodal.check import report
 from multimodal.check.report import CheckedAgain, ConformanceError
+from multimodal.composite import Composite, named_kinds
 from multimodal.declare import alias, declaration, part_types, rebuild
 from multimodal.tokenizer import Tokenizer, Tokens
 
@@ -93,12 +94,13 @@ def _seed() -> int:
 
 def _job(tokenizer: Tokenizer, values: Sequence[Any]) -> dict[str, Any]:
     try:
-        data = json.loads(json.dumps(declaration(tokenizer)))
-        files = tokenizer.files()
+        # a composite's parts may name kinds of a model: they go with it
+        kinds = {"": tokenizer, **named_kinds(tokenizer)}
+        sent_kinds = {name: (json.loads(json.dumps(declaration(kind))), kind.files()) for name, kind in kinds.items()}
     except Exception as error:
         raise CannotAsk(f"its configuration cannot be sent to another process: {error}") from None
     modules = {}
-    for name in sorted(part_types(data)):
+    for name in sorted({name for data, _ in sent_kinds.values() for name in part_types(data)}):
         module, _, inside = name.partition(":")
         file = getattr(sys.modules.get(module), "__file__", None)
         if "<locals>" in inside:
@@ -116,8 +118,7 @@ def _job(tokenizer: Tokenizer, values: Sequence[Any]) -> dict[str, Any]:
         "home": os.getcwd(),
         "modules": modules,
         "package": spec.parent if spec else None,
-        "declaration": data,
-        "files": files,
+        "kinds": sent_kinds,
         "values": sent,
     }
 
@@ -211,7 +212,9 @@ def _encoded(job: dict[str, Any]) -> Iterator[Any]:
     try:
         for name, file in job["modules"].items():
             _import(name, file, job["package"])
-        tokenizer = rebuild(job["declaration"], job["files"])
+        kinds = {name: rebuild(data, files) for name, (data, files) in job["kinds"].items()}
+        tokenizer = kinds.pop("")
+        tokenizer = tokenizer.bind(kinds) if isinstance(tokenizer, Composite) else tokenizer
         values = [pickle.loads(value) for value in job["values"]]
     except Exception as error:
         raise CannotAsk(f"another process cannot import it: {type(error).__name__}: {error}") from None

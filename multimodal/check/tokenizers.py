@@ -90,7 +90,10 @@ def places_differ(case: TokenizerCase) -> None:
     """No two tokens of a value stand at the same place."""
     for value, tokens in zip(case.values, case.tokens, strict=True):
         count = len(tokens.position_NA.unique(dim=0))
-        want(count == len(tokens), f"the {len(tokens)} tokens of {describe(value)} stand at {count} places")
+        want(
+            count == len(tokens),
+            f"the {len(tokens)} tokens of {describe(value)} stand at {count} places; self.places(n) gives n of them",
+        )
 
 
 @promise(CHECKS)
@@ -436,7 +439,7 @@ def _embedded_parts(composite: Composite, module: nn.Module, values: Sequence[To
 def embed_rows(case: TokenizerCase) -> None:
     """The module that embed makes gives one row of the wanted width for every token."""
     for width in (CORE.width, 2 * CORE.width):
-        rows = embedded(case, case.tokenizer.embed(width), case.tokens[:1])
+        rows = embedded(case, case.embed(width), case.tokens[:1])
         wanted = (len(case.tokens[0]), width)
         want(
             tuple(rows.shape) == wanted and rows.is_floating_point(),
@@ -449,7 +452,7 @@ def embed_any_numbers(case: TokenizerCase) -> None:
     """The module that embed makes takes numbers that encode never gives, such as the half of them: a model writes those too."""
     if case.tokenizer.vocab_size is not None or isinstance(case.tokenizer, Composite):
         return  # of ids there are no others; the parts of a composite are checked by themselves
-    embed, content = case.tokenizer.embed(CORE.width).eval(), case.tokens[0].content
+    embed, content = case.embed().eval(), case.tokens[0].content
     for name, x in (("half of", content * 0.5), ("minus", -content), ("a little above", content + 0.25)):
         try:
             rows = embedded(case, embed, case.tokens[:1], x)
@@ -464,7 +467,7 @@ def embed_any_numbers(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def embed_by_token(case: TokenizerCase) -> None:
     """All values embedded by one call give the rows that one call for each gives."""
-    embed = case.tokenizer.embed(CORE.width).eval()
+    embed = case.embed().eval()
     with torch.no_grad():
         alone = [embedded(case, embed, [tokens]) for tokens in case.tokens]
         check_close(embedded(case, embed, case.tokens), torch.cat(alone), "one call and many")
@@ -473,7 +476,7 @@ def embed_by_token(case: TokenizerCase) -> None:
 @promise(CHECKS)
 def embed_learns(case: TokenizerCase) -> None:
     """A gradient reaches every parameter of the module that embed makes."""
-    embed = case.tokenizer.embed(CORE.width)
+    embed = case.embed()
     rows = embedded(case, embed, case.tokens)
     (rows * torch.randn_like(rows)).sum().backward()
     check_gradients(embed)

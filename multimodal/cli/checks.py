@@ -40,6 +40,7 @@ def check(
     value: Annotated[list[str] | None, Parameter(negative="")] = None,
     values: str | None = None,
     column: str | None = None,
+    kinds: Annotated[list[str] | None, Parameter(name="--kind", negative="")] = None,
 ) -> int:
     """Check by name that a tokenizer keeps every promise of the contract. Exit code 1: it does not.
 
@@ -48,6 +49,8 @@ def check(
     Example: multimodal check sensor.py:Sensor --config '{"rate_hz": 100}' --value walk.npy --value run.npy
 
     Example: multimodal check notes.py:Notes --values melodies/
+
+    Example: multimodal check talk.py:Talk --kind text=multimodal_tokenizers:TextBytes --values talks.jsonl
 
     Parameters
     ----------
@@ -62,11 +65,13 @@ def check(
         Real values: a folder, each file of which is one, or the rows of a .csv, .tsv, .jsonl or .parquet file. Says which fail.
     column
         Of a table of --values: the column that holds the values; its only one or the whole row unless given.
+    kinds
+        A kind that parts of a composite name, as NAME=module:Class. Repeat it for more.
     """
     from multimodal.check import check_tokenizer, plausible_values
     from multimodal.shapes import ConfigError
 
-    made = make_tokenizer(tokenizer, config)
+    made = _bound(make_tokenizer(tokenizer, config), kinds or [])
     if values is not None:
         if value:
             raise ConfigError(f"check: --value {value[0]} and --values {values}: give one of them")
@@ -82,6 +87,28 @@ def check(
     report = check_tokenizer(made, given, raises=False)
     print(report)
     return 1 if report.failed else 0
+
+
+def _bound(made: "Tokenizer", kinds: list[str]) -> "Tokenizer":
+    """The tokenizer, whose parts may name these kinds if it is a composite."""
+    from multimodal.composite import Composite
+    from multimodal.shapes import ConfigError
+
+    named = {}
+    for text in kinds:
+        name, equals, tokenizer = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--kind {text}: wanted NAME=module:Class, such as text=multimodal_tokenizers:TextBytes")
+        named[name] = make_tokenizer(tokenizer, "{}")
+    if isinstance(made, Composite):
+        try:
+            return made.bind(named)
+        except ConfigError as error:
+            hint = "; give it, as --kind text=multimodal_tokenizers:TextBytes" if "names the kind" in str(error) else ""
+            raise ConfigError(f"{error}{hint}") from None
+    if kinds:
+        raise ConfigError(f"--kind {kinds[0]}: {type(made).__name__} has no parts that could name a kind")
+    return made
 
 
 def _check_values(made: "Tokenizer", source: str, column: str | None) -> int:

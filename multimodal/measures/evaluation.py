@@ -1,10 +1,10 @@
 """What `evaluate` returns: figures by name, with intervals, the worst samples, and a report in text, JSON, a picture and a page."""
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ _OF_HEADS = {
 
 
 def _is_there(measure: Measure) -> bool:
-    return not measure.needs or find_spec(MODULES[measure.needs]) is not None
+    return not measure.needs or importlib.util.find_spec(MODULES[measure.needs]) is not None
 
 
 def _install(measure: Measure) -> str:

@@ -4,25 +4,37 @@ import io
 import math
 from collections import Counter
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from multimodal.measures.answered import Answered
 from multimodal.measures.named import calibration_bins, edits
 from multimodal.notebook import data_url, html_page
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, describe
 from multimodal.value_files import file_of
 
-if TYPE_CHECKING:
-    from multimodal.measures.evaluation import Evaluation
-
 MOST_NAMED = 40  # classes whose names fit beside the matrix
 MOST_PAIRS, MOST_LETTERS = 12, 1000
 MEDIA = {".png": "image/png", ".wav": "audio/wav"}
 
 
-def confusion(evaluation: "Evaluation") -> np.ndarray:
+class Measured(Protocol):
+    """What a report needs of an `Evaluation`."""
+
+    task: str
+    figures: dict[str, Any]
+    answered: Answered
+    sort: str
+    left_out: dict[str, str]
+    samples: Any
+    fields: dict[str, Tokenizer]
+
+    def worst(self, count: int = 24) -> list[int]: ...
+
+
+def confusion(evaluation: Measured) -> np.ndarray:
     """(C, C): number of samples of each wanted class that got each answer; only of tasks with one class a sample."""
     answered = evaluation.answered
     number = {name: i for i, name in enumerate(answered.names)}
@@ -32,7 +44,7 @@ def confusion(evaluation: "Evaluation") -> np.ndarray:
     return found
 
 
-def draw(evaluation: "Evaluation") -> bytes | None:
+def draw(evaluation: Measured) -> bytes | None:
     """A PNG: of classes the confusion and how far confidence can be trusted, of texts the error rates, of numbers answers by what
     was wanted; None: there is no picture of other answers."""
     from matplotlib.figure import Figure
@@ -67,7 +79,7 @@ def draw(evaluation: "Evaluation") -> bytes | None:
     return data.getvalue()
 
 
-def _draw_confusion(evaluation: "Evaluation", figure: Any, axes: Any) -> None:
+def _draw_confusion(evaluation: Measured, figure: Any, axes: Any) -> None:
     count = confusion(evaluation)
     share = count / np.maximum(count.sum(1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -85,7 +97,7 @@ def _draw_confusion(evaluation: "Evaluation", figure: Any, axes: Any) -> None:
                 )
 
 
-def _draw_confidence(evaluation: "Evaluation", axes: Any) -> None:
+def _draw_confidence(evaluation: Measured, axes: Any) -> None:
     answered = evaluation.answered
     bins = calibration_bins(np.column_stack([answered.classes, answered.probability]))
     size = [max(12.0, 300 * math.sqrt(count / len(answered))) for count, _, _ in bins]
@@ -96,7 +108,7 @@ def _draw_confidence(evaluation: "Evaluation", axes: Any) -> None:
     axes.grid(alpha=0.3)
 
 
-def page(evaluation: "Evaluation", picture: bytes | None) -> str:
+def page(evaluation: Measured, picture: bytes | None) -> str:
     """The report as HTML."""
     answered = evaluation.answered
     title = escape(evaluation.task)
@@ -120,7 +132,7 @@ def page(evaluation: "Evaluation", picture: bytes | None) -> str:
     return html_page(f"evaluation of {title}", "\n".join(part for part in parts if part))
 
 
-def figures_table(evaluation: "Evaluation") -> str:
+def figures_table(evaluation: Measured) -> str:
     """The figures as a table in HTML."""
     rows = [
         f'<tr><td>{escape(name)}</td><td>{escape(str(figure))}</td><td class="left">{escape(figure.says)}</td></tr>'
@@ -135,7 +147,7 @@ def figures_table(evaluation: "Evaluation") -> str:
     return f"<table>{''.join(rows)}</table>{note}"
 
 
-def _confused(evaluation: "Evaluation") -> str:
+def _confused(evaluation: Measured) -> str:
     answered = evaluation.answered
     pairs = Counter((a, b) for a, b in zip(answered.wanted, answered.value, strict=True) if a != b).most_common(
         MOST_PAIRS
@@ -149,7 +161,7 @@ def _confused(evaluation: "Evaluation") -> str:
     return f'<h2>Most often confused</h2><table><tr><th>wanted</th><th class="left">answered</th><th>times</th></tr>{rows}</table>'
 
 
-def _card(evaluation: "Evaluation", i: int) -> str:
+def _card(evaluation: Measured, i: int) -> str:
     answered = evaluation.answered
     fields = "".join(_shown(name, tokenizer, evaluation.samples[i]) for name, tokenizer in evaluation.fields.items())
     wanted, told = (escape(shortened(str(x), MOST_LETTERS)) for x in (answered.wanted[i], answered.value[i]))

@@ -825,6 +825,20 @@ def test_check_passes_for_ours_and_for_a_file(say) -> None:
 
 
 @pytest.mark.slow
+def test_check_takes_the_kinds_that_parts_name(say, refused, home) -> None:
+    talks = [[{"role": "user", "content": text}] for text in ("ab", "c", "def")]
+    (home / "talks.jsonl").write_text("".join(json.dumps({"turns": talk}) + "\n" for talk in talks))
+    arguments = ("check", "multimodal_tokenizers:Chat", "--values", "talks.jsonl", "--column", "turns")
+    code, out, err = say(*arguments, "--kind", "text=multimodal_tokenizers:TextBytes")
+    assert code == 0, out + err
+    assert "give it, as --kind text=multimodal_tokenizers:TextBytes" in refused(*arguments)
+    assert "wanted NAME=module:Class" in refused(*arguments, "--kind", "text")
+    labels = ("check", "multimodal_tokenizers:Labels", "--config", '{"names": ["a", "b"]}')
+    assert "Labels has no parts that could name a kind" in refused(
+        *labels, "--kind", "a=multimodal_tokenizers:TextBytes"
+    )
+
+
 def test_check_fails_by_name(say, home) -> None:
     (home / "early.py").write_text(
         "from dataclasses import dataclass\nimport torch\nfrom multimodal import Tokenizer, Tokens, at_times\n\n"

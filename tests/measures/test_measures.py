@@ -226,7 +226,7 @@ def test_measures_that_are_not_there(model, measures, message):
 
 
 def test_what_a_missing_library_leaves_out_is_said(model, monkeypatch):
-    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
     found = mm.evaluate(model, TASK, samples(9, 0))
     assert "F1" not in found
     assert "calibration error" in found

@@ -251,10 +251,14 @@ def test_what_cannot_be_declared_is_refused(model):
         model.pack(TASK, [{"turns": CHATS[0][:1]}])
 
 
-def test_its_fields_are_none_of_the_contract():
-    """A field called text, the name of a kind, would say that its values are texts."""
-    values = [[{"role": "user", "content": text}] for text in ("ab", "c")]
-    (check,) = [
-        check for check in tokenizer_checks(Chat().bind({"text": TextBytes()}), values) if str(check) == "declared"
-    ]
+BOUND = Chat().bind({"text": TextBytes(causal=True)})
+TALKS = [
+    [{"role": "user", "content": "ab"}],
+    [{"role": "user", "content": "c"}, {"role": "assistant", "content": "ddd"}, {"role": "user", "content": "e"}],
+    [{"role": "system", "content": "xyz"}],
+]
+
+
+@pytest.mark.parametrize("check", tokenizer_checks(BOUND, TALKS), ids=str)
+def test_conformance(check):
     check()

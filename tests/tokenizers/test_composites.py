@@ -85,6 +85,8 @@ CONVOLVED_VALUES = [
     {"again": [[[3, 2], [1, 0]]]},
 ]
 EXPECTED = {Written: {"wrong_type_refused": "its errors name the composite, which is what users know"}}
+NAMING = Record(figure=Record(name="text", kind=Labels(("u", "v"))), caption="text").bind({"text": TextBytes()})
+NAMING_VALUES = [{"figure": {"name": a, "kind": b}, "caption": c} for a, b, c in (("ab", "u", "cde"), ("z", "v", "c"))]
 CHECKED = [
     (PAGE, PAGES),
     (ROW, ROWS),
@@ -92,6 +94,7 @@ CHECKED = [
     (Sequence(of=TextBytes(), causal=True), [["ab", "c"], ["a", "bc"], ["abc"]]),
     (NOTES, PLAYED),
     (CONVOLVED, CONVOLVED_VALUES),
+    (NAMING, NAMING_VALUES),
 ]
 LONG = "nothing_lost"  # of lists it encodes many lists of 1,500 elements, for which one composite is enough
 
