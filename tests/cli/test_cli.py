@@ -824,9 +824,11 @@ def test_check_passes_for_ours_and_for_a_file(say) -> None:
     assert "packed_is_alone" in out
 
 
-@pytest.mark.slow
 def test_check_takes_the_kinds_that_parts_name(say, refused, home) -> None:
-    talks = [[{"role": "user", "content": text}] for text in ("ab", "c", "def")]
+    talks = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in ("ab", "c", "def")
+    ]
+    talks = [[*talk, {"role": "user", "content": "x"}] for talk in talks]
     (home / "talks.jsonl").write_text("".join(json.dumps({"turns": talk}) + "\n" for talk in talks))
     arguments = ("check", "multimodal_tokenizers:Chat", "--values", "talks.jsonl", "--column", "turns")
     code, out, err = say(*arguments, "--kind", "text=multimodal_tokenizers:TextBytes")
@@ -839,6 +841,7 @@ def test_check_takes_the_kinds_that_parts_name(say, refused, home) -> None:
     )
 
 
+@pytest.mark.slow
 def test_check_fails_by_name(say, home) -> None:
     (home / "early.py").write_text(
         "from dataclasses import dataclass\nimport torch\nfrom multimodal import Tokenizer, Tokens, at_times\n\n"
