@@ -21,10 +21,7 @@ from multimodal.texts import as_json
 from multimodal.tokenizer import Tokenizer
 
 SURE = 0.95  # of an interval
-SECONDS, FEWEST = (
-    10.0,
-    40,
-)  # a measure whose samples are drawn again fewer times than this in so many seconds has no interval
+SECONDS, FEWEST = 10.0, 40  # a measure that is drawn again fewer times in so many seconds has no interval
 Measures = Sequence[str | Callable[[Sequence[Any], Sequence[Any]], float]]
 
 
@@ -58,7 +55,7 @@ class Evaluation(dict[str, float]):
     sort: what the answers are: "class", "classes", "rows", "texts", "numbers" or "others".
     left_out: by name of a measure, what to install for it.
     samples: the samples, by number.
-    fields: the tokenizers of the fields that are read, by name.
+    fields: by name of a field that is read, its tokenizer, and whether it takes a list of values.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class Evaluation(dict[str, float]):
         sort: str,
         left_out: Mapping[str, str],
         samples: Any,
-        fields: Mapping[str, Tokenizer],
+        fields: Mapping[str, tuple[Tokenizer, bool]],
     ) -> None:
         super().__init__({name: figure.value for name, figure in figures.items()})
         self.task, self.answered, self.sort, self.samples = task, answered, sort, samples
@@ -128,7 +125,7 @@ def measured(
     measures: Measures | None,
     resamples: int,
     samples: Any,
-    fields: Mapping[str, Tokenizer],
+    fields: Mapping[str, tuple[Tokenizer, bool]],
     quiet: bool = True,
 ) -> Evaluation:
     """The figures `found` of a task, those of `measures` (None: all that fit these answers), and their intervals.
@@ -137,7 +134,7 @@ def measured(
         ConfigError: an unknown measure, one of other answers, or one whose package is not installed; resamples below 0.
     """
     check_whole("evaluate", least=0, resamples=resamples)
-    figures = {name: Figure(value, *_OF_HEADS.get(name, ("", "value"))) for name, value in found.items()}
+    figures = {name: Figure(value, *_OF_HEADS[name]) for name, value in found.items()}
     offered = {measure.name: measure for measure in named(answered, sort)} if len(answered) else {}
     left_out: dict[str, str] = {}
     if measures is None:
@@ -145,7 +142,7 @@ def measured(
         wanted = [measure for name, measure in offered.items() if name not in left_out]
     else:
         wanted = [_chosen(one, offered, answered, task) for one in measures if one not in found]
-    if "exact" in figures:
+    if "exact" in figures and len(answered):
         right = np.array(answered.right, dtype=float)[:, None]
         figures["exact"] = replace(
             figures["exact"], interval=interval(lambda rows: float(rows.mean()), right, resamples)
@@ -164,6 +161,11 @@ _OF_HEADS = {
     "loss": ("mean loss of a real target, in nats", "value"),
     "exact": ("share of answers that are exactly right", "share"),
     "rows": ("share of rows that are right", "share"),
+    **{
+        f"R@{k} {side}": (f"share of the samples whose {side} side is among the {k} nearest to the other one", "share")
+        for k in (1, 10)
+        for side in ("right", "left")
+    },
 }
 
 

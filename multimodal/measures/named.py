@@ -27,7 +27,6 @@ class Measure:
     rows: gives the rows (N, S) of all samples.
     value: gives the measure of some of the rows; NaN where it is not defined.
     unit: "share" is 0 to 1 and shown in percent, "points" is 0 to 100, "value" has the unit of the answers.
-    least: whether less is better.
     needs: the package that computes it, if it is one of the extra `measures`.
     """
 
@@ -36,7 +35,6 @@ class Measure:
     rows: Callable[[], Rows]
     value: Callable[[Rows], float]
     unit: Literal["share", "points", "value"] = "share"
-    least: bool = False
     needs: str = ""
 
 
@@ -60,11 +58,12 @@ def chosen(rows: Rows) -> list[int]:
     return rows[:, 0].astype(int).tolist()
 
 
-# one class a sample: (its number, the probability of each class)
-
-
-def _with_class(answered: Answered) -> Rows:
+def class_rows(answered: Answered) -> Rows:
+    """(the wanted class or, of several, which are wanted; the probability of each class) of each sample."""
     return np.column_stack([answered.classes, answered.probability])
+
+
+# one class a sample
 
 
 def _told(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +131,7 @@ def _calibration(rows: Rows) -> float:
     return sum(count * abs(sure - right) for count, sure, right in calibration_bins(rows)) / len(rows)
 
 
-# several classes a sample: (which it has, the probability of each)
+# several classes a sample
 
 
 def _halves(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -271,8 +270,9 @@ def named(answered: Answered, sort: str) -> list[Measure]:
 
     found: list[Measure] = []
     number = partial(_numbers, answered)
+    with_classes = cache(partial(class_rows, answered))
     if sort == "class":
-        rows = cache(lambda: np.column_stack([answered.classes, answered.probability]))
+        rows = with_classes
         for best in (3, 5):
             if best < len(answered.names):
                 add(f"top-{best}", rows, _among(best))
@@ -280,9 +280,9 @@ def named(answered: Answered, sort: str) -> list[Measure]:
         add("F1", rows, lambda rows: _f1(_told(rows), "macro"), SKLEARN)
         add("AUROC", rows, lambda rows: _area(*_one_hot(rows)), SKLEARN)
         add("average precision", rows, lambda rows: _precision(*_one_hot(rows)), SKLEARN)
-        add("calibration error", rows, _calibration, least=True)
+        add("calibration error", rows, _calibration)
     elif sort == "classes":
-        rows = cache(lambda: np.column_stack([answered.classes, answered.probability]))
+        rows = with_classes
         add("F1", rows, _decided("macro"), SKLEARN)
         add("F1, pooled", rows, _decided("micro"), SKLEARN)
         add("AUROC", rows, lambda rows: _area(*_halves(rows)), SKLEARN)
@@ -295,14 +295,14 @@ def named(answered: Answered, sort: str) -> list[Measure]:
 
         add("F1", number, lambda rows: _f1((flat(wanted, rows), flat(told, rows)), "macro"), SKLEARN)
     elif sort == "texts":
-        add("wer", lambda: edits(answered, letters=False), _rate, least=True)
-        add("cer", lambda: edits(answered, letters=True), _rate, least=True)
+        add("wer", lambda: edits(answered, letters=False), _rate)
+        add("cer", lambda: edits(answered, letters=True), _rate)
         add("BLEU", partial(_grams, answered), _bleu, SACREBLEU, unit="points")
         add("chrF", number, _chrf(answered), SACREBLEU, unit="points")
         add("ROUGE-L", partial(_longest, answered), _mean, ROUGE, unit="points")
     elif sort == "numbers":
         rows = cache(partial(errors, answered))
-        add("mean error", rows, _mean, unit="value", least=True)
-        add("root mean square error", rows, lambda rows: math.sqrt(rows[:, 1].mean()), unit="value", least=True)
+        add("mean error", rows, _mean, unit="value")
+        add("root mean square error", rows, lambda rows: math.sqrt(rows[:, 1].mean()), unit="value")
         add("R2", rows, _explained, unit="value")
     return found

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from multimodal.measures.answered import Answered
-from multimodal.measures.named import calibration_bins, edits
+from multimodal.measures.named import calibration_bins, class_rows, edits
 from multimodal.notebook import data_url, html_page
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, describe
@@ -29,7 +29,7 @@ class Measured(Protocol):
     sort: str
     left_out: dict[str, str]
     samples: Any
-    fields: dict[str, Tokenizer]
+    fields: dict[str, tuple[Tokenizer, bool]]
 
     def worst(self, count: int = 24) -> list[int]: ...
 
@@ -99,7 +99,7 @@ def _draw_confusion(evaluation: Measured, figure: Any, axes: Any) -> None:
 
 def _draw_confidence(evaluation: Measured, axes: Any) -> None:
     answered = evaluation.answered
-    bins = calibration_bins(np.column_stack([answered.classes, answered.probability]))
+    bins = calibration_bins(class_rows(answered))
     size = [max(12.0, 300 * math.sqrt(count / len(answered))) for count, _, _ in bins]
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     axes.scatter([sure for _, sure, _ in bins], [right for _, _, right in bins], s=size, alpha=0.6)
@@ -163,7 +163,12 @@ def _confused(evaluation: Measured) -> str:
 
 def _card(evaluation: Measured, i: int) -> str:
     answered = evaluation.answered
-    fields = "".join(_shown(name, tokenizer, evaluation.samples[i]) for name, tokenizer in evaluation.fields.items())
+    sample = evaluation.samples[i]
+    fields = "".join(
+        _shown(name, tokenizer, value)
+        for name, (tokenizer, starred) in evaluation.fields.items()
+        for value in (sample.get(name) or [None] if starred else [sample.get(name)])
+    )
     wanted, told = (escape(shortened(str(x), MOST_LETTERS)) for x in (answered.wanted[i], answered.value[i]))
     return (
         f'<div class="card"><span class="note">sample {i}</span>{fields}<div>wanted <b>{wanted}</b></div>'
@@ -171,27 +176,18 @@ def _card(evaluation: Measured, i: int) -> str:
     )
 
 
-def _shown(name: str, tokenizer: Tokenizer, sample: Any) -> str:
-    """A field as the model reads it: what its kind makes of the tokens."""
-    value = sample.get(name)
+def _shown(name: str, tokenizer: Tokenizer, value: Any) -> str:
+    """A value as the model reads it: what its kind makes of the tokens."""
     if value is None:
         return f'<div class="note">{escape(name)}: none</div>'
-    try:
-        found = file_of(tokenizer, tokenizer.decode(tokenizer(value)), texts=True)
-    except (ValueError, NotImplementedError):  # a kind that is read only
-        found = None
+    found = file_of(tokenizer, tokenizer.decode(tokenizer(value)), texts=True) if tokenizer.decodes else None
     suffix, data = found or ("", b"")
     if suffix == ".png":
         shown = f'<img alt="{escape(name)}" src="{data_url(MEDIA[suffix], data)}">'
     elif suffix == ".wav":
         shown = f'<audio controls src="{data_url(MEDIA[suffix], data)}"></audio>'
     else:
-        text = (
-            data.decode("utf-8", "replace")
-            if suffix in (".txt", ".json")
-            else str(value)
-            if isinstance(value, str)
-            else describe(value)
-        )
+        text = value if isinstance(value, str) else describe(value)
+        text = data.decode("utf-8", "replace") if suffix in (".txt", ".json") else text
         shown = f"<pre>{escape(shortened(text, MOST_LETTERS))}</pre>"
     return f'<div><span class="note">{escape(name)}</span>{shown}</div>'

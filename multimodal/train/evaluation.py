@@ -62,7 +62,7 @@ def evaluate(
     check_samples("evaluate", task, samples)
     pattern, head = model.packer.patterns[task], model.packer.head(task)
     samples = as_samples(samples)
-    fields = {field.name: model.packer.tokenizers[field.kind] for field in pattern.reads}
+    fields = {field.name: (model.packer.tokenizers[field.kind], field.many) for field in pattern.reads}
     if pattern.pair:
         found = evaluate_pairs(model, task, samples, batch=batch)
         return measured(task, found, Answered(), "others", measures, 0, samples, fields)
