@@ -13,7 +13,7 @@ import torch
 import multimodal as mm
 from multimodal.measures import MEASURES, Answered, evaluation, named
 from multimodal.shapes import ConfigError, TaskError
-from multimodal_tokenizers import ImagePatches, Labels, TextBytes
+from multimodal_tokenizers import ImagePatches, Labels, Segments, TextBytes
 
 sklearn = pytest.importorskip("sklearn.metrics")
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -359,3 +359,24 @@ def test_only_classifiers_are_calibrated(model):
     small = mm.quantize(model, "int8-weights")
     with pytest.raises(TaskError, match="calibrate before it is quantized"):
         mm.calibrate(small, TASK, samples(20, 0))
+
+
+@pytest.mark.parametrize("task", ["image -> map", "image* -> label", "image <-> label"])
+def test_tasks_without_answers_of_their_own_and_lists_of_values_have_a_report(task, tmp_path):
+    torch.manual_seed(0)
+    image = ImagePatches(patch=4, channels=1)
+    kinds = {"image": image, "map": Segments(("ink", "paper"), image), "label": Labels(("a", "b"))}
+    head = mm.EachRow(of="image") if "map" in task else None
+    made = mm.Model(kinds, mm.Core(width=16, depth=1, heads=2), [mm.Task(task, head)], seed=0)
+    random = np.random.default_rng(0)
+    data = [
+        {"image": random.random((8, 8)).astype(np.float32), "map": np.eye(8, dtype=int), "label": name} for name in "ab"
+    ]
+    data = [sample | {"image": [sample["image"]] * 2} for sample in data] if "*" in task else data
+    found = mm.evaluate(made, task, data, resamples=20)
+    assert "loss" in found
+    text = (found.save(tmp_path) / "report.html").read_text("utf-8")
+    if "<->" in task:
+        assert "%" in str(found.figures["R@1 right"])
+    if "*" in task and found.worst():
+        assert text.count('alt="image"') == 2 * len(found.worst())
