@@ -255,9 +255,10 @@ class Composite(Tokenizer):
     def _runs(self, value: Any, encode: Any, written: bool, before: str) -> Iterator[Run]:
         parts, name = self.resolved(), type(self).__name__
         numbers = {part: i for i, part in enumerate(parts)}
-        for part, piece in self.pieces(value):
+        for i, (part, piece) in enumerate(self.pieces(value)):
             if part not in numbers:
                 raise MediaError(f"{name}.encode: pieces gave {part!r}, which is none of its parts: {', '.join(parts)}")
+            where = f"{name}.encode: piece {i} ({part})"
             path, tokenizer = f"{before}.{part}".lstrip("."), parts[part]
             if isinstance(tokenizer, Composite) and not isinstance(piece, Tokens):
                 if self.marked:
@@ -265,13 +266,13 @@ class Composite(Tokenizer):
                 try:
                     yield from tokenizer._runs(piece, encode, written, path)
                 except MediaError as error:
-                    raise MediaError(f"{name}.encode: {part}: {error}") from error
+                    raise MediaError(f"{where}: {error}") from error
                 continue
             tokenizer = tokenizer.written if written else tokenizer
             try:
                 tokens = _piece_tokens(tokenizer, path, piece, encode)
             except MediaError as error:
-                raise MediaError(f"{name}.encode: {part}: {shortened(error, 500)}") from error
+                raise MediaError(f"{where}: {shortened(error, 500)}") from error
             number = numbers[part] if self.marked else None
             yield from (Run(f"{before}.{inner}".strip("."), x) for inner, x in runs_of(number, part, tokens))
 

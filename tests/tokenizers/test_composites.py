@@ -352,7 +352,7 @@ def test_a_declaration_that_cannot_be_is_refused(make, said):
 @pytest.mark.parametrize(
     ("tokenizer", "value", "said"),
     [
-        (PAGE, {"caption": 7}, "Record.encode: caption: TextBytes.encode:"),
+        (PAGE, {"caption": 7}, "Record.encode: piece 0 (caption): TextBytes.encode:"),
         (
             PAGE,
             {"captoin": "a"},
@@ -361,7 +361,11 @@ def test_a_declaration_that_cannot_be_is_refused(make, said):
         (PAGE, {"caption": None}, "gave no tokens"),
         (PAGE, ["a"], "Record.encode: wanted a mapping of picture, caption, not list"),
         (ALBUM, "text", "Sequence.encode: wanted a list of values, not str 'text'"),
-        (ALBUM, [{"caption": "a"}, {"caption": 7}], "Sequence.encode: of: Record.encode: caption: TextBytes.encode:"),
+        (
+            ALBUM,
+            [{"caption": "a"}, {"caption": 7}],
+            "Sequence.encode: piece 1 (of): Record.encode: piece 0 (caption): TextBytes.encode:",
+        ),
         (NOTES, {"pitch": [1, 2], "strength": np.eye(3, 2)}, "the numbers of tokens differ: pitch 2, strength 3"),
         (NOTES, {"pitch": [1, 2]}, "Joint.encode: wanted a mapping of pitch, strength, not dict"),
     ],
