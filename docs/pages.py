@@ -34,6 +34,9 @@ ROOMS = {
 }
 """Each room with the modules in it that are used by their own names."""
 
+FIRST = ("start.md", "quick.md", "concepts.md", "coming_from.md", "features.md", "troubleshooting.md")
+"""The guides for somebody who is new, in this order."""
+
 DOCUMENTS = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 """Documents of the repository that are pages too."""
 
@@ -50,9 +53,11 @@ def top_names() -> dict[str, str]:
 def on_config(config: Any) -> Any:
     """The order of the pages."""
     guides = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    first = [name for name in FIRST if name in guides]
     config.nav = [
         {"multimodal": "index.md"},
-        {"Guides": [*guides, "contributing.md"]},
+        {"Start here": first},
+        {"Guides": [*(name for name in guides if name not in first), "contributing.md"]},
         {"API": [{room: f"api/{room}.md"} for room in ROOMS]},
     ]
     return config

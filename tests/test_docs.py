@@ -114,3 +114,12 @@ def test_a_page_that_fetches_is_noticed():
     )
     assert page.fetched == ["https://x/a.css", "//z/c.js"]
     assert page.anchors == {"b"}
+
+
+def test_the_drawing_is_of_todays_stream():
+    path = ROOT / "docs" / "drawings.py"
+    spec = importlib.util.spec_from_file_location("drawings_of_docs", path)
+    assert spec is not None and spec.loader is not None
+    drawings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawings)
+    assert (ROOT / "docs" / "stream.svg").read_text(encoding="utf-8") == drawings.drawing(drawings.stream())
