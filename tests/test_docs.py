@@ -119,7 +119,8 @@ def test_a_page_that_fetches_is_noticed():
 def test_the_drawing_is_of_todays_stream():
     path = ROOT / "docs" / "drawings.py"
     spec = importlib.util.spec_from_file_location("drawings_of_docs", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     drawings = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(drawings)
     assert (ROOT / "docs" / "stream.svg").read_text(encoding="utf-8") == drawings.drawing(drawings.stream())

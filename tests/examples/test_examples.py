@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,10 @@ def test_the_cifar_reader_takes_the_validation_list(tmp_path, run):
 
 @pytest.mark.slow
 def test_cross_modal_demo_runs_to_its_table(tmp_path, run):
-    out = run("cross_modal_demo.py", "--steps", "4", "--workers", "0")
+    soundfile.write(tmp_path / "mine.wav", np.zeros(8000, np.float32), 16_000)
+    out = run("cross_modal_demo.py", "--steps", "4", "--workers", "0", "--mine", "mine.wav")
+    assert "mine.wav: " in out
+    assert "with the first test picture" in out
     for row in ("unseen pictures", "unseen synthetic voices", "sums", "picture left out", "sound left out"):
         assert row in out
     assert (tmp_path / "runs" / "cross_modal" / "answers.png").is_file()
