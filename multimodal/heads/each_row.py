@@ -37,8 +37,8 @@ class EachRow(Head):
     class for each group of features if the kind is `one_hot`, such as the pixels of a patch.
 
     Rows for which `Tokenizer.answered` is False are left out: a graph may have answers for its nodes alone. An answer is a value of
-    n tokens, or a list of n classes, for the last n rows in order; with `of` there must be one for each row. In a list None marks
-    an answer that is not known, which has no loss and counts in no measure. The same holds for a group of features that are all 0.
+    n tokens, or a list of n classes, for the last n of these rows in order; with `of` one for each of them. In a list None marks an
+    answer that is not known, which has no loss and counts in no measure. The same holds for a group of features that are all 0.
 
     The measure "rows" is the share of rows that are right, of a `one_hot` kind that of groups. In a row of n groups each has 1/n of
     the loss. Answers of such a kind stand where the rows stand that they answer.
