@@ -44,6 +44,7 @@ NAMES = ("circle", "square")
 MOST_USED = {
     "Model": mm.Model,
     "Model.predict": mm.Model.predict,
+    "Model.predict_each": mm.Model.predict_each,
     "Model.generate": mm.Model.generate,
     "Model.save": mm.Model.save,
     "Model.load": mm.Model.load,
