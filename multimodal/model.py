@@ -20,7 +20,7 @@ from multimodal.generate.request import Options, Request, new_request
 from multimodal.generate.samplers import Sampler
 from multimodal.heads import Prediction
 from multimodal.network import Network, Sample
-from multimodal.notebook import short_form
+from multimodal.notebook import short_form, tables_html
 from multimodal.packer import Prepared
 from multimodal.process_state import preserved_state
 from multimodal.retrieval import match_probabilities, side_vectors
@@ -335,6 +335,17 @@ class Model(Network):
                 *parameters,
             ]
         )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: tasks, tokenizers, the core, and parameters by part."""
+        counts, packer = self.parameter_counts(), self.packer
+        tables = {
+            "tasks": [(pattern, short_form(head)) for pattern, head in packer.heads.items()],
+            "tokenizers": [(name, short_form(tokenizer)) for name, tokenizer in packer.tokenizers.items()],
+            "core": [(short_form(self.core.core),)],
+            "parameters": list(counts.items()),
+        }
+        return tables_html(f"Model, {sum(p.numel() for p in self.parameters()):,} parameters, on {self.device}", tables)
 
     def save(self, folder: str | Path) -> Path:
         """Write config.json, weights.safetensors and the tokenizers' files, or replace them, all or none; return the folder.

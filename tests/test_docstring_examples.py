@@ -16,6 +16,7 @@ import multimodal as mm
 from multimodal.check import check_task, check_tokenizer, verify
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
+from multimodal.sklearn import Classifier, LeastSquares, Regressor
 from multimodal_tokenizers import (
     AudioFrames,
     Boxes,
@@ -50,6 +51,9 @@ MOST_USED = {
     "Model.load": mm.Model.load,
     "Model.from_pretrained": mm.Model.from_pretrained,
     "Boxes": Boxes,
+    "sklearn.Classifier": Classifier,
+    "sklearn.LeastSquares": LeastSquares,
+    "sklearn.Regressor": Regressor,
     "CTC": mm.CTC,
     "Chat": Chat,
     "Composite": mm.Composite,
