@@ -155,7 +155,7 @@ class _Estimator(BaseEstimator):
         if self.kind == "table":
             dtypes = X.dtypes.items() if hasattr(getattr(X, "dtypes", None), "items") else ()  # of pandas
             categories = [str(name) for name, kind in dtypes if str(kind) in ("category", "bool", "boolean")]
-            checked = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite="allow-nan")
+            checked: Any = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite="allow-nan")
             names = [str(n) for n in getattr(self, "feature_names_in_", ())]
             return _Table(names or [f"x{i}" for i in range(checked.shape[1])], checked, categories)
         values = _one_column(type(self).__name__, X)

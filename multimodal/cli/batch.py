@@ -139,7 +139,7 @@ def predict_data(
 
 def _needed(reads: Sequence["Field"], sample: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What the task reads of a row, and the values that are the same for all."""
-    return {field.name: sample[field.name] for field in reads if field.name in sample} | given
+    return {field.name: sample[field.name] for field in reads if field.name in sample} | dict(given)
 
 
 def _task(
@@ -250,10 +250,10 @@ def _of_table(table: Any, name: str) -> Source:
 
         def read(start: int) -> Iterator[tuple[dict[str, Any], Any]]:
             for row, sample in chosen.pairs(start):
-                shown = {} if isinstance(row, Exception) else dict(row)
-                if folder:
-                    path = next(value for column, value in row.items() if column != "label")
-                    shown = {"file": str(path)} | ({"label": row["label"]} if labelled else {})
+                shown: dict[str, Any] = {} if isinstance(row, Exception) else dict(row)
+                if folder and shown:
+                    path = next(value for column, value in shown.items() if column != "label")
+                    shown = {"file": str(path)} | ({"label": shown["label"]} if labelled else {})
                 yield shown, sample
 
         return read
@@ -346,7 +346,7 @@ def _standard_input() -> Source:
                 if line.strip():
                     row = json_row(line, number)
                     shown = {} if isinstance(row, Exception) else row
-                    yield shown, {name: row.get(c) for name, c in fields.items()} if fields and shown else row
+                    yield shown, {name: shown.get(c) for name, c in fields.items()} if fields and shown else row
 
         return read
 
