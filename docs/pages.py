@@ -26,6 +26,7 @@ ROOMS = {
     "zoo": ("adversarial", "analogies", "fact_editing", "mixture", "sparse_autoencoder"),
     "media": (),
     "pretrained": ("gate", "nanovlm", "paligemma", "smolvlm", "whisper"),
+    "sklearn": (),
     "tower": (),
     "export": (),
     "lora": (),

@@ -27,24 +27,11 @@ _FROM = {
     "transcription": "Listener Transcript transcribe",
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
-_ROOMS = (
-    *(
-        "attention",
-        "check",
-        "count",
-        "data",
-        "generate",
-        "heads",
-        "layers",
-        "look",
-        "lora",
-        "masks",
-        "measures",
-        "media",
-        "packer",
-    ),
-    *("pretrained", "stream", "tower", "train", "transcription", "zoo"),
-)
+_ROOM_NAMES = """
+attention check count data generate heads layers look lora masks measures media packer pretrained sklearn stream tower train
+transcription zoo
+"""
+_ROOMS = tuple(_ROOM_NAMES.split())
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -59,4 +46,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    dunder = {name for name in globals() if name.startswith("__") and name.endswith("__")}
+    return sorted({*dunder, *__all__, *_ROOMS})

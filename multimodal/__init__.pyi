@@ -13,6 +13,7 @@ from multimodal import masks as masks
 from multimodal import measures as measures
 from multimodal import media as media
 from multimodal import packer as packer
+from multimodal import sklearn as sklearn
 from multimodal import stream as stream
 from multimodal import tower as tower
 from multimodal import train as train

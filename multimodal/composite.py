@@ -482,6 +482,8 @@ class Written(Tokenizer):
 
     The ids of the composite's marks come first, then those of each part; parts that share weights share ids. A model may write
     ids in any order; those that have no meaning where they stand are left out of the value.
+
+    composite: what is written.
     """
 
     composite: Composite

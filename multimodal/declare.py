@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from multimodal.files import check_fields
+from multimodal.notebook import declaration_html
 from multimodal.old_names import new_type
 from multimodal.shapes import CheckpointError, ConfigError, did_you_mean
 from multimodal.texts import short_repr
@@ -61,6 +62,10 @@ class Declared:
     def config(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {name: _to_json(getattr(self, name)) for name in _fields(type(self))}
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each field with its value and meaning."""
+        return declaration_html(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], files: dict[str, bytes] | None = None) -> Self:

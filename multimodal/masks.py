@@ -160,7 +160,10 @@ class Prior(Declared, ABC):
 
 @dataclass(frozen=True)
 class Sum(Prior):
-    """The sum of two priors, which `Mechanism` takes apart with `parts`: each part has its own parameters."""
+    """The sum of two priors, which `Mechanism` takes apart with `parts`: each part has its own parameters.
+
+    left, right: the priors.
+    """
 
     left: Prior
     right: Prior
@@ -202,6 +205,11 @@ class Rule(Prior):
 
 @dataclass(frozen=True)
 class And(Rule):
+    """Both rules allow it: `left & right`.
+
+    left, right: the rules.
+    """
+
     left: Rule
     right: Rule
 
@@ -217,6 +225,11 @@ class And(Rule):
 
 @dataclass(frozen=True)
 class Or(Rule):
+    """One of the rules allows it, or both: `left | right`.
+
+    left, right: the rules.
+    """
+
     left: Rule
     right: Rule
 
@@ -231,6 +244,11 @@ class Or(Rule):
 
 @dataclass(frozen=True)
 class Not(Rule):
+    """The rule does not allow it: `~rule`.
+
+    rule: the rule.
+    """
+
     rule: Rule
 
     def allows(self, q: MaskInfo, k: MaskInfo) -> Tensor:
@@ -337,7 +355,10 @@ class Linked(ReadsRelations, Rule):
 
 @dataclass(frozen=True)
 class Alone(Rule):
-    """Applies a rule with the sample index hidden, so that a sample attends alike in every pack."""
+    """Applies a rule with the sample index hidden, so that a sample attends alike in every pack.
+
+    rule: the rule.
+    """
 
     rule: Rule
 

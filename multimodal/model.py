@@ -6,28 +6,31 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, overload
 
 import torch
 from torch import Tensor
 
 from multimodal import checkpoint
 from multimodal.data.frames import as_samples
-from multimodal.data.sources import in_batches, is_indexed
+from multimodal.data.sources import in_batches, is_indexed, samples_or_errors
 from multimodal.generate.engine import Engine, Piece
 from multimodal.generate.prefix import CachedPrefix, read_prefix
 from multimodal.generate.request import Options, Request, new_request
 from multimodal.generate.samplers import Sampler
 from multimodal.heads import Prediction
 from multimodal.network import Network, Sample
-from multimodal.notebook import short_form
+from multimodal.notebook import short_form, tables_html
+from multimodal.packer import Prepared
 from multimodal.process_state import preserved_state
 from multimodal.retrieval import match_probabilities, side_vectors
-from multimodal.shapes import ConfigError, TaskError, check_seed, check_whole, did_you_mean
+from multimodal.shapes import ConfigError, StreamError, TaskError, check_seed, check_whole, did_you_mean
+from multimodal.stream import Stream
 from multimodal.task import Task
 from multimodal.tokenizer import Tokenizer, describe
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+WINDOW = 4  # batches that `predict_each` reads ahead
 NEW = "new"  # the entry of `origin` with the parts whose first weights were random
 BY_KEYWORD = [*DEFAULTS, "begins", "prefix", "batch"]  # the keywords of `generate` that are no fields of a sample
 
@@ -42,6 +45,7 @@ class Model(Network):
 
     Methods (everything else that help() lists comes from torch.nn.Module):
         predict, generate, stream   answer a task, for one sample by keywords or for a list of samples; or piece by piece
+        predict_each                answer any number of samples one after the other, in little memory
         read                        read the first fields of a task once, for many answers
         vectors, matches            the vectors of a pair's sides ("image <-> text"), and the probability that two sides match
         save, load, extended        write and read a folder with declarations and weights; add kinds and tasks
@@ -88,6 +92,63 @@ class Model(Network):
         else:
             answers = self._answer_all(task, samples, batch)
         return answers[0] if one else answers
+
+    @overload
+    def predict_each(
+        self,
+        task: str,
+        /,
+        samples: Iterable[Sample | Exception],
+        *,
+        batch: int = ...,
+        errors: Literal["raise"] = ...,
+        first: int = ...,
+    ) -> Iterator[Prediction]: ...
+    @overload
+    def predict_each(
+        self,
+        task: str,
+        /,
+        samples: Iterable[Sample | Exception],
+        *,
+        batch: int = ...,
+        errors: Literal["yield"],
+        first: int = ...,
+    ) -> Iterator[Prediction | Exception]: ...
+    def predict_each(
+        self,
+        task: str,
+        /,
+        samples: Iterable[Sample | Exception],
+        *,
+        batch: int = 64,
+        errors: Literal["raise", "yield"] = "raise",
+        first: int = 0,
+    ) -> Iterator[Prediction | Exception]:
+        """Answer like `predict`, and yield the answers as they come, in the order of the samples: for data of any size.
+
+        `4 * batch` samples are read ahead and ordered by length, so that a batch has samples of like lengths.
+
+        Args:
+            batch: number of samples that are answered at the same time.
+            errors: "yield": a sample that cannot be read or answered gives its error in the place of an answer, and the others
+                are answered. An exception among the samples is that of a sample that its source could not read.
+            first: the number that errors give the first sample.
+
+        Raises:
+            TaskError, ConfigError: an unknown task or argument, at once. With errors="raise" also what `predict` raises.
+
+        Examples:
+            >>> each = model.predict_each("image -> label", ({"image": picture} for picture in (square, "no.png")), errors="yield")
+            >>> [answer.value if isinstance(answer, mm.Prediction) else type(answer).__name__ for answer in each]
+            ['square', 'MediaError']
+        """
+        self.packer.check_task(task, answers=True)
+        if errors not in ("raise", "yield"):
+            raise ConfigError(f"predict_each: errors={errors!r} is neither 'raise' nor 'yield'")
+        check_whole("predict_each", first=first)
+        _, chosen = self._samples(task, "predict_each", samples, {}, batch)
+        return self._answer_each(task, chosen, batch, errors == "raise", first)
 
     def generate(
         self,
@@ -275,6 +336,17 @@ class Model(Network):
             ]
         )
 
+    def _repr_html_(self) -> str:
+        """For notebooks: tasks, tokenizers, the core, and parameters by part."""
+        counts, packer = self.parameter_counts(), self.packer
+        tables = {
+            "tasks": [(pattern, short_form(head)) for pattern, head in packer.heads.items()],
+            "tokenizers": [(name, short_form(tokenizer)) for name, tokenizer in packer.tokenizers.items()],
+            "core": [(short_form(self.core.core),)],
+            "parameters": list(counts.items()),
+        }
+        return tables_html(f"Model, {sum(p.numel() for p in self.parameters()):,} parameters, on {self.device}", tables)
+
     def save(self, folder: str | Path) -> Path:
         """Write config.json, weights.safetensors and the tokenizers' files, or replace them, all or none; return the folder.
 
@@ -437,18 +509,79 @@ class Model(Network):
 
     def _answer_all(self, task: str, samples: Iterable[Sample], batch: int) -> list[Prediction]:
         """The answers of a head that is not autoregressive, in the order of the samples."""
-        head, kind = self.packer.heads[task], self.packer.patterns[task].writes.kind
         answers: list[Prediction] = []
         with preserved_state(), self.inference_mode():
             for part in in_batches(samples, batch):
-                stream = self.pack(task, part, answers=False, first=len(answers))
-                r = stream.readings[task]
-                more = head.answer_inputs(r, stream.position_TA)
-                found = head.answer(self.logits(stream)[task], r.lengths, self.packer.tokenizers[kind], **more)
-                # a pack holds its samples in another order, by their sizes
-                by_number = zip(r.samples, found, strict=True)
-                answers += [answer for _, answer in sorted(by_number, key=lambda pair: pair[0])]
+                answers += self._answers(task, self.pack(task, part, answers=False, first=len(answers)))
         return answers
+
+    def _answers(self, task: str, stream: Stream) -> list[Prediction]:
+        """The answers to the samples of a stream of one task, in the order in which they were packed."""
+        head, kind = self.packer.heads[task], self.packer.patterns[task].writes.kind
+        r = stream.readings[task]
+        more = head.answer_inputs(r, stream.position_TA)
+        found = head.answer(self.logits(stream)[task], r.lengths, self.packer.tokenizers[kind], **more)
+        # a pack holds its samples in another order, by their sizes
+        return [answer for _, answer in sorted(zip(r.samples, found, strict=True), key=lambda pair: pair[0])]
+
+    def _answer_each(
+        self, task: str, samples: Iterable[Any], batch: int, strict: bool, first: int
+    ) -> Iterator[Prediction | Exception]:
+        """The answers of `predict_each`: those of a window of samples at a time, so that batches depend on its samples alone."""
+        writes = self.packer.heads[task].autoregressive
+        for part in in_batches(samples if strict else samples_or_errors(samples), WINDOW * batch):
+            found: list[Any] = [None] * len(part)
+            ready: list[tuple[int, int, Any]] = []  # (tokens, number in the window, the prepared sample or its request)
+            with preserved_state(), self.inference_mode():
+                for i, sample in enumerate(part):
+                    name = f"sample {first + i}"
+                    try:
+                        if isinstance(sample, Exception):
+                            raise sample
+                        if writes:
+                            request = new_request(self.packer, task, sample, name, None, {})
+                            ready.append((request.prompt, i, request))
+                        else:
+                            made = self.packer.prepare(task, sample, name, answers=False, random=False)
+                            ready.append((made.tokens, i, made))
+                    except (ValueError, OSError) as error:
+                        if strict:
+                            raise
+                        found[i] = error
+                ready.sort(key=lambda one: one[:2])
+                for i, answer in self._answers_by_length(task, ready, batch, strict):
+                    found[i] = answer
+                # an embedding that fails stops all that were read with it
+                for i in [i for _, i, _ in ready if len(ready) > 1 and writes and isinstance(found[i], Exception)]:
+                    request = new_request(self.packer, task, part[i], f"sample {first + i}", None, {})
+                    ((_, found[i]),) = self._answers_by_length(task, [(0, i, request)], batch, strict)
+            first += len(part)
+            yield from found
+
+    def _answers_by_length(
+        self, task: str, ready: list[tuple[int, int, Any]], batch: int, strict: bool
+    ) -> Iterator[tuple[int, Prediction | Exception]]:
+        """(number, answer) of samples (tokens, number, prepared sample or request), in any order."""
+        if self.packer.heads[task].autoregressive:
+            for piece in self._decode((request for _, _, request in ready), batch, strict):
+                if (answer := piece.error or piece.prediction) is not None:
+                    yield ready[piece.ticket][1], answer
+            return
+        for start in range(0, len(ready), batch):
+            some = ready[start : start + batch]
+            answers = self._answers_or_errors(task, [made for _, _, made in some], strict)
+            yield from zip([i for _, i, _ in some], answers, strict=True)
+
+    def _answers_or_errors(self, task: str, made: list[Prepared], strict: bool) -> list[Any]:
+        """The answers to prepared samples; unless strict, an answer that the kind cannot decode is an error in its place."""
+        try:
+            return self._answers(task, self.packer.lay(made, answers=False).to(self.device))
+        except ValueError as error:
+            if strict:
+                raise
+            if len(made) == 1:
+                return [error]
+            return [answer for one in made for answer in self._answers_or_errors(task, [one], strict)]
 
     def _write_all(
         self,
@@ -475,9 +608,12 @@ class Model(Network):
         options: Mapping[str, Any],
     ) -> Iterator[Piece]:
         """The pieces of all answers, as they are decoded; at most one batch of samples is encoded ahead."""
-        requests = self._requests(task, samples, prefix, options)
+        return self._decode(self._requests(task, samples, prefix, options), batch)
+
+    def _decode(self, requests: Iterator[Request], batch: int, strict: bool = True) -> Iterator[Piece]:
+        """The pieces of requests; unless strict, one that fails has a piece with its error."""
         waiting: deque[Request] = deque()
-        before = 0  # number of requests of earlier engines
+        before = 0  # number of requests that were entered
         while waiting.extend(islice(requests, batch + 1 - len(waiting))) or waiting:
             width, more = waiting[0].width, len(waiting) > batch
             # some spare capacity if more requests follow: one that does not fit has to wait for a new engine
@@ -487,18 +623,23 @@ class Model(Network):
                 rows=min(max(batch, width), width * len(waiting)),
                 capacity=capacity * 5 // 4 if more else capacity,
             )
-            entered = 0
+            numbers: list[int] = []  # of each ticket of this engine, that of its request
             while engine.busy or (waiting and engine.has_room(waiting[0])):
                 while waiting and engine.has_room(waiting[0]) and width <= engine.free_rows:
-                    engine.enter(waiting.popleft())
-                    entered += 1
+                    try:
+                        engine.enter(waiting.popleft())
+                        numbers.append(before)
+                    except StreamError as error:  # longer than the model knows
+                        if strict:
+                            raise
+                        yield Piece(before, error=error)
+                    before += 1
                     if not waiting:
                         waiting.extend(islice(requests, 1))
                 for piece in engine.step():
-                    if piece.error is not None:
+                    if piece.error is not None and strict:
                         raise piece.error
-                    yield dataclasses.replace(piece, ticket=before + piece.ticket)
-            before += entered
+                    yield dataclasses.replace(piece, ticket=numbers[piece.ticket])
 
     def _requests(
         self, task: str, samples: Iterable[Sample], prefix: CachedPrefix | None, options: Mapping[str, Any]

@@ -5,7 +5,9 @@ In HTML every text is escaped, and nothing is loaded from elsewhere.
 
 import base64
 import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -64,6 +66,11 @@ dd { margin: 0; color: #444; max-width: 82ch }
 """
 
 MOST_CLASSES, MOST_ROWS = 10, 8
+MOST_LINES = 50  # of a table
+MOST_BARS, MOST_PARTS = 16, 200  # samples of a stream, and fields of one
+BAR_WIDTH = 480  # pixels
+# seen on white and on black
+COLOURS = ("#4c8dd6", "#e0813c", "#4ea865", "#b0679e", "#9a8b3f", "#4aa5a8", "#c85a5a", "#7b79c9")
 WIDTH, HEIGHT = 240, 60  # pixels of the curve
 
 
@@ -107,15 +114,92 @@ def run_html(summary: str, history: Sequence[Mapping[str, Any]]) -> str:
     return f"<b>{escape(summary)}</b><br>{_curve(losses)}{table}"
 
 
+def tables_html(title: str, tables: Mapping[str, Sequence[Sequence[object]]]) -> str:
+    """A title, and below each heading the rows of a table; of a long table the first rows, and their number."""
+    lines = [f"<b>{escape(shortened(title, 300))}</b>"]
+    for heading, rows in tables.items():
+        if not rows:
+            continue
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{escape(_in_full(cell))}</td>' for cell in row) + "</tr>"
+            for row in rows[:MOST_LINES]
+        )
+        if len(rows) > MOST_LINES:
+            body += f"<tr><td colspan={len(rows[0])}>... {len(rows) - MOST_LINES:,} more</td></tr>"
+        lines.append(f"<div>{escape(shortened(heading, 100))}</div><table>{body}</table>")
+    return "".join(lines)
+
+
+def declaration_html(part: Any) -> str:
+    """The fields of a declaration with their values and meanings; those that are not the usual ones are marked."""
+    meanings = field_meanings(type(part))
+    rows = []
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        mark = "" if _is_default(part, field) else "set"
+        value = shortened(
+            short_form(own) if dataclasses.is_dataclass(own := getattr(part, field.name)) else repr(own), 100
+        )
+        rows.append((field.name, value, mark, meanings.get(field.name, "")))
+    return tables_html(type(part).__name__, {"": rows})
+
+
+def field_meanings(kind: type) -> dict[str, str]:
+    """{field: what it is} from the lines "name: meaning" of a class's docstring and of those that it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        name = ""
+        for line in inspect.cleandoc(vars(base).get("__doc__") or "").splitlines():
+            begins = re.match(r"([\w, ]+): (.+)", line)
+            if begins:
+                name = ""
+                for name in begins[1].split(", "):
+                    found[name] = begins[2]
+            elif name and line.startswith("    "):
+                found[name] += " " + line.strip()
+            else:
+                name = ""
+    return found
+
+
+def packed_html(title: str, samples: Sequence[Sequence[tuple[str, int]]], totals: Mapping[str, int]) -> str:
+    """A bar for each sample of a packed stream: (kind, number of tokens) of its fields, in order, to one scale.
+
+    totals: number of tokens by kind.
+    """
+    colours = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(totals)}
+    legend = "".join(
+        f'<span style="margin-right:1em"><span style="color:{colours[kind]}">&#9632;</span> '
+        f"{escape(shortened(kind, 40))} {count:,}</span>"
+        for kind, count in list(totals.items())[:MOST_LINES]
+    )
+    longest = max((sum(count for _, count in sample) for sample in samples[:MOST_BARS]), default=0) or 1
+    bars = []
+    for number, sample in enumerate(samples[:MOST_BARS]):
+        x, parts = 0.0, []
+        for kind, count in sample[:MOST_PARTS]:
+            width = count / longest * BAR_WIDTH
+            parts.append(
+                f'<rect x="{x:.1f}" y="{number * 14}" width="{max(width - 0.5, 0.3):.1f}" height="11" fill="{colours[kind]}">'
+                f"<title>{escape(shortened(kind, 40))}: {count:,} tokens</title></rect>"
+            )
+            x += width
+        total = sum(count for _, count in sample)
+        parts.append(
+            f'<text x="{BAR_WIDTH + 6}" y="{number * 14 + 10}" font-size="10" fill="currentColor">{total:,}</text>'
+        )
+        bars += parts
+    height = 14 * min(len(samples), MOST_BARS)
+    more = f"<br>... {len(samples) - MOST_BARS:,} more samples" if len(samples) > MOST_BARS else ""
+    picture = f'<svg width="{BAR_WIDTH + 60}" height="{height}" role="img" aria-label="samples of the stream">{"".join(bars)}</svg>'
+    return f"<b>{escape(title)}</b><br>{legend}<br>{picture}{more}"
+
+
 def short_form(part: Any) -> str:
     """A declaration by the fields whose values are not the defaults: "ImagePatches(patch=4)"."""
     shown = []
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
-        value, default = getattr(part, field.name), field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if field.repr and (default is dataclasses.MISSING or value != default):
-            shown.append(f"{field.name}={shortened(repr(value), 100)}")
+        if field.repr and not _is_default(part, field):
+            shown.append(f"{field.name}={shortened(repr(getattr(part, field.name)), 100)}")
     return f"{type(part).__name__}({', '.join(shown)})"
 
 
@@ -135,6 +219,27 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
         f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="training loss">'
         f'<polyline points="{line}" fill="none" stroke="#4c72b0"/></svg>'
         f"<br>training loss {values[0]:.4g} to {values[-1]:.4g}"
+    )
+
+
+def _is_default(part: Any, field: Any) -> bool:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    try:
+        return default is not dataclasses.MISSING and bool(getattr(part, field.name) == default)
+    except (ValueError, RuntimeError):  # of arrays
+        return False
+
+
+def _in_full(value: object) -> str:
+    """A cell, as long as a paragraph."""
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if type(value) is int
+        else shortened(str(value), 300)
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from multimodal.attention import Layout
 from multimodal.heads.base import Reading
 from multimodal.masks import MaskInfo
+from multimodal.notebook import packed_html
 from multimodal.old_names import moved
 from multimodal.tokenizer import Places
 
@@ -56,6 +57,20 @@ class Stream:
             pattern: dataclasses.replace(r, row_N=next(index), key_N=None if r.key_N is None else next(index))
             for pattern, r in self.readings.items()
         }
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a bar for each sample, with the tokens of its fields by kind."""
+        info, counts = self.layout.info, {kind: len(content) for kind, content in self.content.items()}
+        kind_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts.values()), dtype=torch.long))
+        if self.order_T is not None:
+            kind_T = kind_T[self.order_T.cpu()]
+        shown = torch.stack([info.sample.cpu().long(), info.segment.cpu().long(), kind_T])
+        runs, sizes = shown.unique_consecutive(dim=1, return_counts=True)
+        samples: list[list[tuple[str, int]]] = [[] for _ in range(self.samples)]
+        names = list(counts)
+        for (sample, _, kind), size in zip(runs.T.tolist(), sizes.tolist(), strict=True):
+            samples[sample].append((names[kind], size))
+        return packed_html(f"Stream, {self.samples:,} samples, {len(self):,} tokens, no padding", samples, counts)
 
     def to(self, device: str | torch.device) -> "Stream":
         """The same stream on a device; the host does not wait for the copies."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.declare import Declared
+from multimodal.notebook import tables_html
 from multimodal.positions import in_steps
 from multimodal.shapes import AXES, ConfigError, MediaError, StreamError
 from multimodal.texts import shortened
@@ -45,6 +46,18 @@ class Tokens:
 
     def __len__(self) -> int:
         return self.content.shape[0]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the first tokens with their positions."""
+        first = [
+            (number, shortened(str(content), 100), str([round(x, 4) for x in place]))
+            for number, (content, place) in enumerate(
+                zip(self.content[:8].tolist(), self.position_NA[:8].tolist(), strict=False)
+            )
+        ]
+        what = "ids" if self.content.ndim == 1 else f"features of {self.content.shape[-1]:,} numbers"
+        pairs = f", {len(self.pairs):,} pairs" if self.pairs is not None else ""
+        return tables_html(f"Tokens, {len(self):,} {what}{pairs}", {"number, content, position": first})
 
     def kept(self, keep_N: Tensor) -> "Tokens":
         """Some of the tokens, by a bool for each; a pair is kept if both of its tokens are."""

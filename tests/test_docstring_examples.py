@@ -16,6 +16,7 @@ import multimodal as mm
 from multimodal.check import check_task, check_tokenizer, verify
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
+from multimodal.sklearn import Classifier, LeastSquares, Regressor
 from multimodal_tokenizers import (
     AudioFrames,
     Boxes,
@@ -44,11 +45,15 @@ NAMES = ("circle", "square")
 MOST_USED = {
     "Model": mm.Model,
     "Model.predict": mm.Model.predict,
+    "Model.predict_each": mm.Model.predict_each,
     "Model.generate": mm.Model.generate,
     "Model.save": mm.Model.save,
     "Model.load": mm.Model.load,
     "Model.from_pretrained": mm.Model.from_pretrained,
     "Boxes": Boxes,
+    "sklearn.Classifier": Classifier,
+    "sklearn.LeastSquares": LeastSquares,
+    "sklearn.Regressor": Regressor,
     "CTC": mm.CTC,
     "Chat": Chat,
     "Composite": mm.Composite,

@@ -47,7 +47,7 @@ LAYERS = (
     {"network", "model_parts", "tower"},
     {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization", "measures"},
     {"train"},
-    {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish"},
+    {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish", "sklearn"},
     {"demo"},
     {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
@@ -60,8 +60,9 @@ Imports inside functions count, and those for type checkers too.
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
-WITH_TOKENIZERS = {"pretrained", "demo"}
-"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, and the demo declares a model."""
+WITH_TOKENIZERS = {"pretrained", "demo", "sklearn"}
+"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, and the demo and the estimators of
+scikit-learn declare models."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
 CORE = ("model", "generate", "train")
 """Where the core starts: it is all that these parts reach by imports."""
@@ -79,6 +80,7 @@ ABOVE_CORE = {
     "card",
     "publish",
     "demo",
+    "sklearn",
 }
 """Parts that the core never imports, so that each can change, or go, without it."""
 MAY_PRINT = ("cli", "__main__", "check", "train")

@@ -30,7 +30,10 @@ CORE = Core(width=48, depth=2, heads=2)
 
 @dataclass(frozen=True)
 class Number(Tokenizer):
-    """A number below `size`: what the models of these checks write."""
+    """A number below `size`: what the models of these checks write.
+
+    size: the number of numbers.
+    """
 
     size: int
     classes = True

@@ -127,7 +127,10 @@ def random_tokens(tokenizer: Tokenizer, seed: int) -> list[Tokens]:
 
 @dataclass(frozen=True)
 class Encoded(Tokenizer):
-    """A tokenizer for values that are tokens already; it answers with ids, so that answers can be compared exactly."""
+    """A tokenizer for values that are tokens already; it answers with ids, so that answers can be compared exactly.
+
+    inner: the tokenizer that made the tokens.
+    """
 
     inner: Tokenizer
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from multimodal.cli.arguments import (
+    STDIN,
+    Columns,
+    DataFiles,
     Device,
     Fields,
     Json,
@@ -17,10 +20,12 @@ from multimodal.cli.arguments import (
     Plugins,
     Without,
     choose_task,
+    constants_from,
     named_samples,
     samples_from,
     value_from,
 )
+from multimodal.cli.batch import check_out, predict_data
 from multimodal.cli.loading import load
 from multimodal.cli.output import check_folder, printable, show
 
@@ -150,30 +155,70 @@ BATCH = 32  # samples of one batch
 def predict(
     checkpoint: Path,
     /,
-    *,
+    *data: str,
     task: str | None = None,
     without: Without = None,
     as_json: Json = False,
     out: Out = None,
+    fields_of_data: Annotated[Columns, Parameter(name="--fields")] = None,
+    files: DataFiles = None,
+    probabilities: Annotated[
+        bool, Parameter(negative="", help="Of data: a column for each class, with its probability.")
+    ] = False,
+    batch: Annotated[int, Parameter(help="Of data: the number of samples that are answered at the same time.")] = BATCH,
     plugin: Plugins = None,
     device: Device = "auto",
     **fields: Fields,
 ) -> int:
-    """Answer one sample, or several. An answer that is a picture or a sound is written to a file.
+    """Answer one sample, several, or every row of data. An answer that is a picture or a sound is written to a file.
+
+    Of data, `--out` is a table of answers: .csv, .tsv, .jsonl or .parquet. Stopped at any moment, the same command goes on behind
+    the last row, and the table is the same. A row that cannot be answered has an error there, and the exit code is 1.
 
     Example: multimodal predict runs/digits --image seven.png
 
     Example: multimodal predict runs/digits --image scans/*.png --json
 
+    Example: multimodal predict runs/digits scans/ --out predictions.csv --probabilities
+
+    Example: multimodal predict runs/captions photos.parquet --fields image=photo --out captions.parquet
+
+    Example: tail -f new.jsonl | multimodal predict runs/reviews -
+
     Parameters
     ----------
     checkpoint
         A run folder, the model folder in it, or a name on the hub: OWNER/MODEL, or OWNER/MODEL@REVISION.
+    data
+        A folder of pictures or sounds, a .csv, .tsv, .jsonl or .parquet file, hf:NAME, a folder of shards, 'scans/*.png', or
+        several files; or - for JSON lines of standard input, which are answered by JSON lines as they come.
     task
         Which task, such as "image -> label"; needed only where several read the same fields.
     """
-    check_folder(out)
+    from multimodal.shapes import ConfigError
+
+    if data:
+        check_out(out, data)
+    elif fields_of_data or files or probabilities or batch != BATCH:
+        raise ConfigError(
+            "predict: --fields, --files, --probabilities and --batch are about data; give them behind the checkpoint"
+        )
+    if not data or list(data) == [STDIN]:
+        check_folder(out)
     model = load(checkpoint, plugin, device)
+    if data:
+        return predict_data(
+            model,
+            data,
+            checkpoint=checkpoint,
+            task=task,
+            fields=fields_of_data,
+            files=files,
+            given=constants_from(model, fields, without or []),
+            out=out,
+            probabilities=probabilities,
+            batch=batch,
+        )
     chosen = choose_task(model, task, [*fields, *(without or [])])
     name, tokenizer = model.packer.patterns[chosen].answer, model.packer.answer_tokenizers[chosen]
     samples, names = (

@@ -33,7 +33,7 @@ Out = Annotated[
     Path | None,
     Parameter(
         help="The folder for pictures and sounds that are written; the run's unless given. With it texts are files too. "
-        "No file is overwritten: the next gets a number."
+        "No file is overwritten: the next gets a number. Of data given to predict: the table of answers."
     ),
 ]
 Fields = Annotated[
@@ -69,26 +69,15 @@ DataFiles = Annotated[
     Parameter(negative="", help="A field of the data whose values are paths of files. Repeat it for more."),
 ]
 Most = Annotated[int, Parameter(help="The most samples of the data, the first ones.")]
-OPTION_NAMES = {
-    *(
-        "answer",
-        "as_json",
-        "begin",
-        "beams",
-        "checkpoint",
-        "count",
-        "debug",
-        "device",
-        "guidance",
-        "help",
-        "inside",
-        "json",
-    ),
-    *("length_penalty", "max_tokens", "min_p", "no_repeat", "one_of", "only", "out", "plugin", "repetition", "seed"),
-    *("stop", "task", "temperature", "top_k", "top_p", "version", "without", "writing"),
-}
+_NAMES = """
+answer as_json batch begin beams checkpoint count debug device fields files guidance help inside json length_penalty
+max_tokens min_p no_repeat one_of only out plugin probabilities repetition seed stop task temperature top_k top_p version
+without writing
+"""
+OPTION_NAMES = set(_NAMES.split())
 """Names of options; a field of the same name is given with FIELD_PREFIX before it."""
 FIELD_PREFIX = "field_"
+STDIN = "/dev/stdin"  # what "-" becomes, because cyclopts takes it for an option
 _Typed = TypeVar("_Typed")  # a text or several
 OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
@@ -125,7 +114,7 @@ def joined(app: "App", tokens: Sequence[str]) -> list[str]:
         elif field and placed:
             found.append(f"{field}={token}")
         else:
-            found.append(token)
+            found.append(STDIN if token == "-" and tokens[0] == "predict" else token)
             placed = True
     return found
 
@@ -255,6 +244,34 @@ def named_samples(pattern: "Pattern", fields: Mapping[str, Sequence[str]]) -> li
     several = {name: texts for name, texts in given.items() if len(texts) > 1 and name not in lists}
     count = max(map(len, several.values()), default=1)
     return [{name: texts[i] for name, texts in several.items()} for i in range(count)]
+
+
+def constants_from(model: "Model", fields: Mapping[str, Sequence[str]], without: Sequence[str]) -> dict[str, Any]:
+    """{field: value} of the fields that are the same for every row of data; those in `without` are None.
+
+    Raises:
+        TaskError: no task reads such a field, several values of it, or one that is given and left out.
+        MediaError: a value that cannot be read.
+    """
+    from multimodal.shapes import TaskError
+
+    kinds = {f.name: (f.kind, f.many) for p in model.packer.patterns.values() for f in p.reads}
+    given = _given(fields, kinds)
+    absent = _given({name.removeprefix("--").replace("-", "_"): [] for name in without}, kinds)
+    for name in (*given, *absent):
+        if name not in kinds:
+            there = " ".join(map(_option, kinds)) or "no field"
+            raise TaskError(f"--{name}: the tasks of this model read {there}{_closest([name], list(kinds))}")
+    if both := [name for name in absent if name in given]:
+        raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
+    found: dict[str, Any] = dict.fromkeys(absent)
+    for name, texts in given.items():
+        kind, many = kinds[name]
+        if len(texts) > 1 and not many:
+            raise TaskError(f"--{name}: {len(texts)} values; beside data, a field has one value for all rows")
+        values = [value_from(model.packer.tokenizers[kind], text, f"--{name}") for text in texts]
+        found[name] = values if many else values[0]
+    return found
 
 
 def samples_with(model: "Model", fields: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, Any]]]:

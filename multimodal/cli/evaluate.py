@@ -6,9 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from multimodal.cli.arguments import Columns, DataFiles, Device, Json, Most, Plugins, choose_task
-from multimodal.cli.loading import load, samples_of
+from multimodal.cli.loading import load, samples_of, tasks_of
 from multimodal.cli.output import check_folder, print_json
-from multimodal.cli.quantize import tasks_of
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +189,29 @@ def samples_of(
                 found.append(row)
     if not found:
         raise ConfigError(f"--data {shortened(source, 100)} holds no samples")
+    return found
+
+
+def tasks_of(model: "Model", chosen: str | None, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks to measure: those whose fields the first sample has.
+
+    Raises:
+        TaskError: there is none; says which fields they have, and which the data.
+    """
+    from multimodal.shapes import TaskError
+
+    wanted = {
+        text: {*(field.name for field in p.reads), *filter(None, [p.answer])}
+        for text, p in model.packer.patterns.items()
+        if chosen in (None, text)
+    }
+    found = [text for text, fields in wanted.items() if fields <= set(samples[0])]
+    if not found:
+        needs = "; ".join(f"{text!r} needs {', '.join(sorted(fields))}" for text, fields in wanted.items())
+        raise TaskError(
+            f"--data: samples have {', '.join(map(str, samples[0])) or 'no fields'}, and {needs}; give columns other names, as in "
+            "--fields text=caption"
+        )
     return found
 
 

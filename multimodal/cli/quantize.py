@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from multimodal.cli.arguments import Columns, DataFiles, DataSource, Device, Json, Most, Plugins, choose_task
-from multimodal.cli.loading import load, model_folder, samples_of
+from multimodal.cli.loading import load, model_folder, samples_of, tasks_of
 from multimodal.cli.output import check_folder, print_json
 from multimodal.progress import progress_bar
 
@@ -87,29 +87,6 @@ def quantize(
         print("  ".join([f"{name:<{width}}", *(f"{cells.get(m, ''):>{size}}" for m, size in sides.items())]).rstrip())
     print(f"model  {folder}")
     return 0
-
-
-def tasks_of(model: "Model", chosen: str | None, samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The tasks to measure: those whose fields the first sample has.
-
-    Raises:
-        TaskError: there is none; says which fields they have, and which the data.
-    """
-    from multimodal.shapes import TaskError
-
-    wanted = {
-        text: {*(field.name for field in p.reads), *filter(None, [p.answer])}
-        for text, p in model.packer.patterns.items()
-        if chosen in (None, text)
-    }
-    found = [text for text, fields in wanted.items() if fields <= set(samples[0])]
-    if not found:
-        needs = "; ".join(f"{text!r} needs {', '.join(sorted(fields))}" for text, fields in wanted.items())
-        raise TaskError(
-            f"--data: samples have {', '.join(map(str, samples[0])) or 'no fields'}, and {needs}; give columns other names, as in "
-            "--fields text=caption"
-        )
-    return found
 
 
 def _measured(

@@ -13,6 +13,7 @@ from multimodal.count.flops import Flops, parameters, token_flops, transformer
 from multimodal.count.memory import MemoryUse, Work, rank_memory
 from multimodal.count.streams import StreamStats, count_stream, stream_of_length
 from multimodal.model import Model
+from multimodal.notebook import tables_html
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.train.recipe import Recipe
 
@@ -98,6 +99,24 @@ class TrainingPlan:
     steps: int
     repairs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: whether it fits, its memory and work, and what would make it fit."""
+        tables = {
+            "memory of a process, GB": [(name, size / GB) for name, size in self.memory.parts.items()],
+            "work": [
+                ("steps", self.steps),
+                ("tokens a step", self.step_tokens),
+                ("FLOPs of the run", self.run_flops),
+                ("parameters", sum(self.parameters.values())),
+            ],
+            "would make it fit": [(line,) for line in self.repairs],
+            "warnings": [(line,) for line in self.warnings],
+            "assumed": [(line,) for line in self.assumptions],
+        }
+        total, most = self.memory.total / GB, self.gpu.memory / GB
+        fits = "fits" if self.fits else "does not fit"
+        return tables_html(f"{fits} on {self.gpus} x {self.gpu.name}: {total:,.3g} of {most:,.3g} GB", tables)
 
     @property
     def fits(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from multimodal.notebook import tables_html
 from multimodal.texts import shortened
 
 FIRST = 3  # number of names shown for each reason
@@ -52,6 +53,12 @@ class Account:
             tally.leave(reason, name)
             tally.used -= 1
         return tally.account(self.samples, self.notes)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the counts, and the reasons with the first names."""
+        left = [(reason, out.count, ", ".join(out.names)) for reason, out in self.left_out.items()]
+        tables = {"left out": left, "notes": [(note,) for note in self.notes]}
+        return tables_html(str(self).partition("\n")[0], tables)
 
     def __str__(self) -> str:
         left = self.saw - self.yields

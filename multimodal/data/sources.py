@@ -50,6 +50,19 @@ def in_batches(samples: Any, size: int) -> Iterator[list[Any]]:
         yield part
 
 
+def samples_or_errors(samples: Any) -> Iterator[Any]:
+    """Yields samples; of a source with [index], in place of one that cannot be read its error."""
+    if not is_indexed(samples):
+        yield from samples
+        return
+    for i in range(len(samples)):
+        try:
+            sample = samples[i]
+        except (ValueError, OSError) as error:
+            sample = error
+        yield sample
+
+
 def check_source(who: str, pattern: str, source: Any) -> None:
     """Raise a ConfigError for a source that gives no samples."""
     if isinstance(source, (Mapping, str, bytes)) or not (is_indexed(source) or hasattr(source, "__iter__")):

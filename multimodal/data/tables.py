@@ -50,12 +50,16 @@ class Table:
 
     def rows(self, start: int) -> Iterator[Any]:
         """Yields the rows from number `start` on, as mappings of fields."""
+        return (sample for _, sample in self.pairs(start))
+
+    def pairs(self, start: int) -> Iterator[tuple[Any, Any]]:
+        """Yields (the row with all of its columns, the mapping of fields that is made of it) from row number `start` on."""
         for row in self.read(start):
             try:
-                row = row if isinstance(row, Exception) else self._fields(row)
+                sample = row if isinstance(row, Exception) else self._fields(row)
             except TypeError as error:
-                row = error
-            yield row
+                sample = error
+            yield row, sample
 
     def account(self) -> Account:
         """Counts the rows that are used and left out, with reasons; reads the whole source."""
@@ -319,15 +323,7 @@ def _of_json(path: Path, encoding: str) -> Table:
 
     def read(start: int) -> Iterator[Any]:
         for number, line in islice(((n, line) for n, line in lines() if line.strip()), start, None):
-            try:
-                if why := _text_error(line, encoding):
-                    raise MediaError(why)
-                row = json.loads(line, object_pairs_hook=unique_keys)
-                if not isinstance(row, dict):
-                    raise MediaError(f"it is no JSON object: {shortened(line, 80)}")
-                yield row
-            except (ValueError, RecursionError) as error:
-                yield MediaError(f"line {number}: {error}")
+            yield json_row(line, number, encoding)
 
     def seen() -> Account:
         tally = Tally("rows")
@@ -344,6 +340,19 @@ def _of_json(path: Path, encoding: str) -> Table:
     return Table(
         about=about | _about_encoding(encoding), columns=columns, total=count, read=read, seen=seen, beside=path.parent
     )
+
+
+def json_row(line: str, number: int, encoding: str = "utf-8") -> dict[str, Any] | MediaError:
+    """The row in a line of a file of JSON lines, or the error in its place. number: of the line, from 1."""
+    try:
+        if why := _text_error(line, encoding):
+            raise MediaError(why)
+        row = json.loads(line, object_pairs_hook=unique_keys)
+        if isinstance(row, dict):
+            return row
+        raise MediaError(f"it is no JSON object: {shortened(line, 80)}")
+    except (ValueError, RecursionError) as error:
+        return MediaError(f"line {number}: {error}")
 
 
 def _about_encoding(encoding: str) -> dict[str, str]:

@@ -66,7 +66,10 @@ class Sampler(Declared, ABC):
 
 @dataclass(frozen=True)
 class Then(Sampler):
-    """One rule after the other: `first | second`."""
+    """One rule after the other: `first | second`.
+
+    first, second: the rules.
+    """
 
     first: Sampler
     second: Sampler

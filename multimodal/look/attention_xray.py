@@ -21,6 +21,7 @@ from multimodal.heads.base import encode_field
 from multimodal.look.layer_xray import NAMES, LayerXRay
 from multimodal.look.layers import START, picture_and_grid, read_values, token_labels, transformers
 from multimodal.model import Model
+from multimodal.notebook import tables_html
 from multimodal.pattern import Pattern
 from multimodal.shapes import ConfigError, TaskError, did_you_mean
 from multimodal.stream import Stream
@@ -235,6 +236,13 @@ class XRay:
     def __str__(self) -> str:
         """The table of heads as text."""
         return self.lines(self.table())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the answer, the fields, and the read-outs of every head; `page` writes all of it."""
+        fields = [(f.name, f.kind, len(f), "written" if f.written else "read") for f in self.fields.values()]
+        heads = [(row["layer"], row["head"], *(float(row[n]) for n in NAMES if n in row)) for row in self.table()]
+        tables = {"fields": fields, f"layer, head, {', '.join(NAMES.values())}": heads}
+        return self.prediction._repr_html_() + tables_html(f"XRay of {self.task}", tables)
 
     def lines(self, rows: list[dict[str, Any]]) -> str:
         """Rows of `table` as text, under a heading."""

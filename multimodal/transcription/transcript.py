@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
+from multimodal.notebook import tables_html
 from multimodal.shapes import ConfigError
+from multimodal.texts import shortened
 
 LINE = 42  # characters in a subtitle line, as most broadcasters allow
 CUE_S = 7.0  # the longest duration of a subtitle
@@ -46,6 +48,15 @@ class Transcript:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the text, and the times of its words."""
+        words = [(f"{word.start_s:.2f} s", f"{word.end_s:.2f} s", word.text) for word in self.words]
+        cut = "" if self.complete else ", cut by max_tokens"
+        text = shortened(self.text, 5000)
+        return f"<div>{html.escape(text)}</div>" + tables_html(
+            f"{self.seconds:.2f} s, {len(words):,} words{cut}", {"": words}
+        )
 
     def cues(self) -> list[tuple[int, int, str]]:
         """The subtitles, in order and without overlaps: (start in ms, end in ms, text)."""

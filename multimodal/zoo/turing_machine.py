@@ -20,9 +20,13 @@ class TuringMachine(Layer):
     """An external memory with one head that reads and one that writes: Graves et al. 2014, "Neural Turing Machines", section 3.
 
     slots: N of the paper; they are not in the parameters, so a model may be rebuilt with more of them than it was trained with.
-    slot_width: numbers of a slot. hidden: width of the feed-forward controller. shifts: how many shifts around its place a head
-    can choose from. out: width of the update, None: that of the stream. There is no kernel for it: the loop over steps is plain.
+    slot_width: numbers of a slot.
+    hidden: width of the feed-forward controller.
+    shifts: how many shifts around its place a head can choose from.
+    out: width of the update; None: that of the stream.
     merge: how the update joins the stream.
+
+    There is no kernel for it: the loop over steps is plain.
     """
 
     slots: int = 128

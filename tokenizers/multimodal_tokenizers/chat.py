@@ -28,10 +28,12 @@ class Chat(Composite):
     Markers are the text kind's own tokens where it has them ("<|im_end|>"), and a content cannot hold one: its tokenizer reads
     it as plain characters, or where it cannot tell them apart the turn is refused.
 
-    words: the name of the text kind. image, audio: those of the kinds for pictures and sounds; None: there are none.
+    words: the name of the text kind.
+    image, audio: the names of the kinds for pictures and sounds; None: there are none.
     before, after: the template: what stands before and after each turn. `CHATML`, `LLAMA3` and `GEMMA` are pairs of them.
     begin: what stands before the first turn, such as "<|begin_of_text|>".
-    roles: the roles that a turn may have. answers: the role of those turns that a head learns and writes.
+    roles: the roles that a turn may have.
+    answers: the role of those turns that a head learns and writes.
     names: (role, its name in the template), where that is another: (("assistant", "model"),), or a mapping.
     causal: always true, so that every turn of the assistant is learned in one pass.
 
