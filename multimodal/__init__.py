@@ -30,6 +30,7 @@ _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.
 _ROOMS = (
     *(
         "attention",
+        "augment",
         "check",
         "count",
         "data",
