@@ -54,7 +54,11 @@ class TokenAugmentation(Augmentation):
 
     def __call__(self, value: Any, draw: np.random.Generator | None = None) -> Any:
         """The value together with this change of its tokens, for a sample; None stays None."""
-        return None if value is None else AfterEncoding(value, (self,), new_seed(generator() if draw is None else draw))
+        return (
+            None
+            if value is None
+            else AfterEncoding(value, (self.change_tokens,), new_seed(generator() if draw is None else draw))
+        )
 
     @staticmethod
     def read(value: Any) -> Any:
@@ -110,7 +114,11 @@ class Sometimes(Augmentation):
     def __call__(self, value: Any, draw: np.random.Generator | None = None) -> Any:
         if self.of != "tokens":
             return super().__call__(value, draw)
-        return None if value is None else AfterEncoding(value, (self,), new_seed(generator() if draw is None else draw))  # type: ignore[arg-type]
+        return (
+            None
+            if value is None
+            else AfterEncoding(value, (self.change_tokens,), new_seed(generator() if draw is None else draw))
+        )  # type: ignore[arg-type]
 
 
 def generator() -> np.random.Generator:

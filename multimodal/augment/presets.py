@@ -1,7 +1,7 @@
 """Augmentations that suit most data of a sort: changes under which an answer stays what it was."""
 
 from multimodal.augment.base import Augmentation, Sometimes
-from multimodal.augment.pictures import Blur, ColorJitter, HorizontalFlip, PictureNoise, RandomAffine, RandomScale
+from multimodal.augment.pictures import ColorJitter, HorizontalFlip, PictureNoise, RandomAffine, RandomScale
 from multimodal.augment.sounds import Equaliser, Noise, Pause, Speed
 from multimodal.augment.tokens import FrequencyWarp, SpecAugment
 

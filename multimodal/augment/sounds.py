@@ -189,12 +189,15 @@ class Equaliser(SoundAugmentation):
 
     def change(self, value: Sound, draw: np.random.Generator) -> Sound:
         wave_S, rate = value
-        spectrum = torch.fft.rfft(wave_S)
+        # some lengths, such as primes, have slow transforms; a power of 2 has not
+        padded = 2 ** math.ceil(math.log2(max(len(wave_S), 2)))
+        spectrum = torch.fft.rfft(wave_S, padded)
         # 8 octaves below half the rate, and below them the gain of the lowest point
         points = np.arange(-8.0, self.octaves, self.octaves)
         at = np.log2(np.maximum(np.linspace(0, 1, len(spectrum)), 2.0**-8))
         gain_db = np.interp(at, points, draw.normal(0, self.largest_db, len(points)))
-        return torch.fft.irfft(spectrum * torch.from_numpy(np.float32(10 ** (gain_db / 20))), len(wave_S)), rate
+        filtered_S = torch.fft.irfft(spectrum * torch.from_numpy(np.float32(10 ** (gain_db / 20))), padded)
+        return filtered_S[: len(wave_S)], rate
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Sources of samples that augment other samples: changes of fields, and mixtures of two pictures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np

@@ -146,8 +146,8 @@ def declared_sources(data: Mapping[str, Any]) -> dict[str, Any]:
                 found[pattern] = plain(value)
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"fit: the data of task {pattern!r} have an attribute `declared` that is no JSON value ({error}); give numbers, "
-                    "texts, lists and mappings"
+                    f"fit: the data of task {pattern!r} have an attribute `declared` that is no JSON value ({error}); give "
+                    "numbers, texts, lists and mappings"
                 ) from error
     return found
 

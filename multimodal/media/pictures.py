@@ -49,9 +49,9 @@ def read_image(value: Any, *, channels: int | None, max_pixels: int, who: str) -
     """A picture as (C, Y, X) float32 in 0..1.
 
     value: a path, bytes, an open file, a data: URL; a PIL image; an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X),
-    of uint8, uint16, or floats in 0..1; a decoder of a video. Grey, RGB and RGBA are turned into `channels` (1, 3 or 4; None: they
-    stay as they are); transparent pixels are put on white. The orientation of EXIF or XMP is applied. Of several frames only the first is read, which
-    is logged once. The size is checked before decoding.
+    of uint8, uint16, or floats in 0..1; a decoder of a video. Grey, RGB and RGBA are turned into `channels` (1, 3 or 4; None:
+    they stay as they are); transparent pixels are put on white. The orientation of EXIF or XMP is applied. Of several frames
+    only the first is read, which is logged once. The size is checked before decoding.
 
     Raises:
         MediaError: names `who`, the value and the repair.
