@@ -15,7 +15,7 @@ from multimodal.augment.base import Augmentation, check_between, check_pair, che
 from multimodal.media import read_image
 from multimodal.shapes import ConfigError, MediaError, check_whole
 
-MAX_PIXELS = 2**24  # as ImagePatches: a larger picture is refused before it is decoded
+MAX_PIXELS = 2**26  # a larger picture is refused before it is decoded; kinds have limits of their own, which are lower
 
 
 class PictureAugmentation(Augmentation):
@@ -100,7 +100,7 @@ class RandomScale(PictureAugmentation):
         check_whole("RandomScale", least=1, smallest=self.smallest)
 
     def change(self, value: Tensor, draw: np.random.Generator) -> Tensor:
-        factor = math.exp(draw.uniform(math.log(self.least), math.log(self.largest)))
+        factor = log_uniform((self.least, self.largest), draw)
         sides = value.shape[1:]
         factor = max(factor, min(1.0, self.smallest / min(sides)))
         return resized(value, tuple(max(1, round(side * factor)) for side in sides))
@@ -165,7 +165,7 @@ class RandomPart(PictureAugmentation):
 
     def change(self, value: Tensor, draw: np.random.Generator) -> Tensor:
         area = draw.uniform(*self.area)
-        wider = math.exp(draw.uniform(*map(math.log, self.ratio)) / 2)
+        wider = log_uniform(self.ratio, draw) ** 0.5
         height, width = value.shape[1:]
         rows, columns = (
             min(side, max(round(side * share), self.smallest))
@@ -204,7 +204,7 @@ class RandomAffine(PictureAugmentation):
         height, width = value.shape[1:]
         angle = math.radians(draw.uniform(-self.degrees, self.degrees))
         slope = math.tan(math.radians(draw.uniform(-self.shear, self.shear)))
-        factor = math.exp(draw.uniform(*map(math.log, self.scale)))
+        factor = log_uniform(self.scale, draw)
         # from a place in the result back to the one in the picture, both in pixels from the middle
         cosine, sine = math.cos(angle) / factor, math.sin(angle) / factor
         xx, xy, yx, yy = cosine - slope * sine, sine + slope * cosine, -sine, cosine
@@ -364,6 +364,11 @@ class TrivialAugmentWide(ByTorchvision):
 
     def change(self, value: Tensor, draw: np.random.Generator) -> Tensor:
         return super().change(_opaque(value), draw)
+
+
+def log_uniform(bounds: tuple[float, float], draw: np.random.Generator) -> float:
+    """A number between these bounds whose logarithm is uniform."""
+    return math.exp(draw.uniform(math.log(bounds[0]), math.log(bounds[1])))
 
 
 def resized(image_CYX: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from multimodal.augment.base import Augmentation, check_between, generator, new_
 from multimodal.augment.pictures import PictureAugmentation, resized
 from multimodal.data import Samples, Wrapped, as_samples, check_samples
 from multimodal.declare import check_part, declaration
-from multimodal.shapes import ConfigError, MediaError, did_you_mean
+from multimodal.shapes import ConfigError, MediaError, did_you_mean, is_number
 from multimodal.texts import listed
 from multimodal.tokenizer import AfterEncoding
 
@@ -52,12 +52,14 @@ class Augmented(Wrapped):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         sample, draw = self.samples[index], generator()
-        return {**sample, **{name: self._changed(sample, name, draw) for name in self.fields}}
+        changed = {name: self._changed(sample, name, draw) for name in self.fields}
+        return {**sample, **changed}
 
     def _changed(self, sample: Mapping[str, Any], name: str, draw: np.random.Generator) -> Any:
         value, parts = _field("Augmented", sample, name), self.fields[name]
         try:
-            if isinstance(value, list):
+            # a sound may be a list of its wave and its rate
+            if isinstance(value, list) and not (len(value) == 2 and is_number(value[1])):
                 return [_applied(parts, each, draw) for each in value]
             return _applied(parts, value, draw)
         except MediaError as error:
@@ -81,6 +83,8 @@ class _Mixture(Wrapped):
         who, draw = type(self).__name__, generator()
         mine, other = self.samples[index], self.samples[int(draw.integers(len(self.samples)))]
         values = [_field(who, sample, name) for sample in (mine, other) for name in (self.image, self.label)]
+        for value in values:
+            _refuse_late(who, value)
         # without a picture or a label there is nothing to mix
         if draw.random() >= self.share or any(value is None for value in values):
             return mine
@@ -208,12 +212,23 @@ def _applied(parts: Sequence[Augmentation], value: Any, draw: np.random.Generato
     if value is None:
         return None
     of_value = [part for part in parts if part.of != "tokens"]
+    if of_value:
+        _refuse_late("Augmented", value)
     of_tokens: Any = [part.change_tokens for part in parts if part.of == "tokens"]  # type: ignore[attr-defined]
     if of_value:
         value = of_value[0].read(value)
         for part in of_value:
             value = part.change(value, draw)
     return AfterEncoding(value, tuple(of_tokens), new_seed(draw)) if of_tokens else value
+
+
+def _refuse_late(who: str, value: Any) -> None:
+    """Refuse a value whose tokens are to be changed already: what changes the value itself comes first."""
+    if isinstance(value, AfterEncoding):
+        raise ConfigError(
+            f"{who}: the samples within have changes of tokens (SpecAugment, TokenDropout, ..), and these must come last; put the "
+            f"Augmented that makes them around this {who}"
+        )
 
 
 def _with_channels(image_CYX: Tensor, channels: int) -> Tensor:

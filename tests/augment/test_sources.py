@@ -139,6 +139,8 @@ def test_lists_and_missing_values():
     assert source[0]["text"] is None
     assert A.Augmented([{"image": []}], {"image": A.Blur()})[0]["image"] == []
     assert A.Augmented([{"image": None}], {"image": A.TokenDropout()})[0]["image"] is None
+    sound = [torch.rand(80), 8000]
+    assert torch.equal(A.Augmented([{"audio": sound}], {"audio": A.Gain(0, 0)})[0]["audio"][0], sound[0])
     both = A.Augmented([{"text": "a b"}], {"text": (A.WordDropout(0.0), A.TokenDropout())})[0]["text"]
     assert isinstance(both, AfterEncoding)
     assert both.value == "a b"
@@ -159,6 +161,8 @@ def test_lists_and_missing_values():
         (lambda: A.Augmented(None, {"image": A.Blur()}), "NoneType"),
         (lambda: A.Augmented(SAMPLES, {"imag": A.Blur()})[0], "has no field 'imag'; it has image, label, text; did you mean"),
         (lambda: A.Augmented([(1, 2)], {"image": A.Blur()})[0], "a sample is tuple, wanted a mapping of fields"),
+        (lambda: A.Mixup(varied(), share=1.0)[0], "Mixup: the samples within have changes of tokens"),
+        (lambda: A.Augmented(varied(), {"image": A.Blur()})[0], "put the Augmented that makes them around this Augmented"),
         (lambda: A.Mixup(SAMPLES, alpha=0.0), "Mixup: alpha=0.0 must be"),
         (lambda: A.CutMix(SAMPLES, share=2), "CutMix: share=2 must be"),
         (lambda: A.Mixup(SAMPLES, label="lable")[0], "Mixup: a sample has no field 'lable'"),
