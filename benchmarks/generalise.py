@@ -41,7 +41,8 @@ def trained(
     head = mm.Task(task, mm.Classify(label_smoothing=0.1))
     model = mm.Model({field: kind, "label": labels}, core, [head], seed=seed)
     data = augment.Augmented(train, {field: changes}) if changes else train
-    mm.fit(model, {task: data}, seed=seed, **settings, **PLAIN)
+    if not mm.fit(model, {task: data}, seed=seed, **settings, **PLAIN).finished:
+        raise RuntimeError("the training was stopped, so there is nothing to measure")
     return model
 
 

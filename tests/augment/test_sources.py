@@ -45,6 +45,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [{}, {"batch": 64, "tokens": 40, "look_ahead": 8}])
 def test_workers_and_a_stop_change_nothing(tmp_path: Path, budget: dict):
     whole = trained(**budget)
