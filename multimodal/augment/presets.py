@@ -1,4 +1,4 @@
-"""Augmentations that suit most data of a sort: changes under which an answer stays what it was."""
+"""Augmentations to start with: changes under which the answers of most data of a sort stay what they are."""
 
 from multimodal.augment.base import Augmentation, Sometimes
 from multimodal.augment.pictures import ColorJitter, HorizontalFlip, PictureNoise, RandomAffine, RandomScale
