@@ -1,6 +1,6 @@
 """How well a model answers what it was not trained on: other speakers; other sizes, angles, noise and light of pictures.
 
-    uv run benchmarks/generalise.py --write                     about 40 CPU-minutes on one thread
+    uv run benchmarks/generalise.py --write                     an hour of CPU time or more (estimated)
     uv run benchmarks/generalise.py --only digits --seed 1
 
 speakers: spoken digits of FSDD; each of the four speakers is left out in turn, and the model is trained on all clips of the other
@@ -72,7 +72,7 @@ def speaker(augmented: bool, left_out: str, seed: int, steps: int | None) -> tup
     torch.set_num_threads(1)
     start, by = time.process_time(), clips()
     train = [sample for name, some in by.items() if name != left_out for sample in some]
-    model = heard(train, augment.for_sounds() if augmented else None, seed, steps or 500)
+    model = heard(train, augment.for_sounds() if augmented else None, seed, steps or 1500)
     share = right(model, HEAR, by[left_out])
     print(f"  {'augmented' if augmented else 'plain'}, without {left_out}: {share:.2%}", flush=True)
     return share, time.process_time() - start
