@@ -13,6 +13,7 @@ ROOMS = {
     "multimodal": (),
     "model": (),
     "data": (),
+    "augment": (),
     "train": (),
     "generate": (),
     "heads": (),

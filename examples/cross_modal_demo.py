@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     spoken_digits = [clip for clip in sounds.train if clip.word in DIGITS]
     train = {
-        SEE: DigitSamples(pictures.train, None),
+        SEE: DigitSamples(pictures.train.varied(), None),
         HEAR: DigitSamples(None, sounds.train, disturbed),
-        ADD: DigitSamples(pictures.train, spoken_digits, disturbed),
+        ADD: DigitSamples(pictures.train.varied(), spoken_digits, disturbed),
     }
 
     # tokenizers and model

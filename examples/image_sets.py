@@ -1,7 +1,7 @@
 """The picture sets of train_image_classifier.py: each gives training and test samples, class names and an augmentation."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -9,29 +9,33 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets, transforms
+from torchvision import datasets
 
-from multimodal import ConfigError
+from multimodal import ConfigError, augment
 from multimodal.data import read_folder
 from multimodal.demo import scanned_digits
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Samples {"image", "label"}; opened and augmented when asked for."""
+    """Samples {"image", "label"}.
+
+    changes: the augmentation of those that are trained on.
+    """
 
     images: Sequence[Any]
     labels: Sequence[str]
-    augment: Callable[[Image.Image], Image.Image] | None = None
+    changes: tuple[augment.Augmentation, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.images[index]
-        if self.augment is not None:
-            image = self.augment(image if isinstance(image, Image.Image) else Image.open(image).convert("RGB"))
-        return {"image": image, "label": self.labels[index]}
+        return {"image": self.images[index], "label": self.labels[index]}
+
+    def varied(self) -> augment.Augmented:
+        """The same samples, changed whenever they are read."""
+        return augment.Augmented(self, {"image": self.changes})
 
     def some(self, count: int) -> "Pictures":
         """The first `count` samples, one of each class in turn; a folder lists its classes one after the other."""
@@ -39,7 +43,7 @@ class Pictures:
         for i, label in enumerate(self.labels):
             by_class.setdefault(label, []).append(i)
         chosen = [i for turn in zip_longest(*by_class.values()) for i in turn if i is not None][:count]
-        return Pictures([self.images[i] for i in chosen], [self.labels[i] for i in chosen], self.augment)
+        return Pictures([self.images[i] for i in chosen], [self.labels[i] for i in chosen], self.changes)
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,14 @@ def digits(seed: int) -> PictureSet:
     train, test, train_labels, test_labels = map(
         list, train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
     )
-    augment = transforms.RandomAffine(
-        15, (0.12, 0.12), (0.85, 1.15), 10, interpolation=transforms.InterpolationMode.BILINEAR
-    )
-    return PictureSet(Pictures(train, train_labels, augment), Pictures(test, test_labels), tuple("0123456789"))
+    changes = (augment.RandomAffine(15.0, 0.12, (0.85, 1.15), 10.0),)
+    return PictureSet(Pictures(train, train_labels, changes), Pictures(test, test_labels), tuple("0123456789"))
 
 
 def cifar10(root: Path) -> PictureSet:
     """60,000 photographs of 32x32 pixels: torchvision's (downloaded to `root`), or `root`/cifar10_train.npz if it is there."""
-    augment = transforms.Compose(
-        [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4, padding_mode="reflect"), _any_size]
-    )
+    # 16 to 32 pixels a side: smaller pictures are fewer tokens, so that more of them are seen in the same time
+    changes = (augment.HorizontalFlip(), augment.RandomCrop(32, 32, pad=4), augment.RandomScale(0.5, 1.0, smallest=16))
     if (root / "cifar10_train.npz").is_file():  # 50,000 JPEGs end to end; 5,000 of them are for validation
         with np.load(root / "cifar10_train.npz", allow_pickle=False) as file:
             jpeg, offset, names, held = (file[key] for key in ("jpeg", "offset", "classes", "val_index"))
@@ -81,20 +82,22 @@ def cifar10(root: Path) -> PictureSet:
             ([images[i] for i in np.flatnonzero(which)], [labels[i] for i in np.flatnonzero(which)])
             for which in (~is_held, is_held)
         ]
-        return PictureSet(Pictures(*parts[0], augment), Pictures(*parts[1]), tuple(map(str, names)))
-    return _from_torchvision(datasets.CIFAR10, root, augment)
+        return PictureSet(Pictures(*parts[0], changes), Pictures(*parts[1]), tuple(map(str, names)))
+    return _from_torchvision(datasets.CIFAR10, root, changes)
 
 
 def fashion_mnist(root: Path) -> PictureSet:
     """70,000 pictures of clothes, 28x28 grey: torchvision's, downloaded to `root`."""
-    augment = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.RandomCrop(28, 2)])
-    return _from_torchvision(datasets.FashionMNIST, root, augment)
+    changes = (augment.HorizontalFlip(), augment.RandomCrop(28, 28, pad=2, edge="constant"))
+    return _from_torchvision(datasets.FashionMNIST, root, changes)
 
 
 def folder(path: Path, seed: int) -> PictureSet:
     """One sub-folder a class, pictures of any size. If `path` has train/ and test/ (or val/), those; else a fifth is held out."""
-    augment = transforms.Compose(
-        [transforms.RandomHorizontalFlip(), _crop_keeping_aspect, transforms.ColorJitter(0.3, 0.3, 0.3)]
+    changes = (
+        augment.HorizontalFlip(),
+        augment.RandomPart((0.5, 1.0), (1.0, 1.0), smallest=16),
+        augment.ColorJitter(0.3, 0.3, 0.3),
     )
     held = next((name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
     if held is not None and (path / "train").is_dir():
@@ -113,7 +116,7 @@ def folder(path: Path, seed: int) -> PictureSet:
     if unknown := sorted({name for _, name in test} - set(names)):
         raise ConfigError(f"--data folder: {', '.join(unknown)} are classes of {held}/ that train/ does not have")
     return PictureSet(
-        Pictures([f for f, _ in train], [n for _, n in train], augment),
+        Pictures([f for f, _ in train], [n for _, n in train], changes),
         Pictures([f for f, _ in test], [n for _, n in test]),
         names,
     )
@@ -136,30 +139,17 @@ def _files(path: Path, split: str | None = None) -> list[tuple[Path, str]]:
     return files
 
 
-def _any_size(image: Image.Image) -> Image.Image:
-    """16 to 32 pixels a side: smaller pictures are fewer tokens, so that more of them are seen in the same time."""
-    side = 4 * int(np.random.randint(4, 9))
-    return image.resize((side, side), Image.Resampling.BILINEAR)
-
-
-def _crop_keeping_aspect(image: Image.Image) -> Image.Image:
-    """A random part of 70 to 100 % of each side, at its own size."""
-    scale = np.random.uniform(0.7, 1.0)
-    size = [max(16, round(side * scale)) for side in (image.height, image.width)]
-    return transforms.RandomCrop(size, pad_if_needed=True)(image)
-
-
 def _decoded(jpeg: np.ndarray) -> Image.Image:
     image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
     image.load()
     return image
 
 
-def _from_torchvision(dataset: Any, root: Path, augment: Callable) -> PictureSet:
+def _from_torchvision(dataset: Any, root: Path, changes: tuple[augment.Augmentation, ...]) -> PictureSet:
     try:
         parts = [dataset(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"{dataset.__name__} is not in {str(root)!r} and cannot be downloaded: {error}") from error
     names = tuple(parts[0].classes)
     samples = [([Image.fromarray(np.asarray(x)) for x in p.data], [names[int(i)] for i in p.targets]) for p in parts]
-    return PictureSet(Pictures(*samples[0], augment), Pictures(*samples[1]), names)
+    return PictureSet(Pictures(*samples[0], changes), Pictures(*samples[1]), names)

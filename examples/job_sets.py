@@ -44,7 +44,7 @@ class JobSet:
     """Samples by task to learn from and to test on, and the tokenizers that fit them."""
 
     tokenizers: dict[str, mm.Tokenizer]
-    train: dict[str, Rows]
+    train: dict[str, mm.data.Samples]
     test: dict[str, Rows]
 
 
@@ -61,7 +61,7 @@ def small(seed: int) -> JobSet:
 
     patches = ImagePatches(patch=2, channels=1, mean=0.3, std=0.37)
     return _jobs(
-        patches, pictures, unseen, sounds, Rows(pictures, captioned), Rows(unseen, captioned), digits.train.augment
+        patches, pictures, unseen, sounds, Rows(pictures, captioned), Rows(unseen, captioned), digits.train.changes
     )
 
 
@@ -86,7 +86,7 @@ def real(folder: Path) -> JobSet:
         pictures[8000:],
         sound_sets.fsdd(folder / "fsdd.zip", None),
         *(Rows([p for p in photos if p[2] == split], captioned) for split in ("train", "val")),
-        augment=None,
+        changes=(),
         photo=ImagePatches(patch=16),
     )
 
@@ -98,7 +98,7 @@ def _jobs(
     sounds: sound_sets.SoundSet,
     captions: Rows,
     unseen_captions: Rows,
-    augment: Callable[[Image.Image], Image.Image] | None,
+    changes: tuple[mm.augment.Augmentation, ...],
     photo: ImagePatches | None = None,
 ) -> JobSet:
     frames = AudioFrames(rate_hz=RATE_HZ, mels=40, hop_ms=16, window_ms=32, stack=1, normalise="fixed")
@@ -113,8 +113,7 @@ def _jobs(
     }
 
     def seen(row: tuple[np.ndarray, str]) -> dict[str, Any]:
-        image = row[0] if augment is None else augment(Image.fromarray(row[0]))
-        return {"image": image, "label": row[1]}
+        return {"image": row[0], "label": row[1]}
 
     def heard(clip: Clip) -> dict[str, Any]:
         return {"audio": (disturbed(clip.wave_S), RATE_HZ), "text": clip.word, "heard": clip.word}
@@ -128,8 +127,9 @@ def _jobs(
     def drawn(row: tuple[np.ndarray, str]) -> dict[str, Any]:
         return {"text": DIGITS[int(row[1])], "drawing": row[0]}
 
+    shown = Rows(pictures, seen)
     train = {
-        CLASSIFY: Rows(pictures, seen),
+        CLASSIFY: mm.augment.Augmented(shown, {"image": changes}) if changes else shown,
         HEAR: Rows(sounds.train, heard),
         SPELL: Rows(sounds.train, heard),
         CAPTION: captions,
@@ -137,7 +137,7 @@ def _jobs(
         SAY: Rows(sounds.train, spoken),
     }
     test = {
-        CLASSIFY: Rows(unseen, lambda row: {"image": row[0], "label": row[1]}),
+        CLASSIFY: Rows(unseen, seen),
         HEAR: Rows(sounds.test, plain),
         SPELL: Rows(sounds.test, plain),
         CAPTION: unseen_captions,

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> float:
 
     # fit
     where = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
-    run = mm.fit(model, {TASK: pictures.train}, recipe, evaluation={TASK: test}, **where)
+    run = mm.fit(model, {TASK: pictures.train.varied()}, recipe, evaluation={TASK: test}, **where)
 
     # show
     if not run.finished:

@@ -28,8 +28,8 @@ _FROM = {
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
 _ROOM_NAMES = """
-attention check count data generate heads layers look lora masks measures media packer pretrained sklearn stream tower train
-transcription zoo
+attention augment check count data generate heads layers look lora masks measures media packer pretrained sklearn stream tower
+train transcription zoo
 """
 _ROOMS = tuple(_ROOM_NAMES.split())
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,6 +1,7 @@
 """The public names for type checkers: those of `__init__.py`."""
 
 from multimodal import attention as attention
+from multimodal import augment as augment
 from multimodal import check as check
 from multimodal import count as count
 from multimodal import data as data

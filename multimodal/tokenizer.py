@@ -9,11 +9,12 @@ import math
 import re
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +68,27 @@ class Tokens:
             number_N = keep_N.cumsum(0) - 1
             pairs = torch.stack([number_N[both[:, 0]], number_N[both[:, 1]], both[:, 2]], 1)
         return Tokens(self.content[keep_N], self.position_NA[keep_N], pairs)
+
+
+@dataclass(frozen=True)
+class AfterEncoding:
+    """A value of a sample, and changes of its tokens that whoever encodes the sample makes, such as augmentations in training.
+
+    value: the value, as its kind takes it.
+    changes: each gives the tokens for (tokens, their kind, a generator of numpy), in order.
+    seed: of that generator, so that encoding twice gives the same tokens.
+    """
+
+    value: Any
+    changes: tuple[Callable[[Tokens, "Tokenizer", np.random.Generator], Tokens], ...]
+    seed: int
+
+    def encoded(self, tokenizer: "Tokenizer", tokens: Tokens) -> Tokens:
+        """The changed tokens; `tokens` are those of `value`."""
+        draw = np.random.default_rng(self.seed)
+        for change in self.changes:
+            tokens = change(tokens, tokenizer, draw)
+        return tokens
 
 
 def at_times(time_N: Tensor, axes: Sequence[str] = AXES) -> Tensor:

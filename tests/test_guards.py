@@ -45,7 +45,7 @@ LAYERS = (
     {"task"},
     {"stream", "packer"},
     {"network", "model_parts", "tower"},
-    {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization", "measures"},
+    {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization", "measures", "augment"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish", "sklearn"},
     {"demo"},

@@ -9,7 +9,16 @@ from multimodal.data.frames import as_samples
 from multimodal.data.packs import Packs
 from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
-from multimodal.data.sources import Blanked, Mixed, Samples, Source, check_samples, is_indexed
+from multimodal.data.sources import (
+    Blanked,
+    Mixed,
+    Samples,
+    Source,
+    Wrapped,
+    check_samples,
+    declared_sources,
+    is_indexed,
+)
 from multimodal.data.tables import Table, open_table
 from multimodal.process_state import preserved_rng
 
@@ -28,8 +37,10 @@ __all__ = [
     "Source",
     "StuckError",
     "Table",
+    "Wrapped",
     "as_samples",
     "check_samples",
+    "declared_sources",
     "index_archives",
     "is_indexed",
     "open_table",

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from multimodal.data.frames import as_samples
+from multimodal.declare import plain
 from multimodal.shapes import ConfigError, MediaError
 
 LARGEST_STORED = 2**20  # orders of more samples are computed instead of stored
@@ -89,8 +90,38 @@ def check_samples(who: str, pattern: str, samples: Any) -> None:
         )
 
 
+class Wrapped:
+    """Base of a source that gives the samples of another one, changed when they are read.
+
+    samples: the other source, with a length and [index]. Its special order, if it has one, is that of this source too.
+    """
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def declare(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        raise NotImplementedError
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What `mm.fit` saves in `config.json` and compares when a run is resumed."""
+        inner = getattr(self.samples, "declared", None)
+        return {type(self).__name__: self.declare()} | ({} if inner is None else {"samples": inner})
+
+    @property
+    def shuffled(self) -> Callable[[str], Callable[[int], int]]:
+        """The order of one epoch, see `Samples`; an AttributeError if `samples` have none."""
+        return self.samples.shuffled  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
-class Blanked:
+class Blanked(Wrapped):
     """The same samples, but with a probability `share`, drawn each time a sample is read, some of its fields are None.
 
     This trains a model for classifier-free guidance (Ho & Salimans 2022): it also learns to write without reading these fields.
@@ -106,15 +137,32 @@ class Blanked:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", as_samples(self.samples))
-        if hasattr(self.samples, "shuffled"):
-            object.__setattr__(self, "shuffled", self.samples.shuffled)  # type: ignore[attr-defined]
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def declare(self) -> dict[str, Any]:
+        return {"fields": list(self.fields), "share": self.share}
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         sample = self.samples[index]
         return {**sample, **dict.fromkeys(self.fields)} if np.random.random() < self.share else sample
+
+
+def declared_sources(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each source that has an attribute `declared` its value, as JSON returns it; any source may have one.
+
+    Raises:
+        ConfigError: it is no JSON value.
+    """
+    found = {}
+    for pattern, source in data.items():
+        if (value := getattr(source, "declared", None)) is not None:
+            try:
+                found[pattern] = plain(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"fit: the data of task {pattern!r} have an attribute `declared` that is no JSON value ({error}); give "
+                    "numbers, texts, lists and mappings"
+                ) from error
+    return found
 
 
 class Mixed:
@@ -142,6 +190,12 @@ class Mixed:
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def declared(self) -> list[Any] | None:
+        """What the data sets declare, see `Wrapped`; None: none of them does."""
+        found = [getattr(part, "declared", None) for part in self.parts]
+        return found if any(part is not None for part in found) else None
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if not 0 <= index < len(self):

@@ -18,7 +18,7 @@ from multimodal.pattern import Field, Pattern
 from multimodal.positions import in_steps, on_axes
 from multimodal.shapes import AXES, ConfigError, MediaError, StreamError, TaskError
 from multimodal.texts import shortened
-from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+from multimodal.tokenizer import AfterEncoding, Tokenizer, Tokens, at_times, describe
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,8 @@ def encode_field(tokenizer: Tokenizer, value: Any, where: str, name: str, *, emp
     """
     if isinstance(value, Tokens):
         return value
+    if isinstance(value, AfterEncoding):
+        return value.encoded(tokenizer, encode_field(tokenizer, value.value, where, name, empty=empty))
     try:
         return tokenizer(value, empty=empty)
     except ValueError as error:

@@ -10,7 +10,7 @@ Libraries decode every format in this process; no file starts another program.
 """
 
 from multimodal.media.pictures import check_decoder, read_image, read_map, upright
-from multimodal.media.sounds import channels_first, read_sound, sound_blocks
+from multimodal.media.sounds import channels_first, read_as_recorded, read_sound, sound_blocks
 from multimodal.media.sources import file_source, is_file_like, optional_package, warn_once
 from multimodal.media.videos import read_video
 from multimodal.old_names import moved
@@ -21,6 +21,7 @@ __all__ = [
     "file_source",
     "is_file_like",
     "optional_package",
+    "read_as_recorded",
     "read_image",
     "read_map",
     "read_sound",

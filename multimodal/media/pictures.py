@@ -45,13 +45,13 @@ TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7
 """{orientation: (swap rows and columns, then flip left and right, then flip top and bottom)}."""
 
 
-def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tensor:
+def read_image(value: Any, *, channels: int | None, max_pixels: int, who: str) -> Tensor:
     """A picture as (C, Y, X) float32 in 0..1.
 
     value: a path, bytes, an open file, a data: URL; a PIL image; an array (Y, X) or (Y, X, C), or a tensor (Y, X) or (C, Y, X),
-    of uint8, uint16, or floats in 0..1; a decoder of a video. Grey, RGB and RGBA are turned into `channels` (1, 3 or 4);
-    transparent pixels are put on white. The orientation of EXIF or XMP is applied. Of several frames only the first is read, which
-    is logged once. The size is checked before decoding.
+    of uint8, uint16, or floats in 0..1; a decoder of a video. Grey, RGB and RGBA are turned into `channels` (1, 3 or 4; None:
+    they stay as they are); transparent pixels are put on white. The orientation of EXIF or XMP is applied. Of several frames
+    only the first is read, which is logged once. The size is checked before decoding.
 
     Raises:
         MediaError: names `who`, the value and the repair.
@@ -67,7 +67,7 @@ def read_image(value: Any, *, channels: int, max_pixels: int, who: str) -> Tenso
         image_CYX = _first_of_video(value, max_pixels, who)
     else:
         raise MediaError(f"{who}: wanted a file, a PIL image, an array or a tensor, not {describe(value)}")
-    return _to_channels(image_CYX, channels)
+    return image_CYX if channels is None else _to_channels(image_CYX, channels)
 
 
 def read_map(value: Any, *, max_pixels: int, who: str) -> Tensor:

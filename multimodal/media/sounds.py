@@ -78,6 +78,19 @@ def read_sound(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def read_as_recorded(value: Any, *, who: str, max_seconds: float = HOUR_S) -> tuple[Tensor, int]:
+    """A sound as one channel (S,) of float32 and its own rate in Hz; otherwise as `read_sound`.
+
+    Raises:
+        MediaError: as `read_sound`.
+    """
+    with _opened(value, who) as sound:
+        rate = _checked_rate(sound.rate, who)
+        _check_length(sound, sound.samples or 0, rate, max_seconds, who)
+        parts = list(_one_channel(sound, rate, max_seconds, who))
+    return parts[0] if len(parts) == 1 else torch.cat(parts), rate
+
+
 def sound_blocks(
     value: Any, *, rate_hz: int, who: str, max_seconds: float = math.inf, resampling: Filter = "kaiser"
 ) -> Iterator[tuple[Tensor, int]]:

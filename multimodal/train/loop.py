@@ -20,7 +20,7 @@ import torch
 from multimodal import checkpoint
 from multimodal.checkpoint import check_room, declarations, holds, short_name
 from multimodal.core import compile_blocks, recompute
-from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError, is_indexed
+from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError, declared_sources, is_indexed
 from multimodal.declare import override, plain
 from multimodal.files import check_fields, write_atomic
 from multimodal.model import Model
@@ -239,6 +239,7 @@ class _Training:
             lengths = {pattern: len(found) if is_indexed(found) else None for pattern, found in sources.items()}
             sizes: dict[str, Any] = {"data": lengths}
             shares = {"mix": plain(mix if isinstance(mix, (int, float)) else dict(mix or {}))}
+            shares["sources"] = declared_sources(sources)
             if processes.count > 1:
                 sizes |= {"evaluation": {pattern: len(samples) for pattern, samples in evaluation.items()}}
                 settings |= {"folder": None if folder is None else str(folder), "resume": bool(resume)}

@@ -497,7 +497,8 @@ def _with_new_defaults(saved: Mapping[str, Any], metadata: Mapping[str, Any], fo
             "tasks": tasks,
             "adapters": declaration(rebuild(saved["adapters"])) if saved.get("adapters") else None,
         }
-        return {**saved, **plain(today)}
+        # versions before 0.2 did not save what sources declare
+        return {"sources": metadata.get("sources"), **saved, **plain(today)}
     except Exception as error:  # as of a config.json, which can be wrong in any way
         problem = str(error)[:1000] if isinstance(error, ValueError) else f"{type(error).__name__}: {str(error)[:1000]}"
         raise CheckpointError(f"{folder / STATE}: what it declares cannot be built: {problem}") from error
