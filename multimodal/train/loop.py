@@ -234,6 +234,7 @@ class _Training:
         self.device = processes.device(choose_device(recipe.device))
         with equal_in_all_processes(processes) as settings:
             self.dataset = make_dataset(model, data, recipe, mix, processes)
+            self.recipe = recipe = recipe.in_steps(self.dataset.epoch)
             check_evaluation(model, evaluation, recipe)
             sources: dict[str, Any] = dict(data)
             lengths = {pattern: len(found) if is_indexed(found) else None for pattern, found in sources.items()}
@@ -370,6 +371,7 @@ class _Training:
                 seconds = time.perf_counter() - clock
                 row = {
                     "step": self.step,
+                    **({"epoch": round(self.step / epoch, 4)} if (epoch := self.dataset.epoch) else {}),
                     **row,
                     "lr": lr,
                     "tokens_per_s": round(tokens / seconds),
@@ -579,8 +581,10 @@ class _Training:
         learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         some = f", of which {learning:,} learn" if learning < parameters else ""
         each = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
+        one = "epoch" if recipe.epochs == 1 else "epochs"
+        epochs = f"{recipe.epochs:g} {one} = " if recipe.epochs else ""
         print(
-            f"fit: {parameters:,} parameters{some}, {recipe.steps} steps of {each} on {self.device.type} "
+            f"fit: {parameters:,} parameters{some}, {epochs}{recipe.steps} steps of {each} on {self.device.type} "
             f"({threads} {'thread' if threads == 1 else 'threads'}) in {short_name(self.dtype)} ({self.dtype_reason})"
             + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")

@@ -19,6 +19,7 @@ LEAST = {
 }
 # settings that may differ when a run is resumed: none of them changes the samples or the mathematics
 MAY_CHANGE = (
+    "epochs",  # the steps that they give may not
     "accumulate",
     "max_bad",
     "activation_checkpointing",
@@ -40,6 +41,8 @@ class Recipe(Declared):
     """How to train.
 
     steps: number of optimiser steps.
+    epochs: how often every sample comes, such as 20 or 0.5, instead of steps: `fit` works these out from the lengths of the data. Of
+        several tasks the one that takes longest decides, and the others begin again. 0: steps decide.
     batch: samples a step, all tasks together.
     accumulate: micro-batches a step in each process; the gradients are the same up to rounding, but for dropout and pairs.
     tokens: the token budget of a pack, which samples of any length fill; 0: `batch` samples a step.
@@ -80,6 +83,7 @@ class Recipe(Declared):
     """
 
     steps: int = 1000
+    epochs: float = 0.0
     batch: int = 64
     accumulate: int = 1
     tokens: int = 0
@@ -123,7 +127,7 @@ class Recipe(Declared):
         check_seed("Recipe", self.seed)
         if len(self.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in self.betas):
             raise ConfigError(f"Recipe: betas={self.betas} must be two numbers from 0 to 1, such as (0.9, 0.99)")
-        for name in ("weight_decay", "clip", "final_lr", "spike"):
+        for name in ("epochs", "weight_decay", "clip", "final_lr", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be 0 or more")
         if 0 < self.spike <= 1:
@@ -156,6 +160,29 @@ class Recipe(Declared):
             )
         else:
             self._refuse(("packs", "look_ahead"), "tokens=0", "give a token budget, such as tokens=4096")
+
+    def in_steps(self, epoch: float | None) -> "Recipe":
+        """This recipe with the steps that its epochs are. epoch: the number of steps of one; None: not known.
+
+        Raises:
+            ConfigError: they are not known, or steps says something else.
+        """
+        if not self.epochs:
+            return self
+        if epoch is None:
+            raise ConfigError(
+                f"Recipe: epochs={self.epochs:g} cannot be worked out beside tokens={self.tokens}: how many samples a pack holds "
+                "depends on their lengths; give steps (`multimodal plan` says how many tokens a sample has), or batch instead of tokens"
+            )
+        # 0.1 * 30 is a little above 3
+        steps = max(1, math.ceil(round(self.epochs * epoch, 6)))
+        default = next(f.default for f in dataclasses.fields(self) if f.name == "steps")
+        if self.steps not in (default, steps):
+            raise ConfigError(
+                f"Recipe: steps={self.steps} contradicts epochs={self.epochs:g}, which are {steps} steps of these data; give one of "
+                f"them, and leave the other at its default (epochs=0, steps={default})"
+            )
+        return dataclasses.replace(self, steps=steps)
 
     def _refuse(self, names: tuple[str, ...], beside: str, instead: str) -> None:
         """Raise a ConfigError for the first of these settings that is not at its default: beside the other one it has no effect."""
