@@ -18,7 +18,7 @@ from zlib import crc32
 import torch
 
 from multimodal import checkpoint
-from multimodal.checkpoint import check_room, declarations, holds, short_name
+from multimodal.checkpoint import check_room, declarations, holds, put_weights, read_weights, short_name
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError, is_indexed
 from multimodal.declare import override, plain
@@ -55,6 +55,7 @@ from multimodal.train.run_folder import (
 from multimodal.train.runtime import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
 from multimodal.train.spikes import SpikeWatch, count_targets, save_spike
 from multimodal.train.state import Checkpoints, TrainingState
+from multimodal.train.stopping import BestSoFar
 
 Tracker = Callable[[Mapping[str, Any]], Any]
 
@@ -66,7 +67,9 @@ class Run:
     folder: the run folder; None: the run was not saved.
     history: a row {"step", "loss", ...} for each report. What is measured during training on held-out data is in the row of its
         step; what is measured at the end is a last row of its own, without "loss".
-    finished: whether all steps were done.
+    finished: whether all steps were done, or it ended early.
+    ended: why it ended before its last step; "": it did not.
+    best_step: the step of the best evaluation, whose weights the model has, with `patience`; None: the model is the last one.
     bad: the broken samples that were left out, each with its reason.
 
     Examples:
@@ -78,6 +81,8 @@ class Run:
     folder: Path | None
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    ended: str = ""
+    best_step: int | None = None
     bad: list[Bad] = field(default_factory=list)
 
     def last(self, key: str) -> Any:
@@ -90,6 +95,7 @@ class Run:
         parts = [f"{self.history[-1]['step']} steps" if self.history else "no steps"]
         parts += [f"{key} {value:.4f}" for key, value in last.items()]
         parts += [] if self.finished else ["not finished"]
+        parts += ["ended early"] if self.ended else []
         parts += [f"{len(self.bad)} broken samples"] if self.bad else []
         parts += [] if self.folder is None else [str(self.folder)]
         return f"Run({', '.join(parts)})"
@@ -234,7 +240,8 @@ class _Training:
         self.device = processes.device(choose_device(recipe.device))
         with equal_in_all_processes(processes) as settings:
             self.dataset = make_dataset(model, data, recipe, mix, processes)
-            self.recipe = recipe = recipe.in_steps(self.dataset.epoch)
+            epoch = self.dataset.epoch
+            self.recipe = recipe = recipe.in_steps(epoch).evaluated_each(epoch)
             check_evaluation(model, evaluation, recipe)
             sources: dict[str, Any] = dict(data)
             lengths = {pattern: len(found) if is_indexed(found) else None for pattern, found in sources.items()}
@@ -256,7 +263,9 @@ class _Training:
         averaged = self.ema.module if self.ema else None
         self.state = TrainingState(self.parallel.model, self.optimizer, averaged)
         self.result = averaged or self.parallel.model  # whose weights become those of the given model
-        self.step, self.best, self.bad = 0, None, set[tuple[str, str]]()
+        self.step, self.bad = 0, set[tuple[str, str]]()
+        self.best = BestSoFar.of(recipe)
+        self.best_weights: dict[str, torch.Tensor] | None = None  # where there is no folder for them
         self.spikes = SpikeWatch(spike=recipe.spike)
         self.resumed_at = -1  # the step of the state that this run was resumed from
         # a contrastive head compares the pairs of one micro-batch, so there its size changes the loss
@@ -316,9 +325,9 @@ class _Training:
         self.resumed_at = self.step if "data_state" in saved else -1  # a state of version 0.1 is written anew
         # the folder is not trusted, and these parts of state.json were not checked before
         try:
-            self.best = saved.get("best")
-            if self.best is not None:
-                self.best = float(self.best)
+            if self.best:
+                self.best.load_state_dict(saved.get("best"), saved.get("stopping"))
+            self.run.ended = str(saved.get("ended", ""))
             if "watch" in saved:
                 self.spikes.load_state_dict(saved["watch"])
             if "data_state" in saved:
@@ -351,7 +360,7 @@ class _Training:
             self.dataset.loader(start, recipe.steps, recipe.workers, asked.is_set) as batches,
         ):
             clock = time.perf_counter()
-            while self.step < recipe.steps:
+            while self.step < recipe.steps and not self.run.ended:
                 try:
                     batch = next(batches)
                 except StuckError:
@@ -379,13 +388,17 @@ class _Training:
                 }
                 if batch.filled is not None:
                     row["filled"] = totals["filled"] / self.processes.count
-                # after the last step `finish` evaluates
-                if recipe.evaluate_every and self.step % recipe.evaluate_every == 0 and self.step < recipe.steps:
+                # after the last step `finish` evaluates, unless that model has to be compared with the best one
+                due = recipe.evaluate_every and self.step % recipe.evaluate_every == 0
+                if (due and self.step < recipe.steps) or (recipe.patience and self.step == recipe.steps):
                     paused = time.perf_counter()
                     row |= self._evaluate()
                     clock += time.perf_counter() - paused  # the speed is that of training
                 self._log(row)
                 show(row)
+                if self.best and self.best.worn_out and self.step < recipe.steps:
+                    self.run.ended = f"{self.best.waited} evaluations had no better {self.best.name}"
+                    break
                 # several processes stop after the same step, so what counts is what all of them know
                 stop = totals["stop"] > 0 if self.processes.count > 1 else asked.is_set()
                 if stop or self.step == recipe.steps:
@@ -395,25 +408,33 @@ class _Training:
 
     def finish(self) -> None:
         """Save the last state, copy the result into the given model, evaluate it, and write table and curves."""
-        self.run.finished = self.step == self.recipe.steps
+        self.run.finished = self.step == self.recipe.steps or bool(self.run.ended)
         # resumed after the last step: the last row of the log is that of the evaluation
         evaluated = self.run.finished and self.run.history and "loss" not in self.run.history[-1]
+        best = self._read_best() if self.run.finished and self.recipe.patience else None
         try:
             with asked_to_stop():  # a signal now must not cost the last state
-                self._save(last=True)  # the raw weights, to resume from, before the averaged ones become the model
+                self._save(last=True, best=best)  # the raw weights, to resume from, before others become the model
         finally:
-            self._copy_result()
+            self._copy_result(best)
             self.model.eval()
             self.finished = True
         if self.evaluation and self.run.finished and not evaluated:
-            measures = self._evaluate()
-            self._log({"step": self.step, **measures})
+            of_best = {} if self.run.best_step is None else {"best_step": self.run.best_step}
+            measures = self.best.row if self.best and of_best else self._evaluate()
+            self._log({"step": self.step, **of_best, **measures})
             if not self.quiet:
                 print("fit: held out: " + ", ".join(f"{key} {value:.4f}" for key, value in measures.items()))
         if self.out and self.run.history:
             write_rows(self.out / LOG, self.run.history)
             write_csv(self.run.history, self.out / TABLE)
             draw_curves(self.run.history, self.out / CURVES)
+        if not self.quiet and self.run.ended:
+            print(f"fit: ended after step {self.step} of {self.recipe.steps}: {self.run.ended}")
+        if not self.quiet and self.best and self.run.best_step is not None:
+            print(
+                f"fit: the model is that of step {self.run.best_step}, whose {self.best.name} is {self.best.value:.4f}"
+            )
         if not self.run.finished and not self.quiet:
             where = f"; everything is saved in {self.run.folder}. To go on: {self.go_on}" if self.out else ""
             print(f"fit: stopped after step {self.step} of {self.recipe.steps}{where}")
@@ -510,13 +531,21 @@ class _Training:
         if not self.quiet:
             print(f"fit: step {step} is left out: {why}; {look}")
 
-    def _save(self, last: bool) -> None:
-        """Save the state and the model. A full disk is an error only at the end; before that it is a warning."""
+    def _save(self, last: bool, best: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the state and the model. A full disk is an error only at the end; before that it is a warning.
+
+        best: weights that the model gets instead of those of the last step.
+        """
         folder = self.run.folder
         if folder is None or self.checkpoints is None or (self.step == self.resumed_at and not last):
             return
-        extra = {"computed_in": short_name(self.dtype), "best": self.best, "watch": self.spikes.state_dict()}
-        weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
+        extra = {"computed_in": short_name(self.dtype), "watch": self.spikes.state_dict(), "ended": self.run.ended}
+        if self.best:
+            extra |= {"best": self.best.value, "stopping": self.best.state_dict()}
+        weights = {
+            name: cpu_copy(t) for name, t in self.result.state_dict().items()
+        }  # in all processes, also if there is a best
+        weights = best or weights
 
         def save_model() -> None:
             checkpoint.save(self.model, folder / MODEL, weights)
@@ -531,9 +560,30 @@ class _Training:
         if last:
             self.checkpoints.finish()
 
-    def _copy_result(self) -> None:
-        """Copy the weights that are the result into the given model."""
-        if self.result is not self.model:
+    def _read_best(self) -> dict[str, torch.Tensor] | None:
+        """The weights of the best evaluation; None: there was none, or they are lost."""
+        assert self.best is not None
+        if self.best.value is None:
+            return None
+        best = self.best_weights
+        if self.run.folder is not None:
+            try:
+                best = read_weights(self.run.folder / BEST)
+            except CheckpointError as error:
+                warnings.warn(
+                    f"fit: the best model, of step {self.best.step}, is lost ({error}); the last one stays",
+                    stacklevel=3,
+                )
+                return None
+        self.run.best_step = self.best.step
+        return best
+
+    def _copy_result(self, best: dict[str, torch.Tensor] | None = None) -> None:
+        """Copy the weights that are the result, or the best ones, into the given model."""
+        if best is not None:
+            self.model.to(self.device)
+            put_weights(self.model, best, Path(BEST), finite=False)
+        elif self.result is not self.model:
             self.model.to(self.device)
             self.model.load_state_dict({name: cpu_copy(t) for name, t in self.result.state_dict().items()})
 
@@ -548,22 +598,31 @@ class _Training:
             for pattern, samples in self.evaluation.items()
             for key, value in evaluate_share(model, pattern, samples, self.processes).items()
         }
-        name = self.recipe.best
-        if name in row and (
-            self.best is None or (row[name] < self.best if name.endswith(" loss") else row[name] > self.best)
-        ):
-            weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
-            saved = True
-            try:
-                if self.out:
-                    checkpoint.save(self.model, self.out / BEST, weights)
-            except (OSError, CheckpointError) as error:
-                saved = False
-                warnings.warn(f"fit: the best model, of step {self.step}, could not be saved ({error})", stacklevel=3)
-            # if it was not saved, a later and worse model is still better than none
-            if self.processes.all_gather(saved)[0]:
-                self.best = row[name]
+        if self.best is not None:
+            self._compare(self.best, row)
         return row
+
+    def _compare(self, best: BestSoFar, row: dict[str, float]) -> None:
+        """Save the model if it is the best so far."""
+        value = best.of_row(row, self.evaluation)
+        if value is None:
+            return
+        best.waited += 1
+        if not self.processes.all_gather(best.is_better(value))[0]:
+            return
+        best.waited = 0
+        weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
+        saved = True
+        try:
+            if self.out:
+                checkpoint.save(self.model, self.out / BEST, weights)
+        except (OSError, CheckpointError) as error:
+            saved = False
+            warnings.warn(f"fit: the best model, of step {self.step}, could not be saved ({error})", stacklevel=3)
+        # if it was not saved, a later and worse model is still better than none
+        if self.processes.all_gather(saved)[0]:
+            best.take(value, self.step, row)
+            self.best_weights = None if self.run.folder else weights
 
     def _log(self, row: dict[str, Any]) -> None:
         self.run.history.append(row)

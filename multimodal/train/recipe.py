@@ -15,7 +15,7 @@ PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
 LEAST = {
     **dict.fromkeys(("steps", "batch", "accumulate", "packs", "look_ahead", "keep"), 1),
-    **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every"), 0),
+    **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every", "patience"), 0),
 }
 # settings that may differ when a run is resumed: none of them changes the samples or the mathematics
 MAY_CHANGE = (
@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep",
     "best",
+    "patience",
     "cache",
 )
 OPTIMIZERS = ("adamw", "muon")
@@ -41,8 +42,8 @@ class Recipe(Declared):
     """How to train.
 
     steps: number of optimiser steps.
-    epochs: how often every sample comes, such as 20 or 0.5, instead of steps: `fit` works these out from the lengths of the data. Of
-        several tasks the one that takes longest decides, and the others begin again. 0: steps decide.
+    epochs: how often every sample comes, such as 20 or 0.5, instead of steps, which follow from the lengths of the data.
+        Of several tasks the one that takes longest decides, and the others begin again. 0: steps decide.
     batch: samples a step, all tasks together.
     accumulate: micro-batches a step in each process; the gradients are the same up to rounding, but for dropout and pairs.
     tokens: the token budget of a pack, which samples of any length fill; 0: `batch` samples a step.
@@ -70,10 +71,13 @@ class Recipe(Declared):
     compile: whether torch.compile is used; it needs a C++ compiler on CPUs.
     parallel: "ddp", or "fsdp": weights, gradients and optimiser states are sharded over the processes.
     workers: processes that read and encode data; 0: the main one does.
-    evaluate_every: steps between evaluations; 0: at the end only.
+    evaluate_every: steps between evaluations; 0: at the end only, or with `patience` after each epoch.
     checkpoint_every: steps between checkpoints; 0: at the end only.
     keep: number of checkpoints that stay, the newest ones.
-    best: a measure, such as "image -> label exact", whose best model is saved as well; "": none.
+    best: a measure, such as "image -> label exact", whose best model is saved as well; "": none, or with `patience` the
+        held-out loss (of several tasks their mean).
+    patience: the run ends early after so many evaluations without a better value of `best`, and the given model becomes the best
+        one, also if the run reaches its last step; 0: all steps are done, and the model is the last one.
     seed: decides the order of data, augmentation and dropout.
 
     Examples:
@@ -112,6 +116,7 @@ class Recipe(Declared):
     checkpoint_every: int = 0
     keep: int = 2
     best: str = ""
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -171,18 +176,34 @@ class Recipe(Declared):
             return self
         if epoch is None:
             raise ConfigError(
-                f"Recipe: epochs={self.epochs:g} cannot be worked out beside tokens={self.tokens}: how many samples a pack holds "
-                "depends on their lengths; give steps (`multimodal plan` says how many tokens a sample has), or batch instead of tokens"
+                f"Recipe: epochs={self.epochs:g} cannot be worked out beside tokens={self.tokens}: how many samples a pack "
+                "holds depends on their lengths; give steps (`multimodal plan` says how many tokens a sample has), or batch "
+                "instead of tokens"
             )
         # 0.1 * 30 is a little above 3
         steps = max(1, math.ceil(round(self.epochs * epoch, 6)))
         default = next(f.default for f in dataclasses.fields(self) if f.name == "steps")
         if self.steps not in (default, steps):
             raise ConfigError(
-                f"Recipe: steps={self.steps} contradicts epochs={self.epochs:g}, which are {steps} steps of these data; give one of "
-                f"them, and leave the other at its default (epochs=0, steps={default})"
+                f"Recipe: steps={self.steps} contradicts epochs={self.epochs:g}, which are {steps} steps of these data; give one "
+                f"of them, and leave the other at its default (epochs=0, steps={default})"
             )
         return dataclasses.replace(self, steps=steps)
+
+    def evaluated_each(self, epoch: float | None) -> "Recipe":
+        """This recipe with an evaluation after each epoch, if it has `patience` and does not say when to evaluate.
+
+        Raises:
+            ConfigError: it is not known how many steps an epoch has.
+        """
+        if not self.patience or self.evaluate_every:
+            return self
+        if epoch is None:
+            raise ConfigError(
+                f"Recipe: patience={self.patience} counts evaluations, and beside tokens={self.tokens} it is not known when an "
+                "epoch ends; give evaluate_every"
+            )
+        return dataclasses.replace(self, evaluate_every=max(1, math.ceil(epoch)))
 
     def _refuse(self, names: tuple[str, ...], beside: str, instead: str) -> None:
         """Raise a ConfigError for the first of these settings that is not at its default: beside the other one it has no effect."""
@@ -200,9 +221,10 @@ class Recipe(Declared):
             ConfigError: names the setting and what it needs.
         """
         if not folder:
-            self._refuse(("keep", "checkpoint_every", "best"), "no run folder", "give folder=")
+            without = ("keep", "checkpoint_every") if self.patience else ("keep", "checkpoint_every", "best")
+            self._refuse(without, "no run folder", "give folder=")
         if not evaluation:
-            self._refuse(("evaluate_every",), "no held-out data", "give evaluation=")
+            self._refuse(("evaluate_every", "patience"), "no held-out data", "give evaluation=")
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -115,6 +115,8 @@ def train(out: Path, settings: dict) -> mm.train.Run:
     else:
         sources["text -> label"] = Mixed(sources["text -> label"], sources["text -> label"][:3], weights=[2, 1])
     stop = settings.pop("stop", None)
+    if settings.get("patience"):
+        settings["evaluation"] = {"text -> label": data()["text -> label"][:5]}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     trackers = [lambda row: row["step"] == stop and signal.raise_signal(signal.SIGTERM)]
     plain = {
