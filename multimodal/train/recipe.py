@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "cache",
 )
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "wsd", "constant", "one-cycle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,10 @@ class Recipe(Declared):
     max_bad: broken samples that are left out, counted and listed; one more ends the run.
     lr: the learning rate at its peak.
     warmup: the share of the steps in which the rate rises linearly to lr; the last of them has it.
-    final_lr: the share of lr that the cosine ends at, in the last step.
+    schedule: how the rate falls after the warm-up: "cosine" (half of one), "linear", "wsd" (stays, and falls linearly in the
+        last steps), "constant" (stays at lr), or "one-cycle", whose warm-up is half a cosine that rises from lr / 25.
+    final_lr: the share of lr in the last step.
+    cooldown: the share of the steps in which the rate of "wsd" falls.
     layer_decay: a block's learning rate is this times that of the block above it; heads have lr, embeddings and what the core adds
         to them the lowest rate; 1: all have lr. About 0.75 suits a model that is already trained.
     freeze: parts that do not learn, such as ("image", "core[:6]", "head:image -> label"); they run as in evaluation. Gradients do
@@ -96,7 +100,9 @@ class Recipe(Declared):
     max_bad: int = 0
     lr: float = 1e-3
     warmup: float = 0.05
+    schedule: str = "cosine"
     final_lr: float = 0.01
+    cooldown: float = 0.2
     layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
     cache: str = ""
@@ -144,6 +150,18 @@ class Recipe(Declared):
         if not 0 < self.lr < math.inf or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
             raise ConfigError(
                 f"Recipe: lr={self.lr} must be positive, ema={self.ema} and warmup={self.warmup} from 0 to 1"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"Recipe: schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        if not 0 <= self.cooldown <= 1:
+            raise ConfigError(f"Recipe: cooldown={self.cooldown} must be from 0 to 1, a share of the steps")
+        if self.schedule == "constant":
+            self._refuse(("final_lr",), "schedule='constant'", "'wsd' falls at its end")
+        if self.schedule != "wsd":
+            self._refuse(("cooldown",), f"schedule={self.schedule!r}", "it is of 'wsd'")
+        elif self.warmup + self.cooldown > 1:
+            raise ConfigError(
+                f"Recipe: warmup={self.warmup} and cooldown={self.cooldown} are shares of the steps, and more than 1 together"
             )
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"Recipe: layer_decay={self.layer_decay} must be above 0, and 1 at most, such as 0.75")
