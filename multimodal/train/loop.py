@@ -444,15 +444,15 @@ class _Training:
         if self.checkpoints is not None and self.checkpoints.thread is not None:
             self.checkpoints.thread.join()
 
-    def _all_reduce_counts(self, batch: Batch, asked: bool) -> tuple[dict[str, int], dict[str, float]]:
-        """Sums over all processes: targets by task; and tokens, filled shares, new broken samples, requests to stop.
+    def _all_reduce_counts(self, batch: Batch, asked: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums over all processes: by task what its loss is divided by; and tokens, filled shares, broken samples, requests to stop.
 
         Raises:
             MediaError: more broken samples than max_bad.
         """
         new = [bad for bad in batch.bad if (bad.task, bad.sample) not in self.bad]
         patterns = list(self.model.tasks)
-        counts = dict.fromkeys(patterns, 0) | count_targets(batch.streams)
+        counts = dict.fromkeys(patterns, 0) | count_targets(batch.streams, self.model)
         tokens = sum(len(stream) for stream in batch.streams)
         # one tensor, so that a step waits for the other processes once
         local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked], dtype=torch.float64)
@@ -460,7 +460,7 @@ class _Training:
         totals: dict[str, float] = dict(zip(("tokens", "filled", "bad", "stop"), sums[len(patterns) :], strict=True))
         if totals["bad"]:
             self._add_broken(new)
-        return {p: int(n) for p, n in zip(patterns, sums, strict=False)}, totals
+        return {p: int(n) if n == int(n) else n for p, n in zip(patterns, sums, strict=False)}, totals
 
     def _add_broken(self, new: list[Bad]) -> None:
         """List new broken samples of all processes.
@@ -481,7 +481,7 @@ class _Training:
                 f"{self.run.bad[-1].error}"
             )
 
-    def _train_step(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, Any]:
+    def _train_step(self, batch: Batch, counts: Mapping[str, float]) -> dict[str, Any]:
         """One optimiser step over its micro-batches; every real target of a task weighs the same, wherever it was packed."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -503,7 +503,7 @@ class _Training:
             row["left_out"] = 1
         return row
 
-    def _skip_step(self, why: str, batch: Batch, counts: Mapping[str, int], *, finite: bool) -> None:
+    def _skip_step(self, why: str, batch: Batch, counts: Mapping[str, float], *, finite: bool) -> None:
         """Save the batch and the weights of a step with a loss spike, which does not change the weights.
 
         Raises:
