@@ -27,6 +27,7 @@ from multimodal.model import Model
 from multimodal.notebook import run_html
 from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
+from multimodal.train.callbacks import CallbackError, Callbacks, View, as_callbacks
 from multimodal.train.consistency import equal_in_all_processes, settings_of
 from multimodal.train.display import bar, draw_curves, environment, is_held_out, write_csv
 from multimodal.train.embedding_cache import cached, check_cacheable
@@ -115,6 +116,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     trackers: Iterable[Tracker] = (),
+    callbacks: Iterable[Any] = (),
     quiet: bool = False,
     go_on: str = "call fit(..., resume=True) with the same arguments",
     **settings: Any,
@@ -124,8 +126,8 @@ def fit(
     recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: weights
     of the tasks, in whose ratio samples are drawn, equal unless given; a number is a temperature: len ** (1 / temperature).
     folder: where the model, states to resume from, the log and the curves are saved; None: nowhere. resume: load the newest state
-    in the folder if there is one. trackers: functions that are called with each row of the log. quiet: print nothing. go_on: how
-    to resume, for the message about a stopped run.
+    in the folder if there is one. trackers: functions that are called with each row of the log. callbacks: objects that are called
+    in a run, see `multimodal.train.Callback`. quiet: print nothing. go_on: how to resume, for the message about a stopped run.
 
     Ctrl-C and SIGTERM end the run after the current step, with everything saved; a second one ends it at once. Started by torchrun
     or `multimodal train --processes`, it trains in all processes together, after they have compared settings, data and weights.
@@ -136,7 +138,7 @@ def fit(
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
-        MediaError: more broken samples than max_bad. StreamError: a data worker died.
+        MediaError: more broken samples than max_bad. StreamError: a data worker died. CallbackError: a callback or tracker failed.
 
     Examples:
         >>> run = mm.fit(model, {"image -> label": samples}, steps=5, batch=4, lr=1e-3, folder="runs/shapes", quiet=True)
@@ -146,8 +148,8 @@ def fit(
     if isinstance(settings.get("cache"), Path):
         settings["cache"] = str(settings["cache"])
     recipe = override(recipe or Recipe(), **settings)
-    trackers = list(trackers) if isinstance(trackers, Iterable) else trackers
-    _check_call(model, data, evaluation, folder, resume, trackers)
+    _check_call(model, data, evaluation, folder, resume)
+    called = as_callbacks(trackers, callbacks)
     recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
     if recipe.cache:
         check_cacheable(model, recipe.freeze)
@@ -165,7 +167,8 @@ def fit(
         ):
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
-                training.trackers, training.go_on = list(trackers), go_on
+                training.add_callbacks(called)
+                training.go_on = go_on
                 training.start(resume)
                 training.train()
                 training.finish()
@@ -183,16 +186,16 @@ def fit(
                         gc.collect()
                     if training.lock:
                         training.lock.close()
-    except BaseException:
+    except BaseException as error:
         # a finished training has put the model into evaluation mode, and an error after that leaves it there
-        if training is None or not training.finished:
+        if training is None or not training.finished or isinstance(error, CallbackError):
             model.train(was_training)
         raise
     assert training is not None
     return training.run
 
 
-def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool, trackers: Iterable[Any]) -> None:
+def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool) -> None:
     """Raise a ConfigError for arguments of wrong types."""
     if not isinstance(model, Model):
         raise ConfigError(f"fit: model is {type(model).__name__}, wanted a Model")
@@ -210,8 +213,6 @@ def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: boo
         raise ConfigError(f"fit: folder is {type(folder).__name__}, wanted a path")
     if resume and folder is None:
         raise ConfigError("fit: resume=True resumes the run in a folder, and none was given; give folder=")
-    if not isinstance(trackers, Iterable) or not all(callable(tracker) for tracker in trackers):
-        raise ConfigError("fit: trackers are called with each row of the log; give a list of functions")
 
 
 class _Training:
@@ -233,7 +234,6 @@ class _Training:
         self.run = Run(Path(folder) if folder is not None else None)
         self.quiet = quiet or processes.rank > 0
         self.out = self.run.folder if processes.rank == 0 else None  # the run folder, in the process that writes it
-        self.trackers: list[Tracker] = []
         self.go_on, self.finished = "", False
         self.lock: Any = None
         self.checkpoints: Checkpoints | None = None
@@ -282,6 +282,13 @@ class _Training:
             **shares,
         }
 
+        self.add_callbacks([])
+
+    def add_callbacks(self, callbacks: list[Any]) -> None:
+        """Let these be called, in the first process."""
+        view = View(self.parallel.model, self.recipe, self.run.folder, self.quiet)
+        self.callbacks = Callbacks(callbacks if self.processes.rank == 0 else [], view)
+
     def start(self, resume: bool) -> None:
         """Create the run folder, or load the newest intact state in it."""
         folder = self.run.folder
@@ -328,6 +335,7 @@ class _Training:
             if self.best:
                 self.best.load_state_dict(saved.get("best"), saved.get("stopping"))
             self.run.ended = str(saved.get("ended", ""))
+            self.callbacks.restore(saved.get("callbacks", []))
             if "watch" in saved:
                 self.spikes.load_state_dict(saved["watch"])
             if "data_state" in saved:
@@ -352,6 +360,7 @@ class _Training:
         threads = threads_beside(recipe.workers) if self.device.type == "cpu" else torch.get_num_threads()
         self._print_summary(threads)
         start, tokens = self.step, 0
+        self.callbacks.call("on_start", step=self.step, row=dict(self.run.history[-1]) if self.run.history else {})
         before_s = self.run.last("seconds") if any("seconds" in row for row in self.run.history) else 0.0
         with (
             asked_to_stop() as asked,
@@ -361,6 +370,8 @@ class _Training:
         ):
             clock = time.perf_counter()
             while self.step < recipe.steps and not self.run.ended:
+                if self.processes.count == 1 and self.callbacks.failed:  # in on_start
+                    break
                 try:
                     batch = next(batches)
                 except StuckError:
@@ -368,7 +379,7 @@ class _Training:
                     if self.processes.count > 1 or isinstance(self.dataset, Packs):
                         raise
                     break
-                counts, totals = self._all_reduce_counts(batch, asked.is_set())
+                counts, totals = self._all_reduce_counts(batch, asked.is_set() or bool(self.callbacks.failed))
                 lr = rate(recipe, self.step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
@@ -389,18 +400,29 @@ class _Training:
                 if batch.filled is not None:
                     row["filled"] = totals["filled"] / self.processes.count
                 # after the last step `finish` evaluates, unless that model has to be compared with the best one
-                due = recipe.evaluate_every and self.step % recipe.evaluate_every == 0
+                measured, due = {}, recipe.evaluate_every and self.step % recipe.evaluate_every == 0
                 if (due and self.step < recipe.steps) or (recipe.patience and self.step == recipe.steps):
                     paused = time.perf_counter()
-                    row |= self._evaluate()
+                    measured = self._evaluate()
+                    row |= measured
                     clock += time.perf_counter() - paused  # the speed is that of training
                 self._log(row)
                 show(row)
-                if self.best and self.best.worn_out and self.step < recipe.steps:
-                    self.run.ended = f"{self.best.waited} evaluations had no better {self.best.name}"
-                    break
+                if measured:
+                    paused = time.perf_counter()
+                    self.callbacks.call("on_evaluation", model=self._measured_model())
+                    self.callbacks.view.model = self.parallel.model
+                    clock += time.perf_counter() - paused
                 # several processes stop after the same step, so what counts is what all of them know
-                stop = totals["stop"] > 0 if self.processes.count > 1 else asked.is_set()
+                alone, failed, wish = self.processes.count == 1, self.callbacks.failed, self.callbacks.view.asked
+                if self.step < recipe.steps and not failed:
+                    if self.best and self.best.worn_out:
+                        self.run.ended = f"{self.best.waited} evaluations had no better {self.best.name}"
+                    elif wish if alone else totals["end"]:
+                        self.run.ended = self.processes.all_gather(wish)[0]
+                if self.run.ended:
+                    break
+                stop = asked.is_set() or failed if alone else totals["stop"] > 0
                 if stop or self.step == recipe.steps:
                     break
                 if recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0:
@@ -423,12 +445,14 @@ class _Training:
             of_best = {} if self.run.best_step is None else {"best_step": self.run.best_step}
             measures = self.best.row if self.best and of_best else self._evaluate()
             self._log({"step": self.step, **of_best, **measures})
+            self.callbacks.call("on_evaluation", model=self.model)
             if not self.quiet:
                 print("fit: held out: " + ", ".join(f"{key} {value:.4f}" for key, value in measures.items()))
         if self.out and self.run.history:
             write_rows(self.out / LOG, self.run.history)
             write_csv(self.run.history, self.out / TABLE)
             draw_curves(self.run.history, self.out / CURVES)
+        self.callbacks.call("on_end", model=self.model, finished=self.run.finished)
         if not self.quiet and self.run.ended:
             print(f"fit: ended after step {self.step} of {self.recipe.steps}: {self.run.ended}")
         if not self.quiet and self.best and self.run.best_step is not None:
@@ -438,6 +462,7 @@ class _Training:
         if not self.run.finished and not self.quiet:
             where = f"; everything is saved in {self.run.folder}. To go on: {self.go_on}" if self.out else ""
             print(f"fit: stopped after step {self.step} of {self.recipe.steps}{where}")
+        self.callbacks.raise_failed(f"; everything is saved in {self.run.folder}" if self.out else "")
 
     def join(self) -> None:
         """Wait for the thread that writes the last state; the folder is locked until then."""
@@ -445,7 +470,7 @@ class _Training:
             self.checkpoints.thread.join()
 
     def _all_reduce_counts(self, batch: Batch, asked: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums over all processes: by task what its loss is divided by; and tokens, filled shares, broken samples, requests to stop.
+        """Sums over all processes: by task what its loss is divided by; and tokens, filled shares, broken samples, wishes to stop.
 
         Raises:
             MediaError: more broken samples than max_bad.
@@ -454,10 +479,13 @@ class _Training:
         patterns = list(self.model.tasks)
         counts = dict.fromkeys(patterns, 0) | count_targets(batch.streams, self.model)
         tokens = sum(len(stream) for stream in batch.streams)
+        end = bool(self.callbacks.view.asked)
         # one tensor, so that a step waits for the other processes once
-        local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked], dtype=torch.float64)
+        local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked, end], dtype=torch.float64)
         sums = self.processes.all_reduce(local).tolist()
-        totals: dict[str, float] = dict(zip(("tokens", "filled", "bad", "stop"), sums[len(patterns) :], strict=True))
+        totals: dict[str, float] = dict(
+            zip(("tokens", "filled", "bad", "stop", "end"), sums[len(patterns) :], strict=True)
+        )
         if totals["bad"]:
             self._add_broken(new)
         return {p: int(n) if n == int(n) else n for p, n in zip(patterns, sums, strict=False)}, totals
@@ -539,6 +567,8 @@ class _Training:
         folder = self.run.folder
         if folder is None or self.checkpoints is None or (self.step == self.resumed_at and not last):
             return
+        if self.step == 0:  # an optimiser that has done no step has no state to resume from
+            return
         extra = {"computed_in": short_name(self.dtype), "watch": self.spikes.state_dict(), "ended": self.run.ended}
         if self.best:
             extra |= {"best": self.best.value, "stopping": self.best.state_dict()}
@@ -556,6 +586,7 @@ class _Training:
                 save_model()
             return
 
+        extra["callbacks"] = self.callbacks.state()
         self.checkpoints.save(self.step, self.state, self.metadata, extra, self.dataset.state(), save_model)
         if last:
             self.checkpoints.finish()
@@ -589,10 +620,9 @@ class _Training:
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out measures of the result so far, each process on its share of the samples; saves the best model."""
-        model = self.result
         if self.parallel.sharded:
             self._copy_result()
-            model = self.model
+        model = self._measured_model()
         row = {
             f"{pattern} {key}": value
             for pattern, samples in self.evaluation.items()
@@ -601,6 +631,10 @@ class _Training:
         if self.best is not None:
             self._compare(self.best, row)
         return row
+
+    def _measured_model(self) -> Model:
+        """The model that `_evaluate` measures."""
+        return self.model if self.parallel.sharded else self.result
 
     def _compare(self, best: BestSoFar, row: dict[str, float]) -> None:
         """Save the model if it is the best so far."""
@@ -628,9 +662,10 @@ class _Training:
         self.run.history.append(row)
         if self.out:
             add_rows(self.out / LOG, [row])
-        if self.processes.rank == 0:
-            for tracker in self.trackers:
-                tracker(row)
+        if "loss" in row:
+            self.callbacks.call("on_step", step=self.step, row=row)
+        else:
+            self.callbacks.view.row = row
 
     def _print_summary(self, threads: int) -> None:
         if self.quiet:

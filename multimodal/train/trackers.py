@@ -1,16 +1,21 @@
-"""Trackers: functions that `fit` calls with every row of the log, a dict."""
+"""Trackers: callbacks that write every row of the log somewhere."""
 
 import atexit
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from multimodal.shapes import ConfigError
+from multimodal.train.callbacks import RowTracker
 from multimodal.train.display import is_held_out
 
 
-class TensorBoard:
+class TensorBoard(RowTracker):
     """Writes every number of every row for TensorBoard: `fit(..., trackers=[TensorBoard("runs/digits/tensorboard")])`.
+
+    It also takes histograms and texts of callbacks.
 
     A resumed run writes to the same folder: steps that are repeated replace those that were there.
 
@@ -31,13 +36,27 @@ class TensorBoard:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         step = row["step"]
-        if self._writer is None:
-            self._writer = self._make(self._folder, purge_step=step, flush_secs=10)
-            atexit.register(self.close)
+        writer = self._opened(step)
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 group = "held out" if is_held_out(key) else "training"
-                self._writer.add_scalar(f"{group}/{key}", value, step)
+                writer.add_scalar(f"{group}/{key}", value, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Draw numbers; those that are not finite are left out, as TensorBoard has no place for them."""
+        finite = values[values.isfinite()]
+        if len(finite):
+            self._opened(step).add_histogram(name, finite, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text as it is."""
+        self._opened(step).add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def _opened(self, step: int) -> Any:
+        if self._writer is None:
+            self._writer = self._make(self._folder, purge_step=step, flush_secs=10)
+            atexit.register(self.close)
+        return self._writer
 
     def close(self) -> None:
         """Put everything on the disk."""
