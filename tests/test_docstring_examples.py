@@ -14,6 +14,7 @@ from PIL import Image
 
 import multimodal as mm
 from multimodal.check import check_task, check_tokenizer, verify
+from multimodal.data import Balanced, class_weights
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
 from multimodal_tokenizers import (
@@ -48,8 +49,10 @@ MOST_USED = {
     "Model.save": mm.Model.save,
     "Model.load": mm.Model.load,
     "Model.from_pretrained": mm.Model.from_pretrained,
+    "Balanced": Balanced,
     "Boxes": Boxes,
     "CTC": mm.CTC,
+    "Callback": mm.train.Callback,
     "Chat": Chat,
     "Composite": mm.Composite,
     "Contrast": mm.Contrast,
@@ -81,9 +84,11 @@ MOST_USED = {
     "VideoTubes": VideoTubes,
     "Words": Words,
     "cached": mm.train.cached,
+    "class_weights": class_weights,
     "check_task": check_task,
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
+    "find_lr": mm.train.find_lr,
     "fit": mm.fit,
     "inside": inside,
     "pretrained": pretrained,

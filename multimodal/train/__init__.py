@@ -5,12 +5,14 @@ from multimodal.train.embedding_cache import cached
 from multimodal.train.evaluation import calibrate, evaluate
 from multimodal.train.job import TrainingJob
 from multimodal.train.loop import Run, fit
+from multimodal.train.rate_finder import FoundRate, find_lr
 from multimodal.train.recipe import Recipe
 
 __all__ = [
     "Answers",
     "Callback",
     "CallbackError",
+    "FoundRate",
     "Histograms",
     "Recipe",
     "Run",
@@ -18,5 +20,6 @@ __all__ = [
     "cached",
     "calibrate",
     "evaluate",
+    "find_lr",
     "fit",
 ]

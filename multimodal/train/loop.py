@@ -148,6 +148,26 @@ def fit(
     if isinstance(settings.get("cache"), Path):
         settings["cache"] = str(settings["cache"])
     recipe = override(recipe or Recipe(), **settings)
+    given = {"evaluation": evaluation, "mix": mix, "folder": folder, "resume": resume, "quiet": quiet, "go_on": go_on}
+    return train(model, data, recipe, trackers=trackers, callbacks=callbacks, **given)
+
+
+def train(
+    model: Model,
+    data: Mapping[str, Source],
+    recipe: Recipe,
+    *,
+    evaluation: Mapping[str, Samples] | None = None,
+    mix: Mapping[str, float] | float | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    trackers: Iterable[Tracker] = (),
+    callbacks: Iterable[Any] = (),
+    quiet: bool = False,
+    go_on: str = "",
+    rates: Callable[[Recipe, int], float] = rate,
+) -> Run:
+    """`fit`, with another function for the learning rate of a step."""
     _check_call(model, data, evaluation, folder, resume)
     called = as_callbacks(trackers, callbacks)
     recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
@@ -168,7 +188,7 @@ def fit(
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
                 training.add_callbacks(called)
-                training.go_on = go_on
+                training.go_on, training.rates = go_on, rates
                 training.start(resume)
                 training.train()
                 training.finish()
@@ -235,6 +255,7 @@ class _Training:
         self.quiet = quiet or processes.rank > 0
         self.out = self.run.folder if processes.rank == 0 else None  # the run folder, in the process that writes it
         self.go_on, self.finished = "", False
+        self.rates: Callable[[Recipe, int], float] = rate
         self.lock: Any = None
         self.checkpoints: Checkpoints | None = None
         self.device = processes.device(choose_device(recipe.device))
@@ -380,7 +401,7 @@ class _Training:
                         raise
                     break
                 counts, totals = self._all_reduce_counts(batch, asked.is_set() or bool(self.callbacks.failed))
-                lr = rate(recipe, self.step)
+                lr = self.rates(recipe, self.step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
                 row = self._train_step(batch, counts)
@@ -415,10 +436,10 @@ class _Training:
                     clock += time.perf_counter() - paused
                 # several processes stop after the same step, so what counts is what all of them know
                 alone, failed, wish = self.processes.count == 1, self.callbacks.failed, self.callbacks.view.asked
-                if self.step < recipe.steps and not failed:
+                if self.step < recipe.steps:
                     if self.best and self.best.worn_out:
                         self.run.ended = f"{self.best.waited} evaluations had no better {self.best.name}"
-                    elif wish if alone else totals["end"]:
+                    elif (wish and not failed) if alone else totals["end"]:
                         self.run.ended = self.processes.all_gather(wish)[0]
                 if self.run.ended:
                     break
@@ -572,9 +593,8 @@ class _Training:
         extra = {"computed_in": short_name(self.dtype), "watch": self.spikes.state_dict(), "ended": self.run.ended}
         if self.best:
             extra |= {"best": self.best.value, "stopping": self.best.state_dict()}
-        weights = {
-            name: cpu_copy(t) for name, t in self.result.state_dict().items()
-        }  # in all processes, also if there is a best
+        # copied also if there are better ones, as all processes take part in that
+        weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
         weights = best or weights
 
         def save_model() -> None:
