@@ -174,10 +174,10 @@ def plan(
         if value is not None and not (value >= 1 and value == int(value)):
             raise ConfigError(f"plan: {name}={value} must be a whole number, 1 or more")
     if recipe.epochs and train_tokens is None:
-        known = data is not None and not recipe.tokens
-        recipe = recipe.in_steps(
-            steps_of_epoch(data, shares(recipe.batch, weighed(data, mix, "plan"))) if known else None
-        )
+        epoch = None
+        if data is not None and not recipe.tokens:
+            epoch = steps_of_epoch(data, shares(recipe.batch, weighed(data, mix, "plan")))
+        recipe = recipe.in_steps(epoch)
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     transformer(model)  # raises before anything is counted
     if stats is None and length is not None:
