@@ -165,9 +165,9 @@ def train(
     callbacks: Iterable[Any] = (),
     quiet: bool = False,
     go_on: str = "",
-    rates: Callable[[Recipe, int], float] = rate,
+    rates: Callable[[Recipe, int], float] | None = None,
 ) -> Run:
-    """`fit`, with another function for the learning rate of a step."""
+    """`fit`, with another function for the learning rate of a step; None: that of the recipe's schedule."""
     _check_call(model, data, evaluation, folder, resume)
     called = as_callbacks(trackers, callbacks)
     recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
@@ -255,7 +255,7 @@ class _Training:
         self.quiet = quiet or processes.rank > 0
         self.out = self.run.folder if processes.rank == 0 else None  # the run folder, in the process that writes it
         self.go_on, self.finished = "", False
-        self.rates: Callable[[Recipe, int], float] = rate
+        self.rates: Callable[[Recipe, int], float] | None = None
         self.lock: Any = None
         self.checkpoints: Checkpoints | None = None
         self.device = processes.device(choose_device(recipe.device))
@@ -401,7 +401,7 @@ class _Training:
                         raise
                     break
                 counts, totals = self._all_reduce_counts(batch, asked.is_set() or bool(self.callbacks.failed))
-                lr = self.rates(recipe, self.step)
+                lr = (self.rates or rate)(recipe, self.step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
                 row = self._train_step(batch, counts)

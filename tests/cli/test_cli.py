@@ -222,7 +222,7 @@ def test_parameters_of_the_recipe_function_are_settings(say, refused, tmp_path) 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stpes=3", "Recipe has no setting 'stpes'; it has steps, batch"),
+        ("stpes=3", "Recipe has no setting 'stpes'; it has steps, epochs, batch"),
         ("steps=few", "--set steps=few: 'few' is no int"),
         ("core.dept=3", "--set core.dept=3: Core has no setting 'dept'; it has width, depth"),
         ("batch=0", "Recipe: batch=0 must be a whole number, 1 or more"),
