@@ -180,11 +180,22 @@ def config_file(config: Mapping[str, Any]) -> bytes:
         return (json.dumps(config, indent=2) + "\n").encode()
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by name.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    config = own_config(folder)
+    if config is None:
+        raise CheckpointError(f"{folder}: there is no saved model")
+    return read_tensors(stored(folder, config, WEIGHTS))
+
+
 def holds(folder: Path, weights: Mapping[str, Tensor]) -> bool:
     """Whether a folder is a complete checkpoint with exactly these weights."""
-    config = own_config(folder)
     try:
-        found = {} if config is None else read_tensors(stored(folder, config, WEIGHTS))
+        found = read_weights(folder)
     except CheckpointError:
         return False
     return found.keys() == weights.keys() and all(

@@ -144,19 +144,24 @@ class Network(nn.Module):
         names = [f"sample {first + i}" for i in range(len(samples))]
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
-    def loss(self, stream: Stream, *, counts: Mapping[str, int] | None = None) -> Tensor:
+    def loss(self, stream: Stream, *, counts: Mapping[str, float] | None = None) -> Tensor:
         """The mean loss of a target of each task, in nats, summed over tasks with their weights.
 
-        counts: by task, the number of targets to divide by; a training step gives those of all its micro-batches. None: this
-        stream's own.
+        counts: by task, what to divide by, the number of targets or the sum of their weights (`Head.divisor`); a training step
+        gives those of all its micro-batches. None: this stream's own.
         """
-        counts = counts or {pattern: sum(r.target_lengths) for pattern, r in stream.readings.items()}
+        counts = counts or {pattern: self.divisor(stream, pattern) for pattern in stream.readings}
         tasks = self.packer.tasks
-        parts = [tasks[p].weight * total / max(counts[p], 1) for p, total in self.losses(stream).items()]
+        parts = [tasks[p].weight * total / (counts[p] or 1) for p, total in self.losses(stream).items()]
         return torch.stack(parts).sum()
 
+    def divisor(self, stream: Stream, pattern: str) -> float:
+        """What the sum of the losses of a task is divided by for their mean, see `Head.divisor`."""
+        r = stream.readings[pattern]
+        return r.count if r.target is None else self.packer.heads[pattern].divisor(r.target, r.target_lengths)
+
     def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
-        """By task, the sum of the losses of all targets, in nats; their number is `stream.readings[task].count`.
+        """By task, the sum of the losses of all targets, in nats; for their mean divide by `divisor`.
 
         Raises:
             StreamError: the stream was packed without answers.

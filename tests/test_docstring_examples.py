@@ -14,6 +14,7 @@ from PIL import Image
 
 import multimodal as mm
 from multimodal.check import check_task, check_tokenizer, verify
+from multimodal.data import Balanced, class_weights
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
 from multimodal.sklearn import Classifier, LeastSquares, Regressor
@@ -50,11 +51,13 @@ MOST_USED = {
     "Model.save": mm.Model.save,
     "Model.load": mm.Model.load,
     "Model.from_pretrained": mm.Model.from_pretrained,
+    "Balanced": Balanced,
     "Boxes": Boxes,
     "sklearn.Classifier": Classifier,
     "sklearn.LeastSquares": LeastSquares,
     "sklearn.Regressor": Regressor,
     "CTC": mm.CTC,
+    "Callback": mm.train.Callback,
     "Chat": Chat,
     "Composite": mm.Composite,
     "Contrast": mm.Contrast,
@@ -92,9 +95,11 @@ MOST_USED = {
     "for_pictures": mm.augment.for_pictures,
     "for_sounds": mm.augment.for_sounds,
     "cached": mm.train.cached,
+    "class_weights": class_weights,
     "check_task": check_task,
     "check_tokenizer": check_tokenizer,
     "evaluate": mm.evaluate,
+    "find_lr": mm.train.find_lr,
     "fit": mm.fit,
     "inside": inside,
     "pretrained": pretrained,

@@ -515,6 +515,7 @@ ALLOWED = {
     ("multimodal.media.sources", "import_module"): "optional packages, under fixed names",
     ("multimodal.measures.evaluation", "find_spec"): "whether optional libraries are there, under fixed names",
     ("multimodal.export.formats", "import_module"): "optional libraries, under fixed names",
+    ("multimodal.train.trackers", "import_module"): "optional packages, under fixed names",
     ("multimodal.model", "import_module"): "multimodal.pretrained, .export and .publish, under fixed names",
     ("multimodal.pretrained.gate", "import_module"): "transformers, under a fixed name",
     (

@@ -32,7 +32,9 @@ def train(
     folder: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     processes: int = 1,
+    track: Annotated[list[str] | None, Parameter(negative="")] = None,
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
+    find_lr: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Train what a Python file describes, and save it. A run that was stopped goes on when the same command is given again.
 
@@ -56,13 +58,24 @@ def train(
         Take a run that went to its end as it is, instead of refusing to train in its folder.
     processes
         Number of processes on this machine, which train together. On several machines, each runs the command through torchrun.
+    track
+        Also write the log to wandb, mlflow, trackio (with a project: wandb:digits) or tensorboard. Repeat it for more.
     tensorboard
-        Also write the log for TensorBoard, into the run's folder tensorboard.
+        The same as --track tensorboard: into the run's folder tensorboard.
+    find_lr
+        Instead of training, suggest a learning rate, by a short training of a copy of the model with a rising rate.
     """
     folder = folder or Path("runs", recipe.stem)
     options = [str(recipe), *(f"--set={change}" for change in setting or []), "--folder", str(folder)]
-    options += ["--tensorboard"] if tensorboard else []
+    track = list(dict.fromkeys([*(track or []), *(["tensorboard"] if tensorboard else [])]))
+    options += [f"--track={name}" for name in track]
     check_folder(folder, "--folder")
+    if find_lr:
+        if processes != 1:
+            from multimodal.shapes import ConfigError
+
+            raise ConfigError("--find-lr runs in one process; leave --processes out")
+        return _find_lr(recipe, setting or [], folder)
     from multimodal.train.launch import LAUNCHED, end_with_launcher, launch
 
     # the launcher runs this command once in each process, where LAUNCHED is set
@@ -70,34 +83,46 @@ def train(
         command = [sys.executable, "-P", "-m", "multimodal", "train", *options, *(["--resume"] if resume else [])]
         return launch(command, processes)
     end_with_launcher()
-    return _train(recipe, setting or [], folder, resume, options, tensorboard)
+    return _train(recipe, setting or [], folder, resume, options, track)
 
 
-def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options: list[str], tensorboard: bool) -> int:
+def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options: list[str], track: list[str]) -> int:
     from multimodal.train.launch import LAUNCHED, STOPPED
-    from multimodal.train.run_folder import BOARD
     from multimodal.train.settings import make_job
-    from multimodal.train.trackers import TensorBoard
+    from multimodal.train.trackers import make_tracker
 
     job = make_job(import_recipe(recipe), setting, f"recipe() of {recipe}")
-    board = TensorBoard(folder / BOARD) if tensorboard else None
+    trackers = [make_tracker(name, folder) for name in track]
     count = int(os.environ.get("WORLD_SIZE", "1"))
     many = ["--processes", str(count)] if count > 1 else []
     command = shlex.join(["multimodal", "train", *options, *many, "--resume"])
     by_torchrun = count > 1 and LAUNCHED not in os.environ
-    try:
-        run = job.run(
-            folder,
-            resume=resume,
-            trackers=[board] if board else [],
-            go_on="the same torchrun command" if by_torchrun else command,
-        )
-    finally:
-        if board:
-            board.close()
+    run = job.run(
+        folder,
+        resume=resume,
+        trackers=trackers,
+        go_on="the same torchrun command" if by_torchrun else command,
+    )
     if run.finished and os.environ.get("RANK", "0") == "0":  # only the first process prints
-        _show(run, folder, tensorboard)
+        _show(run, folder, "tensorboard" in track)
     return 0 if run.finished else STOPPED
+
+
+def _find_lr(recipe: Path, setting: list[str], folder: Path) -> int:
+    from multimodal.train.rate_finder import find_lr
+    from multimodal.train.settings import make_job
+
+    job = make_job(import_recipe(recipe), setting, f"recipe() of {recipe}")
+    found = find_lr(job.model, job.data, job.recipe, mix=job.mix, quiet=False)
+    picture = saved(".png", found.picture(), "learning-rates", folder)
+    if found.suggestion is None:
+        print("the loss fell at no rate, so none is suggested: are the data and the model right?")
+    else:
+        change = [f"--set={change}" for change in [*setting, f"lr={found.suggestion:.1e}"]]
+        print(f"lr      {found.suggestion:.1e}")
+        print(f"train   {shlex.join(['multimodal', 'train', str(recipe), *change])}")
+    print(f"picture {picture}")
+    return 0 if found.suggestion is not None else 1
 
 
 def _show(run: "Run", folder: Path, tensorboard: bool) -> None:

@@ -12,6 +12,8 @@ import torch
 from multimodal.count.flops import Flops, parameters, token_flops, transformer
 from multimodal.count.memory import MemoryUse, Work, rank_memory
 from multimodal.count.streams import StreamStats, count_stream, stream_of_length
+from multimodal.data.batches import steps_of_epoch
+from multimodal.data.sources import shares, weighed
 from multimodal.model import Model
 from multimodal.notebook import tables_html
 from multimodal.shapes import ConfigError, did_you_mean
@@ -190,6 +192,11 @@ def plan(
     for name, value in (("gpus", gpus), ("samples", samples), ("tokens", tokens), ("train_tokens", train_tokens)):
         if value is not None and not (value >= 1 and value == int(value)):
             raise ConfigError(f"plan: {name}={value} must be a whole number, 1 or more")
+    if recipe.epochs and train_tokens is None:
+        epoch = None
+        if data is not None and not recipe.tokens:
+            epoch = steps_of_epoch(data, shares(recipe.batch, weighed(data, mix, "plan")))
+        recipe = recipe.in_steps(epoch)
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     transformer(model)  # raises before anything is counted
     if stats is None and length is not None:

@@ -2,6 +2,7 @@
 
 from multimodal.data.account import Account, LeftOut
 from multimodal.data.adapters import Fields
+from multimodal.data.balanced import Balanced, class_weights
 from multimodal.data.batches import Batches
 from multimodal.data.fetching import Bad, Batch, StuckError, seed_generators
 from multimodal.data.folders import read_folder
@@ -25,6 +26,7 @@ from multimodal.process_state import preserved_rng
 __all__ = [
     "Account",
     "Bad",
+    "Balanced",
     "Batch",
     "Batches",
     "Blanked",
@@ -40,6 +42,7 @@ __all__ = [
     "Wrapped",
     "as_samples",
     "check_samples",
+    "class_weights",
     "declared_sources",
     "index_archives",
     "is_indexed",

@@ -12,6 +12,14 @@ from multimodal.process_state import preserved_rng
 from multimodal.shapes import ConfigError, MediaError, StreamError
 
 
+def steps_of_epoch(data: Mapping[str, Samples], share: Mapping[str, int]) -> float:
+    """The number of steps after which every sample has come; of several tasks, that of the one that takes longest.
+
+    share: by task, the number of its samples in a step.
+    """
+    return max(len(as_samples(samples)) / share[pattern] for pattern, samples in data.items())
+
+
 class Batches(Dataset):
     """Item `step` is that step's micro-batches, packed: `accumulate` streams of batch / accumulate samples.
 
@@ -49,6 +57,11 @@ class Batches(Dataset):
         self.fetch, self.max_bad = Fetcher(packer, dict(data), seed), max_bad
         self.parts, self.rank, self.ranks = accumulate * ranks, rank, ranks
         self.schedule = Schedule(shares(batch, weighed(data, mix, "fit")))
+
+    @property
+    def epoch(self) -> float:
+        """The number of steps of an epoch, see `steps_of_epoch`."""
+        return steps_of_epoch(self.fetch.data, self.schedule.share)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return 2**40  # no end: `fit` decides how many steps there are

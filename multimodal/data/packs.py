@@ -107,6 +107,11 @@ class Packs(Dataset):
         self.tokens, self.packs, self.look_ahead = tokens, packs, look_ahead
         self.lanes = [self._lane(number) for number in range(rank, packs, ranks)]
 
+    @property
+    def epoch(self) -> None:
+        """How many steps an epoch takes depends on the lengths of the samples, and is not known before they are packed."""
+        return None
+
     def __len__(self) -> int:
         return 2**40
 

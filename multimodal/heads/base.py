@@ -501,6 +501,10 @@ class Head(Declared, ABC):
         """The loss as a function of the states; override it if the loss needs more than logits, or can avoid computing them."""
         return self.loss(self.logits(readout, state_ND, lengths), lengths, target, target_lengths)
 
+    def divisor(self, target: Tensor, target_lengths: Sequence[int]) -> float:
+        """What the sum of these targets' losses is divided by for their mean: their number, or the sum of their weights."""
+        return sum(target_lengths)
+
     def row_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of each row (N,), in nats, if there is one target for each row; `Hard` attention learns from it.
 

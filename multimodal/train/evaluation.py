@@ -34,10 +34,10 @@ def evaluate(
 ) -> Evaluation:
     """How good the answers to held-out samples are: a dict of figures, which prints as a table and has the worst answers.
 
-    "loss" is the mean loss of a real target in nats, "exact" the share of answers that are exactly right. A head that answers row
-    by row has "rows" too, the share of rows that are right, or of the groups of a `one_hot` kind, such as pixels; such a kind has
-    no further measures. These are those of `multimodal.measures.MEASURES` that fit the answers: F1 and others of classes, error
-    rates and others of texts, errors of numbers.
+    "loss" is the mean loss of a real target in nats (weighed, if the head has class weights), "exact" the share of answers that
+    are exactly right. A head that answers row by row has "rows" too, the share of rows that are right, or of the groups of a
+    `one_hot` kind, such as pixels; such a kind has no further measures. These are those of `multimodal.measures.MEASURES` that
+    fit the answers: F1 and others of classes, error rates and others of texts, errors of numbers.
 
     A text is right if it equals the text of the sample, even if the tokenizer cannot represent that text. A task "a <-> b" has the
     recall at 1 and at 10 in both directions instead of "exact"; a head that hides tokens or writes features has the loss only.
@@ -115,11 +115,11 @@ def _figures(
     written, head = model.packer.answer_tokenizers[task], model.packer.head(task)
     exact, by_row = "exact" in head.measures, "rows" in head.measures
     mine = range(processes.rank, len(samples), processes.count)
-    total, count, right, right_rows, known_rows = 0.0, 0, 0, 0, 0
+    total, count, right, right_rows, known_rows = 0.0, 0.0, 0, 0, 0
     for start in range(0, len(mine), batch):
         part = [model.packer.completed(task, samples[i]) for i in mine[start : start + batch]]
         stream = model.pack(task, part, first=mine[start])
-        count += stream.readings[task].count
+        count += model.divisor(stream, task)
         if bar is not None:
             bar.advance(len(part))
         if head.autoregressive or not exact:
@@ -145,7 +145,7 @@ def _figures(
     # sums and not means, because shares of the samples differ in size
     sums = torch.tensor([total, count, right, right_rows, known_rows], dtype=torch.float64)
     total, count, right, right_rows, known_rows = processes.all_reduce(sums).tolist()
-    found = {"loss": total / max(count, 1)} | ({"exact": right / len(samples)} if exact else {})
+    found = {"loss": total / (count or 1)} | ({"exact": right / len(samples)} if exact else {})
     return found | ({"rows": right_rows / max(known_rows, 1)} if by_row else {})
 
 

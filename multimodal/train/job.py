@@ -24,6 +24,7 @@ class TrainingJob:
     evaluation: held-out samples of each task; None: nothing is evaluated.
     mix: shares of the tasks, or a temperature, as `fit` takes it; None: by their sizes.
     recipe: the settings of training.
+    callbacks: objects that are called in the run, see `multimodal.train.Callback`.
     """
 
     model: Model
@@ -31,6 +32,7 @@ class TrainingJob:
     evaluation: Mapping[str, Samples] | None = None
     mix: Mapping[str, float] | float | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         wanted = {
@@ -39,6 +41,7 @@ class TrainingJob:
             "evaluation": ((Mapping, type(None)), "data sets by task"),
             "mix": ((Mapping, int, float, type(None)), "shares by task or a temperature"),
             "recipe": (Recipe, "a Recipe"),
+            "callbacks": ((list, tuple), "a list of callbacks"),
         }
         for name, (kind, what) in wanted.items():
             if not isinstance(value := getattr(self, name), kind):
@@ -103,6 +106,7 @@ class TrainingJob:
             folder=folder,
             resume=found.step is not None,
             trackers=trackers,
+            callbacks=self.callbacks,
             quiet=quiet,
             go_on=go_on or "run the same job with the same folder",
         )

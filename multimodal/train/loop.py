@@ -18,7 +18,7 @@ from zlib import crc32
 import torch
 
 from multimodal import checkpoint
-from multimodal.checkpoint import check_room, declarations, holds, short_name
+from multimodal.checkpoint import check_room, declarations, holds, put_weights, read_weights, short_name
 from multimodal.core import compile_blocks, recompute
 from multimodal.data import Bad, Batch, Packs, Samples, Source, StuckError, declared_sources, is_indexed
 from multimodal.declare import override, plain
@@ -27,6 +27,7 @@ from multimodal.model import Model
 from multimodal.notebook import run_html
 from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
+from multimodal.train.callbacks import CallbackError, Callbacks, View, as_callbacks
 from multimodal.train.consistency import equal_in_all_processes, settings_of
 from multimodal.train.display import bar, draw_curves, environment, is_held_out, write_csv
 from multimodal.train.embedding_cache import cached, check_cacheable
@@ -55,6 +56,7 @@ from multimodal.train.run_folder import (
 from multimodal.train.runtime import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
 from multimodal.train.spikes import SpikeWatch, count_targets, save_spike
 from multimodal.train.state import Checkpoints, TrainingState
+from multimodal.train.stopping import BestSoFar
 
 Tracker = Callable[[Mapping[str, Any]], Any]
 
@@ -66,7 +68,9 @@ class Run:
     folder: the run folder; None: the run was not saved.
     history: a row {"step", "loss", ...} for each report. What is measured during training on held-out data is in the row of its
         step; what is measured at the end is a last row of its own, without "loss".
-    finished: whether all steps were done.
+    finished: whether all steps were done, or it ended early.
+    ended: why it ended before its last step; "": it did not.
+    best_step: the step of the best evaluation, whose weights the model has, with `patience`; None: the model is the last one.
     bad: the broken samples that were left out, each with its reason.
 
     Examples:
@@ -78,6 +82,8 @@ class Run:
     folder: Path | None
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    ended: str = ""
+    best_step: int | None = None
     bad: list[Bad] = field(default_factory=list)
 
     def last(self, key: str) -> Any:
@@ -90,6 +96,7 @@ class Run:
         parts = [f"{self.history[-1]['step']} steps" if self.history else "no steps"]
         parts += [f"{key} {value:.4f}" for key, value in last.items()]
         parts += [] if self.finished else ["not finished"]
+        parts += ["ended early"] if self.ended else []
         parts += [f"{len(self.bad)} broken samples"] if self.bad else []
         parts += [] if self.folder is None else [str(self.folder)]
         return f"Run({', '.join(parts)})"
@@ -109,6 +116,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     trackers: Iterable[Tracker] = (),
+    callbacks: Iterable[Any] = (),
     quiet: bool = False,
     go_on: str = "call fit(..., resume=True) with the same arguments",
     **settings: Any,
@@ -118,8 +126,8 @@ def fit(
     recipe and settings: a Recipe, or changes to it by name (`steps=1500, lr=3e-4`). evaluation: held-out data by task. mix: weights
     of the tasks, in whose ratio samples are drawn, equal unless given; a number is a temperature: len ** (1 / temperature).
     folder: where the model, states to resume from, the log and the curves are saved; None: nowhere. resume: load the newest state
-    in the folder if there is one. trackers: functions that are called with each row of the log. quiet: print nothing. go_on: how
-    to resume, for the message about a stopped run.
+    in the folder if there is one. trackers: functions that are called with each row of the log. callbacks: objects that are called
+    in a run, see `multimodal.train.Callback`. quiet: print nothing. go_on: how to resume, for the message about a stopped run.
 
     Ctrl-C and SIGTERM end the run after the current step, with everything saved; a second one ends it at once. Started by torchrun
     or `multimodal train --processes`, it trains in all processes together, after they have compared settings, data and weights.
@@ -130,7 +138,7 @@ def fit(
 
     Raises:
         ConfigError, TaskError, CheckpointError: before anything is trained. FloatingPointError: the loss is not finite.
-        MediaError: more broken samples than max_bad. StreamError: a data worker died.
+        MediaError: more broken samples than max_bad. StreamError: a data worker died. CallbackError: a callback or tracker failed.
 
     Examples:
         >>> run = mm.fit(model, {"image -> label": samples}, steps=5, batch=4, lr=1e-3, folder="runs/shapes", quiet=True)
@@ -140,8 +148,28 @@ def fit(
     if isinstance(settings.get("cache"), Path):
         settings["cache"] = str(settings["cache"])
     recipe = override(recipe or Recipe(), **settings)
-    trackers = list(trackers) if isinstance(trackers, Iterable) else trackers
-    _check_call(model, data, evaluation, folder, resume, trackers)
+    given = {"evaluation": evaluation, "mix": mix, "folder": folder, "resume": resume, "quiet": quiet, "go_on": go_on}
+    return train(model, data, recipe, trackers=trackers, callbacks=callbacks, **given)
+
+
+def train(
+    model: Model,
+    data: Mapping[str, Source],
+    recipe: Recipe,
+    *,
+    evaluation: Mapping[str, Samples] | None = None,
+    mix: Mapping[str, float] | float | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    trackers: Iterable[Tracker] = (),
+    callbacks: Iterable[Any] = (),
+    quiet: bool = False,
+    go_on: str = "",
+    rates: Callable[[Recipe, int], float] | None = None,
+) -> Run:
+    """`fit`, with another function for the learning rate of a step; None: that of the recipe's schedule."""
+    _check_call(model, data, evaluation, folder, resume)
+    called = as_callbacks(trackers, callbacks)
     recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
     if recipe.cache:
         check_cacheable(model, recipe.freeze)
@@ -159,7 +187,8 @@ def fit(
         ):
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
-                training.trackers, training.go_on = list(trackers), go_on
+                training.add_callbacks(called)
+                training.go_on, training.rates = go_on, rates
                 training.start(resume)
                 training.train()
                 training.finish()
@@ -177,16 +206,16 @@ def fit(
                         gc.collect()
                     if training.lock:
                         training.lock.close()
-    except BaseException:
+    except BaseException as error:
         # a finished training has put the model into evaluation mode, and an error after that leaves it there
-        if training is None or not training.finished:
+        if training is None or not training.finished or isinstance(error, CallbackError):
             model.train(was_training)
         raise
     assert training is not None
     return training.run
 
 
-def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool, trackers: Iterable[Any]) -> None:
+def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: bool) -> None:
     """Raise a ConfigError for arguments of wrong types."""
     if not isinstance(model, Model):
         raise ConfigError(f"fit: model is {type(model).__name__}, wanted a Model")
@@ -204,8 +233,6 @@ def _check_call(model: Any, data: Any, evaluation: Any, folder: Any, resume: boo
         raise ConfigError(f"fit: folder is {type(folder).__name__}, wanted a path")
     if resume and folder is None:
         raise ConfigError("fit: resume=True resumes the run in a folder, and none was given; give folder=")
-    if not isinstance(trackers, Iterable) or not all(callable(tracker) for tracker in trackers):
-        raise ConfigError("fit: trackers are called with each row of the log; give a list of functions")
 
 
 class _Training:
@@ -227,13 +254,15 @@ class _Training:
         self.run = Run(Path(folder) if folder is not None else None)
         self.quiet = quiet or processes.rank > 0
         self.out = self.run.folder if processes.rank == 0 else None  # the run folder, in the process that writes it
-        self.trackers: list[Tracker] = []
         self.go_on, self.finished = "", False
+        self.rates: Callable[[Recipe, int], float] | None = None
         self.lock: Any = None
         self.checkpoints: Checkpoints | None = None
         self.device = processes.device(choose_device(recipe.device))
         with equal_in_all_processes(processes) as settings:
             self.dataset = make_dataset(model, data, recipe, mix, processes)
+            epoch = self.dataset.epoch
+            self.recipe = recipe = recipe.in_steps(epoch).evaluated_each(epoch)
             check_evaluation(model, evaluation, recipe)
             sources: dict[str, Any] = dict(data)
             lengths = {pattern: len(found) if is_indexed(found) else None for pattern, found in sources.items()}
@@ -256,7 +285,9 @@ class _Training:
         averaged = self.ema.module if self.ema else None
         self.state = TrainingState(self.parallel.model, self.optimizer, averaged)
         self.result = averaged or self.parallel.model  # whose weights become those of the given model
-        self.step, self.best, self.bad = 0, None, set[tuple[str, str]]()
+        self.step, self.bad = 0, set[tuple[str, str]]()
+        self.best = BestSoFar.of(recipe)
+        self.best_weights: dict[str, torch.Tensor] | None = None  # where there is no folder for them
         self.spikes = SpikeWatch(spike=recipe.spike)
         self.resumed_at = -1  # the step of the state that this run was resumed from
         # a contrastive head compares the pairs of one micro-batch, so there its size changes the loss
@@ -272,6 +303,13 @@ class _Training:
             "data": sizes["data"],
             **shares,
         }
+
+        self.add_callbacks([])
+
+    def add_callbacks(self, callbacks: list[Any]) -> None:
+        """Let these be called, in the first process."""
+        view = View(self.parallel.model, self.recipe, self.run.folder, self.quiet)
+        self.callbacks = Callbacks(callbacks if self.processes.rank == 0 else [], view)
 
     def start(self, resume: bool) -> None:
         """Create the run folder, or load the newest intact state in it."""
@@ -316,9 +354,10 @@ class _Training:
         self.resumed_at = self.step if "data_state" in saved else -1  # a state of version 0.1 is written anew
         # the folder is not trusted, and these parts of state.json were not checked before
         try:
-            self.best = saved.get("best")
-            if self.best is not None:
-                self.best = float(self.best)
+            if self.best:
+                self.best.load_state_dict(saved.get("best"), saved.get("stopping"))
+            self.run.ended = str(saved.get("ended", ""))
+            self.callbacks.restore(saved.get("callbacks", []))
             if "watch" in saved:
                 self.spikes.load_state_dict(saved["watch"])
             if "data_state" in saved:
@@ -343,6 +382,7 @@ class _Training:
         threads = threads_beside(recipe.workers) if self.device.type == "cpu" else torch.get_num_threads()
         self._print_summary(threads)
         start, tokens = self.step, 0
+        self.callbacks.call("on_start", step=self.step, row=dict(self.run.history[-1]) if self.run.history else {})
         before_s = self.run.last("seconds") if any("seconds" in row for row in self.run.history) else 0.0
         with (
             asked_to_stop() as asked,
@@ -351,7 +391,9 @@ class _Training:
             self.dataset.loader(start, recipe.steps, recipe.workers, asked.is_set) as batches,
         ):
             clock = time.perf_counter()
-            while self.step < recipe.steps:
+            while self.step < recipe.steps and not self.run.ended:
+                if self.processes.count == 1 and self.callbacks.failed:  # in on_start
+                    break
                 try:
                     batch = next(batches)
                 except StuckError:
@@ -359,8 +401,8 @@ class _Training:
                     if self.processes.count > 1 or isinstance(self.dataset, Packs):
                         raise
                     break
-                counts, totals = self._all_reduce_counts(batch, asked.is_set())
-                lr = rate(recipe, self.step)
+                counts, totals = self._all_reduce_counts(batch, asked.is_set() or bool(self.callbacks.failed))
+                lr = (self.rates or rate)(recipe, self.step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
                 row = self._train_step(batch, counts)
@@ -371,6 +413,7 @@ class _Training:
                 seconds = time.perf_counter() - clock
                 row = {
                     "step": self.step,
+                    **({"epoch": round(self.step / epoch, 4)} if (epoch := self.dataset.epoch) else {}),
                     **row,
                     "lr": lr,
                     "tokens_per_s": round(tokens / seconds),
@@ -378,15 +421,30 @@ class _Training:
                 }
                 if batch.filled is not None:
                     row["filled"] = totals["filled"] / self.processes.count
-                # after the last step `finish` evaluates
-                if recipe.evaluate_every and self.step % recipe.evaluate_every == 0 and self.step < recipe.steps:
+                # after the last step `finish` evaluates, unless that model has to be compared with the best one
+                measured, due = {}, recipe.evaluate_every and self.step % recipe.evaluate_every == 0
+                if (due and self.step < recipe.steps) or (recipe.patience and self.step == recipe.steps):
                     paused = time.perf_counter()
-                    row |= self._evaluate()
+                    measured = self._evaluate()
+                    row |= measured
                     clock += time.perf_counter() - paused  # the speed is that of training
                 self._log(row)
                 show(row)
+                if measured:
+                    paused = time.perf_counter()
+                    self.callbacks.call("on_evaluation", model=self._measured_model())
+                    self.callbacks.view.model = self.parallel.model
+                    clock += time.perf_counter() - paused
                 # several processes stop after the same step, so what counts is what all of them know
-                stop = totals["stop"] > 0 if self.processes.count > 1 else asked.is_set()
+                alone, failed, wish = self.processes.count == 1, self.callbacks.failed, self.callbacks.view.asked
+                if self.step < recipe.steps:
+                    if self.best and self.best.worn_out:
+                        self.run.ended = f"{self.best.waited} evaluations had no better {self.best.name}"
+                    elif (wish and not failed) if alone else totals["end"]:
+                        self.run.ended = self.processes.all_gather(wish)[0]
+                if self.run.ended:
+                    break
+                stop = asked.is_set() or failed if alone else totals["stop"] > 0
                 if stop or self.step == recipe.steps:
                     break
                 if recipe.checkpoint_every and self.step % recipe.checkpoint_every == 0:
@@ -394,51 +452,65 @@ class _Training:
 
     def finish(self) -> None:
         """Save the last state, copy the result into the given model, evaluate it, and write table and curves."""
-        self.run.finished = self.step == self.recipe.steps
+        self.run.finished = self.step == self.recipe.steps or bool(self.run.ended)
         # resumed after the last step: the last row of the log is that of the evaluation
         evaluated = self.run.finished and self.run.history and "loss" not in self.run.history[-1]
+        best = self._read_best() if self.run.finished and self.recipe.patience else None
         try:
             with asked_to_stop():  # a signal now must not cost the last state
-                self._save(last=True)  # the raw weights, to resume from, before the averaged ones become the model
+                self._save(last=True, best=best)  # the raw weights, to resume from, before others become the model
         finally:
-            self._copy_result()
+            self._copy_result(best)
             self.model.eval()
             self.finished = True
         if self.evaluation and self.run.finished and not evaluated:
-            measures = self._evaluate()
-            self._log({"step": self.step, **measures})
+            of_best = {} if self.run.best_step is None else {"best_step": self.run.best_step}
+            measures = self.best.row if self.best and of_best else self._evaluate()
+            self._log({"step": self.step, **of_best, **measures})
+            self.callbacks.call("on_evaluation", model=self.model)
             if not self.quiet:
                 print("fit: held out: " + ", ".join(f"{key} {value:.4f}" for key, value in measures.items()))
         if self.out and self.run.history:
             write_rows(self.out / LOG, self.run.history)
             write_csv(self.run.history, self.out / TABLE)
             draw_curves(self.run.history, self.out / CURVES)
+        self.callbacks.call("on_end", model=self.model, finished=self.run.finished)
+        if not self.quiet and self.run.ended:
+            print(f"fit: ended after step {self.step} of {self.recipe.steps}: {self.run.ended}")
+        if not self.quiet and self.best and self.run.best_step is not None:
+            print(
+                f"fit: the model is that of step {self.run.best_step}, whose {self.best.name} is {self.best.value:.4f}"
+            )
         if not self.run.finished and not self.quiet:
             where = f"; everything is saved in {self.run.folder}. To go on: {self.go_on}" if self.out else ""
             print(f"fit: stopped after step {self.step} of {self.recipe.steps}{where}")
+        self.callbacks.raise_failed(f"; everything is saved in {self.run.folder}" if self.out else "")
 
     def join(self) -> None:
         """Wait for the thread that writes the last state; the folder is locked until then."""
         if self.checkpoints is not None and self.checkpoints.thread is not None:
             self.checkpoints.thread.join()
 
-    def _all_reduce_counts(self, batch: Batch, asked: bool) -> tuple[dict[str, int], dict[str, float]]:
-        """Sums over all processes: targets by task; and tokens, filled shares, new broken samples, requests to stop.
+    def _all_reduce_counts(self, batch: Batch, asked: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums over all processes: by task what its loss is divided by; and tokens, filled shares, broken samples, wishes to stop.
 
         Raises:
             MediaError: more broken samples than max_bad.
         """
         new = [bad for bad in batch.bad if (bad.task, bad.sample) not in self.bad]
         patterns = list(self.model.tasks)
-        counts = dict.fromkeys(patterns, 0) | count_targets(batch.streams)
+        counts = dict.fromkeys(patterns, 0) | count_targets(batch.streams, self.model)
         tokens = sum(len(stream) for stream in batch.streams)
+        end = bool(self.callbacks.view.asked)
         # one tensor, so that a step waits for the other processes once
-        local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked], dtype=torch.float64)
+        local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked, end], dtype=torch.float64)
         sums = self.processes.all_reduce(local).tolist()
-        totals: dict[str, float] = dict(zip(("tokens", "filled", "bad", "stop"), sums[len(patterns) :], strict=True))
+        totals: dict[str, float] = dict(
+            zip(("tokens", "filled", "bad", "stop", "end"), sums[len(patterns) :], strict=True)
+        )
         if totals["bad"]:
             self._add_broken(new)
-        return {p: int(n) for p, n in zip(patterns, sums, strict=False)}, totals
+        return {p: int(n) if n == int(n) else n for p, n in zip(patterns, sums, strict=False)}, totals
 
     def _add_broken(self, new: list[Bad]) -> None:
         """List new broken samples of all processes.
@@ -459,7 +531,7 @@ class _Training:
                 f"{self.run.bad[-1].error}"
             )
 
-    def _train_step(self, batch: Batch, counts: Mapping[str, int]) -> dict[str, Any]:
+    def _train_step(self, batch: Batch, counts: Mapping[str, float]) -> dict[str, Any]:
         """One optimiser step over its micro-batches; every real target of a task weighs the same, wherever it was packed."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -481,7 +553,7 @@ class _Training:
             row["left_out"] = 1
         return row
 
-    def _skip_step(self, why: str, batch: Batch, counts: Mapping[str, int], *, finite: bool) -> None:
+    def _skip_step(self, why: str, batch: Batch, counts: Mapping[str, float], *, finite: bool) -> None:
         """Save the batch and the weights of a step with a loss spike, which does not change the weights.
 
         Raises:
@@ -509,13 +581,22 @@ class _Training:
         if not self.quiet:
             print(f"fit: step {step} is left out: {why}; {look}")
 
-    def _save(self, last: bool) -> None:
-        """Save the state and the model. A full disk is an error only at the end; before that it is a warning."""
+    def _save(self, last: bool, best: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the state and the model. A full disk is an error only at the end; before that it is a warning.
+
+        best: weights that the model gets instead of those of the last step.
+        """
         folder = self.run.folder
         if folder is None or self.checkpoints is None or (self.step == self.resumed_at and not last):
             return
-        extra = {"computed_in": short_name(self.dtype), "best": self.best, "watch": self.spikes.state_dict()}
+        if self.step == 0:  # an optimiser that has done no step has no state to resume from
+            return
+        extra = {"computed_in": short_name(self.dtype), "watch": self.spikes.state_dict(), "ended": self.run.ended}
+        if self.best:
+            extra |= {"best": self.best.value, "stopping": self.best.state_dict()}
+        # copied also if there are better ones, as all processes take part in that
         weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
+        weights = best or weights
 
         def save_model() -> None:
             checkpoint.save(self.model, folder / MODEL, weights)
@@ -526,51 +607,86 @@ class _Training:
                 save_model()
             return
 
+        extra["callbacks"] = self.callbacks.state()
         self.checkpoints.save(self.step, self.state, self.metadata, extra, self.dataset.state(), save_model)
         if last:
             self.checkpoints.finish()
 
-    def _copy_result(self) -> None:
-        """Copy the weights that are the result into the given model."""
-        if self.result is not self.model:
+    def _read_best(self) -> dict[str, torch.Tensor] | None:
+        """The weights of the best evaluation; None: there was none, or they are lost."""
+        assert self.best is not None
+        if self.best.value is None:
+            return None
+        best = self.best_weights
+        if self.run.folder is not None:
+            try:
+                best = read_weights(self.run.folder / BEST)
+            except CheckpointError as error:
+                warnings.warn(
+                    f"fit: the best model, of step {self.best.step}, is lost ({error}); the last one stays",
+                    stacklevel=3,
+                )
+                return None
+        self.run.best_step = self.best.step
+        return best
+
+    def _copy_result(self, best: dict[str, torch.Tensor] | None = None) -> None:
+        """Copy the weights that are the result, or the best ones, into the given model."""
+        if best is not None:
+            self.model.to(self.device)
+            put_weights(self.model, best, Path(BEST), finite=False)
+        elif self.result is not self.model:
             self.model.to(self.device)
             self.model.load_state_dict({name: cpu_copy(t) for name, t in self.result.state_dict().items()})
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out measures of the result so far, each process on its share of the samples; saves the best model."""
-        model = self.result
         if self.parallel.sharded:
             self._copy_result()
-            model = self.model
+        model = self._measured_model()
         row = {
             f"{pattern} {key}": value
             for pattern, samples in self.evaluation.items()
             for key, value in evaluate_share(model, pattern, samples, self.processes).items()
         }
-        name = self.recipe.best
-        if name in row and (
-            self.best is None or (row[name] < self.best if name.endswith(" loss") else row[name] > self.best)
-        ):
-            weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
-            saved = True
-            try:
-                if self.out:
-                    checkpoint.save(self.model, self.out / BEST, weights)
-            except (OSError, CheckpointError) as error:
-                saved = False
-                warnings.warn(f"fit: the best model, of step {self.step}, could not be saved ({error})", stacklevel=3)
-            # if it was not saved, a later and worse model is still better than none
-            if self.processes.all_gather(saved)[0]:
-                self.best = row[name]
+        if self.best is not None:
+            self._compare(self.best, row)
         return row
+
+    def _measured_model(self) -> Model:
+        """The model that `_evaluate` measures."""
+        return self.model if self.parallel.sharded else self.result
+
+    def _compare(self, best: BestSoFar, row: dict[str, float]) -> None:
+        """Save the model if it is the best so far."""
+        value = best.of_row(row, self.evaluation)
+        if value is None:
+            return
+        best.waited += 1
+        if not self.processes.all_gather(best.is_better(value))[0]:
+            return
+        best.waited = 0
+        weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
+        saved = True
+        try:
+            if self.out:
+                checkpoint.save(self.model, self.out / BEST, weights)
+        except (OSError, CheckpointError) as error:
+            saved = False
+            warnings.warn(f"fit: the best model, of step {self.step}, could not be saved ({error})", stacklevel=3)
+        # if it was not saved, a later and worse model is still better than none
+        if self.processes.all_gather(saved)[0]:
+            best.take(value, self.step, row)
+            self.best_weights = None if self.run.folder else weights
 
     def _log(self, row: dict[str, Any]) -> None:
         self.run.history.append(row)
         if self.out:
             add_rows(self.out / LOG, [row])
-        if self.processes.rank == 0:
-            for tracker in self.trackers:
-                tracker(row)
+        if "loss" in row:
+            self.callbacks.call("on_step", step=self.step, row=row)
+        else:
+            self.callbacks.view.row = row
 
     def _print_summary(self, threads: int) -> None:
         if self.quiet:
@@ -580,8 +696,10 @@ class _Training:
         learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         some = f", of which {learning:,} learn" if learning < parameters else ""
         each = f"{recipe.packs} x {recipe.tokens} tokens" if recipe.tokens else f"{recipe.batch} samples"
+        one = "epoch" if recipe.epochs == 1 else "epochs"
+        epochs = f"{recipe.epochs:g} {one} = " if recipe.epochs else ""
         print(
-            f"fit: {parameters:,} parameters{some}, {recipe.steps} steps of {each} on {self.device.type} "
+            f"fit: {parameters:,} parameters{some}, {epochs}{recipe.steps} steps of {each} on {self.device.type} "
             f"({threads} {'thread' if threads == 1 else 'threads'}) in {short_name(self.dtype)} ({self.dtype_reason})"
             + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")

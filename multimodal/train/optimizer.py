@@ -14,6 +14,7 @@ from multimodal.shapes import ConfigError
 from multimodal.train.recipe import Recipe
 
 MULTIPLIES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+ONE_CYCLE = 25  # the first rate of one-cycle is this part of lr, as in torch
 MOMENTUM, EPS = 0.95, 1e-7  # of Muon
 QUINTIC = (  # coefficients of x, x^3 and x^5 in each step (You 2025, https://leloykun.github.io/ponder/muon-opt-coeffs)
     (4.0848, -6.8946, 2.9270),
@@ -30,14 +31,31 @@ def rate(recipe: Recipe, step: int) -> float:
     """The learning rate of a step (the first is step 0).
 
     It rises linearly over the share `warmup` of the steps: lr * (step + 1) / rising. The last rising step has the rate lr, even
-    if all steps rise. From there half a cosine falls to lr * final_lr, which is the rate
-    of the last step. Without a warm-up the first step has the rate lr.
+    if all steps rise. From there it falls, by the recipe's schedule, to lr * final_lr, which is the rate of the last step.
+    Without a warm-up the first step has the rate lr.
+
+    "wsd" is warm-up, stable, decay (Hu et al. 2024, MiniCPM), with a linear decay (Hägele et al. 2024). "one-cycle" is the rate of
+    Smith & Topin 2018 as torch's OneCycleLR has it; momentum stays as it is.
     """
     rising = max(round(recipe.steps * recipe.warmup), 1)
+    one_cycle = recipe.schedule == "one-cycle"
     if step < rising:
+        if one_cycle and rising > 1:
+            return _half_cosine(recipe.lr / ONE_CYCLE, recipe.lr, step / (rising - 1))
         return recipe.lr * (step + 1) / rising
     least, fallen = recipe.lr * recipe.final_lr, (step + 1 - rising) / (recipe.steps - rising)
-    return least + 0.5 * (recipe.lr - least) * (1 + math.cos(math.pi * fallen))
+    if recipe.schedule in ("cosine", "one-cycle"):
+        return _half_cosine(recipe.lr, least, fallen)
+    if recipe.schedule == "constant":
+        return recipe.lr
+    if recipe.schedule == "wsd":
+        falling = max(round(recipe.steps * recipe.cooldown), 1)
+        fallen = max(0, step + 1 - (recipe.steps - falling)) / falling
+    return recipe.lr + (least - recipe.lr) * fallen
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * share))
 
 
 def multiplies(model: nn.Module) -> set[str]:

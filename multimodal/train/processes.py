@@ -133,7 +133,7 @@ class Loss(nn.Module):
         super().__init__()
         self.model, self.owners = model, _owners(model, units or set())
 
-    def forward(self, stream: Stream, counts: Mapping[str, int]) -> Tensor:
+    def forward(self, stream: Stream, counts: Mapping[str, float]) -> Tensor:
         return _add_zero_gradients(self.model.loss(stream, counts=counts), self.owners)
 
 
@@ -167,7 +167,7 @@ class ParallelModel:
                     Loss(model), device_ids=ids, gradient_as_bucket_view=True
                 )
 
-    def backward(self, stream: Stream, counts: Mapping[str, int], *, last: bool) -> Tensor:
+    def backward(self, stream: Stream, counts: Mapping[str, float], *, last: bool) -> Tensor:
         """The loss of a micro-batch; its gradients are accumulated, and summed over processes after the last one of a step."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             self.wrapped.require_backward_grad_sync = last

@@ -15,10 +15,11 @@ PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
 LEAST = {
     **dict.fromkeys(("steps", "batch", "accumulate", "packs", "look_ahead", "keep"), 1),
-    **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every"), 0),
+    **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every", "patience"), 0),
 }
 # settings that may differ when a run is resumed: none of them changes the samples or the mathematics
 MAY_CHANGE = (
+    "epochs",  # the steps that they give may not
     "accumulate",
     "max_bad",
     "activation_checkpointing",
@@ -30,9 +31,11 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep",
     "best",
+    "patience",
     "cache",
 )
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "wsd", "constant", "one-cycle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Recipe(Declared):
     """How to train.
 
     steps: number of optimiser steps.
+    epochs: how often every sample comes, such as 20 or 0.5, instead of steps, which follow from the lengths of the data.
+        Of several tasks the one that takes longest decides, and the others begin again. 0: steps decide.
     batch: samples a step, all tasks together.
     accumulate: micro-batches a step in each process; the gradients are the same up to rounding, but for dropout and pairs.
     tokens: the token budget of a pack, which samples of any length fill; 0: `batch` samples a step.
@@ -48,7 +53,10 @@ class Recipe(Declared):
     max_bad: broken samples that are left out, counted and listed; one more ends the run.
     lr: the learning rate at its peak.
     warmup: the share of the steps in which the rate rises linearly to lr; the last of them has it.
-    final_lr: the share of lr that the cosine ends at, in the last step.
+    schedule: how the rate falls after the warm-up: "cosine" (half of one), "linear", "wsd" (stays, and falls linearly in the
+        last steps), "constant" (stays at lr), or "one-cycle", whose warm-up is half a cosine that rises from lr / 25.
+    final_lr: the share of lr in the last step.
+    cooldown: the share of the steps in which the rate of "wsd" falls.
     layer_decay: a block's learning rate is this times that of the block above it; heads have lr, embeddings and what the core adds
         to them the lowest rate; 1: all have lr. About 0.75 suits a model that is already trained.
     freeze: parts that do not learn, such as ("image", "core[:6]", "head:image -> label"); they run as in evaluation. Gradients do
@@ -67,10 +75,13 @@ class Recipe(Declared):
     compile: whether torch.compile is used; it needs a C++ compiler on CPUs.
     parallel: "ddp", or "fsdp": weights, gradients and optimiser states are sharded over the processes.
     workers: processes that read and encode data; 0: the main one does.
-    evaluate_every: steps between evaluations; 0: at the end only.
+    evaluate_every: steps between evaluations; 0: at the end only, or with `patience` after each epoch.
     checkpoint_every: steps between checkpoints; 0: at the end only.
     keep: number of checkpoints that stay, the newest ones.
-    best: a measure, such as "image -> label exact", whose best model is saved as well; "": none.
+    best: a measure, such as "image -> label exact", whose best model is saved as well; "": none, or with `patience` the
+        held-out loss (of several tasks their mean).
+    patience: the run ends early after so many evaluations without a better value of `best`, and the given model becomes the best
+        one, also if the run reaches its last step; 0: all steps are done, and the model is the last one.
     seed: decides the order of data, augmentation and dropout.
 
     Examples:
@@ -80,6 +91,7 @@ class Recipe(Declared):
     """
 
     steps: int = 1000
+    epochs: float = 0.0
     batch: int = 64
     accumulate: int = 1
     tokens: int = 0
@@ -88,7 +100,9 @@ class Recipe(Declared):
     max_bad: int = 0
     lr: float = 1e-3
     warmup: float = 0.05
+    schedule: str = "cosine"
     final_lr: float = 0.01
+    cooldown: float = 0.2
     layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
     cache: str = ""
@@ -108,6 +122,7 @@ class Recipe(Declared):
     checkpoint_every: int = 0
     keep: int = 2
     best: str = ""
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,7 +138,7 @@ class Recipe(Declared):
         check_seed("Recipe", self.seed)
         if len(self.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in self.betas):
             raise ConfigError(f"Recipe: betas={self.betas} must be two numbers from 0 to 1, such as (0.9, 0.99)")
-        for name in ("weight_decay", "clip", "final_lr", "spike"):
+        for name in ("epochs", "weight_decay", "clip", "final_lr", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"Recipe: {name}={getattr(self, name)} must be 0 or more")
         if 0 < self.spike <= 1:
@@ -135,6 +150,18 @@ class Recipe(Declared):
         if not 0 < self.lr < math.inf or not 0 <= self.ema < 1 or not 0 <= self.warmup <= 1:
             raise ConfigError(
                 f"Recipe: lr={self.lr} must be positive, ema={self.ema} and warmup={self.warmup} from 0 to 1"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"Recipe: schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        if not 0 <= self.cooldown <= 1:
+            raise ConfigError(f"Recipe: cooldown={self.cooldown} must be from 0 to 1, a share of the steps")
+        if self.schedule == "constant":
+            self._refuse(("final_lr",), "schedule='constant'", "'wsd' falls at its end")
+        if self.schedule != "wsd":
+            self._refuse(("cooldown",), f"schedule={self.schedule!r}", "it is of 'wsd'")
+        elif self.warmup + self.cooldown > 1:
+            raise ConfigError(
+                f"Recipe: warmup={self.warmup} and cooldown={self.cooldown} are shares of the steps, and more than 1 together"
             )
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"Recipe: layer_decay={self.layer_decay} must be above 0, and 1 at most, such as 0.75")
@@ -157,6 +184,45 @@ class Recipe(Declared):
         else:
             self._refuse(("packs", "look_ahead"), "tokens=0", "give a token budget, such as tokens=4096")
 
+    def in_steps(self, epoch: float | None) -> "Recipe":
+        """This recipe with the steps that its epochs are. epoch: the number of steps of one; None: not known.
+
+        Raises:
+            ConfigError: they are not known, or steps says something else.
+        """
+        if not self.epochs:
+            return self
+        if epoch is None:
+            raise ConfigError(
+                f"Recipe: epochs={self.epochs:g} cannot be worked out beside tokens={self.tokens}: how many samples a pack "
+                "holds depends on their lengths; give steps (`multimodal plan` says how many tokens a sample has), or batch "
+                "instead of tokens"
+            )
+        # 0.1 * 30 is a little above 3
+        steps = max(1, math.ceil(round(self.epochs * epoch, 6)))
+        default = next(f.default for f in dataclasses.fields(self) if f.name == "steps")
+        if self.steps not in (default, steps):
+            raise ConfigError(
+                f"Recipe: steps={self.steps} contradicts epochs={self.epochs:g}, which are {steps} steps of these data; give one "
+                f"of them, and leave the other at its default (epochs=0, steps={default})"
+            )
+        return dataclasses.replace(self, steps=steps)
+
+    def evaluated_each(self, epoch: float | None) -> "Recipe":
+        """This recipe with an evaluation after each epoch, if it has `patience` and does not say when to evaluate.
+
+        Raises:
+            ConfigError: it is not known how many steps an epoch has.
+        """
+        if not self.patience or self.evaluate_every:
+            return self
+        if epoch is None:
+            raise ConfigError(
+                f"Recipe: patience={self.patience} counts evaluations, and beside tokens={self.tokens} it is not known when an "
+                "epoch ends; give evaluate_every"
+            )
+        return dataclasses.replace(self, evaluate_every=max(1, math.ceil(epoch)))
+
     def _refuse(self, names: tuple[str, ...], beside: str, instead: str) -> None:
         """Raise a ConfigError for the first of these settings that is not at its default: beside the other one it has no effect."""
         for setting in dataclasses.fields(self):
@@ -173,9 +239,10 @@ class Recipe(Declared):
             ConfigError: names the setting and what it needs.
         """
         if not folder:
-            self._refuse(("keep", "checkpoint_every", "best"), "no run folder", "give folder=")
+            without = ("keep", "checkpoint_every") if self.patience else ("keep", "checkpoint_every", "best")
+            self._refuse(without, "no run folder", "give folder=")
         if not evaluation:
-            self._refuse(("evaluate_every",), "no held-out data", "give evaluation=")
+            self._refuse(("evaluate_every", "patience"), "no held-out data", "give evaluation=")
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -17,6 +17,7 @@ MODEL = RUN
 BEST, LOG, CURVES, CONFIG, BROKEN = "best", "log.jsonl", "curves.png", "config.json", "bad.jsonl"
 TABLE, ENVIRONMENT, LOCK = "log.csv", "environment.json", ".lock"
 BOARD = "tensorboard"  # written by the command line
+REMOTE = "trackers.json"  # by what trackers find the run in their services
 FILES = (CONFIG, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 WRITTEN = (CONFIG, MODEL, BEST, CHECKPOINTS, OLD, SPIKES, LOG, TABLE, CURVES, BROKEN, ENVIRONMENT)
 
@@ -120,7 +121,7 @@ def move_old_run(folder: Path, quiet: bool) -> None:
     target = unused_path(folder)
     try:
         target.mkdir()
-        for name in (BOARD, *reversed(WRITTEN)):  # the configuration last: it shows that a run wrote the others
+        for name in (BOARD, REMOTE, *reversed(WRITTEN)):  # the configuration last: it shows that a run wrote the others
             if os.path.lexists(folder / name):
                 os.rename(folder / name, target / name)
     except OSError as error:

@@ -32,12 +32,14 @@ class Record:
     history: the rows of its log.
     config: its configuration; {} if there is none.
     step: the step of its newest checkpoint; None: it has none.
+    ended: whether it ended early there.
     """
 
     folder: Path
     history: list[dict[str, Any]]
     config: dict[str, Any]
     step: int | None
+    ended: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -47,7 +49,9 @@ class Record:
         steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
         old = _json(folder / OLD / STATE).get("step")
         steps += [old] if isinstance(old, int) else []
-        return cls(folder, read_rows(folder / LOG, numbers=True), _json(folder / CONFIG), max(steps, default=None))
+        step = max(steps, default=None)
+        ended = step is not None and bool(_json(folder / CHECKPOINTS / f"step-{step:08d}" / STATE).get("ended"))
+        return cls(folder, read_rows(folder / LOG, numbers=True), _json(folder / CONFIG), step, ended)
 
     @property
     def wanted(self) -> int | None:
@@ -58,9 +62,9 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was saved and the curves drawn, which is done last."""
+        """Whether the last step was saved and the curves drawn, which is done last; an early end is one."""
         saved = self.wanted is not None and self.step is not None and self.step >= self.wanted
-        return saved and (self.folder / CURVES).is_file()
+        return (saved or self.ended) and (self.folder / CURVES).is_file()
 
     @property
     def steps(self) -> int:
@@ -164,7 +168,8 @@ def table(records: Sequence[Record]) -> str:
         lines.append(
             [
                 name,
-                f"{row['steps']} of {row['of'] or '?'}{'' if record.finished else ', unfinished'}",
+                f"{row['steps']} of {row['of'] or '?'}{'' if record.finished else ', unfinished'}"
+                f"{', ended early' if record.finished and record.ended else ''}",
                 _number(row["loss"]),
                 *("-" if b is None else f"{_number(b['value'])} at {b['step']}" for b in best),
                 "-" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,}",

@@ -199,7 +199,7 @@ def save_spike(
     why: str,
     model: Model | None,
     *,
-    counts: Mapping[str, int] | None = None,
+    counts: Mapping[str, float] | None = None,
     names: Sequence[Sequence[str]] | None = None,
     precision: str = "float32",
     process: int = 0,
@@ -207,11 +207,11 @@ def save_spike(
 ) -> Path | None:
     """Write the batch of a step into RUN/trouble/step-0000123, for `replay`; returns None if `most` steps are saved already.
 
-    folder: the run folder. streams: the micro-batches of the step; every process writes its own. why: the reason, as text.
-    model: with its weights before the step; None if the caller saves it into `model/` there. counts: the number of real targets of
-    each task, of all processes, by which the loss was divided. names: the names of the samples of each stream, in packing order.
-    precision: the type in which the step was computed. process: the rank. most: the number of steps that are saved, the first
-    ones; each further step is a line in RUN/trouble/dropped.jsonl.
+    folder: the run folder. streams: the micro-batches of the step; every process writes its own. why: the reason, as text. model:
+    with its weights before the step; None if the caller saves it into `model/` there. counts: by task, what the loss was divided
+    by, of all processes: the number of real targets, or the sum of their weights. names: the names of the samples of each stream,
+    in packing order. precision: the type in which the step was computed. process: the rank. most: the number of steps that are
+    saved, the first ones; each further step is a line in RUN/trouble/dropped.jsonl.
     """
     place = folder / FOLDER / f"step-{step:07}"
     if sum(other != place for other in (folder / FOLDER).glob("step-*")) >= most:
@@ -230,19 +230,19 @@ def save_spike(
     if model is not None:
         model.save(place / RUN)
     metadata = {"format": FORMAT, "step": step, "why": why, "precision": precision, "streams": files}
-    metadata |= {"counts": dict(count_targets(streams) if counts is None else counts)}
+    metadata |= {"counts": dict(count_targets(streams, model) if counts is None else counts)}
     metadata |= {"names": None if names is None else [list(some) for some in names]}
     # written last, so that an incomplete folder is not taken for a complete one
     write_atomic(place / f"trouble-{process}.json", json.dumps(metadata, indent=2) + "\n")
     return place
 
 
-def count_targets(streams: Sequence[Stream]) -> dict[str, int]:
-    """The number of real targets of each task."""
-    counts: dict[str, int] = {}
+def count_targets(streams: Sequence[Stream], model: Model | None = None) -> dict[str, float]:
+    """By task, what its losses are divided by: the number of real targets or, as the model's heads say, their weights' sum."""
+    counts: dict[str, float] = {}
     for stream in streams:
         for task, reading in stream.readings.items():
-            counts[task] = counts.get(task, 0) + reading.count
+            counts[task] = counts.get(task, 0) + (model.divisor(stream, task) if model else reading.count)
     return counts
 
 
@@ -269,14 +269,14 @@ class SavedStep:
     step: its number, from 1.
     why: the reason why it is bad.
     precision: "float32" or "bfloat16".
-    counts: the number of real targets of each task, of all processes.
+    counts: by task, what its losses were divided by: the number of real targets, or the sum of their weights, of all processes.
     batches: the micro-batches of all processes.
     """
 
     step: int
     why: str
     precision: str
-    counts: dict[str, int]
+    counts: dict[str, float]
     batches: tuple[SavedBatch, ...]
 
 
@@ -307,8 +307,8 @@ def load_spike(place: Path) -> SavedStep:
             check_inside(path, metadata["streams"], CheckpointError)
             if not 0 <= metadata["step"] < 2**63:  # it becomes a seed
                 raise CheckpointError(f"{path}: 'step' is {short_repr(metadata['step'])}, wanted 0 to 2^63 - 1")
-            if not all(type(n) is int and n >= 0 for n in metadata["counts"].values()):
-                raise CheckpointError(f"{path}: 'counts' is {short_repr(metadata['counts'])}, wanted whole numbers")
+            if not all(type(n) in (int, float) and 0 <= n < math.inf for n in metadata["counts"].values()):
+                raise CheckpointError(f"{path}: 'counts' is {short_repr(metadata['counts'])}, wanted numbers from 0 on")
             names = metadata["names"] or [None] * len(metadata["streams"])
             saved = [
                 SavedBatch(
@@ -495,7 +495,7 @@ def _replay(model: Model, saved: SavedStep, progress: Callable[[], None]) -> Rep
 
 
 def _share(model: Model, saved: SavedStep, task: str, loss: float, alone: Stream) -> float:
-    return model.tasks[task].weight * loss * alone.readings[task].count / max(saved.counts[task], 1)
+    return model.tasks[task].weight * loss * model.divisor(alone, task) / (saved.counts[task] or 1)
 
 
 def _replay_one(

@@ -222,7 +222,7 @@ def test_parameters_of_the_recipe_function_are_settings(say, refused, tmp_path) 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stpes=3", "Recipe has no setting 'stpes'; it has steps, batch"),
+        ("stpes=3", "Recipe has no setting 'stpes'; it has steps, epochs, batch"),
         ("steps=few", "--set steps=few: 'few' is no int"),
         ("core.dept=3", "--set core.dept=3: Core has no setting 'dept'; it has width, depth"),
         ("batch=0", "Recipe: batch=0 must be a whole number, 1 or more"),
@@ -240,6 +240,18 @@ def test_train_for_tensorboard(say, tmp_path) -> None:
     assert code == 0
     assert f"board   tensorboard --logdir {folder / 'tensorboard'}" in out
     assert len(list((folder / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
+def test_train_with_a_tracker_that_is_none(refused) -> None:
+    assert "--track wand: wanted one of tensorboard, wandb" in refused("train", "drawn.py", "--track", "wand")
+
+
+def test_train_suggests_a_rate(say, refused, tmp_path) -> None:
+    code, out, _ = say("train", "drawn.py", "--find-lr", "--set", "batch=4", "--folder", str(tmp_path / "run"))
+    assert code == (1 if "the loss fell at no rate" in out else 0)
+    assert code == 1 or "train   multimodal train drawn.py --set=batch=4 --set=lr=" in out
+    assert (tmp_path / "run" / "learning-rates.png").read_bytes()[:4] == b"\x89PNG"
+    assert "--find-lr runs in one process" in refused("train", "drawn.py", "--find-lr", "--processes", "2")
 
 
 def test_runs_are_compared(say, refused, home, tmp_path) -> None:

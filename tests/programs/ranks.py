@@ -15,6 +15,7 @@ import torch
 import multimodal as mm
 import multimodal.train
 from multimodal.data import Batches, Mixed
+from multimodal.heads import Classify
 from multimodal.train.processes import ParallelModel, connected_processes, cpu_copy
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBytes
 
@@ -22,14 +23,15 @@ TASKS = ("text -> label", "image -> label", "audio -> text")
 WORDS = ["ab", "cab", "dad", "abba", "bed", "face", "deaf", "bad", "a", "fed", "cafe"]
 
 
-def make(core: mm.Core) -> mm.Model:
+def make(core: mm.Core, weights: tuple[float, ...] = ()) -> mm.Model:
     tokenizers = {
         "text": TextBytes(),
         "image": ImagePatches(patch=4, channels=1),
         "audio": AudioFrames(rate_hz=8000, mels=16),
         "label": Labels(("with a", "without")),
     }
-    return mm.Model(tokenizers, core, TASKS)
+    head = Classify(class_weights=weights)
+    return mm.Model(tokenizers, core, [mm.Task(task, head) if task.endswith("label") else task for task in TASKS])
 
 
 class Pictures:
@@ -114,7 +116,9 @@ def train(out: Path, settings: dict) -> mm.train.Run:
         sources["text -> label"] = Endless()
     else:
         sources["text -> label"] = Mixed(sources["text -> label"], sources["text -> label"][:3], weights=[2, 1])
-    stop = settings.pop("stop", None)
+    stop, weights = settings.pop("stop", None), tuple(settings.pop("class_weights", ()))
+    if settings.get("patience"):
+        settings["evaluation"] = {"text -> label": data()["text -> label"][:5]}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     trackers = [lambda row: row["step"] == stop and signal.raise_signal(signal.SIGTERM)]
     plain = {
@@ -126,7 +130,7 @@ def train(out: Path, settings: dict) -> mm.train.Run:
         "resume": True,
         "lr": 3e-3,
     }
-    return mm.fit(make(core), sources, mix={"image -> label": 2.0}, **{**plain, **settings})
+    return mm.fit(make(core, weights), sources, mix={"image -> label": 2.0}, **{**plain, **settings})
 
 
 def main() -> None:

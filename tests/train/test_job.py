@@ -132,7 +132,7 @@ def test_loaded_weights_are_not_lost(make, setting):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stpes=3", "Recipe has no setting 'stpes'; it has steps, batch"),
+        ("stpes=3", "Recipe has no setting 'stpes'; it has steps, epochs, batch"),
         ("stpes=3", "recipe() takes patch, rate, name, deep; did you mean 'steps'?"),
         ("patsh=3", "did you mean 'patch'?"),
         ("depth=8", "did you mean 'core.depth'?"),
