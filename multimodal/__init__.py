@@ -16,10 +16,11 @@ _FROM = {
     "declare": "alias override",
     "encoder_decoder": "EncoderDecoder",
     "generate": "Engine NoRepeat Temperature TopK TopP",
-    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken NextTurn Pointer Prediction",
+    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken NextTurn Pointer Prediction Regress",
     "model": "Model",
     "quantization": "quantize",
     "shapes": "CheckpointError ConfigError MediaError ShapeError StreamError TaskError",
+    "start": "quick",
     "task": "Task",
     "tokenizer": "Tokenizer Tokens at_times",
     "tower": "Tower",
@@ -43,7 +44,7 @@ _ROOMS = (
         "media",
         "packer",
     ),
-    *("pretrained", "stream", "tower", "train", "transcription", "zoo"),
+    *("pretrained", "start", "stream", "tower", "train", "transcription", "zoo"),
 )
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 

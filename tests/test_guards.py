@@ -48,7 +48,7 @@ LAYERS = (
     {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization", "measures"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish"},
-    {"demo"},
+    {"demo", "start"},
     {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
@@ -60,8 +60,8 @@ Imports inside functions count, and those for type checkers too.
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
-WITH_TOKENIZERS = {"pretrained", "demo"}
-"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, and the demo declares a model."""
+WITH_TOKENIZERS = {"pretrained", "demo", "start"}
+"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, the demo declares a model, and the quick path chooses one."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
 CORE = ("model", "generate", "train")
 """Where the core starts: it is all that these parts reach by imports."""
@@ -79,9 +79,10 @@ ABOVE_CORE = {
     "card",
     "publish",
     "demo",
+    "start",
 }
 """Parts that the core never imports, so that each can change, or go, without it."""
-MAY_PRINT = ("cli", "__main__", "check", "train")
+MAY_PRINT = ("cli", "__main__", "check", "train", "start")
 
 
 def python_files(folder: str) -> Iterator[tuple[str, str]]:

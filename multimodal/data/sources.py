@@ -104,6 +104,44 @@ class Blanked:
         return {**sample, **dict.fromkeys(self.fields)} if np.random.random() < self.share else sample
 
 
+@dataclass(frozen=True)
+class Gaps:
+    """The same samples, but each time a sample is read, other cells of its rows are missing.
+
+    No few columns then decide alone, which helps small tables: a cell is left out as inputs are by dropout (Srivastava et al. 2014).
+
+    samples: the samples, with a length and [index].
+    field: the field with the row of a table, a mapping.
+    share: the probability that a cell becomes None, from 0 to below 1.
+    """
+
+    samples: Samples
+    field: str = "row"
+    share: float = 0.4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", as_samples(self.samples))
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"Gaps: share={self.share} must be from 0 to below 1")
+        if hasattr(self.samples, "shuffled"):
+            object.__setattr__(self, "shuffled", self.samples.shuffled)  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        sample = self.samples[index]
+        row = sample.get(self.field)
+        if not isinstance(row, Mapping):
+            raise MediaError(
+                f"Gaps: the field {self.field!r} of sample {index} is {type(row).__name__}, wanted a mapping"
+            )
+        # numpy's generator is seeded for each sample, as augmentation is
+        there = np.random.random(len(row)) >= self.share
+        cells = zip(row.items(), there, strict=True)
+        return {**sample, self.field: {name: x if stays else None for (name, x), stays in cells}}
+
+
 class Mixed:
     """Several data sets of one task as one: of every 4096 samples each has its share, however large it is.
 
