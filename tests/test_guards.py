@@ -61,7 +61,8 @@ LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
 WITH_TOKENIZERS = {"pretrained", "demo", "start"}
-"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, the demo declares a model, and the quick path chooses one."""
+"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, the demo declares a model, and the
+quick path chooses one."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
 CORE = ("model", "generate", "train")
 """Where the core starts: it is all that these parts reach by imports."""

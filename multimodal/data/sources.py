@@ -108,7 +108,7 @@ class Blanked:
 class Gaps:
     """The same samples, but each time a sample is read, other cells of its rows are missing.
 
-    No few columns then decide alone, which helps small tables: a cell is left out as inputs are by dropout (Srivastava et al. 2014).
+    No few columns then decide alone, which helps small tables; it is dropout (Srivastava et al. 2014) of the cells.
 
     samples: the samples, with a length and [index].
     field: the field with the row of a table, a mapping.

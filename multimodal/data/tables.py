@@ -100,8 +100,8 @@ def open_table(
 
     name: a folder of files in class folders, or one that Hugging Face saved; a .csv, .tsv, .jsonl or .parquet file; hf:NAME or
     hf:NAME:CONFIGURATION, a data set of the hub. encoding: of a text file; None: by its byte order mark, else UTF-8.
-    quotes: whether quotation marks enclose cells that hold separators; None: in a .csv, but not in a .tsv. delimiter: what separates
-    the cells of a .csv or .tsv; None: a comma, in a .tsv a tab.
+    quotes: whether quotation marks enclose cells that hold separators; None: in a .csv, but not in a .tsv. delimiter: what
+    separates the cells of a .csv or .tsv; None: a comma, in a .tsv a tab.
 
     Raises:
         ConfigError: none of these, a file that is not what its suffix says, or a library that is not installed.

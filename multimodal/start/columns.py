@@ -1,10 +1,11 @@
-"""What each column of a table is: pictures, sounds, series, texts, numbers, categories, or ids; and what the column to answer is."""
+"""What each column of a table is: pictures, sounds, series, texts, numbers, categories or ids; and what is answered."""
 
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def answer_column(rows: Rows, name: str, wanted: str | None = None) -> Column:
     if any(several):
         if not all(several) or not all(isinstance(one, (str, int, np.integer)) for cell in there for one in cell):
             raise ConfigError(
-                f"the column to answer, {name!r}, has lists that are not all lists of names, such as {shortened(repr(there[0]), 80)}"
+                f"the column to answer, {name!r}, has lists that are not all of names, such as {shortened(repr(there[0]), 80)}"
             )
         return Column(name, "labels", [None if cell is None else [str(one) for one in cell] for cell in cells])
     if not all(isinstance(cell, (str, bool, np.bool_)) or is_number(cell) for cell in there):
@@ -303,7 +304,7 @@ def is_id(name: str, column: Column) -> bool:
         return False
     if not all(float(value).is_integer() for value in values):
         return False
-    steps = {b - a for a, b in zip(values, values[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(values)}
     return steps == {1} or re.search(r"(^|[\W_])(id|index|nr|number|key)$", name.lower()) is not None
 
 

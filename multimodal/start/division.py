@@ -1,4 +1,4 @@
-"""Divides samples into parts for training, for choosing and for testing; equal samples and those of one group are never on two sides."""
+"""Divides samples into parts for training and testing; equal samples and those of one group are never on two sides."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -171,8 +171,8 @@ def _cut(
                 left[one] -= 1
     if not moved:
         raise ConfigError(
-            f"no {part.replace('_', ' ')} part can be made: {len(rows):,} samples in {len(units):,} units (groups, or equal samples) that must "
-            "stay together; give more samples, or a test part of your own (test=)"
+            f"no {part.replace('_', ' ')} part can be made: {len(rows):,} samples in {len(units):,} units (groups, or equal samples) "
+            "that must stay together; give more samples, or a test part of your own (test=)"
         )
     alone = [str(one) for one, n in where.items() if n < 2]
     if alone and part == TEST:

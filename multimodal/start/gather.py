@@ -1,4 +1,4 @@
-"""What a person gives (a folder of classes, a table, a data set, samples in memory) as rows of columns, with the parts it is divided in."""
+"""What a person gives (a folder of classes, a table, a data set, samples in memory) as rows of columns, with their parts."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,8 +157,8 @@ def _of_folder(path: Path) -> Rows:
     rows.saw = len(files) + sum(map(len, rows.left_out.values()))
     if not files:
         raise ConfigError(
-            f"{path} holds {WORDS[kind]}s, and none lies in a class folder; make a sub-folder for each class, or a table with a column "
-            f"of files and one of answers: multimodal train table.csv --read {kind}=file --write label"
+            f"{path} holds {WORDS[kind]}s, and none lies in a class folder; make a sub-folder for each class, or a table with a "
+            f"column of files and one of answers: multimodal train table.csv --read {kind}=file --write label"
         )
     rows.about |= {
         "files": len(files),
@@ -295,8 +295,8 @@ def _of_samples(data: Any, quiet: bool, about: dict[str, Any] | None = None) -> 
     samples = as_samples(data)
     if isinstance(samples, (Mapping, str, bytes)) or not is_indexed(samples):
         raise ConfigError(
-            f"quick: the data are {type(data).__name__}; wanted a folder, a table, hf:NAME, a DataFrame, or samples with a length and "
-            "[index], each a mapping of fields"
+            f"quick: the data are {type(data).__name__}; wanted a folder, a table, hf:NAME, a DataFrame, or samples with a "
+            "length and [index], each a mapping of fields"
         )
     rows = Rows({}, [], [], {**(about or {}), "samples": len(samples)})
     cells = _Cells(rows)
@@ -306,8 +306,8 @@ def _of_samples(data: Any, quiet: bool, about: dict[str, Any] | None = None) -> 
             sample = samples[number]
             if not isinstance(sample, Mapping):
                 raise ConfigError(
-                    f"quick: sample {number} is {type(sample).__name__}, wanted a mapping of fields; Fields(samples, 'image', 'label') "
-                    "names the parts of a tuple"
+                    f"quick: sample {number} is {type(sample).__name__}, wanted a mapping of fields; Fields(samples, 'image', "
+                    "'label') names the parts of a tuple"
                 )
             cells.add(f"sample {number}", sample, None, partial(samples.__getitem__, number) if about else None)
     rows.saw = len(rows)

@@ -114,7 +114,8 @@ def quick(
     DataFrame, or samples with a length and [index].
     read: columns that are read, "column" or "field=column"; unless given, all that say something. write: the column that is
     answered; unless given, the one called label, class or target.
-    test: the test part, of the same form as `data`; unless given, the one that the data name (folders, a column split), else a fifth.
+    test: the test part, of the same form as `data`; unless given, the one that the data name (folders, a column split), else a
+    fifth.
     group: a column; samples of one group lie in one part. time: a column; the latest fifth is the test part.
     folder: where model, curves, reports and script.py are saved; None: nowhere. A run there that was stopped goes on.
     minutes: the time that training may take. seed: of parts, weights and order.
@@ -249,8 +250,8 @@ def _begun(run: Path | None, about: dict[str, Any], resume: bool) -> dict[str, A
             raise CheckpointError(f"{run} holds a run with {what}; choose another --folder, or delete it")
     if state["done"] and not resume:
         raise ConfigError(
-            f"{run} holds a training run that went to its end; choose another folder (--folder), or delete it (--resume takes it as "
-            "it is)"
+            f"{run} holds a training run that went to its end; choose another folder (--folder), or delete it (--resume takes it "
+            "as it is)"
         )
     return state
 
@@ -427,4 +428,5 @@ def _typed(report: DataReport, name: str) -> str:
             column: about.get("middle", "...") for column, about in report.fields[name]["columns"].items()
         }
         return f"--{name} {shlex.quote(json.dumps(cells, ensure_ascii=False))}"
-    return f"--{name} {({'image': 'picture.jpg', 'audio': 'sound.wav', 'series': 'series.npy', 'text': shlex.quote('some words')})[kind]}"
+    example = {"image": "picture.jpg", "audio": "sound.wav", "series": "series.npy", "text": shlex.quote("some words")}
+    return f"--{name} {example[kind]}"

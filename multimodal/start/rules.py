@@ -78,8 +78,8 @@ RULES = (
     Rule("pictures", "mean and deviation of the training part", "pixels enter with unit variance"),
     Rule(
         "sounds",
-        f"`AudioFrames` at {RATES[0]:,} Hz if that is the usual rate or above it, else {RATES[1]:,}; {MELS} bands, every {HOP_MS:g} ms; "
-        f"as many frames a token as make {MOST_FRAMES} tokens of the usual sound",
+        f"`AudioFrames` at {RATES[0]:,} Hz if the usual rate is not above it, else {RATES[1]:,}; {MELS} bands, every {HOP_MS:g} "
+        f"ms; as many frames a token as make {MOST_FRAMES} tokens of the usual sound",
         "what is not in the files is not computed; tokens stay few",
     ),
     Rule("series", f"`Series`, as many steps a token as make {SERIES_TOKENS} tokens", "the same"),
@@ -119,6 +119,7 @@ RULES = (
         f"{GAPS:.0%} of the cells are missing, other ones each time",
         "no few columns decide alone",
     ),
+    Rule("rows alone, and numbers to answer", "float32", "bfloat16 would round them to three digits"),
     Rule("all", f"batch {_steps_of(BATCHES, 'samples')}", "small data need more steps of fewer samples"),
     Rule(
         "all",
@@ -201,7 +202,8 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0) -
     epochs, least = max(EPOCHS[kind] for kind in kinds), max(LEAST_STEPS[kind] for kind in kinds)
     steps = int(min(MOST_STEPS, max(least, math.ceil(epochs * count / batch))))
     (rate,), (average,) = first(LEARNING_RATES, width), first(AVERAGES, steps)
-    recipe = Recipe(steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed)
+    exact = {"precision": "float32"} if kinds == {"row"} or kind == "number" else {}
+    recipe = Recipe(steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed, **exact)
     gaps = GAPS if kinds == {"row"} and count < GAPS_BELOW and len(report.fields["row"]["columns"]) > 2 else 0.0
     if gaps:
         says.append(f"{gaps:.0%} of the cells of a row are missing in training, other ones each time")

@@ -105,7 +105,7 @@ def survey(
     findings += answer.says
     apart = {answer_from, group, time} - {None}
     chosen = [_named(text) for text in read]
-    for name, column in chosen:
+    for _, column in chosen:
         if column == answer_from:
             raise ConfigError(f"column {column!r} is read and is the answer; leave it out of one")
         if column in apart:
