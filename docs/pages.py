@@ -14,6 +14,7 @@ ROOMS = {
     "model": (),
     "data": (),
     "train": (),
+    "start": (),
     "generate": (),
     "heads": (),
     "attention": (),

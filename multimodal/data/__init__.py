@@ -9,7 +9,7 @@ from multimodal.data.frames import as_samples
 from multimodal.data.packs import Packs
 from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
-from multimodal.data.sources import Blanked, Gaps, Mixed, Samples, Source, check_samples, is_indexed
+from multimodal.data.sources import Blanked, MissingCells, Mixed, Samples, Source, check_samples, is_indexed
 from multimodal.data.tables import Table, open_table
 from multimodal.process_state import preserved_rng
 
@@ -20,8 +20,8 @@ __all__ = [
     "Batches",
     "Blanked",
     "Fields",
-    "Gaps",
     "LeftOut",
+    "MissingCells",
     "Mixed",
     "Packs",
     "Samples",

@@ -105,7 +105,7 @@ class Blanked:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class MissingCells:
     """The same samples, but each time a sample is read, other cells of its rows are missing.
 
     No few columns then decide alone, which helps small tables; it is dropout (Srivastava et al. 2014) of the cells.
@@ -122,7 +122,7 @@ class Gaps:
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", as_samples(self.samples))
         if not 0 <= self.share < 1:
-            raise ConfigError(f"Gaps: share={self.share} must be from 0 to below 1")
+            raise ConfigError(f"MissingCells: share={self.share} must be from 0 to below 1")
         if hasattr(self.samples, "shuffled"):
             object.__setattr__(self, "shuffled", self.samples.shuffled)  # type: ignore[attr-defined]
 
@@ -134,7 +134,7 @@ class Gaps:
         row = sample.get(self.field)
         if not isinstance(row, Mapping):
             raise MediaError(
-                f"Gaps: the field {self.field!r} of sample {index} is {type(row).__name__}, wanted a mapping"
+                f"MissingCells: the field {self.field!r} of sample {index} is {type(row).__name__}, wanted a mapping"
             )
         # numpy's generator is seeded for each sample, as augmentation is
         there = np.random.random(len(row)) >= self.share

@@ -80,7 +80,7 @@ def program(
             "",
             f"{names} = map(samples, {tuple(used)!r})".replace("'", '"'),
         ]
-    data = f'mm.data.Gaps(train, "row", share={gaps})' if gaps else "train"
+    data = f'mm.data.MissingCells(train, "row", share={gaps})' if gaps else "train"
     held_out = ", evaluation={task: held_out}" if parts.get("held_out") else ""
     lines = [
         f'"""What `{command}` trained, as a program: run it, change it."""',

@@ -171,7 +171,7 @@ def _cut(
                 left[one] -= 1
     if not moved:
         raise ConfigError(
-            f"no {part.replace('_', ' ')} part can be made: {len(rows):,} samples in {len(units):,} units (groups, or equal samples) "
+            f"no {part.replace('_', ' ')} part can be made: {len(rows):,} samples in {len(units):,} units (groups, equal samples) "
             "that must stay together; give more samples, or a test part of your own (test=)"
         )
     alone = [str(one) for one, n in where.items() if n < 2]

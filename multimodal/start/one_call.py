@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from multimodal.data import Gaps
+from multimodal.data import MissingCells
 from multimodal.declare import override
 from multimodal.files import check_fields, read_json, write_atomic
 from multimodal.measures import Evaluation
@@ -161,7 +161,9 @@ def quick(
     if not parts["train"] or not len(parts["test"]):
         raise ConfigError("there is nothing to train on or to test on")
     # the speed is measured once, so that a run that goes on does the same
-    choice, job, step_s, smaller = _job(report, parts, options, state, say)
+    choice, job, step_s, smaller = _job(report, parts, options, state)
+    if run is not None:
+        job = _saving(job, step_s)
     if run is not None and state is None:
         state = {
             **about,
@@ -243,11 +245,12 @@ def _begun(run: Path | None, about: dict[str, Any], resume: bool) -> dict[str, A
         "done": bool,
     }
     check_fields(run / STATE, state, kinds, CheckpointError)
-    for part in ("options", "data"):
-        if state[part] != about[part]:
-            wrong = [name for name in {**state[part], **about[part]} if state[part].get(name) != about[part].get(name)]
-            what = "other data" if part == "data" else f"another {wrong[0]} ({state[part].get(wrong[0])!r})"
-            raise CheckpointError(f"{run} holds a run with {what}; choose another --folder, or delete it")
+    if state["data"] != about["data"]:
+        raise CheckpointError(f"{run} holds a run with other data; choose another --folder, or delete it")
+    before, now = state["options"], about["options"]
+    if wrong := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        was = f"another {wrong[0]} ({before.get(wrong[0])!r})"
+        raise CheckpointError(f"{run} holds a run with {was}; choose another --folder, or delete it")
     if state["done"] and not resume:
         raise ConfigError(
             f"{run} holds a training run that went to its end; choose another folder (--folder), or delete it (--resume takes it "
@@ -329,7 +332,7 @@ def _classes(kind: str, parts: dict[str, list[int]], answers: Sequence[Any]) -> 
 
 
 def _job(
-    report: DataReport, parts: dict[str, Any], options: dict[str, Any], state: dict[str, Any] | None, say: Any
+    report: DataReport, parts: dict[str, Any], options: dict[str, Any], state: dict[str, Any] | None
 ) -> tuple[Choice, TrainingJob, float, int]:
     """The choice and the job, the seconds of a step, and by how many sizes the core is smaller for the time."""
     seconds = 60 * FOR_TRAINING * options["minutes"]
@@ -339,7 +342,7 @@ def _job(
         choice = choose(report, parts["train"], seed=options["seed"], smaller=smaller)
         job = _made(choice, parts, options)
         if fixed:
-            return choice, _saving(job, 0.0), 0.0, smaller
+            return choice, job, 0.0, smaller
         step_s = float(state["step_s"]) if state else _speed(job)
         fit_in, wanted = max(1, int(seconds / max(step_s, 1e-6))), choice.recipe.steps
         if fit_in >= FEWEST * wanted or smaller >= SIZES or state:
@@ -355,7 +358,7 @@ def _job(
     choice.says.append(
         f"training: {about}; a step takes {1000 * step_s:.0f} ms here, so about {_minutes(steps * step_s)}"
     )
-    return choice, _saving(_made(choice, parts, options), step_s), step_s, smaller
+    return choice, _made(choice, parts, options), step_s, smaller
 
 
 def _minutes(seconds: float) -> str:
@@ -364,7 +367,7 @@ def _minutes(seconds: float) -> str:
 
 def _made(choice: Choice, parts: dict[str, Any], options: dict[str, Any]) -> TrainingJob:
     """The job of a choice, with the settings that the user changes."""
-    train: Any = Gaps(parts["train"], "row", choice.gaps) if choice.gaps else parts["train"]
+    train: Any = MissingCells(parts["train"], "row", choice.gaps) if choice.gaps else parts["train"]
     held_out = parts["held_out"]
 
     def recipe() -> TrainingJob:
