@@ -75,7 +75,8 @@ def program(
     else:
         read = [
             "def samples(part):",
-            '    return [json.loads(line) for line in (run / f"{part}.jsonl").open(encoding="utf-8")]',
+            '    with (run / f"{part}.jsonl").open(encoding="utf-8") as lines:',
+            "        return [json.loads(line) for line in lines]",
             "",
             "",
             f"{names} = map(samples, {tuple(used)!r})".replace("'", '"'),

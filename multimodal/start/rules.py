@@ -18,7 +18,7 @@ from multimodal.tokenizer import Tokenizer
 from multimodal.train import Recipe
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, Number, Series, TableRow, TextBPE, TextBytes
 
-PATCHES = ((12, 2), (20, 3), (40, 4), (64, 6), (math.inf, 8))
+PATCHES = ((20, 2), (40, 4), (math.inf, 8))
 """(longest usual side in pixels up to, side of a patch): of larger pictures LARGEST_SIDE is the longest side."""
 LARGEST_SIDE = 64
 RATES = (8000, 16000)
@@ -54,7 +54,7 @@ class Rule:
 
 
 def _steps_of(table: Sequence[tuple[float, Any]], unit: str) -> str:
-    """((12, 2), (inf, 8)) as words: "2 up to 12 px, else 8"."""
+    """((20, 2), (inf, 8)) as words: "2 up to 20 px, else 8"."""
     return ", ".join(
         f"{value:g} up to {limit:,.0f} {unit}" if limit < math.inf else f"else {value:g}" for limit, value in table
     )
@@ -72,7 +72,7 @@ RULES = (
     Rule(
         "pictures",
         f"`ImagePatches`, a patch of {_steps_of(PATCHES, 'px')} (the middle of the longest sides); longest side {LARGEST_SIDE} px",
-        f"at most {(LARGEST_SIDE // PATCHES[-1][1]) ** 2} tokens or so a picture: attention costs their square",
+        "100 tokens a picture at most: attention costs their square",
     ),
     Rule("pictures, all grey", "one channel", "three equal ones say nothing more"),
     Rule("pictures", "mean and deviation of the training part", "pixels enter with unit variance"),

@@ -162,6 +162,7 @@ def _columns(
             if gives_away(columns[column], answer.cells):
                 findings.append(f"{column} says the answer one to one; it is read, as it was asked for")
         return columns
+    counting: list[Column] = []  # columns that look like ids
     for name in rows.columns:
         if name in apart:
             continue
@@ -173,12 +174,13 @@ def _columns(
         why = None
         if column.kind == "id" or is_id(name, column):
             why = "it is another one in each row, as an id is"
+            counting += [column] if column.kind == "number" else []
         elif (
             column.kind in ("number", "category")
             and len({cell for cell in column.cells if cell is not None}) < 2
             and not column.missing
         ):
-            why = f"it is the same in all rows ({shortened(column.cells[0], 40)})"
+            why = f"it is the same in all rows ({_as_said(column.cells[0])})"
         elif column.kind in ("number", "category", "text") and gives_away(column, answer.cells):
             why = "it says the answer one to one, which no new sample would"
         if why is not None:
@@ -186,11 +188,18 @@ def _columns(
             continue
         findings += column.says
         columns[name] = column
+    if not columns and counting:
+        findings.append(f"{counting[0].name} is read all the same, as there is nothing else")
+        return {counting[0].name: counting[0]}
     if not columns:
         raise ConfigError(
             f"no column is left to read{': ' + '; '.join(findings) if findings else ''}; name those to read: --read COLUMN"
         )
     return columns
+
+
+def _as_said(cell: Any) -> str:
+    return f"{cell:g}" if isinstance(cell, float) else shortened(cell, 40)
 
 
 def _fields(
