@@ -120,7 +120,9 @@ def answer_column(rows: Rows, name: str, wanted: str | None = None) -> Column:
     texts = [None if cell is None else _as_text(cell).strip() or None for cell in cells]
     count = Counter(text for text in texts if text is not None)
     long = sum(len(text) > SHORT for text in count) > len(count) / 10
-    many = len(count) > max(FEW, sum(count.values()) // 5)
+    total = sum(count.values())
+    # a class has two samples or more, on average
+    many = len(count) > max(FEW, total // 5) or (total >= 10 and 2 * len(count) > total)
     kind = wanted or ("text" if long or many else "label")
     return Column(name, kind, [None if cell is None else _as_text(cell) for cell in cells] if kind == "text" else texts)
 

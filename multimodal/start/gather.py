@@ -40,6 +40,7 @@ class Rows:
     saw: how many rows there were.
     left_out: by reason, the names of rows that are not among these.
     says: what was decided while reading, a line each.
+    classes: whether the answer is a class, however few samples it has, as in a folder of classes.
     """
 
     columns: dict[str, list[Any]]
@@ -51,6 +52,7 @@ class Rows:
     saw: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
     says: list[str] = field(default_factory=list)
+    classes: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -141,7 +143,7 @@ def _of_folder(path: Path) -> Rows:
                 "made from a table that says which belong together; else put them into two folders"
             )
         kinds = [max(counts, key=lambda kind: counts[kind])]
-    (kind,), rows = kinds, Rows({}, [], [], {"folder": path.resolve().name}, path)
+    (kind,), rows = kinds, Rows({}, [], [], {"folder": path.resolve().name}, path, classes=True)
     files: list[Any] = []
     labels: list[Any] = []
     for split, folder in found[kind]:

@@ -50,6 +50,7 @@ class Quick:
     evaluation: the measures of the test part, with intervals and the worst answers; None: the run was stopped.
     folder: where everything is saved; None: nowhere.
     says: what was chosen, a line each.
+    parts: the samples of each part: train, held_out, test.
     """
 
     model: Model
@@ -58,6 +59,7 @@ class Quick:
     evaluation: Evaluation | None
     folder: Path | None
     says: list[str]
+    parts: dict[str, Any]
 
     def __repr__(self) -> str:
         (task,) = self.model.tasks
@@ -185,7 +187,7 @@ def quick(
         trained = job.run(run, resume=True, trackers=trackers, quiet=quiet, go_on=go_on)
         if trained.finished:  # a run that was finished before has its weights in the folder
             job = replace(job, model=Model.load(run / MODEL, device=next(job.model.parameters()).device))
-    found = Quick(job.model, trained, report, None, run, choice.says)
+    found = Quick(job.model, trained, report, None, run, choice.says, parts)
     if not trained.finished:
         return found
     found.evaluation = evaluate(job.model, task, parts["test"], resamples=RESAMPLES, quiet=quiet)

@@ -99,9 +99,8 @@ def survey(
     """
     findings = list(rows.says)
     answer_name, answer_from = _named(write if write is not None else _default_answer(rows))
-    answer = answer_column(
-        rows, answer_from, answer_name if answer_name in ANSWER_KINDS and write and "=" in write else None
-    )
+    wanted = answer_name if answer_name in ANSWER_KINDS and write and "=" in write else None
+    answer = answer_column(rows, answer_from, "label" if rows.classes else wanted)
     findings += answer.says
     apart = {answer_from, group, time} - {None}
     chosen = [_named(text) for text in read]
