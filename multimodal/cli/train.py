@@ -97,7 +97,10 @@ def train(
         Also write the log for TensorBoard, into the run's folder tensorboard.
     """
     path = Path(data)
-    folder = folder or Path("runs", path.stem if path.suffix else path.resolve().name)
+    name = (
+        data.removeprefix("hf:").replace(":", "-").rpartition("/")[2] if data.startswith("hf:") else path.resolve().name
+    )
+    folder = folder or Path("runs", path.stem if path.suffix else name)
     check_folder(folder, "--folder")
     ours = {"read": read, "write": write, "test": test, "group": group, "time": time, "minutes": minutes}
     ours |= {"seed": seed, "encoding": encoding}

@@ -27,12 +27,14 @@ from multimodal.start.survey import survey
 from multimodal.task import Task
 from multimodal.texts import as_json, shortened
 from multimodal.train import Run, TrainingJob, evaluate, fit
-from multimodal.train.run_folder import MODEL
+from multimodal.train.run_folder import MODEL, check_folder
 from multimodal.train.run_report import Record
 from multimodal.train.settings import make_job
 
 STATE = "quick.json"
 SCRIPT, REPORT = "script.py", "report"
+WRITTEN = (*(f"{part}.jsonl" for part in PARTS), *PARTS, "data.json", "data.html", SCRIPT, REPORT)
+"""What the quick path writes into the folder of a run, beside the files of the run."""
 PROBE, SETTLED = 8, 3  # steps that measure the speed, of which so many are not counted
 FOR_TRAINING = 0.9  # of the minutes; the rest is for looking and measuring
 CHECKPOINT_S = 30.0
@@ -151,11 +153,13 @@ def quick(
         parts = {part: read_part(run, part, shards) for part in PARTS}
         say(f"the data, parts and choices are those of the run in {run}")
     else:
+        if run is not None:
+            _make_folder(run)
         report, chosen = _looked(rows, named, options, quiet)
         shards = False
         parts: dict[str, Any] = chosen
         if run is not None:
-            _make_folder(run)
+            write_atomic(run / STATE, as_json({**about, "ready": False}, 1) + "\n")  # from here on the files are ours
             report.save(run)
             shards = write_parts(run, chosen, quiet)
             parts = {part: read_part(run, part, shards) for part in PARTS}
@@ -218,6 +222,17 @@ def _call(data: Any, options: dict[str, Any]) -> str:
 
 
 def _make_folder(run: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        ConfigError: it cannot be made, or holds files of others that would be overwritten.
+    """
+    check_folder(run)
+    there = [name for name in WRITTEN if os.path.lexists(run / name)]
+    if there and not (run / STATE).is_file():
+        raise ConfigError(
+            f"{run} holds {', '.join(there)}, which the quick path did not write; choose another --folder"
+        )
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -237,6 +252,8 @@ def _begun(run: Path | None, about: dict[str, Any], resume: bool) -> dict[str, A
             raise ConfigError(f"{run} holds a training run that the quick path did not begin; choose another --folder")
         return None
     state = read_json(run / STATE, CheckpointError)
+    if state.get("ready") is False:  # it was stopped while it looked at the data
+        return None
     kinds = {
         "options": dict,
         "data": dict,

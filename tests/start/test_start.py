@@ -400,6 +400,28 @@ def test_a_stop_is_said_and_the_same_command_goes_on(
     assert "went to its end" in capfd.readouterr().err
 
 
+def test_files_of_others_are_not_written_over(tmp_path: Path):
+    data = [{"text": f"w {i}", "label": "ab"[i % 2]} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds train.jsonl, which the quick path did not write"):
+        mm.quick(data, folder=tmp_path, **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
+
+
+def test_a_run_that_was_killed_while_it_looked_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = [{"text": f"w {i}", "label": "ab"[i % 2]} for i in range(20)]
+
+    def fail(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one_call, "write_parts", fail)
+        with pytest.raises(Killed):
+            mm.quick(data, folder=tmp_path / "run", **FAST)
+    assert mm.quick(data, folder=tmp_path / "run", **FAST).run.finished
+
+
 def test_the_command_line_refuses_what_would_do_nothing(tmp_path: Path, capsys: Any, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     Path("recipe_of_mine.py").write_text("def recipe(): ...\n")
