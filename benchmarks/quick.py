@@ -47,7 +47,7 @@ def of_sklearn(load: Callable[[], Any], numbers: bool = False) -> Samples:
 
 
 def digits() -> Samples:
-    found = load_digits()
+    found: Any = load_digits()
     return [
         {"image": np.uint8(x * (255 / 16)), "label": str(y)} for x, y in zip(found.images, found.target, strict=True)
     ]

@@ -317,6 +317,11 @@ def _of_samples(data: Any, quiet: bool, about: dict[str, Any] | None = None) -> 
     return rows
 
 
+def _as_cell(value: Any) -> Any:
+    """A cell of a workbook; dates and times by ISO 8601."""
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
 def _of_spreadsheet(path: Path) -> Rows:
     """The first sheet of a workbook of Excel: its first row names the columns."""
     try:
@@ -344,7 +349,7 @@ def _of_spreadsheet(path: Path) -> Rows:
         if all(value is None for value in line):
             continue
         rows.saw += 1
-        values = [value.isoformat() if hasattr(value, "isoformat") else value for value in line[: len(header)]]
+        values = list(map(_as_cell, line[: len(header)]))
         cells.add(f"row {number}", dict(zip(header, values, strict=False)), None)
     if len(book.worksheets) > 1:
         rows.says.append(f"its first sheet is read, of {len(book.worksheets)}")

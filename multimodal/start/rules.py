@@ -202,7 +202,7 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0) -
     epochs, least = max(EPOCHS[kind] for kind in kinds), max(LEAST_STEPS[kind] for kind in kinds)
     steps = int(min(MOST_STEPS, max(least, math.ceil(epochs * count / batch))))
     (rate,), (average,) = first(LEARNING_RATES, width), first(AVERAGES, steps)
-    exact = {"precision": "float32"} if kinds == {"row"} or kind == "number" else {}
+    exact: dict[str, Any] = {"precision": "float32"} if kinds == {"row"} or kind == "number" else {}
     recipe = Recipe(steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed, **exact)
     gaps = GAPS if kinds == {"row"} and count < GAPS_BELOW and len(report.fields["row"]["columns"]) > 2 else 0.0
     if gaps:

@@ -115,7 +115,9 @@ def survey(
     name = answer_name if write and "=" in write and answer_name not in ANSWER_KINDS else kinds[answer.kind]
     if name in {seen.name for seen in fields}:
         name = "answer"
-    found = Survey(fields, FieldSeen(name, answer.kind, (answer_from,)), dict, [], {}, answer.cells, findings=findings)
+    found = Survey(
+        fields, FieldSeen(name, answer.kind, (answer_from,)), _no_sample, [], {}, answer.cells, findings=findings
+    )
     found.samples = _maker(fields, columns, found.answer, answer)
     if group is not None:
         found.group = read_column(rows, group, "category")
@@ -124,6 +126,10 @@ def survey(
     _look(rows, found, columns, answer, quiet)
     _equal_samples(rows, found)
     return found
+
+
+def _no_sample(row: int) -> dict[str, Any]:
+    return {}
 
 
 def _default_answer(rows: Rows) -> str:
