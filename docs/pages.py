@@ -15,6 +15,7 @@ ROOMS = {
     "data": (),
     "augment": (),
     "train": (),
+    "start": (),
     "generate": (),
     "heads": (),
     "attention": (),

@@ -16,10 +16,11 @@ _FROM = {
     "declare": "alias override",
     "encoder_decoder": "EncoderDecoder",
     "generate": "Engine NoRepeat Temperature TopK TopP",
-    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken NextTurn Pointer Prediction",
+    "heads": "CTC Classify Contrast EachRow FlowMatching Head Masked NextToken NextTurn Pointer Prediction Regress",
     "model": "Model",
     "quantization": "quantize",
     "shapes": "CheckpointError ConfigError MediaError ShapeError StreamError TaskError",
+    "start": "quick",
     "task": "Task",
     "tokenizer": "Tokenizer Tokens at_times",
     "tower": "Tower",
@@ -28,8 +29,8 @@ _FROM = {
 }
 _MODULE_OF = {name: module for module, names in _FROM.items() for name in names.split()}
 _ROOM_NAMES = """
-attention augment check count data generate heads layers look lora masks measures media packer pretrained sklearn stream tower
-train transcription zoo
+attention augment check count data generate heads layers look lora masks measures media packer pretrained sklearn start
+stream tower train transcription zoo
 """
 _ROOMS = tuple(_ROOM_NAMES.split())
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

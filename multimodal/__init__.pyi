@@ -15,6 +15,7 @@ from multimodal import measures as measures
 from multimodal import media as media
 from multimodal import packer as packer
 from multimodal import sklearn as sklearn
+from multimodal import start as start
 from multimodal import stream as stream
 from multimodal import tower as tower
 from multimodal import train as train
@@ -46,6 +47,7 @@ from multimodal.heads import NextToken as NextToken
 from multimodal.heads import NextTurn as NextTurn
 from multimodal.heads import Pointer as Pointer
 from multimodal.heads import Prediction as Prediction
+from multimodal.heads import Regress as Regress
 from multimodal.model import Model as Model
 from multimodal.pretrained import pretrained as pretrained
 from multimodal.quantization import quantize as quantize
@@ -55,6 +57,7 @@ from multimodal.shapes import MediaError as MediaError
 from multimodal.shapes import ShapeError as ShapeError
 from multimodal.shapes import StreamError as StreamError
 from multimodal.shapes import TaskError as TaskError
+from multimodal.start import quick as quick
 from multimodal.task import Task as Task
 from multimodal.tokenizer import Tokenizer as Tokenizer
 from multimodal.tokenizer import Tokens as Tokens

@@ -37,7 +37,18 @@ PARTS = {
     *("heads.pool", "tower", "train.recipe"),
     *(
         f"heads.{name}"
-        for name in ("classify", "contrast", "ctc", "each_row", "flow", "masked", "next_token", "next_turn", "pointer")
+        for name in (
+            "classify",
+            "contrast",
+            "ctc",
+            "each_row",
+            "flow",
+            "masked",
+            "next_token",
+            "next_turn",
+            "pointer",
+            "regress",
+        )
     ),
     *("layers.attend", "layers.base", "layers.mlp", "layers.recurrent", "zoo.temporal_conv", "zoo.turing_machine"),
 }

@@ -2,23 +2,21 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from multimodal.core import Core
 from multimodal.declare import override
-from multimodal.heads import Head, Prediction
+from multimodal.heads import Head, Prediction, Regress
 from multimodal.model import Model
 from multimodal.shapes import ConfigError, check_whole
 from multimodal.task import Task
 from multimodal.texts import listed
 from multimodal.tokenizer import Tokenizer
 from multimodal.train import Recipe, fit
-from multimodal_tokenizers import AudioFrames, Features, ImagePatches, Labels, TableRow, TextBytes
+from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, Number, TableRow, TextBytes
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -36,39 +34,10 @@ except ImportError as error:
         f"multimodal.sklearn needs scikit-learn 1.6 or newer: pip install 'multimodal-stream[sklearn]' ({error})"
     ) from error
 
-__all__ = ["Classifier", "LeastSquares", "Regressor"]
+__all__ = ["Classifier", "Regressor"]
 
 KINDS: dict[str, Any] = {"table": TableRow, "image": ImagePatches, "text": TextBytes, "audio": AudioFrames}
 READ, ANSWER = "x", "y"  # the fields of a sample
-
-
-@dataclass(frozen=True)
-class LeastSquares(Head):
-    """A row of numbers, learned by the mean squared error; the answer's value is a list of floats.
-
-    Examples:
-        >>> numbers = {"text": TextBytes(), "size": Features(features=1, normalise="none")}
-        >>> model = mm.Model(numbers, mm.Core.tiny(), [mm.Task("text -> size", mm.sklearn.LeastSquares())])
-        >>> len(model.predict("text -> size", text="a house").value)
-        1
-    """
-
-    queries: ClassVar[int] = 1
-    measures: ClassVar[tuple[str, ...]] = ("loss",)
-
-    def vocab(self, tokenizer: Tokenizer) -> int:
-        if tokenizer.feature_size is None:
-            raise ConfigError(f"LeastSquares: {type(tokenizer).__name__} has ids, not features; use Classify")
-        return tokenizer.feature_size
-
-    def logits(self, readout: Any, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        return readout.linear(state_ND)
-
-    def loss(self, logits: Tensor, lengths: Sequence[int], target: Tensor, target_lengths: Sequence[int]) -> Tensor:
-        return (logits.float() - target).square().mean(-1).sum()
-
-    def answer(self, logits: Tensor, lengths: Sequence[int], tokenizer: Tokenizer) -> list[Prediction]:
-        return [Prediction(row, confidence=1.0) for row in logits.tolist()]
 
 
 class _Estimator(BaseEstimator):
@@ -268,8 +237,7 @@ class Regressor(RegressorMixin, _Estimator):
     recipe: further settings of training, a `Recipe`; see `Classifier`.
     random_state: decides the first weights and the order of the data; None: another one each time.
 
-    After `fit`: model_, the `Model`, which writes y in standard deviations from its mean; n_features_in_ and feature_names_in_ of a
-    table.
+    After `fit`: model_, the `Model`; n_features_in_ and feature_names_in_ of a table.
 
     Examples:
         >>> X, y = [[0.0], [1.0], [2.0], [3.0]] * 4, [0.0, 10.0, 20.0, 30.0] * 4
@@ -291,14 +259,11 @@ class Regressor(RegressorMixin, _Estimator):
             raise ConfigError(f"Regressor: y holds no numbers: {error}") from error
         if not np.isfinite(y).all():
             raise ConfigError("Regressor: y holds NaN or infinity; leave these rows out")
-        self._mean, self._scale = float(y.mean()), float(y.std()) or 1.0
-        answers = [np.array([[one]], dtype=np.float32) for one in (y - self._mean) / self._scale]
-        return self._train(X, answers, Features(features=1, normalise="none"), LeastSquares())
+        return self._train(X, y.tolist(), Number(float(y.mean()), float(y.std()) or 1.0), Regress())
 
     def predict(self, X: Any) -> np.ndarray:
         """(N,): the number of each row."""
-        found = np.array([answer.value[0] for answer in self._answers(X)], dtype=np.float64)
-        return found * self._scale + self._mean
+        return np.array([answer.value for answer in self._answers(X)], dtype=np.float64)
 
 
 def _checked(estimator: Any, X: Any, y: Any) -> tuple[Any, np.ndarray]:

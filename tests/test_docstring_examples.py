@@ -17,7 +17,7 @@ from multimodal.check import check_task, check_tokenizer, verify
 from multimodal.data import Balanced, class_weights
 from multimodal.look import inside, xray
 from multimodal.pretrained import pretrained
-from multimodal.sklearn import Classifier, LeastSquares, Regressor
+from multimodal.sklearn import Classifier, Regressor
 from multimodal_tokenizers import (
     AudioFrames,
     Boxes,
@@ -54,7 +54,6 @@ MOST_USED = {
     "Balanced": Balanced,
     "Boxes": Boxes,
     "sklearn.Classifier": Classifier,
-    "sklearn.LeastSquares": LeastSquares,
     "sklearn.Regressor": Regressor,
     "CTC": mm.CTC,
     "Callback": mm.train.Callback,

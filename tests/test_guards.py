@@ -48,7 +48,7 @@ LAYERS = (
     {"checkpoint", "generate", "model", "retrieval", "data", "lora", "quantization", "measures", "augment"},
     {"train"},
     {"count", "look", "transcription", "check", "pretrained", "export", "serve", "card", "publish", "sklearn"},
-    {"demo"},
+    {"demo", "start"},
     {"zoo"},
     {""},  # multimodal/__init__.py, which gathers the public names
     {"cli", "__main__"},
@@ -60,9 +60,9 @@ Imports inside functions count, and those for type checkers too.
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 OPEN_TO_TOKENIZERS = 1
 """The highest layer that `multimodal_tokenizers` may use: what a stranger's tokenizer needs, and no more."""
-WITH_TOKENIZERS = {"pretrained", "demo", "sklearn"}
-"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, and the demo and the estimators of
-scikit-learn declare models."""
+WITH_TOKENIZERS = {"pretrained", "demo", "sklearn", "start"}
+"""Parts that name the tokenizers of this project: trained weights belong to their preprocessing, the demo and the estimators of
+scikit-learn declare models, and the quick path chooses one."""
 OUTSIDE = {"multimodal_tokenizers", "examples", "benchmarks", "tests"}
 CORE = ("model", "generate", "train")
 """Where the core starts: it is all that these parts reach by imports."""
@@ -81,9 +81,10 @@ ABOVE_CORE = {
     "publish",
     "demo",
     "sklearn",
+    "start",
 }
 """Parts that the core never imports, so that each can change, or go, without it."""
-MAY_PRINT = ("cli", "__main__", "check", "train")
+MAY_PRINT = ("cli", "__main__", "check", "train", "start")
 
 
 def python_files(folder: str) -> Iterator[tuple[str, str]]:

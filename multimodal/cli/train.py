@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 SHOWN = 12  # samples that `replay` lists
 
 
+Repeated = Parameter(negative="")
+
+
 def train(
-    recipe: Path,
+    data: str,
     /,
     *,
+    read: Annotated[list[str] | None, Repeated] = None,
+    write: str | None = None,
+    test: str | None = None,
+    group: str | None = None,
+    time: str | None = None,
+    minutes: float | None = None,
+    seed: int | None = None,
+    encoding: str | None = None,
     setting: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     folder: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
@@ -36,28 +47,54 @@ def train(
     tensorboard: Annotated[bool, Parameter(negative="")] = False,
     find_lr: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Train what a Python file describes, and save it. A run that was stopped goes on when the same command is given again.
+    """Train on a folder, a table or a data set, or what a Python file describes, and save it. A run that was stopped goes on when
+    the same command is given again.
 
-    The file defines a function recipe() that returns multimodal.train.job.TrainingJob(model=..., data=..., evaluation=...,
+    Of data everything is chosen by the rules of docs/quick.md: what is read, the parts, tokens, core, head and recipe. They are
+    looked at first, and the result is measured on a part that was not trained on.
+
+    A Python file defines a function recipe() that returns multimodal.train.job.TrainingJob(model=..., data=..., evaluation=...,
     recipe=Recipe(...)), or a mapping with these names.
+
+    Example: multimodal train photos/
+
+    Example: multimodal train table.csv --read image=file --read text --write label --minutes 10
 
     Example: multimodal train digits.py --set steps=200 --set core.depth=8 --folder runs/digits
 
-    Example: multimodal train digits.py --processes 4 --tensorboard
-
     Parameters
     ----------
-    recipe
-        The Python file.
+    data
+        A folder with a sub-folder of pictures or sounds for each class; a .csv, .tsv, .jsonl, .parquet or .xlsx file; hf:NAME; or a
+        Python file, which ends in .py.
+    read
+        A column that is read, or field=column; a field that is called image, audio, series, text, number or category is of this
+        kind. Repeat it for more; unless given, all columns that say something.
+    write
+        The column that is answered, or field=column; unless given, the one called label, class or target.
+    test
+        The test part, of the same form as the data; unless given, the one that the data name (folders, a column split), else a
+        fifth.
+    group
+        A column; samples of one group, such as a speaker, lie in one part.
+    time
+        A column of dates or numbers; the latest fifth is the test part.
+    minutes
+        The time that training may take; 5 unless given.
+    seed
+        Of the parts, the weights and the order; 0 unless given. Of a Python file: --set seed=1 --set model.seed=1.
+    encoding
+        Of a text file that is not UTF-8, such as latin-1.
     setting
         Change a setting: steps=200 (of the Recipe, or a parameter of recipe()), core.depth=8, tokenizers.image.patch=8,
         "tasks.image -> label.weight=2", "mix.image -> label=3", model.seed=1. Repeat it for more.
     folder
-        The folder of the run; runs/NAME for NAME.py unless given.
+        The folder of the run; runs/NAME for NAME.py, photos/ or table.csv unless given.
     resume
         Take a run that went to its end as it is, instead of refusing to train in its folder.
     processes
-        Number of processes on this machine, which train together. On several machines, each runs the command through torchrun.
+        Number of processes on this machine, which train together what a Python file describes. On several machines, each runs the
+        command through torchrun.
     track
         Also write the log to wandb, mlflow, trackio (with a project: wandb:digits) or tensorboard. Repeat it for more.
     tensorboard
@@ -65,17 +102,106 @@ def train(
     find_lr
         Instead of training, suggest a learning rate, by a short training of a copy of the model with a rising rate.
     """
-    folder = folder or Path("runs", recipe.stem)
-    options = [str(recipe), *(f"--set={change}" for change in setting or []), "--folder", str(folder)]
+    path = Path(data)
+    name = (
+        data.removeprefix("hf:").replace(":", "-").rpartition("/")[2] if data.startswith("hf:") else path.resolve().name
+    )
+    folder = folder or Path("runs", path.stem if path.suffix else name)
     track = list(dict.fromkeys([*(track or []), *(["tensorboard"] if tensorboard else [])]))
-    options += [f"--track={name}" for name in track]
     check_folder(folder, "--folder")
+    ours = {"read": read, "write": write, "test": test, "group": group, "time": time, "minutes": minutes}
+    ours |= {"seed": seed, "encoding": encoding}
+    if path.suffix != ".py":
+        return _train_on(
+            data,
+            {name: value for name, value in ours.items() if value is not None},
+            setting or [],
+            folder,
+            resume,
+            processes,
+            track,
+            find_lr,
+        )
+    from multimodal.shapes import ConfigError
+
+    if given := [name for name, value in ours.items() if value is not None]:
+        raise ConfigError(
+            f"--{given[0]} is for a folder, a table or a data set; {data} is a Python file, which says all of it (--set changes it)"
+        )
     if find_lr:
         if processes != 1:
-            from multimodal.shapes import ConfigError
-
             raise ConfigError("--find-lr runs in one process; leave --processes out")
-        return _find_lr(recipe, setting or [], folder)
+        return _find_lr(path, setting or [], folder)
+    return _train_recipe(path, setting or [], folder, resume, processes, track)
+
+
+def _train_on(
+    data: str,
+    given: dict[str, Any],
+    setting: list[str],
+    folder: Path,
+    resume: bool,
+    processes: int,
+    track: list[str],
+    find_lr: bool,
+) -> int:
+    """Train on data, by the rules of the quick path."""
+    from multimodal.shapes import ConfigError, did_you_mean
+    from multimodal.start import quick
+    from multimodal.train.launch import STOPPED
+    from multimodal.train.run_folder import CURVES, MODEL
+    from multimodal.train.trackers import make_tracker
+
+    if find_lr:
+        raise ConfigError(
+            "--find-lr is for a Python file; of data the rate is chosen by rule (--set lr=1e-3 changes it)"
+        )
+    if processes != 1:
+        raise ConfigError(
+            f"--processes {processes}: data are trained on in one process; a Python file (recipe) can be trained in many"
+        )
+    if not data.startswith("hf:") and not Path(data).exists():
+        near = [entry.name for entry in Path(data).parent.iterdir()] if Path(data).parent.is_dir() else []
+        raise ConfigError(f"there is no file or folder {data}{did_you_mean(Path(data).name, near)}")
+    words = ["multimodal", "train", data]
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name}", str(one)]
+    words += [f"--set={change}" for change in setting] + ["--folder", str(folder)]
+    words += [f"--track={name}" for name in track]
+    trackers = [make_tracker(name, folder) for name in track]
+    found = quick(
+        data,
+        **given,
+        settings=setting,
+        folder=folder,
+        resume=resume,
+        trackers=trackers,
+        command=shlex.join(words),
+    )
+    if not found.run.finished:
+        return STOPPED
+    names = (
+        ("model", MODEL),
+        ("curves", CURVES),
+        ("report", "report/report.html"),
+        ("data", "data.html"),
+        ("program", "script.py"),
+    )
+    for name, file in names:
+        print(f"{name:<10}{folder / file}")
+    print("next")
+    for line in found.next_commands:
+        print(printable(f"  {line}"))
+    return 0
+
+
+def _train_recipe(
+    recipe: Path, setting: list[str], folder: Path, resume: bool, processes: int, track: list[str]
+) -> int:
+    """Train what a Python file describes, in one process or several."""
+    options = [str(recipe), *(f"--set={change}" for change in setting), "--folder", str(folder)]
+    options += [f"--track={name}" for name in track]
     from multimodal.train.launch import LAUNCHED, end_with_launcher, launch
 
     # the launcher runs this command once in each process, where LAUNCHED is set
@@ -83,7 +209,7 @@ def train(
         command = [sys.executable, "-P", "-m", "multimodal", "train", *options, *(["--resume"] if resume else [])]
         return launch(command, processes)
     end_with_launcher()
-    return _train(recipe, setting or [], folder, resume, options, track)
+    return _train(recipe, setting, folder, resume, options, track)
 
 
 def _train(recipe: Path, setting: list[str], folder: Path, resume: bool, options: list[str], track: list[str]) -> int:

@@ -12,6 +12,7 @@ from multimodal.data.shard_writer import index_archives, write_shards
 from multimodal.data.shards import Shards
 from multimodal.data.sources import (
     Blanked,
+    MissingCells,
     Mixed,
     Samples,
     Source,
@@ -32,6 +33,7 @@ __all__ = [
     "Blanked",
     "Fields",
     "LeftOut",
+    "MissingCells",
     "Mixed",
     "Packs",
     "Samples",

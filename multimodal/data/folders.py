@@ -94,6 +94,18 @@ def read_folder(
     return Folder(path, members, tally.account())
 
 
+def splits_of(path: Path, fields: Sequence[str] = tuple(KINDS)) -> list[str]:
+    """The names of the folders train, val, test and so on that a folder, or its class folders, has; [] where there are none."""
+    suffixes = {suffix for field in fields for suffix in KINDS[field]}
+    names = [
+        name
+        for name, reason in entries_below(path)
+        if reason is None and name.suffix.lower() in suffixes and not any(map(is_hidden, name.parts))
+    ]
+    depth = next((depth for depth in (0, 1) if _are_splits(names, depth)), None)
+    return [] if depth is None else sorted({name.parts[depth] for name in names if _is_split(name, depth)})
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or made by a system or program rather than by the user."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in SYSTEM

@@ -165,6 +165,42 @@ def declared_sources(data: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class MissingCells(Wrapped):
+    """The same samples, but each time a sample is read, other cells of its rows are missing.
+
+    No few columns then decide alone, which helps small tables; it is dropout (Srivastava et al. 2014) of the cells.
+
+    samples: the samples, with a length and [index].
+    field: the field with the row of a table, a mapping.
+    share: the probability that a cell becomes None, from 0 to below 1.
+    """
+
+    samples: Samples
+    field: str = "row"
+    share: float = 0.4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", as_samples(self.samples))
+        if not 0 <= self.share < 1:
+            raise ConfigError(f"MissingCells: share={self.share} must be from 0 to below 1")
+
+    def declare(self) -> dict[str, Any]:
+        return {"field": self.field, "share": self.share}
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        sample = self.samples[index]
+        row = sample.get(self.field)
+        if not isinstance(row, Mapping):
+            raise MediaError(
+                f"MissingCells: the field {self.field!r} of sample {index} is {type(row).__name__}, wanted a mapping"
+            )
+        # numpy's generator is seeded for each sample, as augmentation is
+        there = np.random.random(len(row)) >= self.share
+        cells = zip(row.items(), there, strict=True)
+        return {**sample, self.field: {name: x if stays else None for (name, x), stays in cells}}
+
+
 class Mixed:
     """Several data sets of one task as one: of every 4096 samples each has its share, however large it is.
 

@@ -93,24 +93,30 @@ class Table:
 
 
 def open_table(
-    name: str, split: str | None = None, *, encoding: str | None = None, quotes: bool | None = None
+    name: str,
+    split: str | None = None,
+    *,
+    encoding: str | None = None,
+    quotes: bool | None = None,
+    delimiter: str | None = None,
 ) -> Table:
     """The rows of a folder, file or data set.
 
     name: a folder of files in class folders, or one that Hugging Face saved; a .csv, .tsv, .jsonl or .parquet file; hf:NAME or
     hf:NAME:CONFIGURATION, a data set of the hub. encoding: of a text file; None: by its byte order mark, else UTF-8.
-    quotes: whether quotation marks enclose cells that hold separators; None: in a .csv, but not in a .tsv.
+    quotes: whether quotation marks enclose cells that hold separators; None: in a .csv, but not in a .tsv. delimiter: what
+    separates the cells of a .csv or .tsv; None: a comma, in a .tsv a tab.
 
     Raises:
         ConfigError: none of these, a file that is not what its suffix says, or a library that is not installed.
     """
     try:
-        return _open(name, split, encoding, quotes)
+        return _open(name, split, encoding, quotes, delimiter)
     except OSError as error:
         raise ConfigError(f"{shortened(name)} cannot be read: {shortened(error)}") from error
 
 
-def _open(name: str, split: str | None, encoding: str | None, quotes: bool | None) -> Table:
+def _open(name: str, split: str | None, encoding: str | None, quotes: bool | None, delimiter: str | None) -> Table:
     path = Path(name)
     if name.startswith(HUB):
         hub, _, configuration = name.removeprefix(HUB).partition(":")
@@ -142,7 +148,8 @@ def _open(name: str, split: str | None, encoding: str | None, quotes: bool | Non
         ) from None
     if suffix in (".jsonl", ".ndjson"):
         return _of_json(path, encoding)
-    return _of_cells(path, encoding, "\t" if suffix == ".tsv" else ",", suffix == ".csv" if quotes is None else quotes)
+    separator = delimiter or ("\t" if suffix == ".tsv" else ",")
+    return _of_cells(path, encoding, separator, suffix == ".csv" if quotes is None else quotes)
 
 
 def _library(name: str, for_what: str) -> Any:

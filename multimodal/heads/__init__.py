@@ -12,6 +12,7 @@ from multimodal.heads.next_token import NextToken
 from multimodal.heads.next_turn import NextTurn
 from multimodal.heads.pointer import Memory, Pointer
 from multimodal.heads.pool import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
+from multimodal.heads.regress import Regress
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ __all__ = [
     "Prediction",
     "Reading",
     "Readout",
+    "Regress",
     "Transformed",
     "default_head",
     "one_class",

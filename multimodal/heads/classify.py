@@ -1,6 +1,5 @@
 """A head that answers with one class, or with a set of classes."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,26 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.declare import check_part
-from multimodal.heads.base import (
-    EncodedSample,
-    Head,
-    LaidOut,
-    Prediction,
-    Readout,
-    check_smoothing,
-    class_count,
-    computes_as,
-)
+from multimodal.heads.base import Prediction, Readout, check_smoothing, class_count, computes_as
 from multimodal.heads.cross_entropy import linear_cross_entropy
 from multimodal.heads.pool import Pool
+from multimodal.heads.pooled import Pooled
 from multimodal.shapes import ConfigError, StreamError
 from multimodal.texts import shortened
 from multimodal.tokenizer import Tokenizer, Tokens, at_times
 
 
 @dataclass(frozen=True)
-class Classify(Head):
+class Classify(Pooled):
     """One class; or a set of classes, if the tokenizer has a feature of 0 or 1 for each class.
 
     The answer is computed from a learned token that attends to the whole context, or from a pool of the context's states.
@@ -47,36 +37,12 @@ class Classify(Head):
 
     def __post_init__(self) -> None:
         check_smoothing(self)
+        self.check_pool()
         given = self.class_weights
         if not isinstance(given, tuple) or not all(type(w) in (int, float) and 0 < w < math.inf for w in given):
             raise ConfigError(
                 f"Classify: class_weights={shortened(repr(given), 200)} must be a tuple of numbers above 0, one for each class"
             )
-        if self.pool is not None:
-            check_part("Classify: pool", self.pool, Pool, "First()")
-
-    @property
-    def queries(self) -> int:
-        """Number of learned tokens."""
-        return 1 if self.pool is None else 0
-
-    def lay_out(self, sample: EncodedSample) -> list[LaidOut]:
-        (part,) = super().lay_out(sample)
-        if self.pool is None:
-            return [part]
-        first, last = self.pool.rows(part.read)
-        return [dataclasses.replace(part, first=first, last=last)]
-
-    def readout(self, width: int, tokenizer: Tokenizer) -> Readout:
-        if self.pool is None:
-            return super().readout(width, tokenizer)
-        readout = Readout(self.pool.width(width), self.vocab(tokenizer), 0)
-        readout.pool = self.pool.weights(width)
-        return readout
-
-    def _pooled(self, readout: Readout, state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The vector (B, D) of each sample that is classified."""
-        return state_ND if self.pool is None else self.pool.pool(state_ND, lengths, readout.pool)
 
     def target(self, tokens: Tokens, rows: int, tokenizer: Tokenizer) -> Tensor:
         if not len(tokens):

@@ -12,6 +12,7 @@ from multimodal_tokenizers.graph import Graph
 from multimodal_tokenizers.ids import Ids
 from multimodal_tokenizers.image import ImagePatches
 from multimodal_tokenizers.labels import Labels
+from multimodal_tokenizers.number import Number
 from multimodal_tokenizers.points import Points
 from multimodal_tokenizers.segments import Segments
 from multimodal_tokenizers.series import Series
@@ -36,6 +37,7 @@ __all__ = [
     "ImagePatches",
     "Joint",
     "Labels",
+    "Number",
     "Points",
     "Record",
     "Segments",

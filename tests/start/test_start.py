@@ -1,0 +1,491 @@
+"""The quick path: what it sees in good and in hostile data, how it divides them, and that it trains what its program trains."""
+
+import csv
+import json
+import os
+import runpy
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+import multimodal as mm
+from multimodal.cli import main
+from multimodal.shapes import CheckpointError, ConfigError
+from multimodal.start import DataReport, one_call, rules
+from multimodal.start.division import divide
+from multimodal.start.gather import gather
+from multimodal.start.survey import survey
+from multimodal_tokenizers import Number, TextBPE, TextBytes
+
+FAST: dict[str, Any] = {"settings": ["steps=2"], "quiet": True}
+
+
+def picture(path: Path, seed: int, grey: bool = False) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 9) if grey else (8, 9, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def classes(root: Path, names: tuple[str, ...] = ("cat", "dog"), count: int = 5) -> Path:
+    for c, name in enumerate(names):
+        for i in range(count):
+            picture(root / name / f"{i}.png", 100 * c + i)
+    return root
+
+
+def table(path: Path, header: str, *rows: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(("\n".join([header, *rows]) + "\n").encode(encoding))
+    return path
+
+
+def looked(data: Any, **options: Any) -> Any:
+    """The survey of data, without training."""
+    given = {name: options.pop(name) for name in ("test", "encoding") if name in options}
+    rows = gather(data, quiet=True, **given)
+    found = survey(rows, quiet=True, **options)
+    found.measured(found.used)
+    return found, rows
+
+
+@pytest.fixture(autouse=True)
+def _no_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals take most of the time of a small run."""
+    monkeypatch.setattr(one_call, "RESAMPLES", 0)
+
+
+# what is seen
+
+
+def test_a_folder_of_classes_is_seen_as_it_is(tmp_path: Path):
+    names = ("Größe ä", "猫", "train")
+    root = classes(tmp_path / "photos", names)
+    (root / "empty").mkdir()
+    (root / "猫" / "broken.png").write_bytes(b"\x89PNG nothing")
+    picture(root / "loose.png", 7)
+    shutil.copy(root / "猫" / "0.png", root / "猫" / "copy.png")
+    shutil.copy(root / "猫" / "1.png", root / "train" / "other.png")
+    found = mm.quick(root, **FAST)
+    assert list(found.report.classes) == sorted(names)
+    assert found.report.saw == 20
+    assert found.report.used == 17
+    assert [len(names) for names in found.report.left_out.values()] == [1, 1, 1]
+    assert found.report.left_out["broken"][0].startswith("猫/broken.png: ")
+    assert found.report.left_out["in no class folder"] == ["loose.png"]
+    equal, against = found.report.findings
+    assert "4 samples are equal to others, in 2 groups" in equal
+    assert "train/other.png (train) and 猫/1.png (猫)" in against
+    assert "colour pictures of 8 x 9 pixels" in str(found.report)
+    assert "猫" in found._repr_html_()
+
+
+def test_the_mean_and_deviation_are_those_of_the_training_part(tmp_path: Path):
+    root = tmp_path / "photos"
+    for part, level in (("train", 50), ("test", 200)):
+        for c in "ab":
+            for i in range(3):
+                path = root / part / c / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((8, 8), level + i + 3 * (c == "a"), np.uint8)).save(path)
+    found = mm.quick(root, **FAST)
+    pixels = np.array([50, 51, 52, 53, 54, 55]) / 255
+    assert found.report.fields["image"]["mean"][0] == pytest.approx(pixels.mean(), abs=1e-3)
+    assert found.report.fields["image"]["grey"]
+    assert found.model.packer.tokenizers["image"].channels == 1  # type: ignore[attr-defined]
+
+
+def test_the_same_picture_in_train_and_test_is_left_out_of_train(tmp_path: Path):
+    root = tmp_path / "photos"
+    for part in ("train", "val", "test"):
+        for c in "ab":
+            for i in range(4):
+                picture(root / part / c / f"{i}.png", hash((part, c, i)) % 2**31)
+    shutil.copy(root / "test" / "a" / "0.png", root / "train" / "a" / "leak.png")
+    found = mm.quick(root, **FAST).report
+    assert found.parts == {"train": 8, "held_out": 8, "test": 8}
+    assert list(found.left_out.values()) == [["train/a/leak.png"]]
+
+
+def test_splits_inside_of_classes_are_read_too(tmp_path: Path):
+    for c in "ab":
+        for part in ("train", "test"):
+            for i in range(4):
+                picture(tmp_path / c / part / f"{i}.png", hash((part, c, i)) % 2**31)
+    assert mm.quick(tmp_path, **FAST).report.parts == {"train": 8, "held_out": 0, "test": 8}
+
+
+def wide(tmp_path: Path) -> Path:
+    rows = [
+        f"{'n/a' if i == 3 else 'abc' if i == 5 else i * 0.5},{'x' if i % 3 else i % 12},k{i},1,{'Y' if i % 2 else 'N'},"
+        f'"{1000 + i * 1000:,}",{"" if i == 7 else "yes" if i % 2 else "no"}'
+        for i in range(60)
+    ]
+    return table(tmp_path / "wide.csv", "a,b,id,same,leak,money,label", *rows)
+
+
+def test_columns_of_a_table_are_judged_and_each_judgement_is_said(tmp_path: Path):
+    found, rows = looked(wide(tmp_path))
+    (row,) = found.fields
+    assert row.columns == ("a", "b", "money")
+    kinds = {name: about["kind"] for name, about in row.facts["columns"].items()}
+    assert kinds == {"a": "number", "b": "category", "money": "number"}
+    assert found.samples(9)["row"] == {"a": 4.5, "b": "9", "money": 10000.0}
+    said = "\n".join(found.findings)
+    for part in (
+        "id is left out: it is another one in each row",
+        "same is left out: it is the same in all rows (1)",
+        "leak is left out: it says the answer one to one",
+        "a: 1 cells ('n/a') are read as missing",
+        "a: 1 cells are no numbers ('abc') and are read as missing",
+        "money: commas are read as those between thousands, as in 1,000",
+    ):
+        assert part in said
+    assert rows.left_out == {"without an answer": ["row 8"]}
+    assert looked(wide(tmp_path), read=["leak"])[0].fields[0].columns == ("leak",)
+
+
+def test_semicolons_decimal_commas_and_latin_1(tmp_path: Path):
+    rows = [f"{i},5;Größe {i} wie schön;{'ja' if i % 2 else 'nein'}" for i in range(40)]
+    path = table(tmp_path / "t.csv", "zahl;text;label", *rows, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"broken rows: row 1: line 2: it is not utf-8; give t.*--encoding latin-1"):
+        gather(path, quiet=True)
+    found, _ = looked(path, encoding="latin-1")
+    assert found.findings == [
+        "its cells are separated by semicolons",
+        "zahl: commas are read as decimal ones, as in 0,5",
+    ]
+    assert found.samples(3) == {"text": "Größe 3 wie schön", "row": {"zahl": 3.5}, "label": "ja"}
+
+
+def test_answers_decide_the_head(tmp_path: Path):
+    numbers = table(tmp_path / "n.csv", "a,target", *(f"{i},{i * 1.5 + 0.25 * (i % 3)}" for i in range(30)))
+    found = mm.quick(numbers, **FAST)
+    assert isinstance(found.model.packer.tokenizers["number"], Number)
+    assert found.evaluation is not None
+    assert "R2" in found.evaluation
+    several = tmp_path / "s.jsonl"
+    lines = [{"text": f"words {i}", "labels": ["a"] * (i % 2) + ["b"] * (i % 3 == 0)} for i in range(30)]
+    several.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert isinstance(mm.quick(several, **FAST).model.predict("text -> label", text="words 3").value, list)
+    texts = table(tmp_path / "t.csv", "text,answer", *(f"what is {i},it is the number {i} of all" for i in range(30)))
+    found = mm.quick(texts, **FAST)
+    assert list(found.model.tasks) == ["text -> answer:text"]
+    assert list(found.model.packer.tokenizers) == ["text"]
+
+
+def test_files_named_by_a_table_and_those_that_are_not_there(tmp_path: Path):
+    classes(tmp_path / "p", ("x",), 10)
+    rows = [f"p/x/{i % 10}.png,is it red number {i},{'yes' if i % 2 else 'no'}" for i in range(20)]
+    path = table(tmp_path / "t.csv", "file,question,label", *rows, "p/gone.png,what,yes")
+    found = mm.quick(path, read=["image=file", "text=question"], **FAST)
+    assert list(found.model.tasks) == ["image text -> label"]
+    assert [name.split(":")[0] for name in found.report.left_out["broken"]] == ["row 21"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda root: classes(root, ("cat",)), r"all 5 samples that can be used are of one class, 'cat'"),
+        (lambda root: classes(root, count=1), r"no test part can be made: 2 samples in 2 units"),
+        (lambda root: picture(root / "1.png", 0).parent, r"holds pictures, and none lies in a class folder"),
+        (lambda root: root.mkdir() or root, r"holds neither pictures nor sounds; wanted a sub-folder for each class"),
+        (lambda root: table(root.with_suffix(".csv"), "a,b", "1,2"), r"say which column is the answer: --write COLUMN"),
+        (lambda root: table(root.with_suffix(".csv"), "a,label"), r"holds no rows that can be used"),
+        (lambda root: table(root.with_suffix(".csv"), "a,label", "1,", "2,"), r"'label', holds nothing in 2 rows"),
+        (lambda root: {"a": 1}, r"quick: the data are dict; wanted a folder, a table, hf:NAME"),
+        (lambda root: [1, 2], r"sample 0 is int, wanted a mapping of fields"),
+        (lambda root: "hf:nobody/none", r"a data set of the hub needs a network, or a copy of it on this disk"),
+    ],
+)
+def test_data_that_cannot_be_used_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, words: str):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "hub" in words:
+        pytest.importorskip("datasets")
+    with pytest.raises(ConfigError, match=words):
+        mm.quick(make(tmp_path / "data"), **FAST)
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path):
+    path = wide(tmp_path)
+    for options, words in (
+        ({"read": "a"}, r"read='a': give a list of texts"),
+        ({"read": ["nowhere"]}, r"there is no column 'nowhere'"),
+        ({"read": ["label"]}, r"column 'label' is read and is the answer"),
+        ({"read": ["image=a"]}, r"column 'a' is asked for as image, and looks like number"),
+        ({"write": "number=label"}, r"has cells that are no numbers, such as 'no'"),
+        ({"minutes": 0}, r"minutes=0 must be more than 0"),
+        ({"group": "b", "time": "a"}, r"time: row 4 has 'n/a' in column 'a'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            mm.quick(path, **{**FAST, **options})
+
+
+# parts
+
+
+def divided(answers: list[Any], seed: int = 0, **options: Any) -> Any:
+    rows = range(len(answers))
+    options.setdefault("keys", {row: bytes([row % 256, row // 256]) for row in rows})
+    return divide(rows, strata=dict(enumerate(answers)), given=dict.fromkeys(rows, None), seed=seed, **options)
+
+
+def test_each_class_has_its_share_of_the_test_part_as_in_scikit_learn():
+    answers = ["a"] * 50 + ["b"] * 30 + ["c"] * 20
+    parts = divided(answers).parts
+    _, test = train_test_split(range(100), test_size=0.2, stratify=answers, random_state=0)
+    assert Counter(answers[i] for i in parts["test"]) == Counter(answers[i] for i in test)
+    assert sorted(parts["train"] + parts["test"]) == list(range(100))
+    assert divided(answers).parts == parts
+    assert divided(answers, seed=1).parts != parts
+
+
+def test_small_classes_have_one_sample_in_each_part_and_single_ones_are_said():
+    found = divided(["a"] * 20 + ["b"] * 2 + ["c"])
+    assert sum(row in (20, 21) for row in found.parts["test"]) == 1
+    assert 22 in found.parts["train"]
+    assert "not tested, as all of its samples belong together or there is one only: c" in found.says
+
+
+def test_equal_samples_and_groups_are_on_one_side_also_by_way_of_others():
+    rows = range(60)
+    keys = {
+        row: bytes([5 if row == 6 else row]) for row in rows
+    }  # 5 and 6 are equal, of two groups, which stay together
+    groups = {row: row // 6 for row in rows}
+    parts = divided(["a", "b"] * 30, keys=keys, groups=groups).parts
+    test = set(parts["test"])
+    assert len(test) == 12
+    assert len({groups[row] for row in test} & {0, 1}) in (0, 2)
+    for of in (keys, groups):
+        assert {of[row] for row in test}.isdisjoint({of[row] for row in parts["train"]})
+
+
+def test_by_time_the_latest_are_tested_and_one_time_is_not_cut():
+    times = {row: float(row // 3) for row in range(30)}
+    found = divided(["a", "b"] * 15, times=times)
+    assert found.parts["test"] == list(range(24, 30))
+    assert max(times[row] for row in found.parts["train"]) < min(times[row] for row in found.parts["test"])
+    with pytest.raises(ConfigError, match="the last fifth of the samples has one time"):
+        divided(["a", "b"] * 15, times=dict.fromkeys(range(30), 1.0))
+
+
+def test_a_test_part_of_ones_own_and_a_column_split(tmp_path: Path):
+    rows = [f"{i},{'test' if i % 4 == 0 else 'train'},{'yes' if i % 2 else 'no'}" for i in range(40)]
+    path = table(tmp_path / "t.csv", "a,split,label", *rows)
+    assert mm.quick(path, **FAST).report.parts == {"train": 30, "held_out": 0, "test": 10}
+    with pytest.raises(ConfigError, match="has a test part of its own"):
+        mm.quick(path, test=path, **FAST)
+    a = table(tmp_path / "a.csv", "a,label", *(f"{i},{'yes' if i % 2 else 'no'}" for i in range(20)))
+    b = table(tmp_path / "b.csv", "a,label", *(f"{i},{'yes' if i % 2 else 'no'}" for i in range(100, 106)))
+    assert mm.quick(a, test=b, **FAST).report.parts["test"] == 6
+
+
+# what is left behind
+
+
+def test_the_program_trains_the_same_weights(tmp_path: Path):
+    path = table(
+        tmp_path / "t.csv", "a,b,label", *(f"{i % 7},{'xyz'[i % 3]},{'yes' if i % 2 else 'no'}" for i in range(40))
+    )
+    found = mm.quick(path, folder=tmp_path / "run", settings=["steps=5", "core.depth=1", "model.seed=3"], quiet=True)
+    again = runpy.run_path(str(tmp_path / "run" / "script.py"))
+    weights = again["model"].state_dict()
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    script = (tmp_path / "run" / "script.py").read_text()
+    assert "steps=5" in script
+    assert "depth=1" in script
+    loaded = mm.Model.load(tmp_path / "run")
+    assert torch.equal(loaded.state_dict()["core.norm.weight"], weights["core.norm.weight"])
+
+
+@pytest.mark.parametrize("kind", ["pictures", "series", "texts"])
+def test_programs_of_other_kinds_run_too(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    if kind == "pictures":
+        data: Any = classes(tmp_path / "photos")
+    elif kind == "series":
+        draw = np.random.default_rng(0)
+        data = [{"series": draw.standard_normal((12, 2)), "label": "ab"[i % 2]} for i in range(20)]
+    else:
+        monkeypatch.setattr(rules, "BYTES_BELOW", 10)
+        data = [{"text": f"some words {i}", "label": "ab"[i % 2]} for i in range(20)]
+    found = mm.quick(data, folder=tmp_path / "run", **FAST)
+    weights = runpy.run_path(str(tmp_path / "run" / "script.py"))["model"].state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
+    for name in ("data.json", "data.html", "curves.png", "report/report.html", "model/config.json"):
+        assert (tmp_path / "run" / name).is_file()
+    assert DataReport.load(tmp_path / "run") == found.report
+    if kind == "texts":
+        assert isinstance(found.model.packer.tokenizers["text"], TextBPE)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path):
+    path = table(
+        tmp_path / "t.csv", "a,b,label", *(f"{i % 7},{'xyz'[i % 3]},{'yes' if i % 2 else 'no'}" for i in range(40))
+    )
+    options: dict[str, Any] = {"settings": ["steps=12", "checkpoint_every=4"], "quiet": True}
+    whole = mm.quick(path, folder=tmp_path / "whole", **options)
+
+    def kill(row: Any) -> None:
+        if row["step"] == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        mm.quick(path, folder=tmp_path / "cut", trackers=[kill], **options)
+    found = mm.quick(path, folder=tmp_path / "cut", **options)
+    assert [row["step"] for row in found.run.history if "loss" in row] == list(range(1, 13))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, found.model.state_dict()[name]), name
+    assert found.evaluation is not None
+    with pytest.raises(ConfigError, match="holds a training run that went to its end"):
+        mm.quick(path, folder=tmp_path / "cut", **options)
+    taken = mm.quick(path, folder=tmp_path / "cut", resume=True, **options)
+    assert taken.evaluation == found.evaluation
+    with pytest.raises(CheckpointError, match=r"holds a run with another seed \(0\)"):
+        mm.quick(path, folder=tmp_path / "cut", seed=1, **options)
+    with path.open("a") as file:
+        file.write("1,x,yes\n")
+    with pytest.raises(CheckpointError, match="holds a run with other data"):
+        mm.quick(path, folder=tmp_path / "cut", **options)
+
+
+def test_a_stop_is_said_and_the_same_command_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    monkeypatch.chdir(tmp_path)
+    classes(Path("photos"))
+    command = ["train", "photos", "--set", "steps=6", "--set", "checkpoint_every=2"]
+    stopped = []
+
+    def stop(model: Any, *arguments: Any, **options: Any) -> Any:
+        def interrupt(row: Any) -> None:
+            if row["step"] == 3 and not stopped:
+                stopped.append(1)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return fit(model, *arguments, **{**options, "trackers": [interrupt]})
+
+    import multimodal.train.job as job
+
+    fit = job.fit
+    monkeypatch.setattr(job, "fit", stop)
+    assert main(command) == 130
+    assert (
+        "multimodal train photos --set=steps=6 --set=checkpoint_every=2 --folder runs/photos again"
+        in capfd.readouterr().out
+    )
+    assert main(command) == 0
+    out = capfd.readouterr().out
+    for line in (
+        "the data, parts and choices are those of the run in runs/photos",
+        "multimodal evaluate runs/photos runs/photos/test.jsonl",
+        "program   runs/photos/script.py",
+    ):
+        assert line in out
+    assert main(["evaluate", "runs/photos", "runs/photos/test.jsonl", "--resamples", "0"]) == 0
+    assert main(["predict", "runs/photos", "--image", "photos/cat/0.png"]) == 0
+    assert main(command) == 2
+    assert "went to its end" in capfd.readouterr().err
+
+
+def test_files_of_others_are_not_written_over(tmp_path: Path):
+    data = [{"text": f"w {i}", "label": "ab"[i % 2]} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds train.jsonl, which the quick path did not write"):
+        mm.quick(data, folder=tmp_path, **FAST)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
+
+
+def test_a_run_that_was_killed_while_it_looked_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = [{"text": f"w {i}", "label": "ab"[i % 2]} for i in range(20)]
+
+    def fail(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one_call, "write_parts", fail)
+        with pytest.raises(Killed):
+            mm.quick(data, folder=tmp_path / "run", **FAST)
+    assert mm.quick(data, folder=tmp_path / "run", **FAST).run.finished
+
+
+def test_the_command_line_refuses_what_would_do_nothing(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe_of_mine.py").write_text("def recipe(): ...\n")
+    for command, words in (
+        (["train", "recipe_of_mine.py", "--read", "a"], "--read is for a folder, a table or a data set"),
+        (["train", "nowhere.csv"], "there is no file or folder nowhere.csv"),
+        (["train", str(wide(tmp_path)), "--processes", "2"], "data are trained on in one process"),
+    ):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+
+
+# rules
+
+
+def test_the_rules_fit_the_minutes_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(one_call, "_speed", lambda job: 0.5)
+    path = table(tmp_path / "t.csv", "a,label", *(f"{i % 7},{'yes' if i % 2 else 'no'}" for i in range(40)))
+    found = mm.quick(path, minutes=0.1, quiet=True)  # 0.1 * 60 * 0.9 / 0.5 = 10.8
+    assert found.run.history[-1]["step"] == 10
+    assert "training: 10 of 300 steps, which fit in 0.1 minutes; a step takes 500 ms here, so about 5 s" in found.says
+
+
+@pytest.mark.parametrize("side", [8, 16, 28, 32, 64, 224, 4000])
+def test_pictures_of_any_size_have_few_tokens(side: int):
+    (patch,) = rules.first(rules.PATCHES, min(side, rules.LARGEST_SIDE))
+    assert 9 <= (min(side, rules.LARGEST_SIDE) / patch) ** 2 <= 100
+
+
+def test_the_table_of_rules_is_that_of_the_docs():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "quick.md").read_text(encoding="utf-8")
+    assert text.split("<!-- rules -->")[1].split("<!-- / -->")[0].strip() == rules.table()
+
+
+def test_little_text_is_read_as_bytes():
+    found = mm.quick([{"text": f"w {i}", "label": "ab"[i % 2]} for i in range(20)], **FAST)
+    assert isinstance(found.model.packer.tokenizers["text"], TextBytes)
+
+
+def test_a_spreadsheet_is_read(tmp_path: Path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["a", "label"])
+    for i in range(20):
+        book.active.append([i, "yes" if i % 2 else "no"])
+    book.save(tmp_path / "t.xlsx")
+    found, _ = looked(tmp_path / "t.xlsx")
+    assert found.samples(3) == {"row": {"a": 3}, "label": "yes"}
+
+
+def test_a_data_frame_is_read():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"x": [1.5, None] * 20, "c": ["u", "v"] * 20, "y": [0, 1, 2, 1] * 10})
+    found = mm.quick(frame, write="y", **FAST)
+    assert found.report.classes.keys() == {"0", "1", "2"}
+
+
+def test_csv_module_agrees_on_the_parts_that_are_written(tmp_path: Path):
+    path = wide(tmp_path)
+    mm.quick(path, folder=tmp_path / "run", **FAST)
+    with path.open(newline="") as file:
+        known = {row["id"]: row for row in csv.DictReader(file)}
+    texts = [(tmp_path / "run" / f"{part}.jsonl").read_text(encoding="utf-8") for part in ("train", "test")]
+    lines = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+    assert len(lines) == 59
+    money = Counter(line["row"]["money"] for line in lines)
+    assert money == Counter(float(row["money"].replace(",", "")) for row in known.values() if row["label"])
