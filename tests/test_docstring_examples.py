@@ -29,6 +29,7 @@ from multimodal_tokenizers import (
     ImagePatches,
     Joint,
     Labels,
+    Number,
     Points,
     Record,
     Segments,
@@ -75,7 +76,10 @@ MOST_USED = {
     "Record": Record,
     "Segments": Segments,
     "Sequence": Sequence,
+    "Number": Number,
+    "Regress": mm.Regress,
     "quantize": mm.quantize,
+    "quick": mm.quick,
     "Run": mm.Run,
     "Series": Series,
     "Shards": mm.Shards,
@@ -149,7 +153,7 @@ def namespace() -> dict[str, Any]:
     kinds |= {"Chat": Chat, "Features": Features, "Ids": Ids, "Joint": Joint, "Record": Record, "Sequence": Sequence}
     kinds |= {"Ids": Ids, "Series": Series, "TableRow": TableRow}
     kinds |= {"Boxes": Boxes, "Points": Points, "Segments": Segments, "VideoTubes": VideoTubes}
-    kinds |= {"Events": Events, "Graph": Graph, "Words": Words}
+    kinds |= {"Events": Events, "Number": Number, "Graph": Graph, "Words": Words}
     return {**modules, **tools, **kinds, **shapes, "model": model.eval(), "samples": samples, "wave": wave}
 
 

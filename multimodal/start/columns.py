@@ -69,6 +69,8 @@ def read_column(rows: Rows, name: str, wanted: str | None = None) -> Column:
         column = Column(name, "", cells)
     if kind is None:
         kind = _kind_of_texts(there)
+    if wanted is None and kind == "series" and name == "image":  # a grey picture has two axes, as a series has
+        kind = "image"
     if wanted is not None:
         _check_wanted(name, wanted, kind, there)
         kind = wanted
@@ -292,7 +294,12 @@ def _kind_of_texts(there: Sequence[Any]) -> str:
 
 
 def _check_wanted(name: str, wanted: str, kind: str, there: Sequence[Any]) -> None:
-    if wanted == kind or (wanted in ("text", "category") and kind in ("text", "category", "number", "id")):
+    arrays = ("image", "series")  # which of both an array with two axes is, only its owner knows
+    if (
+        wanted == kind
+        or (wanted in arrays and kind in arrays)
+        or (wanted in ("text", "category") and kind in ("text", "category", "number", "id"))
+    ):
         return
     raise ConfigError(
         f"column {name!r} is asked for as {wanted}, and looks like {kind}: {shortened(repr(there[0]), 80)}"

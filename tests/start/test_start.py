@@ -327,7 +327,7 @@ def test_programs_of_other_kinds_run_too(tmp_path: Path, kind: str, monkeypatch:
         assert isinstance(found.model.packer.tokenizers["text"], TextBPE)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
