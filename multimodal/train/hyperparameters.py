@@ -44,6 +44,8 @@ from multimodal.train.settings import Setting, kind_of, make_job, type_name
 JOURNAL, TRIALS, STUDY = "search.jsonl", "trial-*", "search"
 MOST_COMBINATIONS = 10_000  # of which the ones that were not tried are looked for
 MOST_DRAWN = 10  # curves of the picture
+LARGEST = 2**53  # up to which a float holds every whole number; Optuna draws floats
+MOST_DEATHS = 5  # of the process in one trial, without progress
 # of these a trial fails; any other error ends the search
 FAILURES = (ConfigError, FloatingPointError, MediaError, ShapeError, torch.OutOfMemoryError)
 SPAN = re.compile(r"\s*([^,]+?)\s*\.\.\s*([^,:]+?)\s*(:log)?\s*")
@@ -106,8 +108,10 @@ class Range:
                     f"{setting}: from .. to is for numbers, and this is a {type_name(kind)}; give a list, such as a,b"
                 )
             low, high = (replace(setting, text=end).read(number) for end in span.group(1, 2))
-            if not (math.isfinite(low) and math.isfinite(high)):
+            if not math.isfinite(float(high) - float(low)):
                 raise ConfigError(f"{setting}: the ends of a range must be finite")
+            if number is int and max(abs(low), abs(high)) > LARGEST:
+                raise ConfigError(f"{setting}: whole numbers beyond {LARGEST} cannot be drawn")
             if not low < high:
                 raise ConfigError(f"{setting}: {span[1]} must be below {span[2]}; one value is given by --set")
             if span[3] and low <= 0:
@@ -266,6 +270,8 @@ def search(
         raise ConfigError(
             f"search: {type(make).__name__} cannot be called; give a function that returns a new job for each trial"
         )
+    if not isinstance(folder, (str, Path)):
+        raise ConfigError(f"search: folder is {type(folder).__name__}, wanted a path")
     check_whole("search", least=1, trials=trials)
     check_seed("search", seed)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -427,14 +433,21 @@ class _Search:
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         watch = _Watch(trial, self.measure, self.prune, reported, show)
         value, reason = None, ""
+        deaths = self.deaths(trial)
         try:
+            if deaths >= MOST_DEATHS:  # as of one that needs more memory than the machine has
+                raise ConfigError(f"the process died {deaths} times while it trained, each time at the same place")
             job = make_job(self.make, [*self.settings, *changes], self.where)
             job = replace(job, callbacks=[*job.callbacks, watch])
             run = job.run(self.run_folder(trial.number), resume=True, quiet=True)
         except FAILURES as error:
             reason = f"{type(error).__name__}: {shortened(error, 400)}"
+        except BaseException:
+            self.survived(trial)
+            raise
         else:
             if not run.finished:
+                self.survived(trial)
                 return False
             value = next((row[self.measure] for row in reversed(run.history) if self.measure in row), None)
             if value is None or not math.isfinite(value):
@@ -453,6 +466,20 @@ class _Search:
             chosen = " ".join(f"{name}={_short(text)}" for name, text in values.items())
             print(f"search: trial {trial.number}: {chosen}: {what}", flush=True)
         return True
+
+    def deaths(self, trial: Any) -> int:
+        """How often the process died in this trial at its newest checkpoint; notes that it begins again."""
+        step = Record.read(self.run_folder(trial.number)).step or 0
+        at, times = trial.user_attrs.get("begun", (step, 0))
+        times = times if at == step else 0
+        trial.set_user_attr("begun", [step, times + 1])
+        return times
+
+    @staticmethod
+    def survived(trial: Any) -> None:
+        """Note that the process is alive, although this trial has not ended."""
+        with suppress(OSError):
+            trial.set_user_attr("begun", [0, 0])
 
     def run_folder(self, number: int) -> Path:
         return self.folder / f"trial-{number:03d}"

@@ -161,12 +161,17 @@ def test_all_combinations_are_tried_once_and_then_it_ends(tmp_path, capsys):
 
 def test_a_trial_that_fails_is_noted_and_the_search_goes_on(tmp_path, capsys):
     """Impossible beside heads=2; a loss that is not finite."""
-    found = find(tmp_path, ["core.width=8,9", "scale=1,nan"], trials=4, quiet=False)
-    states = {(t.settings["core.width"], t.settings["scale"]): t.state for t in found.trials}
-    assert states == {("8", "1"): "finished", ("9", "1"): "failed", ("8", "nan"): "failed", ("9", "nan"): "failed"}
-    assert found.settings == ["core.width=8", "scale=1"]
+    found = find(tmp_path, ["core.width=8,9", "lr=0.01,1e38"], trials=4, quiet=False)
+    states = {(t.settings["core.width"], t.settings["lr"]): t.state for t in found.trials}
+    assert states == {
+        ("8", "0.01"): "finished",
+        ("9", "0.01"): "failed",
+        ("8", "1e38"): "failed",
+        ("9", "1e38"): "failed",
+    }
+    assert found.settings == ["core.width=8", "lr=0.01"]
     assert "failed (and 1 more): ConfigError: Core: width=9 does not give heads=2 an even width each" in found.table()
-    assert "failed: FloatingPointError: fit: step 1" in capsys.readouterr().out
+    assert "failed: FloatingPointError: fit: step 2" in capsys.readouterr().out
 
 
 def test_none_finishes(tmp_path):
@@ -188,6 +193,21 @@ def test_other_errors_end_the_search_and_the_trial_is_trained_again(tmp_path, ca
     callbacks.clear()
     found = find(tmp_path)
     assert [(trial.number, trial.state) for trial in found.trials] == [(n, "finished") for n in range(3)]
+
+
+def test_a_trial_in_which_the_process_dies_again_and_again_is_noted_as_failed(tmp_path, callbacks):
+    callbacks.append(Stop(1, 2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    assert not find(tmp_path, trials=1).finished
+    callbacks.clear()
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL))
+    storage = optuna.storages.JournalStorage(backend)
+    assert storage.get_trial(0).user_attrs["begun"] == [0, 0]  # it was stopped, and has not died
+    storage.set_trial_user_attr(0, "begun", [2, 5])
+    (trial,) = find(tmp_path, trials=1).trials
+    assert (trial.state, trial.reason) == (
+        "failed",
+        "ConfigError: the process died 5 times while it trained, each time at the same place",
+    )
 
 
 @pytest.mark.slow
@@ -252,6 +272,8 @@ def test_ranges(text, kind, wanted):
         ("lr=0..1:log", "on a logarithmic scale a range must begin above 0"),
         ("lr=nan..1", "the ends of a range must be finite"),
         ("lr=0..inf", "the ends of a range must be finite"),
+        ("lr=-1e308..1e308", "the ends of a range must be finite"),
+        ("batch=1..1e30", "--range batch=1..1e30: whole numbers beyond 9007199254740992 cannot be drawn"),
         ("lr=1e-3", "one value leaves nothing to choose"),
         ("lr=0.1,0.10", "the value 0.1 comes twice"),
         ("lr=1e-3,1e-2:log", ":log is for numbers from .. to"),
