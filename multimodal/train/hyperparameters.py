@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 from zlib import crc32
 
 import torch
@@ -99,7 +100,8 @@ class Range:
         Raises:
             ConfigError: values of another type, ends that do not rise, fewer than two values.
         """
-        kinds = [option for option in get_args(kind) if isinstance(option, type)] or [kind]
+        several = get_origin(kind) in (Union, UnionType)
+        kinds = [option for option in get_args(kind) if isinstance(option, type)] if several else [kind]
         span = SPAN.fullmatch(setting.text)
         if span and str not in kinds:
             number = float if float in kinds else int
@@ -556,7 +558,11 @@ def _locked(folder: Path) -> Any:
     Raises:
         ConfigError: it cannot be written, holds something else, or another process searches there.
     """
-    if run_folder.is_run(folder) or own_config(folder) is not None:
+    try:
+        taken = run_folder.is_run(folder) or own_config(folder) is not None
+    except OSError as error:
+        raise ConfigError(f"search: {folder} cannot be written ({error}); choose another folder") from error
+    if taken:
         raise ConfigError(f"search: {folder} holds a run or a model; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
