@@ -20,6 +20,7 @@ from multimodal.cli.export import export
 from multimodal.cli.hub import push
 from multimodal.cli.pretrained import pretrained
 from multimodal.cli.quantize import quantize
+from multimodal.cli.search import search
 from multimodal.cli.serve import serve
 from multimodal.cli.shards import shards
 from multimodal.cli.train import plan, replay, report, train
@@ -42,7 +43,7 @@ app = App(
 
 COMMANDS = (
     *(train, report, replay, shards, plan, bench, evaluate, predict, generate, transcribe, serve, check, verify, look),
-    *(pretrained, export, push, quantize, demo),
+    *(pretrained, export, push, quantize, demo, search),
 )
 for command in COMMANDS:
     app.command(command)

@@ -3,6 +3,7 @@
 from multimodal.train.callbacks import Answers, Callback, CallbackError, Histograms
 from multimodal.train.embedding_cache import cached
 from multimodal.train.evaluation import calibrate, evaluate
+from multimodal.train.hyperparameters import FoundSettings, search
 from multimodal.train.job import TrainingJob
 from multimodal.train.loop import Run, fit
 from multimodal.train.rate_finder import FoundRate, find_lr
@@ -13,6 +14,7 @@ __all__ = [
     "Callback",
     "CallbackError",
     "FoundRate",
+    "FoundSettings",
     "Histograms",
     "Recipe",
     "Run",
@@ -22,4 +24,5 @@ __all__ = [
     "evaluate",
     "find_lr",
     "fit",
+    "search",
 ]

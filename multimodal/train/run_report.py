@@ -176,10 +176,10 @@ def table(records: Sequence[Record]) -> str:
                 "-" if row["minutes"] is None else f"{row['minutes']:.1f}",
             ]
         )
-    text = _aligned(lines)
+    text = aligned(lines)
     if different := differences(records):
         rows = [["", *shown], *([name, *map(_setting, values)] for name, values in different.items())]
-        text += f"\n\nsettings that differ\n{_aligned(rows)}"
+        text += f"\n\nsettings that differ\n{aligned(rows)}"
     elif len(records) > 1:
         text += "\n\nno setting differs"
     if any(not record.config for record in records):
@@ -195,7 +195,7 @@ def _setting(value: Any) -> str:
     return "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

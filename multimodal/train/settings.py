@@ -17,6 +17,7 @@ from multimodal.task import Task
 from multimodal.train.job import TrainingJob
 
 SIMPLE = (bool, int, float, str)
+REBUILD = ("core", "tokenizers", "tasks", "model")  # parts of which the model is built anew
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -27,14 +28,32 @@ class Setting:
     typed: the whole text, for errors.
     path: the names between the dots.
     text: the value.
+    option: the option that it was given by, for errors.
     """
 
     typed: str
     path: tuple[str, ...]
     text: str
+    option: str = "--set"
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.typed}"
+
+    def read(self, kind: Any) -> Any:
+        """The value, converted to a type.
+
+        Raises:
+            ConfigError: it is not of this type.
+        """
+        try:
+            return _converted(self.text, kind)
+        except (ValueError, OverflowError):
+            raise ConfigError(f"{self}: {self.text!r} is no {type_name(kind)}") from None
+        except TypeError:
+            raise ConfigError(f"{self}: a {type_name(kind)} cannot be set here; it is chosen in the file") from None
 
     @classmethod
-    def parse(cls, typed: str) -> "Setting":
+    def parse(cls, typed: str, option: str = "--set") -> "Setting":
         """A setting from text; parts of the name may be quoted.
 
         Raises:
@@ -43,8 +62,8 @@ class Setting:
         name, equals, text = typed.partition("=")
         path = tuple(_normalised(part.strip().strip("\"'")) for part in name.split("."))
         if not equals or not all(path):
-            raise ConfigError(f"--set {typed}: wanted name=value, such as --set steps=200 or --set core.depth=8")
-        return cls(typed, path, text.strip())
+            raise ConfigError(f"{option} {typed}: wanted name=value, such as --set steps=200 or --set core.depth=8")
+        return cls(typed, path, text.strip(), option)
 
 
 def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> TrainingJob:
@@ -56,20 +75,58 @@ def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> T
     Raises:
         ConfigError: no such name (lists those there are), a value that is not of its type, weights that a change would lose.
     """
+    arguments, rest, settable = _arguments(make, list(map(Setting.parse, settings)), where)
+    return changed(TrainingJob.of(make(**arguments), where), rest, settable)
+
+
+def kind_of(setting: Setting, make: Callable[..., Any], job: TrainingJob, where: str) -> Any:
+    """The type of what a setting changes in the job that `make` returned; its value is not looked at.
+
+    Raises:
+        ConfigError: no such name (lists those there are), or weights that a change would lose.
+    """
+    probe = _Probe(setting.typed, setting.path, setting.text, setting.option)
+    try:
+        _, rest, settable = _arguments(make, [probe], where)
+        changed(job, rest, settable)
+    except _KindFoundError as found:
+        if setting.path[0] in REBUILD and len(setting.path) > 1:
+            check_initial_weights(job.model)
+        return found.kind
+    raise AssertionError(f"{setting} was not read")
+
+
+class _KindFoundError(Exception):
+    def __init__(self, kind: Any) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class _Probe(Setting):
+    """A setting that stops where its value would be read, before anything is built of it."""
+
+    def read(self, kind: Any) -> Any:
+        raise _KindFoundError(kind)
+
+
+def _arguments(
+    make: Callable[..., Any], settings: Sequence[Setting], where: str
+) -> tuple[dict[str, Any], list[Setting], list[str]]:
+    """(arguments of the recipe function, the other settings, names of its parameters that can be set)."""
     arguments: dict[str, Any] = {}
     rest: list[Setting] = []
     parameters = inspect.signature(make).parameters
     # a parameter of the function comes before a setting of the Recipe with the same name
-    for setting in map(Setting.parse, settings):
+    for setting in settings:
         name = setting.path[0]
         if len(setting.path) == 1 and name in parameters:
             default = parameters[name].default
             if type(default) not in SIMPLE:
                 raise ConfigError(
-                    f"--set {setting.typed}: {where} has a parameter {name!r} whose default is no number, text or yes and no; "
+                    f"{setting}: {where} has a parameter {name!r} whose default is no number, text or yes and no; "
                     "its type would be a guess"
                 )
-            arguments[name] = _read(setting, type(default))
+            arguments[name] = setting.read(type(default))
         else:
             rest.append(setting)
     for parameter in parameters.values():
@@ -77,7 +134,7 @@ def make_job(make: Callable[..., Any], settings: Sequence[str], where: str) -> T
         if named and parameter.default is parameter.empty:
             raise ConfigError(f"{where} needs {parameter.name!r}; give that parameter a default")
     settable = [name for name, parameter in parameters.items() if type(parameter.default) in SIMPLE]
-    return changed(TrainingJob.of(make(**arguments), where), rest, settable)
+    return arguments, rest, settable
 
 
 def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[str] = ()) -> TrainingJob:
@@ -104,19 +161,17 @@ def changed(job: TrainingJob, settings: Sequence[Setting], parameters: Sequence[
                 near = [place for place in _paths(parts) if place.rsplit(".", 1)[1] == name]
                 more = f"; recipe() takes {', '.join(parameters)}" if parameters else ""
                 hint = f"; did you mean {near[0]!r}?" if near else did_you_mean(name, [*known, *parameters])
-                raise ConfigError(
-                    f"--set {setting.typed}: Recipe has no setting {name!r}; it has {', '.join(known)}{more}{hint}"
-                )
+                raise ConfigError(f"{setting}: Recipe has no setting {name!r}; it has {', '.join(known)}{more}{hint}")
         if path[0] not in parts:
             raise ConfigError(
-                f"--set {setting.typed}: there is no {path[0]!r}; there are {', '.join(parts)}{did_you_mean(path[0], parts)}"
+                f"{setting}: there is no {path[0]!r}; there are {', '.join(parts)}{did_you_mean(path[0], parts)}"
             )
         _file_setting(changes, path, setting)
-    temperature = _read(changes.pop("mix"), float) if isinstance(changes.get("mix"), Setting) else None
+    temperature = changes.pop("mix").read(float) if isinstance(changes.get("mix"), Setting) else None
     new = _changed_part(parts, changes, "")
     # a model is built from its declarations, so a changed part needs a new model
-    if any(part in changes for part in ("core", "tokenizers", "tasks", "model")):
-        _check_initial_weights(model)
+    if any(part in changes for part in REBUILD):
+        check_initial_weights(model)
         tasks = list(new["tasks"].values())
         model = type(model)(new["tokenizers"], new["core"], tasks, seed=new["model"]["seed"])
     mix = temperature if temperature is not None else new["mix"] if "mix" in changes else job.mix
@@ -129,9 +184,9 @@ def _file_setting(changes: dict[str, Any], path: Sequence[str], setting: Setting
     for name in above:
         changes = changes.setdefault(name, {})
         if isinstance(changes, Setting):
-            raise ConfigError(f"--set {setting.typed} and --set {changes.typed}: one is inside of the other; give one")
+            raise ConfigError(f"{setting} and {changes}: one is inside of the other; give one")
     if isinstance(changes.get(last), dict):
-        raise ConfigError(f"--set {setting.typed}: {last!r} is also changed inside; give one or the other")
+        raise ConfigError(f"{setting}: {last!r} is also changed inside; give one or the other")
     changes[last] = setting
 
 
@@ -143,24 +198,22 @@ def _changed_part(part: Any, changes: Mapping[str, Any], where: str) -> Any:
     for key, change in changes.items():
         name = known.get(key, key)
         here = f"{where}.{name}" if where else name
-        typed = _first_of(change).typed
+        typed = _first_of(change)
         if name not in values:
             what = type(part).__name__ if dataclasses.is_dataclass(part) else where
             there = ", ".join(values) or f"nothing to set: it is {part!r}"
-            raise ConfigError(
-                f"--set {typed}: {what} has no setting {name!r}; it has {there}{did_you_mean(name, values)}"
-            )
+            raise ConfigError(f"{typed}: {what} has no setting {name!r}; it has {there}{did_you_mean(name, values)}")
         value = values[name]
         if isinstance(change, dict):
             new[name] = _changed_part(value, change, here)
         # a whole part, such as a score, would need a name for a class
         elif _fields_of(value)[0] and not isinstance(value, tuple):
             raise ConfigError(
-                f"--set {typed}: {here} is {type(value).__name__}, which is chosen in the file; here is set what is inside of it: "
+                f"{typed}: {here} is {type(value).__name__}, which is chosen in the file; here is set what is inside of it: "
                 f"{', '.join(f'{here}.{inner}' for inner in _fields_of(value)[0])}"
             )
         else:
-            new[name] = _read(change, kinds[name])
+            new[name] = change.read(kinds[name])
     if isinstance(part, tuple):
         return tuple(new.get(name, value) for name, value in values.items())
     return {**part, **new} if isinstance(part, Mapping) else dataclasses.replace(part, **new)
@@ -203,23 +256,10 @@ def _paths(parts: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _read(setting: Setting, kind: Any) -> Any:
-    try:
-        return _converted(setting.text, kind)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"--set {setting.typed}: {setting.text!r} is no {_type_name(kind)}") from None
-    except TypeError:
-        raise ConfigError(
-            f"--set {setting.typed}: a {_type_name(kind)} cannot be set here; it is chosen in the file"
-        ) from None
-
-
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(
-            [*map(_type_name, options), *(["none"] if len(options) < len(typing.get_args(kind)) else [])]
-        )
+        return " or ".join([*map(type_name, options), *(["none"] if len(options) < len(typing.get_args(kind)) else [])])
     return str(kind) if options else getattr(kind, "__name__", str(kind))
 
 
@@ -264,7 +304,7 @@ def _fail(text: str) -> typing.NoReturn:
     raise ValueError(text)
 
 
-def _check_initial_weights(model: Model) -> None:
+def check_initial_weights(model: Model) -> None:
     """Raise a ConfigError if the weights are not the initial ones: a changed model is initialised anew, and would lose them."""
     if model.adapters is not None:
         raise ConfigError(

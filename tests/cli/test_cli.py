@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,6 +80,7 @@ COMMANDS = [
     "verify",
     "shards",
     "plan",
+    "search",
     "replay",
     "export",
 ]
@@ -252,6 +255,29 @@ def test_train_suggests_a_rate(say, refused, tmp_path) -> None:
     assert code == 1 or "train   multimodal train drawn.py --set=batch=4 --set=lr=" in out
     assert (tmp_path / "run" / "learning-rates.png").read_bytes()[:4] == b"\x89PNG"
     assert "--find-lr runs in one process" in refused("train", "drawn.py", "--find-lr", "--processes", "2")
+
+
+def test_settings_are_searched(say, refused, tmp_path) -> None:
+    pytest.importorskip("optuna", reason="the optional package optuna is not installed")
+    folder = tmp_path / "search"
+    ask = ("search", "drawn.py", "--range", "core.depth=1,2", "--measure", "image -> label loss", "--set", "steps=2")
+    code, out, _ = say(*ask, "--trials", "2", "--folder", str(folder))
+    assert code == 0
+    best = re.search(r"best    (\S+): image -> label loss (\d\.\d{4})\n", out)
+    assert Path(best[1]).parent == folder
+    assert (folder / "search.png").read_bytes()[:4] == b"\x89PNG"
+    train = shlex.split(re.search(r"train   (multimodal train .*)\n", out)[1])
+    assert train[1:4] == ["train", "drawn.py", "--set=steps=2"]
+    # the command that is printed gives the value that is printed
+    assert f"image -> label loss {best[2]}" in say(*train[1:], "--folder", str(tmp_path / "again"))[1]
+    found = json.loads(say(*ask, "--trials", "2", "--folder", str(folder), "--json")[1])
+    assert found["trials"][found["best"]]["folder"] == best[1]
+    assert [trial["state"] for trial in found["trials"]] == ["finished", "finished"]
+    assert shlex.join(train) == found["train"]
+    assert "--range core.dept=1,2: Core has no setting 'dept'" in refused(*ask[:3], "core.dept=1,2", *ask[4:])
+    assert "holds another search: ranges.core.depth was '1,2', now '1,3'" in refused(
+        *ask[:3], "core.depth=1,3", *ask[4:], "--folder", str(folder)
+    )
 
 
 def test_runs_are_compared(say, refused, home, tmp_path) -> None:

@@ -33,7 +33,8 @@ from multimodal_tokenizers import ImagePatches, Labels
 def recipe():
     data = [{"image": np.full((4, 4), i % 2, np.float32), "label": "ab"[i % 2]} for i in range(4)]
     model = mm.Model({"image": ImagePatches(patch=4, channels=1), "label": Labels(("a", "b"))}, mm.Core.tiny(), ["image -> label"])
-    return mm.TrainingJob(model=model, data={"image -> label": data}, recipe=mm.Recipe(steps=1, batch=2, device="cpu"))
+    data = {"image -> label": data}
+    return mm.TrainingJob(model=model, data=data, evaluation=data, recipe=mm.Recipe(steps=1, batch=2, device="cpu"))
 """
 # by command: arguments that work, with little to do
 WORK = {
@@ -41,6 +42,17 @@ WORK = {
     "report": ["run", "--out", "report.png"],
     "replay": ["run"],
     "shards": ["photos", "new_shards"],
+    "search": [
+        "small.py",
+        "--range",
+        "batch=1,2",
+        "--measure",
+        "image -> label loss",
+        "--trials",
+        "1",
+        "--folder",
+        "found",
+    ],
     "plan": ["small.py", "--samples", "2"],
     "bench": ["no-such-row", "--quick"],
     "predict": ["model", "--image", "light.png", "--task", "image -> label"],
