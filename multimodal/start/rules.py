@@ -46,6 +46,8 @@ AVERAGES = ((600, 0.98), (1500, 0.99), (math.inf, 0.998))
 DROPOUT, WEIGHT_DECAY, SMOOTHING, GAPS = 0.1, 0.1, 0.1, 0.4
 FEWEST = 0.34  # of the steps wanted: if the minutes do not allow so many, a smaller core is taken
 GAPS_BELOW = 5_000  # rows
+STRENGTH = 0.3
+"""Of the augmentation of pictures: the whole of it needs more steps than some minutes allow."""
 EVALUATIONS, PATIENCE = 10, 4
 """How often held-out samples are measured, and after how many measurements without a lower loss training ends."""
 PHOTOGRAPH = 0.25
@@ -126,7 +128,7 @@ RULES = (
     ),
     Rule(
         "pictures and sounds, and the answer is no number",
-        "augmentation: `augment.for_pictures(smallest=..)` of pictures, shrunk first where they are large; `augment.for_sounds()`",
+        f"augmentation: `augment.for_pictures(strength={STRENGTH})`, behind the shrinking of large ones; `augment.for_sounds()`",
         "size, angle, light, noise, speaker and microphone do not decide; a number to answer may be one of these",
     ),
     Rule(
@@ -226,7 +228,7 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, a
     core = Core(width=width, depth=depth, heads=HEADS, dropout=DROPOUT, **more)
     says.append(
         f"core: {width} wide, {depth} deep, for {count:,} training samples"
-        + (f"; {smaller} sizes smaller, for the time" if smaller else "")
+        + (f"; {smaller} size{'s' if smaller > 1 else ''} smaller, for the time" if smaller else "")
     )
     # the recipe
     (batch,) = first(BATCHES, count)
@@ -260,8 +262,8 @@ def _augment(choice: Choice, report: DataReport) -> None:
         if seen["kind"] == "image" and seen["pixels"] <= MAX_PIXELS:
             kind: Any = choice.tokenizers["image"]
             smallest, flip = 2 * kind.patch, may_mirror(report)
-            changes = for_pictures(smallest=smallest, flip=flip)
-            code = f"augment.for_pictures(smallest={smallest}{', flip=True' if flip else ''})"
+            changes = for_pictures(smallest=smallest, flip=flip, strength=STRENGTH)
+            code = f"augment.for_pictures(smallest={smallest}, flip={flip}, strength={STRENGTH})"
             if kind.max_side is not None:
                 changes = (LongestSide(kind.max_side, smallest), *changes)
                 code = f"(augment.LongestSide({kind.max_side}, {smallest}), *{code})"

@@ -468,11 +468,11 @@ def test_pictures_are_augmented_and_the_program_says_how(tmp_path: Path):
     found = mm.quick(photographs(tmp_path / "p", side=80), folder=tmp_path / "run", **FAST)
     assert "augmentation of image: other sizes, angles, light and noise, mirror images (--no-augment)" in found.says
     (line,) = [line for line in (tmp_path / "run" / "script.py").read_text().split("\n") if "mm.fit" in line]
-    wanted = '{"image": (augment.LongestSide(64, 16), *augment.for_pictures(smallest=16, flip=True))}'
+    wanted = '{"image": (augment.LongestSide(64, 16), *augment.for_pictures(smallest=16, flip=True, strength=0.3))}'
     assert f"augment.Augmented(train, {wanted})" in line
     declared = json.loads((tmp_path / "run" / "config.json").read_text())["sources"]["image -> label"]
-    ours = (augment.LongestSide(64, 16), *augment.for_pictures(smallest=16, flip=True))
-    assert declared["fields"]["image"] == [declaration(part) for part in ours]
+    ours = (augment.LongestSide(64, 16), *augment.for_pictures(smallest=16, flip=True, strength=0.3))
+    assert declared["Augmented"]["fields"]["image"] == json.loads(json.dumps([declaration(part) for part in ours]))
     weights = runpy.run_path(str(tmp_path / "run" / "script.py"))["model"].state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
 
@@ -554,12 +554,12 @@ def test_a_held_out_part_ends_training_and_the_best_model_is_taken(tmp_path: Pat
         for i, (a, b) in enumerate(draw.standard_normal((120, 2)))
     ]
     rows += [{**row, "a": row["a"] + 5, "split": "test"} for row in rows[:20]]
-    settings = ["steps=200", "lr=0.02", "evaluate_every=20", "ema=0", "core.dropout=0", "patience=2"]
-    found = mm.quick(rows, settings=settings[:5], folder=tmp_path / "run", quiet=True)
+    settings = ["steps=80", "lr=0.03", "evaluate_every=8", "ema=0", "core.dropout=0"]
+    found = mm.quick(rows, settings=settings, folder=tmp_path / "run", quiet=True)
     assert f"patience={rules.PATIENCE}" in (tmp_path / "run" / "script.py").read_text()
     losses = {row["step"]: row["row -> label loss"] for row in found.run.history if "row -> label loss" in row}
     assert found.run.best_step == min(losses, key=lambda step: losses[step])
-    assert found.run.history[-1]["step"] < 200
+    assert found.run.history[-1]["step"] < 80
     loss = mm.train.evaluate(found.model, "row -> label", found.parts["held_out"])["loss"]
     assert loss == pytest.approx(losses[found.run.best_step], rel=1e-4)
 
