@@ -6,7 +6,8 @@ Eleven sets. Digits, wine and breast cancer come with scikit-learn, as does diab
 unknown speakers, environmental sounds, clothes, slots of coffee orders, languages of short texts, questions about pictures and
 GunPoint lie in the folder of data. `mm.quick` gets the samples and divides them; the baselines train on all that is not its test
 part. Pictures are pixels and histograms of gradients, sounds the mean and deviation of mel bands, texts TF-IDF.
-Figures are the share of test samples that is right, of diabetes R2. --write writes benchmarks/results/quick.md.
+Figures are the share of test samples that is right, of diabetes R2. --write writes benchmarks/results/quick.md, where the rows of
+sets that are not run stay.
 """
 
 import io
@@ -236,6 +237,18 @@ def ours(
     return score, parts["train"] + parts["held_out"], parts["test"], found.says
 
 
+HEADER = ["set", "samples", "baselines", "quick", "beside the best", "options"]
+
+
+def with_others(rows: list[list[str]]) -> list[list[str]]:
+    """These rows, and those of other sets that were measured before, in the order of the sets."""
+    path = report.ROOT / "benchmarks" / "results" / "quick.md"
+    before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in before if line.startswith("|")]
+    found = {row[0]: row for row in lines + rows if len(row) == len(HEADER) and row[0] in SETS}
+    return [found[name] for name in SETS if name in found]
+
+
 def main() -> None:
     options = script.parser(__doc__, "seeds", "write", seeds=[0])
     options.add_argument("--only", nargs="+", choices=tuple(SETS), default=tuple(SETS))
@@ -262,15 +275,14 @@ def main() -> None:
         mean = {method: float(np.mean(values)) for method, values in found.items()}
         best = max((value, method) for method, value in mean.items() if method != "ours")
         others = ", ".join(f"{method} {value:.1%}" for method, value in mean.items() if method != "ours")
-        rows.append(
-            [name, f"{len(samples):,}", others, f"{mean['ours']:.1%}", f"{100 * (mean['ours'] - best[0]):+.1f}"]
-        )
-    body = script.table(["set", "samples", "baselines", "quick", "beside the best"], rows)
-    print(body)
-    if args.write:
-        only = "" if len(args.only) == len(SETS) else f" --only {' '.join(args.only)}"
-        command = f"uv run benchmarks/quick.py{only} --seeds {' '.join(map(str, args.seeds))} --write"
-        report.keep("quick", "The quick path beside scikit-learn, on the same parts", command, body)
+        given = f"--minutes {args.minutes:g} --seeds {' '.join(map(str, args.seeds))}"
+        beside = f"{100 * (mean['ours'] - best[0]):+.1f}"
+        rows.append([name, f"{len(samples):,}", others, f"{mean['ours']:.1%}", beside, given])
+        if args.write:
+            body = script.table(HEADER, with_others(rows))
+            command = "uv run benchmarks/quick.py --only SET OPTIONS --write"
+            report.keep("quick", "The quick path beside scikit-learn, on the same parts", command, body)
+    print(script.table(HEADER, rows))
 
 
 if __name__ == "__main__":
