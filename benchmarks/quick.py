@@ -1,12 +1,13 @@
 """The quick path's own choices beside two baselines of scikit-learn, on the same parts, in the same run.
 
-    uv run benchmarks/quick.py [--only wine digits] [--seeds 0 1 2] [--minutes 5] [--write]
+    uv run benchmarks/quick.py [--only wine digits] [--seeds 0 1 2] [--minutes 5] [--no-augment] [--write]
 
 Eleven sets. Digits, wine and breast cancer come with scikit-learn, as does diabetes, whose answers are numbers. Spoken digits by
 unknown speakers, environmental sounds, clothes, slots of coffee orders, languages of short texts, questions about pictures and
 GunPoint lie in the folder of data. `mm.quick` gets the samples and divides them; the baselines train on all that is not its test
 part. Pictures are pixels and histograms of gradients, sounds the mean and deviation of mel bands, texts TF-IDF.
-Figures are the share of test samples that is right, of diabetes R2. --write writes benchmarks/results/quick.md.
+Figures are the share of test samples that is right, of diabetes R2. --write writes benchmarks/results/quick.md, where the rows of
+sets that are not run stay.
 """
 
 import io
@@ -226,20 +227,33 @@ def baselines(train: Samples, test: Samples, seed: int) -> dict[str, float]:
 
 
 def ours(
-    samples: Samples, options: dict[str, Any], seed: int, minutes: float
+    samples: Samples, options: dict[str, Any], seed: int, minutes: float, augment: bool
 ) -> tuple[float, Samples, Samples, list[str]]:
     """The score, the samples of both parts, and what was chosen."""
-    found = mm.quick(samples, seed=seed, minutes=minutes, quiet=True, **options)
+    found = mm.quick(samples, seed=seed, minutes=minutes, augment=augment, quiet=True, **options)
     parts = {name: [part[i] for i in range(len(part))] for name, part in found.parts.items()}
     assert found.evaluation is not None
     score = found.evaluation["R2"] if "R2" in found.evaluation else found.evaluation["exact"]
     return score, parts["train"] + parts["held_out"], parts["test"], found.says
 
 
+HEADER = ["set", "samples", "baselines", "quick", "beside the best", "options"]
+
+
+def with_others(rows: list[list[str]]) -> list[list[str]]:
+    """These rows, and those of other sets that were measured before, in the order of the sets."""
+    path = report.ROOT / "benchmarks" / "results" / "quick.md"
+    before = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in before if line.startswith("|")]
+    found = {row[0]: row for row in lines + rows if len(row) == len(HEADER) and row[0] in SETS}
+    return [found[name] for name in SETS if name in found]
+
+
 def main() -> None:
     options = script.parser(__doc__, "seeds", "write", seeds=[0])
     options.add_argument("--only", nargs="+", choices=tuple(SETS), default=tuple(SETS))
     options.add_argument("--minutes", type=float, default=5.0)
+    options.add_argument("--no-augment", action="store_true")
     args = script.parsed(options)
     rows = []
     for name in args.only:
@@ -249,7 +263,7 @@ def main() -> None:
         for seed in args.seeds:
             start = time.process_time()
             torch.manual_seed(seed)
-            score, train, test, says = ours(samples, given, seed, args.minutes)
+            score, train, test, says = ours(samples, given, seed, args.minutes, not args.no_augment)
             seconds = time.process_time() - start
             others = baselines(train, test, seed)
             for method, value in {**others, "ours": score}.items():
@@ -262,15 +276,15 @@ def main() -> None:
         mean = {method: float(np.mean(values)) for method, values in found.items()}
         best = max((value, method) for method, value in mean.items() if method != "ours")
         others = ", ".join(f"{method} {value:.1%}" for method, value in mean.items() if method != "ours")
-        rows.append(
-            [name, f"{len(samples):,}", others, f"{mean['ours']:.1%}", f"{100 * (mean['ours'] - best[0]):+.1f}"]
-        )
-    body = script.table(["set", "samples", "baselines", "quick", "beside the best"], rows)
-    print(body)
-    if args.write:
-        only = "" if len(args.only) == len(SETS) else f" --only {' '.join(args.only)}"
-        command = f"uv run benchmarks/quick.py{only} --seeds {' '.join(map(str, args.seeds))} --write"
-        report.keep("quick", "The quick path beside scikit-learn, on the same parts", command, body)
+        used = f"--minutes {args.minutes:g} --seeds {' '.join(map(str, args.seeds))}"
+        used += " --no-augment" if args.no_augment else ""
+        beside = f"{100 * (mean['ours'] - best[0]):+.1f}"
+        rows.append([name, f"{len(samples):,}", others, f"{mean['ours']:.1%}", beside, used])
+        if args.write:
+            body = script.table(HEADER, with_others(rows))
+            command = "uv run benchmarks/quick.py --only SET OPTIONS --write"
+            report.keep("quick", "The quick path beside scikit-learn, on the same parts", command, body)
+    print(script.table(HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def train(
     time: str | None = None,
     minutes: float | None = None,
     seed: int | None = None,
+    no_augment: Annotated[bool, Parameter(negative="")] = False,
     encoding: str | None = None,
     setting: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     folder: Path | None = None,
@@ -83,6 +84,8 @@ def train(
         The time that training may take; 5 unless given.
     seed
         Of the parts, the weights and the order; 0 unless given. Of a Python file: --set seed=1 --set model.seed=1.
+    no_augment
+        Pictures and sounds are not changed at random in training.
     encoding
         Of a text file that is not UTF-8, such as latin-1.
     setting
@@ -110,7 +113,7 @@ def train(
     track = list(dict.fromkeys([*(track or []), *(["tensorboard"] if tensorboard else [])]))
     check_folder(folder, "--folder")
     ours = {"read": read, "write": write, "test": test, "group": group, "time": time, "minutes": minutes}
-    ours |= {"seed": seed, "encoding": encoding}
+    ours |= {"seed": seed, "no-augment": no_augment or None, "encoding": encoding}
     if path.suffix != ".py":
         return _train_on(
             data,
@@ -166,13 +169,15 @@ def _train_on(
     words = ["multimodal", "train", data]
     for name, value in given.items():
         for one in value if isinstance(value, list) else [value]:
-            words += [f"--{name}", str(one)]
+            words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
     words += [f"--set={change}" for change in setting] + ["--folder", str(folder)]
     words += [f"--track={name}" for name in track]
     trackers = [make_tracker(name, folder) for name in track]
+    augment = given.pop("no-augment", None) is None
     found = quick(
         data,
         **given,
+        augment=augment,
         settings=setting,
         folder=folder,
         resume=resume,

@@ -54,8 +54,10 @@ def program(
     seed: int,
     recipe: Any,
     gaps: float,
+    changes: Mapping[str, str],
 ) -> str:
-    """The source of script.py. tokenizers: by name of a kind, its declaration, or the expression that makes it of `train`."""
+    """The source of script.py. tokenizers: by name of a kind, its declaration, or the expression that makes it of `train`.
+    changes: by name of a field, the expression of its augmentations."""
     imports: set[tuple[str, str]] = set()
     made = {}
     for kind, part in tokenizers.items():
@@ -82,6 +84,9 @@ def program(
             f"{names} = map(samples, {tuple(used)!r})".replace("'", '"'),
         ]
     data = f'mm.data.MissingCells(train, "row", share={gaps})' if gaps else "train"
+    if changes:
+        by_field = ", ".join(f'"{name}": {code}' for name, code in changes.items())
+        data = f"augment.Augmented({data}, {{{by_field}}})"
     held_out = ", evaluation={task: held_out}" if parts.get("held_out") else ""
     lines = [
         f'"""What `{command}` trained, as a program: run it, change it."""',
@@ -90,6 +95,7 @@ def program(
         "from pathlib import Path",
         "",
         "import multimodal as mm",
+        *(["from multimodal import augment"] if changes else []),
         *(f"from {module} import {', '.join(some)}" for module, some in by_module.items()),
         "",
         "run = Path(__file__).parent",

@@ -328,7 +328,7 @@ def _of_spreadsheet(path: Path) -> Rows:
         import openpyxl  # pyright: ignore[reportMissingModuleSource]
     except ImportError:
         raise ConfigError(
-            f"{path} is read by openpyxl; install it (pip install openpyxl), or save the sheet as CSV"
+            f"{path} is read by openpyxl; install it (pip install 'multimodal-stream[xlsx]'), or save the sheet as CSV"
         ) from None
     if not path.is_file():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from multimodal.augment import Augmented
 from multimodal.data import MissingCells
 from multimodal.declare import override
 from multimodal.files import check_fields, read_json, write_atomic
@@ -22,7 +23,7 @@ from multimodal.start.data_report import DataReport
 from multimodal.start.division import PARTS, divide, strata_of
 from multimodal.start.gather import gather
 from multimodal.start.parts import Chosen, read_part, write_parts
-from multimodal.start.rules import FEWEST, Choice, choose, with_steps
+from multimodal.start.rules import EVALUATIONS, FEWEST, Choice, choose, with_steps
 from multimodal.start.survey import survey
 from multimodal.task import Task
 from multimodal.texts import as_json, shortened
@@ -105,6 +106,7 @@ def quick(
     folder: str | Path | None = None,
     minutes: float = 5.0,
     seed: int = 0,
+    augment: bool = True,
     encoding: str | None = None,
     settings: Sequence[str] = (),
     resume: bool = False,
@@ -123,6 +125,7 @@ def quick(
     group: a column; samples of one group lie in one part. time: a column; the latest fifth is the test part.
     folder: where model, curves, reports and script.py are saved; None: nowhere. A run there that was stopped goes on.
     minutes: the time that training may take. seed: of parts, weights and order.
+    augment: whether pictures and sounds are changed at random in training, where the rules say so.
     encoding: of a text file that is not UTF-8. settings: changes as of `multimodal train --set`, such as "steps=500".
     resume: take a run that went to its end as it is. trackers: as of `fit`. quiet: print nothing. command: what started it, for
     script.py and messages.
@@ -136,11 +139,11 @@ def quick(
         >>> found.evaluation["exact"] >= 0
         True
     """
-    _check(read, settings, minutes, seed)
+    _check(read, settings, minutes, seed, augment)
     run = None if folder is None else Path(folder)
     options = {
         "read": list(read), "write": write, "group": group, "time": time, "minutes": float(minutes), "seed": seed,
-        "encoding": encoding, "settings": list(settings),
+        "augment": augment, "encoding": encoding, "settings": list(settings),
     }  # fmt: skip
     named = shortened(data, 200) if isinstance(data, (str, os.PathLike)) else type(data).__name__
     command = command or _call(data, options)
@@ -202,7 +205,7 @@ def quick(
     return found
 
 
-def _check(read: Any, settings: Any, minutes: Any, seed: Any) -> None:
+def _check(read: Any, settings: Any, minutes: Any, seed: Any, augment: Any) -> None:
     for name, value in (("read", read), ("settings", settings)):
         if isinstance(value, str) or not all(isinstance(one, str) for one in value):
             raise ConfigError(
@@ -212,11 +215,14 @@ def _check(read: Any, settings: Any, minutes: Any, seed: Any) -> None:
     if not 0 < minutes < math.inf:
         raise ConfigError(f"quick: minutes={minutes} must be more than 0")
     check_seed("quick", seed)
+    if not isinstance(augment, bool):
+        raise ConfigError(f"quick: augment={augment!r} must be True or False")
 
 
 def _call(data: Any, options: dict[str, Any]) -> str:
     """The call as it is written in Python."""
-    given = [f"{name}={value!r}" for name, value in options.items() if value not in (None, [], 5.0, 0)]
+    usual = {"minutes": 5.0, "seed": 0, "augment": True}
+    given = [f"{name}={value!r}" for name, value in options.items() if value not in (None, [], usual.get(name))]
     first = repr(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else "samples"
     return f"mm.quick({', '.join([first, *given])})"
 
@@ -358,7 +364,7 @@ def _job(
     fixed = any(text.partition("=")[0].strip().removeprefix("recipe.") == "steps" for text in options["settings"])
     smaller = int(state["smaller"]) if state else 0
     while True:
-        choice = choose(report, parts["train"], seed=options["seed"], smaller=smaller)
+        choice = choose(report, parts["train"], seed=options["seed"], smaller=smaller, augment=options["augment"])
         job = _made(choice, parts, options)
         if fixed:
             return choice, job, 0.0, smaller
@@ -387,12 +393,14 @@ def _minutes(seconds: float) -> str:
 def _made(choice: Choice, parts: dict[str, Any], options: dict[str, Any]) -> TrainingJob:
     """The job of a choice, with the settings that the user changes."""
     train: Any = MissingCells(parts["train"], "row", choice.gaps) if choice.gaps else parts["train"]
+    if choice.changes:
+        train = Augmented(train, choice.changes)
     held_out = parts["held_out"]
 
     def recipe() -> TrainingJob:
         model = Model(choice.tokenizers, choice.core, [Task(choice.task, choice.head)], seed=options["seed"])
         evaluation = {choice.task: held_out} if len(held_out) else None
-        every = max(1, choice.recipe.steps // 10) if evaluation else 0
+        every = max(1, choice.recipe.steps // EVALUATIONS) if evaluation else 0
         return TrainingJob(
             model=model,
             data={choice.task: train},
@@ -414,7 +422,7 @@ def _saving(job: TrainingJob, step_s: float) -> TrainingJob:
 def _speed(job: TrainingJob) -> float:
     """Seconds of a training step of this job, measured with a copy of its model."""
     model = copy.deepcopy(job.model)
-    recipe = override(job.recipe, steps=PROBE, evaluate_every=0, checkpoint_every=0)
+    recipe = override(job.recipe, steps=PROBE, evaluate_every=0, checkpoint_every=0, best="", patience=0)
     history = fit(model, job.data, recipe, quiet=True).history
     return (history[-1]["seconds"] - history[SETTLED - 1]["seconds"]) / (PROBE - SETTLED)
 
@@ -439,6 +447,7 @@ def _script(command: str, run: Path, shards: bool, report: DataReport, choice: C
         seed=model.seed,
         recipe=job.recipe,
         gaps=choice.gaps,
+        changes=choice.changes_code,
     )
 
 

@@ -4,10 +4,13 @@
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from multimodal.augment import Augmentation, LongestSide, for_pictures, for_sounds
+from multimodal.augment.pictures import MAX_PIXELS
 from multimodal.core import Core
 from multimodal.declare import override
 from multimodal.heads import Classify, Head, NextToken, Regress
@@ -34,6 +37,7 @@ HEADS = 4
 LEARNING_RATES = ((48, 3e-3), (64, 2e-3), (math.inf, 1e-3))
 """(width up to, learning rate)."""
 EPOCHS = {"row": 20, "text": 20, "image": 60, "audio": 60, "series": 60}
+PLURALS = {"row": "rows", "text": "texts", "image": "pictures", "audio": "sounds", "series": "series"}
 LEAST_STEPS = {"row": 300, "text": 300, "image": 600, "audio": 600, "series": 400}
 MOST_STEPS = 3000
 BATCHES = ((1_000, 32), (math.inf, 64))
@@ -42,6 +46,14 @@ AVERAGES = ((600, 0.98), (1500, 0.99), (math.inf, 0.998))
 DROPOUT, WEIGHT_DECAY, SMOOTHING, GAPS = 0.1, 0.1, 0.1, 0.4
 FEWEST = 0.34  # of the steps wanted: if the minutes do not allow so many, a smaller core is taken
 GAPS_BELOW = 5_000  # rows
+STRENGTH = 0.3
+"""Of the augmentation of pictures: the whole of it needs more steps than some minutes allow."""
+EVALUATIONS, PATIENCE = 10, 4
+"""How often held-out samples are measured, and after how many measurements without a lower loss training ends."""
+PHOTOGRAPH = 0.25
+"""The share of different colours among the pixels of a picture from which on it is a photograph; drawings have fewer."""
+SIDED = re.compile(r".|[-+]?\d+([.,]\d+)?|(.*[\W_])?(left|right)([\W_].*)?", re.IGNORECASE | re.DOTALL)
+"""Names of classes that a mirror image may not have: characters, numbers, left and right."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,17 @@ RULES = (
         "against noise of small data",
     ),
     Rule(
+        "pictures and sounds, and the answer is no number",
+        f"augmentation: `augment.for_pictures(strength={STRENGTH})`, behind the shrinking of large ones; `augment.for_sounds()`",
+        "size, angle, light, noise, speaker and microphone do not decide; a number to answer may be one of these",
+    ),
+    Rule(
+        f"photographs in colour ({PHOTOGRAPH:.0%} of the pixels of the middle picture or more differ in colour), one picture and "
+        "nothing else is read, and the answer is classes of which none is called by one character, a number, left or right",
+        "augmentation also by mirror images",
+        "digits, letters and signs are others in a mirror, and questions and captions may say left and right",
+    ),
+    Rule(
         f"rows of a table, fewer than {GAPS_BELOW:,}",
         f"{GAPS:.0%} of the cells are missing, other ones each time",
         "no few columns decide alone",
@@ -123,9 +146,15 @@ RULES = (
     Rule("all", f"batch {_steps_of(BATCHES, 'samples')}", "small data need more steps of fewer samples"),
     Rule(
         "all",
-        f"steps for {', '.join(f'{count} epochs of {kind}s' for kind, count in EPOCHS.items())}, at least "
+        f"steps for {', '.join(f'{count} epochs of {PLURALS[kind]}' for kind, count in EPOCHS.items())}, at least "
         f"{min(LEAST_STEPS.values())} to {max(LEAST_STEPS.values())}, at most {MOST_STEPS:,}; and as many as fit in the minutes",
         "the time of a step is measured here, before training",
+    ),
+    Rule(
+        "a part is held out",
+        f"it is measured {EVALUATIONS} times; training ends after {PATIENCE} times without a lower loss, and the model with the "
+        "lowest is taken",
+        "a model that begins to learn by heart gets worse on what it has not seen",
     ),
     Rule(
         "too few minutes for a third of the steps",
@@ -149,6 +178,8 @@ class Choice:
     tokenizers: by name of a kind.
     code: by name of a kind, the Python expression that makes its tokenizer of `train`.
     gaps: the share of cells that are missing in training; 0: none.
+    changes: by name of a field, its augmentations.
+    changes_code: by name of a field, the Python expression that makes them.
     says: the choices, a line each.
     """
 
@@ -159,6 +190,8 @@ class Choice:
     head: Head
     recipe: Recipe
     gaps: float = 0.0
+    changes: dict[str, tuple[Augmentation, ...]] = field(default_factory=dict)
+    changes_code: dict[str, str] = field(default_factory=dict)
     says: list[str] = field(default_factory=list)
 
 
@@ -167,10 +200,11 @@ def first(table: Sequence[tuple[Any, ...]], value: float, *, below: bool = False
     return next(rest for limit, *rest in table if (value < limit if below else value <= limit))  # type: ignore[return-value]
 
 
-def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0) -> Choice:
+def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, augment: bool = True) -> Choice:
     """Apply the rules to what was seen.
 
     train: the training samples. smaller: by how many sizes the core is smaller than its rule says.
+    augment: whether there is augmentation.
     """
     kinds = {seen["kind"] for seen in report.fields.values()}
     count, answer = report.parts["train"], report.answer
@@ -194,7 +228,7 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0) -
     core = Core(width=width, depth=depth, heads=HEADS, dropout=DROPOUT, **more)
     says.append(
         f"core: {width} wide, {depth} deep, for {count:,} training samples"
-        + (f"; {smaller} sizes smaller, for the time" if smaller else "")
+        + (f"; {smaller} size{'s' if smaller > 1 else ''} smaller, for the time" if smaller else "")
     )
     # the recipe
     (batch,) = first(BATCHES, count)
@@ -202,12 +236,53 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0) -
     epochs, least = max(EPOCHS[kind] for kind in kinds), max(LEAST_STEPS[kind] for kind in kinds)
     steps = int(min(MOST_STEPS, max(least, math.ceil(epochs * count / batch))))
     (rate,), (average,) = first(LEARNING_RATES, width), first(AVERAGES, steps)
+    stop: dict[str, Any] = {"patience": PATIENCE} if report.parts.get("held_out") else {}
     exact: dict[str, Any] = {"precision": "float32"} if kinds == {"row"} or kind == "number" else {}
-    recipe = Recipe(steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed, **exact)
+    recipe = Recipe(
+        steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed, **stop, **exact
+    )
     gaps = GAPS if kinds == {"row"} and count < GAPS_BELOW and len(report.fields["row"]["columns"]) > 2 else 0.0
     if gaps:
         says.append(f"{gaps:.0%} of the cells of a row are missing in training, other ones each time")
-    return Choice(pattern, tokenizers, code, core, head, recipe, gaps, says)
+    found = Choice(pattern, tokenizers, code, core, head, recipe, gaps, says=says)
+    if augment:
+        _augment(found, report)
+    return found
+
+
+def _augment(choice: Choice, report: DataReport) -> None:
+    """Add the augmentations of pictures and sounds to a choice."""
+    if report.answer["kind"] == "number":
+        return
+    for name, seen in report.fields.items():
+        if seen["kind"] == "audio":
+            choice.changes[name], choice.changes_code[name] = for_sounds(), "augment.for_sounds()"
+            choice.says.append(f"augmentation of {name}: other speakers, microphones and noise (--no-augment)")
+        # one that is larger than augmentation reads would end the training
+        if seen["kind"] == "image" and seen["pixels"] <= MAX_PIXELS:
+            kind: Any = choice.tokenizers["image"]
+            smallest, flip = 2 * kind.patch, may_mirror(report)
+            changes = for_pictures(smallest=smallest, flip=flip, strength=STRENGTH)
+            code = f"augment.for_pictures(smallest={smallest}, flip={flip}, strength={STRENGTH})"
+            if kind.max_side is not None:
+                changes = (LongestSide(kind.max_side, smallest), *changes)
+                code = f"(augment.LongestSide({kind.max_side}, {smallest}), *{code})"
+            choice.changes[name], choice.changes_code[name] = changes, code
+            mirrored = ", mirror images" if flip else ""
+            choice.says.append(f"augmentation of {name}: other sizes, angles, light and noise{mirrored} (--no-augment)")
+
+
+def may_mirror(report: DataReport) -> bool:
+    """Whether a picture and its mirror image have the same answer, by the rule in `RULES`."""
+    seen, *others = report.fields.values()
+    return (
+        not others
+        and seen["kind"] == "image"
+        and not seen["grey"]
+        and seen.get("colours", 0.0) >= PHOTOGRAPH
+        and report.answer["kind"] in ("label", "labels")
+        and not any(SIDED.fullmatch(name) for name in report.answer["classes"])
+    )
 
 
 def with_steps(choice: Choice, steps: int) -> Recipe:

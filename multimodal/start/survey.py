@@ -31,6 +31,7 @@ from multimodal.start.gather import Rows
 from multimodal.texts import listed, shortened
 
 LARGEST = 2**27  # pixels of a picture
+SOME_PIXELS = 1000  # that are compared to count the colours of a picture
 SUSPECT = 0.3  # the share of equal rows from which on rows repeat by nature
 RATES = (8000, 16000)
 WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -371,6 +372,7 @@ class _Pictures:
         self.sides: dict[int, tuple[int, int]] = {}
         self.moments: dict[int, np.ndarray] = {}  # by row, the mean of each channel and of its square
         self.grey = True
+        self.colours: list[float] = []  # of each picture, number of colours by number of pixels
 
     def add(self, row: int, value: Any) -> bytes:
         data = _bytes_of(value)
@@ -379,6 +381,8 @@ class _Pictures:
         self.sides[row] = (image_CYX.shape[1], image_CYX.shape[2])
         self.grey = self.grey and bool((image_CYX[0] == image_CYX[1]).all() and (image_CYX[1] == image_CYX[2]).all())
         flat = image_CYX.flatten(1).double()
+        few_NC = image_CYX.flatten(1)[:, :: max(1, flat.shape[1] // SOME_PIXELS)].T.numpy()
+        self.colours.append(len(np.unique(few_NC, axis=0)) / len(few_NC))
         self.moments[row] = np.stack([flat.mean(1).numpy(), flat.square().mean(1).numpy()])
         return data if data is not None else image_CYX.numpy().tobytes()
 
@@ -395,6 +399,7 @@ class _Pictures:
             "shortest": min((min(pair) for pair in sides), default=0),
             "pixels": max((height * width for height, width in sides), default=0),
             "grey": self.grey,
+            "colours": round(float(np.median(self.colours)), 3) if self.colours else 0.0,
             "mean": [round(x, 3) for x in mean.tolist()],
             "std": [round(x, 3) for x in std.tolist()],
         }

@@ -106,6 +106,17 @@ def test_a_scale_is_that_of_pillow_and_its_logarithm_is_uniform():
     assert A.RandomScale(0.1, 0.2, smallest=16)(picture(1, 8, 12), draw).shape == (1, 8, 12)  # is smaller already
 
 
+def test_a_longest_side_is_that_of_pillow_and_smaller_pictures_stay():
+    value = picture(3, 40, 28)
+    image = Image.fromarray((value * 255).byte().permute(1, 2, 0).numpy())
+    found = A.LongestSide(20)(image)
+    wanted = np.asarray(image.resize((14, 20), Image.Resampling.BILINEAR)) / 255
+    assert np.abs(found.permute(1, 2, 0).numpy() - wanted).max() < 1.01 / 255
+    assert torch.equal(A.LongestSide(40)(value), value)
+    assert A.LongestSide(32, smallest=8)(picture(1, 320, 16)).shape == (1, 32, 8)
+    assert A.LongestSide(32, smallest=8)(picture(1, 320, 4)).shape == (1, 32, 4)  # is smaller already
+
+
 def test_a_crop_is_each_part_of_the_padded_picture_equally_often():
     value = torch.arange(12.0).reshape(1, 3, 4) / 12
     for edge in ("reflect", "edge", "constant"):
@@ -223,6 +234,7 @@ def test_a_share_of_values_is_changed():
         (lambda: A.RandomScale(2.0, 0.5), r"RandomScale: factors=\(2.0, 0.5\) must be a pair \(least, largest\)"),
         (lambda: A.RandomScale(0.0, 1.0), r"factors=\(0.0, 1.0\)"),
         (lambda: A.RandomScale(smallest=0), "smallest=0 must be a whole number, 1 or more"),
+        (lambda: A.LongestSide(0), "pixels=0 must be a whole number, 1 or more"),
         (lambda: A.RandomCrop(0, 4), "rows=0 must be a whole number, 1 or more"),
         (lambda: A.RandomCrop(4, 4, edge="wrap"), "edge='wrap' must be"),  # type: ignore[arg-type]
         (lambda: A.RandomPart(area=(0.5, 2.0)), "area="),

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 import multimodal as mm
+from multimodal import augment
 from multimodal.cli import main
+from multimodal.declare import declaration
 from multimodal.shapes import CheckpointError, ConfigError
 from multimodal.start import DataReport, one_call, rules
 from multimodal.start.division import divide
@@ -449,6 +452,116 @@ def test_the_rules_fit_the_minutes_and_say_so(tmp_path: Path, monkeypatch: pytes
 def test_pictures_of_any_size_have_few_tokens(side: int):
     (patch,) = rules.first(rules.PATCHES, min(side, rules.LARGEST_SIDE))
     assert 9 <= (min(side, rules.LARGEST_SIDE) / patch) ** 2 <= 100
+
+
+def photographs(root: Path, names: tuple[str, ...] = ("cat", "dog"), side: int = 12) -> Path:
+    for c, name in enumerate(names):
+        for i in range(5):
+            pixels = np.random.default_rng([c, i]).integers(0, 255, (side, side, 3), dtype=np.uint8)
+            path = root / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+def test_pictures_are_augmented_and_the_program_says_how(tmp_path: Path):
+    found = mm.quick(photographs(tmp_path / "p", side=80), folder=tmp_path / "run", **FAST)
+    assert "augmentation of image: other sizes, angles, light and noise, mirror images (--no-augment)" in found.says
+    (line,) = [line for line in (tmp_path / "run" / "script.py").read_text().split("\n") if "mm.fit" in line]
+    wanted = '{"image": (augment.LongestSide(64, 16), *augment.for_pictures(smallest=16, flip=True, strength=0.3))}'
+    assert f"augment.Augmented(train, {wanted})" in line
+    declared = json.loads((tmp_path / "run" / "config.json").read_text())["sources"]["image -> label"]
+    ours = (augment.LongestSide(64, 16), *augment.for_pictures(smallest=16, flip=True, strength=0.3))
+    assert declared["Augmented"]["fields"]["image"] == json.loads(json.dumps([declaration(part) for part in ours]))
+    weights = runpy.run_path(str(tmp_path / "run" / "script.py"))["model"].state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
+
+
+def test_augmentation_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = photographs(tmp_path / "p")
+    found = mm.quick(root, folder=tmp_path / "run", augment=False, **FAST)
+    assert not [line for line in found.says if "augmentation" in line]
+    assert "augment" not in (tmp_path / "run" / "script.py").read_text().split('"""')[2]
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "p", "--no-augment", "--set", "steps=2"]) == 0
+    script = (tmp_path / "runs" / "p" / "script.py").read_text()
+    assert "`multimodal train p --no-augment --set=steps=2 --folder runs/p`" in script
+    assert "Augmented" not in script
+    with pytest.raises(ConfigError, match="augment='no' must be True or False"):
+        mm.quick(root, augment="no", **FAST)  # type: ignore[arg-type]
+
+
+def test_sounds_are_augmented_and_numbers_to_answer_are_not():
+    draw = np.random.default_rng(0)
+    clips = [{"audio": (draw.standard_normal(2000).astype(np.float32) / 9, 8000)} for _ in range(12)]
+    named = [{**clip, "label": "ab"[i % 2]} for i, clip in enumerate(clips)]
+    assert "augmentation of audio: other speakers, microphones and noise (--no-augment)" in mm.quick(named, **FAST).says
+    measured = [{**clip, "target": i + 0.5} for i, clip in enumerate(clips)]
+    assert not [line for line in mm.quick(measured, **FAST).says if "augmentation" in line]
+
+
+@pytest.mark.parametrize(
+    ("names", "colours", "fields", "kind", "right"),
+    [
+        (("cat", "copyright"), 0.8, 1, "label", True),
+        (("cat", "dog"), 0.8, 1, "labels", True),
+        (("cat", "dog"), 0.01, 1, "label", False),  # a drawing
+        (("cat", "dog"), 0.8, 2, "label", False),
+        (("cat", "dog"), 0.8, 1, "text", False),
+        (("A", "B"), 0.8, 1, "label", False),
+        (("猫", "犬"), 0.8, 1, "label", False),
+        (("10", "20"), 0.8, 1, "label", False),
+        (("-1.5", "none"), 0.8, 1, "label", False),
+        (("turn left", "stop"), 0.8, 1, "label", False),
+        (("turn_Right_2", "stop"), 0.8, 1, "label", False),
+    ],
+)
+def test_a_mirror_image_only_where_it_is_right(
+    names: tuple[str, ...], colours: float, fields: int, kind: str, right: bool
+):
+    seen = {"kind": "image", "grey": False, "colours": colours}
+    report = DataReport(
+        source="",
+        saw=2,
+        fields={"image": seen, "text": {"kind": "text"}} if fields == 2 else {"image": seen},
+        answer={"name": "label", "kind": kind, "column": "label", "classes": list(names)},
+        parts={},
+    )
+    assert rules.may_mirror(report) is right
+    grey = replace(report, fields={"image": {**seen, "grey": True}})
+    assert not rules.may_mirror(grey)
+
+
+def test_photographs_have_many_colours_and_drawings_few(tmp_path: Path):
+    found = mm.quick(photographs(tmp_path / "p"), **FAST)
+    assert found.report.fields["image"]["colours"] > 0.9
+    for c, name in enumerate(("round", "square")):
+        for i in range(5):
+            pixels = np.full((12, 12, 3), (200, 10 * i, 0), np.uint8)
+            pixels[c : i + 4, 2:8] = (0, 0, 255)
+            path = tmp_path / "d" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    found = mm.quick(tmp_path / "d", **FAST)
+    assert found.report.fields["image"]["colours"] == pytest.approx(2 / 144, abs=1e-3)
+    assert "augmentation of image: other sizes, angles, light and noise (--no-augment)" in found.says
+
+
+def test_a_held_out_part_ends_training_and_the_best_model_is_taken(tmp_path: Path):
+    draw = np.random.default_rng(0)
+    rows = [  # answers by chance: after the first steps the held-out loss only rises
+        {"a": float(a), "b": float(b), "label": "xy"[int(draw.integers(2))], "split": "val" if i % 2 else "train"}
+        for i, (a, b) in enumerate(draw.standard_normal((120, 2)))
+    ]
+    rows += [{**row, "a": row["a"] + 5, "split": "test"} for row in rows[:20]]
+    settings = ["steps=80", "lr=0.03", "evaluate_every=8", "ema=0", "core.dropout=0"]
+    found = mm.quick(rows, settings=settings, folder=tmp_path / "run", quiet=True)
+    assert f"patience={rules.PATIENCE}" in (tmp_path / "run" / "script.py").read_text()
+    losses = {row["step"]: row["row -> label loss"] for row in found.run.history if "row -> label loss" in row}
+    assert found.run.best_step == min(losses, key=lambda step: losses[step])
+    assert found.run.history[-1]["step"] < 80
+    loss = mm.train.evaluate(found.model, "row -> label", found.parts["held_out"])["loss"]
+    assert loss == pytest.approx(losses[found.run.best_step], rel=1e-4)
 
 
 def test_the_table_of_rules_is_that_of_the_docs():
