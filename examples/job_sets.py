@@ -44,7 +44,7 @@ class JobSet:
     """Samples by task to learn from and to test on, and the tokenizers that fit them."""
 
     tokenizers: dict[str, mm.Tokenizer]
-    train: dict[str, mm.data.Samples]
+    train: dict[str, Any]  # Rows, of which the pictures may be Augmented
     test: dict[str, Rows]
 
 

@@ -18,7 +18,7 @@ from multimodal.export.programs import read_fields
 from multimodal.heads import cross_entropy
 from multimodal.heads.base import TiedLinear
 from multimodal.quantization import FORMS, QuantizedLinear, QuantizedTable
-from multimodal_tokenizers import Chat, ImagePatches, Labels
+from multimodal_tokenizers import Chat, ImagePatches, Labels, Number
 from tests.serve.conftest import data_url, png, serving
 
 CORE = mm.Core(width=32, depth=2, heads=4, kv_heads=2)
@@ -167,6 +167,7 @@ EACH = {  # a head, the task that it answers, and which of its layers become sma
     "Masked": (mm.heads.Masked(0.5), "text -> text", {"linear"}),
     "FlowMatching": (mm.heads.FlowMatching(width=32, depth=1, steps=2), "label -> drawn", set()),
     "Pointer": (mm.heads.Pointer(), "text -> part:text", set()),
+    "Regress": (mm.Regress(), "text -> number", {"linear"}),
     "Contrast": (mm.Contrast(width=16), "image <-> text", {"left", "right"}),
     "Contrast, sigmoid": (mm.Contrast(width=16, form="sigmoid", bias=("left",)), "image <-> text", {"left", "right"}),
     "Contrast, one pool": (mm.Contrast(width=16, pool=mm.heads.Mean()), "image <-> text", {"left", "right"}),
@@ -188,9 +189,20 @@ def outputs(model: mm.Model, task: str, sample: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", EACH)
 def test_every_head_of_ours(tokenizers, lively, sample, tmp_path, name, to):
     head, task, wanted = EACH[name]
-    given = {**sample(3), "copy": sample(3)["text"], "part": sample(3)["text"][:1], "drawn": torch.rand(8, 8).numpy()}
+    given = {
+        **sample(3),
+        "copy": sample(3)["text"],
+        "part": sample(3)["text"][:1],
+        "drawn": torch.rand(8, 8).numpy(),
+        "number": 0.5,
+    }
     given["chat"] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": given["text"]}]
-    kinds = {**tokenizers, "drawn": ImagePatches(patch=4, channels=1, size=(8, 8)), "chat": Chat(words="text")}
+    kinds = {
+        **tokenizers,
+        "drawn": ImagePatches(patch=4, channels=1, size=(8, 8)),
+        "chat": Chat(words="text"),
+        "number": Number(),
+    }
     model = lively(mm.Model(kinds, CORE.replace(depth=1), [mm.Task(task, head)]))
     small = mm.quantize(model, to)
     made = {n for n, m in small.readout(task).named_modules() if isinstance(m, QuantizedLinear)}

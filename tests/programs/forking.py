@@ -81,6 +81,8 @@ def main() -> None:
     for name in LARGE:
         with contextlib.suppress(ImportError):  # a program that needs it says so
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):  # float32 on every CPU, as in tests/conftest.py
+        importlib.import_module("torch").cpu._is_amx_tile_supported = lambda: False
     gc.freeze()  # else each fork copies what is collected from, page by page
     sys.argv = serve()
     try:
