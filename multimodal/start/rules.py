@@ -127,13 +127,19 @@ RULES = (
         "against noise of small data",
     ),
     Rule(
-        "pictures and sounds, and the answer is no number",
-        f"augmentation: `augment.for_pictures(strength={STRENGTH})`, behind the shrinking of large ones; `augment.for_sounds()`",
-        "size, angle, light, noise, speaker and microphone do not decide; a number to answer may be one of these",
+        "sounds, and the answer is no number",
+        "augmentation: `augment.for_sounds()`",
+        "speaker and microphone do not decide; a number to answer may be one of loudness or speed",
     ),
     Rule(
-        f"photographs in colour ({PHOTOGRAPH:.0%} of the pixels of the middle picture or more differ in colour), one picture and "
-        "nothing else is read, and the answer is classes of which none is called by one character, a number, left or right",
+        f"photographs in colour ({PHOTOGRAPH:.0%} of the pixels of the middle picture or more differ in colour), and the answer "
+        "is no number",
+        f"augmentation: `augment.for_pictures(strength={STRENGTH})`, behind the shrinking of large ones",
+        "size, angle, light and noise do not decide; grey digits were learned worse with it in some minutes",
+    ),
+    Rule(
+        "photographs in colour, one picture and nothing else is read, and the answer is classes of which none is called by one "
+        "character, a number, left or right",
         "augmentation also by mirror images",
         "digits, letters and signs are others in a mirror, and questions and captions may say left and right",
     ),
@@ -259,7 +265,7 @@ def _augment(choice: Choice, report: DataReport) -> None:
             choice.changes[name], choice.changes_code[name] = for_sounds(), "augment.for_sounds()"
             choice.says.append(f"augmentation of {name}: other speakers, microphones and noise (--no-augment)")
         # one that is larger than augmentation reads would end the training
-        if seen["kind"] == "image" and seen["pixels"] <= MAX_PIXELS:
+        if seen["kind"] == "image" and seen["pixels"] <= MAX_PIXELS and _is_photograph(seen):
             kind: Any = choice.tokenizers["image"]
             smallest, flip = 2 * kind.patch, may_mirror(report)
             changes = for_pictures(smallest=smallest, flip=flip, strength=STRENGTH)
@@ -272,14 +278,17 @@ def _augment(choice: Choice, report: DataReport) -> None:
             choice.says.append(f"augmentation of {name}: other sizes, angles, light and noise{mirrored} (--no-augment)")
 
 
+def _is_photograph(seen: Mapping[str, Any]) -> bool:
+    return not seen["grey"] and seen["colours"] >= PHOTOGRAPH
+
+
 def may_mirror(report: DataReport) -> bool:
     """Whether a picture and its mirror image have the same answer, by the rule in `RULES`."""
     seen, *others = report.fields.values()
     return (
         not others
         and seen["kind"] == "image"
-        and not seen["grey"]
-        and seen.get("colours", 0.0) >= PHOTOGRAPH
+        and _is_photograph(seen)
         and report.answer["kind"] in ("label", "labels")
         and not any(SIDED.fullmatch(name) for name in report.answer["classes"])
     )
