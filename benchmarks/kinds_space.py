@@ -226,7 +226,7 @@ def vqa(seed: int, tune: bool) -> dict[str, float]:
             kinds["image"] = images
         # which word means which colour or shape is learned late, with AdamW later still
         recipe = {
-            "steps": 600 if "image" not in task else 2800,
+            "steps": 600 if "image" not in task else 4200,
             "batch": 32,
             "lr": 4e-3,
             "ema": 0.99,
