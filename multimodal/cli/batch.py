@@ -216,7 +216,9 @@ def _source(data: Sequence[str]) -> Source:
     elif len(data) == 1:
         return _of_table(open_table(name), name)
     if gone := [one for one in data if not os.path.isfile(one)]:
-        raise ConfigError(f"{shortened(gone[0])} is no file; of several data each is one file")
+        raise ConfigError(
+            f"{shortened(gone[0])} is no file; of several data each is one, and a text of several words wants quotes"
+        )
     suffixes = {Path(one).suffix.lower() for one in data}
     field = next((field for field, endings in KINDS.items() if suffixes <= set(endings)), "file")
     digest = hashlib.sha256()

@@ -350,7 +350,8 @@ def test_fault_78a_without_arguments_with_a_near_miss_and_with_words_too_many(sa
     assert code == 0
     assert "predict" in out
     assert 'Did you mean "predict"?' in refused("predcit")
-    err = refused("predict", "texts", "one", "two")
+    assert "quotes" in refused("predict", "texts", "one", "two")
+    err = refused("look", "texts", "one", "two")
     assert "'one', 'two'" in err
     assert "quotes" in err
     assert re.fullmatch(r"\d+\.\d+.*\n", say("--version")[1])
