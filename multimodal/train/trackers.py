@@ -82,7 +82,6 @@ class Service(RowTracker):
     """
 
     package: ClassVar[str]
-    extra: ClassVar[str]
 
     def __init__(self, project: str = "multimodal", name: str | None = None, **options: Any) -> None:
         for what, value in (("project", project), ("name", name)):
@@ -96,21 +95,19 @@ class Service(RowTracker):
         try:
             return importlib.import_module(self.package)
         except ImportError as error:
-            raise ConfigError(
-                f"{type(self).__name__}: {error}; pip install {self.package}, or pip install 'multimodal-stream[{self.extra}]'"
-            ) from error
+            raise ConfigError(f"{type(self).__name__}: {error}; pip install {self.package}") from error
 
     def on_start(self, view: View) -> None:
         """Begin a run there, or go on with the one of this run folder."""
         path = None if view.folder is None else view.folder / REMOTE
         known = {} if path is None or not path.is_file() else read_json(path, ValueError)
-        mine = known.get(self.extra) if isinstance(known, dict) else None
+        mine = known.get(self.package) if isinstance(known, dict) else None
         name = self.name or (view.folder.resolve().name if view.folder is not None else None)
         parameters = sum(p.numel() for p in view.model.parameters())
         config = {"parameters": parameters, "recipe": plain(view.recipe.config())}
         found = self._open(mine if isinstance(mine, str) else None, name, config)
         if path is not None and mine != found:
-            write_atomic(path, json.dumps({**known, self.extra: found}, indent=1) + "\n")
+            write_atomic(path, json.dumps({**known, self.package: found}, indent=1) + "\n")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         if self._run is None:
@@ -142,7 +139,7 @@ class WandB(Service):
         ConfigError: the package wandb is not installed.
     """
 
-    package = extra = "wandb"
+    package = "wandb"
 
     def _open(self, known: str | None, name: str | None, config: dict[str, Any]) -> str:
         given = {"project": self.project, "name": name, "config": config, "id": known, "resume": "allow"}
@@ -178,7 +175,7 @@ class MLflow(Service):
         ConfigError: the package mlflow is not installed.
     """
 
-    package = extra = "mlflow"
+    package = "mlflow"
 
     def __init__(self, project: str = "multimodal", name: str | None = None, *, uri: str | None = None) -> None:
         super().__init__(project, name)
@@ -226,7 +223,7 @@ class Trackio(Service):
         ConfigError: the package trackio is not installed.
     """
 
-    package = extra = "trackio"
+    package = "trackio"
 
     def _open(self, known: str | None, name: str | None, config: dict[str, Any]) -> str:
         # a run is found by its name there, so a new one may not have that of another

@@ -563,7 +563,13 @@ def test_fault_81_the_grey_that_is_seen_through_lies_on_white():
         ("TIFF", ImageCms.applyTransform(smooth, to_lab)),
     ):
         data = file_of(picture, kind)
-        wanted = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1) / np.float32(255)
+        try:
+            wanted = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1) / np.float32(255)
+        except OSError:  # Pillow 12.3 does not read the YCbCr TIFF that it wrote, and we say so
+            assert picture.mode == "YCbCr"
+            with pytest.raises(MediaError):
+                image(data, 3)
+            continue
         np.testing.assert_array_equal(image(data), wanted)
 
 
