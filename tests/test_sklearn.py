@@ -22,7 +22,7 @@ from multimodal.sklearn import Classifier, Regressor  # noqa: E402
 TINY = {"core": mm.Core(width=16, depth=1, heads=2), "lr": 1e-2, "batch": 32}
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.filterwarnings("ignore")  # the checks use what warns
 @parametrize_with_checks([Classifier(steps=30, **TINY), Regressor(steps=30, **TINY)])
 def test_scikit_learns_own_checks(estimator, check):

@@ -216,9 +216,10 @@ def test_a_pruned_trial_was_worse_than_the_median(tmp_path):
     found = find(tmp_path, [f"lr={rates}"], trials=10)
     pruned = [trial for trial in found.trials if trial.state == "pruned"]
     assert pruned
-    logs = [
-        [json.loads(line) for line in (trial.folder / "log.jsonl").read_text().splitlines()] for trial in found.trials
-    ]
+    logs = {
+        trial.number: [json.loads(line) for line in (trial.folder / "log.jsonl").read_text().splitlines()]
+        for trial in found.trials
+    }
     for trial in pruned:
         rows = [row for row in logs[trial.number] if LOSS in row and "loss" in row]
         step, best = rows[-1]["step"], min(row[LOSS] for row in rows)
