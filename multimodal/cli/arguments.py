@@ -158,6 +158,14 @@ def _listed(tasks: Iterable[str]) -> str:
     return ", ".join(map(repr, tasks))
 
 
+def _check_apart(given: Iterable[str], absent: Iterable[str]) -> None:
+    """Raise a TaskError for a field that is both given and left out."""
+    from multimodal.shapes import TaskError
+
+    if both := [name for name in absent if name in set(given)]:
+        raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
+
+
 def _given(options: Mapping[str, _Typed], known: Container[str]) -> dict[str, _Typed]:
     """Fields by name, from the typed options; --field-out is the field `out`, because --out is an option."""
     names = {option: option.replace("-", "_") for option in options}
@@ -209,8 +217,7 @@ def samples_from(
         if name not in kinds:
             reads = " ".join(map(_option, kinds)) or "no field"
             raise TaskError(f"--{name}: task {task!r} reads {reads}{_closest([name], list(kinds))}")
-    if both := [name for name in absent if name in given]:
-        raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
+    _check_apart(given, absent)
     if missing := [_option(name) for name in kinds if name not in given and name not in absent]:
         them, also, too = "it" if len(missing) == 1 else "them", "also " if given else "", " too" if given else ""
         out = f", or leave {them} out: " + " ".join(f"--without {name.removeprefix('--')}" for name in missing)
@@ -262,8 +269,7 @@ def constants_from(model: "Model", fields: Mapping[str, Sequence[str]], without:
         if name not in kinds:
             there = " ".join(map(_option, kinds)) or "no field"
             raise TaskError(f"--{name}: the tasks of this model read {there}{_closest([name], list(kinds))}")
-    if both := [name for name in absent if name in given]:
-        raise TaskError(f"--without {both[0]}: --{both[0]} is given as well; leave out one of the two")
+    _check_apart(given, absent)
     found: dict[str, Any] = dict.fromkeys(absent)
     for name, texts in given.items():
         kind, many = kinds[name]

@@ -31,6 +31,7 @@ from multimodal.train import Run, TrainingJob, evaluate, fit
 from multimodal.train.run_folder import MODEL, check_folder
 from multimodal.train.run_report import Record
 from multimodal.train.settings import make_job
+from multimodal_tokenizers import Labels
 
 STATE = "quick.json"
 SCRIPT, REPORT = "script.py", "report"
@@ -343,7 +344,7 @@ def _lost(rows: Any) -> str:
 
 
 def _classes(kind: str, parts: dict[str, list[int]], answers: Sequence[Any]) -> dict[str, dict[str, int]]:
-    """By class, its number of samples in each part, in the order of `Labels.from_data`."""
+    """By class, its number of samples in each part, in the order of its id."""
     if kind not in ("label", "labels"):
         return {}
     counts: dict[str, dict[str, int]] = {}
@@ -352,8 +353,7 @@ def _classes(kind: str, parts: dict[str, list[int]], answers: Sequence[Any]) -> 
             for name in [answers[row]] if kind == "label" else dict.fromkeys(answers[row]):
                 of = counts.setdefault(str(name), {})
                 of[part] = of.get(part, 0) + 1
-    numbers = all(name.removeprefix("-").isdecimal() and len(name) < 1000 for name in counts)
-    return {name: counts[name] for name in sorted(counts, key=lambda name: (int(name), name) if numbers else (0, name))}
+    return {name: counts[name] for name in Labels.from_data(list(counts)).names} if counts else {}
 
 
 def _job(
