@@ -40,6 +40,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name or a room when it is first asked for, so that `multimodal --help` does not wait for torch."""
     if name in _ROOMS:
         return importlib.import_module(f"multimodal.{name}")
+    if name == "__version__":
+        return importlib.import_module("multimodal.versions").package_version()
     module = _MODULE_OF.get(name) or old_names.module_of(name)
     if module is None:
         raise AttributeError(f"module 'multimodal' has no attribute {name!r}")
@@ -48,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     dunder = {name for name in globals() if name.startswith("__") and name.endswith("__")}
-    return sorted({*dunder, *__all__, *_ROOMS})
+    return sorted({*dunder, "__version__", *__all__, *_ROOMS})

@@ -72,3 +72,5 @@ from multimodal.train import fit as fit
 from multimodal.transcription import Listener as Listener
 from multimodal.transcription import Transcript as Transcript
 from multimodal.transcription import transcribe as transcribe
+
+__version__: str

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multimodal.checkpoint import declarations, package_version
+from multimodal.checkpoint import declarations
 from multimodal.declare import OURS, part_types
 from multimodal.heads import Classify, Masked
 from multimodal.model import Model
@@ -17,6 +17,7 @@ from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT, inside, takes
 from multimodal.shapes import ConfigError
 from multimodal.texts import as_json, listed
 from multimodal.train.run_report import Record
+from multimodal.versions import package_version
 
 LIBRARY = "multimodal-stream"
 MARK = "<!-- written by multimodal-stream from the model and its run; checksum "

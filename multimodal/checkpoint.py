@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from multimodal.saving import PLACE, SHA256, Saving, check_names, stored, versio
 from multimodal.shapes import CheckpointError, did_you_mean
 from multimodal.task import Task
 from multimodal.texts import short_repr, shortened
+from multimodal.versions import package_version
 
 _T = TypeVar("_T")
 FORMAT = 1
@@ -531,11 +531,3 @@ def put_weights(model: Network, weights: dict[str, Tensor], where: Path, *, fini
                 f"{where}: the weights in {name} are not all finite (NaN or infinity), so its answers would mean nothing"
             )
     model.load_state_dict(weights)
-
-
-def package_version() -> str:
-    """The installed version, or 'unknown' when run from a bare source tree."""
-    try:
-        return version("multimodal-stream")
-    except PackageNotFoundError:
-        return "unknown"

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from multimodal.checkpoint import (
     FORMAT,
     check_tensors,
-    package_version,
     put_weights,
     read_header,
     read_tensors,
@@ -33,6 +32,7 @@ from multimodal.network import Network, _seeded
 from multimodal.saving import SHA256, Saving, check_names, stored
 from multimodal.shapes import CheckpointError, ConfigError, check_whole
 from multimodal.texts import short_repr
+from multimodal.versions import package_version
 
 CONFIG, WEIGHTS = "adapters.json", "adapters.safetensors"
 BASE = "base_layer"  # peft's name of the layer that an adapter is added to

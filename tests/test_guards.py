@@ -36,6 +36,7 @@ LAYERS = (
         "process_state",
         "old_names",
         "hub",
+        "versions",
     },
     {"tokenizer", "composite", "masks", "relations", "positions", "norm", "media"},
     {"attention"},

@@ -28,7 +28,7 @@ from multimodal.cli.transcribe import transcribe
 
 
 def _version() -> str:
-    from multimodal.checkpoint import package_version
+    from multimodal.versions import package_version
 
     return package_version()
 

@@ -147,7 +147,7 @@ def _packages(name: str) -> Sequence[str]:
 
 def report_bug(error: Exception) -> None:
     """Report a bug in one line and save the traceback in a file, because a long training run cannot be repeated at once."""
-    from multimodal.checkpoint import package_version
+    from multimodal.versions import package_version
 
     trace = "".join(traceback.format_exception(error))
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from multimodal.checkpoint import FILES, package_version
+from multimodal.checkpoint import FILES
 from multimodal.declare import declaration
 from multimodal.export.compare import SHAPES, RunProgram, agreement, largest_difference, most_written, read_bounds
 from multimodal.export.formats import FORMATS, Format
@@ -23,6 +23,7 @@ from multimodal.heads.contrast import ContrastReadout
 from multimodal.network import Network
 from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
+from multimodal.versions import package_version
 
 MANIFEST = "manifest.json"
 MOST = 1e-4

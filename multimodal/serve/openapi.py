@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from multimodal.checkpoint import package_version
 from multimodal.model import Model
 from multimodal.serve.media_answers import SOUND_TYPES
 from multimodal.serve.native import PREFIX, RESERVED
@@ -13,6 +12,7 @@ from multimodal.serve.tasks import described
 from multimodal.serve.transcriptions import FORMATS
 from multimodal.serve.transcriptions import TYPES as TEXT_TYPES
 from multimodal.serve.values import CLASS, PICTURE, SOUND, TEXT
+from multimodal.versions import package_version
 
 JSON, FORM, EVENTS = "application/json", "multipart/form-data", "text/event-stream"
 Schema = dict[str, Any]

@@ -17,10 +17,10 @@ from multimodal.declare import plain
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.texts import shortened
-from multimodal.train.display import installed_version
 from multimodal.train.processes import Processes
 from multimodal.train.recipe import Recipe
 from multimodal.train.state import unequal
+from multimodal.versions import installed_version
 
 PACKAGES = ("multimodal-stream", "multimodal-tokenizers", "numpy", "timm", "safetensors")
 LOCAL = ("workers", "device", "cache")  # settings that may differ between processes

@@ -32,7 +32,7 @@ from multimodal.model import Model
 from multimodal.model_parts import weights_of
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Places
-from multimodal.train.display import installed_version
+from multimodal.versions import installed_version
 
 FORMAT = 1
 SUFFIX = ".vectors"

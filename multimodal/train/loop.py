@@ -27,6 +27,7 @@ from multimodal.model import Model
 from multimodal.notebook import run_html
 from multimodal.process_state import preserved_state
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
+from multimodal.train import precision
 from multimodal.train.callbacks import CallbackError, Callbacks, View, as_callbacks
 from multimodal.train.consistency import equal_in_all_processes, settings_of
 from multimodal.train.display import bar, draw_curves, environment, is_held_out, write_csv
@@ -59,6 +60,7 @@ from multimodal.train.state import Checkpoints, TrainingState
 from multimodal.train.stopping import BestSoFar
 
 Tracker = Callable[[Mapping[str, Any]], Any]
+FEWEST_STEPS = 50  # of a run in which the faster precision is measured; in a shorter one that costs more than it saves
 
 
 @dataclass
@@ -274,6 +276,9 @@ class _Training:
                 settings |= {"folder": None if folder is None else str(folder), "resume": bool(resume)}
                 settings |= settings_of(model, recipe, self.device, self.dataset, {**sizes, **shares})
         self.dtype, self.dtype_reason = choose_precision(recipe.precision, self.device)
+        self.unmeasured: str | None = (
+            None  # the name under which the faster precision will be remembered, if it is not known
+        )
         model.to(self.device if recipe.parallel == "ddp" else "cpu")
         set_modes(model, recipe.freeze)
         recompute(model, recipe.activation_checkpointing)
@@ -380,6 +385,7 @@ class _Training:
         """Train the steps that are left, or until a signal asks to stop."""
         recipe = self.recipe
         threads = threads_beside(recipe.workers) if self.device.type == "cpu" else torch.get_num_threads()
+        self._recall_precision(threads)
         self._print_summary(threads)
         start, tokens = self.step, 0
         self.callbacks.call("on_start", step=self.step, row=dict(self.run.history[-1]) if self.run.history else {})
@@ -402,6 +408,10 @@ class _Training:
                         raise
                     break
                 counts, totals = self._all_reduce_counts(batch, asked.is_set() or bool(self.callbacks.failed))
+                if self.unmeasured:
+                    paused = time.perf_counter()
+                    self._measure_precision(batch, counts)
+                    clock += time.perf_counter() - paused
                 lr = (self.rates or rate)(recipe, self.step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
@@ -552,6 +562,47 @@ class _Training:
             self._skip_step(why, batch, counts, finite=math.isfinite(loss) and math.isfinite(norm))
             row["left_out"] = 1
         return row
+
+    def _recall_precision(self, threads: int) -> None:
+        """Take the precision that was faster before at these shapes, or note that it has to be measured.
+
+        A long run of one process on a CPU with bfloat16 is worth it. A cache of a tower has the vectors of one precision.
+        """
+        recipe = self.recipe
+        asked = recipe.precision != "auto" or self.step or recipe.compile or recipe.cache or recipe.steps < FEWEST_STEPS
+        if asked or self.processes.count > 1 or self.device.type != "cpu" or not precision.may_be_faster():
+            return
+        shapes = recipe.batch, recipe.tokens, recipe.packs, recipe.accumulate, recipe.activation_checkpointing
+        key = precision.key_of(threads, shapes, plain(declarations(self.model)), recipe.freeze)
+        ratio = precision.remembered(key)
+        if ratio is None:
+            self.unmeasured = key
+            self.dtype_reason += "; the faster one is measured first"
+        else:
+            self.dtype, why = precision.choice(ratio)
+            self.parallel.dtype, self.dtype_reason = self.dtype, f"{why}, as measured before"
+
+    def _measure_precision(self, batch: Batch, counts: Mapping[str, float]) -> None:
+        """Take the precision in which the gradients of this batch are there first, and remember it; nothing else changes."""
+        assert self.unmeasured
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+        def backward(dtype: torch.dtype) -> None:
+            self.parallel.dtype = dtype
+            torch.manual_seed(0)
+            for stream in batch.streams:
+                self.parallel.backward(stream, counts, last=True)
+            self.optimizer.zero_grad(set_to_none=True)
+
+        ratio = precision.measure(backward)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+        self.dtype, self.dtype_reason = precision.choice(ratio)
+        self.parallel.dtype = self.dtype
+        precision.remember(self.unmeasured, ratio)
+        self.unmeasured = None
+        if not self.quiet:
+            print(f"fit: computes in {short_name(self.dtype)} ({self.dtype_reason})")
 
     def _skip_step(self, why: str, batch: Batch, counts: Mapping[str, float], *, finite: bool) -> None:
         """Save the batch and the weights of a step with a loss spike, which does not change the weights.

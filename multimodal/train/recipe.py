@@ -69,7 +69,8 @@ class Recipe(Declared):
     clip: a gradient with a larger norm is scaled down to this norm; 0: none is.
     spike: a step whose gradient norm is above this many times the mean is skipped, and its batch is saved; 0: none is.
     ema: the decay of averaged weights, which then become the model; 0: no average.
-    precision: float32, bfloat16 (autocast), or auto: bfloat16 where the hardware multiplies it.
+    precision: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that multiplies it; on a CPU that does, the one that is
+        faster for the first batch, which is remembered for later runs of the same shapes on this machine.
     device: cpu, cuda, cuda:1, mps, or auto: the GPU if there is one.
     activation_checkpointing: whether blocks are recomputed in the backward pass, which saves memory.
     compile: whether torch.compile is used; it needs a C++ compiler on CPUs.

@@ -144,7 +144,7 @@ def test_help_lists_the_commands(say) -> None:
 
 
 def test_version(say) -> None:
-    from multimodal.checkpoint import package_version
+    from multimodal.versions import package_version
 
     assert say("--version")[:2] == (0, package_version() + "\n")
 
