@@ -1,6 +1,6 @@
 """Training: a plain loop, its recipe, its state on disk, its picture."""
 
-from multimodal.train.callbacks import Answers, Callback, CallbackError, Histograms
+from multimodal.train.callbacks import Answers, Callback, CallbackError, Histograms, View
 from multimodal.train.embedding_cache import cached
 from multimodal.train.evaluation import calibrate, evaluate
 from multimodal.train.hyperparameters import FoundSettings, search
@@ -19,6 +19,7 @@ __all__ = [
     "Recipe",
     "Run",
     "TrainingJob",
+    "View",
     "cached",
     "calibrate",
     "evaluate",
