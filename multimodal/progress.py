@@ -1,8 +1,10 @@
-"""The progress bar of all commands: what is done, a note, elapsed and remaining time; nothing where there is no terminal."""
+"""The progress bar of all commands: what is done, a note, elapsed and remaining time; in terminals, and in notebooks that have
+ipywidgets; elsewhere nothing."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -41,7 +43,7 @@ class Bar:
 def progress_bar(
     what: str, total: float | None, *, start: float = 0, quiet: bool = False, on_stdout: bool = False
 ) -> Iterator[Bar]:
-    """Yields a bar on stderr, which disappears at the end of the block.
+    """Yields a bar on stderr, or below the cell of a notebook; it disappears at the end of the block.
 
     total: None if it is not known. start: what is done before the block. quiet: show nothing. on_stdout: on stdout, and it stays.
     """
@@ -49,12 +51,13 @@ def progress_bar(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=not on_stdout)
-    if quiet or not console.is_terminal:
+    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None  # which rich draws with there
+    if quiet or not (console.is_terminal or in_notebook):
         yield Bar(what, total, start, None)
         return
     text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}", markup=False)
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     # where stdout is a pipe, rich would send what is printed to stderr
-    redirect = on_stdout or sys.stdout.isatty()
+    redirect = on_stdout or in_notebook or sys.stdout.isatty()
     with Progress(*text, *times, console=console, transient=not on_stdout, redirect_stdout=redirect) as progress:
         yield Bar(what, total, start, progress)
