@@ -37,7 +37,7 @@ ROOMS = {
 }
 """Each room with the modules in it that are used by their own names."""
 
-FIRST = ("start.md", "quick.md", "concepts.md", "coming_from.md", "features.md", "troubleshooting.md")
+FIRST = ("start.md", "quick.md", "recipes.md", "concepts.md", "coming_from.md", "features.md", "troubleshooting.md")
 """The guides for somebody who is new, in this order."""
 
 DOCUMENTS = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
