@@ -114,9 +114,10 @@ def _shown(line: dict[str, Any], quick: bool) -> list[str]:
         return [*line["lines"], ""]
     ours, theirs = (results.speed(line[side]["wall"], line["unit"]) for side in ("ours", "theirs"))
     spread = f"{line['ratios'][0]:.2f} to {line['ratios'][-1]:.2f} in {len(line['ratios'])} rounds"
-    goal = "" if line["goal"] is None else f", goal {line['goal']:g}"
+    missed = line["goal"] is not None and line["ratio"] < line["goal"]
+    goal = "" if line["goal"] is None else f", goal {line['goal']:g}{', missed' * missed}"
     same = "outputs not compared" if line["difference"] is None else f"outputs differ by {line['difference']:.1g}"
-    out = [f"  {line['peer']} / ours {line['ratio']:.2f} ({spread}; of CPU {line['ratio_cpu']:.2f}){goal}; {same}"]
+    out = [f"  {results.in_words(line)} ({spread}; {line['ratio_cpu']:.2f} by CPU time){goal}; {same}"]
     for side, speed in (("ours", ours), ("theirs", theirs)):
         facts = "; ".join(f"{k} {v}" for k, v in line[side]["facts"].items())
         out.append(f"  {side:6} {speed}, peak {line[side]['peak_mb']} MB; {facts}")

@@ -11,9 +11,10 @@ from typing import Any
 
 from benchmarks.report import refresh
 from benchmarks.speed.row import Row
+from multimodal.files import save_figure
 
 RESULTS = Path(__file__).parents[1] / "results"
-LINES, TABLE, PROFILES = "bench.jsonl", "bench.md", "bench_profiles.md"
+LINES, TABLE, PROFILES, PICTURE = "bench.jsonl", "bench.md", "bench_profiles.md", "bench.png"
 
 
 def record(row: Row, found: dict[str, Any], threads: int, rounds: int) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def add(line: dict[str, Any], folder: Path = RESULTS) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     lines = read(folder)
     (folder / TABLE).write_text(page([x for x in lines if "profile" not in x]), encoding="utf-8")
+    draw(lines, folder / PICTURE)
     (folder / PROFILES).write_text(profiles_page([x for x in lines if "profile" in x]), encoding="utf-8")
     if folder == RESULTS:
         refresh()
@@ -80,10 +82,48 @@ def _head(title: str, command: str, newest: dict[str, dict[str, Any]]) -> list[s
     return [f"# {title}", "", f"`{command}`", *places, ""]
 
 
+def newest_ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest result of each row that has a peer."""
+    return list({line["row"]: line for line in lines if "ratio" in line}.values())
+
+
+def in_words(line: dict[str, Any]) -> str:
+    """How fast ours is beside the peer."""
+    return f"{line['ratio']:.2f} times as fast as {line['peer']}"
+
+
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """The newest ratio of each row as a dot, from its slowest round to its fastest as a line, its goal as a mark."""
+    from matplotlib.figure import Figure
+
+    newest = newest_ratios(lines)[::-1]
+    if not newest:
+        return
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(newest)), layout="constrained")
+    axes = figure.subplots()
+    for y, x in enumerate(newest):
+        missed = x["goal"] is not None and x["ratio"] < x["goal"]
+        colour = "tab:red" if missed else "tab:blue"
+        axes.plot([x["ratios"][0], x["ratios"][-1]], [y, y], color=colour, linewidth=2, alpha=0.5)
+        axes.plot(x["ratio"], y, "o", color=colour)
+        axes.annotate(f"{x['ratio']:.2f}", (x["ratio"], y), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        if x["goal"] is not None:
+            axes.plot(x["goal"], y, "|", color="black", markersize=12)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16) if t / 2 <= max(x["ratios"][-1] for x in newest)]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(newest)), [f"{x['row']}, beside {x['peer']}" for x in newest], fontsize=7)
+    axes.set_xlabel("times as fast as the peer; |: the goal; red: missed")
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(path, figure, 110)
+
+
 def table(lines: list[dict[str, Any]]) -> list[str]:
-    """Markdown of rows with a peer: the ratio of the clock is theirs / ours, above 1 we are faster."""
+    """Markdown of rows with a peer; above 1 ours is faster."""
     out = [
-        "| row | peer | ours | theirs | theirs / ours | rounds from .. to | of CPU | goal | outputs differ |",
+        "| row | peer | ours | theirs | times as fast | rounds from .. to | of CPU | goal | outputs differ |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in lines:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.speed import main, results
 from benchmarks.speed.compare import BenchError, difference, measure, ratios
@@ -168,7 +169,16 @@ def test_results_are_added_and_the_table_shows_the_newest_of_each_row(tmp_path):
     )
     assert "| 2.50 | 2.50 .. 2.50 (1) | 2.50 | 2 | not compared |" in page
     assert "1.00" not in page
+    with Image.open(tmp_path / "bench.png") as picture:
+        assert picture.height > 100
     assert "**c**\n\na curve\n" in page
+
+
+def test_a_ratio_is_said_in_words_and_a_missed_goal_too():
+    assert main._shown(line("a", 1.15, 1.2), quick=False)[0] == (
+        "  1.15 times as fast as them (1.15 to 1.15 in 1 rounds; 1.15 by CPU time), goal 1.2, missed; outputs not compared"
+    )
+    assert "missed" not in main._shown(line("a", 1.2, 1.2), quick=False)[0]
 
 
 def test_the_machine_is_reported_without_its_name():
