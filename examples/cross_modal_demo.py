@@ -59,7 +59,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # fit
     recipe = mm.Recipe(
-        batch=96, lr=2e-3, ema=0.99, weight_decay=0.1, steps=args.steps, workers=args.workers, seed=args.seed
+        batch=96,
+        optimizer="muon",
+        lr=6e-3,
+        ema=0.98,
+        weight_decay=0.1,
+        steps=args.steps,
+        workers=args.workers,
+        seed=args.seed,
     )
     keep = {"folder": args.folder, "resume": args.resume, "go_on": f"uv run {shlex.join(sys.argv)} --resume"}
     run = mm.fit(model, train, recipe, **keep)
@@ -114,7 +121,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--mine", type=Path, metavar="FILE", help="a recording of yours, of one digit")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "cross_modal", help="run folder")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--workers", type=int, default=1, help="data processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
