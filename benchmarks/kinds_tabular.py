@@ -145,19 +145,24 @@ def table(samples: Samples) -> np.ndarray:
     return np.array(rows, dtype=object)
 
 
-def of_peer(name: str, seed: int, x: np.ndarray) -> Any:
-    """A pipeline of scikit-learn, at its defaults, for rows like these."""
+def prepared(x: np.ndarray, filled: bool) -> Any:
+    """What makes numbers of rows like these. filled: missing numbers are filled and all are standardised, for linear models."""
     numbers = [i for i in range(x.shape[1]) if not any(isinstance(value, str) for value in x[:, i])]
     texts = [i for i in range(x.shape[1]) if i not in numbers]
+    if filled:
+        scaled = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
+        return make_column_transformer((OneHotEncoder(handle_unknown="ignore"), texts), (scaled, numbers))
+    unknown: dict[str, Any] = {"handle_unknown": "use_encoded_value", "unknown_value": -1}
+    return make_column_transformer((OrdinalEncoder(**unknown), texts), ("passthrough", numbers))
+
+
+def of_peer(name: str, seed: int, x: np.ndarray) -> Any:
+    """A pipeline of scikit-learn, at its defaults, for rows like these."""
     if name == "histogram gradient boosting":  # reads missing values as they are
-        unknown: dict[str, Any] = {"handle_unknown": "use_encoded_value", "unknown_value": -1}
-        columns = make_column_transformer((OrdinalEncoder(**unknown), texts), ("passthrough", numbers))
-        return make_pipeline(columns, HistGradientBoostingClassifier(random_state=seed))
-    filled = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
-    columns = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), texts), (filled, numbers))
+        return make_pipeline(prepared(x, False), HistGradientBoostingClassifier(random_state=seed))
     if name == "gradient boosting":
-        return make_pipeline(columns, GradientBoostingClassifier(random_state=seed))
-    return make_pipeline(columns, LogisticRegression(max_iter=5000))
+        return make_pipeline(prepared(x, True), GradientBoostingClassifier(random_state=seed))
+    return make_pipeline(prepared(x, True), LogisticRegression(max_iter=5000))
 
 
 PEERS = ("logistic regression", "gradient boosting", "histogram gradient boosting")

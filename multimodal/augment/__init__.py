@@ -3,7 +3,7 @@
 pictures.py   size, place, colour, noise of pictures: torchvision computes them
 sounds.py     speed, pitch, noise, pauses, other microphones
 texts.py      words and characters that are left out or changed
-tokens.py     masks in spectrograms and tokens that are left out, after encoding
+tokens.py     masks in spectrograms, other series, tokens that are left out: after encoding
 sources.py    Augmented, Mixup, CutMix: sources of samples that make these changes whenever a sample is read
 presets.py    for_pictures, for_sounds
 """
@@ -41,7 +41,7 @@ from multimodal.augment.sounds import (
 )
 from multimodal.augment.sources import Augmented, CutMix, Mixup
 from multimodal.augment.texts import TextAugmentation, TypingErrors, WordDropout
-from multimodal.augment.tokens import FrequencyWarp, SpecAugment, TokenDropout
+from multimodal.augment.tokens import FrequencyWarp, SeriesJitter, SpecAugment, TokenDropout
 
 __all__ = [
     "Augmentation",
@@ -68,6 +68,7 @@ __all__ = [
     "RandomPart",
     "RandomPiece",
     "RandomScale",
+    "SeriesJitter",
     "Sometimes",
     "SoundAugmentation",
     "SpecAugment",

@@ -1,4 +1,4 @@
-"""Augmentations of tokens, which act after a kind has encoded a value: masks in spectrograms, and tokens that are left out."""
+"""Augmentations of tokens, which act after a kind has encoded a value: masks in spectrograms, other series, tokens left out."""
 
 import math
 from dataclasses import dataclass
@@ -75,6 +75,42 @@ class FrequencyWarp(TokenAugmentation):
         share_F = place_F - low_F
         moved_NF = frames_NF[:, low_F] * (1 - share_F) + frames_NF[:, (low_F + 1).clamp(max=mels - 1)] * share_F
         return Tokens(moved_NF.reshape(tokens.content.shape), tokens.position_NA, tokens.pairs)
+
+
+@dataclass(frozen=True)
+class SeriesJitter(TokenAugmentation):
+    """A time series with noise, larger or smaller, and a little earlier or later (Um et al. 2017). For `Series`.
+
+    noise: the deviation of white noise, as a share of the deviation of each channel of the series.
+    scale: the deviation of the logarithm of a factor, by which the series differs more or less from its means.
+    shift: the largest shift as a share of the steps; the first or last value stands where there is none. Times stay.
+    """
+
+    noise: float = 0.1
+    scale: float = 0.1
+    shift: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_share("SeriesJitter", noise=self.noise, scale=self.scale, shift=self.shift)
+
+    def change_tokens(self, tokens: Tokens, tokenizer: Tokenizer, draw: np.random.Generator) -> Tokens:
+        if not hasattr(tokenizer, "step_s") or not tokenizer.decodes:
+            raise ConfigError(
+                f"SeriesJitter: the tokens of {type(tokenizer).__name__} are no time series; it works on Series"
+            )
+        value = tokenizer.decode(tokens)
+        array, *times = value if isinstance(value, tuple) else (value,)
+        there = ~np.isnan(array)
+        count = np.maximum(there.sum(0), 1)
+        mean = np.where(there, array, 0).sum(0) / count
+        deviation = np.sqrt(np.where(there, (array - mean) ** 2, 0).sum(0) / count)
+        most = int(self.shift * len(array))
+        shift = int(draw.integers(-most, most + 1))
+        moved = array[np.clip(np.arange(len(array)) + shift, 0, len(array) - 1)]
+        changed = mean + (moved - mean) * math.exp(self.scale * draw.standard_normal())
+        changed = changed + self.noise * deviation * draw.standard_normal(array.shape)
+        found = tokenizer((changed, *times) if times else changed)
+        return Tokens(found.content, tokens.position_NA, tokens.pairs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from multimodal.heads.masked import Masked
 from multimodal.heads.next_token import NextToken
 from multimodal.heads.next_turn import NextTurn
 from multimodal.heads.pointer import Memory, Pointer
-from multimodal.heads.pool import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
+from multimodal.heads.pool import Attended, First, FirstAndMean, Last, Mean, Parts, Pool, Transformed
 from multimodal.heads.regress import Regress
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Tokenizer
@@ -32,6 +32,7 @@ __all__ = [
     "Memory",
     "NextToken",
     "NextTurn",
+    "Parts",
     "Pointer",
     "Pool",
     "Prediction",

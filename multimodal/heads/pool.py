@@ -110,6 +110,37 @@ class Mean(Pool):
 
 
 @dataclass(frozen=True)
+class Parts(Pool):
+    """The means of parts of the states, one after the other, concatenated: the head knows where something is.
+
+    Part i of n states begins at floor(i n / count) and ends before ceil((i + 1) n / count), as PyTorch's `AdaptiveAvgPool1d` has
+    them: neighbours may share a state, and of fewer states than parts some are in several.
+
+    count: number of parts.
+    """
+
+    count: int = 8
+
+    def __post_init__(self) -> None:
+        check_whole("Parts", least=1, count=self.count)
+
+    def width(self, width: int) -> int:
+        return self.count * width
+
+    def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
+        return self.padded(*_padded(state_ND, lengths), weights)
+
+    def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
+        part_P = torch.arange(self.count, device=state_BTD.device)
+        first_BP = part_P * read_B[:, None] // self.count
+        end_BP = ((part_P + 1) * read_B[:, None] + self.count - 1) // self.count
+        order_B1T = order_BT[:, None]
+        chosen_BPT = (order_B1T >= first_BP[..., None]) & (order_B1T < end_BP[..., None])
+        share_BPT = chosen_BPT.to(state_BTD.dtype) / (end_BP - first_BP)[..., None]
+        return (share_BPT @ state_BTD).flatten(1)
+
+
+@dataclass(frozen=True)
 class FirstAndMean(Pool):
     """The state of the first token and the mean of others, concatenated (Oquab et al. 2023, section 7.1).
 
@@ -159,10 +190,7 @@ class Attended(Pool):
 
     def pool(self, state_ND: Tensor, lengths: Sequence[int], weights: Any) -> Tensor:
         # padded here, because each sample has a single query
-        state_BTD = nn.utils.rnn.pad_sequence(list(state_ND.split(list(lengths))), batch_first=True)
-        length_B = torch.tensor(lengths, device=state_ND.device)
-        order_BT = torch.arange(state_BTD.shape[1], device=state_ND.device).expand(state_BTD.shape[:2])
-        return self.padded(state_BTD, order_BT, length_B, weights)
+        return self.padded(*_padded(state_ND, lengths), weights)
 
     def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
         return weights(state_BTD, order_BT >= read_B[:, None])
@@ -263,6 +291,13 @@ def means(state_ND: Tensor, lengths: Sequence[int]) -> Tensor:
     number_N = torch.arange(len(lengths), device=state_ND.device).repeat_interleave(length_B)
     sum_BD = state_ND.new_zeros(len(lengths), state_ND.shape[1]).index_add(0, number_N, state_ND)
     return sum_BD / length_B[:, None]
+
+
+def _padded(state_ND: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of samples, end to end, as padded states (B, T, D), the index of each row in its sample, and their number."""
+    state_BTD = nn.utils.rnn.pad_sequence(list(state_ND.split(list(lengths))), batch_first=True)
+    order_BT = torch.arange(state_BTD.shape[1], device=state_ND.device).expand(state_BTD.shape[:2])
+    return state_BTD, order_BT, torch.tensor(lengths, device=state_ND.device)
 
 
 def _mean_of(state_BTD: Tensor, chosen_BT: Tensor) -> Tensor:

@@ -11,19 +11,22 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from multimodal.augment import Augmented
 from multimodal.data import MissingCells
 from multimodal.declare import override
 from multimodal.files import check_fields, read_json, write_atomic
 from multimodal.measures import Evaluation
 from multimodal.model import Model
+from multimodal.progress import progress_bar
 from multimodal.shapes import CheckpointError, ConfigError, check_number, check_seed
 from multimodal.start.code import program
 from multimodal.start.data_report import DataReport
 from multimodal.start.division import PARTS, divide, strata_of
 from multimodal.start.gather import gather
 from multimodal.start.parts import Chosen, read_part, write_parts
-from multimodal.start.rules import EVALUATIONS, FEWEST, Choice, choose, with_steps
+from multimodal.start.rules import EVALUATIONS, FEWEST, FOLDS, Choice, choose, may_be_linear, with_steps
 from multimodal.start.survey import survey
 from multimodal.task import Task
 from multimodal.texts import as_json, shortened
@@ -41,6 +44,7 @@ PROBE, SETTLED = 8, 3  # steps that measure the speed, of which so many are not 
 FOR_TRAINING = 0.9  # of the minutes; the rest is for looking and measuring
 CHECKPOINT_S = 30.0
 RESAMPLES = 200
+FOR_COMPARISON, FEWEST_ROWS = 0.5, 10  # of the minutes for training; in each fold
 SIZES = 2  # by how many a core may be smaller for the time
 
 
@@ -126,7 +130,7 @@ def quick(
     group: a column; samples of one group lie in one part. time: a column; the latest fifth is the test part.
     folder: where model, curves, reports and script.py are saved; None: nowhere. A run there that was stopped goes on.
     minutes: the time that training may take. seed: of parts, weights and order.
-    augment: whether pictures and sounds are changed at random in training, where the rules say so.
+    augment: whether pictures, sounds and series are changed at random in training, where the rules say so.
     encoding: of a text file that is not UTF-8. settings: changes as of `multimodal train --set`, such as "steps=500".
     resume: take a run that went to its end as it is. trackers: as of `fit`. quiet: print nothing. command: what started it, for
     script.py and messages.
@@ -170,16 +174,15 @@ def quick(
     say(str(report))
     if not parts["train"] or not len(parts["test"]):
         raise ConfigError("there is nothing to train on or to test on")
-    # the speed is measured once, so that a run that goes on does the same
-    choice, job, step_s, smaller = _job(report, parts, options, state)
+    # the speed is measured once, and choices are compared once, so that a run that goes on does the same
+    choice, job, measured = _job(report, parts, options, state, quiet)
     if run is not None:
-        job = _saving(job, step_s)
+        job = _saving(job, float(measured["step_s"]))
     if run is not None and state is None:
         state = {
             **about,
             "shards": shards,
-            "step_s": step_s,
-            "smaller": smaller,
+            **measured,
             "steps": job.recipe.steps,
             "done": False,
         }
@@ -267,6 +270,7 @@ def _begun(run: Path | None, about: dict[str, Any], resume: bool) -> dict[str, A
         "shards": bool,
         "step_s": (int, float),
         "smaller": int,
+        "losses": list,
         "steps": int,
         "done": bool,
     }
@@ -357,33 +361,83 @@ def _classes(kind: str, parts: dict[str, list[int]], answers: Sequence[Any]) -> 
 
 
 def _job(
-    report: DataReport, parts: dict[str, Any], options: dict[str, Any], state: dict[str, Any] | None
-) -> tuple[Choice, TrainingJob, float, int]:
-    """The choice and the job, the seconds of a step, and by how many sizes the core is smaller for the time."""
+    report: DataReport, parts: dict[str, Any], options: dict[str, Any], state: dict[str, Any] | None, quiet: bool
+) -> tuple[Choice, TrainingJob, dict[str, Any]]:
+    """The choice and the job, and what was measured for them: the seconds of a step, by how many sizes the core is smaller for
+    the time, and the losses of a model with and without blocks."""
     seconds = 60 * FOR_TRAINING * options["minutes"]
-    fixed = any(text.partition("=")[0].strip().removeprefix("recipe.") == "steps" for text in options["settings"])
-    smaller = int(state["smaller"]) if state else 0
+    named = {text.partition("=")[0].strip().removeprefix("recipe.") for text in options["settings"]}
+    fixed = "steps" in named
+    found: dict[str, Any] = {"step_s": 0.0, "smaller": 0, "losses": []}
+    found |= {name: state[name] for name in found} if state else {}
+
+    def chosen(linear: bool) -> Choice:
+        more = {"seed": options["seed"], "smaller": int(found["smaller"]), "augment": options["augment"]}
+        return choose(report, parts["train"], **more, linear=linear)
+
     while True:
-        choice = choose(report, parts["train"], seed=options["seed"], smaller=smaller, augment=options["augment"])
-        job = _made(choice, parts, options)
+        choice = chosen(False)
+        wanted = choice.recipe.steps
         if fixed:
-            return choice, job, 0.0, smaller
-        step_s = float(state["step_s"]) if state else _speed(job)
-        fit_in, wanted = max(1, int(seconds / max(step_s, 1e-6))), choice.recipe.steps
-        if fit_in >= FEWEST * wanted or smaller >= SIZES or state:
             break
-        smaller += 1
-    steps = min(wanted, fit_in)
-    choice.recipe = with_steps(choice, steps)
-    about = (
-        f"{steps:,} steps"
-        if steps == wanted
-        else f"{steps:,} of {wanted:,} steps, which fit in {options['minutes']:g} minutes"
+        if not state:
+            found["step_s"] = _speed(_made(choice, parts, options))
+        fit_in = max(1, int(seconds / max(float(found["step_s"]), 1e-6)))
+        if fit_in >= FEWEST * wanted or found["smaller"] >= SIZES or state:
+            break
+        found["smaller"] += 1
+    # what the user says about core or tokens is not compared with something else, and parts that keep groups together are not cut
+    asked = (
+        any(name.partition(".")[0] in ("core", "tokenizers") for name in named) or options["group"] or options["time"]
     )
-    choice.says.append(
-        f"training: {about}; a step takes {1000 * step_s:.0f} ms here, so about {_minutes(steps * step_s)}"
-    )
-    return choice, _made(choice, parts, options), step_s, smaller
+    affordable = fixed or 2 * FOLDS * wanted * found["step_s"] < seconds * FOR_COMPARISON
+    if not state and may_be_linear(report) and not asked and affordable and len(parts["train"]) >= FOLDS * FEWEST_ROWS:
+        found["losses"] = _compared([chosen(False), chosen(True)], parts["train"], report, options, quiet)
+    if found["losses"]:
+        deep, linear = found["losses"]
+        better = linear < deep
+        choice = chosen(better)
+        choice.says.append(
+            f"{'no blocks' if better else 'blocks'}: the loss in {FOLDS}-fold cross-validation of the training part is {deep:.4f} "
+            f"with blocks and {linear:.4f} without"
+        )
+    if not fixed:
+        steps = min(wanted, fit_in)
+        choice.recipe = with_steps(choice, steps)
+        about = (
+            f"{steps:,} steps"
+            if steps == wanted
+            else f"{steps:,} of {wanted:,} steps, which fit in {options['minutes']:g} minutes"
+        )
+        step_s = float(found["step_s"])
+        choice.says.append(
+            f"training: {about}; a step takes {1000 * step_s:.0f} ms here, so about {_minutes(steps * step_s)}"
+        )
+    return choice, _made(choice, parts, options), found
+
+
+def _compared(
+    choices: Sequence[Choice], train: Any, report: DataReport, options: dict[str, Any], quiet: bool
+) -> list[float]:
+    """The mean loss of each choice in cross-validation of the training part, whose folds have equal shares of the answers."""
+    samples = [train[i] for i in range(len(train))]
+    mixed = np.random.default_rng(options["seed"]).permutation(len(samples)).tolist()
+    answer = report.answer["name"]
+    key = float if report.answer["kind"] == "number" else str
+    order = sorted(mixed, key=lambda i: key(samples[i][answer]))
+    losses = [0.0] * len(choices)
+    with progress_bar("comparing with and without blocks", FOLDS * len(choices), quiet=quiet) as bar:
+        for fold in range(FOLDS):
+            left_out = set(order[fold::FOLDS])
+            parts = {"train": [x for i, x in enumerate(samples) if i not in left_out], "held_out": []}
+            rest = [samples[i] for i in sorted(left_out)]
+            for number, choice in enumerate(choices):
+                job = _made(replace(choice, recipe=override(choice.recipe, patience=0)), parts, options)
+                _fitted(job, job.recipe.steps)
+                (task,) = job.model.tasks
+                losses[number] += evaluate(job.model, task, rest, measures=[])["loss"] * len(rest) / len(samples)
+                bar.advance(1)
+    return losses
 
 
 def _minutes(seconds: float) -> str:
@@ -421,10 +475,21 @@ def _saving(job: TrainingJob, step_s: float) -> TrainingJob:
 
 def _speed(job: TrainingJob) -> float:
     """Seconds of a training step of this job, measured with a copy of its model."""
-    model = copy.deepcopy(job.model)
-    recipe = override(job.recipe, steps=PROBE, evaluate_every=0, checkpoint_every=0, best="", patience=0)
-    history = fit(model, job.data, recipe, quiet=True).history
+    history = _fitted(replace(job, model=copy.deepcopy(job.model)), PROBE).history
     return (history[-1]["seconds"] - history[SETTLED - 1]["seconds"]) / (PROBE - SETTLED)
+
+
+def _fitted(job: TrainingJob, steps: int) -> Run:
+    """So many steps of a job, of which nothing is saved or measured.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+    """
+    recipe = override(job.recipe, steps=steps, evaluate_every=0, checkpoint_every=0, best="", patience=0)
+    run = fit(job.model, job.data, recipe, quiet=True)
+    if not run.finished:  # the signal was taken by `fit`
+        raise KeyboardInterrupt
+    return run
 
 
 def _script(command: str, run: Path, shards: bool, report: DataReport, choice: Choice, job: TrainingJob) -> str:

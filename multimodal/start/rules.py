@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from multimodal.augment import Augmentation, LongestSide, for_pictures, for_sounds
+from multimodal.augment import Augmentation, LongestSide, SeriesJitter, for_pictures, for_sounds
 from multimodal.augment.pictures import MAX_PIXELS
 from multimodal.core import Core
 from multimodal.declare import override
 from multimodal.heads import Classify, Head, NextToken, Regress
-from multimodal.heads.pool import Mean
+from multimodal.heads.pool import Mean, Parts
 from multimodal.start.code import code_of
 from multimodal.start.data_report import DataReport
 from multimodal.tokenizer import Tokenizer
@@ -26,13 +26,15 @@ PATCHES = ((20, 2), (40, 4), (math.inf, 8))
 LARGEST_SIDE = 64
 RATES = (8000, 16000)
 MELS, HOP_MS, STACKS, MOST_FRAMES = 40, 10.0, (2, 4, 8, 16, 32, 64, 128), 40
-SERIES_TOKENS = 25
+SERIES_TOKENS, SERIES_PARTS = 25, 8
 BYTES_BELOW, BPE = 20_000, ((200_000, 1000), (2_000_000, 4000), (math.inf, 8000))
 """A text kind of bytes below so many bytes of text; else (bytes up to, pieces of byte-pair encoding)."""
 CORES = ((1_000, 48, 2), (20_000, 64, 4), (math.inf, 128, 6))
 """(training samples below, width, depth)."""
 ROW_CORES = ((2_000, 32, 2), (20_000, 64, 3), (math.inf, 96, 4))
 """The same where only rows of a table are read."""
+LINEAR_BELOW, FOLDS = 1_000, 3
+"""Of fewer training rows a model without blocks is tried too, by cross-validation in so many parts."""
 HEADS = 4
 LEARNING_RATES = ((48, 3e-3), (64, 2e-3), (math.inf, 1e-3))
 """(width up to, learning rate)."""
@@ -44,6 +46,8 @@ BATCHES = ((1_000, 32), (math.inf, 64))
 AVERAGES = ((600, 0.98), (1500, 0.99), (math.inf, 0.998))
 """(steps up to, decay of the averaged weights)."""
 DROPOUT, WEIGHT_DECAY, SMOOTHING, GAPS = 0.1, 0.1, 0.1, 0.4
+GAPS_FOR_NUMBERS = 0.1
+"""The share of missing cells where a number is answered, or where there are no blocks."""
 FEWEST = 0.34  # of the steps wanted: if the minutes do not allow so many, a smaller core is taken
 GAPS_BELOW = 5_000  # rows
 STRENGTH = 0.3
@@ -115,11 +119,22 @@ RULES = (
     Rule("answer: texts, nearly all different or long", "`NextToken`", "what is not one of a set is written"),
     Rule("rows, texts and series", "the head reads the mean of all tokens", "each token can add what it says"),
     Rule(
+        "one series and nothing else",
+        f"the head reads the means of {SERIES_PARTS} parts, one beside the other",
+        "it matters when something happens",
+    ),
+    Rule(
         "all",
         f"core, width x depth: {_cores_of(CORES)} training samples",
         "few samples are learned by heart by a large core",
     ),
     Rule("rows alone", f"core, width x depth: {_cores_of(ROW_CORES)} training samples", "the same"),
+    Rule(
+        f"rows alone, fewer than {LINEAR_BELOW:,}, and the answer is a class, classes or a number",
+        "a core of depth 0 without a norm, and no bins of numbers, if that has the lower loss in "
+        f"{FOLDS}-fold cross-validation of the training part",
+        "the columns then add up as in a linear model, which is often better on some hundred rows",
+    ),
     Rule("all", f"learning rate {_steps_of(LEARNING_RATES, 'wide')}", "wide cores need smaller steps"),
     Rule(
         "all",
@@ -130,6 +145,11 @@ RULES = (
         "sounds, and the answer is no number",
         "augmentation: `augment.for_sounds()`",
         "speaker and microphone do not decide; a number to answer may be one of loudness or speed",
+    ),
+    Rule(
+        "series, and the answer is no number",
+        "augmentation: `augment.SeriesJitter()`",
+        "noise, a factor near 1 and a shift of a few steps do not decide",
     ),
     Rule(
         f"photographs in colour ({PHOTOGRAPH:.0%} of the pixels of the middle picture or more differ in colour), and the answer "
@@ -145,8 +165,9 @@ RULES = (
     ),
     Rule(
         f"rows of a table, fewer than {GAPS_BELOW:,}",
-        f"{GAPS:.0%} of the cells are missing, other ones each time",
-        "no few columns decide alone",
+        f"{GAPS:.0%} of the cells are missing, other ones each time; {GAPS_FOR_NUMBERS:.0%} if a number is answered or "
+        "the core has depth 0",
+        "no few columns decide alone; sums of columns become too large where more is there than in training",
     ),
     Rule("rows alone, and numbers to answer", "float32", "bfloat16 would round them to three digits"),
     Rule("all", f"batch {_steps_of(BATCHES, 'samples')}", "small data need more steps of fewer samples"),
@@ -206,11 +227,19 @@ def first(table: Sequence[tuple[Any, ...]], value: float, *, below: bool = False
     return next(rest for limit, *rest in table if (value < limit if below else value <= limit))  # type: ignore[return-value]
 
 
-def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, augment: bool = True) -> Choice:
+def may_be_linear(report: DataReport) -> bool:
+    """Whether a model without blocks is compared, by the rule in `RULES`."""
+    kinds = {seen["kind"] for seen in report.fields.values()}
+    return kinds == {"row"} and report.answer["kind"] != "text" and report.parts["train"] < LINEAR_BELOW
+
+
+def choose(
+    report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, augment: bool = True, linear: bool = False
+) -> Choice:
     """Apply the rules to what was seen.
 
     train: the training samples. smaller: by how many sizes the core is smaller than its rule says.
-    augment: whether there is augmentation.
+    augment: whether there is augmentation. linear: whether the model of a table has no blocks and no bins.
     """
     kinds = {seen["kind"] for seen in report.fields.values()}
     count, answer = report.parts["train"], report.answer
@@ -219,6 +248,8 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, a
         names = [name for name, seen in report.fields.items() if seen["kind"] == kind]
         facts = [report.fields[name] for name in names]
         tokenizers[kind], code[kind] = _TOKENIZERS[kind](names, facts, train, answer)
+        if linear:
+            tokenizers[kind], code[kind] = _row(names, facts, train, answer, bins=0)
         says.append(f"{kind}: {_short(tokenizers[kind])}")
     head, written, kind = _answer(report, train, kinds)
     if kind == "text" and "text" in tokenizers:
@@ -231,6 +262,9 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, a
     at = next(i for i, (limit, _, _) in enumerate(cores) if count < limit)
     _, width, depth = cores[max(0, at - smaller)]
     more: dict[str, Any] = {"rotary_split": (0, 0, 0)} if kinds == {"row"} else {}
+    if linear:
+        depth = 0
+        more |= {"last_norm": False}
     core = Core(width=width, depth=depth, heads=HEADS, dropout=DROPOUT, **more)
     says.append(
         f"core: {width} wide, {depth} deep, for {count:,} training samples"
@@ -247,7 +281,8 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, a
     recipe = Recipe(
         steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed, **stop, **exact
     )
-    gaps = GAPS if kinds == {"row"} and count < GAPS_BELOW and len(report.fields["row"]["columns"]) > 2 else 0.0
+    few = kinds == {"row"} and count < GAPS_BELOW and len(report.fields["row"]["columns"]) > 2
+    gaps = 0.0 if not few else GAPS_FOR_NUMBERS if linear or kind == "number" else GAPS
     if gaps:
         says.append(f"{gaps:.0%} of the cells of a row are missing in training, other ones each time")
     found = Choice(pattern, tokenizers, code, core, head, recipe, gaps, says=says)
@@ -257,13 +292,16 @@ def choose(report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, a
 
 
 def _augment(choice: Choice, report: DataReport) -> None:
-    """Add the augmentations of pictures and sounds to a choice."""
+    """Add the augmentations of pictures, sounds and series to a choice."""
     if report.answer["kind"] == "number":
         return
     for name, seen in report.fields.items():
         if seen["kind"] == "audio":
             choice.changes[name], choice.changes_code[name] = for_sounds(), "augment.for_sounds()"
             choice.says.append(f"augmentation of {name}: other speakers, microphones and noise (--no-augment)")
+        if seen["kind"] == "series":
+            choice.changes[name], choice.changes_code[name] = (SeriesJitter(),), "augment.SeriesJitter()"
+            choice.says.append(f"augmentation of {name}: noise, another scale and a shift (--no-augment)")
         # one that is larger than augmentation reads would end the training
         if seen["kind"] == "image" and seen["pixels"] <= MAX_PIXELS and _is_photograph(seen):
             kind: Any = choice.tokenizers["image"]
@@ -369,12 +407,14 @@ def _text(
 
 
 def _row(
-    names: Sequence[str], facts: Sequence[Mapping[str, Any]], train: Any, answer: Mapping[str, Any]
+    names: Sequence[str], facts: Sequence[Mapping[str, Any]], train: Any, answer: Mapping[str, Any], **more: Any
 ) -> tuple[Tokenizer, str]:
     (name,), (seen,) = names, facts
     categories = tuple(column for column, about in seen["columns"].items() if about["kind"] == "category")
-    found = TableRow.of([sample[name] for sample in _each(train)], categories=categories, unseen=True)
-    return found, f"TableRow.of([sample[{name!r}] for sample in train], categories={categories!r}, unseen=True)"
+    more = {"categories": categories, "unseen": True, **more}
+    found = TableRow.of([sample[name] for sample in _each(train)], **more)
+    given = ", ".join(f"{setting}={value!r}" for setting, value in more.items())
+    return found, f"TableRow.of([sample[{name!r}] for sample in train], {given})"
 
 
 _TOKENIZERS = {"image": _picture, "audio": _sound, "series": _series, "text": _text, "row": _row}
@@ -394,6 +434,8 @@ def _each(samples: Any) -> Any:
 def _answer(report: DataReport, train: Any, kinds: set[str]) -> tuple[Head, tuple[Tokenizer, str], str]:
     """The head, the tokenizer of the answer with its code, and the name of its kind."""
     pool = Mean() if kinds <= {"row", "text", "series"} else None
+    if [seen["kind"] for seen in report.fields.values()] == ["series"]:
+        pool = Parts(SERIES_PARTS)
     kind, name = report.answer["kind"], report.answer["name"]
     if kind in ("label", "labels"):
         found = Labels(tuple(report.answer["classes"]), several=kind == "labels")

@@ -9,7 +9,7 @@ import torch
 import multimodal as mm
 from multimodal.export.compare import largest_difference
 from multimodal.export.programs import programs_of
-from multimodal.heads import Attended, First, FirstAndMean, Last, Mean, Transformed
+from multimodal.heads import Attended, First, FirstAndMean, Last, Mean, Parts, Transformed
 from multimodal.layers import MLP, Attention, LayerScale, PersistentMemory, PostNorm, SelfAttention
 from multimodal.norm import Norm
 from multimodal.positions import Rotary
@@ -48,7 +48,7 @@ TASKS = {
     ),
     **{
         f"classes by {type(pool).__name__}": mm.Task("text sound -> label", mm.Classify(pool=pool))
-        for pool in (First(), First(3), Last(), Mean(), Mean(2), FirstAndMean(2), Attended(4), POOLED)
+        for pool in (First(), First(3), Last(), Mean(), Mean(2), Parts(3), FirstAndMean(2), Attended(4), POOLED)
     },
 }
 

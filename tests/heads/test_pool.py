@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import multimodal as mm
 from multimodal.check import verify
-from multimodal.heads import Attended, First, FirstAndMean, Last, Mean, Pool, Transformed
+from multimodal.heads import Attended, First, FirstAndMean, Last, Mean, Parts, Pool, Transformed
 from multimodal.norm import Norm
 from multimodal_tokenizers import Labels, TextBytes
 
@@ -18,6 +18,8 @@ POOLS: list[Pool] = [
     Last(),
     Mean(),
     Mean(skip=1),
+    Parts(),
+    Parts(count=3),
     FirstAndMean(),
     Attended(heads=2, hidden=24),
     Transformed(First(), dense="tanh"),
@@ -36,6 +38,8 @@ def alone(pool: Pool, state_TD: Tensor, weights: nn.Module | None) -> Tensor:
             return state_TD[-1]
         case Mean(skip):
             return state_TD[skip:].mean(0)
+        case Parts(count):
+            return F.adaptive_avg_pool1d(state_TD.T, count).T.flatten()
         case FirstAndMean(skip):
             return torch.cat([state_TD[0], state_TD[skip:].mean(0)])
         case Attended():
@@ -96,7 +100,16 @@ def test_a_classifier_with_a_pool_learns_is_packed_and_saved(pool: Pool, tmp_pat
     assert verify(model, {"text -> label": samples[:4]}).passed
 
 
+def test_parts_tell_an_order_apart_that_a_mean_does_not() -> None:
+    state_TD = torch.arange(6.0)[:, None]
+    forwards, backwards = (Parts(3).pool(x, [6], None) for x in (state_TD, state_TD.flip(0)))
+    assert forwards.tolist() == [[0.5, 2.5, 4.5]]
+    assert backwards.tolist() == [[4.5, 2.5, 0.5]]
+
+
 def test_a_pool_says_what_it_cannot_do() -> None:
+    with pytest.raises(mm.ConfigError, match=r"Parts: count=0"):
+        Parts(0)
     with pytest.raises(mm.ConfigError, match=r"there are 2 tokens, and skip=2 leaves none"):
         Mean(skip=2).rows(2)
     with pytest.raises(mm.ConfigError, match=r"Transformed: 'tan' is no activation; there are silu"):

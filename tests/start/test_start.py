@@ -448,6 +448,93 @@ def test_the_rules_fit_the_minutes_and_say_so(tmp_path: Path, monkeypatch: pytes
     assert "training: 10 of 300 steps, which fit in 0.1 minutes; a step takes 500 ms here, so about 5 s" in found.says
 
 
+def rows_of(answer: Any, count: int = 90) -> list[dict[str, Any]]:
+    """Rows of three numbers and what is answered about them."""
+    x = np.random.default_rng(0).standard_normal((count, 3))
+    return [dict(zip("abc", map(float, row), strict=True)) | {"target": answer(row)} for row in x]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("answer", "depth"),
+    [(lambda row: float(row @ [1.0, -2.0, 0.5]), 0), (lambda row: "ny"[int(row[0] * row[1] > 0)], 2)],
+)
+def test_a_sum_of_columns_needs_no_blocks_and_a_product_does(answer: Any, depth: int):
+    found = mm.quick(rows_of(answer, 240), settings=["steps=200"], quiet=True)
+    assert found.model.core.core.depth == depth
+    (line,) = [line for line in found.says if "cross-validation" in line]
+    assert line.startswith("blocks" if depth else "no blocks")
+
+
+def test_folds_are_the_training_part_with_equal_shares_of_the_answers(monkeypatch: pytest.MonkeyPatch):
+    trained, measured, answered = [], [], mm.evaluate
+
+    def samples_of(job: Any) -> Any:
+        source = job.data["row -> label"]
+        return list(getattr(source, "samples", source))  # without missing cells, if there are such
+
+    monkeypatch.setattr(one_call, "_fitted", lambda job, steps: trained.append(samples_of(job)))
+
+    def evaluate(model: Any, task: str, samples: Any, **options: Any) -> Any:
+        if not options.get("resamples", 1):
+            return answered(model, task, samples, **options)
+        measured.append(samples)
+        return {"loss": len(measured)}
+
+    monkeypatch.setattr(one_call, "evaluate", evaluate)
+    samples = [{"a": float(i), "b": float(i % 7), "c": float(i % 5), "label": "xyz"[i % 3]} for i in range(75)]
+    found = mm.quick(samples, **FAST)
+    train = [found.parts["train"][i] for i in range(60)]
+    assert measured[::2] == measured[1::2]
+    assert sorted(str(x) for fold in measured[::2] for x in fold) == sorted(map(str, train))
+    for fold, rest in zip(measured, trained, strict=True):
+        assert Counter(x["label"] for x in fold) in [Counter(x=a, y=b, z=20 - a - b) for a in (6, 7) for b in (6, 7)]
+        assert sorted(map(str, [*fold, *rest])) == sorted(map(str, train))
+    # the means of 1, 3, 5 and of 2, 4, 6, as folds are of equal size
+    assert found.says[-1] == (
+        "blocks: the loss in 3-fold cross-validation of the training part is 3.0000 with blocks and 4.0000 without"
+    )
+
+
+def test_a_table_without_blocks_is_in_the_program_and_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compared = []
+
+    def better(*arguments: Any) -> list[float]:
+        compared.append(arguments)
+        return [0.5, 0.25]
+
+    monkeypatch.setattr(one_call, "_compared", better)
+    samples = rows_of(lambda row: float(row @ [1.0, -2.0, 0.5]))
+    found = mm.quick(samples, folder=tmp_path / "run", **FAST)
+    again = mm.quick(samples, folder=tmp_path / "run", resume=True, **FAST)
+    assert len(compared) == 1
+    assert again.says == found.says
+    assert found.model.core.core.depth == 0
+    script = (tmp_path / "run" / "script.py").read_text()
+    assert 'MissingCells(train, "row", share=0.1)' in script
+    assert "bins=0" in script
+    weights = runpy.run_path(str(tmp_path / "run" / "script.py"))["model"].state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
+    # what the user asks for, groups, little time and large tables are not compared
+    mm.quick(samples, settings=["steps=2", "core.depth=1"], quiet=True)
+    mm.quick([{**x, "who": f"p{i % 9}"} for i, x in enumerate(samples)], group="who", **FAST)
+    monkeypatch.setattr(one_call, "_speed", lambda job: 0.01)
+    mm.quick(samples, minutes=0.1, quiet=True)  # 6 times 300 steps are 18 s
+    monkeypatch.setattr(rules, "LINEAR_BELOW", 50)
+    mm.quick(samples, **FAST)
+    assert len(compared) == 1
+
+
+def test_a_stop_while_models_are_compared_is_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fit, handled = one_call.fit, []
+    monkeypatch.setattr(one_call, "fit", lambda *a, **o: handled.append(1) or type("R", (), {"finished": False})())
+    with pytest.raises(KeyboardInterrupt):
+        mm.quick(rows_of(lambda row: float(row @ [1.0, -2.0, 0.5])), folder=tmp_path / "run", **FAST)
+    assert len(handled) == 1
+    monkeypatch.setattr(one_call, "fit", fit)
+    assert mm.quick(rows_of(lambda row: float(row @ [1.0, -2.0, 0.5])), folder=tmp_path / "run", **FAST).run.finished
+
+
 @pytest.mark.parametrize("side", [8, 16, 28, 32, 64, 224, 4000])
 def test_pictures_of_any_size_have_few_tokens(side: int):
     (patch,) = rules.first(rules.PATCHES, min(side, rules.LARGEST_SIDE))
