@@ -3,8 +3,8 @@
     uv run benchmarks/digits.py [--seeds 0 1 2] [--write]         about 7 minutes on 2 cores
 
 The timm ViT has the same width, depth, heads, patch and batch, 2,000 steps of AdamW with cosine, but no augmentation and no
-averaged weights (with our augmentation and these steps it comes to less, see DECISIONS.md). Ours has 900 steps of Muon. --write writes
-the table to benchmarks/results/digits.md.
+averaged weights (with our augmentation and these steps it comes to less, see DECISIONS.md). Ours has 900 steps of Muon.
+--write writes the table to benchmarks/results/digits.md.
 """
 
 import subprocess

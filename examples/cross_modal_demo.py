@@ -1,6 +1,6 @@
 """One model that sees digits, hears words, and answers in words: "seven plus three is ten".
 
-    uv run examples/cross_modal_demo.py                              4 minutes on 2 cores
+    uv run examples/cross_modal_demo.py                              2 minutes on 2 cores
     uv run examples/cross_modal_demo.py --audio fsdd PATH            the same with real people's voices
     uv run examples/cross_modal_demo.py --resume --mine seven.wav    what the trained model hears in a recording of yours
 

@@ -39,6 +39,7 @@ def train(
     minutes: float | None = None,
     seed: int | None = None,
     no_augment: Annotated[bool, Parameter(negative="")] = False,
+    start: str | None = None,
     encoding: str | None = None,
     setting: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     folder: Path | None = None,
@@ -86,6 +87,9 @@ def train(
         Of the parts, the weights and the order; 0 unless given. Of a Python file: --set seed=1 --set model.seed=1.
     no_augment
         Pictures and sounds are not changed at random in training.
+    start
+        Trained weights to begin from: a name on the Hugging Face hub such as facebook/dinov2-small, or a folder. Their encoder is
+        not trained further, and each value passes it once.
     encoding
         Of a text file that is not UTF-8, such as latin-1.
     setting
@@ -113,7 +117,7 @@ def train(
     track = list(dict.fromkeys([*(track or []), *(["tensorboard"] if tensorboard else [])]))
     check_folder(folder, "--folder")
     ours = {"read": read, "write": write, "test": test, "group": group, "time": time, "minutes": minutes}
-    ours |= {"seed": seed, "no-augment": no_augment or None, "encoding": encoding}
+    ours |= {"seed": seed, "no-augment": no_augment or None, "encoding": encoding, "start": start}
     if path.suffix != ".py":
         return _train_on(
             data,

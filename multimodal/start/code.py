@@ -61,7 +61,9 @@ def program(
     imports: set[tuple[str, str]] = set()
     made = {}
     for kind, part in tokenizers.items():
-        if isinstance(part, str):
+        if isinstance(part, str) and part.startswith("mm."):
+            made[kind] = part
+        elif isinstance(part, str):
             imports.add(("multimodal_tokenizers", part.partition("(")[0].partition(".")[0]))
             made[kind] = part
         else:

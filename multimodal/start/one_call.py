@@ -28,6 +28,7 @@ from multimodal.start.gather import gather
 from multimodal.start.parts import Chosen, read_part, write_parts
 from multimodal.start.rules import EVALUATIONS, FEWEST, FOLDS, Choice, choose, may_be_linear, with_steps
 from multimodal.start.survey import survey
+from multimodal.start.trained import trained
 from multimodal.task import Task
 from multimodal.texts import as_json, shortened
 from multimodal.train import Run, TrainingJob, evaluate, fit
@@ -38,7 +39,8 @@ from multimodal_tokenizers import Labels
 
 STATE = "quick.json"
 SCRIPT, REPORT = "script.py", "report"
-WRITTEN = (*(f"{part}.jsonl" for part in PARTS), *PARTS, "data.json", "data.html", SCRIPT, REPORT)
+VECTORS = "vectors"  # of an encoder with trained weights
+WRITTEN = (*(f"{part}.jsonl" for part in PARTS), *PARTS, "data.json", "data.html", SCRIPT, REPORT, VECTORS)
 """What the quick path writes into the folder of a run, beside the files of the run."""
 PROBE, SETTLED = 8, 3  # steps that measure the speed, of which so many are not counted
 FOR_TRAINING = 0.9  # of the minutes; the rest is for looking and measuring
@@ -112,6 +114,7 @@ def quick(
     minutes: float = 5.0,
     seed: int = 0,
     augment: bool = True,
+    start: str | None = None,
     encoding: str | None = None,
     settings: Sequence[str] = (),
     resume: bool = False,
@@ -131,6 +134,8 @@ def quick(
     folder: where model, curves, reports and script.py are saved; None: nowhere. A run there that was stopped goes on.
     minutes: the time that training may take. seed: of parts, weights and order.
     augment: whether pictures, sounds and series are changed at random in training, where the rules say so.
+    start: trained weights to begin from, as of `mm.pretrained`: a name on the Hugging Face hub, such as "facebook/dinov2-small", or
+    a folder. Its encoder is not trained further, and with `folder` each value passes it once.
     encoding: of a text file that is not UTF-8. settings: changes as of `multimodal train --set`, such as "steps=500".
     resume: take a run that went to its end as it is. trackers: as of `fit`. quiet: print nothing. command: what started it, for
     script.py and messages.
@@ -148,7 +153,7 @@ def quick(
     run = None if folder is None else Path(folder)
     options = {
         "read": list(read), "write": write, "group": group, "time": time, "minutes": float(minutes), "seed": seed,
-        "augment": augment, "encoding": encoding, "settings": list(settings),
+        "augment": augment, "encoding": encoding, "settings": list(settings), **({"start": start} if start else {}),
     }  # fmt: skip
     named = shortened(data, 200) if isinstance(data, (str, os.PathLike)) else type(data).__name__
     command = command or _call(data, options)
@@ -175,7 +180,7 @@ def quick(
     if not parts["train"] or not len(parts["test"]):
         raise ConfigError("there is nothing to train on or to test on")
     # the speed is measured once, and choices are compared once, so that a run that goes on does the same
-    choice, job, measured = _job(report, parts, options, state, quiet)
+    choice, job, measured = _job(report, parts, options, state, run, quiet)
     if run is not None:
         job = _saving(job, float(measured["step_s"]))
     if run is not None and state is None:
@@ -270,10 +275,10 @@ def _begun(run: Path | None, about: dict[str, Any], resume: bool) -> dict[str, A
         "shards": bool,
         "step_s": (int, float),
         "smaller": int,
-        "losses": list,
         "steps": int,
         "done": bool,
     }
+    kinds |= {"losses": list} if "losses" in state else {}  # runs of earlier versions have none
     check_fields(run / STATE, state, kinds, CheckpointError)
     if state["data"] != about["data"]:
         raise CheckpointError(f"{run} holds a run with other data; choose another --folder, or delete it")
@@ -361,19 +366,29 @@ def _classes(kind: str, parts: dict[str, list[int]], answers: Sequence[Any]) -> 
 
 
 def _job(
-    report: DataReport, parts: dict[str, Any], options: dict[str, Any], state: dict[str, Any] | None, quiet: bool
+    report: DataReport,
+    parts: dict[str, Any],
+    options: dict[str, Any],
+    state: dict[str, Any] | None,
+    run: Path | None,
+    quiet: bool,
 ) -> tuple[Choice, TrainingJob, dict[str, Any]]:
     """The choice and the job, and what was measured for them: the seconds of a step, by how many sizes the core is smaller for
     the time, and the losses of a model with and without blocks."""
     seconds = 60 * FOR_TRAINING * options["minutes"]
     named = {text.partition("=")[0].strip().removeprefix("recipe.") for text in options["settings"]}
     fixed = "steps" in named
+    source = options.get("start")
+    encoder = trained(source, report.fields, parts["train"][0]) if source else None
     found: dict[str, Any] = {"step_s": 0.0, "smaller": 0, "losses": []}
-    found |= {name: state[name] for name in found} if state else {}
+    found |= {name: state[name] for name in found if name in state} if state else {}
 
     def chosen(linear: bool) -> Choice:
         more = {"seed": options["seed"], "smaller": int(found["smaller"]), "augment": options["augment"]}
-        return choose(report, parts["train"], **more, linear=linear)
+        choice = choose(report, parts["train"], **more, linear=linear, start=encoder)
+        if encoder and run is not None:
+            choice.recipe = override(choice.recipe, cache=str(run / VECTORS))
+        return choice
 
     while True:
         choice = chosen(False)
@@ -476,6 +491,8 @@ def _saving(job: TrainingJob, step_s: float) -> TrainingJob:
 def _speed(job: TrainingJob) -> float:
     """Seconds of a training step of this job, measured with a copy of its model."""
     history = _fitted(replace(job, model=copy.deepcopy(job.model)), PROBE).history
+    if job.recipe.cache:  # once more: now the vectors of these samples are kept, as in most steps
+        history = _fitted(replace(job, model=copy.deepcopy(job.model)), PROBE).history
     return (history[-1]["seconds"] - history[SETTLED - 1]["seconds"]) / (PROBE - SETTLED)
 
 

@@ -15,9 +15,12 @@ from multimodal.core import Core
 from multimodal.declare import override
 from multimodal.heads import Classify, Head, NextToken, Regress
 from multimodal.heads.pool import Mean, Parts
+from multimodal.shapes import ConfigError
 from multimodal.start.code import code_of
 from multimodal.start.data_report import DataReport
+from multimodal.start.trained import Trained
 from multimodal.tokenizer import Tokenizer
+from multimodal.tower import Tower
 from multimodal.train import Recipe
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, Number, Series, TableRow, TextBPE, TextBytes
 
@@ -103,6 +106,11 @@ RULES = (
         "texts",
         f"bytes below {BYTES_BELOW:,} bytes of training text; else byte-pair encoding: pieces {_steps_of(BPE, 'bytes')}",
         "pieces need texts to learn them from, and make texts three to four times shorter",
+    ),
+    Rule(
+        "`--start NAME`, and one kind is read",
+        "the pretrained encoder as a `Tower` whose weights stay as they are; the mean of its states is one token; no augmentation",
+        "each value passes it once: its vectors are kept in the folder",
     ),
     Rule(
         "columns of numbers and categories",
@@ -234,12 +242,20 @@ def may_be_linear(report: DataReport) -> bool:
 
 
 def choose(
-    report: DataReport, train: Any, *, seed: int = 0, smaller: int = 0, augment: bool = True, linear: bool = False
+    report: DataReport,
+    train: Any,
+    *,
+    seed: int = 0,
+    smaller: int = 0,
+    augment: bool = True,
+    linear: bool = False,
+    start: Trained | None = None,
 ) -> Choice:
     """Apply the rules to what was seen.
 
     train: the training samples. smaller: by how many sizes the core is smaller than its rule says.
-    augment: whether there is augmentation. linear: whether the model of a table has no blocks and no bins.
+    augment: whether there is augmentation. linear: whether the model of a table has no blocks and no bins. start: an encoder with
+    trained weights.
     """
     kinds = {seen["kind"] for seen in report.fields.values()}
     count, answer = report.parts["train"], report.answer
@@ -247,13 +263,17 @@ def choose(
     for kind in sorted(kinds):
         names = [name for name, seen in report.fields.items() if seen["kind"] == kind]
         facts = [report.fields[name] for name in names]
-        tokenizers[kind], code[kind] = _TOKENIZERS[kind](names, facts, train, answer)
+        if start is not None:
+            tokenizers[kind], code[kind] = start.tower, start.code
+        else:
+            tokenizers[kind], code[kind] = _TOKENIZERS[kind](names, facts, train, answer)
         if linear:
             tokenizers[kind], code[kind] = _row(names, facts, train, answer, bins=0)
         says.append(f"{kind}: {_short(tokenizers[kind])}")
     head, written, kind = _answer(report, train, kinds)
-    if kind == "text" and "text" in tokenizers:
-        pass  # one kind reads and writes
+    if kind == "text" and "text" in tokenizers:  # one kind reads and writes
+        if start is not None:
+            raise ConfigError("--start is for an encoder of texts, and the answers are texts too; leave it out")
     else:
         tokenizers[kind], code[kind] = written
     pattern = f"{' '.join(_place(name, seen['kind']) for name, seen in report.fields.items())} -> {_place(answer['name'], kind)}"
@@ -285,8 +305,10 @@ def choose(
     gaps = 0.0 if not few else GAPS_FOR_NUMBERS if linear or kind == "number" else GAPS
     if gaps:
         says.append(f"{gaps:.0%} of the cells of a row are missing in training, other ones each time")
+    if start is not None:
+        recipe = override(recipe, freeze=(f"{start.kind}.frozen_part",))
     found = Choice(pattern, tokenizers, code, core, head, recipe, gaps, says=says)
-    if augment:
+    if augment and start is None:
         _augment(found, report)
     return found
 
@@ -343,7 +365,13 @@ def _place(name: str, kind: str) -> str:
 
 
 def _short(part: Any) -> str:
-    text = code_of(part, set()) if not isinstance(part, (TableRow, TextBPE, Labels, Series)) else type(part).__name__
+    text = (
+        code_of(part, set())
+        if not isinstance(part, (Tower, TableRow, TextBPE, Labels, Series))
+        else type(part).__name__
+    )
+    if isinstance(part, Tower):
+        return "an encoder with trained weights, which stay as they are"
     if isinstance(part, TextBPE):
         return f"TextBPE, {part.vocab_size:,} pieces"
     if isinstance(part, TableRow):

@@ -689,3 +689,65 @@ def test_csv_module_agrees_on_the_parts_that_are_written(tmp_path: Path):
     assert len(lines) == 59
     money = Counter(line["row"]["money"] for line in lines)
     assert money == Counter(float(row["money"].replace(",", "")) for row in known.values() if row["label"])
+
+
+# from trained weights
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DINOv2 with random weights, as transformers saves it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    folder = tmp_path_factory.mktemp("encoder")
+    transformers.Dinov2Model(config).eval().save_pretrained(folder)
+    transformers.BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_an_encoder_with_trained_weights_is_read_once_and_stays_as_it_is(encoder: Path, tmp_path: Path):
+    root = classes(tmp_path / "photos", count=10)
+    found = mm.quick(root, start=str(encoder), folder=tmp_path / "run", settings=["steps=12"], quiet=True)
+    weights = {name: x for name, x in found.model.state_dict().items() if "frozen_part" in name}
+    loaded = mm.Tower.of(mm.pretrained(str(encoder)), kind="image").weights
+    assert loaded is not None
+    assert weights
+    for name, tensor in loaded.items():
+        (ours,) = (x for key, x in weights.items() if key.endswith("frozen_part." + name))
+        assert torch.equal(ours, tensor), name
+    assert any("trained weights" in line for line in found.says)
+    kept = sum(path.stat().st_size for path in (tmp_path / "run" / "vectors").rglob("*") if path.is_file())
+    assert kept > 20 * 32 * 4, "the vectors of the samples are kept"
+    # the program trains the same
+    runpy.run_path(str(tmp_path / "run" / "script.py"))
+    again = mm.Model.load(tmp_path / "run" / "script" / "model").state_dict()
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    assert mm.Model.load(tmp_path / "run").predict("image -> label", image=root / "cat" / "0.png").value in (
+        "cat",
+        "dog",
+    )
+
+
+def test_trained_weights_that_do_not_fit_the_data_are_refused_by_name(encoder: Path, tmp_path: Path):
+    texts = [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(12)]
+    with pytest.raises(ConfigError, match=r"reads image, and the data are of the kind 'text'.*MiniLM"):
+        mm.quick(texts, start=str(encoder), **FAST)
+    both = [{"image": np.zeros((8, 8, 3), np.uint8) + i, "text": f"w {i}", "label": "ab"[i % 2]} for i in range(12)]
+    with pytest.raises(ConfigError, match="reads one kind, and the data have image, text"):
+        mm.quick(both, start=str(encoder), **FAST)
+    with pytest.raises(CheckpointError):
+        mm.quick(texts, start=str(tmp_path), **FAST)
+
+
+def test_start_is_an_option_of_the_command(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = classes(tmp_path / "photos")
+    options = ["--start", str(encoder), "--set", "steps=2", "--folder", str(tmp_path / "run")]
+    assert main(["train", str(root), *options]) == 0
+    assert "an encoder with trained weights" in capsys.readouterr().out
+    assert "mm.Tower.of(mm.pretrained(" in (tmp_path / "run" / "script.py").read_text()
