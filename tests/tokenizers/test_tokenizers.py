@@ -445,6 +445,7 @@ def test_the_stem_of_bands_convolves_each_value_by_itself() -> None:
         torch.testing.assert_close(row[: len(one)], one, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stem_of_bands_is_packed_exported_and_saved_like_any_kind() -> None:
     kind = AudioFrames(rate_hz=8000, mels=16, trim_db=20.0, stem_channels=2)
     values = [(word(0, 0)[:count], 8000) for count in (1000, 1800, 2400)]
