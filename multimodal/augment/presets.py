@@ -2,7 +2,7 @@
 
 from multimodal.augment.base import Augmentation, Sometimes, check_share
 from multimodal.augment.pictures import ColorJitter, HorizontalFlip, PictureNoise, RandomAffine, RandomScale
-from multimodal.augment.sounds import Equaliser, Noise, Pause, Speed
+from multimodal.augment.sounds import Equaliser, Noise, Pause, Tempo
 from multimodal.augment.tokens import FrequencyWarp, SpecAugment
 
 
@@ -40,8 +40,8 @@ def for_sounds() -> tuple[Augmentation, ...]:
         6
     """
     return (
-        Speed(0.8, 1.25),
-        Equaliser(5.0),
+        Tempo(0.8, 1.25),
+        Equaliser(4.0, octaves=3.0),
         Pause(0.1, 0.1),
         Noise(10.0, 45.0),
         FrequencyWarp(0.85, 1.18),

@@ -29,6 +29,8 @@ PATCHES = ((20, 2), (40, 4), (math.inf, 8))
 LARGEST_SIDE = 64
 RATES = (8000, 16000)
 MELS, HOP_MS, STACKS, MOST_FRAMES = 40, 10.0, (2, 4, 8, 16, 32, 64, 128), 40
+WORD_S, TRIM_DB, STEM_CHANNELS = 2.0, 20.0, 16
+"""Sounds that usually last up to WORD_S are words and the like: of them the silence at both ends is left out."""
 SERIES_TOKENS, SERIES_PARTS = 25, 8
 BYTES_BELOW, BPE = 20_000, ((200_000, 1000), (2_000_000, 4000), (math.inf, 8000))
 """A text kind of bytes below so many bytes of text; else (bytes up to, pieces of byte-pair encoding)."""
@@ -100,6 +102,12 @@ RULES = (
         f"`AudioFrames` at {RATES[0]:,} Hz if the usual rate is not above it, else {RATES[1]:,}; {MELS} bands, every {HOP_MS:g} "
         f"ms; as many frames a token as make {MOST_FRAMES} tokens of the usual sound",
         "what is not in the files is not computed; tokens stay few",
+    ),
+    Rule(
+        f"sounds of up to {WORD_S:g} s (the middle one), and the answer is names or whole numbers",
+        f"`trim_db={TRIM_DB:g}`: without the silence at both ends; `stem_channels={STEM_CHANNELS}`: convolutions over time and "
+        "frequency embed the frames",
+        "people who were never heard pause elsewhere, and speak higher or lower",
     ),
     Rule("series", f"`Series`, as many steps a token as make {SERIES_TOKENS} tokens", "the same"),
     Rule(
@@ -409,7 +417,10 @@ def _sound(
     frames = max(seen["seconds"]["middle"] for seen in facts) * 1000 / HOP_MS
     stack = next((stack for stack in STACKS if frames / stack <= MOST_FRAMES), STACKS[-1])
     longest = max(seen["seconds"]["most"] for seen in facts)
+    short = max(seen["seconds"]["middle"] for seen in facts) <= WORD_S
     more: dict[str, Any] = {"max_seconds": float(math.ceil(longest))} if longest > 3600 else {}
+    if short and answer["kind"] in ("label", "labels"):
+        more |= {"trim_db": TRIM_DB, "stem_channels": STEM_CHANNELS}
     found = AudioFrames(rate_hz=rate, mels=MELS, hop_ms=HOP_MS, stack=stack, **more)
     return found, code_of(found, set())
 

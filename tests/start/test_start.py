@@ -588,6 +588,16 @@ def test_sounds_are_augmented_and_numbers_to_answer_are_not():
 
 
 @pytest.mark.parametrize(
+    ("seconds", "answer", "stem"), [(0.5, "label", True), (2.5, "label", False), (0.5, "number", False)]
+)
+def test_short_sounds_that_are_classified_are_trimmed_and_have_a_stem(seconds: float, answer: str, stem: bool):
+    facts = [{"rate": 8000, "seconds": {"middle": seconds, "most": seconds}}]
+    found, code = rules._sound(["audio"], facts, [], {"kind": answer})
+    assert (found.trim_db, found.stem_channels) == ((20.0, 16) if stem else (None, 0))
+    assert eval(code, {"AudioFrames": type(found)}) == found
+
+
+@pytest.mark.parametrize(
     ("names", "colours", "fields", "kind", "right"),
     [
         (("cat", "copyright"), 0.8, 1, "label", True),

@@ -1,11 +1,12 @@
 """The contract of `Tokenizer`, and the kinds that come with the framework, against formulas and other libraries."""
 
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
+from multimodal.check import check_tokenizer
 from multimodal.declare import declaration, rebuild
 from multimodal.shapes import CheckpointError, ConfigError, MediaError
-from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times, describe
 from multimodal_tokenizers import AudioFrames, ImagePatches, Labels, TextBPE, TextBytes
 
 TEXTS = [
@@ -176,6 +178,7 @@ KINDS: list[tuple[Tokenizer, object]] = [
     (Labels(("cat", "dog"), several=True), ["dog"]),
     (ImagePatches(patch=4, mean=(0.1, 0.2, 0.3), position="learned", max_side=12), RANDOM.random((9, 14, 3))),
     (AudioFrames(rate_hz=8000, mels=8), (RANDOM.random(999, np.float32), 8000)),
+    (AudioFrames(rate_hz=8000, mels=8, trim_db=20.0, stem_channels=2), (RANDOM.random(999, np.float32), 8000)),
 ]
 
 
@@ -373,6 +376,13 @@ WRONG_FRAMES = [
     ({"hop_ms": 0.01}, "hop_ms=0.01 must be a sample or more and window_ms=25.0 no less"),
     ({"hop_ms": 30.0}, "hop_ms=30.0 must be a sample or more and window_ms=25.0 no less"),
     ({"normalise": "none"}, "normalise='none' must be 'clip' or 'fixed'"),
+    ({"trim_db": 0}, "trim_db=0 must be more than 0 and finite, or None"),
+    ({"trim_db": math.nan}, "trim_db=nan must be more than 0 and finite, or None"),
+    ({"trim_db": "20"}, "trim_db='20' must be more than 0 and finite, or None"),
+    ({"trim_db": 20.0, "causal": True}, "trim_db=20.0 needs the loudest frame, .* use trim_db=None"),
+    ({"stem_channels": -1}, "stem_channels=-1 must be .*"),
+    ({"stem_channels": 4, "causal": True}, "stem_channels=4 reads the next token, .* use stem_channels=0"),
+    ({"stem_channels": 4, "mels": 7}, "mels=7 must be at least 8 for the 3 convolutions of stem_channels=4, .*"),
 ]
 
 
@@ -380,6 +390,67 @@ WRONG_FRAMES = [
 def test_wrong_settings_of_frames(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^AudioFrames: {message}$"):
         AudioFrames(**settings)
+
+
+def word(before_s: float, after_s: float) -> np.ndarray:
+    """Two bursts of noise with a pause between them, and faint noise around them."""
+    draw = np.random.default_rng(0)
+    wave = np.concatenate(
+        [draw.standard_normal(800) * 0.1, draw.standard_normal(800) * 1e-4, draw.standard_normal(800) * 0.05]
+    )
+    around = [draw.standard_normal(round(8000 * duration_s)) * 1e-4 for duration_s in (before_s, after_s)]
+    return np.concatenate([around[0], wave, around[1]]).astype(np.float32)
+
+
+def test_silence_at_both_ends_is_left_out_and_a_pause_stays() -> None:
+    whole = AudioFrames(rate_hz=8000, mels=16, stack=1, normalise="fixed")
+    for before_s, after_s in ((0.2, 0.3), (0.0, 0.5), (0.4, 0.0)):
+        sound = (word(before_s, after_s), 8000)
+        power_NF = np.exp(whole.log_mel(whole(sound)).double().numpy()) - 1e-6
+        decibels_N = 10 * np.log10(power_NF.sum(1) / power_NF.sum(1).max())
+        loud = np.flatnonzero(decibels_N > -20)
+        trimmed = replace(whole, trim_db=20.0)(sound)
+        torch.testing.assert_close(trimmed.content, whole(sound).content[loud[0] : loud[-1] + 1])
+        assert 28 <= len(trimmed) <= 34  # 0.3 s, with the pause
+        torch.testing.assert_close(trimmed.position_NA, whole.places(len(trimmed)))
+    clip = AudioFrames(rate_hz=8000, mels=16, trim_db=20.0)
+    silent = clip((np.zeros(800, np.float32), 8000))
+    assert len(silent) == 3
+    assert silent.content.isfinite().all()
+
+
+def test_the_stem_of_bands_convolves_each_value_by_itself() -> None:
+    tokenizer = AudioFrames(rate_hz=8000, mels=17, stack=3, stem_channels=2)
+    values = [tokenizer((word(0, length_s), 8000)) for length_s in (0.1, 0.0, 0.25)]
+    stem: Any = tokenizer.embed(12)
+    for convolution in stem.convolutions:
+        torch.nn.init.normal_(convolution.bias)
+    packed = stem(torch.cat([tokens.content for tokens in values]), Places.of(values, tokenizer.step))
+    wanted = []
+    for tokens in values:
+        hidden = tokens.content.reshape(1, 1, -1, 17)
+        for convolution, size in zip(stem.convolutions, ((3, 2), (1, 2), (1, 2)), strict=True):
+            hidden = torch.nn.functional.conv2d(hidden, convolution.weight, convolution.bias, padding=1)
+            hidden = torch.nn.functional.max_pool2d(hidden, size).relu()
+        wanted.append(stem.linear(hidden[0].permute(1, 0, 2).flatten(1)))
+    assert packed.std() > 0.01
+    torch.testing.assert_close(packed, torch.cat(wanted), atol=1e-5, rtol=1e-5)
+    # padded behind with anything, as in an exported program
+    lengths = torch.tensor([len(tokens) for tokens in values])
+    beside = torch.full((3, int(lengths.max()), 51), 7.0)
+    for row, tokens in zip(beside, values, strict=True):
+        row[: len(tokens)] = tokens.content
+    found = stem.padded(beside, torch.zeros(3, beside.shape[1], 3), lengths)
+    for row, one in zip(found, wanted, strict=True):
+        torch.testing.assert_close(row[: len(one)], one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stem_of_bands_is_packed_exported_and_saved_like_any_kind() -> None:
+    kind = AudioFrames(rate_hz=8000, mels=16, trim_db=20.0, stem_channels=2)
+    values = [(word(0, 0)[:count], 8000) for count in (1000, 1800, 2400)]
+    known = {"decode_inverts_encode": "a written sound is trimmed once more"}
+    assert check_tokenizer(kind, values, expected_failures=known).failed == []
 
 
 # Text

@@ -329,6 +329,9 @@ def test_calls_that_cannot_be_are_refused(ear: mm.Model, lively):
     with pytest.raises(ConfigError, match="takes no decoder"):
         transcribe(model, TASK, [], decoder=GreedyCTC())
     odd = a_model(mm.Core(width=8, depth=1, heads=1), lively, sound=Uneven())
+    trimmed = a_model(mm.Core(width=8, depth=1, heads=1), lively, sound=frames(trim_db=20.0))
+    with pytest.raises(ConfigError, match=r"leaves out the silence at both ends of a sound \(trim_db=20\.0\)"):
+        transcribe(trimmed, TASK, [])
     with pytest.raises(ConfigError, match=r"lasts 10\.5 samples"):
         transcribe(odd, TASK, [])
 

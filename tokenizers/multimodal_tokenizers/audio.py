@@ -4,17 +4,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.media import read_sound, sound_blocks
-from multimodal.shapes import ConfigError, MediaError
-from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
-from multimodal_tokenizers.features import grey_levels
+from multimodal.shapes import ConfigError, MediaError, check_whole, is_number
+from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times, describe
+from multimodal_tokenizers.features import grey_levels, spaced
 
 LEVEL, SPREAD = -6.0, 4.0  # mean and standard deviation of the log-mels of sound, in nats, for normalise="fixed"
 FLOOR = 1e-6  # power added before the logarithm
@@ -22,6 +23,7 @@ CLIP_FLOOR = 1e-7  # the floor as a share of the clip's largest power: 70 dB bel
 SILENCE = 1e-30  # the least power that a clip is divided by
 NEWEST = 2  # version of the features
 FIRST_FIELDS = {"rate_hz", "mels", "hop_ms", "window_ms", "stack", "normalise", "causal"}  # of multimodal 0.1
+LAYERS = 3  # of `_BandStem`
 POWER_ROUNDS, PHASE_ROUNDS = 10, 32  # of the two iterations of `decode`; more do not improve the measured error
 
 
@@ -46,6 +48,13 @@ class AudioFrames(Tokenizer):
     max_seconds: a longer sound is refused before it is decoded.
     version: 2, or 1 for the features of multimodal 0.1, for its checkpoints: the same floor under the logarithm for loud and quiet
     clips, and a shorter filter for resampling.
+    trim_db: frames before and after all frames whose power is at most so many decibels below that of the loudest one are left
+        out, as the silence around a word; times then begin at the first frame that stays. For sounds that are classified, not
+        for those that are transcribed with the times of their words, and not for those that are written: encoded again, they
+        may lose frames at both ends. None: all frames stay.
+    stem_channels: what embeds a token: 0 is a linear map of its frames; else three convolutions over time and frequency with so
+        many channels, twice and four times as many, each followed by the largest of two neighbouring bands. They know a pattern
+        at other frequencies, such as those of another voice; they read neighbouring tokens, so that sounds are not written.
     """
 
     rate_hz: int = 16000
@@ -57,6 +66,8 @@ class AudioFrames(Tokenizer):
     causal: bool = False
     max_seconds: float = 3600.0
     version: int = NEWEST
+    trim_db: float | None = None
+    stem_channels: int = 0
     lossy = True
 
     def __post_init__(self) -> None:
@@ -69,6 +80,24 @@ class AudioFrames(Tokenizer):
             )
         if self.normalise not in ("clip", "fixed"):
             raise ConfigError(f"AudioFrames: normalise={self.normalise!r} must be 'clip' or 'fixed'")
+        if self.trim_db is not None and not (is_number(self.trim_db) and 0 < self.trim_db < math.inf):
+            raise ConfigError(f"AudioFrames: trim_db={self.trim_db!r} must be more than 0 and finite, or None")
+        if self.trim_db is not None and self.causal:
+            raise ConfigError(
+                f"AudioFrames: trim_db={self.trim_db} needs the loudest frame, which is known only at the end of a sound; with "
+                "causal=True use trim_db=None"
+            )
+        check_whole("AudioFrames", least=0, stem_channels=self.stem_channels)
+        if self.stem_channels and self.causal:
+            raise ConfigError(
+                f"AudioFrames: stem_channels={self.stem_channels} reads the next token, so that causal=True is not possible; use "
+                "stem_channels=0"
+            )
+        if self.stem_channels and self.mels < 2**LAYERS:
+            raise ConfigError(
+                f"AudioFrames: mels={self.mels} must be at least {2**LAYERS} for the {LAYERS} convolutions of stem_channels="
+                f"{self.stem_channels}, each of which halves the bands"
+            )
         if self.version not in (1, 2):
             raise ConfigError(f"AudioFrames: version={self.version!r} of the features must be 1 or 2")
 
@@ -109,6 +138,11 @@ class AudioFrames(Tokenizer):
         frames_NF = F.pad(frames_NF[None], (0, 0, 0, -len(frames_NF) % self.stack), mode="replicate")[0]
         stacked_NF = rearrange(frames_NF, "(n s) f -> n (s f)", s=self.stack)
         return Tokens(stacked_NF, self.places(len(stacked_NF)))
+
+    def embed(self, width: int) -> nn.Module:
+        return (
+            _BandStem(self.mels, self.stack, self.stem_channels, width) if self.stem_channels else super().embed(width)
+        )
 
     def places(self, count: int) -> Tensor:
         return at_times(torch.arange(count) * self.step[0])
@@ -164,11 +198,15 @@ class AudioFrames(Tokenizer):
         return grey_levels(rearrange(tokens.content, "n (s f) -> (n s) f", s=self.stack))
 
     def spectrogram(self, wave_S: Tensor) -> Tensor:
-        """Normalised log-mel frames (N, mels), one for each hop that begins within the sound."""
+        """Normalised log-mel frames (N, mels), one for each hop that begins within the sound, without those that are trimmed."""
         mel = self._mel
         count = math.ceil(len(wave_S) / self.hop_samples)
         wave_S = F.pad(wave_S, (0, max(0, (count - 1) * self.hop_samples + mel.n_fft - len(wave_S))))
         power_NF = mel(wave_S).T[:count]
+        if self.trim_db is not None:
+            power_N = power_NF.sum(1)
+            loud_N = (power_N >= power_N.max() * 10 ** (-self.trim_db / 10)).nonzero()[:, 0]
+            power_NF = power_NF[loud_N[0] : loud_N[-1] + 1]
         if self.normalise == "clip" and self.version > 1:
             power_NF = power_NF / power_NF.max().clamp(min=SILENCE)
         floor = FLOOR if self.normalise == "fixed" or self.version == 1 else CLIP_FLOOR
@@ -176,6 +214,45 @@ class AudioFrames(Tokenizer):
         if self.normalise == "fixed":
             return (log_NF - LEVEL) / SPREAD
         return (log_NF - log_NF.mean()) / (log_NF.std(correction=0) + 1e-3)
+
+
+class _BandStem(nn.Module):
+    """Convolutions over three bands and three neighbours in time: first of frames, then of tokens; each value is zero-padded by
+    itself.
+
+    Each is followed by the largest of two neighbouring bands (the first also by that of the frames of a token) and a ReLU; at the
+    end one linear layer reads the bands and channels of a token. There is no norm: one over the channels of each place makes
+    silence as large as speech.
+    """
+
+    reads_places = True  # the neighbours of a frame are those of its own value
+
+    def __init__(self, mels: int, stack: int, channels: int, width: int) -> None:
+        super().__init__()
+        sizes = [1, *(channels * 2**i for i in range(LAYERS))]
+        self.stack = stack
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes))
+        for convolution in self.convolutions:
+            nn.init.kaiming_normal_(convolution.weight)  # so that a signal keeps its power from one to the next
+        self.linear = nn.Linear(sizes[-1] * (mels // 2**LAYERS), width)
+
+    def forward(self, content_NF: Tensor, places: Places) -> Tensor:
+        spaced_NF, row_N, there_N = spaced(content_NF, places)
+        return self._embedded(spaced_NF[None], there_N[None])[0, row_N]
+
+    def padded(self, content: Tensor, position_BNA: Tensor, length_B: Tensor) -> Tensor:
+        """The same for values side by side (B, N), padded behind."""
+        there_BN = torch.arange(content.shape[1], device=content.device) < length_B[:, None]
+        return self._embedded(content.masked_fill(~there_BN[..., None], 0.0), there_BN)
+
+    def _embedded(self, content: Tensor, there_BN: Tensor) -> Tensor:
+        """Embeds tokens (B, N, F), of which those that are not there are zero."""
+        hidden, frames = rearrange(content, "b n (s f) -> b 1 (n s) f", s=self.stack), self.stack
+        for convolution in self.convolutions:
+            hidden = F.relu(F.max_pool2d(convolution(hidden), (frames, 2)))
+            # biases fill the tokens that are not there, which the next convolution must see empty
+            hidden, frames = hidden.masked_fill(~there_BN[:, None, :, None], 0.0), 1
+        return self.linear(rearrange(hidden, "b c n f -> b n (c f)"))
 
 
 def read_limited(value: Any, *, rate_hz: int, samples: int, who: str, cut: bool | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from multimodal.media.sources import as_floats, as_numbers
 from multimodal.shapes import ConfigError, MediaError
-from multimodal.tokenizer import Tokenizer, Tokens, at_times, describe
+from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times, describe
 
 
 @dataclass(frozen=True)
@@ -142,3 +142,17 @@ def grey_levels(frames_NF: Tensor) -> Tensor:
     """Frames as a picture (Y, X, 1) in 0..1, the first feature at the bottom."""
     level = (frames_NF - frames_NF.min()) / (frames_NF.max() - frames_NF.min() + 1e-6)
     return level.T.flip(0)[:, :, None]
+
+
+def spaced(content_NF: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    """All values in one row with an empty token before each, so that what a convolution reads beyond a value is zero.
+
+    Returns:
+        the row (N + values, F), the index (N,) of each token in it, and where there is a token (N + values,).
+    """
+    count = len(places.lengths)
+    value_N = torch.repeat_interleave(torch.arange(count), torch.tensor(places.lengths, dtype=torch.long))
+    row_N = (torch.arange(len(value_N)) + value_N + 1).to(content_NF.device)
+    spaced_NF = content_NF.new_zeros(len(value_N) + count, content_NF.shape[1]).index_copy(0, row_N, content_NF)
+    there_N = torch.zeros(len(spaced_NF), device=content_NF.device, dtype=torch.bool).index_fill(0, row_N, True)
+    return spaced_NF, row_N, there_N

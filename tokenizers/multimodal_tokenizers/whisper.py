@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from multimodal.shapes import ConfigError
 from multimodal.tokenizer import Places, Tokenizer, Tokens, at_times
 from multimodal_tokenizers.audio import read_limited
-from multimodal_tokenizers.features import grey_levels
+from multimodal_tokenizers.features import grey_levels, spaced
 
 HOP, WINDOW = 160, 400  # samples from frame to frame, and of a frame: 10 and 25 ms
 FRAMES = 2  # of a token: the stride of the second convolution
@@ -109,13 +109,7 @@ class _ConvStem(nn.Module):
         self.second = nn.Conv1d(width, width, 3, stride=FRAMES, padding=1)
 
     def forward(self, content_NF: Tensor, places: Places) -> Tensor:
-        # one row of all values, and an empty token before each: what a convolution reads beyond a value is then zero
-        count = len(places.lengths)
-        value_N = torch.repeat_interleave(torch.arange(count), torch.tensor(places.lengths, dtype=torch.long))
-        row_N = (torch.arange(len(value_N)) + value_N + 1).to(content_NF.device)
-        spaced_NF = content_NF.new_zeros(len(value_N) + count, content_NF.shape[1]).index_copy(0, row_N, content_NF)
-        there_N = torch.zeros(len(spaced_NF), device=content_NF.device, dtype=torch.bool).index_fill(0, row_N, True)
-
+        spaced_NF, row_N, there_N = spaced(content_NF, places)
         frames = rearrange(spaced_NF, "n (s f) -> 1 f (n s)", s=FRAMES)
         # the bias of the first convolution fills the empty tokens, which the second must see empty
         hidden = F.gelu(self.first(frames)).masked_fill(~there_N.repeat_interleave(FRAMES), 0.0)
