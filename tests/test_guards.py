@@ -524,6 +524,7 @@ ALLOWED = {
         "multimodal.pretrained.source",
         "torch.load",
     ): "with weights_only, and only if the user says that it may be a pickle",
+    ("multimodal.progress", "find_spec"): "whether ipywidgets is there, under a fixed name",
     ("multimodal.old_names", "find_spec"): "the same",
     ("multimodal.declare", "entry_points"): "installed packages alone: who installs one runs it",
     ("multimodal.train.launch", "subprocess"): "starts this program once more a process, with the user's own arguments",
