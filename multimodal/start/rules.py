@@ -49,8 +49,8 @@ DROPOUT, WEIGHT_DECAY, SMOOTHING, GAPS = 0.1, 0.1, 0.1, 0.4
 GAPS_FOR_NUMBERS = 0.1
 """The share of missing cells where a number is answered."""
 GAPS_OF_LINEAR = 10
-"""Without blocks the share is this by the number of training rows, and at most that of numbers: missing cells act as a ridge penalty
-that grows with the rows (Wager et al. 2013), where that of ridge regression does not."""
+"""Without blocks the share is this by the number of training rows, and at most that of numbers: missing cells act as a ridge
+penalty that grows with the rows (Wager et al. 2013), where that of ridge regression does not."""
 FEWEST = 0.34  # of the steps wanted: if the minutes do not allow so many, a smaller core is taken
 GAPS_BELOW = 5_000  # rows
 STRENGTH = 0.3
