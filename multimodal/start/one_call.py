@@ -46,7 +46,7 @@ PROBE, SETTLED = 8, 3  # steps that measure the speed, of which so many are not 
 FOR_TRAINING = 0.9  # of the minutes; the rest is for looking and measuring
 CHECKPOINT_S = 30.0
 RESAMPLES = 200
-FOR_COMPARISON, FEWEST_ROWS = 0.5, 10  # of the minutes for training; in each fold
+FEWEST_ROWS = 10  # in each fold of a comparison
 SIZES = 2  # by how many a core may be smaller for the time
 
 
@@ -401,12 +401,10 @@ def _job(
         if fit_in >= FEWEST * wanted or found["smaller"] >= SIZES or state:
             break
         found["smaller"] += 1
-    # what the user says about core or tokens is not compared with something else, and parts that keep groups together are not cut
-    asked = (
-        any(name.partition(".")[0] in ("core", "tokenizers") for name in named) or options["group"] or options["time"]
-    )
-    affordable = fixed or 2 * FOLDS * wanted * found["step_s"] < seconds * FOR_COMPARISON
-    if not state and may_be_linear(report) and not asked and affordable and len(parts["train"]) >= FOLDS * FEWEST_ROWS:
+    # what the user says about core or tokens is not compared with something else, and folds would cut groups and times
+    own = any(name.partition(".")[0] in ("core", "tokenizers") for name in named) or options["group"] or options["time"]
+    fits = fixed or (2 * FOLDS + 1) * wanted * float(found["step_s"]) <= seconds
+    if not state and may_be_linear(report) and fits and not own and len(parts["train"]) >= FOLDS * FEWEST_ROWS:
         found["losses"] = _compared([chosen(False), chosen(True)], parts["train"], report, options, quiet)
     if found["losses"]:
         deep, linear = found["losses"]
@@ -448,7 +446,9 @@ def _compared(
             rest = [samples[i] for i in sorted(left_out)]
             for number, choice in enumerate(choices):
                 job = _made(replace(choice, recipe=override(choice.recipe, patience=0)), parts, options)
-                _fitted(job, job.recipe.steps)
+                _fitted(
+                    job, min(job.recipe.steps, choice.recipe.steps)
+                )  # many steps that the user sets are not done 7 times
                 (task,) = job.model.tasks
                 losses[number] += evaluate(job.model, task, rest, measures=[])["loss"] * len(rest) / len(samples)
                 bar.advance(1)

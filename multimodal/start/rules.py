@@ -52,7 +52,10 @@ AVERAGES = ((600, 0.98), (1500, 0.99), (math.inf, 0.998))
 """(steps up to, decay of the averaged weights)."""
 DROPOUT, WEIGHT_DECAY, SMOOTHING, GAPS = 0.1, 0.1, 0.1, 0.4
 GAPS_FOR_NUMBERS = 0.1
-"""The share of missing cells where a number is answered, or where there are no blocks."""
+"""The share of missing cells where a number is answered."""
+GAPS_OF_LINEAR = 10
+"""Without blocks the share is this by the number of training rows, and at most that of numbers: missing cells act as a ridge
+penalty that grows with the rows (Wager et al. 2013), where that of ridge regression does not."""
 FEWEST = 0.34  # of the steps wanted: if the minutes do not allow so many, a smaller core is taken
 GAPS_BELOW = 5_000  # rows
 STRENGTH = 0.3
@@ -146,9 +149,9 @@ RULES = (
     ),
     Rule("rows alone", f"core, width x depth: {_cores_of(ROW_CORES)} training samples", "the same"),
     Rule(
-        f"rows alone, fewer than {LINEAR_BELOW:,}, and the answer is a class, classes or a number",
+        f"rows alone, fewer than {LINEAR_BELOW:,}, without --group and --time, and the answer is no text",
         "a core of depth 0 without a norm, and no bins of numbers, if that has the lower loss in "
-        f"{FOLDS}-fold cross-validation of the training part",
+        f"{FOLDS}-fold cross-validation of the training part, for which the minutes must be enough",
         "the columns then add up as in a linear model, which is often better on some hundred rows",
     ),
     Rule("all", f"learning rate {_steps_of(LEARNING_RATES, 'wide')}", "wide cores need smaller steps"),
@@ -181,8 +184,8 @@ RULES = (
     ),
     Rule(
         f"rows of a table, fewer than {GAPS_BELOW:,}",
-        f"{GAPS:.0%} of the cells are missing, other ones each time; {GAPS_FOR_NUMBERS:.0%} if a number is answered or "
-        "the core has depth 0",
+        f"{GAPS:.0%} of the cells are missing, other ones each time; {GAPS_FOR_NUMBERS:.0%} if a number is answered; of a core of "
+        f"depth 0 a share of {GAPS_OF_LINEAR} by the number of training samples, and at most {GAPS_FOR_NUMBERS:.0%}",
         "no few columns decide alone; sums of columns become too large where more is there than in training",
     ),
     Rule("rows alone, and numbers to answer", "float32", "bfloat16 would round them to three digits"),
@@ -310,7 +313,11 @@ def choose(
         steps=steps, batch=batch, lr=rate, weight_decay=WEIGHT_DECAY, ema=average, seed=seed, **stop, **exact
     )
     few = kinds == {"row"} and count < GAPS_BELOW and len(report.fields["row"]["columns"]) > 2
-    gaps = 0.0 if not few else GAPS_FOR_NUMBERS if linear or kind == "number" else GAPS
+    gaps = GAPS_FOR_NUMBERS if kind == "number" else GAPS
+    if linear:
+        gaps = min(GAPS_FOR_NUMBERS, round(GAPS_OF_LINEAR / count, 3))
+    if not few:
+        gaps = 0.0
     if gaps:
         says.append(f"{gaps:.0%} of the cells of a row are missing in training, other ones each time")
     if start is not None:

@@ -496,6 +496,16 @@ def test_folds_are_the_training_part_with_equal_shares_of_the_answers(monkeypatc
     )
 
 
+def test_many_steps_of_the_user_are_not_done_for_each_fold(monkeypatch: pytest.MonkeyPatch):
+    def fitted(job: Any, steps: int) -> None:
+        raise KeyError(steps)
+
+    monkeypatch.setattr(one_call, "_fitted", fitted)
+    for setting, steps in (("steps=5000", 300), ("steps=7", 7)):
+        with pytest.raises(KeyError, match=f"^{steps}$"):
+            mm.quick(rows_of(lambda row: float(row @ [1.0, -2.0, 0.5])), settings=[setting], quiet=True)
+
+
 def test_a_table_without_blocks_is_in_the_program_and_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compared = []
 
@@ -511,7 +521,7 @@ def test_a_table_without_blocks_is_in_the_program_and_is_compared_once(tmp_path:
     assert again.says == found.says
     assert found.model.core.core.depth == 0
     script = (tmp_path / "run" / "script.py").read_text()
-    assert 'MissingCells(train, "row", share=0.1)' in script
+    assert 'MissingCells(train, "row", share=0.1)' in script  # 10 by 72 samples are more
     assert "bins=0" in script
     weights = runpy.run_path(str(tmp_path / "run" / "script.py"))["model"].state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
