@@ -172,6 +172,7 @@ def test_counts_without_memory_are_those_with_it():
 BLOCKS = [
     (mm.layers.SelfAttention(), mm.layers.PersistentMemory(slots=8), mm.layers.MLP()),
     (mm.layers.Recurrent(), mm.layers.MLP()),
+    (mm.layers.SelfAttention(mask=mm.masks.Window(4)), mm.layers.MLP()),
     (mm.layers.SelfAttention(score=mm.attention.Additive()), mm.layers.MLP()),
 ]
 
