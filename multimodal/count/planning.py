@@ -296,6 +296,13 @@ def _repairs(model: Model, first: TrainingPlan) -> list[str]:
                 tokens = f"micro-batches of {work.tokens / parts:,.0f} tokens ({work.micro_batches * parts} a step: accumulate)"
                 found.append(f"{change} and {tokens}" if change else tokens)
             parts *= 2
+    parts = 2
+    while not found and work.context == 1 and parts <= 16 and not work.processes % (parts * work.tensor):
+        more = dataclasses.replace(both, parallel="fsdp", context=parts, tokens=min(work.tokens, least))
+        if _divides(model, more) and fits(more):
+            change = " and ".join([f"context_parallel={parts}", *filter(None, [_changes(work, more)])])
+            found.append(f"{change}, with {more.tokens:,.0f} tokens a micro-batch")
+        parts *= 2
     many = max(2 * first.gpus, 2)
     while not found and many <= MOST_GPUS:
         more = dataclasses.replace(both, parallel="fsdp", processes=many, tokens=min(work.tokens, least))
@@ -305,6 +312,16 @@ def _repairs(model: Model, first: TrainingPlan) -> list[str]:
             )
         many *= 2
     return found
+
+
+def _divides(model: Model, work: Work) -> bool:
+    """Whether `fit` could divide the model so."""
+    recipe = Recipe(parallel="fsdp", tensor_parallel=work.tensor, context_parallel=work.context)
+    try:
+        check_split(model, recipe, work.processes, "plan")
+    except ConfigError:
+        return False
+    return True
 
 
 def _changes(work: Work, other: Work) -> str:

@@ -5,6 +5,7 @@ No collective operation depends on which modalities a process has in its batch: 
 """
 
 import copy
+import logging
 import math
 import os
 import sys
@@ -24,7 +25,7 @@ from multimodal.heads.base import GatherRows
 from multimodal.model import Model
 from multimodal.shapes import ConfigError
 from multimodal.stream import Stream
-from multimodal.train.split import SHARDS, TENSOR, Divided, RowOrder, divide
+from multimodal.train.split import SHARDS, TENSOR, Divided, RowOrder, divide, is_divided
 
 
 @dataclass(frozen=True)
@@ -307,15 +308,14 @@ class ParallelModel:
         most = most or math.inf
         if self.mesh is None:
             return full(nn.utils.clip_grad_norm_(self.model.parameters(), most))
-        # torch's function takes tensors of one mesh
-        found: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                found[name in self.divided.names].append(parameter)
-        groups = [some for some in found.values() if some]
-        norms = [full(nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in groups]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
-        for some in groups:
+        # torch's function takes tensors of one mesh; and one sum over all processes gives all of them the same bits
+        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
+        first = self.mesh.get_local_rank(TENSOR) == 0
+        own = [local(p.grad) for _, p in named if first or is_divided(p)]  # type: ignore[arg-type]
+        square = nn.utils.get_total_norm(own).to(self.device).square()
+        norm = self.processes.all_reduce(square).sqrt()
+        for divided in (True, False):
+            some = [p for name, p in named if (name in self.divided.names) == divided]
             nn.utils.clip_grads_with_norm_(some, most, norm)
         return norm
 
@@ -360,7 +360,15 @@ class ParallelModel:
 
 def full(tensor: Tensor) -> Tensor:
     """The unsharded tensor, on its device."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    log = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that a tensor of two mesh axes is gathered in two steps
+    try:
+        return tensor.full_tensor()  # type: ignore[operator]
+    finally:
+        log.setLevel(level)
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def write_sharded(
                 continue  # a copy is written by the first process that has it
             seen.add(tuple(box))
             for inside, part in order.boxes(name, box):
-                key = name if order.of(name) is None else f"{name}@{part[0][0]}"
+                key = name if part == box else f"{name}@{part[0][0]}"
                 pieces.append(Piece(process, key, part))
                 if process == processes.rank:
                     own[key] = local(tensor)[inside].detach().cpu().clone().contiguous()

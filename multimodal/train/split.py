@@ -154,6 +154,12 @@ def box_of(tensor: Tensor) -> list[tuple[int, int]]:
     return box
 
 
+def is_divided(tensor: Tensor) -> bool:
+    """Whether the processes that divide the core hold other parts of a tensor, and not copies."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return mesh is not None and mesh.ndim == 2 and not tensor.placements[1].is_replicate()  # type: ignore[attr-defined]
+
+
 @dataclass
 class Divided:
     """What `divide` has divided.

@@ -25,8 +25,9 @@ WORDS = ["ab", "cab", "dad", "abba", "bed", "face", "deaf", "bad", "a", "fed", "
 
 
 def make(pairs: bool = False) -> mm.Model:
-    """Grouped heads, biases, layers of other sorts, windows: all that can be divided."""
-    kinds = {"text": TextBytes(), "image": ImagePatches(patch=4, channels=1), "label": Labels(("with a", "without"))}
+    """Grouped heads, biases, layers of other sorts, windows: all that can be divided; and a tower, which is not."""
+    image = mm.Tower(ImagePatches(patch=4, channels=1), mm.Core(width=16, depth=1, heads=2))
+    kinds = {"text": TextBytes(), "image": image, "label": Labels(("with a", "without"))}
     biased = (SelfAttention(bias=("query", "key", "value", "out")), MLP(bias=True))
     windowed = (SelfAttention(mask=mm.masks.Window(3)), MLP(gated=False, activation="gelu", bias=True))
     drop = 0.0 if pairs else 0.1  # what is dropped depends on the micro-batch, and so on the number of processes
@@ -92,7 +93,7 @@ def gradients(batch: int, parts: int, pairs: bool = False, again: bool = False, 
 
 
 def train(out: Path, stop: int | None = None, **settings) -> mm.train.Run:
-    trackers = [lambda row: row["step"] == stop and signal.raise_signal(signal.SIGTERM)]
+    trackers = [lambda row: row["step"] == stop and "loss" in row and signal.raise_signal(signal.SIGTERM)]
     plain = {"precision": "float32", "device": "cpu", "quiet": True, "lr": 3e-3, "batch": 8, "steps": 6}
     plain |= {"checkpoint_every": 3, "ema": 0.9, "evaluation": {"text -> label": data()["text -> label"][:5]}}
     return mm.fit(make(), data(), folder=out, resume=True, trackers=trackers, **{**plain, **settings})
