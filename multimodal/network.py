@@ -182,14 +182,13 @@ class Network(nn.Module):
         # in one order in all processes, of which none knows the tasks of the others
         for pattern in readings if gather is None else self.packer.tasks:
             head, r = self.packer.heads[pattern], readings.get(pattern)
-            gathers = gather is not None and head.gathers
             if r is None:
-                if gathers:
+                if gather is not None and head.gathers:
                     sums[pattern] = head.absent_loss(state_TD, gather)
                 continue
             if r.target is None:
                 raise StreamError(_no_answers(pattern))
-            inputs = head.inputs(r, state_TD) | ({"gather": gather} if gathers else {})
+            inputs = head.inputs(r, state_TD) | ({"gather": gather} if head.gathers else {})
             sums[pattern] = head.state_loss(
                 self.readout(pattern), state_TD[r.row_N], r.lengths, r.target, r.target_lengths, **inputs
             )

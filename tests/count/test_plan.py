@@ -251,14 +251,14 @@ def test_long_samples_want_context_parallel():
     assert not found.fits
     (line,) = found.repairs
     assert line == "context_parallel=2, with 131,072 tokens a micro-batch"
-    divided = dataclasses.replace(recipe, context_parallel=2, accumulate=2)
+    divided = dataclasses.replace(recipe, context_parallel=2, batch=32)
     again = plan(model, divided, **long)
     assert again.fits
-    assert again.step_tokens == found.step_tokens == 64 * 131072
+    assert again.step_tokens == found.step_tokens / 2 == 32 * 131072
     # the inputs of blocks are divided and the weights of a process are the same; tensor parallel is the other way round
     one, other = found.memory.parts, again.memory.parts
     assert (other["block inputs"], other["weights"]) == (one["block inputs"] / 2, one["weights"])
-    each = plan(model, dataclasses.replace(recipe, tensor_parallel=8), **long).memory.parts
+    each = plan(model, dataclasses.replace(recipe, tensor_parallel=8, batch=8), **long).memory.parts
     assert each["block inputs"] == one["block inputs"]
     assert each["gathered weights"] < one["gathered weights"] / 4
 

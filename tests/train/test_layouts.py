@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from multimodal_tokenizers import Labels, TextBytes
 from tests.programs import layouts
 
 Run = Callable[[int, Path, dict], None]
-FSDP = {"parallel": "fsdp"}
+FSDP: dict[str, Any] = {"parallel": "fsdp"}
 
 
 @pytest.fixture(scope="session")
