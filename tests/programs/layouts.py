@@ -34,7 +34,7 @@ def make(pairs: bool = False) -> mm.Model:
     core = mm.Core(width=64, depth=2, heads=8, kv_heads=4, mlp_width=48, drop_path=drop, block=(biased, windowed))
     tasks: list = ["text -> label", "image -> label", "text -> text"]
     if pairs:
-            tasks = [mm.Task("image <-> text", mm.Contrast(width=8)), "text -> label"]
+        tasks = [mm.Task("image <-> text", mm.Contrast(width=8)), "text -> label"]
         tasks += [mm.Task("text <-> image", mm.Contrast(width=8, form="sigmoid", pool=mm.heads.Mean()))]
     model = mm.Model(kinds, core, tasks)
     generator = torch.Generator().manual_seed(3)
