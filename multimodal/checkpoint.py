@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from multimodal.attention.exchange import local
 from multimodal.core import Core
 from multimodal.declare import OURS, declaration, part_types, rebuild
 from multimodal.encoder_decoder import EncoderDecoder
@@ -500,11 +501,6 @@ def header_of(tensors: Mapping[str, Tensor]) -> Header:
 def short_name(kind: Any) -> str:
     """'float32' for torch.float32."""
     return str(kind).removeprefix("torch.")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; the tensor itself unless it is sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def with_axis(tensor: Tensor, wanted: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from multimodal.attention import (
     Trace,
     plan_layers,
 )
+from multimodal.attention.exchange import StreamShare
 from multimodal.attention.mechanism import share_priors
 from multimodal.declare import Declared, check_part, override
 from multimodal.layers import MLP, Attention, Context, CrossAttention, Crossing, Keys, Layer, SelfAttention, Sublayer
@@ -362,7 +363,13 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 class Transformer(nn.Module):
-    """The module of a `Core`: from embedded tokens (T, D) of a stream to its states (T, D)."""
+    """The module of a `Core`: from embedded tokens (T, D) of a stream to its states (T, D).
+
+    share: the processes that share each stream in training (context parallel): every one gets all embedded tokens and returns all
+        states, and computes the blocks for its rows. None: this process computes all rows.
+    """
+
+    share: StreamShare | None = None
 
     def __init__(self, core: Core, *, crosses: bool = False) -> None:
         super().__init__()
@@ -496,13 +503,23 @@ class Transformer(nn.Module):
         fresh = cache is None or not any(cache.length[row] for row in cache.rows[: len(layout.spans)])
         options = {"backend": backend, "dtype": dtype, "cache": cache, "bare": self.bare, "trace": trace}
         plan, plans = plan_layers(self.core.mask, self.masks, layout, **options)
+        share, total, all_wanted_N = self.share, len(stream_TD), wanted_N
+        if share is not None:
+            rows = share.rows(total)
+            stream_TD, position_TA = stream_TD[rows], position_TA[rows]
+            layout, wanted_N = Layout(layout.spans, layout.info[rows]), None
+            plan, plans = share.plan(plan, total), {rule: share.plan(one, total) for rule, one in plans.items()}
         context = Context(layout, plan, self.rotations(position_TA), cache, trace, crossing, fresh, plans)
         stream_TD = self.first_norm(self._with_tables(stream_TD, position_TA, layout))
         if wanted_N is not None and not len(self.blocks):
             stream_TD = stream_TD[wanted_N]
         for i, block in enumerate(self.blocks, 1):
             stream_TD = block(stream_TD, context, wanted_N if i == len(self.blocks) else None)
-        return self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
+        state_TD = self.norm(stream_TD if self.narrow is None else self.narrow(stream_TD))
+        if share is None:
+            return state_TD
+        state_TD = share.join(state_TD, total)
+        return state_TD if all_wanted_N is None else state_TD[all_wanted_N]
 
     def _with_tables(self, stream_TD: Tensor, position_TA: Tensor, layout: Layout) -> Tensor:
         """The embedded tokens plus the learned vectors of their times and fields, if the core has such."""

@@ -17,7 +17,7 @@ from multimodal.core import Core
 from multimodal.declare import Declared
 from multimodal.encoder_decoder import EncoderDecoder
 from multimodal.heads import Head, Readout
-from multimodal.heads.base import weights_class
+from multimodal.heads.base import GatherRows, weights_class
 from multimodal.old_names import warn
 from multimodal.packer import Packer
 from multimodal.positions import check_known
@@ -144,15 +144,18 @@ class Network(nn.Module):
         names = [f"sample {first + i}" for i in range(len(samples))]
         return self.packer([(task, sample) for sample in samples], answers=answers, names=names).to(self.device)
 
-    def loss(self, stream: Stream, *, counts: Mapping[str, float] | None = None) -> Tensor:
+    def loss(
+        self, stream: Stream, *, counts: Mapping[str, float] | None = None, gather: GatherRows | None = None
+    ) -> Tensor:
         """The mean loss of a target of each task, in nats, summed over tasks with their weights.
 
         counts: by task, what to divide by, the number of targets or the sum of their weights (`Head.divisor`); a training step
-        gives those of all its micro-batches. None: this stream's own.
+        gives those of all its micro-batches. None: this stream's own. gather: as of `losses`.
         """
         counts = counts or {pattern: self.divisor(stream, pattern) for pattern in stream.readings}
         tasks = self.packer.tasks
-        parts = [tasks[p].weight * total / (counts[p] or 1) for p, total in self.losses(stream).items()]
+        sums = self.losses(stream, gather=gather)
+        parts = [tasks[p].weight * total / (counts[p] or 1) for p, total in sums.items()]
         return torch.stack(parts).sum()
 
     def divisor(self, stream: Stream, pattern: str) -> float:
@@ -160,8 +163,13 @@ class Network(nn.Module):
         r = stream.readings[pattern]
         return r.count if r.target is None else self.packer.heads[pattern].divisor(r.target, r.target_lengths)
 
-    def losses(self, stream: Stream, *, backend: Backend = "auto") -> dict[str, Tensor]:
+    def losses(
+        self, stream: Stream, *, backend: Backend = "auto", gather: GatherRows | None = None
+    ) -> dict[str, Tensor]:
         """By task, the sum of the losses of all targets, in nats; for their mean divide by `divisor`.
+
+        gather: gives heads that compare samples those of the streams of other processes too, each of which calls this at the same
+        time, for the same tasks, whatever its stream holds; None: they compare those of this stream.
 
         Raises:
             StreamError: the stream was packed without answers.
@@ -171,12 +179,18 @@ class Network(nn.Module):
         wanted_N, readings = stream.narrowed()
         state_TD = self(stream, backend=backend, wanted_N=wanted_N)
         sums = {}
-        for pattern, r in readings.items():
+        # in one order in all processes, of which none knows the tasks of the others
+        for pattern in readings if gather is None else self.packer.tasks:
+            head, r = self.packer.heads[pattern], readings.get(pattern)
+            if r is None:
+                if gather is not None and head.gathers:
+                    sums[pattern] = head.absent_loss(state_TD, gather)
+                continue
             if r.target is None:
                 raise StreamError(_no_answers(pattern))
-            head, rows_ND = self.packer.heads[pattern], state_TD[r.row_N]
+            inputs = head.inputs(r, state_TD) | ({"gather": gather} if head.gathers else {})
             sums[pattern] = head.state_loss(
-                self.readout(pattern), rows_ND, r.lengths, r.target, r.target_lengths, **head.inputs(r, state_TD)
+                self.readout(pattern), state_TD[r.row_N], r.lengths, r.target, r.target_lengths, **inputs
             )
         return sums
 

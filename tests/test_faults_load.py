@@ -172,12 +172,12 @@ def test_fault_03a_pieces_of_any_number_of_processes_are_read_by_one(tmp_path):
     (tmp_path / "three" / "index.json").write_text(json.dumps({"format": 1, "processes": 3, "tensors": index}))
     like = {name: torch.full_like(t, -1) for name, t in whole.items()}
     for folder in ("one", "three"):
-        found = ShardedTensors(tmp_path / folder).read(like, Processes())
+        found = ShardedTensors(tmp_path / folder).read(like)
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[name], t) for name, t in whole.items())
     (tmp_path / "three" / "00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"00001\.safetensors: missing, damaged or cut short"):
-        ShardedTensors(tmp_path / "three").read(like, Processes())
+        ShardedTensors(tmp_path / "three").read(like)
     index["a"]["rows"] = [2, 2, 2]
     (tmp_path / "three" / "index.json").write_text(json.dumps({"format": 1, "processes": 3, "tensors": index}))
     with pytest.raises(CheckpointError, match="do not make the shape"):

@@ -399,7 +399,9 @@ def _show_plan(plan: "TrainingPlan") -> None:
     )
     forward = _human(sum(plan.flops.forward.values()))
     numbers.add_row("FLOPs a token", f"{_human(plan.token_flops)}  (forward {forward})")
-    parallel = f" {work.parallel}," if work.processes > 1 else ""
+    ways = [work.parallel] if work.processes > 1 else []
+    ways += [f"{name} parallel {n}" for name, n in (("tensor", work.tensor), ("context", work.context)) if n > 1]
+    parallel = "".join(f" {way}," for way in ways)
     numbers.add_row(
         "each GPU",
         f"{work.micro_batches} x {work.tokens:,.0f} tokens a step,{parallel} {'bfloat16' if work.half else 'float32'}, "

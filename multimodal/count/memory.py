@@ -6,7 +6,8 @@ are exchanged behind the last one), and whole what lies outside the blocks and a
 Under "ddp" the gradients lie once more in the buckets they are sent in. Gradients (4 bytes) come one block after the other, last
 block first, while what the block saved is freed; they are all there from the start where there are several micro-batches or
 processes. Under autocast every matrix has a copy in bfloat16 to the end of the forward pass, and to its gradient without activation
-checkpointing; "fsdp" does not share these out.
+checkpointing; "fsdp" does not share these out. Tensor parallel divides the matrices of the core, with what they save; context
+parallel the tokens of its blocks, and each process has the embedded tokens and the last states whole.
 """
 
 from collections import defaultdict
@@ -18,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from multimodal.attention import Layout, Span, plan_attention
+from multimodal.attention import Layout, Span, plan_layers
 from multimodal.core import Core
 from multimodal.count.flops import embed_cost, parameters, rowwise_layers, saved_bytes, transformer
 from multimodal.count.streams import StreamStats
 from multimodal.generate.step import is_default
 from multimodal.layers import Attention, Context, Layer, SelfAttention, Sublayer
-from multimodal.layers.mlp import _MLP
+from multimodal.layers.mlp import _MLP, _UngatedMLP
 from multimodal.masks import MaskInfo
 from multimodal.model import Model
 from multimodal.norm import RMSNorm
@@ -49,6 +50,7 @@ class Work:
     checkpointing: whether blocks save only their input and are computed again in the backward pass.
     optimizer: "adamw" or "muon", as in the recipe.
     averaged: whether averaged weights (EMA) are held as well.
+    tensor, context: numbers of processes that divide the core, and a stream, as in the recipe.
     """
 
     tokens: float
@@ -60,11 +62,13 @@ class Work:
     checkpointing: bool = False
     optimizer: str = "adamw"
     averaged: bool = False
+    tensor: int = 1
+    context: int = 1
 
     @property
     def shards(self) -> int:
-        """Number of processes among which weights, state and gradients are divided."""
-        return self.processes if self.parallel == "fsdp" else 1
+        """Number of processes among which weights, state and gradients are sharded."""
+        return self.processes // self.tensor if self.parallel == "fsdp" else 1
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,17 @@ class _Step:
         self.stats, self.work, self.core = stats, work, core.core
         self.unknown: set[str] = set()
         self.counts = parameters(model)
-        self.total = sum(self.counts.values())
-        self.block_weights = [sum(p.numel() for p in block.parameters()) for block in core.blocks]
-        self.outside = self.total - sum(self.block_weights)
-        self.matrices = sum(p.numel() for p in core.parameters() if p.dim() == 2)
-        self.half_weights = [_linear(block) for block in core.blocks] if work.half else [0] * len(core.blocks)
+        self.given = sum(self.counts.values())
+        # of what tensor parallel divides, this process has a share
+        spared = [_divided(block) * (1 - 1 / work.tensor) for block in core.blocks]
+        each = [sum(p.numel() for p in block.parameters()) for block in core.blocks]
+        self.block_weights = [size - less for size, less in zip(each, spared, strict=True)]
+        self.total = self.given - sum(spared)
+        self.outside = self.given - sum(each)
+        self.matrices = sum(p.numel() for p in core.parameters() if p.dim() == 2) - sum(spared)
+        self.half_weights = [0.0] * len(core.blocks)
+        if work.half:
+            self.half_weights = [_linear(block) - less for block, less in zip(core.blocks, spared, strict=True)]
         self.half_heads = _linear(model.readouts) if work.half else 0
         self.half_embeds = _linear(model.embeds) if work.half else 0  # no gradient goes to what is embedded
         self.largest = max(p.numel() for p in model.parameters())
@@ -130,8 +140,11 @@ class _Step:
     def _block(self, layers: list[Sublayer], rowwise: list[Sublayer]) -> "list[Activations]":
         found = []
         for layer in layers:
-            saved = layer_activations(layer, self.core, self.stats, half=self.work.half, cuda=self.work.cuda)
-            found.append(saved.of(self.stats.wanted) if layer in rowwise else saved)
+            work = self.work
+            saved = layer_activations(layer, self.core, self.stats, half=work.half, cuda=work.cuda, tensor=work.tensor)
+            # with context parallel all rows pass all layers
+            share = self.stats.wanted if layer in rowwise and work.context == 1 else 1 / work.context
+            found.append(saved.of(share))
             if not saved.known:
                 self.unknown.add(f"what {type(layer.layer).__name__} saves")
         return found
@@ -153,10 +166,10 @@ class _Step:
     def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
         """(moment, bytes by part)."""
         work, tokens, depth = self.work, self.work.tokens, len(self.blocks)
-        block_input = {"block inputs": float(FLOAT * self.core.width)}
+        block_input = {"block inputs": float(FLOAT * self.core.width) / work.context}
         # gradients exist from the start where they are added up, or where other processes wait for them
         whole = work.micro_batches > 1 or work.processes > 1
-        fsdp = work.shards > 1
+        fsdp = work.parallel == "fsdp" and work.processes > 1
         always = self._always()
         saved = [_sum(*(layer.parts for layer in block)) for block in self.blocks]
         stays = [block_input if work.checkpointing else parts for parts in saved]
@@ -165,6 +178,8 @@ class _Step:
             "norms": FLOAT * (self.core.width + 1.0),
             "embeddings": self.embedded,
         }
+        if work.context > 1:  # the embedded tokens and the last states
+            head["whole stream"] = 2.0 * FLOAT * self.core.width
         sharded_late = fsdp and work.micro_batches > 1
         gradients = float(FLOAT * self.total) if sharded_late else FLOAT * self.total / work.shards
         first = {"gradients": gradients if whole else 0.0}
@@ -209,7 +224,7 @@ class _Step:
             "weights": share,
             "optimiser state": optimizer,
             "averaged weights": share if work.averaged else 0.0,
-            "the model given to fit": 0.0 if work.shards == 1 or work.cuda else FLOAT * float(self.total),
+            "the model given to fit": 0.0 if work.shards == 1 or work.cuda else FLOAT * float(self.given),
             "stream and places": work.tokens * stream,
         }
 
@@ -264,10 +279,19 @@ class Activations:
         return Activations(parts=_times(self.parts, share), working=share * self.working, known=self.known)
 
 
-def layer_activations(sublayer: Sublayer, core: Core, stats: StreamStats, *, half: bool, cuda: bool) -> Activations:
+def _divided(block: nn.Module) -> int:
+    """The numbers in the matrices that tensor parallel divides."""
+    bodies = [m for m in block.modules() if isinstance(m, (Attention, _MLP, _UngatedMLP))]
+    return sum(p.numel() for body in bodies for p in body.parameters() if p.dim() == 2)
+
+
+def layer_activations(
+    sublayer: Sublayer, core: Core, stats: StreamStats, *, half: bool, cuda: bool, tensor: int = 1
+) -> Activations:
     """What a layer with its norm and merge saves. Closed form for attention with a bare mechanism and for the MLP, else measured.
 
-    Of all rows: where few are read (`StreamStats.wanted`) the last attention saves less on CPUs.
+    Of all rows: where few are read (`StreamStats.wanted`) the last attention saves less on CPUs. tensor: the number of processes
+    that divide heads and hidden units.
 
     Element sizes e: 4, or 2 under autocast; the residual stream, norms and their inputs stay float32.
         norm       input 4 D, its 1 / rms 4; output e D (which the projection reads)
@@ -285,23 +309,24 @@ def layer_activations(sublayer: Sublayer, core: Core, stats: StreamStats, *, hal
     norms = {"norms": 4.0 * width + 4.0 + dropped, "projections": size * width}
     body: Any = sublayer.body
     if bare and isinstance(body, _MLP):
-        hidden = body.down.in_features
+        hidden = body.down.in_features / tensor
         # at worst the gradient of the product and both its factors are there, and of what was saved only the product is freed
         return Activations(parts={**norms, "MLP": size * 4 * hidden}, working=size * 2 * hidden + (4.0 + size) * width)
     if bare and type(sublayer.layer) is SelfAttention and body.attention.mechanism.bare:
         a = body.attention
-        q, k, v = a.heads * a.key_width, a.kv_heads * a.key_width, a.kv_heads * a.value_width
-        out, normed = a.heads * a.value_width, core.qk_norm
+        heads, groups = a.heads / tensor, a.kv_heads / tensor
+        q, k, v = heads * a.key_width, groups * a.key_width, groups * a.value_width
+        out, normed = heads * a.value_width, core.qk_norm
         rotated = a.turned and any(core.rotary_split)
         new_qk = size * (q + k) if normed or rotated else 0.0
-        result = size * out + 4.0 * a.heads
+        result = size * out + 4.0 * heads
         if cuda and half and 0 < stats.bidirectional < 1:  # two calls of the kernel, over all rows each
             result *= 2
         qkv = size * (q + k + v)
         joined = size * out if half or stats.runs else 0.0
         floats = 4.0 * (q + k) if half and normed else 0.0
         masks = size * stats.mixed if not (cuda and half) else 0.0
-        norms["norms"] += (4.0 * (a.heads + a.kv_heads) if normed else 0.0) + floats
+        norms["norms"] += (4.0 * (heads + groups) if normed else 0.0) + floats
         norms["projections"] += qkv + joined
         return Activations(
             parts={**norms, "attention": new_qk + result + masks},
@@ -326,7 +351,9 @@ def _measured(layer: Layer, core: Core, width: int, half: bool) -> tuple[float, 
         places = MaskInfo(sample, order, torch.zeros_like(order), torch.zeros_like(order))
         layout = Layout(spans, places)
         position_TA = torch.zeros(2 * length, len(core.axes))
-        context = Context(layout, plan_attention(core.mask, layout, bare=False), core.outline().rotations(position_TA))
+        own = [layer.mask] if isinstance(layer, SelfAttention) and layer.mask is not None else []
+        plan, plans = plan_layers(core.mask, own, layout, bare=False)
+        context = Context(layout, plan, core.outline().rotations(position_TA), plans=plans)
         stream_TD = torch.randn(2 * length, width, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_bytes(list(sublayer.parameters())) as saved:
             sublayer(stream_TD, context)

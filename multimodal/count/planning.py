@@ -18,6 +18,7 @@ from multimodal.model import Model
 from multimodal.notebook import tables_html
 from multimodal.shapes import ConfigError, did_you_mean
 from multimodal.train.recipe import Recipe
+from multimodal.train.split import check_split
 
 GB = 1e9
 # of a GPU's memory: its context, the allocator's gaps and the communication library take the rest (assumed)
@@ -128,7 +129,7 @@ class TrainingPlan:
     @property
     def step_tokens(self) -> float:
         """Tokens of an optimiser step, all GPUs together."""
-        return self.work.tokens * self.work.micro_batches * self.busy
+        return self.work.tokens * self.work.micro_batches * (self.busy // (self.work.tensor * self.work.context))
 
     @property
     def token_flops(self) -> float:
@@ -158,6 +159,8 @@ class TrainingPlan:
             lines.append(f"lengths: of {self.stats.samples} samples of the recipe's data, packed")
         else:
             lines.append(f"lengths: {self.stats.length:g} tokens a sample, as given; causal, all of the first task")
+        if self.work.tensor * self.work.context > 1:
+            lines.append("tensor and context parallel: memory counted, not measured; embeddings and heads count once")
         if self.memory.unknown:
             lines.append(f"not modelled, so memory is a lower bound: {', '.join(self.memory.unknown)}")
         return tuple(lines)
@@ -199,6 +202,7 @@ def plan(
         recipe = recipe.in_steps(epoch)
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     transformer(model)  # raises before anything is counted
+    check_split(model, recipe, gpus, "plan")
     if stats is None and length is not None:
         stats = stream_of_length(model, length)
     if stats is None:
@@ -230,18 +234,21 @@ def work_of(recipe: Recipe, stats: StreamStats, gpus: int, gpu: GPU, tokens: int
         raise ConfigError(f"plan: {gpu.name} has no hardware for bfloat16; use precision=float32")
     half = recipe.precision == "bfloat16" or (recipe.precision == "auto" and gpu.bfloat16)
     budget, packs = recipe.tokens, recipe.packs
-    busy, parts = gpus, recipe.accumulate
-    unit, needed = f"batch={recipe.batch}", f"batch={gpus * recipe.accumulate}"
+    copies = recipe.tensor_parallel * recipe.context_parallel  # GPUs that hold the same samples
+    own = gpus // copies
+    busy, parts = own, recipe.accumulate
+    unit, needed = f"batch={recipe.batch}", f"batch={own * recipe.accumulate}"
     if tokens is not None:
         each = float(tokens)
     elif budget:
-        each, busy = float(budget), min(gpus, packs)
+        each, busy = float(budget), min(own, packs)
         parts = math.ceil(packs / busy)
-        unit, needed = f"packs={packs}", f"packs={gpus}"
+        unit, needed = f"packs={packs}", f"packs={own}"
     else:
-        mine = recipe.batch / recipe.accumulate / gpus
-        busy = gpus if mine >= 1 else max(1, recipe.batch // recipe.accumulate)
+        mine = recipe.batch / recipe.accumulate / own
+        busy = own if mine >= 1 else max(1, recipe.batch // recipe.accumulate)
         each = max(mine, 1.0) * stats.length
+    busy *= copies
     if busy < gpus:
         warnings.append(
             f"{unit} gives work to only {busy} of {gpus} GPUs, which `fit` refuses; try --set {needed} or more"
@@ -259,6 +266,8 @@ def work_of(recipe: Recipe, stats: StreamStats, gpus: int, gpu: GPU, tokens: int
         checkpointing=recipe.activation_checkpointing,
         optimizer=recipe.optimizer,
         averaged=recipe.ema > 0,
+        tensor=recipe.tensor_parallel,
+        context=recipe.context_parallel,
     )
     return work, busy, warnings
 
@@ -287,6 +296,13 @@ def _repairs(model: Model, first: TrainingPlan) -> list[str]:
                 tokens = f"micro-batches of {work.tokens / parts:,.0f} tokens ({work.micro_batches * parts} a step: accumulate)"
                 found.append(f"{change} and {tokens}" if change else tokens)
             parts *= 2
+    parts = 2
+    while not found and work.context == 1 and parts <= 16 and not work.processes % (parts * work.tensor):
+        more = dataclasses.replace(both, parallel="fsdp", context=parts, tokens=min(work.tokens, least))
+        if _divides(model, more) and fits(more):
+            change = " and ".join([f"context_parallel={parts}", *filter(None, [_changes(work, more)])])
+            found.append(f"{change}, with {more.tokens:,.0f} tokens a micro-batch")
+        parts *= 2
     many = max(2 * first.gpus, 2)
     while not found and many <= MOST_GPUS:
         more = dataclasses.replace(both, parallel="fsdp", processes=many, tokens=min(work.tokens, least))
@@ -296,6 +312,16 @@ def _repairs(model: Model, first: TrainingPlan) -> list[str]:
             )
         many *= 2
     return found
+
+
+def _divides(model: Model, work: Work) -> bool:
+    """Whether `fit` could divide the model so."""
+    recipe = Recipe(parallel="fsdp", tensor_parallel=work.tensor, context_parallel=work.context)
+    try:
+        check_split(model, recipe, work.processes, "plan")
+    except ConfigError:
+        return False
+    return True
 
 
 def _changes(work: Work, other: Work) -> str:

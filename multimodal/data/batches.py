@@ -25,8 +25,9 @@ class Batches(Dataset):
 
     Every task has an equal share of each batch, or one in the ratio of `mix`. The data of each task are shuffled anew each epoch.
     max_bad: above 0, a broken sample is left out and reported, and another of its task takes its place. rank and ranks: this
-    process and the number of processes; it gets every ranks-th of the ranks x accumulate micro-batches of a step. The samples of a
-    step do not depend on the number of processes.
+    process and the number of processes; it gets its `accumulate` of the ranks x accumulate micro-batches of a step, so that the
+    first micro-batches of all processes have the samples of the first one of a single process, and so on. The samples of a step
+    do not depend on the number of processes.
 
     Raises:
         ConfigError, TaskError: data, mix or batch that do not fit.
@@ -55,7 +56,7 @@ class Batches(Dataset):
                 f"{accumulate * ranks} micro-batches" + (f" ({accumulate} in {ranks} processes)" if ranks > 1 else "")
             )
         self.fetch, self.max_bad = Fetcher(packer, dict(data), seed), max_bad
-        self.parts, self.rank, self.ranks = accumulate * ranks, rank, ranks
+        self.parts, self.own = accumulate * ranks, range(rank * accumulate, (rank + 1) * accumulate)
         self.schedule = Schedule(shares(batch, weighed(data, mix, "fit")))
 
     @property
@@ -70,7 +71,7 @@ class Batches(Dataset):
         found = Batch([], [], [], [])
         size = self.schedule.block
         with preserved_rng():
-            for part in range(self.rank, self.parts, self.ranks):
+            for part in self.own:
                 samples = [self._sample(step, slot, found.bad) for slot in range(part, size, self.parts)]
                 found.streams.append(self.fetch.packer.lay([sample for sample, _ in samples]))
                 found.names.append([name for _, name in samples])

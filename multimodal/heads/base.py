@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -369,6 +369,11 @@ class Readout(nn.Module):
         return [self.linear] if hasattr(self, "linear") else []
 
 
+GatherRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
+"""(vectors (N, F), targets (N, 2)) of this process -> those of all processes, (M, F) with gradients and (M, 2), and where its own
+begin."""
+
+
 class Head(Declared, ABC):
     """How an answer is computed from the states of the stream, and its loss. Subclass as a frozen dataclass.
 
@@ -377,6 +382,7 @@ class Head(Declared, ABC):
     forcing), and `Model.generate` decodes it.
     measures: names of the measures on held-out data.
     smallest_batch: the least number of samples in a micro-batch for which its loss is defined.
+    gathers: whether it compares samples, and its `state_loss` takes `gather`, which adds those of other processes.
     draws_features: whether it writes features, drawn by `draw`, and not ids chosen by their logits; true where `draw` is written.
     shares: the class of heads whose weights it shares where both write one kind; None: its own.
     """
@@ -385,6 +391,7 @@ class Head(Declared, ABC):
     autoregressive: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = ("loss", "exact")
     smallest_batch: ClassVar[int] = 1
+    gathers: ClassVar[bool] = False
     draws_features: ClassVar[bool] = False
     shares: ClassVar["type[Head] | None"] = None
 
@@ -539,6 +546,13 @@ class Head(Declared, ABC):
     def inputs(self, reading: Reading, state_TD: Tensor) -> dict[str, Any]:
         """Further keyword arguments of `logits` and `state_loss`, besides the rows of a reading."""
         return {}
+
+    def absent_loss(self, state_TD: Tensor, gather: GatherRows) -> Tensor:
+        """The loss, 0, of a stream without a sample of its task, where `gathers`: it gathers nothing, while others gather theirs.
+
+        state_TD: the states of the stream, for their type and device.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: a head that gathers writes absent_loss")
 
     def answer_inputs(self, reading: Reading, position_TA: Tensor) -> dict[str, Any]:
         """Further keyword arguments of `answer`, besides the rows of a reading: by default what the head had hidden, if it does so.

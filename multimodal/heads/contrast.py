@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from multimodal.declare import check_part
 from multimodal.heads.base import (
     EncodedSample,
+    GatherRows,
     Head,
     LaidOut,
     Prediction,
@@ -43,6 +44,8 @@ LARGEST_SCALE = 100.0  # of the softmax form, as in section 2.5 of Radford et al
 @dataclass(frozen=True)
 class Contrast(Head):
     """Learns vectors of two sides that are close if the sides match; the other pairs of the micro-batch are the negatives.
+
+    Of several processes that train together with a `batch`, they are those of all; with a token budget those of the same pack.
 
     Two pairs whose left sides, or whose right sides, have exactly the same tokens are no negatives of each other. Another crop of
     the same photo is another side: if a photo has five captions, draw one of them each time the photo comes.
@@ -70,6 +73,7 @@ class Contrast(Head):
     bias: tuple[str, ...] = ()
     measures: ClassVar[tuple[str, ...]] = ("loss", "R@1 right", "R@10 right", "R@1 left", "R@10 left")
     smallest_batch: ClassVar[int] = 2  # the other pair is the negative
+    gathers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_whole("Contrast", least=1, width=self.width)
@@ -152,8 +156,12 @@ class Contrast(Head):
         target: Tensor,
         target_lengths: Sequence[int],
         left: int | None = None,
+        gather: GatherRows | None = None,
     ) -> Tensor:
-        """The loss of each pair in nats, summed over pairs; target: the fingerprints (pairs, 2) of left and right sides."""
+        """The loss of each pair in nats, summed over pairs; target: the fingerprints (pairs, 2) of left and right sides.
+
+        gather: adds the pairs of other processes, as negatives; None: there are none.
+        """
         pairs = len(target)
         if len(lengths) != 2 * pairs or left not in (None, pairs):
             raise StreamError(
@@ -161,18 +169,37 @@ class Contrast(Head):
             )
         assert isinstance(readout, ContrastReadout)
         left_NF, right_NF = self.logits(readout, state_ND, lengths).split(pairs)
-        same_NN = (target[:, None] == target[None]).any(-1)
-        return self.pair_loss(readout.scores(left_NF, right_NF), same_NN)
+        if gather is None:
+            same_NN = (target[:, None] == target[None]).any(-1)
+            score_NN = readout.scores(left_NF, right_NF)
+            return self.pair_loss(score_NN, score_NN.T, same_NN)
+        both_MF, all_target, first = gather(torch.cat([left_NF, right_NF], -1), target)
+        left_MF, right_MF = both_MF.split(self.width, -1)
+        same_NM = (target[:, None] == all_target[None]).any(-1)
+        rights_NM = readout.scores(left_NF, right_MF)
+        lefts_NM = rights_NM if self.form == "sigmoid" else readout.scores(left_MF, right_NF).T
+        return self.pair_loss(rights_NM, lefts_NM, same_NM, first)
 
-    def pair_loss(self, score_NM: Tensor, same_NM: Tensor) -> Tensor:
-        """The loss summed over pairs, which are the diagonal of the scores; others that are the `same` are no negatives."""
-        own = torch.eye(len(score_NM), dtype=torch.bool, device=score_NM.device)
-        if self.form == "sigmoid":
-            nll_NM = -F.logsigmoid(torch.where(own, score_NM, -score_NM))
+    def absent_loss(self, state_TD: Tensor, gather: GatherRows) -> Tensor:
+        dtype = torch.promote_types(state_TD.dtype, torch.float32)  # that of the vectors of the others
+        none_NF = state_TD.new_zeros(0, 2 * self.width, dtype=dtype)
+        both_MF, _, _ = gather(none_NF, torch.zeros(0, 2, dtype=torch.long, device=state_TD.device))
+        return both_MF[:0].sum()  # 0, but in the backward pass it takes part as well
+
+    def pair_loss(self, rights_NM: Tensor, lefts_NM: Tensor, same_NM: Tensor, first: int = 0) -> Tensor:
+        """The loss summed over N pairs; others that are the `same` are no negatives.
+
+        rights_NM: the scores of their left sides with the right sides of all pairs. lefts_NM: those of their right sides with all
+        left sides. first: the number of the first of the N among all.
+        """
+        own = torch.zeros_like(same_NM)
+        own[:, first : first + len(own)].fill_diagonal_(True)
+        if self.form == "sigmoid":  # each two sides are decided once
+            nll_NM = -F.logsigmoid(torch.where(own, rights_NM, -rights_NM))
             return nll_NM.masked_fill(same_NM & ~own, 0.0).sum()
-        score_NM = score_NM.masked_fill(same_NM & ~own, -torch.inf)
-        found = score_NM.diagonal()
-        return (score_NM.logsumexp(1) - found + score_NM.logsumexp(0) - found).sum() / 2
+        rights_NM, lefts_NM = (x.masked_fill(same_NM & ~own, -torch.inf) for x in (rights_NM, lefts_NM))
+        found = rights_NM[own]
+        return (rights_NM.logsumexp(1) - found + lefts_NM.logsumexp(1) - found).sum() / 2
 
     def probability(self, score_NM: Tensor) -> Tensor:
         """The probability that each left matches each right (N, M): a row sums to 1 (softmax), or each has its own (sigmoid)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import Mechanism, Read, Score
+from multimodal.attention.exchange import local
 from multimodal.declare import check_part
 from multimodal.layers.base import Add, Body, Context, CoreSettings, Keys, Layer, Merge, check_sizes, init_in, init_out
 from multimodal.masks import Pairs, Prior, Rule, all_pairs
@@ -116,8 +117,10 @@ class Attention(nn.Module):
             k, v = kv.split(self.rows[1:], -1)
             k_rotation = memory[1]
         if self.biases:
+            # of a bias that is divided among processes, this one has the numbers of its heads
             q, k, v = (
-                x if name not in self.biases else x + self.biases[name] for name, x in zip(QKV, (q, k, v), strict=True)
+                x if name not in self.biases else x + local(self.biases[name])
+                for name, x in zip(QKV, (q, k, v), strict=True)
             )
         # shape[0] and not len(), which would make a number of the program of torch.export
         q_THK, k_TGK = (x.view(x.shape[0], n, self.key_width) for x, n in ((q, self.heads), (k, self.kv_heads)))

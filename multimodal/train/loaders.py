@@ -25,24 +25,20 @@ def make_dataset(
     if not data:
         raise ConfigError("fit: no data were given; give samples by task, as in {'image -> label': samples}")
     for pattern in data:
-        each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * processes.count * len(data))
+        each = recipe.look_ahead if recipe.tokens else recipe.batch // (recipe.accumulate * len(data))
         needed = model.packer.heads[pattern].smallest_batch if pattern in model.tasks else 1
         if needed > 1 and each < needed:
             raise ConfigError(
                 f"fit: task {pattern!r} compares a pair with the others of its micro-batch, which would have {each}; "
-                + (
-                    "raise look_ahead"
-                    if recipe.tokens
-                    else "raise batch, or lower accumulate or the number of processes"
-                )
+                + ("raise look_ahead" if recipe.tokens else "raise batch, or lower accumulate")
             )
     # what both kinds of steps take
     common: dict[str, Any] = {
         "seed": recipe.seed,
         "mix": mix,
         "max_bad": recipe.max_bad,
-        "rank": processes.rank,
-        "ranks": processes.count,
+        "rank": processes.data_rank,
+        "ranks": processes.data_count,
     }
     if recipe.tokens:
         budget = {"tokens": recipe.tokens, "packs": recipe.packs, "look_ahead": recipe.look_ahead}

@@ -36,7 +36,7 @@ from multimodal.train.evaluation import evaluate_share
 from multimodal.train.freezing import frozen, set_modes
 from multimodal.train.loaders import check_evaluation, make_dataset
 from multimodal.train.optimizer import make_optimizer, rate
-from multimodal.train.processes import ParallelModel, Processes, connected_processes, cpu_copy, full
+from multimodal.train.processes import ParallelModel, Processes, connected_processes, process_count
 from multimodal.train.recipe import MAY_CHANGE, Recipe, choose_device, choose_precision
 from multimodal.train.run_folder import (
     BEST,
@@ -56,6 +56,7 @@ from multimodal.train.run_folder import (
 )
 from multimodal.train.runtime import asked_to_stop, cores_shared, keep_freed_memory, threads_beside
 from multimodal.train.spikes import SpikeWatch, count_targets, save_spike
+from multimodal.train.split import check_split
 from multimodal.train.state import Checkpoints, TrainingState
 from multimodal.train.stopping import BestSoFar
 
@@ -175,6 +176,7 @@ def train(
     recipe.check_use(folder=folder is not None, evaluation=bool(evaluation))
     if recipe.cache:
         check_cacheable(model, recipe.freeze)
+    check_split(model, recipe, process_count())
     device = choose_device(recipe.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -185,7 +187,7 @@ def train(
             preserved_state(draws=True),
             frozen(model, recipe.freeze),
             cached(model, recipe.cache) if recipe.cache else nullcontext() as cache,
-            connected_processes(device) as processes,
+            connected_processes(device, recipe.tensor_parallel, recipe.context_parallel) as processes,
         ):
             try:
                 training = _Training(model, data, recipe, evaluation or {}, mix, folder, resume, processes, quiet)
@@ -202,8 +204,7 @@ def train(
                 recompute(model, False)
                 if training is not None:
                     training.join()
-                    # if DDP released the connections last, it and their threads could deadlock
-                    training.parallel.wrapped = None
+                    training.parallel.release()
                     if processes.count > 1:
                         gc.collect()
                     if training.lock:
@@ -282,13 +283,18 @@ class _Training:
         model.to(self.device if recipe.parallel == "ddp" else "cpu")
         set_modes(model, recipe.freeze)
         recompute(model, recipe.activation_checkpointing)
-        self.parallel = ParallelModel(model, processes, recipe.parallel, self.device, self.dtype)
+        # packs are filled whatever the number of processes is, so that there each pack is compared by itself
+        self.parallel = ParallelModel(
+            model, processes, recipe.parallel, self.device, self.dtype, compares=not recipe.tokens
+        )
         if recipe.compile:
             compile_blocks(self.parallel.model)
-        self.optimizer = make_optimizer(self.parallel.model, recipe, self.device, self.parallel.sharded)
+        self.optimizer = make_optimizer(
+            self.parallel.model, recipe, self.device, self.parallel.sharded, self.parallel.divided.names
+        )
         self.ema = self.parallel.make_ema(recipe.ema) if recipe.ema else None
         averaged = self.ema.module if self.ema else None
-        self.state = TrainingState(self.parallel.model, self.optimizer, averaged)
+        self.state = TrainingState(self.parallel.model, self.optimizer, averaged, self.parallel.order)
         self.result = averaged or self.parallel.model  # whose weights become those of the given model
         self.step, self.bad = 0, set[tuple[str, str]]()
         self.best = BestSoFar.of(recipe)
@@ -430,7 +436,7 @@ class _Training:
                     "seconds": round(before_s + seconds, 3),
                 }
                 if batch.filled is not None:
-                    row["filled"] = totals["filled"] / self.processes.count
+                    row["filled"] = totals["filled"] / self.processes.data_count
                 # after the last step `finish` evaluates, unless that model has to be compared with the best one
                 measured, due = {}, recipe.evaluate_every and self.step % recipe.evaluate_every == 0
                 if (due and self.step < recipe.steps) or (recipe.patience and self.step == recipe.steps):
@@ -514,6 +520,8 @@ class _Training:
         end = bool(self.callbacks.view.asked)
         # one tensor, so that a step waits for the other processes once
         local = torch.tensor([*counts.values(), tokens, batch.filled or 0.0, len(new), asked, end], dtype=torch.float64)
+        if not self.processes.leads:
+            local[:-2] = 0  # the samples of another process
         sums = self.processes.all_reduce(local).tolist()
         totals: dict[str, float] = dict(
             zip(("tokens", "filled", "bad", "stop", "end"), sums[len(patterns) :], strict=True)
@@ -551,9 +559,9 @@ class _Training:
             total += self.parallel.backward(stream.to(self.device), counts, last=i == len(batch.streams) - 1)
         if self.processes.count > 1:
             self.parallel.drop_unused_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parallel.model.parameters(), self.recipe.clip or math.inf)
+        norm = self.parallel.clip_gradients(self.recipe.clip)
         # the only wait for the device in a step: nothing may change weights before these are known
-        loss, norm = torch.stack([self.processes.all_reduce(total), full(norm)]).tolist()
+        loss, norm = torch.stack([self.processes.sum_over_samples(total), norm]).tolist()
         row: dict[str, Any] = {"loss": loss, "grad_norm": norm}
         why = self.spikes.why(loss, norm)
         if why is None:
@@ -612,10 +620,11 @@ class _Training:
         """
         saved, folder, step = None, self.run.folder, self.step + 1  # as the log counts
         if folder is not None:
-            weights = {name: cpu_copy(t) for name, t in self.parallel.model.state_dict().items()}
+            weights = self.parallel.weights()
             rest: dict[str, Any] = {"counts": counts, "names": batch.names, "process": self.processes.rank}
             try:
-                saved = save_spike(folder, step, batch.streams, why, None, precision=short_name(self.dtype), **rest)
+                if self.processes.leads:
+                    saved = save_spike(folder, step, batch.streams, why, None, precision=short_name(self.dtype), **rest)
                 if saved and self.out:
                     checkpoint.save(self.model, saved / MODEL, weights)
             except (OSError, CheckpointError) as error:
@@ -646,7 +655,7 @@ class _Training:
         if self.best:
             extra |= {"best": self.best.value, "stopping": self.best.state_dict()}
         # copied also if there are better ones, as all processes take part in that
-        weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
+        weights = self.parallel.weights(self.result)
         weights = best or weights
 
         def save_model() -> None:
@@ -688,7 +697,7 @@ class _Training:
             put_weights(self.model, best, Path(BEST), finite=False)
         elif self.result is not self.model:
             self.model.to(self.device)
-            self.model.load_state_dict({name: cpu_copy(t) for name, t in self.result.state_dict().items()})
+            self.model.load_state_dict(self.parallel.weights(self.result))
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out measures of the result so far, each process on its share of the samples; saves the best model."""
@@ -717,7 +726,7 @@ class _Training:
         if not self.processes.all_gather(best.is_better(value))[0]:
             return
         best.waited = 0
-        weights = {name: cpu_copy(t) for name, t in self.result.state_dict().items()}
+        weights = self.parallel.weights(self.result)
         saved = True
         try:
             if self.out:
@@ -739,6 +748,11 @@ class _Training:
         else:
             self.callbacks.view.row = row
 
+    def _ways(self) -> list[str]:
+        """How the processes share the work."""
+        divided = {"tensor": self.recipe.tensor_parallel, "context": self.recipe.context_parallel}
+        return [self.recipe.parallel, *(f"{name} parallel {count}" for name, count in divided.items() if count > 1)]
+
     def _print_summary(self, threads: int) -> None:
         if self.quiet:
             return
@@ -752,6 +766,6 @@ class _Training:
         print(
             f"fit: {parameters:,} parameters{some}, {epochs}{recipe.steps} steps of {each} on {self.device.type} "
             f"({threads} {'thread' if threads == 1 else 'threads'}) in {short_name(self.dtype)} ({self.dtype_reason})"
-            + (f", {count} processes ({recipe.parallel})" if count > 1 else "")
+            + (f", {count} processes ({', '.join(self._ways())})" if count > 1 else "")
             + (f", resuming at step {self.step}" if self.step else "")
         )

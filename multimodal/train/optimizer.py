@@ -1,7 +1,7 @@
 """Learning rate, AdamW and Muon: decides which weights are decayed and which matrices Muon orthogonalises."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -101,18 +101,26 @@ def rate_scales(model: Network, decay: float) -> dict[str, float]:
 
 
 def make_optimizer(
-    model: Network, recipe: Recipe, device: torch.device, sharded: bool = False
+    model: Network,
+    recipe: Recipe,
+    device: torch.device,
+    sharded: bool = False,
+    divided: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the core's matrices and AdamW for all else.
 
     `multiplies` names the weights that are decayed. Each group has a "lr_scale", by which its learning rate is multiplied.
+    divided: names of parameters that are divided by tensor parallel, whose groups are their own.
     """
     decayed, scales = multiplies(model), rate_scales(model, recipe.layer_decay)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if recipe.optimizer == "adamw":
         fused = device.type == "cuda" or (device.type == "cpu" and not sharded)
         return torch.optim.AdamW(
-            _grouped(named, decayed, scales, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=fused
+            _grouped(named, decayed, scales, recipe.weight_decay, divided),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            fused=fused,
         )
     if sharded:
         raise ConfigError(
@@ -136,16 +144,20 @@ def make_optimizer(
 
 
 def _grouped(
-    named: list[tuple[str, nn.Parameter]], decayed: set[str], scales: dict[str, float], weight_decay: float
+    named: list[tuple[str, nn.Parameter]],
+    decayed: set[str],
+    scales: dict[str, float],
+    weight_decay: float,
+    divided: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups of parameters of the same learning rate and weight decay."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    """Groups of parameters of the same learning rate and weight decay; a step takes those of a group at once."""
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        groups.setdefault((scales[name], name in decayed), []).append(parameter)
+        groups.setdefault((scales[name], name in decayed, name in divided), []).append(parameter)
     # sorted, so that the order of the groups does not depend on the order of the model's parts
     return [
-        {"params": groups[scale, yes], "weight_decay": weight_decay if yes else 0.0, "lr_scale": scale}
-        for scale, yes in sorted(groups)
+        {"params": groups[key], "weight_decay": weight_decay if key[1] else 0.0, "lr_scale": key[0]}
+        for key in sorted(groups)
     ]
 
 

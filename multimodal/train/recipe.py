@@ -15,6 +15,7 @@ PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("auto", "float32", "bfloat16")
 LEAST = {
     **dict.fromkeys(("steps", "batch", "accumulate", "packs", "look_ahead", "keep"), 1),
+    **dict.fromkeys(("tensor_parallel", "context_parallel"), 1),
     **dict.fromkeys(("tokens", "max_bad", "workers", "evaluate_every", "checkpoint_every", "patience"), 0),
 }
 # settings that may differ when a run is resumed: none of them changes the samples or the mathematics
@@ -25,6 +26,8 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "compile",
     "parallel",
+    "tensor_parallel",
+    "context_parallel",
     "device",
     "workers",
     "evaluate_every",
@@ -75,6 +78,10 @@ class Recipe(Declared):
     activation_checkpointing: whether blocks are recomputed in the backward pass, which saves memory.
     compile: whether torch.compile is used; it needs a C++ compiler on CPUs.
     parallel: "ddp", or "fsdp": weights, gradients and optimiser states are sharded over the processes.
+    tensor_parallel: number of processes that compute each layer of the core together, some heads and some hidden units each; with
+        parallel="fsdp". They hold the same samples.
+    context_parallel: number of processes that compute each stream together, some rows each, and in attention some heads; with
+        parallel="fsdp". They hold the same samples.
     workers: processes that read and encode data; 0: the main one does.
     evaluate_every: steps between evaluations; 0: at the end only, or with `patience` after each epoch.
     checkpoint_every: steps between checkpoints; 0: at the end only.
@@ -118,6 +125,8 @@ class Recipe(Declared):
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: str = "ddp"
+    tensor_parallel: int = 1
+    context_parallel: int = 1
     workers: int = 0
     evaluate_every: int = 0
     checkpoint_every: int = 0
@@ -172,6 +181,13 @@ class Recipe(Declared):
             raise ConfigError(f"Recipe: precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.parallel not in PARALLEL:
             raise ConfigError(f"Recipe: parallel={self.parallel!r} is none of {', '.join(PARALLEL)}")
+        for name in ("tensor_parallel", "context_parallel"):
+            if getattr(self, name) > 1 and self.parallel != "fsdp":
+                raise ConfigError(
+                    f"Recipe: {name}={getattr(self, name)} goes with parallel='fsdp', not {self.parallel!r}"
+                )
+            if getattr(self, name) > 1 and self.compile:
+                raise ConfigError(f"Recipe: {name}={getattr(self, name)} is not tried with compile; use one of them")
         if self.cache and self.parallel == "fsdp":
             raise ConfigError(
                 "Recipe: cache needs a whole tower in every process; use parallel='ddp', or leave cache out"

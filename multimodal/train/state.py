@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -44,6 +44,7 @@ from multimodal.texts import short_repr
 from multimodal.train.processes import Processes, cpu_copy
 from multimodal.train.recipe import MAY_CHANGE, PRECISIONS, Recipe
 from multimodal.train.sharded_tensors import INDEX, ShardedTensors, write_sharded
+from multimodal.train.split import RowOrder, fill
 
 CHECKPOINTS, TENSORS, SHARDS = "checkpoints", "state.safetensors", "pieces"
 PICKLED = "sharded"  # folder of sharded tensors of earlier versions, written by torch.distributed.checkpoint, which uses pickle
@@ -62,11 +63,13 @@ class TrainingState:
     model: the model in training.
     optimizer: its optimiser.
     ema: a copy of the model with averaged weights; None: no average.
+    order: how the rows of divided matrices lie in memory; in a saved state they are in their own order.
     """
 
     model: Model
     optimizer: torch.optim.Optimizer
     ema: Model | None
+    order: RowOrder = field(default_factory=RowOrder)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: "model/..", "ema/..", "optimizer/exp_avg/.."."""
@@ -212,7 +215,7 @@ class Checkpoints:
         sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
         if sharded:
             try:
-                write_sharded(aside / SHARDS, tensors, self.processes)
+                write_sharded(aside / SHARDS, tensors, self.processes, state.order)
             except OSError as error:  # raised in every process
                 self.failed = OSError(f"the state after step {step} could not be saved ({error})")
                 return
@@ -307,7 +310,7 @@ class Checkpoints:
             sharded = ShardedTensors(folder / SHARDS)
             _check_all_there(sharded.header, saved, folder)
             state.check(sharded.header, folder)
-            tensors = sharded.read(state.empty_like(sharded.header), self.processes)
+            tensors = sharded.read(state.empty_like(sharded.header), state.order)
         else:
             header = read_header(folder / TENSORS)
             _check_all_there(header, saved, folder)
@@ -332,6 +335,10 @@ class Checkpoints:
                 f"{folder / PICKLED}: an earlier version wrote this state with Python's pickle, and reading that runs whatever "
                 "code the folder's maker has put into it; if you made it yourself, resume once with parallel='fsdp' and the "
                 f"variable {TRUST}={self.folder.parent}"
+            )
+        if state.order.parts:
+            raise CheckpointError(
+                f"{folder / PICKLED}: a state of an earlier version cannot be read with tensor_parallel; resume it once without"
             )
         import torch.distributed.checkpoint as dcp
 
@@ -506,12 +513,10 @@ def _with_new_defaults(saved: Mapping[str, Any], metadata: Mapping[str, Any], fo
 
 def _sharded_like(tensors: dict[str, Tensor], state: TrainingState) -> dict[str, Tensor]:
     """Whole tensors, sharded like the weights that they belong to."""
-    from torch.distributed.tensor import distribute_tensor
-
     wanted = state.empty_like(header_of(tensors))
     like: dict[str, Any] = {name: wanted.get(name, t) for name, t in tensors.items()}
     return {
-        name: distribute_tensor(with_axis(t, like[name]), like[name].device_mesh, like[name].placements)
+        name: fill(torch.empty_like(like[name]), with_axis(t, like[name]), state.order, name)
         if hasattr(like[name], "full_tensor")
         else t
         for name, t in tensors.items()

@@ -172,6 +172,7 @@ def test_counts_without_memory_are_those_with_it():
 BLOCKS = [
     (mm.layers.SelfAttention(), mm.layers.PersistentMemory(slots=8), mm.layers.MLP()),
     (mm.layers.Recurrent(), mm.layers.MLP()),
+    (mm.layers.SelfAttention(mask=mm.masks.Window(4)), mm.layers.MLP()),
     (mm.layers.SelfAttention(score=mm.attention.Additive()), mm.layers.MLP()),
 ]
 
@@ -239,6 +240,37 @@ def test_what_would_make_it_fit_does():
     worse = plan(model, changed, length=2048, gpus=8, gpu="rtx4090")
     assert not worse.fits
     assert all("rtx4090" not in line for line in worse.repairs)
+
+
+def test_long_samples_want_context_parallel():
+    with torch.device("meta"):
+        model = mm.Model({"id": bench.Ids(256)}, mm.Core.xxl_7b(), [mm.Task("-> id", mm.NextToken())])
+    recipe = mm.Recipe(batch=64, parallel="fsdp", activation_checkpointing=True)
+    long = {"length": 131072, "gpus": 64, "gpu": "h100"}
+    found = plan(model, recipe, **long)
+    assert not found.fits
+    (line,) = found.repairs
+    assert line == "context_parallel=2, with 131,072 tokens a micro-batch"
+    divided = dataclasses.replace(recipe, context_parallel=2, batch=32)
+    again = plan(model, divided, **long)
+    assert again.fits
+    assert again.step_tokens == found.step_tokens / 2 == 32 * 131072
+    # the inputs of blocks are divided and the weights of a process are the same; tensor parallel is the other way round
+    one, other = found.memory.parts, again.memory.parts
+    assert (other["block inputs"], other["weights"]) == (one["block inputs"] / 2, one["weights"])
+    each = plan(model, dataclasses.replace(recipe, tensor_parallel=8, batch=8), **long).memory.parts
+    assert each["block inputs"] == one["block inputs"]
+    assert each["gathered weights"] < one["gathered weights"] / 4
+
+
+def test_what_cannot_be_divided_is_refused():
+    recipe = mm.Recipe(parallel="fsdp", tensor_parallel=16)
+    with pytest.raises(
+        ConfigError, match="plan: tensor_parallel=16: SelfAttention: 16 processes do not divide its kv_heads=8"
+    ):
+        plan(seven_billion(), recipe, length=2048, gpus=64)
+    with pytest.raises(ConfigError, match="plan: tensor_parallel=16 need a multiple of 16 processes, and there are 24"):
+        plan(seven_billion(), recipe, length=2048, gpus=24)
 
 
 def test_smaller_micro_batches_are_found():
