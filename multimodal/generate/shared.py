@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from multimodal.core import Transformer
 from multimodal.generate.request import Request
 from multimodal.masks import PREFIX_LM
 from multimodal.network import Network
@@ -15,12 +16,7 @@ LEAST = 16  # tokens; fewer are read as fast as they are copied
 def shares(model: Network) -> bool:
     """Whether the cache of a token depends on the tokens before it alone, and on each of them by keys and values."""
     core = model.core
-    return (
-        getattr(core, "core", None) is not None
-        and core.core.mask == PREFIX_LM
-        and not core.masks
-        and not core.state_sizes
-    )
+    return type(core) is Transformer and core.core.mask == PREFIX_LM and not core.masks and not core.state_sizes
 
 
 def longest(model: Network, request: Request, others: Iterable[Request]) -> tuple[Request, int] | None:

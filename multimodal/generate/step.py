@@ -18,7 +18,7 @@ from multimodal.attention.mechanism import Plan
 from multimodal.core import Transformer
 from multimodal.layers import MLP, Add, Attention, Layer, SelfAttention
 from multimodal.layers.base import Rotations
-from multimodal.norm import Norm, RMSNorm, is_untouched
+from multimodal.norm import Norm, RMSNorm, is_untouched, product
 from multimodal.quantization import QuantizedLinear
 
 COPIED = 2**24  # parameters; a core with no more of them is copied, with norms folded into the matrices after them
@@ -210,7 +210,7 @@ def _product(linear: nn.Module, norm: RMSNorm | None = None) -> Callable[[Tensor
         return partial(torch.mm, mat2=weight_DN)
     if weight.dtype == torch.bfloat16:
         return lambda x: F.linear(x.bfloat16(), weight).float()
-    return partial(F.linear, weight=weight)
+    return partial(product, weight_ND=weight)
 
 
 def _sum(linear: nn.Module, copied: bool) -> Callable[[Tensor, Tensor], Tensor]:
@@ -219,5 +219,5 @@ def _sum(linear: nn.Module, copied: bool) -> Callable[[Tensor, Tensor], Tensor]:
         assert isinstance(linear, nn.Linear)
         weight_ND = linear.weight.detach().t().contiguous()
         return lambda stream_BD, x: torch.addmm(stream_BD, x, weight_ND)
-    product = _product(linear)
-    return lambda stream_BD, x: product(x).add_(stream_BD)
+    matrix = _product(linear)
+    return lambda stream_BD, x: matrix(x).add_(stream_BD)

@@ -78,8 +78,9 @@ def test_answers_are_those_without_guesses(lookup, options, monkeypatch):
     assert [a.ended for a in found] == [a.ended for a in wanted]
     for a, b in zip(found, wanted, strict=True):
         assert a.probability == pytest.approx(b.probability, rel=1e-3)
-    assert len(counts) - before < before or options.get("sampler")  # guesses were right
-    assert max(counts[before:]) == 1 + lookup or options.get("sampler")
+    if not options:  # which repeats itself soon, so that guesses are right
+        assert len(counts) - before < before
+        assert max(counts[before:]) == 1 + lookup
     together = one.generate(TASK, samples, **{**some, "seed": 0}, lookup=lookup)
     assert [a.value for a in together] == [a.value for a in one.generate(TASK, samples, **{**some, "seed": 0})]
 
