@@ -155,7 +155,7 @@ class _QuantizedMatrix(nn.Module):
         scale_N = torch.ones(len(weight) if self.coded else 0, device=weight.device)
         self.scale = nn.Parameter(scale_N, requires_grad=False)
         self.stored = nn.Parameter(torch.zeros_like(weight, dtype=kind), requires_grad=False)
-        self._packed: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._packed: dict[tuple[int, int], _Packed] = {}
 
     def fill(self, weight: Tensor) -> None:
         """Store a float matrix (N, D), rounded."""
@@ -183,13 +183,17 @@ class _QuantizedMatrix(nn.Module):
         """x (.., D) times the transpose of the rows [first, end): (.., end - first), in the dtype of x."""
         end = len(self.stored) if end is None else end
         x_TD = x.reshape(-1, x.shape[-1])
-        if not self.coded and multiplies_bfloat16(x.device):
-            y_TN = self._bfloat16_product(x_TD.bfloat16(), first, end)
-        elif self.form == "int8":
-            y_TN = self._int8_product(x_TD.float(), first, end)
-        else:
-            y_TN = self._float32_product(x_TD.float(), first, end)
+        y_TN = self.rows_product(x_TD if x_TD.dtype == torch.float32 else x_TD.float(), first, end)
         return y_TN.to(x.dtype).reshape(*x.shape[:-1], end - first)
+
+    def rows_product(self, x_TD: Tensor, first: int = 0, end: int | None = None) -> Tensor:
+        """`product` of rows (T, D) in float32."""
+        end = len(self.stored) if end is None else end
+        if not self.coded and multiplies_bfloat16(x_TD.device):
+            return self._bfloat16_product(x_TD.bfloat16(), first, end).float()
+        if self.form == "int8":
+            return self._int8_product(x_TD, first, end)
+        return self._float32_product(x_TD, first, end)
 
     def _float32_product(self, x_TD: Tensor, first: int, end: int) -> Tensor:
         """The product with the codes as float32, block by block, so that a converted block fits into a CPU cache."""
@@ -202,13 +206,12 @@ class _QuantizedMatrix(nn.Module):
         backward = x_TD.requires_grad and torch.is_grad_enabled()  # which a packed weight has not
         if x_TD.device.type != "cpu" or backward or not _onednn_works(torch.bfloat16):
             return F.linear(x_TD, self.stored[first:end])
-        return _multiply(x_TD, self._packed_rows(first, end)[0])
+        return self._packed_rows(first, end).multiply(x_TD)
 
-    def _packed_rows(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the matrix as the kernel wants them, made once; and scales of 1 and zero points of 0."""
+    def _packed_rows(self, first: int, end: int) -> "_Packed":
+        """Rows of the matrix as the kernel wants them, made once."""
         if (first, end) not in self._packed:
-            packed = _pack(self.stored[first:end])
-            self._packed[first, end] = packed, torch.ones(end - first), torch.zeros(end - first, dtype=torch.int32)
+            self._packed[first, end] = _Packed(self.stored[first:end], self.scale[first:end])
         return self._packed[first, end]
 
     def _int8_product(self, x_TD: Tensor, first: int, end: int) -> Tensor:
@@ -218,14 +221,14 @@ class _QuantizedMatrix(nn.Module):
         """
         step_T1 = torch.linalg.vector_norm(x_TD, torch.inf, dim=-1, keepdim=True).div_(MAX_INPUT)
         step_T1.clamp_(min=torch.finfo(torch.float32).tiny)
-        code_TD = (x_TD / step_T1).round_()
-        if has_int8_kernel(x_TD.device):
-            code_TD = code_TD.add_(ZERO).to(torch.uint8)
-            # scales are applied here, because the kernel's way differs with the number of rows in the last bit
-            y_TN = _multiply_codes(code_TD, *self._packed_rows(first, end))
-            return y_TN.mul_(self.scale[first:end].float()).mul_(step_T1)
-        # the same integers, multiplied as float32
-        return self._float32_product(code_TD, first, end) * step_T1
+        if not has_int8_kernel(x_TD.device):
+            # the same integers, multiplied as float32
+            code_TD = torch.addcdiv(x_TD.new_tensor(ZERO + 0.5), x_TD, step_T1).floor_().sub_(ZERO)
+            return self._float32_product(code_TD, first, end) * step_T1
+        packed = self._packed_rows(first, end)
+        code_TD = torch.addcdiv(packed.round, x_TD, step_T1).to(torch.uint8)
+        # scales are applied here, because the kernel's way differs with the number of rows in the last bit
+        return packed.multiply_codes(code_TD).mul_(packed.scale_N).mul_(step_T1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._packed.clear()  # packed weights belong to a device
@@ -305,29 +308,37 @@ def has_int8_kernel(device: torch.device) -> bool:
 def _onednn_works(dtype: torch.dtype) -> bool:
     """Whether oneDNN can pack and multiply matrices of a type; not every build of PyTorch has it."""
     try:
-        weight, one = torch.ones(1, 1, dtype=dtype), torch.ones(1)
+        packed = _Packed(torch.ones(1, 1, dtype=dtype), torch.ones(1))
         if dtype == torch.int8:
-            x = torch.full((1, 1), ZERO + 1, dtype=torch.uint8)
-            return float(_multiply_codes(x, _pack(weight), one, torch.zeros(1, dtype=torch.int32))) == 1
-        return float(_multiply(torch.ones(1, 1, dtype=dtype), _pack(weight))) == 1
+            return float(packed.multiply_codes(torch.full((1, 1), ZERO + 1, dtype=torch.uint8))) == 1
+        return float(packed.multiply(torch.ones(1, 1, dtype=dtype))) == 1
     except (AttributeError, RuntimeError):  # NotImplementedError too
         return False
 
 
-def _pack(weight_ND: Tensor) -> Tensor:
-    """A weight in the memory layout of the kernel."""
-    with torch.inference_mode(False), torch.no_grad():
-        weight_ND = weight_ND.detach().clone()
-        if weight_ND.dtype == torch.int8:
-            return torch.ops.onednn.qlinear_prepack(weight_ND, None)
-        return torch.ops.mkldnn._reorder_linear_weight(weight_ND, PACKED_ROWS)
+class _Packed:
+    """A matrix (N, D) in bfloat16 or int8 in the memory layout of oneDNN's kernels.
 
+    scale_N: the scales of its rows, in float32. round: what makes a code of an activation in steps, when the fraction is cut off.
+    """
 
-def _multiply(x_TD: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_TD, packed, None, "none", [], "")
+    def __init__(self, weight_ND: Tensor, scale_N: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            weight_ND = weight_ND.detach().clone()
+            self.scale_N, self.round = scale_N.detach().float().clone(), torch.tensor(ZERO + 0.5)
+            self._one_N, self._zero_N = torch.ones(len(weight_ND)), torch.zeros(len(weight_ND), dtype=torch.int32)
+            if weight_ND.dtype == torch.int8:
+                self._packed = torch.ops.onednn.qlinear_prepack(weight_ND, None)
+                self._kernel = torch.ops.onednn.qlinear_pointwise.default
+            else:
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_ND, PACKED_ROWS)
+                self._kernel = torch.ops.mkldnn._linear_pointwise.default
 
+    def multiply(self, x_TD: Tensor) -> Tensor:
+        """x times the transpose of a bfloat16 matrix, in bfloat16."""
+        return self._kernel(x_TD, self._packed, None, "none", [], "")
 
-def _multiply_codes(code_TD: Tensor, packed: Tensor, scale_N: Tensor, zero_N: Tensor) -> Tensor:
-    """The product of uint8 codes around ZERO and int8 codes, in float32."""
-    kernel = torch.ops.onednn.qlinear_pointwise
-    return kernel(code_TD, 1.0, ZERO, packed, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], "")
+    def multiply_codes(self, code_TD: Tensor) -> Tensor:
+        """uint8 codes around ZERO times the transpose of the int8 codes, in float32."""
+        more = None, 1.0, 0, torch.float32, "none", [], ""
+        return self._kernel(code_TD, 1.0, ZERO, self._packed, self._one_N, self._zero_N, *more)

@@ -125,9 +125,11 @@ def test_where_bfloat16_has_units_it_is_multiplied_there_and_the_stream_stays_fl
         "linear",
         lambda x, weight, *bias: seen.append((x.dtype, weight.dtype)) or product(x, weight, *bias),
     )
-    packed = quantization._multiply
+    packed = quantization._Packed.multiply
     monkeypatch.setattr(
-        quantization, "_multiply", lambda x, weight: seen.append((x.dtype, weight.dtype)) or packed(x, weight)
+        quantization._Packed,
+        "multiply",
+        lambda self, x: seen.append((x.dtype, self._packed.dtype)) or packed(self, x),
     )
     found = logits(small, LABEL, samples)
     assert found.dtype == torch.float32

@@ -42,14 +42,16 @@ def is_plain(core: nn.Module) -> TypeGuard[Transformer]:
         and all(_as_made(module) for module in core.modules())
         and type(core.norm) is RMSNorm
         and all(type(s.norm) is RMSNorm for s in core.sublayers())
-        and _dtypes(core) in ({torch.float32}, {torch.float64}, {torch.bfloat16})
+        and _one_precision(core)
     )
 
 
-def _dtypes(core: Transformer) -> set[torch.dtype]:
-    """The precisions of its weights, except of quantized matrices."""
-    whole = (module for module in core.modules() if not isinstance(module, QuantizedLinear))
-    return {p.dtype for module in whole for p in module.parameters(recurse=False)}
+def _one_precision(core: Transformer) -> bool:
+    """Whether all weights, except of quantized matrices, are float32, float64 or bfloat16; quantized ones multiply in float32."""
+    quantized = [module for module in core.modules() if isinstance(module, QuantizedLinear)]
+    inside = {id(p) for module in quantized for p in module.parameters()}
+    found = {p.dtype for p in core.parameters() if id(p) not in inside}
+    return found in ({torch.float32}, {torch.bfloat16}) or (found == {torch.float64} and not quantized)
 
 
 def is_default(layer: Layer) -> bool:
@@ -81,8 +83,8 @@ class Step:
         weights = list(core.parameters())
         full = {p.dtype for p in weights} in ({torch.float32}, {torch.float64})
         copied = full and sum(p.numel() for p in weights) <= COPIED
-        self.dtype = weights[0].dtype
         assert isinstance(core.norm, RMSNorm)
+        self.dtype = core.norm.weight.dtype
         self.norm = _Norm(core.norm)
         self.layers: list[_Attention | _MLP] = []
         for sublayer in core.sublayers():
@@ -202,7 +204,7 @@ def _product(linear: nn.Module, norm: RMSNorm | None = None) -> Callable[[Tensor
     norm: the norm before it, whose weight becomes a part of a copy; None: nothing is copied.
     """
     if isinstance(linear, QuantizedLinear):
-        return linear.product
+        return linear.rows_product
     assert isinstance(linear, nn.Linear)
     weight = linear.weight.detach()
     if norm is not None:
