@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import multimodal as mm
-from multimodal.attention import Layout, Span
+from multimodal.attention import Cache, Layout, Span
 from multimodal.generate import step
 from multimodal.generate.engine import Engine
 from multimodal.generate.step import Step, is_plain
 from multimodal.layers import MLP, Gated, Recurrent, SelfAttention
 from multimodal.masks import MaskInfo
+from multimodal.norm import product
 from multimodal_tokenizers import TextBytes
 
 PLAIN = mm.Core(width=32, depth=3, heads=4)
@@ -207,3 +208,40 @@ def test_under_autocast_a_core_goes_its_own_way(monkeypatch):
     monkeypatch.setattr(Step, "__call__", lambda *_: pytest.fail("it would round the stream from layer to layer"))
     with torch.autocast("cpu", torch.bfloat16):
         assert [piece for piece in engine.run() if piece.prediction]
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(7)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_row_times_a_matrix_is_a_linear_layer(rows, bias):
+    x, weight = torch.randn(rows, 5), torch.randn(7, 5)
+    wanted = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).float()
+    with torch.inference_mode():
+        torch.testing.assert_close(product(x, weight, bias), wanted)
+    x.requires_grad_()
+    product(x, weight, bias).sum().backward()  # in training as well
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(rows, -1))
+
+
+def test_keys_and_values_of_equal_layers_are_one_buffer_by_heads():
+    cache = Cache(keys=[(2, 4, 4)] * 3, batch=2, capacity=5)
+    assert cache.kv is not None
+    assert cache.kv.shape == (3, 2, 2, 2, 5, 4)
+    for layer in range(3):
+        for i, part in enumerate((cache.k, cache.v)):
+            part[layer].copy_(torch.randn(2, 5, 2, 4))
+            assert torch.equal(cache.kv[layer, i], part[layer].transpose(1, 2))
+            assert part[layer].data_ptr() == cache.kv[layer, i].data_ptr()
+    assert Cache(keys=[(2, 4, 4), (2, 4, 6)], batch=2, capacity=5).kv is None
+    assert Cache(keys=[(2, 4, 6)] * 2, batch=2, capacity=5).kv is None
+
+
+def test_the_device_of_a_model_is_known_without_listing_its_weights(monkeypatch):
+    model = writer(0)
+    first = next(model.core.parameters())
+
+    def parameters(recurse: bool = True):
+        yield first
+        pytest.fail("a large model has hundreds, and each step asks")
+
+    monkeypatch.setattr(model.core, "parameters", parameters)
+    assert (model.device, model.dtype) == (first.device, first.dtype)
