@@ -167,6 +167,7 @@ class Model(Network):
         begin: Any = None,
         begins: Sequence[Any] | None = None,
         seed: int = 0,
+        lookup: int = 0,
         prefix: CachedPrefix | None = None,
         batch: int = 64,
         **fields: Any,
@@ -190,6 +191,8 @@ class Model(Network):
             begin: a value with which every answer begins; max_tokens does not count it. A list of texts is one for each sample.
             begins: such a value for each sample, of any kind; None for an answer that begins with nothing.
             seed: sample i is drawn with seed + i.
+            lookup: the most tokens that are guessed at once, from what followed the newest tokens where they stood before, in what
+                was read or written; 0: none. The answer is the same, and comes sooner where it repeats what was read.
             prefix: the result of `read`.
             batch: number of rows that are decoded at the same time.
 
@@ -215,6 +218,7 @@ class Model(Network):
             "begin": begin,
             "begins": begins,
             "seed": seed,
+            "lookup": lookup,
         }
         self.packer.check_task(task, answers=True)
         one, samples = self._samples(task, "generate", samples, fields, batch, prefix)
@@ -686,7 +690,18 @@ class Model(Network):
 
     def _check_answers_at_once(self, task: str, options: Mapping[str, Any], prefix: CachedPrefix | None) -> None:
         """Raise a ConfigError for options of decoding, which have no effect on a head that is not autoregressive."""
-        idle = ("beams", "begin", "begins", "ctc", "guidance", "length_penalty", "sampler", "stop", "temperature")
+        idle = (
+            "beams",
+            "begin",
+            "begins",
+            "ctc",
+            "guidance",
+            "length_penalty",
+            "lookup",
+            "sampler",
+            "stop",
+            "temperature",
+        )
         options = {**options, "temperature": options["temperature"] or None}  # 0 is greedy, as is predicting
         given = [name for name in idle if not _is_default(name, options[name])]
         if given or prefix is not None:

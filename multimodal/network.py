@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ class Network(nn.Module):
     @property
     def _weight(self) -> Tensor:
         """A weight of the core; if it has none, of the model."""
-        return next(iter((*self.core.parameters(), *self.parameters())))
+        return next(chain(self.core.parameters(), self.parameters()))  # lazily: a large model has hundreds of weights
 
     @property
     def tasks(self) -> dict[str, Task]:

@@ -19,6 +19,15 @@ def is_untouched(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
+def product(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """F.linear. In inference one row on a CPU is multiplied as a vector, since its threads then read the weight together."""
+    plain = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    if plain and x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        y_N = torch.mv(weight_ND, x_TD[0]) if bias_N is None else torch.addmv(bias_N, weight_ND, x_TD[0])
+        return y_N[None]
+    return F.linear(x_TD, weight_ND, bias_N)
+
+
 def divided(linear: nn.Module, sizes: Sequence[int]) -> list[Callable[[Tensor], Tensor]] | None:
     """The products with parts of a linear module's rows, of these sizes; None: the module has to be called as a whole."""
     if is_untouched(linear):

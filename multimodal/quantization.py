@@ -4,11 +4,9 @@ small = mm.quantize(model, "int8")     a new model, which you use, serve, save a
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +25,11 @@ FORMS = {"int8": torch.int8, "int8-weights": torch.int8, "bfloat16": torch.bfloa
 MAX_WEIGHT = {"int8": 63, "int8-weights": 127}
 """The largest int8 code of a weight. CPUs without VNNI add two products in 16 bits, and 2 * 255 * 63 fits. Weights get the shorter
 range, because a token has outliers and needs the finer steps, and a row of weights has none."""
-MAX_INPUT = 127  # the largest code of an activation; FBGEMM stores it unsigned, up to 255
+MAX_INPUT, ZERO = (
+    127,
+    128,
+)  # the largest code of an activation, and the code of 0: the kernel takes unsigned ones, up to 255
+PACKED_ROWS = 16  # for so many rows weights are packed; any other number works too
 BLOCK = 2**18  # numbers of a matrix that are converted at once: 1 MB in float32, which fits into a CPU cache
 
 
@@ -153,7 +155,7 @@ class _QuantizedMatrix(nn.Module):
         scale_N = torch.ones(len(weight) if self.coded else 0, device=weight.device)
         self.scale = nn.Parameter(scale_N, requires_grad=False)
         self.stored = nn.Parameter(torch.zeros_like(weight, dtype=kind), requires_grad=False)
-        self._packed: dict[tuple[int, int], Any] = {}
+        self._packed: dict[tuple[int, int], _Packed] = {}
 
     def fill(self, weight: Tensor) -> None:
         """Store a float matrix (N, D), rounded."""
@@ -181,13 +183,17 @@ class _QuantizedMatrix(nn.Module):
         """x (.., D) times the transpose of the rows [first, end): (.., end - first), in the dtype of x."""
         end = len(self.stored) if end is None else end
         x_TD = x.reshape(-1, x.shape[-1])
-        if not self.coded and multiplies_bfloat16(x.device):
-            y_TN = F.linear(x_TD.bfloat16(), self.stored[first:end])
-        elif self.form == "int8":
-            y_TN = self._int8_product(x_TD.float(), first, end)
-        else:
-            y_TN = self._float32_product(x_TD.float(), first, end)
+        y_TN = self.rows_product(x_TD if x_TD.dtype == torch.float32 else x_TD.float(), first, end)
         return y_TN.to(x.dtype).reshape(*x.shape[:-1], end - first)
+
+    def rows_product(self, x_TD: Tensor, first: int = 0, end: int | None = None) -> Tensor:
+        """`product` of rows (T, D) in float32."""
+        end = len(self.stored) if end is None else end
+        if not self.coded and multiplies_bfloat16(x_TD.device):
+            return self._bfloat16_product(x_TD.bfloat16(), first, end).float()
+        if self.form == "int8":
+            return self._int8_product(x_TD, first, end)
+        return self._float32_product(x_TD, first, end)
 
     def _float32_product(self, x_TD: Tensor, first: int, end: int) -> Tensor:
         """The product with the codes as float32, block by block, so that a converted block fits into a CPU cache."""
@@ -196,21 +202,33 @@ class _QuantizedMatrix(nn.Module):
         y_TN = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return y_TN * self.scale[first:end] if self.coded else y_TN
 
+    def _bfloat16_product(self, x_TD: Tensor, first: int, end: int) -> Tensor:
+        backward = x_TD.requires_grad and torch.is_grad_enabled()  # which a packed weight has not
+        if x_TD.device.type != "cpu" or backward or not _onednn_works(torch.bfloat16):
+            return F.linear(x_TD, self.stored[first:end])
+        return self._packed_rows(first, end).multiply(x_TD)
+
+    def _packed_rows(self, first: int, end: int) -> "_Packed":
+        """Rows of the matrix as the kernel wants them, made once."""
+        if (first, end) not in self._packed:
+            self._packed[first, end] = _Packed(self.stored[first:end], self.scale[first:end])
+        return self._packed[first, end]
+
     def _int8_product(self, x_TD: Tensor, first: int, end: int) -> Tensor:
         """The product with activations rounded to int8, each token with its own scale.
 
         A scale for the whole batch is more usual, but would make a sample depend on the other samples.
         """
-        largest_T1 = torch.linalg.vector_norm(x_TD, torch.inf, dim=-1, keepdim=True)
-        largest_T1 = largest_T1.clamp(min=torch.finfo(torch.float32).tiny)
-        x_TD = x_TD / largest_T1
-        if has_int8_kernel(x_TD.device):
-            if (first, end) not in self._packed:
-                self._packed[first, end] = _pack(self.stored[first:end], self.scale[first:end])
-            kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-            return kernel(x_TD, 1 / MAX_INPUT, MAX_INPUT + 1, self._packed[first, end]).mul_(largest_T1)
-        # the same integers, multiplied as float32
-        return self._float32_product((x_TD * MAX_INPUT).round(), first, end) * (largest_T1 / MAX_INPUT)
+        step_T1 = torch.linalg.vector_norm(x_TD, torch.inf, dim=-1, keepdim=True).div_(MAX_INPUT)
+        step_T1.clamp_(min=torch.finfo(torch.float32).tiny)
+        if not has_int8_kernel(x_TD.device):
+            # the same integers, multiplied as float32
+            code_TD = torch.addcdiv(x_TD.new_tensor(ZERO + 0.5), x_TD, step_T1).floor_().sub_(ZERO)
+            return self._float32_product(code_TD, first, end) * step_T1
+        packed = self._packed_rows(first, end)
+        code_TD = torch.addcdiv(packed.round, x_TD, step_T1).to(torch.uint8)
+        # scales are applied here, because the kernel's way differs with the number of rows in the last bit
+        return packed.multiply_codes(code_TD).mul_(packed.scale_N).mul_(step_T1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._packed.clear()  # packed weights belong to a device
@@ -282,34 +300,45 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def has_int8_kernel(device: torch.device) -> bool:
-    """Whether this PyTorch has a fast int8 product for a device: FBGEMM, on x86 CPUs."""
-    return device.type == "cpu" and _fbgemm_works()
+    """Whether this PyTorch has a fast int8 product for a device: oneDNN's, on CPUs."""
+    return device.type == "cpu" and _onednn_works(torch.int8)
 
 
 @cache
-def _fbgemm_works() -> bool:
-    """Whether FBGEMM can pack and multiply a matrix; a later PyTorch will not have the packing function."""
+def _onednn_works(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can pack and multiply matrices of a type; not every build of PyTorch has it."""
     try:
-        kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        packed = _pack(torch.ones(1, 1, dtype=torch.int8), torch.ones(1))
-        return float(kernel(torch.ones(1, 1), 1 / MAX_INPUT, MAX_INPUT + 1, packed)) == 1
+        packed = _Packed(torch.ones(1, 1, dtype=dtype), torch.ones(1))
+        if dtype == torch.int8:
+            return float(packed.multiply_codes(torch.full((1, 1), ZERO + 1, dtype=torch.uint8))) == 1
+        return float(packed.multiply(torch.ones(1, 1, dtype=dtype))) == 1
     except (AttributeError, RuntimeError):  # NotImplementedError too
         return False
 
 
-ENGINE = "fbgemm"
-_lock = Lock()  # PyTorch's quantized engine and Python's warning filters are global
+class _Packed:
+    """A matrix (N, D) in bfloat16 or int8 in the memory layout of oneDNN's kernels.
 
+    scale_N: the scales of its rows, in float32. round: what makes a code of an activation in steps, when the fraction is cut off.
+    """
 
-def _pack(code_ND: Tensor, scale_N: Tensor) -> Any:
-    """The weights in the memory layout of the kernel."""
-    with _lock, warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        warnings.simplefilter("ignore")  # PyTorch warns that quantized tensor types are deprecated
-        zero_N = torch.zeros(len(scale_N), dtype=torch.int64)
-        weight = torch._make_per_channel_quantized_tensor(code_ND.detach().clone(), scale_N.double(), zero_N, 0)
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = ENGINE  # other engines have no kernel for activations with a given scale
-        try:
-            return torch.ops.quantized.linear_prepack(weight, None)
-        finally:
-            torch.backends.quantized.engine = before
+    def __init__(self, weight_ND: Tensor, scale_N: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            weight_ND = weight_ND.detach().clone()
+            self.scale_N, self.round = scale_N.detach().float().clone(), torch.tensor(ZERO + 0.5)
+            self._one_N, self._zero_N = torch.ones(len(weight_ND)), torch.zeros(len(weight_ND), dtype=torch.int32)
+            if weight_ND.dtype == torch.int8:
+                self._packed = torch.ops.onednn.qlinear_prepack(weight_ND, None)
+                self._kernel = torch.ops.onednn.qlinear_pointwise.default
+            else:
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_ND, PACKED_ROWS)
+                self._kernel = torch.ops.mkldnn._linear_pointwise.default
+
+    def multiply(self, x_TD: Tensor) -> Tensor:
+        """x times the transpose of a bfloat16 matrix, in bfloat16."""
+        return self._kernel(x_TD, self._packed, None, "none", [], "")
+
+    def multiply_codes(self, code_TD: Tensor) -> Tensor:
+        """uint8 codes around ZERO times the transpose of the int8 codes, in float32."""
+        more = None, 1.0, 0, torch.float32, "none", [], ""
+        return self._kernel(code_TD, 1.0, ZERO, self._packed, self._one_N, self._zero_N, *more)

@@ -80,7 +80,7 @@ def linear(out: int, width: int, to: str) -> tuple[nn.Linear, QuantizedLinear]:
 def test_int8_multiplies_whole_numbers_and_no_row_depends_on_another(monkeypatch, width, out, kernel):
     """Written out in float64, with inputs of every size, that are all of one sign, or zero."""
     if kernel and not quantization.has_int8_kernel(torch.device("cpu")):
-        pytest.skip("this CPU has no FBGEMM")
+        pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(quantization, "has_int8_kernel", lambda device: kernel)
     plain, small = linear(out, width, "int8")
     x_TD = torch.randn(40, width) * torch.logspace(-6, 6, 40)[:, None]
@@ -124,6 +124,12 @@ def test_where_bfloat16_has_units_it_is_multiplied_there_and_the_stream_stays_fl
         quantization.F,
         "linear",
         lambda x, weight, *bias: seen.append((x.dtype, weight.dtype)) or product(x, weight, *bias),
+    )
+    packed = quantization._Packed.multiply
+    monkeypatch.setattr(
+        quantization._Packed,
+        "multiply",
+        lambda self, x: seen.append((x.dtype, self._packed.dtype)) or packed(self, x),
     )
     found = logits(small, LABEL, samples)
     assert found.dtype == torch.float32

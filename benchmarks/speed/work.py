@@ -115,11 +115,13 @@ def our_llama(tokenizer: Any, kind: str, task: str, place: Place) -> Any:
     return model
 
 
-def from_llama(state: Mapping[str, Any], heads: int, kind: str) -> dict[str, Any]:
+def from_llama(
+    state: Mapping[str, Any], heads: int, kind: str, *, groups: int | None = None, tied: bool = False
+) -> dict[str, Any]:
     """Hugging Face Llama's weights as those of a `Model` that writes `kind`: no qk_norm, every rotary pair turned by time.
 
     Of its vocabulary of V + 1 the last id opens a text and stops it; its row is our head's query. It has no bias, so ours is 0.
-    Llama turns pairs (i, i + K/2), we (2i, 2i + 1).
+    With a tied head all ids are of the kind. Llama turns pairs (i, i + K/2), we (2i, 2i + 1).
     """
     import torch
 
@@ -131,11 +133,16 @@ def from_llama(state: Mapping[str, Any], heads: int, kind: str) -> dict[str, Any
         f"{head}.linear.bias": torch.zeros(len(table)),
         "core.norm.weight": state["model.norm.weight"],
     }
+    if tied:
+        ours = {f"embeds.{kind}.weight": table, "core.norm.weight": state["model.norm.weight"]}
     depth = sum(name.endswith("q_proj.weight") for name in state)
     for i in range(depth):
         theirs, block = f"model.layers.{i}", f"core.blocks.{i}.layers"
         q, k, v = (state[f"{theirs}.self_attn.{x}_proj.weight"] for x in "qkv")
-        q, k = (x.view(heads, 2, -1, x.shape[-1]).transpose(1, 2).reshape(x.shape) for x in (q, k))
+        q, k = (
+            x.view(n, 2, -1, x.shape[-1]).transpose(1, 2).reshape(x.shape)
+            for x, n in ((q, heads), (k, groups or heads))
+        )
         gate, up = (state[f"{theirs}.mlp.{x}_proj.weight"] for x in ("gate", "up"))
         ours[f"{block}.0.norm.weight"] = state[f"{theirs}.input_layernorm.weight"]
         ours[f"{block}.0.body.attention.qkv.weight"] = torch.cat([q, k, v])

@@ -22,7 +22,8 @@ class Cache:
     axes: number of position axes of the core.
 
     Attributes:
-    k, v: by layer, keys and values (B, M, G, K).
+    kv: keys and values of all layers in one buffer (layers, 2, B, G, M, K), if all have the same sizes; else None.
+    k, v: by layer, keys and values (B, M, G, K); in memory the tokens of a head are neighbours, as attention reads them.
     state: by layer, the states (B, F) of recurrent layers, convolutions and tapes.
     length: number of tokens of each row; a list on the host.
     dropped: number of the oldest tokens of each row that are no longer stored; a list on the host.
@@ -44,8 +45,17 @@ class Cache:
         axes: int = 3,
     ) -> None:
         place = {"device": device, "dtype": dtype}
-        self.k = [torch.zeros(batch, capacity, heads, width, **place) for heads, width, _ in keys]
-        self.v = [torch.zeros(batch, capacity, heads, width, **place) for heads, _, width in keys]
+        self.kv: Tensor | None = None
+        if len(set(keys)) == 1 and keys[0][1] == keys[0][2]:
+            heads, width, _ = keys[0]
+            self.kv = torch.zeros(len(keys), 2, batch, heads, capacity, width, **place)
+            by_layer = [(k, v) for k, v in self.kv]
+        else:
+            by_layer = [
+                tuple(torch.zeros(batch, heads, capacity, width, **place) for width in widths)
+                for heads, *widths in keys
+            ]
+        self.k, self.v = ([pair[i].transpose(1, 2) for pair in by_layer] for i in range(2))
         self.state = [torch.zeros(batch, size, **place) for size in states]
         self.capacity = capacity
         self.bidirectional_BM = torch.zeros(batch, capacity, dtype=torch.int32, device=device)
@@ -79,6 +89,10 @@ class Cache:
             each[row, : stored - count] = each[row, count:stored].clone()  # both ranges may overlap
         self.dropped[row] += count
 
+    def shorten(self, row: int, length: int) -> None:
+        """Forget the newest tokens of a row, so that it has `length` tokens; states of recurrent layers stay as they are."""
+        self.length[row] = length
+
     def reserve(self, added: Sequence[int]) -> None:
         """Lengthen the row of each sample of a stream by `added` tokens, all rows or none.
 
@@ -110,16 +124,19 @@ class Cache:
         if self.memory is not None:
             self.memory.clear(row)
 
-    def copy(self, source: int, target: int, *, start: int = 0, of: "Cache | None" = None) -> None:
+    def copy(
+        self, source: int, target: int, *, start: int = 0, count: int | None = None, of: "Cache | None" = None
+    ) -> None:
         """Copy row `source` (of another cache, if given) to row `target`.
 
         start: number of tokens in which the rows are equal already, so that they need not be copied.
+        count: number of tokens of the copy, the first ones, of a row that has dropped none; None: all.
 
         Raises:
             StreamError: the row exceeds the capacity of this cache.
         """
         of = of or self
-        stop = of.stored(source)
+        stop = of.stored(source) if count is None else count
         start = max(start - of.dropped[source], 0) if self.dropped[target] == of.dropped[source] else 0
         if stop > self.capacity:
             raise StreamError(f"Cache: a row of {stop} tokens does not fit capacity={self.capacity}; make it larger")
@@ -130,6 +147,7 @@ class Cache:
         for ours, theirs in ((self.bidirectional_BM, of.bidirectional_BM), (self.segment_BM, of.segment_BM)):
             ours[target, start:stop] = theirs[source, start:stop]
         self.origin_BA[target] = of.origin_BA[source]
-        self.length[target], self.dropped[target] = of.length[source], of.dropped[source]
+        self.length[target] = of.length[source] if count is None else count
+        self.dropped[target] = of.dropped[source]
         if self.memory is not None and of.memory is not None and start == 0:
             self.memory.copy(source, target, of=of.memory)

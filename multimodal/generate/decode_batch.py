@@ -1,6 +1,7 @@
 """The requests that are decoded together: what stays the same from step to step, made anew when one of them joins or leaves."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,6 +54,33 @@ class DecodeBatch:
             parts.append(self.model.embed(kind, content.to(self.model.device)))
         stream_BD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return stream_BD if self.place_of is None else stream_BD[self.place_of], next(self._positions)
+
+    def guessed(self, guesses: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[Tensor, Tensor, Layout]:
+        """The newest token of each request and the guesses after it, embedded, their positions, and their layout.
+
+        Every request has one row. guesses: ids by request; lengths: number of tokens that each row holds.
+        """
+        parts, places, numbers = [], [], []
+        starts = [0, *accumulate(1 + len(guess) for guess in guesses)]
+        guess_of = dict(zip(self.requests, guesses, strict=True))
+        start_of = dict(zip(self.requests, starts, strict=False))
+        for kind, group in self.kinds.items():
+            more = [torch.tensor(guess_of[a], dtype=torch.long) for a in group]
+            content = torch.cat([x for a, ids in zip(group, more, strict=True) for x in (a.newest(), ids) if len(x)])
+            parts.append(self.model.embed(kind, content.to(self.model.device)))
+            for request in group:
+                count = 1 + len(guess_of[request])
+                places.append(request.ahead(count)[:count, 0])
+                numbers += range(start_of[request], start_of[request] + count)
+        back = torch.argsort(torch.tensor(numbers)).to(self.sample_B.device)
+        counts = torch.tensor([1 + len(guess) for guess in guesses], device=self.sample_B.device)
+        sample_T = self.sample_B.repeat_interleave(counts)
+        orders = [length + i for length, guess in zip(lengths, guesses, strict=True) for i in range(1 + len(guess))]
+        order_T = torch.tensor(orders, dtype=torch.int32, device=self.sample_B.device)
+        info = MaskInfo(sample_T, order_T, torch.zeros_like(order_T), self.segment_B.repeat_interleave(counts))
+        self._positions = self._ahead()  # how many tokens are written is not known yet
+        spans = tuple(Span(0, 1 + len(guess)) for guess in guesses)
+        return torch.cat(parts)[back], torch.cat(places)[back], Layout(spans, info)
 
     def layout(self, lengths: Sequence[int]) -> Layout:
         """The layout of one more token in every row; lengths: number of tokens that each row holds."""

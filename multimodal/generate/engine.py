@@ -7,7 +7,7 @@ that a pass reads the cache where it lies.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from multimodal.generate.decode_batch import DecodeBatch
 from multimodal.generate.next_token import choose_next
 from multimodal.generate.prefix import CachedPrefix
 from multimodal.generate.request import Request, new_request
+from multimodal.generate.shared import longest, shares
 from multimodal.generate.step import Step, is_plain
 from multimodal.heads import Prediction
 from multimodal.network import Network
@@ -47,8 +48,10 @@ class Engine:
     """Writes the answers of many requests at once, of any tasks of one model that write; each as if it were alone.
 
     rows: number of answers (of beams, two with guidance) that are written at the same time; others wait. capacity: tokens of a row,
-    prompt and answer together. Use it in one thread; `submit` and `cancel` may come between any two steps. A model must not be
-    trained while answers are being written; new weights count from when all of them have ended.
+    prompt and answer together. plain: whether every prompt is read whole, and every token goes through the core's own modules; this
+    is slower and gives the same. Else prompts that begin alike are read once. Use it in one thread; `submit` and `cancel` may come
+    between any two steps. A model must not be trained while answers are being written; new weights count from when all of them have
+    ended.
 
     Examples:
         >>> engine = mm.Engine(model, rows=8, capacity=64)
@@ -58,7 +61,7 @@ class Engine:
         ['square', 'circle']
     """
 
-    def __init__(self, model: Network, *, rows: int = 16, capacity: int = 1024) -> None:
+    def __init__(self, model: Network, *, rows: int = 16, capacity: int = 1024, plain: bool = False) -> None:
         check_whole("Engine", rows=rows, capacity=capacity)
         if rows < 1 or capacity < 2:
             raise ConfigError(f"Engine: rows={rows} must be at least 1 and capacity={capacity} at least 2")
@@ -77,6 +80,8 @@ class Engine:
         self._owner: list[Request] = []  # of each row in use
         self._tickets = 0
         self._most, self._most_written = model.most_tokens, model.most_written
+        self._plain = plain
+        self._shares = not plain and shares(model)
         self._step: Step | None = None  # how a pass is computed, if not by the core itself
 
     @property
@@ -142,6 +147,11 @@ class Engine:
                 f"{request.begin_count + request.limit} are more than the {self._most_written} places of the writer; lower "
                 "max_tokens"
             )
+        if request.lookup is not None and (self.cache.state or self.cache.memory is not None):
+            raise ConfigError(
+                f"{request.name} of task {request.task!r}: lookup={request.lookup.most} needs a core whose cache can "
+                "forget tokens, but this one has recurrent states or is an EncoderDecoder; leave it out"
+            )
         if request.width > self.rows:
             raise ConfigError(
                 f"{request.name}: needs {request.width} rows at once, but the engine has rows={self.rows}"
@@ -171,15 +181,18 @@ class Engine:
         with self.model.inference_mode():
             pieces = self._admit()
             if self._running:
+                batch = self._batch = self._batch or DecodeBatch(self._running, self.model)
+                guesses = [request.guess() for request in batch.requests]
+                some = any(guesses) and all(size == 1 for size in batch.sizes)
                 try:
-                    decoded = self._decode_step()
+                    decoded = self._guessed_step(batch, guesses) if some else self._decode_step(batch)
                 except Exception as error:  # one that outgrows what a layer knows stops the pass; those that wait go on
                     pieces += [Piece(request.ticket, error=error) for request in self._running]
                     for request in list(self._running):
                         request.error = error
                         self._leave(request)
                 else:
-                    pieces += self._choose(*decoded)
+                    pieces += self._choose_guessed(*decoded, guesses) if some else self._choose(*decoded)
         return pieces
 
     def run(self) -> Iterator[Piece]:
@@ -200,9 +213,9 @@ class Engine:
                 self.cache.clear(row)
             joining.append(request)
         if joining and not self._running:
-            self._step = Step(core) if is_plain(core := self.model.core) else None
+            self._step = Step(core) if is_plain(core := self.model.core) and not self._plain else None
         pieces: list[Piece] = []
-        for group in ([a for a in joining if a.prefix is None], [a for a in joining if a.prefix is not None]):
+        for group in self._groups(joining):
             if group:
                 self._running += group
                 self._batch = None
@@ -216,6 +229,19 @@ class Engine:
                 else:
                     pieces += self._choose(group, torch.cat(states), list(map(len, states)))
         return pieces
+
+    def _groups(self, joining: Sequence[Request]) -> Iterator[list[Request]]:
+        """The requests that join, as they are read: first those of which nothing is cached, then the others."""
+        fresh: list[Request] = []
+        later: list[Request] = []
+        for request in joining:
+            known = [*self._running, *fresh] if self._shares else []
+            (fresh if request.prefix is None and longest(self.model, request, known) is None else later).append(request)
+        yield fresh
+        for request in later:  # what they share is in the cache by now, unless reading it failed
+            request.shared = longest(self.model, request, self._running) if self._shares else None
+        yield [a for a in later if a.prefix is None and a.shared is None]
+        yield [a for a in later if a.prefix is not None or a.shared is not None]
 
     def _read(self, requests: Sequence[Request]) -> list[Tensor]:
         """Prefill: the states (rows, D) that each answer starts from."""
@@ -275,14 +301,19 @@ class Engine:
         rows: list[int],
         where: Mapping[int, tuple[int, int, int]],
     ) -> Tensor:
-        """States (T, D) of prompts, all with a cached prefix or none; of tokens that a prefix holds they are 0."""
-        if batch[0][0].prefix is None:
+        """States (T, D) of prompts, all with a cached beginning or none; of tokens that are cached they are 0."""
+        if batch[0][0].prefix is None and batch[0][0].shared is None:
             return self.model(stream, cache=self.cache.at(rows))
         counts = [0] * len(batch)
         for prompt, (request, _) in enumerate(batch):
-            assert request.prefix is not None
-            counts[where[prompt][0]] = request.prefix.count
-            self.cache.copy(0, rows[where[prompt][0]], of=request.prefix.cache)
+            sample = where[prompt][0]
+            if request.prefix is not None:
+                counts[sample] = request.prefix.count
+                self.cache.copy(0, rows[sample], of=request.prefix.cache)
+            elif request.shared is not None:
+                other, counts[sample] = request.shared
+                self.cache.copy(other.rows[0], rows[sample], count=counts[sample])
+            request.shared = None  # the other request is needed no longer
         places = stream.layout.info
         counts_T = torch.tensor(counts, device=self.model.device)[places.sample.long()]
         new = (places.order >= counts_T).nonzero()[:, 0]
@@ -294,20 +325,73 @@ class Engine:
             0, new, states_TD
         )
 
-    def _decode_step(self) -> tuple[list[Request], Tensor, list[int]]:
+    def _decode_step(self, batch: DecodeBatch) -> tuple[list[Request], Tensor, list[int]]:
         """One pass of the core: the running requests, their states end to end, and the number of rows of each."""
-        batch = self._batch = self._batch or DecodeBatch(self._running, self.model)
         stream_BD, position_BA = batch.inputs()
         layout = batch.layout(self.cache.length[: len(batch.rows)])
-        exact = not torch.is_autocast_enabled(self.model.device.type)  # which would round the stream itself in a step
-        core, cache = (self._step if exact else None) or self.model.core, self.cache.at(batch.rows)
-        state_BD = core(stream_BD, position_BA, layout, cache=cache)
+        state_BD = self._pass(stream_BD, position_BA, layout, cache=self.cache.at(batch.rows))
         if batch.order_of_requests is not None:
             state_BD = state_BD[batch.order_of_requests]
         return batch.requests, state_BD, batch.sizes
 
-    def _choose(self, requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int]) -> list[Piece]:
-        """Choose the next token of each request, from its newest states; requests that end give their rows back."""
+    @property
+    def _pass(self) -> Callable[..., Tensor]:
+        """What computes the states of new tokens."""
+        exact = not torch.is_autocast_enabled(self.model.device.type)  # which would round the stream itself in a step
+        return (self._step if exact else None) or self.model.core
+
+    def _guessed_step(
+        self, batch: DecodeBatch, guesses: Sequence[Sequence[int]]
+    ) -> tuple[list[Request], Tensor, list[int]]:
+        """`_decode_step` for the newest token of each request and the guesses after it."""
+        stream_TD, position_TA, layout = batch.guessed(guesses, self.cache.length[: len(batch.rows)])
+        state_TD = self._pass(stream_TD, position_TA, layout, cache=self.cache.at(batch.rows))
+        return batch.requests, state_TD, [1 + len(guess) for guess in guesses]
+
+    def _choose_guessed(
+        self, requests: Sequence[Request], state_TD: Tensor, sizes: Sequence[int], guesses: Sequence[Sequence[int]]
+    ) -> list[Piece]:
+        """Choose a token of each request, and one more as long as what was guessed is what was chosen; forget the other guesses."""
+        states, logits = dict(zip(requests, state_TD.split(list(sizes)), strict=True)), {}
+        for task in dict.fromkeys(request.task for request in requests if request.lookup is not None):
+            head, readout = self.model.packer.heads[task], self.model.readout(task)
+            group = [request for request in requests if request.task == task]
+            together = head.next_logits(readout, torch.cat([states[a] for a in group]), [], []).float().cpu()
+            logits |= zip(group, together.split([len(states[a]) for a in group]), strict=True)
+        before = {
+            request: self.cache.length[request.rows[0]] - size for request, size in zip(requests, sizes, strict=True)
+        }
+        going, right, pieces = list(requests), 0, []
+        guess_of = dict(zip(requests, guesses, strict=True))
+        while going:
+            one = slice(right, right + 1)
+            known = {a: logits[a][one] for a in going if a in logits}
+            pieces += self._choose(going, torch.cat([states[a][one] for a in going]), [1] * len(going), known)
+            now, going = going, []
+            for request in now:
+                guess = guess_of[request]
+                if request not in self._running:
+                    continue
+                if right < len(guess) and request.ids[-1] == guess[right]:
+                    going.append(request)
+                    continue
+                self.cache.shorten(request.rows[0], before[request] + 1 + right)
+                if guess and request.lookup is not None:
+                    request.lookup.learn(len(guess), right)
+            right += 1
+        return pieces
+
+    def _choose(
+        self,
+        requests: Sequence[Request],
+        state_ND: Tensor,
+        sizes: Sequence[int],
+        logits: Mapping[Request, Tensor] | None = None,
+    ) -> list[Piece]:
+        """Choose the next token of each request, from its newest states; requests that end give their rows back.
+
+        logits: those that are known already.
+        """
         pieces: list[Piece] = []
         by_task: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -316,8 +400,14 @@ class Engine:
         for task, group in by_task.items():
             state_ND = torch.cat([parts[i] for i in group]) if parts else state_ND
             head, readout = self.model.packer.heads[task], self.model.readout(task)
+            known = [logits[requests[i]] for i in group if logits and requests[i] in logits]
             for request, copies in choose_next(
-                [requests[i] for i in group], state_ND, [sizes[i] for i in group], head, readout
+                [requests[i] for i in group],
+                state_ND,
+                [sizes[i] for i in group],
+                head,
+                readout,
+                torch.cat(known) if known else None,
             ):
                 for source, target, start in copies:
                     self.cache.copy(request.rows[source], request.rows[target], start=start)

@@ -17,23 +17,29 @@ from multimodal.tokenizer import describe
 
 
 def choose_next(
-    requests: Sequence[Request], state_ND: Tensor, sizes: Sequence[int], head: Head, readout: Readout
+    requests: Sequence[Request],
+    state_ND: Tensor,
+    sizes: Sequence[int],
+    head: Head,
+    readout: Readout,
+    logits: Tensor | None = None,
 ) -> Iterator[tuple[Request, Copies]]:
     """Choose the next token of each of these requests of one task.
 
-    state_ND: their newest states, end to end; sizes: number of rows of each.
+    state_ND: their newest states, end to end; sizes: number of rows of each. logits: those of these states, if they are known.
     Yields each request with the copies that its rows of the cache must make of each other (beams).
     """
     if head.draws_features:
         draw_features(requests, dict(zip(requests, state_ND.split(list(sizes)), strict=True)), head, readout)
         yield from ((request, []) for request in requests)
         return
-    sources, chosen = [], []
-    for request, size in zip(requests, sizes, strict=True):
-        if request.source is not None:  # a pointer needs to know what it chooses among, and what it has chosen
-            sources += [request.source_MD] * size
-            chosen += request.ids_by_row(size)
-    logits = head.next_logits(readout, state_ND, sources, chosen).float().cpu()
+    if logits is None:
+        sources, chosen = [], []
+        for request, size in zip(requests, sizes, strict=True):
+            if request.source is not None:  # a pointer needs to know what it chooses among, and what it has chosen
+                sources += [request.source_MD] * size
+                chosen += request.ids_by_row(size)
+        logits = head.next_logits(readout, state_ND, sources, chosen).float().cpu()
     # requests that choose by equal rules are answered by one call of the rule
     alike: dict[Any, list[int]] = {}
     for i, request in enumerate(requests):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from multimodal.generate.beams import MOST_BEAMS, MOST_LENGTH_PENALTY, Beams
 from multimodal.generate.ctc_prefix import CTCPrefixScores
 from multimodal.generate.detokenizer import Detokenizer
+from multimodal.generate.lookup import Lookup
 from multimodal.generate.prefix import CachedPrefix
 from multimodal.generate.samplers import AtLeast, Forbid, Greedy, Sampler, Temperature, Written
 from multimodal.heads import CTC, Head, Prediction
@@ -22,6 +24,7 @@ from multimodal.positions import in_steps, on_axes, only_time
 from multimodal.shapes import ConfigError, StreamError, check_number, check_seed, check_whole, did_you_mean
 from multimodal.tokenizer import Tokens, no_tokens, with_next, written_tokens
 
+MOST_LOOKUP = 64  # tokens; a pass of more costs more than one token on any machine
 Copies = list[tuple[int, int, int]]  # (source, target, from which token on) among an answer's rows
 
 
@@ -39,13 +42,14 @@ class Options:
     stop: Sequence[str] = ()
     begin: Any = None
     seed: int = 0
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.begin, str) and not self.begin:
             object.__setattr__(self, "begin", None)  # nothing is there to begin with
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        check_whole("generate", max_tokens=self.max_tokens, beams=self.beams)
+        check_whole("generate", max_tokens=self.max_tokens, beams=self.beams, lookup=self.lookup)
         check_number("generate", guidance=self.guidance, length_penalty=self.length_penalty)
         check_seed("generate", self.seed)
         if self.temperature is not None:
@@ -84,6 +88,15 @@ class Options:
             )
         if self.beams > 1 and self.guidance != 1.0:
             raise ConfigError(f"generate: beams={self.beams} with guidance={self.guidance}; use one of them")
+        if not 0 <= self.lookup <= MOST_LOOKUP:
+            raise ConfigError(
+                f"generate: lookup={self.lookup} must be from 0 to {MOST_LOOKUP}, the most tokens guessed at once"
+            )
+        for name, value in {"beams": self.beams, "guidance": self.guidance}.items():
+            if self.lookup and value != 1:
+                raise ConfigError(
+                    f"generate: lookup={self.lookup} with {name}={value}, which has several rows; use one of them"
+                )
         if self.beams > 1 and self.stop:
             raise ConfigError(f"generate: beams={self.beams} with stop={self.stop!r}; use one of them")
         if self.beams > 1 and (self.temperature or (self.sampler is not None and self.sampler.draws)):
@@ -209,6 +222,9 @@ class Request:
             if self.detokenizer.stopped:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
+        self.shared: tuple[Request, int] | None = (
+            None  # whose cache holds the first tokens of this prompt too, and how many
+        )
         self.cached = 0  # tokens of the prompt in the cache
         self.axes = packer.axes
         # by row, the tokens so far with those of `begin`, where contents say where the next one stands; else positions are counted
@@ -217,6 +233,7 @@ class Request:
             self.so_far = [no_tokens(self.tokenizer) if self.begin is None else self.begin] * options.beams
         counted = self.source is None and self.so_far is None
         self.place_NA = self.tokenizer.places(count) if counted else torch.empty(0, len(self.tokenizer.axes))
+        self.lookup = Lookup([*self._read_ids(), *self.begin_ids], options.lookup) if options.lookup else None
         self.after: list[Tensor] = []  # of each prompt, the time from which the answer's places count
         self.segments: list[int] = []
 
@@ -242,6 +259,11 @@ class Request:
                 raise ConfigError(
                     f"{where}: every {self.kind!r} has {self.tokenizer.length} tokens, so {part} changes nothing; leave it out"
                 )
+        if options.lookup and (self.head.draws_features or self.source is not None or self.tokenizer.placed_by_content):
+            raise ConfigError(
+                f"{where}: lookup={options.lookup} guesses ids, but what is written here are features, pointers, or ids that say "
+                "where the next one stands; leave it out"
+            )
         if options.stop and not self.tokenizer.text:
             raise ConfigError(f"{where}: stop strings need a kind that is text, and {self.kind!r} is not")
         if self.limit < 1:
@@ -273,6 +295,22 @@ class Request:
             raise ConfigError(
                 f"{where}: ctc needs the states of what is read, which a prefix does not keep; leave one out"
             )
+
+    def _read_ids(self) -> list[int]:
+        """The ids that were read and that could be written too."""
+        found: list[int] = []
+        for tokens in self.tokens.values():
+            if tokens is not None and not tokens.content.is_floating_point() and tokens.content.dim() == 1:
+                found += tokens.content.tolist()
+        return found
+
+    def guess(self) -> list[int]:
+        """Ids that may be written next; each is one that can be embedded."""
+        if self.lookup is None or self.ended:
+            return []
+        found = self.lookup.guess(self.limit - self.count)
+        usable = self.tokenizer.vocab_size or 0
+        return list(takewhile(lambda token: token < usable and token != self.stop, found))
 
     @property
     def read_count(self) -> int:
@@ -336,6 +374,8 @@ class Request:
             return
         self.log_p += log_p
         self.ids.append(token)
+        if self.lookup is not None:
+            self.lookup.push(token)
         if self.so_far is not None:
             self.so_far = [with_next(self.tokenizer, self.so_far[0], self.content([token]))]
         if self.detokenizer is not None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.composite import Composed, Composite, Several
 from multimodal.declare import Declared
+from multimodal.norm import product
 from multimodal.notebook import prediction_html
 from multimodal.old_names import warn
 from multimodal.pattern import Field, Pattern
@@ -331,7 +331,7 @@ class TiedLinear(nn.Module):
 
     def forward(self, state_ND: Tensor) -> Tensor:
         if isinstance(self.table, nn.Embedding):
-            return F.linear(state_ND, self.weight, self.bias)
+            return product(state_ND, self.weight, self.bias)
         logits_NV = self.table.product(state_ND)  # a smaller table multiplies itself
         return logits_NV if self.bias is None else logits_NV + self.bias
 
