@@ -3,7 +3,8 @@
     uv run benchmarks/seeds.py --list                         the rows, and whether they met their bars
     uv run benchmarks/seeds.py causal content --seeds 0 1 2   run rows; without names all of them, about 4 CPU-hours a seed
     uv run benchmarks/seeds.py causal --quick                 a reduced form, seconds; shown, never saved
-    uv run benchmarks/seeds.py --write causal                 and write benchmarks/results/seeds.md from all that is saved
+    uv run benchmarks/seeds.py --write causal                 and write benchmarks/results/seeds.md from all that is saved, and
+                                                              the documents and headers of figures.py
 
 Rows are declared in seed_rows/table.py. Each run has a process and one thread of its own, so that a failure ends only itself and
 the CPU time is its own. Numbers are saved in benchmarks/results/seeds.json by row and seed. The exit status is 1 where a row that
@@ -147,12 +148,12 @@ def short(value: float) -> str:
 
 
 def spread(name: str, runs: Sequence[Mapping[str, float]]) -> str:
-    """A value's mean over seeds, and its range."""
+    """A value's mean over seeds, and its range where that shows in the digits."""
     values = [values[name] for values in runs if name in values]
     if not values:
         return "not measured"
-    mean = short(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({short(min(values))} to {short(max(values))})"
+    mean, least, most = (short(x) for x in (sum(values) / len(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def is_met(row: Row, values: Mapping[str, float]) -> bool:
@@ -302,6 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             report.keep("seeds", "Mechanisms", "uv run benchmarks/seeds.py --write", markdown(ROWS, read_saved(SAVED)))
         )
+        from benchmarks import figures  # here, as it imports this module
+
+        for path in figures.refresh():
+            print(path)
     return 0 if good else 1
 
 

@@ -1,11 +1,15 @@
 """Change one fact in a trained model: ROME's rank-one edit of the last MLP leaves the other 1,999 facts alone, plain SGD does not.
 
-    uv run examples/attention/fact_editing.py             about 1.5 CPU-minutes on one thread
+    uv run examples/attention/fact_editing.py             the whole form, on one thread
     uv run examples/attention/fact_editing.py --quick     a reduced form, seconds
 
-2,000 athletes (first and last name) and their sports, drawn at random, so that they can only be known by heart. Expected: all of
-100 edits succeed and 99.8 % of the other facts stay right (worst 99 %); SGD on the same matrix, until it is as sure: 88 %.
+2,000 athletes (first and last name) and their sports, drawn at random, so that they can only be known by heart. 100 edits,
+each beside SGD on the same matrix until it is as sure.
 That facts are *recalled* says nothing of MLPs, which is why the edit is the test: without any MLP they are recalled as well.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- MLP as a store of facts, 1.3 CPU-minutes, seed 0: edit success = 1 (bar >= 0.8); others kept = 0.998 (bar >= 0.995);
+  others kept, SGD = 0.878 (bar <= 0.9)
 """
 
 import math

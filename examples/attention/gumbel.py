@@ -1,11 +1,16 @@
 """Gumbel-softmax against its alternatives: a network learns to choose one of 50 components by four estimators of the same bound.
 
-    uv run examples/attention/gumbel.py                   about 1 CPU-minute on one thread
+    uv run examples/attention/gumbel.py                   the whole form, on one thread
     uv run examples/attention/gumbel.py --quick           a reduced form, seconds
 
 q(component | picture) is an MLP of 784-128-50, log p(picture | component) a Bernoulli mixture; both learn together. The mixture's
-exact log p is a sum over 50, so every bound can be checked. Expected after 12 CPU-s each: Gumbel -148 and 45 of 50 components in
-use, REINFORCE -178 and 6; enumeration, which needs all components in each step, -153 and 24.
+exact log p is a sum over 50, so every bound can be checked. Each estimator has 12 CPU-s; beside REINFORCE stands enumeration, which
+needs all components in each step.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- Gumbel-softmax, 0.9 CPU-minutes, seed 0: ELBO = -148.1 (bar >= -152; bar >= (REINFORCE ELBO) +20); clusters used = 45
+  (bar >= 35); ELBO - log p, largest = 1.421e-14 (bar <= 1e-09); beside: one component -206.4; EM -142.1; REINFORCE ELBO
+  -178.9
 """
 
 import math

@@ -1,10 +1,15 @@
 """Temporal convolutions know where things lie: copy the symbol five steps back, with no positional encoding.
 
-    uv run examples/attention/lag_copy.py            about 0.6 CPU-minutes on one thread
+    uv run examples/attention/lag_copy.py            the whole form, on one thread
     uv run examples/attention/lag_copy.py --quick    a reduced form, seconds
 
 Causal attention without places sees a bag of symbols, so it can only guess; SNAIL's temporal convolutions (Mishra et al. 2018,
-section 3) bring the order in. Expected share right: convolutions 1.00, with attention behind them 1.00, attention alone about 0.28.
+section 3) bring the order in, alone or with attention behind them.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- SNAIL's temporal convolutions, 0.3 CPU-minutes, seed 0: TC share right = 1 (bar >= 0.99); attention share right =
+  0.2823 (bar <= 0.4); TC future leak = 0 (bar == 0); attention future leak = 0 (bar == 0); beside: two attentions share
+  right 0.2906; TC and attention share right 1; chance 0.125
 """
 
 import sys

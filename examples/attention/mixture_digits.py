@@ -1,10 +1,15 @@
 """Attention is Bayes' rule: a mixture of binary pictures, learned by EM, is read by one call of scaled dot-product attention.
 
-    uv run examples/attention/mixture_digits.py           about 0.2 CPU-minutes on one thread
+    uv run examples/attention/mixture_digits.py           the whole form, on one thread
     uv run examples/attention/mixture_digits.py --quick   a reduced form, seconds
 
 Keys are the logits of each component's pixels, the prior its weight, the value p(digit | component) or its pixels; hidden pixels
-are left out of query and key. Expected with 100 components: 0.86 of digits right, 0.81 from the upper half alone.
+are left out of query and key. With 100 components; half-image: from the upper half of the pixels alone.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- attention = mixture (binarised MNIST), 0.2 CPU-minutes, seeds 0 1 2: digit accuracy = 0.8673 (0.8635 to 0.8725; bar >=
+  0.85; bar >= (naive Bayes)); half-image accuracy = 0.8145 (0.8125 to 0.8155; bar >= 0.78); max |SDPA - Bayes| =
+  7.373e-06 (5.269e-06 to 9.022e-06; bar <= 1e-05); beside: majority 0.1145; naive Bayes 0.846
 """
 
 from dataclasses import replace

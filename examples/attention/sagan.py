@@ -1,10 +1,15 @@
 """A self-attention GAN writes digits: attention over the 7 x 7 feature maps of both players, who take turns under the hinge loss.
 
-    uv run examples/attention/sagan.py            about 5 CPU-minutes on one thread
+    uv run examples/attention/sagan.py            the whole form, on one thread
     uv run examples/attention/sagan.py --quick    a reduced form, seconds
 
 Zhang et al. 2019 on MNIST at 14 x 14. A small judge (a CNN of ours, so the Frechet distance here is no FID) compares 5,000 made
-digits with the held-out ones. Expected: FD at most 40 (untrained about 300), IS at least 5.5, every class, both gammas off 0.
+digits with the held-out ones. Every class must be made, and both gammas must leave 0.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- Self-Attention GAN, 4.0 CPU-minutes, seed 0: SAGAN FD = 3.477 (bar <= 40); SAGAN IS = 6.581 (bar >= 5.5); SAGAN
+  smallest class = 0.083 (bar >= 0.01); gamma of the generator = -0.1526 (bar size >= 0.01); gamma of the discriminator
+  = 0.3932 (bar size >= 0.01); cells to what the generator reads = 3.271 (bar >= 1.5)
 """
 
 import sys

@@ -1,11 +1,16 @@
 """SNAIL learns to learn: five characters of an alphabet that it has never seen, one drawing of each, then five to be named.
 
-    uv run examples/attention/snail.py            about 9 CPU-minutes on one thread
+    uv run examples/attention/snail.py            the whole form, on one thread
     uv run examples/attention/snail.py --quick    a reduced form, seconds
 
 An episode is one sample: five drawings with their labels, five without. Attention and temporal convolutions are concatenated
-(Mishra et al. 2018, figure 1). Omniglot, trained on 5 alphabets (179 characters, 4 rotations each), tested on 3 others. Expected:
-0.65 right (0.72 was wanted), 0.82 without the convolutions; without attention chance (0.20); nearest neighbour by pixels 0.45.
+(Mishra et al. 2018, figure 1). Omniglot, trained on 5 alphabets (179 characters, 4 rotations each), tested on 3 others. Beside: the
+model without its convolutions, the model without attention, and the nearest neighbour by pixels.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- SNAIL, 7.1 CPU-minutes, seed 0: SNAIL share right = 0.6545 (bar >= 0.72, missed); without attention share right =
+  0.2052 (bar <= 0.3); beside: pixel 1-NN L2 share right 0.4497; pixel 1-NN cosine share right 0.461; without TC share
+  right 0.824; chance 0.2
 """
 
 import sys

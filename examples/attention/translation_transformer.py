@@ -1,10 +1,12 @@
 """English to German by a transformer of 2 + 2 layers (Vaswani et al. 2017), beside the recurrent models of translation_rnn.py.
 
-    uv run examples/attention/translation_transformer.py          about 10 CPU-minutes on one thread
+    uv run examples/attention/translation_transformer.py          the whole form, on one thread
     uv run examples/attention/translation_transformer.py --quick  a reduced form, seconds
 
 The same data, vocabulary and score as translation_rnn.py; the core has rotary places instead of sinusoids.
-Expected: BLEU 31.8.
+
+Measured (all numbers: benchmarks/results/seeds.json):
+- Transformer encoder-decoder, 10.7 CPU-minutes, seed 0: BLEU = 31.75 (bar >= 20)
 """
 
 import time
