@@ -1,10 +1,10 @@
 """The progress bar of all commands: what is done, a note, elapsed and remaining time; in terminals, and in notebooks that have
 ipywidgets; elsewhere nothing."""
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 
@@ -39,6 +39,11 @@ class Bar:
         return self._lines[key]
 
 
+def has_widgets() -> bool:
+    """Whether ipywidgets is installed, which rich draws with in a notebook."""
+    return importlib.util.find_spec("ipywidgets") is not None
+
+
 @contextmanager
 def progress_bar(
     what: str, total: float | None, *, start: float = 0, quiet: bool = False, on_stdout: bool = False
@@ -51,7 +56,7 @@ def progress_bar(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=not on_stdout)
-    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None  # which rich draws with there
+    in_notebook = console.is_jupyter and has_widgets()
     if quiet or not (console.is_terminal or in_notebook):
         yield Bar(what, total, start, None)
         return

@@ -37,7 +37,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     display.display = shown.append  # type: ignore[attr-defined]
     for name, module in {"ipywidgets": widgets, "IPython": python, "IPython.display": display}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("multimodal.progress.find_spec", lambda name: True)
+    monkeypatch.setattr("multimodal.progress.has_widgets", lambda: True)
     monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
     return shown
 
@@ -54,7 +54,7 @@ def test_a_notebook_with_widgets_shows_the_bar(notebook: list[Any]) -> None:
 
 
 def test_a_notebook_without_widgets_shows_none(notebook: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multimodal.progress.find_spec", lambda name: None)
+    monkeypatch.setattr("multimodal.progress.has_widgets", lambda: False)
     with progress_bar("training", 10) as bar:
         assert not bar.visible
     assert not notebook

@@ -49,8 +49,8 @@ def choose_next(
         return
     parts = logits.split(list(sizes))
     for group in alike.values():
-        logits = [_guided(requests[i], parts[i]) for i in group]
-        yield from _chosen([requests[i] for i in group], list(map(len, logits)), torch.cat(logits).log_softmax(-1))
+        own = [_guided(requests[i], parts[i]) for i in group]
+        yield from _chosen([requests[i] for i in group], list(map(len, own)), torch.cat(own).log_softmax(-1))
 
 
 def _guided(request: Request, logits_BV: Tensor) -> Tensor:

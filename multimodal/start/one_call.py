@@ -392,7 +392,7 @@ def _job(
 
     while True:
         choice = chosen(False)
-        wanted = choice.recipe.steps
+        fit_in = wanted = choice.recipe.steps
         if fixed:
             break
         if not state:

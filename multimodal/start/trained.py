@@ -47,7 +47,7 @@ def trained(source: str, fields: Mapping[str, Mapping[str, Any]], first: Mapping
             f"--start {source} reads {', '.join(sorted(found.tokenizers))}, and the data are of the kind {kind!r}; give weights "
             f"for that kind{f', such as {WEIGHTS[kind]}' if kind in WEIGHTS else ''}, or leave --start out"
         )
-    most = found.core.learned_times if kind == "text" else None
+    most = getattr(found.core, "learned_times", None) if kind == "text" else None
     if most is None:
         value = next(first[name] for name in fields if first[name] is not None)
         most = max(1, len(found.tokenizers[kind](value)))
