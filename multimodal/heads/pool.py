@@ -131,13 +131,13 @@ class Parts(Pool):
         return self.padded(*_padded(state_ND, lengths), weights)
 
     def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
-        part_P = torch.arange(self.count, device=state_BTD.device)
-        first_BP = part_P * read_B[:, None] // self.count
-        end_BP = ((part_P + 1) * read_B[:, None] + self.count - 1) // self.count
+        part = torch.arange(self.count, device=state_BTD.device)
+        first = part * read_B[:, None] // self.count
+        end = ((part + 1) * read_B[:, None] + self.count - 1) // self.count
         order_B1T = order_BT[:, None]
-        chosen_BPT = (order_B1T >= first_BP[..., None]) & (order_B1T < end_BP[..., None])
-        share_BPT = chosen_BPT.to(state_BTD.dtype) / (end_BP - first_BP)[..., None]
-        return (share_BPT @ state_BTD).flatten(1)
+        chosen = (order_B1T >= first[..., None]) & (order_B1T < end[..., None])
+        share = chosen.to(state_BTD.dtype) / (end - first)[..., None]
+        return (share @ state_BTD).flatten(1)
 
 
 @dataclass(frozen=True)
