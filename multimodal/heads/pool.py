@@ -132,7 +132,6 @@ class Parts(Pool):
 
     def padded(self, state_BTD: Tensor, order_BT: Tensor, read_B: Tensor, weights: Any) -> Tensor:
         part = torch.arange(self.count, device=state_BTD.device)
-        # (B, parts), and (B, parts, T) below
         first = part * read_B[:, None] // self.count
         end = ((part + 1) * read_B[:, None] + self.count - 1) // self.count
         order_B1T = order_BT[:, None]
