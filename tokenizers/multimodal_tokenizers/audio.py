@@ -221,8 +221,8 @@ class _BandStem(nn.Module):
     itself.
 
     Each is followed by the largest of two neighbouring bands (the first also by that of the frames of a token) and a ReLU; at the
-    end one linear layer reads the bands and channels of a token. There is no norm: one over the channels of each place makes
-    silence as large as speech.
+    end one linear layer reads the bands and channels of a token. There is no norm: with one over the channels of each place
+    fewer words of other speakers were right.
     """
 
     reads_places = True  # the neighbours of a frame are those of its own value
