@@ -222,7 +222,8 @@ class TranscriptionTask:
             raise TaskError(
                 f"transcribe: task {task!r} answers by {type(head).__name__}, which writes no text; wanted CTC or NextToken"
             )
-        if (trim_db := getattr(tokenizer, "trim_db", None)) is not None:
+        trim_db = getattr(tokenizer, "trim_db", None)
+        if trim_db is not None:
             raise ConfigError(
                 f"transcribe: {type(tokenizer).__name__} leaves out the silence at both ends of a sound (trim_db="
                 f"{trim_db}), so that the times of its words are not known; train with trim_db=None"

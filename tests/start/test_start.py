@@ -26,7 +26,7 @@ from multimodal.start import DataReport, one_call, rules
 from multimodal.start.division import divide
 from multimodal.start.gather import gather
 from multimodal.start.survey import survey
-from multimodal_tokenizers import Number, TextBPE, TextBytes
+from multimodal_tokenizers import AudioFrames, Number, TextBPE, TextBytes
 
 FAST: dict[str, Any] = {"settings": ["steps=2"], "quiet": True}
 
@@ -603,8 +603,9 @@ def test_sounds_are_augmented_and_numbers_to_answer_are_not():
 def test_short_sounds_that_are_classified_are_trimmed_and_have_a_stem(seconds: float, answer: str, stem: bool):
     facts = [{"rate": 8000, "seconds": {"middle": seconds, "most": seconds}}]
     found, code = rules._sound(["audio"], facts, [], {"kind": answer})
+    assert isinstance(found, AudioFrames)
     assert (found.trim_db, found.stem_channels) == ((20.0, 16) if stem else (None, 0))
-    assert eval(code, {"AudioFrames": type(found)}) == found
+    assert eval(code, {"AudioFrames": AudioFrames}) == found
 
 
 @pytest.mark.parametrize(

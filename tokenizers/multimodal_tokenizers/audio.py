@@ -232,9 +232,9 @@ class _BandStem(nn.Module):
         sizes = [1, *(channels * 2**i for i in range(LAYERS))]
         self.stack = stack
         convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes)]
-        self.convolutions = nn.ModuleList(convolutions)
         for convolution in convolutions:
             nn.init.kaiming_normal_(convolution.weight)  # so that a signal keeps its power from one to the next
+        self.convolutions = nn.ModuleList(convolutions)
         self.linear = nn.Linear(sizes[-1] * (mels // 2**LAYERS), width)
 
     def forward(self, content_NF: Tensor, places: Places) -> Tensor:
