@@ -375,6 +375,7 @@ def _job(
         more = {"seed": options["seed"], "smaller": int(found["smaller"]), "augment": options["augment"]}
         return choose(report, parts["train"], **more, linear=linear)
 
+    fit_in = 1  # steps in the minutes
     while True:
         choice = chosen(False)
         wanted = choice.recipe.steps
