@@ -390,6 +390,7 @@ def _job(
             choice.recipe = override(choice.recipe, cache=str(run / VECTORS))
         return choice
 
+    fit_in = 1  # steps in the minutes
     while True:
         choice = chosen(False)
         fit_in = wanted = choice.recipe.steps
