@@ -1,6 +1,6 @@
 """Where measured figures go: a file in results/, and from there into README.md, never by hand.
 
-uv run benchmarks/report.py                                     show in the READMEs what results/ holds
+uv run benchmarks/report.py                                     show in the documents what results/ holds
 PROGRAM | uv run benchmarks/report.py NAME TITLE "PROGRAM"      save what a program prints as results/NAME.md
 """
 
@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "xray.md")
 
 
 def keep(name: str, title: str, command: str, body: str) -> Path:
@@ -28,7 +28,7 @@ def keep(name: str, title: str, command: str, body: str) -> Path:
 
 
 def refresh() -> None:
-    """Show in both READMEs what results/ holds."""
+    """Show in the documents what results/ holds."""
     for readme in READMES:
         readme.write_text(with_results(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

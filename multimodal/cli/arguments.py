@@ -70,9 +70,9 @@ DataFiles = Annotated[
 ]
 Most = Annotated[int, Parameter(help="The most samples of the data, the first ones.")]
 _NAMES = """
-answer as_json batch begin beams checkpoint count debug device fields files guidance help inside json length_penalty
-max_tokens min_p no_repeat one_of only out plugin probabilities repetition seed stop task temperature top_k top_p version
-without writing
+alpha answer as_json batch begin beams checkpoint count debug device fields files guidance help inside json length_penalty
+max_tokens min_p mixture no_repeat one_of only out plugin probabilities repetition samples seed stop task temperature top_k
+top_p version without writing
 """
 OPTION_NAMES = set(_NAMES.split())
 """Names of options; a field of the same name is given with FIELD_PREFIX before it."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from multimodal.cli.arguments import (
+    Columns,
+    DataFiles,
     Device,
     Fields,
     Json,
@@ -22,7 +24,7 @@ from multimodal.cli.arguments import (
     samples_with,
     value_from,
 )
-from multimodal.cli.loading import load, make_tokenizer
+from multimodal.cli.loading import load, make_tokenizer, samples_of
 from multimodal.cli.output import check_folder, folder_for, print_json, printable, saved
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from multimodal.tokenizer import Tokenizer
 
 MOST = 10_000  # rounds and threads of `bench`
+MOST_ROWS = 20_000  # of the data of `look --mixture`, which are read before some are chosen
 
 
 def check(
@@ -162,6 +165,15 @@ def look(
     task: str | None = None,
     answer: str | None = None,
     inside: str | None = None,
+    mixture: str | None = None,
+    samples: Annotated[
+        int, Parameter(help="Of --mixture: the most samples, spread evenly over its first 20,000 rows.")
+    ] = 400,
+    alpha: Annotated[
+        float, Parameter(help="Of --mixture: the share of usual inputs that may be called unusual.")
+    ] = 0.05,
+    fields_of_data: Annotated[Columns, Parameter(name="--fields")] = None,
+    files: DataFiles = None,
     without: Without = None,
     as_json: Json = False,
     out: Out = None,
@@ -175,6 +187,8 @@ def look(
 
     Example: multimodal look runs/captions --inside image --image cat.png
 
+    Example: multimodal look runs/digits --image seven.png --mixture digits/train
+
     Parameters
     ----------
     checkpoint
@@ -185,27 +199,66 @@ def look(
         Of a task that writes: look while this is written, instead of the model's own answer.
     inside
         A kind that a tower reads: look at the heads of the tower, which reads that kind alone.
+    mixture
+        Known samples, such as those that were trained on: a folder of pictures or sounds, a .csv, .tsv, .jsonl or .parquet file,
+        hf:NAME, or a folder of shards. Shows each head as a mixture: its largest responsibilities, whether its evidence is
+        unusual beside these samples, and which slots of a memory could be dropped.
     """
     from multimodal.look import inside as tower_of
     from multimodal.shapes import ConfigError
 
+    if mixture is None and (fields_of_data or files or samples != 400 or alpha != 0.05):
+        raise ConfigError(
+            "look: --samples, --alpha, --fields and --files are about known samples; give them with --mixture DATA"
+        )
+    if samples < 20 or not 0 < alpha < 1:
+        raise ConfigError(
+            f"look: --samples {samples} --alpha {alpha:g}: take 20 samples or more, and an alpha between 0 and 1"
+        )
     check_folder(out)
     model = load(checkpoint, plugin, device)
     if inside is not None:
         model = tower_of(model, inside)
     chosen = choose_task(model, task, [*fields, *(without or [])])
-    samples = samples_from(model, chosen, fields, without or [], sides=True)
-    if len(samples) > 1:
-        raise ConfigError(f"look shows one sample, and {len(samples)} were given; give one value of each field")
-    _look_at(model, chosen, samples[0], answer, as_json, folder_for(out, checkpoint))
+    given = samples_from(model, chosen, fields, without or [], sides=True)
+    if len(given) > 1:
+        raise ConfigError(f"look shows one sample, and {len(given)} were given; give one value of each field")
+    known = None if mixture is None else _known(mixture, fields_of_data, files, samples, given[0])
+    _look_at(model, chosen, given[0], answer, as_json, folder_for(out, checkpoint), known, alpha)
     return 0
 
 
+def _known(
+    source: str, columns: list[str] | None, files: list[str] | None, most: int, like: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Samples spread evenly over data, with those fields that the sample has; the first ones of a folder are all of one class."""
+    from multimodal.shapes import ConfigError, TaskError
+
+    wanted = [name for name, value in like.items() if value is not None]
+    rows = samples_of(source, columns, files, MOST_ROWS)
+    if lacking := [name for name in wanted if name not in rows[0]]:
+        raise TaskError(
+            f"--mixture: samples have {', '.join(map(str, rows[0])) or 'no fields'}, and no {', '.join(lacking)}; give columns "
+            f"other names, as in --fields {lacking[0]}=column"
+        )
+    if len(rows) < 20:
+        raise ConfigError(f"--mixture: {len(rows)} samples say too little of what is usual; give 20 or more")
+    rows = [rows[i * len(rows) // min(most, len(rows))] for i in range(min(most, len(rows)))]
+    return [{name: row[name] if name in wanted else None for name in like} for row in rows]
+
+
 def _look_at(
-    model: "Model", task: str, sample: Mapping[str, Any], answer: str | None, as_json: bool, folder: Path
+    model: "Model",
+    task: str,
+    sample: Mapping[str, Any],
+    answer: str | None,
+    as_json: bool,
+    folder: Path,
+    known: list[dict[str, Any]] | None,
+    alpha: float,
 ) -> None:
     """Write xray.png and xray.html into a folder, and print the answer, the table of heads and where the files are."""
-    from multimodal.look import xray
+    from multimodal.look import mixture, xray
     from multimodal.look.answers import answer_line
     from multimodal.look.drawing import draw
     from multimodal.look.page import page
@@ -215,6 +268,7 @@ def _look_at(
     if answer is not None and model.packer.head(task).autoregressive:
         given = value_from(model.packer.tokenizers[model.packer.patterns[task].writes.kind], answer, "--answer")
     ray = xray(model, task, sample, answer=given)
+    mixed = None if known is None else mixture(model, task, ray, known, alpha=alpha, quiet=as_json)
     picture = io.BytesIO()
     draw(ray, picture)
     files = [
@@ -225,13 +279,16 @@ def _look_at(
         written = file_of(model.packer.answer_tokenizers[task], ray.prediction.value)
         files += [] if written is None else [saved(*written, "answer", folder)]
     if as_json:
-        print_json({"task": task, "heads": ray.table(), "files": list(map(str, files))})
+        found = {"task": task, "heads": ray.table(), "files": list(map(str, files))}
+        print_json(found if mixed is None else found | {"mixture": mixed.to_json()})
         return
     every, shown = ray.table(), ray.chosen_heads()  # those of the picture
     rows = [row for row in every if row["head"] in shown[row["layer"]]]
     heads_table = ray.lines(rows)
     if more := len(every) - len(rows):
         heads_table += f"\n{more} more heads are on the page"
+    if mixed is not None:
+        heads_table += f"\n\n{printable(str(mixed))}"
     shown = f"picture  {files[0]}\npage     {files[1]}" + "".join(f"\nanswer   {file}" for file in files[2:])
     print(f"{task}  {printable(answer_line(ray))}\n\n{heads_table}\n\n{shown}")
 

@@ -1,5 +1,6 @@
 """Attention over many samples: whether an input is unusual by its evidence, and which memory slots no query reads."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,10 @@ class Novelty:
 
     z: by layer, the z-score (H,) of each head's evidence; negative: less than usual, no key explains the queries.
     percentile: by layer (H,), the share of known samples with less evidence.
-    distance: root mean square of all z.
+    distance: how far the evidence is from that of known samples; about 1 for one of them.
     p: the share of the held-out known samples that are at least as far, this input counted among them.
     alpha: the input is `unusual` if p is at most this.
+    threshold: the distance above which an input is unusual at this alpha; infinite where too few samples are known.
     """
 
     z: dict[str, Tensor]
@@ -32,6 +34,7 @@ class Novelty:
     distance: float
     p: float
     alpha: float
+    threshold: float
 
     @property
     def unusual(self) -> bool:
@@ -40,24 +43,29 @@ class Novelty:
 
     def __str__(self) -> str:
         verdict = "unusual" if self.unusual else "as usual"
-        return f"evidence {verdict}: {self.distance:.2f} standard deviations from known samples (p = {self.p:.3f})"
+        return (
+            f"evidence {verdict}: distance {self.distance:.2f} from known samples, unusual above {self.threshold:.2f} "
+            f"(p = {self.p:.3f})"
+        )
 
 
 @dataclass(frozen=True)
 class Evidence:
     """The evidence of known samples of a task, with which a new input is compared.
 
-    A sample has one number for each head: the mean over queries of LSE_j(log prior + score) - log(keys seen), which does not
-    depend on length alone. One half of the samples gives each head's mean and standard deviation. The distance of an input is the
-    root mean square of its z-scores over all heads (both signs count: keys of large norm raise evidence). The distances of the
-    other half make p exact whatever the distribution (split conformal, Vovk et al. 2005): of inputs like the known ones a share of
-    at most alpha is called unusual.
+    A sample has two numbers for each head: the mean of LSE_j(log prior + score) - log(keys seen), which does not depend on length
+    alone, over all queries, and over those that the answer is read from. One half of the samples gives their means, standard
+    deviations and correlations, the latter shrunk towards none (Ledoit and Wolf 2004). The distance of an input is
+    Mahalanobis', over the square root of the count of numbers: what is unusual together counts, and both signs do, as keys of
+    large norm raise evidence. The distances of the other half make p exact whatever the distribution (split conformal, Vovk et al.
+    2005): of inputs like the known ones a share of at most alpha is called unusual.
 
     task: the task of the samples.
     layers: names of the attention layers.
     heads: number of heads of each layer.
-    mean_N: mean over the first half, of all heads of all layers, concatenated.
+    mean_N: mean over the first half, of all heads of all layers over all queries, then of all heads over the answer's.
     deviation_N: standard deviation over the first half.
+    precision_NN: inverse of the correlations of the first half, shrunk.
     known_BN: the numbers of the first half, sorted for each head.
     distance_B: the distances of the second half, sorted.
     """
@@ -67,6 +75,7 @@ class Evidence:
     heads: tuple[int, ...]
     mean_N: Tensor
     deviation_N: Tensor
+    precision_NN: Tensor
     known_BN: Tensor
     distance_B: Tensor
 
@@ -88,8 +97,23 @@ class Evidence:
         # mean and deviation come from other samples than the distances, since p would be too small for those that were fitted
         first_BN, second_BN = all_BN[::2], all_BN[1::2]
         mean_N, deviation_N = first_BN.mean(0), first_BN.std(0).clamp(min=1e-6)
-        distance_B = ((second_BN - mean_N) / deviation_N).square().mean(1).sqrt()
-        return cls(task, names, heads, mean_N, deviation_N, first_BN.sort(0).values, distance_B.sort().values)
+        precision_NN = torch.linalg.inv(_shrunk((first_BN - mean_N) / deviation_N))
+        distance_B = _distance((second_BN - mean_N) / deviation_N, precision_NN).sort().values
+        return cls(task, names, heads, mean_N, deviation_N, precision_NN, first_BN.sort(0).values, distance_B)
+
+    def threshold(self, alpha: float = 0.05) -> float:
+        """The distance above which an input is unusual; infinite where too few samples are known for this alpha.
+
+        Raises:
+            ConfigError: alpha is no share.
+        """
+        if not 0 < alpha < 1:
+            raise ConfigError(
+                f"Evidence: alpha={alpha} is no share of known inputs; give a number between 0 and 1, such as 0.05"
+            )
+        # as many held-out samples may be further than an input that is still unusual
+        allowed = math.floor(alpha * (len(self.distance_B) + 1) + 1e-9) - 1
+        return float(self.distance_B[-1 - allowed]) if allowed >= 0 else math.inf
 
     def judge(self, ray: XRay, *, alpha: float = 0.05) -> Novelty:
         """Compare one input with the known samples.
@@ -102,24 +126,49 @@ class Evidence:
                 f"Evidence.judge: fitted on task {self.task!r} with layers {', '.join(self.layers)}, but this is an X-ray of "
                 f"task {ray.task!r} with {', '.join(layer.name for layer in ray.layers)}"
             )
+        threshold = self.threshold(alpha)
         new_N = _numbers(ray)
         z_N = (new_N - self.mean_N) / self.deviation_N
         below_N = (self.known_BN < new_N).double().mean(0)
-        distance = float(z_N.square().mean().sqrt())
+        distance = float(_distance(z_N, self.precision_NN))
         # the input itself counts among the held-out samples, which makes p exact and never 0
         at_least = int((self.distance_B >= distance).sum())
+        every = [
+            *self.heads,
+            len(new_N) - sum(self.heads),
+        ]  # of all queries; then of the answer's, which `z` leaves out
         return Novelty(
-            dict(zip(self.layers, z_N.split(list(self.heads)), strict=True)),
-            dict(zip(self.layers, below_N.split(list(self.heads)), strict=True)),
+            dict(zip(self.layers, z_N.split(every), strict=False)),
+            dict(zip(self.layers, below_N.split(every), strict=False)),
             distance,
             (at_least + 1) / (len(self.distance_B) + 1),
             alpha,
+            threshold,
         )
 
 
 def _numbers(ray: XRay) -> Tensor:
-    """Mean evidence less log(keys seen) of every head of every layer, concatenated."""
-    return torch.cat([_mean_evidence(layer) for layer in ray.layers])
+    """Mean evidence less log(keys seen) of every head of every layer: of all queries, then of those the answer is read from."""
+    answering = [layer.only(ray.asked(layer)) for layer in ray.layers]
+    return torch.cat([_mean_evidence(layer) for layer in (*ray.layers, *answering)])
+
+
+def _shrunk(z_BN: Tensor) -> Tensor:
+    """Covariance of centred numbers, shrunk towards a multiple of the identity: Ledoit and Wolf 2004."""
+    count, width = z_BN.shape
+    covariance_NN = z_BN.T @ z_BN / count
+    scale = covariance_NN.trace() / width
+    away = (covariance_NN - scale * torch.eye(width, dtype=z_BN.dtype)).square().sum()
+    # squared distances of each sample's z z' from their mean, without writing these out
+    noise = (z_BN.square().sum(1).square().sum() / count - covariance_NN.square().sum()) / count
+    share = float((noise / away.clamp(min=1e-12)).clamp(0.0, 1.0))
+    shrunk_NN = (1 - share) * covariance_NN + share * scale * torch.eye(width, dtype=z_BN.dtype)
+    return shrunk_NN + 1e-6 * torch.eye(width, dtype=z_BN.dtype)  # numbers that never vary have no covariance
+
+
+def _distance(z_BN: Tensor, precision_NN: Tensor) -> Tensor:
+    """Mahalanobis' distance over the square root of the count of numbers."""
+    return ((z_BN @ precision_NN) * z_BN).mean(-1).clamp(min=0.0).sqrt()
 
 
 def _mean_evidence(layer: LayerXRay) -> Tensor:

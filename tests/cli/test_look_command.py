@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import multimodal as mm
 from multimodal.cli import main
@@ -110,3 +111,60 @@ def test_a_long_table_is_cut_and_says_so(tmp_path, capsys):
     shown = [(" ".join(words[:3]), int(words[3])) for line in lines if (words := line.split())[:1] == ["block"]]
     assert shown == [(name, head) for name, heads in drawn.items() for head in heads]
     assert len(shown) == 20
+
+
+def known_rows(folder, count: int):
+    """A table of pictures, as JSON lines."""
+    draw = np.random.default_rng(1)
+    path = folder / "known.jsonl"
+    rows = [{"image": draw.random((4, 6)).round(3).tolist(), "label": "a"} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_mixture_view_says_what_is_unusual(checkpoint, tmp_path, capsys):
+    draw, known = np.random.default_rng(1), tmp_path / "known"
+    for i in range(90):
+        (known / "ab"[i // 45]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (4, 6), dtype=np.uint8)).save(known / "ab"[i // 45] / f"{i}.png")
+    np.save(tmp_path / "far.npy", np.ones((4, 6), np.float32))
+    common = ("--task", "image -> label", "--out", tmp_path / "o", "--mixture", known)
+    code, out, err = run(capsys, checkpoint, "--image", checkpoint / "seven.npy", *common)
+    assert (code, err) == (0, "")
+    assert "layer         head  components  effective  evidence z  percentile  largest responsibilities" in out
+    assert "of 90 known samples" in out
+    far = ("--image", tmp_path / "far.npy", "--json", "--samples", "60", "--alpha", "0.1")
+    code, out, _ = run(capsys, checkpoint, *far, *common)
+    assert code == 0
+    found = json.loads(out)["mixture"]
+    assert (found["known"], found["alpha"], found["unusual"]) == (60, 0.1, True)
+    assert found["distance"] > found["threshold"]
+    assert found["p"] == pytest.approx(1 / 31)
+    assert len(found["heads"]) == 4
+    assert sum(share for _, share in found["heads"][0]["largest"]) <= 1 + 1e-9
+    assert found["droppable"] == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (19, [], "19 samples say too little of what is usual"),
+        (30, ["--samples", "5"], "take 20 samples or more"),
+        (30, ["--alpha", "1.5"], "an alpha between 0 and 1"),
+        (30, ["--alpha", "nan"], "an alpha between 0 and 1"),
+        (30, ["--fields", "picture=image"], "and no image; give columns other names, as in --fields image=column"),
+    ],
+)
+def test_errors_of_the_mixture_view(checkpoint, tmp_path, capsys, rows, arguments, message):
+    known = known_rows(tmp_path, rows)
+    picture = ("--image", checkpoint / "seven.npy", "--task", "image -> label", "--out", tmp_path / "o")
+    code, _, err = run(capsys, checkpoint, *picture, "--mixture", known, *arguments)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_options_of_the_mixture_view_need_it(checkpoint, tmp_path, capsys):
+    code, _, err = run(capsys, checkpoint, "--image", checkpoint / "seven.npy", "--alpha", "0.1", "--out", tmp_path)
+    assert code == 2
+    assert "give them with --mixture DATA" in err

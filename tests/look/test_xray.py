@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy import spatial
 
 import multimodal as mm
 from multimodal.attention import (
@@ -25,10 +26,11 @@ from multimodal.attention.mechanism import Mechanism
 from multimodal.heads import Prediction
 from multimodal.heads.pointer import Pointer
 from multimodal.layers import MLP, CrossAttention, PersistentMemory, Recurrent, SelfAttention
-from multimodal.look import Evidence, attention_rollout, usage, xray
+from multimodal.look import Evidence, attention_rollout, mixture, usage, xray
 from multimodal.look.answers import answer_line
 from multimodal.look.attention_xray import token_labels
 from multimodal.look.drawing import READOUTS, left_out, panels
+from multimodal.look.evidence import _distance, _shrunk
 from multimodal.look.layer_xray import counted, percent
 from multimodal.look.layers import states
 from multimodal.look.lens import lens
@@ -340,6 +342,43 @@ def test_evidence_finds_unusual_inputs_at_the_promised_rate():
     assert "unusual" in str(unusual[0])
 
 
+def test_the_threshold_is_where_the_verdict_changes():
+    model = model_of(SMALL)
+    known = Evidence.fit(model, CLASSIFY, pictures(60, 1), quiet=True)
+    held_out = known.distance_B.tolist()
+    for alpha in (0.04, 0.1, 0.5):
+        at = known.threshold(alpha)
+        assert sum(d > at for d in held_out) <= alpha * 31 - 1 < sum(d >= at for d in held_out)
+    assert known.threshold(0.03) == math.inf  # 1 of 31 is more than that
+    rays = [xray(model, CLASSIFY, s) for s in pictures(20, 2) + pictures(5, 3, scale=0.3)]
+    verdicts = [known.judge(ray, alpha=0.1) for ray in rays]
+    assert {n.unusual for n in verdicts} == {True, False}
+    assert [n.unusual for n in verdicts] == [n.distance > n.threshold for n in verdicts]
+    for alpha in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(mm.ConfigError, match="give a number between 0 and 1"):
+            known.judge(rays[0], alpha=alpha)
+
+
+@pytest.mark.parametrize(("count", "width"), [(10, 32), (200, 8), (30, 30)])
+def test_correlations_are_shrunk_as_scikit_learn_does_it(count, width):
+    covariance = pytest.importorskip("sklearn.covariance")
+    draw = np.random.default_rng(0)
+    z_BN = draw.normal(size=(count, width)) @ draw.normal(size=(width, width)) / width**0.5
+    wanted, share = covariance.ledoit_wolf(z_BN, assume_centered=True)
+    assert 0 < share < 1
+    np.testing.assert_allclose(_shrunk(torch.tensor(z_BN)), wanted, atol=1e-5)
+
+
+def test_heads_that_are_usual_alone_and_not_together_are_far():
+    draw = np.random.default_rng(0)
+    z_BN = torch.tensor(draw.normal(size=(300, 1)) + 0.1 * draw.normal(size=(300, 2)))
+    precision_NN = torch.linalg.inv(_shrunk(z_BN))
+    together, apart = _distance(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), precision_NN)
+    assert apart > 5 * together
+    wanted = spatial.distance.mahalanobis([1.0, -1.0], [0.0, 0.0], precision_NN.numpy()) / 2**0.5
+    assert float(apart) == pytest.approx(wanted)
+
+
 def test_length_alone_is_not_unusual():
     model = model_of(SMALL)
     with torch.no_grad():
@@ -375,6 +414,34 @@ def test_usage_of_slots_adds_up_and_finds_the_dead():
     assert usage(model, CLASSIFY, samples, quiet=True)["block 1 memory"].dead().tolist() == [False] * 3 + [True, False]
     with pytest.raises(mm.ConfigError, match="no PersistentMemory"):
         usage(model_of(SMALL), CLASSIFY, samples, quiet=True)
+
+
+def test_the_mixture_view_shows_responsibilities_evidence_and_slots():
+    model = model_of(CASES["memory"][0])
+    memory = next(m for m in model.modules() if isinstance(m, Mechanism))
+    with torch.no_grad():
+        memory.prior_weights[0].table[:, 3] = -60.0  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    known, new = pictures(30, 0), pictures(1, 9)[0]
+    seen = mixture(model, CLASSIFY, new, known, alpha=0.1, quiet=True)
+    ray = xray(model, CLASSIFY, new)
+    assert seen.droppable() == {"block 1 memory": [3]}
+    rows = seen.rows()
+    assert len(rows) == sum(layer.heads for layer in ray.layers)
+    for row in rows:
+        layer = ray[row["layer"]]
+        wanted = layer.posterior_HTM[row["head"]][ray.asked(layer)].mean(0).sort(descending=True)
+        assert [share for _, share in row["largest"]] == pytest.approx(wanted.values[:3].tolist())
+        assert row["largest"][0][0] == ray.key_label(layer, int(wanted.indices[0]))
+        assert row["components"] == layer.posterior_HTM.shape[-1]
+    judged = Evidence.fit(model, CLASSIFY, known, quiet=True).judge(ray, alpha=0.1)
+    assert (seen.novelty.p, seen.novelty.threshold) == (judged.p, judged.threshold)
+    text = str(seen)
+    assert "block 1 memory: 1 of 5 slots could be dropped, as known samples hardly read them: 3" in text
+    assert f"distance {judged.distance:.2f}" in text
+    few = mixture(model, CLASSIFY, ray, known, alpha=0.01, quiet=True)
+    assert not few.novelty.unusual
+    assert few.to_json()["threshold"] is None
+    assert "nothing can be unusual at alpha 0.01 with 30 known samples" in str(few)
 
 
 class Page(HTMLParser):
