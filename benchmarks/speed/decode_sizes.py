@@ -106,7 +106,10 @@ def our_times(model: Any, prompts: Any, new: int) -> tuple[Times, Any]:
         engine.submit(TASK, {"text": row}, max_tokens=new + 2)
     while engine.busy:
         for piece in engine.step():
-            found[piece.ticket] = piece.prediction.value
+            if piece.error is not None:
+                raise piece.error
+            if piece.prediction is not None:
+                found[piece.ticket] = piece.prediction.value
         spent.append(time.perf_counter() - clock)
         clock += spent[-1]
     # the first step reads the prompts and writes two tokens

@@ -22,7 +22,8 @@ class Cache:
     axes: number of position axes of the core.
 
     Attributes:
-    kv: keys and values of all layers in one buffer (layers, 2, B, G, M, K), if all have the same sizes; else None.
+    kv: keys and values of all layers in one buffer (layers, 2, B, G, M, K), if all have the same sizes and it was made without
+        gradients; else None.
     k, v: by layer, keys and values (B, M, G, K); in memory the tokens of a head are neighbours, as attention reads them.
     state: by layer, the states (B, F) of recurrent layers, convolutions and tapes.
     length: number of tokens of each row; a list on the host.
@@ -46,7 +47,8 @@ class Cache:
     ) -> None:
         place = {"device": device, "dtype": dtype}
         self.kv: Tensor | None = None
-        if len(set(keys)) == 1 and keys[0][1] == keys[0][2]:
+        # where gradients are wanted each layer has tensors of its own, or writing those of one would change what others keep
+        if len(set(keys)) == 1 and keys[0][1] == keys[0][2] and not torch.is_grad_enabled():
             heads, width, _ = keys[0]
             self.kv = torch.zeros(len(keys), 2, batch, heads, capacity, width, **place)
             by_layer = [(k, v) for k, v in self.kv]

@@ -68,7 +68,8 @@ class Engine:
         self.model = model
         self.rows, self.capacity = rows, capacity
         try:
-            self.cache = model.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=model.dtype)
+            with torch.no_grad():  # so that it is one buffer
+                self.cache = model.core.cache(rows=rows, capacity=capacity, device=model.device, dtype=model.dtype)
         except RuntimeError as error:
             raise ConfigError(
                 f"Engine: there is no memory for rows={rows} of capacity={capacity} tokens; lower max_tokens, the capacity or "

@@ -49,8 +49,9 @@ def choose_next(
         return
     parts = logits.split(list(sizes))
     for group in alike.values():
-        own = [_guided(requests[i], parts[i]) for i in group]
-        yield from _chosen([requests[i] for i in group], list(map(len, own)), torch.cat(own).log_softmax(-1))
+        chosen_from = [_guided(requests[i], parts[i]) for i in group]
+        log_p_BV = torch.cat(chosen_from).log_softmax(-1)
+        yield from _chosen([requests[i] for i in group], list(map(len, chosen_from)), log_p_BV)
 
 
 def _guided(request: Request, logits_BV: Tensor) -> Tensor:

@@ -153,7 +153,11 @@ class _Attention:
         if self.norm_HK is not None:
             qk_BHK.mul_(_inverse_rms(qk_BHK, self.norm_eps)).mul_(self.norm_HK)
         if self.turned and (rotation := rotations[self.width]) is not None:
-            torch.view_as_complex(qk_BHK.view(count, self.heads + self.groups, -1, 2)).mul_(rotation)
+            # a complex view needs rows of an even size, which those with odd values are not
+            turned = qk_BHK.clone() if qkv.shape[-1] % 2 else qk_BHK
+            torch.view_as_complex(turned.view(count, self.heads + self.groups, -1, 2)).mul_(rotation)
+            if turned is not qk_BHK:
+                qk_BHK.copy_(turned)
         if rows is not None and self.scale is not None:
             q_BGHK = qkv[:, :queries].view(count, self.groups, -1, self.width)
             kv_B2GK = qkv[:, queries:].view(count, 2, self.groups, self.width)

@@ -831,11 +831,11 @@ def test_a_pass_that_fails_ends_those_who_run_and_not_the_engine(monkeypatch):
     tickets = [engine.submit(WRITE, {"text": "abc"}, max_tokens=3) for _ in range(2)]
     right, calls = engine._decode_step, []
 
-    def once():
+    def once(batch):
         calls.append(1)
         if len(calls) == 1:
             raise StreamError("no")
-        return right()
+        return right(batch)
 
     monkeypatch.setattr(engine, "_decode_step", once)
     pieces = list(engine.run())
