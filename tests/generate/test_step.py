@@ -222,6 +222,7 @@ def test_one_row_times_a_matrix_is_a_linear_layer(rows, bias):
     torch.testing.assert_close(x.grad, weight.sum(0).expand(rows, -1))
 
 
+@torch.no_grad()
 def test_keys_and_values_of_equal_layers_are_one_buffer_by_heads():
     cache = Cache(keys=[(2, 4, 4)] * 3, batch=2, capacity=5)
     assert cache.kv is not None
@@ -233,6 +234,21 @@ def test_keys_and_values_of_equal_layers_are_one_buffer_by_heads():
             assert part[layer].data_ptr() == cache.kv[layer, i].data_ptr()
     assert Cache(keys=[(2, 4, 4), (2, 4, 6)], batch=2, capacity=5).kv is None
     assert Cache(keys=[(2, 4, 6)] * 2, batch=2, capacity=5).kv is None
+
+
+def test_a_cache_with_gradients_has_tensors_of_its_own_for_each_layer():
+    assert Cache(keys=[(2, 4, 4)] * 2, batch=1, capacity=5).kv is None
+    built = mm.Core(width=16, depth=3, heads=2).build()
+    layout = Layout(
+        (Span(-1, 3),), MaskInfo(*torch.tensor([[0, 0, 0], [0, 1, 2], [0, 0, 0], [0, 0, 0]], dtype=torch.int32))
+    )
+    x = torch.randn(3, 16, requires_grad=True)
+    places = torch.arange(3.0)[:, None].expand(3, 3)
+    built(x, places, layout, cache=built.core.cache(rows=1, capacity=5)).square().sum().backward()
+    cached = x.grad
+    x.grad = None
+    built(x, places, layout).square().sum().backward()
+    torch.testing.assert_close(cached, x.grad)
 
 
 def test_the_device_of_a_model_is_known_without_listing_its_weights(monkeypatch):
