@@ -78,7 +78,7 @@ def _characters(draw: np.random.Generator) -> list[np.ndarray]:
     if strokes.mean() > 0.5:  # paper is 1 in these bits
         strokes = 1 - strokes
     small = [np.asarray(Image.fromarray(x).resize((8, 8), Image.Resampling.BOX)) for x in strokes]
-    return [np.uint8(255 * x / max(float(x.max()), 1e-6)) for x in small]
+    return [(255 * x / max(float(x.max()), 1e-6)).astype(np.uint8) for x in small]
 
 
 def scores(model: Model, known: Evidence, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from PIL import Image
 import multimodal as mm
 from multimodal.check import check_task, check_tokenizer, verify
 from multimodal.data import Balanced, class_weights
-from multimodal.look import inside, xray
+from multimodal.look import inside, mixture, xray
 from multimodal.pretrained import pretrained
 from multimodal.sklearn import Classifier, Regressor
 from multimodal_tokenizers import (
@@ -110,6 +110,7 @@ MOST_USED = {
     "verify": verify,
     "write_shards": mm.write_shards,
     "xray": xray,
+    "mixture": mixture,
 }
 
 
@@ -147,6 +148,7 @@ def namespace() -> dict[str, Any]:
         "check_tokenizer": check_tokenizer,
         "inside": inside,
         "verify": verify,
+        "mixture": mixture,
         "xray": xray,
     }
     kinds = {"AudioFrames": AudioFrames, "ImagePatches": ImagePatches, "Labels": Labels, "TextBytes": TextBytes}

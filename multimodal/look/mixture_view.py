@@ -113,7 +113,7 @@ def mixture(
         ConfigError: alpha is no share; what `xray` raises. StreamError: too few known samples.
 
     Examples:
-        >>> seen = mixture(model, "image -> label", {"image": square}, samples, quiet=True)
+        >>> seen = mixture(model, "image -> label", {"image": square}, 2 * samples, quiet=True)
         >>> len(seen.rows()) == sum(layer.heads for layer in seen.ray.layers)
         True
     """
