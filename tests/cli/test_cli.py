@@ -862,6 +862,7 @@ def test_check_passes_for_ours_and_for_a_file(say) -> None:
     assert "packed_is_alone" in out
 
 
+@pytest.mark.slow
 def test_check_takes_the_kinds_that_parts_name(say, refused, home) -> None:
     talks = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in ("ab", "c", "def")

@@ -205,7 +205,11 @@ def test_files_named_by_a_table_and_those_that_are_not_there(tmp_path: Path):
         (lambda root: table(root.with_suffix(".csv"), "a,label", "1,", "2,"), r"'label', holds nothing in 2 rows"),
         (lambda root: {"a": 1}, r"quick: the data are dict; wanted a folder, a table, hf:NAME"),
         (lambda root: [1, 2], r"sample 0 is int, wanted a mapping of fields"),
-        (lambda root: "hf:nobody/none", r"a data set of the hub needs a network, or a copy of it on this disk"),
+        pytest.param(
+            lambda root: "hf:nobody/none",
+            r"a data set of the hub needs a network, or a copy of it on this disk",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_data_that_cannot_be_used_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, words: str):
@@ -506,6 +510,7 @@ def test_many_steps_of_the_user_are_not_done_for_each_fold(monkeypatch: pytest.M
             mm.quick(rows_of(lambda row: float(row @ [1.0, -2.0, 0.5])), settings=[setting], quiet=True)
 
 
+@pytest.mark.slow
 def test_a_table_without_blocks_is_in_the_program_and_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compared = []
 
