@@ -503,7 +503,7 @@ class Transformer(nn.Module):
         fresh = cache is None or not any(cache.length[row] for row in cache.rows[: len(layout.spans)])
         options = {"backend": backend, "dtype": dtype, "cache": cache, "bare": self.bare, "trace": trace}
         plan, plans = plan_layers(self.core.mask, self.masks, layout, **options)
-        share, total, all_wanted_N = self.share, len(stream_TD), wanted_N
+        share, all_wanted_N, total = self.share, wanted_N, stream_TD.shape[0]  # len() would make exports constant
         if share is not None:
             rows = share.rows(total)
             stream_TD, position_TA = stream_TD[rows], position_TA[rows]
