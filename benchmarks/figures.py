@@ -8,19 +8,15 @@ examples/attention/. In the header of a program there, everything behind the lin
 """
 
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(path) for path in (ROOT / "tokenizers", ROOT) if str(path) not in sys.path]
+from benchmarks.script import table
+from benchmarks.seed_rows.table import EXAMPLES, ROWS, Bar, Row
+from benchmarks.seeds import BY_NAME, SAVED, Saved, cells, judged, read_saved, spread
 
-from benchmarks.script import table  # noqa: E402
-from benchmarks.seed_rows.table import EXAMPLES, ROWS, Bar, Row  # noqa: E402
-from benchmarks.seeds import BY_NAME, SAVED, Saved, cells, judged, read_saved, spread  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ROOT / EXAMPLES
 DOCUMENTS = (PROGRAMS / "README.md", ROOT / "docs" / "documents.md")
 MARKED = re.compile(r"<!-- seeds (?P<what>[^\n]+?) -->(?P<shown>.*?)<!-- / -->", re.DOTALL)

@@ -1,10 +1,10 @@
 """How many samples, which core, how many steps: the handwritten digits, one thing changed at a time.
 
-    uv run benchmarks/how_much.py [--seeds 0] [--write]           20 CPU-minutes a seed
+    uv run benchmarks/how_much.py [--seeds 0] [--write]           20 CPU-minutes a seed (a guess)
 
 A stratified fifth of scikit-learn's digits is the test part; of the rest as many are taken as the first column says, each class
-alike. All runs have the patches, augmentation, rate and batch of examples/train_image_classifier.py. --write writes
-benchmarks/results/how_much.md, which docs/quick.md shows.
+alike. All runs have the patches, augmentation and batch of examples/train_image_classifier.py, and AdamW
+instead of its Muon. --write writes benchmarks/results/how_much.md; it was not run yet.
 """
 
 import time

@@ -25,10 +25,8 @@ FORMS = {"int8": torch.int8, "int8-weights": torch.int8, "bfloat16": torch.bfloa
 MAX_WEIGHT = {"int8": 63, "int8-weights": 127}
 """The largest int8 code of a weight. CPUs without VNNI add two products in 16 bits, and 2 * 255 * 63 fits. Weights get the shorter
 range, because a token has outliers and needs the finer steps, and a row of weights has none."""
-MAX_INPUT, ZERO = (
-    127,
-    128,
-)  # the largest code of an activation, and the code of 0: the kernel takes unsigned ones, up to 255
+MAX_INPUT, ZERO = 127, 128
+"""The largest code of an activation, and the code of 0: the kernel takes unsigned ones, up to 255."""
 PACKED_ROWS = 16  # for so many rows weights are packed; any other number works too
 BLOCK = 2**18  # numbers of a matrix that are converted at once: 1 MB in float32, which fits into a CPU cache
 

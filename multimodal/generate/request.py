@@ -222,9 +222,8 @@ class Request:
             if self.detokenizer.stopped:
                 raise ConfigError(f"{name} of task {task!r}: begin already holds one of stop={options.stop!r}")
         self.rows: list[int] = []
-        self.shared: tuple[Request, int] | None = (
-            None  # whose cache holds the first tokens of this prompt too, and how many
-        )
+        # whose cache holds the first tokens of this prompt too, and how many
+        self.shared: tuple[Request, int] | None = None
         self.cached = 0  # tokens of the prompt in the cache
         self.axes = packer.axes
         # by row, the tokens so far with those of `begin`, where contents say where the next one stands; else positions are counted
@@ -297,7 +296,7 @@ class Request:
             )
 
     def _read_ids(self) -> list[int]:
-        """The ids that were read and that could be written too."""
+        """The ids that were read, of any kind: they only serve guesses."""
         found: list[int] = []
         for tokens in self.tokens.values():
             if tokens is not None and not tokens.content.is_floating_point() and tokens.content.dim() == 1:

@@ -379,7 +379,7 @@ def _job(
     named = {text.partition("=")[0].strip().removeprefix("recipe.") for text in options["settings"]}
     fixed = "steps" in named
     source = options.get("start")
-    encoder = trained(source, report.fields, parts["train"][0]) if source else None
+    encoder = trained(source, report.fields, parts["train"]) if source else None
     found: dict[str, Any] = {"step_s": 0.0, "smaller": 0, "losses": []}
     found |= {name: state[name] for name in found if name in state} if state else {}
 
@@ -390,7 +390,6 @@ def _job(
             choice.recipe = override(choice.recipe, cache=str(run / VECTORS))
         return choice
 
-    fit_in = 1  # steps in the minutes
     while True:
         choice = chosen(False)
         fit_in = wanted = choice.recipe.steps
@@ -447,9 +446,8 @@ def _compared(
             rest = [samples[i] for i in sorted(left_out)]
             for number, choice in enumerate(choices):
                 job = _made(replace(choice, recipe=override(choice.recipe, patience=0)), parts, options)
-                _fitted(
-                    job, min(job.recipe.steps, choice.recipe.steps)
-                )  # many steps that the user sets are not done 7 times
+                # many steps that the user sets are not done 7 times
+                _fitted(job, min(job.recipe.steps, choice.recipe.steps))
                 (task,) = job.model.tasks
                 losses[number] += evaluate(job.model, task, rest, measures=[])["loss"] * len(rest) / len(samples)
                 bar.advance(1)

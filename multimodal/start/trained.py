@@ -26,10 +26,10 @@ class Trained:
     code: str
 
 
-def trained(source: str, fields: Mapping[str, Mapping[str, Any]], first: Mapping[str, Any]) -> Trained:
+def trained(source: str, fields: Mapping[str, Mapping[str, Any]], train: Any) -> Trained:
     """The encoder of a pretrained model for the fields that are read.
 
-    fields: what was seen of each. first: a training sample.
+    fields: what was seen of each. train: the training samples.
 
     Raises:
         ConfigError: the fields are of several kinds, or of one that the model does not read. CheckpointError: no such model.
@@ -49,7 +49,8 @@ def trained(source: str, fields: Mapping[str, Mapping[str, Any]], first: Mapping
         )
     most = getattr(found.core, "learned_times", None) if kind == "text" else None
     if most is None:
-        value = next(first[name] for name in fields if first[name] is not None)
+        cells = (train[i][name] for i in range(len(train)) for name in fields)
+        value = next(cell for cell in cells if cell is not None)
         most = max(1, len(found.tokenizers[kind](value)))
     tower = Tower.of(found, Pooled(most), kind=kind)
     return Trained(kind, tower, f"mm.Tower.of(mm.pretrained({source!r}), mm.tower.Pooled({most}), kind={kind!r})")

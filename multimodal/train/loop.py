@@ -277,9 +277,8 @@ class _Training:
                 settings |= {"folder": None if folder is None else str(folder), "resume": bool(resume)}
                 settings |= settings_of(model, recipe, self.device, self.dataset, {**sizes, **shares})
         self.dtype, self.dtype_reason = choose_precision(recipe.precision, self.device)
-        self.unmeasured: str | None = (
-            None  # the name under which the faster precision will be remembered, if it is not known
-        )
+        # the name under which the faster precision will be remembered; None: it is known
+        self.unmeasured: str | None = None
         model.to(self.device if recipe.parallel == "ddp" else "cpu")
         set_modes(model, recipe.freeze)
         recompute(model, recipe.activation_checkpointing)

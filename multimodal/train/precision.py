@@ -50,8 +50,8 @@ def choice(ratio: float) -> tuple[torch.dtype, str]:
 
 
 def key_of(*parts: Any) -> str:
-    """The name of a measurement: this machine, and what is computed (anything that json can write)."""
-    machine = [cpu_name(), torch.__version__, torch.get_num_threads()]
+    """The name of a measurement: this machine, and what is computed with how many threads (anything that json can write)."""
+    machine = [cpu_name(), torch.__version__]
     return hashlib.sha256(json.dumps([machine, parts], sort_keys=True, default=repr).encode()).hexdigest()[:32]
 
 

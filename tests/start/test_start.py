@@ -771,6 +771,14 @@ def test_trained_weights_that_do_not_fit_the_data_are_refused_by_name(encoder: P
         mm.quick(texts, start=str(tmp_path), **FAST)
 
 
+def test_an_encoder_is_measured_on_the_first_cell_that_is_there(encoder: Path):
+    from multimodal.start.trained import trained
+
+    picture = np.zeros((8, 8, 3), np.uint8)
+    found = trained(str(encoder), {"image": {"kind": "image"}}, [{"image": None}, {"image": picture}])
+    assert len(found.tower(picture)) == 1
+
+
 def test_start_is_an_option_of_the_command(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = classes(tmp_path / "photos")
     options = ["--start", str(encoder), "--set", "steps=2", "--folder", str(tmp_path / "run")]
